@@ -1,0 +1,106 @@
+"""Errors of pageferry and the exit codes of the commands that end in them.
+
+::
+
+    PageferryError (1)
+    ├── UsageError (2)              the command line or the arguments make no sense together
+    ├── UnsupportedError (3)        this kernel, user or QEMU cannot do what was asked
+    ├── WorkloadError (10)          a workload cannot be managed, or did not do what it was told
+    │   ├── NoSuchWorkload (11)     no workload of that name is registered here
+    │   ├── NameInUse (12)          a workload of that name is registered already
+    │   └── WorkloadDied (13)       the workload ended while it was being worked on
+    └── MigrationError (20)         the migration ended; the workload runs on at the source
+        ├── PeerRefused (21)        the peer answered, and said no
+        ├── ProtocolError (22)      the peer sent what the protocol does not allow
+        ├── ConnectionLost (23)     the link or the peer went away before commit
+        ├── NotConverging (24)      the workload dirties memory faster than the link takes it
+        ├── Cancelled (25)          somebody asked for the migration to stop
+        └── OutcomeUnknown (26)     after commit without an answer: the source stays paused
+
+Every message says what happened, to what, and what to do about it. Where the outcome is unknown the class says so:
+only `OutcomeUnknown` leaves a workload that does not run.
+"""
+
+
+class PageferryError(Exception):
+    """Base of all errors that pageferry raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(PageferryError, ValueError):
+    """Arguments that make no sense, alone or together."""
+
+    exit_code = 2
+
+
+class UnsupportedError(PageferryError):
+    """This kernel, user or QEMU cannot do what was asked; the message says what is missing."""
+
+    exit_code = 3
+
+
+class WorkloadError(PageferryError):
+    """A workload cannot be managed, or did not do what it was told."""
+
+    exit_code = 10
+
+
+class NoSuchWorkload(WorkloadError, LookupError):
+    """No workload of that name is registered on this host."""
+
+    exit_code = 11
+
+
+class NameInUse(WorkloadError):
+    """A living workload of that name is registered already."""
+
+    exit_code = 12
+
+
+class WorkloadDied(WorkloadError):
+    """The workload ended while it was being worked on."""
+
+    exit_code = 13
+
+
+class MigrationError(PageferryError):
+    """A migration ended without moving the workload, which runs on at the source."""
+
+    exit_code = 20
+
+
+class PeerRefused(MigrationError):
+    """The peer understood the request and said no; the message is the peer's reason."""
+
+    exit_code = 21
+
+
+class ProtocolError(MigrationError):
+    """The peer sent bytes or messages that the protocol does not allow here."""
+
+    exit_code = 22
+
+
+class ConnectionLost(MigrationError, ConnectionError):
+    """The link or the peer went away before commit."""
+
+    exit_code = 23
+
+
+class NotConverging(MigrationError):
+    """Memory is dirtied faster than the link takes it, and no round brought the rest down."""
+
+    exit_code = 24
+
+
+class Cancelled(MigrationError):
+    """The migration was cancelled before commit."""
+
+    exit_code = 25
+
+
+class OutcomeUnknown(MigrationError):
+    """Commit was sent and no answer came: the source stays paused until the peer has been asked (`--recover`)."""
+
+    exit_code = 26

@@ -1,0 +1,104 @@
+"""What every kind of workload offers: named regions of memory, pause and resume, and a state that is not memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+LARGE_PAGE = 2 << 20
+SMALL_PAGE = 4 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One mapping of a part of a region in the address space of a process that runs the workload.
+
+    A region may be mapped by several processes, and one process may map it in several pieces.
+    """
+
+    pid: int
+    address: int
+    """Start of the mapping in the process, bytes."""
+    length: int
+    """Bytes."""
+    offset: int
+    """Where in the region the mapping starts, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A contiguous piece of a workload's memory that is backed by one shared file."""
+
+    name: str
+    """Stable across hosts: QEMU's ramblock id, or the name an arena gave it."""
+    length: int
+    """Bytes."""
+    fd: int
+    """File descriptor of the backing file, open for reading and writing; owned by the workload object."""
+    file_offset: int
+    """Where in the file the region starts, bytes."""
+    page_size: int
+    """4096, or 2 MiB where the file is on hugetlbfs."""
+    segments: tuple[Segment, ...]
+    """Where the workload's processes map it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Page faults that a workload's own threads have taken so far."""
+
+    minor: int
+    major: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a workload is, as told to a peer before anything is sent, so that a wrong destination can refuse."""
+
+    kind: str
+    """`arena` or `qemu`."""
+    name: str
+    details: dict[str, Any] = field(default_factory=dict)
+    """Kind-specific facts worth a check or a message (QEMU version, machine type...)."""
+
+
+@runtime_checkable
+class Workload(Protocol):
+    """A running workload whose memory is managed from outside of it.
+
+    The calls that change its state are coroutines: they speak to another process, or run callbacks of the program.
+    """
+
+    name: str
+
+    @property
+    def identity(self) -> Identity:
+        """What this workload is."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The memory to be managed. Does not change while the workload is open."""
+
+    async def pause(self) -> None:
+        """Stop every thread that can touch the regions. Returns when none will touch them any more."""
+
+    async def resume(self) -> None:
+        """Let the workload run. Also called after a failed migration, when `save_state` has been called already."""
+
+    async def save_state(self) -> bytes:
+        """Everything that is not in the regions and is needed to run elsewhere. The workload is paused."""
+
+    async def load_state(self, state: bytes) -> None:
+        """Take the state that `save_state` gave on another host. The workload has not run yet. May raise WorkloadError."""
+
+    async def discard(self) -> None:
+        """End the workload without a trace: it runs elsewhere now, or it never came to run here."""
+
+    async def running(self) -> bool:
+        """Whether it exists and runs (False: paused). Raises WorkloadDied when it is gone."""
+
+    def faults(self) -> Faults:
+        """Page faults of the workload's own threads since they started (not those of agents in the same process)."""
+
+    def close(self) -> None:
+        """Let go of files and sockets; the workload itself is left as it is."""
