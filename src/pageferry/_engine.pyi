@@ -24,6 +24,10 @@ class Mapping:
     def fileno(self) -> int: ...
     def data_ranges(self) -> list[tuple[int, int]]:
         """(start, end) of the parts that hold data (SEEK_DATA/SEEK_HOLE): reading anything else would allocate."""
+    def large_units(self) -> list[bool]:
+        """Which 2 MiB units stand on a large page; holes are left alone."""
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.

@@ -1,1 +1,24 @@
-fn _x() {}
+//! Per-page and per-fault work of pageferry.
+//!
+//! Everything here is mechanism; policy, flows and control protocols are Python. The parts, from the bottom up:
+//!
+//! * [`uapi`]: kernel interfaces that the `libc` crate does not know yet.
+//! * [`mapping`]: shared mappings of the files that back a workload's memory.
+//! * [`space`]: address spaces of other processes: adoption, and calls made on or in them.
+//! * [`pages`]: sets of small pages, the currency of every flow.
+//! * [`trace`]: write traces over a workload's memory (S2).
+//! * [`block`]: storage blocks, the one form in which pages leave memory.
+//! * [`wire`]: storage blocks over sockets.
+//! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
+//! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
+
+pub mod mapping;
+pub mod space;
+pub mod uapi;
+
+/// Size of a small page, bytes.
+pub const SMALL_PAGE: usize = 4 << 10;
+/// Size of a large page, bytes.
+pub const LARGE_PAGE: usize = 2 << 20;
+/// Small pages in a large page.
+pub const SLOTS: usize = LARGE_PAGE / SMALL_PAGE;

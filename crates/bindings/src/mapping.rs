@@ -1,0 +1,75 @@
+use std::ffi::c_int;
+use std::os::fd::{AsFd, IntoRawFd};
+use std::sync::Arc;
+
+use pageferry_engine::mapping;
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+#[pyclass(subclass, frozen, module = "pageferry._engine")]
+pub struct Mapping {
+    pub inner: Arc<mapping::Mapping>,
+}
+
+#[pymethods]
+impl Mapping {
+    #[new]
+    #[pyo3(signature = (fd, length, offset = 0, *_args, **_kwargs))]
+    fn new(
+        fd: i32,
+        length: usize,
+        offset: u64,
+        _args: &Bound<'_, pyo3::types::PyTuple>,
+        _kwargs: Option<&Bound<'_, pyo3::types::PyDict>>,
+    ) -> PyResult<Self> {
+        let file = mapping::duplicate(fd)?;
+        Ok(Self { inner: Arc::new(mapping::Mapping::new(file.as_fd(), length, offset)?) })
+    }
+
+    #[getter]
+    fn address(&self) -> u64 {
+        self.inner.address()
+    }
+
+    #[getter]
+    fn length(&self) -> usize {
+        self.inner.len()
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.len()
+    }
+
+    fn fileno(&self) -> i32 {
+        self.inner.file()
+    }
+
+    fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
+        Ok(py.detach(|| self.inner.data_ranges())?)
+    }
+
+    fn large_units(&self, py: Python<'_>) -> PyResult<Vec<bool>> {
+        Ok(py.detach(|| self.inner.large_units())?)
+    }
+
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        if view.is_null() {
+            return Err(PyBufferError::new_err("no view to fill"));
+        }
+        let (base, len) = (slf.get().inner.base(), slf.get().inner.len());
+        let len = ffi::Py_ssize_t::try_from(len).map_err(|_| PyBufferError::new_err("too large for a buffer"))?;
+        let py = slf.py();
+        let owner = slf.into_any().into_ptr();
+        // SAFETY: the view is CPython's to fill; the owner keeps the mapping alive until the buffer is released.
+        let result = unsafe { ffi::PyBuffer_FillInfo(view, owner, base.cast(), len, 0, flags) };
+        // SAFETY: FillInfo took its own reference; this one came from `into_ptr`.
+        unsafe { ffi::Py_DECREF(owner) };
+        if result < 0 { Err(PyErr::fetch(py)) } else { Ok(()) }
+    }
+}
+
+#[pyfunction]
+pub fn large_tmpfs(size: u64) -> PyResult<i32> {
+    Ok(mapping::large_tmpfs(size)?.into_raw_fd())
+}

@@ -1,0 +1,275 @@
+//! Shared mappings of the files that back a workload's memory.
+//!
+//! A workload maps its memory from a shared file; we map the same file a second time, and read and write pages there
+//! without copies, system calls or traps (traces and fault handling are set on the workload's own mapping).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+
+use crate::uapi::{self, PageRegion, PmScanArg, check, owned};
+use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
+
+/// A shared, writable mapping of `[offset, offset + len)` of a file, at a 2 MiB boundary of our address space.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    file: OwnedFd,
+    offset: u64,
+}
+
+// SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it, and all
+// access goes through raw pointers or volatile copies, never through Rust references to its bytes.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the file. `len` and `offset` are multiples of the page size.
+    ///
+    /// # Errors
+    /// EINVAL for a length or offset that is no multiple of 4 KiB, or whatever `mmap` says.
+    pub fn new(file: BorrowedFd<'_>, len: usize, offset: u64) -> io::Result<Self> {
+        if len == 0 || len % SMALL_PAGE != 0 || offset % SMALL_PAGE as u64 != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let file = file.try_clone_to_owned()?;
+        let base = reserve(len)?;
+        let start = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: `base` starts a reservation of at least `len` bytes that nobody else knows of; MAP_FIXED replaces it.
+        let mapped = unsafe {
+            libc::mmap(
+                base.as_ptr().cast(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                start,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            // SAFETY: gives back the reservation made above.
+            unsafe { libc::munmap(base.as_ptr().cast(), len) };
+            return Err(error);
+        }
+        Ok(Self { base, len, file, offset })
+    }
+
+    /// First byte of the mapping.
+    pub fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    /// Length, bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Length, small pages.
+    pub fn pages(&self) -> usize {
+        self.len / SMALL_PAGE
+    }
+
+    /// The file that is mapped.
+    pub fn file(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Pointer to the first byte of a small page.
+    ///
+    /// # Panics
+    /// When the page is not within the mapping.
+    pub fn page(&self, page: usize) -> *mut u8 {
+        assert!(page < self.pages(), "page {page} of {}", self.pages());
+        // SAFETY: within the mapping, by the assertion.
+        unsafe { self.base.as_ptr().add(page * SMALL_PAGE) }
+    }
+
+    /// The parts that hold data, as (start, end) in bytes of the mapping: reading anything else would allocate it.
+    pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
+        let end = self.offset + self.len as u64;
+        let mut ranges = Vec::new();
+        let mut at = self.offset;
+        while at < end {
+            let Some(start) = self.seek(at, libc::SEEK_DATA)? else { break };
+            if start >= end {
+                break;
+            }
+            let stop = self.seek(start, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            ranges.push((self.relative(start), self.relative(stop)));
+            at = stop;
+        }
+        Ok(ranges)
+    }
+
+    fn relative(&self, position: u64) -> usize {
+        usize::try_from(position - self.offset).unwrap_or(usize::MAX)
+    }
+
+    fn seek(&self, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+        let from = libc::off_t::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: takes no pointers.
+        let found = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
+        if let Ok(position) = u64::try_from(found) {
+            return Ok(Some(position));
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(error) }
+    }
+
+    /// Frees a range of the file: it becomes a hole, and reads as zeros.
+    pub fn punch(&self, start: usize, len: usize) -> io::Result<()> {
+        let position = libc::off_t::try_from(self.offset + start as u64).map_err(io::Error::other)?;
+        let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: takes no pointers.
+        check(unsafe { libc::fallocate(self.file.as_raw_fd(), mode, position, len) }).map(drop)
+    }
+
+    /// Which of the 2 MiB units stand on a large page: mapped by one page-middle-directory entry once touched.
+    ///
+    /// Only units that hold data are touched (holes stay holes). Units are counted from the start of the mapping; a
+    /// last, shorter unit is never large.
+    pub fn large_units(&self) -> io::Result<Vec<bool>> {
+        let mut units = vec![false; self.len.div_ceil(LARGE_PAGE)];
+        for (start, end) in self.data_ranges()? {
+            self.populate_read(start, end - start)?;
+        }
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
+        scan(&pagemap, self.address(), self.address() + self.len as u64, 0, categories, |start, end| {
+            let first = usize::try_from(start - self.address()).unwrap_or(0) / SMALL_PAGE;
+            let last = usize::try_from(end - self.address()).unwrap_or(0) / SMALL_PAGE;
+            for unit in first.div_ceil(SLOTS)..last / SLOTS {
+                units[unit] = true;
+            }
+        })?;
+        Ok(units)
+    }
+
+    /// Maps what is there without allocating, in slices so that no call takes long.
+    fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
+        // SAFETY: within our own mapping; reading a range that holds data changes nothing.
+        check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, uapi::MADV_POPULATE_READ) }).map(drop)
+    }
+}
+
+impl AsFd for Mapping {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and nobody may use the base after the mapping is gone.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Reserves `len` bytes of address space at a 2 MiB boundary.
+fn reserve(len: usize) -> io::Result<NonNull<u8>> {
+    let whole = len.checked_add(LARGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let base = unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = base as usize;
+    let aligned = start.next_multiple_of(LARGE_PAGE);
+    let (head, tail) = (aligned - start, start + whole - (aligned + len));
+    // SAFETY: both pieces lie in the reservation, outside of what is kept.
+    unsafe {
+        if head > 0 {
+            libc::munmap(base, head);
+        }
+        if tail > 0 {
+            libc::munmap((aligned + len.next_multiple_of(SMALL_PAGE)) as *mut libc::c_void, tail);
+        }
+    }
+    NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
+/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`.
+///
+/// `flags` are of `PM_SCAN_*`. Takes 512 runs at a time: with more, some kernels end the walk early and report twice.
+pub fn scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    flags: u64,
+    categories: u64,
+    mut found: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let mut regions = [PageRegion::default(); 512];
+    let mut at = start;
+    while at < end {
+        let mut argument = PmScanArg {
+            flags,
+            start: at,
+            end,
+            category_mask: categories,
+            return_mask: categories,
+            ..Default::default()
+        };
+        let count = uapi::pagemap_scan(pagemap, &mut argument, &mut regions)?;
+        for region in &regions[..count] {
+            found(region.start, region.end);
+        }
+        at = argument.walk_end.max(at);
+        if count == 0 && argument.walk_end < end {
+            return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+        }
+    }
+    Ok(())
+}
+
+/// A tmpfs with `huge=always` that is mounted nowhere: a directory to make `O_TMPFILE` files in.
+///
+/// It lives as long as descriptors of it or of its files do, whoever dies. EPERM without CAP_SYS_ADMIN.
+pub fn large_tmpfs(size: u64) -> io::Result<OwnedFd> {
+    const FSCONFIG_SET_STRING: libc::c_uint = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+    const FSOPEN_CLOEXEC: libc::c_uint = 1;
+    let size = format!("{size}\0");
+    let options: [(&[u8], &[u8]); 3] = [(b"huge\0", b"always\0"), (b"size\0", size.as_bytes()), (b"mode\0", b"0700\0")];
+    // SAFETY: the name is NUL-terminated.
+    let context = unsafe { owned(libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC)) }?;
+    for (key, value) in options {
+        // SAFETY: both strings are NUL-terminated and live through the call.
+        let result = unsafe {
+            libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let null = std::ptr::null::<u8>();
+    // SAFETY: the create command takes neither key nor value.
+    if unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, null, null, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: takes no pointers; the descriptor is new.
+    unsafe { owned(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSOPEN_CLOEXEC, 0)) }
+}
+
+/// Takes ownership of a raw descriptor by duplicating it.
+///
+/// # Errors
+/// EBADF when it is not open.
+pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl takes no pointers here; the descriptor it returns is new.
+    let copy = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: just made, and ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
