@@ -1,0 +1,72 @@
+# Everything a newcomer runs. Needs git, Python >= 3.11, cargo and the package registries; as root on Debian the rest
+# is installed with apt-get, otherwise it is named and what can run without it runs.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PYTEST_ARGS ?=
+
+ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py))
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: build system ## Move a running workload to another process and show that no write was lost
+	$(VENV)/bin/pageferry demo
+
+.PHONY: test
+test: build system ## Run the tests of engine and package (PYTEST_ARGS="-k name" selects)
+	cargo test --workspace --quiet
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: build ## Check format, types, stubs and import rules
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(PYTHON) -m mypy.stubtest pageferry._engine
+	$(VENV)/bin/lint-imports --no-cache
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+.PHONY: build
+build: $(VENV)/.engine ## Make .venv and build the engine into it (release mode)
+
+.PHONY: bench
+bench: build system $(BENCHMARKS) ## Measure against peers; bench-NAME runs benchmarks/NAME.py alone
+
+bench-%: build system
+	$(PYTHON) benchmarks/$*.py
+
+.PHONY: docs
+docs: build ## Build the documentation into site/, warnings are errors
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+.PHONY: system
+system: ## Install or fetch what guests need: QEMU, busybox, iperf3, a guest kernel
+	@scripts/system.sh
+
+.PHONY: clean
+clean: ## Remove everything that was built or fetched
+	rm -rf $(VENV) .cache target site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src -name '*.so' -delete
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	scripts/venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.made pyproject.toml scripts/packages.py
+	$(PYTHON) scripts/packages.py | xargs $(PYTHON) -m pip install --quiet
+	@touch $@
+
+$(VENV)/.engine: $(VENV)/.packages $(ENGINE_SOURCES)
+	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --quiet
+	@touch $@

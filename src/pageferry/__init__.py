@@ -1,0 +1,1 @@
+"""Moves, saves and shapes the memory of running workloads, from outside them."""
