@@ -12,6 +12,7 @@
 //! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
+pub mod ledger;
 pub mod mapping;
 pub mod space;
 pub mod uapi;

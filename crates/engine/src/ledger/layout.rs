@@ -1,0 +1,250 @@
+//! Where things lie in a ledger's memory, and access to them.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use xxhash_rust::xxh3::xxh3_64;
+use zerocopy::IntoBytes;
+
+use super::LedgerError;
+use super::options::{Options, part};
+use super::page::{WORDS, Words, mix};
+use crate::mapping::Mapping;
+use crate::{LARGE_PAGE, SMALL_PAGE};
+
+const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
+const VERSION: u64 = 1;
+/// magic, layout version, bytes, body pages, then the options, then a checksum over all of these
+const HEADER: usize = 4 + Options::WORDS;
+
+/// A word of the table: how often a body page was written, and whether it is zeros now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry(pub(super) u64);
+
+impl Entry {
+    pub(super) fn new(version: u64, zeros: bool) -> Self {
+        Self(version << 1 | u64::from(zeros))
+    }
+
+    pub(super) fn version(self) -> u64 {
+        self.0 >> 1
+    }
+
+    pub(super) fn is_zeros(self) -> bool {
+        self.0 & 1 == 1
+    }
+}
+
+/// A ledger's memory and the places in it.
+pub(super) struct Layout {
+    mapping: Arc<Mapping>,
+    pub(super) options: Options,
+    /// Body pages.
+    pub(super) pages: usize,
+}
+
+impl fmt::Debug for Layout {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Layout").field("options", &self.options).field("pages", &self.pages).finish()
+    }
+}
+
+impl Layout {
+    pub(super) fn new(mapping: Arc<Mapping>, options: &Options) -> Result<Self, LedgerError> {
+        let threads = options.threads;
+        let room = mapping.pages().saturating_sub(1 + threads);
+        // One page of table describes WORDS body pages.
+        let pages = room - room.div_ceil(WORDS + 1);
+        if pages < threads {
+            return Err(LedgerError::TooSmall { length: mapping.len(), threads });
+        }
+        Ok(Self { mapping, options: options.clone(), pages })
+    }
+
+    /// The layout of a ledger that is there already.
+    pub(super) fn read(mapping: Arc<Mapping>) -> Result<Self, LedgerError> {
+        let found = header(&mapping)?;
+        let words = found[4..].try_into().map_err(|_| LedgerError::NoLedger("its header is cut short"))?;
+        let layout = Self::new(Arc::clone(&mapping), &Options::from_words(words)?)?;
+        if found != layout.header_words() {
+            return Err(LedgerError::NoLedger("its header is of memory of another size"));
+        }
+        Ok(layout)
+    }
+
+    /// Whether the header in memory is still the one that this layout came from.
+    pub(super) fn header_intact(&self) -> bool {
+        header(&self.mapping).is_ok_and(|found| found == self.header_words())
+    }
+
+    pub(super) fn write_header(&self) {
+        let header = self.header_words();
+        let words = self.page(0);
+        for (word, value) in words[1..].iter().zip(&header[1..]) {
+            word.store(*value, Ordering::Relaxed);
+        }
+        words[HEADER].store(xxh3_64(header.as_bytes()), Ordering::Relaxed);
+        words[0].store(MAGIC, Ordering::Release);
+    }
+
+    fn header_words(&self) -> [u64; HEADER] {
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&[MAGIC, VERSION, self.mapping.len() as u64, self.pages as u64]);
+        header[4..].copy_from_slice(&self.options.to_words());
+        header
+    }
+
+    /// A page of the mapping, as words.
+    fn page(&self, page: usize) -> &[AtomicU64] {
+        page_of(&self.mapping, page)
+    }
+
+    fn table_page(&self) -> usize {
+        1 + self.options.threads
+    }
+
+    fn body_page(&self) -> usize {
+        self.table_page() + self.pages.div_ceil(WORDS)
+    }
+
+    pub(super) fn counters(&self, partition: usize) -> Counters<'_> {
+        assert!(partition < self.options.threads, "partition {partition} of {}", self.options.threads);
+        Counters { words: self.page(1 + partition), tag: mix(MAGIC ^ mix(self.options.seed ^ partition as u64)) }
+    }
+
+    /// The table entry of a body page.
+    pub(super) fn entry(&self, number: usize) -> &AtomicU64 {
+        assert!(number < self.pages, "body page {number} of {}", self.pages);
+        &self.page(self.table_page() + number / WORDS)[number % WORDS]
+    }
+
+    /// A body page.
+    pub(super) fn body(&self, number: usize) -> &[AtomicU64] {
+        assert!(number < self.pages, "body page {number} of {}", self.pages);
+        self.page(self.body_page() + number)
+    }
+
+    pub(super) fn body_offset(&self, number: usize) -> usize {
+        (self.body_page() + number) * SMALL_PAGE
+    }
+
+    /// The body pages of a partition.
+    pub(super) fn partition(&self, partition: usize) -> Range<usize> {
+        let threads = self.options.threads;
+        self.pages * partition / threads..self.pages * (partition + 1) / threads
+    }
+
+    /// How many pages of a partition are filled: its first ones.
+    pub(super) fn filled(&self, partition: usize) -> usize {
+        part(self.partition(partition).len(), self.options.fill)
+    }
+
+    /// Keeps all but about `fraction` of the 2 MiB units, evenly spread, from standing on large pages.
+    ///
+    /// Works on memory not touched yet; shmem heeds MADV_NOHUGEPAGE of the mapping that touches first.
+    pub(super) fn forbid_large_pages(&self, fraction: f64) -> Result<(), LedgerError> {
+        if !(0.0..=1.0).contains(&fraction) {
+            let message = format!("large-page fraction is {fraction}; it must be between 0 and 1");
+            return Err(LedgerError::BadOption(message));
+        }
+        for unit in 0..self.mapping.len().div_ceil(LARGE_PAGE) {
+            if part(unit + 1, fraction) == part(unit, fraction) {
+                let start = unit * LARGE_PAGE;
+                let length = LARGE_PAGE.min(self.mapping.len() - start);
+                // SAFETY: within our own mapping; the advice changes how it is backed, not what it holds.
+                let result =
+                    unsafe { libc::madvise(self.mapping.base().add(start).cast(), length, libc::MADV_NOHUGEPAGE) };
+                crate::uapi::check(result)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The counters of one partition, on a page of their own.
+pub(super) struct Counters<'a> {
+    words: &'a [AtomicU64],
+    tag: u64,
+}
+
+impl Counters<'_> {
+    pub(super) fn reset(&self) {
+        for (word, value) in self.words.iter().zip([self.tag, 0, 0, 0]) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether this is the page of counters of this partition at all.
+    pub(super) fn intact(&self) -> bool {
+        self.words[0].load(Ordering::Relaxed) == self.tag
+    }
+
+    pub(super) fn writes(&self) -> u64 {
+        self.words[1].load(Ordering::Relaxed)
+    }
+
+    /// Last step of an operation. Only the partition's own thread calls it, so load and store need not be one.
+    pub(super) fn count_write(&self) {
+        self.words[1].store(self.writes().wrapping_add(1), Ordering::Release);
+    }
+
+    /// Bad pages that operations met so far.
+    pub(super) fn bad(&self) -> u64 {
+        self.words[2].load(Ordering::Relaxed)
+    }
+
+    /// Number of the first bad page that an operation met.
+    pub(super) fn first_bad(&self) -> Option<u64> {
+        self.words[3].load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    pub(super) fn count_bad(&self, number: usize) {
+        if self.bad() == 0 {
+            self.words[3].store(number as u64 + 1, Ordering::Relaxed);
+        }
+        self.words[2].store(self.bad().wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// Everything they hold, for hashing.
+    pub(super) fn content(&self) -> [u64; 4] {
+        std::array::from_fn(|word| self.words[word].load(Ordering::Relaxed))
+    }
+}
+
+/// Copies a page out.
+pub(super) fn load(page: &[AtomicU64], words: &mut Words) {
+    for (word, cell) in words.iter_mut().zip(page) {
+        *word = cell.load(Ordering::Relaxed);
+    }
+}
+
+/// Copies a page in.
+pub(super) fn store(page: &[AtomicU64], words: &Words) {
+    for (cell, word) in page.iter().zip(words) {
+        cell.store(*word, Ordering::Relaxed);
+    }
+}
+
+fn page_of(mapping: &Mapping, page: usize) -> &[AtomicU64] {
+    // SAFETY: `Mapping::page` gives a page-aligned pointer to SMALL_PAGE bytes that stay mapped, readable and writable
+    // as long as the mapping lives, which the lifetime ensures. Other threads, processes and the kernel write there at
+    // any time; this module touches the memory through atomics only, and every bit pattern is a valid AtomicU64.
+    unsafe { std::slice::from_raw_parts(mapping.page(page).cast::<AtomicU64>(), WORDS) }
+}
+
+/// Reads the header and checks magic, layout version and checksum.
+fn header(mapping: &Mapping) -> Result<[u64; HEADER], LedgerError> {
+    let words = page_of(mapping, 0);
+    let header: [u64; HEADER] = std::array::from_fn(|word| words[word].load(Ordering::Acquire));
+    if header[0] != MAGIC {
+        Err(LedgerError::NoLedger("its first bytes are not a ledger's"))
+    } else if words[HEADER].load(Ordering::Relaxed) != xxh3_64(header.as_bytes()) {
+        Err(LedgerError::NoLedger("its header fails its checksum"))
+    } else if header[1] != VERSION {
+        Err(LedgerError::NoLedger("its layout is of another version of pageferry"))
+    } else {
+        Ok(header)
+    }
+}

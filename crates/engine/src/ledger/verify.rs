@@ -1,0 +1,170 @@
+//! Checking and hashing a paused ledger.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use zerocopy::IntoBytes;
+
+use super::LedgerError;
+use super::layout::{Entry, Layout, load};
+use super::page::{Finding, WORDS, Words, examine, mix};
+
+/// What [`super::Ledger::verify`] found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Body pages, touched or not.
+    pub pages: usize,
+    /// Body pages that were checked: all that were ever written.
+    pub checked: usize,
+    /// Of these, pages that should be zeros, and are.
+    pub zeros: usize,
+    /// Pages of zeros that should hold content.
+    pub lost: usize,
+    /// Whole pages of another version than the table says.
+    pub stale: usize,
+    /// Whole pages of another place.
+    pub misplaced: usize,
+    /// Pages that are not whole.
+    pub torn: usize,
+    /// The first of the bad ones, by number.
+    pub first_bad: Option<usize>,
+    /// Bad pages that operations met and have overwritten since.
+    pub overwritten: u64,
+    /// Sum of all versions in the table.
+    pub versions: u64,
+    /// Sum of all counters of writes.
+    pub writes: u64,
+    /// Partitions whose versions do not add up to their counter, or whose counters are not theirs.
+    pub disagreeing: usize,
+    /// Whether the header is as it was.
+    pub header: bool,
+}
+
+impl Report {
+    /// Nothing was lost, stale, misplaced or torn, now or before, and everything adds up.
+    pub fn intact(&self) -> bool {
+        let bad = self.lost + self.stale + self.misplaced + self.torn;
+        bad == 0 && self.overwritten == 0 && self.disagreeing == 0 && self.header
+    }
+
+    fn count(&mut self, number: usize, finding: Finding, expected: Entry) {
+        self.checked += 1;
+        match finding {
+            Finding::Good => {
+                self.zeros += usize::from(expected.is_zeros());
+                return;
+            }
+            Finding::Lost => self.lost += 1,
+            Finding::Stale => self.stale += 1,
+            Finding::Misplaced => self.misplaced += 1,
+            Finding::Torn => self.torn += 1,
+        }
+        self.first_bad = Some(self.first_bad.map_or(number, |first| first.min(number)));
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.checked += other.checked;
+        self.zeros += other.zeros;
+        self.lost += other.lost;
+        self.stale += other.stale;
+        self.misplaced += other.misplaced;
+        self.torn += other.torn;
+        self.first_bad = [self.first_bad, other.first_bad].into_iter().flatten().min();
+    }
+}
+
+pub(super) fn verify(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Result<Report, LedgerError> {
+    let seed = layout.options.seed;
+    let examine_pages = |report: &mut Report, numbers: Range<usize>, words: &mut Words| {
+        for number in numbers {
+            let expected = Entry(layout.entry(number).load(Ordering::Acquire));
+            load(layout.body(number), words);
+            report.count(number, examine(words, seed, number as u64, expected), expected);
+        }
+    };
+    let mut report = Report { pages: layout.pages, header: layout.header_intact(), ..Report::default() };
+    for part in over_written_pages(layout, threads, cancel, examine_pages)? {
+        report.add(&part);
+    }
+    for partition in 0..layout.options.threads {
+        let counters = layout.counters(partition);
+        let versions = versions(layout, partition);
+        report.versions = report.versions.wrapping_add(versions);
+        report.writes = report.writes.wrapping_add(counters.writes());
+        report.overwritten += counters.bad();
+        report.disagreeing += usize::from(!counters.intact() || versions != counters.writes());
+        if let Some(bad) = counters.first_bad().and_then(|number| usize::try_from(number).ok()) {
+            report.first_bad = Some(report.first_bad.map_or(bad, |first| first.min(bad)));
+        }
+    }
+    Ok(report)
+}
+
+pub(super) fn digest(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Result<u64, LedgerError> {
+    // Hashes of pages are added up, so that it does not matter which thread took which pages.
+    let hash_pages = |sum: &mut u64, numbers: Range<usize>, words: &mut Words| {
+        for number in numbers {
+            load(layout.body(number), words);
+            *sum = sum.wrapping_add(xxh3_64_with_seed(words.as_bytes(), number as u64));
+        }
+    };
+    let parts = over_written_pages(layout, threads, cancel, hash_pages)?;
+    let pages = parts.into_iter().fold(0, u64::wrapping_add);
+    Ok(xxh3_64([fingerprint(layout), pages].as_bytes()))
+}
+
+pub(super) fn fingerprint(layout: &Layout) -> u64 {
+    let mut parts = vec![u64::from(layout.header_intact())];
+    parts.extend(layout.options.to_words());
+    for partition in 0..layout.options.threads {
+        parts.extend(layout.counters(partition).content());
+        let entries = written(layout, partition).map(|number| layout.entry(number).load(Ordering::Acquire));
+        parts.push(entries.fold(0, |hash: u64, entry| mix(hash.wrapping_add(entry)).wrapping_add(1)));
+    }
+    xxh3_64(parts.as_bytes())
+}
+
+/// The body pages of a partition that were ever written.
+fn written(layout: &Layout, partition: usize) -> Range<usize> {
+    let start = layout.partition(partition).start;
+    start..start + layout.filled(partition)
+}
+
+fn versions(layout: &Layout, partition: usize) -> u64 {
+    written(layout, partition)
+        .map(|number| Entry(layout.entry(number).load(Ordering::Acquire)).version())
+        .fold(0, u64::wrapping_add)
+}
+
+/// Pages taken by a thread at a time.
+const CHUNK: usize = 1024;
+
+/// Has `threads` threads call `work` on runs of written pages until all are done; gives what each thread made of them.
+fn over_written_pages<T: Default + Send>(
+    layout: &Layout,
+    threads: usize,
+    cancel: &AtomicBool,
+    work: impl Fn(&mut T, Range<usize>, &mut Words) + Sync,
+) -> Result<Vec<T>, LedgerError> {
+    let chunks: Vec<Range<usize>> = (0..layout.options.threads)
+        .map(|partition| written(layout, partition))
+        .flat_map(|range| range.clone().step_by(CHUNK).map(move |start| start..range.end.min(start + CHUNK)))
+        .collect();
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut result = T::default();
+        let mut words = Box::new([0; WORDS]);
+        while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(LedgerError::Interrupted);
+            }
+            work(&mut result, chunk.clone(), &mut words);
+        }
+        Ok(result)
+    };
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(worker)).collect();
+        handles.into_iter().map(|handle| handle.join().unwrap_or(Err(LedgerError::ThreadDied))).collect()
+    })
+}

@@ -1,0 +1,250 @@
+//! The threads: started, parked between two operations, let go, ended.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::LedgerError;
+use super::layout::Layout;
+use super::stalls::Stalls;
+use super::writer::Writer;
+use crate::SMALL_PAGE;
+
+/// What a ledger's threads do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// There are none.
+    Stopped,
+    /// They write.
+    Running,
+    /// They were asked to park; those that have not yet are in the middle of an operation.
+    Pausing,
+    /// All are parked between two operations.
+    Paused,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Stopped => "stopped",
+            Self::Running => "running",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+        })
+    }
+}
+
+const RUN: u8 = 0;
+const PARK: u8 = 1;
+const END: u8 = 2;
+
+/// How threads are told what to do, and tell that they did.
+#[derive(Default)]
+struct Control {
+    /// RUN, PARK or END: read without the lock between operations, written with it.
+    order: AtomicU8,
+    count: Mutex<Count>,
+    /// The order has changed.
+    ordered: Condvar,
+    /// A count has changed.
+    counted: Condvar,
+}
+
+#[derive(Default)]
+struct Count {
+    started: usize,
+    parked: usize,
+    /// Threads that ended without having been told to.
+    died: usize,
+}
+
+impl Control {
+    fn count(&self) -> MutexGuard<'_, Count> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self) -> u8 {
+        self.order.load(Ordering::Acquire)
+    }
+
+    fn give(&self, order: u8) {
+        let _count = self.count();
+        self.order.store(order, Ordering::Release);
+        self.ordered.notify_all();
+    }
+
+    /// A thread waits here while the order is to park. False when it is to end.
+    fn park(&self) -> bool {
+        let mut count = self.count();
+        count.parked += 1;
+        self.counted.notify_all();
+        while self.order() == PARK {
+            count = self.ordered.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+        count.parked -= 1;
+        self.order() == RUN
+    }
+
+    /// A thread sleeps here until it may write again, or the order changes.
+    fn sleep(&self, time: Duration) {
+        let count = self.count();
+        if self.order() == RUN {
+            drop(self.ordered.wait_timeout(count, time));
+        }
+    }
+
+    /// Waits until `done` or `patience` ran out; says which.
+    fn wait(&self, patience: Duration, done: impl Fn(&Count) -> bool) -> bool {
+        let (_count, timeout) = self
+            .counted
+            .wait_timeout_while(self.count(), patience, |count| !done(count))
+            .unwrap_or_else(PoisonError::into_inner);
+        !timeout.timed_out()
+    }
+}
+
+/// Threads over a share of a ledger's partitions; ended and joined when dropped.
+pub(super) struct Workers {
+    control: Arc<Control>,
+    threads: Vec<(JoinHandle<()>, Arc<AtomicI32>)>,
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Workers").field("state", &self.state()).field("tids", &self.tids()).finish()
+    }
+}
+
+impl Workers {
+    pub(super) fn start(
+        layout: &Arc<Layout>,
+        share: Range<usize>,
+        stalls: &Arc<Vec<Stalls>>,
+        paused: bool,
+    ) -> Result<Self, LedgerError> {
+        let control = Arc::new(Control::default());
+        control.give(if paused { PARK } else { RUN });
+        let mut workers = Self { control, threads: Vec::new() };
+        for (slot, partition) in share.enumerate() {
+            let (layout, stalls) = (Arc::clone(layout), Arc::clone(stalls));
+            let (control, tid) = (Arc::clone(&workers.control), Arc::new(AtomicI32::new(0)));
+            let told = Arc::clone(&tid);
+            let thread = std::thread::Builder::new()
+                .name(format!("ledger-{partition}"))
+                .spawn(move || run(&layout, partition, &stalls[slot], &control, &told))?;
+            workers.threads.push((thread, tid));
+        }
+        let all = workers.threads.len();
+        while !workers.control.wait(Duration::from_secs(1), |count| count.started == all) {}
+        Ok(workers)
+    }
+
+    pub(super) fn state(&self) -> State {
+        let parked = self.control.count().parked;
+        match self.control.order() {
+            RUN => State::Running,
+            _ if parked < self.threads.len() => State::Pausing,
+            _ => State::Paused,
+        }
+    }
+
+    pub(super) fn pause(&self, patience: Duration) -> Result<bool, LedgerError> {
+        self.control.give(PARK);
+        let all = self.threads.len();
+        let done = self.control.wait(patience, |count| count.parked == all || count.died > 0);
+        if self.control.count().died > 0 {
+            return Err(LedgerError::ThreadDied);
+        }
+        Ok(done)
+    }
+
+    pub(super) fn resume(&self) {
+        self.control.give(RUN);
+    }
+
+    pub(super) fn tids(&self) -> Vec<i32> {
+        self.threads.iter().map(|(_, tid)| tid.load(Ordering::Acquire)).collect()
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.control.give(END);
+        for (thread, _) in self.threads.drain(..) {
+            // A thread that panicked has said so on stderr already.
+            drop(thread.join());
+        }
+    }
+}
+
+/// Tells the control when a thread ends without having been told to.
+struct Obituary<'a>(&'a Control);
+
+impl Drop for Obituary<'_> {
+    fn drop(&mut self) {
+        if self.0.order() != END {
+            self.0.count().died += 1;
+            self.0.counted.notify_all();
+        }
+    }
+}
+
+fn run(layout: &Layout, partition: usize, stalls: &Stalls, control: &Control, tid: &AtomicI32) {
+    let _obituary = Obituary(control);
+    // SAFETY: takes no arguments, cannot fail.
+    tid.store(unsafe { libc::gettid() }, Ordering::Release);
+    control.count().started += 1;
+    control.counted.notify_all();
+    let mut writer = Writer::new(layout, partition);
+    let mut pace = Pace::new(layout);
+    loop {
+        match control.order() {
+            RUN if writer.idle() => control.sleep(Duration::from_secs(1)),
+            RUN => {
+                let start = Instant::now();
+                let written = writer.write();
+                let end = Instant::now();
+                writer.check(&written);
+                stalls.record(end - start);
+                if let Some(ahead) = pace.ahead(end) {
+                    control.sleep(ahead);
+                }
+            }
+            PARK if control.park() => pace = Pace::new(layout),
+            _ => return,
+        }
+    }
+}
+
+/// Keeps one thread to its part of the rate.
+struct Pace {
+    /// Time per operation, ns; 0 for as fast as it can.
+    interval: u64,
+    due: Instant,
+}
+
+impl Pace {
+    /// Sleeping costs tens of microseconds, so operations are done in bursts of about this length.
+    const BURST: Duration = Duration::from_millis(1);
+    /// A thread that was held up catches up on no more than this: a stall is no reason for a flood.
+    const ARREARS: Duration = Duration::from_millis(50);
+
+    fn new(layout: &Layout) -> Self {
+        let bytes = layout.options.rate.unwrap_or(0) / layout.options.threads as u64;
+        let interval = (SMALL_PAGE as u64 * 1_000_000_000).checked_div(bytes).unwrap_or(0);
+        Self { interval, due: Instant::now() }
+    }
+
+    /// After an operation that ended `now`: how long to sleep, if at all.
+    fn ahead(&mut self, now: Instant) -> Option<Duration> {
+        if self.interval == 0 {
+            return None;
+        }
+        self.due = self.due.max(now.checked_sub(Self::ARREARS).unwrap_or(now)) + Duration::from_nanos(self.interval);
+        let ahead = self.due.saturating_duration_since(now);
+        (ahead >= Self::BURST).then_some(ahead)
+    }
+}

@@ -1,0 +1,111 @@
+//! Operations on one partition: which page is next, and the order in which it is written.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::LedgerError;
+use super::layout::{Counters, Entry, Layout, load, store};
+use super::options::{part, unit};
+use super::page::{Finding, GOLDEN, WORDS, Words, compose, examine, mix};
+
+/// The writer of one partition.
+pub(super) struct Writer<'a> {
+    layout: &'a Layout,
+    partition: usize,
+    counters: Counters<'a>,
+    filled: usize,
+    next: Box<Words>,
+    found: Box<Words>,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(layout: &'a Layout, partition: usize) -> Self {
+        Self {
+            layout,
+            partition,
+            counters: layout.counters(partition),
+            filled: layout.filled(partition),
+            next: Box::new([0; WORDS]),
+            found: Box::new([0; WORDS]),
+        }
+    }
+
+    /// Whether there is anything to write.
+    pub(super) fn idle(&self) -> bool {
+        self.filled == 0
+    }
+
+    /// The next operation up to and including its counter: checked by `check` afterwards, outside of what is timed.
+    pub(super) fn write(&mut self) -> Written {
+        let operation = self.counters.writes().saturating_sub(self.filled as u64);
+        let (index, zeros) = choose(self.layout, self.partition, operation);
+        let number = self.layout.partition(self.partition).start + index;
+        let before = Entry(self.layout.entry(number).load(Ordering::Relaxed));
+        load(self.layout.body(number), &mut self.found);
+        self.put(number, Entry::new(before.version() + 1, zeros));
+        Written { number, before }
+    }
+
+    /// Checks what the last operation has overwritten. Part of the operation: done before the thread may park.
+    pub(super) fn check(&self, written: &Written) {
+        let seed = self.layout.options.seed;
+        if examine(&self.found, seed, written.number as u64, written.before) != Finding::Good {
+            self.counters.count_bad(written.number);
+        }
+    }
+
+    /// Page, then table, then counter: see the module's documentation.
+    fn put(&mut self, number: usize, entry: Entry) {
+        if entry.is_zeros() {
+            self.next.fill(0);
+        } else {
+            let options = &self.layout.options;
+            compose(&mut self.next, options.seed, number as u64, entry.version(), options.compressible);
+        }
+        store(self.layout.body(number), &self.next);
+        self.layout.entry(number).store(entry.0, Ordering::Release);
+        self.counters.count_write();
+    }
+
+    /// Writes every page that is to be filled, as version 1.
+    fn fill(&mut self, cancel: &AtomicBool) -> Result<(), LedgerError> {
+        self.counters.reset();
+        let options = &self.layout.options;
+        let first = self.layout.partition(self.partition).start;
+        for number in first..first + self.filled {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(LedgerError::Interrupted);
+            }
+            let chance = unit(mix(options.seed ^ mix(number as u64)));
+            self.put(number, Entry::new(1, chance < options.zero_fraction));
+        }
+        Ok(())
+    }
+}
+
+/// What an operation has overwritten.
+pub(super) struct Written {
+    number: usize,
+    before: Entry,
+}
+
+/// Fills all partitions, each by a thread of its own.
+pub(super) fn fill(layout: &Layout, cancel: &AtomicBool) -> Result<(), LedgerError> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..layout.options.threads)
+            .map(|partition| scope.spawn(move || Writer::new(layout, partition).fill(cancel)))
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(LedgerError::ThreadDied)))
+    })
+}
+
+/// The page (counted from the partition's first) that operation `operation` writes, and whether it makes it zeros.
+pub(super) fn choose(layout: &Layout, partition: usize, operation: u64) -> (usize, bool) {
+    let options = &layout.options;
+    let filled = layout.filled(partition);
+    let draw = mix(mix(options.seed.wrapping_add(mix(partition as u64 + 1))).wrapping_add(operation));
+    let working_set = part(filled, options.working_set).max(1);
+    let place = if options.skew > 1.0 { unit(draw).powf(options.skew) } else { unit(draw) };
+    let rank = part(working_set, place).min(working_set - 1);
+    let index = if options.scatter { rank * filled / working_set } else { rank };
+    (index, unit(mix(draw.wrapping_add(GOLDEN))) < options.zero_fraction)
+}
