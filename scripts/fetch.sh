@@ -1,0 +1,97 @@
+#!/bin/sh
+# Fetch into the cache directory $1, from Debian, without installing anything and without root:
+#   guest/vmlinuz, guest/modules/    a kernel for guests and its virtio modules
+#   qemu-10/bin/qemu-system-x86_64   a QEMU beside the machine's own: from the backports of this Debian release
+# apt-get runs with sources and lists of its own, so the machine's are neither needed fresh nor changed.
+set -eu
+
+cache=$(mkdir -p "$1" && cd "$1" && pwd)
+work=$cache/apt
+release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+[ "$(dpkg --print-architecture 2>/dev/null)" = amd64 ] && [ -n "$release" ] && command -v apt-get >/dev/null || {
+    echo "missing: a guest kernel and QEMU 10 in $1: they are fetched on Debian for amd64 only" >&2
+    exit 1
+}
+
+# The mirror that this machine uses for its own release.
+mirror() {
+    apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' 2>/dev/null |
+        awk -v release="$release" '$2 == release && !/security/ { print $1; exit }'
+}
+
+prepare() {
+    uri=$(mirror)
+    rm -rf "$work"
+    mkdir -p "$work/sources" "$work/lists/partial" "$work/archives/partial"
+    for suite in "$release" "$release-backports"; do
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${uri:-http://deb.debian.org/debian} $suite main"
+    done >"$work/sources/debian.list"
+    cat >"$work/apt.conf" <<CONF
+Dir::Etc::SourceList "/dev/null";
+Dir::Etc::SourceParts "$work/sources";
+Dir::Etc::Preferences "/dev/null";
+Dir::Etc::PreferencesParts "$work/sources";
+Dir::State::Lists "$work/lists";
+Dir::Cache::Archives "$work/archives";
+Dir::Cache::PkgCache "";
+Dir::Cache::SrcPkgCache "";
+Acquire::Languages "none";
+APT::Sandbox::User "";
+APT::Keep-Downloaded-Packages "true";
+Debug::NoLocking "true";
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear DPkg::Post-Invoke;
+CONF
+    private_apt update
+}
+
+private_apt() {
+    apt-get -qq -c "$work/apt.conf" "$@"
+}
+
+unpack() {
+    mkdir -p "$1"
+    find "$work/archives" -name '*.deb' -exec dpkg -x {} "$1" \; -delete
+}
+
+fetch_kernel() {
+    image=$(apt-cache -c "$work/apt.conf" depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
+    (cd "$work/archives" && private_apt download "$image")
+    unpack "$work/kernel"
+    mkdir -p "$work/guest/modules"
+    mv "$work"/kernel/boot/vmlinuz-* "$work/guest/vmlinuz"
+    mv "$work"/kernel/lib/modules/*/kernel/drivers/virtio/*.ko* "$work/guest/modules/"
+    rm -rf "$cache/guest"
+    mv "$work/guest" "$cache/guest"
+}
+
+# What would be installed or upgraded with it; what the machine has already is used from there, up to QEMU itself where
+# the release's own is the newest.
+fetch_qemu() {
+    private_apt -y --download-only --no-install-recommends -t "$release-backports" install qemu-system-x86
+    unpack "$work/qemu"
+    mkdir -p "$work/qemu/bin"
+    # exec in the wrapper, so that the process that was started is QEMU.
+    cat >"$work/qemu/bin/qemu-system-x86_64" <<'WRAPPER'
+#!/bin/sh
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+libraries=$root/usr/lib/x86_64-linux-gnu
+export LD_LIBRARY_PATH="$libraries:$root/lib/x86_64-linux-gnu${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+export QEMU_MODULE_DIR="$libraries/qemu"
+qemu=$root/usr/bin/qemu-system-x86_64
+[ -x "$qemu" ] || qemu=/usr/bin/qemu-system-x86_64
+exec "$qemu" \
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"
+WRAPPER
+    chmod +x "$work/qemu/bin/qemu-system-x86_64"
+    "$work/qemu/bin/qemu-system-x86_64" -version >/dev/null
+    rm -rf "$cache/qemu-10"
+    mv "$work/qemu" "$cache/qemu-10"
+}
+
+trap 'rm -rf "$work"' EXIT
+prepare
+[ -f "$cache/guest/vmlinuz" ] || { echo "fetching a guest kernel" >&2; fetch_kernel; }
+[ -x "$cache/qemu-10/bin/qemu-system-x86_64" ] || { echo "fetching QEMU from $release-backports" >&2; fetch_qemu; }

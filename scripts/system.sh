@@ -1,0 +1,19 @@
+#!/bin/sh
+# Install or fetch what guests need. Never fails for what is missing: it is named, and tests that need it skip.
+set -u
+cd "$(dirname "$0")/.."
+. scripts/debian.sh
+
+cache=.cache
+complete=yes
+
+need qemu-system-x86_64 qemu-system-x86 || complete=no
+need busybox busybox-static || complete=no
+need iperf3 iperf3 || complete=no
+
+if ! [ -x $cache/qemu-10/bin/qemu-system-x86_64 ] || ! [ -f $cache/guest/vmlinuz ]; then
+    scripts/fetch.sh $cache || complete=no
+fi
+if [ $complete = no ]; then
+    echo "some of what guests need is missing: the tests that use it will be skipped" >&2
+fi
