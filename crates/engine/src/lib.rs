@@ -12,9 +12,12 @@
 //! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
+pub mod block;
 pub mod ledger;
 pub mod mapping;
+pub mod pages;
 pub mod space;
+pub mod trace;
 pub mod uapi;
 
 /// Size of a small page, bytes.

@@ -32,7 +32,7 @@ impl Mapping {
     /// # Errors
     /// EINVAL for a length or offset that is no multiple of 4 KiB, or whatever `mmap` says.
     pub fn new(file: BorrowedFd<'_>, len: usize, offset: u64) -> io::Result<Self> {
-        if len == 0 || len % SMALL_PAGE != 0 || offset % SMALL_PAGE as u64 != 0 {
+        if len == 0 || !len.is_multiple_of(SMALL_PAGE) || !offset.is_multiple_of(SMALL_PAGE as u64) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let file = file.try_clone_to_owned()?;
@@ -149,8 +149,8 @@ impl Mapping {
         scan(&pagemap, self.address(), self.address() + self.len as u64, 0, categories, |start, end| {
             let first = usize::try_from(start - self.address()).unwrap_or(0) / SMALL_PAGE;
             let last = usize::try_from(end - self.address()).unwrap_or(0) / SMALL_PAGE;
-            for unit in first.div_ceil(SLOTS)..last / SLOTS {
-                units[unit] = true;
+            if let Some(units) = units.get_mut(first.div_ceil(SLOTS)..last / SLOTS) {
+                units.fill(true);
             }
         })?;
         Ok(units)

@@ -1,0 +1,559 @@
+//! Storage blocks: the one form in which pages leave memory, the same on the wire and in a file.
+//!
+//! ```text
+//! storage block = header (64 bytes)
+//!                 runs          24 bytes each: consecutive pages of one class
+//!                 page blocks   16 bytes each: raw length, stored length, checksum
+//!                 payload       the page blocks, one after the other, each compressed by itself
+//! ```
+//!
+//! The data pages of all runs, in order, make the *raw* stream; cut every `unit` bytes it gives the page blocks (the
+//! last one may be shorter). Pages of other classes have no bytes. All numbers are little endian. The header's checksum
+//! covers header, runs and page-block table, so no length is believed before it has been verified; and every length has
+//! an upper bound, so no length is allocated that a peer made up.
+
+use thiserror::Error;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::SMALL_PAGE;
+
+/// First bytes of every storage block.
+pub const MAGIC: [u8; 4] = *b"PFBK";
+/// Version of the layout.
+pub const VERSION: u8 = 1;
+/// Most data bytes that a storage block may hold, before compression.
+pub const MAX_RAW: usize = 4 << 20;
+/// Most runs that a storage block may have.
+pub const MAX_RUNS: usize = 2048;
+/// Largest page block, bytes before compression.
+pub const MAX_UNIT: usize = 1 << 20;
+/// Most page blocks: a full storage block of the smallest page blocks.
+pub const MAX_PAGE_BLOCKS: usize = MAX_RAW / SMALL_PAGE;
+/// Most pages that one run may cover.
+pub const MAX_RUN_PAGES: usize = 1 << 24;
+
+/// What is wrong with a storage block.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum BlockError {
+    /// It does not begin as a storage block does.
+    #[error("this is no storage block: it begins with {0:02x?}")]
+    Magic([u8; 4]),
+    /// Written by something newer.
+    #[error("storage block of version {0}; this release knows version {VERSION}")]
+    Version(u8),
+    /// A field holds a value that is not allowed.
+    #[error("storage block with {field} {value}, allowed is {allowed}")]
+    Field {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// The header is not what was written.
+    #[error("storage block header fails its checksum: damaged on the way, or not ours")]
+    HeaderChecksum,
+    /// The content is not what was written.
+    #[error("page block {index} (page {page} of region {region}) fails its checksum: damaged on the way")]
+    PayloadChecksum {
+        /// Which page block.
+        index: usize,
+        /// First page of the run it starts in.
+        page: u64,
+        /// Region of the storage block.
+        region: u32,
+    },
+    /// The compressed bytes do not decompress to what the header says.
+    #[error("page block {index} of region {region} does not decompress: {reason}")]
+    Decompress {
+        /// Which page block.
+        index: usize,
+        /// Region of the storage block.
+        region: u32,
+        /// The codec's words.
+        reason: String,
+    },
+}
+
+/// How page blocks are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Codec {
+    /// Not at all.
+    None = 0,
+    /// LZ4 block format.
+    Lz4 = 1,
+    /// Zstandard, level 1.
+    Zstd = 2,
+}
+
+impl Codec {
+    /// The codec of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [("none", Self::None), ("lz4", Self::Lz4), ("zstd", Self::Zstd)]
+            .into_iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, codec)| codec)
+    }
+
+    fn from_byte(byte: u8) -> Result<Self, BlockError> {
+        match byte {
+            0 => Ok(Self::None),
+            1 => Ok(Self::Lz4),
+            2 => Ok(Self::Zstd),
+            _ => Err(field("codec", byte, "0 (none), 1 (lz4) or 2 (zstd)")),
+        }
+    }
+}
+
+/// What a run of pages is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Class {
+    /// Not in memory at all: a hole.
+    Absent = 0,
+    /// In memory, all zeros.
+    Zero = 1,
+    /// One 64-bit word, repeated.
+    Pattern = 2,
+    /// The same as another page of the region.
+    SameAs = 3,
+    /// Anything else: its bytes are in the payload.
+    Data = 4,
+}
+
+impl Class {
+    fn from_byte(byte: u8) -> Result<Self, BlockError> {
+        [Self::Absent, Self::Zero, Self::Pattern, Self::SameAs, Self::Data]
+            .into_iter()
+            .find(|class| *class as u8 == byte)
+            .ok_or_else(|| field("page class", byte, "0 (absent) to 4 (data)"))
+    }
+}
+
+fn field(field: &'static str, value: impl Into<u64>, allowed: &'static str) -> BlockError {
+    BlockError::Field { field, value: value.into(), allowed }
+}
+
+/// What a storage block is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// It carries pages.
+    Pages = 1,
+    /// It ends a round on a stream; `sequence` is the number of blocks before it.
+    Barrier = 2,
+}
+
+/// Fixed part of a storage block.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Header {
+    /// [`MAGIC`].
+    pub magic: [u8; 4],
+    /// [`VERSION`].
+    pub version: u8,
+    /// [`Kind`].
+    pub kind: u8,
+    /// [`Codec`].
+    pub codec: u8,
+    /// 0.
+    pub reserved: u8,
+    /// Number of the region, in the order of the region table.
+    pub region: U32,
+    /// Number of runs.
+    pub runs: U16,
+    /// Number of page blocks.
+    pub page_blocks: U16,
+    /// Data bytes of a page block before compression.
+    pub unit: U32,
+    /// Data bytes of all page blocks before compression.
+    pub raw_len: U32,
+    /// Bytes of the payload.
+    pub stored_len: U32,
+    /// Round of a migration, 0 in a file.
+    pub round: U32,
+    /// Number of the block in its stream or file, from 0.
+    pub sequence: U64,
+    /// 0.
+    pub reserved2: [u8; 16],
+    /// xxh3-64 of header (this field zero), runs and page-block table.
+    pub checksum: U64,
+}
+
+/// Consecutive pages of one class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct RunRecord {
+    /// First page, from the start of the region.
+    pub first: U64,
+    /// Number of pages, at least 1.
+    pub count: U32,
+    /// [`Class`].
+    pub class: u8,
+    /// 0.
+    pub reserved: [u8; 3],
+    /// Pattern: the word. Same-as: the page. Otherwise 0.
+    pub value: U64,
+}
+
+/// One page block.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct PageBlockRecord {
+    /// Data bytes before compression.
+    pub raw_len: U32,
+    /// Bytes in the payload. Equal to `raw_len`: stored as it is, whatever the codec.
+    pub stored_len: U32,
+    /// xxh3-64 of the stored bytes.
+    pub checksum: U64,
+}
+
+/// Size of the fixed part, bytes.
+pub const HEADER_LEN: usize = size_of::<Header>();
+const RUN_LEN: usize = size_of::<RunRecord>();
+const PAGE_BLOCK_LEN: usize = size_of::<PageBlockRecord>();
+const _: () = assert!(HEADER_LEN == 64 && RUN_LEN == 24 && PAGE_BLOCK_LEN == 16);
+
+/// A run of pages, decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// First page, from the start of the region.
+    pub first: usize,
+    /// Number of pages.
+    pub count: usize,
+    /// What they are.
+    pub class: Class,
+    /// Pattern word, or the page that they are the same as.
+    pub value: u64,
+}
+
+/// A decoded and verified header with its runs and page blocks; the payload is still to be read.
+#[derive(Debug)]
+pub struct Head {
+    /// What the block is for.
+    pub kind: Kind,
+    /// How its page blocks are compressed.
+    pub codec: Codec,
+    /// Number of the region.
+    pub region: u32,
+    /// Round of a migration.
+    pub round: u32,
+    /// Number of the block in its stream.
+    pub sequence: u64,
+    /// Runs, in the order of their data.
+    pub runs: Vec<Run>,
+    /// Page blocks, in the order of their data.
+    pub page_blocks: Vec<PageBlockRecord>,
+    /// Bytes of payload that follow.
+    pub stored_len: usize,
+}
+
+/// Bytes of runs and page-block table that follow a fixed header, after a check of everything that sizes them.
+pub fn table_len(header: &Header) -> Result<usize, BlockError> {
+    if header.magic != MAGIC {
+        return Err(BlockError::Magic(header.magic));
+    }
+    if header.version != VERSION {
+        return Err(BlockError::Version(header.version));
+    }
+    let (runs, page_blocks) = (usize::from(header.runs.get()), usize::from(header.page_blocks.get()));
+    if runs > MAX_RUNS {
+        return Err(field("run count", header.runs.get(), "up to 2048"));
+    }
+    if page_blocks > MAX_PAGE_BLOCKS {
+        return Err(field("page-block count", header.page_blocks.get(), "up to 1024"));
+    }
+    Ok(runs * RUN_LEN + page_blocks * PAGE_BLOCK_LEN)
+}
+
+/// Decodes and verifies header and table (of the length that [`table_len`] gave).
+pub fn decode_head(header: &Header, table: &[u8]) -> Result<Head, BlockError> {
+    if header_checksum(header, table) != header.checksum.get() {
+        return Err(BlockError::HeaderChecksum);
+    }
+    let kind = match header.kind {
+        1 => Kind::Pages,
+        2 => Kind::Barrier,
+        other => return Err(field("kind", other, "1 (pages) or 2 (barrier)")),
+    };
+    let codec = Codec::from_byte(header.codec)?;
+    let split = usize::from(header.runs.get()) * RUN_LEN;
+    let runs = decode_runs(&table[..split])?;
+    let page_blocks = decode_page_blocks(header, codec, &table[split..])?;
+    let data: usize = runs.iter().filter(|run| run.class == Class::Data).map(|run| run.count * SMALL_PAGE).sum();
+    if data != header.raw_len.get() as usize {
+        return Err(field("raw length", header.raw_len.get(), "the data pages of its runs"));
+    }
+    Ok(Head {
+        kind,
+        codec,
+        region: header.region.get(),
+        round: header.round.get(),
+        sequence: header.sequence.get(),
+        runs,
+        page_blocks,
+        stored_len: header.stored_len.get() as usize,
+    })
+}
+
+fn decode_runs(table: &[u8]) -> Result<Vec<Run>, BlockError> {
+    let records = <[RunRecord]>::ref_from_bytes(table).map_err(|_| BlockError::HeaderChecksum)?;
+    records
+        .iter()
+        .map(|record| {
+            let (first, count) = (record.first.get(), record.count.get());
+            if count == 0 || count as usize > MAX_RUN_PAGES {
+                return Err(field("run length", count, "1 to 16777216 pages"));
+            }
+            if first > u64::MAX / (2 * SMALL_PAGE as u64) {
+                return Err(field("first page", first, "a page of the region"));
+            }
+            let class = Class::from_byte(record.class)?;
+            #[expect(clippy::cast_possible_truncation, reason = "64-bit hosts only; bounded above")]
+            Ok(Run { first: first as usize, count: count as usize, class, value: record.value.get() })
+        })
+        .collect()
+}
+
+fn decode_page_blocks(header: &Header, codec: Codec, table: &[u8]) -> Result<Vec<PageBlockRecord>, BlockError> {
+    let blocks = <[PageBlockRecord]>::ref_from_bytes(table).map_err(|_| BlockError::HeaderChecksum)?;
+    let (unit, raw_len) = (header.unit.get() as usize, header.raw_len.get() as usize);
+    if raw_len > MAX_RAW {
+        return Err(field("raw length", header.raw_len.get(), "up to 4 MiB"));
+    }
+    if !unit.is_multiple_of(SMALL_PAGE) || unit > MAX_UNIT || (unit == 0 && raw_len > 0) {
+        return Err(field("page-block size", header.unit.get(), "a multiple of 4096, up to 1 MiB"));
+    }
+    if blocks.len() != raw_len.div_ceil(unit.max(1)) {
+        return Err(field("page-block count", header.page_blocks.get(), "raw length / page-block size"));
+    }
+    let mut stored = 0;
+    for (index, block) in blocks.iter().enumerate() {
+        let raw = (raw_len - index * unit).min(unit);
+        if block.raw_len.get() as usize != raw {
+            return Err(field("raw length of a page block", block.raw_len.get(), "the page-block size"));
+        }
+        let len = block.stored_len.get() as usize;
+        if len == 0 || len > raw || (codec == Codec::None && len != raw) {
+            return Err(field("stored length of a page block", block.stored_len.get(), "1 to its raw length"));
+        }
+        stored += len;
+    }
+    if stored != header.stored_len.get() as usize {
+        return Err(field("stored length", header.stored_len.get(), "the sum over its page blocks"));
+    }
+    Ok(blocks.to_vec())
+}
+
+fn header_checksum(header: &Header, table: &[u8]) -> u64 {
+    let mut hash = Xxh3Default::new();
+    hash.update(Header { checksum: U64::ZERO, ..*header }.as_bytes());
+    hash.update(table);
+    hash.digest()
+}
+
+/// Checksum of stored bytes.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    xxh3_64(bytes)
+}
+
+/// Decompresses one verified page block into `out`, which has its raw length.
+pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
+    if stored.len() == out.len() {
+        out.copy_from_slice(stored);
+        return Ok(());
+    }
+    let len = match codec {
+        Codec::None => return Err("it is not compressed, and of another length".to_owned()),
+        Codec::Lz4 => lz4_flex::block::decompress_into(stored, out).map_err(|error| error.to_string())?,
+        Codec::Zstd => zstd::bulk::decompress_to_buffer(stored, out).map_err(|error| error.to_string())?,
+    };
+    if len == out.len() { Ok(()) } else { Err(format!("{len} bytes instead of {}", out.len())) }
+}
+
+/// Builds storage blocks from pages. One per stream; the buffers are used again for every block.
+#[derive(Debug)]
+pub struct Builder {
+    codec: Codec,
+    unit: usize,
+    capacity: usize,
+    raw: Vec<u8>,
+    runs: Vec<RunRecord>,
+    packed: Vec<u8>,
+    head: Vec<u8>,
+}
+
+/// The two parts of a finished block, to be written one after the other.
+#[derive(Debug)]
+pub struct Built<'a> {
+    /// Header, runs and page-block table.
+    pub head: &'a [u8],
+    /// The page blocks.
+    pub payload: &'a [u8],
+}
+
+impl Builder {
+    /// Blocks of up to `capacity` data bytes, compressed in page blocks of `unit` bytes.
+    ///
+    /// # Panics
+    /// When the sizes are no multiples of 4 KiB, or beyond [`MAX_UNIT`] and [`MAX_RAW`].
+    pub fn new(codec: Codec, unit: usize, capacity: usize) -> Self {
+        assert!(unit > 0 && unit.is_multiple_of(SMALL_PAGE) && unit <= MAX_UNIT, "page block of {unit} bytes");
+        assert!(capacity.is_multiple_of(unit) && capacity <= MAX_RAW, "storage block of {capacity} bytes");
+        let (raw, runs) = (Vec::with_capacity(capacity), Vec::with_capacity(MAX_RUNS));
+        Self { codec, unit, capacity, raw, runs, packed: Vec::new(), head: Vec::new() }
+    }
+
+    /// Whether there is nothing to send.
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// Whether another page or run may not fit.
+    pub fn is_full(&self) -> bool {
+        self.raw.len() + SMALL_PAGE > self.capacity || self.runs.len() >= MAX_RUNS
+    }
+
+    /// Data bytes so far.
+    pub fn raw_len(&self) -> usize {
+        self.raw.len()
+    }
+
+    /// Adds pages that have no bytes. Runs that continue the last one are joined to it.
+    pub fn push_run(&mut self, first: usize, count: usize, class: Class, value: u64) {
+        if let Some(last) = self.runs.last_mut() {
+            let (next, sum) = (last.first.get() + u64::from(last.count.get()), last.count.get() as usize + count);
+            if last.class == class as u8 && next == first as u64 && last.value.get() == value && sum <= MAX_RUN_PAGES {
+                last.count.set(u32::try_from(sum).unwrap_or(u32::MAX));
+                return;
+            }
+        }
+        let count = u32::try_from(count.min(MAX_RUN_PAGES)).unwrap_or(u32::MAX);
+        let (first, count, value) = (U64::new(first as u64), U32::new(count), U64::new(value));
+        self.runs.push(RunRecord { first, count, class: class as u8, reserved: [0; 3], value });
+    }
+
+    /// Copies one page that may be written to at the same time, and files it under what the copy holds.
+    ///
+    /// # Safety
+    /// `page` must be readable for 4 KiB.
+    pub unsafe fn push_page(&mut self, number: usize, page: *const u8) {
+        let start = self.raw.len();
+        self.raw.reserve(SMALL_PAGE);
+        // SAFETY: room was reserved; the source is readable by this function's contract. The copy may be torn when
+        // the page is being written: then the write trace has the page again, and a later round sends it whole.
+        unsafe {
+            std::ptr::copy_nonoverlapping(page, self.raw.as_mut_ptr().add(start), SMALL_PAGE);
+            self.raw.set_len(start + SMALL_PAGE);
+        }
+        if is_zero(&self.raw[start..]) {
+            self.raw.truncate(start);
+            self.push_run(number, 1, Class::Zero, 0);
+        } else {
+            self.push_run(number, 1, Class::Data, 0);
+        }
+    }
+
+    /// Finishes the block and starts the next one.
+    pub fn build(&mut self, region: u32, round: u32, sequence: u64) -> Built<'_> {
+        self.finish(Kind::Pages, region, round, sequence)
+    }
+
+    /// A barrier: the end of a round on this stream, after `sequence` blocks.
+    pub fn barrier(&mut self, round: u32, sequence: u64) -> Built<'_> {
+        debug_assert!(self.is_empty(), "a block is unfinished");
+        self.finish(Kind::Barrier, 0, round, sequence)
+    }
+
+    fn finish(&mut self, kind: Kind, region: u32, round: u32, sequence: u64) -> Built<'_> {
+        self.head.clear();
+        self.head.resize(HEADER_LEN, 0);
+        self.head.extend_from_slice(self.runs.as_bytes());
+        let raw_len = self.raw.len();
+        let stored_len = self.pack();
+        let header = Header {
+            magic: MAGIC,
+            version: VERSION,
+            kind: kind as u8,
+            codec: self.codec as u8,
+            reserved: 0,
+            region: U32::new(region),
+            runs: U16::new(u16::try_from(self.runs.len()).unwrap_or(u16::MAX)),
+            page_blocks: U16::new(u16::try_from(raw_len.div_ceil(self.unit)).unwrap_or(u16::MAX)),
+            unit: U32::new(u32::try_from(self.unit).unwrap_or(0)),
+            raw_len: U32::new(u32::try_from(raw_len).unwrap_or(u32::MAX)),
+            stored_len: U32::new(u32::try_from(stored_len).unwrap_or(u32::MAX)),
+            round: U32::new(round),
+            sequence: U64::new(sequence),
+            reserved2: [0; 16],
+            checksum: U64::ZERO,
+        };
+        let checksum = U64::new(header_checksum(&header, &self.head[HEADER_LEN..]));
+        self.head[..HEADER_LEN].copy_from_slice(Header { checksum, ..header }.as_bytes());
+        self.runs.clear();
+        if self.codec == Codec::None {
+            // The raw bytes are the payload; they stay until the next page is pushed over them.
+            std::mem::swap(&mut self.raw, &mut self.packed);
+        }
+        self.raw.clear();
+        Built { head: &self.head, payload: &self.packed }
+    }
+
+    /// Compresses the page blocks and appends their table to the head; returns the length of the payload.
+    fn pack(&mut self) -> usize {
+        let mut total = 0;
+        self.packed.clear();
+        for raw in self.raw.chunks(self.unit) {
+            let stored = if self.codec == Codec::None {
+                raw
+            } else {
+                let start = self.packed.len();
+                compress(self.codec, raw, &mut self.packed);
+                &self.packed[start..]
+            };
+            total += stored.len();
+            let record = PageBlockRecord {
+                raw_len: U32::new(u32::try_from(raw.len()).unwrap_or(u32::MAX)),
+                stored_len: U32::new(u32::try_from(stored.len()).unwrap_or(u32::MAX)),
+                checksum: U64::new(checksum(stored)),
+            };
+            self.head.extend_from_slice(record.as_bytes());
+        }
+        total
+    }
+}
+
+/// Appends the compressed form of `raw`, or `raw` itself where compression does not make it smaller.
+fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
+    let start = out.len();
+    let bound = match codec {
+        Codec::None => 0,
+        Codec::Lz4 => lz4_flex::block::get_maximum_output_size(raw.len()),
+        Codec::Zstd => zstd::zstd_safe::compress_bound(raw.len()),
+    };
+    out.resize(start + bound, 0);
+    let len = match codec {
+        Codec::None => None,
+        Codec::Lz4 => lz4_flex::block::compress_into(raw, &mut out[start..]).ok(),
+        Codec::Zstd => zstd::bulk::compress_to_buffer(raw, &mut out[start..], 1).ok(),
+    };
+    match len.filter(|&len| len < raw.len()) {
+        Some(len) => out.truncate(start + len),
+        None => {
+            out.truncate(start);
+            out.extend_from_slice(raw);
+        }
+    }
+}
+
+/// Whether all bytes are zero. Looks at the first words first: most pages that are not zero show it there.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let (head, tail) = bytes.split_at(bytes.len().min(64));
+    // Branch-free over 256 bytes at a time, which the compiler turns into vector instructions.
+    head.iter().all(|&byte| byte == 0)
+        && tail.chunks(256).all(|chunk| chunk.iter().fold(0, |seen, &byte| seen | byte) == 0)
+}

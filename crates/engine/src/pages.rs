@@ -1,0 +1,198 @@
+//! Sets of small pages of one region: what a trace finds, what a round sends, what has been received.
+
+use crate::SLOTS;
+
+const BITS: usize = u64::BITS as usize;
+
+/// A set of the small pages of a region, as a bitmap. Page numbers count from the start of the region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageSet {
+    words: Vec<u64>,
+    pages: usize,
+}
+
+impl PageSet {
+    /// The empty set over a region of `pages` pages.
+    pub fn new(pages: usize) -> Self {
+        Self { words: vec![0; pages.div_ceil(BITS)], pages }
+    }
+
+    /// All pages of a region.
+    pub fn full(pages: usize) -> Self {
+        let mut set = Self::new(pages);
+        set.insert(0, pages);
+        set
+    }
+
+    /// Pages of the region (not of the set).
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Adds `[start, end)`; what lies beyond the region is left out.
+    pub fn insert(&mut self, start: usize, end: usize) {
+        self.each_word(start, end, |word, mask| *word |= mask);
+    }
+
+    /// Takes `[start, end)` out.
+    pub fn remove(&mut self, start: usize, end: usize) {
+        self.each_word(start, end, |word, mask| *word &= !mask);
+    }
+
+    fn each_word(&mut self, start: usize, end: usize, mut change: impl FnMut(&mut u64, u64)) {
+        let end = end.min(self.pages);
+        let mut at = start;
+        while at < end {
+            let (word, bit) = (at / BITS, at % BITS);
+            let count = (BITS - bit).min(end - at);
+            let mask = if count == BITS { u64::MAX } else { ((1 << count) - 1) << bit };
+            change(&mut self.words[word], mask);
+            at += count;
+        }
+    }
+
+    /// Whether the page is in the set.
+    pub fn contains(&self, page: usize) -> bool {
+        page < self.pages && self.words[page / BITS] >> (page % BITS) & 1 == 1
+    }
+
+    /// How many pages are in the set.
+    pub fn count(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// How many pages of `[start, end)` are in the set.
+    pub fn count_in(&self, start: usize, end: usize) -> usize {
+        Runs { set: self, at: start, end: end.min(self.pages) }.map(|(start, end)| end - start).sum()
+    }
+
+    /// Whether nothing is in the set.
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
+    /// Takes everything out.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Adds all pages of another set over the same region.
+    pub fn union(&mut self, other: &Self) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
+    }
+
+    /// Takes out all pages of another set over the same region.
+    pub fn subtract(&mut self, other: &Self) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
+    }
+
+    /// Grows every page to its whole large page.
+    pub fn expand_to_units(&mut self) {
+        for unit in 0..self.pages.div_ceil(SLOTS) {
+            let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
+            if self.next(start, true).is_some_and(|page| page < end) {
+                self.insert(start, end);
+            }
+        }
+    }
+
+    /// For each 2 MiB unit: how many of its pages are in the set.
+    pub fn unit_counts(&self) -> Vec<u16> {
+        let words_per_unit = SLOTS / BITS;
+        let ones = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
+        self.words.chunks(words_per_unit).map(|words| u16::try_from(ones(words)).unwrap_or(u16::MAX)).collect()
+    }
+
+    /// The runs of pages in the set, as (start, end).
+    pub fn runs(&self) -> Runs<'_> {
+        self.runs_in(0, self.pages)
+    }
+
+    /// The runs of pages in the set within `[start, end)`.
+    pub fn runs_in(&self, start: usize, end: usize) -> Runs<'_> {
+        Runs { set: self, at: start, end: end.min(self.pages) }
+    }
+
+    /// First page at or after `from` that is (or is not) in the set.
+    fn next(&self, from: usize, present: bool) -> Option<usize> {
+        let mut word = from / BITS;
+        let mut mask = u64::MAX << (from % BITS);
+        while word < self.words.len() {
+            let bits = if present { self.words[word] } else { !self.words[word] } & mask;
+            if bits != 0 {
+                let page = word * BITS + bits.trailing_zeros() as usize;
+                return (page < self.pages).then_some(page);
+            }
+            word += 1;
+            mask = u64::MAX;
+        }
+        None
+    }
+}
+
+/// Iterator over the runs of a [`PageSet`].
+#[derive(Debug)]
+pub struct Runs<'a> {
+    set: &'a PageSet,
+    at: usize,
+    end: usize,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (usize, usize);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = self.set.next(self.at, true).filter(|&start| start < self.end)?;
+        let end = self.set.next(start, false).unwrap_or(self.set.pages).min(self.end);
+        self.at = end;
+        Some((start, end))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn behaves_like_a_set(pages in 1usize..1500, changes in prop::collection::vec((any::<bool>(), 0usize..1600, 0usize..700), 0..20)) {
+            let (mut set, mut model) = (PageSet::new(pages), BTreeSet::new());
+            for (add, start, len) in changes {
+                let range = start..(start + len).min(pages);
+                if add {
+                    set.insert(start, start + len);
+                    model.extend(range);
+                } else {
+                    set.remove(start, start + len);
+                    model.retain(|page| !range.contains(page));
+                }
+            }
+            prop_assert_eq!(set.count(), model.len());
+            prop_assert_eq!(set.is_empty(), model.is_empty());
+            prop_assert_eq!(set.runs().flat_map(|(start, end)| start..end).collect::<BTreeSet<_>>(), model.clone());
+            prop_assert!(set.runs().zip(set.runs().skip(1)).all(|(a, b)| a.1 < b.0), "runs are maximal");
+            prop_assert_eq!(set.count_in(3, 900), model.range(3..900.max(4)).count());
+            let units = set.unit_counts();
+            prop_assert_eq!(units.iter().map(|&count| usize::from(count)).sum::<usize>(), model.len());
+            set.expand_to_units();
+            let expanded: BTreeSet<_> = model.iter().flat_map(|page| { let unit = page / SLOTS; unit * SLOTS..((unit + 1) * SLOTS).min(pages) }).collect();
+            prop_assert_eq!(set.runs().flat_map(|(start, end)| start..end).collect::<BTreeSet<_>>(), expanded);
+        }
+    }
+
+    #[test]
+    fn unions_and_differences() {
+        let (mut a, mut b) = (PageSet::new(200), PageSet::new(200));
+        a.insert(10, 100);
+        b.insert(90, 150);
+        a.union(&b);
+        assert_eq!(a.count(), 140);
+        a.subtract(&b);
+        assert_eq!(a.runs().collect::<Vec<_>>(), [(10, 90)]);
+        assert!(a.contains(89) && !a.contains(90) && !a.contains(5000));
+    }
+}

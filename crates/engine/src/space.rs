@@ -1,1 +1,0 @@
-//! Address spaces of other processes.

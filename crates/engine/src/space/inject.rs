@@ -1,0 +1,241 @@
+//! System calls made inside another process, on one of its threads, by ptrace.
+//!
+//! One thread is stopped (PTRACE_SEIZE + INTERRUPT), its registers and signal mask are saved, it is single-stepped over
+//! a `syscall` instruction of its own vdso with our arguments, and everything is put back. Other threads run on. A
+//! system call that the stop interrupted is restarted by the kernel, as after any signal.
+
+use std::cell::Cell;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+/// How long a thread may take to stop. It stops at once unless it is in an uninterruptible sleep.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// `ptrace` requests of `linux/ptrace.h` that libc does not name.
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_O_SUSPEND_SECCOMP: u64 = 1 << 21;
+const SIGSET_LEN: usize = size_of::<u64>();
+
+/// Why no system call could be made in another process.
+#[derive(Debug, Error)]
+pub enum AdoptError {
+    /// The right to trace the process is missing.
+    #[error("process {0} may not be traced: run as root or with CAP_SYS_PTRACE, and see kernel.yama.ptrace_scope")]
+    NotPermitted(libc::pid_t),
+    /// Somebody else (a debugger, strace) traces it.
+    #[error("process {0} is being traced by process {1}: detach that tracer first")]
+    Traced(libc::pid_t, String),
+    /// It has a system-call filter that cannot be suspended.
+    #[error(
+        "process {0} runs under a seccomp filter that this user may not suspend: run as root (CAP_SYS_ADMIN), or start it without the filter"
+    )]
+    Seccomp(libc::pid_t),
+    /// It did not stop.
+    #[error("process {0} did not stop within {1:?}: it waits in the kernel (state D in ps)")]
+    Stuck(libc::pid_t, Duration),
+    /// It ended meanwhile.
+    #[error("process {0} is gone")]
+    Gone(libc::pid_t),
+    /// No `syscall` instruction was found.
+    #[error("process {0} has no vdso to make a system call from")]
+    NoVdso(libc::pid_t),
+    /// The call was made and failed.
+    #[error("a system call made in the process failed: {0}")]
+    Call(io::Error),
+    /// Anything else.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A thread that is stopped, to be put back as it was when this is dropped.
+#[derive(Debug)]
+pub struct Stopped {
+    pid: libc::pid_t,
+    saved: libc::user_regs_struct,
+    mask: u64,
+    instruction: u64,
+    /// Signals that came meanwhile, to be sent again once the thread has its registers back.
+    held: Cell<u64>,
+}
+
+impl Stopped {
+    /// Stops the main thread of a process.
+    pub fn attach(pid: libc::pid_t) -> Result<Self, AdoptError> {
+        let instruction = find_syscall(pid)?;
+        let options = if has_seccomp(pid) { PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+        seize(pid, options)?;
+        // From here on every way out must detach.
+        Self::stop(pid, instruction).inspect_err(|_| detach(pid))
+    }
+
+    fn stop(pid: libc::pid_t, instruction: u64) -> Result<Self, AdoptError> {
+        interrupt(pid)?;
+        let mut saved = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
+        request(libc::PTRACE_GETREGS, pid, 0, saved.as_mut_ptr() as u64)?;
+        // SAFETY: zeroed bytes are valid for these plain numbers, and the call filled them in.
+        let saved = unsafe { saved.assume_init() };
+        let mut mask = 0u64;
+        request(PTRACE_GETSIGMASK, pid, SIGSET_LEN as u64, (&raw mut mask) as u64)?;
+        // No handler of the program may run between our registers and its own. SIGTRAP must stay open: a step that
+        // reports into a blocked SIGTRAP makes the kernel reset the program's own disposition of it.
+        set_mask(pid, !(1u64 << (libc::SIGTRAP - 1)))?;
+        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0) })
+    }
+
+    /// One system call.
+    pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
+        let mut registers = self.saved;
+        registers.rip = self.instruction;
+        registers.rax = number.cast_unsigned();
+        // Not inside a system call any more, or the kernel would restart the interrupted one over ours.
+        registers.orig_rax = u64::MAX;
+        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = arguments;
+        set_registers(self.pid, &registers)?;
+        self.step()?;
+        request(libc::PTRACE_GETREGS, self.pid, 0, (&raw mut registers) as u64)?;
+        let result = registers.rax.cast_signed();
+        match i32::try_from(-result) {
+            Ok(errno @ 1..4096) => Err(AdoptError::Call(io::Error::from_raw_os_error(errno))),
+            _ => Ok(registers.rax),
+        }
+    }
+
+    /// Executes one instruction. A signal that comes first (only SIGSTOP and its like can) is held back.
+    fn step(&self) -> Result<(), AdoptError> {
+        loop {
+            request(libc::PTRACE_SINGLESTEP, self.pid, 0, 0)?;
+            match wait_stopped(self.pid)? {
+                Stop::Signal(libc::SIGTRAP) => return Ok(()),
+                Stop::Signal(signal) => self.held.set(self.held.get() | 1 << signal),
+                Stop::Event => {}
+            }
+        }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // Failures mean that the process is gone, and then there is nothing to put back.
+        let _ = set_registers(self.pid, &self.saved);
+        let _ = set_mask(self.pid, self.mask);
+        detach(self.pid);
+        for signal in (1..64).filter(|signal| self.held.get() >> signal & 1 == 1) {
+            // SAFETY: takes no pointers.
+            unsafe { libc::syscall(libc::SYS_tgkill, self.pid, self.pid, signal) };
+        }
+    }
+}
+
+/// What stopped a traced thread.
+enum Stop {
+    /// A signal that is about to be delivered.
+    Signal(libc::c_int),
+    /// Our own PTRACE_INTERRUPT, or a group stop.
+    Event,
+}
+
+/// Stops a seized thread; signals that come first are delivered as they would have been.
+fn interrupt(pid: libc::pid_t) -> Result<(), AdoptError> {
+    loop {
+        request(libc::PTRACE_INTERRUPT, pid, 0, 0)?;
+        match wait_stopped(pid)? {
+            Stop::Event => return Ok(()),
+            Stop::Signal(signal) => request(libc::PTRACE_CONT, pid, 0, u64::from(signal.unsigned_abs()))?,
+        }
+    }
+}
+
+fn detach(pid: libc::pid_t) {
+    let _ = request(libc::PTRACE_DETACH, pid, 0, 0);
+}
+
+fn set_registers(pid: libc::pid_t, registers: &libc::user_regs_struct) -> io::Result<()> {
+    request(libc::PTRACE_SETREGS, pid, 0, std::ptr::from_ref(registers) as u64)
+}
+
+fn set_mask(pid: libc::pid_t, mask: u64) -> io::Result<()> {
+    request(PTRACE_SETSIGMASK, pid, SIGSET_LEN as u64, (&raw const mask) as u64)
+}
+
+/// One `ptrace` call. `data` is a number, or the address of a structure of the request's type that outlives the call.
+fn request(request: libc::c_uint, pid: libc::pid_t, address: u64, data: u64) -> io::Result<()> {
+    // SAFETY: the callers, all in this file, pass addresses of live structures of the types that ptrace(2) gives.
+    let result = unsafe { libc::ptrace(request, pid, address, data) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn seize(pid: libc::pid_t, options: u64) -> Result<(), AdoptError> {
+    let Err(error) = request(libc::PTRACE_SEIZE, pid, 0, options) else { return Ok(()) };
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => Err(AdoptError::Gone(pid)),
+        Some(libc::EPERM) => match status_field(pid, "TracerPid:") {
+            Some(tracer) if tracer != "0" => Err(AdoptError::Traced(pid, tracer)),
+            _ if options != 0 => Err(AdoptError::Seccomp(pid)),
+            _ => Err(AdoptError::NotPermitted(pid)),
+        },
+        _ => Err(error.into()),
+    }
+}
+
+/// Waits for the next stop of a traced thread.
+fn wait_stopped(pid: libc::pid_t) -> Result<Stop, AdoptError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is valid for writing.
+        let waited = unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL | libc::WNOHANG) };
+        if waited == pid {
+            return match libc::WIFSTOPPED(status) {
+                true if status >> 16 == libc::PTRACE_EVENT_STOP => Ok(Stop::Event),
+                true => Ok(Stop::Signal(libc::WSTOPSIG(status))),
+                false => Err(AdoptError::Gone(pid)),
+            };
+        }
+        if waited < 0 {
+            return Err(AdoptError::Gone(pid));
+        }
+        if Instant::now() > deadline {
+            return Err(AdoptError::Stuck(pid, PATIENCE));
+        }
+        std::thread::sleep(Duration::from_micros(20));
+    }
+}
+
+fn status_field(pid: libc::pid_t, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
+    Some(line[field.len()..].trim().to_owned())
+}
+
+fn has_seccomp(pid: libc::pid_t) -> bool {
+    status_field(pid, "Seccomp:").is_some_and(|mode| mode != "0")
+}
+
+/// Address of a `syscall` instruction in the vdso of a process.
+fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => AdoptError::Gone(pid),
+        io::ErrorKind::PermissionDenied => AdoptError::NotPermitted(pid),
+        _ => error.into(),
+    })?;
+    let range = maps.lines().find(|line| line.ends_with("[vdso]")).and_then(|line| line.split_whitespace().next());
+    let (start, end) = range.and_then(|range| range.split_once('-')).ok_or(AdoptError::NoVdso(pid))?;
+    let parse = |hex| u64::from_str_radix(hex, 16).map_err(|_| AdoptError::NoVdso(pid));
+    let (start, end) = (parse(start)?, parse(end)?);
+    let mut text = vec![0; usize::try_from(end - start).unwrap_or(0).min(1 << 16)];
+    let memory = File::open(format!("/proc/{pid}/mem")).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => AdoptError::NotPermitted(pid),
+        _ => error.into(),
+    })?;
+    memory.read_exact_at(&mut text, start)?;
+    let offset = text.windows(2).position(|bytes| bytes == SYSCALL).ok_or(AdoptError::NoVdso(pid))?;
+    Ok(start + offset as u64)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("system calls are injected on x86-64 only so far");

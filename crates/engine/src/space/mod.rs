@@ -1,0 +1,112 @@
+//! Address spaces: what is mapped, large mappings, and calls made inside other processes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use crate::uapi::{self, Userfault, owned};
+
+mod inject;
+
+pub use inject::AdoptError;
+
+/// The address space of a process, ours or another's.
+#[derive(Debug)]
+pub struct Space {
+    pid: libc::pid_t,
+    pidfd: OwnedFd,
+    pagemap: File,
+}
+
+impl Space {
+    /// Opens the address space of `pid`. Nothing is done to the process.
+    ///
+    /// # Errors
+    /// ESRCH when there is no such process, EACCES without the right to trace it.
+    pub fn open(pid: libc::pid_t) -> io::Result<Self> {
+        // SAFETY: takes no pointers; the descriptor is new.
+        let pidfd = unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0)) }?;
+        let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+        Ok(Self { pid, pidfd, pagemap })
+    }
+
+    /// The process.
+    pub fn pid(&self) -> libc::pid_t {
+        self.pid
+    }
+
+    /// Its pagemap, for PAGEMAP_SCAN.
+    pub fn pagemap(&self) -> &File {
+        &self.pagemap
+    }
+
+    fn is_own(&self) -> bool {
+        u32::try_from(self.pid).is_ok_and(|pid| pid == std::process::id())
+    }
+
+    /// A userfaultfd of this address space with `features`, held by us alone: when we die, what is registered with it
+    /// is released.
+    ///
+    /// Ours is simply made. Another process is stopped for less than a millisecond (one thread of it, by ptrace), makes
+    /// the descriptor itself and closes it again once we hold a copy.
+    pub fn userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
+        let uffd = if self.is_own() {
+            Userfault::own()?
+        } else {
+            let injected = inject::Stopped::attach(self.pid)?;
+            self.userfault_in(&injected)?
+        };
+        uffd.enable(features)?;
+        Ok(uffd)
+    }
+
+    fn userfault_in(&self, stopped: &inject::Stopped) -> Result<Userfault, AdoptError> {
+        let flags = u64::try_from(libc::O_CLOEXEC | libc::O_NONBLOCK).unwrap_or(0);
+        let remote = match stopped.call(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]) {
+            Err(AdoptError::Call(error)) if error.raw_os_error() == Some(libc::EPERM) => {
+                stopped.call(libc::SYS_userfaultfd, [flags | uapi::UFFD_USER_MODE_ONLY as u64, 0, 0, 0, 0, 0])?
+            }
+            other => other?,
+        };
+        // SAFETY: takes no pointers; the descriptor is new.
+        let ours = unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), remote, 0)) };
+        stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
+        Ok(Userfault::from_fd(ours?))
+    }
+
+    /// Makes a system call in the process, as it would itself: `call` with up to six plain arguments.
+    ///
+    /// # Errors
+    /// [`AdoptError::Call`] with the errno the call ended in, the others when it could not be made.
+    pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
+        inject::Stopped::attach(self.pid)?.call(number, arguments)
+    }
+
+    /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only
+    /// mapped as one, the rest is copied to one. Works on the process from outside.
+    pub fn collapse(&self, address: u64, len: u64) -> io::Result<()> {
+        let range = libc::iovec {
+            iov_base: address as *mut libc::c_void,
+            iov_len: usize::try_from(len).map_err(io::Error::other)?,
+        };
+        let flags: libc::c_uint = 0;
+        // SAFETY: the address is only looked up in the other address space; contents are kept.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                self.pidfd.as_raw_fd(),
+                &raw const range,
+                1usize,
+                uapi::MADV_COLLAPSE,
+                flags,
+            )
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// A duplicate of a descriptor of the process.
+    pub fn descriptor(&self, fd: libc::c_int) -> io::Result<OwnedFd> {
+        // SAFETY: takes no pointers; the descriptor is new.
+        unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0)) }
+    }
+}
