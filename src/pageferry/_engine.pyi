@@ -5,7 +5,7 @@ release the GIL; long ones check for Ctrl-C. Errors of the kernel are raised as 
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 SMALL_PAGE: int
 LARGE_PAGE: int
@@ -29,6 +29,131 @@ class Mapping:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@final
+class PageSet:
+    """A set of the small pages of one region; `pages` is the size of the region. Page numbers start at 0."""
+
+    def __new__(cls, pages: int, full: bool = False) -> PageSet: ...
+    @property
+    def pages(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    def __contains__(self, page: int, /) -> bool: ...
+    def insert(self, start: int, end: int) -> None: ...
+    def remove(self, start: int, end: int) -> None: ...
+    def clear(self) -> None: ...
+    def update(self, other: PageSet) -> None: ...
+    def subtract(self, other: PageSet) -> None: ...
+    def expand_to_units(self) -> None:
+        """Grow every page to the 2 MiB unit it is in."""
+    def unit_counts(self) -> list[int]:
+        """How many pages of each 2 MiB unit are in the set."""
+    def runs(self) -> list[tuple[int, int]]:
+        """Consecutive pages in the set, as (start, end)."""
+    def copy(self) -> PageSet: ...
+
+@final
+class Space:
+    """The address space of a process (ours without an argument). Opening it does nothing to the process."""
+
+    def __new__(cls, pid: int | None = None) -> Space: ...
+    @property
+    def pid(self) -> int: ...
+    def call(self, number: int, *arguments: int) -> int:
+        """Make a system call inside the process, by ptrace; it is stopped for well under a millisecond.
+
+        OSError with the errno of the call; PermissionError, ProcessLookupError when it cannot be made.
+        """
+    def collapse(self, address: int, length: int) -> None:
+        """Put a range on large pages, or map it as what it is (process_madvise, MADV_COLLAPSE)."""
+
+Segment = tuple[Space, int, int, int, int]
+"""(space, address, length, number of the region, first page of the region that is mapped there)"""
+
+@final
+class Trace:
+    """Write traces (S2) over segments: userfaultfd write protection in asynchronous mode, read by PAGEMAP_SCAN.
+
+    `release_after` = 0 traces small pages; n: a 2 MiB unit in which n traces fired is released as a whole. Every
+    page of a released unit counts as written. Traces go when the object or the process that made it goes.
+    """
+
+    def __new__(cls, segments: Sequence[Segment], release_after: int = 0) -> Trace: ...
+    @property
+    def install_seconds(self) -> float: ...
+    @property
+    def released_units(self) -> int: ...
+    def collect(self, dirty: Sequence[PageSet]) -> None:
+        """Add what was written since the last call (one set per region), having protected it again."""
+    def peek(self, dirty: Sequence[PageSet]) -> None:
+        """Add what was written since the last `collect`, and leave it to be reported by the next."""
+    def remove(self) -> None: ...
+
+@final
+class Placer:
+    """Puts received pages at their slots (S6, S7) and populates the workload's page tables (S1, S5).
+
+    `targets`: per region (mapping of a fresh file, page size of the file, which 2 MiB units are large at the source).
+    With `workers` > 0, units are mapped into the workload as soon as every slot of them has been received.
+    """
+
+    def __new__(
+        cls,
+        targets: Sequence[tuple[Mapping, int, Sequence[bool]]],
+        segments: Sequence[Segment],
+        keep_large: bool = True,
+        workers: int = 0,
+    ) -> Placer: ...
+    @property
+    def missing(self) -> int:
+        """Pages that have not been received yet."""
+    @property
+    def fallbacks(self) -> int:
+        """Large pages of the source for which there was no large page here."""
+    @property
+    def populated(self) -> tuple[int, int, int, float]:
+        """(large pages mapped, small pages mapped, large pages left to the first access, seconds of work)."""
+    def populate(self, region: int, units: Sequence[int]) -> None:
+        """Map 2 MiB units of a region now."""
+    def finish(self, rest: bool) -> None:
+        """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE."""
+
+Counters = tuple[int, int, int, int, int]
+"""(bytes on the wire, storage blocks, data pages, zero pages, absent pages)"""
+
+@final
+class BlockSender:
+    """Sends pages as storage blocks over connected, blocking stream sockets (descriptors are duplicated).
+
+    Raises ConnectionResetError (peer closed), TimeoutError (no byte moved for `patience` seconds), InterruptedError
+    (cancelled), OSError. After an error the streams are out of step and must be closed.
+    """
+
+    def __new__(
+        cls,
+        sockets: Sequence[int],
+        codec: str = "none",
+        page_block: int = 65536,
+        storage_block: int = 524288,
+        patience: float = 30.0,
+    ) -> BlockSender: ...
+    def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, barrier: bool = True) -> None:
+        """Send the pages of one set per region, and with `barrier` the end of the round on every stream."""
+    @property
+    def progress(self) -> Counters: ...
+    def cancel(self) -> None: ...
+
+@final
+class BlockReceiver:
+    """Receives storage blocks and places them. Errors as for `BlockSender`; ValueError for a block that is wrong."""
+
+    def __new__(cls, sockets: Sequence[int], placer: Placer, patience: float = 30.0) -> BlockReceiver: ...
+    def receive(self, round: int) -> None:
+        """Receive until every stream has seen the barrier of the round."""
+    @property
+    def progress(self) -> Counters: ...
+    def cancel(self) -> None: ...
+
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.
 
@@ -36,8 +161,121 @@ def large_tmpfs(size: int) -> int:
     """
 
 @final
+class LedgerReport:
+    """What `Ledger.verify` found. All numbers count body pages, unless named otherwise."""
+
+    @property
+    def pages(self) -> int:
+        """All there are, touched or not."""
+    @property
+    def checked(self) -> int:
+        """Those that were ever written; the others are not read."""
+    @property
+    def zeros(self) -> int:
+        """Of the checked ones: all zeros, as they should be."""
+    @property
+    def lost(self) -> int:
+        """Zeros that should hold content."""
+    @property
+    def stale(self) -> int:
+        """Whole, but of another version than the table says: the page or the table missed a write."""
+    @property
+    def misplaced(self) -> int:
+        """Whole, but of another place."""
+    @property
+    def torn(self) -> int:
+        """Not whole."""
+    @property
+    def first_bad(self) -> int | None:
+        """Number of the first bad page."""
+    @property
+    def overwritten(self) -> int:
+        """Bad pages that operations met before and have overwritten since."""
+    @property
+    def versions(self) -> int:
+        """Sum of all pages' versions by the table."""
+    @property
+    def writes(self) -> int:
+        """Sum of the counters of writes; equals `versions`."""
+    @property
+    def disagreeing(self) -> int:
+        """Partitions whose versions do not add up to their counter."""
+    @property
+    def header(self) -> bool:
+        """Whether the header is as it was."""
+    @property
+    def intact(self) -> bool:
+        """Nothing was lost, stale, misplaced or torn, now or before, and everything adds up."""
+
+@final
 class Ledger:
     """The built-in workload (demo, tests): threads that rewrite self-describing pages of a mapping.
 
-    See the docs of the engine's `ledger` module for the layout. A lost, stale or torn write is found by `verify`.
+    Memory holds a header, counters, a table of versions and the pages; all of it moves with the memory. A lost, stale
+    or torn write is found by `verify`; the docs of the engine's `ledger` module say why. Each of the threads owns one
+    partition of the pages. Several processes may each run a share of the partitions of the same memory.
+
+    Methods raise ValueError for options out of range, memory that is too small and memory that holds no ledger, and
+    RuntimeError for calls that do not fit what the threads are doing.
     """
+
+    @staticmethod
+    def create(
+        mapping: Mapping,
+        *,
+        threads: int = 1,
+        seed: int = 1,
+        rate: int | None = None,
+        working_set: float = 1.0,
+        scatter: bool = False,
+        skew: float = 1.0,
+        zero_fraction: float = 0.0,
+        fill: float = 1.0,
+        compressible: float = 0.0,
+        large_fraction: float | None = None,
+    ) -> Ledger:
+        """Makes a ledger in fresh memory and fills it; the threads are not started yet.
+
+        `rate` is bytes per second of all threads together, None for as fast as they can. Fractions are of 1: `fill` of
+        the pages is ever touched, `working_set` of these is written again (scattered over them, or the first ones),
+        `zero_fraction` of the writes make a page all zeros, `compressible` of each page is one repeated word. `skew` k
+        puts x**(1/k) of the writes into the first x of the working set. With `large_fraction` the other 2 MiB units
+        are kept from standing on large pages.
+        """
+    @staticmethod
+    def attach(mapping: Mapping, *, first_thread: int = 0, threads: int | None = None) -> Ledger:
+        """Takes up the ledger that the memory holds, to run `threads` partitions from `first_thread` on (None: all)."""
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the ledger was made with: the keyword arguments of `create`, without `large_fraction`."""
+    @property
+    def pages(self) -> int:
+        """Body pages."""
+    @property
+    def filled(self) -> int:
+        """Body pages that are ever touched."""
+    @property
+    def state(self) -> str:
+        """Of the threads of this object: `stopped`, `running`, `pausing` or `paused`."""
+    @property
+    def tids(self) -> list[int]:
+        """Kernel thread ids of the threads of this object; empty when stopped."""
+    def start(self, *, paused: bool = False) -> None:
+        """Starts the threads; with `paused` they wait for `resume`, and touch nothing before."""
+    def pause(self) -> None:
+        """Parks the threads between two operations and returns when all are. Ctrl-C lets them go on."""
+    def resume(self) -> None: ...
+    def stop(self) -> None:
+        """Ends the threads between two operations. They can be started again."""
+    def verify(self, *, threads: int = 0) -> LedgerReport:
+        """Checks every page ever written, of all partitions; all who run them must be paused. 0 threads: one per CPU."""
+    def digest(self, *, threads: int = 0) -> int:
+        """64-bit hash of everything ever written, as of a paused ledger."""
+    def fingerprint(self) -> int:
+        """64-bit hash of header, counters and table: names the instant of a paused ledger without reading its pages."""
+    def writes(self) -> list[int]:
+        """Writes done per partition, filling included; of all partitions, whoever runs them."""
+    def stalls(self, *, reset: bool = False) -> tuple[int, list[int]]:
+        """How long operations of this object's threads took: the longest, ns, and how many took 2**n to 2**(n+1) ns."""
+    def page_offset(self, number: int) -> int:
+        """Where body page `number` lies in the mapping."""

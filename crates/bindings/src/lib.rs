@@ -2,13 +2,28 @@
 
 use pyo3::prelude::*;
 
+mod errors;
+mod ledger;
 mod mapping;
+mod pages;
+mod placer;
+mod space;
+mod trace;
+mod wire;
 
 #[pymodule(gil_used = false)]
 fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SMALL_PAGE", pageferry_engine::SMALL_PAGE)?;
     module.add("LARGE_PAGE", pageferry_engine::LARGE_PAGE)?;
     module.add_class::<mapping::Mapping>()?;
+    module.add_class::<pages::PageSet>()?;
+    module.add_class::<space::Space>()?;
+    module.add_class::<trace::Trace>()?;
+    module.add_class::<placer::Placer>()?;
+    module.add_class::<wire::BlockSender>()?;
+    module.add_class::<wire::BlockReceiver>()?;
+    module.add_class::<ledger::Ledger>()?;
+    module.add_class::<ledger::LedgerReport>()?;
     module.add_function(wrap_pyfunction!(mapping::large_tmpfs, module)?)?;
     Ok(())
 }

@@ -16,9 +16,11 @@ pub mod block;
 pub mod ledger;
 pub mod mapping;
 pub mod pages;
+pub mod placer;
 pub mod space;
 pub mod trace;
 pub mod uapi;
+pub mod wire;
 
 /// Size of a small page, bytes.
 pub const SMALL_PAGE: usize = 4 << 10;

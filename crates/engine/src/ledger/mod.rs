@@ -43,6 +43,7 @@ mod workers;
 mod writer;
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -102,7 +103,7 @@ pub enum LedgerError {
 #[derive(Debug)]
 pub struct Ledger {
     layout: Arc<Layout>,
-    share: std::ops::Range<usize>,
+    share: Range<usize>,
     workers: Mutex<Option<Workers>>,
     stalls: Arc<Vec<Stalls>>,
 }
@@ -133,21 +134,21 @@ impl Ledger {
         Ok(Self::over(layout, share))
     }
 
-    /// Takes up a ledger that the memory holds already, to run the partitions of `share` (all when `None`).
+    /// Takes up a ledger that the memory holds already, to run `threads` partitions from `first` on (`None`: all).
     ///
     /// # Errors
     /// [`LedgerError::NoLedger`] when the header is not intact or not of this memory's size.
-    pub fn attach(mapping: Arc<Mapping>, share: Option<std::ops::Range<usize>>) -> Result<Self, LedgerError> {
+    pub fn attach(mapping: Arc<Mapping>, first: usize, threads: Option<usize>) -> Result<Self, LedgerError> {
         let layout = Layout::read(mapping)?;
-        let threads = layout.options.threads;
-        let share = share.unwrap_or(0..threads);
-        if share.start > share.end || share.end > threads {
-            return Err(LedgerError::NoSuchPartition { first: share.start, end: share.end, threads });
+        let all = layout.options.threads;
+        let end = threads.map_or(all, |threads| first.saturating_add(threads));
+        if first > end || end > all {
+            return Err(LedgerError::NoSuchPartition { first, end, threads: all });
         }
-        Ok(Self::over(layout, share))
+        Ok(Self::over(layout, first..end))
     }
 
-    fn over(layout: Layout, share: std::ops::Range<usize>) -> Self {
+    fn over(layout: Layout, share: Range<usize>) -> Self {
         let stalls = share.clone().map(|_| Stalls::default()).collect();
         Self { layout: Arc::new(layout), share, workers: Mutex::new(None), stalls: Arc::new(stalls) }
     }
@@ -168,7 +169,7 @@ impl Ledger {
     }
 
     /// The partitions that this object runs.
-    pub fn share(&self) -> std::ops::Range<usize> {
+    pub fn share(&self) -> Range<usize> {
         self.share.clone()
     }
 

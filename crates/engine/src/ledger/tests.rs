@@ -131,7 +131,7 @@ fn pages_that_are_not_filled_are_never_touched() {
     run_and_pause(&ledger, 20_000);
     assert!(verify(&ledger).intact());
     digest(&ledger);
-    Ledger::attach(Arc::clone(&mapping), None).unwrap();
+    Ledger::attach(Arc::clone(&mapping), 0, None).unwrap();
     let data: usize = mapping.data_ranges().unwrap().iter().map(|(start, end)| end - start).sum();
     let expected = ledger.filled() * SMALL_PAGE;
     assert!(data >= expected && data < expected + MIB, "{data} bytes of data, {expected} filled");
@@ -143,7 +143,7 @@ fn another_process_or_host_goes_on_from_it() {
     run_and_pause(&ledger, 1000);
     let moved = memory(mapping.len());
     copy(&mapping, &moved, 0..mapping.len());
-    let next = Ledger::attach(Arc::clone(&moved), None).unwrap();
+    let next = Ledger::attach(Arc::clone(&moved), 0, None).unwrap();
     assert_eq!(next.options(), ledger.options());
     assert_eq!((next.fingerprint(), digest(&next)), (ledger.fingerprint(), digest(&ledger)));
     next.start(true).unwrap();
@@ -159,9 +159,9 @@ fn another_process_or_host_goes_on_from_it() {
 fn shares_of_partitions_make_up_the_whole() {
     let mapping = memory(2 * MIB);
     create(&mapping, &Options { threads: 3, ..Options::default() });
-    let first = Ledger::attach(Arc::clone(&mapping), Some(0..1)).unwrap();
-    let second = Ledger::attach(Arc::clone(&mapping), Some(1..3)).unwrap();
-    assert!(matches!(Ledger::attach(mapping, Some(2..4)), Err(LedgerError::NoSuchPartition { end: 4, .. })));
+    let first = Ledger::attach(Arc::clone(&mapping), 0, Some(1)).unwrap();
+    let second = Ledger::attach(Arc::clone(&mapping), 1, None).unwrap();
+    assert!(matches!(Ledger::attach(mapping, 2, Some(2)), Err(LedgerError::NoSuchPartition { end: 4, .. })));
     let before = first.writes();
     first.start(false).unwrap();
     second.start(false).unwrap();
@@ -316,16 +316,16 @@ fn a_damaged_header_shows() {
     assert!(!damaged(damage).header);
     let (mapping, ledger) = sample();
     damage(&ledger.layout, &mapping);
-    assert!(matches!(Ledger::attach(mapping, None), Err(LedgerError::NoLedger(_))));
+    assert!(matches!(Ledger::attach(mapping, 0, None), Err(LedgerError::NoLedger(_))));
 }
 
 #[test]
 fn memory_without_a_ledger_is_refused() {
-    assert!(matches!(Ledger::attach(memory(MIB), None), Err(LedgerError::NoLedger(_))));
+    assert!(matches!(Ledger::attach(memory(MIB), 0, None), Err(LedgerError::NoLedger(_))));
     let (mapping, _ledger) = sample();
     let larger = memory(2 * mapping.len());
     copy(&mapping, &larger, 0..mapping.len());
-    assert!(matches!(Ledger::attach(larger, None), Err(LedgerError::NoLedger(_))));
+    assert!(matches!(Ledger::attach(larger, 0, None), Err(LedgerError::NoLedger(_))));
 }
 
 #[test]

@@ -1,0 +1,41 @@
+//! Errors of the engine as Python's builtin exceptions.
+
+use std::io;
+
+use pageferry_engine::space::AdoptError;
+use pageferry_engine::wire::WireError;
+use pyo3::exceptions::{
+    PyConnectionResetError, PyInterruptedError, PyOSError, PyPermissionError, PyProcessLookupError, PyTimeoutError,
+    PyValueError,
+};
+use pyo3::prelude::*;
+
+pub fn adopt(error: AdoptError) -> PyErr {
+    let message = error.to_string();
+    match error {
+        AdoptError::Io(error) | AdoptError::Call(error) if error.raw_os_error().is_some() => {
+            PyOSError::new_err((error.raw_os_error(), message))
+        }
+        AdoptError::NotPermitted(_) | AdoptError::Traced(..) | AdoptError::Seccomp(_) => {
+            PyPermissionError::new_err(message)
+        }
+        AdoptError::Gone(_) => PyProcessLookupError::new_err(message),
+        _ => PyOSError::new_err(message),
+    }
+}
+
+pub fn wire(error: WireError) -> PyErr {
+    let message = error.to_string();
+    match error {
+        WireError::Cancelled => PyInterruptedError::new_err(message),
+        WireError::Closed => PyConnectionResetError::new_err(message),
+        WireError::Stalled(_) => PyTimeoutError::new_err(message),
+        WireError::Io(error) => error.into(),
+        WireError::Block(_) | WireError::Place(_) | WireError::Order(_) => PyValueError::new_err(message),
+    }
+}
+
+/// The process itself, as a `pid_t`.
+pub fn own_pid() -> io::Result<i32> {
+    i32::try_from(std::process::id()).map_err(io::Error::other)
+}

@@ -1,0 +1,224 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use pageferry_engine::ledger::{self, LedgerError, Options};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::mapping::Mapping;
+
+/// How often a long call looks for signals.
+const SLICE: Duration = Duration::from_millis(50);
+
+fn raised(error: LedgerError) -> PyErr {
+    match error {
+        LedgerError::BadOption(_)
+        | LedgerError::TooSmall { .. }
+        | LedgerError::NoLedger(_)
+        | LedgerError::NoSuchPartition { .. } => PyValueError::new_err(error.to_string()),
+        LedgerError::WrongState(_) | LedgerError::ThreadDied => PyRuntimeError::new_err(error.to_string()),
+        LedgerError::Interrupted => PyKeyboardInterrupt::new_err(()),
+        LedgerError::Kernel(error) => error.into(),
+    }
+}
+
+/// Runs `work` on a thread of its own and looks for signals meanwhile; one that raises sets the flag that `work` sees.
+fn interruptible<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&AtomicBool) -> Result<T, LedgerError> + Send,
+) -> PyResult<T> {
+    let cancel = AtomicBool::new(false);
+    py.detach(|| {
+        thread::scope(|scope| {
+            let (done, finished) = mpsc::channel();
+            let flag = &cancel;
+            scope.spawn(move || drop(done.send(work(flag))));
+            let mut signal = Ok(());
+            loop {
+                match finished.recv_timeout(SLICE) {
+                    Ok(result) => return signal.and_then(|()| result.map_err(raised)),
+                    Err(RecvTimeoutError::Disconnected) => return Err(raised(LedgerError::ThreadDied)),
+                    Err(RecvTimeoutError::Timeout) if signal.is_ok() => {
+                        signal = Python::attach(|py| py.check_signals());
+                        cancel.store(signal.is_err(), Ordering::Relaxed);
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                }
+            }
+        })
+    })
+}
+
+fn default_threads(threads: usize) -> usize {
+    if threads > 0 { threads } else { thread::available_parallelism().map_or(1, usize::from) }
+}
+
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct LedgerReport {
+    pages: usize,
+    checked: usize,
+    zeros: usize,
+    lost: usize,
+    stale: usize,
+    misplaced: usize,
+    torn: usize,
+    first_bad: Option<usize>,
+    overwritten: u64,
+    versions: u64,
+    writes: u64,
+    disagreeing: usize,
+    header: bool,
+    intact: bool,
+}
+
+impl From<ledger::Report> for LedgerReport {
+    fn from(report: ledger::Report) -> Self {
+        Self {
+            intact: report.intact(),
+            pages: report.pages,
+            checked: report.checked,
+            zeros: report.zeros,
+            lost: report.lost,
+            stale: report.stale,
+            misplaced: report.misplaced,
+            torn: report.torn,
+            first_bad: report.first_bad,
+            overwritten: report.overwritten,
+            versions: report.versions,
+            writes: report.writes,
+            disagreeing: report.disagreeing,
+            header: report.header,
+        }
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Ledger {
+    inner: ledger::Ledger,
+}
+
+#[pymethods]
+impl Ledger {
+    #[staticmethod]
+    #[pyo3(signature = (mapping, *, threads = 1, seed = 1, rate = None, working_set = 1.0, scatter = false, skew = 1.0,
+                        zero_fraction = 0.0, fill = 1.0, compressible = 0.0, large_fraction = None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    fn create(
+        py: Python<'_>,
+        mapping: &Bound<'_, Mapping>,
+        threads: usize,
+        seed: u64,
+        rate: Option<u64>,
+        working_set: f64,
+        scatter: bool,
+        skew: f64,
+        zero_fraction: f64,
+        fill: f64,
+        compressible: f64,
+        large_fraction: Option<f64>,
+    ) -> PyResult<Self> {
+        let options = Options { threads, seed, rate, working_set, scatter, skew, zero_fraction, fill, compressible };
+        let mapping = mapping.get().inner.clone();
+        let work = |cancel: &AtomicBool| ledger::Ledger::create(mapping, &options, large_fraction, cancel);
+        Ok(Self { inner: interruptible(py, work)? })
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (mapping, *, first_thread = 0, threads = None))]
+    fn attach(mapping: &Bound<'_, Mapping>, first_thread: usize, threads: Option<usize>) -> PyResult<Self> {
+        let mapping = mapping.get().inner.clone();
+        Ok(Self { inner: ledger::Ledger::attach(mapping, first_thread, threads).map_err(raised)? })
+    }
+
+    #[getter]
+    fn options<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let options = self.inner.options();
+        let dict = PyDict::new(py);
+        dict.set_item("threads", options.threads)?;
+        dict.set_item("seed", options.seed)?;
+        dict.set_item("rate", options.rate)?;
+        dict.set_item("working_set", options.working_set)?;
+        dict.set_item("scatter", options.scatter)?;
+        dict.set_item("skew", options.skew)?;
+        dict.set_item("zero_fraction", options.zero_fraction)?;
+        dict.set_item("fill", options.fill)?;
+        dict.set_item("compressible", options.compressible)?;
+        Ok(dict)
+    }
+
+    #[getter]
+    fn pages(&self) -> usize {
+        self.inner.pages()
+    }
+
+    #[getter]
+    fn filled(&self) -> usize {
+        self.inner.filled()
+    }
+
+    #[getter]
+    fn state(&self) -> String {
+        self.inner.state().to_string()
+    }
+
+    #[getter]
+    fn tids(&self) -> Vec<i32> {
+        self.inner.tids()
+    }
+
+    #[pyo3(signature = (*, paused = false))]
+    fn start(&self, py: Python<'_>, paused: bool) -> PyResult<()> {
+        py.detach(|| self.inner.start(paused)).map_err(raised)
+    }
+
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        while !py.detach(|| self.inner.pause(SLICE)).map_err(raised)? {
+            if let Err(signal) = py.check_signals() {
+                self.inner.resume().map_err(raised)?;
+                return Err(signal);
+            }
+        }
+        Ok(())
+    }
+
+    fn resume(&self) -> PyResult<()> {
+        self.inner.resume().map_err(raised)
+    }
+
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| self.inner.stop());
+    }
+
+    #[pyo3(signature = (*, threads = 0))]
+    fn verify(&self, py: Python<'_>, threads: usize) -> PyResult<LedgerReport> {
+        interruptible(py, |cancel| self.inner.verify(default_threads(threads), cancel)).map(LedgerReport::from)
+    }
+
+    #[pyo3(signature = (*, threads = 0))]
+    fn digest(&self, py: Python<'_>, threads: usize) -> PyResult<u64> {
+        interruptible(py, |cancel| self.inner.digest(default_threads(threads), cancel))
+    }
+
+    fn fingerprint(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.inner.fingerprint())
+    }
+
+    fn writes(&self) -> Vec<u64> {
+        self.inner.writes()
+    }
+
+    #[pyo3(signature = (*, reset = false))]
+    fn stalls(&self, reset: bool) -> (u64, Vec<u64>) {
+        let stalls = self.inner.stalls(reset);
+        (stalls.longest, stalls.histogram.to_vec())
+    }
+
+    fn page_offset(&self, number: usize) -> PyResult<usize> {
+        let pages = self.inner.pages();
+        let missing = || PyValueError::new_err(format!("body page {number} of {pages}"));
+        self.inner.page_offset(number).ok_or_else(missing)
+    }
+}

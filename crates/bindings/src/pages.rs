@@ -1,0 +1,85 @@
+use pageferry_engine::pages;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+#[pyclass(module = "pageferry._engine")]
+#[derive(Clone)]
+pub struct PageSet {
+    pub inner: pages::PageSet,
+}
+
+impl PageSet {
+    fn check(&self, other: &Self) -> PyResult<()> {
+        let (ours, theirs) = (self.inner.pages(), other.inner.pages());
+        if ours == theirs {
+            return Ok(());
+        }
+        Err(PyValueError::new_err(format!("sets over regions of {ours} and {theirs} pages")))
+    }
+}
+
+#[pymethods]
+impl PageSet {
+    #[new]
+    #[pyo3(signature = (pages, full = false))]
+    fn new(pages: usize, full: bool) -> Self {
+        Self { inner: if full { pages::PageSet::full(pages) } else { pages::PageSet::new(pages) } }
+    }
+
+    #[getter]
+    fn pages(&self) -> usize {
+        self.inner.pages()
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.count()
+    }
+
+    fn __bool__(&self) -> bool {
+        !self.inner.is_empty()
+    }
+
+    fn __contains__(&self, page: usize) -> bool {
+        self.inner.contains(page)
+    }
+
+    fn insert(&mut self, start: usize, end: usize) {
+        self.inner.insert(start, end);
+    }
+
+    fn remove(&mut self, start: usize, end: usize) {
+        self.inner.remove(start, end);
+    }
+
+    fn clear(&mut self) {
+        self.inner.clear();
+    }
+
+    fn update(&mut self, other: PyRef<'_, Self>) -> PyResult<()> {
+        self.check(&other)?;
+        self.inner.union(&other.inner);
+        Ok(())
+    }
+
+    fn subtract(&mut self, other: PyRef<'_, Self>) -> PyResult<()> {
+        self.check(&other)?;
+        self.inner.subtract(&other.inner);
+        Ok(())
+    }
+
+    fn expand_to_units(&mut self) {
+        self.inner.expand_to_units();
+    }
+
+    fn unit_counts(&self) -> Vec<u16> {
+        self.inner.unit_counts()
+    }
+
+    fn runs(&self) -> Vec<(usize, usize)> {
+        self.inner.runs().collect()
+    }
+
+    fn copy(&self) -> Self {
+        self.clone()
+    }
+}

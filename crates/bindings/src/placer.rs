@@ -1,0 +1,61 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pageferry_engine::placer;
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::mapping::Mapping;
+use crate::space::{SegmentTuple, segments};
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Placer {
+    pub inner: Arc<placer::Placer>,
+}
+
+#[pymethods]
+impl Placer {
+    #[new]
+    #[pyo3(signature = (targets, segments, keep_large = true, workers = 0))]
+    fn new(
+        targets: Vec<(PyRef<'_, Mapping>, usize, Vec<bool>)>,
+        segments: Vec<SegmentTuple<'_>>,
+        keep_large: bool,
+        workers: usize,
+    ) -> PyResult<Self> {
+        let target = |(mapping, page_size, large): (PyRef<'_, Mapping>, usize, Vec<bool>)| placer::Target {
+            mapping: mapping.inner.clone(),
+            page_size,
+            large,
+        };
+        let targets = targets.into_iter().map(target).collect();
+        let inner = placer::Placer::new(targets, self::segments(segments), keep_large, workers)?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    #[getter]
+    fn missing(&self) -> usize {
+        self.inner.missing()
+    }
+
+    #[getter]
+    fn fallbacks(&self) -> u64 {
+        self.inner.fallbacks()
+    }
+
+    #[getter]
+    fn populated(&self) -> (u64, u64, u64, f64) {
+        let populated = self.inner.populated();
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let seconds = std::time::Duration::from_nanos(load(&populated.nanoseconds)).as_secs_f64();
+        (load(&populated.large), load(&populated.small), load(&populated.failed), seconds)
+    }
+
+    fn populate(&self, py: Python<'_>, region: usize, units: Vec<usize>) {
+        py.detach(|| self.inner.populate(region, &units));
+    }
+
+    fn finish(&self, py: Python<'_>, rest: bool) -> PyResult<()> {
+        py.detach(|| self.inner.finish(rest)).map_err(errors::adopt)
+    }
+}

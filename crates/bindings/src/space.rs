@@ -1,0 +1,49 @@
+use std::sync::Arc;
+
+use pageferry_engine::space;
+use pageferry_engine::trace::Segment;
+use pyo3::prelude::*;
+
+use crate::errors;
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Space {
+    pub inner: Arc<space::Space>,
+}
+
+#[pymethods]
+impl Space {
+    #[new]
+    #[pyo3(signature = (pid = None))]
+    fn new(pid: Option<i32>) -> PyResult<Self> {
+        let pid = pid.map_or_else(errors::own_pid, Ok)?;
+        Ok(Self { inner: Arc::new(space::Space::open(pid)?) })
+    }
+
+    #[getter]
+    fn pid(&self) -> i32 {
+        self.inner.pid()
+    }
+
+    #[pyo3(signature = (number, *arguments))]
+    fn call(&self, py: Python<'_>, number: i64, arguments: Vec<u64>) -> PyResult<u64> {
+        let mut six = [0; 6];
+        six.iter_mut().zip(&arguments).for_each(|(to, from)| *to = *from);
+        py.detach(|| self.inner.call(number, six)).map_err(errors::adopt)
+    }
+
+    fn collapse(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
+        Ok(py.detach(|| self.inner.collapse(address, length))?)
+    }
+}
+
+/// A segment as Python gives it: (space, address, length, region, first page).
+pub type SegmentTuple<'py> = (PyRef<'py, Space>, u64, u64, usize, usize);
+
+pub fn segments(tuples: Vec<SegmentTuple<'_>>) -> Vec<Segment> {
+    let segment = |(space, address, len, region, first_page): SegmentTuple<'_>| {
+        let space = space.inner.clone();
+        Segment { space, address, len, region, first_page }
+    };
+    tuples.into_iter().map(segment).collect()
+}

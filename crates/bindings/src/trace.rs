@@ -1,0 +1,68 @@
+use std::sync::{Mutex, PoisonError};
+
+use pageferry_engine::{pages, trace};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::pages::PageSet;
+use crate::space::{SegmentTuple, segments};
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Trace {
+    inner: Mutex<Option<trace::Trace>>,
+}
+
+impl Trace {
+    fn with<T>(&self, work: impl FnOnce(&trace::Trace) -> T) -> PyResult<T> {
+        let guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.as_ref().map(work).ok_or_else(|| PyValueError::new_err("the trace has been removed"))
+    }
+}
+
+/// Works on plain copies of the sets, so that the GIL can be released, and puts them back.
+fn on_sets(
+    py: Python<'_>,
+    sets: &[Py<PageSet>],
+    work: impl FnOnce(&mut [pages::PageSet]) -> std::io::Result<()> + Send,
+) -> PyResult<()> {
+    let mut plain: Vec<_> = sets.iter().map(|set| set.borrow(py).inner.clone()).collect();
+    py.detach(|| work(&mut plain))?;
+    for (set, inner) in sets.iter().zip(plain) {
+        set.borrow_mut(py).inner = inner;
+    }
+    Ok(())
+}
+
+#[pymethods]
+impl Trace {
+    #[new]
+    #[pyo3(signature = (segments, release_after = 0))]
+    fn new(py: Python<'_>, segments: Vec<SegmentTuple<'_>>, release_after: usize) -> PyResult<Self> {
+        let plain = self::segments(segments);
+        let inner = py.detach(|| trace::Trace::install(plain, release_after)).map_err(errors::adopt)?;
+        Ok(Self { inner: Mutex::new(Some(inner)) })
+    }
+
+    #[getter]
+    fn install_seconds(&self) -> PyResult<f64> {
+        self.with(|trace| trace.install_time().as_secs_f64())
+    }
+
+    #[getter]
+    fn released_units(&self) -> PyResult<u64> {
+        self.with(trace::Trace::released_units)
+    }
+
+    fn collect(&self, py: Python<'_>, dirty: Vec<Py<PageSet>>) -> PyResult<()> {
+        on_sets(py, &dirty, |sets| self.with(|trace| trace.collect(sets))?)
+    }
+
+    fn peek(&self, py: Python<'_>, dirty: Vec<Py<PageSet>>) -> PyResult<()> {
+        on_sets(py, &dirty, |sets| self.with(|trace| trace.peek(sets))?)
+    }
+
+    fn remove(&self, py: Python<'_>) {
+        py.detach(|| drop(self.inner.lock().unwrap_or_else(PoisonError::into_inner).take()));
+    }
+}

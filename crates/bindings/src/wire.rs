@@ -1,0 +1,109 @@
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use pageferry_engine::block::{self, Codec};
+use pageferry_engine::mapping::duplicate;
+use pageferry_engine::pages::PageSet as Pages;
+use pageferry_engine::wire;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::mapping::Mapping;
+use crate::pages::PageSet;
+use crate::placer::Placer;
+
+fn sockets(fds: Vec<i32>) -> std::io::Result<Vec<OwnedFd>> {
+    fds.into_iter().map(duplicate).collect()
+}
+
+/// (bytes, blocks, data pages, zero pages, absent pages)
+type Counters = (u64, u64, u64, u64, u64);
+
+fn counters(progress: &wire::Progress) -> Counters {
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let (bytes, blocks) = (load(&progress.bytes), load(&progress.blocks));
+    (bytes, blocks, load(&progress.data), load(&progress.zero), load(&progress.absent))
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct BlockSender {
+    inner: wire::BlockSender,
+}
+
+#[pymethods]
+impl BlockSender {
+    #[new]
+    #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, patience = 30.0))]
+    fn new(sockets: Vec<i32>, codec: &str, page_block: usize, storage_block: usize, patience: f64) -> PyResult<Self> {
+        let known = Codec::named(codec);
+        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+        let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
+        if !whole(page_block, pageferry_engine::SMALL_PAGE) || page_block > block::MAX_UNIT {
+            return Err(PyValueError::new_err(format!("page block of {page_block} bytes: 4 KiB to 1 MiB")));
+        }
+        if !whole(storage_block, page_block) || storage_block > block::MAX_RAW {
+            return Err(PyValueError::new_err(format!("storage block of {storage_block} bytes: up to 4 MiB")));
+        }
+        let format = wire::Format { codec, unit: page_block, capacity: storage_block };
+        let inner = wire::BlockSender::new(self::sockets(sockets)?, format, Duration::from_secs_f64(patience))?;
+        Ok(Self { inner })
+    }
+
+    #[pyo3(signature = (regions, pages, round, barrier = true))]
+    fn send(
+        &self,
+        py: Python<'_>,
+        regions: Vec<PyRef<'_, Mapping>>,
+        pages: Vec<PyRef<'_, PageSet>>,
+        round: u32,
+        barrier: bool,
+    ) -> PyResult<()> {
+        let mappings: Vec<_> = regions.iter().map(|mapping| mapping.inner.clone()).collect();
+        let fits = mappings.len() == pages.len()
+            && mappings.iter().zip(&pages).all(|(mapping, set)| mapping.pages() == set.inner.pages());
+        if !fits {
+            return Err(PyValueError::new_err("one set of pages for each region, over as many pages"));
+        }
+        let sets: Vec<Pages> = pages.iter().map(|set| set.inner.clone()).collect();
+        py.detach(|| self.inner.send(&mappings, &sets, round, barrier)).map_err(errors::wire)
+    }
+
+    #[getter]
+    fn progress(&self) -> Counters {
+        counters(self.inner.progress())
+    }
+
+    fn cancel(&self) {
+        self.inner.cancel();
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct BlockReceiver {
+    inner: wire::BlockReceiver,
+}
+
+#[pymethods]
+impl BlockReceiver {
+    #[new]
+    #[pyo3(signature = (sockets, placer, patience = 30.0))]
+    fn new(sockets: Vec<i32>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
+        let (sockets, patience) = (self::sockets(sockets)?, Duration::from_secs_f64(patience));
+        Ok(Self { inner: wire::BlockReceiver::new(sockets, placer.inner.clone(), patience)? })
+    }
+
+    fn receive(&self, py: Python<'_>, round: u32) -> PyResult<()> {
+        py.detach(|| self.inner.receive(round)).map_err(errors::wire)
+    }
+
+    #[getter]
+    fn progress(&self) -> Counters {
+        counters(self.inner.progress())
+    }
+
+    fn cancel(&self) {
+        self.inner.cancel();
+    }
+}
