@@ -1,0 +1,280 @@
+"""The workloads of this host, by name: which process each one is, and how to speak to it.
+
+Every workload has a folder in the run directory, named as it is and holding `workload.json`, its sockets, its log and
+its durable records::
+
+    /run/pageferry/             (or $XDG_RUNTIME_DIR/pageferry, or $PAGEFERRY_RUN_DIR)
+    ├── .lock                   held while names are claimed, published, pruned or removed
+    ├── .ram/ .hugetlb/         mounts for guest memory (pageferry.host.mounts)
+    └── web/
+        ├── workload.json       an Entry
+        ├── migration.json      who owns the workload (pageferry.migration)
+        ├── qmp.sock
+        └── log                 what a detached QEMU says
+
+A name is *claimed* first, by the process that is about to start the workload, and *published* once there is one. An
+entry counts while its process lives (pid and start time); a dead one is pruned by whoever looks at it next.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
+from pageferry.host import proc
+
+VERSION = 1
+"""Of the entries; one of another version is refused by name."""
+
+LONGEST_SOCKET_PATH = 107
+"""sun_path of unix(7), without the final NUL."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ENTRY_FILE = "workload.json"
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """What is common to every kind: the process that the workload lives and dies with."""
+
+    pid: int
+    started: int
+    """`proc.start_time` of the process, so that a reused pid is not taken for it."""
+    version: int = VERSION
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return proc.is_alive(self.pid, self.started)
+
+
+class Claim(Entry, frozen=True, kw_only=True, tag="claim"):
+    """A name that a process of ours holds until the workload it starts is there."""
+
+
+class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
+    """A QEMU under management."""
+
+    qmp_socket: str
+    adopted: bool = False
+    """Somebody else started it: the socket is theirs."""
+
+
+class ArenaEntry(Entry, frozen=True, kw_only=True, tag="arena"):
+    """A Python program with an arena."""
+
+    control_socket: str
+
+
+AnyEntry = Claim | QemuEntry | ArenaEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The place of one claimed name. Whoever claimed it either publishes an entry or releases it."""
+
+    registry: Registry
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The folder itself."""
+        return self.registry.path / self.name
+
+    def socket_path(self, file_name: str) -> str:
+        """Where a socket of this workload goes. Raises UsageError where the path is longer than a socket's may be."""
+        path = str(self.path / file_name)
+        if len(path.encode()) > LONGEST_SOCKET_PATH:
+            raise UsageError(
+                f"socket path {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter name, "
+                f"or a shorter run directory with PAGEFERRY_RUN_DIR"
+            )
+        return path
+
+    def publish(self, entry: AnyEntry) -> None:
+        """Say what the workload is; replaces the claim, or an earlier entry."""
+        with self.registry.locked():
+            self.store(_ENTRY_FILE, entry)
+
+    def release(self) -> None:
+        """Give the name back, with everything in the folder."""
+        with self.registry.locked():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def exclusively(self, purpose: str) -> Iterator[None]:
+        """Work on the workload that nobody else of ours may do at the same time (migrate, checkpoint).
+
+        Raises WorkloadError, naming the process and its purpose, when another one is at it.
+        """
+        with open(self.path / "busy", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as busy:
+                file.seek(0)
+                raise WorkloadError(
+                    f"{self.name} is busy: {file.read() or purpose}; try again when it is done"
+                ) from busy
+            file.truncate(0)
+            file.write(f"{purpose} by process {os.getpid()}")
+            file.flush()
+            yield
+
+    def store(self, file_name: str, record: msgspec.Struct) -> None:
+        """Write a durable record of this workload: under a temporary name, synced, then renamed."""
+        target = self.path / file_name
+        temporary = target.with_name(f".{file_name}.{os.getpid()}")
+        with open(temporary, "wb") as file:
+            file.write(msgspec.json.encode(record))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+        _sync_folder(self.path)
+
+    def load(self, file_name: str, kind: type[Record]) -> Record | None:
+        """A durable record of this workload; None when there is none. Raises WorkloadError when it cannot be read."""
+        path = self.path / file_name
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError as wrong:
+            raise _unreadable(path, wrong) from wrong
+
+    def forget(self, file_name: str) -> None:
+        """Remove a durable record; nothing happens where there is none."""
+        (self.path / file_name).unlink(missing_ok=True)
+        _sync_folder(self.path)
+
+
+class Registry:
+    """The run directory of this user, or the one that is given."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path if path is not None else default_run_directory()
+
+    def claim(self, name: str) -> Folder:
+        """Take a name for a workload that is about to be started by this process.
+
+        Raises UsageError for a bad name, NameInUse when a living workload (or claim) has it.
+        """
+        _check_name(name)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Folder(self, name)
+        with self.locked():
+            entry = self._read_living(folder)
+            if entry is not None:
+                doing = "is being started by" if isinstance(entry, Claim) else "is"
+                raise NameInUse(f"{name} {doing} process {entry.pid}: choose another name, or `pageferry stop {name}`")
+            folder.path.mkdir(mode=0o700)
+            started = proc.start_time(os.getpid())
+            assert started is not None
+            folder.store(_ENTRY_FILE, Claim(pid=os.getpid(), started=started))
+        return folder
+
+    def lookup(self, name: str) -> AnyEntry:
+        """The living workload of that name, or the claim on it. Raises UsageError for a bad name, NoSuchWorkload."""
+        _check_name(name)
+        entry = None
+        if self.path.is_dir():
+            with self.locked():
+                entry = self._read_living(Folder(self, name))
+        if entry is None:
+            raise NoSuchWorkload(f"no workload named {name} in {self.path}: `pageferry list` shows those there are")
+        return entry
+
+    def folder(self, name: str) -> Folder:
+        """The folder of a workload that `lookup` knows, for its durable records. Raises as `lookup`."""
+        self.lookup(name)
+        return Folder(self, name)
+
+    def entries(self) -> dict[str, AnyEntry]:
+        """The living workloads by name, without mere claims. An entry that cannot be read raises WorkloadError."""
+        if not self.path.is_dir():
+            return {}
+        names = sorted(entry.name for entry in self.path.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+        with self.locked():
+            found = {name: self._read_living(Folder(self, name)) for name in names}
+        return {name: entry for name, entry in found.items() if entry is not None and not isinstance(entry, Claim)}
+
+    def remove(self, name: str) -> None:
+        """Forget a workload, dead or alive, with everything in its folder. Nothing happens where there is none."""
+        _check_name(name)
+        Folder(self, name).release()
+
+    def _read_living(self, folder: Folder) -> AnyEntry | None:
+        """The entry of a living workload; the folder of a dead one, or without an entry, is removed. Lock held."""
+        try:
+            entry = msgspec.json.decode((folder.path / _ENTRY_FILE).read_bytes(), type=AnyEntry)
+        except FileNotFoundError:
+            entry = None
+        except msgspec.MsgspecError as wrong:
+            raise _unreadable(folder.path / _ENTRY_FILE, wrong) from wrong
+        if entry is not None and entry.version != VERSION:
+            raise WorkloadError(
+                f"{folder.path / _ENTRY_FILE} is of version {entry.version}, this pageferry knows {VERSION}: "
+                f"use the pageferry that wrote it"
+            )
+        if entry is not None and entry.alive:
+            return entry
+        shutil.rmtree(folder.path, ignore_errors=True)
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the run directory among all pageferry processes; the lock goes with the process that holds it."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # no run directory: nothing to be alone with
+            yield
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def default_run_directory() -> Path:
+    """$PAGEFERRY_RUN_DIR, /run/pageferry as root, $XDG_RUNTIME_DIR/pageferry otherwise.
+
+    Raises UsageError when none of them can be told.
+    """
+    if given := os.environ.get("PAGEFERRY_RUN_DIR"):
+        return Path(given).absolute()
+    if os.geteuid() == 0:
+        return Path("/run/pageferry")
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "pageferry"
+    raise UsageError("no run directory: set XDG_RUNTIME_DIR, or PAGEFERRY_RUN_DIR to a folder of your own")
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no name for a workload: 1 to 64 letters, digits, dots, underscores or hyphens, "
+            f"beginning with a letter or a digit"
+        )
+
+
+def _unreadable(path: Path, wrong: Exception) -> WorkloadError:
+    return WorkloadError(f"{path} cannot be read ({wrong}): remove the folder if the workload is gone")
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,236 @@
+"""QEMU command lines: what the user gives, and what pageferry makes of it.
+
+Guest memory must be a shared file that we can map a second time and whose large pages line up with the guest's, so that
+the user's ``qemu-system-x86_64 -m 4G ...`` becomes::
+
+    qemu-system-x86_64 -m 4G ...
+        -object memory-backend-file,id=pageferry-ram,size=S,share=on,align=2M,mem-path=/proc/self/fd/N
+        -machine memory-backend=pageferry-ram
+        -qmp unix:RUN/NAME/qmp.sock,server=on,wait=off
+
+QEMU merges repeated `-machine` options. A backend of the user's own is taken as it is when it is a shared file; what
+cannot work (private memory, memory that another process writes to, hotplug, `-incoming`) is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pageferry.errors import UnsupportedError, UsageError
+from pageferry.workloads.base import LARGE_PAGE
+
+BACKEND = "pageferry-ram"
+"""Id of the memory backend that we add, and so the name of the region and of QEMU's ramblock."""
+
+DEFAULT_RAM = 128 << 20
+"""QEMU's own, for the PC machines."""
+
+_FLAGS = frozenset(
+    """h help version S s nographic snapshot no-reboot no-shutdown nodefaults no-user-config enable-kvm daemonize
+    mem-prealloc full-screen no-acpi no-hpet no-fd-bootchk only-migratable preconfig win2k-hack alt-grab ctrl-grab
+    no-quit curses sdl usb singlestep one-insn-per-tb semihosting xen-attach xen-domid-restrict""".split()
+)
+"""Options of QEMU that take no value; all others take one."""
+
+_REFUSED_OPTIONS = {
+    "incoming": "the guest would wait for somebody else's migration: remove it, or use `pageferry receive`",
+    "daemonize": "use `pageferry run --detach`, which keeps the guest's output in a log",
+    "preconfig": "the machine would not be built yet when we look at it: remove it",
+    "mem-path": "pageferry gives guest memory a file of its own: remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
+}
+
+_REFUSED_DEVICES = {
+    "vfio-": "a device of the host writes to guest memory without a trace",
+    "vhost-user-": "another process writes to guest memory without a trace",
+    "pc-dimm": "hotplugged memory is not managed: give all of it with -m",
+    "nvdimm": "persistent memory is not managed: use a virtio-blk or virtio-scsi disk",
+    "virtio-mem": "hotplugged memory is not managed: give all of it with -m",
+    "virtio-pmem": "persistent memory is not managed: use a virtio-blk or virtio-scsi disk",
+}
+"""By the beginning of the driver's name."""
+
+_USE_SHARED_FILE = "remove it, or make it `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on,align=2M`"
+
+_UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """A QEMU command line of the user's, understood and found fit to be managed."""
+
+    arguments: tuple[str, ...]
+    """As given, the program first."""
+    ram_size: int
+    """Bytes."""
+    needs_ram_file: bool
+    """False where the user has given guest memory a shared file already."""
+    warnings: tuple[str, ...]
+
+    def managed(self, *, ram_path: str | None, qmp_socket: str, incoming: bool) -> list[str]:
+        """The command line to start: with guest memory in the file at `ram_path`, a monitor of ours on `qmp_socket`;
+        `incoming`: waiting, paused, for a device state.
+        """
+        result = list(self.arguments)
+        if self.needs_ram_file:
+            assert ram_path is not None
+            backend = f"memory-backend-file,id={BACKEND},size={self.ram_size},share=on,align=2M,mem-path={ram_path}"
+            result += ["-object", backend, "-machine", f"memory-backend={BACKEND}"]
+        result += ["-qmp", f"unix:{qmp_socket.replace(',', ',,')},server=on,wait=off"]
+        if incoming:
+            result += ["-incoming", "defer", "-S"]
+        return result
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Understand a QEMU command line, program first.
+
+    Raises UsageError where it makes no sense, UnsupportedError where such a guest cannot be managed.
+    """
+    if not arguments:
+        raise UsageError(
+            "no command line: give one after --, as in `pageferry run web -- qemu-system-x86_64 -m 4G ...`"
+        )
+    given = list(_options(arguments))
+    for name, value in given:
+        _refuse(name, value)
+    memory = _merged(given, "m", "size")
+    machine = _merged(given, "machine", "type") | _merged(given, "M", "type")
+    size = _memory_size(memory, machine)
+    backends = _used_backends(given, machine)
+    return CommandLine(
+        arguments=tuple(arguments),
+        ram_size=size,
+        needs_ram_file=not backends,
+        warnings=tuple(_backend_warnings(backends)),
+    )
+
+
+def parse_size(text: str, what: str, *, bare: str = "M") -> int:
+    """Bytes from a size as QEMU writes it: a number with B, K, M, G or T; `bare` without. Raises UsageError."""
+    matched = _SIZE.fullmatch(text)
+    if matched is None:
+        raise UsageError(f"{what}: {text!r} is no size; write 512M or 4G")
+    number, unit = matched.groups()
+    return int(float(number) * _UNITS[unit.upper() or bare])
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The options by name, without hyphens, and their values; `drive` for an argument that is a disk image."""
+    words = iter(arguments[1:])
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            yield "drive", f"file={word}"
+            continue
+        name = word.removeprefix("-").removeprefix("-")
+        if name in _FLAGS:
+            yield name, ""
+            continue
+        value = next(words, None)
+        if value is None:
+            raise UsageError(f"QEMU option {word} comes last and has no value")
+        yield name, value
+
+
+def _properties(value: str, implied: str) -> dict[str, str]:
+    """The properties of an option value: `first,key=value,flag`, where `first` belongs to `implied`; or JSON."""
+    if value.startswith("{"):
+        return _json_properties(value)
+    result: dict[str, str] = {}
+    for position, part in enumerate(re.split(r"(?<!,),(?!,)", value)):
+        key, equals, text = part.replace(",,", ",").partition("=")
+        if equals:
+            result[key] = text
+        elif position == 0:
+            result[implied] = key
+        else:
+            result[key] = "on"
+    return result
+
+
+def _json_properties(value: str) -> dict[str, str]:
+    try:
+        decoded = json.loads(value)
+    except json.JSONDecodeError as wrong:
+        raise UsageError(f"{value!r} is no JSON ({wrong})") from wrong
+    return {key: {True: "on", False: "off"}.get(item, str(item)) for key, item in decoded.items()}
+
+
+def _merged(given: Sequence[tuple[str, str]], option: str, implied: str) -> dict[str, str]:
+    """The properties of all uses of an option together, the later ones winning, as QEMU merges them."""
+    result: dict[str, str] = {}
+    for name, value in given:
+        if name == option:
+            result |= _properties(value, implied)
+    return result
+
+
+def _refuse(name: str, value: str) -> None:
+    if name in _REFUSED_OPTIONS:
+        raise UnsupportedError(f"-{name} cannot be used here: {_REFUSED_OPTIONS[name]}")
+    if name == "device":
+        refuse_device(_properties(value, "driver").get("driver", ""))
+    if name in ("chardev", "netdev") and "vhost-user" in _properties(value, "type").values():
+        raise UnsupportedError(f"-{name} {value} cannot be used here: {_REFUSED_DEVICES['vhost-user-']}")
+
+
+def refuse_device(driver: str) -> None:
+    """Raises UnsupportedError for a device with which a guest cannot be managed, saying why."""
+    for beginning, reason in _REFUSED_DEVICES.items():
+        if driver.startswith(beginning):
+            raise UnsupportedError(f"device {driver} cannot be used here: {reason}")
+
+
+def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
+    for key in machine:
+        if key.startswith("memory."):
+            raise UnsupportedError(f"-machine {key} cannot be used here: give the size with -m")
+    size = parse_size(memory["size"], "-m") if "size" in memory else DEFAULT_RAM
+    size = -(-size // 8192) * 8192  # as QEMU rounds it
+    largest = parse_size(memory["maxmem"], "-m maxmem") if "maxmem" in memory else size
+    if largest != size or memory.get("slots", "0") != "0":
+        raise UnsupportedError("-m slots and maxmem cannot be used here: hotplugged memory is not managed")
+    if size == 0:
+        raise UsageError("-m 0 is no memory at all")
+    return size
+
+
+def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str]) -> list[dict[str, str]]:
+    """The memory backends of the user's own that are guest memory, each found fit; empty when QEMU would choose."""
+    objects = [_properties(value, "qom-type") for name, value in given if name == "object"]
+    backends = {
+        one["id"]: one for one in objects if one.get("qom-type", "").startswith("memory-backend-") and "id" in one
+    }
+    nodes = [_properties(value, "type") for name, value in given if name == "numa"]
+    used = [machine["memory-backend"]] if "memory-backend" in machine else []
+    used += [node["memdev"] for node in nodes if "memdev" in node]
+    for name in used:
+        if name not in backends:
+            raise UsageError(f"guest memory is to be in backend {name}, and there is no -object of that id")
+        _check_backend(backends[name])
+    for name, backend in backends.items():
+        if name not in used:
+            raise UnsupportedError(
+                f"-object {backend['qom-type']},id={name} is memory that pageferry would not manage: remove it"
+            )
+    return [backends[name] for name in used]
+
+
+def _check_backend(backend: Mapping[str, str]) -> None:
+    kind, name = backend["qom-type"], backend["id"]
+    if kind != "memory-backend-file":
+        raise UnsupportedError(f"guest memory in {kind},id={name} is not in a file of a name: {_USE_SHARED_FILE}")
+    if backend.get("share") not in ("on", "yes", "true"):
+        raise UnsupportedError(f"guest memory in {kind},id={name} is private (no share=on): {_USE_SHARED_FILE}")
+    if backend.get("readonly", "off") in ("on", "yes", "true"):
+        raise UnsupportedError(f"guest memory in {kind},id={name} is read-only: remove readonly")
+
+
+def _backend_warnings(backends: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    for backend in backends:
+        align = parse_size(backend.get("align", "0"), "align", bare="B")
+        if align == 0 or align % LARGE_PAGE:
+            yield f"large pages are off for {backend['id']} unless its file is on hugetlbfs: add align=2M to its -object"
