@@ -1,0 +1,92 @@
+"""The parser of the whole command line, of which only the verbs that are asked for are imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich_argparse import RichHelpFormatter
+
+from pageferry.cli.verbs import VERBS
+
+
+class HelpFormatter(RichHelpFormatter):
+    """Coloured help whose texts are taken literally: square brackets are ours, not rich's."""
+
+    help_markup = False
+    text_markup = False
+
+
+class Parser(argparse.ArgumentParser):
+    """What the command and all its verbs have in common: no abbreviations, they would freeze the names of options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments on the command line `words`. Raises SystemExit after help, version, completion or a complaint."""
+    # Defaults of shared options come from here: given in parsers, those of the verb's would undo what came before it.
+    return build_parser(words).parse_args(words, argparse.Namespace(output="human", debug=False))
+
+
+def build_parser(words: Sequence[str]) -> Parser:
+    """The parser for the command line `words`.
+
+    All verbs are listed, but only those whose name is among the words are imported and take arguments; one too many
+    (a workload called `list`) does no harm. Completion is about all of them.
+    """
+    shared = _shared_options()
+    parser = Parser(prog="pageferry", description=_DESCRIPTION, epilog=_EPILOG, parents=[shared])
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument(
+        "--completion",
+        action=_Completion,
+        choices=("bash", "zsh"),
+        help="print a completion script for this shell and exit",
+    )
+    completing = any(word.split("=")[0] == "--completion" for word in words)
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        below = verbs.add_parser(name, help=verb.help, description=verb.help, parents=[shared])
+        if completing or name in words:
+            module = importlib.import_module(verb.module)
+            module.configure(below)
+            below.set_defaults(run=module.run)
+    return parser
+
+
+_DESCRIPTION = "Moves, saves and shapes the memory of running workloads, from outside them."
+_EPILOG = "Exit codes: 0 done, 1 failure, 2 usage, 3-99 named failures (docs/exit-codes.md), 128+N ended by signal N."
+
+
+def _shared_options() -> Parser:
+    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared.add_argument(
+        "--output",
+        choices=("human", "json"),
+        help="what stdout is for: text for people (default), or one JSON object per line",
+    )
+    shared.add_argument("--debug", action="store_true", help="log more, and show where errors come from")
+    return shared
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"pageferry {version('pageferry')}\n")
+        parser.exit()
+
+
+class _Completion(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, shell: Any, option: str | None = None
+    ) -> None:
+        import shtab
+
+        sys.stdout.write(shtab.complete(parser, shell) + "\n")
+        parser.exit()

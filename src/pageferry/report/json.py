@@ -1,0 +1,30 @@
+"""Output for programs: one JSON object per line on stdout."""
+
+from __future__ import annotations
+
+import sys
+from typing import BinaryIO, Self
+
+import msgspec
+
+
+class JsonReporter:
+    """Writes every event and the result as a line of its own, at once. The tag of a record (`type`) says what it is."""
+
+    def __init__(self, stream: BinaryIO | None = None) -> None:
+        self._stream = stream or sys.stdout.buffer
+
+    def event(self, event: msgspec.Struct) -> None:
+        """Write an event."""
+        self._stream.write(msgspec.json.encode(event) + b"\n")
+        self._stream.flush()
+
+    def final(self, result: msgspec.Struct) -> None:
+        """Write the result."""
+        self.event(result)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

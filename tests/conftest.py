@@ -1,0 +1,70 @@
+"""What all tests share: a run directory of their own, and the things that guests are made of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".cache"
+"""Where `make system` puts what it fetches."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A registry of workloads for this session, also for child processes: /run/pageferry is never touched."""
+    directory = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAGEFERRY_RUN_DIR", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def guest_kernel() -> Path:
+    """A Linux kernel image for guests."""
+    return _fetched("guest/vmlinuz")
+
+
+@pytest.fixture(scope="session")
+def guest_modules() -> Path:
+    """Directory with the virtio modules (`virtio_balloon.ko` and what it needs) of that kernel."""
+    return _fetched("guest/modules")
+
+
+@pytest.fixture(scope="session")
+def qemu_system() -> Path:
+    """The QEMU that the machine has in PATH."""
+    found = shutil.which("qemu-system-x86_64")
+    if found is None:
+        pytest.skip("no qemu-system-x86_64 in PATH (`make system` as root installs it)")
+    return Path(found)
+
+
+@pytest.fixture(scope="session")
+def qemu_10() -> Path:
+    """A newer QEMU than the machine's, from Debian backports."""
+    return _fetched("qemu-10/bin/qemu-system-x86_64")
+
+
+@pytest.fixture(scope="session", params=["system", "10"])
+def qemu(request: pytest.FixtureRequest) -> Path:
+    """Each QEMU in turn."""
+    path: Path = request.getfixturevalue("qemu_system" if request.param == "system" else "qemu_10")
+    return path
+
+
+@pytest.fixture(scope="session")
+def root() -> None:
+    """For tests that need privileges."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+def _fetched(name: str) -> Path:
+    path = CACHE / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing (`make system` fetches it, on Debian for amd64)")
+    return path

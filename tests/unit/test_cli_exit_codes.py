@@ -1,0 +1,28 @@
+"""The table in the documentation is the one in the code."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pageferry.errors import PageferryError
+
+TABLE = Path(__file__).parent.parent.parent / "docs" / "exit-codes.md"
+
+
+def descendants(error: type[PageferryError]) -> Iterator[type[PageferryError]]:
+    yield error
+    for below in error.__subclasses__():
+        yield from descendants(below)
+
+
+def test_documented_exit_codes_are_those_of_the_errors() -> None:
+    documented = {
+        name: int(code) for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", TABLE.read_text(), re.MULTILINE)
+    }
+    ours = [error for error in descendants(PageferryError) if error.__module__ == "pageferry.errors"]
+    assert documented == {error.__name__: error.exit_code for error in ours}
+
+
+def test_no_two_errors_share_an_exit_code() -> None:
+    codes = [error.exit_code for error in descendants(PageferryError) if error.__module__ == "pageferry.errors"]
+    assert len(codes) == len(set(codes))

@@ -1,0 +1,12 @@
+"""The command `pageferry` with the verbs of this directory, for tests that need it in a process of its own."""
+
+import sys
+
+from pageferry.cli.main import main
+from pageferry.cli.verbs import VERBS, Verb
+
+VERBS["lister"] = Verb("tests.unit.verbs.lister", "List [some] steps.")
+VERBS["sleeper"] = Verb("tests.unit.verbs.sleeper", "Sleep.")
+
+if __name__ == "__main__":
+    sys.exit(main())

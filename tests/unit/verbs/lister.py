@@ -1,0 +1,45 @@
+"""A synchronous verb: emits events and a result, or fails as told."""
+
+import argparse
+import logging
+import os
+import time
+
+import msgspec
+
+from pageferry import errors
+from pageferry.report.reporter import open_reporter
+
+
+class Step(msgspec.Struct, tag="step"):
+    """An event."""
+
+    number: int
+
+
+class Total(msgspec.Struct, tag="total"):
+    """A result."""
+
+    steps: int
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--fail", help="name of an exception class of pageferry.errors, or of any other")
+    parser.add_argument("--sleep", action="store_true", help="say that it sleeps, then do so for long")
+    parser.add_argument("words", nargs="*")
+
+
+def run(args: argparse.Namespace) -> int:
+    logging.getLogger("pageferry.verbs").info("listing %d", args.steps)
+    logging.getLogger("pageferry.verbs").debug("pid %d", os.getpid())
+    if args.fail:
+        raise getattr(errors, args.fail, RuntimeError)("told to fail")
+    if args.sleep:
+        print("asleep", flush=True)
+        time.sleep(60)
+    with open_reporter(args.output) as reporter:
+        for number in range(args.steps):
+            reporter.event(Step(number))
+        reporter.final(Total(args.steps))
+    return 7 if args.words == ["seven"] else 0
