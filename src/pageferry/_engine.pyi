@@ -5,7 +5,7 @@ release the GIL; long ones check for Ctrl-C. Errors of the kernel are raised as 
 """
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Self, final
 
 SMALL_PAGE: int
 LARGE_PAGE: int
@@ -16,7 +16,7 @@ class Mapping:
     `memoryview(m)` and `numpy.frombuffer(m, ...)` are writable views without a copy. The descriptor is duplicated.
     """
 
-    def __new__(cls, fd: int, length: int, offset: int = 0) -> Mapping: ...
+    def __new__(cls, fd: int, length: int, offset: int = 0) -> Self: ...
     @property
     def address(self) -> int: ...
     @property

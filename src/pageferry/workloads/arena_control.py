@@ -1,0 +1,102 @@
+"""An arena as its `Lifecycle` sees it: callbacks of the program, the processes that map it, their faults."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host import proc
+from pageferry.workloads.base import SMALL_PAGE, Faults, Identity, Region, Segment
+from pageferry.workloads.control.server import THREAD_NAME
+from pageferry.workloads.mappers import inherited_segments
+
+if TYPE_CHECKING:
+    from pageferry.workloads.arena import Arena
+
+Callback = Callable[[], object]
+
+
+class ArenaControl:
+    """Runs an arena's callbacks. Pageferry's own workloads replace its attributes; see `Controlled` for the methods."""
+
+    def __init__(
+        self, arena: Arena, on_pause: Callback | None, on_resume: Callback | None, on_moved: Callback | None
+    ) -> None:
+        self.name = "arena"
+        self.details: dict[str, str | int | bool] = {}
+        self.on_pause = on_pause
+        self.on_resume = on_resume
+        self.on_moved = on_moved
+        self.save: Callable[[], bytes] = lambda: arena.received_state or b""
+        self.load: Callable[[bytes], object] = self._keep_state
+        self.threads: Callable[[], dict[int, Iterable[int]]] = self._all_threads
+        self.report: Callable[[], dict[str, object]] = dict
+        self.moved: Callback = lambda: None
+        """Called after `on_moved`: the arena's own affairs."""
+        self._arena = arena
+
+    @property
+    def identity(self) -> Identity:
+        """An arena of that name."""
+        return Identity("arena", self.name, self.details)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The one region of an arena, and who maps it now."""
+        arena = self._arena
+        own = Segment(os.getpid(), arena.address, arena.length, 0)
+        segments = (own, *inherited_segments(arena.fileno(), arena.length))
+        return (Region("arena", arena.length, arena.fileno(), 0, SMALL_PAGE, segments),)
+
+    def pause(self) -> None:
+        """Call `on_pause`."""
+        if self.on_pause is not None:
+            self.on_pause()
+
+    def resume(self) -> None:
+        """Call `on_resume`."""
+        if self.on_resume is not None:
+            self.on_resume()
+
+    def save_state(self) -> bytes:
+        """Call the state callback, and see that it gives bytes."""
+        state: object = self.save()
+        if not isinstance(state, bytes | bytearray | memoryview):
+            raise WorkloadError(f"the state callback of {self.name} gave {type(state).__name__} instead of bytes")
+        return bytes(state)
+
+    def load_state(self, state: bytes) -> None:
+        """Call the state callback, or keep the state for the program to look at."""
+        self.load(state)
+
+    def discard(self) -> None:
+        """Call `on_moved`."""
+        try:
+            if self.on_moved is not None:
+                self.on_moved()
+        finally:
+            self.moved()
+
+    def faults(self) -> Faults:
+        """Of all processes that map the arena; threads that serve the control socket are not counted."""
+        minor = major = 0
+        for pid, threads in self.threads().items():
+            more = proc.thread_faults(pid, threads)
+            minor, major = minor + more[0], major + more[1]
+        return Faults(minor, major)
+
+    def _keep_state(self, state: bytes) -> None:
+        self._arena.received_state = state
+
+    def _all_threads(self) -> dict[int, Iterable[int]]:
+        ours = {thread.native_id for thread in threading.enumerate() if thread.name == THREAD_NAME}
+        found: dict[int, Iterable[int]] = {}
+        for pid in {segment.pid for region in self.regions for segment in region.segments}:
+            try:
+                found[pid] = [thread for thread in proc.threads(pid) if thread not in ours]
+            except WorkloadDied:  # a child that has ended
+                continue
+        return found

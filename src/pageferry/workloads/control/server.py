@@ -1,0 +1,201 @@
+"""The owner's side of the control socket: threads that answer requests about one arena."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import msgspec
+
+from pageferry.errors import PageferryError
+from pageferry.workloads.control import messages as wire
+from pageferry.workloads.lifecycle import Lifecycle
+
+THREAD_NAME = "pageferry-control"
+"""Of every thread of a server: they are ours, not the workload's."""
+
+MOST_CLIENTS = 16
+
+
+class ControlServer:
+    """Serves the control socket at `path` for one workload, from daemon threads, until it is closed.
+
+    The socket is made with mode 0600. Every connection is a controller of its own (`workloads.lifecycle`).
+    """
+
+    def __init__(self, lifecycle: Lifecycle, path: str) -> None:
+        self._lifecycle = lifecycle
+        self._clients: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _bind_private(self._listener, path)
+            self._listener.listen(MOST_CLIENTS)
+        except BaseException:
+            self._listener.close()
+            raise
+        self._thread = _start(self._accept)
+
+    def stop_listening(self) -> None:
+        """Take no more clients."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Take no more clients, and let go of those there are: what they have paused and not committed runs on."""
+        self.stop_listening()
+        with self._lock:
+            for client in self._clients:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with self._listener:
+            while True:
+                try:
+                    client, _ = self._listener.accept()
+                except OSError:  # shut down by close()
+                    return
+                if _is_trusted(client) and self._add(client):
+                    _start(self._serve, client)
+                else:
+                    client.close()
+
+    def _add(self, client: socket.socket) -> bool:
+        with self._lock:
+            if len(self._clients) >= MOST_CLIENTS:
+                return False
+            self._clients.add(client)
+            return True
+
+    def _serve(self, client: socket.socket) -> None:
+        session = _Session(self._lifecycle, client)
+        try:
+            session.run()
+        finally:
+            with self._lock:
+                self._clients.discard(client)
+            client.close()
+            self._lifecycle.lost(session)
+
+
+class _Session:
+    """One client, as a controller of the workload."""
+
+    def __init__(self, lifecycle: Lifecycle, client: socket.socket) -> None:
+        self._lifecycle = lifecycle
+        self._client = client
+        self._state = bytearray()
+
+    def run(self) -> None:
+        """Answer requests until the client goes away, or says something that is no request."""
+        while True:
+            try:
+                request = wire.receive_request(self._client)
+                if request is None:
+                    return
+                self._answer(request)
+            except (OSError, ValueError, msgspec.MsgspecError):
+                return
+
+    def _answer(self, request: wire.Request) -> None:
+        try:
+            answers = list(self._answers(request))
+        except Exception as error:  # a callback may raise anything: it is the client's to know
+            wire.send(self._client, wire.refusal(error))
+            return
+        for answer in answers:
+            with_memory = isinstance(answer, wire.Description)
+            files = tuple(region.fd for region in self._lifecycle.workload.regions) if with_memory else ()
+            wire.send(self._client, answer, files)
+
+    def _answers(self, request: wire.Request) -> Iterator[wire.Answer]:
+        lifecycle = self._lifecycle
+        match request:
+            case wire.Describe(version=version):
+                yield self._describe(version)
+            case wire.AskStatus():
+                yield wire.StatusIs(status=lifecycle.status.value)
+            case wire.AskFaults():
+                faults = lifecycle.workload.faults()
+                yield wire.FaultsAre(minor=faults.minor, major=faults.major)
+            case wire.AskReport():
+                yield wire.ReportIs(report=lifecycle.workload.report())
+            case wire.SaveState():
+                for data, last in wire.pieces(lifecycle.save_state(self)):
+                    yield wire.StateIs(data=data, last=last)
+            case wire.LoadState(data=data, last=last):
+                self._load(data, last)
+                yield wire.Done()
+            case _:
+                self._act(request)
+                yield wire.Done()
+
+    def _act(self, request: wire.Pause | wire.Resume | wire.Commit | wire.Discard) -> None:
+        match request:
+            case wire.Pause():
+                self._lifecycle.pause(self)
+            case wire.Resume():
+                self._lifecycle.resume(self)
+            case wire.Commit():
+                self._lifecycle.commit(self)
+            case wire.Discard():
+                self._lifecycle.discard(self)
+
+    def _load(self, data: bytes, last: bool) -> None:
+        if len(self._state) + len(data) > wire.MAX_STATE:
+            raise ValueError(f"a state of more than {wire.MAX_STATE} bytes")
+        self._state += data
+        if last:
+            state, self._state = bytes(self._state), bytearray()
+            self._lifecycle.load_state(self, state)
+
+    def _describe(self, version: int) -> wire.Description:
+        if version != wire.VERSION:
+            raise PageferryError(
+                f"the program speaks version {wire.VERSION} of the control protocol, not {version}: "
+                f"use the pageferry that it was started with"
+            )
+        workload = self._lifecycle.workload
+        identity = workload.identity
+        return wire.Description(
+            version=wire.VERSION,
+            pid=os.getpid(),
+            kind=identity.kind,
+            name=identity.name,
+            details=identity.details,
+            regions=[
+                wire.RegionInfo(
+                    region.name,
+                    region.length,
+                    region.file_offset,
+                    region.page_size,
+                    [wire.SegmentInfo(part.pid, part.address, part.length, part.offset) for part in region.segments],
+                )
+                for region in workload.regions
+            ],
+        )
+
+
+def _start(target: object, *arguments: object) -> threading.Thread:
+    assert callable(target)
+    thread = threading.Thread(target=target, args=arguments, name=THREAD_NAME, daemon=True)
+    thread.start()
+    return thread
+
+
+def _bind_private(listener: socket.socket, path: str) -> None:
+    """Bind with mode 0600 from the start. The umask is the process's, so the mode is set on the unbound socket."""
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(path)
+
+
+def _is_trusted(client: socket.socket) -> bool:
+    """Whether the peer runs as our user, or as root."""
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid in (0, os.geteuid())

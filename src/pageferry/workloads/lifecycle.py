@@ -1,0 +1,210 @@
+"""Who may run a workload of this process: paused, committed and let go on behalf of one controller at a time.
+
+A *controller* is whoever migrates or checkpoints the workload: code of this process, or a process at the other end of
+the control socket. ::
+
+               pause                     commit
+    running ──────────▶ paused ───────────────────▶ committed ── discard ──▶ moved
+       ▲   resume, or      │   ▲                        │
+       └───the controller──┘   └── made by `received`   │  resume (by the controller,
+       ▲   is lost                                      │  or by another once it is lost)
+       └────────────────────────────────────────────────┘
+
+What always holds: until `commit` the workload is ours, so a controller that dies or goes away lets it run on. From
+`commit` on it may be running elsewhere, so losing the controller leaves it paused, and only somebody who knows what
+became of the migration may `resume` or `discard` it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from enum import StrEnum
+from typing import Protocol
+
+from pageferry.errors import WorkloadError
+from pageferry.workloads.base import Faults, Identity, Region
+
+
+class Status(StrEnum):
+    """Where a workload is in its life."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMMITTED = "committed"
+    MOVED = "moved"
+
+
+class Controlled(Protocol):
+    """A workload of this process, as a `Lifecycle` needs it: plain calls, never two at a time."""
+
+    name: str
+
+    @property
+    def identity(self) -> Identity:
+        """As of `Workload`."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """As of `Workload`."""
+
+    def pause(self) -> None:
+        """As of `Workload`."""
+
+    def resume(self) -> None:
+        """As of `Workload`."""
+
+    def save_state(self) -> bytes:
+        """As of `Workload`."""
+
+    def load_state(self, state: bytes) -> None:
+        """As of `Workload`."""
+
+    def discard(self) -> None:
+        """As of `Workload`."""
+
+    def faults(self) -> Faults:
+        """As of `Workload`."""
+
+    def report(self) -> dict[str, object]:
+        """What the workload has to say about itself, for people and benchmarks."""
+
+
+class Lifecycle:
+    """Lets one controller at a time act on a workload, and sees to it that it has exactly one owner.
+
+    Calls may come from any thread; each raises WorkloadError when it does not fit the status, or when somebody else
+    controls the workload. Calls that would change nothing do nothing.
+    """
+
+    def __init__(self, workload: Controlled, received: bool = False) -> None:
+        self.workload = workload
+        self._status = Status.PAUSED if received else Status.RUNNING
+        self._controller: object | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def status(self) -> Status:
+        """What the workload is now; may be another at once."""
+        return self._status
+
+    def pause(self, controller: object) -> None:
+        """Pause the workload; it is this controller's until `resume`, `discard`, or until the controller is lost."""
+        with self._lock:
+            self._check(controller, "paused", Status.RUNNING, Status.PAUSED)
+            if self._status is Status.RUNNING:
+                self._pause()
+            self._status = Status.PAUSED
+            self._controller = controller
+
+    def resume(self, controller: object) -> None:
+        """Let the workload run."""
+        with self._lock:
+            self._check(controller, "resumed", Status.RUNNING, Status.PAUSED, Status.COMMITTED)
+            if self._status is not Status.RUNNING:
+                self.workload.resume()
+            self._status = Status.RUNNING
+            self._controller = None
+
+    def save_state(self, controller: object) -> bytes:
+        """The state of the paused workload."""
+        with self._lock:
+            self._check(controller, "asked for its state", Status.PAUSED, Status.COMMITTED)
+            return self.workload.save_state()
+
+    def load_state(self, controller: object, state: bytes) -> None:
+        """Give the paused workload its state."""
+        with self._lock:
+            self._check(controller, "given a state", Status.PAUSED)
+            self.workload.load_state(state)
+
+    def commit(self, controller: object) -> None:
+        """From here on the paused workload may be running elsewhere."""
+        with self._lock:
+            self._check(controller, "committed", Status.PAUSED, Status.COMMITTED)
+            self._status = Status.COMMITTED
+            self._controller = controller
+
+    def discard(self, controller: object) -> None:
+        """It runs elsewhere, or never came to run here: end it."""
+        with self._lock:
+            self._check(controller, "discarded", Status.PAUSED, Status.COMMITTED, Status.MOVED)
+            if self._status is not Status.MOVED:
+                self._status = Status.MOVED
+                self.workload.discard()
+            self._controller = None
+
+    def lost(self, controller: object) -> None:
+        """The controller is gone for good: the workload runs on, unless it was committed."""
+        with self._lock:
+            if self._controller is controller:
+                self._controller = None
+                if self._status is Status.PAUSED:
+                    self.resume(None)
+
+    def _pause(self) -> None:
+        try:
+            self.workload.pause()
+        except BaseException:
+            self.workload.resume()
+            raise
+
+    def _check(self, controller: object, done: str, *fitting: Status) -> None:
+        if self._status not in fitting:
+            raise WorkloadError(f"{self.workload.name} is {self._status} and cannot be {done}")
+        if self._controller not in (None, controller):
+            raise WorkloadError(f"{self.workload.name} is {self._status} by another migration or checkpoint")
+
+
+class LocalWorkload:
+    """A `Workload` of this process. Its calls run in threads, so that the event loop goes on meanwhile."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+        self.name = lifecycle.workload.name
+        self.regions = lifecycle.workload.regions
+
+    @property
+    def identity(self) -> Identity:
+        """What this workload is."""
+        return self._lifecycle.workload.identity
+
+    async def pause(self) -> None:
+        """Run the workload's pause callback. Raises what it raises, after the resume callback."""
+        await asyncio.to_thread(self._lifecycle.pause, self)
+
+    async def resume(self) -> None:
+        """Run the workload's resume callback."""
+        await asyncio.to_thread(self._lifecycle.resume, self)
+
+    async def save_state(self) -> bytes:
+        """What the workload's state callback gives."""
+        return await asyncio.to_thread(self._lifecycle.save_state, self)
+
+    async def commit(self) -> None:
+        """It stays paused until `resume` or `discard`, even if this object is forgotten."""
+        self._lifecycle.commit(self)
+
+    async def load_state(self, state: bytes) -> None:
+        """Give the state to the workload's callback."""
+        await asyncio.to_thread(self._lifecycle.load_state, self, state)
+
+    async def discard(self) -> None:
+        """It runs elsewhere now."""
+        await asyncio.to_thread(self._lifecycle.discard, self)
+
+    async def running(self) -> bool:
+        """Whether it runs; it cannot die before we do."""
+        return self._lifecycle.status is Status.RUNNING
+
+    def faults(self) -> Faults:
+        """Page faults of the workload's own threads."""
+        return self._lifecycle.workload.faults()
+
+    def report(self) -> dict[str, object]:
+        """What the workload says about itself."""
+        return self._lifecycle.workload.report()
+
+    def close(self) -> None:
+        """Be no controller any more: a workload that is paused and not committed runs on."""
+        self._lifecycle.lost(self)

@@ -1,0 +1,48 @@
+"""Which processes map an arena: the program itself and those that descend from it."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from pageferry.errors import WorkloadDied
+from pageferry.host import proc
+from pageferry.workloads.base import Segment
+
+
+def descendants(pid: int) -> list[int]:
+    """Living children of a process, their children and so on (proc(5), /proc/PID/stat field 4)."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and (parent := _parent(folder)) is not None:
+            children[parent].append(int(folder.name))
+    found = [pid]
+    for ancestor in found:
+        found.extend(children[ancestor])
+    return found[1:]
+
+
+def inherited_segments(file: int, length: int) -> list[Segment]:
+    """Where processes that descend from this one map the first `length` bytes of a file, shared and writable."""
+    status = os.fstat(file)
+    segments = []
+    for pid in descendants(os.getpid()):
+        try:
+            mappings = list(proc.file_mappings(pid))
+        except (WorkloadDied, PermissionError):  # ended meanwhile, or became another user's
+            continue
+        for mapping in mappings:
+            ours = (mapping.device, mapping.inode) == (status.st_dev, status.st_ino)
+            if ours and mapping.shared and mapping.writable and mapping.offset < length:
+                shown = min(mapping.length, length - mapping.offset)
+                segments.append(Segment(pid, mapping.address, shown, mapping.offset))
+    return segments
+
+
+def _parent(folder: Path) -> int | None:
+    try:
+        text = (folder / "stat").read_text()
+    except OSError:  # ended meanwhile
+        return None
+    return int(text[text.rindex(")") + 2 :].split()[1])
