@@ -1,7 +1,8 @@
 """Files for guest memory: on a tmpfs of our own that gives large pages at first touch, on hugetlbfs, or on /dev/shm.
 
-The file never has a name (O_TMPFILE): a QEMU gets it as an open descriptor, so that whatever dies, and when, the memory
-goes with the last process that has it open. The mounts are made when first needed and taken away with the last workload.
+The file never has a name (O_TMPFILE): a QEMU gets it as an open descriptor, so that whatever dies, and when, the
+memory goes with the last process that has it open. The mounts are made when first needed and taken away with the last
+workload.
 
 Kernel: `huge=always` of tmpfs(5) puts large pages into shared memory whatever `shmem_enabled` says, except for `deny`.
 """

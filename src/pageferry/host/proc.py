@@ -1,7 +1,7 @@
 """What /proc says about a process: whether it still is the one we mean, what it maps, and the faults it has taken.
 
-A pid alone names a process only until it is reused. Everywhere in pageferry a process is a pid together with the time it
-started, in clock ticks since boot (proc(5), /proc/PID/stat field 22).
+A pid alone names a process only until it is reused. Everywhere in pageferry a process is a pid together with the time
+it started, in clock ticks since boot (proc(5), /proc/PID/stat field 22).
 """
 
 from __future__ import annotations
@@ -98,6 +98,15 @@ def threads(pid: int) -> tuple[int, ...]:
         return tuple(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError) as gone:
         raise WorkloadDied(f"process {pid} is gone") from gone
+
+
+def thread_group(thread: int) -> int:
+    """The pid of the process that a thread is of. Raises WorkloadDied when there is no such thread."""
+    try:
+        status = Path(f"/proc/{thread}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"there is no thread {thread}, or it is in another PID namespace") from gone
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:")))
 
 
 def thread_faults(pid: int, thread_ids: Iterable[int]) -> tuple[int, int]:

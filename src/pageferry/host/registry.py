@@ -216,7 +216,7 @@ class Registry:
     def _read_living(self, folder: Folder) -> AnyEntry | None:
         """The entry of a living workload; the folder of a dead one, or without an entry, is removed. Lock held."""
         try:
-            entry = msgspec.json.decode((folder.path / _ENTRY_FILE).read_bytes(), type=AnyEntry)
+            entry: AnyEntry | None = msgspec.json.decode((folder.path / _ENTRY_FILE).read_bytes(), type=AnyEntry)
         except FileNotFoundError:
             entry = None
         except msgspec.MsgspecError as wrong:

@@ -39,7 +39,7 @@ _REFUSED_OPTIONS = {
     "incoming": "the guest would wait for somebody else's migration: remove it, or use `pageferry receive`",
     "daemonize": "use `pageferry run --detach`, which keeps the guest's output in a log",
     "preconfig": "the machine would not be built yet when we look at it: remove it",
-    "mem-path": "pageferry gives guest memory a file of its own: remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
+    "mem-path": "guest memory gets a file of pageferry's own: remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
 }
 
 _REFUSED_DEVICES = {
@@ -233,4 +233,5 @@ def _backend_warnings(backends: Sequence[Mapping[str, str]]) -> Iterator[str]:
     for backend in backends:
         align = parse_size(backend.get("align", "0"), "align", bare="B")
         if align == 0 or align % LARGE_PAGE:
-            yield f"large pages are off for {backend['id']} unless its file is on hugetlbfs: add align=2M to its -object"
+            name = backend["id"]
+            yield f"large pages are off for {name} unless its file is on hugetlbfs: add align=2M to its -object"

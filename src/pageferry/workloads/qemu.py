@@ -1,0 +1,341 @@
+"""Unmodified QEMU guests as workloads: started under management, or adopted.
+
+Guest memory is a shared file that QEMU and pageferry both map; QMP does the rest: `stop` and `cont` pause and resume,
+QEMU's own migration saves and loads the device state (`qemu_state`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
+from pageferry.host import mounts, proc
+from pageferry.host.registry import Folder, QemuEntry, Registry
+from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
+from pageferry.workloads.base import Faults, Identity, Region
+from pageferry.workloads.qemu_process import QemuProcess
+from pageferry.workloads.qmp import PATIENCE, Monitor
+
+_QUIT_PATIENCE = 10.0
+"""Seconds for QEMU to end after `quit`: it closes its disks first."""
+
+_LOG = "log"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """What does not change while QEMU runs."""
+
+    qemu_version: str
+    type: str
+    vcpu_threads: tuple[int, ...]
+
+    @classmethod
+    async def ask(cls, monitor: Monitor) -> Self:
+        kind = await monitor.execute("qom-get", path="/machine", property="type")
+        cpus = await monitor.execute("query-cpus-fast")
+        return cls(monitor.qemu_version, kind.removesuffix("-machine"), tuple(cpu["thread-id"] for cpu in cpus))
+
+
+class QemuWorkload:
+    """A QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, may be about one.
+
+    The monitor is held from `pause` to `resume` or `discard`, so that nobody slows the switch-over down; otherwise
+    every call opens it for itself.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        entry: QemuEntry,
+        machine: _Machine,
+        regions: tuple[Region, ...],
+        child: QemuProcess | None,
+    ) -> None:
+        self.name = folder.name
+        self._folder = folder
+        self._entry = entry
+        self._machine = machine
+        self._regions = regions
+        self._child = child
+        self._held: Monitor | None = None
+        self._stays_paused = False
+
+    # -- making one --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        incoming: bool = False,
+        detach: bool = True,
+        hugetlb: bool = False,
+        registry: Registry | None = None,
+    ) -> Self:
+        """Start a QEMU from the user's command line, program first, with its memory in a shared file.
+
+        `incoming`: the guest waits, paused, for `load_state`. `detach`: in a session of its own, with its output in the
+        log of its folder; else on our terminal. `hugetlb`: memory on hugetlbfs. A failure leaves nothing behind.
+
+        Raises UsageError, UnsupportedError for what cannot be managed, NameInUse, WorkloadError with QEMU's words.
+        """
+        command = qemu_command.parse(arguments)
+        for warning in command.warnings:
+            log.warning("%s", warning)
+        folder = (registry or Registry()).claim(name)
+        try:
+            child, path = _launch(folder, command, incoming=incoming, detach=detach, hugetlb=hugetlb)
+            try:
+                return await cls._take_over(folder, path, child)
+            except BaseException:
+                child.kill()
+                raise
+        except BaseException:
+            folder.release()
+            mounts.unmount_unused(folder.registry)
+            raise
+
+    @classmethod
+    async def attach(cls, name: str, *, registry: Registry | None = None, patience: float = PATIENCE) -> Self:
+        """The guest of that name, whoever started it; `patience`: seconds to wait for its monitor.
+
+        Raises NoSuchWorkload, also where the name is another kind of workload's; WorkloadError, WorkloadDied.
+        """
+        folder = (registry or Registry()).folder(name)
+        entry = folder.registry.lookup(name)
+        if not isinstance(entry, QemuEntry):
+            raise NoSuchWorkload(f"{name} is no QEMU guest (or still being started): `pageferry list` shows what is")
+        async with await Monitor.open(entry.qmp_socket, patience=patience) as monitor:
+            machine = await _Machine.ask(monitor)
+            regions = await _regions_of(monitor, entry.pid)
+        return cls(folder, entry, machine, regions, None)
+
+    @classmethod
+    async def adopt(cls, name: str, qmp_socket: str, *, registry: Registry | None = None) -> Self:
+        """Manage, as `name`, a QEMU that somebody else has started with its memory in a shared file.
+
+        Raises UnsupportedError, saying with which options it should have been started; NameInUse, WorkloadError.
+        """
+        folder = (registry or Registry()).claim(name)
+        try:
+            return await cls._take_over(folder, os.path.join(os.getcwd(), qmp_socket), None)
+        except BaseException:
+            folder.release()
+            raise
+
+    @classmethod
+    async def _take_over(cls, folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Self:
+        """Look at a QEMU that answers on its monitor, and publish it."""
+        opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
+        async with await opening as monitor:
+            machine = await _Machine.ask(monitor)
+            pid = proc.thread_group(machine.vcpu_threads[0])
+            await qemu_ram.check_devices(monitor)
+            regions = await _regions_of(monitor, pid)
+        for region in regions:
+            if qemu_ram.misaligned(region):
+                log.warning("large pages are off for %s: start QEMU with align=2M for its memory", region.name)
+        entry = _entry(pid, qmp_socket, adopted=child is None)
+        folder.publish(entry)
+        return cls(folder, entry, machine, regions, child)
+
+    # -- the workload protocol -----------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> Identity:
+        """Kind, name, and the details `qemu` (its version), `machine` (type with version) and `cpus`."""
+        machine = self._machine
+        details = {"qemu": machine.qemu_version, "machine": machine.type, "cpus": len(machine.vcpu_threads)}
+        return Identity("qemu", self.name, details)
+
+    @property
+    def pid(self) -> int:
+        """Of QEMU."""
+        return self._entry.pid
+
+    @property
+    def log(self) -> Path | None:
+        """Where a detached QEMU's output goes; None for one on a terminal, or adopted."""
+        path = self._folder.path / _LOG
+        return path if path.exists() else None
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Guest memory, one region for each memory backend, named as QEMU's ramblocks."""
+        return self._regions
+
+    async def pause(self) -> None:
+        """Stop the vCPUs (QMP `stop`). A guest that does not run already is left so by `resume` too."""
+        monitor = await self._hold()
+        self._stays_paused = not (await monitor.execute("query-status"))["running"]
+        if not self._stays_paused:
+            await monitor.execute("stop")
+
+    async def resume(self) -> None:
+        """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with."""
+        try:
+            if not self._stays_paused:
+                monitor = await self._hold()
+                await monitor.execute("cont")
+                status = await monitor.execute("query-status")
+                if not status["running"]:
+                    raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+        finally:
+            await self._release()
+
+    async def save_state(self) -> bytes:
+        """The device state of the paused guest, by QEMU's own migration without memory.
+
+        Raises WorkloadError with QEMU's words; the guest can be resumed then, and after success, too.
+        """
+        async with self._session() as monitor:
+            stream = await qemu_state.save(monitor)
+        was_running = not self._stays_paused
+        return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
+
+    async def load_state(self, state: bytes) -> None:
+        """Load a device state into a guest started with `incoming`, which stays paused.
+
+        Raises WorkloadError with QEMU's words where it does not fit this machine, WorkloadDied.
+        """
+        saved = qemu_state.SavedState.decode(state)
+        if saved.machine != self._machine.type:
+            raise WorkloadError(
+                f"the state is of a {saved.machine} machine, {self.name} is a {self._machine.type}: "
+                f"start it with -machine {saved.machine}, and with the same devices"
+            )
+        try:
+            async with self._session() as monitor:
+                await qemu_state.load(monitor, saved.stream)
+        except WorkloadDied as died:
+            raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
+        self._stays_paused = not saved.was_running
+
+    async def discard(self) -> None:
+        """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
+        with contextlib.suppress(WorkloadError):
+            async with self._session() as monitor:
+                await monitor.execute("quit")
+        await self._release()
+        try:
+            async with asyncio.timeout(_QUIT_PATIENCE):
+                await qemu_process.wait_for_end(self.pid, self._entry.started)
+        except TimeoutError:
+            log.warning("%s (process %d) does not quit and is killed", self.name, self.pid)
+            qemu_process.kill(self.pid, self._entry.started)
+            await qemu_process.wait_for_end(self.pid, self._entry.started)
+        await self.forget()
+
+    async def running(self) -> bool:
+        """Whether the vCPUs run. Raises WorkloadDied when QEMU is gone."""
+        if not self._entry.alive:
+            raise WorkloadDied(f"{self.name} (process {self.pid}) has ended{self._last_words()}")
+        async with self._session() as monitor:
+            return bool((await monitor.execute("query-status"))["running"])
+
+    def faults(self) -> Faults:
+        """Page faults of the vCPU threads. Raises WorkloadDied when QEMU is gone."""
+        return Faults(*proc.thread_faults(self.pid, set(self._machine.vcpu_threads)))
+
+    def close(self) -> None:
+        """Close our files of guest memory, and the session with the monitor if we hold one."""
+        for region in self._regions:
+            os.close(region.fd)
+        self._regions = ()
+        if self._held is not None:
+            self._held.abandon()
+            self._held = None
+
+    # -- the end of one ------------------------------------------------------------------------------------------------
+
+    async def ended(self) -> int | None:
+        """Wait until QEMU has ended; its exit code (-N: signal N) where it is our child. Also see `forget`."""
+        if self._child is not None:
+            return await self._child.wait()
+        await qemu_process.wait_for_end(self.pid, self._entry.started)
+        return None
+
+    async def forget(self) -> None:
+        """After QEMU's end: close our files, remove name, log and records, and mounts that nobody needs any more."""
+        if self._child is not None:
+            await self._child.wait()
+        self.close()
+        self._folder.release()
+        mounts.unmount_unused(self._folder.registry)
+
+    # -- the monitor ---------------------------------------------------------------------------------------------------
+
+    async def _hold(self) -> Monitor:
+        if self._held is None:
+            self._held = await self._open()
+        return self._held
+
+    async def _release(self) -> None:
+        if self._held is not None:
+            monitor, self._held = self._held, None
+            await monitor.close()
+
+    @contextlib.asynccontextmanager
+    async def _session(self) -> AsyncIterator[Monitor]:
+        if self._held is not None:
+            yield self._held
+        else:
+            async with await self._open() as monitor:
+                yield monitor
+
+    async def _open(self) -> Monitor:
+        return await Monitor.open(self._entry.qmp_socket)
+
+    def _last_words(self) -> str:
+        return f"; QEMU says:\n{said}" if (said := qemu_process.log_tail(self._folder.path / _LOG)) else ""
+
+
+def _launch(
+    folder: Folder, command: qemu_command.CommandLine, *, incoming: bool, detach: bool, hugetlb: bool
+) -> tuple[QemuProcess, str]:
+    """Start QEMU with a memory file, and publish it already: it must not be lost if we are killed now."""
+    qmp_socket = folder.socket_path("qmp.sock")
+    ram = None
+    try:
+        if command.needs_ram_file:
+            ram = mounts.create_ram_file(folder.registry, command.ram_size, hugetlb=hugetlb)
+            if ram.warning:
+                log.warning("%s", ram.warning)
+        path = ram.inherited_path if ram is not None else None
+        words = command.managed(ram_path=path, qmp_socket=qmp_socket, incoming=incoming)
+        descriptors = [ram.fd] if ram is not None else []
+        child = qemu_process.launch(words, descriptors, folder.path / _LOG if detach else None)
+    finally:
+        if ram is not None:
+            os.close(ram.fd)
+    with contextlib.suppress(WorkloadDied):  # why it has ended is told by whoever waits for its monitor
+        folder.publish(_entry(child.pid, qmp_socket, adopted=False))
+    return child, qmp_socket
+
+
+def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
+    started = proc.start_time(pid)
+    if started is None:
+        raise WorkloadDied(f"process {pid} has ended")
+    return QemuEntry(pid=pid, started=started, qmp_socket=qmp_socket, adopted=adopted)
+
+
+async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:
+    try:
+        return await qemu_ram.open_regions(monitor, pid)
+    except PermissionError as denied:
+        raise WorkloadError(
+            f"the memory of process {pid} may not be opened ({denied.strerror}): run pageferry as the user of that "
+            f"QEMU, or as root"
+        ) from denied

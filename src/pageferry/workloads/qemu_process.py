@@ -1,0 +1,150 @@
+"""Starting a QEMU process, and waiting for the end of one, be it our child or not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from pageferry.errors import UsageError, WorkloadError
+from pageferry.host import proc
+from pageferry.workloads.qmp import Monitor
+
+_STARTUP_PATIENCE = 120.0
+"""Seconds until the monitor answers. Preallocated memory takes its time."""
+
+_LOG_TAIL = 2000
+"""Bytes of the log that an error message quotes."""
+
+_running_children: list[subprocess.Popen[bytes]] = []
+"""Those that we leave running when we end: nobody is to complain about them being forgotten."""
+
+
+class QemuProcess:
+    """A process that we have started."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], program: str, log: Path | None) -> None:
+        self._popen = popen
+        self._program = program
+        self._log = log
+        _running_children.append(popen)
+
+    @property
+    def pid(self) -> int:
+        """Of what we have started, which may be a wrapper around QEMU."""
+        return self._popen.pid
+
+    def poll(self) -> int | None:
+        """Its exit code (-N: signal N), or None while it runs."""
+        code = self._popen.poll()
+        if code is not None and self._popen in _running_children:
+            _running_children.remove(self._popen)
+        return code
+
+    async def wait(self) -> int:
+        """Wait for its end and return its exit code (-N: signal N)."""
+        started = proc.start_time(self.pid)
+        if started is not None:
+            await wait_for_end(self.pid, started)
+        code = self._popen.wait()  # it has ended, there is nothing to wait for
+        self.poll()
+        return code
+
+    async def monitor(self, socket_path: str) -> Monitor:
+        """A session with its monitor, as soon as it has one.
+
+        Raises WorkloadError, with what QEMU said, when it ends instead.
+        """
+        deadline = asyncio.get_running_loop().time() + _STARTUP_PATIENCE
+        while True:
+            if (code := self.poll()) is not None:
+                raise WorkloadError(f"{self._program} ended at once with exit code {code}{self.last_words()}")
+            try:
+                return await Monitor.open(socket_path)
+            except WorkloadError as failed:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise WorkloadError(f"{self._program} opened no monitor: {failed}{self.last_words()}") from failed
+            await asyncio.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.poll() is None:
+            self._popen.kill()
+            self._popen.wait()
+            self.poll()
+
+    def last_words(self) -> str:
+        """The end of its log, to be put after a message; what it said on a terminal needs no repeating."""
+        if self._log is None:
+            return ""
+        return f"; it says:\n{said}" if (said := log_tail(self._log)) else " without a word"
+
+
+def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -> QemuProcess:
+    """Start QEMU: on our terminal, or, with a `log`, in a session of its own that outlives ours.
+
+    `inherited`: descriptors that it is to have too, under the same numbers. Raises UsageError where the program is not
+    found or may not be run.
+    """
+    output: IO[bytes] | None = None
+    try:
+        if log is not None:
+            output = open(log, "ab")  # noqa: SIM115  # closed below, whatever happens
+        popen = subprocess.Popen(
+            command,
+            stdin=None if log is None else subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=inherited,
+            start_new_session=log is not None,
+        )
+    except (FileNotFoundError, PermissionError) as failed:
+        raise UsageError(f"cannot run {command[0]}: {failed.strerror}") from failed
+    finally:
+        if output is not None:
+            output.close()
+    return QemuProcess(popen, command[0], log)
+
+
+async def wait_for_end(pid: int, started: int) -> None:
+    """Wait until the process that started at `started` has ended; it need not be ours."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    try:
+        loop.add_reader(descriptor, ended.set)
+        if proc.is_alive(pid, started):
+            await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def kill(pid: int, started: int) -> None:
+    """End a process at once, if it still is the one that started at `started`."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if proc.is_alive(pid, started):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of a log, or an empty string where there is none."""
+    try:
+        return log.read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
+    except FileNotFoundError:
+        return ""

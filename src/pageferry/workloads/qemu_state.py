@@ -1,0 +1,191 @@
+"""The device state of a QEMU guest: everything but its memory, saved and loaded by QEMU's own migration.
+
+With the capability `x-ignore-shared` QEMU leaves memory in shared files out of its migration stream; what is left
+(CPUs, devices, ROMs, video memory: about 1 MiB) goes through one end of a socket pair that QEMU is given (`getfd`), so
+that nothing is left behind by any failure. Checked with QEMU 7.2 and 10.0; newer ones ignore only files with a path,
+which ours has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from qemu.qmp import EventListener
+
+from pageferry.errors import UnsupportedError, WorkloadError
+from pageferry.workloads.qmp import Monitor
+
+LARGEST = 512 << 20
+"""Bytes of a stream that we are willing to hold: one that is larger has guest memory in it."""
+
+_DESCRIPTOR = "pageferry-state"
+_CHUNK = 1 << 20
+_UNLIMITED = 1 << 40
+"""Bytes per second: the stream goes to the memory of a process next door."""
+
+_NEEDED = ("x-ignore-shared", "events")
+_KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
+"""Capabilities about what is migrated, not how: they stay as the user has set them."""
+
+_ENDED = frozenset({"completed", "failed", "cancelled"})
+_CANCEL_PATIENCE = 5.0
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class SavedState(msgspec.Struct, frozen=True, kw_only=True):
+    """What `QemuWorkload.save_state` gives and `load_state` takes, as MessagePack."""
+
+    version: int = 1
+    machine: str
+    """Machine type with its version, such as `pc-i440fx-7.2`: the other end must be the same."""
+    was_running: bool
+    """Whether the guest ran before it was paused: one that its user had stopped stays stopped at the other end."""
+    stream: bytes
+    """QEMU's migration stream."""
+
+    def encode(self) -> bytes:
+        """As bytes."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> SavedState:
+        """From bytes. Raises WorkloadError when they are no saved state of a version we know."""
+        try:
+            state = msgspec.msgpack.decode(data, type=cls)
+        except msgspec.MsgspecError as wrong:
+            raise WorkloadError(f"device state cannot be read ({wrong}): it was not saved by pageferry") from wrong
+        if state.version != 1:
+            raise WorkloadError(f"device state is of version {state.version}, this pageferry knows 1: use a newer one")
+        return state
+
+
+async def save(monitor: Monitor) -> bytes:
+    """The migration stream of a paused guest. The guest is as before, whether this succeeds or not.
+
+    Raises WorkloadError with QEMU's words when it cannot be saved, WorkloadDied.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        async with _state_only(monitor):
+            await monitor.give_descriptor(_DESCRIPTOR, theirs.fileno())
+            theirs.close()
+            try:
+                return await _run(monitor, "migrate", _receive(ours))
+            except BaseException:
+                ours.close()
+                await asyncio.shield(_cancel(monitor))
+                raise
+
+
+async def load(monitor: Monitor, stream: bytes) -> None:
+    """Give a migration stream to a QEMU that was started with `-incoming defer`; it stays paused.
+
+    Raises WorkloadError with QEMU's words, or WorkloadDied: some QEMUs end when they cannot take a stream.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        async with _state_only(monitor):
+            await monitor.give_descriptor(_DESCRIPTOR, theirs.fileno())
+            theirs.close()
+            await _run(monitor, "migrate-incoming", _send(ours, stream))
+
+
+async def _run(monitor: Monitor, command: str, transfer: Coroutine[Any, Any, T]) -> T:
+    """Start a migration over the descriptor, and run `transfer` beside it until both have ended."""
+    moving = asyncio.ensure_future(transfer)
+    try:
+        with monitor.events("MIGRATION") as events:
+            await monitor.execute(command, uri=f"fd:{_DESCRIPTOR}")
+            ended = asyncio.ensure_future(_end(monitor, events))
+            try:
+                # The first error ends both: a transfer that fails leaves QEMU waiting for ever, and vice versa.
+                result, _ = await asyncio.gather(moving, ended)
+            finally:
+                ended.cancel()
+            return result
+    finally:
+        moving.cancel()
+
+
+async def _end(monitor: Monitor, events: EventListener) -> None:
+    while (status := (await monitor.next_event(events)).get("status")) not in _ENDED:
+        pass
+    if status != "completed":
+        said = (await monitor.execute("query-migrate")).get("error-desc", f"its migration is {status}")
+        raise WorkloadError(f"QEMU could not move the device state: {said}")
+
+
+async def _receive(source: socket.socket) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = bytearray()
+    while True:
+        try:
+            chunk = await loop.sock_recv(source, _CHUNK)
+        except ConnectionResetError:
+            chunk = b""
+        if not chunk:  # whether this is the end or a failure is said by QEMU's event
+            return bytes(data)
+        data += chunk
+        if len(data) > LARGEST:
+            raise WorkloadError(
+                f"the device state is larger than {LARGEST >> 20} MiB: guest memory is in it, not in a shared file"
+            )
+
+
+async def _send(target: socket.socket, stream: bytes) -> None:
+    # QEMU hangs up at the first byte that it does not like, and says why in its event.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        await asyncio.get_running_loop().sock_sendall(target, stream)
+    target.close()
+
+
+async def _cancel(monitor: Monitor) -> None:
+    """Wait until an outgoing migration that failed on our side has left QEMU."""
+    with contextlib.suppress(WorkloadError, TimeoutError):
+        await monitor.execute("migrate_cancel")
+        async with asyncio.timeout(_CANCEL_PATIENCE):
+            # Once our listener has gone this is the only way to hear of it.
+            while (await monitor.execute("query-migrate")).get("status", "none") not in _ENDED | {"none"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def _state_only(monitor: Monitor) -> AsyncIterator[None]:
+    """Have QEMU migrate device state alone, plainly and fast; the settings it had come back afterwards.
+
+    Raises UnsupportedError where QEMU lacks what is needed.
+    """
+    reported = await monitor.execute("query-migrate-capabilities")
+    before = {item["capability"]: item["state"] for item in reported}
+    if missing := [name for name in _NEEDED if name not in before]:
+        raise UnsupportedError(f"this QEMU lacks the migration capability {', '.join(missing)}: use 5.0 or newer")
+    wanted = {name: name in _NEEDED or (state and name in _KEPT) for name, state in before.items()}
+    changed = {name: state for name, state in wanted.items() if before[name] != state}
+    bandwidth = (await monitor.execute("query-migrate-parameters")).get("max-bandwidth")
+    await _set_capabilities(monitor, changed)
+    try:
+        await monitor.execute("migrate-set-parameters", max_bandwidth=_UNLIMITED)
+        yield
+    finally:
+        try:
+            await _set_capabilities(monitor, {name: before[name] for name in changed})
+            if bandwidth is not None:
+                await monitor.execute("migrate-set-parameters", max_bandwidth=bandwidth)
+        except WorkloadError as failed:
+            log.debug("migration settings were not put back: %s", failed)
+
+
+async def _set_capabilities(monitor: Monitor, states: dict[str, bool]) -> None:
+    if states:
+        items = [{"capability": name, "state": state} for name, state in states.items()]
+        await monitor.execute("migrate-set-capabilities", capabilities=items)

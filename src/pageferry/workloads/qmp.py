@@ -1,0 +1,144 @@
+"""A session with QEMU's machine protocol (QMP), with the errors of pageferry.
+
+A QMP socket serves one client at a time; the others wait in its backlog and get no greeting. So sessions are opened
+late and closed early, and who waits too long is told why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
+
+from pageferry.errors import WorkloadDied, WorkloadError
+
+PATIENCE = 10.0
+"""Seconds to wait for the greeting: a command that has the session open keeps it for less."""
+
+_LOOK_AGAIN = 0.2
+"""Seconds between two looks at whether QEMU is still there, while no event comes."""
+
+
+class Monitor:
+    """An open session. Use `open`; close it, or use it as an asynchronous context manager."""
+
+    def __init__(self, client: QMPClient, connection: socket.socket, path: str) -> None:
+        self._client = client
+        self._connection = connection
+        self.path = path
+
+    @classmethod
+    async def open(cls, path: str, *, patience: float = PATIENCE) -> Monitor:
+        """Connect to the socket at `path` and wait up to `patience` seconds for QEMU to answer.
+
+        Raises WorkloadDied where nobody listens, WorkloadError where somebody else has the session, or it is no QMP.
+        """
+        connection = await _connect(path, patience)
+        client = QMPClient()
+        try:
+            async with asyncio.timeout(patience):
+                await client.connect(connection)
+        except TimeoutError as late:
+            connection.close()
+            raise WorkloadError(
+                f"{path} did not answer in {patience:g} s: another client has its only session, or QEMU hangs; "
+                f"try again, or end that client"
+            ) from late
+        except QMPError as wrong:
+            connection.close()
+            raise WorkloadError(f"{path} is no QMP socket that answers ({wrong}): give one made with `-qmp`") from wrong
+        return cls(client, connection, path)
+
+    @property
+    def qemu_version(self) -> str:
+        """As QEMU greets, such as `10.0.2`: to be told, never to be compared."""
+        greeting = self._client.greeting
+        assert greeting is not None
+        numbers = cast("Mapping[str, int]", greeting.QMP.version["qemu"])
+        return ".".join(str(numbers[part]) for part in ("major", "minor", "micro"))
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command and return what it returns. Underscores in argument names stand for hyphens.
+
+        Raises WorkloadError with QEMU's words where it refuses, WorkloadDied where it goes away.
+        """
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return await self._client.execute(command, named or None)
+        except ExecuteError as refused:
+            raise WorkloadError(f"QEMU refuses {command}: {refused}") from refused
+        except (QMPError, EOFError, OSError) as gone:
+            raise WorkloadDied(f"QEMU went away during {command}") from gone
+
+    async def give_descriptor(self, name: str, descriptor: int) -> None:
+        """Pass a copy of an open file to QEMU (`getfd`), which then knows it as `fd:NAME`."""
+        self._client.send_fd_scm(descriptor)
+        await self.execute("getfd", fdname=name)
+
+    @contextlib.contextmanager
+    def events(self, name: str) -> Iterator[EventListener]:
+        """Listen to one kind of event from here on; to be read with `next_event`."""
+        with self._client.listener(name) as listener:
+            yield listener
+
+    async def next_event(self, listener: EventListener) -> dict[str, Any]:
+        """The data of the next event. Raises WorkloadDied when QEMU goes away instead."""
+        waiting = asyncio.ensure_future(listener.get())
+        try:
+            while not (await asyncio.wait({waiting}, timeout=_LOOK_AGAIN))[0]:
+                if self._client.runstate is not Runstate.RUNNING:
+                    raise WorkloadDied("QEMU went away")
+            return cast("dict[str, Any]", waiting.result().get("data", {}))
+        finally:
+            waiting.cancel()
+
+    def abandon(self) -> None:
+        """Cut the session without waiting; QEMU takes the next client."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """End the session."""
+        # What ended it, if it has ended already, was told to whoever was speaking.
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await self._client.disconnect()
+
+    async def __aenter__(self) -> Monitor:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+async def _connect(path: str, patience: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    deadline = asyncio.get_running_loop().time() + patience
+    try:
+        while True:
+            try:
+                connection.connect(path)
+            except BlockingIOError:  # the backlog is full of others who wait
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(0.02)
+            else:
+                return connection
+    except BaseException as failed:
+        connection.close()
+        if isinstance(failed, OSError):
+            raise _connection_error(path, failed) from failed
+        raise
+
+
+def _connection_error(path: str, failed: OSError) -> WorkloadError:
+    if failed.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        return WorkloadDied(f"no QEMU listens on {path}")
+    if failed.errno == errno.EAGAIN:
+        return WorkloadError(f"too many clients wait for {path}: end them, or try again later")
+    return WorkloadError(f"cannot connect to {path}: {failed.strerror or failed}")
