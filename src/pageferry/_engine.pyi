@@ -67,7 +67,7 @@ class Space:
     def collapse(self, address: int, length: int) -> None:
         """Put a range on large pages, or map it as what it is (process_madvise, MADV_COLLAPSE)."""
 
-Segment = tuple[Space, int, int, int, int]
+_Segment = tuple[Space, int, int, int, int]
 """(space, address, length, number of the region, first page of the region that is mapped there)"""
 
 @final
@@ -78,7 +78,7 @@ class Trace:
     page of a released unit counts as written. Traces go when the object or the process that made it goes.
     """
 
-    def __new__(cls, segments: Sequence[Segment], release_after: int = 0) -> Trace: ...
+    def __new__(cls, segments: Sequence[_Segment], release_after: int = 0) -> Trace: ...
     @property
     def install_seconds(self) -> float: ...
     @property
@@ -100,7 +100,7 @@ class Placer:
     def __new__(
         cls,
         targets: Sequence[tuple[Mapping, int, Sequence[bool]]],
-        segments: Sequence[Segment],
+        segments: Sequence[_Segment],
         keep_large: bool = True,
         workers: int = 0,
     ) -> Placer: ...
@@ -118,7 +118,7 @@ class Placer:
     def finish(self, rest: bool) -> None:
         """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE."""
 
-Counters = tuple[int, int, int, int, int]
+_Counters = tuple[int, int, int, int, int]
 """(bytes on the wire, storage blocks, data pages, zero pages, absent pages)"""
 
 @final
@@ -140,7 +140,7 @@ class BlockSender:
     def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, barrier: bool = True) -> None:
         """Send the pages of one set per region, and with `barrier` the end of the round on every stream."""
     @property
-    def progress(self) -> Counters: ...
+    def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
 
 @final
@@ -151,7 +151,7 @@ class BlockReceiver:
     def receive(self, round: int) -> None:
         """Receive until every stream has seen the barrier of the round."""
     @property
-    def progress(self) -> Counters: ...
+    def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
 
 def large_tmpfs(size: int) -> int:

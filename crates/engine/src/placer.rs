@@ -18,7 +18,7 @@ use crate::block::Class;
 use crate::mapping::{Mapping, scan};
 use crate::space::{AdoptError, Space};
 use crate::trace::Segment;
-use crate::uapi;
+use crate::uapi::{self, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 /// Why pages could not be placed.
@@ -299,9 +299,10 @@ impl Drop for Placer {
 impl Shared {
     fn allocate_large(&self, target: &Target, unit: usize) -> io::Result<()> {
         let start = target.mapping.page(unit * SLOTS);
-        // SAFETY: within the mapping. An atomic OR of nothing writes (and so allocates) without changing a byte that
-        // another stream may have placed meanwhile.
-        unsafe { std::sync::atomic::AtomicU8::from_ptr(start) }.fetch_or(0, Ordering::Relaxed);
+        // A write fault, which allocates and maps all of the large page, and changes no byte that another stream may
+        // have placed meanwhile. Where there is no memory it fails here instead of ending us by a signal.
+        // SAFETY: within the mapping.
+        check(unsafe { libc::madvise(start.cast(), SMALL_PAGE, uapi::MADV_POPULATE_WRITE) })?;
         if target.page_size == LARGE_PAGE || self.is_large(start)? {
             return Ok(());
         }

@@ -420,7 +420,11 @@ impl BlockReceiver {
         input.table.resize(len, 0);
         input.socket.read(&mut input.table)?;
         let head = block::decode_head(&header, &input.table)?;
-        self.progress.block(block::HEADER_LEN + len + head.stored_len);
+        let bytes = block::HEADER_LEN + len + head.stored_len;
+        match head.kind {
+            Kind::Pages => self.progress.block(bytes),
+            Kind::Barrier => drop(self.progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed)),
+        }
         Ok(head)
     }
 

@@ -88,6 +88,12 @@ class Workload(Protocol):
     async def save_state(self) -> bytes:
         """Everything that is not in the regions and is needed to run elsewhere. The workload is paused."""
 
+    async def commit(self) -> None:
+        """It may run elsewhere from now on: it stays paused whoever dies, until `resume` or `discard` is called.
+
+        Before this call, the death of whoever paused it lets it run on by itself.
+        """
+
     async def load_state(self, state: bytes) -> None:
         """Take the state that `save_state` gave on another host. The workload has not run yet. May raise WorkloadError."""
 

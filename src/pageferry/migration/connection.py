@@ -1,0 +1,213 @@
+"""Connections of a migration: the control connection, and page streams on the same port."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+from pageferry.errors import ConnectionLost, ProtocolError, UsageError
+from pageferry.migration import messages
+
+INDEX_BYTES = 4
+GREETING = 5.0
+"""Seconds that a connection has to say what it is."""
+MAX_GREETINGS = 64
+"""Connections that may be at it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """HOST:PORT, resolved."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def resolve(text: str, *, insecure: bool, what: str) -> Address:
+    """The address of `HOST:PORT` or `[IPV6]:PORT`.
+
+    Plain TCP is neither encrypted nor authenticated, so other addresses than loopback need `insecure`.
+    Raises UsageError.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"{what} {text!r}: give HOST:PORT, for example 127.0.0.1:7070")
+    host = host.strip("[]") or "127.0.0.1"
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"{what} {text!r}: {error}") from error
+    address = str(found[0][4][0])
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback and not insecure:
+        raise UsageError(
+            f"{what} {text}: memory would cross the network in the clear, readable and forgeable by anybody on the "
+            f"way; use a loopback address (through a tunnel), or --insecure where the network is yours alone"
+        )
+    return Address(address, int(port))
+
+
+def _tune(connection: socket.socket, patience: float) -> None:
+    """Small messages go at once; a dead peer is noticed by the kernel too."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+
+
+async def _connect(address: Address, patience: float) -> socket.socket:
+    connection = socket.socket(_family(address), socket.SOCK_STREAM)
+    connection.setblocking(False)
+    try:
+        async with asyncio.timeout(patience):
+            await asyncio.get_running_loop().sock_connect(connection, (address.host, address.port))
+        _tune(connection, patience)
+    except (OSError, TimeoutError) as error:
+        connection.close()
+        raise ConnectionLost(
+            f"no answer from {address} ({error or 'timed out'}): is `pageferry receive` running there?"
+        ) from error
+    return connection
+
+
+async def connect_control(address: Address, patience: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A control connection to a receiver. Raises ConnectionLost."""
+    connection = await _connect(address, patience)
+    reader, writer = await asyncio.open_connection(sock=connection)
+    writer.write(messages.CONTROL_MAGIC)
+    return reader, writer
+
+
+async def connect_stream(address: Address, token: bytes, index: int, patience: float) -> socket.socket:
+    """A page stream to a receiver: a blocking socket, for the engine. Raises ConnectionLost."""
+    connection = await _connect(address, patience)
+    greeting = messages.STREAM_MAGIC + token + index.to_bytes(INDEX_BYTES, "big")
+    try:
+        async with asyncio.timeout(patience):
+            await asyncio.get_running_loop().sock_sendall(connection, greeting)
+    except (OSError, TimeoutError) as error:
+        connection.close()
+        raise ConnectionLost(f"page stream to {address}: {error or 'timed out'}") from error
+    connection.setblocking(True)
+    return connection
+
+
+class Reception:
+    """A listening socket that tells control connections and page streams apart by how they begin.
+
+    Every connection is greeted by a task of its own, so that one that says nothing keeps nobody else waiting; what
+    does not begin as it must within `GREETING` seconds is closed.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._socket = _listen(address)
+        host, port = self._socket.getsockname()[:2]
+        self.address = Address(host, port)
+        """Where it listens; the port is the one the kernel chose when 0 was asked for."""
+        self._controls: asyncio.Queue[socket.socket] = asyncio.Queue()
+        self._expected: dict[bytes, asyncio.Queue[tuple[int, socket.socket]]] = {}
+        self._greeters: set[asyncio.Task[None]] = set()
+        self._task = asyncio.create_task(self._accept())
+
+    async def control(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The next control connection, after its magic."""
+        return await asyncio.open_connection(sock=await self._controls.get())
+
+    def expect(self, token: bytes) -> None:
+        """From now on, page streams that begin with this token are kept for `streams`."""
+        self._expected[token] = asyncio.Queue()
+
+    async def streams(self, token: bytes, count: int, patience: float) -> list[socket.socket]:
+        """All page streams that begin with the token, in their order, as blocking sockets.
+
+        Raises ConnectionLost when they do not all come, ProtocolError for a number twice or out of range.
+        """
+        found: dict[int, socket.socket] = {}
+        try:
+            async with asyncio.timeout(patience):
+                while len(found) < count:
+                    index, connection = await self._expected[token].get()
+                    if index >= count or index in found:
+                        connection.close()
+                        raise ProtocolError(f"page stream number {index} of {count}, or twice")
+                    connection.setblocking(True)
+                    found[index] = connection
+        except BaseException as error:
+            for connection in found.values():
+                connection.close()
+            if isinstance(error, TimeoutError):
+                raise ConnectionLost(f"{len(found)} of {count} page streams came within {patience:g} s") from error
+            raise
+        finally:
+            del self._expected[token]
+        return [found[index] for index in range(count)]
+
+    async def close(self) -> None:
+        """Stop listening; connections that were handed out live on."""
+        for task in (self._task, *self._greeters):
+            task.cancel()
+        await asyncio.gather(self._task, *self._greeters, return_exceptions=True)
+        self._socket.close()
+        while not self._controls.empty():
+            self._controls.get_nowait().close()
+
+    async def _accept(self) -> None:
+        while True:
+            connection, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+            connection.setblocking(False)
+            if len(self._greeters) >= MAX_GREETINGS:
+                connection.close()
+                continue
+            task = asyncio.create_task(self._greet(connection))
+            self._greeters.add(task)
+            task.add_done_callback(self._greeters.discard)
+
+    async def _greet(self, connection: socket.socket) -> None:
+        kept = False
+        try:
+            async with asyncio.timeout(GREETING):
+                magic = await _read_exactly(connection, len(messages.CONTROL_MAGIC))
+                if magic == messages.CONTROL_MAGIC:
+                    self._controls.put_nowait(connection)
+                    kept = True
+                elif magic == messages.STREAM_MAGIC:
+                    token = await _read_exactly(connection, messages.TOKEN_BYTES)
+                    index = int.from_bytes(await _read_exactly(connection, INDEX_BYTES), "big")
+                    if queue := self._expected.get(token):
+                        queue.put_nowait((index, connection))
+                        kept = True
+        except (OSError, EOFError, TimeoutError):
+            pass  # nobody we know
+        finally:
+            if not kept:
+                connection.close()
+
+
+def _listen(address: Address) -> socket.socket:
+    listener = socket.socket(_family(address), socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setblocking(False)
+    try:
+        listener.bind((address.host, address.port))
+        listener.listen(MAX_GREETINGS)
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"cannot listen on {address}: {error.strerror}") from error
+    return listener
+
+
+async def _read_exactly(connection: socket.socket, count: int) -> bytes:
+    received = b""
+    while len(received) < count:
+        piece = await asyncio.get_running_loop().sock_recv(connection, count - len(received))
+        if not piece:
+            raise EOFError
+        received += piece
+    return received

@@ -1,0 +1,63 @@
+"""When to stop copying and switch over (S2): a policy of a few lines, apart from everything that moves bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+SMOOTHING = 0.5
+"""Weight of the newest round in the bandwidth estimate."""
+STALL_ROUNDS = 4
+"""So many rounds in a row without progress are a stall."""
+PROGRESS = 0.9
+"""A round makes progress when it leaves less than this part of the least that was ever left."""
+
+
+class Decision(Enum):
+    """What comes after a round."""
+
+    CONTINUE = "continue"
+    SWITCH_OVER = "switch-over"
+    STALLED = "stalled"
+
+
+@dataclass(slots=True)
+class Convergence:
+    """Looks at what each round left over.
+
+    Switches over when the rest can be sent within `max_downtime` seconds at the bandwidth measured, and gives up when
+    `max_rounds` rounds have not brought it there, or when `STALL_ROUNDS` rounds in a row brought it no nearer.
+    """
+
+    max_downtime: float
+    """Seconds that sending the rest may take while the workload is paused."""
+    max_rounds: int
+    bandwidth: float = 0.0
+    """Bytes of memory per second, smoothed. Counts memory covered, not bytes sent: zeros and compression help."""
+    rounds: int = 0
+    stalled: int = 0
+    least: float = field(default=float("inf"))
+
+    def after_round(self, covered: int, seconds: float, remaining: int) -> Decision:
+        """`covered` bytes of memory were sent in `seconds`; `remaining` bytes were modified meanwhile."""
+        self.rounds += 1
+        self._measure(covered, seconds)
+        if self.expected_downtime(remaining) <= self.max_downtime:
+            return Decision.SWITCH_OVER
+        self.stalled = 0 if remaining < self.least * PROGRESS else self.stalled + 1
+        self.least = min(self.least, remaining)
+        if self.stalled >= STALL_ROUNDS or self.rounds >= self.max_rounds:
+            return Decision.STALLED
+        return Decision.CONTINUE
+
+    def expected_downtime(self, remaining: int) -> float:
+        """Seconds that sending `remaining` bytes of memory will take."""
+        if remaining == 0:
+            return 0.0
+        return remaining / self.bandwidth if self.bandwidth else float("inf")
+
+    def _measure(self, covered: int, seconds: float) -> None:
+        # Short rounds measure the latency of the link and not its bandwidth.
+        if covered and seconds > 0:
+            latest = covered / seconds
+            self.bandwidth = latest if self.rounds == 1 else SMOOTHING * latest + (1 - SMOOTHING) * self.bandwidth

@@ -1,0 +1,140 @@
+"""What a migration tells while it goes on, and at its end. Names are those of QEMU's MigrationStats where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+Mode = Literal["precopy"]
+Status = Literal["completed", "failed", "cancelled"]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type"):
+    """Base of events; `type` tells them apart."""
+
+
+class SetupEvent(Event, frozen=True, kw_only=True, tag="setup"):
+    """Connected, traces installed."""
+
+    peer: str
+    memory: int
+    """Bytes of all regions."""
+    present: int
+    """Bytes of them that are in memory."""
+    large_pages: int
+    install_ms: float
+
+
+class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
+    """A round has been sent and acknowledged."""
+
+    round: int
+    pages: int
+    """Pages of the round, of all classes."""
+    sent: int
+    """Bytes on the wire."""
+    remaining: int
+    """Bytes modified meanwhile, to be sent in the next round."""
+    ms: float
+    mbps: float
+    """Megabits per second on the wire."""
+    dirty_rate: float
+    """Bytes of memory modified per second."""
+
+
+class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
+    """How far a round is. Sent several times a second; not a part of `--output json`."""
+
+    round: int
+    done: int
+    total: int
+    """Pages."""
+    mbps: float
+
+
+class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Where the time went in which nobody ran the workload, milliseconds. `last_pages` and `device_state` overlap."""
+
+    total: float
+    stop: float
+    last_pages: float
+    device_state: float
+    """Saving it, and loading it at the destination."""
+    populate: float
+    resume: float
+
+
+class LargePageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """2 MiB pages under the workload's memory."""
+
+    source: int
+    destination: int
+    fallbacks: int
+    """Large pages of the source for which the destination had none."""
+
+
+class PopulateCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Mappings made before the workload resumed (S1, S5)."""
+
+    mode: str
+    large: int
+    small: int
+    failed: int
+    work_ms: float
+    """Time of the prefault workers, hidden in the transfer except for `downtime.populate`."""
+
+
+class FaultCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Page faults of the workload's threads in the first second at the destination."""
+
+    minor: int
+    major: int
+
+
+class TraceCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """The write trace (S2)."""
+
+    granularity: str
+    install_ms: float
+    released_units: int
+    """2 MiB units that coarse traces released as a whole."""
+
+
+class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
+    """The end of a migration. Times in milliseconds, sizes in bytes."""
+
+    status: Status
+    mode: Mode
+    workload: str
+    peer: str
+    total_time: float
+    setup_time: float
+    downtime: float
+    downtime_parts: Downtime
+    transferred: int
+    """Bytes on the wire, control messages and state left out."""
+    memory: int
+    normal: int
+    """Pages sent with their contents."""
+    duplicate: int
+    """Pages sent as zeros."""
+    skipped: int
+    """Pages that are not in memory."""
+    dirty_sync_count: int
+    """Times the trace was collected."""
+    mbps: float
+    large_pages: LargePageCount
+    populated: PopulateCount
+    faults_after_resume: FaultCount | None
+    """None: the destination did not say."""
+    trace: TraceCount
+
+
+Listener = Callable[[Event], None]
+"""Is called with each event, on the event loop; must not block."""
+
+
+def ignore(_: Event) -> None:
+    """A listener for those who do not want to know."""

@@ -1,0 +1,98 @@
+"""A workload's memory as the engine sees it: a second mapping of every region, and where the workload maps it."""
+
+from __future__ import annotations
+
+from pageferry._engine import Mapping, PageSet, Space
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
+
+
+Counters = tuple[int, int, int, int, int]
+"""(bytes on the wire, storage blocks, data pages, zero pages, absent pages) of a page stream so far."""
+Segment = tuple[Space, int, int, int, int]
+"""(address space, address, length, number of the region, first page of the region) of a mapping of the workload."""
+
+
+class Memory:
+    """The regions of a workload, mapped into our own address space, page sets and segments to go with them.
+
+    Raises WorkloadDied when a process of the workload is gone, WorkloadError when its memory cannot be mapped.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.regions: tuple[Region, ...] = workload.regions
+        try:
+            self.mappings = [Mapping(region.fd, region.length, region.file_offset) for region in self.regions]
+            self.segments = list(_segments(self.regions))
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"{workload.name}: a process of it is gone") from gone
+        except OSError as error:
+            raise WorkloadError(f"{workload.name}: its memory cannot be mapped: {error}") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.length for region in self.regions)
+
+    def present(self) -> int:
+        """Bytes that are in memory (or in the file's holes' neighbours: what SEEK_DATA calls data)."""
+        return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
+
+    def large_units(self) -> list[list[bool]]:
+        """Per region, which 2 MiB units stand on large pages. Regions on hugetlbfs: those that hold data."""
+        return [
+            _data_units(mapping) if region.page_size == LARGE_PAGE else mapping.large_units()
+            for region, mapping in zip(self.regions, self.mappings, strict=True)
+        ]
+
+    def page_sets(self, *, full: bool = False) -> list[PageSet]:
+        """One set per region, empty or full."""
+        return [PageSet(region.length // SMALL_PAGE, full) for region in self.regions]
+
+    def restore_large_mappings(self, units: list[list[bool]]) -> None:
+        """Map large pages as such again, after write traces have split their mappings. What fails stays small."""
+        for space, address, length, region, first_page in self.segments:
+            for start, end in _runs(units[region]):
+                begin = max(start * LARGE_PAGE - first_page * SMALL_PAGE, 0)
+                stop = min(end * LARGE_PAGE - first_page * SMALL_PAGE, length)
+                if begin < stop and self.regions[region].page_size == SMALL_PAGE:
+                    _collapse(space, address + begin, stop - begin)
+
+
+def _collapse(space: Space, address: int, length: int) -> None:
+    try:
+        space.collapse(address, length)
+    except OSError:
+        pass  # not aligned, or gone: the next access maps it small
+
+
+def _segments(regions: tuple[Region, ...]) -> list[Segment]:
+    spaces: dict[int, Space] = {}
+    return [
+        (
+            spaces.setdefault(segment.pid, Space(segment.pid)) if segment.pid not in spaces else spaces[segment.pid],
+            segment.address,
+            segment.length,
+            number,
+            segment.offset // SMALL_PAGE,
+        )
+        for number, region in enumerate(regions)
+        for segment in region.segments
+    ]
+
+
+def _data_units(mapping: Mapping) -> list[bool]:
+    units = [False] * -(-mapping.length // LARGE_PAGE)
+    for start, end in mapping.data_ranges():
+        units[start // LARGE_PAGE : -(-end // LARGE_PAGE)] = [True] * (-(-end // LARGE_PAGE) - start // LARGE_PAGE)
+    return units
+
+
+def _runs(units: list[bool]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for number, unit in enumerate(units):
+        if unit and runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        elif unit:
+            runs.append((number, number + 1))
+    return runs

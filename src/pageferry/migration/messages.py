@@ -1,0 +1,250 @@
+"""Control messages of a migration, and the order in which they go.
+
+One TCP connection carries them, each as a 32-bit length (big endian) and a MessagePack map with the name of the
+message under `type`. Further connections to the same port carry storage blocks. `docs/protocol.md` explains it all::
+
+    source                                     destination
+      │ ── Hello ───────────────────────────────▶ │  versions, workload, regions, how pages will come
+      │ ◀─────────────────────────────── Welcome ─ │  token for the page streams   (or Abort: reason)
+      │ ══ page streams connect with the token ══▶ │
+      │ ── LargePages, one per region ──────────▶ │  which 2 MiB units stand on large pages (S6)
+      │ ── Round 1 ─────────────────────────────▶ │
+      │ ══ storage blocks, barrier ═════════════▶ │
+      │ ◀───────────────────────────── RoundDone ─ │
+      │    ...more rounds; the last one after the workload has been paused...
+      │ ── Hot, one per region ─────────────────▶ │  units modified during the migration (S1)
+      │ ── State..., StateEnd ──────────────────▶ │  what is not memory
+      │ ◀─────────────────────────────── Ready ─── │  everything is here, loaded and populated
+      │ ── Commit ──────────────────────────────▶ │  ← from here the workload is the destination's
+      │ ◀─────────────────────────────── Running ─ │
+      │ ◀──────────────────────────────── Report ─ │  a second later: faults, large pages
+      │ ── Done ────────────────────────────────▶ │  nobody will ask what became of it
+
+`Alive` goes both ways while something takes long. `Abort` goes both ways until Commit and ends the migration; the
+source runs on. A source that has committed and heard nothing asks later, on a new connection, with `Recover`, and is
+told by `Outcome`. Every message is bounded in size, and every wait in time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+VERSION = 1
+"""Of the protocol. Peers of another version are refused by name."""
+
+MAX_MESSAGE = 4 << 20
+"""Largest control message, bytes."""
+MAX_STATE = 512 << 20
+"""Largest state, bytes."""
+STATE_CHUNK = 1 << 20
+"""Bytes of state per message."""
+TOKEN_BYTES = 16
+MAX_STREAMS = 16
+CONTROL_MAGIC = b"PFCTRL1\n"
+STREAM_MAGIC = b"PFPAGE1\n"
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
+Length = Annotated[int, Meta(gt=0, le=1 << 48, multiple_of=4096)]
+Codec = Literal["none", "lz4", "zstd"]
+Populate = Literal["all", "hot", "none"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages; a field nobody knows is refused."""
+
+
+class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A region as the source has it."""
+
+    name: Name
+    length: Length
+    page_size: Literal[4096, 2097152]
+
+
+class Hello(Message):
+    """What is to come. `version` is looked at before anything else."""
+
+    version: Count
+    migration: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    """Chosen at random by the source; names this migration in `Recover`."""
+    kind: Name
+    name: Name
+    details: dict[str, str | int | bool]
+    regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=64)]
+    streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
+    codec: Codec
+    populate: Populate
+    keep_large: bool
+
+
+class Welcome(Message):
+    """Go ahead."""
+
+    token: Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+    """First bytes of every page stream, so that nobody else's connection is taken for one."""
+
+
+class LargePages(Message):
+    """Which units of a region stand on large pages at the source: one bit each, the lowest of the first byte first."""
+
+    region: Count
+    units: bytes
+
+
+class Round(Message):
+    """Storage blocks follow on the page streams, and a barrier on each."""
+
+    number: Annotated[int, Meta(ge=1, lt=1 << 31)]
+
+
+class RoundDone(Message):
+    """Everything of the round has been verified and placed."""
+
+    number: Count
+
+
+class Hot(Message):
+    """Units of a region that were modified during the migration, as in `LargePages`."""
+
+    region: Count
+    units: bytes
+
+
+class State(Message):
+    """A piece of the state, in order."""
+
+    data: Annotated[bytes, Meta(min_length=1, max_length=STATE_CHUNK)]
+
+
+class StateEnd(Message):
+    """The state is complete."""
+
+    length: Annotated[int, Meta(ge=0, le=MAX_STATE)]
+    digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    """BLAKE2b-256 of all of it."""
+
+
+class Populated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Mappings made in the workload's page tables before it resumed."""
+
+    large: Count
+    small: Count
+    failed: Count
+    """Large pages that were left to the first access."""
+    seconds: float
+    """Work done for it, mostly hidden in the transfer."""
+
+
+class Ready(Message):
+    """All pages and the state are here; nothing but Commit is missing. Times in seconds."""
+
+    load: float
+    """Loading the state."""
+    populate: float
+    """Populating page tables after the last page came."""
+    populated: Populated
+
+
+class Commit(Message):
+    """The workload is yours."""
+
+
+class Running(Message):
+    """It runs here."""
+
+    resume: float
+    """Seconds it took to resume."""
+
+
+class Report(Message):
+    """How it went at the destination."""
+
+    minor_faults: Count
+    """Faults of the workload's own threads in the first second after it resumed."""
+    major_faults: Count
+    large_pages: Count
+    fallbacks: Count
+    populated: Populated
+
+
+class Done(Message):
+    """The source knows that the destination runs the workload."""
+
+
+class Alive(Message):
+    """Still at it."""
+
+
+class Abort(Message):
+    """The migration is over; the workload is the source's."""
+
+    reason: Annotated[str, Meta(max_length=4096)]
+
+
+class Recover(Message):
+    """What became of this migration?"""
+
+    version: Count
+    migration: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class Outcome(Message):
+    """Who owns the workload: once said it never changes."""
+
+    owner: Literal["source", "destination", "unknown"]
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | LargePages
+    | Round
+    | RoundDone
+    | Hot
+    | State
+    | StateEnd
+    | Ready
+    | Commit
+    | Running
+    | Report
+    | Done
+    | Alive
+    | Abort
+    | Recover
+    | Outcome
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message: length, then body."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE:
+        raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE}")
+    return len(body).to_bytes(4, "big") + body
+
+
+def decode(body: bytes) -> AnyMessage:
+    """A message from its body. Raises msgspec.MsgspecError for anything that is none."""
+    return _decoder.decode(body)
+
+
+def pack_units(units: list[bool]) -> bytes:
+    """Bits as in `LargePages`."""
+    packed = bytearray((len(units) + 7) // 8)
+    for number, unit in enumerate(units):
+        packed[number // 8] |= unit << (number % 8)
+    return bytes(packed)
+
+
+def unpack_units(packed: bytes, count: int) -> list[bool]:
+    """`count` bits of what `pack_units` made. Raises ValueError when it holds another number of bytes."""
+    if len(packed) != (count + 7) // 8:
+        raise ValueError(f"{len(packed)} bytes for {count} units")
+    return [bool(packed[number // 8] >> (number % 8) & 1) for number in range(count)]

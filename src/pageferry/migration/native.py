@@ -1,0 +1,46 @@
+"""Calls into the engine from coroutines: on a thread, cancellable, with its errors as ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+from pageferry.errors import Cancelled, ConnectionLost, MigrationError, ProtocolError, WorkloadDied, WorkloadError
+
+T = TypeVar("T")
+
+
+async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
+    """Run a blocking call on a thread. When this coroutine is cancelled, `cancel` is called and the thread awaited:
+    nothing goes on behind our back.
+
+    Raises ConnectionLost, ProtocolError, Cancelled, WorkloadDied, WorkloadError for what the engine raises.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if cancel is not None:
+            cancel()
+        with contextlib.suppress(Exception):
+            await task
+        raise
+    except (OSError, ValueError) as error:
+        raise translate(error) from error
+
+
+def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
+    """The error of ours that an error of the engine stands for."""
+    match error:
+        case InterruptedError():
+            return Cancelled("cancelled")
+        case ConnectionError() | TimeoutError():
+            return ConnectionLost(str(error))
+        case ProcessLookupError():
+            return WorkloadDied(str(error))
+        case ValueError():
+            return ProtocolError(str(error))
+        case _:
+            return WorkloadError(str(error))

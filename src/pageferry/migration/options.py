@@ -1,0 +1,56 @@
+"""What can be chosen about a migration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pageferry.errors import UsageError
+from pageferry.migration.messages import MAX_STREAMS, Codec, Populate
+
+Granularity = Literal["4K", "2M", "auto"]
+
+AUTO_RELEASE = 256
+"""`auto` releases a 2 MiB unit once so many of its 512 traces have fired: then the rest would mostly fire too, and a
+trap costs the workload about as much time as sending the page costs the link (measured: docs/systems/s2.md)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of a migration, as `pageferry migrate` has them. Raises UsageError for values out of range."""
+
+    max_downtime: float = 0.3
+    """Seconds that the last pages may take while the workload is paused (S2)."""
+    max_rounds: int = 30
+    """Give up after so many rounds without reaching `max_downtime`."""
+    trace_granularity: Granularity = "auto"
+    """Unit of the write trace (S2): every small page, whole large pages, or as the workload writes."""
+    large_pages: Literal["keep", "ignore"] = "keep"
+    """Whether a large page of the source must be one at the destination (S6, S7)."""
+    populate: Populate = "all"
+    """Which page-table entries are made before the workload resumes: of all pages, during transmission (S5); of the
+    pages modified during the migration (S1); or none."""
+    codec: Codec = "none"
+    """Compression of page blocks."""
+    streams: int = 1
+    """Parallel page streams."""
+    patience: float = 30.0
+    """Seconds of silence after which the peer counts as lost."""
+    insecure: bool = False
+    """Allow addresses other than loopback, in the clear."""
+
+    def __post_init__(self) -> None:
+        _check("max-downtime", self.max_downtime, 0.0, 3600.0, "seconds")
+        _check("max-rounds", self.max_rounds, 1, 10_000, "rounds")
+        _check("streams", self.streams, 1, MAX_STREAMS, "streams")
+        _check("patience", self.patience, 0.1, 3600.0, "seconds")
+
+    @property
+    def release_after(self) -> int:
+        """The trace's `release_after` for the granularity chosen."""
+        return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
+
+
+def _check(name: str, value: float, least: float, most: float, unit: str) -> None:
+    if not least <= value <= most:
+        raise UsageError(f"{name} of {value:g}: give {least:g} to {most:g} {unit}")

@@ -1,0 +1,90 @@
+"""Who owns the workload: what each side writes down, durably, before it does what cannot be undone.
+
+1. The source records that it has committed before it sends Commit. From then on it never runs the workload of its own
+   accord.
+2. The destination decides once, for good: COMMITTED before it resumes the workload, ABORTED before it tells anybody
+   that it will not. Whichever is written first holds, whoever of its processes writes it (`Verdicts.decide`).
+
+So at any instant at most one side may run it, and whoever is left over can find out which: see `docs/protocol.md`.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from pageferry.errors import WorkloadError
+
+RECORD = "migration.json"
+"""File name of the source's record, in the folder of the workload."""
+
+
+class Committed(msgspec.Struct, frozen=True, kw_only=True):
+    """The source's record: this workload was given away, and the answer may still be out."""
+
+    migration: str
+    """Random name of the migration, 32 hexadecimal digits."""
+    peer: str
+    """HOST:PORT of the destination."""
+
+
+class Verdict(Enum):
+    """The destination's decision."""
+
+    COMMITTED = "committed"
+    """The workload is the destination's."""
+    ABORTED = "aborted"
+    """The destination has given up its claim: the workload is the source's."""
+
+
+class Verdicts:
+    """Decisions of this host as a destination, one small file each; they outlive the processes that took them."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._path = run_directory / ".verdicts"
+
+    def begin(self, migration: str) -> None:
+        """Note that this host takes part in a migration, before anything else is known of it."""
+        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._begun(migration).touch()
+
+    def knows(self, migration: str) -> bool:
+        """Whether `begin` was called for it here."""
+        return self._begun(migration).exists()
+
+    def decide(self, migration: str, verdict: Verdict) -> Verdict:
+        """Decide, unless it has been decided already; returns what holds. Durable when this returns.
+
+        Raises WorkloadError when it cannot be written: then nothing has been decided.
+        """
+        target = self._path / f"{migration}.verdict"
+        temporary = self._path / f".{migration}.{os.getpid()}"
+        try:
+            with open(temporary, "w", encoding="ascii") as file:
+                file.write(verdict.value)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                # A link fails where the name exists: the first one holds.
+                os.link(temporary, target)
+            except FileExistsError:
+                return Verdict(target.read_text(encoding="ascii"))
+            finally:
+                temporary.unlink()
+            self._sync()
+        except OSError as error:
+            raise WorkloadError(f"the decision about the migration cannot be written to {target}: {error}") from error
+        return verdict
+
+    def _begun(self, migration: str) -> Path:
+        return self._path / f"{migration}.begun"
+
+    def _sync(self) -> None:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

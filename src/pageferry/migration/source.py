@@ -1,0 +1,402 @@
+"""The source of a migration: rounds of copying while the workload runs, then the switch-over (S2).
+
+Read `Source.run` first; it is the whole flow. `messages` draws what goes over the wire, `ownership` says who may run
+the workload at which moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from hashlib import blake2b
+from logging import getLogger
+
+from pageferry._engine import BlockSender, PageSet, Trace
+from pageferry.errors import (
+    MigrationError,
+    NotConverging,
+    OutcomeUnknown,
+    PageferryError,
+    ProtocolError,
+)
+from pageferry.host.registry import Folder
+from pageferry.migration import events, messages
+from pageferry.migration.channel import Channel
+from pageferry.migration.connection import Address, connect_control, connect_stream
+from pageferry.migration.convergence import Convergence, Decision
+from pageferry.migration.memory import Counters, Memory
+from pageferry.migration.native import off_loop
+from pageferry.migration.options import Options
+from pageferry.migration.ownership import RECORD, Committed
+from pageferry.migration.stopwatch import Stopwatch
+from pageferry.workloads.base import SMALL_PAGE, Workload
+
+log = getLogger(__name__)
+
+PROGRESS_INTERVAL = 0.2
+"""Seconds between progress events."""
+REPORT_PATIENCE = 5.0
+"""Seconds to wait for the destination's report; the migration is complete without it."""
+
+
+class Source:
+    """One migration of one workload. `folder`: where its durable records go; None for a workload without a name."""
+
+    def __init__(
+        self, workload: Workload, options: Options, listener: events.Listener, folder: Folder | None = None
+    ) -> None:
+        self.workload = workload
+        self.options = options
+        self.listener = listener
+        self.folder = folder
+        self.migration = secrets.token_hex(16)
+        self.times = Stopwatch()
+        self.convergence = Convergence(options.max_downtime, options.max_rounds)
+        self.round = 0
+        self.collections = 0
+        self.paused = False
+        self.committed = False
+        self.control: Channel | None = None
+        self.trace: Trace | None = None
+        self.install_seconds = 0.0
+        self.released_units = 0
+        self.report: messages.Report | None = None
+
+    async def run(self, address: Address) -> events.MigrationResult:
+        """Move the workload. On any error before commit it runs on here, as if nothing had happened.
+
+        Raises MigrationError (see `errors`); OutcomeUnknown is the only one that leaves the workload paused.
+        """
+        self.peer = str(address)
+        try:
+            with self.times.measure("setup"):
+                await self._set_up(address)
+            try:
+                await self._copy_rounds()
+                await self._switch_over()
+            except BaseException as error:
+                await asyncio.shield(self.channel.abort(_reason(error)))
+                raise
+            running = await self._commit()
+        except BaseException:
+            if not self.committed:
+                await asyncio.shield(self._give_back())
+            await asyncio.shield(self._disconnect())
+            raise
+        await asyncio.shield(self._retire())
+        return self._result(running)
+
+    # -- set-up
+
+    async def _set_up(self, address: Address) -> None:
+        self.memory = Memory(self.workload)
+        reader, writer = await connect_control(address, self.options.patience)
+        self.control = Channel(reader, writer, self.options.patience)
+        await self.channel.send(self._hello())
+        welcome = await self.channel.receive(messages.Welcome)
+        streams = [
+            await connect_stream(address, welcome.token, index, self.options.patience)
+            for index in range(self.options.streams)
+        ]
+        self.sender = BlockSender([stream.fileno() for stream in streams], self.options.codec)
+        for stream in streams:
+            stream.close()  # the engine has a duplicate
+        self.hot = self.memory.page_sets()
+        self.large = await off_loop(self.memory.large_units)
+        await self._install_trace()
+        for number, units in enumerate(self.large):
+            await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
+
+    def _hello(self) -> messages.Hello:
+        identity = self.workload.identity
+        return messages.Hello(
+            version=messages.VERSION,
+            migration=self.migration,
+            kind=identity.kind,
+            name=identity.name,
+            details=identity.details,
+            regions=[
+                messages.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
+                for region in self.memory.regions
+            ],
+            streams=self.options.streams,
+            codec=self.options.codec,
+            populate=self.options.populate,
+            keep_large=self.options.large_pages == "keep",
+        )
+
+    async def _install_trace(self) -> None:
+        """One helper thread installs the traces; nobody in the workload is stopped for it."""
+        trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after))
+        self.trace, self.install_seconds = trace, trace.install_seconds
+        self.listener(
+            events.SetupEvent(
+                peer=self.peer,
+                memory=self.memory.size,
+                present=self.memory.present(),
+                large_pages=sum(map(sum, self.large)),
+                install_ms=self.install_seconds * 1e3,
+            )
+        )
+
+    # -- copying while the workload runs
+
+    async def _copy_rounds(self) -> None:
+        """Round 1 is everything, every further one what was modified since; until the rest is small enough."""
+        pages = self.memory.page_sets(full=True)
+        while True:
+            started = time.perf_counter()
+            before = self.sender.progress
+            await self._send_round(pages)
+            covered = _covered(before, self.sender.progress)
+            pages_sent = _count(pages)
+            pages = await self._collect()
+            seconds = time.perf_counter() - started
+            decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
+            self._tell_round(pages_sent, before, seconds, pages)
+            if decision is Decision.STALLED:
+                raise self._not_converging(_count(pages) * SMALL_PAGE, seconds)
+            if decision is Decision.SWITCH_OVER:
+                self.rest = pages
+                return
+
+    async def _collect(self) -> list[PageSet]:
+        """What was modified since the last collection. Protected again before anybody reads it."""
+        assert self.trace is not None
+        dirty, trace = self.memory.page_sets(), self.trace
+        await off_loop(lambda: trace.collect(dirty))
+        self.collections += 1
+        for hot, new in zip(self.hot, dirty, strict=True):
+            hot.update(new)
+        return dirty
+
+    async def _send_round(self, pages: list[PageSet]) -> None:
+        self.round += 1
+        number, sender = self.round, self.sender
+        await self.channel.send(messages.Round(number=number))
+        progress = asyncio.create_task(self._tell_progress(number, _count(pages)))
+        try:
+            await self.channel.during(
+                off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
+            )
+            done = await self.channel.receive(messages.RoundDone)
+        finally:
+            progress.cancel()
+        if done.number != number:
+            raise ProtocolError(f"the peer finished round {done.number}, expected {number}")
+
+    # -- switch-over
+
+    async def _switch_over(self) -> None:
+        """Pause, send the last pages and the state, and wait until the destination needs nothing more."""
+        self.times.start("downtime")
+        with self.times.measure("stop"):
+            self.paused = True
+            await self.workload.pause()
+        for rest, new in zip(self.rest, await self._collect(), strict=True):
+            rest.update(new)
+        with self.times.measure("save"):
+            saving = asyncio.create_task(self.workload.save_state())
+            try:
+                with self.times.measure("last pages"):
+                    await self._send_round(self.rest)
+            finally:
+                state = await saving
+        # Saving the state may itself have written to memory (queues flushed by devices).
+        last = await self._collect()
+        if any(last):
+            with self.times.measure("last pages"):
+                await self._send_round(last)
+        if self.options.populate == "hot":
+            await self._send_hot()
+        await self._send_state(state)
+        self.ready = await self.channel.receive(messages.Ready)
+
+    async def _send_hot(self) -> None:
+        for number, hot in enumerate(self.hot):
+            units = messages.pack_units([count > 0 for count in hot.unit_counts()])
+            await self.channel.send(messages.Hot(region=number, units=units))
+
+    async def _send_state(self, state: bytes) -> None:
+        for start in range(0, len(state), messages.STATE_CHUNK):
+            await self.channel.send(messages.State(data=state[start : start + messages.STATE_CHUNK]))
+        await self.channel.send(
+            messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest())
+        )
+
+    # -- commit
+
+    async def _commit(self) -> messages.Running:
+        """Give the workload away: from the moment it is recorded, this side never runs it of its own accord."""
+        self._record_commit()
+        self.committed = True
+        await self.workload.commit()
+        # Whoever cancels us now must not cut the answer off.
+        answer = asyncio.create_task(self._hand_over())
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(asyncio.wait((answer,)))
+        return await answer
+
+    async def _hand_over(self) -> messages.Running:
+        try:
+            await self.channel.send(messages.Commit())
+            running = await self.channel.receive(messages.Running)
+        except MigrationError as error:
+            raise OutcomeUnknown(
+                f"{self.workload.name}: commit was sent to {self.peer} and no answer came ({error}). It stays paused "
+                f"here. Ask the peer with: pageferry migrate {self.workload.name} --recover"
+            ) from error
+        self.times.stop("downtime")
+        self.times.stop_all()
+        return running
+
+    # -- ends
+
+    async def _retire(self) -> None:
+        """It runs elsewhere: nothing of it is needed here any more."""
+        try:
+            await self._remove_trace()
+            await self.workload.discard()
+        except PageferryError as error:
+            log.warning("%s runs at %s; what is left of it here: %s", self.workload.name, self.peer, error)
+        with contextlib.suppress(MigrationError, TimeoutError):
+            async with asyncio.timeout(REPORT_PATIENCE):
+                self.report = await self.channel.receive(messages.Report)
+        with contextlib.suppress(MigrationError):
+            await self.channel.send(messages.Done())
+        await self._disconnect()
+
+    async def _give_back(self) -> None:
+        """Everything as it was: the workload runs, without traces, on its large mappings."""
+        if self.paused:
+            await self.workload.resume()
+        self._forget_commit()
+        if self.trace is not None:
+            await self._remove_trace()
+            await off_loop(lambda: self.memory.restore_large_mappings(self.large))
+
+    async def _remove_trace(self) -> None:
+        if self.trace is not None:
+            trace, self.trace = self.trace, None
+            self.released_units = trace.released_units
+            await off_loop(trace.remove)
+
+    async def _disconnect(self) -> None:
+        if self.control is not None:
+            await self.control.close()
+
+    @property
+    def channel(self) -> Channel:
+        """The control connection, once there is one."""
+        assert self.control is not None
+        return self.control
+
+    def _record_commit(self) -> None:
+        if self.folder is not None:
+            self.folder.store(RECORD, Committed(migration=self.migration, peer=self.peer))
+
+    def _forget_commit(self) -> None:
+        if self.folder is not None:
+            self.folder.forget(RECORD)
+
+    def _not_converging(self, remaining: int, seconds: float) -> NotConverging:
+        expected = self.convergence.expected_downtime(remaining)
+        return NotConverging(
+            f"{self.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {self.peer} takes "
+            f"{self.convergence.bandwidth / 2**20:.0f} MiB/s: {self.convergence.rounds} rounds left {remaining >> 20} "
+            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms), or slow it down"
+        )
+
+    # -- telling
+
+    async def _tell_progress(self, number: int, total: int) -> None:
+        start, since = self.sender.progress, time.perf_counter()
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL)
+            now = self.sender.progress
+            bits = (now[0] - start[0]) * 8
+            mbps = bits / 1e6 / (time.perf_counter() - since)
+            done = sum(now[2:]) - sum(start[2:])
+            self.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=mbps))
+
+    def _tell_round(self, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
+        sent = self.sender.progress[0] - before[0]
+        remaining = _count(left) * SMALL_PAGE
+        self.listener(
+            events.RoundEvent(
+                round=self.round,
+                pages=pages,
+                sent=sent,
+                remaining=remaining,
+                ms=seconds * 1e3,
+                mbps=sent * 8 / 1e6 / seconds,
+                dirty_rate=remaining / seconds,
+            )
+        )
+
+    def _result(self, running: messages.Running) -> events.MigrationResult:
+        times, ready, report = self.times.milliseconds, self.ready, self.report
+        transferred, _, data, zero, absent = self.sender.progress
+        populated = report.populated if report else ready.populated
+        return events.MigrationResult(
+            status="completed",
+            mode="precopy",
+            workload=self.workload.name,
+            peer=self.peer,
+            total_time=times("total"),
+            setup_time=times("setup"),
+            downtime=times("downtime"),
+            downtime_parts=events.Downtime(
+                total=times("downtime"),
+                stop=times("stop"),
+                last_pages=times("last pages"),
+                device_state=times("save") + ready.load * 1e3,
+                populate=ready.populate * 1e3,
+                resume=running.resume * 1e3,
+            ),
+            transferred=transferred,
+            memory=self.memory.size,
+            normal=data,
+            duplicate=zero,
+            skipped=absent,
+            dirty_sync_count=self.collections,
+            mbps=transferred * 8 / 1e3 / times("total"),
+            large_pages=events.LargePageCount(
+                source=sum(map(sum, self.large)),
+                destination=report.large_pages if report else 0,
+                fallbacks=report.fallbacks if report else 0,
+            ),
+            populated=events.PopulateCount(
+                mode=self.options.populate,
+                large=populated.large,
+                small=populated.small,
+                failed=populated.failed,
+                work_ms=populated.seconds * 1e3,
+            ),
+            faults_after_resume=events.FaultCount(minor=report.minor_faults, major=report.major_faults)
+            if report
+            else None,
+            trace=events.TraceCount(
+                granularity=self.options.trace_granularity,
+                install_ms=self.install_seconds * 1e3,
+                released_units=self.released_units,
+            ),
+        )
+
+
+def _count(sets: list[PageSet]) -> int:
+    return sum(len(pages) for pages in sets)
+
+
+def _covered(before: Counters, after: Counters) -> int:
+    """Bytes of memory that blocks between two readings covered, holes left out: they take no time."""
+    return (after[2] + after[3] - before[2] - before[3]) * SMALL_PAGE
+
+
+def _reason(error: BaseException) -> str:
+    """What the peer is told of an error of ours."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled at the source"
+    return str(error) or type(error).__name__

@@ -1,0 +1,45 @@
+"""Named spans of time that add up, and one that runs from the beginning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """Measures spans by name; spans of the same name add up. The span `total` runs until `stop_all`."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._running: dict[str, float] = {"total": time.perf_counter()}
+
+    def start(self, name: str) -> None:
+        """Start a span."""
+        self._running[name] = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        """End a span."""
+        self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - self._running.pop(name)
+
+    def stop_all(self) -> None:
+        """End everything that runs."""
+        for name in tuple(self._running):
+            self.stop(name)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """A span around a block of code."""
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop(name)
+
+    def seconds(self, name: str) -> float:
+        """Time of all ended spans of that name; 0 where there are none."""
+        return self._spent.get(name, 0.0)
+
+    def milliseconds(self, name: str) -> float:
+        """As `seconds`."""
+        return self.seconds(name) * 1e3
