@@ -13,6 +13,13 @@ CACHE = Path(__file__).parent.parent / ".cache"
 """Where `make system` puts what it fetches."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with its directory, so that `-m "not qemu"` selects."""
+    for item in items:
+        if (directory := item.path.parent.name) in ("kernel", "qemu", "faults"):
+            item.add_marker(directory)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A registry of workloads for this session, also for child processes: /run/pageferry is never touched."""
