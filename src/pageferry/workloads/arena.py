@@ -86,7 +86,7 @@ class Arena(_engine.Mapping):
         on_moved: Callback | None = None,
     ) -> Self:
         size = _rounded(size)
-        file, large_pages_by = _make_file(size, large_pages)
+        file, large_pages_by = memory_file(size, large_pages)
         try:
             self = super().__new__(cls, file, size)
         finally:
@@ -108,10 +108,10 @@ class Arena(_engine.Mapping):
         on_moved: Callback | None = None,
         paused: bool = True,
     ) -> Self:
-        """An arena over the first `size` bytes of an open file that exists already (a received one).
+        """An arena over the first `size` bytes of a file that is there already: one that is, or will be, received.
 
-        `file` is a descriptor of a shared memory file, open for reading and writing; it is duplicated. A `paused` arena
-        waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
+        `file` is a descriptor of a shared memory file (`memory_file` makes one), open for reading and writing; it is
+        duplicated. A `paused` arena waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
         """
         if size <= 0 or size % SMALL_PAGE or size > os.fstat(file).st_size:
             raise UsageError(f"{size} bytes of a file of {os.fstat(file).st_size}: not a multiple of 4096 within it")
@@ -134,7 +134,7 @@ class Arena(_engine.Mapping):
         if state is not None:
             save, load = state if isinstance(state, tuple) else (state.save_state, state.load_state)
             self.control.save, self.control.load = save, load
-        self._lifecycle = Lifecycle(self.control, received)
+        self.lifecycle = Lifecycle(self.control, received)
         self._server: ControlServer | None = None
         self._folder: registry.Folder | None = None
         self._owner = os.getpid()
@@ -149,11 +149,11 @@ class Arena(_engine.Mapping):
     @property
     def status(self) -> Status:
         """`running`, `paused`, `committed` (paused, and maybe running elsewhere) or `moved`."""
-        return self._lifecycle.status
+        return self.lifecycle.status
 
     def workload(self) -> LocalWorkload:
         """This arena as a `Workload`, to be migrated by this process."""
-        return LocalWorkload(self._lifecycle)
+        return LocalWorkload(self.lifecycle)
 
     def register(self, name: str) -> None:
         """Give the arena a name on this host, under which other processes may migrate it.
@@ -167,7 +167,7 @@ class Arena(_engine.Mapping):
         folder = registry.Registry().claim(name)
         try:
             path = folder.socket_path("control.sock")
-            self._server = ControlServer(self._lifecycle, path)
+            self._server = ControlServer(self.lifecycle, path)
             started = proc.start_time(os.getpid())
             assert started is not None
             folder.publish(registry.ArenaEntry(pid=os.getpid(), started=started, control_socket=path))
@@ -226,8 +226,11 @@ def _rounded(size: int) -> int:
     return -(-size // SMALL_PAGE) * SMALL_PAGE
 
 
-def _make_file(size: int, large_pages: bool) -> tuple[int, LargePagesBy]:
-    """A file of that size in memory, and how it comes by large pages: what tells tmpfs to use them needs root."""
+def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]:
+    """A fresh file of that size in memory (a descriptor, the caller's to close), and how it comes by large pages.
+
+    A tmpfs that gives large pages at first touch needs root; otherwise it is a memfd.
+    """
     large_pages_by: LargePagesBy = "none"
     if large_pages:
         try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.errors import WorkloadError
 from pageferry.host import proc
 from pageferry.workloads.base import SMALL_PAGE, Faults, Identity, Region, Segment
 from pageferry.workloads.control.server import THREAD_NAME
-from pageferry.workloads.mappers import inherited_segments
+from pageferry.workloads.mappers import inherited_segments, threads
 
 if TYPE_CHECKING:
     from pageferry.workloads.arena import Arena
@@ -32,7 +32,7 @@ class ArenaControl:
         self.on_moved = on_moved
         self.save: Callable[[], bytes] = lambda: arena.received_state or b""
         self.load: Callable[[bytes], object] = self._keep_state
-        self.threads: Callable[[], dict[int, Iterable[int]]] = self._all_threads
+        self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
         self.moved: Callback = lambda: None
         """Called after `on_moved`: the arena's own affairs."""
@@ -83,20 +83,16 @@ class ArenaControl:
     def faults(self) -> Faults:
         """Of all processes that map the arena; threads that serve the control socket are not counted."""
         minor = major = 0
-        for pid, threads in self.threads().items():
-            more = proc.thread_faults(pid, threads)
+        for pid, thread_ids in self.threads().items():
+            more = proc.thread_faults(pid, thread_ids)
             minor, major = minor + more[0], major + more[1]
         return Faults(minor, major)
 
     def _keep_state(self, state: bytes) -> None:
         self._arena.received_state = state
 
-    def _all_threads(self) -> dict[int, Iterable[int]]:
+    def _all_threads(self) -> dict[int, list[int]]:
         ours = {thread.native_id for thread in threading.enumerate() if thread.name == THREAD_NAME}
-        found: dict[int, Iterable[int]] = {}
-        for pid in {segment.pid for region in self.regions for segment in region.segments}:
-            try:
-                found[pid] = [thread for thread in proc.threads(pid) if thread not in ours]
-            except WorkloadDied:  # a child that has ended
-                continue
-        return found
+        pids = {segment.pid for region in self.regions for segment in region.segments}
+        found = {pid: [thread for thread in threads(pid) if thread not in ours] for pid in pids}
+        return {pid: living for pid, living in found.items() if living}

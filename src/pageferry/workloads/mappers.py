@@ -40,6 +40,14 @@ def inherited_segments(file: int, length: int) -> list[Segment]:
     return segments
 
 
+def threads(pid: int) -> list[int]:
+    """The thread ids of a process; none when it has ended."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def _parent(folder: Path) -> int | None:
     try:
         text = (folder / "stat").read_text()

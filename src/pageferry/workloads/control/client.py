@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from typing import Self, TypeVar
@@ -88,8 +89,9 @@ class RemoteArena:
         await self._do(wire.Commit())
 
     async def discard(self) -> None:
-        """Tell the program that its arena has moved."""
-        await self._do(wire.Discard())
+        """Tell the program that its arena has moved. It may end on that, even before it answers."""
+        with contextlib.suppress(WorkloadDied):
+            await self._do(wire.Discard())
 
     async def running(self) -> bool:
         """Whether the program has not paused it."""

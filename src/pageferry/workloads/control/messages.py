@@ -24,7 +24,7 @@ MAX_STATE = 512 << 20
 MAX_REGIONS = 16
 _LENGTH_BYTES = 4
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag=True):

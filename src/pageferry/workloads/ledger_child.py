@@ -1,0 +1,68 @@
+"""A child process that runs a share of a ledger's partitions.
+
+`python -m pageferry.workloads.ledger_child FILE SIZE SOCKET`; the descriptors are inherited. Orders come over the
+socket; when it is closed the parent has ended, or wants us to.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+
+from pageferry import _engine
+from pageferry.workloads.ledger_orders import LARGEST_PACKET, Answer, Order, decode_order, encode
+
+
+class Child:
+    """Does what it is told."""
+
+    def __init__(self, file: int, size: int) -> None:
+        self._mapping = _engine.Mapping(file, size)
+        self._ledger: _engine.Ledger | None = None
+
+    def obey(self, order: Order) -> Answer:
+        """Carry out one order. Errors are answers too."""
+        try:
+            return self._obey(order)
+        except (OSError, RuntimeError, ValueError) as error:
+            return Answer(error=str(error))
+
+    def _obey(self, order: Order) -> Answer:
+        if order.verb == "map":  # done already: the parent only wants to know that we are there
+            return Answer()
+        if order.verb == "attach":
+            self._ledger = _engine.Ledger.attach(self._mapping, first_thread=order.first_thread, threads=order.threads)
+            return Answer()
+        if self._ledger is None:
+            return Answer(error="no ledger has been attached")
+        match order.verb:
+            case "start":
+                self._ledger.start(paused=True)
+                return Answer(tids=self._ledger.tids)
+            case "stalls":
+                longest, histogram = self._ledger.stalls(reset=order.reset)
+                return Answer(longest_stall=longest, stalls=histogram)
+            case "pause":
+                self._ledger.pause()
+            case "resume":
+                self._ledger.resume()
+            case "stop":
+                self._ledger.stop()
+        return Answer()
+
+
+def main() -> None:
+    """Obey until the parent closes its end."""
+    # A Ctrl-C on the terminal is for the parent, which tells us to stop between two operations.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    file, size, descriptor = (int(argument) for argument in sys.argv[1:4])
+    child = Child(file, size)
+    with socket.socket(fileno=descriptor) as orders:
+        while data := orders.recv(LARGEST_PACKET):
+            orders.send(encode(child.obey(decode_order(data))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A process of its own for the built-in workload: `python -m pageferry.workloads.ledger_process SETUP`.
+
+SETUP is a `Setup` as JSON. One line of JSON says that it runs and can be migrated by its name; on SIGTERM or SIGINT, or
+when it has moved away, a last line says what became of it, and the exit code is 0 if no write was lost::
+
+    {"type": "ready", "name": "demo", "pid": 4711}
+    {"type": "ledger", "reason": "stopped", "intact": true, "writes": 1234567, "checked": 65000, ...}
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import sys
+from typing import Any
+
+import msgspec
+
+from pageferry.errors import PageferryError, UsageError
+from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
+
+FOUND = ("pages", "checked", "zeros", "lost", "stale", "misplaced", "torn", "overwritten", "writes", "disagreeing")
+
+
+class Setup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to run; see `LedgerWorkload.create`."""
+
+    name: str
+    size: int
+    """Bytes."""
+    options: LedgerOptions = LedgerOptions()
+    processes: int = 1
+    exact: bool = False
+    large_pages: bool = True
+    large_fraction: float | None = None
+
+
+def run(setup: Setup) -> int:
+    """Run the workload until it is told to end or has moved away. Returns the exit code."""
+    ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ends.put("stopped"))
+    workload = LedgerWorkload.create(
+        setup.size,
+        setup.options,
+        name=setup.name,
+        processes=setup.processes,
+        exact=setup.exact,
+        large_pages=setup.large_pages,
+        large_fraction=setup.large_fraction,
+        on_moved=lambda: ends.put("moved"),
+    )
+    _say({"type": "ready", "name": setup.name, "pid": workload.regions[0].segments[0].pid})
+    reason = ends.get()
+    longest, _ = workload.stalls()
+    workload.stop()
+    report = workload.verify()
+    found = {key: getattr(report, key) for key in FOUND}
+    _say({"type": "ledger", "reason": reason, "intact": report.intact, **found, "longest-stall-ns": longest})
+    return 0 if report.intact else 1
+
+
+def main() -> int:
+    """Run what the only argument says."""
+    try:
+        if len(sys.argv) != 2:
+            raise UsageError("one argument: a setup as JSON")
+        return run(msgspec.json.decode(sys.argv[1], type=Setup))
+    except (PageferryError, msgspec.MsgspecError) as error:
+        sys.stderr.write(f"{error}\n")
+        return getattr(error, "exit_code", UsageError.exit_code)
+
+
+def _say(line: dict[str, Any]) -> None:
+    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

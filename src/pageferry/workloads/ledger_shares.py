@@ -1,0 +1,175 @@
+"""Shares of a ledger's partitions: run by threads of this process, or of a child process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from typing import Protocol
+
+from pageferry import _engine
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.workloads.ledger_orders import LARGEST_PACKET, Answer, Order, decode_answer, encode
+
+PATIENCE = 60.0
+"""Seconds that a child may take to answer."""
+
+Stalls = tuple[int, list[int]]
+"""(longest, ns; how many operations took 2**n up to 2**(n+1) ns)"""
+
+
+class Share(Protocol):
+    """A part of a ledger's partitions and the threads that run them. All calls raise WorkloadDied, WorkloadError."""
+
+    pid: int
+    tids: list[int]
+    """Kernel thread ids, once started."""
+
+    def attach(self, first_thread: int, threads: int) -> None:
+        """Take up the ledger that is in memory now."""
+
+    def start(self) -> None:
+        """Make the threads; they wait for `resume`."""
+
+    def begin_pause(self) -> None:
+        """Have the threads park; `end_pause` waits for it."""
+
+    def end_pause(self) -> None:
+        """Wait until all threads are parked."""
+
+    def resume(self) -> None:
+        """Let the threads go on."""
+
+    def stop(self) -> None:
+        """End the threads, and the process if it is a child. Never raises."""
+
+    def stalls(self, reset: bool) -> Stalls:
+        """How long operations took since the last reset."""
+
+
+class LocalShare:
+    """Threads of this process."""
+
+    def __init__(self, mapping: _engine.Mapping) -> None:
+        self.pid = os.getpid()
+        self.tids: list[int] = []
+        self._mapping = mapping
+        self._ledger: _engine.Ledger | None = None
+
+    @property
+    def ledger(self) -> _engine.Ledger:
+        """The ledger object whose threads these are."""
+        if self._ledger is None:
+            raise WorkloadError("there is no ledger in this memory yet")
+        return self._ledger
+
+    def attach(self, first_thread: int, threads: int) -> None:
+        """See `Share`."""
+        self._ledger = _engine.Ledger.attach(self._mapping, first_thread=first_thread, threads=threads)
+
+    def start(self) -> None:
+        """See `Share`."""
+        self.ledger.start(paused=True)
+        self.tids = self.ledger.tids
+
+    def begin_pause(self) -> None:
+        """See `Share`: nothing to send to anybody."""
+
+    def end_pause(self) -> None:
+        """See `Share`."""
+        self.ledger.pause()
+
+    def resume(self) -> None:
+        """See `Share`."""
+        self.ledger.resume()
+
+    def stop(self) -> None:
+        """See `Share`."""
+        if self._ledger is not None:
+            self._ledger.stop()
+        self.tids = []
+
+    def stalls(self, reset: bool) -> Stalls:
+        """See `Share`."""
+        return self.ledger.stalls(reset=reset)
+
+
+class ChildShare:
+    """Threads of a child process, which maps the same file. It ends when this object's end of the socket is closed."""
+
+    def __init__(self, mapping: _engine.Mapping) -> None:
+        self.tids: list[int] = []
+        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._orders.settimeout(PATIENCE)
+        arguments = [str(mapping.fileno()), str(mapping.length), str(theirs.fileno())]
+        command = [sys.executable, "-m", "pageferry.workloads.ledger_child", *arguments]
+        with theirs:
+            self._process = subprocess.Popen(command, pass_fds=(mapping.fileno(), theirs.fileno()))
+        self.pid = self._process.pid
+        self._do(Order("map"))
+
+    def attach(self, first_thread: int, threads: int) -> None:
+        """See `Share`."""
+        self._do(Order("attach", first_thread, threads))
+
+    def start(self) -> None:
+        """See `Share`."""
+        self.tids = self._do(Order("start")).tids
+
+    def begin_pause(self) -> None:
+        """See `Share`."""
+        self._send(Order("pause"))
+
+    def end_pause(self) -> None:
+        """See `Share`."""
+        self._receive()
+
+    def resume(self) -> None:
+        """See `Share`."""
+        self._do(Order("resume"))
+
+    def stop(self) -> None:
+        """See `Share`."""
+        with contextlib.suppress(WorkloadError):  # dead, or about to be
+            self._do(Order("stop"))
+        self._orders.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.tids = []
+
+    def stalls(self, reset: bool) -> Stalls:
+        """See `Share`."""
+        answer = self._do(Order("stalls", reset=reset))
+        return answer.longest_stall, answer.stalls
+
+    def _do(self, order: Order) -> Answer:
+        self._send(order)
+        return self._receive()
+
+    def _send(self, order: Order) -> None:
+        try:
+            self._orders.send(encode(order))
+        except OSError as gone:
+            raise self._died() from gone
+
+    def _receive(self) -> Answer:
+        try:
+            data = self._orders.recv(LARGEST_PACKET)
+        except TimeoutError as slow:
+            raise WorkloadError(f"ledger process {self.pid} has not answered for {PATIENCE:.0f} s") from slow
+        except OSError as gone:
+            raise self._died() from gone
+        if not data:
+            raise self._died()
+        answer = decode_answer(data)
+        if answer.error is not None:
+            raise WorkloadError(f"ledger process {self.pid}: {answer.error}")
+        return answer
+
+    def _died(self) -> WorkloadDied:
+        return WorkloadDied(f"process {self.pid}, which ran a share of the ledger, is gone")
