@@ -21,7 +21,8 @@ from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
 from pageferry.workloads.base import Faults, Identity, Region
 from pageferry.workloads.qemu_process import QemuProcess
-from pageferry.workloads.qmp import PATIENCE, Monitor
+from pageferry.workloads.qemu_will import LastWill
+from pageferry.workloads.qmp import PATIENCE, Command, Monitor
 
 _QUIT_PATIENCE = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
@@ -49,7 +50,7 @@ class _Machine:
 class QemuWorkload:
     """A QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, may be about one.
 
-    The monitor is held from `pause` to `resume` or `discard`, so that nobody slows the switch-over down; otherwise
+    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`, so that nobody slows the switch-over down; otherwise
     every call opens it for itself.
     """
 
@@ -68,6 +69,9 @@ class QemuWorkload:
         self._regions = regions
         self._child = child
         self._held: Monitor | None = None
+        self._will: LastWill | None = None
+        self._undo: list[Command] | None = None
+        """Commands that put QEMU's migration settings back; None while they are the user's."""
         self._stays_paused = False
 
     # -- making one --------------------------------------------------------------------------------------------------
@@ -97,7 +101,10 @@ class QemuWorkload:
         try:
             child, path = _launch(folder, command, incoming=incoming, detach=detach, hugetlb=hugetlb)
             try:
-                return await cls._take_over(folder, path, child)
+                workload = await cls._take_over(folder, path, child)
+                if incoming:
+                    await workload._await_state()
+                return workload
             except BaseException:
                 child.kill()
                 raise
@@ -175,24 +182,49 @@ class QemuWorkload:
         """Guest memory, one region for each memory backend, named as QEMU's ramblocks."""
         return self._regions
 
+    async def prepare_pause(self) -> None:
+        """All of `pause` that can be done while the guest still runs, some 50 ms of work; `pause` does it if need be.
+
+        Raises UnsupportedError where QEMU cannot save its state alone, WorkloadError.
+        """
+        monitor = await self._hold()
+        if self._will is None:
+            self._will = LastWill(self._entry.qmp_socket)
+        await self._prepare_state(monitor)
+
     async def pause(self) -> None:
-        """Stop the vCPUs (QMP `stop`). A guest that does not run already is left so by `resume` too."""
+        """Stop the vCPUs (QMP `stop`). A guest that does not run already is left so by `resume` too.
+
+        Until `commit` a guardian lets the guest run on if this process dies.
+        """
+        await self.prepare_pause()
         monitor = await self._hold()
         self._stays_paused = not (await monitor.execute("query-status"))["running"]
         if not self._stays_paused:
+            self._bequeath([{"execute": "cont"}, *(self._undo or [])])
             await monitor.execute("stop")
 
+    async def commit(self) -> None:
+        """The guest may run elsewhere from now on: it stays paused, even if this process dies."""
+        self._bequeath([])
+
     async def resume(self) -> None:
-        """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with."""
-        try:
-            if not self._stays_paused:
-                monitor = await self._hold()
-                await monitor.execute("cont")
-                status = await monitor.execute("query-status")
-                if not status["running"]:
-                    raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
-        finally:
-            await self._release()
+        """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
+
+        Raises WorkloadError where it does not run then, WorkloadDied.
+        """
+        monitor = await self._hold()
+        if not self._stays_paused:
+            await monitor.execute("cont")
+            status = await monitor.execute("query-status")
+            if not status["running"]:
+                raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+        self._bequeath(self._undo or [])
+        for command in self._undo or []:
+            await monitor.run(command)
+        self._undo = None
+        self._bequeath([])
+        await self._let_go()
 
     async def save_state(self) -> bytes:
         """The device state of the paused guest, by QEMU's own migration without memory.
@@ -200,6 +232,7 @@ class QemuWorkload:
         Raises WorkloadError with QEMU's words; the guest can be resumed then, and after success, too.
         """
         async with self._session() as monitor:
+            await self._prepare_state(monitor)
             stream = await qemu_state.save(monitor)
         was_running = not self._stays_paused
         return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
@@ -216,18 +249,22 @@ class QemuWorkload:
                 f"start it with -machine {saved.machine}, and with the same devices"
             )
         try:
-            async with self._session() as monitor:
-                await qemu_state.load(monitor, saved.stream)
+            monitor = await self._hold()
+            await self._prepare_state(monitor)
+            await qemu_state.load(monitor, saved.stream)
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
         self._stays_paused = not saved.was_running
+        # From here on the guest may come to be this one: it must not be ended by our death.
+        self._bequeath([])
 
     async def discard(self) -> None:
         """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
+        self._bequeath([])
         with contextlib.suppress(WorkloadError):
             async with self._session() as monitor:
                 await monitor.execute("quit")
-        await self._release()
+        await self._let_go()
         try:
             async with asyncio.timeout(_QUIT_PATIENCE):
                 await qemu_process.wait_for_end(self.pid, self._entry.started)
@@ -249,13 +286,16 @@ class QemuWorkload:
         return Faults(*proc.thread_faults(self.pid, set(self._machine.vcpu_threads)))
 
     def close(self) -> None:
-        """Close our files of guest memory, and the session with the monitor if we hold one."""
+        """Let go of the guest: one that we have paused and not committed runs on, one that waits for its state ends."""
         for region in self._regions:
             os.close(region.fd)
         self._regions = ()
         if self._held is not None:
             self._held.abandon()
             self._held = None
+        if self._will is not None:
+            self._will.close()
+            self._will = None
 
     # -- the end of one ------------------------------------------------------------------------------------------------
 
@@ -281,10 +321,24 @@ class QemuWorkload:
             self._held = await self._open()
         return self._held
 
-    async def _release(self) -> None:
+    async def _let_go(self) -> None:
+        """Of the monitor, and of the guardian."""
         if self._held is not None:
             monitor, self._held = self._held, None
             await monitor.close()
+        if self._will is not None:
+            self._will.close()
+            self._will = None
+
+    def _bequeath(self, commands: Sequence[Command]) -> None:
+        if self._will is not None:
+            self._will.write(commands)
+
+    async def _prepare_state(self, monitor: Monitor) -> None:
+        if self._undo is None:
+            self._undo = await qemu_state.prepare(monitor)
+            if self._undo and self._held is monitor:
+                self._bequeath(self._undo)
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[Monitor]:
@@ -293,6 +347,13 @@ class QemuWorkload:
         else:
             async with await self._open() as monitor:
                 yield monitor
+
+    async def _await_state(self) -> None:
+        """Be ready for `load_state`; until then the guest is worth nothing, and ends with this process."""
+        self._will = LastWill(self._entry.qmp_socket)
+        self._bequeath([{"execute": "quit"}])
+        async with self._session() as monitor:
+            await self._prepare_state(monitor)
 
     async def _open(self) -> Monitor:
         return await Monitor.open(self._entry.qmp_socket)

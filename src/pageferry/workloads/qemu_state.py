@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
 
 from pageferry.errors import UnsupportedError, WorkloadError
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qmp import Command, Monitor
 
 LARGEST = 512 << 20
 """Bytes of a stream that we are willing to hold: one that is larger has guest memory in it."""
@@ -37,7 +36,6 @@ _ENDED = frozenset({"completed", "failed", "cancelled"})
 _CANCEL_PATIENCE = 5.0
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 class SavedState(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,37 +65,62 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
         return state
 
 
+async def prepare(monitor: Monitor) -> list[Command]:
+    """Have QEMU migrate device state alone, plainly and fast, until the commands that are returned are executed.
+
+    Raises UnsupportedError where QEMU lacks what is needed, WorkloadError while it migrates for somebody else.
+    """
+    reported = await monitor.execute("query-migrate-capabilities")
+    before = {item["capability"]: item["state"] for item in reported}
+    if missing := [name for name in _NEEDED if name not in before]:
+        raise UnsupportedError(f"this QEMU lacks the migration capability {', '.join(missing)}: use a newer one")
+    wanted = {name: name in _NEEDED or (state and name in _KEPT) for name, state in before.items()}
+    changed = {name: state for name, state in wanted.items() if before[name] != state}
+    undo = []
+    if changed:
+        await monitor.run(_set_capabilities(changed))
+        undo.append(_set_capabilities({name: before[name] for name in changed}))
+    bandwidth = (await monitor.execute("query-migrate-parameters"))["max-bandwidth"]
+    if bandwidth != _UNLIMITED:
+        await monitor.run(_set_bandwidth(_UNLIMITED))
+        undo.append(_set_bandwidth(bandwidth))
+    return undo
+
+
 async def save(monitor: Monitor) -> bytes:
-    """The migration stream of a paused guest. The guest is as before, whether this succeeds or not.
+    """The migration stream of a paused guest, after `prepare`. The guest is as before, whether this succeeds or not.
 
     Raises WorkloadError with QEMU's words when it cannot be saved, WorkloadDied.
     """
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        async with _state_only(monitor):
-            await monitor.give_descriptor(_DESCRIPTOR, theirs.fileno())
-            theirs.close()
-            try:
-                return await _run(monitor, "migrate", _receive(ours))
-            except BaseException:
-                ours.close()
-                await asyncio.shield(_cancel(monitor))
-                raise
+    with await _channel(monitor) as ours:
+        try:
+            return await _run(monitor, "migrate", _receive(ours))
+        except BaseException:
+            ours.close()
+            await asyncio.shield(_cancel(monitor))
+            raise
 
 
 async def load(monitor: Monitor, stream: bytes) -> None:
-    """Give a migration stream to a QEMU that was started with `-incoming defer`; it stays paused.
+    """Give a migration stream to a QEMU that was started with `-incoming defer`, after `prepare`; it stays paused.
 
     Raises WorkloadError with QEMU's words, or WorkloadDied: some QEMUs end when they cannot take a stream.
     """
+    with await _channel(monitor) as ours:
+        await _run(monitor, "migrate-incoming", _send(ours, stream))
+
+
+async def _channel(monitor: Monitor) -> socket.socket:
+    """Our end of a socket pair, of which QEMU has been given the other."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        async with _state_only(monitor):
+    ours.setblocking(False)
+    try:
+        with theirs:
             await monitor.give_descriptor(_DESCRIPTOR, theirs.fileno())
-            theirs.close()
-            await _run(monitor, "migrate-incoming", _send(ours, stream))
+    except BaseException:
+        ours.close()
+        raise
+    return ours
 
 
 async def _run(monitor: Monitor, command: str, transfer: Coroutine[Any, Any, T]) -> T:
@@ -159,33 +182,10 @@ async def _cancel(monitor: Monitor) -> None:
                 await asyncio.sleep(0.01)
 
 
-@contextlib.asynccontextmanager
-async def _state_only(monitor: Monitor) -> AsyncIterator[None]:
-    """Have QEMU migrate device state alone, plainly and fast; the settings it had come back afterwards.
-
-    Raises UnsupportedError where QEMU lacks what is needed.
-    """
-    reported = await monitor.execute("query-migrate-capabilities")
-    before = {item["capability"]: item["state"] for item in reported}
-    if missing := [name for name in _NEEDED if name not in before]:
-        raise UnsupportedError(f"this QEMU lacks the migration capability {', '.join(missing)}: use 5.0 or newer")
-    wanted = {name: name in _NEEDED or (state and name in _KEPT) for name, state in before.items()}
-    changed = {name: state for name, state in wanted.items() if before[name] != state}
-    bandwidth = (await monitor.execute("query-migrate-parameters")).get("max-bandwidth")
-    await _set_capabilities(monitor, changed)
-    try:
-        await monitor.execute("migrate-set-parameters", max_bandwidth=_UNLIMITED)
-        yield
-    finally:
-        try:
-            await _set_capabilities(monitor, {name: before[name] for name in changed})
-            if bandwidth is not None:
-                await monitor.execute("migrate-set-parameters", max_bandwidth=bandwidth)
-        except WorkloadError as failed:
-            log.debug("migration settings were not put back: %s", failed)
+def _set_capabilities(states: dict[str, bool]) -> Command:
+    items = [{"capability": name, "state": state} for name, state in states.items()]
+    return {"execute": "migrate-set-capabilities", "arguments": {"capabilities": items}}
 
 
-async def _set_capabilities(monitor: Monitor, states: dict[str, bool]) -> None:
-    if states:
-        items = [{"capability": name, "state": state} for name, state in states.items()]
-        await monitor.execute("migrate-set-capabilities", capabilities=items)
+def _set_bandwidth(limit: int) -> Command:
+    return {"execute": "migrate-set-parameters", "arguments": {"max-bandwidth": limit}}

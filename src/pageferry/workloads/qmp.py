@@ -20,6 +20,9 @@ from pageferry.errors import WorkloadDied, WorkloadError
 PATIENCE = 10.0
 """Seconds to wait for the greeting: a command that has the session open keeps it for less."""
 
+Command = dict[str, Any]
+"""A QMP command as data, as it goes over the wire: `execute` and perhaps `arguments`."""
+
 _LOOK_AGAIN = 0.2
 """Seconds between two looks at whether QEMU is still there, while no event comes."""
 
@@ -67,9 +70,17 @@ class Monitor:
 
         Raises WorkloadError with QEMU's words where it refuses, WorkloadDied where it goes away.
         """
-        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await self._execute(
+            command, {name.replace("_", "-"): value for name, value in arguments.items()} or None
+        )
+
+    async def run(self, command: Command) -> Any:
+        """Run a QMP command that is kept as data. Raises as `execute`."""
+        return await self._execute(command["execute"], command.get("arguments"))
+
+    async def _execute(self, command: str, arguments: dict[str, Any] | None) -> Any:
         try:
-            return await self._client.execute(command, named or None)
+            return await self._client.execute(command, arguments)
         except ExecuteError as refused:
             raise WorkloadError(f"QEMU refuses {command}: {refused}") from refused
         except (QMPError, EOFError, OSError) as gone:
