@@ -1,0 +1,21 @@
+"""A controlling process that stops half-way, to be killed: arguments are a control socket and calls to make."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from pageferry.workloads.control.client import RemoteArena
+
+
+async def main() -> None:
+    arena = await RemoteArena.connect(sys.argv[1])
+    for call in sys.argv[2:]:
+        await getattr(arena, call)()
+    print("done", flush=True)
+    time.sleep(60)  # noqa: ASYNC251 - nothing else is going on
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,75 @@
+"""Programs in processes of their own that say what they do, line by line; every wait has a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+DEADLINE = 30.0
+"""Seconds; far more than anything here takes."""
+
+
+class Program:
+    """`python ARGUMENTS`, whose standard output is read line by line. Killed at the end of the `with` block."""
+
+    def __init__(self, *arguments: str, **options: Any) -> None:
+        command = [sys.executable, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+        self._rest = b""
+
+    def line(self) -> str:
+        """The next line. Raises AssertionError when it does not come in time, or the program ends."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + DEADLINE
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
+            assert ready, f"no line from {self.process.args!r}"
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            assert data, f"{self.process.args!r} ended"
+            self._rest += data
+        line, self._rest = self._rest.split(b"\n", 1)
+        return line.decode()
+
+    def json(self) -> Any:
+        """The next line, decoded."""
+        return json.loads(self.line())
+
+    def say(self, line: str) -> None:
+        """Send it a line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """Kill -9, and wait for the end."""
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+    def wait(self) -> int:
+        """Its exit code, once it ends."""
+        return self.process.wait(DEADLINE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def wait_until(condition: Any, what: str) -> None:
+    """Wait for something that another process or thread brings about."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come about"
+        time.sleep(0.005)
