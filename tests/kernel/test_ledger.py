@@ -1,0 +1,188 @@
+"""The ledger through its binding: threads that write, and damage that shows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from pageferry import _engine
+from pageferry.workloads.arena import Arena
+from tests.kernel.programs import Program, wait_until
+
+pytestmark = pytest.mark.kernel
+
+MIB = 1 << 20
+PAGE = 4096
+
+
+def run_and_pause(ledger: _engine.Ledger, writes: int = 2000) -> None:
+    goal = sum(ledger.writes()) + writes
+    if ledger.state == "stopped":
+        ledger.start()
+    else:
+        ledger.resume()
+    wait_until(lambda: sum(ledger.writes()) >= goal, f"{writes} writes")
+    ledger.pause()
+    assert ledger.state == "paused"
+
+
+def test_it_writes_and_stays_intact() -> None:
+    ledger = _engine.Ledger.create(Arena(8 * MIB), threads=2, zero_fraction=0.3)
+    for _ in range(5):
+        run_and_pause(ledger)
+        report = ledger.verify()
+        assert report.intact
+        assert report.checked == report.pages == ledger.filled == ledger.pages
+        assert report.writes == report.versions == sum(ledger.writes())
+        assert 0 < report.zeros < report.checked
+        assert ledger.digest() == ledger.digest(threads=3)
+    longest, histogram = ledger.stalls(reset=True)
+    assert longest > 0
+    assert sum(histogram) >= 10000
+    assert ledger.stalls() == (0, [0] * len(histogram))
+
+
+def test_its_options_are_in_memory() -> None:
+    options = {
+        "threads": 3,
+        "seed": 2**64 - 1,
+        "rate": 10 * MIB,
+        "working_set": 0.5,
+        "scatter": True,
+        "skew": 2.5,
+        "zero_fraction": 0.25,
+        "fill": 0.75,
+        "compressible": 0.5,
+    }
+    arena = Arena(4 * MIB)
+    made = _engine.Ledger.create(arena, **options)  # type: ignore[arg-type]
+    found = _engine.Ledger.attach(arena)
+    assert made.options == found.options == options
+    assert found.fingerprint() == made.fingerprint()
+
+
+def test_threads_are_real() -> None:
+    ledger = _engine.Ledger.create(Arena(MIB), threads=3)
+    assert ledger.tids == []
+    ledger.start(paused=True)
+    assert {str(tid) for tid in ledger.tids} < set(os.listdir("/proc/self/task"))
+    ledger.stop()
+    assert (ledger.tids, ledger.state) == ([], "stopped")
+
+
+def test_calls_that_make_no_sense_are_refused() -> None:
+    arena = Arena(MIB)
+    with pytest.raises(ValueError, match="no ledger"):
+        _engine.Ledger.attach(arena)
+    with pytest.raises(ValueError, match="working_set is 2"):
+        _engine.Ledger.create(arena, working_set=2)
+    with pytest.raises(ValueError, match="too few"):
+        _engine.Ledger.create(arena, threads=200)
+    ledger = _engine.Ledger.create(arena, threads=2)
+    with pytest.raises(ValueError, match=r"partitions 1\.\.3"):
+        _engine.Ledger.attach(arena, first_thread=1, threads=2)
+    with pytest.raises(RuntimeError, match="stopped"):
+        ledger.pause()
+    with pytest.raises(ValueError, match="body page"):
+        ledger.page_offset(ledger.pages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("lost", lambda page, other: bytes(PAGE)),
+        ("misplaced", lambda page, other: other),
+        ("torn", lambda page, other: page[: PAGE // 2] + other[PAGE // 2 :]),
+        ("torn", lambda page, other: page[:-1] + bytes([page[-1] ^ 1])),
+    ],
+)
+def test_planted_damage_shows(kind: str, damage: Callable[[bytes, bytes], bytes]) -> None:
+    arena = Arena(4 * MIB)
+    ledger = _engine.Ledger.create(arena, threads=2)
+    run_and_pause(ledger)
+    before = ledger.digest()
+    memory = memoryview(arena)
+    first, second = (slice(at, at + PAGE) for at in (ledger.page_offset(100), ledger.page_offset(101)))
+    memory[first] = damage(bytes(memory[first]), bytes(memory[second]))
+    report = ledger.verify()
+    assert not report.intact
+    assert (getattr(report, kind), report.first_bad) == (1, 100)
+    assert ledger.digest() != before
+
+
+def test_a_page_of_an_earlier_instant_shows() -> None:
+    arena = Arena(MIB)
+    ledger = _engine.Ledger.create(arena)
+    memory = memoryview(arena)
+    page = slice(ledger.page_offset(7), ledger.page_offset(7) + PAGE)
+    old = bytes(memory[page])
+    while bytes(memory[page]) == old:
+        run_and_pause(ledger)
+    memory[page] = old
+    report = ledger.verify()
+    assert (report.stale, report.first_bad) == (1, 7)
+    run_and_pause(ledger, 20000)
+    report = ledger.verify()
+    assert (report.stale, report.overwritten, report.first_bad, report.intact) == (0, 1, 7, False)
+
+
+def test_what_is_not_filled_is_not_allocated() -> None:
+    arena = Arena(256 * MIB, large_pages=False)
+    ledger = _engine.Ledger.create(arena, threads=4, fill=0.1)
+    run_and_pause(ledger)
+    assert ledger.verify().intact
+    ledger.digest()
+    data = sum(end - start for start, end in arena.data_ranges())
+    assert 25 * MIB < data < 28 * MIB
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(("fraction", "large"), [(None, 16), (1.0, 16), (0.25, 4), (0.0, 0)])
+def test_a_part_of_the_memory_may_stand_on_large_pages(fraction: float | None, large: int) -> None:
+    arena = Arena(32 * MIB)
+    ledger = _engine.Ledger.create(arena, large_fraction=fraction)
+    assert ledger.verify().intact
+    # A second mapping: the units of ours that may not be large are not mapped as such.
+    assert sum(_engine.Mapping(arena.fileno(), arena.length).large_units()) == large
+
+
+def test_ctrl_c_ends_a_long_call() -> None:
+    script = """
+import threading, time
+from pageferry import _engine
+from pageferry.workloads.arena import Arena
+arena = Arena(64 << 30, large_pages=False)
+print("filling", flush=True)
+try:
+    _engine.Ledger.create(arena)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    with Program("-c", script) as program:
+        assert program.line() == "filling"
+        wait_until(lambda: resident(program.process.pid) > 100 * MIB, "filling")
+        program.process.send_signal(signal.SIGINT)
+        assert program.line() == "interrupted"
+        assert program.wait() == 0
+
+
+def resident(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as statm:
+        return int(statm.read().split()[1]) * PAGE
+
+
+def test_the_program_can_end_with_threads_running() -> None:
+    script = """
+from pageferry import _engine
+from pageferry.workloads.arena import Arena
+ledger = _engine.Ledger.create(Arena(1 << 20), threads=2)
+ledger.start()
+print("started", flush=True)
+"""
+    with Program("-c", script, stderr=sys.stderr) as program:
+        assert program.line() == "started"
+        assert program.wait() == 0
