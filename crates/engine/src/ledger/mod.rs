@@ -49,13 +49,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 pub use options::Options;
-pub use page::Finding;
 pub use stalls::Stalls;
 pub use verify::Report;
 pub use workers::State;
 
 use crate::mapping::Mapping;
 use layout::Layout;
+use stalls::Stopwatch;
 use workers::Workers;
 
 /// What can be wrong with a ledger, or with what was asked of it.
@@ -105,7 +105,7 @@ pub struct Ledger {
     layout: Arc<Layout>,
     share: Range<usize>,
     workers: Mutex<Option<Workers>>,
-    stalls: Arc<Vec<Stalls>>,
+    stalls: Arc<Vec<Stopwatch>>,
 }
 
 impl Ledger {
@@ -149,7 +149,7 @@ impl Ledger {
     }
 
     fn over(layout: Layout, share: Range<usize>) -> Self {
-        let stalls = share.clone().map(|_| Stalls::default()).collect();
+        let stalls = share.clone().map(|_| Stopwatch::default()).collect();
         Self { layout: Arc::new(layout), share, workers: Mutex::new(None), stalls: Arc::new(stalls) }
     }
 
@@ -228,8 +228,8 @@ impl Ledger {
     }
 
     /// How long operations of this object's threads took, all threads taken together, since the last reset.
-    pub fn stalls(&self, reset: bool) -> stalls::Summary {
-        stalls::Summary::of(self.stalls.iter(), reset)
+    pub fn stalls(&self, reset: bool) -> Stalls {
+        Stalls::of(self.stalls.iter(), reset)
     }
 
     /// Checks every page that was ever written, with `threads` threads. The ledger must be paused, by all who run it.

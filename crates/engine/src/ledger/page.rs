@@ -47,7 +47,7 @@ fn checksum(words: &Words) -> u64 {
 
 /// What a body page turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finding {
+pub(super) enum Finding {
     /// What the table says.
     Good,
     /// Zeros where there should be content: as if it had never been written.

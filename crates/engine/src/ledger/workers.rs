@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::LedgerError;
 use super::layout::Layout;
-use super::stalls::Stalls;
+use super::stalls::Stopwatch;
 use super::writer::Writer;
 use crate::SMALL_PAGE;
 
@@ -122,7 +122,7 @@ impl Workers {
     pub(super) fn start(
         layout: &Arc<Layout>,
         share: Range<usize>,
-        stalls: &Arc<Vec<Stalls>>,
+        stalls: &Arc<Vec<Stopwatch>>,
         paused: bool,
     ) -> Result<Self, LedgerError> {
         let control = Arc::new(Control::default());
@@ -192,7 +192,7 @@ impl Drop for Obituary<'_> {
     }
 }
 
-fn run(layout: &Layout, partition: usize, stalls: &Stalls, control: &Control, tid: &AtomicI32) {
+fn run(layout: &Layout, partition: usize, stalls: &Stopwatch, control: &Control, tid: &AtomicI32) {
     let _obituary = Obituary(control);
     // SAFETY: takes no arguments, cannot fail.
     tid.store(unsafe { libc::gettid() }, Ordering::Release);
