@@ -5,6 +5,7 @@ A verb is a module of two functions::
     def configure(parser: argparse.ArgumentParser) -> None     its description and arguments
     def run(args: argparse.Namespace) -> int                   the work; returns the exit code; may be `async def`
 
+A verb that starts another program says `TAKES_COMMAND = True` and finds what stands after `--` in `args.command`.
 Every verb has `args.output` (`human` or `json`) and `args.debug` already. An asynchronous `run` is cancelled by the
 first SIGINT or SIGTERM; in a synchronous one they raise KeyboardInterrupt. Errors of `pageferry.errors` that leave
 `run` are printed and end in their exit code.
@@ -25,5 +26,13 @@ class Verb:
     """One line."""
 
 
-VERBS: dict[str, Verb] = {}
+VERBS: dict[str, Verb] = {
+    "demo": Verb("pageferry.cli.demo", "Move the built-in workload between two processes, and check every write."),
+    "receive": Verb("pageferry.cli.receive", "Wait for a workload and run it here."),
+    "migrate": Verb("pageferry.cli.migrate", "Move a running workload to a receiver."),
+    "run": Verb("pageferry.cli.run", "Start a QEMU guest under management."),
+    "adopt": Verb("pageferry.cli.adopt", "Manage a QEMU guest that somebody else has started."),
+    "list": Verb("pageferry.cli.list", "List the workloads of this host."),
+    "stop": Verb("pageferry.cli.stop", "End a workload."),
+}
 """Name on the command line -> verb, in the order of the help."""

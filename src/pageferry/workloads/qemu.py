@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
-from pageferry.host import mounts, proc
+from pageferry.host import mounts, proc, processes
 from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
 from pageferry.workloads.base import Faults, Identity, Region
@@ -50,8 +51,8 @@ class _Machine:
 class QemuWorkload:
     """A QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, may be about one.
 
-    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`, so that nobody slows the switch-over down; otherwise
-    every call opens it for itself.
+    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`, so that nobody slows the switch-over
+    down; otherwise every call opens it for itself.
     """
 
     def __init__(
@@ -267,11 +268,11 @@ class QemuWorkload:
         await self._let_go()
         try:
             async with asyncio.timeout(_QUIT_PATIENCE):
-                await qemu_process.wait_for_end(self.pid, self._entry.started)
+                await processes.wait_for_end(self.pid, self._entry.started)
         except TimeoutError:
             log.warning("%s (process %d) does not quit and is killed", self.name, self.pid)
-            qemu_process.kill(self.pid, self._entry.started)
-            await qemu_process.wait_for_end(self.pid, self._entry.started)
+            processes.send_signal(self.pid, self._entry.started, signal.SIGKILL)
+            await processes.wait_for_end(self.pid, self._entry.started)
         await self.forget()
 
     async def running(self) -> bool:
@@ -303,7 +304,7 @@ class QemuWorkload:
         """Wait until QEMU has ended; its exit code (-N: signal N) where it is our child. Also see `forget`."""
         if self._child is not None:
             return await self._child.wait()
-        await qemu_process.wait_for_end(self.pid, self._entry.started)
+        await processes.wait_for_end(self.pid, self._entry.started)
         return None
 
     async def forget(self) -> None:

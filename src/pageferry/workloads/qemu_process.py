@@ -1,17 +1,15 @@
-"""Starting a QEMU process, and waiting for the end of one, be it our child or not."""
+"""A QEMU process that we start: its output, its end, and what it said before it ended."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from pageferry.errors import UsageError, WorkloadError
-from pageferry.host import proc
+from pageferry.host import proc, processes
 from pageferry.workloads.qmp import Monitor
 
 _STARTUP_PATIENCE = 120.0
@@ -49,7 +47,7 @@ class QemuProcess:
         """Wait for its end and return its exit code (-N: signal N)."""
         started = proc.start_time(self.pid)
         if started is not None:
-            await wait_for_end(self.pid, started)
+            await processes.wait_for_end(self.pid, started)
         code = self._popen.wait()  # it has ended, there is nothing to wait for
         self.poll()
         return code
@@ -108,38 +106,6 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
         if output is not None:
             output.close()
     return QemuProcess(popen, command[0], log)
-
-
-async def wait_for_end(pid: int, started: int) -> None:
-    """Wait until the process that started at `started` has ended; it need not be ours."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    try:
-        loop.add_reader(descriptor, ended.set)
-        if proc.is_alive(pid, started):
-            await ended.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-
-
-def kill(pid: int, started: int) -> None:
-    """End a process at once, if it still is the one that started at `started`."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if proc.is_alive(pid, started):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def log_tail(log: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Segment
+from pageferry.workloads.base import LARGE_PAGE, Region, Segment
 from pageferry.workloads.qemu_command import refuse_device
 from pageferry.workloads.qmp import Monitor
 
@@ -63,11 +63,12 @@ async def _open_region(monitor: Monitor, pid: int, backend: dict[str, object]) -
     if sum(segment.length for segment in segments) < size:
         raise WorkloadError(f"guest memory in backend {name} ({path}) is not found among the mappings of process {pid}")
     descriptor = proc.open_mapped_file(pid, mappings[0])
-    page_size = os.fstatvfs(descriptor).f_bsize
-    if page_size not in (SMALL_PAGE, LARGE_PAGE):
-        os.close(descriptor)
-        raise UnsupportedError(f"guest memory in backend {name} has pages of {page_size} bytes: use 4 KiB or 2 MiB")
-    return Region(name=name, length=size, fd=descriptor, file_offset=offset, page_size=page_size, segments=segments)
+    match os.fstatvfs(descriptor).f_bsize:
+        case 4096 | 2097152 as page_size:
+            return Region(name, size, descriptor, offset, page_size, segments)
+        case other:
+            os.close(descriptor)
+            raise UnsupportedError(f"guest memory in backend {name} has pages of {other} bytes: use 4 KiB or 2 MiB")
 
 
 async def _file_of(monitor: Monitor, backend: str) -> tuple[str, int]:

@@ -1,0 +1,86 @@
+"""`pageferry list`: the workloads of this host."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+
+from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
+from pageferry.host.registry import AnyEntry, ArenaEntry, QemuEntry, Registry
+from pageferry.report.reporter import open_reporter
+from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
+from pageferry.workloads.base import Region
+from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.qemu import QemuWorkload
+
+PATIENCE = 1.0
+"""Seconds to wait for a workload that another command may be working on."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """No arguments of its own."""
+    parser.description = (
+        "List the workloads of this host: those started by `pageferry run` or `pageferry receive`, those adopted, and "
+        "the named arenas of Python programs. With --output json, one object of type `workload` a line."
+    )
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Look at every workload, all at the same time."""
+    looks = [_look(name, entry) for name, entry in Registry().entries().items()]
+    found = [info for info in await asyncio.gather(*looks) if info is not None]
+    with open_reporter(args.output, WorkloadsView()) as reporter:
+        if args.output == "human":
+            reporter.final(Listing(found))
+        else:
+            for info in found:
+                reporter.event(info)
+    return 0
+
+
+async def _look(name: str, entry: AnyEntry) -> WorkloadInfo | None:
+    """What there is to say about a workload; None when it ends meanwhile."""
+    try:
+        workload = await _open(name, entry)
+    except (WorkloadDied, NoSuchWorkload):
+        return None
+    except WorkloadError:
+        kind = "qemu" if isinstance(entry, QemuEntry) else "arena"
+        return WorkloadInfo(name=name, kind=kind, pid=entry.pid, status="busy", memory=None, resident=None)
+    try:
+        return await describe(workload)
+    except WorkloadDied:
+        return None
+    finally:
+        workload.close()
+
+
+async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:
+    match entry:
+        case QemuEntry():
+            return await QemuWorkload.attach(name, patience=PATIENCE)
+        case ArenaEntry(control_socket=path):
+            return await RemoteArena.connect(path)
+        case _:
+            raise NoSuchWorkload(f"{name} is still being started")
+
+
+async def describe(workload: QemuWorkload | RemoteArena) -> WorkloadInfo:
+    """What there is to say about an open workload. Raises WorkloadDied."""
+    if isinstance(workload, RemoteArena):
+        status = str(await workload.status())
+    else:
+        status = "running" if await workload.running() else "paused"
+    return WorkloadInfo(
+        name=workload.name,
+        kind=workload.identity.kind,
+        pid=workload.pid,
+        status=status,
+        memory=sum(region.length for region in workload.regions),
+        resident=sum(map(_allocated, workload.regions)),
+    )
+
+
+def _allocated(region: Region) -> int:
+    return os.fstat(region.fd).st_blocks * 512

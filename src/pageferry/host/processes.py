@@ -1,0 +1,46 @@
+"""Signalling processes, and waiting for their end, without ever meaning another one that has got the pid since."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+from pageferry.host import proc
+
+
+async def wait_for_end(pid: int, started: int) -> None:
+    """Wait until the process that started at `started` (see `proc.start_time`) has ended; it need not be ours."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    with _opened(pid, started) as descriptor:
+        if descriptor is None:
+            return
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+
+
+def send_signal(pid: int, started: int, number: signal.Signals) -> None:
+    """Send a signal to the process that started at `started`; nothing happens when it has ended."""
+    with _opened(pid, started) as descriptor, contextlib.suppress(ProcessLookupError):
+        if descriptor is not None:
+            signal.pidfd_send_signal(descriptor, number)
+
+
+@contextlib.contextmanager
+def _opened(pid: int, started: int) -> Iterator[int | None]:
+    """A pidfd of that very process, or None when it has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield descriptor if proc.is_alive(pid, started) else None
+    finally:
+        os.close(descriptor)

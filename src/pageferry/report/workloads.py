@@ -1,0 +1,50 @@
+"""What `pageferry list` and its like say about workloads."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import RenderableType
+from rich.table import Table
+
+from pageferry.report.text import PlainView
+from pageferry.report.units import size
+
+
+class WorkloadInfo(msgspec.Struct, frozen=True, kw_only=True, tag="workload"):
+    """One workload at one moment."""
+
+    name: str
+    kind: str
+    """`qemu` or `arena`."""
+    pid: int
+    status: str
+    """`running`, `paused`, `committed` (it may be running elsewhere), `moved`; `busy`: another command works on it."""
+    memory: int | None
+    """Bytes; None while it is busy."""
+    resident: int | None
+    """Bytes of the memory that are allocated, mapped or not; None while it is busy."""
+
+
+class Listing(msgspec.Struct, frozen=True, tag="workloads"):
+    """All workloads of a host."""
+
+    workloads: list[WorkloadInfo]
+
+
+class WorkloadsView(PlainView):
+    """A table, one line a workload."""
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """The table of a `Listing`, or of a single `WorkloadInfo`."""
+        workloads = result.workloads if isinstance(result, Listing) else [result]
+        table = Table("NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT", box=None, pad_edge=False)
+        for column in (2, 4, 5):
+            table.columns[column].justify = "right"
+        for one in workloads:
+            assert isinstance(one, WorkloadInfo)
+            table.add_row(one.name, one.kind, str(one.pid), one.status, _size(one.memory), _size(one.resident))
+        return table
+
+
+def _size(count: int | None) -> str:
+    return "-" if count is None else size(count)
