@@ -1,1 +1,35 @@
-"""Moves, saves and shapes the memory of running workloads, from outside them."""
+"""Moves, saves and shapes the memory of running workloads, from outside them.
+
+::
+
+    arena = pageferry.Arena(1 << 30)                        # memory that numpy can use, and that can move
+    await pageferry.migrate(arena, "127.0.0.1:7070")        # to a receiver, while it is in use
+    arena = await pageferry.receive("127.0.0.1:7070")       # the receiver
+
+Errors are those of `pageferry.errors`; the command `pageferry` does the same for QEMU guests.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pageferry.migration.api import migrate, receive
+    from pageferry.workloads.arena import Arena
+
+__all__ = ["Arena", "migrate", "receive"]
+
+_HOMES = {"Arena": "workloads.arena", "migrate": "migration.api", "receive": "migration.api"}
+
+
+def __getattr__(name: str) -> object:
+    # Imported when first asked for: a command, or a program that has only arenas, does not wait for the rest.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

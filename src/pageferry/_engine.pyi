@@ -268,7 +268,7 @@ class Ledger:
     def stop(self) -> None:
         """Ends the threads between two operations. They can be started again."""
     def verify(self, *, threads: int = 0) -> LedgerReport:
-        """Checks every page ever written, of all partitions; all who run them must be paused. 0 threads: one per CPU."""
+        """Checks every page ever written, of all partitions; all who run them must be paused. 0: a thread per CPU."""
     def digest(self, *, threads: int = 0) -> int:
         """64-bit hash of everything ever written, as of a paused ledger."""
     def fingerprint(self) -> int:

@@ -14,3 +14,12 @@ def size(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number with K, M, G or T, like 512M or 1.5G")
     return round(float(match[1]) * _SUFFIXES[match[2].upper() or "B"])
+
+
+def milliseconds(text: str) -> float:
+    """Seconds from a number of milliseconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds") from None
+    return value / 1e3

@@ -30,7 +30,22 @@ class Parser(argparse.ArgumentParser):
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments on the command line `words`. Raises SystemExit after help, version, completion or a complaint."""
     # Defaults of shared options come from here: given in parsers, those of the verb's would undo what came before it.
-    return build_parser(words).parse_args(words, argparse.Namespace(output="human", debug=False))
+    defaults = argparse.Namespace(output="human", debug=False, command=[])
+    parser = build_parser(words)
+    head, command = _split(words)
+    args = parser.parse_args(head, defaults)
+    if command and not getattr(args, "takes_command", False):
+        parser.error(f"pageferry {args.verb} takes no command after --")
+    args.command = command
+    return args
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is for us, and the command line of another program after `--`, of which nothing is ours to interpret."""
+    if "--" not in words:
+        return list(words), []
+    end = words.index("--")
+    return list(words[:end]), list(words[end + 1 :])
 
 
 def build_parser(words: Sequence[str]) -> Parser:
@@ -55,7 +70,7 @@ def build_parser(words: Sequence[str]) -> Parser:
         if completing or name in words:
             module = importlib.import_module(verb.module)
             module.configure(below)
-            below.set_defaults(run=module.run)
+            below.set_defaults(run=module.run, takes_command=getattr(module, "TAKES_COMMAND", False))
     return parser
 
 

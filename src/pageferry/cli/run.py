@@ -11,7 +11,6 @@ from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import WorkloadsView
 from pageferry.workloads.qemu import QemuWorkload
 
-
 TAKES_COMMAND = True
 
 

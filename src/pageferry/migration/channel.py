@@ -46,7 +46,7 @@ class Channel:
             async with asyncio.timeout(self.patience):
                 await self._writer.drain()
         except (OSError, TimeoutError) as error:
-            raise await self._lost(f"the connection to the peer broke: {error or type(error).__name__}") from error
+            raise await self._lost(f"the connection to the peer broke: {str(error) or type(error).__name__}") from error
 
     async def receive(self, kind: type[M]) -> M:
         """The next message, which must be of this kind.
@@ -126,7 +126,7 @@ class Channel:
             try:
                 length = int.from_bytes(await self._reader.readexactly(4), "big")
                 if length > messages.MAX_MESSAGE:
-                    raise ProtocolError(f"the peer announced a message of {length} bytes: it is no pageferry, or broken")
+                    raise ProtocolError(f"the peer announced a message of {length} bytes: it is no pageferry")
                 body = await self._reader.readexactly(length)
             except asyncio.IncompleteReadError as error:
                 raise EOFError from error

@@ -72,7 +72,7 @@ async def _connect(address: Address, patience: float) -> socket.socket:
     except (OSError, TimeoutError) as error:
         connection.close()
         raise ConnectionLost(
-            f"no answer from {address} ({error or 'timed out'}): is `pageferry receive` running there?"
+            f"no answer from {address} ({str(error) or 'timed out'}): is `pageferry receive` running there?"
         ) from error
     return connection
 
@@ -94,7 +94,7 @@ async def connect_stream(address: Address, token: bytes, index: int, patience: f
             await asyncio.get_running_loop().sock_sendall(connection, greeting)
     except (OSError, TimeoutError) as error:
         connection.close()
-        raise ConnectionLost(f"page stream to {address}: {error or 'timed out'}") from error
+        raise ConnectionLost(f"page stream to {address}: {str(error) or 'timed out'}") from error
     connection.setblocking(True)
     return connection
 

@@ -164,9 +164,7 @@ class Destination:
         """One message of the transfer; False after the last."""
         match await self.channel.receive_any():
             case messages.Round(number=number):
-                await self.channel.during(
-                    off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel)
-                )
+                await self.channel.during(off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel))
                 await self.channel.send(messages.RoundDone(number=number))
             case messages.Hot(region=region, units=units):
                 self.hot[region] = [unit for unit, hot in enumerate(self._units(region, units)) if hot]

@@ -1,4 +1,4 @@
-"""What a migration tells while it goes on, and at its end. Names are those of QEMU's MigrationStats where it has one."""
+"""What a migration tells on the way and at its end. Names are those of QEMU's MigrationStats where it has one."""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from pageferry._engine import Mapping, PageSet, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
-
 
 Counters = tuple[int, int, int, int, int]
 """(bytes on the wire, storage blocks, data pages, zero pages, absent pages) of a page stream so far."""
@@ -60,10 +61,9 @@ class Memory:
 
 
 def _collapse(space: Space, address: int, length: int) -> None:
-    try:
+    # Not aligned, or gone: then the next access maps it small.
+    with contextlib.suppress(OSError):
         space.collapse(address, length)
-    except OSError:
-        pass  # not aligned, or gone: the next access maps it small
 
 
 def _segments(regions: tuple[Region, ...]) -> list[Segment]:

@@ -62,10 +62,10 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: Name
     length: Length
-    page_size: Literal[4096, 2097152]
+    page_size: Annotated[int, Meta(ge=4096, le=1 << 30)]
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """What is to come. `version` is looked at before anything else."""
 
     version: Count
@@ -81,46 +81,46 @@ class Hello(Message):
     keep_large: bool
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Go ahead."""
 
     token: Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
     """First bytes of every page stream, so that nobody else's connection is taken for one."""
 
 
-class LargePages(Message):
+class LargePages(Message, frozen=True):
     """Which units of a region stand on large pages at the source: one bit each, the lowest of the first byte first."""
 
     region: Count
     units: bytes
 
 
-class Round(Message):
+class Round(Message, frozen=True):
     """Storage blocks follow on the page streams, and a barrier on each."""
 
     number: Annotated[int, Meta(ge=1, lt=1 << 31)]
 
 
-class RoundDone(Message):
+class RoundDone(Message, frozen=True):
     """Everything of the round has been verified and placed."""
 
     number: Count
 
 
-class Hot(Message):
+class Hot(Message, frozen=True):
     """Units of a region that were modified during the migration, as in `LargePages`."""
 
     region: Count
     units: bytes
 
 
-class State(Message):
+class State(Message, frozen=True):
     """A piece of the state, in order."""
 
     data: Annotated[bytes, Meta(min_length=1, max_length=STATE_CHUNK)]
 
 
-class StateEnd(Message):
+class StateEnd(Message, frozen=True):
     """The state is complete."""
 
     length: Annotated[int, Meta(ge=0, le=MAX_STATE)]
@@ -139,7 +139,7 @@ class Populated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Work done for it, mostly hidden in the transfer."""
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """All pages and the state are here; nothing but Commit is missing. Times in seconds."""
 
     load: float
@@ -149,18 +149,18 @@ class Ready(Message):
     populated: Populated
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """The workload is yours."""
 
 
-class Running(Message):
+class Running(Message, frozen=True):
     """It runs here."""
 
     resume: float
     """Seconds it took to resume."""
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """How it went at the destination."""
 
     minor_faults: Count
@@ -171,28 +171,28 @@ class Report(Message):
     populated: Populated
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """The source knows that the destination runs the workload."""
 
 
-class Alive(Message):
+class Alive(Message, frozen=True):
     """Still at it."""
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """The migration is over; the workload is the source's."""
 
     reason: Annotated[str, Meta(max_length=4096)]
 
 
-class Recover(Message):
+class Recover(Message, frozen=True):
     """What became of this migration?"""
 
     version: Count
     migration: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 
 
-class Outcome(Message):
+class Outcome(Message, frozen=True):
     """Who owns the workload: once said it never changes."""
 
     owner: Literal["source", "destination", "unknown"]
@@ -219,7 +219,7 @@ AnyMessage = (
 )
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: Message) -> bytes:

@@ -222,9 +222,7 @@ class Source:
     async def _send_state(self, state: bytes) -> None:
         for start in range(0, len(state), messages.STATE_CHUNK):
             await self.channel.send(messages.State(data=state[start : start + messages.STATE_CHUNK]))
-        await self.channel.send(
-            messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest())
-        )
+        await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
 
     # -- commit
 

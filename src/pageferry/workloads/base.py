@@ -95,7 +95,10 @@ class Workload(Protocol):
         """
 
     async def load_state(self, state: bytes) -> None:
-        """Take the state that `save_state` gave on another host. The workload has not run yet. May raise WorkloadError."""
+        """Take the state that `save_state` gave on another host. The workload has not run here yet.
+
+        Raises WorkloadError when the state does not fit.
+        """
 
     async def discard(self) -> None:
         """End the workload without a trace: it runs elsewhere now, or it never came to run here."""

@@ -1,0 +1,125 @@
+"""`pageferry demo`: the main job on the built-in workload, between two processes of this host."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from pageferry.cli.arguments import size
+from pageferry.cli.migrate import add_options, options_of
+from pageferry.errors import WorkloadError
+from pageferry.migration import api
+from pageferry.migration.events import MigrationResult
+from pageferry.report.migration import DemoView
+from pageferry.report.reporter import Reporter, open_reporter
+from pageferry.workloads.ledger import LedgerOptions
+from pageferry.workloads.ledger_process import Setup
+from pageferry.workloads.opening import open_workload
+
+PATIENCE = 30.0
+"""Seconds for a process of ours to say the next thing."""
+
+
+class DemoResult(MigrationResult, frozen=True, kw_only=True, tag="demo"):
+    """A migration, and whether the workload has every write that it ever made."""
+
+    intact: bool
+    writes: int
+    """Pages written before, during and after the migration."""
+    checked: int
+    """Pages that were compared with what the workload had written down about them."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.description = (
+        "Starts a workload that writes to memory all the time, and keeps book of it; moves it to another process while "
+        "it writes; lets it run on there; then compares every page with the books. Takes a few seconds."
+    )
+    load = parser.add_argument_group("workload")
+    load.add_argument("--size", type=size, default=512 << 20, help="memory (512M)")
+    load.add_argument("--rate", type=size, default=20 << 20, help="bytes written per second (20M)")
+    load.add_argument("--working-set", type=float, default=0.3, metavar="PART", help="part written to (%(default)s)")
+    load.add_argument("--zeros", type=float, default=0.2, metavar="PART", help="pages that become zeros (%(default)s)")
+    load.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    load.add_argument("--processes", type=int, default=1, help="that share the threads (%(default)s)")
+    load.add_argument("--seconds", type=float, default=1.0, help="to write before and after the move (%(default)s)")
+    add_options(parser)
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Move the workload once and check it."""
+    with open_reporter(args.output, DemoView()) as out:
+        result = await _demonstrate(args, out)
+        out.final(result)
+    return 0 if result.intact else 1
+
+
+async def _demonstrate(args: argparse.Namespace, out: Reporter) -> DemoResult:
+    name = f"demo-{os.getpid()}"
+    setup = msgspec.json.encode(_setup(args, name)).decode()
+    receive = ("receive", f"{name}-moved", "--workload", "demo", "--output", "json")
+    async with (
+        _process("pageferry.workloads.ledger_process", setup) as source,
+        _process("pageferry", *receive) as destination,
+    ):
+        await _expect(source, "ready")
+        address = (await _expect(destination, "listening"))["address"]
+        await asyncio.sleep(args.seconds)
+        workload = await open_workload(name)
+        try:
+            moved = await api.migrate(workload, address, listener=out.event, **options_of(args))
+        finally:
+            workload.close()
+        await _expect(source, "ledger")
+        await asyncio.sleep(args.seconds)
+        destination.terminate()
+        found = await _expect(destination, "ledger")
+    fields = {field: getattr(moved, field) for field in MigrationResult.__struct_fields__}
+    return DemoResult(**fields, intact=found["intact"], writes=found["writes"], checked=found["checked"])
+
+
+def _setup(args: argparse.Namespace, name: str) -> Setup:
+    options = LedgerOptions(
+        threads=args.threads,
+        rate=args.rate,
+        working_set=args.working_set,
+        zero_fraction=args.zeros,
+        seed=os.getpid(),
+    )
+    return Setup(name=name, size=args.size, options=options, processes=args.processes)
+
+
+@contextlib.asynccontextmanager
+async def _process(module: str, *arguments: str) -> AsyncIterator[Process]:
+    """A Python process of ours, which ends with the block."""
+    # A group of its own: Ctrl-C is for us, and we end it.
+    command = (sys.executable, "-m", module, *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.communicate()
+
+
+async def _expect(process: Process, kind: str) -> dict[str, Any]:
+    """The next line of that type from a process. Raises WorkloadError, with what it said, when it ends instead."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    async with asyncio.timeout(PATIENCE):
+        while line := await process.stdout.readline():
+            said: dict[str, Any] = msgspec.json.decode(line)
+            if said["type"] == kind:
+                return said
+        raise WorkloadError(f"a process of the demo ended: {(await process.stderr.read()).decode().strip()}")

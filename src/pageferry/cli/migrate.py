@@ -1,0 +1,125 @@
+"""`pageferry migrate`: move a workload of this host to a receiver."""
+
+from __future__ import annotations
+
+import argparse
+
+import msgspec
+
+from pageferry.cli.arguments import milliseconds
+from pageferry.errors import UsageError
+from pageferry.host.registry import Registry
+from pageferry.migration import api
+from pageferry.migration.options import Options
+from pageferry.report.migration import MigrationView
+from pageferry.report.reporter import open_reporter
+from pageferry.workloads.base import Workload
+from pageferry.workloads.opening import open_workload
+
+DEFAULTS = Options()
+
+
+class Recovered(msgspec.Struct, frozen=True, tag_field="type", tag="recovery"):
+    """What became of a migration that was in doubt."""
+
+    workload: str
+    owner: str
+    """`source` (it runs here again) or `destination` (it runs there)."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.description = (
+        "Moves a running workload to `pageferry receive` on another host, while it runs: memory is copied in rounds, "
+        "each of what was modified in the one before, until the rest is small; then the workload is paused, the rest "
+        "and its state are sent, and it runs on at the other end. Any failure before that leaves it running here."
+    )
+    parser.add_argument("name", metavar="NAME", help="workload to move (see `pageferry list`)")
+    parser.add_argument("address", metavar="HOST:PORT", nargs="?", help="where the receiver listens")
+    add_options(parser)
+    after = parser.add_argument_group("after a commit without an answer").add_mutually_exclusive_group()
+    after.add_argument("--recover", action="store_true", help="ask the receiver what became of it, and act on that")
+    after.add_argument(
+        "--take-back",
+        action="store_true",
+        help="run it here again; only if you know that the receiver does not run it and never will",
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `pageferry.migration.options.Options`."""
+    copying = parser.add_argument_group("copying")
+    copying.add_argument(
+        "--max-downtime",
+        type=milliseconds,
+        default=DEFAULTS.max_downtime,
+        metavar="MS",
+        help="switch over when the rest can be sent in so many milliseconds (default: 300)",
+    )
+    copying.add_argument(
+        "--max-rounds", type=int, default=DEFAULTS.max_rounds, metavar="N", help="give up after N rounds (%(default)s)"
+    )
+    copying.add_argument(
+        "--trace-granularity",
+        choices=("4K", "2M", "auto"),
+        default=DEFAULTS.trace_granularity,
+        help="unit in which modified memory is traced: small pages, large pages, or as it is written (%(default)s)",
+    )
+    copying.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
+    copying.add_argument(
+        "--streams", type=int, default=DEFAULTS.streams, metavar="N", help="parallel page streams (%(default)s)"
+    )
+    arriving = parser.add_argument_group("at the destination")
+    arriving.add_argument(
+        "--large-pages",
+        choices=("keep", "ignore"),
+        default=DEFAULTS.large_pages,
+        help="whether a large page here must be one there (%(default)s)",
+    )
+    arriving.add_argument(
+        "--populate",
+        choices=("all", "hot", "none"),
+        default=DEFAULTS.populate,
+        help="page-table entries made before it runs there: all, during the transfer; those of the pages modified "
+        "during the migration; or none (%(default)s)",
+    )
+    link = parser.add_argument_group("link")
+    link.add_argument(
+        "--patience", type=float, default=DEFAULTS.patience, metavar="S", help="seconds of silence that end it (30)"
+    )
+    link.add_argument("--insecure", action="store_true", help="allow addresses other than loopback, in the clear")
+
+
+def options_of(args: argparse.Namespace) -> dict[str, object]:
+    """The keyword arguments of `Options` that `add_options` parsed."""
+    return {name: getattr(args, name) for name in Options.__dataclass_fields__}
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Migrate, recover or take back."""
+    workload = await open_workload(args.name)
+    folder = Registry().folder(args.name)
+    try:
+        if args.recover or args.take_back:
+            return await _settle(args, workload)
+        if args.address is None:
+            raise UsageError("where to? Give HOST:PORT of a receiver, or --recover")
+        with folder.exclusively(f"a migration to {args.address}"), open_reporter(args.output, MigrationView()) as out:
+            result = await api.migrate(workload, args.address, listener=out.event, **options_of(args))
+            out.final(result)
+    finally:
+        workload.close()
+    return 0
+
+
+async def _settle(args: argparse.Namespace, workload: Workload) -> int:
+    folder = Registry().folder(args.name)
+    with folder.exclusively("a recovery"):
+        if args.take_back:
+            await api.take_back(workload, folder)
+            owner = "source"
+        else:
+            owner = await api.recover(workload, folder, patience=args.patience, insecure=args.insecure)
+    with open_reporter(args.output, MigrationView()) as out:
+        out.final(Recovered(args.name, owner))
+    return 0

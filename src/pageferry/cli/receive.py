@@ -1,0 +1,160 @@
+"""`pageferry receive`: wait for a workload, and run it from the moment it has arrived."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from logging import getLogger
+
+import msgspec
+
+from pageferry.cli.arguments import size
+from pageferry.errors import UsageError
+from pageferry.host.registry import Registry
+from pageferry.migration import api, messages
+from pageferry.migration.connection import Reception, resolve
+from pageferry.migration.destination import Destination
+from pageferry.migration.ownership import Verdicts
+from pageferry.report.reporter import Reporter, open_reporter
+from pageferry.report.text import PlainView
+from pageferry.workloads.base import Workload
+from pageferry.workloads.ledger import LedgerWorkload
+from pageferry.workloads.qemu import QemuWorkload
+
+log = getLogger(__name__)
+
+TAKES_COMMAND = True
+
+
+class Listening(msgspec.Struct, frozen=True, tag_field="type", tag="listening"):
+    """Sources can connect."""
+
+    workload: str
+    address: str
+
+
+class Received(msgspec.Struct, frozen=True, tag_field="type", tag="received"):
+    """The workload runs here."""
+
+    workload: str
+    kind: str
+
+
+class LedgerResult(msgspec.Struct, frozen=True, tag_field="type", tag="ledger", rename="kebab"):
+    """What became of a built-in workload: whether every write that was ever made is there."""
+
+    workload: str
+    intact: bool
+    writes: int
+    checked: int
+
+
+class ReceiveView(PlainView):
+    """Lines instead of names and values."""
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """One line per event."""
+        match event:
+            case Listening():
+                return f"{event.workload} waits at {event.address}"
+            case Received():
+                return f"{event.workload} runs here"
+            case _:
+                return super().line(event)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.description = (
+        "Waits for one workload that `pageferry migrate` sends, and runs it. A QEMU is started at once with the "
+        "command line given, and waits for its memory and state; it must be the same machine as at the source."
+    )
+    parser.add_argument("name", metavar="NAME", help="name of the workload on this host")
+    parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:0", help="(%(default)s: any free port)")
+    parser.add_argument("--workload", choices=("demo",), help="receive the built-in workload instead of a QEMU")
+    parser.add_argument(
+        "--max-size", type=size, metavar="SIZE", help="largest memory to accept (default: what is free)"
+    )
+    parser.add_argument("--hugetlb", action="store_true", help="guest memory on hugetlbfs")
+    parser.add_argument("--detach", action="store_true", help="end when the guest runs, and leave it running")
+    parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds of silence that end it (30)")
+    parser.add_argument("--insecure", action="store_true", help="allow addresses other than loopback, in the clear")
+    parser.usage = "pageferry receive NAME [options] [-- QEMU ARGS...]"
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Receive a workload, then stay until it ends."""
+    command = args.command
+    if (args.workload is None) == (not command):
+        raise UsageError("give either --workload demo, or a QEMU command line after --")
+    address = resolve(args.listen, insecure=args.insecure, what="address to listen on")
+    with open_reporter(args.output, ReceiveView()) as out:
+        reception = Reception(address)
+        try:
+            if command:
+                return await _receive_guest(args, command, reception, out)
+            return await _receive_ledger(args, reception, out)
+        finally:
+            await reception.close()
+
+
+async def _receive_guest(args: argparse.Namespace, command: list[str], reception: Reception, out: Reporter) -> int:
+    guest = await QemuWorkload.start(args.name, command, incoming=True, detach=args.detach, hugetlb=args.hugetlb)
+
+    async def prepare(hello: messages.Hello) -> Workload:
+        if hello.kind != "qemu":
+            raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; a QEMU guest is received here")
+        return guest
+
+    questions = await _receive(args, Destination(reception, prepare, _verdicts(), args.patience), out)
+    if args.detach:
+        await questions
+        guest.close()
+        return 0
+    code = await guest.ended()
+    questions.cancel()
+    await guest.forget()
+    return code or 0
+
+
+async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:
+    received: list[LedgerWorkload] = []
+    moved = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def prepare(hello: messages.Hello) -> Workload:
+        arena = api.arena_for(hello, args.max_size)
+        fresh = type(arena).from_file(arena.fileno(), arena.length)
+        ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set))
+        fresh.register(args.name)
+        received.append(ledger)
+        return ledger
+
+    questions = await _receive(args, Destination(reception, prepare, _verdicts(), args.patience), out)
+    ledger = received[-1]
+    with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
+        await moved.wait()
+    questions.cancel()
+    ledger.stop()
+    report = await asyncio.to_thread(ledger.verify)
+    out.final(LedgerResult(args.name, report.intact, report.writes, report.checked))
+    return 0 if report.intact else 1
+
+
+async def _receive(args: argparse.Namespace, destination: Destination, out: Reporter) -> asyncio.Task[None]:
+    """Receive; returns the task that answers a source which does not know yet what became of the migration."""
+    out.event(Listening(args.name, str(destination.reception.address)))
+    try:
+        workload = await destination.run()
+    except BaseException:
+        if destination.promised and not destination.settled:
+            log.warning("the source may be in doubt: waiting for it to ask (Ctrl-C ends the wait)")
+            await destination.answer_questions()
+        raise
+    out.event(Received(args.name, workload.identity.kind))
+    return asyncio.create_task(destination.answer_questions())
+
+
+def _verdicts() -> Verdicts:
+    return Verdicts(Registry().path)

@@ -1,0 +1,155 @@
+"""Migration in a few calls: what `pageferry.migrate` and `pageferry.receive` are, and what the commands use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pageferry.errors import ConnectionLost, OutcomeUnknown, ProtocolError, UsageError, WorkloadError
+from pageferry.host.registry import Folder, Registry
+from pageferry.migration import messages
+from pageferry.migration.channel import Channel
+from pageferry.migration.connection import Address, Reception, connect_control, resolve
+from pageferry.migration.destination import Destination
+from pageferry.migration.events import Listener, MigrationResult, ignore
+from pageferry.migration.options import Options
+from pageferry.migration.ownership import RECORD, Committed, Verdicts
+from pageferry.migration.source import Source
+from pageferry.workloads.arena import Arena, State
+from pageferry.workloads.arena_control import Callback
+from pageferry.workloads.base import Workload
+
+
+async def migrate(
+    workload: Arena | Workload, address: str, *, listener: Listener = ignore, **options: Any
+) -> MigrationResult:
+    """Move a running workload to the receiver at `address` (HOST:PORT); it runs there when this returns.
+
+    `options` are those of `Options`: max_downtime (seconds), codec, populate, large_pages... `listener` is called with
+    an event for every round.
+
+    Raises MigrationError when it did not work out: the workload runs on here then, as if nothing had happened; except
+    for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver. UsageError for bad options.
+    """
+    chosen = Options(**options)
+    target = resolve(address, insecure=chosen.insecure, what="destination")
+    moved = workload.workload() if isinstance(workload, Arena) else workload
+    return await Source(moved, chosen, listener, _folder(moved)).run(target)
+
+
+async def receive(
+    address: str,
+    *,
+    name: str | None = None,
+    state: State | None = None,
+    on_pause: Callback | None = None,
+    on_resume: Callback | None = None,
+    on_moved: Callback | None = None,
+    max_size: int | None = None,
+    listening: Callable[[str], object] | None = None,
+    patience: float = 30.0,
+    insecure: bool = False,
+) -> Arena:
+    """Wait at `address` (HOST:PORT; port 0: any free one) for an arena, and return it when it runs here.
+
+    Name, state and callbacks are those of `Arena`; `on_resume` is called at the moment from which the arena is this
+    process's. `listening` is called with the address once sources can connect. An arena larger than `max_size` bytes
+    (default: the memory that is available) is refused. Raises MigrationError, UsageError.
+    """
+    reception = Reception(resolve(address, insecure=insecure, what="address to listen on"))
+    if listening is not None:
+        listening(str(reception.address))
+
+    received: list[Arena] = []
+
+    async def prepare(hello: messages.Hello) -> Workload:
+        fresh = arena_for(hello, max_size)
+        arena = Arena.from_file(
+            fresh.fileno(),
+            fresh.length,
+            name,
+            state=state,
+            on_pause=on_pause,
+            on_resume=on_resume,
+            on_moved=on_moved,
+        )
+        received.append(arena)
+        return arena.workload()
+
+    try:
+        destination = Destination(reception, prepare, Verdicts(Registry().path), patience)
+        await destination.run()
+    finally:
+        await reception.close()
+    return received[-1]
+
+
+def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
+    """A fresh, empty arena for what a source announces. Raises UsageError for what no arena can take."""
+    if hello.kind != "arena" or len(hello.regions) != 1:
+        raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; an arena is received here")
+    size, most = hello.regions[0].length, max_size or available_memory()
+    if size > most:
+        raise UsageError(f"{hello.name} has {size >> 20} MiB, and at most {most >> 20} MiB are received here")
+    return Arena(size)
+
+
+def available_memory() -> int:
+    """Bytes that could be allocated without swapping (MemAvailable of /proc/meminfo)."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) << 10
+
+
+async def recover(workload: Workload, folder: Folder, *, patience: float = 30.0, insecure: bool = False) -> str:
+    """Ask the peer what became of a migration whose commit went unanswered, and act on it.
+
+    Returns `destination` (it runs there; what was left here has been discarded) or `source` (it runs on here). Raises
+    UsageError when no migration is in doubt, OutcomeUnknown when the peer cannot be reached or knows nothing.
+    """
+    record = folder.load(RECORD, Committed)
+    if record is None:
+        raise UsageError(f"{workload.name} is in no doubt: no migration of it waits for an answer")
+    owner = await _ask(resolve(record.peer, insecure=insecure, what="peer"), record, workload.name, patience)
+    match owner:
+        case "destination":
+            await workload.discard()
+        case "source":
+            await take_back(workload, folder)
+        case _:
+            raise OutcomeUnknown(
+                f"{record.peer} knows nothing of this migration of {workload.name}: is it the host it was sent to, "
+                f"with the same run directory? If that host is gone for good: "
+                f"pageferry migrate {workload.name} --take-back"
+            )
+    return owner
+
+
+async def take_back(workload: Workload, folder: Folder) -> None:
+    """Let it run here again. Only for who knows that the destination does not run it, and never will."""
+    if folder.load(RECORD, Committed) is None:
+        raise UsageError(f"{workload.name} has not been given away: there is nothing to take back")
+    await workload.resume()
+    folder.forget(RECORD)
+
+
+async def _ask(address: Address, record: Committed, name: str, patience: float) -> str:
+    again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
+    try:
+        channel = Channel(*await connect_control(address, patience), patience)
+        try:
+            await channel.send(messages.Recover(version=messages.VERSION, migration=record.migration))
+            return (await channel.receive(messages.Outcome)).owner
+        finally:
+            await channel.close()
+    except (ConnectionLost, ProtocolError) as error:
+        raise OutcomeUnknown(f"{address} does not say what became of {name} ({error}). {again}") from error
+
+
+def _folder(workload: Workload) -> Folder | None:
+    """Where the records of a registered workload go."""
+    registry = Registry()
+    try:
+        return registry.folder(workload.name) if workload.name in registry.entries() else None
+    except WorkloadError:
+        return None

@@ -1,0 +1,106 @@
+"""How a migration looks to a person: a bar while a round goes on, a line per round, and a table at the end."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pageferry.migration.events import MigrationResult, ProgressEvent, RoundEvent, SetupEvent
+from pageferry.report.text import PlainView
+from pageferry.report.units import duration, rate, size
+
+BAR = 32
+"""Columns of the bar."""
+
+
+class MigrationView(PlainView):
+    """Shows events of `pageferry.migration.events`."""
+
+    def __init__(self) -> None:
+        self._rounds: list[str] = []
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """A line per phase and round; nothing for mere progress."""
+        match event:
+            case SetupEvent():
+                return (
+                    f"to {event.peer}: {size(event.present)} of {size(event.memory)} in memory, "
+                    f"{event.large_pages} large pages, traces installed in {event.install_ms:.1f} ms"
+                )
+            case RoundEvent():
+                return (
+                    f"round {event.round}: {event.pages} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
+                    f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, {size(event.remaining)} left"
+                )
+            case ProgressEvent():
+                return None
+            case _:
+                return super().line(event)
+
+    def live(self, event: msgspec.Struct) -> RenderableType | None:
+        """The rounds so far, and a bar for the one under way."""
+        table = Table.grid(padding=(0, 1))
+        if isinstance(event, ProgressEvent):
+            bar = ProgressBar(total=max(event.total, 1), completed=event.done, width=BAR)
+            table.add_row(Text(f"round {event.round}"), bar, Text(rate(event.mbps * 1e6 / 8)))
+        elif (line := self.line(event)) is not None:
+            self._rounds.append(line)
+        lines = Table.grid()
+        for done in self._rounds:
+            lines.add_row(Text(done))
+        lines.add_row(table)
+        return lines
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """The end of a migration as a table."""
+        if not isinstance(result, MigrationResult):
+            return super().result(result)
+        table = Table.grid(padding=(0, 2))
+        for name, value in _rows(result):
+            table.add_row(Text(name, style="bold"), Text(value))
+        return table
+
+
+class DemoView(MigrationView):
+    """A migration, and at the end what matters most: whether anything was lost."""
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """The table of the migration, and the verdict."""
+        intact, writes, checked = (getattr(result, name) for name in ("intact", "writes", "checked"))
+        verdict = "every one is there" if intact else "SOME ARE LOST"
+        style = "bold green" if intact else "bold red"
+        return Group(super().result(result), Text(f"{writes} writes, {checked} pages checked: {verdict}", style=style))
+
+
+def _rows(result: MigrationResult) -> list[tuple[str, str]]:
+    parts, large, populated = result.downtime_parts, result.large_pages, result.populated
+    downtime = (
+        f"{_ms(result.downtime)}: stop {_ms(parts.stop)}, last pages {_ms(parts.last_pages)}, "
+        f"state {_ms(parts.device_state)}, populate {_ms(parts.populate)}, resume {_ms(parts.resume)}"
+    )
+    transferred = (
+        f"{size(result.transferred)} of {size(result.memory)} at {rate(result.mbps * 1e6 / 8)}: "
+        f"{result.normal} pages, {result.duplicate} of zeros, {result.skipped} not in memory"
+    )
+    trace = f"{result.trace.granularity}, installed in {_ms(result.trace.install_ms)}"
+    kept = f"{large.source} at the source, {large.destination} at the destination"
+    mapped = f"{populated.large} large and {populated.small} small pages in {_ms(populated.work_ms)}"
+    rows = [
+        ("migration", f"{result.workload} {result.status}, it runs at {result.peer}"),
+        ("total time", f"{_ms(result.total_time)} (set-up {_ms(result.setup_time)})"),
+        ("downtime", downtime),
+        ("transferred", transferred),
+        ("trace", f"{trace}; read {result.dirty_sync_count} times"),
+        ("large pages", kept + (f", {large.fallbacks} could not be kept" if large.fallbacks else "")),
+        ("populated", f"{populated.mode}: {mapped}"),
+    ]
+    if (faults := result.faults_after_resume) is not None:
+        rows.append(("faults in the first second", f"{faults.minor} minor, {faults.major} major"))
+    return rows
+
+
+def _ms(milliseconds: float) -> str:
+    return duration(milliseconds / 1e3)

@@ -1,0 +1,23 @@
+"""Registered workloads by name, whatever kind they are."""
+
+from __future__ import annotations
+
+from pageferry.errors import NoSuchWorkload
+from pageferry.host.registry import ArenaEntry, QemuEntry, Registry
+from pageferry.workloads.base import Workload
+from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.qemu import QemuWorkload
+
+
+async def open_workload(name: str) -> Workload:
+    """The workload of that name on this host, to be worked on from outside.
+
+    Raises NoSuchWorkload, WorkloadDied, WorkloadError when it does not answer.
+    """
+    match Registry().lookup(name):
+        case QemuEntry():
+            return await QemuWorkload.attach(name)
+        case ArenaEntry(control_socket=path):
+            return await RemoteArena.connect(path)
+        case _:
+            raise NoSuchWorkload(f"{name} is still being started: try again when `pageferry list` shows it")
