@@ -152,6 +152,24 @@ def test_callbacks_are_called_in_order() -> None:
     assert arena.status is Status.MOVED
 
 
+def test_a_received_arena_that_never_ran_has_not_moved() -> None:
+    calls: list[str] = []
+    file, _ = memory_file(MIB)
+    arenas = [Arena.from_file(file, MIB, on_moved=lambda: calls.append("moved")) for _ in range(2)]
+    os.close(file)
+
+    async def discard() -> None:
+        await arenas[0].workload().discard()
+        assert calls == []
+        workload = arenas[1].workload()
+        await workload.resume()
+        await workload.pause()
+        await workload.discard()
+
+    asyncio.run(discard())
+    assert calls == ["moved"]
+
+
 def test_a_failing_pause_lets_it_run_on() -> None:
     def fail() -> None:
         raise ZeroDivisionError

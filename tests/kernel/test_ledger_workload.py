@@ -166,6 +166,21 @@ def test_memory_of_another_instant_is_refused() -> None:
         asyncio.run(refuse())
 
 
+def test_one_that_never_came_to_run_leaves_nothing_behind() -> None:
+    async def give_up() -> None:
+        async with controlled("staying") as source:
+            destination = received(source, 2, on_moved=lambda: pytest.fail("it was never here"))
+            destination.arena.register("never-ran")
+            child = destination.regions[0].segments[1].pid
+            await destination.discard()
+            assert not _lives(child)
+            assert "never-ran" not in Registry().entries()
+            assert await source.running()
+
+    with ledger_process("staying"):
+        asyncio.run(give_up())
+
+
 def test_with_a_digest_one_wrong_byte_is_refused() -> None:
     async def refuse() -> None:
         async with controlled("digested") as source:

@@ -55,7 +55,8 @@ class Arena(_engine.Mapping):
         on_pause: called to stop everything that writes to the arena; when it returns, nothing may write any more. An
             exception ends the migration, and the program goes on.
         on_resume: called to let it go on, here (the migration failed) or at the destination (it did not).
-        on_moved: called when the arena runs elsewhere for good; `on_pause` was the last callback before.
+        on_moved: called when the arena runs elsewhere for good; `on_pause` was the last callback before. Not called for
+            a received arena that never came to run here.
 
     Callbacks are called in threads of pageferry's, one at a time. Between `on_pause` and `on_resume` a write to the
     arena is a write that the destination never sees. Without `on_pause` the caller of `migrate` promises that nothing
@@ -130,7 +131,7 @@ class Arena(_engine.Mapping):
         *,
         received: bool,
     ) -> None:
-        self.control = ArenaControl(self, on_pause, on_resume, on_moved)
+        self.control = ArenaControl(self, on_pause, on_resume, on_moved, has_run=not received)
         if state is not None:
             save, load = state if isinstance(state, tuple) else (state.save_state, state.load_state)
             self.control.save, self.control.load = save, load

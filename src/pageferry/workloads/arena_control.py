@@ -23,19 +23,27 @@ class ArenaControl:
     """Runs an arena's callbacks. Pageferry's own workloads replace its attributes; see `Controlled` for the methods."""
 
     def __init__(
-        self, arena: Arena, on_pause: Callback | None, on_resume: Callback | None, on_moved: Callback | None
+        self,
+        arena: Arena,
+        on_pause: Callback | None,
+        on_resume: Callback | None,
+        on_moved: Callback | None,
+        has_run: bool,
     ) -> None:
         self.name = "arena"
         self.details: dict[str, str | int | bool] = {}
         self.on_pause = on_pause
         self.on_resume = on_resume
         self.on_moved = on_moved
+        self.on_abandoned: Callback | None = None
+        """Called instead of `on_moved` when a received arena never came to run here."""
+        self.has_run = has_run
         self.save: Callable[[], bytes] = lambda: arena.received_state or b""
         self.load: Callable[[bytes], object] = self._keep_state
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
         self.moved: Callback = lambda: None
-        """Called after `on_moved`: the arena's own affairs."""
+        """Called after either: the arena's own affairs."""
         self._arena = arena
 
     @property
@@ -58,6 +66,7 @@ class ArenaControl:
 
     def resume(self) -> None:
         """Call `on_resume`."""
+        self.has_run = True
         if self.on_resume is not None:
             self.on_resume()
 
@@ -73,10 +82,11 @@ class ArenaControl:
         self.load(state)
 
     def discard(self) -> None:
-        """Call `on_moved`."""
+        """Call `on_moved`, if the arena has ever been this program's to run."""
+        callback = self.on_moved if self.has_run else self.on_abandoned
         try:
-            if self.on_moved is not None:
-                self.on_moved()
+            if callback is not None:
+                callback()
         finally:
             self.moved()
 

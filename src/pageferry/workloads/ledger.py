@@ -68,6 +68,7 @@ class LedgerWorkload(LocalWorkload):
         self._shares: list[Share] = [self._local]
         control = arena.control
         control.on_pause, control.on_resume, control.on_moved = self._pause, self._resume, on_moved
+        control.on_abandoned = self.stop
         control.save, control.load = self._save, self._load
         control.threads = lambda: {share.pid: share.tids for share in self._shares}
         control.report = self._report
