@@ -215,6 +215,8 @@ class Destination:
 
     async def _take_over(self) -> None:
         await self.channel.receive(messages.Commit)
+        # First it must survive us, for once it is decided that it is ours it may not be lost any more.
+        await self.workload.commit()
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the source was told meanwhile that this migration is over")
         await asyncio.shield(self._resume())

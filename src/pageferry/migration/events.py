@@ -45,7 +45,7 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
-    """How far a round is. Sent several times a second; not a part of `--output json`."""
+    """How far a round is. Sent several times a second."""
 
     round: int
     done: int

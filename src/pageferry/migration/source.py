@@ -191,6 +191,7 @@ class Source:
 
     async def _switch_over(self) -> None:
         """Pause, send the last pages and the state, and wait until the destination needs nothing more."""
+        await self.workload.prepare_pause()
         self.times.start("downtime")
         with self.times.measure("stop"):
             self.paused = True

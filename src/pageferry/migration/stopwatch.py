@@ -41,5 +41,5 @@ class Stopwatch:
         return self._spent.get(name, 0.0)
 
     def milliseconds(self, name: str) -> float:
-        """As `seconds`."""
-        return self.seconds(name) * 1e3
+        """As `seconds`, to the microsecond."""
+        return round(self.seconds(name) * 1e3, 3)

@@ -79,6 +79,9 @@ class Workload(Protocol):
     def regions(self) -> tuple[Region, ...]:
         """The memory to be managed. Does not change while the workload is open."""
 
+    async def prepare_pause(self) -> None:
+        """Do what can be done while it runs to make the pause that follows short. Undone by `resume` and `close`."""
+
     async def pause(self) -> None:
         """Stop every thread that can touch the regions. Returns when none will touch them any more."""
 

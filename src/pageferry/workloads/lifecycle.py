@@ -169,6 +169,9 @@ class LocalWorkload:
         """What this workload is."""
         return self._lifecycle.workload.identity
 
+    async def prepare_pause(self) -> None:
+        """Nothing: callbacks are for the pause itself."""
+
     async def pause(self) -> None:
         """Run the workload's pause callback. Raises what it raises, after the resume callback."""
         await asyncio.to_thread(self._lifecycle.pause, self)

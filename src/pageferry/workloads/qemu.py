@@ -173,6 +173,11 @@ class QemuWorkload:
         return self._entry.pid
 
     @property
+    def guardian(self) -> int | None:
+        """Pid of the process that acts if we die (see `qemu_guardian`); None while there is no need for one."""
+        return self._will.guardian if self._will is not None else None
+
+    @property
     def log(self) -> Path | None:
         """Where a detached QEMU's output goes; None for one on a terminal, or adopted."""
         path = self._folder.path / _LOG

@@ -35,6 +35,11 @@ class LastWill:
         )
         _guardians.append(self._guardian)
 
+    @property
+    def guardian(self) -> int:
+        """Pid of the process that keeps the will."""
+        return self._guardian.pid
+
     def write(self, commands: Sequence[Command]) -> None:
         """Replace the will. It holds from here on, even if this process dies at once."""
         assert self._guardian.stdin is not None

@@ -67,6 +67,9 @@ class RemoteArena:
         """What this workload is, as its owner describes it."""
         return self._identity
 
+    async def prepare_pause(self) -> None:
+        """Nothing: the program's callbacks are for the pause itself."""
+
     async def pause(self) -> None:
         """Have the program stop everything that writes. It runs on if we go away before `commit`."""
         await self._do(wire.Pause())
