@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import os
 import sys
-from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
+from subprocess import PIPE, Popen
 from typing import Any
 
 import msgspec
@@ -99,27 +99,26 @@ def _setup(args: argparse.Namespace, name: str) -> Setup:
 
 
 @contextlib.asynccontextmanager
-async def _process(module: str, *arguments: str) -> AsyncIterator[Process]:
+async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
     """A Python process of ours, which ends with the block."""
-    # A group of its own: Ctrl-C is for us, and we end it.
+    # Not one of asyncio's: before Python 3.12 a thread of asyncio's waits for any change of such a child, and takes the
+    # stop that adoption waits for. In a session of its own: Ctrl-C is for us, and we end it.
     command = (sys.executable, "-m", module, *arguments)
-    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    process = Popen(command, stdout=PIPE, stderr=PIPE, start_new_session=True)
     try:
         yield process
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.communicate()
+        process.terminate()
+        await asyncio.shield(asyncio.to_thread(process.communicate))
 
 
-async def _expect(process: Process, kind: str) -> dict[str, Any]:
+async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
     """The next line of that type from a process. Raises WorkloadError, with what it said, when it ends instead."""
     assert process.stdout is not None
     assert process.stderr is not None
     async with asyncio.timeout(PATIENCE):
-        while line := await process.stdout.readline():
+        while line := await asyncio.to_thread(process.stdout.readline):
             said: dict[str, Any] = msgspec.json.decode(line)
             if said["type"] == kind:
                 return said
-        raise WorkloadError(f"a process of the demo ended: {(await process.stderr.read()).decode().strip()}")
+    raise WorkloadError(f"a process of the demo ended: {process.stderr.read().decode().strip()}")
