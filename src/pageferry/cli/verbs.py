@@ -27,6 +27,7 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "check": Verb("pageferry.cli.check", "Say what this kernel and this user allow, and what to do about the rest."),
     "demo": Verb("pageferry.cli.demo", "Move the built-in workload between two processes, and check every write."),
     "receive": Verb("pageferry.cli.receive", "Wait for a workload and run it here."),
     "migrate": Verb("pageferry.cli.migrate", "Move a running workload to a receiver."),

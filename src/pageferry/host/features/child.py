@@ -1,0 +1,183 @@
+"""Probes run in child processes: one that hangs or dies says so about itself and harms nobody.
+
+All probes run at once, each in a fork of its own and in a process group of its own, so that whatever it started ends
+with it. Fork needs a process without other threads that hold locks; the command is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+DEADLINE = 5.0
+"""Seconds that all probes together may take. They need a fraction of one."""
+
+_POLL = 0.002
+
+
+class Unavailable(Exception):
+    """Raised by a probe: the kernel did not do what was tried."""
+
+    def __init__(self, reason: str, *, remedy: str | None = None, error: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+        """What to do, where the probe knows better than its table of remedies."""
+        self.error = error
+        """The errno it ended in, if it did."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a child found."""
+
+    available: bool
+    detail: str
+    error: int | None = None
+    remedy: str | None = None
+
+    def detail_or_raise(self) -> str:
+        """The detail of what is available; raises Unavailable with it otherwise."""
+        if not self.available:
+            raise Unavailable(self.detail, remedy=self.remedy, error=self.error)
+        return self.detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    pid: int
+    result: int
+    """Reading end of the pipe that the outcome comes through. It is far smaller than the pipe."""
+    leads_group: bool
+
+    def exited(self) -> bool:
+        """Whether it has ended; it is not reaped yet, so that its pid stays its own."""
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # SIGCHLD is ignored: the kernel reaped it
+            return True
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
+
+    def outcome(self, deadline: float) -> Outcome:
+        """Reap it, with all that it started, and read what it found."""
+        in_time = self.exited()
+        self.kill()
+        status = _reap(self.pid)
+        os.set_blocking(self.result, False)
+        try:
+            answer = os.read(self.result, 1 << 16)
+        except BlockingIOError:  # nothing came, and something that it started still has the other end
+            answer = b""
+        finally:
+            os.close(self.result)
+        if in_time and answer:
+            return msgspec.json.decode(answer, type=Outcome)
+        return Outcome(False, _how_it_ended(in_time, status, deadline))
+
+
+def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, groups: bool = True) -> list[Outcome]:
+    """Run functions in children, all at once; what they return, or how they failed, in the same order.
+
+    `deadline` is in seconds, for all together. Without `groups` the children stay in the caller's process group: for
+    children of a probe, which end with it.
+    """
+    children: list[_Child] = []
+    try:
+        for work in works:
+            children.append(_start(work, groups))  # noqa: PERF401  # what has started must be known if the next fails
+        end = time.monotonic() + deadline
+        while time.monotonic() < end and not all(child.exited() for child in children):
+            time.sleep(_POLL)
+    except BaseException:
+        for child in children:
+            child.outcome(deadline)
+        raise
+    return [child.outcome(deadline) for child in children]
+
+
+def outcome_of(work: Callable[[], str]) -> Outcome:
+    """Run a function here and say how it went; no exception passes."""
+    try:
+        return Outcome(True, work())
+    except Unavailable as missing:
+        return Outcome(False, missing.reason, missing.error, missing.remedy)
+    except OSError as refused:
+        return Outcome(False, _reason(refused), _errno(refused))
+    except BaseException as mistake:
+        return Outcome(False, f"the probe itself failed: {type(mistake).__name__}: {mistake}")
+
+
+def _start(work: Callable[[], str], groups: bool) -> _Child:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _settle(groups)
+            os.write(writing, msgspec.json.encode(outcome_of(work)))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    if groups:
+        # Also done by the child; whoever comes first, the group exists before anybody has to kill it.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+    return _Child(pid, reading, groups)
+
+
+def _settle(group: bool) -> None:
+    """Make a fork independent of what it was forked from: signals, terminal, core dumps."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if group:
+        os.setpgid(0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(nowhere, descriptor)
+
+
+def _reap(pid: int) -> int | None:
+    """Wait status of a process that was killed; None when it cannot die (it waits in the kernel) and is left behind."""
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        try:
+            reaped, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if reaped:
+            return status
+        time.sleep(_POLL)
+    return None
+
+
+def _how_it_ended(in_time: bool, status: int | None, deadline: float) -> str:
+    if not in_time:
+        return f"the probe did not come back within {deadline:g} s"
+    if status is not None and os.WIFSIGNALED(status):
+        return f"the probe was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return "the probe ended without an answer"
+
+
+def _reason(error: OSError) -> str:
+    number = error.errno
+    if number is None:
+        return str(error)
+    step = f"{error.filename}: " if error.filename else ""
+    text = error.strerror or os.strerror(number)
+    return f"{step}{text} ({errno.errorcode.get(number, number)})"
+
+
+def _errno(error: OSError) -> int | None:
+    if error.errno is None and isinstance(error, PermissionError):
+        return errno.EPERM
+    return error.errno

@@ -1,0 +1,108 @@
+"""Probes of KSM, KVM, control groups and network namespaces."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pageferry.host.features import kernel
+from pageferry.host.features.child import Unavailable
+from pageferry.host.features.kernel import LARGE_PAGE, Anonymous
+from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel
+
+KSM = Path("/sys/kernel/mm/ksm")
+KVM = "/dev/kvm"
+
+_KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_CHECK_EXTENSION = 0xAE00, 0xAE01, 0xAE03
+_KVM_API_VERSION = 12
+_KVM_CAP_PRE_FAULT_MEMORY = 236
+_CLONE_NEWNET = 0x40000000
+_SYS_UNSHARE = 272
+
+
+def _ksm() -> str:
+    memory = Anonymous(LARGE_PAGE)
+    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_MERGEABLE, "MADV_MERGEABLE")
+    state = {"0": "stopped", "1": "running", "2": "stopped, unmerging"}.get(_ksm_value("run"), "in an unknown state")
+    sharing = int(_ksm_value("pages_sharing"))
+    return f"{state}, {f'in use: {sharing} pages shared by others' if sharing else 'no page shared'}"
+
+
+def _ksm_value(name: str) -> str:
+    return (KSM / name).read_text().strip()
+
+
+def _virtual_machine() -> int:
+    device = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
+    version = fcntl.ioctl(device, _KVM_GET_API_VERSION, 0)
+    if version != _KVM_API_VERSION:
+        raise Unavailable(f"KVM speaks version {version} of its interface, not {_KVM_API_VERSION}")
+    return fcntl.ioctl(device, _KVM_CREATE_VM, 0)
+
+
+def _kvm() -> str:
+    _virtual_machine()
+    return "a virtual machine was made; whether a guest boots on it is another matter"
+
+
+def _kvm_pre_fault() -> str:
+    if fcntl.ioctl(_virtual_machine(), _KVM_CHECK_EXTENSION, _KVM_CAP_PRE_FAULT_MEMORY) <= 0:
+        raise Unavailable("KVM does not offer KVM_CAP_PRE_FAULT_MEMORY", error=errno.ENOTTY)
+    return "offered by KVM"
+
+
+def _cgroup_v2() -> str:
+    root = next(_cgroup2_mounts(), None)
+    if root is None:
+        raise Unavailable("no cgroup2 file system is mounted")
+    controllers = (root / "cgroup.controllers").read_text().split()
+    if "memory" not in controllers:
+        raise Unavailable(f"mounted at {root} without the memory controller")
+    return f"mounted at {root}: {', '.join(controllers)}"
+
+
+def _cgroup2_mounts() -> Iterator[Path]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, kind = line.split(" - ")
+        if kind.split()[0] == "cgroup2":
+            yield Path(mount.split()[4].encode().decode("unicode_escape"))
+
+
+def _network_namespaces() -> str:
+    before = os.stat("/proc/self/ns/net").st_ino
+    kernel.system_call("unshare", _SYS_UNSHARE, _CLONE_NEWNET)
+    kernel.expect(os.stat("/proc/self/ns/net").st_ino != before, "the namespace is the one from before")
+    return "a network namespace was made"
+
+
+_KVM_REMEDY = {
+    errno.ENOENT: "load kvm_intel or kvm_amd; in a virtual machine, enable nested virtualisation; or guests use TCG",
+    errno.ENODEV: "enable virtualisation in the firmware, or nested virtualisation on the host; or guests use TCG",
+    errno.EACCES: "add this user to the group of /dev/kvm (usermod -aG kvm USER), or run as root",
+    errno.EPERM: "allow /dev/kvm in this container's device rules",
+}
+
+PROBES = (
+    Probe("ksm", _ksm, f"{newer_kernel('2.6.32', 'CONFIG_KSM')}; only for S9"),
+    Probe("kvm", _kvm, _KVM_REMEDY[errno.ENODEV], _KVM_REMEDY),
+    Probe(
+        "kvm-pre-fault-memory",
+        _kvm_pre_fault,
+        newer_kernel("6.11", "CONFIG_KVM, EPT or NPT; a refinement of S1 and S5, not needed"),
+        _KVM_REMEDY,
+    ),
+    Probe(
+        "cgroup-v2",
+        _cgroup_v2,
+        "boot with systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all, built with CONFIG_MEMCG; only for measuring (S3, S9)",
+    ),
+    Probe(
+        "network-namespaces",
+        _network_namespaces,
+        newer_kernel("3.8", "CONFIG_NET_NS"),
+        {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN); only for tests"},
+    ),
+)

@@ -1,0 +1,166 @@
+"""Probes of page tables and large pages: each makes some and looks in the page table whether they are there."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+from pathlib import Path
+
+from pageferry import _engine
+from pageferry.host.features import kernel
+from pageferry.host.features.child import Unavailable
+from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, expect, shared_memory
+from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel, unknown_to_kernel
+
+THP = Path("/sys/kernel/mm/transparent_hugepage")
+HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+_MAP_HUGETLB_2M = 0x40000 | 21 << 26
+_COMPACT = "make room for a large page: free memory, and write 1 to /proc/sys/vm/compact_memory as root"
+_THP = newer_kernel("6.1", "CONFIG_TRANSPARENT_HUGEPAGE")
+
+
+def mode(switch: str) -> str:
+    """What a switch of transparent huge pages (`enabled`, `shmem_enabled`) stands on. Raises Unavailable without it."""
+    try:
+        text = (THP / switch).read_text()
+    except FileNotFoundError:
+        raise Unavailable("the kernel has no transparent huge pages", error=errno.ENOSYS) from None
+    found = re.search(r"\[(\w+)\]", text)
+    return found[1] if found else text.strip()
+
+
+def _pagemap_scan() -> str:
+    memory = Anonymous(LARGE_PAGE)
+    page = [memory.address + number * SMALL_PAGE for number in range(17)]
+    for touched in (3, 4, 11):
+        kernel.write_memory(page[touched], b"t")
+    found = kernel.scan(page[0], page[16], kernel.PAGE_IS_PRESENT)
+    expect(
+        found == [(page[3], page[5]), (page[11], page[12])],
+        f"of {page[0]:#x}, pages 3, 4 and 11 were touched; the scan saw {[(hex(a), hex(b)) for a, b in found]}",
+    )
+    return "three touched pages found, and nothing else"
+
+
+def _populate() -> str:
+    memory, unfilled = shared_memory(), shared_memory()
+    spans = [(memory, kernel.MADV_POPULATE_WRITE, "WRITE"), (unfilled, kernel.MADV_POPULATE_READ, "READ")]
+    for mapping, advice, word in spans:
+        start, end = mapping.address, mapping.address + 16 * SMALL_PAGE
+        kernel.madvise(start, end - start, advice, f"MADV_POPULATE_{word}")
+        present = kernel.scan(start, end, kernel.PAGE_IS_PRESENT)
+        expect(present == [(start, end)], f"MADV_POPULATE_{word} left pages unmapped")
+    return "pages mapped ahead of their first access"
+
+
+def _collapse() -> str:
+    memory = shared_memory()
+    kernel.write_memory(memory.address, b"kept")
+    _engine.Space().collapse(memory.address, LARGE_PAGE)
+    expect(memory.large_units() == [True], "the call succeeded, and left small pages")
+    expect(kernel.read_memory(memory.address, 4) == b"kept", "content was lost")
+    return "small pages of a memfd became a large page"
+
+
+def _large_tmpfs() -> str:
+    folder = _engine.large_tmpfs(2 * LARGE_PAGE)
+    file = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    os.ftruncate(file, LARGE_PAGE)
+    memory = _engine.Mapping(file, LARGE_PAGE)
+    kernel.write_memory(memory.address, b"first")
+    if memory.large_units() != [True]:
+        if mode("shmem_enabled") == "deny":
+            raise Unavailable(
+                f"{THP}/shmem_enabled is set to deny", remedy=f"write never to {THP}/shmem_enabled, as root"
+            )
+        raise Unavailable("the first touch gave a small page", remedy=_COMPACT)
+    return "large pages at first touch, mounted nowhere"
+
+
+def _anonymous_large_page() -> Anonymous:
+    found = mode("enabled")
+    if found == "never":
+        raise Unavailable(f"{THP}/enabled is set to never", remedy=f"write madvise to {THP}/enabled, as root")
+    memory = Anonymous(LARGE_PAGE)
+    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
+    kernel.write_memory(memory.address, b"first")
+    if not kernel.large_pages_mapped(memory.address):
+        raise Unavailable(f"set to {found}, and the first touch gave a small page", remedy=_COMPACT)
+    return memory
+
+
+def _thp() -> str:
+    _anonymous_large_page()
+    return f"private memory: {mode('enabled')}"
+
+
+def _shmem_thp() -> str:
+    found = mode("shmem_enabled")
+    memory = shared_memory()
+    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
+    kernel.write_memory(memory.address, b"first")
+    if memory.large_units() != [True]:
+        raise Unavailable(
+            f"shared memory: {found}, the first touch gave a small page",
+            remedy=f"write advise to {THP}/shmem_enabled, as root; not needed where large-tmpfs or madv-collapse works",
+        )
+    return f"shared memory: {found}"
+
+
+def _break_large_page() -> str:
+    memory = _anonymous_large_page()
+    kernel.madvise(memory.address, SMALL_PAGE, kernel.MADV_COLD, "MADV_COLD")
+    expect(not kernel.large_pages_mapped(memory.address), "the page stayed large")
+    expect(kernel.read_memory(memory.address, 5) == b"first", "content was lost")
+    return "a large page broken up by MADV_COLD on a part of it"
+
+
+def _hugetlb() -> str:
+    pool = {name: int((HUGETLB / f"{name}_hugepages").read_text()) for name in ("nr", "free", "resv", "nr_overcommit")}
+    found = f"{pool['free']} of {pool['nr']} pages of 2 MiB free, {pool['nr_overcommit']} more on demand"
+    try:
+        memory = mmap.mmap(-1, LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB_2M)
+    except OSError as refused:
+        if refused.errno != errno.ENOMEM:
+            raise
+        raise Unavailable(found, error=errno.ENOMEM) from None
+    memory.madvise(kernel.MADV_POPULATE_WRITE)
+    memory.close()
+    return found
+
+
+PROBES = (
+    Probe("pagemap-scan", _pagemap_scan, newer_kernel("6.7", "CONFIG_PROC_PAGE_MONITOR")),
+    Probe("madv-populate", _populate, newer_kernel("5.14", "CONFIG_MMU")),
+    Probe(
+        "madv-collapse",
+        _collapse,
+        _THP,
+        {
+            errno.EPERM: "run as root (CAP_SYS_NICE); later kernels want that only for other processes",
+            errno.ENOMEM: _COMPACT,
+            errno.EAGAIN: _COMPACT,
+        },
+    ),
+    Probe(
+        "large-tmpfs",
+        _large_tmpfs,
+        _THP,
+        {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN); without it arenas are collapsed, and guests want --hugetlb"},
+    ),
+    Probe("thp", _thp, _THP),
+    Probe("shmem-thp", _shmem_thp, _THP),
+    Probe("break-large-page", _break_large_page, newer_kernel("5.4", "CONFIG_TRANSPARENT_HUGEPAGE")),
+    Probe(
+        "hugetlb",
+        _hugetlb,
+        "set sysctl vm.nr_hugepages to guest memory divided by 2 MiB; only for --hugetlb",
+        {
+            **unknown_to_kernel(newer_kernel("4.14", "CONFIG_HUGETLBFS")),
+            errno.ENOENT: newer_kernel("4.14", "CONFIG_HUGETLBFS"),
+        },
+    ),
+)

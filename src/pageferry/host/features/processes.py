@@ -1,0 +1,137 @@
+"""Probes of what one process may do to the memory of another one of the same user.
+
+The other process is no descendant of the one that tries, as a QEMU that somebody else started is none: where Yama is
+in force (kernel.yama.ptrace_scope), that makes the difference.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from pageferry import _engine
+from pageferry.host.features import kernel
+from pageferry.host.features.child import run_all
+from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, expect
+from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel
+
+YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+_SYS_GETPPID, _SYS_PIDFD_OPEN, _SYS_PIDFD_GETFD = 110, 434, 438
+_PATIENCE = 4.0
+
+
+class Neighbour:
+    """A process that writes to pages of memory shared with us, at the same address as here, when told to."""
+
+    def __init__(self) -> None:
+        self.memory = kernel.shared_memory()
+        orders, self._orders = os.pipe()
+        self._done, done = os.pipe()
+        self.parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._orders)  # or it would never see the end of it
+            self._work(orders, done)
+
+    def _work(self, orders: int, done: int) -> None:
+        view = memoryview(self.memory)
+        try:
+            while page := os.read(orders, 1):
+                view[page[0] * SMALL_PAGE] = page[0]
+                os.write(done, page)
+        finally:
+            os._exit(0)
+
+    def end(self) -> None:
+        """End it; called by its parent."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def write_to(self, page: int) -> None:
+        """Have a page (1 to 255) written to."""
+        order = bytes([page])
+        os.write(self._orders, order)
+        expect(os.read(self._done, 1) == order, "the other process is gone")
+
+
+def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
+    def run() -> str:
+        neighbour = Neighbour()
+        # From a sibling of the neighbour, not from its parent.
+        (outcome,) = run_all([lambda: attempt(neighbour)], _PATIENCE, groups=False)
+        neighbour.end()
+        return outcome.detail_or_raise()
+
+    return run
+
+
+def _ptrace(neighbour: Neighbour) -> str:
+    said = _engine.Space(neighbour.pid).call(_SYS_GETPPID)
+    expect(said == neighbour.parent, f"getppid() made in another process said {said} instead of {neighbour.parent}")
+    neighbour.write_to(1)
+    return "a system call made in another process"
+
+
+def _pidfd_getfd(neighbour: Neighbour) -> str:
+    pidfd = kernel.system_call("pidfd_open", _SYS_PIDFD_OPEN, neighbour.pid, 0)
+    taken = kernel.system_call("pidfd_getfd", _SYS_PIDFD_GETFD, pidfd, neighbour.memory.fileno(), 0)
+    same = os.path.samestat(os.fstat(taken), os.fstat(neighbour.memory.fileno()))
+    expect(same, "the descriptor taken is another file")
+    return "a descriptor taken from another process"
+
+
+def _adopt(neighbour: Neighbour) -> str:
+    """The engine's whole trace of another process: a userfaultfd made in it, taken from it, and read from outside."""
+    space = _engine.Space(neighbour.pid)
+    trace = _engine.Trace([(space, neighbour.memory.address, LARGE_PAGE, 0, 0)])
+    before, after = _engine.PageSet(LARGE_PAGE // SMALL_PAGE), _engine.PageSet(LARGE_PAGE // SMALL_PAGE)
+    trace.collect([before])
+    neighbour.write_to(7)
+    trace.collect([after])
+    trace.remove()
+    expect(
+        not before and after.runs() == [(7, 8)],
+        f"another process wrote to page 7; traces showed {before.runs()} before and {after.runs()} after",
+    )
+    return "a write of another process traced"
+
+
+def _collapse_remote(neighbour: Neighbour) -> str:
+    for page in (1, 2):
+        neighbour.write_to(page)
+    _engine.Space(neighbour.pid).collapse(neighbour.memory.address, LARGE_PAGE)
+    expect(
+        kernel.large_pages_mapped(neighbour.memory.address, neighbour.pid), "the call succeeded, and left small pages"
+    )
+    expect(memoryview(neighbour.memory)[2 * SMALL_PAGE] == 2, "content was lost")
+    return "a large page mapped in another process"
+
+
+def _trace_remedy() -> str:
+    try:
+        scope = YAMA.read_text().strip()
+    except OSError:
+        scope = "0"
+    yama = "" if scope == "0" else f", or set sysctl kernel.yama.ptrace_scope=0 (it is {scope})"
+    return f"{AS_ROOT} (CAP_SYS_PTRACE){yama}; in a container also allow ptrace by its seccomp profile"
+
+
+PROBES = (
+    Probe("ptrace", _with_neighbour(_ptrace), _trace_remedy()),
+    Probe("pidfd-getfd", _with_neighbour(_pidfd_getfd), _trace_remedy(), {errno.ENOSYS: newer_kernel("5.6", "pidfd")}),
+    Probe("adopt", _with_neighbour(_adopt), _trace_remedy(), {errno.EINVAL: newer_kernel("6.7", "CONFIG_USERFAULTFD")}),
+    Probe(
+        "madv-collapse-remote",
+        _with_neighbour(_collapse_remote),
+        newer_kernel("6.1", "CONFIG_TRANSPARENT_HUGEPAGE"),
+        {
+            errno.EPERM: f"{AS_ROOT} (CAP_SYS_NICE and the right to trace)",
+            errno.ENOMEM: "make room for a large page: free memory",
+            errno.EAGAIN: "make room for a large page: free memory",
+        },
+    ),
+)

@@ -1,0 +1,150 @@
+"""Probes of userfaultfd: each registers memory of its own, has it touched, and looks at what the access met."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+
+from pageferry import _engine
+from pageferry.host.features import kernel
+from pageferry.host.features.child import Unavailable
+from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, Fault, Userfault, expect, shared_memory
+from pageferry.host.features.probe import Probe, newer_kernel, unknown_to_kernel
+
+_PATTERN = bytes(range(256)) * (SMALL_PAGE // 256)
+_PRIVILEGE = "run as root (CAP_SYS_PTRACE), or set sysctl vm.unprivileged_userfaultfd=1"
+
+
+def _userfaultfd() -> str:
+    uffd = Userfault()
+    lacking = [name for bit, name in enumerate(kernel.FEATURES) if not uffd.offered >> bit & 1]
+    faults = "faults of user mode only" if uffd.user_mode_only else "faults of user mode and of the kernel"
+    features = f"without {', '.join(lacking)}" if lacking else f"all {len(kernel.FEATURES)} features"
+    return f"{faults}; {features}"
+
+
+def _kernel_faults() -> str:
+    memory = Anonymous(LARGE_PAGE)
+    uffd = Userfault(user_mode_only=False)
+    uffd.register(memory.address, SMALL_PAGE, kernel.MISSING)
+    uffd.serve(
+        lambda: kernel.kernel_writes(memory.address, b"read(2)"),
+        lambda fault: uffd.copy(memory.address, _PATTERN),
+    )
+    expect(kernel.read_memory(memory.address, 8) == b"read(2)" + _PATTERN[7:8], "a system call's write went astray")
+    return "a system call waited for its page"
+
+
+def _write_async(address: int) -> str:
+    """Trace eight pages with the engine's own trace, write to two of them, and see whether it says so."""
+    trace = _engine.Trace([(_engine.Space(), address, 8 * SMALL_PAGE, 0, 0)])
+    before, after = _engine.PageSet(8), _engine.PageSet(8)
+    trace.collect([before])
+    for page in (2, 5):
+        kernel.write_memory(address + page * SMALL_PAGE, b"w")
+    trace.collect([after])
+    trace.remove()
+    expect(
+        not before and after.runs() == [(2, 3), (5, 6)],
+        f"pages 2 and 5 were written; traces showed {before.runs()} before and {after.runs()} after",
+    )
+    return "two writes traced, and nothing else"
+
+
+def _write_async_shmem() -> str:
+    memory = shared_memory()
+    return _write_async(memory.address)
+
+
+def _write_async_anon() -> str:
+    memory = Anonymous(LARGE_PAGE)
+    kernel.write_memory(memory.address, _PATTERN * 8)
+    return _write_async(memory.address)
+
+
+def _write_sync() -> str:
+    memory = shared_memory()
+    kernel.write_memory(memory.address, _PATTERN)
+    uffd = Userfault("wp", "wp-hugetlbfs-shmem")
+    uffd.register(memory.address, SMALL_PAGE, kernel.WP)
+    uffd.write_protect(memory.address, SMALL_PAGE, True)
+
+    def release(fault: Fault) -> None:
+        expect(bool(fault.flags & kernel.FAULT_WP), "the write was trapped as something else")
+        expect(kernel.read_memory(memory.address, SMALL_PAGE) == _PATTERN, "the write came before its trap")
+        uffd.write_protect(memory.address, SMALL_PAGE, False)
+
+    uffd.serve(lambda: kernel.write_memory(memory.address, b"new"), release)
+    expect(kernel.read_memory(memory.address, 3) == b"new", "the write was lost")
+    return "a writer waited until its page was released"
+
+
+def _missing_shmem() -> str:
+    memory = shared_memory()
+    uffd = Userfault("missing-shmem")
+    uffd.register(memory.address, SMALL_PAGE, kernel.MISSING)
+    seen = uffd.serve(
+        lambda: kernel.read_memory(memory.address, SMALL_PAGE), lambda fault: uffd.copy(memory.address, _PATTERN)
+    )
+    expect(seen == _PATTERN, "a reader saw something else than what was installed")
+    return "a reader waited for its page"
+
+
+def _minor_shmem() -> str:
+    memory = shared_memory()
+    os.pwrite(memory.fileno(), _PATTERN, 0)
+    uffd = Userfault("minor-shmem")
+    uffd.register(memory.address, SMALL_PAGE, kernel.MINOR)
+
+    def map_it(fault: Fault) -> None:
+        expect(bool(fault.flags & kernel.FAULT_MINOR), "the access was trapped as something else")
+        uffd.map_existing(memory.address, SMALL_PAGE)
+
+    seen = uffd.serve(lambda: kernel.read_memory(memory.address, SMALL_PAGE), map_it)
+    expect(seen == _PATTERN, "a reader saw something else than the page that is there")
+    return "a reader waited for its page to be mapped"
+
+
+def _move() -> str:
+    source, target = Anonymous(LARGE_PAGE), Anonymous(LARGE_PAGE)
+    kernel.write_memory(source.address, _PATTERN)
+    uffd = Userfault("move")
+    uffd.register(target.address, SMALL_PAGE, kernel.MISSING)
+    uffd.move(target.address, source.address, SMALL_PAGE)
+    expect(kernel.read_memory(target.address, SMALL_PAGE) == _PATTERN, "the page that was moved did not arrive")
+    expect(not any(kernel.read_memory(source.address, SMALL_PAGE)), "the page that was moved is still where it was")
+    return "a page moved without a copy"
+
+
+def _poison() -> str:
+    memory = Anonymous(LARGE_PAGE)
+    uffd = Userfault("poison")
+    uffd.register(memory.address, 2 * SMALL_PAGE, kernel.MISSING)
+    uffd.poison(memory.address, SMALL_PAGE)
+    # Without a registration only the poison is left to refuse an access; the kernel's own ends in EFAULT, not SIGBUS.
+    uffd.unregister(memory.address, 2 * SMALL_PAGE)
+    kernel.kernel_reads(memory.address + SMALL_PAGE)
+    with contextlib.suppress(OSError):
+        kernel.kernel_reads(memory.address)
+        raise Unavailable("a poisoned page could be read")
+    return "access to a poisoned page fails"
+
+
+def _probe(name: str, attempt: Callable[[], str], release: str) -> Probe:
+    remedies = {**unknown_to_kernel(newer_kernel(release, "CONFIG_USERFAULTFD")), errno.EPERM: _PRIVILEGE}
+    return Probe(name, attempt, newer_kernel(release, "CONFIG_USERFAULTFD"), remedies)
+
+
+PROBES = (
+    _probe("userfaultfd", _userfaultfd, "5.11"),
+    _probe("userfaultfd-kernel-faults", _kernel_faults, "4.3"),
+    _probe("uffd-wp-async-shmem", _write_async_shmem, "6.7"),
+    _probe("uffd-wp-async-anon", _write_async_anon, "6.7"),
+    _probe("uffd-wp-sync", _write_sync, "5.19"),
+    _probe("uffd-missing-shmem", _missing_shmem, "4.11"),
+    _probe("uffd-minor-shmem", _minor_shmem, "5.14"),
+    _probe("uffd-move", _move, "6.8"),
+    _probe("uffd-poison", _poison, "6.6"),
+)

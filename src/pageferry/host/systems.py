@@ -1,0 +1,145 @@
+"""The ten systems, and which kernel mechanism each of them uses here.
+
+One table says it all: what a system can be made of, best first, and which features (pageferry.host.features) each way
+needs. A way that needs nothing is what happens without the system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from pageferry.host.features import Feature
+
+Status = Literal["ok", "fallback", "unavailable"]
+
+ADOPT = ("ptrace", "pidfd-getfd", "adopt")
+"""What it takes to work on the memory of another process."""
+ARENAS_MOVE = ("userfaultfd", "uffd-wp-async-shmem", "pagemap-scan")
+"""Without these no arena migrates."""
+GUESTS_MOVE = (*ARENAS_MOVE, *ADOPT)
+"""Without these no guest does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """A way to do it."""
+
+    text: str
+    needs: tuple[str, ...] = ()
+    """Names of features."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A row of the table."""
+
+    number: str
+    title: str
+    included: bool
+    """Whether this release of pageferry does it; the others say what the kernel would allow."""
+    mechanisms: tuple[Mechanism, ...]
+    """Best first."""
+
+
+_POPULATE = (
+    Mechanism("MADV_COLLAPSE for large pages, UFFDIO_CONTINUE for small ones",
+              ("madv-collapse-remote", "uffd-minor-shmem", *ADOPT)),
+    Mechanism("UFFDIO_CONTINUE, in small pages", ("uffd-minor-shmem", *ADOPT)),
+    Mechanism("MADV_COLLAPSE and UFFDIO_CONTINUE, in arenas of the program itself only",
+              ("madv-collapse", "uffd-minor-shmem")),
+    Mechanism("none: every page is mapped at its first access"),
+)  # fmt: skip
+_KEEP_LARGE = (
+    Mechanism("large pages of a tmpfs with huge=always", ("large-tmpfs", "madv-populate")),
+    Mechanism("large pages by MADV_COLLAPSE of a memfd", ("madv-collapse", "madv-populate")),
+    Mechanism("large pages of hugetlbfs, for guests with --hugetlb", ("hugetlb", "madv-populate")),
+    Mechanism("none: small pages, counted in the report"),
+)
+
+SYSTEMS = (
+    System("S1", "Page tables populated before resume", True, _POPULATE),
+    System("S2", "Write traces, by few CPUs", True, (
+        Mechanism("userfaultfd WP_ASYNC, read by PAGEMAP_SCAN",
+                  GUESTS_MOVE),
+        Mechanism("the same, in arenas of the program itself only", ARENAS_MOVE),
+    )),
+    System("S3", "Low-activity large pages reclaimed", False, (
+        Mechanism("a mapping split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore it",
+                  (*GUESTS_MOVE, "madv-collapse-remote", "break-large-page")),
+        Mechanism("the same, in arenas of the program itself only",
+                  (*ARENAS_MOVE, "madv-collapse", "break-large-page")),
+    )),
+    System("S4", "Lazy checkpoint", False, (
+        Mechanism("userfaultfd write traps that wait",
+                  ("userfaultfd-kernel-faults", "uffd-wp-sync", *ADOPT)),
+        Mechanism("userfaultfd write traps, in arenas that no system call writes to", ("uffd-wp-sync",)),
+        Mechanism("rounds of WP_ASYNC traces, and a pause for the last", ARENAS_MOVE),
+    )),
+    System("S5", "Page tables populated during transmission", True, _POPULATE),
+    System("S6", "Large pages stay whole: pages of zeros", True, _KEEP_LARGE),
+    System("S7", "Large pages stay whole: pages sent again", True, _KEEP_LARGE),
+    System("S8", "Deferred contents behind page metadata", False, (
+        Mechanism("userfaultfd MISSING and MINOR traps",
+                  ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", *ADOPT)),
+        Mechanism("the same, in arenas that no system call reads or writes",
+                  ("uffd-missing-shmem", "uffd-minor-shmem")),
+        Mechanism("none: contents are there before the workload runs"),
+    )),
+    System("S9", "Page sharing found inside large pages", False, (
+        Mechanism("KSM on chosen large pages, MADV_MERGEABLE made in the process",
+                  ("ksm", "break-large-page", *ADOPT)),
+        Mechanism("copy-on-write mappings of a file of shared pages",
+                  ("uffd-wp-sync", *ADOPT)),
+        Mechanism("an estimate only: nothing is shared"),
+    )),
+    System("S10", "Lazy restore", False, (
+        Mechanism("userfaultfd MISSING and MINOR traps, POISON for what cannot be read",
+                  ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", "uffd-poison", *ADOPT)),
+        Mechanism("MISSING and MINOR traps, in arenas that no system call reads or writes",
+                  ("uffd-missing-shmem", "uffd-minor-shmem")),
+        Mechanism("none: everything is read before the workload runs"),
+    )),
+)  # fmt: skip
+
+
+class SystemReport(msgspec.Struct, frozen=True, rename="kebab"):
+    """What a system uses on this machine."""
+
+    system: str
+    """S1 to S10."""
+    title: str
+    included: bool
+    """Whether this release does it."""
+    status: Status
+    """`ok`: in the best way. `fallback`: in another one. `unavailable`: not at all."""
+    mechanism: str | None
+    """The way; None where there is none."""
+    preferred: str
+    """The best way."""
+    missing: list[str]
+    """Features that the best way lacks here."""
+
+
+def choose(system: System, features: Mapping[str, Feature]) -> SystemReport:
+    """The best way for a system that those features allow."""
+    best = system.mechanisms[0]
+    chosen = next((way for way in system.mechanisms if not lacking(way.needs, features)), None)
+    status: Status = "unavailable" if chosen is None else "ok" if chosen is best else "fallback"
+    return SystemReport(
+        system=system.number,
+        title=system.title,
+        included=system.included,
+        status=status,
+        mechanism=None if chosen is None else chosen.text,
+        preferred=best.text,
+        missing=lacking(best.needs, features),
+    )
+
+
+def lacking(needs: tuple[str, ...], features: Mapping[str, Feature]) -> list[str]:
+    """Those of the needs that are not there."""
+    return [name for name in needs if not features[name].available]
