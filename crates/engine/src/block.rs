@@ -61,7 +61,7 @@ pub enum BlockError {
     PayloadChecksum {
         /// Which page block.
         index: usize,
-        /// First page of the run it starts in.
+        /// Page that it starts with.
         page: u64,
         /// Region of the storage block.
         region: u32,
@@ -252,6 +252,40 @@ pub struct Head {
     pub stored_len: usize,
 }
 
+impl Head {
+    /// Checks the checksum of a page block's stored bytes.
+    pub fn verify(&self, index: usize, checksum: u64) -> Result<(), BlockError> {
+        if checksum == self.page_blocks[index].checksum.get() {
+            return Ok(());
+        }
+        Err(BlockError::PayloadChecksum { index, page: self.first_page(index), region: self.region })
+    }
+
+    /// Verifies the stored bytes of a page block and decompresses them into `out`, which gets its raw length.
+    pub fn unpack(&self, index: usize, stored: &[u8], out: &mut Vec<u8>) -> Result<(), BlockError> {
+        self.verify(index, checksum(stored))?;
+        out.resize(self.page_blocks[index].raw_len.get() as usize, 0);
+        decompress(self.codec, stored, out).map_err(|reason| BlockError::Decompress {
+            index,
+            region: self.region,
+            reason,
+        })
+    }
+
+    /// The page that a page block starts with.
+    fn first_page(&self, index: usize) -> u64 {
+        let bytes: usize = self.page_blocks[..index].iter().map(|block| block.raw_len.get() as usize).sum();
+        let mut pages = bytes / SMALL_PAGE;
+        for run in self.runs.iter().filter(|run| run.class == Class::Data) {
+            if pages < run.count {
+                return (run.first + pages) as u64;
+            }
+            pages -= run.count;
+        }
+        0
+    }
+}
+
 /// Bytes of runs and page-block table that follow a fixed header, after a check of everything that sizes them.
 pub fn table_len(header: &Header) -> Result<usize, BlockError> {
     if header.magic != MAGIC {
@@ -272,6 +306,9 @@ pub fn table_len(header: &Header) -> Result<usize, BlockError> {
 
 /// Decodes and verifies header and table (of the length that [`table_len`] gave).
 pub fn decode_head(header: &Header, table: &[u8]) -> Result<Head, BlockError> {
+    if table.len() != table_len(header)? {
+        return Err(field("table length", table.len() as u64, "the runs and page blocks of its header"));
+    }
     if header_checksum(header, table) != header.checksum.get() {
         return Err(BlockError::HeaderChecksum);
     }
@@ -280,7 +317,14 @@ pub fn decode_head(header: &Header, table: &[u8]) -> Result<Head, BlockError> {
         2 => Kind::Barrier,
         other => return Err(field("kind", other, "1 (pages) or 2 (barrier)")),
     };
+    if header.reserved != 0 || header.reserved2 != [0; 16] {
+        let value = header.reserved2.iter().fold(header.reserved, |seen, &byte| seen | byte);
+        return Err(field("reserved bytes", value, "0"));
+    }
     let codec = Codec::from_byte(header.codec)?;
+    if kind == Kind::Barrier && !table.is_empty() {
+        return Err(field("table length of a barrier", table.len() as u64, "0"));
+    }
     let split = usize::from(header.runs.get()) * RUN_LEN;
     let runs = decode_runs(&table[..split])?;
     let page_blocks = decode_page_blocks(header, codec, &table[split..])?;
@@ -313,6 +357,12 @@ fn decode_runs(table: &[u8]) -> Result<Vec<Run>, BlockError> {
                 return Err(field("first page", first, "a page of the region"));
             }
             let class = Class::from_byte(record.class)?;
+            if record.reserved != [0; 3] {
+                return Err(field("reserved bytes of a run", record.reserved[0], "0"));
+            }
+            if record.value.get() != 0 && !matches!(class, Class::Pattern | Class::SameAs) {
+                return Err(field("value of a run", record.value.get(), "0 for its class"));
+            }
             #[expect(clippy::cast_possible_truncation, reason = "64-bit hosts only; bounded above")]
             Ok(Run { first: first as usize, count: count as usize, class, value: record.value.get() })
         })
@@ -362,7 +412,7 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 }
 
 /// Decompresses one verified page block into `out`, which has its raw length.
-pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
+fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
     if stored.len() == out.len() {
         out.copy_from_slice(stored);
         return Ok(());
@@ -403,7 +453,10 @@ impl Builder {
     /// When the sizes are no multiples of 4 KiB, or beyond [`MAX_UNIT`] and [`MAX_RAW`].
     pub fn new(codec: Codec, unit: usize, capacity: usize) -> Self {
         assert!(unit > 0 && unit.is_multiple_of(SMALL_PAGE) && unit <= MAX_UNIT, "page block of {unit} bytes");
-        assert!(capacity.is_multiple_of(unit) && capacity <= MAX_RAW, "storage block of {capacity} bytes");
+        assert!(
+            capacity > 0 && capacity.is_multiple_of(unit) && capacity <= MAX_RAW,
+            "storage block of {capacity} bytes"
+        );
         let (raw, runs) = (Vec::with_capacity(capacity), Vec::with_capacity(MAX_RUNS));
         Self { codec, unit, capacity, raw, runs, packed: Vec::new(), head: Vec::new() }
     }
@@ -424,7 +477,11 @@ impl Builder {
     }
 
     /// Adds pages that have no bytes. Runs that continue the last one are joined to it.
+    ///
+    /// # Panics
+    /// When there are more than [`MAX_RUN_PAGES`], or none.
     pub fn push_run(&mut self, first: usize, count: usize, class: Class, value: u64) {
+        assert!((1..=MAX_RUN_PAGES).contains(&count), "run of {count} pages");
         if let Some(last) = self.runs.last_mut() {
             let (next, sum) = (last.first.get() + u64::from(last.count.get()), last.count.get() as usize + count);
             if last.class == class as u8 && next == first as u64 && last.value.get() == value && sum <= MAX_RUN_PAGES {
@@ -432,7 +489,7 @@ impl Builder {
                 return;
             }
         }
-        let count = u32::try_from(count.min(MAX_RUN_PAGES)).unwrap_or(u32::MAX);
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
         let (first, count, value) = (U64::new(first as u64), U32::new(count), U64::new(value));
         self.runs.push(RunRecord { first, count, class: class as u8, reserved: [0; 3], value });
     }
