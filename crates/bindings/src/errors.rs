@@ -10,6 +10,15 @@ use pyo3::exceptions::{
 };
 use pyo3::prelude::*;
 
+/// With its errno, and as the subclass of OSError that goes with it. (PyO3's own conversion has no errno, and makes a
+/// MemoryError of ENOMEM.)
+pub fn kernel(error: io::Error) -> PyErr {
+    let Some(number) = error.raw_os_error() else { return error.into() };
+    let text = error.to_string();
+    let text = text.strip_suffix(&format!(" (os error {number})")).unwrap_or(&text);
+    PyOSError::new_err((number, text.to_owned()))
+}
+
 pub fn adopt(error: AdoptError) -> PyErr {
     let message = error.to_string();
     match error {
@@ -30,7 +39,7 @@ pub fn wire(error: WireError) -> PyErr {
         WireError::Cancelled => PyInterruptedError::new_err(message),
         WireError::Closed => PyConnectionResetError::new_err(message),
         WireError::Stalled(_) => PyTimeoutError::new_err(message),
-        WireError::Io(error) => error.into(),
+        WireError::Io(error) => kernel(error),
         WireError::Block(_) | WireError::Place(_) | WireError::Order(_) => PyValueError::new_err(message),
     }
 }

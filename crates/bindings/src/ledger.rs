@@ -8,6 +8,7 @@ use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::errors;
 use crate::mapping::Mapping;
 
 /// How often a long call looks for signals.
@@ -21,7 +22,7 @@ fn raised(error: LedgerError) -> PyErr {
         | LedgerError::NoSuchPartition { .. } => PyValueError::new_err(error.to_string()),
         LedgerError::WrongState(_) | LedgerError::ThreadDied => PyRuntimeError::new_err(error.to_string()),
         LedgerError::Interrupted => PyKeyboardInterrupt::new_err(()),
-        LedgerError::Kernel(error) => error.into(),
+        LedgerError::Kernel(error) => errors::kernel(error),
     }
 }
 

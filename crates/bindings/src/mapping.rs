@@ -7,6 +7,8 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
+use crate::errors;
+
 #[pyclass(subclass, frozen, module = "pageferry._engine")]
 pub struct Mapping {
     pub inner: Arc<mapping::Mapping>,
@@ -23,8 +25,9 @@ impl Mapping {
         _args: &Bound<'_, pyo3::types::PyTuple>,
         _kwargs: Option<&Bound<'_, pyo3::types::PyDict>>,
     ) -> PyResult<Self> {
-        let file = mapping::duplicate(fd)?;
-        Ok(Self { inner: Arc::new(mapping::Mapping::new(file.as_fd(), length, offset)?) })
+        let file = mapping::duplicate(fd).map_err(errors::kernel)?;
+        let inner = mapping::Mapping::new(file.as_fd(), length, offset).map_err(errors::kernel)?;
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     #[getter]
@@ -46,11 +49,11 @@ impl Mapping {
     }
 
     fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
-        Ok(py.detach(|| self.inner.data_ranges())?)
+        py.detach(|| self.inner.data_ranges()).map_err(errors::kernel)
     }
 
     fn large_units(&self, py: Python<'_>) -> PyResult<Vec<bool>> {
-        Ok(py.detach(|| self.inner.large_units())?)
+        py.detach(|| self.inner.large_units()).map_err(errors::kernel)
     }
 
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
@@ -71,5 +74,5 @@ impl Mapping {
 
 #[pyfunction]
 pub fn large_tmpfs(size: u64) -> PyResult<i32> {
-    Ok(mapping::large_tmpfs(size)?.into_raw_fd())
+    Ok(mapping::large_tmpfs(size).map_err(errors::kernel)?.into_raw_fd())
 }

@@ -29,7 +29,8 @@ impl Placer {
             large,
         };
         let targets = targets.into_iter().map(target).collect();
-        let inner = placer::Placer::new(targets, self::segments(segments), keep_large, workers)?;
+        let inner =
+            placer::Placer::new(targets, self::segments(segments), keep_large, workers).map_err(errors::kernel)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 

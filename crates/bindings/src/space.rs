@@ -17,7 +17,8 @@ impl Space {
     #[pyo3(signature = (pid = None))]
     fn new(pid: Option<i32>) -> PyResult<Self> {
         let pid = pid.map_or_else(errors::own_pid, Ok)?;
-        Ok(Self { inner: Arc::new(space::Space::open(pid)?) })
+        let inner = space::Space::open(pid).map_err(errors::kernel)?;
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     #[getter]
@@ -33,7 +34,7 @@ impl Space {
     }
 
     fn collapse(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
-        Ok(py.detach(|| self.inner.collapse(address, length))?)
+        py.detach(|| self.inner.collapse(address, length)).map_err(errors::kernel)
     }
 }
 

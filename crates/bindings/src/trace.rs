@@ -27,7 +27,7 @@ fn on_sets(
     work: impl FnOnce(&mut [pages::PageSet]) -> std::io::Result<()> + Send,
 ) -> PyResult<()> {
     let mut plain: Vec<_> = sets.iter().map(|set| set.borrow(py).inner.clone()).collect();
-    py.detach(|| work(&mut plain))?;
+    py.detach(|| work(&mut plain)).map_err(errors::kernel)?;
     for (set, inner) in sets.iter().zip(plain) {
         set.borrow_mut(py).inner = inner;
     }
