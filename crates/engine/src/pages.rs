@@ -81,6 +81,11 @@ impl PageSet {
         self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
     }
 
+    /// Keeps only pages that are in another set over the same region too.
+    pub fn intersect(&mut self, other: &Self) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, mask)| *word &= mask);
+    }
+
     /// Takes out all pages of another set over the same region.
     pub fn subtract(&mut self, other: &Self) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
@@ -193,6 +198,10 @@ mod tests {
         assert_eq!(a.count(), 140);
         a.subtract(&b);
         assert_eq!(a.runs().collect::<Vec<_>>(), [(10, 90)]);
+        b.insert(0, 12);
+        a.intersect(&b);
+        assert_eq!(a.runs().collect::<Vec<_>>(), [(10, 12)]);
+        a.insert(20, 90);
         assert!(a.contains(89) && !a.contains(90) && !a.contains(5000));
     }
 }

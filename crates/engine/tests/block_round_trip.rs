@@ -110,7 +110,7 @@ fn bytes_of<'a>(class: Class, chunks: &mut impl Iterator<Item = &'a [u8]>) -> Ve
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// The builder is used again for a second block: nothing of the first may show in it.
     #[test]
@@ -148,7 +148,7 @@ proptest! {
     }
 }
 
-/// Every byte of a block, changed in each of its bits and as a whole, is found out.
+/// Every byte of a block, changed in one bit or as a whole, is found out.
 #[test]
 fn every_changed_byte_is_found() {
     let page = |number, class, filler| Page { number, class, value: 0, seed: 77, filler };
@@ -165,7 +165,9 @@ fn every_changed_byte_is_found() {
         let table = whole.len() - parse(&whole).expect("whole").0.stored_len;
         let mut changed = whole.clone();
         for at in 0..whole.len() {
-            for pattern in (0..8).map(|bit| 1 << bit).chain([0xff]) {
+            // Every bit of what is parsed; of what is only hashed, some.
+            let bits: &[u8] = if at < table { &[1, 2, 4, 8, 16, 32, 64, 128, 255] } else { &[1, 128, 255] };
+            for &pattern in bits {
                 changed[at] ^= pattern;
                 let error = parse(&changed).expect_err("a damaged block");
                 let expected = match at {

@@ -1,0 +1,109 @@
+//! Storage blocks over sockets: from a region's mapping to a socket, and from a socket into a region's mapping.
+//!
+//! A stream is a connected, blocking socket. Several streams share the pages of a round; each ends its part with a
+//! barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has not moved a byte for a while.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::block::{BlockError, Class};
+use crate::placer::PlaceError;
+
+mod receiver;
+mod sender;
+mod socket;
+
+pub use receiver::BlockReceiver;
+pub use sender::{BlockSender, Format};
+
+/// Why a stream ended.
+#[derive(Debug, Error)]
+pub enum WireError {
+    /// Somebody asked for it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The peer closed the connection.
+    #[error("the peer closed the page stream")]
+    Closed,
+    /// Nothing moved.
+    #[error("the peer has not moved a byte on the page stream for {0:?}")]
+    Stalled(Duration),
+    /// The network's words.
+    #[error("page stream: {0}")]
+    Io(#[from] io::Error),
+    /// A block that is not as it must be.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A block that does not fit the regions.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// A barrier or block out of order.
+    #[error("page stream out of step: {0}")]
+    Order(String),
+}
+
+/// Counters that can be read while a round is under way.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes on the wire.
+    pub bytes: AtomicU64,
+    /// Storage blocks.
+    pub blocks: AtomicU64,
+    /// Pages with contents.
+    pub data: AtomicU64,
+    /// Pages of zeros.
+    pub zero: AtomicU64,
+    /// Pages that are not in memory.
+    pub absent: AtomicU64,
+}
+
+impl Progress {
+    fn count(&self, class: Class, pages: usize) {
+        let counter = match class {
+            Class::Absent => &self.absent,
+            Class::Zero => &self.zero,
+            _ => &self.data,
+        };
+        counter.fetch_add(pages as u64, Ordering::Relaxed);
+    }
+
+    fn block(&self, bytes: usize) {
+        self.blocks.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Does `work` on every stream at once. The first failure ends the others, and is the one reported.
+fn on_all<S: Sync>(
+    streams: &[S],
+    cancelled: &AtomicBool,
+    work: impl Fn(&S) -> Result<(), WireError> + Sync,
+) -> Result<(), WireError> {
+    let failure = Mutex::new(None);
+    let guarded = |stream: &S| {
+        if let Err(error) = work(stream) {
+            // First kept, then made known: what the others end with because of it must not come before it.
+            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            cancelled.store(true, Ordering::Release);
+        }
+    };
+    std::thread::scope(|scope| {
+        for stream in streams.iter().skip(1) {
+            scope.spawn(|| guarded(stream));
+        }
+        streams.iter().take(1).for_each(&guarded);
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// No stream at all would be a round that ends at once, with nothing sent or received.
+fn at_least_one<S>(streams: Vec<S>) -> io::Result<Vec<S>> {
+    if streams.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "no sockets to make page streams of"));
+    }
+    Ok(streams)
+}

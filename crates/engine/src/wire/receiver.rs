@@ -1,0 +1,187 @@
+//! Storage blocks from the sockets, through the placer into the regions.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use xxhash_rust::xxh3::Xxh3Default;
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::socket::Socket;
+use super::{Progress, WireError, at_least_one, on_all};
+use crate::SMALL_PAGE;
+use crate::block::{self, Class, Codec, Head, Header, Kind, Run};
+use crate::placer::Placer;
+
+/// The receiving end of page streams.
+#[derive(Debug)]
+pub struct BlockReceiver {
+    streams: Vec<Mutex<Incoming>>,
+    placer: Arc<Placer>,
+    cancelled: Arc<AtomicBool>,
+    progress: Progress,
+}
+
+#[derive(Debug)]
+struct Incoming {
+    socket: Socket,
+    sequence: u64,
+    table: Vec<u8>,
+    payload: Vec<u8>,
+    scratch: Vec<u8>,
+}
+
+impl BlockReceiver {
+    /// Over connected sockets, into the placer's regions.
+    ///
+    /// # Errors
+    /// InvalidInput without any socket, or what the kernel says about one.
+    pub fn new(sockets: Vec<OwnedFd>, placer: Arc<Placer>, patience: Duration) -> io::Result<Self> {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let stream = |fd| {
+            let socket = Socket::new(fd, patience, cancelled.clone())?;
+            let (table, payload, scratch) = (Vec::new(), Vec::new(), Vec::new());
+            Ok(Mutex::new(Incoming { socket, sequence: 0, table, payload, scratch }))
+        };
+        let streams = at_least_one(sockets.into_iter().map(stream).collect::<io::Result<_>>()?)?;
+        Ok(Self { streams, placer, cancelled, progress: Progress::default() })
+    }
+
+    /// What has been received so far.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Ends all that is under way, soon, with [`WireError::Cancelled`].
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Receives and places blocks until every stream has seen the barrier of `round`.
+    pub fn receive(&self, round: u32) -> Result<(), WireError> {
+        on_all(&self.streams, &self.cancelled, |stream| self.receive_stream(stream, round))
+    }
+
+    fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32) -> Result<(), WireError> {
+        let mut input = stream.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let head = self.read_head(&mut input)?;
+            if head.round != round || head.sequence != input.sequence {
+                let (got, at) = (head.round, head.sequence);
+                let expected = input.sequence;
+                return Err(WireError::Order(format!("block {at} of round {got}, expected {expected} of {round}")));
+            }
+            if head.kind == Kind::Barrier {
+                return Ok(());
+            }
+            input.sequence += 1;
+            self.read_pages(&mut input, &head)?;
+        }
+    }
+
+    fn read_head(&self, input: &mut Incoming) -> Result<Head, WireError> {
+        let mut header = Header::new_zeroed();
+        input.socket.read(header.as_mut_bytes())?;
+        let len = block::table_len(&header)?;
+        input.table.resize(len, 0);
+        input.socket.read(&mut input.table)?;
+        let head = block::decode_head(&header, &input.table)?;
+        let bytes = block::HEADER_LEN + len + head.stored_len;
+        match head.kind {
+            Kind::Pages => self.progress.block(bytes),
+            Kind::Barrier => drop(self.progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed)),
+        }
+        Ok(head)
+    }
+
+    fn read_pages(&self, input: &mut Incoming, head: &Head) -> Result<(), WireError> {
+        let data = |run: &&Run| run.class == Class::Data;
+        let mut slots = Vec::new();
+        for run in head.runs.iter().filter(data) {
+            let start = self.placer.slots(head.region, run.first, run.count)?;
+            slots.push(libc::iovec { iov_base: start.cast(), iov_len: run.count * SMALL_PAGE });
+        }
+        if head.codec == Codec::None {
+            read_in_place(&input.socket, head, slots)?;
+        } else {
+            read_packed(input, head, &slots)?;
+        }
+        for run in &head.runs {
+            match run.class {
+                Class::Data => self.placer.placed(head.region, run.first, run.count)?,
+                class => self.placer.place_empty(head.region, run.first, run.count, class)?,
+            }
+            self.progress.count(run.class, run.count);
+        }
+        Ok(())
+    }
+}
+
+/// Reads uncompressed pages into their slots and verifies them there. Nobody but us uses the memory until the source
+/// has committed, and a block that fails its checksum ends the migration before that.
+fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Result<(), WireError> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    let mut buffers = slots.clone();
+    // SAFETY: the slots are the placer's, for us to fill.
+    unsafe { socket.read_into(&mut buffers) }?;
+    let mut rest = Pieces::new(&slots);
+    for (index, record) in head.page_blocks.iter().enumerate() {
+        let mut hash = Xxh3Default::new();
+        rest.take(record.raw_len.get() as usize, |piece, len| {
+            // SAFETY: a piece of a slot that the placer gave out; nobody writes to it while we verify.
+            hash.update(unsafe { std::slice::from_raw_parts(piece, len) });
+        });
+        head.verify(index, hash.digest())?;
+    }
+    Ok(())
+}
+
+/// Reads compressed page blocks, verifies them, and only then lets them reach their slots.
+fn read_packed(input: &mut Incoming, head: &Head, slots: &[libc::iovec]) -> Result<(), WireError> {
+    input.payload.resize(head.stored_len, 0);
+    input.socket.read(&mut input.payload)?;
+    let (mut rest, mut at) = (Pieces::new(slots), 0);
+    for (index, record) in head.page_blocks.iter().enumerate() {
+        let stored = &input.payload[at..at + record.stored_len.get() as usize];
+        head.unpack(index, stored, &mut input.scratch)?;
+        let mut done = 0;
+        rest.take(input.scratch.len(), |piece, len| {
+            // SAFETY: a piece of a slot that the placer gave out, and as many bytes of the scratch buffer.
+            unsafe { std::ptr::copy_nonoverlapping(input.scratch[done..].as_ptr(), piece, len) };
+            done += len;
+        });
+        at += stored.len();
+    }
+    Ok(())
+}
+
+/// Walks over slots as if they were one stretch of memory.
+struct Pieces<'a> {
+    slots: &'a [libc::iovec],
+    offset: usize,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(slots: &'a [libc::iovec]) -> Self {
+        Self { slots, offset: 0 }
+    }
+
+    /// Calls `piece` for the next `len` bytes, as far as they lie together.
+    fn take(&mut self, mut len: usize, mut piece: impl FnMut(*mut u8, usize)) {
+        while len > 0 {
+            let Some(slot) = self.slots.first() else { return };
+            let part = len.min(slot.iov_len - self.offset);
+            piece(slot.iov_base.cast::<u8>().wrapping_add(self.offset), part);
+            self.offset += part;
+            len -= part;
+            if self.offset == slot.iov_len {
+                self.slots = &self.slots[1..];
+                self.offset = 0;
+            }
+        }
+    }
+}
