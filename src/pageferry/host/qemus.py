@@ -57,7 +57,7 @@ def find_qemus(search_path: str | None = None) -> list[Path]:
     candidates = (Path(folder or ".") / PROGRAM for folder in folders)
     by_program: dict[str, Path] = {}
     for path in candidates:
-        if path.is_file() and os.access(path, os.X_OK):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
             by_program.setdefault(os.path.realpath(path), path)
     return list(by_program.values())
 

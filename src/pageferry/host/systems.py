@@ -65,12 +65,12 @@ SYSTEMS = (
     System("S2", "Write traces, by few CPUs", True, (
         Mechanism("userfaultfd WP_ASYNC, read by PAGEMAP_SCAN",
                   GUESTS_MOVE),
-        Mechanism("the same, in arenas of the program itself only", ARENAS_MOVE),
+        Mechanism("userfaultfd WP_ASYNC, in arenas of the program itself only", ARENAS_MOVE),
     )),
     System("S3", "Low-activity large pages reclaimed", False, (
         Mechanism("a mapping split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore it",
                   (*GUESTS_MOVE, "madv-collapse-remote", "break-large-page")),
-        Mechanism("the same, in arenas of the program itself only",
+        Mechanism("splitting and MADV_COLLAPSE, in arenas of the program itself only",
                   (*ARENAS_MOVE, "madv-collapse", "break-large-page")),
     )),
     System("S4", "Lazy checkpoint", False, (
@@ -85,7 +85,7 @@ SYSTEMS = (
     System("S8", "Deferred contents behind page metadata", False, (
         Mechanism("userfaultfd MISSING and MINOR traps",
                   ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", *ADOPT)),
-        Mechanism("the same, in arenas that no system call reads or writes",
+        Mechanism("MISSING and MINOR traps, in arenas that no system call reads or writes",
                   ("uffd-missing-shmem", "uffd-minor-shmem")),
         Mechanism("none: contents are there before the workload runs"),
     )),

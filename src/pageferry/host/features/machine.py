@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def _ksm() -> str:
     kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_MERGEABLE, "MADV_MERGEABLE")
     state = {"0": "stopped", "1": "running", "2": "stopped, unmerging"}.get(_ksm_value("run"), "in an unknown state")
     sharing = int(_ksm_value("pages_sharing"))
-    return f"{state}, {f'in use: {sharing} pages shared by others' if sharing else 'no page shared'}"
+    found = f"{state}, {f'in use by others: {sharing} pages shared' if sharing else 'in use by nobody'}"
+    if state != "running" and not os.access(KSM / "run", os.W_OK):
+        raise Unavailable(found, remedy=f"{AS_ROOT}, which may start it, or have it started; only for S9")
+    return found
 
 
 def _ksm_value(name: str) -> str:
@@ -68,7 +72,8 @@ def _cgroup2_mounts() -> Iterator[Path]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, kind = line.split(" - ")
         if kind.split()[0] == "cgroup2":
-            yield Path(mount.split()[4].encode().decode("unicode_escape"))
+            # Blanks and the like stand there in octal.
+            yield Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), mount.split()[4]))
 
 
 def _network_namespaces() -> str:
@@ -81,7 +86,7 @@ def _network_namespaces() -> str:
 _KVM_REMEDY = {
     errno.ENOENT: "load kvm_intel or kvm_amd; in a virtual machine, enable nested virtualisation; or guests use TCG",
     errno.ENODEV: "enable virtualisation in the firmware, or nested virtualisation on the host; or guests use TCG",
-    errno.EACCES: "add this user to the group of /dev/kvm (usermod -aG kvm USER), or run as root",
+    errno.EACCES: "give this user access to /dev/kvm (on Debian: usermod -aG kvm USER), or run as root",
     errno.EPERM: "allow /dev/kvm in this container's device rules",
 }
 
@@ -97,7 +102,7 @@ PROBES = (
     Probe(
         "cgroup-v2",
         _cgroup_v2,
-        "boot with systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all, built with CONFIG_MEMCG; only for measuring (S3, S9)",
+        "boot with systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all (CONFIG_MEMCG); only for measuring (S3, S9)",
     ),
     Probe(
         "network-namespaces",
