@@ -1,0 +1,122 @@
+"""Processes that probe: as an ordinary user, with system calls denied, or with probes that misbehave.
+
+python -m tests.kernel.probing features [USER]      check_features() as this user or that one; with its rights, as JSON
+python -m tests.kernel.probing denied CALL=ERRNO,... ARGUMENTS...     pageferry ARGUMENTS without those system calls
+python -m tests.kernel.probing misbehaving          probes that hang, die, fail and lie about their answer
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from pageferry.cli.main import main
+from pageferry.host.features import Feature, Probe, Unavailable, check_features
+
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
+_CALLS = {"userfaultfd": 323, "unused": 1000}
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Seen(msgspec.Struct):
+    """What a process found, and what it may do."""
+
+    features: dict[str, Feature]
+    capabilities: int
+    """CapEff of proc(5)."""
+    opens_kvm: bool
+    starts_ksm: bool
+
+
+def features(user: int | None) -> None:
+    check_features()  # imports whatever is imported late: the next user may not be able to read it
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+        # A process that a user starts can be traced by that user; one that changed its user cannot, unless it says so.
+        _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    status = Path("/proc/self/status").read_text().splitlines()
+    seen = Seen(
+        features=check_features(),
+        capabilities=int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16),
+        opens_kvm=os.access("/dev/kvm", os.R_OK | os.W_OK),
+        starts_ksm=os.access("/sys/kernel/mm/ksm/run", os.W_OK),
+    )
+    sys.stdout.write(msgspec.json.encode(seen).decode())
+
+
+def deny(calls: dict[int, int]) -> None:
+    """Have system calls fail with an errno, by a seccomp filter: what such a kernel would say."""
+    program = [struct.pack("=HBBI", 0x20, 0, 0, 0)]  # load the number of the call
+    for number, error in calls.items():
+        program.append(struct.pack("=HBBI", 0x15, 0, 1, number))  # equal, or skip one
+        program.append(struct.pack("=HBBI", 0x06, 0, 0, 0x00050000 | error))  # fail with it
+    program.append(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))  # allow
+    code = ctypes.create_string_buffer(b"".join(program))
+    filter_ = struct.pack("@HP", len(program), ctypes.addressof(code))
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or _libc.prctl(_PR_SET_SECCOMP, 2, filter_, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def _dies() -> str:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return "survived"
+
+
+def _hangs_with_a_child() -> str:
+    child = subprocess.Popen(["sleep", "1000"])
+    Path(os.environ["CHILD_FILE"]).write_text(str(child.pid))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1000)
+    return "woke up"
+
+
+def _exits() -> str:
+    os._exit(0)
+
+
+def _errs() -> str:
+    raise ZeroDivisionError("mistake")
+
+
+def _refused() -> str:
+    return str(os.stat("/nowhere"))
+
+
+def _unavailable() -> str:
+    raise Unavailable("not here", remedy="go elsewhere")
+
+
+def _writes() -> str:
+    sys.stdout.write("noise")
+    sys.stdout.flush()
+    os.write(2, b"noise")
+    return "wrote"
+
+
+def misbehaving() -> None:
+    attempts = (_dies, _hangs_with_a_child, _exits, _errs, _refused, _unavailable, _writes)
+    probes = [Probe(attempt.__name__.strip("_"), attempt, "the remedy") for attempt in attempts]
+    sys.stdout.write(msgspec.json.encode(check_features(probes, deadline=2.0)).decode())
+
+
+if __name__ == "__main__":
+    what, *words = sys.argv[1:]
+    match what:
+        case "features":
+            features(int(words[0]) if words else None)
+        case "denied":
+            pairs = (pair.split("=") for pair in words[0].split(","))
+            deny({_CALLS[call]: int(error) for call, error in pairs})
+            sys.exit(main(words[1:]))
+        case "misbehaving":
+            misbehaving()

@@ -1,0 +1,261 @@
+"""What probes find, against what the kernel says of itself elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pageferry.host.features import PROBES, Feature, kernel, machine, pages
+from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous
+from tests.kernel.probing import Seen
+
+ROOT = Path(__file__).parent.parent.parent
+COMMAND = [sys.executable, "-m", "tests.kernel.probing"]
+DEADLINE = 60
+NOBODY = 65534
+CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_SYS_NICE = 19, 21, 23
+
+
+def probing(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module", params=["self", "nobody"])
+def seen(request: pytest.FixtureRequest) -> Seen:
+    """What this user finds, and what one without any rights does."""
+    if request.param == "nobody" and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    ended = probing("features", *([str(NOBODY)] if request.param == "nobody" else []))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return msgspec.json.decode(ended.stdout, type=Seen)
+
+
+def has(seen: Seen, capability: int) -> bool:
+    return bool(seen.capabilities >> capability & 1)
+
+
+def test_every_feature_is_reported_and_only_what_is_missing_has_a_remedy(seen: Seen) -> None:
+    assert list(seen.features) == [probe.name for probe in PROBES]
+    for name, feature in seen.features.items():
+        assert feature.detail
+        assert "probe" not in feature.detail, f"{name}: {feature.detail}"
+        assert (feature.remedy is None) == feature.available
+
+
+def test_privileges_decide_what_only_root_may_do(seen: Seen) -> None:
+    unprivileged_faults = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
+    expected = {
+        "userfaultfd-kernel-faults": has(seen, CAP_SYS_PTRACE) or unprivileged_faults,
+        "large-tmpfs": has(seen, CAP_SYS_ADMIN) and pages.mode("shmem_enabled") != "deny",
+        "madv-collapse-remote": has(seen, CAP_SYS_NICE),
+        "network-namespaces": has(seen, CAP_SYS_ADMIN) and Path("/proc/self/ns/net").exists(),
+    }
+    assert {name: seen.features[name].available for name in expected} == expected
+    for name, available in expected.items():
+        if not available and name != "large-tmpfs":
+            assert "EPERM" in seen.features[name].detail
+            assert "run as root" in (seen.features[name].remedy or "")
+
+
+def test_userfaultfd_says_whose_faults_it_handles(seen: Seen) -> None:
+    found = seen.features["userfaultfd"]
+    assert found.available == Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
+    assert ("user mode only" in found.detail) == (not seen.features["userfaultfd-kernel-faults"].available)
+
+
+def test_large_page_modes_are_those_of_sysfs(seen: Seen) -> None:
+    thp, shmem = seen.features["thp"], seen.features["shmem-thp"]
+    for feature, switch in ((thp, "enabled"), (shmem, "shmem_enabled")):
+        current = re.search(r"\[(\w+)\]", (pages.THP / switch).read_text())
+        assert current is not None
+        assert re.search(rf"\b{current[1]}\b", feature.detail)
+        if current[1] in ("never", "deny"):
+            assert not feature.available
+        else:
+            assert feature.available
+
+
+def test_hugetlb_pool_is_that_of_meminfo(seen: Seen) -> None:
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = int(meminfo["HugePages_Total"]), int(meminfo["HugePages_Free"])
+    assert seen.features["hugetlb"].detail.startswith(f"{free} of {total} pages of 2 MiB free")
+    reserved = int(meminfo["HugePages_Rsvd"])
+    surplus = int(Path("/proc/sys/vm/nr_overcommit_hugepages").read_text())
+    assert seen.features["hugetlb"].available == (free - reserved + surplus > 0)
+
+
+def test_hugetlb_pool_with_a_page_is_found(root: None) -> None:
+    size = pages.HUGETLB / "nr_hugepages"
+    before = int(size.read_text())
+    size.write_text(str(before + 1))
+    try:
+        if int(size.read_text()) == before:
+            pytest.skip("no 2 MiB page can be had")
+        found = msgspec.json.decode(probing("features").stdout, type=Seen).features["hugetlb"]
+        assert found.available
+        assert f" of {before + 1} pages" in found.detail
+        assert int((pages.HUGETLB / "free_hugepages").read_text()) > 0
+    finally:
+        size.write_text(str(before))
+
+
+def test_kvm_needs_its_device(seen: Seen) -> None:
+    kvm, ahead = seen.features["kvm"], seen.features["kvm-pre-fault-memory"]
+    if not seen.opens_kvm:
+        assert not kvm.available
+        assert f"({errno.errorcode[errno.EACCES if Path('/dev/kvm').exists() else errno.ENOENT]})" in kvm.detail
+    assert kvm.available or not ahead.available
+
+
+def test_ksm_is_as_sysfs_says(seen: Seen) -> None:
+    found = seen.features["ksm"]
+    if not machine.KSM.exists():
+        assert not found.available
+        return
+    running = (machine.KSM / "run").read_text().strip() == "1"
+    assert found.available == (running or seen.starts_ksm)
+    assert found.detail.startswith("running" if running else "stopped")
+    assert ("in use by nobody" in found.detail) == ((machine.KSM / "pages_sharing").read_text().strip() == "0")
+
+
+def test_cgroup_v2_is_as_mounted(seen: Seen) -> None:
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    unified = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
+    usable = [root for root in unified if "memory" in (root / "cgroup.controllers").read_text().split()]
+    assert seen.features["cgroup-v2"].available == bool(usable)
+    if unified:
+        assert str(unified[0]) in seen.features["cgroup-v2"].detail
+
+
+def test_no_switch_of_the_machine_is_changed() -> None:
+    switches = [*Path("/sys/kernel/mm").glob("transparent_hugepage/*enabled"), pages.HUGETLB / "nr_hugepages"]
+    switches += [machine.KSM / "run", Path("/proc/sys/vm/unprivileged_userfaultfd")]
+    before = {path: path.read_text() for path in switches if path.exists()}
+    mounts = Path("/proc/self/mounts").read_text()
+    assert probing("features").returncode == 0
+    assert {path: path.read_text() for path in before} == before
+    assert Path("/proc/self/mounts").read_text() == mounts
+
+
+def test_pagemap_scan_agrees_with_pagemap() -> None:
+    memory = Anonymous(LARGE_PAGE)
+    kernel.madvise(memory.address, LARGE_PAGE, 15, "MADV_NOHUGEPAGE")
+    for page in (0, 1, 7, 100, 511):
+        kernel.write_memory(memory.address + page * SMALL_PAGE, b"x")
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(memory.address // SMALL_PAGE * 8)
+        entries = pagemap.read(512 * 8)
+    present = {page for page in range(512) if entries[page * 8 + 7] & 0x80}
+    ranges = kernel.scan(memory.address, memory.address + LARGE_PAGE, kernel.PAGE_IS_PRESENT)
+    found = {(at - memory.address) // SMALL_PAGE for start, end in ranges for at in range(start, end, SMALL_PAGE)}
+    assert found == present == {0, 1, 7, 100, 511}
+
+
+def large_bytes(address: int) -> int:
+    """AnonHugePages of the mapping at an address, from smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= address < int(span[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    raise LookupError(hex(address))
+
+
+def test_large_pages_are_those_of_smaps() -> None:
+    if pages.mode("enabled") == "never":
+        pytest.skip("transparent huge pages are off")
+    memory = Anonymous(LARGE_PAGE)
+    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
+    kernel.write_memory(memory.address, b"x")
+    assert kernel.large_pages_mapped(memory.address) == (large_bytes(memory.address) >= LARGE_PAGE)
+    kernel.madvise(memory.address, SMALL_PAGE, kernel.MADV_COLD, "MADV_COLD")
+    assert kernel.large_pages_mapped(memory.address) == (large_bytes(memory.address) >= LARGE_PAGE)
+
+
+@pytest.fixture(scope="module")
+def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Feature], int]:
+    """What is said of probes that misbehave; the pid of a child that one of them left behind."""
+    file = tmp_path_factory.mktemp("misbehaving") / "child"
+    ended = probing("misbehaving", CHILD_FILE=str(file))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return msgspec.json.decode(ended.stdout, type=dict[str, Feature]), int(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("probe", "detail", "remedy"),
+    [
+        ("dies", "the probe was killed by SIGSEGV", "the remedy"),
+        ("hangs_with_a_child", "the probe did not come back within 2 s", "the remedy"),
+        ("exits", "the probe ended without an answer", "the remedy"),
+        ("errs", "the probe itself failed: ZeroDivisionError: mistake", "the remedy"),
+        ("refused", "/nowhere: No such file or directory (ENOENT)", "the remedy"),
+        ("unavailable", "not here", "go elsewhere"),
+    ],
+)
+def test_probe_that_misbehaves_is_reported_as_such(
+    misbehaving: tuple[dict[str, Feature], int], probe: str, detail: str, remedy: str
+) -> None:
+    assert misbehaving[0][probe] == Feature(probe, False, detail, remedy)
+
+
+def test_probe_beside_those_that_misbehave_is_heard(misbehaving: tuple[dict[str, Feature], int]) -> None:
+    assert misbehaving[0]["writes"] == Feature("writes", True, "wrote")
+
+
+def test_what_a_hanging_probe_started_ends_with_it(misbehaving: tuple[dict[str, Feature], int]) -> None:
+    status = Path(f"/proc/{misbehaving[1]}/stat")
+    assert not status.exists() or status.read_text().rsplit(")")[1].split()[0] == "Z"
+
+
+def check_denied(denied: str, search_path: str) -> tuple[int, dict[str, Any], str]:
+    ended = probing("denied", denied, "check", "--output", "json", PATH=search_path)
+    return ended.returncode, json.loads(ended.stdout.splitlines()[-1]), ended.stderr
+
+
+def test_kernel_without_userfaultfd_cannot_do_the_main_job() -> None:
+    code, report, message = check_denied(f"userfaultfd={errno.ENOSYS}", "")
+    assert (code, report["main-job"], report["qemu"]) == (3, False, [])
+    assert message == f"pageferry: error: {report['reason']}\n"
+    found = {feature["name"]: feature for feature in report["features"]}
+    for name in ("userfaultfd", "uffd-wp-async-shmem", "uffd-minor-shmem", "uffd-move"):
+        assert not found[name]["available"]
+        assert "ENOSYS" in found[name]["detail"]
+        assert "CONFIG_USERFAULTFD" in found[name]["remedy"]
+    assert found["pagemap-scan"]["available"]
+    statuses = {system["system"]: system["status"] for system in report["systems"]}
+    assert (statuses["S2"], statuses["S4"], statuses["S10"]) == ("unavailable", "unavailable", "fallback")
+
+
+def test_filtered_processes_cannot_be_adopted_and_only_guests_need_that(tmp_path: Path) -> None:
+    code, report, _ = check_denied("unused=1", "")
+    found = {feature["name"]: feature for feature in report["features"]}
+    assert not found["adopt"]["available"]
+    assert "seccomp" in found["adopt"]["detail"]
+    assert (code, report["main-job"], report["reason"]) == (0, True, None)
+    write_traces = report["systems"][1]
+    assert (write_traces["system"], write_traces["status"]) == ("S2", "fallback")
+    assert "adopt" in write_traces["missing"]
+
+    qemu = tmp_path / "qemu-system-x86_64"
+    qemu.write_text("#!/bin/sh\necho QEMU emulator version 1.2.3\n")
+    qemu.chmod(0o755)
+    code, report, message = check_denied("unused=1", str(tmp_path))
+    assert (code, report["main-job"]) == (3, False)
+    assert "QEMU guests" in message
