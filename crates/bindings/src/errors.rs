@@ -2,6 +2,7 @@
 
 use std::io;
 
+use pageferry_engine::placer::PlaceError;
 use pageferry_engine::space::AdoptError;
 use pageferry_engine::wire::WireError;
 use pyo3::exceptions::{
@@ -40,7 +41,16 @@ pub fn wire(error: WireError) -> PyErr {
         WireError::Closed => PyConnectionResetError::new_err(message),
         WireError::Stalled(_) => PyTimeoutError::new_err(message),
         WireError::Io(error) => kernel(error),
-        WireError::Block(_) | WireError::Place(_) | WireError::Order(_) => PyValueError::new_err(message),
+        WireError::Place(error) => place(error),
+        WireError::Block(_) | WireError::Order(_) => PyValueError::new_err(message),
+    }
+}
+
+pub fn place(error: PlaceError) -> PyErr {
+    let message = error.to_string();
+    match error {
+        PlaceError::Memory { error, .. } => PyOSError::new_err((error.raw_os_error(), message)),
+        _ => PyValueError::new_err(message),
     }
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 
-use crate::uapi::{self, PageRegion, PmScanArg, check, owned};
+use crate::uapi::{self, PageRegion, PmScanArg, Userfault, check, owned};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 /// A shared, writable mapping of `[offset, offset + len)` of a file, at a 2 MiB boundary of our address space.
@@ -18,6 +18,8 @@ pub struct Mapping {
     len: usize,
     file: OwnedFd,
     offset: u64,
+    /// Page size of hugetlbfs, when the file is on one.
+    hugetlb: Option<usize>,
 }
 
 // SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it, and all
@@ -36,26 +38,9 @@ impl Mapping {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let file = file.try_clone_to_owned()?;
-        let base = reserve(len)?;
-        let start = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        // SAFETY: `base` starts a reservation of at least `len` bytes that nobody else knows of; MAP_FIXED replaces it.
-        let mapped = unsafe {
-            libc::mmap(
-                base.as_ptr().cast(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_FIXED,
-                file.as_raw_fd(),
-                start,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
-            // SAFETY: gives back the reservation made above.
-            unsafe { libc::munmap(base.as_ptr().cast(), len) };
-            return Err(error);
-        }
-        Ok(Self { base, len, file, offset })
+        let base = map(file.as_fd(), len, offset, 0)?;
+        let hugetlb = hugetlb_page(file.as_fd())?;
+        Ok(Self { base, len, file, offset, hugetlb })
     }
 
     /// First byte of the mapping.
@@ -96,6 +81,9 @@ impl Mapping {
 
     /// The parts that hold data, as (start, end) in bytes of the mapping: reading anything else would allocate it.
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
+        if let Some(page) = self.hugetlb {
+            return self.hugetlb_ranges(page);
+        }
         let end = self.offset + self.len as u64;
         let mut ranges = Vec::new();
         let mut at = self.offset;
@@ -109,6 +97,16 @@ impl Mapping {
             at = stop;
         }
         Ok(ranges)
+    }
+
+    /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for that.
+    fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
+        let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
+        let mut ranges = Vec::new();
+        let found = present(base.as_ptr() as u64, self.len as u64, page as u64, |start, end| ranges.push((start, end)));
+        // SAFETY: made above, and nobody else knows of it.
+        unsafe { libc::munmap(base.as_ptr().cast(), self.len) };
+        found.map(|()| ranges)
     }
 
     fn relative(&self, position: u64) -> usize {
@@ -156,7 +154,7 @@ impl Mapping {
         Ok(units)
     }
 
-    /// Maps what is there without allocating, in slices so that no call takes long.
+    /// Maps a range that holds data.
     fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
         // SAFETY: within our own mapping; reading a range that holds data changes nothing.
         check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, uapi::MADV_POPULATE_READ) }).map(drop)
@@ -174,6 +172,45 @@ impl Drop for Mapping {
         // SAFETY: made by `new`, and nobody may use the base after the mapping is gone.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
+}
+
+/// Maps a file at a 2 MiB boundary of our address space.
+fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io::Result<NonNull<u8>> {
+    let base = reserve(len)?;
+    let start = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | flags);
+    // SAFETY: `base` starts a reservation of `len` bytes that nobody else knows of; MAP_FIXED replaces it.
+    let mapped = unsafe { libc::mmap(base.as_ptr().cast(), len, access, flags, file.as_raw_fd(), start) };
+    if mapped == libc::MAP_FAILED {
+        let error = io::Error::last_os_error();
+        // SAFETY: gives back the reservation made above.
+        unsafe { libc::munmap(base.as_ptr().cast(), len) };
+        return Err(error);
+    }
+    Ok(base)
+}
+
+/// Page size of the hugetlbfs that a file is on; none for files elsewhere.
+fn hugetlb_page(file: BorrowedFd<'_>) -> io::Result<Option<usize>> {
+    // SAFETY: all fields are numbers.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `found` is valid for writing.
+    check(unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut found) })?;
+    if found.f_type != libc::HUGETLBFS_MAGIC {
+        return Ok(None);
+    }
+    usize::try_from(found.f_bsize).map(Some).map_err(io::Error::other)
+}
+
+/// Maps the pages that are in the page cache into a fresh mapping on hugetlbfs, and reports them as offsets in it.
+fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize)) -> io::Result<()> {
+    let uffd = Userfault::own()?;
+    uffd.enable(uapi::FEATURE_MINOR_HUGETLBFS)?;
+    uffd.register(address, len, uapi::REGISTER_MODE_MINOR)?;
+    uffd.map_existing(address, len, page)?;
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let offset = |at: u64| usize::try_from(at - address).unwrap_or(0);
+    scan(&pagemap, address, address + len, 0, uapi::PAGE_IS_PRESENT, |start, end| found(offset(start), offset(end)))
 }
 
 /// Reserves `len` bytes of address space at a 2 MiB boundary.

@@ -21,6 +21,9 @@ use crate::trace::Segment;
 use crate::uapi::{self, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
+/// So many units may be begun at the same time, at the most.
+const LOCKS: usize = 64;
+
 /// Why pages could not be placed.
 #[derive(Debug, Error)]
 pub enum PlaceError {
@@ -40,9 +43,20 @@ pub enum PlaceError {
     /// Contents by reference that this flow does not use.
     #[error("pages of class {0:?} are not expected here")]
     Class(Class),
-    /// The kernel's words.
-    #[error(transparent)]
-    Io(#[from] io::Error),
+    /// The file system, the pool or the machine is full.
+    #[error(
+        "no memory for pages {first} to {end} of region {region} ({error}): free some, or enlarge their file system"
+    )]
+    Memory {
+        /// Number of the region.
+        region: u32,
+        /// First page.
+        first: usize,
+        /// Page after the last.
+        end: usize,
+        /// The kernel's words.
+        error: io::Error,
+    },
 }
 
 /// One bit per page, set by several threads.
@@ -89,6 +103,8 @@ struct Region {
     filled: AtomicBits,
     /// Units whose first page has come.
     begun: AtomicBits,
+    /// Units for which a large page was allocated: all their slots are there.
+    whole: AtomicBits,
     /// Per unit, pages still to come.
     missing: Vec<AtomicU16>,
     mapped: Vec<AtomicBool>,
@@ -103,14 +119,31 @@ impl Region {
             received: AtomicBits::new(pages),
             filled: AtomicBits::new(pages),
             begun: AtomicBits::new(units),
+            whole: AtomicBits::new(units),
             missing: missing.map(|count| AtomicU16::new(u16::try_from(count).unwrap_or(u16::MAX))).collect(),
             mapped: (0..units).map(|_| AtomicBool::new(false)).collect(),
             target,
         }
     }
 
+    /// Whether a unit stands on a large page at the source. What is shorter than a large page cannot.
     fn is_large(&self, unit: usize) -> bool {
-        self.target.large.get(unit).copied().unwrap_or(false)
+        let fits = (unit + 1) * SLOTS <= self.target.mapping.pages();
+        fits && self.target.large.get(unit).copied().unwrap_or(false)
+    }
+
+    /// Whether every slot of a unit has been received.
+    fn is_complete(&self, unit: usize) -> bool {
+        self.missing[unit].load(Ordering::Acquire) == 0
+    }
+
+    /// Makes sure of the memory of `[first, end)` of one unit: where there is none, writing to it would end us by a
+    /// signal.
+    fn allocate(&self, unit: usize, first: usize, end: usize) -> io::Result<()> {
+        if self.whole.get(unit) || (first..end).all(|page| self.filled.get(page)) {
+            return Ok(());
+        }
+        populate_write(self.target.mapping.page(first), (end - first) * SMALL_PAGE)
     }
 }
 
@@ -138,6 +171,8 @@ pub struct Placer {
 #[derive(Debug)]
 struct Shared {
     regions: Vec<Region>,
+    /// Held by who allocates the large page of a unit; a unit has always the same one.
+    beginning: [Mutex<()>; LOCKS],
     own: Space,
     segments: Vec<Segment>,
     keep_large: bool,
@@ -149,10 +184,18 @@ struct Shared {
 impl Placer {
     /// For the `targets` and the `segments` in which the workload maps them. With `workers` > 0, complete units are
     /// mapped into the workload's page tables as they come (S5).
+    ///
+    /// # Errors
+    /// InvalidInput for a segment of a region that is no target, or what the kernel says about threads.
     pub fn new(targets: Vec<Target>, segments: Vec<Segment>, keep_large: bool, workers: usize) -> io::Result<Self> {
+        if let Some(stray) = segments.iter().find(|segment| segment.region >= targets.len()) {
+            let words = format!("a segment of region {}, and only {} targets", stray.region, targets.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
+        }
         let own = Space::open(libc::pid_t::try_from(std::process::id()).map_err(io::Error::other)?)?;
         let shared = Arc::new(Shared {
             regions: targets.into_iter().map(Region::new).collect(),
+            beginning: [const { Mutex::new(()) }; LOCKS],
             own,
             segments,
             keep_large,
@@ -179,11 +222,13 @@ impl Placer {
         if end > pages { Err(PlaceError::Pages { first, end, pages }) } else { Ok(found) }
     }
 
-    /// Where the bytes of data pages go. Makes sure of the large pages under them.
+    /// Where the bytes of data pages go: memory that is there, on large pages where the source has them.
     pub fn slots(&self, region: u32, first: usize, count: usize) -> Result<*mut u8, PlaceError> {
         let found = self.region(region, first, count)?;
         for unit in first / SLOTS..(first + count).div_ceil(SLOTS) {
             self.begin(found, unit);
+            let (first, end) = (first.max(unit * SLOTS), (first + count).min((unit + 1) * SLOTS));
+            found.allocate(unit, first, end).map_err(|error| PlaceError::Memory { region, first, end, error })?;
         }
         Ok(found.target.mapping.page(first))
     }
@@ -219,13 +264,25 @@ impl Placer {
         Ok(())
     }
 
-    /// The first page of a unit that is large at the source allocates a large page for all of it (S6).
+    /// The first page of a unit that is large at the source allocates a large page for all of it (S6). Other streams
+    /// wait for that: small pages that come in between would have to be copied, and could be in the way.
     fn begin(&self, region: &Region, unit: usize) {
-        if region.begun.set(unit) || !self.shared.keep_large || !region.is_large(unit) {
+        if region.begun.get(unit) {
             return;
         }
-        if self.shared.allocate_large(&region.target, unit).is_err() {
-            self.shared.fallbacks.fetch_add(1, Ordering::Relaxed);
+        let _beginning = self.shared.beginning[unit % LOCKS].lock().unwrap_or_else(PoisonError::into_inner);
+        if !region.begun.get(unit) {
+            if self.shared.keep_large && region.is_large(unit) {
+                self.allocate_large(region, unit);
+            }
+            region.begun.set(unit);
+        }
+    }
+
+    fn allocate_large(&self, region: &Region, unit: usize) {
+        match self.shared.allocate_large(&region.target, unit) {
+            Ok(()) => drop(region.whole.set(unit)),
+            Err(_) => drop(self.shared.fallbacks.fetch_add(1, Ordering::Relaxed)),
         }
     }
 
@@ -266,11 +323,16 @@ impl Placer {
         &self.shared.populated
     }
 
-    /// Maps `units` of a region into the workload's page tables now (S1).
-    pub fn populate(&self, region: usize, units: &[usize]) {
+    /// Maps those of the `units` of a region that are complete into the workload's page tables now (S1).
+    ///
+    /// # Errors
+    /// For a region or unit that there is not; the units before it are mapped then.
+    pub fn populate(&self, region: u32, units: &[usize]) -> Result<(), PlaceError> {
         for &unit in units {
-            self.shared.populate_unit(region, unit);
+            self.region(region, unit.saturating_mul(SLOTS), 1)?;
+            self.shared.populate_unit(region as usize, unit);
         }
+        Ok(())
     }
 
     /// Waits for the workers, then maps what did not go as large pages, page by page, where it is in memory.
@@ -300,9 +362,8 @@ impl Shared {
     fn allocate_large(&self, target: &Target, unit: usize) -> io::Result<()> {
         let start = target.mapping.page(unit * SLOTS);
         // A write fault, which allocates and maps all of the large page, and changes no byte that another stream may
-        // have placed meanwhile. Where there is no memory it fails here instead of ending us by a signal.
-        // SAFETY: within the mapping.
-        check(unsafe { libc::madvise(start.cast(), SMALL_PAGE, uapi::MADV_POPULATE_WRITE) })?;
+        // have placed meanwhile.
+        populate_write(start, SMALL_PAGE)?;
         if target.page_size == LARGE_PAGE || self.is_large(start)? {
             return Ok(());
         }
@@ -316,28 +377,23 @@ impl Shared {
         Ok(large)
     }
 
-    /// Maps a complete unit in every process that maps all of it. Units that stand on small pages here are left to
+    /// Maps a complete unit in every process that maps it. Units that stand on small pages here are left to
     /// `populate_small`: to collapse them would copy them, and fill their holes.
     fn populate_unit(&self, region: usize, unit: usize) {
         let (found, begin) = (&self.regions[region], Instant::now());
         let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
         let small = found.target.page_size == LARGE_PAGE || end > found.target.mapping.pages();
-        if small || !self.is_large(found.target.mapping.page(start)).unwrap_or(false) {
+        let ready = !small && found.is_complete(unit) && !found.mapped[unit].load(Ordering::Acquire);
+        if !ready || !self.is_large(found.target.mapping.page(start)).unwrap_or(false) {
             return;
         }
-        let covering = self.segments.iter().filter(|segment| {
-            let pages = usize::try_from(segment.len).unwrap_or(0) / SMALL_PAGE;
-            segment.region == region && segment.first_page <= start && end <= segment.first_page + pages
-        });
-        let mut all = true;
-        for segment in covering {
-            let address = segment.address + ((start - segment.first_page) * SMALL_PAGE) as u64;
-            all &=
-                address.is_multiple_of(LARGE_PAGE as u64) && segment.space.collapse(address, LARGE_PAGE as u64).is_ok();
+        let mut touching = self.segments.iter().filter(|other| other.region == region && other.touches(start, end));
+        let all = touching.clone().all(|segment| segment.map_large(start, end));
+        if touching.next().is_some() {
+            let counter = if all { &self.populated.large } else { &self.populated.failed };
+            counter.fetch_add(1, Ordering::Relaxed);
+            found.mapped[unit].store(all, Ordering::Release);
         }
-        let counter = if all { &self.populated.large } else { &self.populated.failed };
-        counter.fetch_add(1, Ordering::Relaxed);
-        found.mapped[unit].store(all, Ordering::Release);
         self.spent(begin.elapsed());
     }
 
@@ -346,7 +402,7 @@ impl Shared {
         self.populated.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
     }
 
-    /// Maps by UFFDIO_CONTINUE what is in the page cache and in no unit that is mapped as a large page.
+    /// Maps by UFFDIO_CONTINUE what is in the page cache, of all complete units that are not mapped as large pages.
     fn populate_small(&self) -> Result<(), AdoptError> {
         let begin = Instant::now();
         for segment in &self.segments {
@@ -366,13 +422,45 @@ impl Shared {
     }
 }
 
-/// Cuts the units that are mapped as large pages out of `[start, end)`.
+impl Segment {
+    /// Pages of the region that are mapped here, as (first, end).
+    fn extent(&self) -> (usize, usize) {
+        (self.first_page, self.first_page + usize::try_from(self.len).unwrap_or(0) / SMALL_PAGE)
+    }
+
+    fn touches(&self, start: usize, end: usize) -> bool {
+        let (first, last) = self.extent();
+        first < end && start < last
+    }
+
+    /// Maps `[start, end)`, the pages of a large page, as one; false where that cannot be.
+    fn map_large(&self, start: usize, end: usize) -> bool {
+        let (first, last) = self.extent();
+        if start < first || last < end {
+            return false;
+        }
+        let address = self.address + ((start - first) * SMALL_PAGE) as u64;
+        address.is_multiple_of(LARGE_PAGE as u64) && self.space.collapse(address, LARGE_PAGE as u64).is_ok()
+    }
+}
+
+/// Allocates and maps, changing no byte. ENOMEM where there is no memory.
+fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: the callers, all in this file, give ranges within a mapping of ours.
+    check(unsafe { libc::madvise(start.cast(), len, uapi::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
+        // A full file system or pool: what would have been SIGBUS is EFAULT here.
+        let full = error.raw_os_error() == Some(libc::EFAULT);
+        if full { io::Error::from_raw_os_error(libc::ENOMEM) } else { error }
+    })
+}
+
+/// Cuts the units that are mapped as large pages, and those with pages still to come, out of `[start, end)`.
 fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, usize)>) {
     let mut at = start;
     while at < end {
         let unit = at / SLOTS;
         let stop = end.min((unit + 1) * SLOTS);
-        if !region.mapped[unit].load(Ordering::Acquire) {
+        if region.is_complete(unit) && !region.mapped[unit].load(Ordering::Acquire) {
             match ranges.last_mut() {
                 Some((_, last)) if *last == at => *last = stop,
                 _ => ranges.push((at, stop)),
@@ -385,14 +473,14 @@ fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, 
 /// Maps existing pages of `ranges` (in pages of the region) in one segment; returns the bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     let uffd = segment.space.userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS)?;
-    let last = segment.first_page + usize::try_from(segment.len).unwrap_or(0) / SMALL_PAGE;
+    let (first, last) = segment.extent();
     let mut mapped = 0;
     uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MINOR)?;
     for &(start, end) in ranges {
-        let (start, end) = (start.max(segment.first_page), end.min(last));
+        let (start, end) = (start.max(first), end.min(last));
         if start < end {
-            let address = segment.address + ((start - segment.first_page) * SMALL_PAGE) as u64;
-            // A page that was freed meanwhile (a hole, EFAULT) is left to the first access, like its whole range.
+            let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
+            // What does not go is left to the first access.
             mapped += uffd.map_existing(address, ((end - start) * SMALL_PAGE) as u64, page).unwrap_or(0);
         }
     }

@@ -257,7 +257,7 @@ impl Userfault {
 
     /// Maps pages of a MINOR-registered range that are in the page cache; returns the bytes mapped.
     ///
-    /// Pages that are mapped already are stepped over. A hole is EFAULT.
+    /// Pages of `page` bytes that are mapped already, and holes of the file, are stepped over.
     pub fn map_existing(&self, start: u64, len: u64, page: u64) -> io::Result<u64> {
         let (mut at, end, mut mapped) = (start, start + len, 0);
         while at < end {
@@ -270,7 +270,7 @@ impl Userfault {
             at += done;
             match result {
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => at += page,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::EFAULT)) => at += page,
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
                 Err(error) => return Err(error),
             }

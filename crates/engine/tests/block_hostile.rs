@@ -187,11 +187,13 @@ fn a_table_of_another_length_is_refused() {
     }
 }
 
+type Pack = fn(&[u8]) -> Vec<u8>;
+
 /// Compressed bytes with a checksum that fits, of the right size by the header, and of another when decompressed.
 #[test]
 fn bytes_that_decompress_to_another_length_are_refused() {
     let raw = vec![7; 3 * SMALL_PAGE];
-    let pack: [(u8, fn(&[u8]) -> Vec<u8>); 2] =
+    let pack: [(u8, Pack); 2] =
         [(1, |raw| lz4_flex::block::compress(raw)), (2, |raw| zstd::bulk::compress(raw, 1).unwrap())];
     for (codec, compress) in pack {
         for len in [SMALL_PAGE - 1, 1, SMALL_PAGE + 1, 3 * SMALL_PAGE] {

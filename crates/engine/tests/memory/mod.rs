@@ -1,0 +1,106 @@
+//! Files to map and sockets to move their pages over, for the tests of wire and placer.
+#![allow(dead_code, reason = "every test file uses a part of it")]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry_engine::block::Codec;
+use pageferry_engine::mapping::{self, Mapping};
+use pageferry_engine::placer::{Placer, Target};
+use pageferry_engine::wire::{BlockReceiver, BlockSender, Format};
+use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
+
+/// Longer than anything here takes, and short enough to fail a test instead of hanging it.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A fresh file of small pages, all holes.
+pub fn small_file(pages: usize) -> Arc<Mapping> {
+    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
+    mapped(&file, pages)
+}
+
+/// A fresh file on a detached tmpfs with huge=always; none without the right to mount.
+pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
+    let directory = match mapping::large_tmpfs(room) {
+        Ok(directory) => directory,
+        Err(error) => {
+            eprintln!("skipped: no tmpfs of our own ({error})");
+            return None;
+        }
+    };
+    Some(mapped(&open_unnamed(directory.as_fd().as_raw_fd(), c"."), pages))
+}
+
+fn open_unnamed(directory: i32, path: &CStr) -> File {
+    let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
+    // SAFETY: the path is NUL-terminated; the descriptor is new.
+    unsafe { File::from_raw_fd(libc::openat(directory, path.as_ptr(), flags, 0o600)) }
+}
+
+fn mapped(file: &File, pages: usize) -> Arc<Mapping> {
+    file.set_len((pages * SMALL_PAGE) as u64).expect("a file of that size");
+    Arc::new(Mapping::new(file.as_fd(), pages * SMALL_PAGE, 0).expect("a mapping"))
+}
+
+/// Bytes that a file takes up.
+pub fn allocated(mapping: &Mapping) -> u64 {
+    let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
+    file.metadata().expect("metadata").blocks() * 512
+}
+
+/// Overwrites a page with one byte, which is zero for a page of zeros.
+pub fn fill(mapping: &Mapping, page: usize, byte: u8) {
+    // SAFETY: `page` asserts that the page is within the mapping.
+    unsafe { std::ptr::write_bytes(mapping.page(page), byte, SMALL_PAGE) }
+}
+
+/// What a page holds. (Reading a hole may allocate it.)
+pub fn page(mapping: &Mapping, page: usize) -> &[u8] {
+    // SAFETY: within the mapping, and the tests write only when they do not read.
+    unsafe { std::slice::from_raw_parts(mapping.page(page), SMALL_PAGE) }
+}
+
+/// The whole contents, read through the file so that holes stay holes.
+pub fn contents(mapping: &Mapping) -> Vec<u8> {
+    let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
+    let mut bytes = vec![0; mapping.len()];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).expect("all of the file");
+    bytes
+}
+
+/// A target on small pages whose every unit stands on small pages at the source.
+pub fn target(mapping: &Arc<Mapping>) -> Target {
+    Target { mapping: mapping.clone(), page_size: SMALL_PAGE, large: Vec::new() }
+}
+
+/// A target whose units are as `large` says at the source.
+pub fn large_target(mapping: &Arc<Mapping>, large: Vec<bool>) -> Target {
+    Target { mapping: mapping.clone(), page_size: SMALL_PAGE, large }
+}
+
+pub fn placer(targets: Vec<Target>) -> Arc<Placer> {
+    Arc::new(Placer::new(targets, Vec::new(), true, 0).expect("a placer"))
+}
+
+/// Both ends of `streams` connected sockets.
+pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, patience: Duration) -> (BlockSender, BlockReceiver) {
+    let pairs = (0..streams).map(|_| UnixStream::pair().expect("a pair of sockets"));
+    let (ours, theirs): (Vec<OwnedFd>, Vec<OwnedFd>) = pairs.map(|(a, b)| (a.into(), b.into())).unzip();
+    let sender = BlockSender::new(ours, format, patience).expect("a sender");
+    (sender, BlockReceiver::new(theirs, placer.clone(), patience).expect("a receiver"))
+}
+
+pub fn format(codec: Codec) -> Format {
+    Format { codec, unit: 4 * SMALL_PAGE, capacity: 32 * SMALL_PAGE }
+}
+
+/// Units of 2 MiB that a mapping has, the last one counted when it is shorter.
+pub fn units(mapping: &Mapping) -> usize {
+    mapping.len().div_ceil(LARGE_PAGE)
+}
