@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from subprocess import PIPE, Popen
 from typing import Any
 
@@ -101,15 +101,18 @@ def _setup(args: argparse.Namespace, name: str) -> Setup:
 @contextlib.asynccontextmanager
 async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
     """A Python process of ours, which ends with the block."""
-    # Not one of asyncio's: before Python 3.12 a thread of asyncio's waits for any change of such a child, and takes the
-    # stop that adoption waits for. In a session of its own: Ctrl-C is for us, and we end it.
-    command = (sys.executable, "-m", module, *arguments)
-    process = Popen(command, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    process = _start((sys.executable, "-m", module, *arguments))
     try:
         yield process
     finally:
         process.terminate()
         await asyncio.shield(asyncio.to_thread(process.communicate))
+
+
+def _start(command: Sequence[str]) -> Popen[bytes]:
+    # Not one of asyncio's: before Python 3.12 a thread of asyncio's waits for any change of such a child, and takes the
+    # stop that adoption waits for. In a session of its own: Ctrl-C is for us, and we end it.
+    return Popen(command, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
 
 async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
