@@ -107,7 +107,7 @@ PROBES = (
     Probe(
         "network-namespaces",
         _network_namespaces,
-        newer_kernel("3.8", "CONFIG_NET_NS"),
+        newer_kernel("2.6.29", "CONFIG_NET_NS"),
         {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN); only for tests"},
     ),
 )

@@ -134,13 +134,13 @@ def _hugetlb() -> str:
 
 PROBES = (
     Probe("pagemap-scan", _pagemap_scan, newer_kernel("6.7", "CONFIG_PROC_PAGE_MONITOR")),
-    Probe("madv-populate", _populate, newer_kernel("5.14", "CONFIG_MMU")),
+    Probe("madv-populate", _populate, newer_kernel("5.14")),
     Probe(
         "madv-collapse",
         _collapse,
         _THP,
         {
-            errno.EPERM: "run as root (CAP_SYS_NICE); later kernels want that only for other processes",
+            errno.EPERM: f"{AS_ROOT} (CAP_SYS_NICE); newer kernels want that only for other processes",
             errno.ENOMEM: _COMPACT,
             errno.EAGAIN: _COMPACT,
         },

@@ -11,9 +11,9 @@ from pageferry.host.features.child import Outcome
 AS_ROOT = "run as root"
 
 
-def newer_kernel(release: str, option: str) -> str:
-    """The remedy for a kernel that does not have it."""
-    return f"use a kernel from {release} on, built with {option}"
+def newer_kernel(release: str, option: str | None = None) -> str:
+    """The remedy for a kernel that does not have it: the release it came with, and what it is built with."""
+    return f"use a kernel from {release} on" + (f", built with {option}" if option else "")
 
 
 def unknown_to_kernel(remedy: str) -> dict[int, str]:

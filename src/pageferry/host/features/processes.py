@@ -122,7 +122,7 @@ def _trace_remedy() -> str:
 
 PROBES = (
     Probe("ptrace", _with_neighbour(_ptrace), _trace_remedy()),
-    Probe("pidfd-getfd", _with_neighbour(_pidfd_getfd), _trace_remedy(), {errno.ENOSYS: newer_kernel("5.6", "pidfd")}),
+    Probe("pidfd-getfd", _with_neighbour(_pidfd_getfd), _trace_remedy(), {errno.ENOSYS: newer_kernel("5.6")}),
     Probe("adopt", _with_neighbour(_adopt), _trace_remedy(), {errno.EINVAL: newer_kernel("6.7", "CONFIG_USERFAULTFD")}),
     Probe(
         "madv-collapse-remote",
