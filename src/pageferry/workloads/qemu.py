@@ -225,6 +225,7 @@ class QemuWorkload:
             status = await monitor.execute("query-status")
             if not status["running"]:
                 raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+        self._stays_paused = False
         self._bequeath(self._undo or [])
         for command in self._undo or []:
             await monitor.run(command)
