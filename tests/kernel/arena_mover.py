@@ -68,7 +68,12 @@ class Program:
             digest.update(memoryview(arena)[start:end])
         empty = not any(memoryview(arena)[:PAGE]) if arena.data_ranges() else True
         content = digest.hexdigest() if not empty else ""
-        return {"size": len(arena), "calls": self.calls, "digest": content, "state": self.state.hex()}
+        return {
+            "size": len(arena),
+            "calls": self.calls,
+            "digest": content,
+            "state": hashlib.blake2b(self.state).hexdigest(),
+        }
 
 
 class Source(Program):
