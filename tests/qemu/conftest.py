@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.host import mounts, processes
+from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Registry
 from tests.guest import initrd
 from tests.guest.machines import GuestParts
@@ -46,8 +46,6 @@ def registry() -> Iterator[Registry]:
     left = registry.entries()
     asyncio.run(_end(registry, left))
     assert list(left) == []
-    assert not (registry.path / ".ram").exists()
-    assert not (registry.path / ".hugetlb").exists()
 
 
 async def _end(registry: Registry, entries: Mapping[str, AnyEntry]) -> None:
@@ -55,4 +53,3 @@ async def _end(registry: Registry, entries: Mapping[str, AnyEntry]) -> None:
         processes.send_signal(entry.pid, entry.started, signal.SIGKILL)
         await processes.wait_for_end(entry.pid, entry.started)
         registry.remove(name)
-    mounts.unmount_unused(registry)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pageferry.errors import NameInUse, WorkloadError
-from pageferry.host import mounts, proc, processes
+from pageferry.host import proc, processes
 from pageferry.host.registry import Registry
 from pageferry.workloads import qemu_ram, qemu_state
 from pageferry.workloads.base import LARGE_PAGE, Workload
@@ -59,7 +59,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     asyncio.run(end())
     assert serial.bad == []
     assert not Registry().entries()
-    assert not any((Registry().path / name).exists() for name in (".ram", NAME))
+    assert not (Registry().path / NAME).exists()
 
 
 async def settings(guest: Guest) -> tuple[Any, Any]:
@@ -185,9 +185,3 @@ def test_faults_of_the_vcpus_are_counted(guest: Guest) -> None:
     counted = guest.workload.faults()
     whole_process = int(Path(f"/proc/{guest.workload.pid}/stat").read_text().rsplit(")", 1)[1].split()[7])
     assert 0 < counted.minor <= whole_process
-
-
-def test_mounts_in_use_stay(guest: Guest) -> None:
-    mounts.unmount_unused(Registry())
-    assert guest.workload.regions
-    assert (Registry().path / ".ram").is_mount() == (os.geteuid() == 0)

@@ -7,7 +7,7 @@ import asyncio
 import signal
 
 from pageferry.errors import NoSuchWorkload, WorkloadError
-from pageferry.host import mounts, processes
+from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Claim, QemuEntry, Registry
 from pageferry.workloads.qemu import QemuWorkload
 
@@ -35,7 +35,6 @@ async def run(args: argparse.Namespace) -> int:
     else:
         await _signal(args.name, entry, signal.SIGKILL if args.kill else signal.SIGTERM)
         registry.remove(args.name)
-        mounts.unmount_unused(registry)
     return 0
 
 

@@ -5,7 +5,6 @@ its durable records::
 
     /run/pageferry/             (or $XDG_RUNTIME_DIR/pageferry, or $PAGEFERRY_RUN_DIR)
     ├── .lock                   held while names are claimed, published, pruned or removed
-    ├── .ram/ .hugetlb/         mounts for guest memory (pageferry.host.mounts)
     └── web/
         ├── workload.json       an Entry
         ├── migration.json      who owns the workload (pageferry.migration)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
-from pageferry.host import mounts, proc, processes
+from pageferry.host import proc, processes, ram_files
 from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
 from pageferry.workloads.base import Faults, Identity, Region
@@ -73,6 +73,8 @@ class QemuWorkload:
         self._will: LastWill | None = None
         self._undo: list[Command] | None = None
         """Commands that put QEMU's migration settings back; None while they are the user's."""
+        self._settling: asyncio.Task[None] | None = None
+        """What is left to do after `resume`."""
         self._stays_paused = False
 
     # -- making one --------------------------------------------------------------------------------------------------
@@ -111,7 +113,6 @@ class QemuWorkload:
                 raise
         except BaseException:
             folder.release()
-            mounts.unmount_unused(folder.registry)
             raise
 
     @classmethod
@@ -227,11 +228,8 @@ class QemuWorkload:
                 raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
         self._stays_paused = False
         self._bequeath(self._undo or [])
-        for command in self._undo or []:
-            await monitor.run(command)
-        self._undo = None
-        self._bequeath([])
-        await self._let_go()
+        # The guest runs: nobody waits for the rest any more.
+        self._settling = asyncio.create_task(self._settle(monitor))
 
     async def save_state(self) -> bytes:
         """The device state of the paused guest, by QEMU's own migration without memory.
@@ -300,9 +298,7 @@ class QemuWorkload:
         if self._held is not None:
             self._held.abandon()
             self._held = None
-        if self._will is not None:
-            self._will.close()
-            self._will = None
+        self._close_will()
 
     # -- the end of one ------------------------------------------------------------------------------------------------
 
@@ -314,25 +310,48 @@ class QemuWorkload:
         return None
 
     async def forget(self) -> None:
-        """After QEMU's end: close our files, remove name, log and records, and mounts that nobody needs any more."""
+        """After QEMU's end: close our files, and remove name, log and records."""
         if self._child is not None:
             await self._child.wait()
         self.close()
         self._folder.release()
-        mounts.unmount_unused(self._folder.registry)
 
     # -- the monitor ---------------------------------------------------------------------------------------------------
 
     async def _hold(self) -> Monitor:
+        await self._settled()
         if self._held is None:
             self._held = await self._open()
         return self._held
+
+    async def _settle(self, monitor: Monitor) -> None:
+        """After `resume`: put the migration settings back, let go of monitor and guardian."""
+        try:
+            for command in self._undo or []:
+                await monitor.run(command)
+            self._undo = None
+            self._bequeath([])
+        except WorkloadError as failed:  # the guardian will have another try
+            log.debug("%s: %s", self.name, failed)
+        finally:
+            if self._held is monitor:
+                self._held = None
+                monitor.abandon()
+            self._close_will()
+
+    async def _settled(self) -> None:
+        if self._settling is not None:
+            settling, self._settling = self._settling, None
+            await settling
 
     async def _let_go(self) -> None:
         """Of the monitor, and of the guardian."""
         if self._held is not None:
             monitor, self._held = self._held, None
             await monitor.close()
+        self._close_will()
+
+    def _close_will(self) -> None:
         if self._will is not None:
             self._will.close()
             self._will = None
@@ -349,6 +368,7 @@ class QemuWorkload:
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[Monitor]:
+        await self._settled()
         if self._held is not None:
             yield self._held
         else:
@@ -379,7 +399,7 @@ def _launch(
     ram = None
     try:
         if command.needs_ram_file:
-            ram = mounts.create_ram_file(folder.registry, command.ram_size, hugetlb=hugetlb)
+            ram = ram_files.create_ram_file(command.ram_size, hugetlb=hugetlb)
             if ram.warning:
                 log.warning("%s", ram.warning)
         path = ram.inherited_path if ram is not None else None

@@ -1,0 +1,141 @@
+"""Files for guest memory: on a tmpfs of our own that gives large pages at first touch, on hugetlbfs, or on /dev/shm.
+
+Neither the file nor its file system has a name: the file is made by O_TMPFILE in a mount that is attached nowhere
+(fsopen(2), fsmount(2): Linux 5.2). QEMU gets it as an open descriptor. So whatever dies, and when, the memory goes with
+the last process that has it open, and there is nothing to unmount or to remove.
+
+Kernel: `huge=always` of tmpfs(5) puts large pages into shared memory whatever `shmem_enabled` says, except for `deny`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageferry.errors import UnsupportedError
+
+LARGE_PAGE = 2 << 20
+
+_FALLBACK = Path("/dev/shm")
+_HUGE_PAGE_COUNTS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+# The same on all architectures but Alpha (include/uapi/asm-generic/unistd.h, include/uapi/linux/mount.h).
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_SET_STRING, _CREATE = 1, 6
+_NOSUID, _NODEV, _NOEXEC = 2, 4, 8
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+@dataclass(frozen=True, slots=True)
+class RamFile:
+    """A nameless file for guest memory, as long as it was asked to be, all holes."""
+
+    fd: int
+    """Open for reading and writing; the caller closes it."""
+    warning: str | None
+    """Why large pages are off, and what to do; None when they are on."""
+
+    @property
+    def inherited_path(self) -> str:
+        """What a child process that inherits the descriptor opens to get the file."""
+        return f"/proc/self/fd/{self.fd}"
+
+
+def create_ram_file(size: int, *, hugetlb: bool = False) -> RamFile:
+    """A file for `size` bytes of guest memory. Nothing is allocated but, with `hugetlb`, reserved at mapping time.
+
+    Raises UnsupportedError where `hugetlb` is asked for and not permitted, or not enough pages are free. Without
+    `hugetlb` it falls back to /dev/shm, with a warning; UnsupportedError where that is too small.
+    """
+    return _hugetlb_file(size) if hugetlb else _tmpfs_file(size)
+
+
+def _tmpfs_file(size: int) -> RamFile:
+    whole = -(-size // LARGE_PAGE) * LARGE_PAGE
+    try:
+        descriptor = _file_on_own("tmpfs", {"huge": "always", "size": str(whole)}, size)
+    except OSError as refused:
+        return _fallback_file(size, refused)
+    warning = None
+    if _SHMEM_ENABLED.exists() and "[deny]" in _SHMEM_ENABLED.read_text():
+        warning = f"large pages are off: {_SHMEM_ENABLED} says deny; write `never` to it, which leaves the choice to us"
+    return RamFile(descriptor, warning)
+
+
+def _fallback_file(size: int, refused: OSError) -> RamFile:
+    limits = os.statvfs(_FALLBACK)
+    if limits.f_blocks * limits.f_frsize < size:
+        raise UnsupportedError(f"{size} bytes of guest memory do not fit on {_FALLBACK}: remount it larger, or be root")
+    warning = (
+        f"large pages are off: a tmpfs with huge=always cannot be mounted ({refused.strerror}); guest memory is on "
+        f"{_FALLBACK}. Run pageferry as root"
+    )
+    return RamFile(_nameless(_FALLBACK, None, size), warning)
+
+
+def _hugetlb_file(size: int) -> RamFile:
+    if size % LARGE_PAGE:
+        raise UnsupportedError(f"--hugetlb needs guest memory in multiples of 2 MiB, not {size} bytes: change -m")
+    needed, available = size // LARGE_PAGE, _huge_pages_available()
+    if available < needed:
+        raise UnsupportedError(
+            f"--hugetlb needs {needed} free pages of 2 MiB, there are {available}: "
+            f"add {needed - available} to /proc/sys/vm/nr_hugepages"
+        )
+    try:
+        return RamFile(_file_on_own("hugetlbfs", {"pagesize": "2M"}, size), None)
+    except OSError as refused:
+        raise UnsupportedError(f"hugetlbfs cannot be mounted ({refused.strerror}): run as root") from refused
+
+
+def _huge_pages_available() -> int:
+    """Free pages that nobody has reserved, and those the kernel may still add as surplus."""
+    if not _HUGE_PAGE_COUNTS.is_dir():
+        return 0
+
+    def count(name: str) -> int:
+        return int((_HUGE_PAGE_COUNTS / name).read_text())
+
+    surplus = count("nr_overcommit_hugepages") - count("surplus_hugepages")
+    return count("free_hugepages") - count("resv_hugepages") + max(surplus, 0)
+
+
+def _file_on_own(kind: str, options: Mapping[str, str], size: int) -> int:
+    """A nameless file on a file system of its own. Raises OSError where we may not have one."""
+    context = _call(_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+    try:
+        for name, value in options.items():
+            _call(_FSCONFIG, context, _SET_STRING, name.encode(), value.encode(), 0)
+        _call(_FSCONFIG, context, _CREATE, None, None, 0)
+        mount = _call(_FSMOUNT, context, _FSMOUNT_CLOEXEC, _NOSUID | _NODEV | _NOEXEC)
+    finally:
+        os.close(context)
+    try:
+        return _nameless(".", mount, size)
+    finally:
+        os.close(mount)
+
+
+def _nameless(folder: Path | str, below: int | None, size: int) -> int:
+    descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=below)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
