@@ -14,6 +14,11 @@ use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::placer::Placer;
 
+fn patience(seconds: f64) -> PyResult<Duration> {
+    let wrong = |_| PyValueError::new_err(format!("patience of {seconds} seconds"));
+    Duration::try_from_secs_f64(seconds).map_err(wrong)
+}
+
 fn sockets(fds: Vec<i32>) -> std::io::Result<Vec<OwnedFd>> {
     fds.into_iter().map(duplicate).collect()
 }
@@ -47,7 +52,7 @@ impl BlockSender {
             return Err(PyValueError::new_err(format!("storage block of {storage_block} bytes: up to 4 MiB")));
         }
         let format = wire::Format { codec, unit: page_block, capacity: storage_block };
-        let inner = wire::BlockSender::new(self::sockets(sockets)?, format, Duration::from_secs_f64(patience))?;
+        let inner = wire::BlockSender::new(self::sockets(sockets)?, format, self::patience(patience)?)?;
         Ok(Self { inner })
     }
 
@@ -90,7 +95,7 @@ impl BlockReceiver {
     #[new]
     #[pyo3(signature = (sockets, placer, patience = 30.0))]
     fn new(sockets: Vec<i32>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
-        let (sockets, patience) = (self::sockets(sockets)?, Duration::from_secs_f64(patience));
+        let (sockets, patience) = (self::sockets(sockets)?, self::patience(patience)?);
         Ok(Self { inner: wire::BlockReceiver::new(sockets, placer.inner.clone(), patience)? })
     }
 

@@ -391,8 +391,9 @@ impl Shared {
         let all = touching.clone().all(|segment| segment.map_large(start, end));
         if touching.next().is_some() {
             let counter = if all { &self.populated.large } else { &self.populated.failed };
-            counter.fetch_add(1, Ordering::Relaxed);
-            found.mapped[unit].store(all, Ordering::Release);
+            // A worker and `populate` may have been at it at the same time.
+            let before = found.mapped[unit].fetch_or(all, Ordering::AcqRel);
+            counter.fetch_add(u64::from(!before), Ordering::Relaxed);
         }
         self.spent(begin.elapsed());
     }

@@ -9,6 +9,9 @@
 //! one trap where it would take up to 512. A helper thread looks for units in which traces fired and releases them
 //! (dirty first: an unprotected page counts as written at the next collection, whether it was or not).
 //!
+//! Not seen: freeing pages of the file (the sender finds those), writes through other mappings and by `write(2)`, and, on
+//! hugetlbfs alone, pages that the workload wrote and then unmapped (MADV_DONTNEED) before the next collection.
+//!
 //! Order, which is what makes it right: `collect` protects before anybody reads the pages it reports; a write after
 //! that fires again and is reported by the next `collect`.
 

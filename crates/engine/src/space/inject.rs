@@ -21,6 +21,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 const PTRACE_O_SUSPEND_SECCOMP: u64 = 1 << 21;
+/// Signals by which the kernel reports what an instruction did.
+const FORCED: [libc::c_int; 6] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
+/// How often a process may become another program while we attach to it.
+const ATTEMPTS: usize = 20;
+/// The `syscall` instruction.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SIGSET_LEN: usize = size_of::<u64>();
 
 /// Why no system call could be made in another process.
@@ -43,8 +49,8 @@ pub enum AdoptError {
     /// It ended meanwhile.
     #[error("process {0} is gone")]
     Gone(libc::pid_t),
-    /// No `syscall` instruction was found.
-    #[error("process {0} has no vdso to make a system call from")]
+    /// No `syscall` instruction was found that could be executed.
+    #[error("process {0} has no vdso to make a system call from (or starts one program after the other)")]
     NoVdso(libc::pid_t),
     /// Somebody else's userfaultfd is on it.
     #[error(
@@ -81,25 +87,46 @@ pub struct Stopped {
 
 impl Stopped {
     fn attach(pid: libc::pid_t) -> Result<Self, AdoptError> {
-        let instruction = find_syscall(pid)?;
-        let options = if has_seccomp(pid) { PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-        seize(pid, options)?;
-        // From here on every way out must detach.
-        Self::stop(pid, instruction).inspect_err(|_| detach(pid))
+        for _ in 0..ATTEMPTS {
+            let instruction = match find_syscall(pid) {
+                // Halfway between two programs there is nothing.
+                Err(AdoptError::NoVdso(_)) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                found => found?,
+            };
+            let options = if has_seccomp(pid) { PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+            seize(pid, options)?;
+            // From here on every way out must detach.
+            match Self::stop(pid, instruction) {
+                Ok(Some(stopped)) => return Ok(stopped),
+                Ok(None) => detach(pid),
+                Err(error) => {
+                    detach(pid);
+                    return Err(error);
+                }
+            }
+        }
+        Err(AdoptError::NoVdso(pid))
     }
 
-    fn stop(pid: libc::pid_t, instruction: u64) -> Result<Self, AdoptError> {
+    /// None: the process has become another program since the instruction was found.
+    fn stop(pid: libc::pid_t, instruction: u64) -> Result<Option<Self>, AdoptError> {
         interrupt(pid)?;
+        if !is_syscall(pid, instruction) {
+            return Ok(None);
+        }
         let mut saved = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
         request(libc::PTRACE_GETREGS, pid, 0, saved.as_mut_ptr() as u64)?;
         // SAFETY: zeroed bytes are valid for these plain numbers, and the call filled them in.
         let saved = unsafe { saved.assume_init() };
         let mut mask = 0u64;
         request(PTRACE_GETSIGMASK, pid, SIGSET_LEN as u64, (&raw mut mask) as u64)?;
-        // No handler of the program may run between our registers and its own. SIGTRAP must stay open: a step that
-        // reports into a blocked SIGTRAP makes the kernel reset the program's own disposition of it.
-        set_mask(pid, !(1u64 << (libc::SIGTRAP - 1)))?;
-        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0) })
+        // No handler of the program may run between our registers and its own. Signals that the kernel forces must stay
+        // open: where they are blocked it resets the program's own disposition of them.
+        set_mask(pid, FORCED.iter().fold(u64::MAX, |mask, signal| mask & !(1 << (signal - 1))))?;
+        Ok(Some(Self { pid, saved, mask, instruction, held: Cell::new(0) }))
     }
 
     /// One system call.
@@ -120,12 +147,14 @@ impl Stopped {
         }
     }
 
-    /// Executes one instruction. A signal that comes first (only SIGSTOP and its like can) is held back.
+    /// Executes one instruction. A signal that comes first (SIGSTOP, or one that is open) is held back.
     fn step(&self) -> Result<(), AdoptError> {
         loop {
             request(libc::PTRACE_SINGLESTEP, self.pid, 0, 0)?;
             match wait_stopped(self.pid)? {
-                Stop::Signal(libc::SIGTRAP) => return Ok(()),
+                Stop::Signal(signal) if FORCED.contains(&signal) && by_kernel(self.pid) => {
+                    return if signal == libc::SIGTRAP { Ok(()) } else { Err(AdoptError::NoVdso(self.pid)) };
+                }
                 Stop::Signal(signal) => self.held.set(self.held.get() | 1 << signal),
                 Stop::Event => {}
             }
@@ -184,6 +213,22 @@ fn request(request: libc::c_uint, pid: libc::pid_t, address: u64, data: u64) -> 
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Whether the signal that a thread has stopped for comes from the kernel, not from another process.
+fn by_kernel(pid: libc::pid_t) -> bool {
+    // SAFETY: all fields are numbers.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    request(libc::PTRACE_GETSIGINFO, pid, 0, (&raw mut info) as u64).is_ok() && info.si_code > 0
+}
+
+/// Whether there is (still) a `syscall` instruction at an address of a stopped thread.
+fn is_syscall(pid: libc::pid_t, address: u64) -> bool {
+    let mut word = 0u64;
+    // The system call itself, not the C library's wrapper, which returns the word.
+    // SAFETY: the kernel writes one word to the last argument.
+    let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKTEXT, pid, address, &raw mut word) };
+    result == 0 && word.to_le_bytes().starts_with(&SYSCALL)
+}
+
 fn seize(pid: libc::pid_t, options: u64) -> Result<(), AdoptError> {
     let Err(error) = request(libc::PTRACE_SEIZE, pid, 0, options) else { return Ok(()) };
     match error.raw_os_error() {
@@ -233,7 +278,6 @@ fn has_seccomp(pid: libc::pid_t) -> bool {
 
 /// Address of a `syscall` instruction in the vdso of a process.
 fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
-    const SYSCALL: [u8; 2] = [0x0f, 0x05];
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => AdoptError::Gone(pid),
         io::ErrorKind::PermissionDenied => AdoptError::NotPermitted(pid),
@@ -248,7 +292,7 @@ fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
         io::ErrorKind::PermissionDenied => AdoptError::NotPermitted(pid),
         _ => error.into(),
     })?;
-    memory.read_exact_at(&mut text, start)?;
+    memory.read_exact_at(&mut text, start).map_err(|_| AdoptError::NoVdso(pid))?;
     let offset = text.windows(2).position(|bytes| bytes == SYSCALL).ok_or(AdoptError::NoVdso(pid))?;
     Ok(start + offset as u64)
 }

@@ -1,0 +1,67 @@
+"""Files that stand behind memory: on small pages, on large ones, on hugetlbfs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pageferry._engine import LARGE_PAGE, large_tmpfs
+
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+_MFD_HUGE_2MB = 21 << 26
+KINDS = ("small", "large", "hugetlb")
+
+
+@contextmanager
+def backing(kind: str, length: int, files: int = 1) -> Iterator[list[int]]:
+    """Descriptors of fresh files of that length. Skips the test where the kind cannot be had."""
+    opened = []
+    with _pool(files * length // LARGE_PAGE if kind == "hugetlb" else 0):
+        try:
+            opened = [_open(kind, length) for _ in range(files)]
+            yield opened
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+
+def _open(kind: str, length: int) -> int:
+    if kind == "large":
+        fd = _on_tmpfs(length)
+    else:
+        fd = os.memfd_create("test", os.MFD_CLOEXEC | (os.MFD_HUGETLB | _MFD_HUGE_2MB if kind == "hugetlb" else 0))
+    os.ftruncate(fd, length)
+    return fd
+
+
+def _on_tmpfs(length: int) -> int:
+    try:
+        directory = large_tmpfs(length + LARGE_PAGE)
+    except PermissionError:
+        pytest.skip("a tmpfs with huge=always needs root")
+    try:
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def _pool(pages: int) -> Iterator[None]:
+    """Raise the pool of reserved large pages by so many, and put it back."""
+    if not pages:
+        yield
+        return
+    if not os.access(_POOL, os.W_OK):
+        pytest.skip("the pool of hugetlb pages can be raised by root only")
+    before = _POOL.read_text()
+    try:
+        _POOL.write_text(str(int(before) + pages))
+        if int(_POOL.read_text()) < int(before) + pages:
+            pytest.skip("there is not enough contiguous memory for hugetlb pages")
+        yield
+    finally:
+        _POOL.write_text(before)

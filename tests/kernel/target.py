@@ -1,0 +1,91 @@
+"""A process whose memory is traced, placed and populated from outside: it does what it is told, page by page.
+
+`Target` starts it and gives it orders; `python -m tests.kernel.target` is the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+from pageferry._engine import SMALL_PAGE, Mapping, Space, Trace
+from tests.kernel.programs import Program
+
+
+class Target(Program):
+    """The process, with some of our descriptors in it under the same numbers."""
+
+    def __init__(self, *descriptors: int) -> None:
+        super().__init__("-m", "tests.kernel.target", pass_fds=descriptors)
+        assert self.line() == "ready"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def order(self, name: str, *arguments: Any) -> Any:
+        """Have it done; what it returned."""
+        self.say(json.dumps([name, *arguments]))
+        return self.json()
+
+
+_mappings: list[Mapping] = []
+_traces: list[Trace] = []
+
+
+def _map(fd: int, length: int) -> int:
+    """Map a descriptor; its address."""
+    _mappings.append(Mapping(fd, length))
+    return _mappings[-1].address
+
+
+def _write(address: int, pages: list[int], byte: int) -> None:
+    for page in pages:
+        ctypes.memset(address + page * SMALL_PAGE + 7, byte, 1)
+
+
+def _touch(address: int, pages: int, write: bool) -> int:
+    """Read or write one byte of each page; the faults, minor and major, that this took."""
+    step = ctypes.memset if write else (lambda at, _byte, size: ctypes.string_at(at, size))
+    scratch = ctypes.create_string_buffer(1)
+    places = [address + page * SMALL_PAGE for page in range(pages)]
+    for _ in range(pages):  # whatever the interpreter needs for it is there afterwards
+        step(ctypes.addressof(scratch), 1, 1)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for place in places:
+        step(place, 1, 1)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_minflt - before.ru_minflt + after.ru_majflt - before.ru_majflt
+
+
+def _trace(pid: int, address: int, length: int) -> None:
+    """Trace another process."""
+    _traces.append(Trace([(Space(pid), address, length, 0, 0)]))
+
+
+def _discard(address: int, length: int) -> None:
+    """madvise(MADV_DONTNEED): unmap, which leaves the file as it is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), 4):
+        raise OSError(ctypes.get_errno(), "madvise")
+
+
+_ORDERS = {"map": _map, "write": _write, "touch": _touch, "trace": _trace, "discard": _discard}
+
+
+def main() -> None:
+    """Do what standard input says."""
+    os.write(1, b"ready\n")
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        os.write(1, json.dumps(_ORDERS[name](*arguments)).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

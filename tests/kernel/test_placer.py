@@ -1,0 +1,196 @@
+"""Population (S1, S5): what is complete is mapped before the workload runs, what is not complete never is.
+
+`Target.order("touch", ...)` counts the faults of the process that maps the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, BlockReceiver, BlockSender, Mapping, PageSet, Placer, Space
+from tests.kernel.backing import KINDS, backing
+from tests.kernel.target import Target
+
+SLOTS = LARGE_PAGE // SMALL_PAGE
+LENGTH = 6 * LARGE_PAGE
+PAGES = LENGTH // SMALL_PAGE
+
+
+class Move:
+    """Source and destination of one region, and the process that maps the destination."""
+
+    def __init__(
+        self, source: int, copy: int, target: Target, workers: int, length: int = LENGTH, zeros: bool = False
+    ) -> None:
+        self.source, self.copy, self.target = Mapping(source, length), Mapping(copy, length), target
+        self.address = target.order("map", copy, length)
+        page_size = os.fstatvfs(copy).f_bsize
+        memory = memoryview(self.source).cast("B")
+        for page in range(self.pages):
+            memory[page * SMALL_PAGE] = page % 3 if zeros else 1 + page % 3
+        memory.release()
+        large = self.source.large_units()
+        segments = [(Space(target.pid), self.address, length, 0, 0)]
+        self.placer = Placer([(self.copy, page_size, large)], segments, True, workers)
+        ends = socket.socketpair()
+        self.sender = BlockSender([ends[0].fileno()], "none")
+        self.receiver = BlockReceiver([ends[1].fileno()], self.placer)
+        for end in ends:
+            end.close()
+        self._round = 0
+
+    @property
+    def pages(self) -> int:
+        return self.source.length // SMALL_PAGE
+
+    def send(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """One round of these pages."""
+        pages = PageSet(self.pages)
+        for start, end in ranges:
+            pages.insert(start, end)
+        sending = threading.Thread(target=self.sender.send, args=([self.source], [pages], self._round))
+        sending.start()
+        self.receiver.receive(self._round)
+        sending.join()
+        self._round += 1
+
+    def faults(self, pages: int | None = None, *, write: bool = True) -> int:
+        count = self.target.order("touch", self.address, self.pages if pages is None else pages, write)
+        assert isinstance(count, int)
+        return count
+
+
+@contextmanager
+def moving(kind: str, *, workers: int = 2, length: int = LENGTH, zeros: bool = False) -> Iterator[Move]:
+    with backing(kind, length, 2) as (source, copy), Target(copy) as target:
+        yield Move(source, copy, target, workers, length, zeros)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_fault_is_left_after_population(kind: str, workers: int) -> None:
+    with moving(kind, workers=workers) as move:
+        move.send([(0, PAGES)])
+        assert move.placer.missing == 0
+        move.placer.finish(True)
+        assert move.faults(write=False) == 0
+        assert move.faults() == 0
+        large, small, failed, seconds = move.placer.populated
+        assert failed == 0
+        assert seconds > 0
+        expected = {"small": (0, PAGES), "large": (LENGTH // LARGE_PAGE, 0), "hugetlb": (0, LENGTH // LARGE_PAGE)}
+        if kind != "large" or workers:
+            assert (large, small) == expected[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_are_populated_where_they_have_memory(kind: str) -> None:
+    """In large pages they do. Zeros that stand on small pages are holes at the destination: what remains of them is
+    one fault each."""
+    with moving(kind, zeros=True) as move:
+        move.send([(0, PAGES)])
+        move.placer.finish(True)
+        assert move.faults() == (PAGES // 3 if kind == "small" else 0)
+
+
+def test_without_population_every_page_is_a_fault() -> None:
+    """What the other tests count is there to be counted."""
+    with moving("small", workers=0) as move:
+        move.send([(0, PAGES)])
+        move.placer.finish(False)
+        assert move.faults() > PAGES // 32
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_a_unit_with_a_missing_slot_is_not_mapped(kind: str) -> None:
+    with moving(kind) as move:
+        move.send([(0, SLOTS - 1), (SLOTS, PAGES)])
+        assert move.placer.missing == 1
+        move.placer.populate(0, list(range(6)))
+        move.placer.finish(True)
+        # The first unit is not there at all; one fault may bring in several small pages.
+        assert move.faults(SLOTS, write=False) > 0
+        assert move.placer.populated[0] == (5 if kind == "large" else 0)
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_content_that_changes_after_population_is_seen(kind: str) -> None:
+    with moving(kind) as move:
+        move.send([(0, PAGES)])
+        move.placer.finish(True)
+        memory = memoryview(move.source).cast("B")
+        for byte in (200, 0, 201):
+            for page in range(0, PAGES, 5):
+                memory[page * SMALL_PAGE] = byte
+            move.send([(page, page + 1) for page in range(0, PAGES, 5)])
+        memory.release()
+        assert bytes(memoryview(move.copy)) == bytes(memoryview(move.source))
+        assert move.faults() == 0, "the mapped pages are the same ones"
+
+
+def test_rounds_overwrite_while_workers_populate() -> None:
+    with moving("large", length=32 * LARGE_PAGE) as move:
+        memory = memoryview(move.source).cast("B")
+        for number in range(4):
+            for page in range(number, move.pages, 3):
+                memory[page * SMALL_PAGE + 1] = number
+            move.send([(0, move.pages)])
+        memory.release()
+        move.placer.finish(True)
+        assert bytes(memoryview(move.copy)) == bytes(memoryview(move.source))
+        assert move.copy.large_units() == [True] * 32
+        assert move.faults() == 0
+        assert move.placer.populated[:3] == (32, 0, 0)
+
+
+def test_modified_units_are_populated_on_demand() -> None:
+    with moving("large", workers=0) as move:
+        move.send([(0, PAGES)])
+        move.placer.populate(0, [0, 2])
+        assert move.placer.populated[:3] == (2, 0, 0)
+        assert move.faults(SLOTS) == 0
+        assert move.faults() == 4, "one fault for each of the other large pages"
+
+
+def test_holes_are_not_populated() -> None:
+    with backing("small", LENGTH, 2) as (source, copy), Target(copy) as target:
+        move = Move(source, copy, target, 2)
+        move.send([(0, SLOTS), (4 * SLOTS, PAGES)])
+        move.placer.finish(True)
+        assert move.copy.data_ranges() == [(0, LARGE_PAGE), (4 * LARGE_PAGE, LENGTH)]
+
+
+def test_a_workload_that_maps_a_part_is_populated_in_it() -> None:
+    """A segment that ends within a unit: the whole units as large pages, the rest as small ones."""
+    with backing("large", LENGTH, 2) as (source, copy), Target(copy) as target:
+        move = Move(source, copy, target, 0)
+        length = LENGTH - LARGE_PAGE // 2
+        segments = [(Space(target.pid), move.address, length, 0, 0)]
+        placer = Placer([(move.copy, SMALL_PAGE, move.source.large_units())], segments, True, 1)
+        move.placer.finish(False)
+        ends = socket.socketpair()
+        move.sender = BlockSender([ends[0].fileno()])
+        move.receiver = BlockReceiver([ends[1].fileno()], placer)
+        move.send([(0, PAGES)])
+        placer.finish(True)
+        assert placer.populated[:3] == (5, SLOTS // 2, 1)
+        assert move.faults(PAGES - SLOTS // 2) == 0
+        for end in ends:
+            end.close()
+
+
+def test_what_is_not_there_is_refused() -> None:
+    with backing("small", LENGTH) as (fd,):
+        mapping = Mapping(fd, LENGTH)
+        placer = Placer([(mapping, SMALL_PAGE, [])], [])
+        for region, unit in [(0, 6), (1, 0), (0, 1 << 60)]:
+            with pytest.raises(ValueError, match="region"):
+                placer.populate(region, [unit])
+        with pytest.raises(OSError, match="a segment of region 1, and only 1 targets"):
+            Placer([(mapping, SMALL_PAGE, [])], [(Space(), mapping.address, LENGTH, 1, 0)])

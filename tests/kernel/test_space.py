@@ -1,0 +1,134 @@
+"""Other processes' address spaces: calls made in them, large mappings made from outside, clear refusals."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, Space, Trace
+from tests.kernel.backing import backing
+from tests.kernel.target import Target
+
+_GETPID, _CLOSE = 39, 3
+SLOTS = LARGE_PAGE // SMALL_PAGE
+
+
+def test_a_call_is_made_in_the_process() -> None:
+    with Target() as target:
+        assert Space(target.pid).call(_GETPID) == target.pid
+        with pytest.raises(OSError, match="a system call made in the process failed") as failed:
+            Space(target.pid).call(_CLOSE, 9999)
+        assert failed.value.errno == errno.EBADF
+
+
+def test_a_process_with_several_threads_goes_on() -> None:
+    code = "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(0.3,)).start()\n"
+    with subprocess.Popen(["python3", "-c", code]) as process:
+        for _ in range(50):
+            assert Space(process.pid).call(_GETPID) == process.pid
+        assert process.wait(20) == 0
+
+
+def test_a_process_that_becomes_another_program() -> None:
+    """The place where calls are made moves with each program: it is looked up again, and nobody is left stopped."""
+    script = 'exec /bin/sh -c "$0" "$0"'
+    with subprocess.Popen(["/bin/sh", "-c", script, script]) as process:
+        try:
+            for _ in range(100):
+                try:
+                    assert Space(process.pid).call(_GETPID) == process.pid
+                except OSError as error:
+                    assert "one program after the other" in str(error)  # noqa: PT017 (both ends are right)
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            assert "TracerPid:\t0\n" in status
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def test_several_adopt_the_same_process_at_once() -> None:
+    """Only one can trace it: the others are told so, and the process comes through."""
+    refused: list[PermissionError] = []
+
+    def adopt(pid: int) -> None:
+        for _ in range(30):
+            try:
+                assert Space(pid).call(_GETPID) == pid
+            except PermissionError as error:
+                refused.append(error)
+
+    with Target() as target:
+        threads = [threading.Thread(target=adopt, args=(target.pid,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert Space(target.pid).call(_GETPID) == target.pid
+    assert all("traced" in str(error) for error in refused)
+
+
+def test_a_process_that_is_gone() -> None:
+    target = Target()
+    space = Space(target.pid)
+    with target:
+        target.kill()
+    with pytest.raises(ProcessLookupError):
+        space.call(_GETPID)
+    with pytest.raises(ProcessLookupError):
+        Space(target.pid)
+
+
+def test_no_descriptor_is_left_behind() -> None:
+    with backing("small", LARGE_PAGE) as (fd,), Target(fd) as target:
+        address = target.order("map", fd, LARGE_PAGE)
+        before = sorted(os.listdir(f"/proc/{target.pid}/fd"))
+        for _ in range(20):
+            Trace([(Space(target.pid), address, LARGE_PAGE, 0, 0)]).remove()
+        assert sorted(os.listdir(f"/proc/{target.pid}/fd")) == before
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_large_mappings_are_made_from_outside(kind: str) -> None:
+    """A memfd is put on large pages by it, where large pages for shared memory are switched off."""
+    with backing(kind, 2 * LARGE_PAGE) as (fd,), Target(fd) as target:
+        mapping = Mapping(fd, 2 * LARGE_PAGE)
+        content = random.Random(4).randbytes(2 * LARGE_PAGE)
+        memory = memoryview(mapping).cast("B")
+        memory[:] = content
+        assert mapping.large_units() == [kind == "large"] * 2
+        address = target.order("map", fd, 2 * LARGE_PAGE)
+        Space(target.pid).collapse(address, 2 * LARGE_PAGE)
+        assert target.order("touch", address, 2 * SLOTS, False) == 0
+        assert target.order("touch", address, 2 * SLOTS, True) == 0
+        assert memory[5:LARGE_PAGE] != content[5:LARGE_PAGE], "the target writes to the same pages"
+        memory.release()
+        again = Mapping(fd, 2 * LARGE_PAGE)
+        assert again.large_units() == [True, True]
+
+
+def test_what_cannot_be_collapsed_is_an_error() -> None:
+    with backing("small", 2 * LARGE_PAGE) as (fd,):
+        mapping = Mapping(fd, 2 * LARGE_PAGE)
+        trace = Trace([(Space(), mapping.address, LARGE_PAGE, 0, 0)])
+        with pytest.raises(OSError, match="Invalid argument") as refused:
+            Space().collapse(mapping.address, LARGE_PAGE)
+        assert refused.value.errno == errno.EINVAL
+        trace.remove()
+
+
+def test_holes_of_hugetlbfs_stay_holes() -> None:
+    with backing("hugetlb", 8 * LARGE_PAGE) as (fd,):
+        mapping = Mapping(fd, 8 * LARGE_PAGE)
+        memory = memoryview(mapping).cast("B")
+        memory[LARGE_PAGE] = memory[2 * LARGE_PAGE] = memory[7 * LARGE_PAGE + 9] = 1
+        memory.release()
+        for _ in range(2):
+            assert mapping.data_ranges() == [(LARGE_PAGE, 3 * LARGE_PAGE), (7 * LARGE_PAGE, 8 * LARGE_PAGE)]
+        assert mapping.large_units() == [False, True, True, False, False, False, False, True]
+        assert os.fstat(fd).st_blocks * 512 == 3 * LARGE_PAGE

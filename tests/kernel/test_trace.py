@@ -1,0 +1,294 @@
+"""Write traces (S2): every write is seen, nothing else where traces are fine, whole units where they are coarse."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, PageSet, Space, Trace
+from tests.kernel.backing import KINDS, backing
+from tests.kernel.programs import wait_until
+from tests.kernel.target import Target
+
+SLOTS = LARGE_PAGE // SMALL_PAGE
+LENGTH = 4 * LARGE_PAGE
+PAGES = LENGTH // SMALL_PAGE
+_PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+@pytest.fixture(params=KINDS)
+def fd(request: pytest.FixtureRequest) -> Iterator[int]:
+    with backing(request.param, LENGTH) as (fd,):
+        yield fd
+
+
+@pytest.fixture
+def small() -> Iterator[int]:
+    with backing("small", LENGTH) as (fd,):
+        yield fd
+
+
+def own(mapping: Mapping, release_after: int = 0) -> Trace:
+    return Trace([(Space(), mapping.address, mapping.length, 0, 0)], release_after)
+
+
+def collect(trace: Trace, pages: int = PAGES) -> set[int]:
+    dirty = PageSet(pages)
+    trace.collect([dirty])
+    return members(dirty)
+
+
+def members(pages: PageSet) -> set[int]:
+    return {page for start, end in pages.runs() for page in range(start, end)}
+
+
+def write(mapping: Mapping, pages: set[int], byte: int = 1) -> None:
+    for page in pages:
+        ctypes.memset(mapping.address + page * SMALL_PAGE + 99, byte, 1)
+
+
+def grain(fd: int) -> int:
+    """Small pages in a page of the file: what one trace covers at the least."""
+    return os.fstatvfs(fd).f_bsize // SMALL_PAGE
+
+
+def coarse(pages: set[int], unit: int) -> set[int]:
+    return {
+        page for first in {page // unit * unit for page in pages} for page in range(first, min(first + unit, PAGES))
+    }
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_exactly_what_was_written(fd: int, filled: bool) -> None:
+    mapping, randomly = Mapping(fd, LENGTH), random.Random(17)
+    if filled:
+        write(mapping, set(range(PAGES)))
+    trace = own(mapping)
+    assert collect(trace) == set()
+    for count in (1, 5, 100, 1500, 0, 3):
+        written = {randomly.randrange(PAGES) for _ in range(count)}
+        write(mapping, written)
+        assert collect(trace) == coarse(written, grain(fd))
+        assert collect(trace) == set()
+
+
+def test_peek_leaves_it_to_be_collected(fd: int) -> None:
+    mapping = Mapping(fd, LENGTH)
+    trace = own(mapping)
+    write(mapping, {3, 700})
+    for _ in range(2):
+        seen = PageSet(PAGES)
+        trace.peek([seen])
+        assert members(seen) == coarse({3, 700}, grain(fd))
+    assert collect(trace) == coarse({3, 700}, grain(fd))
+
+
+def test_reading_is_no_write(fd: int) -> None:
+    mapping = Mapping(fd, LENGTH)
+    write(mapping, {5})
+    trace = own(mapping)
+    for page in range(0, PAGES, 7):
+        ctypes.string_at(mapping.address + page * SMALL_PAGE, 1)
+    assert collect(trace) == set()
+
+
+def test_another_process(fd: int) -> None:
+    with Target(fd) as target:
+        address = target.order("map", fd, LENGTH)
+        trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
+        written = {random.Random(3).randrange(PAGES) for _ in range(200)}
+        target.order("write", address, sorted(written), 9)
+        assert collect(trace) == coarse(written, grain(fd))
+        target.order("write", address, [77], 9)
+        assert collect(trace) == coarse({77}, grain(fd))
+
+
+def test_two_processes_that_map_the_same_memory(small: int) -> None:
+    with Target(small) as one, Target(small) as other:
+        spaces = [(Space(target.pid), target.order("map", small, LENGTH)) for target in (one, other)]
+        trace = Trace([(space, address, LENGTH, 0, 0) for space, address in spaces])
+        one.order("write", spaces[0][1], [1, 2, 900], 1)
+        other.order("write", spaces[1][1], [2, 3], 2)
+        assert collect(trace) == {1, 2, 3, 900}
+        other.order("write", spaces[1][1], [900], 2)
+        assert collect(trace) == {900}
+
+
+def test_segments_are_counted_from_their_place_in_the_region(small: int) -> None:
+    mapping = Mapping(small, LENGTH)
+    address, half = mapping.address, LENGTH // 2
+    segments = [(Space(), address, half, 1, 0), (Space(), address + half, half, 0, 100)]
+    trace = Trace(segments)
+    write(mapping, {4, PAGES // 2 + 4})
+    first, second = PageSet(PAGES), PageSet(PAGES)
+    trace.collect([first, second])
+    assert (members(first), members(second)) == ({104}, {4})
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_a_page_that_was_unmapped_after_the_write_is_still_written(kind: str) -> None:
+    with backing(kind, LENGTH) as (fd,), Target(fd) as target:
+        address = target.order("map", fd, LENGTH)
+        trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
+        target.order("write", address, list(range(SLOTS)), 9)
+        target.order("discard", address, LARGE_PAGE)
+        assert collect(trace) == set(range(SLOTS))
+
+
+def test_written_and_freed_is_written(small: int) -> None:
+    mapping = Mapping(small, LENGTH)
+    trace = own(mapping)
+    write(mapping, {10, 11, 800})
+    punch(small, 11, 1)
+    assert collect(trace) == {10, 11, 800}
+    # Freeing alone is no write: the sender finds such pages by what it sent before.
+    punch(small, 10, 1)
+    assert collect(trace) <= {10}
+    write(mapping, {10})
+    assert collect(trace) == {10}
+
+
+def punch(fd: int, page: int, pages: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+    assert libc.fallocate(fd, _PUNCH, page * SMALL_PAGE, pages * SMALL_PAGE) == 0
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+@pytest.mark.parametrize("release_after", [0, 1, 256])
+def test_no_write_is_lost_while_collecting(kind: str, release_after: int) -> None:
+    """Threads rewrite memory all the time; a copy made of nothing but collected pages ends up the same."""
+    length = 16 * LARGE_PAGE
+    with backing(kind, length) as (fd,):
+        mapping = Mapping(fd, length)
+        ledger = Ledger.create(mapping, threads=2, seed=5, zero_fraction=0.1, skew=2.0)
+        ledger.start()
+        trace = own(mapping, release_after)
+        copy, memory = bytearray(length), memoryview(mapping).cast("B")
+        dirty = PageSet(length // SMALL_PAGE, True)
+        for number in range(40):
+            if number == 39:
+                ledger.pause()
+            trace.collect([dirty])
+            for start, end in dirty.runs():
+                copy[start * SMALL_PAGE : end * SMALL_PAGE] = memory[start * SMALL_PAGE : end * SMALL_PAGE]
+            dirty.clear()
+        assert sum(ledger.writes()) > 1000
+        assert (trace.released_units > 0) == (release_after > 0)
+        assert memory == copy
+        ledger.stop()
+        memory.release()
+
+
+def test_coarse_traces_mark_and_release_whole_units(fd: int) -> None:
+    mapping = Mapping(fd, LENGTH)
+    write(mapping, set(range(PAGES)))
+    trace = own(mapping, 1)
+    write(mapping, {SLOTS + 3, 3 * SLOTS})
+    if grain(fd) == 1:
+        wait_until(lambda: trace.released_units == 2, "the release of two units")
+    assert collect(trace) == set(range(SLOTS, 2 * SLOTS)) | set(range(3 * SLOTS, 4 * SLOTS))
+    assert collect(trace) == set()
+    write(mapping, {SLOTS + 5})
+    assert collect(trace) == set(range(SLOTS, 2 * SLOTS))
+
+
+def test_units_are_released_once_enough_traces_fired(small: int) -> None:
+    mapping = Mapping(small, LENGTH)
+    trace = own(mapping, 256)
+    write(mapping, set(range(255)))
+    write(mapping, set(range(SLOTS, SLOTS + 256)))
+    wait_until(lambda: trace.released_units == 1, "the release of one unit")
+    assert collect(trace) == set(range(255)) | set(range(SLOTS, 2 * SLOTS))
+
+
+def test_a_short_unit_is_released_once() -> None:
+    length = LARGE_PAGE + 8 * SMALL_PAGE
+    with backing("small", length) as (fd,):
+        mapping = Mapping(fd, length)
+        trace = own(mapping, 1)
+        write(mapping, {SLOTS + 1})
+        wait_until(lambda: trace.released_units > 0, "the release of the short unit")
+        write(mapping, {0})
+        wait_until(lambda: trace.released_units > 1, "the release of the whole one")
+        assert trace.released_units == 2
+
+
+def test_the_traced_runs_on_when_its_tracer_is_killed(small: int) -> None:
+    with Target(small) as target:
+        address = target.order("map", small, LENGTH)
+        target.order("write", address, [1], 1)
+        with Target() as tracer:
+            tracer.order("trace", target.pid, address, LENGTH)
+            assert "uw" in flags(target.pid, address)
+            tracer.kill()
+        wait_until(lambda: "uw" not in flags(target.pid, address), "the end of the trace")
+        target.order("write", address, [1, 2, 3], 2)
+        trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
+        target.order("write", address, [2], 3)
+        assert collect(trace) == {2}
+
+
+def flags(pid: int, address: int) -> list[str]:
+    """VmFlags of the mapping at that address; `uw` is a registration for write protection."""
+    mappings = Path(f"/proc/{pid}/smaps").read_text().split(f"\n{address:x}-", 1)[1]
+    return next(line for line in mappings.splitlines() if line.startswith("VmFlags:")).split()[1:]
+
+
+def test_a_second_tracer_is_refused_by_name(small: int) -> None:
+    mapping = Mapping(small, LENGTH)
+    trace = own(mapping)
+    with pytest.raises(
+        OSError, match=f"process {os.getpid()} at {mapping.address:#x} is registered with another"
+    ) as busy:
+        own(mapping)
+    assert busy.value.errno == errno.EBUSY
+    write(mapping, {8})
+    assert collect(trace) == {8}, "the first trace is as it was"
+    trace.remove()
+    own(mapping).remove()
+
+
+def test_a_process_that_ended_is_no_clean_process(small: int) -> None:
+    """What was found in others before is kept all the same: marks are reported once."""
+    mapping = Mapping(small, LENGTH)
+    with Target(small) as target:
+        address = target.order("map", small, LENGTH)
+        segments = [(Space(), mapping.address, LENGTH, 0, 0), (Space(target.pid), address, LENGTH, 0, 0)]
+        trace = Trace(segments)
+        write(mapping, {6})
+        target.order("write", address, [7], 1)
+        target.kill()
+        dirty = PageSet(PAGES)
+        with pytest.raises(ProcessLookupError):
+            trace.collect([dirty])
+        assert 6 in dirty
+        trace.remove()
+
+
+def test_nothing_is_collected_into_too_few_sets(small: int) -> None:
+    mapping = Mapping(small, LENGTH)
+    half = LENGTH // 2
+    trace = Trace([(Space(), mapping.address, half, 0, 0), (Space(), mapping.address + half, half, 1, 0)])
+    write(mapping, {5})
+    with pytest.raises(OSError, match="no set for region 1"):
+        trace.collect([PageSet(PAGES)])
+    first, second = PageSet(PAGES), PageSet(PAGES)
+    trace.collect([first, second])
+    assert members(first) == {5}
+
+
+def test_a_trace_that_was_removed_says_so(small: int) -> None:
+    mapping = Mapping(small, LENGTH)
+    trace = own(mapping)
+    trace.remove()
+    with pytest.raises(ValueError, match="removed"):
+        trace.collect([PageSet(PAGES)])
+    assert "uw" not in flags(os.getpid(), mapping.address)
+    trace.remove()
