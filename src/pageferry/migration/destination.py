@@ -56,6 +56,7 @@ class Destination:
         self.patience = patience
         self.times = Stopwatch()
         self.state = bytearray()
+        self.digest = blake2b(digest_size=32)
         self.promised = False
         """Ready was sent: the source may commit at any moment, and may come and ask."""
         self.settled = asyncio.Event()
@@ -208,6 +209,7 @@ class Destination:
                 if len(self.state) + len(data) > messages.MAX_STATE:
                     raise ProtocolError(f"more than {messages.MAX_STATE} bytes of state")
                 self.state += data
+                self.digest.update(data)
             case messages.StateEnd() as end:
                 self._verify_state(end)
                 fault_point("destination.state-received")
@@ -217,8 +219,7 @@ class Destination:
         return True
 
     def _verify_state(self, end: messages.StateEnd) -> None:
-        digest = blake2b(self.state, digest_size=32).digest()
-        if end.length != len(self.state) or end.digest != digest:
+        if end.length != len(self.state) or end.digest != self.digest.digest():
             raise ProtocolError("the state of the workload was damaged on the way")
         if self.placer.missing:
             raise ProtocolError(f"the source forgot {self.placer.missing} pages")

@@ -13,7 +13,7 @@ message under `type`. Further connections to the same port carry storage blocks.
       │ ◀───────────────────────────── RoundDone ─ │
       │    ...more rounds; the last one after the workload has been paused...
       │ ── Hot, one per region ─────────────────▶ │  units modified during the migration (S1)
-      │ ── State..., StateEnd ──────────────────▶ │  what is not memory
+      │ ── State..., StateEnd ──────────────────▶ │  what is not memory; State may come during the last round
       │ ◀─────────────────────────────── Ready ─── │  everything is here, loaded and populated
       │ ── Commit ──────────────────────────────▶ │  ← from here the workload is the destination's
       │ ◀─────────────────────────────── Running ─ │
@@ -46,12 +46,14 @@ MAX_STATE = 512 << 20
 """Largest state, bytes."""
 STATE_CHUNK = 1 << 20
 """Bytes of state per message."""
+EARLY_STATE = 8 << 20
+"""Bytes of state that may be sent before the peer turns to them; it queues no more than a few messages."""
 TOKEN_BYTES = 16
 MAX_STREAMS = 16
 CONTROL_MAGIC = b"PFCTRL1\n"
 STREAM_MAGIC = b"PFPAGE1\n"
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Length = Annotated[int, Meta(gt=0, le=1 << 48, multiple_of=4096)]
 Migration = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]

@@ -203,18 +203,17 @@ class Source:
     async def _switch_over(self) -> None:
         """Pause, send the last pages and the state, and wait until the destination needs nothing more."""
         self.touched = True
-        await self.workload.prepare_pause()
+        await self._prepare_pause()
         self.times.start("downtime")
         with self.times.measure("stop"):
             await self.workload.pause()
         fault_point("source.paused")
-        for rest, new in zip(self.rest, await self._collect(), strict=True):
-            rest.update(new)
+        last = await self._collect()
         with self.times.measure("save"):
-            saving = asyncio.create_task(self.workload.save_state())
+            saving = asyncio.create_task(self._save_state())
             try:
                 with self.times.measure("last pages"):
-                    await self._send_round(self.rest)
+                    await self._send_round(last)
             finally:
                 state = await saving
         # Saving the state may itself have written to memory (queues flushed by devices).
@@ -225,20 +224,35 @@ class Source:
         fault_point("source.last-pages-sent")
         if self.options.populate == "hot":
             await self._send_hot()
-        await self._send_state(state)
+        await self._send_state(state[messages.EARLY_STATE :])
+        await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
         self.ready = await self.channel.receive(messages.Ready)
         fault_point("source.ready")
+
+    async def _prepare_pause(self) -> None:
+        """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
+        preparing = asyncio.create_task(self.workload.prepare_pause())
+        try:
+            if any(self.rest):
+                await self._send_round(self.rest)
+        finally:
+            await preparing
+
+    async def _save_state(self) -> bytes:
+        """The state, of which a first part is on its way already: the peer will look at it after the last pages."""
+        state = await self.workload.save_state()
+        await self._send_state(state[: messages.EARLY_STATE])
+        return state
 
     async def _send_hot(self) -> None:
         for number, hot in enumerate(self.hot):
             units = messages.pack_units([count > 0 for count in hot.unit_counts()])
             await self.channel.send(messages.Hot(region=number, units=units))
 
-    async def _send_state(self, state: bytes) -> None:
-        for start in range(0, len(state), messages.STATE_CHUNK):
-            await self.channel.send(messages.State(data=state[start : start + messages.STATE_CHUNK]))
-        await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
+    async def _send_state(self, part: bytes) -> None:
+        for start in range(0, len(part), messages.STATE_CHUNK):
+            await self.channel.send(messages.State(data=part[start : start + messages.STATE_CHUNK]))
 
     # -- commit
 
