@@ -152,6 +152,7 @@ async def _received(
     try:
         workload = await _run(destination)
         out.event(Received(args.name, workload.identity.kind))
+        _heed_cancellation()
         finishing = asyncio.create_task(destination.finish())
         try:
             yield finishing
@@ -167,5 +168,13 @@ async def _run(destination: Destination) -> Workload:
     except BaseException:
         if destination.promised and not destination.settled.is_set():
             log.warning("the source may be in doubt: waiting for it to ask (Ctrl-C ends the wait)")
+            _heed_cancellation()
             await destination.settled.wait()
         raise
+
+
+def _heed_cancellation() -> None:
+    """Whoever asked us to end while that could not be (see `to_the_end`) is heard at the next await."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        task.cancel()

@@ -49,7 +49,9 @@ def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
         case InterruptedError():
             return Cancelled("cancelled")
         case ConnectionError() | TimeoutError():
-            return ConnectionLost(str(error))
+            # With a number it is the kernel's, which does not say what it is about.
+            what = f"the page stream broke: {error.strerror}" if error.errno else str(error)
+            return ConnectionLost(what)
         case ProcessLookupError():
             return WorkloadDied(str(error))
         case ValueError():
