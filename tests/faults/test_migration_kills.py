@@ -1,0 +1,264 @@
+"""Agents killed, stopped and cut off at named points of a migration: the workload has one owner, and loses nothing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pageferry.host.registry import Registry
+from pageferry.workloads.lifecycle import Status
+from tests.kernel import moving
+from tests.kernel.programs import Program, wait_until
+
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+
+BEFORE_COMMIT = "connected greeted set-up in-round between-rounds paused last-pages-sent state-sent ready".split()
+"""Points of the source."""
+WAITED_FOR = ("state-sent", "ready")
+"""Points at which the destination has promised, or is about to: it waits for the source to ask."""
+RECEIVING = "accepted in-round state-received loaded promised".split()
+"""Points of the destination before it hears of a commit."""
+SEVERAL_ROUNDS = ("--max-downtime", "0.001")
+"""Not to be reached at once, so that there is something between rounds."""
+
+
+@pytest.fixture
+def here() -> Iterator[Program]:
+    with moving.ledger("here") as program:
+        yield program
+
+
+@pytest.fixture
+def before(here: Program) -> list[str]:
+    return moving.descriptors(here.process.pid)
+
+
+def runs_on(here: Program, before: list[str]) -> None:
+    """As if nothing had happened."""
+    moving.runs("here")
+    assert moving.status("here") is Status.RUNNING
+    wait_until(lambda: moving.traces(here.process.pid) == 0, "the end of the traces")
+    wait_until(lambda: moving.descriptors(here.process.pid) == before, "the end of all connections")
+    mounts = Path(f"/proc/{here.process.pid}/mountinfo").read_text().splitlines()
+    assert not [mount for mount in mounts if str(Registry().path) in mount]
+
+
+def moves(here: Program, name: str) -> None:
+    """It can be moved all the same."""
+    with moving.receiver(name) as there:
+        with moving.migrating("here", moving.address_of(there)) as migration:
+            assert migration.wait() == 0
+        assert there.json()["type"] == "received"
+        moving.ends_intact(here, "moved")
+        there.process.terminate()
+        assert moving.until(there, "ledger")["intact"]
+
+
+@pytest.mark.parametrize(
+    ("action", "point"),
+    [("kill", point) for point in BEFORE_COMMIT] + [("drop", point) for point in BEFORE_COMMIT[::2]],
+)
+def test_a_source_that_fails_before_commit_leaves_it_running(
+    here: Program, before: list[str], action: str, point: str
+) -> None:
+    with moving.receiver("there") as there:
+        fault = f"source.{point}={action}"
+        with moving.migrating("here", moving.address_of(there), *SEVERAL_ROUNDS, fault=fault) as migration:
+            if action == "kill":
+                assert migration.wait() == -signal.SIGKILL
+            else:
+                # Cut off once Ready was received: what follows is Commit, to which no answer comes.
+                assert migration.wait() == (26 if point == "ready" else 23)
+        if (action, point) == ("drop", "ready"):
+            assert moving.status("here") is Status.COMMITTED
+            settle("here", owner="source")
+        if point in WAITED_FOR or point == "connected":
+            # It waits for a source that says hello, or for one that may be in doubt.
+            there.process.terminate()
+        assert there.wait() in (23, 143)
+    runs_on(here, before)
+    assert "there" not in Registry().entries()
+    moving.ends_intact(here)
+
+
+def settle(name: str, *, owner: str) -> None:
+    with moving.migrating(name, "--recover") as recovery:
+        assert moving.until(recovery, "recovery") == {"type": "recovery", "workload": name, "owner": owner}
+        assert recovery.wait() == 0
+
+
+@pytest.mark.parametrize("point", RECEIVING)
+def test_a_destination_killed_before_commit_leaves_it_running(here: Program, before: list[str], point: str) -> None:
+    with moving.receiver("there", fault=f"destination.{point}=kill") as there:
+        with moving.migrating("here", moving.address_of(there)) as migration:
+            # Killed once it had promised, the source may have sent Commit or not: it knows which.
+            code = migration.wait()
+            assert code in ((23, 26) if point == "promised" else (23,))
+        assert there.wait() == -signal.SIGKILL
+    if code == 26:
+        assert moving.status("here") is Status.COMMITTED
+        assert moving.stands_still("here")
+        with moving.migrating("here", "--take-back") as recovery:
+            assert recovery.wait() == 0
+    runs_on(here, before)
+    moves(here, "there-again")
+
+
+# -- after commit
+
+
+@pytest.mark.parametrize("point", ["committed", "commit-sent"])
+def test_a_source_killed_after_commit_stays_paused_until_it_has_asked(
+    here: Program, before: list[str], point: str
+) -> None:
+    with moving.receiver("there") as there:
+        with moving.migrating("here", moving.address_of(there), fault=f"source.{point}=kill") as migration:
+            assert migration.wait() == -signal.SIGKILL
+        assert moving.status("here") is Status.COMMITTED
+        with moving.migrating("here", "127.0.0.1:1") as again:
+            assert again.wait() == 10
+        if point == "committed":
+            # The destination has given up: nobody told it to run it.
+            assert moving.stands_still("here")
+            settle("here", owner="source")
+            runs_on(here, before)
+            assert there.wait() == 23
+            moving.ends_intact(here)
+        else:
+            moving.until(there, "received")
+            moving.runs("there")
+            assert moving.stands_still("here")
+            settle("here", owner="destination")
+            moving.ends_intact(here, "moved")
+            there.process.terminate()
+            assert moving.until(there, "ledger")["intact"]
+
+
+def test_a_source_killed_between_record_and_commit_runs_on(here: Program, before: list[str]) -> None:
+    with moving.receiver("there") as there:
+        with moving.migrating("here", moving.address_of(there), fault="source.recorded=kill") as migration:
+            assert migration.wait() == -signal.SIGKILL
+        runs_on(here, before)
+        settle("here", owner="source")
+        assert there.wait() == 23
+    runs_on(here, before)
+    moves(here, "there-again")
+
+
+@pytest.mark.parametrize("point", ["commit-received", "decided", "resumed"])
+def test_a_destination_that_is_cut_off_after_commit_is_asked(here: Program, before: list[str], point: str) -> None:
+    with moving.receiver("there", fault=f"destination.{point}=drop") as there:
+        with moving.migrating("here", moving.address_of(there)) as migration:
+            assert migration.wait() == 26
+        moving.until(there, "received")
+        moving.runs("there")
+        assert moving.stands_still("here")
+        settle("here", owner="destination")
+        moving.ends_intact(here, "moved")
+        there.process.terminate()
+        assert moving.until(there, "ledger")["intact"]
+
+
+def test_a_source_in_doubt_asks_whoever_receives_on_that_host(here: Program, before: list[str]) -> None:
+    with moving.receiver("there", fault="destination.commit-received=kill") as there:
+        address = moving.address_of(there)
+        with moving.migrating("here", address) as migration:
+            assert migration.wait() == 26
+        assert there.wait() == -signal.SIGKILL
+    # Nobody there.
+    with moving.migrating("here", "--recover") as recovery:
+        assert recovery.wait() == 26
+    assert moving.stands_still("here")
+    # Somebody else, who finds the decision open, and decides.
+    with moving.receiver("other", "--listen", address) as other:
+        moving.address_of(other)
+        settle("here", owner="source")
+        runs_on(here, before)
+        with moving.migrating("here", "--recover") as recovery:
+            assert recovery.wait() == 2
+        with moving.migrating("here", address) as migration:
+            assert migration.wait() == 0
+        assert other.json()["type"] == "received"
+
+
+def test_a_receiver_that_knows_nothing_decides_nothing(here: Program, tmp_path: Path, before: list[str]) -> None:
+    with moving.receiver("there", fault="destination.commit-received=kill") as there:
+        address = moving.address_of(there)
+        with moving.migrating("here", address) as migration:
+            assert migration.wait() == 26
+    elsewhere = {**moving.environment(None), "PAGEFERRY_RUN_DIR": str(tmp_path)}
+    command = ("-m", "pageferry", "receive", "other", "--workload", "demo", "--output", "json", "--listen", address)
+    with Program(*command, env=elsewhere) as other:
+        moving.address_of(other)
+        with moving.migrating("here", "--recover") as recovery:
+            assert recovery.wait() == 26
+    assert moving.status("here") is Status.COMMITTED
+    with moving.migrating("here", "--take-back") as recovery:
+        assert moving.until(recovery, "recovery")["owner"] == "source"
+    runs_on(here, before)
+    moving.ends_intact(here)
+
+
+def test_a_destination_that_says_no_after_commit_gives_it_back(here: Program, before: list[str]) -> None:
+    """Asked to end between Ready and Commit, it decides against it; the source, which has committed, hears that."""
+    with (
+        moving.receiver("there") as there,
+        moving.migrating("here", moving.address_of(there), fault="source.committed=stop") as migration,
+    ):
+        moving.stopped(migration)
+        there.process.terminate()
+        assert there.wait() == 143
+        migration.process.send_signal(signal.SIGCONT)
+        assert migration.wait() == 21
+    runs_on(here, before)
+    moves(here, "there-again")
+
+
+# -- silence
+
+
+@pytest.mark.parametrize("point", ["in-round", "paused", "state-sent"])
+def test_a_source_that_hangs_is_given_up_by_the_destination(here: Program, before: list[str], point: str) -> None:
+    with moving.receiver("there", "--patience", "1") as there:
+        address = moving.address_of(there)
+        with moving.migrating("here", address, "--patience", "1", fault=f"source.{point}=stop") as migration:
+            moving.stopped(migration)
+            if point == "state-sent":  # it was promised: the source may come and ask
+                with moving.migrating("here", "--recover") as recovery:
+                    assert recovery.wait() == 10
+                wait_until(lambda: "there" not in Registry().entries(), "the end of the claim")
+                there.process.terminate()
+            assert there.wait() in (23, 143)
+            migration.process.send_signal(signal.SIGCONT)
+            assert migration.wait() in (21, 23)
+    runs_on(here, before)
+    moving.ends_intact(here)
+
+
+@pytest.mark.parametrize("point", ["accepted", "in-round", "state-received"])
+def test_a_destination_that_hangs_is_given_up_by_the_source(here: Program, before: list[str], point: str) -> None:
+    with moving.receiver("there", "--patience", "1", fault=f"destination.{point}=stop") as there:
+        with moving.migrating("here", moving.address_of(there), "--patience", "1") as migration:
+            moving.stopped(there)
+            assert migration.wait() == 23
+        runs_on(here, before)
+        there.process.send_signal(signal.SIGCONT)
+        assert there.wait() in (21, 23)
+    moving.ends_intact(here)
+
+
+@pytest.mark.parametrize("rival", [True, False])
+def test_the_workload_itself_dies(here: Program, rival: bool) -> None:
+    """Its end is an error with a name at the source, and the destination lets go."""
+    with moving.receiver("there") as there:
+        point = "paused" if rival else "between-rounds"
+        with moving.migrating("here", moving.address_of(there), fault=f"source.{point}=stop") as migration:
+            moving.stopped(migration)
+            here.kill()
+            migration.process.send_signal(signal.SIGCONT)
+            assert migration.wait() == 13
+        assert there.wait() == 21
+    assert Registry().entries() == {}
