@@ -1,0 +1,197 @@
+"""Messages and unit maps: what is encoded is decoded again, and nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pageferry.errors import ProtocolError
+from pageferry.migration import messages
+from pageferry.migration.messages import AnyMessage, Message
+
+KINDS: list[type[Message]] = list(get_args(AnyMessage))
+
+counts = st.integers(0, 1 << 62)
+seconds = st.floats(0, 1e6)
+migrations = st.text("0123456789abcdef", min_size=32, max_size=32)
+names = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=256)
+regions = st.builds(
+    messages.RegionInfo,
+    name=names,
+    length=st.integers(1, 1 << 36).map(lambda pages: pages * 4096),
+    page_size=st.integers(4096, 1 << 30),
+)
+populated = st.builds(messages.Populated, large=counts, small=counts, failed=counts, seconds=seconds)
+FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
+    messages.Hello: {
+        "version": counts,
+        "migration": migrations,
+        "kind": names,
+        "name": names,
+        "details": st.dictionaries(names, names | st.integers(-(1 << 63), (1 << 63) - 1) | st.booleans(), max_size=8),
+        "regions": st.lists(regions, min_size=1, max_size=64),
+        "streams": st.integers(1, messages.MAX_STREAMS),
+        "codec": st.sampled_from(["none", "lz4", "zstd"]),
+        "populate": st.sampled_from(["all", "hot", "none"]),
+        "keep_large": st.booleans(),
+    },
+    messages.Welcome: {"token": st.binary(min_size=16, max_size=16)},
+    messages.LargePages: {"region": counts, "units": st.binary()},
+    messages.Round: {"number": st.integers(1, (1 << 31) - 1)},
+    messages.RoundDone: {"number": counts},
+    messages.Hot: {"region": counts, "units": st.binary()},
+    messages.State: {"data": st.binary(min_size=1)},
+    messages.StateEnd: {
+        "length": st.integers(0, messages.MAX_STATE),
+        "digest": st.binary(min_size=32, max_size=32),
+    },
+    messages.Ready: {"load": seconds, "populate": seconds, "populated": populated},
+    messages.Commit: {},
+    messages.Running: {"resume": seconds},
+    messages.Report: dict.fromkeys(["minor_faults", "major_faults", "large_pages", "fallbacks"], counts)
+    | {"populated": populated},
+    messages.Done: {},
+    messages.Alive: {},
+    messages.Abort: {"reason": st.text(max_size=4096)},
+    messages.Recover: {"version": counts, "migration": migrations},
+    messages.Outcome: {"owner": st.sampled_from(["source", "destination", "unknown"])},
+}
+"""Values that the fields of each message may have."""
+
+everything = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items()))
+
+
+def body(message: Message) -> bytes:
+    return messages.encode(message)[4:]
+
+
+def test_every_message_is_tried() -> None:
+    assert set(FIELDS) == set(KINDS)
+
+
+@given(everything)
+def test_a_message_comes_back_as_it_was(message: Message) -> None:
+    frame = messages.encode(message)
+    assert int.from_bytes(frame[:4], "big") == len(frame) - 4 <= messages.MAX_MESSAGE
+    assert messages.decode(frame[4:]) == message
+
+
+@given(everything, st.data())
+def test_a_message_that_is_cut_short_is_none(message: Message, data: st.DataObject) -> None:
+    whole = body(message)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(msgspec.MsgspecError):
+        messages.decode(whole[:cut])
+    with pytest.raises(msgspec.MsgspecError):
+        messages.decode(whole + b"\0")
+
+
+@given(st.binary(max_size=200))
+def test_bytes_are_a_message_or_refused(data: bytes) -> None:
+    try:
+        message = messages.decode(data)
+    except msgspec.MsgspecError:
+        return
+    assert type(message) in KINDS
+
+
+@given(everything, st.text(min_size=1, max_size=8))
+def test_a_field_that_nobody_knows_is_refused(message: Message, name: str) -> None:
+    fields = msgspec.to_builtins(message, builtin_types=(bytes,))
+    if name in fields:
+        return
+    with pytest.raises(msgspec.ValidationError):
+        messages.decode(msgspec.msgpack.encode(fields | {name: 1}))
+
+
+@given(everything, st.data())
+def test_a_field_that_is_missing_or_of_another_type_is_refused(message: Message, data: st.DataObject) -> None:
+    fields: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
+    name = data.draw(st.sampled_from(sorted(fields)))
+    without = {other: value for other, value in fields.items() if other != name}
+    for wrong in (without, fields | {name: None}, fields | {name: [[]]}):
+        with pytest.raises(msgspec.ValidationError):
+            messages.decode(msgspec.msgpack.encode(wrong))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"migration": "0" * 31},
+        {"migration": "0" * 33},
+        {"migration": "0" * 32 + "\n"},
+        {"migration": "A" * 32},
+        {"migration": "../" * 10 + "00"},
+        {"name": ""},
+        {"name": "x" * 257},
+        {"name": "bell\a"},
+        {"regions": []},
+        {"regions": [{"name": "r", "length": 0, "page_size": 4096}]},
+        {"regions": [{"name": "r", "length": 4097, "page_size": 4096}]},
+        {"regions": [{"name": "r", "length": -4096, "page_size": 4096}]},
+        {"regions": [{"name": "r", "length": (1 << 48) + 4096, "page_size": 4096}]},
+        {"regions": [{"name": "r", "length": 4096, "page_size": 1}]},
+        {"regions": [{"name": "r", "length": 4096, "page_size": 4096}] * 65},
+        {"streams": 0},
+        {"streams": 17},
+        {"codec": "gzip"},
+        {"version": -1},
+        {"details": {"key": [1]}},
+    ],
+    ids=str,
+)
+def test_values_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
+    good = {
+        "type": "Hello",
+        "version": 1,
+        "migration": "0" * 32,
+        "kind": "arena",
+        "name": "a",
+        "details": {},
+        "regions": [{"name": "r", "length": 4096, "page_size": 4096}],
+        "streams": 1,
+        "codec": "none",
+        "populate": "all",
+        "keep_large": True,
+    }
+    messages.decode(msgspec.msgpack.encode(good))
+    with pytest.raises(msgspec.ValidationError):
+        messages.decode(msgspec.msgpack.encode(good | change))
+
+
+def test_a_message_that_is_too_long_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="limit"):
+        messages.encode(messages.LargePages(region=0, units=bytes(messages.MAX_MESSAGE)))
+
+
+@given(st.integers(0, 1 << 62))
+def test_versions_are_read_from_messages_of_any_release(version: int) -> None:
+    future = msgspec.msgpack.encode({"type": "Hello", "version": version, "something": ["new"]})
+    assert messages.version_of(future) == version
+    assert messages.version_of(b"\xc1") == messages.VERSION
+    if version != messages.VERSION:
+        with pytest.raises(ProtocolError, match=f"version {version} "):
+            messages.check_version(version)
+
+
+@given(st.lists(st.booleans(), max_size=200))
+def test_units_come_back_as_they_were(units: list[bool]) -> None:
+    packed = messages.pack_units(units)
+    assert messages.unpack_units(packed, len(units)) == units
+    assert len(packed) == -(-len(units) // 8)
+
+
+@given(st.binary(max_size=64), st.integers(0, 512))
+def test_units_of_another_number_are_refused(packed: bytes, count: int) -> None:
+    if len(packed) == -(-count // 8):
+        units = messages.unpack_units(packed, count)
+        assert len(units) == count
+        # Bits beyond the last unit do not matter.
+        assert messages.pack_units(units)[: count // 8] == packed[: count // 8]
+    else:
+        with pytest.raises(ValueError, match="units"):
+            messages.unpack_units(packed, count)

@@ -1,0 +1,75 @@
+"""When copying stops: on made-up rounds, without any memory."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pageferry.migration.convergence import PROGRESS, STALL_ROUNDS, Convergence, Decision
+
+MIB = 1 << 20
+
+
+def decisions(policy: Convergence, remaining: list[int], bandwidth: int = 100 * MIB) -> list[Decision]:
+    """What it says to rounds of a second each, of which each leaves so much."""
+    return [policy.after_round(bandwidth, 1.0, left) for left in remaining]
+
+
+def test_it_switches_over_once_the_rest_fits_the_downtime() -> None:
+    policy = Convergence(max_downtime=0.3, max_rounds=30)
+    assert decisions(policy, [60 * MIB, 31 * MIB, 30 * MIB]) == [
+        Decision.CONTINUE,
+        Decision.CONTINUE,
+        Decision.SWITCH_OVER,
+    ]
+
+
+def test_nothing_left_is_always_little_enough() -> None:
+    policy = Convergence(max_downtime=0.0, max_rounds=1)
+    assert policy.after_round(0, 0.0, 0) is Decision.SWITCH_OVER
+    assert policy.expected_downtime(0) == 0.0
+
+
+def test_rounds_without_progress_are_a_stall() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30)
+    assert decisions(policy, [50 * MIB] * (STALL_ROUNDS + 1)) == [Decision.CONTINUE] * STALL_ROUNDS + [Decision.STALLED]
+
+
+def test_progress_now_and_then_is_no_stall() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30)
+    left, rounds = 100.0 * MIB, []
+    for _ in range(5):
+        rounds += [int(left)] * (STALL_ROUNDS - 1)
+        left *= PROGRESS - 0.01
+    assert set(decisions(policy, rounds)) == {Decision.CONTINUE}
+
+
+def test_the_number_of_rounds_is_bounded() -> None:
+    policy = Convergence(max_downtime=0.001, max_rounds=3)
+    assert decisions(policy, [90 * MIB, 60 * MIB, 30 * MIB]) == [Decision.CONTINUE, Decision.CONTINUE, Decision.STALLED]
+
+
+def test_bandwidth_is_smoothed_and_starts_with_the_first_round_that_sent_anything() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30)
+    policy.after_round(0, 0.001, 50 * MIB)
+    assert policy.expected_downtime(MIB) == float("inf")
+    policy.after_round(100 * MIB, 1.0, 50 * MIB)
+    assert policy.bandwidth == 100 * MIB
+    policy.after_round(50 * MIB, 1.0, 50 * MIB)
+    assert 50 * MIB < policy.bandwidth < 100 * MIB
+
+
+@pytest.mark.parametrize("max_downtime", [0.0, 0.3, 10.0])
+@given(rounds=st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e4), st.integers(0, 1 << 40)), max_size=60))
+def test_it_always_comes_to_an_end_and_keeps_its_promise(
+    max_downtime: float, rounds: list[tuple[int, float, int]]
+) -> None:
+    policy = Convergence(max_downtime=max_downtime, max_rounds=20)
+    for number, (covered, seconds, remaining) in enumerate(rounds, 1):
+        decision = policy.after_round(covered, seconds, remaining)
+        if decision is Decision.SWITCH_OVER:
+            assert policy.expected_downtime(remaining) <= max_downtime
+        if decision is not Decision.CONTINUE:
+            return
+        assert number < 20
