@@ -84,7 +84,10 @@ class Trace:
     @property
     def released_units(self) -> int: ...
     def collect(self, dirty: Sequence[PageSet]) -> None:
-        """Add what was written since the last call (one set per region), having protected it again."""
+        """Add what was written since the last call (one set per region), having protected it again.
+
+        ProcessLookupError when a process has ended: its last writes are not known. What was found is added anyway.
+        """
     def peek(self, dirty: Sequence[PageSet]) -> None:
         """Add what was written since the last `collect`, and leave it to be reported by the next."""
     def remove(self) -> None: ...
@@ -114,9 +117,15 @@ class Placer:
     def populated(self) -> tuple[int, int, int, float]:
         """(large pages mapped, small pages mapped, large pages left to the first access, seconds of work)."""
     def populate(self, region: int, units: Sequence[int]) -> None:
-        """Map 2 MiB units of a region now."""
+        """Map those of the 2 MiB units of a region now of which every page has been received.
+
+        ValueError for a region or unit that there is not.
+        """
     def finish(self, rest: bool) -> None:
-        """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE."""
+        """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE.
+
+        What remains for the first access: holes, and with them pages of zeros that stand on small pages.
+        """
 
 _Counters = tuple[int, int, int, int, int]
 """(bytes on the wire, storage blocks, data pages, zero pages, absent pages)"""
@@ -138,14 +147,20 @@ class BlockSender:
         patience: float = 30.0,
     ) -> BlockSender: ...
     def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, barrier: bool = True) -> None:
-        """Send the pages of one set per region, and with `barrier` the end of the round on every stream."""
+        """Send the pages of one set per region, and with `barrier` the end of the round on every stream.
+
+        Pages that were sent before and have been freed since are sent as holes: no trace reports them.
+        """
     @property
     def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
 
 @final
 class BlockReceiver:
-    """Receives storage blocks and places them. Errors as for `BlockSender`; ValueError for a block that is wrong."""
+    """Receives storage blocks and places them.
+
+    Errors as for `BlockSender`; ValueError for a block that is wrong, OSError ENOMEM without memory for its pages.
+    """
 
     def __new__(cls, sockets: Sequence[int], placer: Placer, patience: float = 30.0) -> BlockReceiver: ...
     def receive(self, round: int) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from pageferry._engine import SMALL_PAGE, Mapping, Space, Trace
@@ -51,7 +52,7 @@ def _write(address: int, pages: list[int], byte: int) -> None:
 
 def _touch(address: int, pages: int, write: bool) -> int:
     """Read or write one byte of each page; the faults, minor and major, that this took."""
-    step = ctypes.memset if write else (lambda at, _byte, size: ctypes.string_at(at, size))
+    step: Callable[[int, int, int], object] = ctypes.memset if write else _read
     scratch = ctypes.create_string_buffer(1)
     places = [address + page * SMALL_PAGE for page in range(pages)]
     for _ in range(pages):  # whatever the interpreter needs for it is there afterwards
@@ -62,6 +63,10 @@ def _touch(address: int, pages: int, write: bool) -> int:
         step(place, 1, 1)
     after = resource.getrusage(resource.RUSAGE_SELF)
     return after.ru_minflt - before.ru_minflt + after.ru_majflt - before.ru_majflt
+
+
+def _read(address: int, _: int, size: int) -> bytes:
+    return ctypes.string_at(address, size)
 
 
 def _trace(pid: int, address: int, length: int) -> None:
@@ -76,7 +81,13 @@ def _discard(address: int, length: int) -> None:
         raise OSError(ctypes.get_errno(), "madvise")
 
 
-_ORDERS = {"map": _map, "write": _write, "touch": _touch, "trace": _trace, "discard": _discard}
+_ORDERS: dict[str, Callable[..., Any]] = {
+    "map": _map,
+    "write": _write,
+    "touch": _touch,
+    "trace": _trace,
+    "discard": _discard,
+}
 
 
 def main() -> None:

@@ -7,7 +7,9 @@
 //!
 //! *Coarse* traces mark a whole large page when one fires in it, and release the rest of it, so that the workload takes
 //! one trap where it would take up to 512. A helper thread looks for units in which traces fired and releases them
-//! (dirty first: an unprotected page counts as written at the next collection, whether it was or not).
+//! (dirty first: an unprotected page counts as written at the next collection, whether it was or not). On shared memory
+//! the release takes the mark off and leaves the page-table entry read-only, so that the first write to each page is a
+//! (plain) fault all the same: measured, it costs as much as the trap it replaces.
 //!
 //! Not seen: freeing pages of the file (the sender finds those), writes through other mappings and by `write(2)`, and, on
 //! hugetlbfs alone, pages that the workload wrote and then unmapped (MADV_DONTNEED) before the next collection.
