@@ -1,0 +1,92 @@
+"""Decisions of a destination: the first one holds, whoever writes it, and is kept as long as somebody may ask."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pageferry.errors import WorkloadError
+from pageferry.migration.ownership import KEPT, Verdict, Verdicts
+
+MIGRATION = "0123456789abcdef" * 2
+
+
+def test_the_first_decision_holds(tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path)
+    verdicts.begin(MIGRATION)
+    assert verdicts.decide(MIGRATION, Verdict.COMMITTED) is Verdict.COMMITTED
+    assert verdicts.decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
+    # Another process that looks later finds the same.
+    assert Verdicts(tmp_path).decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
+
+
+def test_only_what_was_begun_is_known(tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path / "not" / "there")
+    assert not verdicts.knows(MIGRATION)
+    verdicts.begin(MIGRATION)
+    assert verdicts.knows(MIGRATION)
+    assert not verdicts.knows("f" * 32)
+
+
+def test_of_many_who_decide_at_once_all_hear_the_same(tmp_path: Path) -> None:
+    """In processes of their own, as two receivers of a host are."""
+    rounds = [f"{number:032x}" for number in range(20)]
+    for migration in rounds:
+        Verdicts(tmp_path).begin(migration)
+    children = []
+    for wanted in (Verdict.COMMITTED, Verdict.ABORTED) * 2:
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            heard = "".join(Verdicts(tmp_path).decide(migration, wanted).value[0] for migration in rounds)
+            os.write(writer, heard.encode())
+            os._exit(0)
+        os.close(writer)
+        children.append((child, reader))
+    answers = set()
+    for child, reader in children:
+        with open(reader, "rb") as pipe:
+            answers.add(pipe.read())
+        assert os.waitpid(child, 0)[1] == 0
+    assert len(answers) == 1
+    assert len(answers.pop()) == len(rounds)
+
+
+def test_of_many_threads_too(tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path)
+    verdicts.begin(MIGRATION)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(lambda v: verdicts.decide(MIGRATION, v), list(Verdict) * 8))) == 1
+
+
+def test_nothing_is_left_of_a_migration_that_is_settled(tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path)
+    verdicts.begin(MIGRATION)
+    verdicts.decide(MIGRATION, Verdict.COMMITTED)
+    verdicts.forget(MIGRATION)
+    verdicts.forget(MIGRATION)
+    assert not verdicts.knows(MIGRATION)
+    assert list((tmp_path / ".verdicts").iterdir()) == []
+
+
+def test_decisions_that_nobody_asked_for_go_after_a_while(tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path)
+    for number in range(3):
+        verdicts.begin(f"{number:032x}")
+        verdicts.decide(f"{number:032x}", Verdict.ABORTED)
+    for file in (tmp_path / ".verdicts").glob(f"{1:032x}.*"):
+        old = file.stat().st_mtime - KEPT - 1
+        os.utime(file, (old, old))
+    verdicts.begin(MIGRATION)
+    assert [verdicts.knows(f"{number:032x}") for number in range(3)] == [True, False, True]
+    assert len(list((tmp_path / ".verdicts").iterdir())) == 5
+
+
+def test_what_cannot_be_written_is_not_decided(tmp_path: Path) -> None:
+    (tmp_path / ".verdicts").write_text("in the way")
+    with pytest.raises(WorkloadError, match="cannot be written"):
+        Verdicts(tmp_path).begin(MIGRATION)
+    with pytest.raises(WorkloadError, match="cannot be written"):
+        Verdicts(tmp_path).decide(MIGRATION, Verdict.COMMITTED)
