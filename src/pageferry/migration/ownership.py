@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from enum import Enum
 from pathlib import Path
@@ -72,7 +73,7 @@ class Verdicts:
         Raises WorkloadError when it cannot be written: then nothing has been decided.
         """
         target = self._verdict(migration)
-        temporary = self._path / f".{migration}.{os.getpid()}"
+        temporary = self._path / f".{migration}.{threading.get_native_id()}"
         try:
             with open(temporary, "w", encoding="ascii") as file:
                 file.write(verdict.value)
