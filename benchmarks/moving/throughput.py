@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.measuring.ballast import Ballast
-from benchmarks.moving.pageferry_line import Process, expect, pageferry
 from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.pageferry_line import Process, expect, pageferry
 from benchmarks.peers import iperf
 
 SIZE = 1 << 30
@@ -36,4 +36,10 @@ def _move(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
     if sender.wait():
         raise RuntimeError("pageferry migrate failed")
     ledger.moved()
-    return {"first-round-mbps": first["mbps"], "first-round-ms": first["ms"], "total-ms": told["total-time"], "mbps": told["mbps"], "downtime-ms": told["downtime"]}
+    return {
+        "first-round-mbps": first["mbps"],
+        "first-round-ms": first["ms"],
+        "total-ms": told["total-time"],
+        "mbps": told["mbps"],
+        "downtime-ms": told["downtime"],
+    }

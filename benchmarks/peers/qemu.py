@@ -12,6 +12,8 @@ from pageferry import _engine
 
 BANDWIDTH = 10 << 30
 """Bytes per second: as good as no limit."""
+DEFAULT_BANDWIDTH = 128 << 20
+"""Bytes per second, of QEMU since 5.2 (`max-bandwidth`)."""
 DOWNTIME_LIMIT = 300
 """ms: QEMU's default, and pageferry's."""
 CHANNELS = 2
@@ -24,6 +26,7 @@ class QemuLine(Line):
         super().__init__(label, place, qemu, load)
         self.shared_file = shared_file
         self.multifd = False
+        self.bandwidth = BANDWIDTH
         self._processes: list[subprocess.Popen[bytes]] = []
         self._address = ""
 
@@ -32,6 +35,7 @@ class QemuLine(Line):
 
     def prepare(self, number: int, options: dict[str, Any]) -> None:
         self.multifd = options.get("multifd", False)
+        self.bandwidth = DEFAULT_BANDWIDTH if options.get("default") else BANDWIDTH
         self._launch(number, ("-incoming", "defer"))
 
     def accept(self, destination: Running) -> None:
@@ -76,7 +80,7 @@ class QemuLine(Line):
         running.monitor.execute("migrate-set-capabilities", capabilities=items)
         running.monitor.execute(
             "migrate-set-parameters",
-            max_bandwidth=BANDWIDTH,
+            max_bandwidth=self.bandwidth,
             downtime_limit=DOWNTIME_LIMIT,
             multifd_channels=CHANNELS,
         )

@@ -1,0 +1,78 @@
+"""What the destination prepares before the workload resumes, on and off: page tables (S1, S5) and large pages (S6)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.pageferry_line import PageferryLine, expect, pageferry
+from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.opening import open_workload
+
+POPULATE = ("all", "hot", "none")
+LARGE_PAGES = ("keep", "ignore")
+ARENA = 512 << 20
+SLOW = 14
+"""Writes that take 2**14 ns (16 us) or longer count as slow: those that meet a page fault do, on a quiet machine."""
+WRITER = {"working_set": 0.1, "scatter": True, "zero_fraction": 0.1, "rate": 400 << 20}
+"""A tenth of all pages, all over the arena, so that a migration converges and yet every large page is needed."""
+
+
+def choices() -> list[tuple[str, str]]:
+    """Every combination; those that ignore large pages last, because they may lose them for good."""
+    return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
+
+
+def of_guest(line: PageferryLine, ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+    """Move a guest with every combination."""
+    runs = []
+    for populate, large in choices() * repetitions:
+        words = ("--populate", populate, "--large-pages", large)
+        runs.append({"populate": populate, "large-pages-option": large} | line.move(ballast, words=words))
+        line.rest()
+    return runs
+
+
+def of_ledger(ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+    """Move the built-in workload with every combination."""
+    with Ledger("ledger", ARENA, WRITER) as ledger:
+        return [_move(ledger, ballast, *choice) for choice in choices() * repetitions]
+
+
+def _move(ledger: Ledger, ballast: Ballast, populate: str, large: str) -> dict[str, Any]:
+    ledger.prepare()
+    ballast.hold()
+    ballast.release()
+    options = ("--populate", populate, "--large-pages", large)
+    sender = pageferry("migrate", ledger.name, ledger.address, "--output", "json", *options)
+    told = expect(sender, "migration")
+    ledger.moved()
+    if sender.wait():
+        raise RuntimeError("pageferry migrate failed")
+    # Its own second of watching is over: this is all that the writer met since it resumed.
+    stalls: dict[str, Any] = asyncio.run(_report(ledger.name))
+    return {
+        "populate": populate,
+        "large-pages-option": large,
+        "faults-first-second": told["faults-after-resume"]["minor"] + told["faults-after-resume"]["major"],
+        "longest-write-us": stalls["longest-stall-ns"] / 1e3,
+        "slow-writes": sum(stalls["stalls"][SLOW:]),
+        "total-ms": told["total-time"],
+        "downtime-ms": told["downtime"],
+        "downtime-parts": told["downtime-parts"],
+        "populated": told["populated"],
+        "large-source": told["large-pages"]["source"],
+        "large-destination": told["large-pages"]["destination"],
+    }
+
+
+async def _report(name: str) -> dict[str, object]:
+    workload = await open_workload(name)
+    assert isinstance(workload, RemoteArena)
+    try:
+        return await workload.report()
+    finally:
+        workload.close()

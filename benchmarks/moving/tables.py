@@ -1,0 +1,103 @@
+"""Tables in Markdown, from the raw results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.measuring.statistics import spread, values
+from benchmarks.moving.targets import Results, Target
+
+Run = dict[str, Any]
+Column = tuple[str, str, int, float]
+"""Heading, key, digits after the point, unit by which values are divided."""
+
+GUEST: tuple[Column, ...] = (
+    ("total ms", "total-ms", 0, 1),
+    ("command to RESUME ms", "elapsed-ms", 0, 1),
+    ("own downtime ms", "downtime-ms", 0, 1),
+    ("STOP to RESUME ms", "stop-to-resume-ms", 0, 1),
+    ("guest silent ms", "silence-ms", 0, 1),
+    ("CPU s", "cpu-s", 2, 1),
+    ("of it QEMU", "qemu-cpu-s", 2, 1),
+    ("sent MiB", "transferred", 0, 1 << 20),
+    ("2M source", "large-source", 0, 1),
+    ("2M there", "large-destination", 0, 1),
+    ("faults 1st s", "faults-first-second", 0, 1),
+)
+POPULATE: tuple[Column, ...] = (
+    ("faults 1st s", "faults-first-second", 0, 1),
+    ("downtime ms", "downtime-ms", 0, 1),
+    ("populate, hidden ms", "work-ms", 1, 1),
+    ("populate, waited for ms", "populate-ms", 1, 1),
+    ("2M there", "large-destination", 0, 1),
+)
+GUEST_POPULATE = (*POPULATE, ("first 1000 writes ms", "first-writes-ms", 0, 1))
+LEDGER_POPULATE = (*POPULATE, ("longest write us", "longest-write-us", 0, 1), ("writes >= 16 us", "slow-writes", 0, 1))
+STALLS: tuple[Column, ...] = (
+    ("longest stall us", "longest-us", 0, 1),
+    ("writes/s", "writes-per-second", 0, 1),
+    ("install ms", "install-ms", 1, 1),
+    ("MiB modified per round", "dirty-mib-per-round", 1, 1),
+)
+THROUGHPUT: tuple[Column, ...] = (
+    ("first round Mbit/s", "first-round-mbps", 0, 1),
+    ("iperf3 Mbit/s", "iperf3-mbps", 0, 1),
+    ("ratio", "ratio", 2, 1),
+    ("total ms", "total-ms", 0, 1),
+)
+
+
+def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -> str:
+    """Everything."""
+    machine = ", ".join(f"{key}: {value}" for key, value in about.items())
+    named = [
+        run | {"work-ms": run["populated"]["work-ms"], "populate-ms": run["downtime-parts"]["populate"]}
+        for run in results["populate"]
+    ]
+    ledger = [
+        run | {"work-ms": run["populated"]["work-ms"], "populate-ms": run["downtime-parts"]["populate"]}
+        for run in results["ledger"]
+    ]
+    parts = [
+        "<!-- Written by benchmarks/migrate.py. -->",
+        f"Median (least–most). {machine}.",
+        "### Targets",
+        _verdict(targets),
+        "### One guest of 1 GiB, 200 MiB of it in use",
+        _table(results["guests"], ("load", "line", "method"), GUEST),
+        "### An incompressible arena and iperf3",
+        _table([run | {"what": "1 GiB, one stream"} for run in results["throughput"]], ("what",), THROUGHPUT),
+        "### Page tables and large pages: the guest",
+        _table(named, ("populate", "large-pages-option"), GUEST_POPULATE),
+        "### Page tables and large pages: the built-in workload",
+        _table(ledger, ("populate", "large-pages-option"), LEDGER_POPULATE),
+        "### Write traces",
+        _table(results["stalls"], ("pattern", "granularity"), STALLS),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(targets: Sequence[Target]) -> str:
+    rows = [(target.what, target.wanted, target.found, "pass" if target.reached else "**fail**") for target in targets]
+    return _rows(("what", "wanted", "found", ""), rows)
+
+
+def _table(runs: list[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:
+    names: Callable[[Run], tuple[str, ...]] = lambda run: tuple(str(run[key]) for key in by)  # noqa: E731
+    order = list(dict.fromkeys(map(names, runs)))
+    groups = {name: list(group) for name, group in itertools.groupby(sorted(runs, key=names), names)}
+    rows = [(*name, *(_cell(groups[name], column) for column in columns)) for name in order]
+    return _rows((*by, *(heading for heading, *_ in columns)), rows)
+
+
+def _cell(runs: list[Run], column: Column) -> str:
+    _, key, digits, unit = column
+    return spread([value / unit for value in values(runs, key)], digits)
+
+
+def _rows(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    headings = list(headings)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

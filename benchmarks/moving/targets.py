@@ -1,0 +1,60 @@
+"""What the migration is to reach, against what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measuring.statistics import median, values
+
+Results = dict[str, list[dict[str, Any]]]
+PEERS = ("precopy", "multifd")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One line of the verdict."""
+
+    what: str
+    wanted: str
+    found: str
+    reached: bool
+
+
+def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ...]) -> tuple[float, str]:
+    """The least median of a key over lines and methods, and whose it is."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["load"] == load and run["method"] in methods:
+            groups.setdefault(f"{run['line']}, {run['method']}", []).append(run)
+    return min((median(values(group, key)), name) for name, group in groups.items())
+
+
+def judge(results: Results) -> list[Target]:
+    """All targets, in the order in which they are to be read."""
+    guests = results["guests"]
+    found = []
+    for load in ("busy", "idle"):
+        found += [
+            _at_most(guests, load, "total-ms", 0.2, "total time"),
+            _at_most(guests, load, "stop-to-resume-ms", 1.0, "downtime (STOP to RESUME)"),
+        ]
+    ratio = median(values(results["throughput"], "ratio"))
+    found.append(
+        Target("incompressible arena, one stream, checksums", ">= 60 % of iperf3", f"{ratio:.0%}", ratio >= 0.6)
+    )
+    ours = [run for run in guests if run["method"] == "pageferry"]
+    kept = all(run["large-destination"] >= run["large-source"] for run in ours)
+    words = ", ".join(sorted({f"{run['large-source']} -> {run['large-destination']}" for run in ours}))
+    found.append(Target("large pages of the guest, source -> destination", "as many", words, kept))
+    arena = [run for run in results["ledger"] if (run["populate"], run["large-pages-option"]) == ("all", "keep")]
+    faults = median(values(arena, "faults-first-second"))
+    found.append(Target("faults of the built-in workload in its first second", "<= 5", f"{faults:.0f}", faults <= 5))
+    return found
+
+
+def _at_most(guests: list[dict[str, Any]], load: str, key: str, part: float, what: str) -> Target:
+    theirs, peer = best(guests, load, key, PEERS)
+    ours, _ = best(guests, load, key, ("pageferry",))
+    wanted = f"<= {part:g} x {theirs:.0f} ms ({peer})"
+    return Target(f"{what}, {load} guest", wanted, f"{ours:.0f} ms = {ours / theirs:.2f} x", ours <= part * theirs)
