@@ -119,9 +119,13 @@ async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
     """The next line of that type from a process. Raises WorkloadError, with what it said, when it ends instead."""
     assert process.stdout is not None
     assert process.stderr is not None
-    async with asyncio.timeout(PATIENCE):
-        while line := await asyncio.to_thread(process.stdout.readline):
-            said: dict[str, Any] = msgspec.json.decode(line)
-            if said["type"] == kind:
-                return said
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while line := await asyncio.to_thread(process.stdout.readline):
+                said: dict[str, Any] = msgspec.json.decode(line)
+                if said["type"] == kind:
+                    return said
+    except TimeoutError as slow:
+        process.kill()  # whoever waits for its next line is released
+        raise WorkloadError(f"a process of the demo has not said {kind!r} for {PATIENCE:.0f} s") from slow
     raise WorkloadError(f"a process of the demo ended: {process.stderr.read().decode().strip()}")

@@ -32,7 +32,7 @@ class MigrationView(PlainView):
                 )
             case RoundEvent():
                 return (
-                    f"round {event.round}: {event.pages} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
+                    f"round {event.round}: {event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
                     f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, {size(event.remaining)} left"
                 )
             case ProgressEvent():
@@ -42,17 +42,14 @@ class MigrationView(PlainView):
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
         """The rounds so far, and a bar for the one under way."""
-        table = Table.grid(padding=(0, 1))
-        if isinstance(event, ProgressEvent):
-            bar = ProgressBar(total=max(event.total, 1), completed=event.done, width=BAR)
-            table.add_row(Text(f"round {event.round}"), bar, Text(rate(event.mbps * 1e6 / 8)))
-        elif (line := self.line(event)) is not None:
+        shown = Table.grid()
+        if (line := self.line(event)) is not None:
             self._rounds.append(line)
-        lines = Table.grid()
         for done in self._rounds:
-            lines.add_row(Text(done))
-        lines.add_row(table)
-        return lines
+            shown.add_row(Text(done))
+        if isinstance(event, ProgressEvent):
+            shown.add_row(_bar(event))
+        return shown
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """The end of a migration as a table."""
@@ -71,8 +68,15 @@ class DemoView(MigrationView):
         """The table of the migration, and the verdict."""
         intact, writes, checked = (getattr(result, name) for name in ("intact", "writes", "checked"))
         verdict = "every one is there" if intact else "SOME ARE LOST"
-        style = "bold green" if intact else "bold red"
-        return Group(super().result(result), Text(f"{writes} writes, {checked} pages checked: {verdict}", style=style))
+        line = f"{writes:,} writes, {checked:,} pages checked: {verdict}"
+        return Group(super().result(result), Text(line, style="bold green" if intact else "bold red"))
+
+
+def _bar(event: ProgressEvent) -> RenderableType:
+    bar = Table.grid(padding=(0, 1))
+    progress = ProgressBar(total=max(event.total, 1), completed=event.done, width=BAR)
+    bar.add_row(Text(f"round {event.round}"), progress, Text(rate(event.mbps * 1e6 / 8)))
+    return bar
 
 
 def _rows(result: MigrationResult) -> list[tuple[str, str]]:
@@ -83,7 +87,7 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     )
     transferred = (
         f"{size(result.transferred)} of {size(result.memory)} at {rate(result.mbps * 1e6 / 8)}: "
-        f"{result.normal} pages, {result.duplicate} of zeros, {result.skipped} not in memory"
+        f"{result.normal:,} pages, {result.duplicate:,} of zeros, {result.skipped:,} not in memory"
     )
     trace = f"{result.trace.granularity}, installed in {_ms(result.trace.install_ms)}"
     kept = f"{large.source} at the source, {large.destination} at the destination"
