@@ -257,7 +257,7 @@ class Destination:
         """The source has committed. Decide, then run it."""
         fault_point("destination.commit-received")
         # First it must survive us, for once it is decided that it is ours it may not be lost any more.
-        await self.workload.commit()
+        await self.workload.commit(self.verdicts.witness(self.migration))
         self.faults = self.workload.faults()
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the source was told meanwhile that this migration is over")

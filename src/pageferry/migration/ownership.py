@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry.errors import WorkloadError
+from pageferry.workloads.base import Witness
 
 RECORD = "migration.json"
 """File name of the source's record, in the folder of the workload."""
@@ -90,6 +91,10 @@ class Verdicts:
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be written to {target}: {error}") from error
         return verdict
+
+    def witness(self, migration: str) -> Witness:
+        """Where it can be seen that a migration was decided for this host."""
+        return Witness(self._verdict(migration), Verdict.COMMITTED.value)
 
     def forget(self, migration: str) -> None:
         """The source knows what was decided, and will not ask."""

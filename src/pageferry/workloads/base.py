@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 LARGE_PAGE = 2 << 20
@@ -62,6 +63,15 @@ class Identity:
     """Kind-specific facts worth a check or a message (QEMU version, machine type...)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """A file that tells whose a workload is when whoever decided it cannot be asked any more."""
+
+    path: Path
+    says: str
+    """Its contents once the workload is this host's. Anything else, or no file: it is not."""
+
+
 @runtime_checkable
 class Workload(Protocol):
     """A running workload whose memory is managed from outside of it.
@@ -91,10 +101,11 @@ class Workload(Protocol):
     async def save_state(self) -> bytes:
         """Everything that is not in the regions and is needed to run elsewhere. The workload is paused."""
 
-    async def commit(self) -> None:
+    async def commit(self, witness: Witness | None = None) -> None:
         """It may run elsewhere from now on: it stays paused whoever dies, until `resume` or `discard` is called.
 
-        Before this call, the death of whoever paused it lets it run on by itself.
+        Before this call, the death of whoever paused it lets it run on by itself. At the destination a `witness` is
+        given: if we die, a workload that outlives us runs on where the witness says that it is ours, or else ends.
         """
 
     async def load_state(self, state: bytes) -> None:

@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads.base import Faults, Identity, Region
+from pageferry.workloads.base import Faults, Identity, Region, Witness
 
 
 class Status(StrEnum):
@@ -184,8 +184,8 @@ class LocalWorkload:
         """What the workload's state callback gives."""
         return await asyncio.to_thread(self._lifecycle.save_state, self)
 
-    async def commit(self) -> None:
-        """It stays paused until `resume` or `discard`, even if this object is forgotten."""
+    async def commit(self, witness: Witness | None = None) -> None:
+        """It stays paused until `resume` or `discard`, even if this object is forgotten. It cannot outlive us."""
         self._lifecycle.commit(self)
 
     async def load_state(self, state: bytes) -> None:

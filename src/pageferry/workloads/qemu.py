@@ -20,7 +20,7 @@ from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadE
 from pageferry.host import proc, processes, ram_files
 from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
-from pageferry.workloads.base import Faults, Identity, Region
+from pageferry.workloads.base import Faults, Identity, Region, Witness
 from pageferry.workloads.qemu_process import QemuProcess
 from pageferry.workloads.qemu_will import LastWill
 from pageferry.workloads.qmp import PATIENCE, Command, Monitor
@@ -29,6 +29,8 @@ _QUIT_PATIENCE = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
 
 _LOG = "log"
+
+_QUIT: Command = {"execute": "quit"}
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +199,7 @@ class QemuWorkload:
         monitor = await self._hold()
         if self._will is None:
             self._will = LastWill(self._entry.qmp_socket)
+        await self._note_status(monitor)
         await self._prepare_state(monitor)
 
     async def pause(self) -> None:
@@ -206,14 +209,19 @@ class QemuWorkload:
         """
         await self.prepare_pause()
         monitor = await self._hold()
-        self._stays_paused = not (await monitor.execute("query-status"))["running"]
         if not self._stays_paused:
-            self._bequeath([{"execute": "cont"}, *(self._undo or [])])
+            self._bequeath(self._to_resume())
             await monitor.execute("stop")
 
-    async def commit(self) -> None:
-        """The guest may run elsewhere from now on: it stays paused, even if this process dies."""
-        self._bequeath([])
+    async def commit(self, witness: Witness | None = None) -> None:
+        """The guest may run elsewhere from now on: it stays paused, even if this process dies.
+
+        With a `witness` the guardian will look at it then: the guest runs on here, or ends.
+        """
+        if witness is None:
+            self._bequeath([])
+        elif self._will is not None:
+            self._will.write(self._to_resume(), witness=witness, otherwise=[_QUIT])
 
     async def resume(self) -> None:
         """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
@@ -221,6 +229,7 @@ class QemuWorkload:
         Raises WorkloadError where it does not run then, WorkloadDied.
         """
         monitor = await self._hold()
+        self._bequeath(self._to_resume())
         if not self._stays_paused:
             await monitor.execute("cont")
             status = await monitor.execute("query-status")
@@ -243,7 +252,7 @@ class QemuWorkload:
         return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
 
     async def load_state(self, state: bytes) -> None:
-        """Load a device state into a guest started with `incoming`, which stays paused.
+        """Load a device state into a guest started with `incoming`, which stays paused; until `commit` it ends with us.
 
         Raises WorkloadError with QEMU's words where it does not fit this machine, WorkloadDied.
         """
@@ -260,8 +269,6 @@ class QemuWorkload:
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
         self._stays_paused = not saved.was_running
-        # From here on the guest may come to be this one: it must not be ended by our death.
-        self._bequeath([])
 
     async def discard(self) -> None:
         """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
@@ -356,6 +363,13 @@ class QemuWorkload:
             self._will.close()
             self._will = None
 
+    async def _note_status(self, monitor: Monitor) -> None:
+        self._stays_paused = not (await monitor.execute("query-status"))["running"]
+
+    def _to_resume(self) -> list[Command]:
+        """What makes a paused guest as it was before."""
+        return [*([] if self._stays_paused else [{"execute": "cont"}]), *(self._undo or [])]
+
     def _bequeath(self, commands: Sequence[Command]) -> None:
         if self._will is not None:
             self._will.write(commands)
@@ -378,7 +392,7 @@ class QemuWorkload:
     async def _await_state(self) -> None:
         """Be ready for `load_state`; until then the guest is worth nothing, and ends with this process."""
         self._will = LastWill(self._entry.qmp_socket)
-        self._bequeath([{"execute": "quit"}])
+        self._bequeath([_QUIT])
         async with self._session() as monitor:
             await self._prepare_state(monitor)
 

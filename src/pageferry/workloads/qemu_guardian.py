@@ -2,8 +2,9 @@
 
 A controller that has paused a guest may be killed at any moment, and the guest must run on then. So the guardian,
 started as a script (`python qemu_guardian.py QMP_SOCKET`, with nothing of pageferry imported, in a session of its own),
-reads wills from its standard input, one JSON list of QMP commands a line, the last one holding. When the input ends,
-because the controller has closed it or has died, it carries the will out; an empty one leaves everything as it is.
+reads wills from its standard input, one JSON object a line, the last one holding. When the input ends, because the
+controller has closed it or has died, it carries the will out: the QMP commands `commands`; or `otherwise`, where there
+is a `witness` (path and text) and that file does not hold that text. An empty list leaves everything as it is.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ _MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelli
 
 def main() -> None:
     """Wait for the end of the controller, then do what it wanted."""
-    will: list[dict[str, Any]] = []
+    will: dict[str, Any] = {"commands": []}
     for line in sys.stdin:
         if line.endswith("\n"):  # else it died while it wrote: the will before holds
             will = json.loads(line)
+    commands = _decided(will)
     deadline = time.monotonic() + PATIENCE
-    while will and time.monotonic() < deadline:
+    while commands and time.monotonic() < deadline:
         try:
-            _carry_out(sys.argv[1], will, deadline)
+            _carry_out(sys.argv[1], commands, deadline)
         except (ConnectionRefusedError, FileNotFoundError):  # QEMU is gone
             return
         except OSError:
@@ -38,7 +40,22 @@ def main() -> None:
             return
 
 
-def _carry_out(path: str, will: list[dict[str, Any]], deadline: float) -> None:
+def _decided(will: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is to be done: nobody but the controller could have written what the witness says, and it is gone."""
+    commands: list[dict[str, Any]] = will["commands"]
+    if "witness" in will:
+        path, says = will["witness"]
+        try:
+            with open(path, encoding="utf-8") as file:
+                holds = file.read() == says
+        except OSError:
+            holds = False
+        if not holds:
+            commands = will["otherwise"]
+    return commands
+
+
+def _carry_out(path: str, commands: list[dict[str, Any]], deadline: float) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(max(deadline - time.monotonic(), 0.1))
         connection.connect(path)
@@ -49,7 +66,7 @@ def _carry_out(path: str, will: list[dict[str, Any]], deadline: float) -> None:
             while _execute(monitor, {"execute": "query-migrate"}).get("status") in _MIGRATING:
                 _execute(monitor, {"execute": "migrate_cancel"})
                 time.sleep(0.01)
-            for command in will:
+            for command in commands:
                 _execute(monitor, command)
 
 

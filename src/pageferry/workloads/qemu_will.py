@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pageferry.host import processes
 from pageferry.workloads import qemu_guardian
+from pageferry.workloads.base import Witness
 from pageferry.workloads.qmp import Command
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,19 @@ class LastWill:
         """Pid of the process that keeps the will."""
         return self._guardian.pid
 
-    def write(self, commands: Sequence[Command]) -> None:
-        """Replace the will. It holds from here on, even if this process dies at once."""
+    def write(
+        self, commands: Sequence[Command], *, witness: Witness | None = None, otherwise: Sequence[Command] = ()
+    ) -> None:
+        """Replace the will. It holds from here on, even if this process dies at once.
+
+        With a `witness` it is looked at then: `otherwise` is done where it does not say that the guest is ours.
+        """
         assert self._guardian.stdin is not None
+        will: dict[str, object] = {"commands": list(commands), "otherwise": list(otherwise)}
+        if witness is not None:
+            will["witness"] = [str(witness.path), witness.says]
         try:
-            self._guardian.stdin.write(json.dumps(list(commands)) + "\n")
+            self._guardian.stdin.write(json.dumps(will) + "\n")
             self._guardian.stdin.flush()
         except BrokenPipeError:
             log.warning("the guest's guardian is gone: if pageferry is killed now, the guest stays as it is")

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from pageferry.errors import WorkloadDied, WorkloadError
-from pageferry.workloads.base import Faults, Identity, Region, Segment
+from pageferry.workloads.base import Faults, Identity, Region, Segment, Witness
 from pageferry.workloads.control import messages as wire
 from pageferry.workloads.lifecycle import Status
 
@@ -87,8 +87,8 @@ class RemoteArena:
         for data, last in wire.pieces(state):
             await self._do(wire.LoadState(data=data, last=last))
 
-    async def commit(self) -> None:
-        """From here on the program stays paused, whoever dies, until `resume` or `discard`."""
+    async def commit(self, witness: Witness | None = None) -> None:
+        """From here on the program stays paused, whoever dies, until `resume` or `discard`; no `witness` is needed."""
         await self._do(wire.Commit())
 
     async def discard(self) -> None:
