@@ -11,6 +11,7 @@ from logging import getLogger
 import msgspec
 
 from pageferry.cli.arguments import size
+from pageferry.cli.run import see_to_the_end
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.migration import api, messages
@@ -106,17 +107,22 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
     async def prepare(hello: messages.Hello) -> Workload:
         if hello.kind != "qemu":
             raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; a QEMU guest is received here")
+        accepted.set()
         return guest
 
+    accepted = asyncio.Event()
     destination = Destination(reception, prepare, Verdicts(Registry().path), args.patience)
-    async with _received(args, destination, out) as finishing:
-        if args.detach:
-            await finishing
-            guest.close()
-            return 0
-        code = await guest.ended()
-    await guest.forget()
-    return code or 0
+    try:
+        async with _received(args, destination, out) as finishing:
+            if args.detach:
+                await finishing
+                guest.close()
+                return 0
+            return await see_to_the_end(guest) or 0
+    except BaseException:
+        if not accepted.is_set():  # from then on the destination sees to the guest
+            await asyncio.shield(guest.discard())
+        raise
 
 
 async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:

@@ -40,12 +40,17 @@ async def run(args: argparse.Namespace) -> int:
         workload.close()
         return 0
     log.info("%s runs as process %d", args.name, workload.pid)
+    if code := await see_to_the_end(workload):
+        raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}")
+    return 0
+
+
+async def see_to_the_end(workload: QemuWorkload) -> int | None:
+    """Wait for the end of a guest in the foreground, and forget it; when we are to end, it ends first."""
     try:
         code = await workload.ended()
     except asyncio.CancelledError:
         await asyncio.shield(workload.discard())
         raise
     await workload.forget()
-    if code:
-        raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}")
-    return 0
+    return code
