@@ -74,11 +74,14 @@ _Segment = tuple[Space, int, int, int, int]
 class Trace:
     """Write traces (S2) over segments: userfaultfd write protection in asynchronous mode, read by PAGEMAP_SCAN.
 
-    `release_after` = 0 traces small pages; n: a 2 MiB unit in which n traces fired is released as a whole. Every
-    page of a released unit counts as written. Traces go when the object or the process that made it goes.
+    `release_after` = 0 traces small pages; n: a large page in which n traces fired is released as a whole and mapped as
+    a large page again; every page of it counts as written. `large`: which 2 MiB units of each region stand on large
+    pages; what is left out is traced by small pages. Traces go when the object or the process that made it goes.
     """
 
-    def __new__(cls, segments: Sequence[_Segment], release_after: int = 0) -> Trace: ...
+    def __new__(
+        cls, segments: Sequence[_Segment], release_after: int = 0, large: Sequence[Sequence[bool]] = ()
+    ) -> Trace: ...
     @property
     def install_seconds(self) -> float: ...
     @property

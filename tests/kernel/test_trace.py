@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +35,32 @@ def small() -> Iterator[int]:
         yield fd
 
 
+@pytest.fixture
+def large() -> Iterator[int]:
+    with backing("large", LENGTH) as (fd,):
+        yield fd
+
+
+def mapped_large(mapping: Mapping) -> int:
+    """Bytes of a mapping of ours that stand in the page tables as large pages."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    total, within = 0, False
+    for line in lines:
+        if "-" in line.split(" ", 1)[0]:
+            start = int(line.split("-", 1)[0], 16)
+            within = mapping.address <= start < mapping.address + mapping.length
+        elif within and line.startswith("ShmemPmdMapped:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def own(mapping: Mapping, release_after: int = 0) -> Trace:
-    return Trace([(Space(), mapping.address, mapping.length, 0, 0)], release_after)
+    large = mapping.large_units() if release_after and grain(mapping.fileno()) == 1 else []
+    return Trace([(Space(), mapping.address, mapping.length, 0, 0)], release_after, [large])
 
 
 def collect(trace: Trace, pages: int = PAGES) -> set[int]:
@@ -180,27 +205,43 @@ def test_no_write_is_lost_while_collecting(kind: str, release_after: int) -> Non
                 copy[start * SMALL_PAGE : end * SMALL_PAGE] = memory[start * SMALL_PAGE : end * SMALL_PAGE]
             dirty.clear()
         assert sum(ledger.writes()) > 1000
-        assert (trace.released_units > 0) == (release_after > 0)
+        assert (trace.released_units > 0) == (release_after > 0 and kind == "large")
         assert memory == copy
         ledger.stop()
         memory.release()
 
 
-def test_coarse_traces_mark_and_release_whole_units(fd: int) -> None:
+def test_coarse_traces_mark_whole_units(fd: int) -> None:
     mapping = Mapping(fd, LENGTH)
     write(mapping, set(range(PAGES)))
     trace = own(mapping, 1)
     write(mapping, {SLOTS + 3, 3 * SLOTS})
-    if grain(fd) == 1:
-        wait_until(lambda: trace.released_units == 2, "the release of two units")
     assert collect(trace) == set(range(SLOTS, 2 * SLOTS)) | set(range(3 * SLOTS, 4 * SLOTS))
     assert collect(trace) == set()
     write(mapping, {SLOTS + 5})
     assert collect(trace) == set(range(SLOTS, 2 * SLOTS))
 
 
-def test_units_are_released_once_enough_traces_fired(small: int) -> None:
-    mapping = Mapping(small, LENGTH)
+def test_coarse_traces_release_large_pages_as_such(large: int) -> None:
+    mapping = Mapping(large, LENGTH)
+    write(mapping, set(range(PAGES)))
+    trace = own(mapping, 1)
+    assert mapped_large(mapping) == 0, "protecting splits every mapping"
+    write(mapping, {SLOTS + 3, 3 * SLOTS})
+    wait_until(lambda: trace.released_units == 2, "the release of two units")
+    assert mapped_large(mapping) == 2 * LARGE_PAGE
+    minor = faults()
+    write(mapping, set(range(SLOTS, 2 * SLOTS)))
+    assert faults() - minor < SLOTS // 4, "one trap was enough"
+    assert collect(trace) == set(range(SLOTS, 2 * SLOTS)) | set(range(3 * SLOTS, 4 * SLOTS))
+    assert mapped_large(mapping) == 0, "protected again"
+    write(mapping, {SLOTS + 5})
+    assert collect(trace) == set(range(SLOTS, 2 * SLOTS))
+
+
+def test_large_pages_are_released_once_enough_traces_fired(large: int) -> None:
+    mapping = Mapping(large, LENGTH)
+    write(mapping, set(range(PAGES)))
     trace = own(mapping, 256)
     write(mapping, set(range(255)))
     write(mapping, set(range(SLOTS, SLOTS + 256)))
@@ -208,16 +249,18 @@ def test_units_are_released_once_enough_traces_fired(small: int) -> None:
     assert collect(trace) == set(range(255)) | set(range(SLOTS, 2 * SLOTS))
 
 
-def test_a_short_unit_is_released_once() -> None:
-    length = LARGE_PAGE + 8 * SMALL_PAGE
-    with backing("small", length) as (fd,):
-        mapping = Mapping(fd, length)
-        trace = own(mapping, 1)
-        write(mapping, {SLOTS + 1})
-        wait_until(lambda: trace.released_units > 0, "the release of the short unit")
-        write(mapping, {0})
-        wait_until(lambda: trace.released_units > 1, "the release of the whole one")
-        assert trace.released_units == 2
+def test_a_removed_trace_leaves_released_memory_in_order(large: int) -> None:
+    mapping = Mapping(large, LENGTH)
+    write(mapping, set(range(PAGES)))
+    trace = own(mapping, 1)
+    write(mapping, {7, SLOTS + 3})
+    wait_until(lambda: trace.released_units == 2, "the release of two units")
+    trace.remove()
+    assert "uw" not in flags(os.getpid(), mapping.address)
+    write(mapping, set(range(PAGES)), 2)
+    again = own(mapping, 0)
+    write(mapping, {9})
+    assert collect(again) == {9}
 
 
 def test_the_traced_runs_on_when_its_tracer_is_killed(small: int) -> None:

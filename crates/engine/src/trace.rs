@@ -6,20 +6,19 @@
 //! dies the descriptor goes, and every protection with it.
 //!
 //! *Coarse* traces mark a whole large page when one fires in it, and release the rest of it, so that the workload takes
-//! one trap where it would take up to 512. A helper thread looks for units in which traces fired and releases them
-//! (dirty first: an unprotected page counts as written at the next collection, whether it was or not). On shared memory
-//! the release takes the mark off and leaves the page-table entry read-only, so that the first write to each page is a
-//! (plain) fault all the same: measured, it costs as much as the trap it replaces.
-//!
-//! Not seen: freeing pages of the file (the sender finds those), writes through other mappings and by `write(2)`, and, on
-//! hugetlbfs alone, pages that the workload wrote and then unmapped (MADV_DONTNEED) before the next collection.
+//! one trap where it would take up to 512. A helper thread looks for large pages in which traces fired, marks them as
+//! written (before the write is let through: whatever is written afterwards is covered), takes their registration off
+//! and has them mapped as large pages again. To take off the protections alone would gain nothing: to protect a large
+//! page splits its mapping, and every small page of it would still fault once. `collect` registers and protects them
+//! again. Memory that stands on small pages is always traced page by page.
 //!
 //! Order, which is what makes it right: `collect` protects before anybody reads the pages it reports; a write after
 //! that fires again and is reported by the next `collect`.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -31,6 +30,9 @@ use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 /// How often the helper of a coarse trace looks for units to release.
 const POLL: Duration = Duration::from_millis(5);
+/// Most units of a segment that may be released at a time: each can split a mapping in two, and a process may have
+/// 65,530 of them (vm.max_map_count).
+const MAX_RELEASED: usize = 8192;
 
 /// A mapping of a part of a region in an address space.
 #[derive(Debug, Clone)]
@@ -50,8 +52,7 @@ pub struct Segment {
 impl Segment {
     /// Pages of the region between two addresses of the segment.
     fn pages(&self, start: u64, end: u64) -> (usize, usize) {
-        let page = |address: u64| usize::try_from((address - self.address) / SMALL_PAGE as u64).unwrap_or(0);
-        (self.first_page + page(start), self.first_page + page(end))
+        (self.first_page + page_of(self.address, start), self.first_page + page_of(self.address, end))
     }
 }
 
@@ -59,15 +60,68 @@ impl Segment {
 struct Armed {
     segment: Segment,
     uffd: Arc<Userfault>,
+    /// Which 2 MiB units of the segment stand on large pages.
+    large: Vec<bool>,
+    /// Units that have been released since the last collection. Locked while protections are changed.
+    released: Mutex<BTreeSet<usize>>,
 }
 
 impl Armed {
     fn written(&self, flags: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
         let (start, end) = (self.segment.address, self.segment.address + self.segment.len);
-        let flags = flags | uapi::PM_SCAN_CHECK_WPASYNC;
         // PAGE_IS_WRITTEN alone: with more categories some kernels leave out pages that were discarded.
         scan(self.segment.space.pagemap(), start, end, flags, uapi::PAGE_IS_WRITTEN, &mut found)
     }
+
+    fn released(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        self.released.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Address of a unit of the segment.
+    fn unit(&self, unit: usize) -> u64 {
+        self.segment.address + (unit * LARGE_PAGE) as u64
+    }
+
+    /// Marks a large page as written, and lets it be written to, mapped as a large page.
+    fn release(&self, unit: usize, released: &mut BTreeSet<usize>) -> io::Result<()> {
+        released.insert(unit);
+        self.uffd.unregister(self.unit(unit), LARGE_PAGE as u64)?;
+        // If it cannot be mapped as a whole it is mapped page by page, as it is touched.
+        let _ = self.segment.space.collapse(self.unit(unit), LARGE_PAGE as u64);
+        Ok(())
+    }
+
+    /// Protects what was released, and reports all of it.
+    fn protect(&self, released: &mut BTreeSet<usize>, set: &mut PageSet) -> io::Result<()> {
+        for (first, count) in consecutive(&std::mem::take(released)) {
+            let (start, len) = (self.unit(first), (count * LARGE_PAGE) as u64);
+            let (page, last) = self.segment.pages(start, start + len);
+            set.insert(page, last);
+            self.uffd.register(start, len, uapi::REGISTER_MODE_WP)?;
+            self.uffd.write_protect(start, len, true)?;
+        }
+        Ok(())
+    }
+}
+
+/// Numbers that follow each other, as (first, count).
+fn consecutive(numbers: &BTreeSet<usize>) -> Vec<(usize, usize)> {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match runs.last_mut() {
+            Some((first, count)) if *first + *count == number => *count += 1,
+            _ => runs.push((number, 1)),
+        }
+    }
+    runs
+}
+
+/// Which units of a segment stand on large pages that can be mapped as such there, from those of its region.
+fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
+    let aligned = segment.address.is_multiple_of(LARGE_PAGE as u64) && segment.first_page.is_multiple_of(SLOTS);
+    let Some(region) = region.filter(|_| aligned) else { return Vec::new() };
+    let whole = usize::try_from(segment.len).unwrap_or(0) / LARGE_PAGE;
+    region.iter().skip(segment.first_page / SLOTS).take(whole).copied().collect()
 }
 
 /// Write traces over segments. Dropping it takes every protection off.
@@ -84,19 +138,18 @@ pub struct Trace {
 struct Shared {
     stop: AtomicBool,
     released: AtomicU64,
-    /// Held while protections are changed: by the helper while it releases, by `collect` while it protects.
-    changing: Mutex<()>,
 }
 
 impl Trace {
     /// Installs traces over `segments`; from its return on, every write is seen.
     ///
-    /// `release_after` makes them coarse: a unit of 2 MiB in which so many traces fired is released as a whole (1: at
-    /// the first, and all of it is reported as written). 0 leaves every small page traced for itself.
+    /// `release_after` makes them coarse: a large page in which so many traces fired is released as a whole (1: at the
+    /// first, and every unit of 2 MiB with a write in it is reported as written). 0 leaves every small page traced for
+    /// itself. `large`: which units of each region stand on large pages; regions that are left out have none.
     ///
     /// # Errors
     /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
-    pub fn install(segments: Vec<Segment>, release_after: usize) -> Result<Self, AdoptError> {
+    pub fn install(segments: Vec<Segment>, large: &[Vec<bool>], release_after: usize) -> Result<Self, AdoptError> {
         let features = uapi::FEATURE_PAGEFAULT_FLAG_WP
             | uapi::FEATURE_WP_HUGETLBFS_SHMEM
             | uapi::FEATURE_WP_UNPOPULATED
@@ -113,10 +166,11 @@ impl Trace {
                 let (pid, address) = (segment.space.pid(), segment.address);
                 if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
             })?;
-            armed.push(Armed { segment, uffd });
+            let large = large_units(&segment, large.get(segment.region));
+            armed.push(Armed { segment, uffd, large, released: Mutex::default() });
         }
         let begin = Instant::now();
-        for Armed { segment, uffd } in &armed {
+        for Armed { segment, uffd, .. } in &armed {
             uffd.write_protect(segment.address, segment.len, true)?;
         }
         let install = begin.elapsed();
@@ -146,12 +200,13 @@ impl Trace {
     /// ESRCH when a process has ended: its last writes are not known then. InvalidInput without a set for each region.
     /// What was found before an error is in the sets.
     pub fn collect(&self, dirty: &mut [PageSet]) -> io::Result<()> {
-        let _changing = self.shared.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.fits(dirty)?;
         for armed in self.armed.iter() {
             let segment = &armed.segment;
             let set = &mut dirty[segment.region];
-            armed.written(uapi::PM_SCAN_WP_MATCHING, |start, end| {
+            let mut released = armed.released();
+            armed.protect(&mut released, set)?;
+            armed.written(uapi::PM_SCAN_WP_MATCHING | uapi::PM_SCAN_CHECK_WPASYNC, |start, end| {
                 let (first, last) = segment.pages(start, end);
                 if self.expand {
                     set.insert(first / SLOTS * SLOTS, last.next_multiple_of(SLOTS));
@@ -193,7 +248,7 @@ impl Trace {
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
         }
-        for Armed { segment, uffd } in self.armed.iter() {
+        for Armed { segment, uffd, .. } in self.armed.iter() {
             let _ = uffd.unregister(segment.address, segment.len);
         }
     }
@@ -219,32 +274,30 @@ fn release_loop(armed: &[Armed], shared: &Shared, threshold: usize) {
 }
 
 fn release_units(armed: &Armed, shared: &Shared, threshold: usize) -> io::Result<()> {
-    let _changing = shared.changing.lock().unwrap_or_else(PoisonError::into_inner);
-    let segment = &armed.segment;
-    let unit_len = LARGE_PAGE as u64;
-    let mut fired: Vec<(u64, usize)> = Vec::new();
+    // Most memory has nothing to release, and then there is no need to look.
+    if !armed.large.contains(&true) {
+        return Ok(());
+    }
+    let mut released = armed.released();
+    let mut fired = vec![0; armed.large.len()];
+    let address = armed.segment.address;
     armed.written(0, |start, end| {
-        let mut at = start;
-        while at < end {
-            let unit = (at - segment.address) / unit_len;
-            let stop = end.min(segment.address + (unit + 1) * unit_len);
-            let count = usize::try_from((stop - at) / SMALL_PAGE as u64).unwrap_or(0);
-            match fired.last_mut() {
-                Some((last, sum)) if *last == unit => *sum += count,
-                _ => fired.push((unit, count)),
-            }
-            at = stop;
+        let (first, last) = (page_of(address, start), page_of(address, end));
+        for (unit, count) in fired.iter_mut().enumerate().take(last.div_ceil(SLOTS)).skip(first / SLOTS) {
+            *count += last.min((unit + 1) * SLOTS) - first.max(unit * SLOTS);
         }
     })?;
-    for (unit, count) in fired {
-        let start = segment.address + unit * unit_len;
-        let len = unit_len.min(segment.address + segment.len - start);
-        // A unit that is written all over has nothing left to release.
-        if count < threshold || (count * SMALL_PAGE) as u64 >= len {
-            continue;
+    for (unit, count) in fired.into_iter().enumerate() {
+        // A large page that has been written all over has nothing left to release.
+        let worth = armed.large[unit] && (threshold..SLOTS).contains(&count) && released.len() < MAX_RELEASED;
+        if worth && !released.contains(&unit) {
+            armed.release(unit, &mut released)?;
+            shared.released.fetch_add(1, Ordering::Relaxed);
         }
-        armed.uffd.write_protect(start, len, false)?;
-        shared.released.fetch_add(1, Ordering::Relaxed);
     }
     Ok(())
+}
+
+fn page_of(base: u64, address: u64) -> usize {
+    usize::try_from((address - base) / SMALL_PAGE as u64).unwrap_or(0)
 }

@@ -50,6 +50,12 @@ class Memory:
         """One set per region, empty or full."""
         return [PageSet(region.length // SMALL_PAGE, full) for region in self.regions]
 
+    def collapsible(self, units: list[list[bool]]) -> list[list[bool]]:
+        """Of these units, those whose mapping can be split and made large again: hugetlbfs knows no other."""
+        return [
+            large if region.page_size == SMALL_PAGE else [] for region, large in zip(self.regions, units, strict=True)
+        ]
+
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
         """Map large pages as such again, after write traces have split their mappings. What fails stays small."""
         for space, address, length, region, first_page in self.segments:

@@ -135,7 +135,8 @@ class Source:
 
     async def _install_trace(self) -> None:
         """One helper thread installs the traces; nobody in the workload is stopped for it."""
-        trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after))
+        large = self.memory.collapsible(self.large)
+        trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after, large))
         self.trace, self.install_seconds = trace, trace.install_seconds
         self.listener(
             events.SetupEvent(
@@ -208,12 +209,11 @@ class Source:
         with self.times.measure("stop"):
             await self.workload.pause()
         fault_point("source.paused")
-        last = await self._collect()
         with self.times.measure("save"):
             saving = asyncio.create_task(self._save_state())
             try:
                 with self.times.measure("last pages"):
-                    await self._send_round(last)
+                    await self._send_round(await self._collect())
             finally:
                 state = await saving
         # Saving the state may itself have written to memory (queues flushed by devices).
