@@ -57,9 +57,10 @@ async def _pattern(ledger: Ledger, pattern: str, repetitions: int) -> list[dict[
 
 async def _traced(workload: RemoteArena, memory: Memory, release: int | None) -> dict[str, Any]:
     """Some rounds of a migration, as far as the writer is concerned. The first one, which installs, included."""
+    large = memory.collapsible(memory.large_units())
     before = await workload.report()
     began = time.perf_counter()
-    trace = Trace(memory.segments, release) if release is not None else None
+    trace = Trace(memory.segments, release, large) if release is not None else None
     sent = 0
     for _ in range(ROUNDS):
         await asyncio.sleep(ROUND)
