@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -114,9 +115,26 @@ class Source(Program):
         say(msgspec.to_builtins(result))
         say(self.had(self.arena))
 
+    async def migrate_briefly(self, address: str) -> None:
+        """Give up after a while, as a program does."""
+        try:
+            async with asyncio.timeout(1.0):
+                await pageferry.migrate(self.arena, address)
+        except TimeoutError:
+            say("gave up")
+            before = self.words.copy()
+            await asyncio.to_thread(self.wait_for_writes, before)
+            say(self.calls)
+
+    def wait_for_writes(self, before: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+        while (before == self.words).all():
+            time.sleep(0.001)
+
     def run(self) -> None:
         for line in sys.stdin:
             match line.split():
+                case ["briefly", address]:
+                    asyncio.run(self.migrate_briefly(address))
                 case ["migrate", address]:
                     asyncio.run(self.migrate(address))
                 case ["had"]:

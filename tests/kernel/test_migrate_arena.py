@@ -170,3 +170,19 @@ def test_nothing_is_left_open_in_a_program_whose_migrations_fail() -> None:
         here.say("descriptors")
         assert here.json() == before
         assert moving.traces(here.process.pid) == 0
+
+
+@pytest.mark.parametrize(("point", "calls"), [("in-round", []), ("state-received", ["paused", "resumed"])])
+def test_a_program_may_give_a_migration_up(point: str, calls: list[str]) -> None:
+    with (
+        source(8 * MIB, "writing") as here,
+        destination("stateless", fault=f"destination.{point}=stop") as there,
+    ):
+        here.say("descriptors")
+        before = here.json()
+        here.say(f"briefly {there.json()['address']}")
+        assert here.json() == "gave up"
+        assert here.json() == calls
+        here.say("descriptors")
+        assert here.json() == before
+        assert moving.traces(here.process.pid) == 0

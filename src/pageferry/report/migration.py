@@ -91,7 +91,7 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     )
     trace = f"{result.trace.granularity}, installed in {_ms(result.trace.install_ms)}"
     kept = f"{large.source} at the source, {large.destination} at the destination"
-    mapped = f"{populated.large} large and {populated.small} small pages in {_ms(populated.work_ms)}"
+    mapped = f"{populated.large:,} large and {populated.small:,} small pages in {_ms(populated.work_ms)}"
     rows = [
         ("migration", f"{result.workload} {result.status}, it runs at {result.peer}"),
         ("total time", f"{_ms(result.total_time)} (set-up {_ms(result.setup_time)})"),
