@@ -62,6 +62,7 @@ class Destination:
         self.settled = asyncio.Event()
         """Set once the source knows what became of the migration."""
         self._attendant: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> Workload:
         """Receive a workload; it runs here when this returns. Raises MigrationError when it stays at the source.
@@ -201,6 +202,9 @@ class Destination:
         match await self.channel.receive_any():
             case messages.Round(number=number):
                 fault_point("destination.in-round")
+                if number > 1 and self._preparing is None:
+                    # The first round takes long; from now on the last one may be near.
+                    self._preparing = asyncio.create_task(self.workload.prepare_load())
                 await self.channel.during(off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel))
                 await self.channel.send(messages.RoundDone(number=number))
             case messages.Hot(region=region, units=units):
@@ -227,7 +231,7 @@ class Destination:
     async def _make_ready(self, hello: messages.Hello) -> None:
         """Load the state and populate page tables, then promise to be ready."""
         with self.times.measure("load"):
-            await self.channel.during(self.workload.load_state(bytes(self.state)))
+            await self.channel.during(self._load())
         with self.times.measure("populate"):
             await self.channel.during(self._populate(hello.populate))
         ready = messages.Ready(
@@ -237,6 +241,11 @@ class Destination:
         self.promised = True
         await self.channel.send(ready)
         fault_point("destination.promised")
+
+    async def _load(self) -> None:
+        if self._preparing is not None:
+            await self._preparing
+        await self.workload.load_state(bytes(self.state))
 
     async def _populate(self, mode: messages.Populate) -> None:
         placer = self.placer
@@ -304,6 +313,9 @@ class Destination:
             elif not isinstance(error, ConnectionLost):
                 # Told, but not for certain: who receives here next can tell it again.
                 self.settled.set()
+            if self._preparing is not None:
+                self._preparing.cancel()
+                await asyncio.gather(self._preparing, return_exceptions=True)
             with contextlib.suppress(PageferryError):
                 await self.workload.discard()
         finally:

@@ -108,6 +108,9 @@ class Workload(Protocol):
         given: if we die, a workload that outlives us runs on where the witness says that it is ours, or else ends.
         """
 
+    async def prepare_load(self) -> None:
+        """Do what can be done before a state comes to make the `load_state` that follows short."""
+
     async def load_state(self, state: bytes) -> None:
         """Take the state that `save_state` gave on another host. The workload has not run here yet.
 

@@ -172,6 +172,9 @@ class LocalWorkload:
     async def prepare_pause(self) -> None:
         """Nothing: callbacks are for the pause itself."""
 
+    async def prepare_load(self) -> None:
+        """Nothing: there is nobody to be told."""
+
     async def pause(self) -> None:
         """Run the workload's pause callback. Raises what it raises, after the resume callback."""
         await asyncio.to_thread(self._lifecycle.pause, self)

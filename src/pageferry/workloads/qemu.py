@@ -11,10 +11,10 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc, processes, ram_files
@@ -76,6 +76,7 @@ class QemuWorkload:
         self._undo: list[Command] | None = None
         """Commands that put QEMU's migration settings back; None while they are the user's."""
         self._settling: asyncio.Task[None] | None = None
+        self._loading: qemu_state.Loading | None = None
         """What is left to do after `resume`."""
         self._stays_paused = False
 
@@ -170,6 +171,16 @@ class QemuWorkload:
         details = {"qemu": machine.qemu_version, "machine": machine.type, "cpus": len(machine.vcpu_threads)}
         return Identity("qemu", self.name, details)
 
+    def check_source(self, details: Mapping[str, Any]) -> None:
+        """Raises WorkloadError where a guest whose identity has these details cannot be received here, saying why."""
+        ours = self.identity.details
+        for name, option in (("machine", "-machine"), ("cpus", "-smp")):
+            if name in details and details[name] != ours[name]:
+                raise WorkloadError(
+                    f"the source has {option} {details[name]}, {self.name} at the destination has {ours[name]}: "
+                    f"start it with the same"
+                )
+
     @property
     def pid(self) -> int:
         """Of QEMU."""
@@ -231,10 +242,7 @@ class QemuWorkload:
         monitor = await self._hold()
         self._bequeath(self._to_resume())
         if not self._stays_paused:
-            await monitor.execute("cont")
-            status = await monitor.execute("query-status")
-            if not status["running"]:
-                raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+            await self._continue(monitor)
         self._stays_paused = False
         self._bequeath(self._undo or [])
         # The guest runs: nobody waits for the rest any more.
@@ -251,6 +259,16 @@ class QemuWorkload:
         was_running = not self._stays_paused
         return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
 
+    async def prepare_load(self) -> None:
+        """Have a guest started with `incoming` listen for its state, which saves some 5 ms in `load_state`.
+
+        Raises UnsupportedError where QEMU cannot load its state alone, WorkloadError.
+        """
+        if self._loading is None:
+            monitor = await self._hold()
+            await self._prepare_state(monitor)
+            self._loading = await qemu_state.Loading.begin(monitor)
+
     async def load_state(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`, which stays paused; until `commit` it ends with us.
 
@@ -263,9 +281,10 @@ class QemuWorkload:
                 f"start it with -machine {saved.machine}, and with the same devices"
             )
         try:
-            monitor = await self._hold()
-            await self._prepare_state(monitor)
-            await qemu_state.load(monitor, saved.stream)
+            await self.prepare_load()
+            assert self._loading is not None
+            loading, self._loading = self._loading, None
+            await loading.finish(saved.stream)
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
         self._stays_paused = not saved.was_running
@@ -302,6 +321,7 @@ class QemuWorkload:
         for region in self._regions:
             os.close(region.fd)
         self._regions = ()
+        self._stop_loading()
         if self._held is not None:
             self._held.abandon()
             self._held = None
@@ -331,6 +351,16 @@ class QemuWorkload:
             self._held = await self._open()
         return self._held
 
+    async def _continue(self, monitor: Monitor) -> None:
+        with monitor.events("RESUME") as resumed:
+            await monitor.execute("cont")
+            # The event comes before the answer; without it there is something to find out.
+            if not resumed.empty():
+                return
+        status = await monitor.execute("query-status")
+        if not status["running"]:
+            raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+
     async def _settle(self, monitor: Monitor) -> None:
         """After `resume`: put the migration settings back, let go of monitor and guardian."""
         try:
@@ -353,10 +383,16 @@ class QemuWorkload:
 
     async def _let_go(self) -> None:
         """Of the monitor, and of the guardian."""
+        self._stop_loading()
         if self._held is not None:
             monitor, self._held = self._held, None
             await monitor.close()
         self._close_will()
+
+    def _stop_loading(self) -> None:
+        if self._loading is not None:
+            self._loading.close()
+            self._loading = None
 
     def _close_will(self) -> None:
         if self._will is not None:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
@@ -101,13 +101,37 @@ async def save(monitor: Monitor) -> bytes:
             raise
 
 
-async def load(monitor: Monitor, stream: bytes) -> None:
-    """Give a migration stream to a QEMU that was started with `-incoming defer`, after `prepare`; it stays paused.
+class Loading:
+    """A QEMU that waits for a device state on a connection of ours. Made by `begin`; `finish` or `close` it."""
 
-    Raises WorkloadError with QEMU's words, or WorkloadDied: some QEMUs end when they cannot take a stream.
-    """
-    with await _channel(monitor) as ours:
-        await _run(monitor, "migrate-incoming", _send(ours, stream))
+    def __init__(
+        self, monitor: Monitor, ours: socket.socket, events: EventListener, held: contextlib.ExitStack
+    ) -> None:
+        self._monitor = monitor
+        self._ours = ours
+        self._events = events
+        self._held = held
+
+    @classmethod
+    async def begin(cls, monitor: Monitor) -> Self:
+        """For a QEMU that was started with `-incoming defer`, after `prepare`. Raises WorkloadError, WorkloadDied."""
+        with contextlib.ExitStack() as held:
+            ours = held.enter_context(await _channel(monitor))
+            events = held.enter_context(monitor.events("MIGRATION"))
+            await monitor.execute("migrate-incoming", uri=f"fd:{_DESCRIPTOR}")
+            return cls(monitor, ours, events, held.pop_all())
+
+    async def finish(self, stream: bytes) -> None:
+        """Give it a migration stream; it stays paused.
+
+        Raises WorkloadError with QEMU's words, or WorkloadDied: some QEMUs end when they cannot take a stream.
+        """
+        with self._held:
+            await _until_ended(self._monitor, self._events, asyncio.ensure_future(_send(self._ours, stream)))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._held.close()
 
 
 async def _channel(monitor: Monitor) -> socket.socket:
@@ -129,15 +153,21 @@ async def _run(monitor: Monitor, command: str, transfer: Coroutine[Any, Any, T])
     try:
         with monitor.events("MIGRATION") as events:
             await monitor.execute(command, uri=f"fd:{_DESCRIPTOR}")
-            ended = asyncio.ensure_future(_end(monitor, events))
-            try:
-                # The first error ends both: a transfer that fails leaves QEMU waiting for ever, and vice versa.
-                result, _ = await asyncio.gather(moving, ended)
-            finally:
-                ended.cancel()
-            return result
+            return await _until_ended(monitor, events, moving)
     finally:
         moving.cancel()
+
+
+async def _until_ended(monitor: Monitor, events: EventListener, moving: asyncio.Future[T]) -> T:
+    """The result of a transfer, once QEMU's migration has ended too."""
+    ended = asyncio.ensure_future(_end(monitor, events))
+    try:
+        # The first error ends both: a transfer that fails leaves QEMU waiting for ever, and vice versa.
+        result, _ = await asyncio.gather(moving, ended)
+    finally:
+        moving.cancel()
+        ended.cancel()
+    return result
 
 
 async def _end(monitor: Monitor, events: EventListener) -> None:

@@ -70,6 +70,9 @@ class RemoteArena:
     async def prepare_pause(self) -> None:
         """Nothing: the program's callbacks are for the pause itself."""
 
+    async def prepare_load(self) -> None:
+        """Nothing: the program is asked when there is a state."""
+
     async def pause(self) -> None:
         """Have the program stop everything that writes. It runs on if we go away before `commit`."""
         await self._do(wire.Pause())
