@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import selectors
 import socket
@@ -32,7 +33,7 @@ class SerialLines:
     def longest_silence(self, start: float, end: float) -> float:
         """The longest time between two ticks of which at least a part lies between two instants, seconds."""
         times = [at for at, _ in list(self.ticks)]
-        gaps = [(late - early) for early, late in zip(times, times[1:], strict=False) if late > start and early < end]
+        gaps = [(late - early) for early, late in itertools.pairwise(times) if late > start and early < end]
         return max(gaps, default=0.0)
 
     def time_to_writes(self, start: float, count: int) -> float | None:
