@@ -74,9 +74,8 @@ def _require() -> None:
     missing = [str(path) for path in (KERNEL, QEMUS["7.2"]) if not path.exists()]
     missing += [program for program in ("iperf3", "rustc") if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
-        sys.exit(
-            f"bench-migrate needs root and {', '.join(missing) or 'nothing else'}: run `make system` first, as root"
-        )
+        what = ", ".join(missing) or "what `make system` installs"
+        sys.exit(f"bench-migrate needs {what}, and root: run `make system` as root, then this")
 
 
 def _measure(folder: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

@@ -125,7 +125,7 @@ class Line(ABC):
         resumed = destination.monitor.wait("RESUME")
         cpu = meter.read()
         time.sleep(max(resumed + WATCHED - time.time(), 0))
-        run = {
+        run: dict[str, Any] = {
             "line": self.label,
             "elapsed-ms": (resumed - began) * 1e3,
             "stop-to-resume-ms": (resumed - stopped) * 1e3,

@@ -13,7 +13,7 @@ from benchmarks.moving.pageferry_line import Process, expect, pageferry
 
 
 class Ledger:
-    """A ledger that runs in a process of its own, and moves. `options`: those of `LedgerOptions`; `setup`: of `Setup`."""
+    """A ledger in a process of its own, which moves. `options`: those of `LedgerOptions`; `setup`: of `Setup`."""
 
     def __init__(self, stem: str, size: int, options: dict[str, Any], **setup: Any) -> None:
         self._stem = f"{stem}-{os.getpid()}"

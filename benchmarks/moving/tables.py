@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.measuring.statistics import spread, values
@@ -52,14 +52,6 @@ THROUGHPUT: tuple[Column, ...] = (
 def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -> str:
     """Everything."""
     machine = ", ".join(f"{key}: {value}" for key, value in about.items())
-    named = [
-        run | {"work-ms": run["populated"]["work-ms"], "populate-ms": run["downtime-parts"]["populate"]}
-        for run in results["populate"]
-    ]
-    ledger = [
-        run | {"work-ms": run["populated"]["work-ms"], "populate-ms": run["downtime-parts"]["populate"]}
-        for run in results["ledger"]
-    ]
     parts = [
         "<!-- Written by benchmarks/migrate.py. -->",
         f"Median (least–most). {machine}.",
@@ -70,13 +62,17 @@ def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -
         "### An incompressible arena and iperf3",
         _table([run | {"what": "1 GiB, one stream"} for run in results["throughput"]], ("what",), THROUGHPUT),
         "### Page tables and large pages: the guest",
-        _table(named, ("populate", "large-pages-option"), GUEST_POPULATE),
+        _table([_populated(run) for run in results["populate"]], ("populate", "large-pages-option"), GUEST_POPULATE),
         "### Page tables and large pages: the built-in workload",
-        _table(ledger, ("populate", "large-pages-option"), LEDGER_POPULATE),
+        _table([_populated(run) for run in results["ledger"]], ("populate", "large-pages-option"), LEDGER_POPULATE),
         "### Write traces",
         _table(results["stalls"], ("pattern", "granularity"), STALLS),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _populated(run: Run) -> Run:
+    return run | {"work-ms": run["populated"]["work-ms"], "populate-ms": run["downtime-parts"]["populate"]}
 
 
 def _verdict(targets: Sequence[Target]) -> str:
@@ -85,7 +81,9 @@ def _verdict(targets: Sequence[Target]) -> str:
 
 
 def _table(runs: list[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:
-    names: Callable[[Run], tuple[str, ...]] = lambda run: tuple(str(run[key]) for key in by)  # noqa: E731
+    def names(run: Run) -> tuple[str, ...]:
+        return tuple(str(run[key]) for key in by)
+
     order = list(dict.fromkeys(map(names, runs)))
     groups = {name: list(group) for name, group in itertools.groupby(sorted(runs, key=names), names)}
     rows = [(*name, *(_cell(groups[name], column) for column in columns)) for name in order]
