@@ -16,6 +16,8 @@ from tests.guest import initrd
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+
 
 @pytest.fixture(scope="session")
 def checker_initrd(guest_modules: Path) -> Path:
@@ -46,6 +48,20 @@ def registry() -> Iterator[Registry]:
     left = registry.entries()
     asyncio.run(_end(registry, left))
     assert list(left) == []
+
+
+@pytest.fixture
+def huge_pages(root: None) -> Iterator[None]:
+    """Enough for two guests of 256 MiB; the kernel may find fewer."""
+    before = int(HUGE_PAGES.read_text())
+    wanted = before + 256
+    HUGE_PAGES.write_text(str(wanted))
+    try:
+        if int(HUGE_PAGES.read_text()) < wanted:
+            pytest.skip("the kernel finds no 256 huge pages")
+        yield
+    finally:
+        HUGE_PAGES.write_text(str(before))
 
 
 async def _end(registry: Registry, entries: Mapping[str, AnyEntry]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from tests.guest.machines import GuestParts, copy_memory
 from tests.guest.serial import Serial
 
 MakeSerial = Callable[[str], Serial]
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 BALLOON = ("-device", "virtio-balloon-pci")
 Q35 = ("-machine", "q35", "-smp", "2", *BALLOON, "-drive", "file={disk},format=raw,if=virtio")
@@ -63,19 +62,6 @@ def test_memory_above_the_pci_hole_is_one_region(parts: GuestParts, serial: Make
     """5 GiB are one file in two guest-physical ranges; what the guest never touches is not allocated."""
     allocated = asyncio.run(move(parts, serial, memory="5G"))
     assert max(allocated) < 1 << 30
-
-
-@pytest.fixture
-def huge_pages(root: None) -> Iterator[None]:
-    """Enough for two guests of 256 MiB; the kernel may find fewer."""
-    before = HUGE_PAGES.read_text()
-    HUGE_PAGES.write_text("256")
-    try:
-        if int(HUGE_PAGES.read_text()) < 256:
-            pytest.skip("the kernel finds no 256 huge pages")
-        yield
-    finally:
-        HUGE_PAGES.write_text(before)
 
 
 @pytest.mark.usefixtures("huge_pages")

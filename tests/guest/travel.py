@@ -1,0 +1,212 @@
+"""A guest that travels: moved by the command line from one QEMU to the next, and watched on its serial lines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pageferry.errors import NoSuchWorkload
+from pageferry.host.registry import QemuEntry, Registry
+from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qmp import Monitor
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial, Tick
+from tests.kernel import moving
+from tests.kernel.programs import DEADLINE, Program, wait_until
+
+CHECKER = "ferry.mib=32 ferry.rate=4000 ferry.verify=32768 ferry.tick=50"
+"""Small, busy, and verified several times a second."""
+
+
+class Traveller:
+    """A guest and the command line that starts it, here and wherever it goes. Its names count its journeys."""
+
+    def __init__(
+        self,
+        parts: GuestParts,
+        folder: Path,
+        *options: str,
+        name: str = "guest",
+        memory: str = "160M",
+        checker: str = CHECKER,
+        flags: Sequence[str] = (),
+    ) -> None:
+        self.parts = parts
+        self.folder = folder
+        self.options = options
+        self.memory = memory
+        self.checker = checker
+        self.flags = flags
+        """Options of `pageferry run` and `pageferry receive`."""
+        self._name = name
+        self.journeys = 0
+
+    @property
+    def name(self) -> str:
+        """Where it is now."""
+        return f"{self._name}-{self.journeys}"
+
+    @property
+    def next_name(self) -> str:
+        """Where it goes next."""
+        return f"{self._name}-{self.journeys + 1}"
+
+    @property
+    def serial(self) -> Serial:
+        """Its serial line of now."""
+        return self._serial(self.name)
+
+    @property
+    def pid(self) -> int:
+        """Of its QEMU."""
+        return entry(self.name).pid
+
+    def start(self) -> None:
+        """Boot it, and wait until it works."""
+        self.serial.path.unlink(missing_ok=True)
+        words = ["run", self.name, "--detach", *self.flags, "--", *self.command(self.name)]
+        subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
+        asyncio.run(self.serial.ready())
+
+    def command(self, name: str) -> list[str]:
+        """Of its QEMU of that name."""
+        return self.parts.command(self._serial(name), *self.options, memory=self.memory, checker=self.checker)
+
+    def receiver(
+        self,
+        *options: str,
+        command: Sequence[str] | None = None,
+        name: str | None = None,
+        detach: bool = True,
+        fault: str | None = None,
+        **streams: Any,
+    ) -> Program:
+        """`pageferry receive` for its next journey, or another command line than its own."""
+        name = name or self.next_name
+        self._serial(name).path.unlink(missing_ok=True)
+        words = ["receive", name, *self.flags, *(["--detach"] if detach else []), "--output", "json", *options]
+        words += ["--", *(command or self.command(name))]
+        return Program("-m", "pageferry", *words, env=moving.environment(fault), **streams)
+
+    def migrating(self, address: str, *options: str, fault: str | None = None, **streams: Any) -> Program:
+        """`pageferry migrate`."""
+        return moving.migrating(self.name, address, *options, fault=fault, **streams)
+
+    def move(self, *options: str) -> dict[str, Any]:
+        """Go on one journey, successfully; what `migrate` says at the end."""
+        with self.receiver() as there, self.migrating(moving.address_of(there), *options) as migration:
+            result = moving.until(migration, "migration")
+            assert migration.wait() == 0
+            assert there.json()["type"] == "received"
+            assert there.wait() == 0
+        self.arrived()
+        return result
+
+    def arrived(self) -> None:
+        """It is at the other end now, and nothing of it is left here."""
+        gone = self.name
+        self.journeys += 1
+        assert gone not in Registry().entries()
+        self.alone()
+
+    def runs(self) -> Tick:
+        """It goes on, and has found no page wrong."""
+        return asyncio.run(self.serial.ticks(2))
+
+    def verifies_everything(self) -> Tick:
+        """It goes on, and has found every page as it must be."""
+        return asyncio.run(self.serial.passes(2))
+
+    def alone(self) -> None:
+        """Wait until there is nothing else around it: no other QEMU, no guardian, no name."""
+        wait_until(lambda: around() == {self.pid}, f"that nothing but {self.name} is left, but {around()}")
+        assert list(Registry().entries()) == [self.name]
+
+    def untouched(self) -> None:
+        """Wait until it is as if nobody had ever done anything to it."""
+        self.alone()
+        wait_until(lambda: moving.traces(self.pid) == 0, "the end of the traces")
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        assert "TracerPid:\t0\n" in status
+
+    def allocated(self) -> int:
+        """Bytes of its memory files that are allocated."""
+
+        async def look() -> int:
+            workload = await QemuWorkload.attach(self.name)
+            try:
+                return sum(os.fstat(region.fd).st_blocks * 512 for region in workload.regions)
+            finally:
+                workload.close()
+
+        return asyncio.run(look())
+
+    def resident(self) -> int:
+        """Bytes that its QEMU has mapped."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """What its monitor says."""
+        return asyncio.run(ask(self.name, command, **arguments))
+
+    def end(self) -> None:
+        """End it, wherever it is, and whatever a test that failed has left of it."""
+        registry = Registry()
+        for name in list(registry.entries()):
+            subprocess.run([sys.executable, "-m", "pageferry", "stop", "--kill", name], check=True, timeout=DEADLINE)
+
+    def _serial(self, name: str) -> Serial:
+        return Serial(self.folder / f"{name}.serial")
+
+
+@contextmanager
+def travelling(parts: GuestParts, folder: Path, *options: str, **details: Any) -> Iterator[Traveller]:
+    """A guest that has booted; in the end it must never have found a wrong page, on any journey."""
+    traveller = Traveller(parts, folder, *options, **details)
+    try:
+        traveller.start()
+        yield traveller
+        assert [line for path in folder.glob("*.serial") for line in Serial(path).bad] == []
+    finally:
+        traveller.end()
+
+
+def entry(name: str) -> QemuEntry:
+    """What the registry knows of a guest. Raises NoSuchWorkload."""
+    found = Registry().lookup(name)
+    if not isinstance(found, QemuEntry):
+        raise NoSuchWorkload(name)
+    return found
+
+
+async def ask(name: str, command: str, **arguments: Any) -> Any:
+    """What the monitor of a guest says."""
+    async with await Monitor.open(entry(name).qmp_socket) as monitor:
+        return await monitor.execute(command, **arguments)
+
+
+def around() -> set[int]:
+    """Processes that have to do with guests of this run directory: QEMUs and guardians are told its sockets."""
+    mark = os.fsencode(f"{Registry().path}/")
+    found = set()
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdecimal() and mark in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+    return found
+
+
+def listed() -> dict[str, str]:
+    """Names and statuses, as `pageferry list` shows them."""
+    command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
+    said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
+    return {one["name"]: one["status"] for one in map(json.loads, said.splitlines())}

@@ -1,0 +1,127 @@
+"""A real guest under write load, moved by the command line: once, ten times, with every option, and refused."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guest import travel
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller, travelling
+from tests.kernel import moving
+from tests.kernel.moving import MIB
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+@pytest.fixture(scope="module")
+def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traveller]:
+    with travelling(parts, tmp_path_factory.mktemp("guest")) as traveller:
+        yield traveller
+
+
+def test_moves_and_says_what_it_took(guest: Traveller) -> None:
+    before = guest.runs()
+    result = guest.move()
+    after = guest.verifies_everything()
+    assert after.number > before.number
+    assert after.writes > before.writes
+    assert (result["status"], result["mode"]) == ("completed", "precopy")
+    assert result["memory"] == 160 * MIB
+    assert result["normal"] + result["duplicate"] + result["skipped"] >= result["memory"] // 4096
+    assert 24 * MIB < result["transferred"] < 2 * result["memory"]
+    assert 0 < result["downtime"] < result["total-time"]
+    assert 0 < result["setup-time"] < result["total-time"]
+    assert result["downtime"] == result["downtime-parts"]["total"]
+    assert result["dirty-sync-count"] >= 2
+    large = result["large-pages"]
+    assert large["destination"] == large["source"] > 16
+    assert large["fallbacks"] == 0
+    populated = result["populated"]
+    assert (populated["mode"], populated["failed"]) == ("all", 0)
+    assert populated["large"] == large["source"]
+    assert result["faults-after-resume"]["major"] == 0
+    assert result["trace"]["granularity"] == "auto"
+    guest.untouched()
+
+
+def test_moves_on_and_on(guest: Traveller) -> None:
+    first = guest.runs()
+    for _ in range(10):
+        result = guest.move()
+        assert result["large-pages"]["destination"] == result["large-pages"]["source"]
+        guest.runs()
+    last = guest.verifies_everything()
+    assert last.writes > first.writes
+    assert last.errors == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--codec lz4 --streams 2 --trace-granularity 4K",
+        "--codec zstd --trace-granularity 2M --populate hot",
+        "--large-pages ignore --populate none --streams 3 --max-downtime 1",
+    ],
+)
+def test_moves_with_options(guest: Traveller, options: str) -> None:
+    result = guest.move(*options.split())
+    if "--codec" in options:
+        assert result["transferred"] < result["normal"] * 4096
+    if "--populate" in options:
+        assert result["populated"]["mode"] == options.split("--populate ")[1].split()[0]
+    if "--trace" in options:
+        assert result["trace"]["granularity"] == options.split("granularity ")[1].split()[0]
+    guest.verifies_everything()
+
+
+def test_stays_paused_if_its_user_has_paused_it(guest: Traveller) -> None:
+    guest.qmp("stop")
+    guest.move()
+    assert travel.listed() == {guest.name: "paused"}
+    guest.qmp("cont")
+    guest.verifies_everything()
+
+
+def test_a_paused_guest_whose_migration_fails_stays_paused(guest: Traveller) -> None:
+    guest.qmp("stop")
+    fault = "destination.in-round=kill"
+    with guest.receiver(fault=fault) as there, guest.migrating(moving.address_of(there)) as migration:
+        assert migration.wait() == 23
+    guest.untouched()
+    assert travel.listed() == {guest.name: "paused"}
+    guest.qmp("cont")
+    guest.runs()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (("-m", "192M"), ["memory does not match", "160 MiB", "192 MiB"]),
+        (("-machine", "q35"), ["the source has -machine pc-i440fx", "at the destination has pc-q35"]),
+        (("-smp", "2"), ["the source has -smp 1", "at the destination has 2"]),
+        (("-device", "virtio-balloon-pci"), ["the source has -device none", "has virtio-balloon-pci"]),
+    ],
+    ids=["memory", "machine", "cpus", "devices"],
+)
+def test_a_machine_that_is_another_one_is_refused_by_name(
+    guest: Traveller, other: tuple[str, ...], words: list[str], tmp_path: Path
+) -> None:
+    command = [*guest.command(guest.next_name), *other]
+    with guest.receiver(command=command, stderr=subprocess.PIPE) as there:
+        with guest.migrating(moving.address_of(there), stderr=subprocess.PIPE) as migration:
+            assert migration.wait() == 21
+            assert migration.process.stderr is not None
+            said = migration.process.stderr.read().decode()
+            migration.process.stderr.close()
+        for word in words:
+            assert word in said
+        there.process.terminate()
+        there.wait()
+        assert there.process.stderr is not None
+        there.process.stderr.close()
+    guest.untouched()
+    guest.runs()

@@ -1,0 +1,96 @@
+"""Guests of several kinds, moved by the command line: q35 with devices, much memory, hugetlbfs, a newer QEMU."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller, travelling
+from tests.kernel import moving
+from tests.kernel.moving import MIB
+from tests.kernel.programs import wait_until
+
+pytestmark = pytest.mark.usefixtures("root")
+
+Q35 = ("-machine", "q35", "-smp", "2", "-device", "virtio-balloon-pci", "-device", "virtio-rng-pci")
+
+
+def balloon(guest: Traveller, mib: int) -> None:
+    """Have the guest give back, or take, memory until it has so much."""
+    guest.qmp("balloon", value=mib * MIB)
+    wait_until(lambda: guest.qmp("query-balloon")["actual"] == mib * MIB, f"a balloon that leaves {mib} MiB")
+
+
+def test_q35_with_two_vcpus_devices_and_a_balloon_that_moves_too(parts: GuestParts, tmp_path: Path) -> None:
+    """The balloon is inflated before, further inflated between two rounds, and deflated at the other end."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MIB))
+    network = ("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n")
+    devices = ("-drive", f"file={disk},format=raw,if=virtio", *network)
+    with travelling(parts, tmp_path, *Q35, *devices, memory="224M") as guest:
+        assert guest.runs().number
+        balloon(guest, 192)
+        with guest.receiver() as there:
+            fault = "source.between-rounds=stop"
+            with guest.migrating(moving.address_of(there), "--max-downtime", "1", fault=fault) as migration:
+                moving.stopped(migration)
+                balloon(guest, 160)
+                migration.process.send_signal(signal.SIGCONT)
+                assert moving.until(migration, "migration")["status"] == "completed"
+            assert there.wait() == 0
+        guest.arrived()
+        guest.verifies_everything()
+        assert guest.qmp("query-balloon")["actual"] == 160 * MIB
+        balloon(guest, 224)
+        assert guest.move()["memory"] == 224 * MIB
+        guest.verifies_everything()
+
+
+def test_untouched_memory_is_not_allocated(parts: GuestParts, tmp_path: Path) -> None:
+    """4 GiB in two guest-physical ranges, on both sides of the hole for PCI."""
+    with travelling(parts, tmp_path, memory="4G") as guest:
+        result = guest.move()
+        guest.verifies_everything()
+        assert result["memory"] == 4096 * MIB
+        assert result["skipped"] > 3 * 1024 * MIB // 4096
+        assert result["transferred"] < 512 * MIB
+        assert guest.allocated() < 512 * MIB
+        assert guest.resident() < 1024 * MIB
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> None:
+    """From there to another file of its kind, and on to ordinary large pages."""
+    with travelling(parts, tmp_path, flags=["--hugetlb"]) as guest:
+        for flags in (["--hugetlb"], []):
+            guest.flags = flags
+            result = guest.move()
+            guest.verifies_everything()
+            assert result["large-pages"]["destination"] >= result["large-pages"]["source"] > 16
+            assert result["populated"]["failed"] == 0
+
+
+@pytest.fixture
+def machine_type(qemu_system: Path) -> str:
+    """The newest i440fx that the older of both QEMUs knows."""
+    command = [str(qemu_system), "-machine", "help"]
+    said = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
+    return next(line.split()[0] for line in said.splitlines() if line.startswith("pc-i440fx-"))
+
+
+def test_a_guest_gets_a_newer_qemu_and_its_old_one_back(
+    qemu_system: Path, qemu_10: Path, guest_kernel: Path, checker_initrd: Path, machine_type: str, tmp_path: Path
+) -> None:
+    """Without a reboot, where both know its machine type."""
+    old, new = (GuestParts(qemu, guest_kernel, checker_initrd) for qemu in (qemu_system, qemu_10))
+    with travelling(old, tmp_path, "-machine", machine_type) as guest:
+        versions = []
+        for guest.parts in (new, old):
+            guest.move()
+            guest.verifies_everything()
+            versions.append(guest.qmp("query-version")["qemu"]["major"])
+        assert versions[0] > versions[1]
