@@ -107,6 +107,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
     async def prepare(hello: messages.Hello) -> Workload:
         if hello.kind != "qemu":
             raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; a QEMU guest is received here")
+        guest.check_source(hello.details)
         accepted.set()
         return guest
 

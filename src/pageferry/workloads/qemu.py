@@ -42,12 +42,16 @@ class _Machine:
     qemu_version: str
     type: str
     vcpu_threads: tuple[int, ...]
+    devices: tuple[str, ...]
+    """Types of those that the user has added."""
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
         kind = await monitor.execute("qom-get", path="/machine", property="type")
         cpus = await monitor.execute("query-cpus-fast")
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), tuple(cpu["thread-id"] for cpu in cpus))
+        threads = tuple(cpu["thread-id"] for cpu in cpus)
+        devices = tuple(sorted(await qemu_ram.devices(monitor)))
+        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices)
 
 
 class QemuWorkload:
@@ -153,7 +157,8 @@ class QemuWorkload:
         async with await opening as monitor:
             machine = await _Machine.ask(monitor)
             pid = proc.thread_group(machine.vcpu_threads[0])
-            await qemu_ram.check_devices(monitor)
+            for device in machine.devices:
+                qemu_command.refuse_device(device)
             regions = await _regions_of(monitor, pid)
         for region in regions:
             if qemu_ram.misaligned(region):
@@ -166,19 +171,27 @@ class QemuWorkload:
 
     @property
     def identity(self) -> Identity:
-        """Kind, name, and the details `qemu` (its version), `machine` (type with version) and `cpus`."""
+        """Kind, name, and the details `qemu` (its version), `machine` (type with version), `cpus` and `devices`."""
         machine = self._machine
-        details = {"qemu": machine.qemu_version, "machine": machine.type, "cpus": len(machine.vcpu_threads)}
+        details = {
+            "qemu": machine.qemu_version,
+            "machine": machine.type,
+            "cpus": len(machine.vcpu_threads),
+            "devices": ", ".join(machine.devices),
+        }
         return Identity("qemu", self.name, details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
-        """Raises WorkloadError where a guest whose identity has these details cannot be received here, saying why."""
+        """Raises WorkloadError where a guest whose identity has these details cannot be received here, saying why.
+
+        QEMU itself notices less: it takes a state that lacks some of its devices, and the guest never learns of them.
+        """
         ours = self.identity.details
-        for name, option in (("machine", "-machine"), ("cpus", "-smp")):
+        for name, option in (("machine", "-machine"), ("cpus", "-smp"), ("devices", "-device")):
             if name in details and details[name] != ours[name]:
                 raise WorkloadError(
-                    f"the source has {option} {details[name]}, {self.name} at the destination has {ours[name]}: "
-                    f"start it with the same"
+                    f"the source has {option} {details[name] or 'none'}, {self.name} at the destination has "
+                    f"{ours[name] or 'none'}: start it with the same"
                 )
 
     @property

@@ -13,7 +13,6 @@ from pathlib import Path
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
 from pageferry.workloads.base import LARGE_PAGE, Region, Segment
-from pageferry.workloads.qemu_command import refuse_device
 from pageferry.workloads.qmp import Monitor
 
 _ADVICE = (
@@ -44,11 +43,11 @@ def misaligned(region: Region) -> bool:
     return any((segment.address - segment.offset - region.file_offset) % LARGE_PAGE for segment in region.segments)
 
 
-async def check_devices(monitor: Monitor) -> None:
-    """Raises UnsupportedError for a guest with a device that writes to its memory behind our back."""
-    for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
-        for child in await monitor.execute("qom-list", path=folder):
-            refuse_device(child["type"].removeprefix("child<").removesuffix(">"))
+async def devices(monitor: Monitor) -> list[str]:
+    """The types of all devices that are not part of the machine itself."""
+    folders = [await monitor.execute("qom-list", path=f"/machine/{name}") for name in ("peripheral", "peripheral-anon")]
+    types = [item["type"] for folder in folders for item in folder]
+    return [kind.removeprefix("child<").removesuffix(">") for kind in types if kind.startswith("child<")]
 
 
 async def _open_region(monitor: Monitor, pid: int, backend: dict[str, object]) -> Region:
