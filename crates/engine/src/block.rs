@@ -412,7 +412,7 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 }
 
 /// Decompresses one verified page block into `out`, which has its raw length.
-fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
+pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
     if stored.len() == out.len() {
         out.copy_from_slice(stored);
         return Ok(());

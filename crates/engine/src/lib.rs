@@ -8,11 +8,13 @@
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
+//! * [`image`]: files of storage blocks, in which any page is found at once.
 //! * [`wire`]: storage blocks over sockets.
 //! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
 pub mod block;
+pub mod image;
 pub mod ledger;
 pub mod mapping;
 pub mod pages;
