@@ -154,6 +154,63 @@ class BlockReceiver:
     def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
 
+@final
+class Image:
+    """An image, opened and verified but for its storage blocks. ValueError: it is damaged, cut off, or of a version
+    that is not known; the message says which. The descriptor is duplicated."""
+
+    def __new__(cls, fd: int) -> Image: ...
+    @property
+    def id(self) -> bytes: ...
+    @property
+    def digest(self) -> int:
+        """Checksum of the footer, which covers everything else but the contents of storage blocks."""
+    @property
+    def regions(self) -> int: ...
+    @property
+    def pages(self) -> int:
+        """Of all regions; in calls they are counted over all regions, in order."""
+    @property
+    def length(self) -> int: ...
+    @property
+    def page_block(self) -> int: ...
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(offset, length) of every storage block."""
+    def section(self, kind: int) -> bytes | None: ...
+    def entries(self, first: int, count: int) -> list[tuple[int, bool, int, int, int]]:
+        """The page map: (class, whether it is in the parent, signature, storage block, place in it)."""
+    def count(self, first: int, count: int) -> list[int]:
+        """Pages that are absent, zero, pattern, same-as, data; and those that are in the parent."""
+
+@final
+class ImageChain:
+    """An image and the images it builds on, the nearest first."""
+
+    def __new__(cls, images: Sequence[Image]) -> ImageChain: ...
+    def read(self, first: int, count: int) -> bytes:
+        """Contents of pages, verified. ValueError for a damaged block, or a page whose image is not in the chain."""
+    def differences(self, other: ImageChain, first: int, count: int) -> list[tuple[int, int]]:
+        """Pages of a range whose contents differ, as runs (start, end)."""
+    @property
+    def stored(self) -> int:
+        """Pages whose contents stand in the first image."""
+    def verify(self, first: int, count: int, most: int) -> list[tuple[int | None, str]]:
+        """Compare stored pages `first` to `first + count` with their signatures: (page, what is wrong)."""
+    def verify_unused(self) -> list[tuple[int | None, str]]:
+        """Verify the storage blocks that no page points into."""
+    def flatten(
+        self,
+        fd: int,
+        id: bytes,
+        regions: Sequence[int],
+        sections: Sequence[tuple[int, bytes]],
+        codec: str = "lz4",
+        page_block: int = 65536,
+        storage_block: int = 1048576,
+    ) -> tuple[int, int]:
+        """Write the chain as one image into an empty file, synced: (digest, length). `regions`: pages of each."""
+
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.
 

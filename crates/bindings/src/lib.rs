@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod errors;
+mod image;
 mod ledger;
 mod mapping;
 mod pages;
@@ -16,6 +17,8 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SMALL_PAGE", pageferry_engine::SMALL_PAGE)?;
     module.add("LARGE_PAGE", pageferry_engine::LARGE_PAGE)?;
     module.add_class::<mapping::Mapping>()?;
+    module.add_class::<image::Image>()?;
+    module.add_class::<image::ImageChain>()?;
     module.add_class::<pages::PageSet>()?;
     module.add_class::<space::Space>()?;
     module.add_class::<trace::Trace>()?;

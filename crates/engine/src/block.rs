@@ -515,6 +515,15 @@ impl Builder {
         }
     }
 
+    /// Adds one page with contents, whatever they are; returns its place among the data pages of the block.
+    pub fn push_data(&mut self, number: usize, contents: &[u8]) -> usize {
+        debug_assert!(contents.len() == SMALL_PAGE, "a page of {} bytes", contents.len());
+        let slot = self.raw.len() / SMALL_PAGE;
+        self.raw.extend_from_slice(contents);
+        self.push_run(number, 1, Class::Data, 0);
+        slot
+    }
+
     /// Finishes the block and starts the next one.
     pub fn build(&mut self, region: u32, round: u32, sequence: u64) -> Built<'_> {
         self.finish(Kind::Pages, region, round, sequence)

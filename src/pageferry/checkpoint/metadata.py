@@ -71,5 +71,7 @@ def decode(contents: bytes | None) -> Metadata:
     except msgspec.MsgspecError as error:
         raise ImageError(f"the metadata of the image make no sense: {error}") from error
     if metadata.version != VERSION:
-        raise ImageError(f"metadata of version {metadata.version}; this release knows {VERSION}: use the one that wrote it")
+        raise ImageError(
+            f"metadata of version {metadata.version}; this release knows {VERSION}: use the one that wrote it"
+        )
     return metadata

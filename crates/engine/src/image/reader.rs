@@ -146,7 +146,12 @@ impl Image {
         }
         let mut ends = Vec::with_capacity(head.page_blocks.len());
         let mut at = start;
-        for record in &head.page_blocks {
+        let last = head.page_blocks.len().saturating_sub(1);
+        for (index, record) in head.page_blocks.iter().enumerate() {
+            let raw = record.raw_len.get() as usize;
+            if raw > self.page_block || (index < last && raw != self.page_block) {
+                return Err(value("data bytes of a page block", raw as u64, "the size in the header of the image"));
+            }
             at += record.stored_len.get() as usize;
             ends.push(at);
         }
@@ -218,6 +223,16 @@ pub struct StoredBlock {
 }
 
 impl StoredBlock {
+    /// Number of the block in its image.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// An error about this block, with its place in the file.
+    pub fn wrong(&self, error: BlockError) -> ImageError {
+        ImageError::Block { number: self.number, offset: self.offset, error }
+    }
+
     /// Header, runs and page blocks.
     pub fn head(&self) -> &block::Head {
         &self.head
@@ -246,7 +261,6 @@ impl StoredBlock {
 
     /// Verifies page block `index` and decompresses it into `out`, which is resized to its data length.
     pub fn unpack(&self, index: usize, out: &mut Vec<u8>) -> Result<(), ImageError> {
-        let wrong = |error| ImageError::Block { number: self.number, offset: self.offset, error };
         let record = self.head.page_blocks.get(index);
         let record = record.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
         let start = if index == 0 { self.start } else { self.ends[index - 1] };
@@ -254,11 +268,11 @@ impl StoredBlock {
         let region = self.head.region;
         if block::checksum(stored) != record.checksum.get() {
             let page = self.head.runs.iter().find(|run| run.class == Class::Data).map_or(0, |run| run.first as u64);
-            return Err(wrong(BlockError::PayloadChecksum { index, page, region }));
+            return Err(self.wrong(BlockError::PayloadChecksum { index, page, region }));
         }
         out.resize(record.raw_len.get() as usize, 0);
         block::decompress(self.codec(), stored, out)
-            .map_err(|reason| wrong(BlockError::Decompress { index, region, reason }))
+            .map_err(|reason| self.wrong(BlockError::Decompress { index, region, reason }))
     }
 
     fn codec(&self) -> Codec {
