@@ -20,8 +20,9 @@
 //! `ferry.tick` (ms between ticks, 200).
 
 use std::collections::HashMap;
-use std::ffi::{c_char, c_int, c_ulong, c_void};
+use std::ffi::{c_char, c_int, c_long, c_ulong, c_void};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ unsafe extern "C" {
     fn mount(source: *const c_char, target: *const c_char, kind: *const c_char, flags: c_ulong, data: *const c_void) -> c_int;
     fn mmap(address: *mut c_void, length: usize, protection: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void;
     fn pause() -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
 }
 
 /// What one thread has done, read by the one that prints.
@@ -59,6 +61,7 @@ struct Settings {
 
 fn main() {
     mount_proc();
+    load_modules();
     let settings = Arc::new(settings());
     let memory = allocate(settings.pages);
     let counters: Vec<Arc<Counters>> = (0..settings.threads).map(|_| Arc::default()).collect();
@@ -242,6 +245,20 @@ fn mount_proc() {
     // SAFETY: three C strings that live for ever and no data.
     let failed = unsafe { mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, std::ptr::null()) } != 0;
     assert!(!failed, "mount /proc: {}", std::io::Error::last_os_error());
+}
+
+/// The kernel modules that the initrd has, in the order of their names; for drivers such as the balloon's.
+fn load_modules() {
+    const FINIT_MODULE: c_long = 313;
+    let Ok(folder) = std::fs::read_dir("/modules") else { return };
+    let mut paths: Vec<_> = folder.map(|entry| entry.expect("an entry of /modules").path()).collect();
+    paths.sort();
+    for path in paths {
+        let file = std::fs::File::open(&path).expect("a module");
+        // SAFETY: finit_module(2) with an open file, no parameters and no flags.
+        let failed = unsafe { syscall(FINIT_MODULE, file.as_raw_fd(), c"".as_ptr(), 0) } != 0;
+        assert!(!failed, "{}: {}", path.display(), std::io::Error::last_os_error());
+    }
 }
 
 fn settings() -> Settings {

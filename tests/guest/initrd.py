@@ -1,47 +1,63 @@
-"""Builds the initrd of the test guest: our checker as `/init`, and the console device the kernel opens for it."""
+"""Builds the initrd of the test guest: the checker as `/init`, kernel modules, and the console the kernel opens."""
 
 from __future__ import annotations
 
 import os
 import stat
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 CHECKER = Path(__file__).with_name("checker.rs")
 
+BALLOON_MODULES = (
+    "virtio",
+    "virtio_ring",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_balloon",
+)
+"""What the kernel needs for a balloon, in the order of loading."""
 
-def build(folder: Path) -> Path:
-    """Compile the checker and pack it; return the initrd, which is rebuilt only when the checker has changed.
 
-    Raises FileNotFoundError where there is no rustc, CalledProcessError where it fails.
+def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
+    """Compile the checker and pack it with these kernel modules; return the initrd.
+
+    Nothing is compiled again that has not changed. Raises FileNotFoundError where there is no rustc,
+    CalledProcessError where it fails.
     """
-    initrd = folder / "checker.cpio"
-    if initrd.exists() and initrd.stat().st_mtime > max(CHECKER.stat().st_mtime, Path(__file__).stat().st_mtime):
-        return initrd
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "checker"
-    subprocess.run(
-        ["rustc", "--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cpanic=abort", "-Cstrip=symbols"]
-        + ["-o", program, CHECKER],
-        check=True,
-    )
-    temporary = folder / f"checker.cpio.{os.getpid()}"
-    temporary.write_bytes(archive(program.read_bytes()))
-    temporary.rename(initrd)
+    program = _compile(folder)
+    initrd = folder / f"checker-{len(modules)}.cpio"
+    contents = [(f"{number}-{path.name}", path.read_bytes()) for number, path in enumerate(modules)]
+    _write(initrd, archive(program.read_bytes(), contents))
     return initrd
 
 
-def archive(init: bytes) -> bytes:
+def archive(init: bytes, modules: Sequence[tuple[str, bytes]] = ()) -> bytes:
     """An initramfs in cpio's `newc` format (kernel: Documentation/driver-api/early-userspace/buffer-format.rst)."""
-    return b"".join(
-        [
-            _entry("dev", stat.S_IFDIR | 0o755),
-            _entry("proc", stat.S_IFDIR | 0o755),
-            _entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-            _entry("init", stat.S_IFREG | 0o755, init),
-            _entry("TRAILER!!!", 0),
-        ]
-    )
+    folders = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "modules")]
+    console = _entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+    program = _entry("init", stat.S_IFREG | 0o755, init)
+    loaded = [_entry(f"modules/{name}", stat.S_IFREG | 0o644, content) for name, content in modules]
+    return b"".join([*folders, console, program, *loaded, _entry("TRAILER!!!", 0)])
+
+
+def _compile(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "checker"
+    if not program.exists() or program.stat().st_mtime < CHECKER.stat().st_mtime:
+        temporary = folder / f"checker.{os.getpid()}"
+        options = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cpanic=abort", "-Cstrip=symbols"]
+        subprocess.run(["rustc", *options, "-o", temporary, CHECKER], check=True)
+        temporary.rename(program)
+    return program
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.rename(path)
 
 
 def _entry(name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pageferry.host.features import PROBES, Feature, kernel, machine, pages
+from pageferry.host.features import PROBES, Feature, kernel, machine, pages, processes
 from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous
 from tests.kernel.probing import Seen
 
@@ -77,6 +80,39 @@ def test_userfaultfd_says_whose_faults_it_handles(seen: Seen) -> None:
     found = seen.features["userfaultfd"]
     assert found.available == Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
     assert ("user mode only" in found.detail) == (not seen.features["userfaultfd-kernel-faults"].available)
+
+
+def test_userfaultfd_does_what_its_feature_bits_promise(seen: Seen) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    file = libc.syscall(323, os.O_CLOEXEC | 1)  # faults of user mode only
+    if file == -1:
+        pytest.skip("no userfaultfd")
+    handshake = bytearray(struct.pack("=3Q", 0xAA, 0, 0))
+    fcntl.ioctl(file, 0xC018AA3F, handshake)
+    os.close(file)
+    offered = struct.unpack("=3Q", handshake)[1]
+    bits = {
+        "uffd-missing-shmem": 5,
+        "uffd-minor-shmem": 10,
+        "uffd-wp-sync": 12,
+        "uffd-poison": 14,
+        "uffd-wp-async-anon": 15,
+        "uffd-wp-async-shmem": 15,
+        "uffd-move": 16,
+    }
+    assert {name: seen.features[name].available for name in bits} == {
+        name: bool(offered >> bit & 1) for name, bit in bits.items()
+    }
+
+
+def test_processes_can_be_worked_on_by_who_may_trace_them(seen: Seen) -> None:
+    yama = processes.YAMA.read_text().strip() if processes.YAMA.exists() else "0"
+    may = yama == "0" or (yama != "3" and has(seen, CAP_SYS_PTRACE))
+    if Path("/proc/self/status").read_text().split("Seccomp:")[1].split()[0] != "0":
+        pytest.skip("these tests run under a seccomp filter")
+    assert seen.features["ptrace"].available == may
+    assert seen.features["pidfd-getfd"].available == may
+    assert seen.features["adopt"].available == (may and seen.features["uffd-wp-async-shmem"].available)
 
 
 def test_large_page_modes_are_those_of_sysfs(seen: Seen) -> None:

@@ -23,7 +23,9 @@ pub fn kernel(error: io::Error) -> PyErr {
 pub fn adopt(error: AdoptError) -> PyErr {
     let message = error.to_string();
     match error {
-        AdoptError::Io(error) | AdoptError::Call(error) if error.raw_os_error().is_some() => {
+        AdoptError::Io(error) | AdoptError::Call(error) | AdoptError::Registered(.., error)
+            if error.raw_os_error().is_some() =>
+        {
             PyOSError::new_err((error.raw_os_error(), message))
         }
         AdoptError::NotPermitted(_) | AdoptError::Traced(..) | AdoptError::Seccomp(_) => {

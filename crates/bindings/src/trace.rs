@@ -20,18 +20,19 @@ impl Trace {
     }
 }
 
-/// Works on plain copies of the sets, so that the GIL can be released, and puts them back.
+/// Works on empty sets, so that the GIL can be released, and adds what was found, even before an error: marks that have
+/// been collected are not there to be collected again.
 fn on_sets(
     py: Python<'_>,
     sets: &[Py<PageSet>],
-    work: impl FnOnce(&mut [pages::PageSet]) -> std::io::Result<()> + Send,
+    work: impl FnOnce(&mut [pages::PageSet]) -> PyResult<()> + Send,
 ) -> PyResult<()> {
-    let mut plain: Vec<_> = sets.iter().map(|set| set.borrow(py).inner.clone()).collect();
-    py.detach(|| work(&mut plain)).map_err(errors::kernel)?;
-    for (set, inner) in sets.iter().zip(plain) {
-        set.borrow_mut(py).inner = inner;
+    let mut found: Vec<_> = sets.iter().map(|set| pages::PageSet::new(set.borrow(py).inner.pages())).collect();
+    let result = py.detach(|| work(&mut found));
+    for (set, found) in sets.iter().zip(found) {
+        set.borrow_mut(py).inner.union(&found);
     }
-    Ok(())
+    result
 }
 
 #[pymethods]
@@ -55,11 +56,11 @@ impl Trace {
     }
 
     fn collect(&self, py: Python<'_>, dirty: Vec<Py<PageSet>>) -> PyResult<()> {
-        on_sets(py, &dirty, |sets| self.with(|trace| trace.collect(sets))?)
+        on_sets(py, &dirty, |sets| self.with(|trace| trace.collect(sets))?.map_err(errors::kernel))
     }
 
     fn peek(&self, py: Python<'_>, dirty: Vec<Py<PageSet>>) -> PyResult<()> {
-        on_sets(py, &dirty, |sets| self.with(|trace| trace.peek(sets))?)
+        on_sets(py, &dirty, |sets| self.with(|trace| trace.peek(sets))?.map_err(errors::kernel))
     }
 
     fn remove(&self, py: Python<'_>) {

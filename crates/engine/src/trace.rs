@@ -103,7 +103,11 @@ impl Trace {
                 Some(other) => other.uffd.clone(),
                 None => Arc::new(segment.space.userfault(features)?),
             };
-            uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP)?;
+            uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
+                let taken = error.raw_os_error() == Some(libc::EBUSY);
+                let (pid, address) = (segment.space.pid(), segment.address);
+                if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
+            })?;
             armed.push(Armed { segment, uffd });
         }
         let begin = Instant::now();
@@ -132,11 +136,16 @@ impl Trace {
     }
 
     /// Adds to `dirty` (one set per region) what was written since the last call, and protects it again first.
+    ///
+    /// # Errors
+    /// ESRCH when a process has ended: its last writes are not known then. InvalidInput without a set for each region.
+    /// What was found before an error is in the sets.
     pub fn collect(&self, dirty: &mut [PageSet]) -> io::Result<()> {
         let _changing = self.shared.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.fits(dirty)?;
         for armed in self.armed.iter() {
             let segment = &armed.segment;
-            let set = dirty.get_mut(segment.region).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+            let set = &mut dirty[segment.region];
             armed.written(uapi::PM_SCAN_WP_MATCHING, |start, end| {
                 let (first, last) = segment.pages(start, end);
                 if self.expand {
@@ -151,15 +160,26 @@ impl Trace {
 
     /// Adds to `dirty` what was written since the last `collect`, and leaves it to be reported again.
     pub fn peek(&self, dirty: &mut [PageSet]) -> io::Result<()> {
+        self.fits(dirty)?;
         for armed in self.armed.iter() {
-            let set =
-                dirty.get_mut(armed.segment.region).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+            let set = &mut dirty[armed.segment.region];
             armed.written(0, |start, end| {
                 let (first, last) = armed.segment.pages(start, end);
                 set.insert(first, last);
             })?;
         }
         Ok(())
+    }
+
+    /// Refuses sets that lack a region before anything is collected, because what is collected is not reported again.
+    fn fits(&self, dirty: &[PageSet]) -> io::Result<()> {
+        match self.armed.iter().find(|armed| armed.segment.region >= dirty.len()) {
+            None => Ok(()),
+            Some(armed) => {
+                let words = format!("no set for region {}: {} sets were given", armed.segment.region, dirty.len());
+                Err(io::Error::new(io::ErrorKind::InvalidInput, words))
+            }
+        }
     }
 
     /// Takes all traces off. Errors are left out: a process that is gone has no traces either.
@@ -183,11 +203,13 @@ impl Drop for Trace {
 /// Releases units in which at least `threshold` traces have fired since the last collection.
 fn release_loop(armed: &[Armed], shared: &Shared, threshold: usize) {
     while !shared.stop.load(Ordering::Relaxed) {
+        let begin = Instant::now();
         for armed in armed {
             // The process may end at any time: then its traces are gone, and `collect` says so.
             let _ = release_units(armed, shared, threshold);
         }
-        std::thread::sleep(POLL);
+        // Looking takes about 2 ms per GiB: large memory is looked at less often, not all the time.
+        std::thread::sleep(POLL.max(4 * begin.elapsed()));
     }
 }
 
@@ -209,10 +231,13 @@ fn release_units(armed: &Armed, shared: &Shared, threshold: usize) -> io::Result
             at = stop;
         }
     })?;
-    // A unit that is written all over has nothing left to release.
-    for (unit, _) in fired.into_iter().filter(|&(_, count)| (threshold..SLOTS).contains(&count)) {
+    for (unit, count) in fired {
         let start = segment.address + unit * unit_len;
         let len = unit_len.min(segment.address + segment.len - start);
+        // A unit that is written all over has nothing left to release.
+        if count < threshold || (count * SMALL_PAGE) as u64 >= len {
+            continue;
+        }
         armed.uffd.write_protect(start, len, false)?;
         shared.released.fetch_add(1, Ordering::Relaxed);
     }

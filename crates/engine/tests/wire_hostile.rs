@@ -194,7 +194,7 @@ fn a_peer_that_does_not_read_is_given_up() {
     let (peer, ours) = UnixStream::pair().expect("sockets");
     let sender =
         BlockSender::new(vec![ours.into()], format(Codec::None), Duration::from_millis(250)).expect("a sender");
-    let ended = sender.send(&[source.clone()], &[PageSet::full(4096)], 0, true);
+    let ended = sender.send(std::slice::from_ref(&source), &[PageSet::full(4096)], 0, true);
     assert!(matches!(ended, Err(WireError::Stalled(_))), "{ended:?}");
     drop(peer);
     let ended = sender.send(&[source], &[PageSet::full(4096)], 0, true);

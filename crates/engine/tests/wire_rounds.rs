@@ -109,7 +109,7 @@ fn nothing_is_allocated_for_holes() {
     fill(&source, 9 * SLOTS, 1);
     let placer = placer(vec![target(&copy)]);
     let (sender, receiver) = ends(2, format(Codec::None), &placer, PATIENCE);
-    round(&sender, &receiver, &[source.clone()], &[PageSet::full(64 * SLOTS)], 0);
+    round(&sender, &receiver, std::slice::from_ref(&source), &[PageSet::full(64 * SLOTS)], 0);
     assert_eq!((memory::allocated(&source), memory::allocated(&copy)), (4096, 4096));
     let progress = receiver.progress();
     assert_eq!(counted(progress)[2..], [1, 0, 64 * 512 - 1]);

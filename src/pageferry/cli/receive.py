@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from logging import getLogger
 
 import msgspec
@@ -90,7 +91,7 @@ async def run(args: argparse.Namespace) -> int:
         raise UsageError("give either --workload demo, or a QEMU command line after --")
     address = resolve(args.listen, insecure=args.insecure, what="address to listen on")
     with open_reporter(args.output, ReceiveView()) as out:
-        reception = Reception(address)
+        reception = Reception(address, args.patience)
         try:
             if command:
                 return await _receive_guest(args, command, reception, out)
@@ -107,13 +108,13 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
             raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; a QEMU guest is received here")
         return guest
 
-    questions = await _receive(args, Destination(reception, prepare, _verdicts(), args.patience), out)
-    if args.detach:
-        await questions
-        guest.close()
-        return 0
-    code = await guest.ended()
-    questions.cancel()
+    destination = Destination(reception, prepare, Verdicts(Registry().path), args.patience)
+    async with _received(args, destination, out) as finishing:
+        if args.detach:
+            await finishing
+            guest.close()
+            return 0
+        code = await guest.ended()
     await guest.forget()
     return code or 0
 
@@ -131,30 +132,40 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
         received.append(ledger)
         return ledger
 
-    questions = await _receive(args, Destination(reception, prepare, _verdicts(), args.patience), out)
+    destination = Destination(reception, prepare, Verdicts(Registry().path), args.patience)
+    async with _received(args, destination, out):
+        with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
+            await moved.wait()
     ledger = received[-1]
-    with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
-        await moved.wait()
-    questions.cancel()
     ledger.stop()
     report = await asyncio.to_thread(ledger.verify)
     out.final(LedgerResult(args.name, report.intact, report.writes, report.checked))
     return 0 if report.intact else 1
 
 
-async def _receive(args: argparse.Namespace, destination: Destination, out: Reporter) -> asyncio.Task[None]:
-    """Receive; returns the task that answers a source which does not know yet what became of the migration."""
+@contextlib.asynccontextmanager
+async def _received(
+    args: argparse.Namespace, destination: Destination, out: Reporter
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Receive; within the block the workload runs here. Gives the task that ends once the source knows that."""
     out.event(Listening(args.name, str(destination.reception.address)))
     try:
-        workload = await destination.run()
+        workload = await _run(destination)
+        out.event(Received(args.name, workload.identity.kind))
+        finishing = asyncio.create_task(destination.finish())
+        try:
+            yield finishing
+        finally:
+            finishing.cancel()
+    finally:
+        destination.close()
+
+
+async def _run(destination: Destination) -> Workload:
+    try:
+        return await destination.run()
     except BaseException:
-        if destination.promised and not destination.settled:
+        if destination.promised and not destination.settled.is_set():
             log.warning("the source may be in doubt: waiting for it to ask (Ctrl-C ends the wait)")
-            await destination.answer_questions()
+            await destination.settled.wait()
         raise
-    out.event(Received(args.name, workload.identity.kind))
-    return asyncio.create_task(destination.answer_questions())
-
-
-def _verdicts() -> Verdicts:
-    return Verdicts(Registry().path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from logging import getLogger
 
 from pageferry.cli.list import describe
 from pageferry.errors import UsageError, WorkloadError
@@ -12,6 +13,8 @@ from pageferry.report.workloads import WorkloadsView
 from pageferry.workloads.qemu import QemuWorkload
 
 TAKES_COMMAND = True
+
+log = getLogger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,7 @@ async def run(args: argparse.Namespace) -> int:
             reporter.final(await describe(workload))
         workload.close()
         return 0
+    log.info("%s runs as process %d", args.name, workload.pid)
     try:
         code = await workload.ended()
     except asyncio.CancelledError:

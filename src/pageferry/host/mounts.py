@@ -72,7 +72,7 @@ def _tmpfs_file(mount_point: Path, size: int) -> RamFile:
         folder = _FALLBACK
         warning = (
             f"large pages are off: a tmpfs with huge=always cannot be mounted ({refused.strerror}); guest memory is on "
-            f"{folder}. Run pageferry as root, or use --hugetlb"
+            f"{folder}. Run pageferry as root"
         )
     if warning is None and _shmem_denied():
         warning = f"large pages are off: {_SHMEM_ENABLED} says deny; write `never` to it, which leaves the choice to us"

@@ -1,4 +1,4 @@
-"""Signalling processes, and waiting for their end, without ever meaning another one that has got the pid since."""
+"""Processes: children that outlive us, signals, and waiting for the end of any, by pid and start time (see `proc`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from typing import AnyStr
 
 from pageferry.host import proc
+
+
+class Outliving(subprocess.Popen[AnyStr]):
+    """A child that may run on when we end: nobody complains (ResourceWarning) that it was not waited for."""
+
+    def __del__(self) -> None:
+        """Nothing: not that of Popen, which complains."""
 
 
 async def wait_for_end(pid: int, started: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from pageferry.errors import ConnectionLost, OutcomeUnknown, ProtocolError, UsageError, WorkloadError
+from pageferry.errors import MigrationError, OutcomeUnknown, UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
 from pageferry.migration import messages
 from pageferry.migration.channel import Channel
@@ -18,6 +19,9 @@ from pageferry.migration.source import Source
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
+
+_reports: set[asyncio.Task[None]] = set()
+"""Under way; the event loop itself does not hold on to its tasks."""
 
 
 async def migrate(
@@ -34,7 +38,13 @@ async def migrate(
     chosen = Options(**options)
     target = resolve(address, insecure=chosen.insecure, what="destination")
     moved = workload.workload() if isinstance(workload, Arena) else workload
-    return await Source(moved, chosen, listener, _folder(moved)).run(target)
+    folder = _folder(moved)
+    if folder is not None and folder.load(RECORD, Committed) is not None and not await moved.running():
+        raise WorkloadError(
+            f"{moved.name} was given away by an earlier migration whose outcome is not known here: ask for it with "
+            f"pageferry migrate {moved.name} --recover"
+        )
+    return await Source(moved, chosen, listener, folder).run(target)
 
 
 async def receive(
@@ -56,7 +66,7 @@ async def receive(
     process's. `listening` is called with the address once sources can connect. An arena larger than `max_size` bytes
     (default: the memory that is available) is refused. Raises MigrationError, UsageError.
     """
-    reception = Reception(resolve(address, insecure=insecure, what="address to listen on"))
+    reception = Reception(resolve(address, insecure=insecure, what="address to listen on"), patience)
     if listening is not None:
         listening(str(reception.address))
 
@@ -76,11 +86,16 @@ async def receive(
         received.append(arena)
         return arena.workload()
 
+    destination = Destination(reception, prepare, Verdicts(Registry().path), patience)
     try:
-        destination = Destination(reception, prepare, Verdicts(Registry().path), patience)
         await destination.run()
     finally:
+        destination.close()
         await reception.close()
+    # The arena is the caller's now; the source waits a moment for the report, and can do without.
+    report = asyncio.create_task(destination.report())
+    _reports.add(report)
+    report.add_done_callback(_reports.discard)
     return received[-1]
 
 
@@ -142,7 +157,7 @@ async def _ask(address: Address, record: Committed, name: str, patience: float) 
             return (await channel.receive(messages.Outcome)).owner
         finally:
             await channel.close()
-    except (ConnectionLost, ProtocolError) as error:
+    except MigrationError as error:
         raise OutcomeUnknown(f"{address} does not say what became of {name} ({error}). {again}") from error
 
 
@@ -150,6 +165,9 @@ def _folder(workload: Workload) -> Folder | None:
     """Where the records of a registered workload go."""
     registry = Registry()
     try:
-        return registry.folder(workload.name) if workload.name in registry.entries() else None
-    except WorkloadError:
+        entry = registry.lookup(workload.name)
+    except (UsageError, WorkloadError):
         return None
+    # A workload without a name here may be called like another one that has it.
+    pids = {segment.pid for region in workload.regions for segment in region.segments}
+    return registry.folder(workload.name) if entry.pid in pids else None

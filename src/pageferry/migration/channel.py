@@ -35,6 +35,8 @@ class Channel:
         self._reader = reader
         self._writer = writer
         self.patience = patience
+        self.limit = messages.MAX_MESSAGE
+        """Largest message that is accepted from the peer, bytes."""
         self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(QUEUED)
         self._failure: asyncio.Future[MigrationError] = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
@@ -125,14 +127,15 @@ class Channel:
         async with asyncio.timeout(self.patience):
             try:
                 length = int.from_bytes(await self._reader.readexactly(4), "big")
-                if length > messages.MAX_MESSAGE:
-                    raise ProtocolError(f"the peer announced a message of {length} bytes: it is no pageferry")
+                if length > self.limit:
+                    raise ProtocolError(f"the peer announced a message of {length} bytes, the limit is {self.limit}")
                 body = await self._reader.readexactly(length)
             except asyncio.IncompleteReadError as error:
                 raise EOFError from error
         try:
             return messages.decode(body)
         except msgspec.MsgspecError as error:
+            messages.check_version(messages.version_of(body))
             raise ProtocolError(f"the peer sent a message that makes no sense: {error}") from error
 
     async def _beat(self) -> None:

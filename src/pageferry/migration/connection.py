@@ -6,15 +6,24 @@ import asyncio
 import ipaddress
 import socket
 from dataclasses import dataclass
+from logging import getLogger
 
-from pageferry.errors import ConnectionLost, ProtocolError, UsageError
+from pageferry.errors import ConnectionLost, PageferryError, ProtocolError, UsageError
 from pageferry.migration import messages
+from pageferry.migration.channel import Channel
+from pageferry.migration.messages import AnyMessage
+
+log = getLogger(__name__)
 
 INDEX_BYTES = 4
+RETRY = 0.1
+"""Seconds until the next try after a connection could not be accepted."""
 GREETING = 5.0
 """Seconds that a connection has to say what it is."""
 MAX_GREETINGS = 64
 """Connections that may be at it at once."""
+MAX_WAITING = 8
+"""Sources that may wait for the receiver to turn to them; others are closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +112,23 @@ class Reception:
     """A listening socket that tells control connections and page streams apart by how they begin.
 
     Every connection is greeted by a task of its own, so that one that says nothing keeps nobody else waiting; what
-    does not begin as it must within `GREETING` seconds is closed.
+    does not begin as it must within `GREETING` seconds is closed. `patience` is that of the control connections.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, patience: float = 30.0) -> None:
+        self._patience = patience
         self._socket = _listen(address)
         host, port = self._socket.getsockname()[:2]
         self.address = Address(host, port)
         """Where it listens; the port is the one the kernel chose when 0 was asked for."""
-        self._controls: asyncio.Queue[socket.socket] = asyncio.Queue()
+        self._controls: asyncio.Queue[tuple[Channel, AnyMessage]] = asyncio.Queue(MAX_WAITING)
         self._expected: dict[bytes, asyncio.Queue[tuple[int, socket.socket]]] = {}
         self._greeters: set[asyncio.Task[None]] = set()
         self._task = asyncio.create_task(self._accept())
 
-    async def control(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The next control connection, after its magic."""
-        return await asyncio.open_connection(sock=await self._controls.get())
+    async def control(self) -> tuple[Channel, AnyMessage]:
+        """The next control connection, and the first message that came over it."""
+        return await self._controls.get()
 
     def expect(self, token: bytes) -> None:
         """From now on, page streams that begin with this token are kept for `streams`."""
@@ -146,7 +156,9 @@ class Reception:
                 raise ConnectionLost(f"{len(found)} of {count} page streams came within {patience:g} s") from error
             raise
         finally:
-            del self._expected[token]
+            waiting = self._expected.pop(token)
+            while not waiting.empty():
+                waiting.get_nowait()[1].close()
         return [found[index] for index in range(count)]
 
     async def close(self) -> None:
@@ -156,11 +168,16 @@ class Reception:
         await asyncio.gather(self._task, *self._greeters, return_exceptions=True)
         self._socket.close()
         while not self._controls.empty():
-            self._controls.get_nowait().close()
+            await self._controls.get_nowait()[0].close()
 
     async def _accept(self) -> None:
         while True:
-            connection, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+            except OSError as error:  # no descriptors left, or the peer gave up already
+                log.warning("a connection could not be accepted: %s", error)
+                await asyncio.sleep(RETRY)
+                continue
             connection.setblocking(False)
             if len(self._greeters) >= MAX_GREETINGS:
                 connection.close()
@@ -175,8 +192,8 @@ class Reception:
             async with asyncio.timeout(GREETING):
                 magic = await _read_exactly(connection, len(messages.CONTROL_MAGIC))
                 if magic == messages.CONTROL_MAGIC:
-                    self._controls.put_nowait(connection)
-                    kept = True
+                    kept = True  # by the channel
+                    await self._greet_source(connection)
                 elif magic == messages.STREAM_MAGIC:
                     token = await _read_exactly(connection, messages.TOKEN_BYTES)
                     index = int.from_bytes(await _read_exactly(connection, INDEX_BYTES), "big")
@@ -188,6 +205,21 @@ class Reception:
         finally:
             if not kept:
                 connection.close()
+
+    async def _greet_source(self, connection: socket.socket) -> None:
+        channel = Channel(*await asyncio.open_connection(sock=connection), self._patience)
+        channel.limit = messages.MAX_FIRST
+        try:
+            first = await channel.receive_any()
+            self._controls.put_nowait((channel, first))
+        except BaseException as error:
+            reason = "too many sources wait here: try again" if isinstance(error, asyncio.QueueFull) else str(error)
+            await channel.abort(reason)
+            await channel.close()
+            if isinstance(error, PageferryError | asyncio.QueueFull):
+                log.warning("a source was refused: %s", reason)
+                return
+            raise
 
 
 def _listen(address: Address) -> socket.socket:

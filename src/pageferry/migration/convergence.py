@@ -60,4 +60,4 @@ class Convergence:
         # Short rounds measure the latency of the link and not its bandwidth.
         if covered and seconds > 0:
             latest = covered / seconds
-            self.bandwidth = latest if self.rounds == 1 else SMOOTHING * latest + (1 - SMOOTHING) * self.bandwidth
+            self.bandwidth = latest if not self.bandwidth else SMOOTHING * latest + (1 - SMOOTHING) * self.bandwidth

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import socket
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from logging import getLogger
-from typing import assert_never
 
 from pageferry._engine import BlockReceiver, Placer
 from pageferry.errors import (
@@ -22,15 +22,15 @@ from pageferry.errors import (
     PageferryError,
     PeerRefused,
     ProtocolError,
-    UnsupportedError,
     UsageError,
     WorkloadError,
 )
+from pageferry.host.faults import fault_point
 from pageferry.migration import messages
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Reception
 from pageferry.migration.memory import Memory
-from pageferry.migration.native import off_loop
+from pageferry.migration.native import off_loop, to_the_end
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads.base import LARGE_PAGE, Workload
@@ -58,66 +58,108 @@ class Destination:
         self.state = bytearray()
         self.promised = False
         """Ready was sent: the source may commit at any moment, and may come and ask."""
-        self.settled = False
-        """The source knows what became of the migration."""
+        self.settled = asyncio.Event()
+        """Set once the source knows what became of the migration."""
+        self._attendant: asyncio.Task[None] | None = None
 
     async def run(self) -> Workload:
-        """Receive a workload; it runs here when this returns. Raises MigrationError when it stays at the source."""
-        channel, hello = await self._accept()
-        self.migration, self.channel = hello.migration, channel
+        """Receive a workload; it runs here when this returns. Raises MigrationError when it stays at the source.
+
+        Whoever else connects is attended to until `close`.
+        """
+        self.channel, hello = await self._accept()
+        self.migration = hello.migration
+        self._attendant = asyncio.create_task(self._attend())
         try:
-            try:
-                await self._receive(hello)
-                await self._take_over()
-            except BaseException as error:
-                await asyncio.shield(self._give_up(error))
-                raise
-            await self._report()
-        finally:
-            await asyncio.shield(channel.close())
+            await self._receive(hello)
+            await self.channel.receive(messages.Commit)
+            await to_the_end(self._take_over())
+        except BaseException as error:
+            await to_the_end(self._give_up(error))
+            raise
         return self.workload
 
-    # -- until somebody is accepted
+    async def finish(self) -> None:
+        """`report`, then wait until the source knows that the workload runs here."""
+        await self.report()
+        await self.settled.wait()
+
+    def close(self) -> None:
+        """Attend to nobody any more."""
+        if self._attendant is not None:
+            self._attendant.cancel()
+
+    # -- whoever connects
 
     async def _accept(self) -> tuple[Channel, messages.Hello]:
         while True:
-            channel = Channel(*await self.reception.control(), self.patience)
+            channel, first = await self.reception.control()
             try:
-                hello = await self._greet(channel)
-                if hello is not None:
-                    return channel, hello
-            except PageferryError as error:
+                match first:
+                    case messages.Hello() as hello:
+                        messages.check_version(hello.version)
+                        self.workload = await self.prepare(hello)
+                        channel.limit = messages.MAX_MESSAGE
+                        return channel, hello
+                    case _:
+                        await self._answer(channel, first)
+            except (PageferryError, OSError) as error:
                 log.warning("a source was refused: %s", error)
                 await channel.abort(str(error))
             await channel.close()
 
-    async def _greet(self, channel: Channel) -> messages.Hello | None:
-        """The first message of a source, if it is one that we will receive."""
-        match await channel.receive_any():
-            case messages.Hello() as hello:
-                if hello.version != messages.VERSION:
-                    raise UnsupportedError(
-                        f"the source speaks version {hello.version} of the protocol, the destination version "
-                        f"{messages.VERSION}: use the same release of pageferry on both sides"
-                    )
-                self.workload = await self.prepare(hello)
-                return hello
-            case messages.Recover() as question:
-                await answer(channel, question, self.verdicts)
-                return None
-            case other:
-                raise ProtocolError(f"the peer began with {type(other).__name__}")
+    async def _attend(self) -> None:
+        """Answer and refuse those that come while a workload is received, and after."""
+        while True:
+            channel, first = await self.reception.control()
+            try:
+                if isinstance(first, messages.Hello):
+                    raise UsageError("this receiver receives another workload, or has done so already")
+                await self._answer(channel, first)
+            except PageferryError as error:
+                await channel.abort(str(error))
+            finally:
+                await channel.close()
+
+    async def _answer(self, channel: Channel, question: messages.AnyMessage) -> None:
+        """Tell a source who owns the workload. Where nothing was decided it is decided now: for the source."""
+        if not isinstance(question, messages.Recover):
+            raise ProtocolError(f"the peer began with {type(question).__name__}")
+        messages.check_version(question.version)
+        if not self.verdicts.knows(question.migration):
+            await channel.send(messages.Outcome(owner="unknown"))
+            return
+        verdict = self.verdicts.decide(question.migration, Verdict.ABORTED)
+        await channel.send(messages.Outcome(owner="destination" if verdict is Verdict.COMMITTED else "source"))
+        if self._attendant is not None and question.migration == self.migration:
+            self.settled.set()
 
     # -- receiving
 
     async def _receive(self, hello: messages.Hello) -> None:
         self.verdicts.begin(hello.migration)
+        fault_point("destination.accepted")
         self.memory = Memory(self.workload)
         self._compare(hello.regions)
+        streams = await self._streams(hello.streams)
+        try:
+            await self._open_placer(hello)
+            self.receiver = BlockReceiver([stream.fileno() for stream in streams], self.placer, self.patience)
+        finally:
+            for stream in streams:
+                stream.close()  # the engine has a duplicate
+        self.hot: dict[int, list[int]] = {}
+        while await self._step():
+            pass
+        await self._make_ready(hello)
+
+    async def _streams(self, count: int) -> list[socket.socket]:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
         self.reception.expect(token)
         await self.channel.send(messages.Welcome(token=token))
-        streams = await self.channel.during(self.reception.streams(token, hello.streams, self.patience))
+        return await self.channel.during(self.reception.streams(token, count, self.patience))
+
+    async def _open_placer(self, hello: messages.Hello) -> None:
         large = [await self._large_pages(number) for number in range(len(hello.regions))]
         self.placer = Placer(
             [
@@ -128,13 +170,6 @@ class Destination:
             hello.keep_large,
             POPULATE_WORKERS if hello.populate == "all" else 0,
         )
-        self.receiver = BlockReceiver([stream.fileno() for stream in streams], self.placer, self.patience)
-        for stream in streams:
-            stream.close()  # the engine has a duplicate
-        self.hot: dict[int, list[int]] = {}
-        while await self._step():
-            pass
-        await self._make_ready(hello)
 
     def _compare(self, regions: list[messages.RegionInfo]) -> None:
         """Region by region, both sides must have the same."""
@@ -164,6 +199,7 @@ class Destination:
         """One message of the transfer; False after the last."""
         match await self.channel.receive_any():
             case messages.Round(number=number):
+                fault_point("destination.in-round")
                 await self.channel.during(off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel))
                 await self.channel.send(messages.RoundDone(number=number))
             case messages.Hot(region=region, units=units):
@@ -174,6 +210,7 @@ class Destination:
                 self.state += data
             case messages.StateEnd() as end:
                 self._verify_state(end)
+                fault_point("destination.state-received")
                 return False
             case other:
                 raise ProtocolError(f"the peer sent {type(other).__name__} during the transfer")
@@ -195,8 +232,10 @@ class Destination:
         ready = messages.Ready(
             load=self.times.seconds("load"), populate=self.times.seconds("populate"), populated=self._populated()
         )
+        fault_point("destination.loaded")
         self.promised = True
         await self.channel.send(ready)
+        fault_point("destination.promised")
 
     async def _populate(self, mode: messages.Populate) -> None:
         placer = self.placer
@@ -214,82 +253,65 @@ class Destination:
     # -- taking over
 
     async def _take_over(self) -> None:
-        await self.channel.receive(messages.Commit)
+        """The source has committed. Decide, then run it."""
+        fault_point("destination.commit-received")
         # First it must survive us, for once it is decided that it is ours it may not be lost any more.
         await self.workload.commit()
+        self.faults = self.workload.faults()
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the source was told meanwhile that this migration is over")
-        await asyncio.shield(self._resume())
-
-    async def _resume(self) -> None:
-        self.faults = self.workload.faults()
+        fault_point("destination.decided")
         with self.times.measure("resume"):
             await self.workload.resume()
+        fault_point("destination.resumed")
         with contextlib.suppress(MigrationError):
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))
 
-    async def _report(self) -> None:
-        """Tell the source how it went, and learn whether it knows that the workload runs here."""
+    async def report(self) -> None:
+        """After `run`: tell the source how it went, and learn whether it knows that the workload runs here."""
         try:
             await asyncio.sleep(WATCH_FAULTS)
             faults = self.workload.faults()
             large = await off_loop(self.memory.large_units)
             await self.channel.send(
                 messages.Report(
-                    minor_faults=faults.minor - self.faults.minor,
-                    major_faults=faults.major - self.faults.major,
+                    # A thread that has ended meanwhile counts no more.
+                    minor_faults=max(faults.minor - self.faults.minor, 0),
+                    major_faults=max(faults.major - self.faults.major, 0),
                     large_pages=sum(map(sum, large)),
                     fallbacks=self.placer.fallbacks,
                     populated=self._populated(),
                 )
             )
             await self.channel.receive(messages.Done)
-            self.settled = True
+            self._settle()
         except PageferryError as error:
             log.warning("the workload runs here; the source may not know it yet: %s", error)
+        finally:
+            await self.channel.close()
 
     async def _give_up(self, error: BaseException) -> None:
         """It stays at the source: decide so before anybody is told, then leave nothing behind."""
         if hasattr(self, "receiver"):
             self.receiver.cancel()
-        if self.verdicts.decide(self.migration, Verdict.ABORTED) is Verdict.COMMITTED:
-            return  # the failure is ours, and so is the workload
-        told = isinstance(error, PeerRefused) or not self.promised
-        await self.channel.abort(_reason(error))
-        self.settled = told or not isinstance(error, ConnectionLost)
-        with contextlib.suppress(PageferryError):
-            await self.workload.discard()
+        try:
+            if self.verdicts.decide(self.migration, Verdict.ABORTED) is Verdict.COMMITTED:
+                return  # the failure is ours, and so is the workload
+            await self.channel.abort(_reason(error))
+            if isinstance(error, PeerRefused) or not self.promised:
+                self._settle()
+            elif not isinstance(error, ConnectionLost):
+                # Told, but not for certain: who receives here next can tell it again.
+                self.settled.set()
+            with contextlib.suppress(PageferryError):
+                await self.workload.discard()
+        finally:
+            await self.channel.close()
 
-    async def answer_questions(self) -> None:
-        """Answer sources that ask what became of this migration, until one has been told."""
-        while not self.settled:
-            channel = Channel(*await self.reception.control(), self.patience)
-            try:
-                match await channel.receive_any():
-                    case messages.Recover() as question:
-                        await answer(channel, question, self.verdicts)
-                        self.settled = question.migration == self.migration
-                    case _:
-                        raise UsageError("this receiver has received its workload, and receives no other")
-            except PageferryError as error:
-                await channel.abort(str(error))
-            finally:
-                await channel.close()
-
-
-async def answer(channel: Channel, question: messages.Recover, verdicts: Verdicts) -> None:
-    """Tell a source who owns the workload. Where nothing was decided it is decided now: for the source."""
-    if not verdicts.knows(question.migration):
-        await channel.send(messages.Outcome(owner="unknown"))
-        return
-    verdict = verdicts.decide(question.migration, Verdict.ABORTED)
-    match verdict:
-        case Verdict.COMMITTED:
-            await channel.send(messages.Outcome(owner="destination"))
-        case Verdict.ABORTED:
-            await channel.send(messages.Outcome(owner="source"))
-        case _:
-            assert_never(verdict)
+    def _settle(self) -> None:
+        """The source knows: nobody will ask."""
+        self.verdicts.forget(self.migration)
+        self.settled.set()
 
 
 def _describe(regions: list[tuple[str, int]]) -> str:

@@ -40,7 +40,7 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     ms: float
     mbps: float
     """Megabits per second on the wire."""
-    dirty_rate: float
+    dirty_rate: int
     """Bytes of memory modified per second."""
 
 

@@ -21,8 +21,9 @@ message under `type`. Further connections to the same port carry storage blocks.
       │ ── Done ────────────────────────────────▶ │  nobody will ask what became of it
 
 `Alive` goes both ways while something takes long. `Abort` goes both ways until Commit and ends the migration; the
-source runs on. A source that has committed and heard nothing asks later, on a new connection, with `Recover`, and is
-told by `Outcome`. Every message is bounded in size, and every wait in time.
+source runs on. After Commit only the destination may send it, once it has decided that it will not run the workload.
+A source that has committed and heard nothing asks later, on a new connection, with `Recover`, and is told by `Outcome`.
+Every message is bounded in size, and every wait in time.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from pageferry.errors import ProtocolError
+
 VERSION = 1
 """Of the protocol. Peers of another version are refused by name."""
 
 MAX_MESSAGE = 4 << 20
 """Largest control message, bytes."""
+MAX_FIRST = 64 << 10
+"""Largest first message of a source, bytes: until it is accepted it may not make us keep more."""
 MAX_STATE = 512 << 20
 """Largest state, bytes."""
 STATE_CHUNK = 1 << 20
@@ -49,6 +54,7 @@ STREAM_MAGIC = b"PFPAGE1\n"
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Length = Annotated[int, Meta(gt=0, le=1 << 48, multiple_of=4096)]
+Migration = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Codec = Literal["none", "lz4", "zstd"]
 Populate = Literal["all", "hot", "none"]
 
@@ -69,7 +75,7 @@ class Hello(Message, frozen=True):
     """What is to come. `version` is looked at before anything else."""
 
     version: Count
-    migration: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    migration: Migration
     """Chosen at random by the source; names this migration in `Recover`."""
     kind: Name
     name: Name
@@ -189,7 +195,7 @@ class Recover(Message, frozen=True):
     """What became of this migration?"""
 
     version: Count
-    migration: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    migration: Migration
 
 
 class Outcome(Message, frozen=True):
@@ -218,7 +224,13 @@ AnyMessage = (
     | Outcome
 )
 
+
+class _Versioned(msgspec.Struct):
+    version: int = VERSION
+
+
 _encoder = msgspec.msgpack.Encoder()
+_version_decoder = msgspec.msgpack.Decoder(_Versioned)
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
@@ -233,6 +245,23 @@ def encode(message: Message) -> bytes:
 def decode(body: bytes) -> AnyMessage:
     """A message from its body. Raises msgspec.MsgspecError for anything that is none."""
     return _decoder.decode(body)
+
+
+def version_of(body: bytes) -> int:
+    """The version that a message of any version speaks of, or ours: its other fields may be unknown to us."""
+    try:
+        return _version_decoder.decode(body).version
+    except msgspec.MsgspecError:
+        return VERSION
+
+
+def check_version(version: int) -> None:
+    """Raises ProtocolError, naming both versions, for one that is not ours."""
+    if version != VERSION:
+        raise ProtocolError(
+            f"the peer speaks version {version} of the protocol, and we version {VERSION}: "
+            f"use the same release of pageferry on both sides"
+        )
 
 
 def pack_units(units: list[bool]) -> bytes:

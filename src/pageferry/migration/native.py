@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from pageferry.errors import Cancelled, ConnectionLost, MigrationError, ProtocolError, WorkloadDied, WorkloadError
 
@@ -29,6 +29,18 @@ async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = No
         raise
     except (OSError, ValueError) as error:
         raise translate(error) from error
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which nobody can cut short: whoever cancels us meanwhile has to wait for it.
+
+    The cancellation is forgotten then: what `work` did cannot be undone, and its result says so.
+    """
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    return task.result()
 
 
 def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:

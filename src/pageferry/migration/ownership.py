@@ -10,7 +10,9 @@ So at any instant at most one side may run it, and whoever is left over can find
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from enum import Enum
 from pathlib import Path
 
@@ -40,6 +42,11 @@ class Verdict(Enum):
     """The destination has given up its claim: the workload is the source's."""
 
 
+KEPT = 30 * 24 * 3600.0
+"""Seconds for which the decision about a migration is kept while its source has not been heard of. A source that asks
+later is told `unknown`, which is never wrong."""
+
+
 class Verdicts:
     """Decisions of this host as a destination, one small file each; they outlive the processes that took them."""
 
@@ -48,8 +55,12 @@ class Verdicts:
 
     def begin(self, migration: str) -> None:
         """Note that this host takes part in a migration, before anything else is known of it."""
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._begun(migration).touch()
+        try:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._prune()
+            self._begun(migration).touch()
+        except OSError as error:
+            raise WorkloadError(f"decisions about migrations cannot be written to {self._path}: {error}") from error
 
     def knows(self, migration: str) -> bool:
         """Whether `begin` was called for it here."""
@@ -60,7 +71,7 @@ class Verdicts:
 
         Raises WorkloadError when it cannot be written: then nothing has been decided.
         """
-        target = self._path / f"{migration}.verdict"
+        target = self._verdict(migration)
         temporary = self._path / f".{migration}.{os.getpid()}"
         try:
             with open(temporary, "w", encoding="ascii") as file:
@@ -78,6 +89,22 @@ class Verdicts:
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be written to {target}: {error}") from error
         return verdict
+
+    def forget(self, migration: str) -> None:
+        """The source knows what was decided, and will not ask."""
+        # In this order: a verdict alone would be forgotten, a beginning alone could be decided anew.
+        self._begun(migration).unlink(missing_ok=True)
+        self._verdict(migration).unlink(missing_ok=True)
+
+    def _prune(self) -> None:
+        oldest = time.time() - KEPT
+        for file in self._path.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+                if file.stat().st_mtime < oldest:
+                    self.forget(file.stem)
+
+    def _verdict(self, migration: str) -> Path:
+        return self._path / f"{migration}.verdict"
 
     def _begun(self, migration: str) -> Path:
         return self._path / f"{migration}.begun"

@@ -19,15 +19,17 @@ from pageferry.errors import (
     NotConverging,
     OutcomeUnknown,
     PageferryError,
+    PeerRefused,
     ProtocolError,
 )
+from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Address, connect_control, connect_stream
 from pageferry.migration.convergence import Convergence, Decision
 from pageferry.migration.memory import Counters, Memory
-from pageferry.migration.native import off_loop
+from pageferry.migration.native import off_loop, to_the_end
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.stopwatch import Stopwatch
@@ -56,7 +58,8 @@ class Source:
         self.convergence = Convergence(options.max_downtime, options.max_rounds)
         self.round = 0
         self.collections = 0
-        self.paused = False
+        self.touched = False
+        """The workload has been paused, or prepared for it."""
         self.committed = False
         self.control: Channel | None = None
         self.trace: Trace | None = None
@@ -73,19 +76,14 @@ class Source:
         try:
             with self.times.measure("setup"):
                 await self._set_up(address)
-            try:
-                await self._copy_rounds()
-                await self._switch_over()
-            except BaseException as error:
-                await asyncio.shield(self.channel.abort(_reason(error)))
-                raise
-            running = await self._commit()
-        except BaseException:
-            if not self.committed:
-                await asyncio.shield(self._give_back())
-            await asyncio.shield(self._disconnect())
+            await self._copy_rounds()
+            await self._switch_over()
+            running = await to_the_end(self._commit())
+        except BaseException as error:
+            await to_the_end(self._fail(error))
             raise
-        await asyncio.shield(self._retire())
+        # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
+        await to_the_end(self._retire())
         return self._result(running)
 
     # -- set-up
@@ -94,20 +92,28 @@ class Source:
         self.memory = Memory(self.workload)
         reader, writer = await connect_control(address, self.options.patience)
         self.control = Channel(reader, writer, self.options.patience)
+        fault_point("source.connected")
         await self.channel.send(self._hello())
+        fault_point("source.greeted")
         welcome = await self.channel.receive(messages.Welcome)
-        streams = [
-            await connect_stream(address, welcome.token, index, self.options.patience)
-            for index in range(self.options.streams)
-        ]
-        self.sender = BlockSender([stream.fileno() for stream in streams], self.options.codec)
-        for stream in streams:
-            stream.close()  # the engine has a duplicate
+        await self._connect_streams(address, welcome.token)
         self.hot = self.memory.page_sets()
         self.large = await off_loop(self.memory.large_units)
         await self._install_trace()
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
+        fault_point("source.set-up")
+
+    async def _connect_streams(self, address: Address, token: bytes) -> None:
+        patience = self.options.patience
+        with contextlib.ExitStack() as opened:
+            streams = [
+                opened.enter_context(await connect_stream(address, token, index, patience))
+                for index in range(self.options.streams)
+            ]
+            # The engine duplicates the descriptors.
+            sockets = [stream.fileno() for stream in streams]
+            self.sender = BlockSender(sockets, self.options.codec, patience=patience)
 
     def _hello(self) -> messages.Hello:
         identity = self.workload.identity
@@ -137,7 +143,7 @@ class Source:
                 memory=self.memory.size,
                 present=self.memory.present(),
                 large_pages=sum(map(sum, self.large)),
-                install_ms=self.install_seconds * 1e3,
+                install_ms=_ms(self.install_seconds),
             )
         )
 
@@ -152,6 +158,7 @@ class Source:
             await self._send_round(pages)
             covered = _covered(before, self.sender.progress)
             pages_sent = _count(pages)
+            fault_point("source.between-rounds")
             pages = await self._collect()
             seconds = time.perf_counter() - started
             decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
@@ -176,6 +183,7 @@ class Source:
         self.round += 1
         number, sender = self.round, self.sender
         await self.channel.send(messages.Round(number=number))
+        fault_point("source.in-round")
         progress = asyncio.create_task(self._tell_progress(number, _count(pages)))
         try:
             await self.channel.during(
@@ -184,6 +192,9 @@ class Source:
             done = await self.channel.receive(messages.RoundDone)
         finally:
             progress.cancel()
+            (end,) = await asyncio.gather(progress, return_exceptions=True)
+        if isinstance(end, Exception):
+            raise end
         if done.number != number:
             raise ProtocolError(f"the peer finished round {done.number}, expected {number}")
 
@@ -191,11 +202,12 @@ class Source:
 
     async def _switch_over(self) -> None:
         """Pause, send the last pages and the state, and wait until the destination needs nothing more."""
+        self.touched = True
         await self.workload.prepare_pause()
         self.times.start("downtime")
         with self.times.measure("stop"):
-            self.paused = True
             await self.workload.pause()
+        fault_point("source.paused")
         for rest, new in zip(self.rest, await self._collect(), strict=True):
             rest.update(new)
         with self.times.measure("save"):
@@ -210,10 +222,13 @@ class Source:
         if any(last):
             with self.times.measure("last pages"):
                 await self._send_round(last)
+        fault_point("source.last-pages-sent")
         if self.options.populate == "hot":
             await self._send_hot()
         await self._send_state(state)
+        fault_point("source.state-sent")
         self.ready = await self.channel.receive(messages.Ready)
+        fault_point("source.ready")
 
     async def _send_hot(self) -> None:
         for number, hot in enumerate(self.hot):
@@ -230,23 +245,24 @@ class Source:
     async def _commit(self) -> messages.Running:
         """Give the workload away: from the moment it is recorded, this side never runs it of its own accord."""
         self._record_commit()
-        self.committed = True
+        fault_point("source.recorded")
         await self.workload.commit()
-        # Whoever cancels us now must not cut the answer off.
-        answer = asyncio.create_task(self._hand_over())
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(asyncio.wait((answer,)))
-        return await answer
-
-    async def _hand_over(self) -> messages.Running:
+        fault_point("source.committed")
+        self.committed = True
         try:
             await self.channel.send(messages.Commit())
+            fault_point("source.commit-sent")
             running = await self.channel.receive(messages.Running)
+        except PeerRefused:
+            # It decides before it says so: the workload is ours.
+            self.committed = False
+            raise
         except MigrationError as error:
             raise OutcomeUnknown(
                 f"{self.workload.name}: commit was sent to {self.peer} and no answer came ({error}). It stays paused "
                 f"here. Ask the peer with: pageferry migrate {self.workload.name} --recover"
             ) from error
+        fault_point("source.answered")
         self.times.stop("downtime")
         self.times.stop_all()
         return running
@@ -255,26 +271,52 @@ class Source:
 
     async def _retire(self) -> None:
         """It runs elsewhere: nothing of it is needed here any more."""
+        gone = await self._clear_away()
+        with contextlib.suppress(MigrationError, TimeoutError):
+            async with asyncio.timeout(REPORT_PATIENCE):
+                self.report = await self.channel.receive(messages.Report)
+        if gone:
+            # Otherwise the record is still here, and somebody will ask: the peer must not forget its answer.
+            with contextlib.suppress(MigrationError):
+                await self.channel.send(messages.Done())
+        await self._disconnect()
+
+    async def _clear_away(self) -> bool:
         try:
             await self._remove_trace()
             await self.workload.discard()
         except PageferryError as error:
-            log.warning("%s runs at %s; what is left of it here: %s", self.workload.name, self.peer, error)
-        with contextlib.suppress(MigrationError, TimeoutError):
-            async with asyncio.timeout(REPORT_PATIENCE):
-                self.report = await self.channel.receive(messages.Report)
-        with contextlib.suppress(MigrationError):
-            await self.channel.send(messages.Done())
-        await self._disconnect()
+            log.warning(
+                "%s runs at %s, but what is left of it here cannot be removed (%s). Try again with: "
+                "pageferry migrate %s --recover",
+                self.workload.name,
+                self.peer,
+                error,
+                self.workload.name,
+            )
+            return False
+        return True
+
+    async def _fail(self, error: BaseException) -> None:
+        """The migration ends: before commit, everything is put back, and the peer is told."""
+        try:
+            if not self.committed:
+                await self._give_back()
+        finally:
+            if self.control is not None and not self.committed:
+                await self.control.abort(_reason(error))
+            await self._disconnect()
 
     async def _give_back(self) -> None:
         """Everything as it was: the workload runs, without traces, on its large mappings."""
-        if self.paused:
-            await self.workload.resume()
-        self._forget_commit()
-        if self.trace is not None:
-            await self._remove_trace()
-            await off_loop(lambda: self.memory.restore_large_mappings(self.large))
+        try:
+            if self.touched:
+                await self.workload.resume()
+            self._forget_commit()
+        finally:
+            if self.trace is not None:
+                await self._remove_trace()
+                await off_loop(lambda: self.memory.restore_large_mappings(self.large))
 
     async def _remove_trace(self) -> None:
         if self.trace is not None:
@@ -318,7 +360,7 @@ class Source:
             bits = (now[0] - start[0]) * 8
             mbps = bits / 1e6 / (time.perf_counter() - since)
             done = sum(now[2:]) - sum(start[2:])
-            self.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=mbps))
+            self.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=round(mbps, 1)))
 
     def _tell_round(self, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
         sent = self.sender.progress[0] - before[0]
@@ -329,9 +371,9 @@ class Source:
                 pages=pages,
                 sent=sent,
                 remaining=remaining,
-                ms=seconds * 1e3,
-                mbps=sent * 8 / 1e6 / seconds,
-                dirty_rate=remaining / seconds,
+                ms=_ms(seconds),
+                mbps=round(sent * 8 / 1e6 / seconds, 1),
+                dirty_rate=round(remaining / seconds),
             )
         )
 
@@ -351,9 +393,9 @@ class Source:
                 total=times("downtime"),
                 stop=times("stop"),
                 last_pages=times("last pages"),
-                device_state=times("save") + ready.load * 1e3,
-                populate=ready.populate * 1e3,
-                resume=running.resume * 1e3,
+                device_state=_ms(self.times.seconds("save") + ready.load),
+                populate=_ms(ready.populate),
+                resume=_ms(running.resume),
             ),
             transferred=transferred,
             memory=self.memory.size,
@@ -361,7 +403,7 @@ class Source:
             duplicate=zero,
             skipped=absent,
             dirty_sync_count=self.collections,
-            mbps=transferred * 8 / 1e3 / times("total"),
+            mbps=round(transferred * 8 / 1e3 / times("total"), 1),
             large_pages=events.LargePageCount(
                 source=sum(map(sum, self.large)),
                 destination=report.large_pages if report else 0,
@@ -372,14 +414,14 @@ class Source:
                 large=populated.large,
                 small=populated.small,
                 failed=populated.failed,
-                work_ms=populated.seconds * 1e3,
+                work_ms=_ms(populated.seconds),
             ),
             faults_after_resume=events.FaultCount(minor=report.minor_faults, major=report.major_faults)
             if report
             else None,
             trace=events.TraceCount(
                 granularity=self.options.trace_granularity,
-                install_ms=self.install_seconds * 1e3,
+                install_ms=_ms(self.install_seconds),
                 released_units=self.released_units,
             ),
         )
@@ -392,6 +434,11 @@ def _count(sets: list[PageSet]) -> int:
 def _covered(before: Counters, after: Counters) -> int:
     """Bytes of memory that blocks between two readings covered, holes left out: they take no time."""
     return (after[2] + after[3] - before[2] - before[3]) * SMALL_PAGE
+
+
+def _ms(seconds: float) -> float:
+    """Milliseconds, to the microsecond."""
+    return round(seconds * 1e3, 3)
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
+from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import mounts, proc, processes
 from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
@@ -225,6 +225,7 @@ class QemuWorkload:
             status = await monitor.execute("query-status")
             if not status["running"]:
                 raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+        self._stays_paused = False
         self._bequeath(self._undo or [])
         for command in self._undo or []:
             await monitor.run(command)
@@ -373,6 +374,8 @@ def _launch(
 ) -> tuple[QemuProcess, str]:
     """Start QEMU with a memory file, and publish it already: it must not be lost if we are killed now."""
     qmp_socket = folder.socket_path("qmp.sock")
+    if hugetlb and not command.needs_ram_file:
+        raise UsageError("--hugetlb is about memory that pageferry adds, and the command line has memory of its own")
     ram = None
     try:
         if command.needs_ram_file:

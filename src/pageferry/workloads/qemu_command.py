@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from pageferry.errors import UnsupportedError, UsageError
 from pageferry.workloads.base import LARGE_PAGE
@@ -115,7 +116,7 @@ def parse_size(text: str, what: str, *, bare: str = "M") -> int:
     if matched is None:
         raise UsageError(f"{what}: {text!r} is no size; write 512M or 4G")
     number, unit = matched.groups()
-    return int(float(number) * _UNITS[unit.upper() or bare])
+    return int(Decimal(number) * _UNITS[unit.upper() or bare])
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

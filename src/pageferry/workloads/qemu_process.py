@@ -18,9 +18,6 @@ _STARTUP_PATIENCE = 120.0
 _LOG_TAIL = 2000
 """Bytes of the log that an error message quotes."""
 
-_running_children: list[subprocess.Popen[bytes]] = []
-"""Those that we leave running when we end: nobody is to complain about them being forgotten."""
-
 
 class QemuProcess:
     """A process that we have started."""
@@ -29,7 +26,6 @@ class QemuProcess:
         self._popen = popen
         self._program = program
         self._log = log
-        _running_children.append(popen)
 
     @property
     def pid(self) -> int:
@@ -38,19 +34,14 @@ class QemuProcess:
 
     def poll(self) -> int | None:
         """Its exit code (-N: signal N), or None while it runs."""
-        code = self._popen.poll()
-        if code is not None and self._popen in _running_children:
-            _running_children.remove(self._popen)
-        return code
+        return self._popen.poll()
 
     async def wait(self) -> int:
         """Wait for its end and return its exit code (-N: signal N)."""
         started = proc.start_time(self.pid)
         if started is not None:
             await processes.wait_for_end(self.pid, started)
-        code = self._popen.wait()  # it has ended, there is nothing to wait for
-        self.poll()
-        return code
+        return self._popen.wait()  # it has ended, there is nothing to wait for
 
     async def monitor(self, socket_path: str) -> Monitor:
         """A session with its monitor, as soon as it has one.
@@ -73,7 +64,6 @@ class QemuProcess:
         if self.poll() is None:
             self._popen.kill()
             self._popen.wait()
-            self.poll()
 
     def last_words(self) -> str:
         """The end of its log, to be put after a message; what it said on a terminal needs no repeating."""
@@ -92,7 +82,7 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
     try:
         if log is not None:
             output = open(log, "ab")  # noqa: SIM115  # closed below, whatever happens
-        popen = subprocess.Popen(
+        popen = processes.Outliving[bytes](
             command,
             stdin=None if log is None else subprocess.DEVNULL,
             stdout=output,

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pageferry.host import processes
 from pageferry.workloads import qemu_guardian
 from pageferry.workloads.qmp import Command
 
 log = logging.getLogger(__name__)
 
-_guardians: list[subprocess.Popen[str]] = []
+_guardians: list[processes.Outliving[str]] = []
 """Those that may still be at work, to be waited for when the next one is started."""
 
 
@@ -25,7 +26,7 @@ class LastWill:
     def __init__(self, qmp_socket: str) -> None:
         _guardians[:] = [guardian for guardian in _guardians if guardian.poll() is None]
         # Isolated and without site-packages: it starts in a few milliseconds, and nothing can get in its way.
-        self._guardian = subprocess.Popen(
+        self._guardian = processes.Outliving(
             [sys.executable, "-I", "-S", str(Path(qemu_guardian.__file__)), qmp_socket],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -27,12 +27,25 @@ _LOOK_AGAIN = 0.2
 """Seconds between two looks at whether QEMU is still there, while no event comes."""
 
 
+class _Client(QMPClient):
+    """A client that may be let go of without waiting, which the library does not provide for."""
+
+    def expect_abandonment(self) -> None:
+        """What ends the session is told by the call that it cuts off; there need not be any."""
+        if self._bh_tasks is not None:
+            self._bh_tasks.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    def abandon(self) -> None:
+        """Close the connection at once, with or without an event loop that would have the time for it."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
 class Monitor:
     """An open session. Use `open`; close it, or use it as an asynchronous context manager."""
 
-    def __init__(self, client: QMPClient, connection: socket.socket, path: str) -> None:
+    def __init__(self, client: _Client, path: str) -> None:
         self._client = client
-        self._connection = connection
         self.path = path
 
     @classmethod
@@ -42,7 +55,7 @@ class Monitor:
         Raises WorkloadDied where nobody listens, WorkloadError where somebody else has the session, or it is no QMP.
         """
         connection = await _connect(path, patience)
-        client = QMPClient()
+        client = _Client()
         try:
             async with asyncio.timeout(patience):
                 await client.connect(connection)
@@ -55,7 +68,8 @@ class Monitor:
         except QMPError as wrong:
             connection.close()
             raise WorkloadError(f"{path} is no QMP socket that answers ({wrong}): give one made with `-qmp`") from wrong
-        return cls(client, connection, path)
+        client.expect_abandonment()
+        return cls(client, path)
 
     @property
     def qemu_version(self) -> str:
@@ -110,8 +124,7 @@ class Monitor:
 
     def abandon(self) -> None:
         """Cut the session without waiting; QEMU takes the next client."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+        self._client.abandon()
 
     async def close(self) -> None:
         """End the session."""

@@ -3,6 +3,9 @@
 //! One thread is stopped (PTRACE_SEIZE + INTERRUPT), its registers and signal mask are saved, it is single-stepped over
 //! a `syscall` instruction of its own vdso with our arguments, and everything is put back. Other threads run on. A
 //! system call that the stop interrupted is restarted by the kernel, as after any signal.
+//!
+//! A tracer is a thread: when it ends the kernel lets go of what it traced. So injection has a thread of its own, and a
+//! process that could not be put back (it did not stop in time, say) is not left stopped for as long as we live.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -43,12 +46,26 @@ pub enum AdoptError {
     /// No `syscall` instruction was found.
     #[error("process {0} has no vdso to make a system call from")]
     NoVdso(libc::pid_t),
+    /// Somebody else's userfaultfd is on it.
+    #[error(
+        "memory of process {0} at {1:#x} is registered with another userfaultfd (a trace or a post-copy under way): end that first ({2})"
+    )]
+    Registered(libc::pid_t, u64, io::Error),
     /// The call was made and failed.
     #[error("a system call made in the process failed: {0}")]
     Call(io::Error),
     /// Anything else.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+/// Does `work` on the stopped main thread of a process.
+pub(super) fn on_stopped<T: Send>(
+    pid: libc::pid_t,
+    work: impl FnOnce(&Stopped) -> Result<T, AdoptError> + Send,
+) -> Result<T, AdoptError> {
+    let panicked = |_| Err(AdoptError::Io(io::Error::other("the injecting thread panicked")));
+    std::thread::scope(|scope| scope.spawn(|| work(&Stopped::attach(pid)?)).join().unwrap_or_else(panicked))
 }
 
 /// A thread that is stopped, to be put back as it was when this is dropped.
@@ -63,8 +80,7 @@ pub struct Stopped {
 }
 
 impl Stopped {
-    /// Stops the main thread of a process.
-    pub fn attach(pid: libc::pid_t) -> Result<Self, AdoptError> {
+    fn attach(pid: libc::pid_t) -> Result<Self, AdoptError> {
         let instruction = find_syscall(pid)?;
         let options = if has_seccomp(pid) { PTRACE_O_SUSPEND_SECCOMP } else { 0 };
         seize(pid, options)?;
@@ -141,7 +157,7 @@ enum Stop {
 /// Stops a seized thread; signals that come first are delivered as they would have been.
 fn interrupt(pid: libc::pid_t) -> Result<(), AdoptError> {
     loop {
-        request(libc::PTRACE_INTERRUPT, pid, 0, 0)?;
+        request(libc::PTRACE_INTERRUPT, pid, 0, 0).map_err(|_| AdoptError::Gone(pid))?;
         match wait_stopped(pid)? {
             Stop::Event => return Ok(()),
             Stop::Signal(signal) => request(libc::PTRACE_CONT, pid, 0, u64::from(signal.unsigned_abs()))?,

@@ -53,14 +53,14 @@ impl Space {
         let uffd = if self.is_own() {
             Userfault::own()?
         } else {
-            let injected = inject::Stopped::attach(self.pid)?;
-            self.userfault_in(&injected)?
+            inject::on_stopped(self.pid, |stopped| self.userfault_in(stopped))?
         };
         uffd.enable(features)?;
         Ok(uffd)
     }
 
     fn userfault_in(&self, stopped: &inject::Stopped) -> Result<Userfault, AdoptError> {
+        self.check_alive()?;
         let flags = u64::try_from(libc::O_CLOEXEC | libc::O_NONBLOCK).unwrap_or(0);
         let remote = match stopped.call(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]) {
             Err(AdoptError::Call(error)) if error.raw_os_error() == Some(libc::EPERM) => {
@@ -79,7 +79,18 @@ impl Space {
     /// # Errors
     /// [`AdoptError::Call`] with the errno the call ended in, the others when it could not be made.
     pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
-        inject::Stopped::attach(self.pid)?.call(number, arguments)
+        inject::on_stopped(self.pid, |stopped| {
+            self.check_alive()?;
+            stopped.call(number, arguments)
+        })
+    }
+
+    /// Refuses a process that merely got the number of one that ended. Once stopped by us it keeps its number.
+    fn check_alive(&self) -> Result<(), AdoptError> {
+        let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd that lives through the call.
+        let ended = uapi::check(unsafe { libc::poll(&raw mut poll, 1, 0) })?;
+        if ended == 0 { Ok(()) } else { Err(AdoptError::Gone(self.pid)) }
     }
 
     /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only

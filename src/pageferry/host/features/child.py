@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -122,6 +123,7 @@ def _start(work: Callable[[], str], groups: bool) -> _Child:
     pid = os.fork()
     if pid == 0:
         try:
+            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # where standard streams are closed, it may be one
             _settle(groups)
             os.write(writing, msgspec.json.encode(outcome_of(work)))
         finally:

@@ -1,0 +1,1 @@
+"""What benchmarks share: warm memory, process accounting, the guest's own voice."""

@@ -1,0 +1,71 @@
+"""The serial lines of guests, with the time at which each line arrived here."""
+
+from __future__ import annotations
+
+import re
+import selectors
+import socket
+import threading
+import time
+from pathlib import Path
+
+_TICK = re.compile(rb"FERRY tick \d+ writes=(\d+) .*errors=(\d+)")
+
+
+class SerialLines:
+    """One guest's serial line, wherever the guest is: every QEMU that it comes to live in connects here."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ready = threading.Event()
+        self.ticks: list[tuple[float, int]] = []
+        """(seconds on the monotonic clock, pages written so far)."""
+        self.errors = 0
+        self._selector = selectors.DefaultSelector()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        listener.listen()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._rest: dict[socket.socket, bytes] = {}
+        threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
+
+    def longest_silence(self, start: float, end: float) -> float:
+        """The longest time between two ticks of which at least a part lies between two instants, seconds."""
+        times = [at for at, _ in list(self.ticks)]
+        gaps = [(late - early) for early, late in zip(times, times[1:], strict=False) if late > start and early < end]
+        return max(gaps, default=0.0)
+
+    def time_to_writes(self, start: float, count: int) -> float | None:
+        """Seconds from an instant until so many more pages had been written than before it; None: not yet."""
+        ticks = list(self.ticks)
+        before = max((writes for at, writes in ticks if at <= start), default=0)
+        return next((at - start for at, writes in ticks if at > start and writes >= before + count), None)
+
+    def _listen(self, listener: socket.socket) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    self._rest[connection] = b""
+                    self._selector.register(connection, selectors.EVENT_READ)
+                else:
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._read(key.fileobj)
+
+    def _read(self, connection: socket.socket) -> None:
+        now = time.monotonic()
+        try:
+            data = connection.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._selector.unregister(connection)
+            connection.close()
+            return
+        *lines, self._rest[connection] = (self._rest[connection] + data).split(b"\n")
+        for line in lines:
+            if found := _TICK.search(line):
+                self.ticks.append((now, int(found[1])))
+                self.errors = int(found[2])
+            elif b"FERRY ready" in line:
+                self.ready.set()

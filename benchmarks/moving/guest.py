@@ -1,0 +1,172 @@
+"""One guest that moves from QEMU to QEMU, and what is measured about each of its moves.
+
+A *line* is a guest together with a way of moving it. It is booted once and then moved again and again, each time to a
+fresh QEMU; between its moves it is paused, so that it does not compete with the others.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.processes import Meter, faults, large_mappings
+from benchmarks.measuring.serial import SerialLines
+from benchmarks.peers.monitor import Monitor
+
+MEMORY = 1 << 30
+SETTLING = 0.7
+"""Seconds that a guest runs before it is moved."""
+WATCHED = 1.0
+"""Seconds after a move in which faults are counted."""
+FIRST_WRITES = 1000
+"""Pages that a guest under load writes in half a second."""
+
+BUSY = "ferry.mib=200 ferry.rate=2000 ferry.tick=10"
+"""200 MiB of pages that are verified all the time, 2000 of them written per second."""
+IDLE = "ferry.mib=200 ferry.rate=0 ferry.verify=0 ferry.tick=10"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where everything is."""
+
+    folder: Path
+    kernel: Path
+    initrd: Path
+
+
+@dataclass(slots=True)
+class Running:
+    """A QEMU that holds the guest, or waits for it."""
+
+    monitor: Monitor
+    pid: int
+    threads: list[int]
+
+    @classmethod
+    def behind(cls, path: Path) -> Running:
+        """The QEMU with a monitor at that path."""
+        monitor = Monitor(path)
+        return cls(monitor, monitor.pid(), monitor.threads())
+
+
+class Line(ABC):
+    """A guest and a way of moving it."""
+
+    def __init__(self, label: str, place: Place, qemu: Path, load: str) -> None:
+        self.label = label
+        self.place = place
+        self.qemu = qemu
+        self.load = load
+        self.stem = label.replace(" ", "-").replace(",", "")
+        self.serial = SerialLines(place.folder / f"{self.stem}.serial")
+        self.hops = 0
+        self.current: Running | None = None
+
+    def monitor_path(self, number: int) -> Path:
+        """Of our own monitor of the QEMU of that number."""
+        return self.place.folder / f"{self.stem}.{number}"
+
+    def command(self, number: int) -> list[str]:
+        """The QEMU of that number, without its memory."""
+        return [
+            str(self.qemu),
+            *"-accel tcg -m 1G -smp 1 -nodefaults -display none".split(),
+            *("-kernel", str(self.place.kernel), "-initrd", str(self.place.initrd)),
+            *("-append", f"console=ttyS0 quiet {self.load}"),
+            *("-serial", f"unix:{self.serial.path}"),
+            *("-qmp", f"unix:{self.monitor_path(number)},server=on,wait=off"),
+        ]
+
+    def boot(self) -> None:
+        """Start the guest; it is up when `serial.ready` is set."""
+        self.start()
+        self.current = Running.behind(self.monitor_path(0))
+
+    def rest(self) -> None:
+        """Pause it until its next move."""
+        assert self.current is not None
+        self.current.monitor.execute("stop")
+        self.current.monitor.wait("STOP")
+
+    def move(self, ballast: Ballast, **options: Any) -> dict[str, Any]:
+        """Wake the guest, move it once, watch it for a second, and say how it went."""
+        source = self.current
+        assert source is not None
+        source.monitor.execute("cont")
+        source.monitor.wait("RESUME")
+        self.hops += 1
+        self.prepare(self.hops, options)
+        destination = Running.behind(self.monitor_path(self.hops))
+        self.accept(destination)
+        time.sleep(SETTLING)
+        run = self._measure(source, destination, ballast, options)
+        source.monitor.close()
+        self.current = destination
+        ballast.hold()
+        return run
+
+    def _measure(
+        self, source: Running, destination: Running, ballast: Ballast, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        large = large_mappings(source.pid, MEMORY)
+        before = faults(destination.pid, destination.threads)
+        meter = Meter([source.pid, destination.pid])
+        clock = time.monotonic() - time.time()
+        ballast.release()
+        began = time.time()
+        self.begin(source, options)
+        stopped = source.monitor.wait("STOP")
+        meter.read()
+        resumed = destination.monitor.wait("RESUME")
+        cpu = meter.read()
+        time.sleep(max(resumed + WATCHED - time.time(), 0))
+        run = {
+            "line": self.label,
+            "elapsed-ms": (resumed - began) * 1e3,
+            "stop-to-resume-ms": (resumed - stopped) * 1e3,
+            "silence-ms": self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3,
+            "usual-silence-ms": self.serial.longest_silence(began + clock - 0.5, began + clock) * 1e3,
+            "first-writes-ms": _milliseconds(self.serial.time_to_writes(resumed + clock, FIRST_WRITES)),
+            "large-source": large,
+            "large-destination": large_mappings(destination.pid, MEMORY),
+            "faults-first-second": faults(destination.pid, destination.threads) - before,
+            "qemu-cpu-s": cpu,
+        }
+        run |= self.finish(source, destination)
+        run["cpu-s"] = run["qemu-cpu-s"] + run.get("agents-cpu-s", 0.0)
+        if self.serial.errors:
+            raise RuntimeError(f"{self.label}: the guest has found wrong pages")
+        return run
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start QEMU number 0, which boots the guest."""
+
+    @abstractmethod
+    def prepare(self, number: int, options: dict[str, Any]) -> None:
+        """Start the QEMU of that number, to receive the guest."""
+
+    @abstractmethod
+    def accept(self, destination: Running) -> None:
+        """Make it listen, where it does not yet."""
+
+    @abstractmethod
+    def begin(self, source: Running, options: dict[str, Any]) -> None:
+        """Give the command to move."""
+
+    @abstractmethod
+    def finish(self, source: Running, destination: Running) -> dict[str, Any]:
+        """What the mover itself says about it; the source is ended."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the guest and everything that was started."""
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

@@ -1,0 +1,69 @@
+"""The built-in workload, in one process after the other: every lost write shows when it is ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.moving.pageferry_line import Process, expect, pageferry
+
+
+class Ledger:
+    """A ledger that runs in a process of its own, and moves. `options`: those of `LedgerOptions`; `setup`: of `Setup`."""
+
+    def __init__(self, stem: str, size: int, options: dict[str, Any], **setup: Any) -> None:
+        self._stem = f"{stem}-{os.getpid()}"
+        self._number = 0
+        self.address = ""
+        self._next: Process | None = None
+        words = json.dumps({"name": self.name, "size": size, "options": options, **setup})
+        program = (sys.executable, "-m", "pageferry.workloads.ledger_process", words)
+        self._owner: Process = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
+        expect(self._owner, "ready")
+
+    @property
+    def name(self) -> str:
+        """Under which it is registered where it is now."""
+        return f"{self._stem}-{self._number}"
+
+    @property
+    def pid(self) -> int:
+        """Of the process that it is in."""
+        return self._owner.pid
+
+    def prepare(self) -> None:
+        """Start the process that it is to move to."""
+        name = f"{self._stem}-{self._number + 1}"
+        self._next = pageferry("receive", name, "--workload", "demo", "--output", "json")
+        self.address = expect(self._next, "listening")["address"]
+
+    def moved(self) -> None:
+        """It has moved: end the process that it has left."""
+        assert self._next is not None
+        self._end()
+        self._owner, self._next = self._next, None
+        self._number += 1
+
+    def _end(self) -> None:
+        self._owner.terminate()
+        said = expect(self._owner, "ledger")
+        assert self._owner.stdout is not None
+        self._owner.stdout.close()
+        self._owner.wait()
+        if not said["intact"]:
+            raise RuntimeError(f"{self.name} has lost writes: {said}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._end()
+        for process in (self._owner, self._next):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()

@@ -1,0 +1,39 @@
+"""How fast incompressible memory goes over one page stream, with checksums, against iperf3's single stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.moving.pageferry_line import Process, expect, pageferry
+from benchmarks.moving.ledger import Ledger
+from benchmarks.peers import iperf
+
+SIZE = 1 << 30
+
+
+def measure(ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+    """Move one arena again and again, with iperf3 in between."""
+    runs = []
+    with Ledger("arena", SIZE, {"rate": 1 << 20, "working_set": 0.01}) as ledger:
+        for _ in range(repetitions):
+            ballast.hold()
+            rate = iperf.one_stream()
+            runs.append(_move(ledger, ballast) | {"iperf3-mbps": rate})
+    for run in runs:
+        run["ratio"] = run["first-round-mbps"] / run["iperf3-mbps"]
+    return runs
+
+
+def _move(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
+    ledger.prepare()
+    ballast.release()
+    sender: Process = pageferry("migrate", ledger.name, ledger.address, "--output", "json")
+    assert sender.stdout is not None
+    first = expect(sender, "round")
+    told = expect(sender, "migration")
+    sender.stdout.close()
+    if sender.wait():
+        raise RuntimeError("pageferry migrate failed")
+    ledger.moved()
+    return {"first-round-mbps": first["mbps"], "first-round-ms": first["ms"], "total-ms": told["total-time"], "mbps": told["mbps"], "downtime-ms": told["downtime"]}

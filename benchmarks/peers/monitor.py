@@ -1,0 +1,73 @@
+"""A QMP session of our own with any QEMU, whoever runs it: commands, and events with QEMU's own time stamps."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Monitor:
+    """A session; opened as soon as there is a socket."""
+
+    def __init__(self, path: Path, patience: float = 30.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self._socket.connect(str(path))
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        self._rest = b""
+        self._events: list[dict[str, Any]] = []
+        self._next(deadline)
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What the command returns. Raises RuntimeError with QEMU's words."""
+        words = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
+        self._socket.sendall(json.dumps(words).encode())
+        while True:
+            answer = self._next(time.monotonic() + 60)
+            if "error" in answer:
+                raise RuntimeError(f"{command}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+            self._events.append(answer)
+
+    def wait(self, event: str, patience: float = 60.0, **data: Any) -> float:
+        """When the next event of that name (with that data) happened, seconds since 1970. Forgets those before it."""
+        deadline = time.monotonic() + patience
+        while True:
+            said = self._events.pop(0) if self._events else self._next(deadline)
+            if said.get("event") == event and data.items() <= said.get("data", {}).items():
+                return float(said["timestamp"]["seconds"]) + float(said["timestamp"]["microseconds"]) / 1e6
+
+    def threads(self) -> list[int]:
+        """The vCPUs' threads."""
+        return [cpu["thread-id"] for cpu in self.execute("query-cpus-fast")]
+
+    def pid(self) -> int:
+        """Of QEMU itself, whatever it was started through."""
+        status = Path(f"/proc/{self.threads()[0]}/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:")))
+
+    def close(self) -> None:
+        """End the session."""
+        self._socket.close()
+
+    def _next(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._rest:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = self._socket.recv(65536)
+            if not data:
+                raise EOFError("QEMU has closed its monitor")
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        said: dict[str, Any] = json.loads(line)
+        return said

@@ -1,0 +1,93 @@
+"""QEMU's own migration over loopback: pre-copy on one connection, and multifd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.moving.guest import MEMORY, Line, Place, Running
+from pageferry import _engine
+
+BANDWIDTH = 10 << 30
+"""Bytes per second: as good as no limit."""
+DOWNTIME_LIMIT = 300
+"""ms: QEMU's default, and pageferry's."""
+CHANNELS = 2
+
+
+class QemuLine(Line):
+    """A guest in plain QEMUs. `shared_file`: memory as pageferry has it, instead of QEMU's own anonymous memory."""
+
+    def __init__(self, label: str, place: Place, qemu: Path, load: str, *, shared_file: bool = False) -> None:
+        super().__init__(label, place, qemu, load)
+        self.shared_file = shared_file
+        self.multifd = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._address = ""
+
+    def start(self) -> None:
+        self._launch(0, ())
+
+    def prepare(self, number: int, options: dict[str, Any]) -> None:
+        self.multifd = options.get("multifd", False)
+        self._launch(number, ("-incoming", "defer"))
+
+    def accept(self, destination: Running) -> None:
+        self._configure(destination)
+        destination.monitor.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
+        (listening,) = destination.monitor.execute("query-migrate")["socket-address"]
+        self._address = f"tcp:127.0.0.1:{listening['port']}"
+
+    def begin(self, source: Running, options: dict[str, Any]) -> None:
+        self._configure(source)
+        source.monitor.execute("migrate", uri=self._address)
+
+    def finish(self, source: Running, destination: Running) -> dict[str, Any]:
+        source.monitor.wait("MIGRATION", status="completed")
+        told = source.monitor.execute("query-migrate")
+        source.monitor.execute("quit")
+        self._processes.pop(0).wait()
+        return {
+            "total-ms": told["total-time"],
+            "downtime-ms": told["downtime"],
+            "setup-ms": told["setup-time"],
+            "transferred": told["ram"]["transferred"],
+            "rounds": told["ram"]["dirty-sync-count"],
+        }
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def _launch(self, number: int, more: tuple[str, ...]) -> None:
+        memory, inherited = _shared_memory() if self.shared_file else ((), [])
+        try:
+            self._processes.append(subprocess.Popen([*self.command(number), *memory, *more], pass_fds=inherited))
+        finally:
+            for descriptor in inherited:
+                os.close(descriptor)
+
+    def _configure(self, running: Running) -> None:
+        states = {"events": True, "multifd": self.multifd}
+        items = [{"capability": name, "state": state} for name, state in states.items()]
+        running.monitor.execute("migrate-set-capabilities", capabilities=items)
+        running.monitor.execute(
+            "migrate-set-parameters",
+            max_bandwidth=BANDWIDTH,
+            downtime_limit=DOWNTIME_LIMIT,
+            multifd_channels=CHANNELS,
+        )
+
+
+def _shared_memory() -> tuple[tuple[str, ...], list[int]]:
+    folder = _engine.large_tmpfs(MEMORY + (2 << 20))
+    try:
+        file = os.open(f"/proc/self/fd/{folder}", os.O_TMPFILE | os.O_RDWR, 0o600)
+    finally:
+        os.close(folder)
+    os.ftruncate(file, MEMORY)
+    backend = f"memory-backend-file,id=ram0,size={MEMORY},share=on,align=2M,mem-path=/proc/self/fd/{file}"
+    return ("-object", backend, "-machine", "memory-backend=ram0"), [file]

@@ -1,0 +1,426 @@
+//! Adoption leaves a process as it was: its registers, signals, waits, filters and stops.
+//!
+//! The processes are forked from the test and do nothing but system calls and atomics on shared memory.
+
+use std::mem::zeroed;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry_engine::space::{AdoptError, Space};
+use pageferry_engine::uapi::{FEATURE_PAGEFAULT_FLAG_WP, FEATURE_WP_ASYNC, FEATURE_WP_HUGETLBFS_SHMEM};
+
+const FEATURES: u64 = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_ASYNC;
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What test and child see of each other.
+#[derive(Debug, Default)]
+struct Board {
+    /// Goes up with each thing that the child has done.
+    steps: AtomicU64,
+    /// Signals handled.
+    signals: AtomicU64,
+    /// Things that went wrong.
+    wrong: AtomicU64,
+    /// What a call returned, and how long it took, ns.
+    result: AtomicI64,
+    time: AtomicU64,
+    /// Set by the test: the child may go on.
+    go: AtomicU64,
+}
+
+struct Child {
+    pid: libc::pid_t,
+    board: &'static Board,
+}
+
+thread_local! {
+    /// Tests run on threads of their own, and a forked child has just the thread that forked it.
+    static BOARD: std::cell::Cell<*const Board> = const { std::cell::Cell::new(null()) };
+}
+
+fn board() -> &'static Board {
+    // SAFETY: set before the fork, to memory that is never unmapped.
+    unsafe { &*BOARD.with(std::cell::Cell::get) }
+}
+
+impl Child {
+    /// Forks a process that does `work` again and again until it is killed.
+    fn new(work: fn()) -> Self {
+        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, large enough for a board of zeros.
+        let memory = unsafe { libc::mmap(null_mut(), 4096, access, flags, -1, 0) };
+        assert_ne!(memory, libc::MAP_FAILED);
+        BOARD.with(|board| board.set(memory.cast()));
+        // SAFETY: the child calls nothing that needs another thread or a lock.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0);
+        if pid == 0 {
+            // SAFETY: takes no pointers; the child ends with the test's thread.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            loop {
+                work();
+            }
+        }
+        Self { pid, board: board() }
+    }
+
+    fn space(&self) -> Space {
+        Space::open(self.pid).expect("the child's address space")
+    }
+
+    fn adopt(&self) -> Result<(), AdoptError> {
+        self.space().userfault(FEATURES).map(drop)
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: takes no pointers.
+        assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
+    }
+
+    /// Waits until the counter has reached `value`.
+    fn reaches(&self, counter: &AtomicU64, value: u64) {
+        let begin = Instant::now();
+        while counter.load(Ordering::SeqCst) < value {
+            assert!(begin.elapsed() < DEADLINE, "{:?}", self.board);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn state(&self) -> char {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).expect("a process");
+        stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).expect("a state")
+    }
+
+    fn open_descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("a process").count()
+    }
+
+    /// It is still there, does its work, and nothing went wrong in it.
+    fn check(&self) {
+        let steps = self.board.steps.load(Ordering::SeqCst);
+        self.reaches(&self.board.steps, steps + 2);
+        assert_eq!(self.board.wrong.load(Ordering::SeqCst), 0);
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: our own child, not waited for before.
+        unsafe {
+            libc::kill(self.pid, libc::SIGKILL);
+            libc::waitpid(self.pid, null_mut(), 0);
+        }
+    }
+}
+
+fn step() {
+    board().steps.fetch_add(1, Ordering::SeqCst);
+}
+
+fn went_wrong(wrong: bool) {
+    board().wrong.fetch_add(u64::from(wrong), Ordering::SeqCst);
+}
+
+extern "C" fn count_signal(_: libc::c_int) {
+    board().signals.fetch_add(1, Ordering::SeqCst);
+}
+
+fn handle(signal: libc::c_int) {
+    let handler: extern "C" fn(libc::c_int) = count_signal;
+    // SAFETY: zeros are an empty mask and no flags; the handler is async-signal-safe.
+    unsafe {
+        let mut action: libc::sigaction = zeroed();
+        action.sa_sigaction = handler as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(signal, &raw const action, null_mut());
+    }
+}
+
+/// Arithmetic that a clobbered register would spoil.
+fn compute() {
+    let run = |mut word: u64| {
+        for _ in 0..2000 {
+            word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f).rotate_left(7);
+        }
+        word
+    };
+    let seed = std::hint::black_box(board().steps.load(Ordering::SeqCst));
+    went_wrong(run(seed) != run(std::hint::black_box(seed)));
+    step();
+}
+
+fn milliseconds(count: i64) -> libc::timespec {
+    libc::timespec { tv_sec: 0, tv_nsec: count * 1_000_000 }
+}
+
+#[test]
+fn a_computing_process_goes_on_unchanged() {
+    let child = Child::new(compute);
+    child.reaches(&child.board.steps, 1);
+    let (descriptors, begin) = (child.open_descriptors(), Instant::now());
+    for _ in 0..100 {
+        child.adopt().expect("adoption");
+    }
+    eprintln!("adopted and let go in {:?} each", begin.elapsed() / 100);
+    child.check();
+    assert_eq!(child.open_descriptors(), descriptors);
+}
+
+#[test]
+fn calls_return_what_the_process_would_get() {
+    let child = Child::new(compute);
+    let space = child.space();
+    assert_eq!(space.call(libc::SYS_getpid, [0; 6]).expect("a call"), u64::try_from(child.pid).unwrap());
+    let failed = space.call(libc::SYS_close, [9999, 0, 0, 0, 0, 0]);
+    assert!(matches!(&failed, Err(AdoptError::Call(error)) if error.raw_os_error() == Some(libc::EBADF)), "{failed:?}");
+    child.check();
+}
+
+/// Each wait returns as if nothing had happened, and not before its time.
+#[test]
+fn waits_go_on_for_their_full_time() {
+    fn timed(call: impl Fn() -> i64) {
+        let begin = Instant::now();
+        let result = call();
+        board().time.store(u64::try_from(begin.elapsed().as_nanos()).unwrap(), Ordering::SeqCst);
+        board().result.store(result, Ordering::SeqCst);
+        step();
+        while board().go.load(Ordering::SeqCst) < board().steps.load(Ordering::SeqCst) {
+            std::hint::spin_loop();
+        }
+    }
+    fn sleeping() {
+        let time = milliseconds(150);
+        // SAFETY: the structure lives through the call.
+        timed(|| i64::from(unsafe { libc::nanosleep(&raw const time, null_mut()) }));
+    }
+    fn polling() {
+        // SAFETY: no descriptors are given.
+        timed(|| i64::from(unsafe { libc::poll(null_mut(), 0, 150) }));
+    }
+    fn selecting() {
+        let time = milliseconds(150);
+        // SAFETY: the structure lives through the call.
+        timed(|| i64::from(unsafe { libc::ppoll(null_mut(), 0, &raw const time, null()) }));
+    }
+    fn locking() {
+        let (word, time) = (0u32, milliseconds(150));
+        let (word, time) = (&raw const word, &raw const time);
+        timed(|| {
+            // SAFETY: word and time live through the call.
+            let result = unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, 0, time) };
+            let error = std::io::Error::last_os_error().raw_os_error();
+            if result == -1 && error == Some(libc::ETIMEDOUT) { 0 } else { 1 }
+        });
+    }
+    for work in [sleeping as fn(), polling, selecting, locking] {
+        let child = Child::new(work);
+        for round in 1..4 {
+            thread::sleep(Duration::from_millis(20));
+            for _ in 0..10 {
+                child.adopt().expect("adoption");
+            }
+            child.reaches(&child.board.steps, round);
+            assert_eq!(child.board.result.load(Ordering::SeqCst), 0, "interrupted");
+            let time = Duration::from_nanos(child.board.time.load(Ordering::SeqCst));
+            assert!(time >= Duration::from_millis(150), "back after {time:?}");
+            child.board.go.store(round, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Queued signals, thousands of them, while the process is adopted again and again: none lost, none twice.
+#[test]
+fn signals_arrive_exactly_once() {
+    const SIGNALS: u64 = 3000;
+    fn work() {
+        handle(libc::SIGRTMIN() + 3);
+        handle(libc::SIGUSR1);
+        board().go.store(1, Ordering::SeqCst);
+        loop {
+            compute();
+            let time = milliseconds(1);
+            // SAFETY: the structure lives through the call.
+            unsafe { libc::nanosleep(&raw const time, null_mut()) };
+        }
+    }
+    let child = Child::new(work);
+    child.reaches(&child.board.go, 1);
+    let pid = child.pid;
+    let storm = thread::spawn(move || {
+        for _ in 0..SIGNALS {
+            // SAFETY: the value is a number. It fails while the queue is full.
+            while unsafe { libc::sigqueue(pid, libc::SIGRTMIN() + 3, zeroed()) } != 0 {
+                thread::yield_now();
+            }
+        }
+    });
+    let mut adoptions = 0;
+    while !storm.is_finished() || adoptions < 20 {
+        child.adopt().expect("adoption");
+        adoptions += 1;
+    }
+    storm.join().expect("no panic");
+    child.reaches(&child.board.signals, SIGNALS);
+    child.check();
+    assert_eq!(child.board.signals.load(Ordering::SeqCst), SIGNALS, "after {adoptions} adoptions");
+    child.signal(libc::SIGUSR1);
+    child.reaches(&child.board.signals, SIGNALS + 1);
+}
+
+/// A wait with a signal mask of its own: the mask is back afterwards, in the wait and after it.
+#[test]
+fn masks_of_waits_are_kept() {
+    fn work() {
+        handle(libc::SIGUSR1);
+        // SAFETY: the sets live through the calls.
+        unsafe {
+            let (mut blocked, mut now): (libc::sigset_t, libc::sigset_t) = (zeroed(), zeroed());
+            libc::sigaddset(&raw mut blocked, libc::SIGUSR1);
+            libc::sigprocmask(libc::SIG_BLOCK, &raw const blocked, null_mut());
+            let open: libc::sigset_t = zeroed();
+            step();
+            went_wrong(libc::ppoll(null_mut(), 0, null(), &raw const open) != -1);
+            libc::sigprocmask(libc::SIG_BLOCK, null(), &raw mut now);
+            went_wrong(libc::sigismember(&raw const now, libc::SIGUSR1) != 1);
+        }
+        step();
+    }
+    let child = Child::new(work);
+    for round in 1..6 {
+        child.reaches(&child.board.steps, 2 * round - 1);
+        while child.state() != 'S' {
+            thread::sleep(Duration::from_millis(1));
+        }
+        child.adopt().expect("adoption");
+        assert_eq!(child.board.steps.load(Ordering::SeqCst), 2 * round - 1, "the wait ended by itself");
+        child.signal(libc::SIGUSR1);
+        child.reaches(&child.board.steps, 2 * round);
+        assert_eq!(child.board.signals.load(Ordering::SeqCst), round);
+    }
+    assert_eq!(child.board.wrong.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_stopped_process_stays_stopped() {
+    let child = Child::new(compute);
+    child.reaches(&child.board.steps, 1);
+    child.signal(libc::SIGSTOP);
+    while child.state() != 'T' {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let steps = child.board.steps.load(Ordering::SeqCst);
+    for _ in 0..20 {
+        child.adopt().expect("adoption");
+    }
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!((child.state(), child.board.steps.load(Ordering::SeqCst)), ('T', steps));
+    child.signal(libc::SIGCONT);
+    child.check();
+}
+
+/// Stopped and continued at random while it is adopted: in the end it does what it was told last.
+#[test]
+fn stops_during_adoption_are_kept() {
+    let child = Child::new(compute);
+    let pid = child.pid;
+    let signals = thread::spawn(move || {
+        for number in 0..400 {
+            let signal = if number % 2 == 0 { libc::SIGSTOP } else { libc::SIGCONT };
+            // SAFETY: takes no pointers.
+            unsafe { libc::kill(pid, signal) };
+            thread::sleep(Duration::from_micros(300));
+        }
+    });
+    while !signals.is_finished() {
+        child.adopt().expect("adoption");
+    }
+    signals.join().expect("no panic");
+    child.signal(libc::SIGCONT);
+    child.check();
+    child.signal(libc::SIGSTOP);
+    child.adopt().expect("adoption");
+    let begin = Instant::now();
+    while child.state() != 'T' {
+        assert!(begin.elapsed() < DEADLINE, "it did not stop");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A filter that kills the process for the very call that adoption makes.
+#[test]
+fn a_filter_is_suspended_and_back_again() {
+    fn work() {
+        if board().steps.load(Ordering::SeqCst) == 0 {
+            went_wrong(!forbid_userfaultfd());
+        }
+        if board().go.load(Ordering::SeqCst) == 1 {
+            // SAFETY: takes no pointers. The filter must end the process here.
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        }
+        step();
+    }
+    let child = Child::new(work);
+    child.reaches(&child.board.steps, 1);
+    match child.adopt() {
+        Err(AdoptError::Seccomp(_)) => return eprintln!("skipped: filters cannot be suspended without CAP_SYS_ADMIN"),
+        adopted => adopted.expect("adoption"),
+    }
+    child.check();
+    child.board.go.store(1, Ordering::SeqCst);
+    let begin = Instant::now();
+    while child.state() != 'Z' {
+        assert!(begin.elapsed() < DEADLINE, "the filter is gone");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn forbid_userfaultfd() -> bool {
+    let op = |code: u32, jump: u8, value: u32| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(0),
+        jt: 0,
+        jf: jump,
+        k: value,
+    };
+    let call = u32::try_from(libc::SYS_userfaultfd).unwrap_or(0);
+    let mut program = [
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, call),
+        op(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_KILL_PROCESS),
+        op(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
+    // SAFETY: the filter lives through the calls.
+    unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) == 0
+    }
+}
+
+#[test]
+fn a_process_that_somebody_traces_is_refused_by_name() {
+    let child = Child::new(compute);
+    // SAFETY: seizing our own child takes no pointers.
+    assert_eq!(unsafe { libc::ptrace(libc::PTRACE_SEIZE, child.pid, 0, 0) }, 0);
+    let ended = child.adopt();
+    let ours = std::process::id().to_string();
+    // The tracer is one of our threads.
+    let named = |tracer: &str| tracer == ours || std::path::Path::new(&format!("/proc/self/task/{tracer}")).exists();
+    assert!(matches!(&ended, Err(AdoptError::Traced(pid, tracer)) if *pid == child.pid && named(tracer)), "{ended:?}");
+    child.check();
+}
+
+#[test]
+fn a_process_that_is_gone_is_refused() {
+    let child = Child::new(compute);
+    let space = child.space();
+    child.signal(libc::SIGKILL);
+    while child.state() != 'Z' {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(space.userfault(FEATURES).is_err());
+    drop(child);
+    assert!(matches!(space.userfault(FEATURES), Err(AdoptError::Gone(_))));
+}

@@ -1,0 +1,50 @@
+"""Named points at which a process can be made to fail, for tests of what happens then.
+
+They are off unless the environment variable PAGEFERRY_FAULT says `POINT=ACTION`, for example `source.paused=kill`.
+Actions: `kill` (SIGKILL to this process), `stop` (SIGSTOP: it hangs there until somebody sends SIGCONT) and `drop`
+(every TCP connection of this process is cut, as if the link had gone). Each happens once. docs/protocol.md lists the
+points of a migration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+
+VARIABLE = "PAGEFERRY_FAULT"
+
+_planned: list[tuple[str, str]] = [
+    (point, action) for point, separator, action in [os.environ.get(VARIABLE, "").partition("=")] if separator
+]
+
+
+def fault_point(name: str) -> None:
+    """Fail here if that has been asked for."""
+    if not _planned or _planned[0][0] != name:
+        return
+    match _planned.pop()[1]:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "drop":
+            _cut_connections()
+        case other:
+            raise ValueError(f"{VARIABLE}={name}={other}: the action is kill, stop or drop")
+
+
+def _cut_connections() -> None:
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                _cut(int(entry))
+
+
+def _cut(descriptor: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
+            connection.shutdown(socket.SHUT_RDWR)

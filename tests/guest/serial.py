@@ -1,0 +1,84 @@
+"""Reads what the checker in a guest says on its serial line, from the file that QEMU writes it to."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICK = re.compile(r"FERRY tick (\d+) writes=(\d+) verified=(\d+) passes=(\d+) errors=(\d+)\r?\n")
+
+BOOT = 60.0
+"""Seconds until the checker must have come up, on a busy machine without KVM."""
+
+
+class GuestFailed(AssertionError):
+    """The guest crashed, found a wrong page, or fell silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What the checker has done so far."""
+
+    number: int
+    writes: int
+    verified: int
+    passes: int
+    """Times that every page has been verified."""
+    errors: int
+
+
+class Serial:
+    """The serial line of one QEMU. A guest that moves goes on in the file of the other QEMU."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def text(self) -> str:
+        """All that has been said."""
+        return self.path.read_text(errors="replace") if self.path.exists() else ""
+
+    @property
+    def bad(self) -> list[str]:
+        """The lines about wrong pages."""
+        return [line for line in self.text.splitlines() if "FERRY BAD" in line]
+
+    @property
+    def last(self) -> Tick | None:
+        """The last tick."""
+        found = _TICK.findall(self.text)
+        return Tick(*map(int, found[-1])) if found else None
+
+    async def ready(self) -> None:
+        """Wait until memory is filled and the checker works."""
+        await self._until(lambda: "FERRY ready" in self.text, BOOT, "was not ready")
+
+    async def ticks(self, count: int, timeout: float = 30.0) -> Tick:
+        """Wait for `count` more ticks and return the last. Raises GuestFailed if a page was wrong."""
+        return await self._after(lambda tick: tick.number, count, timeout)
+
+    async def passes(self, count: int, timeout: float = 60.0) -> Tick:
+        """Wait for `count` more passes over all pages: after two, each was verified anew. Raises GuestFailed."""
+        return await self._after(lambda tick: tick.passes, count, timeout)
+
+    async def _after(self, value: Callable[[Tick], int], count: int, timeout: float) -> Tick:
+        await self._until(lambda: self.last is not None, timeout, "did not tick")
+        first = self.last
+        assert first is not None
+        await self._until(lambda: value(self.last or first) >= value(first) + count, timeout, "did not go on")
+        last = self.last
+        assert last is not None
+        if last.errors:
+            raise GuestFailed("\n".join(self.bad))
+        return last
+
+    async def _until(self, done: Callable[[], bool], timeout: float, complaint: str) -> None:
+        deadline = asyncio.get_running_loop().time() + timeout
+        while not done():
+            if self.bad or "Kernel panic" in self.text or asyncio.get_running_loop().time() > deadline:
+                end = self.text[-2000:]
+                raise GuestFailed(f"the guest {complaint} in {timeout:g} s; its serial line ends with:\n{end}")
+            await asyncio.sleep(0.02)

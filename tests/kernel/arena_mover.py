@@ -1,0 +1,157 @@
+"""Programs that use `pageferry.migrate` and `pageferry.receive` as their users do; told what to do on standard input.
+
+`source SIZE WORDS...`: writing (a thread writes all the time), sparse (three pages of it are touched), memfd (no large
+pages), collapsed (put on large pages), stateful (state callbacks), named (registered as `mover`).
+`destination WORDS...`: stateful; small (takes at most 16 MiB).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import pageferry
+from pageferry.errors import PageferryError
+
+PAGE = 4096
+
+
+def say(what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+class Program:
+    """What both have: callbacks, which say that they were called, and a state."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.may_run = threading.Event()
+        self.parked = threading.Event()
+        self.state = b""
+
+    def callbacks(self, stateful: bool) -> dict[str, Any]:
+        state = (lambda: self.state, self.load) if stateful else None
+        return {
+            "on_pause": self.pause,
+            "on_resume": self.resume,
+            "on_moved": lambda: self.calls.append("moved"),
+            "state": state,
+        }
+
+    def load(self, state: bytes) -> None:
+        self.state = state
+        self.calls.append("loaded")
+
+    def pause(self) -> None:
+        self.calls.append("paused")
+        if self.may_run.is_set():
+            self.may_run.clear()
+            self.parked.wait()
+
+    def resume(self) -> None:
+        self.calls.append("resumed")
+        self.parked.clear()
+        self.may_run.set()
+
+    def had(self, arena: pageferry.Arena) -> dict[str, object]:
+        digest = hashlib.blake2b()
+        for start, end in arena.data_ranges():
+            digest.update(memoryview(arena)[start:end])
+        empty = not any(memoryview(arena)[:PAGE]) if arena.data_ranges() else True
+        content = digest.hexdigest() if not empty else ""
+        return {
+            "size": len(arena),
+            "calls": self.calls,
+            "digest": content,
+            "state": hashlib.blake2b(self.state).hexdigest(),
+        }
+
+
+class Source(Program):
+    def __init__(self, size: int, how: set[str]) -> None:
+        super().__init__()
+        self.arena = pageferry.Arena(
+            size,
+            "mover" if "named" in how else None,
+            large_pages="memfd" not in how,
+            **self.callbacks("stateful" in how),
+        )
+        self.words = np.frombuffer(memoryview(self.arena), dtype=np.uint64)
+        self.state = os.urandom(3 << 20) if "stateful" in how else b""
+        if "sparse" in how:
+            self.words[[0, size // 16, size // 8 - 1]] = 4711
+        if "writing" in how:
+            self.words[:] = np.random.default_rng(7).integers(1, 1 << 60, self.words.size)
+            self.may_run.set()
+            threading.Thread(target=self.write, daemon=True).start()
+        if "collapsed" in how:
+            self.arena.collapse()
+
+    def write(self) -> None:
+        random = np.random.default_rng(11)
+        while True:
+            if not self.may_run.is_set():
+                self.parked.set()
+                self.may_run.wait()
+            where = random.integers(0, self.words.size, 4)
+            self.words[where] += 1
+
+    async def migrate(self, address: str) -> None:
+        try:
+            result = await pageferry.migrate(self.arena, address, max_rounds=100)
+        except PageferryError as error:
+            say({type(error).__name__: str(error)})
+            return
+        say(msgspec.to_builtins(result))
+        say(self.had(self.arena))
+
+    def run(self) -> None:
+        for line in sys.stdin:
+            match line.split():
+                case ["migrate", address]:
+                    asyncio.run(self.migrate(address))
+                case ["had"]:
+                    say(self.had(self.arena))
+                case ["calls"]:
+                    say(self.calls)
+                case ["descriptors"]:
+                    gc.collect()
+                    say(len(os.listdir("/proc/self/fd")))
+
+
+class Destination(Program):
+    async def run(self, how: set[str]) -> None:
+        arena = await pageferry.receive(
+            "127.0.0.1:0",
+            listening=lambda address: say({"address": address}),
+            max_size=16 << 20 if "small" in how else None,
+            **self.callbacks("stateful" in how),
+        )
+        allocated = os.fstat(arena.fileno()).st_blocks * 512
+        state = self.state or arena.received_state or b""
+        self.state = state
+        say({**self.had(arena), "allocated": allocated})
+        await asyncio.to_thread(sys.stdin.readline)
+        memoryview(arena)[len(arena) - 1] = 77
+        say({"written": memoryview(arena)[len(arena) - 1] == 77})
+
+
+def main() -> None:
+    if sys.argv[1] == "source":
+        Source(int(sys.argv[2]), set(sys.argv[3:])).run()
+    else:
+        how = set(sys.argv[2:])
+        asyncio.run(Destination().run(how))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Guests for the tests of this directory: each is booted for each QEMU that there is."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from pageferry.host import mounts, processes
+from pageferry.host.registry import AnyEntry, Registry
+from tests.guest import initrd
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+
+
+@pytest.fixture(scope="session")
+def checker_initrd(guest_modules: Path) -> Path:
+    """The initrd with the checker and the balloon's modules."""
+    if shutil.which("rustc") is None:
+        pytest.skip("no rustc to build the guest's checker with")
+    modules = [guest_modules / f"{name}.ko" for name in initrd.BALLOON_MODULES]
+    return initrd.build(guest_modules.parent / "checker", modules)
+
+
+@pytest.fixture(scope="session")
+def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
+    """What guests are made of, for each QEMU in turn."""
+    return GuestParts(qemu, guest_kernel, checker_initrd)
+
+
+@pytest.fixture
+def serial(tmp_path: Path) -> Callable[[str], Serial]:
+    """Makes serial lines by name."""
+    return lambda name: Serial(tmp_path / f"{name}.serial")
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    """The registry of this session. What a test leaves behind in it is ended, and reported."""
+    registry = Registry()
+    yield registry
+    left = registry.entries()
+    asyncio.run(_end(registry, left))
+    assert list(left) == []
+    assert not (registry.path / ".ram").exists()
+    assert not (registry.path / ".hugetlb").exists()
+
+
+async def _end(registry: Registry, entries: Mapping[str, AnyEntry]) -> None:
+    for name, entry in entries.items():
+        processes.send_signal(entry.pid, entry.started, signal.SIGKILL)
+        await processes.wait_for_end(entry.pid, entry.started)
+        registry.remove(name)
+    mounts.unmount_unused(registry)

@@ -1,0 +1,27 @@
+"""A controller that is going to be killed: pauses a guest, perhaps saves or commits it, and waits for its death.
+
+`python controller.py NAME pause|save|commit` prints pid and start time of the guest's guardian.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from pageferry.host import proc
+from pageferry.workloads.qemu import QemuWorkload
+
+
+async def main(name: str, what: str) -> None:
+    workload = await QemuWorkload.attach(name)
+    await workload.pause()
+    if what != "pause":
+        await workload.save_state()
+    if what == "commit":
+        await workload.commit()
+    guardian = workload.guardian
+    print(guardian, proc.start_time(guardian or 0), flush=True)
+    await asyncio.Event().wait()
+
+
+asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""A real guest, booted once for each QEMU: paused, saved, let go, and what happens when its controller dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.errors import NameInUse, WorkloadError
+from pageferry.host import mounts, proc, processes
+from pageferry.host.registry import Registry
+from pageferry.workloads import qemu_ram, qemu_state
+from pageferry.workloads.base import LARGE_PAGE, Workload
+from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qmp import Monitor
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+
+NAME = "guest"
+CONTROLLER = Path(__file__).with_name("controller.py")
+
+
+@dataclass
+class Guest:
+    """The guest of this module."""
+
+    workload: QemuWorkload
+    serial: Serial
+
+    @property
+    def qmp_socket(self) -> str:
+        return str(Registry().path / NAME / "qmp.sock")
+
+
+@pytest.fixture(scope="module")
+def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    serial = Serial(tmp_path_factory.mktemp("guest") / "serial")
+
+    async def boot() -> QemuWorkload:
+        workload = await QemuWorkload.start(NAME, parts.command(serial, "-smp", "2", "-device", "virtio-balloon-pci"))
+        await serial.ready()
+        return workload
+
+    async def end() -> None:
+        # Opened anew: a test that failed may have left the other one in any state.
+        await (await QemuWorkload.attach(NAME)).discard()
+
+    workload = asyncio.run(boot())
+    yield Guest(workload, serial)
+    workload.close()
+    asyncio.run(end())
+    assert serial.bad == []
+    assert not Registry().entries()
+    assert not any((Registry().path / name).exists() for name in (".ram", NAME))
+
+
+async def settings(guest: Guest) -> tuple[Any, Any]:
+    async with await Monitor.open(guest.qmp_socket) as monitor:
+        capabilities = await monitor.execute("query-migrate-capabilities")
+        return capabilities, await monitor.execute("query-migrate-parameters")
+
+
+def test_is_a_workload(guest: Guest) -> None:
+    workload: Workload = guest.workload
+    assert isinstance(workload, Workload)
+    assert workload.identity.kind == "qemu"
+    assert workload.identity.details["cpus"] == 2
+    assert str(workload.identity.details["machine"]).startswith("pc-i440fx-")
+
+
+def test_memory_is_one_mapped_file(guest: Guest) -> None:
+    (region,) = guest.workload.regions
+    (segment,) = region.segments
+    assert (region.name, region.length, region.page_size) == ("pageferry-ram", 256 << 20, 4096)
+    assert (segment.pid, segment.length, segment.offset) == (guest.workload.pid, region.length, 0)
+    assert os.fstat(region.fd).st_nlink == 0
+    # The checker has filled 64 MiB; most of the rest has never been touched.
+    assert 64 << 20 < os.fstat(region.fd).st_blocks * 512 < 200 << 20
+    assert not qemu_ram.misaligned(region)
+
+
+@pytest.mark.usefixtures("root")
+def test_memory_is_in_large_pages(guest: Guest) -> None:
+    (segment,) = guest.workload.regions[0].segments
+    smaps = Path(f"/proc/{segment.pid}/smaps").read_text()
+    vma = smaps[smaps.index(f"{segment.address:x}-") :]
+    kib = next(int(line.split()[1]) for line in vma.splitlines() if line.startswith("ShmemPmdMapped:"))
+    assert kib << 10 >= 16 * LARGE_PAGE
+
+
+def test_state_is_saved_and_the_guest_runs_on(guest: Guest) -> None:
+    async def scenario() -> None:
+        before = await settings(guest)
+        for _ in range(2):
+            await guest.workload.pause()
+            assert not await guest.workload.running()
+            state = qemu_state.SavedState.decode(await guest.workload.save_state())
+            assert 100_000 < len(state.stream) < 8 << 20
+            assert state.was_running
+            await guest.workload.resume()
+            assert await guest.workload.running()
+            await guest.serial.ticks(2)
+        assert await settings(guest) == before
+        await guest.serial.passes(1)
+
+    asyncio.run(scenario())
+
+
+def test_guest_runs_on_after_a_save_that_failed(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        await guest.workload.pause()
+        with monkeypatch.context() as patch:
+            patch.setattr(qemu_state, "LARGEST", 1000)
+            with pytest.raises(WorkloadError, match="guest memory is in it"):
+                await guest.workload.save_state()
+        await guest.workload.resume()
+        await guest.serial.ticks(2)
+        await guest.workload.pause()
+        assert await guest.workload.save_state()
+        await guest.workload.resume()
+        await guest.serial.ticks(2)
+
+    asyncio.run(scenario())
+
+
+def test_guest_that_its_user_has_stopped_stays_so(guest: Guest) -> None:
+    async def scenario() -> None:
+        async with await Monitor.open(guest.qmp_socket) as monitor:
+            await monitor.execute("stop")
+        await guest.workload.pause()
+        assert not qemu_state.SavedState.decode(await guest.workload.save_state()).was_running
+        await guest.workload.resume()
+        assert not await guest.workload.running()
+        async with await Monitor.open(guest.qmp_socket) as monitor:
+            await monitor.execute("cont")
+        await guest.serial.ticks(1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("controller_does", "runs_on"), [("pause", True), ("save", True), ("commit", False)])
+def test_death_of_the_controller(guest: Guest, controller_does: str, runs_on: bool) -> None:
+    """Before commit the guest runs on when its controller is killed; from commit on it stays paused."""
+    command = [sys.executable, str(CONTROLLER), NAME, controller_does]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:
+        assert controller.stdout is not None
+        guardian, started = map(int, controller.stdout.readline().split())
+        controller.send_signal(signal.SIGKILL)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(30):
+            await processes.wait_for_end(guardian, started)
+        assert await guest.workload.running() is runs_on
+        await guest.workload.resume()
+        await guest.serial.ticks(2)
+
+    asyncio.run(scenario())
+
+
+def test_monitor_that_is_in_use_is_named(guest: Guest) -> None:
+    async def scenario() -> None:
+        async with await Monitor.open(guest.qmp_socket):
+            with pytest.raises(WorkloadError, match="another client has its only session"):
+                await QemuWorkload.attach(NAME, patience=0.3)
+        (await QemuWorkload.attach(NAME)).close()
+
+    asyncio.run(scenario())
+
+
+def test_name_is_in_use(guest: Guest, parts: GuestParts) -> None:
+    with pytest.raises(NameInUse, match=f"{NAME} is process {guest.workload.pid}"):
+        asyncio.run(QemuWorkload.start(NAME, parts.bare()))
+    assert proc.start_time(guest.workload.pid) is not None
+
+
+def test_faults_of_the_vcpus_are_counted(guest: Guest) -> None:
+    counted = guest.workload.faults()
+    whole_process = int(Path(f"/proc/{guest.workload.pid}/stat").read_text().rsplit(")", 1)[1].split()[7])
+    assert 0 < counted.minor <= whole_process
+
+
+def test_mounts_in_use_stay(guest: Guest) -> None:
+    mounts.unmount_unused(Registry())
+    assert guest.workload.regions
+    assert (Registry().path / ".ram").is_mount() == (os.geteuid() == 0)

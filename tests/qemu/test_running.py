@@ -1,0 +1,269 @@
+"""Starting, listing, adopting and ending guests, by the command line; and what is left behind when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadError
+from pageferry.host import proc
+from pageferry.host.registry import Registry
+from pageferry.workloads import qemu_ram
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+
+PATIENCE = 60.0
+
+
+def pageferry(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "pageferry", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def listed() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in pageferry("list", "--output", "json").stdout.splitlines()]
+
+
+def test_from_run_to_stop(parts: GuestParts, registry: Registry) -> None:
+    started = pageferry("run", "web", "--detach", "--output", "json", "--", *parts.bare("-m", "64M"))
+    assert (started.returncode, started.stderr if os.geteuid() == 0 else "") == (0, "")
+    (workload,) = listed()
+    assert workload | {"resident": 0} == {
+        "type": "workload",
+        "name": "web",
+        "kind": "qemu",
+        "pid": json.loads(started.stdout)["pid"],
+        "status": "running",
+        "memory": 64 << 20,
+        "resident": 0,
+    }
+    assert 0 < workload["resident"] <= 64 << 20
+
+    async def pause() -> None:
+        guest = await QemuWorkload.attach("web")
+        await guest.pause()
+        await guest.commit()
+        guest.close()
+
+    asyncio.run(pause())
+    header, row = pageferry("list").stdout.splitlines()
+    assert header.split() == ["NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT"]
+    assert row.split()[:5] == ["web", "qemu", str(workload["pid"]), "paused", "64"]
+
+    assert pageferry("run", "web", "--", *parts.bare()).returncode == 12
+    assert pageferry("stop", "web").returncode == 0
+    assert proc.start_time(workload["pid"]) is None
+    assert pageferry("stop", "web").returncode == 11
+    assert listed() == []
+
+
+def test_guest_that_is_busy_is_listed_and_can_be_killed(parts: GuestParts, registry: Registry) -> None:
+    async def scenario() -> int:
+        guest = await QemuWorkload.start("web", parts.bare("-m", "64M"))
+        await guest.pause()  # keeps the monitor
+        (workload,) = await asyncio.to_thread(listed)
+        assert (workload["status"], workload["memory"]) == ("busy", None)
+        stopped = await asyncio.to_thread(pageferry, "stop", "--kill", "web")
+        assert stopped.returncode == 0
+        code = await guest.ended()
+        guest.close()
+        return code or 0
+
+    assert asyncio.run(scenario()) == -signal.SIGKILL
+
+
+def start_in_foreground(parts: GuestParts) -> subprocess.Popen[str]:
+    """`pageferry run` with QEMU's monitor on its terminal, once the guest is managed."""
+    words = ["run", "web", "--", *parts.bare("-m", "64M", "-monitor", "stdio")]
+    pipe = subprocess.PIPE
+    command = subprocess.Popen(
+        [sys.executable, "-m", "pageferry", *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    assert command.stderr is not None
+    assert command.stderr.readline().startswith("web runs as process")
+    return command
+
+
+def test_guest_in_the_foreground_ends_with_ctrl_c(parts: GuestParts, registry: Registry) -> None:
+    with start_in_foreground(parts) as command:
+        (workload,) = listed()
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in errors
+    assert proc.start_time(workload["pid"]) is None
+
+
+@pytest.mark.parametrize(("says", "code"), [("quit", 0), ("", 10)])
+def test_guest_in_the_foreground_that_ends_by_itself(
+    parts: GuestParts, registry: Registry, says: str, code: int
+) -> None:
+    """QEMU has our terminal; its exit code is told, or that it was killed."""
+    with start_in_foreground(parts) as command:
+        if not says:
+            os.kill(listed()[0]["pid"], signal.SIGKILL)
+        output, errors = command.communicate(f"{says}\n", timeout=PATIENCE)
+    assert "monitor" in output
+    assert (command.returncode, "exit code -9" in errors) == (code, not says)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_qemu_that_refuses_leaves_nothing(parts: GuestParts, registry: Registry, detach: bool) -> None:
+    with pytest.raises(WorkloadError, match="ended at once with exit code 1") as caught:
+        asyncio.run(QemuWorkload.start("web", parts.bare("-device", "no-such-device"), detach=detach))
+    assert ("'no-such-device' is not a valid device" in str(caught.value)) is detach
+    assert not (registry.path / "web").exists()
+
+
+def test_program_that_is_not_there_leaves_nothing(registry: Registry) -> None:
+    with pytest.raises(UsageError, match="cannot run /no/such/qemu"):
+        asyncio.run(QemuWorkload.start("web", ["/no/such/qemu"]))
+    assert not (registry.path / "web").exists()
+
+
+def test_start_that_is_cancelled_leaves_nothing(parts: GuestParts, registry: Registry, tmp_path: Path) -> None:
+    """A QEMU that waits for a client of its serial line answers nobody yet."""
+    options = ["-chardev", f"socket,id=c,path={tmp_path}/serial,server=on,wait=on", "-serial", "chardev:c"]
+
+    async def scenario() -> None:
+        starting = asyncio.create_task(QemuWorkload.start("web", parts.bare(*options)))
+        while "web" not in registry.entries():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    asyncio.run(scenario())
+    assert not (registry.path / "web").exists()
+
+
+def test_killed_guest_is_forgotten(parts: GuestParts, registry: Registry) -> None:
+    async def scenario() -> None:
+        guest = await QemuWorkload.start("web", parts.bare("-m", "64M"))
+        os.kill(guest.pid, signal.SIGKILL)
+        await guest.ended()
+        guest.close()
+
+    asyncio.run(scenario())
+    with pytest.raises(NoSuchWorkload):
+        registry.lookup("web")
+    # The next one finds the name free, and takes the mount away when it ends.
+    asyncio.run(start_and_discard(parts))
+
+
+async def start_and_discard(parts: GuestParts) -> None:
+    await (await QemuWorkload.start("web", parts.bare("-m", "64M"))).discard()
+
+
+@pytest.mark.usefixtures("root")
+def test_hugetlb_without_pages_says_how_many(parts: GuestParts, registry: Registry) -> None:
+    with pytest.raises(UnsupportedError, match=r"needs 1048576 free pages of 2 MiB, there are \d+: add \d+ to"):
+        asyncio.run(QemuWorkload.start("web", parts.bare("-m", "2T"), hugetlb=True))
+    with pytest.raises(UnsupportedError, match="multiples of 2 MiB"):
+        asyncio.run(QemuWorkload.start("web", parts.bare("-m", "63M"), hugetlb=True))
+
+
+# -- adoption
+
+
+@pytest.fixture
+def foreign(parts: GuestParts, tmp_path: Path) -> Iterator[Any]:
+    """Starts QEMUs that are not ours, and ends them."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str) -> str:
+        path = str(tmp_path / f"{len(started)}.sock")
+        started.append(subprocess.Popen(parts.bare(*options, "-qmp", f"unix:{path},server=on,wait=off")))
+        deadline = time.monotonic() + PATIENCE
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return path
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def backend(name: str, path: Path, *more: str, size: str = "64M") -> str:
+    return ",".join([f"memory-backend-file,id={name},size={size},mem-path={path},share=on", *more])
+
+
+def test_adopted_guest_is_a_workload_like_any_other(foreign: Any, registry: Registry, tmp_path: Path) -> None:
+    memory = backend("ram0", tmp_path / "ram", "align=2M")
+    qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0")
+    assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
+    assert [one["name"] for one in listed()] == ["theirs"]
+
+    async def scenario() -> None:
+        guest = await QemuWorkload.attach("theirs")
+        (region,) = guest.regions
+        assert (region.name, region.length) == ("ram0", 64 << 20)
+        assert os.path.samestat(os.fstat(region.fd), os.stat(tmp_path / "ram"))
+        await guest.pause()
+        assert await guest.save_state()
+        await guest.resume()
+        assert await guest.running()
+        await guest.discard()
+
+    asyncio.run(scenario())
+    assert listed() == []
+
+
+def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: Registry, tmp_path: Path) -> None:
+    """Two backends, one of them with an unlinked file in a folder, as QEMU makes it."""
+    (tmp_path / "folder").mkdir()
+    nodes = [backend("n0", tmp_path / "ram", "align=2M"), backend("n1", tmp_path / "folder", "align=2M")]
+    options = [
+        word for number, node in enumerate(nodes) for word in ("-object", node, "-numa", f"node,memdev=n{number}")
+    ]
+    qmp = foreign("-m", "128M", *options)
+
+    async def scenario() -> None:
+        guest = await QemuWorkload.adopt("theirs", qmp)
+        assert sorted((region.name, region.length) for region in guest.regions) == [("n0", 64 << 20), ("n1", 64 << 20)]
+        assert len({os.fstat(region.fd).st_ino for region in guest.regions}) == 2
+        await guest.discard()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["none", "private", "memfd"])
+def test_guest_with_memory_of_its_own_is_not_adopted(foreign: Any, registry: Registry, kind: str) -> None:
+    backends = {"private": "memory-backend-ram,id=m,size=64M", "memfd": "memory-backend-memfd,id=m,size=64M,share=on"}
+    options = ("-object", backends[kind], "-machine", "memory-backend=m") if kind in backends else ()
+    qmp = foreign("-m", "64M", *options)
+    with pytest.raises(UnsupportedError, match="memory-backend-file,id=ram0,size=SIZE,share=on,align=2M"):
+        asyncio.run(QemuWorkload.adopt("theirs", qmp))
+    assert not (registry.path / "theirs").exists()
+
+
+def test_misaligned_memory_is_adopted_with_a_warning(
+    foreign: Any, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = backend("ram0", tmp_path / "ram", size="66M")
+    qmp = foreign("-m", "66M", "-object", memory, "-machine", "memory-backend=ram0")
+
+    async def scenario() -> bool:
+        guest = await QemuWorkload.adopt("theirs", qmp)
+        misaligned = qemu_ram.misaligned(guest.regions[0])
+        await guest.discard()
+        return misaligned
+
+    assert asyncio.run(scenario()) == any("align=2M" in record.message for record in caplog.records)
+
+
+def test_what_is_no_monitor_is_not_adopted(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="no QEMU listens on"):
+        asyncio.run(QemuWorkload.adopt("theirs", str(tmp_path / "nothing")))
+    assert not (registry.path / "theirs").exists()

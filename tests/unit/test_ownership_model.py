@@ -1,0 +1,343 @@
+"""The ownership protocol as a model, every reachable state of which is looked at.
+
+It has both agents step by step as `migration.source` and `migration.destination` do them, what they have written down,
+the messages under way, and all that can happen: an agent is killed between any two steps, fails by itself, or the link
+is cut with any part of what was under way lost; and the source asks (`--recover`) as soon as it is in doubt, however
+slow the destination still is. `--take-back` is left out: it is for an operator who knows better than the protocol.
+
+Looked for: never two that run the workload; nobody running it only where somebody can ask; and an answer, whenever
+both hosts live. Variants of the protocol that are wrong must be caught, or the model would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import pytest
+
+
+class Source(Enum):
+    """What the source's agent does next."""
+
+    COPY = "copy"
+    AWAIT_READY = "await ready"
+    RECORD = "record"
+    COMMIT_WORKLOAD = "commit the workload"
+    SEND_COMMIT = "send commit"
+    AWAIT_RUNNING = "await running"
+    DISCARD = "discard"
+    RESUME = "resume"
+    FORGET = "forget the record"
+    ENDED = "ended"
+
+
+class Destination(Enum):
+    """What the destination's agent does next."""
+
+    AWAIT_STATE = "await state"
+    AWAIT_COMMIT = "await commit"
+    COMMIT_WORKLOAD = "make the workload survive"
+    DECIDE = "decide"
+    RESUME = "resume"
+    ANSWER = "answer"
+    AWAIT_DONE = "await done"
+    DECIDE_ABORTED = "decide against it"
+    ABORT = "abort"
+    ENDED = "ended"
+
+
+GAVE_AWAY = {Source.AWAIT_RUNNING, Source.DISCARD, Source.ENDED}
+GIVING_BACK = {Source.RESUME, Source.FORGET}
+GIVING_UP = {Destination.DECIDE_ABORTED, Destination.ABORT}
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that matters. Workloads: `runs`, `paused`, `committed`, `gone` (`workloads.lifecycle`)."""
+
+    source: Source = Source.COPY
+    here: str = "runs"
+    record: bool = False
+    destination: Destination = Destination.AWAIT_STATE
+    there: str = "paused"
+    verdict: str | None = None
+    to_destination: tuple[str, ...] = ()
+    to_source: tuple[str, ...] = ()
+    link: bool = True
+    settled: bool = False
+    """The destination has forgotten the migration: the source knows."""
+
+    @property
+    def owners(self) -> int:
+        """How many run the workload."""
+        return (self.here == "runs") + (self.there == "runs")
+
+    @property
+    def died_there(self) -> bool:
+        """The process that ran the workload at the destination, or was to, has been killed after the decision."""
+        return self.verdict == "committed" and self.there == "gone"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The protocol, and ways in which it would be wrong."""
+
+    records_first: bool = True
+    decides_first: bool = True
+    decides_before_abort: bool = True
+    commits_workload: bool = True
+    first_decision_holds: bool = True
+    returns_after_commit: bool = False
+
+
+def decide(state: State, wanted: str, rules: Rules) -> State:
+    """`Verdicts.decide`."""
+    if state.verdict is None or not rules.first_decision_holds:
+        return replace(state, verdict=wanted)
+    return state
+
+
+def source_steps(state: State, rules: Rules) -> Iterator[State]:
+    """What the source's agent can do."""
+    match state.source:
+        case Source.COPY:
+            yield send(replace(state, source=Source.AWAIT_READY, here="paused"), "state")
+        case Source.RECORD:
+            yield replace(state, source=Source.COMMIT_WORKLOAD, record=rules.records_first)
+        case Source.COMMIT_WORKLOAD:
+            here = "committed" if rules.commits_workload else state.here
+            yield replace(state, source=Source.SEND_COMMIT, here=here)
+        case Source.SEND_COMMIT:
+            yield send(replace(state, source=Source.AWAIT_RUNNING), "commit")
+        case Source.DISCARD:
+            yield closed(send(replace(state, source=Source.ENDED, here="gone", record=False), "done"))
+        case Source.RESUME:
+            yield replace(state, source=Source.FORGET, here="runs")
+        case Source.FORGET:
+            yield closed(send(replace(state, source=Source.ENDED, record=False), "abort"))
+    yield from source_hears(state, rules)
+
+
+def source_hears(state: State, rules: Rules) -> Iterator[State]:
+    """The next message from the destination, or the end of the link."""
+    if state.source in (Source.ENDED, *GIVING_BACK):
+        return
+    expected = {Source.AWAIT_READY: ("ready", Source.RECORD), Source.AWAIT_RUNNING: ("running", Source.DISCARD)}
+    first = state.to_source[0] if state.to_source else None
+    if state.source in expected and first == expected[state.source][0]:
+        yield replace(state, source=expected[state.source][1], to_source=state.to_source[1:])
+    elif first == "abort" and state.source is not Source.DISCARD:
+        # Also after commit: it decides before it says so.
+        yield replace(state, source=Source.RESUME, to_source=state.to_source[1:])
+    elif first is None and not state.link:
+        yield from source_fails(state, rules)
+
+
+def source_fails(state: State, rules: Rules) -> Iterator[State]:
+    """It cannot go on, or is cancelled."""
+    if state.source in GAVE_AWAY:
+        if state.source is Source.AWAIT_RUNNING:  # OutcomeUnknown
+            after = Source.RESUME if rules.returns_after_commit else Source.ENDED
+            yield replace(state, source=after) if after is Source.RESUME else closed(replace(state, source=after))
+    elif state.source not in GIVING_BACK:
+        yield replace(state, source=Source.RESUME)
+
+
+def destination_steps(state: State, rules: Rules) -> Iterator[State]:
+    """What the destination's agent can do."""
+    early, late = (Destination.DECIDE, Destination.RESUME)
+    if not rules.decides_first:
+        early, late = late, early
+    match state.destination:
+        case Destination.COMMIT_WORKLOAD:
+            yield replace(state, destination=early, there="committed")
+        case Destination.DECIDE:
+            decided = decide(state, "committed", rules)
+            after = Destination.RESUME if rules.decides_first else Destination.ANSWER
+            won = decided.verdict == "committed"
+            yield replace(decided, destination=after if won else Destination.DECIDE_ABORTED)
+        case Destination.RESUME:
+            after = Destination.ANSWER if rules.decides_first else Destination.DECIDE
+            yield replace(state, destination=after, there="runs")
+        case Destination.ANSWER:
+            yield send(replace(state, destination=Destination.AWAIT_DONE), "running")
+        case Destination.DECIDE_ABORTED if rules.decides_before_abort:
+            decided = decide(state, "aborted", rules)
+            lost = decided.verdict == "aborted"
+            yield (
+                replace(decided, destination=Destination.ABORT)
+                if lost
+                else closed(replace(decided, destination=Destination.ENDED))
+            )
+        case Destination.DECIDE_ABORTED:
+            yield replace(state, destination=Destination.ABORT)
+        case Destination.ABORT:
+            yield closed(send(replace(state, destination=Destination.ENDED, there="gone"), "abort"))
+    yield from destination_hears(state)
+
+
+def destination_hears(state: State) -> Iterator[State]:
+    """The next message from the source, or the end of the link."""
+    first = state.to_destination[0] if state.to_destination else None
+    rest = replace(state, to_destination=state.to_destination[1:])
+    match state.destination, first:
+        case Destination.AWAIT_STATE, "state":
+            yield send(replace(rest, destination=Destination.AWAIT_COMMIT), "ready")
+        case Destination.AWAIT_COMMIT, "commit":
+            yield replace(rest, destination=Destination.COMMIT_WORKLOAD)
+        case ((Destination.AWAIT_STATE | Destination.AWAIT_COMMIT), "abort"):
+            yield replace(rest, destination=Destination.DECIDE_ABORTED)
+        case Destination.AWAIT_DONE, "done":
+            yield closed(replace(rest, destination=Destination.ENDED, settled=True))
+        case ((Destination.AWAIT_STATE | Destination.AWAIT_COMMIT), None) if not state.link:
+            yield replace(state, destination=Destination.DECIDE_ABORTED)
+        case Destination.AWAIT_DONE, None if not state.link:
+            yield replace(state, destination=Destination.ENDED)
+
+
+def closed(state: State) -> State:
+    """An agent that ends closes its connection: what it has sent still arrives."""
+    return replace(state, link=False)
+
+
+def send(state: State, message: str) -> State:
+    """Put a message on its way; into nowhere where the link is cut."""
+    if not state.link:
+        return state
+    if message in ("state", "commit", "done") or (message == "abort" and state.source is Source.ENDED):
+        return replace(state, to_destination=(*state.to_destination, message))
+    return replace(state, to_source=(*state.to_source, message))
+
+
+def recovery(state: State, rules: Rules) -> Iterator[State]:
+    """`pageferry migrate --recover`, answered by a receiver on the destination's host; answers may get lost before."""
+    if state.source is not Source.ENDED or not state.record:
+        return
+    if state.settled:
+        return  # `unknown`
+    decided = decide(state, "aborted", rules)
+    if decided.verdict == "committed":
+        yield replace(decided, here="gone", record=False)
+    else:
+        yield replace(decided, here="runs", record=False)
+
+
+def failures(state: State, rules: Rules) -> Iterator[State]:
+    """What can go wrong in a state: killed agents, own failures, a cut link."""
+    if state.source is not Source.ENDED:
+        here = "runs" if state.here == "paused" else state.here  # `Lifecycle.lost`
+        yield from cut(replace(state, source=Source.ENDED, here=here))
+        yield from source_fails(state, rules)
+    if state.destination is not Destination.ENDED:
+        for there in {"gone", state.there if state.there in ("committed", "runs") else "gone"}:
+            yield from cut(replace(state, destination=Destination.ENDED, there=there))
+        if state.destination not in GIVING_UP:
+            yield replace(state, destination=Destination.DECIDE_ABORTED)
+    if state.link:
+        yield from cut(state)
+
+
+def cut(state: State) -> Iterator[State]:
+    """The link goes, and any tail of what was under way with it."""
+    for kept in range(len(state.to_destination) + 1):
+        for also in range(len(state.to_source) + 1):
+            yield replace(
+                state, link=False, to_destination=state.to_destination[:kept], to_source=state.to_source[:also]
+            )
+
+
+def steps(state: State, rules: Rules) -> Iterator[State]:
+    """Everything that happens without a failure."""
+    yield from source_steps(state, rules)
+    yield from destination_steps(state, rules)
+    yield from recovery(state, rules)
+
+
+def reachable(rules: Rules) -> dict[State, State | None]:
+    """All states that can come about, each with the one before it."""
+    found: dict[State, State | None] = {State(): None}
+    waiting = [State()]
+    while waiting:
+        state = waiting.pop()
+        for after in (*steps(state, rules), *failures(state, rules)):
+            if after not in found:
+                found[after] = state
+                waiting.append(after)
+    return found
+
+
+def wrong(state: State, rules: Rules) -> str | None:
+    """What is wrong with a state, if anything."""
+    if state.owners > 1:
+        return "two run it"
+    if state.there == "runs" and state.verdict != "committed":
+        return "it runs there undecided"
+    if state.here == "runs" and state.verdict == "committed":
+        return "it runs here, and was decided to run there"
+    if next(steps(state, rules), None) is None and state.owners == 0:
+        # Nothing more will happen by itself. Killed there after the decision: as any workload whose process is killed.
+        survives = state.verdict == "committed" and state.there == "committed"
+        if not (state.died_there or survives):
+            return "nobody runs it, and nobody can ask"
+    return None
+
+
+def history(states: dict[State, State | None], state: State | None) -> str:
+    """How a state came about."""
+    lines = []
+    while state is not None:
+        lines.append(str(state))
+        state = states[state]
+    return "\n".join(reversed(lines))
+
+
+def test_there_is_never_more_than_one_owner_and_never_none_for_good() -> None:
+    states = reachable(Rules())
+    assert len(states) > 300
+    for state in states:
+        problem = wrong(state, Rules())
+        assert problem is None, f"{problem}:\n{history(states, state)}"
+    # The states that matter do come about.
+    assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
+    assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
+
+
+def test_without_further_failures_everything_comes_to_an_end() -> None:
+    """No step leads back, so asking is enough: whatever happened before, there is an answer."""
+    rules = Rules()
+    states = reachable(rules)
+    depth: dict[State, int] = {}
+
+    def measure(state: State) -> int:
+        if state not in depth:
+            depth[state] = -1
+            depth[state] = 1 + max((measure(after) for after in steps(state, rules)), default=0)
+        assert depth[state] > 0, "a cycle"
+        return depth[state]
+
+    for state in states:
+        measure(state)
+    ends = [state for state in states if next(steps(state, rules), None) is None]
+    assert all(not state.record or state.here == "runs" for state in ends)
+
+
+def test_it_goes_from_the_source_only_where_the_destination_has_decided_for_itself() -> None:
+    assert all(state.verdict == "committed" for state in reachable(Rules()) if state.here == "gone")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Rules(records_first=False),
+        Rules(decides_first=False),
+        Rules(decides_before_abort=False),
+        Rules(commits_workload=False),
+        Rules(first_decision_holds=False),
+        Rules(returns_after_commit=True),
+    ],
+    ids=lambda rules: next(name for name in Rules.__annotations__ if getattr(rules, name) != getattr(Rules(), name)),
+)
+def test_a_protocol_that_is_wrong_is_caught(broken: Rules) -> None:
+    assert any(wrong(state, broken) for state in reachable(broken))
