@@ -21,6 +21,8 @@ LARGE_UNITS = 19
 
 VERSION = 1
 
+Kind = Literal["arena", "qemu", "process"]
+
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A region of the workload that was saved."""
@@ -45,7 +47,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     """What was saved, when, and how."""
 
     version: int = VERSION
-    kind: Literal["arena", "qemu", "process"]
+    kind: Kind
     name: str
     details: dict[str, str | int | bool]
     regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=64)]

@@ -31,6 +31,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("pageferry.cli.demo", "Move the built-in workload between two processes, and check every write."),
     "receive": Verb("pageferry.cli.receive", "Wait for a workload and run it here."),
     "migrate": Verb("pageferry.cli.migrate", "Move a running workload to a receiver."),
+    "checkpoint": Verb("pageferry.cli.checkpoint", "Save a running workload to an image, while it runs."),
     "image": Verb("pageferry.cli.image", "Say what is in an image, verify, compare or flatten it."),
     "run": Verb("pageferry.cli.run", "Start a QEMU guest under management."),
     "adopt": Verb("pageferry.cli.adopt", "Manage a QEMU guest that somebody else has started."),
