@@ -12,17 +12,19 @@ Errors are those of `pageferry.errors`; the command `pageferry` does the same fo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pageferry.checkpoint.arenas import restore
     from pageferry.checkpoint.save import checkpoint
     from pageferry.migration.api import migrate, receive
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "checkpoint", "migrate", "receive"]
+__all__ = ["Arena", "checkpoint", "migrate", "receive", "restore"]
 
 _HOMES = {
     "Arena": "workloads.arena",
     "migrate": "migration.api",
     "receive": "migration.api",
     "checkpoint": "checkpoint.save",
+    "restore": "checkpoint.arenas",
 }
 
 

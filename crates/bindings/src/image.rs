@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-fn image_error(error: ImageError) -> PyErr {
+pub fn image_error(error: ImageError) -> PyErr {
     let message = error.to_string();
     match error {
         ImageError::Io(error) if error.raw_os_error().is_some() => PyOSError::new_err((error.raw_os_error(), message)),
@@ -17,7 +17,7 @@ fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-fn sizes(page_block: usize, storage_block: usize) -> PyResult<image::Sizes> {
+pub fn sizes(page_block: usize, storage_block: usize) -> PyResult<image::Sizes> {
     let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
     if !whole(page_block, SMALL_PAGE) || page_block > block::MAX_UNIT {
         return Err(PyValueError::new_err(format!("page block of {page_block} bytes: 4 KiB to 1 MiB")));

@@ -82,6 +82,10 @@ class ImageFile:
         """The state of the workload; empty for memory alone. Raises ImageError."""
         return _checked(self.path, lambda: self.image.section(metadata.STATE)) or b""
 
+    def section(self, kind: int) -> bytes | None:
+        """Contents of a section (see `metadata`); None where there is none. Raises ImageError."""
+        return _checked(self.path, lambda: self.image.section(kind))
+
     def read(self, first: int, count: int) -> bytes:
         """Contents of pages, verified. Absent pages read as zeros. Raises ImageError for a damaged one."""
         return _checked(self.path, lambda: self.chain.read(first, count))
