@@ -211,6 +211,7 @@ class Saver:
         segments: Sequence[_Segment],
         fd: int,
         id: bytes,
+        parent: ImageChain | None = None,
         codec: str = "lz4",
         page_block: int = 65536,
         storage_block: int = 1048576,

@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::errors;
+use crate::image::ImageChain;
 use crate::mapping::Mapping;
 use crate::space::{SegmentTuple, segments};
 
@@ -64,7 +65,7 @@ impl Saver {
 impl Saver {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    #[pyo3(signature = (regions, segments, fd, id, codec = "lz4", page_block = 65536, storage_block = 1 << 20,
+    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1 << 20,
                         trap_block = 65536, staging = 16 << 20, bandwidth = 0, packers = 1))]
     fn new(
         py: Python<'_>,
@@ -72,6 +73,7 @@ impl Saver {
         segments: Vec<SegmentTuple<'_>>,
         fd: i32,
         id: [u8; 16],
+        parent: Option<PyRef<'_, ImageChain>>,
         codec: &str,
         page_block: usize,
         storage_block: usize,
@@ -86,9 +88,14 @@ impl Saver {
         let file = duplicate(fd).map_err(errors::kernel)?;
         let region =
             |(mapping, page_size): (PyRef<'_, Mapping>, usize)| Region { mapping: mapping.inner.clone(), page_size };
-        let regions = regions.into_iter().map(region).collect();
+        let regions: Vec<_> = regions.into_iter().map(region).collect();
+        let parent = parent.map(|parent| parent.inner.clone());
+        let pages: usize = regions.iter().map(|region| region.mapping.pages()).sum();
+        if parent.as_ref().is_some_and(|parent| parent.images()[0].page_map().len() != pages) {
+            return Err(PyValueError::new_err("the parent has another number of pages"));
+        }
         let segments = self::segments(segments);
-        let inner = py.detach(|| saver::Saver::arm(regions, segments, file, id, &options)).map_err(raised)?;
+        let inner = py.detach(|| saver::Saver::arm(regions, segments, file, id, parent, &options)).map_err(raised)?;
         Ok(Self { handle: inner.handle(), inner: Mutex::new(inner) })
     }
 

@@ -15,7 +15,7 @@ import msgspec
 
 from pageferry._engine import Saver
 from pageferry.checkpoint import events, metadata
-from pageferry.checkpoint.image import new_file
+from pageferry.checkpoint.image import ImageFile, new_file
 from pageferry.checkpoint.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena import Arena
@@ -32,18 +32,23 @@ async def checkpoint(
     workload: Arena | Workload,
     path: str | Path,
     *,
+    parent: str | Path | None = None,
     listener: events.Listener = events.ignore,
     **options: Any,
 ) -> events.CheckpointResult:
     """Save a running workload to an image at `path`; it runs on. The image appears when it is complete.
 
+    With `parent`, an earlier image of the same workload, only pages that differ from it are stored; the image needs it.
     `options` are those of `Options`: mode, codec, bandwidth... `listener` is called with an event for every step.
 
     Raises CheckpointError when no image was written (the disk is full, the path cannot be): the workload runs on.
-    WorkloadDied, WorkloadError, UsageError.
+    ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
     saved = workload.workload() if isinstance(workload, Arena) else workload
-    return await Save(saved, Path(path), Options(**options), listener).run()
+    save = Save(saved, Path(path), Options(**options), listener)
+    if parent is not None:
+        save.build_on(ImageFile(parent))
+    return await save.run()
 
 
 class Save:
@@ -55,9 +60,20 @@ class Save:
         self.options = options
         self.listener = listener
         self.id = secrets.token_bytes(16)
+        self.parent: ImageFile | None = None
         self.spent: dict[str, float] = {}
         self.created = 0.0
         self.paused = False
+
+    def build_on(self, parent: ImageFile) -> None:
+        """Store only what differs from `parent`. Raises UsageError when it is of another workload."""
+        ours = [(region.name, region.length) for region in self.workload.regions]
+        theirs = [(region.name, region.length) for region in parent.metadata.regions]
+        if ours != theirs:
+            raise UsageError(f"{parent.path} has regions {theirs}, {self.workload.name} has {ours}: no parent for it")
+        if self.path.exists() and any(self.path.samefile(link.path) for link in parent.links):
+            raise UsageError(f"{self.path} would replace an image that it builds on: choose another name")
+        self.parent = parent
 
     async def run(self) -> events.CheckpointResult:
         """Save the workload. Whatever goes wrong, it runs on, and nothing of an unfinished image is left."""
@@ -116,6 +132,7 @@ class Save:
             segments,
             file,
             self.id,
+            parent=self.parent.chain if self.parent is not None else None,
             codec=chosen.codec,
             page_block=chosen.page_block,
             storage_block=chosen.storage_block,
@@ -176,7 +193,14 @@ class Save:
             ],
             created=self.created,
             codec=self.options.codec,
+            parent=self._parent(),
         )
+
+    def _parent(self) -> metadata.Parent | None:
+        if self.parent is None:
+            return None
+        image, path = self.parent.image, str(self.parent.path.absolute())
+        return metadata.Parent(id=image.id.hex(), digest=f"{image.digest:016x}", path=path)
 
     async def _native(self, call: Callable[[], T]) -> T:
         """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled."""
@@ -233,7 +257,7 @@ class Save:
             image=str(self.path),
             id=self.id.hex(),
             digest=f"{digest:016x}",
-            parent=None,
+            parent=str(self.parent.path) if self.parent is not None else None,
             mode=self.options.mode,
             codec=self.options.codec,
             total_time=self._ms("total"),

@@ -24,6 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`)")
     parser.add_argument("image", metavar="IMAGE", help="file to write; one that is there is replaced")
     parser.add_argument(
+        "--parent", metavar="IMAGE", help="an earlier image of it: only what differs is stored, and it is needed then"
+    )
+    parser.add_argument(
         "--mode",
         choices=("lazy", "stop"),
         default=DEFAULTS.mode,
@@ -59,7 +62,8 @@ async def run(args: argparse.Namespace) -> int:
             open_reporter(args.output, CheckpointView()) as reporter,
         ):
             options = {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
-            reporter.final(await checkpoint(workload, args.image, listener=reporter.event, **options))
+            result = await checkpoint(workload, args.image, parent=args.parent, listener=reporter.event, **options)
+            reporter.final(result)
     finally:
         workload.close()
     return 0

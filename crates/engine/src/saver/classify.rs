@@ -17,7 +17,7 @@ use super::output::Full;
 use super::shared::Shared;
 use crate::SMALL_PAGE;
 use crate::block::{Builder, Class, is_zero};
-use crate::image::PageEntry;
+use crate::image::{Chain, FLAG_IN_PARENT, PageEntry, PageReader, pattern};
 use crate::uapi::check;
 
 /// Bytes of the secret that makes page hashes unpredictable.
@@ -35,6 +35,29 @@ pub(super) struct Classifier {
     /// Where contents stand already, by their 128-bit hash.
     known: HashMap<u128, (u32, u16), BuildHasherDefault<AsItIs>>,
     secret: [u8; SECRET_LEN],
+    parent: Option<Chain>,
+}
+
+/// The images that an incremental one builds on, each with a reader, which keeps the block that it read last.
+struct Parents<'a> {
+    chain: &'a Chain,
+    readers: Vec<PageReader<'a>>,
+}
+
+impl<'a> Parents<'a> {
+    fn new(chain: &'a Chain) -> Self {
+        let readers = chain.images().iter().map(|_| PageReader::new(chain)).collect();
+        Self { chain, readers }
+    }
+
+    /// Whether a page is in the parents with exactly these contents. What cannot be read there is not.
+    fn hold(&mut self, page: usize, signature: u64, bytes: &[u8]) -> bool {
+        let Ok((image, entry)) = self.chain.find(page) else { return false };
+        // The signature is only a hint, which spares the reading of most pages that differ.
+        matches!(entry.class(), Some(Class::Data | Class::SameAs))
+            && entry.signature.get() == signature
+            && self.readers[image].stored(image, &entry).is_ok_and(|stored| stored == bytes)
+    }
 }
 
 /// The page map; until [`Classified::page_map`] with tickets instead of numbers of storage blocks.
@@ -57,18 +80,25 @@ impl Classified {
 }
 
 impl Classifier {
-    pub(super) fn new(shared: Arc<Shared>, free: Receiver<Builder>, full: Sender<Full>) -> Result<Self, SaveError> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        parent: Option<Chain>,
+        free: Receiver<Builder>,
+        full: Sender<Full>,
+    ) -> Result<Self, SaveError> {
         let pages = shared.areas.iter().map(|area| area.mapping.pages()).sum();
         let entries = vec![PageEntry::plain(Class::Absent, 0); pages];
         let secret = random().map_err(SaveError::Memory)?;
         let result = Classified { entries, tickets: 0 };
-        Ok(Self { shared, free, full, open: [None, None], result, known: HashMap::default(), secret })
+        Ok(Self { shared, free, full, open: [None, None], result, known: HashMap::default(), secret, parent })
     }
 
     /// Works until nobody can send any more.
     pub(super) fn run(mut self, copied: &Receiver<Copied>) -> Classified {
+        let parent = self.parent.take();
+        let mut parents = parent.as_ref().map(Parents::new);
         for block in copied {
-            if !self.shared.failed() && self.file(&block).is_none() {
+            if !self.shared.failed() && self.file(&block, parents.as_mut()).is_none() {
                 self.shared.fail(SaveError::Thread);
             }
             self.shared.staging.give(block.slot);
@@ -80,15 +110,13 @@ impl Classifier {
     }
 
     /// None: the packers are gone.
-    fn file(&mut self, block: &Copied) -> Option<()> {
+    fn file(&mut self, block: &Copied, mut parents: Option<&mut Parents<'_>>) -> Option<()> {
         let first = self.shared.areas[block.region].first_page + block.page;
         for &(start, end) in &block.runs {
             for page in start..end {
                 let bytes = &block.slot[page * SMALL_PAGE..(page + 1) * SMALL_PAGE];
-                let entry = self.classify(block, block.page + page, bytes)?;
-                if let Some(class) = entry.class() {
-                    self.shared.stats.count(class, 1);
-                }
+                let entry = self.classify(block, block.page + page, bytes, parents.as_deref_mut())?;
+                self.shared.stats.count(&entry);
                 self.result.entries[first + page] = entry;
             }
             self.shared.stats.pages.fetch_add((end - start) as u64, Ordering::Relaxed);
@@ -96,7 +124,13 @@ impl Classifier {
         Some(())
     }
 
-    fn classify(&mut self, block: &Copied, page: usize, bytes: &[u8]) -> Option<PageEntry> {
+    fn classify(
+        &mut self,
+        block: &Copied,
+        page: usize,
+        bytes: &[u8],
+        parents: Option<&mut Parents<'_>>,
+    ) -> Option<PageEntry> {
         if is_zero(bytes) {
             return Some(PageEntry::plain(Class::Zero, 0));
         }
@@ -104,6 +138,11 @@ impl Classifier {
             return Some(PageEntry::plain(Class::Pattern, word));
         }
         let signature = xxh3_64(bytes);
+        let global = self.shared.areas[block.region].first_page + page;
+        if parents.is_some_and(|parents| parents.hold(global, signature, bytes)) {
+            let entry = PageEntry::plain(Class::Data, signature);
+            return Some(PageEntry { flags: FLAG_IN_PARENT, ..entry });
+        }
         let hash = xxh3_128_with_secret(bytes, &self.secret);
         if let Some(&(ticket, slot)) = self.known.get(&hash) {
             return Some(PageEntry::stored(Class::SameAs, signature, ticket, slot));
@@ -136,14 +175,6 @@ impl Classifier {
             let _ = self.full.send(full);
         }
     }
-}
-
-/// The word that a page consists of.
-fn pattern(bytes: &[u8]) -> Option<u64> {
-    let (first, _) = bytes.split_first_chunk::<8>()?;
-    // Most pages show at their second word that they are none.
-    let same = bytes[8..16] == first[..] && bytes.chunks_exact(8).all(|word| word == first);
-    same.then(|| u64::from_le_bytes(*first))
 }
 
 fn random() -> std::io::Result<[u8; SECRET_LEN]> {

@@ -28,7 +28,7 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use thiserror::Error;
 
 use crate::block::{Builder, Codec};
-use crate::image::{Finished, ImageWriter, Sizes};
+use crate::image::{Chain, Finished, ImageWriter, Sizes};
 use crate::mapping::Mapping;
 use crate::space::AdoptError;
 use crate::trace::Segment;
@@ -115,6 +115,8 @@ pub struct Saver {
 impl Saver {
     /// Protects `segments` while the workload runs, and makes everything ready for [`begin`](Self::begin).
     ///
+    /// With `parent` (a chain over the same regions), pages that it holds are not stored again.
+    ///
     /// Without segments nothing is protected: then the workload must stay paused until the end.
     ///
     /// # Errors
@@ -124,6 +126,7 @@ impl Saver {
         segments: Vec<Segment>,
         file: OwnedFd,
         id: [u8; 16],
+        parent: Option<Chain>,
         options: &Options,
     ) -> Result<Self, SaveError> {
         let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
@@ -135,14 +138,14 @@ impl Saver {
         let shared = Arc::new(Shared::new(areas, armed, staging));
         let mut saver =
             Self { shared, start: None, threads: Vec::new(), classifier: None, writer: None, arm_time: Duration::ZERO };
-        saver.spawn(image, options)?;
+        saver.spawn(image, parent, options)?;
         let begin = Instant::now();
         saver.shared.protect_all().map_err(SaveError::Memory)?;
         saver.arm_time = begin.elapsed();
         Ok(saver)
     }
 
-    fn spawn(&mut self, image: ImageWriter, options: &Options) -> Result<(), SaveError> {
+    fn spawn(&mut self, image: ImageWriter, parent: Option<Chain>, options: &Options) -> Result<(), SaveError> {
         let shared = &self.shared;
         let (slots, filled) = unbounded();
         let (free, builders) = unbounded();
@@ -172,7 +175,7 @@ impl Saver {
             swept.release_all();
             drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
         })?);
-        let classifier = Classifier::new(shared.clone(), builders, full)?;
+        let classifier = Classifier::new(shared.clone(), parent, builders, full)?;
         self.classifier = Some(thread("pf-classify", move || classifier.run(&filled))?);
         for number in 0..options.packers.max(1) {
             let (to_pack, free, packed, buffers) = (to_pack.clone(), free.clone(), packed.clone(), buffers.clone());

@@ -49,8 +49,13 @@ impl Stats {
         self.longest_trap.fetch_max(time, Ordering::Relaxed);
     }
 
-    pub(super) fn count(&self, class: Class, pages: u64) {
-        self.classes[class as usize].fetch_add(pages, Ordering::Relaxed);
+    pub(super) fn count(&self, entry: &PageEntry) {
+        let counter = match entry.class() {
+            _ if entry.in_parent() => &self.in_parent,
+            Some(class) => &self.classes[class as usize],
+            None => return,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn count_absent(&self, page_map: &[PageEntry]) {
