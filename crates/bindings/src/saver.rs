@@ -19,7 +19,8 @@ fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
     let with_number = |error: &io::Error| PyOSError::new_err((error.raw_os_error(), message.clone()));
     match &error {
-        SaveError::Write(error) | SaveError::Memory(error) if error.raw_os_error().is_some() => with_number(error),
+        // The errno of trouble with memory would be taken for one of the file.
+        SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Cancelled => PyInterruptedError::new_err(message),
         SaveError::Write(_) | SaveError::Memory(_) | SaveError::Thread => PyOSError::new_err(message),

@@ -98,7 +98,7 @@ class Save:
                 await self._pause()
                 state = await self._save_state()
                 with self._measure("protect"):
-                    await self._native(self.saver.begin)
+                    self.saver.begin()  # here and now: a change of threads would take longer
                 await self._resume()
             self.listener(events.InstantEvent(downtime=self._ms("downtime")))
             return await self._finish(state)
@@ -114,7 +114,7 @@ class Save:
             try:
                 self._tell_armed()
                 with self._measure("save"):
-                    await self._native(self.saver.begin)
+                    self.saver.begin()
                     finished = await self._finish(state)
             finally:
                 await asyncio.shield(asyncio.to_thread(self.saver.close))
@@ -215,6 +215,10 @@ class Save:
             raise WorkloadDied(f"{self.workload.name} ended while it was saved: there is no image of it") from gone
         except PermissionError as denied:
             raise WorkloadError(f"{self.workload.name} cannot be saved: {denied}") from denied
+        except OSError as busy:
+            if busy.errno != errno.EBUSY:
+                raise
+            raise WorkloadError(f"{self.workload.name} cannot be saved: {busy.strerror}") from busy
 
     # -- telling
 

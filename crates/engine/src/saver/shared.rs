@@ -75,6 +75,7 @@ pub(super) struct Shared {
     /// Held while protections change before, and at, the instant.
     beginning: Mutex<()>,
     failed: AtomicBool,
+    released: AtomicBool,
     error: Mutex<Option<SaveError>>,
     done: Mutex<bool>,
     end: Condvar,
@@ -90,6 +91,7 @@ impl Shared {
             begun: AtomicBool::new(false),
             beginning: Mutex::new(()),
             failed: AtomicBool::new(false),
+            released: AtomicBool::new(false),
             error: Mutex::new(None),
             done: Mutex::new(false),
             end: Condvar::new(),
@@ -162,10 +164,10 @@ impl Shared {
         Ok(())
     }
 
-    /// After a failure everything has been released already, and calls fail.
+    /// Once everything has been released, calls fail.
     fn check(&self, result: io::Result<()>) -> Result<(), SaveError> {
         match result {
-            Err(_) if self.failed() => Ok(()),
+            Err(_) if self.released.load(Ordering::Acquire) => Ok(()),
             Err(error) if is_gone(&error) => Err(SaveError::Gone),
             other => other.map_err(SaveError::Memory),
         }
@@ -173,6 +175,7 @@ impl Shared {
 
     /// Takes every protection off and wakes everybody. Errors are left out: who is gone waits for nothing.
     pub(super) fn release_all(&self) {
+        self.released.store(true, Ordering::Release);
         for Armed { segment, uffd } in &self.armed {
             let _ = uffd.unregister(segment.address, segment.len);
         }

@@ -39,7 +39,11 @@ pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError>
             Some(other) => other.uffd.clone(),
             None => Arc::new(segment.space.userfault(features)?),
         };
-        uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP)?;
+        uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
+            let taken = error.raw_os_error() == Some(libc::EBUSY);
+            let (pid, address) = (segment.space.pid(), segment.address);
+            if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
+        })?;
         armed.push(Armed { segment, uffd });
     }
     Ok(armed)
