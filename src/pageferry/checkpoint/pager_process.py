@@ -32,7 +32,7 @@ from pageferry.workloads.base import SMALL_PAGE, Region, Segment
 from pageferry.workloads.deferred import Deferred, RegionRecord
 from pageferry.workloads.qmp import Monitor
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pageferry.checkpoint.pager")
 
 _SYS_CLOSE = 3
 _POLL = 0.2

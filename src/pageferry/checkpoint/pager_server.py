@@ -47,6 +47,7 @@ class PagerServer:
         failures = pager.failures
         return Status(
             image=str(self.image.path),
+            pager=os.getpid(),
             deferred=pager.pending * SMALL_PAGE,
             finished=pager.finished,
             faults=faults,

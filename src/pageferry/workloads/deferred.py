@@ -72,10 +72,12 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the region."""
 
 
-class Status(msgspec.Struct, frozen=True, kw_only=True):
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pager"):
     """The answer to every question."""
 
     image: str
+    pager: int
+    """Pid of the pager's process."""
     deferred: int
     """Bytes whose contents are still to come."""
     finished: bool
