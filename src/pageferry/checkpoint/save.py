@@ -20,6 +20,7 @@ from pageferry.checkpoint.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
+from pageferry.workloads.deferred import settled
 from pageferry.workloads.memory import Memory
 
 PROGRESS_INTERVAL = 0.2
@@ -45,6 +46,7 @@ async def checkpoint(
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
     saved = workload.workload() if isinstance(workload, Arena) else workload
+    await settled(saved)
     save = Save(saved, Path(path), Options(**options), listener)
     if parent is not None:
         save.build_on(ImageFile(parent))
@@ -79,15 +81,22 @@ class Save:
         """Save the workload. Whatever goes wrong, it runs on, and nothing of an unfinished image is left."""
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder: give the name of a file for the image")
-        with self._measure("total"), _writing(self.path), new_file(self.path) as file:
-            self.memory = Memory(self.workload)
-            self.large = await self._native(self.memory.large_units)
-            await self.workload.prepare_pause()
-            try:
-                finished = await (self._lazily(file) if self.options.mode == "lazy" else self._stopped(file))
-            finally:
-                await asyncio.shield(self._give_back())
-        return self._result(*finished)
+        try:
+            with self._measure("total"), _writing(self.path), new_file(self.path) as file:
+                finished = await self._save(file)
+            return self._result(*finished)
+        finally:
+            self.__dict__.pop("saver", None)  # and with them their mappings, which an error would keep for long
+            self.__dict__.pop("memory", None)
+
+    async def _save(self, file: int) -> tuple[int, int, int, int]:
+        self.memory = Memory(self.workload)
+        self.large = await self._native(self.memory.large_units)
+        await self.workload.prepare_pause()
+        try:
+            return await (self._lazily(file) if self.options.mode == "lazy" else self._stopped(file))
+        finally:
+            await asyncio.shield(self._give_back())
 
     async def _lazily(self, file: int) -> tuple[int, int, int, int]:
         """Protect, pause for the state and the instant, and save while the workload runs."""
