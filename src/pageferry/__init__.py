@@ -12,12 +12,20 @@ Errors are those of `pageferry.errors`; the command `pageferry` does the same fo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pageferry.checkpoint.arenas import restore
+    from pageferry.checkpoint.save import checkpoint
     from pageferry.migration.api import migrate, receive
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "migrate", "receive"]
+__all__ = ["Arena", "checkpoint", "migrate", "receive", "restore"]
 
-_HOMES = {"Arena": "workloads.arena", "migrate": "migration.api", "receive": "migration.api"}
+_HOMES = {
+    "Arena": "workloads.arena",
+    "migrate": "migration.api",
+    "receive": "migration.api",
+    "checkpoint": "checkpoint.save",
+    "restore": "checkpoint.arenas",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -27,8 +35,8 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    # `checkpoint` is a package too, which importing it has put in this place: it can be called like the function.
+    return globals().setdefault(name, value)
 
 
 def __dir__() -> list[str]:

@@ -64,6 +64,13 @@ class Space:
 
         OSError with the errno of the call; PermissionError, ProcessLookupError when it cannot be made.
         """
+    def missing_faults(self, discards: bool = False) -> tuple[int, int | None]:
+        """A userfaultfd for a `Pager` (ours to close), and its number in the process, which keeps a copy of it.
+
+        The number is None for our own process. `discards`: hear of memory that is discarded (balloons).
+        """
+    def descriptor(self, number: int) -> int:
+        """A duplicate of a descriptor of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
         """Put a range on large pages, or map it as what it is (process_madvise, MADV_COLLAPSE)."""
 
@@ -94,6 +101,74 @@ class Trace:
     def peek(self, dirty: Sequence[PageSet]) -> None:
         """Add what was written since the last `collect`, and leave it to be reported by the next."""
     def remove(self) -> None: ...
+
+@final
+class ImageWriter:
+    """Writes an image, storage block by storage block. For tests, and for images of other making."""
+
+    def __new__(
+        cls, fd: int, id: bytes, codec: str = "lz4", page_block: int = 65536, storage_block: int = 1048576
+    ) -> ImageWriter: ...
+    def append(self, region: int, pages: Sequence[tuple[int, bytes]]) -> int:
+        """Write (page of the region, its contents) as one storage block; returns its number."""
+    def section(self, kind: int, contents: bytes) -> None: ...
+    def finish(self, regions: int, entries: Sequence[tuple[int, bool, int, int, int]]) -> tuple[int, int]:
+        """Write the page map, of (class, in parent, signature, storage block, place in it), and the index.
+
+        Returns digest and length.
+        """
+
+@final
+class Pager:
+    """Brings the contents of pages from an image on access, and all others in the background (S8, S10).
+
+    `targets`: as for `Placer`; `userfaults`: pid -> descriptor from `Space.missing_faults`, for every process of
+    `segments`; `flags`: a file of `flags_length` bytes in which a pager that takes over finds what is still to come;
+    `working_set`: windows of 16 pages, counted over all regions, that are read first. `background`: read what nobody
+    asks for; `eager`: at full speed. `fatal`: an access to a page that cannot be had ends in SIGBUS; else it waits.
+
+    The files must be all holes, or mapped by nobody but us and `segments`: whatever they hold is thrown away, unless
+    `taken_over`. Dropping it leaves the workload waiting at the next page that is missing.
+    """
+
+    def __new__(
+        cls,
+        chain: ImageChain,
+        targets: Sequence[tuple[Mapping, int, Sequence[bool]]],
+        segments: Sequence[_Segment],
+        userfaults: dict[int, int],
+        flags: int,
+        *,
+        working_set: Sequence[int] = ...,
+        background: bool = True,
+        eager: bool = False,
+        taken_over: bool = False,
+        fatal: bool = False,
+    ) -> Pager: ...
+    @staticmethod
+    def flags_length(pages: int) -> int: ...
+    @property
+    def pending(self) -> int:
+        """Pages whose contents are still to come."""
+    @property
+    def finished(self) -> bool:
+        """Everything is in memory, and nothing traps any more."""
+    @property
+    def counters(self) -> tuple[int, int, int, int, int, float, float]:
+        """(accesses that waited for us, of these to missing pages, pages read, of these in the background, bytes read,
+        seconds of service, seconds of the longest)"""
+    @property
+    def touched(self) -> list[int]:
+        """Windows of 16 pages in the order in which the workload first missed them."""
+    @property
+    def failures(self) -> list[tuple[int, int, bool, str]]:
+        """(region, page of it, whether it has been accessed, message) of pages that cannot be had."""
+    def wait(self, patience: float, known: int = 0) -> bool:
+        """Wait until it is finished (True), until there are more than `known` failures, or for `patience` seconds."""
+    def ensure(self, region: int, first: int, count: int) -> None:
+        """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged."""
+    def stop(self) -> None:
+        """End all threads. Accesses to what is missing wait for the next pager."""
 
 @final
 class Placer:
@@ -129,6 +204,53 @@ class Placer:
 
         What remains for the first access: holes, and with them pages of zeros that stand on small pages.
         """
+
+@final
+class Saver:
+    """Saves memory as of one instant while the workload runs on (S4), into an empty file that becomes an image.
+
+    `regions`: (mapping, page size of its file). Made with `segments` it protects them, while the workload runs; without
+    any, the workload must be paused until the end. Then `begin`, once, at the instant; `wait` until all is written;
+    `finish`.
+
+    Raises OSError with the errno of what failed (ENOSPC: the disk is full), InterruptedError (cancelled),
+    ProcessLookupError (the workload ended), PermissionError. After any error nothing is protected any more.
+    """
+
+    def __new__(
+        cls,
+        regions: Sequence[tuple[Mapping, int]],
+        segments: Sequence[_Segment],
+        fd: int,
+        id: bytes,
+        parent: ImageChain | None = None,
+        codec: str = "lz4",
+        page_block: int = 65536,
+        storage_block: int = 1048576,
+        trap_block: int = 65536,
+        staging: int = 16777216,
+        bandwidth: int = 0,
+        packers: int = 1,
+    ) -> Saver:
+        """`bandwidth` limits the sweep over what nobody writes to, bytes per second; 0: as fast as it can."""
+    @property
+    def arm_seconds(self) -> float:
+        """How long it took to protect everything."""
+    def begin(self) -> float:
+        """The instant: what memory holds now is saved. Returns how long it took, seconds."""
+    def wait(self, seconds: float) -> bool:
+        """Wait until all is written, or has failed; False when it is not yet so after some time."""
+    def cancel(self) -> None:
+        """End it soon. The workload is released at once."""
+    def finish(self, sections: Sequence[tuple[int, bytes]]) -> tuple[int, int, int, int]:
+        """Wait for the end, add sections, write the index and sync: (digest, length, write calls, storage blocks)."""
+    @property
+    def stats(self) -> dict[str, int]:
+        """So far: `traps`, `early_traps` (before the instant), `staging_waits`, `longest_trap` and `trap_time` (ns),
+        `swept` (blocks), `pages` classified, of them `zero`, `pattern`, `same_as`, `data`, `in_parent`; `absent` at the
+        end; `stored` bytes in `blocks` storage blocks, `writes`."""
+    def close(self) -> None:
+        """Cancel what is under way, and wait for its threads."""
 
 _Counters = tuple[int, int, int, int, int]
 """(bytes on the wire, storage blocks, data pages, zero pages, absent pages)"""
@@ -171,6 +293,63 @@ class BlockReceiver:
     @property
     def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
+
+@final
+class Image:
+    """An image, opened and verified but for its storage blocks. ValueError: it is damaged, cut off, or of a version
+    that is not known; the message says which. The descriptor is duplicated."""
+
+    def __new__(cls, fd: int) -> Image: ...
+    @property
+    def id(self) -> bytes: ...
+    @property
+    def digest(self) -> int:
+        """Checksum of the footer, which covers everything else but the contents of storage blocks."""
+    @property
+    def regions(self) -> int: ...
+    @property
+    def pages(self) -> int:
+        """Of all regions; in calls they are counted over all regions, in order."""
+    @property
+    def length(self) -> int: ...
+    @property
+    def page_block(self) -> int: ...
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(offset, length) of every storage block."""
+    def section(self, kind: int) -> bytes | None: ...
+    def entries(self, first: int, count: int) -> list[tuple[int, bool, int, int, int]]:
+        """The page map: (class, whether it is in the parent, signature, storage block, place in it)."""
+    def count(self, first: int, count: int) -> list[int]:
+        """Pages that are absent, zero, pattern, same-as, data; and those that are in the parent."""
+
+@final
+class ImageChain:
+    """An image and the images it builds on, the nearest first."""
+
+    def __new__(cls, images: Sequence[Image]) -> ImageChain: ...
+    def read(self, first: int, count: int) -> bytes:
+        """Contents of pages, verified. ValueError for a damaged block, or a page whose image is not in the chain."""
+    def differences(self, other: ImageChain, first: int, count: int) -> list[tuple[int, int]]:
+        """Pages of a range whose contents differ, as runs (start, end)."""
+    @property
+    def stored(self) -> int:
+        """Pages whose contents stand in the first image."""
+    def verify(self, first: int, count: int, most: int) -> list[tuple[int | None, str]]:
+        """Compare stored pages `first` to `first + count` with their signatures: (page, what is wrong)."""
+    def verify_unused(self) -> list[tuple[int | None, str]]:
+        """Verify the storage blocks that no page points into."""
+    def flatten(
+        self,
+        fd: int,
+        id: bytes,
+        regions: Sequence[int],
+        sections: Sequence[tuple[int, bytes]],
+        codec: str = "lz4",
+        page_block: int = 65536,
+        storage_block: int = 1048576,
+    ) -> tuple[int, int]:
+        """Write the chain as one image into an empty file, synced: (digest, length). `regions`: pages of each."""
 
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.

@@ -9,6 +9,9 @@
     │   ├── NoSuchWorkload (11)     no workload of that name is registered here
     │   ├── NameInUse (12)          a workload of that name is registered already
     │   └── WorkloadDied (13)       the workload ended while it was being worked on
+    ├── CheckpointError (30)        a checkpoint was not written; the workload runs on
+    ├── ImageError (31)             an image cannot be used: damaged, unfinished, of another version, or not there
+    ├── RestoreError (32)           a workload could not be restored, or waits for contents that cannot be read
     └── MigrationError (20)         the migration ended; the workload runs on at the source
         ├── PeerRefused (21)        the peer answered, and said no
         ├── ProtocolError (22)      the peer sent what the protocol does not allow
@@ -104,3 +107,21 @@ class OutcomeUnknown(MigrationError):
     """Commit was sent and no answer came: the source stays paused until the peer has been asked (`--recover`)."""
 
     exit_code = 26
+
+
+class CheckpointError(PageferryError):
+    """A checkpoint was not written. The workload runs on, and there is no half image."""
+
+    exit_code = 30
+
+
+class ImageError(PageferryError):
+    """An image cannot be used: damaged, unfinished, of another version, or not there."""
+
+    exit_code = 31
+
+
+class RestoreError(PageferryError):
+    """A workload could not be restored, or waits for contents that cannot be read."""
+
+    exit_code = 32

@@ -3,10 +3,14 @@
 use pyo3::prelude::*;
 
 mod errors;
+mod image;
+mod image_writer;
 mod ledger;
 mod mapping;
+mod pager;
 mod pages;
 mod placer;
+mod saver;
 mod space;
 mod trace;
 mod wire;
@@ -16,10 +20,15 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SMALL_PAGE", pageferry_engine::SMALL_PAGE)?;
     module.add("LARGE_PAGE", pageferry_engine::LARGE_PAGE)?;
     module.add_class::<mapping::Mapping>()?;
+    module.add_class::<image::Image>()?;
+    module.add_class::<image::ImageChain>()?;
+    module.add_class::<image_writer::ImageWriter>()?;
+    module.add_class::<pager::Pager>()?;
     module.add_class::<pages::PageSet>()?;
     module.add_class::<space::Space>()?;
     module.add_class::<trace::Trace>()?;
     module.add_class::<placer::Placer>()?;
+    module.add_class::<saver::Saver>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;
     module.add_class::<ledger::Ledger>()?;

@@ -1,7 +1,10 @@
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
+use pageferry_engine::pager::FEATURES;
 use pageferry_engine::space;
 use pageferry_engine::trace::Segment;
+use pageferry_engine::uapi::FEATURE_EVENT_REMOVE;
 use pyo3::prelude::*;
 
 use crate::errors;
@@ -31,6 +34,17 @@ impl Space {
         let mut six = [0; 6];
         six.iter_mut().zip(&arguments).for_each(|(to, from)| *to = *from);
         py.detach(|| self.inner.call(number, six)).map_err(errors::adopt)
+    }
+
+    #[pyo3(signature = (discards = false))]
+    fn missing_faults(&self, py: Python<'_>, discards: bool) -> PyResult<(i32, Option<u64>)> {
+        let features = FEATURES | if discards { FEATURE_EVENT_REMOVE } else { 0 };
+        let (uffd, remote) = py.detach(|| self.inner.kept_userfault(features)).map_err(errors::adopt)?;
+        Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
+    }
+
+    fn descriptor(&self, number: i32) -> PyResult<i32> {
+        self.inner.descriptor(number).map(IntoRawFd::into_raw_fd).map_err(errors::kernel)
     }
 
     fn collapse(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {

@@ -412,7 +412,7 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 }
 
 /// Decompresses one verified page block into `out`, which has its raw length.
-fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
+pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
     if stored.len() == out.len() {
         out.copy_from_slice(stored);
         return Ok(());
@@ -513,6 +513,15 @@ impl Builder {
         } else {
             self.push_run(number, 1, Class::Data, 0);
         }
+    }
+
+    /// Adds one page with contents, whatever they are; returns its place among the data pages of the block.
+    pub fn push_data(&mut self, number: usize, contents: &[u8]) -> usize {
+        debug_assert!(contents.len() == SMALL_PAGE, "a page of {} bytes", contents.len());
+        let slot = self.raw.len() / SMALL_PAGE;
+        self.raw.extend_from_slice(contents);
+        self.push_run(number, 1, Class::Data, 0);
+        slot
     }
 
     /// Finishes the block and starts the next one.

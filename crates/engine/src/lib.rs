@@ -8,15 +8,23 @@
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
+//! * [`image`]: files of storage blocks, in which any page is found at once.
 //! * [`wire`]: storage blocks over sockets.
 //! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
+//! * [`saver`]: memory as of one instant, saved while the workload runs (S4).
+//! * [`faults`]: what a userfaultfd reports, and the answers.
+//! * [`pager`]: contents of pages on access, from images (S8, S10).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
 pub mod block;
+pub mod faults;
+pub mod image;
 pub mod ledger;
 pub mod mapping;
+pub mod pager;
 pub mod pages;
 pub mod placer;
+pub mod saver;
 pub mod space;
 pub mod trace;
 pub mod uapi;

@@ -84,9 +84,14 @@ impl Mapping {
         if let Some(page) = self.hugetlb {
             return self.hugetlb_ranges(page);
         }
-        let end = self.offset + self.len as u64;
+        self.data_within(0, self.len)
+    }
+
+    /// The parts of `[start, end)` that hold data. Not for hugetlbfs, which calls everything data.
+    pub fn data_within(&self, start: usize, end: usize) -> io::Result<Vec<(usize, usize)>> {
+        let end = self.offset + end as u64;
         let mut ranges = Vec::new();
-        let mut at = self.offset;
+        let mut at = self.offset + start as u64;
         while at < end {
             let Some(start) = self.seek(at, libc::SEEK_DATA)? else { break };
             if start >= end {

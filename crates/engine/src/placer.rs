@@ -307,6 +307,11 @@ impl Placer {
         }
     }
 
+    /// Our own address space, in which the targets are mapped.
+    pub(crate) fn own(&self) -> &Space {
+        &self.shared.own
+    }
+
     /// Number of pages of all regions that have not been received.
     pub fn missing(&self) -> usize {
         let missing = self.shared.regions.iter().flat_map(|region| &region.missing);
@@ -425,17 +430,17 @@ impl Shared {
 
 impl Segment {
     /// Pages of the region that are mapped here, as (first, end).
-    fn extent(&self) -> (usize, usize) {
+    pub(crate) fn extent(&self) -> (usize, usize) {
         (self.first_page, self.first_page + usize::try_from(self.len).unwrap_or(0) / SMALL_PAGE)
     }
 
-    fn touches(&self, start: usize, end: usize) -> bool {
+    pub(crate) fn touches(&self, start: usize, end: usize) -> bool {
         let (first, last) = self.extent();
         first < end && start < last
     }
 
     /// Maps `[start, end)`, the pages of a large page, as one; false where that cannot be.
-    fn map_large(&self, start: usize, end: usize) -> bool {
+    pub(crate) fn map_large(&self, start: usize, end: usize) -> bool {
         let (first, last) = self.extent();
         if start < first || last < end {
             return false;

@@ -6,12 +6,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
+pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
     (direction << 30) | ((size as u64) << 16) | (group << 8) | number
 }
-const WRITE: u64 = 1;
-const READ: u64 = 2;
-const UFFD: u64 = 0xaa;
+pub(crate) const WRITE: u64 = 1;
+pub(crate) const READ: u64 = 2;
+pub(crate) const UFFD: u64 = 0xaa;
 
 /// `struct uffdio_api`
 #[repr(C)]
@@ -118,6 +118,8 @@ pub const UFFD_USER_MODE_ONLY: i32 = 1;
 
 /// Write-protect faults on anonymous memory.
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+/// Tell of ranges that are discarded (`madvise`), before they are.
+pub const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 /// Missing faults on hugetlbfs.
 pub const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 /// Missing faults on shared memory.
@@ -130,6 +132,8 @@ pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// Write protection of pages that are not there yet.
 pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+/// Accesses can be made to fail for good.
+pub const FEATURE_POISON: u64 = 1 << 14;
 /// Write-protect faults are resolved by the kernel and only recorded.
 pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
@@ -196,7 +200,7 @@ pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 ///
 /// # Safety
 /// `request` must be a call that takes exactly a `T`, and any address in it must be valid for that call.
-unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T) -> io::Result<libc::c_int> {
+pub(crate) unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: by this function's contract; the reference is valid for the time of the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
 }
@@ -276,6 +280,18 @@ impl Userfault {
             }
         }
         Ok(mapped)
+    }
+}
+
+impl From<Userfault> for OwnedFd {
+    fn from(uffd: Userfault) -> Self {
+        uffd.0
+    }
+}
+
+impl AsRawFd for Userfault {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -6,10 +6,13 @@ import argparse
 import asyncio
 import os
 
-from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
-from pageferry.host.registry import AnyEntry, ArenaEntry, QemuEntry, Registry
+import msgspec
+
+from pageferry.errors import NoSuchWorkload, RestoreError, WorkloadDied, WorkloadError
+from pageferry.host.registry import AnyEntry, ArenaEntry, Folder, QemuEntry, Registry
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
+from pageferry.workloads import deferred
 from pageferry.workloads.base import Region
 from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.qemu import QemuWorkload
@@ -47,13 +50,25 @@ async def _look(name: str, entry: AnyEntry) -> WorkloadInfo | None:
         return None
     except WorkloadError:
         kind = "qemu" if isinstance(entry, QemuEntry) else "arena"
-        return WorkloadInfo(name=name, kind=kind, pid=entry.pid, status="busy", memory=None, resident=None)
+        info = WorkloadInfo(name=name, kind=kind, pid=entry.pid, status="busy", memory=None, resident=None)
+        return await _with_deferred(info)
     try:
-        return await describe(workload)
+        return await _with_deferred(await describe(workload))
     except WorkloadDied:
         return None
     finally:
         workload.close()
+
+
+async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
+    """Completed by what is still to come of its memory."""
+    try:
+        status = await asyncio.to_thread(deferred.status, Folder(Registry(), info.name))
+    except RestoreError as error:
+        return msgspec.structs.replace(info, waiting=str(error))
+    if status is None:
+        return info
+    return msgspec.structs.replace(info, deferred=status.deferred, waiting="; ".join(status.failures[:1]) or None)
 
 
 async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:

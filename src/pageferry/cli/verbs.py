@@ -31,9 +31,13 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("pageferry.cli.demo", "Move the built-in workload between two processes, and check every write."),
     "receive": Verb("pageferry.cli.receive", "Wait for a workload and run it here."),
     "migrate": Verb("pageferry.cli.migrate", "Move a running workload to a receiver."),
+    "checkpoint": Verb("pageferry.cli.checkpoint", "Save a running workload to an image, while it runs."),
+    "restore": Verb("pageferry.cli.restore", "Let a QEMU guest go on where an image was taken, at once."),
+    "image": Verb("pageferry.cli.image", "Say what is in an image, verify, compare or flatten it."),
     "run": Verb("pageferry.cli.run", "Start a QEMU guest under management."),
     "adopt": Verb("pageferry.cli.adopt", "Manage a QEMU guest that somebody else has started."),
     "list": Verb("pageferry.cli.list", "List the workloads of this host."),
+    "peek": Verb("pageferry.cli.peek", "Look at the memory of a workload."),
     "stop": Verb("pageferry.cli.stop", "End a workload."),
 }
 """Name on the command line -> verb, in the order of the help."""

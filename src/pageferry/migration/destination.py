@@ -29,11 +29,11 @@ from pageferry.host.faults import fault_point
 from pageferry.migration import messages
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Reception
-from pageferry.migration.memory import Memory
 from pageferry.migration.native import off_loop, to_the_end
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads.base import LARGE_PAGE, Workload
+from pageferry.workloads.memory import Memory
 
 log = getLogger(__name__)
 

@@ -11,6 +11,9 @@ from pageferry.errors import Cancelled, ConnectionLost, MigrationError, Protocol
 
 T = TypeVar("T")
 
+Counters = tuple[int, int, int, int, int]
+"""(bytes on the wire, storage blocks, data pages, zero pages, absent pages) of a page stream so far."""
+
 
 async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
     """Run a blocking call on a thread. When this coroutine is cancelled, `cancel` is called and the thread awaited:

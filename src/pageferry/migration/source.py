@@ -28,12 +28,12 @@ from pageferry.migration import events, messages
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Address, connect_control, connect_stream
 from pageferry.migration.convergence import Convergence, Decision
-from pageferry.migration.memory import Counters, Memory
-from pageferry.migration.native import off_loop, to_the_end
+from pageferry.migration.native import Counters, off_loop, to_the_end
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.memory import Memory
 
 log = getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from pageferry.report.text import PlainView
 from pageferry.report.units import size
@@ -23,6 +24,10 @@ class WorkloadInfo(msgspec.Struct, frozen=True, kw_only=True, tag="workload"):
     """Bytes; None while it is busy."""
     resident: int | None
     """Bytes of the memory that are allocated, mapped or not; None while it is busy."""
+    deferred: int = 0
+    """Bytes whose contents are still to come from an image."""
+    waiting: str | None = None
+    """What its restore waits for: a pager that is gone, or pages that cannot be had."""
 
 
 class Listing(msgspec.Struct, frozen=True, tag="workloads"):
@@ -37,12 +42,15 @@ class WorkloadsView(PlainView):
     def result(self, result: msgspec.Struct) -> RenderableType:
         """The table of a `Listing`, or of a single `WorkloadInfo`."""
         workloads = result.workloads if isinstance(result, Listing) else [result]
-        table = Table("NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT", box=None, pad_edge=False)
-        for column in (2, 4, 5):
+        table = Table("NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT", "DEFERRED", box=None, pad_edge=False)
+        for column in (2, 4, 5, 6):
             table.columns[column].justify = "right"
         for one in workloads:
             assert isinstance(one, WorkloadInfo)
-            table.add_row(one.name, one.kind, str(one.pid), one.status, _size(one.memory), _size(one.resident))
+            sizes = (_size(one.memory), _size(one.resident), size(one.deferred) if one.deferred else "-")
+            table.add_row(one.name, one.kind, str(one.pid), one.status, *sizes)
+            if one.waiting is not None:
+                table.add_row("", "", "", Text(one.waiting, style="bold red"))
         return table
 
 

@@ -200,6 +200,11 @@ class QemuWorkload:
         return self._entry.pid
 
     @property
+    def qmp_socket(self) -> str:
+        """Path of its monitor."""
+        return self._entry.qmp_socket
+
+    @property
     def guardian(self) -> int | None:
         """Pid of the process that acts if we die (see `qemu_guardian`); None while there is no need for one."""
         return self._will.guardian if self._will is not None else None

@@ -59,7 +59,32 @@ impl Space {
         Ok(uffd)
     }
 
+    /// A userfaultfd of this address space with `features`, of which the process keeps its own copy (its number there
+    /// is the second value; none for our own process): when we die, whoever waits for a page goes on waiting.
+    pub fn kept_userfault(&self, features: u64) -> Result<(Userfault, Option<u64>), AdoptError> {
+        if self.is_own() {
+            let uffd = Userfault::own()?;
+            uffd.enable(features)?;
+            return Ok((uffd, None));
+        }
+        inject::on_stopped(self.pid, |stopped| {
+            let (uffd, remote) = self.make_userfault(stopped)?;
+            if let Err(error) = uffd.enable(features) {
+                stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
+                return Err(error.into());
+            }
+            Ok((uffd, Some(remote)))
+        })
+    }
+
     fn userfault_in(&self, stopped: &inject::Stopped) -> Result<Userfault, AdoptError> {
+        let (ours, remote) = self.make_userfault(stopped)?;
+        stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
+        Ok(ours)
+    }
+
+    /// Has the stopped process make a userfaultfd; our copy of it, and its number there.
+    fn make_userfault(&self, stopped: &inject::Stopped) -> Result<(Userfault, u64), AdoptError> {
         self.check_alive()?;
         let flags = u64::try_from(libc::O_CLOEXEC | libc::O_NONBLOCK).unwrap_or(0);
         let remote = match stopped.call(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]) {
@@ -69,9 +94,13 @@ impl Space {
             other => other?,
         };
         // SAFETY: takes no pointers; the descriptor is new.
-        let ours = unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), remote, 0)) };
-        stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
-        Ok(Userfault::from_fd(ours?))
+        match unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), remote, 0)) } {
+            Ok(ours) => Ok((Userfault::from_fd(ours), remote)),
+            Err(error) => {
+                stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Makes a system call in the process, as it would itself: `call` with up to six plain arguments.

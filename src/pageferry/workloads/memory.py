@@ -8,8 +8,6 @@ from pageferry._engine import Mapping, PageSet, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
 
-Counters = tuple[int, int, int, int, int]
-"""(bytes on the wire, storage blocks, data pages, zero pages, absent pages) of a page stream so far."""
 Segment = tuple[Space, int, int, int, int]
 """(address space, address, length, number of the region, first page of the region) of a mapping of the workload."""
 

@@ -1,0 +1,219 @@
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::block::{self, Codec};
+use pageferry_engine::image::{self, ImageError, PageReader};
+use pageferry_engine::mapping::duplicate;
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+pub fn image_error(error: ImageError) -> PyErr {
+    let message = error.to_string();
+    match error {
+        ImageError::Io(error) if error.raw_os_error().is_some() => PyOSError::new_err((error.raw_os_error(), message)),
+        _ => PyValueError::new_err(message),
+    }
+}
+
+pub fn sizes(page_block: usize, storage_block: usize) -> PyResult<image::Sizes> {
+    let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
+    if !whole(page_block, SMALL_PAGE) || page_block > block::MAX_UNIT {
+        return Err(PyValueError::new_err(format!("page block of {page_block} bytes: 4 KiB to 1 MiB")));
+    }
+    if !whole(storage_block, page_block) || storage_block > block::MAX_RAW {
+        return Err(PyValueError::new_err(format!("storage block of {storage_block} bytes: up to 4 MiB")));
+    }
+    Ok(image::Sizes { page_block, storage_block })
+}
+
+/// (class, in parent, signature, storage block, place in it)
+type Entry = (u8, bool, u64, u32, u16);
+/// Pages in the order of storage blocks.
+type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
+/// (page or None, message)
+type Findings = Vec<(Option<usize>, String)>;
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Image {
+    pub inner: Arc<image::Image>,
+}
+
+#[pymethods]
+impl Image {
+    #[new]
+    fn new(py: Python<'_>, fd: i32) -> PyResult<Self> {
+        let file = duplicate(fd)?;
+        let inner = py.detach(|| image::Image::open(file)).map_err(image_error)?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    #[getter]
+    fn id(&self) -> [u8; 16] {
+        self.inner.id()
+    }
+
+    #[getter]
+    fn digest(&self) -> u64 {
+        self.inner.digest()
+    }
+
+    #[getter]
+    fn regions(&self) -> usize {
+        self.inner.regions()
+    }
+
+    #[getter]
+    fn pages(&self) -> usize {
+        self.inner.page_map().len()
+    }
+
+    #[getter]
+    fn length(&self) -> u64 {
+        self.inner.len()
+    }
+
+    #[getter]
+    fn page_block(&self) -> usize {
+        self.inner.page_block()
+    }
+
+    #[getter]
+    fn blocks(&self) -> Vec<(u64, u32)> {
+        self.inner.blocks().iter().map(|entry| (entry.offset.get(), entry.len.get())).collect()
+    }
+
+    fn section<'py>(&self, py: Python<'py>, kind: u32) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let contents = py.detach(|| self.inner.section(kind)).map_err(image_error)?;
+        Ok(contents.map(|contents| PyBytes::new(py, &contents)))
+    }
+
+    fn entries(&self, first: usize, count: usize) -> PyResult<Vec<Entry>> {
+        let end = first.saturating_add(count);
+        let part = self.inner.page_map().get(first..end);
+        let part = part.ok_or_else(|| PyValueError::new_err(format!("pages {first} to {end} of {}", self.pages())))?;
+        let plain = |entry: &image::PageEntry| {
+            (entry.class, entry.in_parent(), entry.signature.get(), entry.block.get(), entry.slot.get())
+        };
+        Ok(part.iter().map(plain).collect())
+    }
+
+    /// Pages by class (absent, zero, pattern, same-as, data), and those in the parent, of a range.
+    fn count(&self, py: Python<'_>, first: usize, count: usize) -> PyResult<[usize; 6]> {
+        let end = first.saturating_add(count);
+        let part = self.inner.page_map().get(first..end);
+        let part = part.ok_or_else(|| PyValueError::new_err(format!("pages {first} to {end} of {}", self.pages())))?;
+        Ok(py.detach(|| {
+            let mut counts = [0; 6];
+            for entry in part {
+                let place = if entry.in_parent() { 5 } else { usize::from(entry.class).min(4) };
+                counts[place] += 1;
+            }
+            counts
+        }))
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct ImageChain {
+    pub inner: image::Chain,
+    /// Pages to verify, in the order of storage blocks; made when first asked for.
+    stored: Mutex<Option<StoredPages>>,
+}
+
+#[pymethods]
+impl ImageChain {
+    #[new]
+    fn new(images: Vec<PyRef<'_, Image>>) -> PyResult<Self> {
+        let images = images.iter().map(|image| image.inner.clone()).collect();
+        let inner = image::Chain::new(images).map_err(image_error)?;
+        Ok(Self { inner, stored: Mutex::new(None) })
+    }
+
+    fn read<'py>(&self, py: Python<'py>, first: usize, count: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let len = count.checked_mul(SMALL_PAGE).filter(|len| *len <= 1 << 30);
+        let len = len.ok_or_else(|| PyValueError::new_err(format!("{count} pages at once: up to 1 GiB")))?;
+        let contents = py.detach(|| {
+            let mut contents = vec![0; len];
+            let mut reader = PageReader::new(&self.inner);
+            for (page, out) in (first..).zip(contents.chunks_exact_mut(SMALL_PAGE)) {
+                reader.read(page, out)?;
+            }
+            Ok(contents)
+        });
+        Ok(PyBytes::new(py, &contents.map_err(image_error)?))
+    }
+
+    /// Differing pages of a range, as runs (start, end).
+    fn differences(
+        &self,
+        py: Python<'_>,
+        other: PyRef<'_, Self>,
+        first: usize,
+        count: usize,
+    ) -> PyResult<Vec<(usize, usize)>> {
+        let (ours, theirs) = (&self.inner, &other.inner);
+        py.detach(|| image::differences(ours, theirs, first, count)).map_err(image_error)
+    }
+
+    #[getter]
+    fn stored(&self) -> usize {
+        self.stored_pages().len()
+    }
+
+    fn verify(&self, py: Python<'_>, first: usize, count: usize, most: usize) -> Findings {
+        let stored = self.stored_pages();
+        let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
+        let findings = py.detach(|| image::verify(&self.inner, part, most));
+        findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
+    }
+
+    fn verify_unused(&self, py: Python<'_>) -> Findings {
+        let stored = self.stored_pages();
+        let Some(image) = self.inner.images().first() else { return Vec::new() };
+        let findings = py.detach(|| image::verify_unused(image, &stored));
+        findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
+    }
+
+    /// Writes one image of the whole chain; `sections`: (kind, contents).
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    #[pyo3(signature = (fd, id, regions, sections, codec = "lz4", page_block = 65536, storage_block = 1 << 20))]
+    fn flatten(
+        &self,
+        py: Python<'_>,
+        fd: i32,
+        id: [u8; 16],
+        regions: Vec<usize>,
+        sections: Vec<(u32, Vec<u8>)>,
+        codec: &str,
+        page_block: usize,
+        storage_block: usize,
+    ) -> PyResult<(u64, u64)> {
+        let known = Codec::named(codec);
+        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+        let sizes = sizes(page_block, storage_block)?;
+        if regions.iter().sum::<usize>() != self.inner.images().first().map_or(0, |image| image.page_map().len()) {
+            return Err(PyValueError::new_err("the regions do not have as many pages as the page map"));
+        }
+        let file: OwnedFd = duplicate(fd)?;
+        let written = py.detach(|| {
+            let mut writer = image::ImageWriter::new(file, id, sizes)?;
+            let map = image::flatten(&self.inner, &mut writer, codec, sizes, &regions)?;
+            for (kind, contents) in &sections {
+                writer.section(*kind, contents)?;
+            }
+            let finished = writer.finish(regions.len(), &map)?;
+            Ok((finished.digest, finished.len))
+        });
+        written.map_err(image_error)
+    }
+}
+
+impl ImageChain {
+    fn stored_pages(&self) -> StoredPages {
+        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        let make = || self.inner.images().first().map_or_else(Vec::new, |image| image::stored_pages(image));
+        stored.get_or_insert_with(|| Arc::new(make())).clone()
+    }
+}

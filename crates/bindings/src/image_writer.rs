@@ -1,0 +1,77 @@
+use std::sync::{Mutex, PoisonError};
+
+use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::block::{Builder, Class, Codec};
+use pageferry_engine::image::{self, FLAG_IN_PARENT, PageEntry};
+use pageferry_engine::mapping::duplicate;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::image::sizes;
+
+/// (class, in parent, signature, storage block, place in it)
+type Entry = (u8, bool, u64, u32, u16);
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct ImageWriter {
+    inner: Mutex<Option<(image::ImageWriter, Builder)>>,
+}
+
+impl ImageWriter {
+    fn with<T>(&self, work: impl FnOnce(&mut image::ImageWriter, &mut Builder) -> std::io::Result<T>) -> PyResult<T> {
+        let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let (writer, builder) = guard.as_mut().ok_or_else(|| PyValueError::new_err("the image is finished"))?;
+        work(writer, builder).map_err(errors::kernel)
+    }
+}
+
+#[pymethods]
+impl ImageWriter {
+    #[new]
+    #[pyo3(signature = (fd, id, codec = "lz4", page_block = 65536, storage_block = 1 << 20))]
+    fn new(fd: i32, id: [u8; 16], codec: &str, page_block: usize, storage_block: usize) -> PyResult<Self> {
+        let known = Codec::named(codec);
+        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+        let sizes = sizes(page_block, storage_block)?;
+        let file = duplicate(fd).map_err(errors::kernel)?;
+        let writer = image::ImageWriter::new(file, id, sizes).map_err(errors::kernel)?;
+        Ok(Self { inner: Mutex::new(Some((writer, Builder::new(codec, page_block, storage_block)))) })
+    }
+
+    /// Writes one storage block; returns its number.
+    fn append(&self, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
+        if let Some((page, _)) = pages.iter().find(|(_, contents)| contents.len() != SMALL_PAGE) {
+            return Err(PyValueError::new_err(format!("page {page} is not of 4096 bytes")));
+        }
+        self.with(|writer, builder| {
+            for (page, contents) in &pages {
+                builder.push_data(*page, contents);
+            }
+            writer.append(&builder.build(region, 0, 0))
+        })
+    }
+
+    fn section(&self, kind: u32, contents: &[u8]) -> PyResult<()> {
+        self.with(|writer, _| writer.section(kind, contents))
+    }
+
+    /// Writes page map and index; returns digest and length.
+    fn finish(&self, py: Python<'_>, regions: usize, entries: Vec<Entry>) -> PyResult<(u64, u64)> {
+        let class = |number: u8| {
+            let classes = [Class::Absent, Class::Zero, Class::Pattern, Class::SameAs, Class::Data];
+            let found = classes.into_iter().find(|class| *class as u8 == number);
+            found.ok_or_else(|| PyValueError::new_err(format!("page class {number}: 0 to 4")))
+        };
+        let entry = |(number, in_parent, signature, block, slot): Entry| -> PyResult<PageEntry> {
+            let mut entry = PageEntry::stored(class(number)?, signature, block, slot);
+            entry.flags = if in_parent { FLAG_IN_PARENT } else { 0 };
+            Ok(entry)
+        };
+        let map = entries.into_iter().map(entry).collect::<PyResult<Vec<_>>>()?;
+        let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (writer, _) = taken.ok_or_else(|| PyValueError::new_err("the image is finished"))?;
+        let finished = py.detach(|| writer.finish(regions, &map)).map_err(errors::kernel)?;
+        Ok((finished.digest, finished.len))
+    }
+}

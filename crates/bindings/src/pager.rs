@@ -1,0 +1,152 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use pageferry_engine::mapping::{self, duplicate};
+use pageferry_engine::pager::{self, LoadError, PagerError, Plan};
+use pageferry_engine::placer::Target;
+use pageferry_engine::uapi::Userfault;
+use pyo3::exceptions::{PyKeyError, PyOSError, PyValueError};
+use pyo3::prelude::*;
+use std::os::fd::AsFd;
+
+use crate::errors;
+use crate::image::{ImageChain, image_error};
+use crate::mapping::Mapping;
+use crate::space::{SegmentTuple, segments};
+
+fn begin_error(error: PagerError) -> PyErr {
+    match error {
+        PagerError::Io(error) => errors::kernel(error),
+        PagerError::Image(error) => image_error(error),
+        PagerError::Regions { .. } => PyValueError::new_err(error.to_string()),
+    }
+}
+
+fn load_error(error: &LoadError) -> PyErr {
+    match error {
+        LoadError::Image(_) => PyValueError::new_err(error.to_string()),
+        LoadError::Place(_) => PyOSError::new_err(error.to_string()),
+    }
+}
+
+/// (region, page of it, whether somebody waits for it, message)
+type Failure = (usize, usize, bool, String);
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Pager {
+    inner: pager::Pager,
+}
+
+#[pymethods]
+impl Pager {
+    #[new]
+    #[pyo3(signature = (chain, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
+                        eager = false, taken_over = false, fatal = false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    fn new(
+        py: Python<'_>,
+        chain: PyRef<'_, ImageChain>,
+        targets: Vec<(PyRef<'_, Mapping>, usize, Vec<bool>)>,
+        segments: Vec<SegmentTuple<'_>>,
+        userfaults: HashMap<i32, i32>,
+        flags: i32,
+        working_set: Vec<u32>,
+        background: bool,
+        eager: bool,
+        taken_over: bool,
+        fatal: bool,
+    ) -> PyResult<Self> {
+        let mut known = HashMap::new();
+        for (pid, fd) in userfaults {
+            known.insert(pid, Arc::new(Userfault::from_fd(duplicate(fd).map_err(errors::kernel)?)));
+        }
+        let mut watched = Vec::new();
+        for segment in self::segments(segments) {
+            let pid = segment.space.pid();
+            let uffd =
+                known.get(&pid).ok_or_else(|| PyKeyError::new_err(format!("no userfaultfd of process {pid}")))?;
+            watched.push((segment, uffd.clone()));
+        }
+        let target = |(mapping, page_size, large): (PyRef<'_, Mapping>, usize, Vec<bool>)| Target {
+            mapping: mapping.inner.clone(),
+            page_size,
+            large,
+        };
+        let targets: Vec<Target> = targets.into_iter().map(target).collect();
+        let pages = targets.iter().map(|target| target.mapping.pages()).sum();
+        let file = duplicate(flags).map_err(errors::kernel)?;
+        let flags = mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0).map_err(errors::kernel)?;
+        let chain = chain.inner.clone();
+        let plan = Plan { chain, targets, watched, flags, taken_over, working_set, background, eager, fatal };
+        let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;
+        Ok(Self { inner })
+    }
+
+    #[staticmethod]
+    fn flags_length(pages: usize) -> usize {
+        pager::file_len(pages)
+    }
+
+    #[getter]
+    fn pending(&self) -> usize {
+        self.inner.pending()
+    }
+
+    #[getter]
+    fn finished(&self) -> bool {
+        self.inner.is_finished()
+    }
+
+    /// (faults, missed, loaded, prefetched, bytes read, seconds of service, seconds of the longest)
+    #[getter]
+    fn counters(&self) -> (u64, u64, u64, u64, u64, f64, f64) {
+        let counters = self.inner.counters();
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let seconds = |counter| Duration::from_nanos(load(counter)).as_secs_f64();
+        (
+            load(&counters.faults),
+            load(&counters.missed),
+            load(&counters.loaded),
+            load(&counters.prefetched),
+            self.inner.bytes_read(),
+            seconds(&counters.service),
+            seconds(&counters.longest),
+        )
+    }
+
+    #[getter]
+    fn touched(&self) -> Vec<u32> {
+        self.inner.touched()
+    }
+
+    #[getter]
+    fn failures(&self) -> Vec<Failure> {
+        let plain = |failure: pager::Failure| (failure.region, failure.page, failure.accessed, failure.message);
+        self.inner.failures().into_iter().map(plain).collect()
+    }
+
+    #[pyo3(signature = (patience, known = 0))]
+    fn wait(&self, py: Python<'_>, patience: f64, known: usize) -> PyResult<bool> {
+        let patience = Duration::try_from_secs_f64(patience).map_err(|e| PyValueError::new_err(e.to_string()))?;
+        let deadline = std::time::Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let slice = left.min(Duration::from_millis(100));
+            let finished = py.detach(|| self.inner.wait(slice, known));
+            if finished || left <= slice || self.inner.failures().len() > known {
+                return Ok(finished);
+            }
+            py.check_signals()?;
+        }
+    }
+
+    fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {
+        py.detach(|| self.inner.ensure(region, first, count)).map_err(|error| load_error(&error))
+    }
+
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| self.inner.stop());
+    }
+}

@@ -1,0 +1,162 @@
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use pageferry_engine::block::{self, Codec};
+use pageferry_engine::mapping::duplicate;
+use pageferry_engine::saver::{self, Handle, Options, Region, SaveError};
+use pyo3::exceptions::{PyInterruptedError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::errors;
+use crate::image::ImageChain;
+use crate::mapping::Mapping;
+use crate::space::{SegmentTuple, segments};
+
+fn raised(error: SaveError) -> PyErr {
+    let message = error.to_string();
+    let with_number = |error: &io::Error| PyOSError::new_err((error.raw_os_error(), message.clone()));
+    match &error {
+        // The errno of trouble with memory would be taken for one of the file.
+        SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
+        SaveError::Gone => PyProcessLookupError::new_err(message),
+        SaveError::Cancelled => PyInterruptedError::new_err(message),
+        SaveError::Write(_) | SaveError::Memory(_) | SaveError::Thread => PyOSError::new_err(message),
+        SaveError::Adopt(_) => match error {
+            SaveError::Adopt(error) => errors::adopt(error),
+            _ => PyOSError::new_err(message),
+        },
+    }
+}
+
+fn checked(options: Options) -> PyResult<Options> {
+    let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
+    let wrong = |what: &str, value: usize| Err(PyValueError::new_err(format!("{what} of {value} bytes")));
+    match options {
+        Options { page_block, .. } if !whole(page_block, 4096) || page_block > block::MAX_UNIT => {
+            wrong("page block", page_block)
+        }
+        Options { storage_block, page_block, .. }
+            if !whole(storage_block, page_block) || storage_block > block::MAX_RAW =>
+        {
+            wrong("storage block", storage_block)
+        }
+        Options { trap_block, .. } if !trap_block.is_power_of_two() || !(4096..=2 << 20).contains(&trap_block) => {
+            wrong("trap block", trap_block)
+        }
+        options => Ok(options),
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Saver {
+    inner: Mutex<saver::Saver>,
+    handle: Handle,
+}
+
+impl Saver {
+    fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
+        work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[pymethods]
+impl Saver {
+    #[new]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1 << 20,
+                        trap_block = 65536, staging = 16 << 20, bandwidth = 0, packers = 1))]
+    fn new(
+        py: Python<'_>,
+        regions: Vec<(PyRef<'_, Mapping>, usize)>,
+        segments: Vec<SegmentTuple<'_>>,
+        fd: i32,
+        id: [u8; 16],
+        parent: Option<PyRef<'_, ImageChain>>,
+        codec: &str,
+        page_block: usize,
+        storage_block: usize,
+        trap_block: usize,
+        staging: usize,
+        bandwidth: u64,
+        packers: usize,
+    ) -> PyResult<Self> {
+        let known = Codec::named(codec);
+        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+        let options = checked(Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers })?;
+        let file = duplicate(fd).map_err(errors::kernel)?;
+        let region =
+            |(mapping, page_size): (PyRef<'_, Mapping>, usize)| Region { mapping: mapping.inner.clone(), page_size };
+        let regions: Vec<_> = regions.into_iter().map(region).collect();
+        let parent = parent.map(|parent| parent.inner.clone());
+        let pages: usize = regions.iter().map(|region| region.mapping.pages()).sum();
+        if parent.as_ref().is_some_and(|parent| parent.images()[0].page_map().len() != pages) {
+            return Err(PyValueError::new_err("the parent has another number of pages"));
+        }
+        let segments = self::segments(segments);
+        let inner = py.detach(|| saver::Saver::arm(regions, segments, file, id, parent, &options)).map_err(raised)?;
+        Ok(Self { handle: inner.handle(), inner: Mutex::new(inner) })
+    }
+
+    #[getter]
+    fn arm_seconds(&self) -> f64 {
+        self.with(|saver| saver.arm_time().as_secs_f64())
+    }
+
+    fn begin(&self, py: Python<'_>) -> PyResult<f64> {
+        py.detach(|| self.with(saver::Saver::begin)).map(|time| time.as_secs_f64()).map_err(raised)
+    }
+
+    fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
+        let time = Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(py.detach(|| self.handle.wait(time)))
+    }
+
+    fn cancel(&self, py: Python<'_>) {
+        py.detach(|| self.handle.cancel());
+    }
+
+    fn finish(&self, py: Python<'_>, sections: Vec<(u32, Vec<u8>)>) -> PyResult<(u64, u64, u64, usize)> {
+        let finished = py.detach(|| self.with(|saver| saver.finish(&sections))).map_err(raised)?;
+        Ok((finished.digest, finished.len, finished.writes, finished.blocks))
+    }
+
+    #[getter]
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.handle.stats();
+        let [absent, zero, pattern, same_as, data] = &stats.classes;
+        let named = [
+            ("traps", &stats.traps),
+            ("early_traps", &stats.early_traps),
+            ("swept", &stats.swept),
+            ("staging_waits", &stats.staging_waits),
+            ("longest_trap", &stats.longest_trap),
+            ("trap_time", &stats.trap_time),
+            ("pages", &stats.pages),
+            ("absent", absent),
+            ("zero", zero),
+            ("pattern", pattern),
+            ("same_as", same_as),
+            ("data", data),
+            ("in_parent", &stats.in_parent),
+            ("stored", &stats.stored),
+            ("blocks", &stats.blocks),
+            ("writes", &stats.writes),
+        ];
+        let dict = PyDict::new(py);
+        for (name, counter) in named {
+            dict.set_item(name, counter.load(Ordering::Relaxed))?;
+        }
+        Ok(dict)
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            self.handle.cancel();
+            self.with(saver::Saver::close)
+        })
+        .map_err(|error| PyRuntimeError::new_err(error.to_string()))
+    }
+}

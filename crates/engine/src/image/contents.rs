@@ -1,0 +1,109 @@
+//! Contents of pages of an image, wherever in its chain they stand.
+
+use zerocopy::byteorder::little_endian::U64;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::format::{ImageError, PageEntry};
+use super::reader::{Chain, StoredBlock};
+use crate::SMALL_PAGE;
+use crate::block::{BlockError, Class};
+
+/// Reads pages one after the other; keeps the storage block and the page block it read last.
+#[derive(Debug)]
+pub struct PageReader<'a> {
+    chain: &'a Chain,
+    block: Option<(usize, StoredBlock)>,
+    unpacked: Option<(usize, u32, usize)>,
+    contents: Vec<u8>,
+    bytes_read: u64,
+}
+
+impl<'a> PageReader<'a> {
+    /// A reader of the pages of a chain.
+    pub fn new(chain: &'a Chain) -> Self {
+        Self { chain, block: None, unpacked: None, contents: Vec::new(), bytes_read: 0 }
+    }
+
+    /// Bytes of storage blocks read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
+    }
+
+    /// Contents of a page, counted over all regions, into `out` (4 KiB). Absent pages read as zeros.
+    pub fn read(&mut self, page: usize, out: &mut [u8]) -> Result<(), ImageError> {
+        let (image, entry) = self.chain.find(page)?;
+        match entry.class() {
+            Some(Class::Pattern) => fill(out, entry.signature.get()),
+            Some(Class::Data | Class::SameAs) => out.copy_from_slice(self.stored(image, &entry)?),
+            _ => out.fill(0),
+        }
+        Ok(())
+    }
+
+    /// Contents of a stored page of one image of the chain.
+    pub fn stored(&mut self, image: usize, entry: &PageEntry) -> Result<&[u8], ImageError> {
+        let number = entry.block.get();
+        if self.block.as_ref().is_none_or(|(of, block)| (*of, block.number()) != (image, number)) {
+            let block = self.chain.images()[image].read_block(number)?;
+            self.bytes_read += block.len() as u64;
+            self.block = Some((image, block));
+            self.unpacked = None;
+        }
+        let Some((_, block)) = &self.block else { return Err(ImageError::NoFooter) };
+        let (index, within) = block.locate(usize::from(entry.slot.get()));
+        if self.unpacked != Some((image, number, index)) {
+            self.unpacked = None;
+            block.unpack(index, &mut self.contents)?;
+            self.unpacked = Some((image, number, index));
+        }
+        let range = within * SMALL_PAGE..(within + 1) * SMALL_PAGE;
+        let wrong = || {
+            block.wrong(BlockError::Field {
+                field: "number of pages",
+                value: block.slots() as u64,
+                allowed: "those that the page map looks for in it",
+            })
+        };
+        self.contents.get(range).ok_or_else(wrong)
+    }
+}
+
+/// Repeats a 64-bit word.
+pub fn fill(out: &mut [u8], word: u64) {
+    for chunk in out.chunks_exact_mut(8) {
+        chunk.copy_from_slice(U64::new(word).as_bytes());
+    }
+}
+
+/// The word that a page repeats, if it does: 0 for zeros.
+pub fn pattern(page: &[u8]) -> Option<u64> {
+    let words = <[U64]>::ref_from_bytes(page).ok()?;
+    let first = *words.first()?;
+    words.iter().all(|word| *word == first).then_some(first.get())
+}
+
+/// Pages of `[first, first + count)` that differ between two chains, as runs (start, end). Absent pages read as zeros.
+pub fn differences(a: &Chain, b: &Chain, first: usize, count: usize) -> Result<Vec<(usize, usize)>, ImageError> {
+    let (mut left, mut right) = (PageReader::new(a), PageReader::new(b));
+    let (mut ours, mut theirs) = (vec![0; SMALL_PAGE], vec![0; SMALL_PAGE]);
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for page in first..first + count {
+        let ((_, one), (_, other)) = (a.find(page)?, b.find(page)?);
+        let plain = |entry: &PageEntry| matches!(entry.class(), Some(Class::Absent | Class::Zero | Class::Pattern));
+        // Plain pages are what their entries say; others are compared byte by byte, for a signature is only a hint.
+        let same = if plain(&one) && plain(&other) {
+            one.signature == other.signature
+        } else {
+            left.read(page, &mut ours)?;
+            right.read(page, &mut theirs)?;
+            ours == theirs
+        };
+        if !same {
+            match runs.last_mut() {
+                Some((_, end)) if *end == page => *end += 1,
+                _ => runs.push((page, page + 1)),
+            }
+        }
+    }
+    Ok(runs)
+}

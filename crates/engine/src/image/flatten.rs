@@ -1,0 +1,93 @@
+//! One image out of a chain: every page as the chain has it, in an image of its own.
+
+use std::collections::HashMap;
+
+use super::contents::PageReader;
+use super::format::{ImageError, PageEntry};
+use super::reader::Chain;
+use super::writer::{ImageWriter, Sizes};
+use crate::block::{Builder, Class, Codec};
+
+/// Copies all stored pages of a chain into a writer and returns the page map for it.
+///
+/// `regions`: pages of each region, in order. Pages are copied in the order in which they stand in the chain, the oldest
+/// image first, so that what was written together stays together; a page that several share is copied once.
+pub fn flatten(
+    chain: &Chain,
+    writer: &mut ImageWriter,
+    codec: Codec,
+    sizes: Sizes,
+    regions: &[usize],
+) -> Result<Vec<PageEntry>, ImageError> {
+    let total = regions.iter().sum();
+    let mut map = Vec::with_capacity(total);
+    let mut stored = Vec::new();
+    for page in 0..total {
+        let (image, entry) = chain.find(page)?;
+        if matches!(entry.class(), Some(Class::Data | Class::SameAs)) {
+            stored.push((image, entry, page));
+        }
+        map.push(PageEntry { flags: 0, ..entry });
+    }
+    stored.sort_unstable_by_key(|(image, entry, page)| {
+        (region_of(regions, *page).0, std::cmp::Reverse(*image), entry.block.get(), entry.slot.get(), *page)
+    });
+    let mut copier = Copier { writer, builder: Builder::new(codec, sizes.page_block, sizes.storage_block), block: 0 };
+    let mut reader = PageReader::new(chain);
+    let mut places: HashMap<(usize, u32, u16), (u32, u16)> = HashMap::new();
+    let mut current = 0;
+    for (image, entry, page) in stored {
+        let (region, within) = region_of(regions, page);
+        if region != current {
+            copier.flush(current)?;
+            current = region;
+        }
+        let key = (image, entry.block.get(), entry.slot.get());
+        let known = places.get(&key).copied();
+        let (block, slot) = match known {
+            Some(place) => place,
+            None => *places.entry(key).or_insert(copier.push(region, within, reader.stored(image, &entry)?)?),
+        };
+        let class = if known.is_some() { Class::SameAs } else { Class::Data };
+        map[page] = PageEntry::stored(class, entry.signature.get(), block, slot);
+    }
+    copier.flush(current)?;
+    Ok(map)
+}
+
+struct Copier<'a> {
+    writer: &'a mut ImageWriter,
+    builder: Builder,
+    /// Number that the block under construction will have.
+    block: u32,
+}
+
+impl Copier<'_> {
+    fn push(&mut self, region: usize, page: usize, contents: &[u8]) -> Result<(u32, u16), ImageError> {
+        if self.builder.is_full() {
+            self.flush(region)?;
+        }
+        let slot = self.builder.push_data(page, contents);
+        Ok((self.block, u16::try_from(slot).unwrap_or(u16::MAX)))
+    }
+
+    fn flush(&mut self, region: usize) -> Result<(), ImageError> {
+        if !self.builder.is_empty() {
+            let region = u32::try_from(region).unwrap_or(u32::MAX);
+            self.block = self.writer.append(&self.builder.build(region, 0, u64::from(self.block)))? + 1;
+        }
+        Ok(())
+    }
+}
+
+/// Region of a page counted over all regions, and its number within the region.
+pub fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
+    let mut rest = page;
+    for (region, pages) in regions.iter().enumerate() {
+        if rest < *pages {
+            return (region, rest);
+        }
+        rest -= pages;
+    }
+    (regions.len(), rest)
+}

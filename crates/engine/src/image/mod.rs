@@ -1,0 +1,15 @@
+//! Images: files of storage blocks, with what is needed to find any page in them (S4, S10, S8).
+
+mod contents;
+mod flatten;
+mod format;
+mod reader;
+mod verify;
+mod writer;
+
+pub use contents::{PageReader, differences, fill, pattern};
+pub use flatten::{flatten, region_of};
+pub use format::{BlockEntry, FLAG_IN_PARENT, ImageError, PageEntry, section};
+pub use reader::{Chain, Image, StoredBlock};
+pub use verify::{Finding, stored_pages, verify, verify_unused};
+pub use writer::{Finished, ImageWriter, Sizes};

@@ -1,0 +1,362 @@
+//! Reading an image: any page of it, verified, without reading more than the storage block that holds it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_64;
+use zerocopy::byteorder::little_endian::U64;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::format::{
+    BlockEntry, FOOTER_LEN, FOOTER_MAGIC, FileHeader, Footer, ImageError, KNOWN_FEATURES, MAGIC, MAX_LEN, MAX_PAGES,
+    MAX_SECTIONS, PageEntry, SectionEntry, VERSION, section,
+};
+use crate::SMALL_PAGE;
+use crate::block::{self, BlockError, Class, Codec, Header};
+
+/// Sections other than the page map are at most this long.
+const MAX_SECTION: u64 = 1 << 30;
+
+/// An open image. Everything but storage blocks has been read and verified.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    id: [u8; 16],
+    digest: u64,
+    regions: usize,
+    len: u64,
+    page_block: usize,
+    page_map: Vec<PageEntry>,
+    blocks: Vec<BlockEntry>,
+    sections: Vec<SectionEntry>,
+}
+
+impl Image {
+    /// Opens and verifies an image. Lengths are checked before anything is allocated.
+    pub fn open(file: OwnedFd) -> Result<Self, ImageError> {
+        let file = File::from(file);
+        let len = file.metadata()?.len();
+        let header = read_header(&file, len)?;
+        let footer = read_footer(&file, len)?;
+        if footer.id != header.id {
+            return Err(ImageError::Checksum("index (it is of another image)".to_owned()));
+        }
+        let count = footer.sections.get() as usize;
+        if count > MAX_SECTIONS {
+            return Err(value("section count", count as u64, "up to 24"));
+        }
+        let sections = footer.table[..count].to_vec();
+        for entry in &sections {
+            let limit = if entry.kind.get() == section::PAGE_MAP { MAX_PAGES * 16 } else { MAX_SECTION };
+            let end = entry.offset.get().checked_add(entry.len.get());
+            if entry.len.get() > limit || end.is_none_or(|end| end > len - FOOTER_LEN as u64) {
+                return Err(value("section length", entry.len.get(), "what is in the file"));
+            }
+        }
+        let mut image = Self {
+            file,
+            id: header.id,
+            digest: footer.checksum.get(),
+            regions: footer.regions.get() as usize,
+            len,
+            page_block: header.page_block.get() as usize,
+            page_map: Vec::new(),
+            blocks: Vec::new(),
+            sections,
+        };
+        image.blocks = image.table("block table", section::BLOCK_TABLE)?;
+        image.page_map = image.table("page map", section::PAGE_MAP)?;
+        image.check_blocks()?;
+        image.check_pages()?;
+        Ok(image)
+    }
+
+    /// Random name of the image.
+    pub fn id(&self) -> [u8; 16] {
+        self.id
+    }
+
+    /// Checksum of the footer, which covers everything but the contents of storage blocks.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    /// Number of regions; their lengths are in a section of Python's.
+    pub fn regions(&self) -> usize {
+        self.regions
+    }
+
+    /// Bytes of the file.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no pages.
+    pub fn is_empty(&self) -> bool {
+        self.page_map.is_empty()
+    }
+
+    /// The page map of all regions, one after the other.
+    pub fn page_map(&self) -> &[PageEntry] {
+        &self.page_map
+    }
+
+    /// The block table.
+    pub fn blocks(&self) -> &[BlockEntry] {
+        &self.blocks
+    }
+
+    /// Data bytes of a page block: what is decompressed at a time.
+    pub fn page_block(&self) -> usize {
+        self.page_block
+    }
+
+    /// Contents of a section; None where there is none of that kind.
+    pub fn section(&self, kind: u32) -> Result<Option<Vec<u8>>, ImageError> {
+        let Some(entry) = self.sections.iter().find(|entry| entry.kind.get() == kind) else { return Ok(None) };
+        let len = usize::try_from(entry.len.get()).map_err(io::Error::other)?;
+        let mut contents = vec![0; len];
+        self.read_at(&mut contents, entry.offset.get())?;
+        if xxh3_64(&contents) != entry.checksum.get() {
+            return Err(ImageError::Checksum(format!("section {kind}")));
+        }
+        Ok(Some(contents))
+    }
+
+    /// Reads a storage block: one read of the file; header and table are verified, page blocks are not yet.
+    pub fn read_block(&self, number: u32) -> Result<StoredBlock, ImageError> {
+        let entry = self.blocks.get(number as usize).copied();
+        let entry = entry.ok_or_else(|| value("storage block", u64::from(number), "one of the block table"))?;
+        let mut bytes = vec![0; entry.len.get() as usize];
+        self.read_at(&mut bytes, entry.offset.get())?;
+        let wrong = |error| ImageError::Block { number, offset: entry.offset.get(), error };
+        let mut header = Header::new_zeroed();
+        header.as_mut_bytes().copy_from_slice(&bytes[..block::HEADER_LEN]);
+        let table_len = block::table_len(&header).map_err(wrong)?;
+        let start = block::HEADER_LEN + table_len;
+        if header.checksum != entry.checksum || start > bytes.len() {
+            return Err(wrong(BlockError::HeaderChecksum));
+        }
+        let head = block::decode_head(&header, &bytes[block::HEADER_LEN..start]).map_err(wrong)?;
+        if start + head.stored_len != bytes.len() {
+            return Err(wrong(BlockError::HeaderChecksum));
+        }
+        let mut ends = Vec::with_capacity(head.page_blocks.len());
+        let mut at = start;
+        let last = head.page_blocks.len().saturating_sub(1);
+        for (index, record) in head.page_blocks.iter().enumerate() {
+            let raw = record.raw_len.get() as usize;
+            if raw > self.page_block || (index < last && raw != self.page_block) {
+                return Err(value("data bytes of a page block", raw as u64, "the size in the header of the image"));
+            }
+            at += record.stored_len.get() as usize;
+            ends.push(at);
+        }
+        Ok(StoredBlock { number, offset: entry.offset.get(), bytes, start, ends, head, page_block: self.page_block })
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), ImageError> {
+        self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => ImageError::NoFooter,
+            _ => error.into(),
+        })
+    }
+
+    fn table<T: FromBytes + IntoBytes + zerocopy::Immutable + Clone>(
+        &self,
+        name: &'static str,
+        kind: u32,
+    ) -> Result<Vec<T>, ImageError> {
+        let entry = self.sections.iter().find(|entry| entry.kind.get() == kind);
+        let entry = entry.ok_or_else(|| ImageError::Checksum(format!("index (it has no {name})")))?;
+        let len = usize::try_from(entry.len.get()).map_err(io::Error::other)?;
+        if !len.is_multiple_of(size_of::<T>()) {
+            return Err(value("section length", entry.len.get(), "whole entries"));
+        }
+        let mut records = Vec::new();
+        records.try_reserve_exact(len / size_of::<T>()).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        records.resize(len / size_of::<T>(), T::new_zeroed());
+        self.read_at(records.as_mut_bytes(), entry.offset.get())?;
+        if xxh3_64(records.as_bytes()) != entry.checksum.get() {
+            return Err(ImageError::Checksum(name.to_owned()));
+        }
+        Ok(records)
+    }
+
+    fn check_blocks(&self) -> Result<(), ImageError> {
+        for entry in &self.blocks {
+            let end = entry.offset.get().checked_add(u64::from(entry.len.get()));
+            let largest = block::HEADER_LEN + block::MAX_RUNS * 24 + block::MAX_PAGE_BLOCKS * 16 + block::MAX_RAW;
+            let len = entry.len.get() as usize;
+            if end.is_none_or(|end| end > self.len) || len < block::HEADER_LEN || len > largest {
+                return Err(value("storage block length", u64::from(entry.len.get()), "what is in the file"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_pages(&self) -> Result<(), ImageError> {
+        for entry in &self.page_map {
+            let class = entry.class().ok_or_else(|| value("page class", u64::from(entry.class), "0 to 4"))?;
+            let stored = matches!(class, Class::Data | Class::SameAs) && !entry.in_parent();
+            if stored && entry.block.get() as usize >= self.blocks.len() {
+                return Err(value("storage block of a page", u64::from(entry.block.get()), "one of the block table"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A storage block in memory; its page blocks are verified and decompressed one by one.
+#[derive(Debug)]
+pub struct StoredBlock {
+    number: u32,
+    offset: u64,
+    bytes: Vec<u8>,
+    start: usize,
+    ends: Vec<usize>,
+    head: block::Head,
+    page_block: usize,
+}
+
+impl StoredBlock {
+    /// Number of the block in its image.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// An error about this block, with its place in the file.
+    pub fn wrong(&self, error: BlockError) -> ImageError {
+        ImageError::Block { number: self.number, offset: self.offset, error }
+    }
+
+    /// Header, runs and page blocks.
+    pub fn head(&self) -> &block::Head {
+        &self.head
+    }
+
+    /// Bytes read from the file.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether it has no bytes; never so.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Number of pages with contents.
+    pub fn slots(&self) -> usize {
+        self.head.page_blocks.iter().map(|record| record.raw_len.get() as usize / SMALL_PAGE).sum()
+    }
+
+    /// Which page block holds a slot, and which page of it.
+    pub fn locate(&self, slot: usize) -> (usize, usize) {
+        let pages = (self.page_block / SMALL_PAGE).max(1);
+        (slot / pages, slot % pages)
+    }
+
+    /// Verifies page block `index` and decompresses it into `out`, which is resized to its data length.
+    pub fn unpack(&self, index: usize, out: &mut Vec<u8>) -> Result<(), ImageError> {
+        let record = self.head.page_blocks.get(index);
+        let record = record.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
+        let start = if index == 0 { self.start } else { self.ends[index - 1] };
+        let stored = &self.bytes[start..self.ends[index]];
+        let region = self.head.region;
+        if block::checksum(stored) != record.checksum.get() {
+            let page = self.head.runs.iter().find(|run| run.class == Class::Data).map_or(0, |run| run.first as u64);
+            return Err(self.wrong(BlockError::PayloadChecksum { index, page, region }));
+        }
+        out.resize(record.raw_len.get() as usize, 0);
+        block::decompress(self.codec(), stored, out)
+            .map_err(|reason| self.wrong(BlockError::Decompress { index, region, reason }))
+    }
+
+    fn codec(&self) -> Codec {
+        self.head.codec
+    }
+}
+
+/// An image and the images it builds on, the nearest first.
+#[derive(Debug, Clone)]
+pub struct Chain(Vec<Arc<Image>>);
+
+impl Chain {
+    /// The images of a chain. All page maps must have the same length.
+    pub fn new(images: Vec<Arc<Image>>) -> Result<Self, ImageError> {
+        let pages = images.first().map_or(0, |image| image.page_map.len());
+        match images.iter().find(|image| image.page_map.len() != pages) {
+            Some(other) => Err(value("pages of a parent", other.page_map.len() as u64, "those of the image")),
+            None => Ok(Self(images)),
+        }
+    }
+
+    /// The images, the nearest first.
+    pub fn images(&self) -> &[Arc<Image>] {
+        &self.0
+    }
+
+    /// The image that holds a page, counted over all regions, and its entry there.
+    pub fn find(&self, page: usize) -> Result<(usize, PageEntry), ImageError> {
+        for (number, image) in self.0.iter().enumerate() {
+            let entry = image.page_map.get(page);
+            let entry = entry.ok_or_else(|| value("page", page as u64, "one of the page map"))?;
+            if !entry.in_parent() {
+                return Ok((number, *entry));
+            }
+        }
+        Err(ImageError::InParent { region: 0, page })
+    }
+}
+
+fn value(what: &'static str, value: u64, allowed: &str) -> ImageError {
+    ImageError::Value { what, value, allowed: allowed.to_owned() }
+}
+
+fn read_header(file: &File, len: u64) -> Result<FileHeader, ImageError> {
+    let mut header = FileHeader::new_zeroed();
+    if len < size_of::<FileHeader>() as u64 {
+        return Err(ImageError::NoFooter);
+    }
+    file.read_exact_at(header.as_mut_bytes(), 0)?;
+    if header.magic != MAGIC {
+        return Err(ImageError::Magic(header.magic));
+    }
+    if header.version.get() != VERSION {
+        return Err(ImageError::Version(header.version.get()));
+    }
+    if xxh3_64(FileHeader { checksum: U64::ZERO, ..header }.as_bytes()) != header.checksum.get() {
+        return Err(ImageError::Checksum("header".to_owned()));
+    }
+    let unknown = header.features.get() & !KNOWN_FEATURES;
+    if unknown != 0 {
+        return Err(ImageError::Features(unknown));
+    }
+    let unit = header.page_block.get() as usize;
+    if header.page.get() as usize != SMALL_PAGE
+        || unit == 0
+        || !unit.is_multiple_of(SMALL_PAGE)
+        || unit > block::MAX_UNIT
+    {
+        return Err(value("page-block size", unit as u64, "a multiple of 4096, up to 1 MiB"));
+    }
+    Ok(header)
+}
+
+fn read_footer(file: &File, len: u64) -> Result<Footer, ImageError> {
+    if len < (FOOTER_LEN + size_of::<FileHeader>()) as u64 || len > MAX_LEN {
+        return Err(ImageError::NoFooter);
+    }
+    let mut footer = Footer::new_zeroed();
+    file.read_exact_at(footer.as_mut_bytes(), len - FOOTER_LEN as u64)?;
+    if footer.magic != FOOTER_MAGIC || footer.file_len.get() != len {
+        return Err(ImageError::NoFooter);
+    }
+    if xxh3_64(Footer { checksum: U64::ZERO, ..footer }.as_bytes()) != footer.checksum.get() {
+        return Err(ImageError::Checksum("index".to_owned()));
+    }
+    Ok(footer)
+}

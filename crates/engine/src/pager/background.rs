@@ -1,0 +1,103 @@
+//! Everything else: the rest of storage blocks that accesses were about, the working set, and then all there is.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam_channel::Receiver;
+
+use super::blocks::Number;
+use super::memory::{LoadError, Scratch, WINDOW};
+use super::{Failure, Shared};
+
+/// Pauses of the background reader while accesses come in: it starts with the first and doubles it up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
+
+/// Installs the rest of storage blocks that accesses were about.
+pub fn install_rest(shared: &Shared, jobs: &Receiver<Number>) {
+    let mut scratch = Scratch::default();
+    for number in jobs {
+        if shared.stopping() {
+            return;
+        }
+        // What is wrong with it is told by the access to the page that it is about.
+        let _ = shared.memory.load_block(number, &mut scratch);
+    }
+}
+
+/// Reads what nobody has asked for yet: first the working set, in its order, then the storage blocks, in theirs.
+pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
+    let mut pace = Pace { shared, faults: 0, pause: Duration::ZERO };
+    let mut scratch = Scratch::default();
+    for &window in working_set {
+        if shared.stopping() {
+            return;
+        }
+        let first = window as usize * WINDOW;
+        let end = (first + WINDOW).min(shared.pages());
+        counted(shared, || shared.memory.load(first.min(end), end, &mut scratch));
+        pace.yield_to_demand();
+    }
+    if !everything {
+        return;
+    }
+    let images = shared.memory.blocks.chain().images().to_vec();
+    for (number, image) in images.iter().enumerate() {
+        for block in 0..u32::try_from(image.blocks().len()).unwrap_or(u32::MAX) {
+            if shared.stopping() || shared.memory.flags.count() == 0 {
+                return;
+            }
+            counted(shared, || shared.memory.load_block((number, block), &mut scratch));
+            pace.yield_to_demand();
+        }
+    }
+    rest(shared, &mut scratch);
+}
+
+/// Pages that no storage block says it holds: patterns, and those that are the same as others. Then those that failed
+/// are told of, page by page.
+fn rest(shared: &Shared, scratch: &mut Scratch) {
+    let (mut at, pages) = (0, shared.pages());
+    while let Some(page) = shared.memory.flags.next(at, pages) {
+        if shared.stopping() {
+            return;
+        }
+        at = page + 1;
+        let region = shared.memory.region_of(page);
+        let window = shared.memory.regions[region].window(page);
+        if let Err(error) = shared.memory.load_with(page, window, scratch) {
+            let page = page - shared.memory.regions[region].base;
+            shared.fail(Failure { region, page, accessed: false, message: error.to_string() });
+        }
+    }
+}
+
+fn counted(shared: &Shared, load: impl FnOnce() -> Result<(), LoadError>) {
+    let before = shared.memory.counters.loaded.load(Ordering::Relaxed);
+    // An error is told when the pages are accessed, or at the end.
+    let _ = load();
+    let after = shared.memory.counters.loaded.load(Ordering::Relaxed);
+    shared.memory.counters.prefetched.fetch_add(after - before, Ordering::Relaxed);
+}
+
+/// Demand goes first: the more of it there is, the longer the pauses.
+struct Pace<'a> {
+    shared: &'a Shared,
+    faults: u64,
+    pause: Duration,
+}
+
+impl Pace<'_> {
+    fn yield_to_demand(&mut self) {
+        let missed = self.shared.memory.counters.missed.load(Ordering::Relaxed);
+        let (shortest, longest) = PAUSES;
+        if missed > self.faults || self.shared.demanding.load(Ordering::Acquire) > 0 {
+            self.pause = (self.pause * 2).clamp(shortest, longest);
+        } else {
+            self.pause /= 2;
+        }
+        self.faults = missed;
+        if self.pause >= shortest && !self.shared.eager {
+            std::thread::sleep(self.pause);
+        }
+    }
+}

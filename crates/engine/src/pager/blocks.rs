@@ -1,0 +1,70 @@
+//! Storage blocks that have been read: each is read by one thread, and the others wait for it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use crate::image::{Chain, ImageError, StoredBlock};
+
+/// Storage blocks that are kept: those that the next faults are likely to be about.
+const KEPT: usize = 24;
+
+/// (image of the chain, storage block of it)
+pub type Number = (usize, u32);
+type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
+
+/// The storage blocks of a chain, read when first asked for.
+#[derive(Debug)]
+pub struct Blocks {
+    chain: Chain,
+    recent: Mutex<VecDeque<(Number, Cell)>>,
+    bytes: AtomicU64,
+}
+
+impl Blocks {
+    pub fn new(chain: Chain) -> Self {
+        Self { chain, recent: Mutex::default(), bytes: AtomicU64::new(0) }
+    }
+
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Bytes of storage blocks read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// A storage block. An error is forgotten, so that who asks again reads again.
+    pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
+        let cell = self.cell(number);
+        let found = cell.get_or_init(|| {
+            let block = self.chain.images()[number.0].read_block(number.1)?;
+            self.bytes.fetch_add(block.len() as u64, Ordering::Relaxed);
+            Ok(Arc::new(block))
+        });
+        if found.is_err() {
+            self.lock().retain(|(other, _)| *other != number);
+        }
+        found.clone()
+    }
+
+    fn cell(&self, number: Number) -> Cell {
+        let mut recent = self.lock();
+        if let Some(at) = recent.iter().position(|(other, _)| *other == number) {
+            if let Some(entry) = recent.remove(at) {
+                recent.push_back(entry);
+            }
+        } else {
+            recent.push_back((number, Cell::default()));
+            if recent.len() > KEPT {
+                recent.pop_front();
+            }
+        }
+        recent.back().map(|(_, cell)| cell.clone()).unwrap_or_default()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Number, Cell)>> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,90 @@
+//! Demand: threads that answer accesses. One of them waits for the next access, the others serve.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::blocks::Number;
+use super::memory::Scratch;
+use super::{Failure, Shared};
+use crate::SMALL_PAGE;
+use crate::faults::Event;
+use crate::uapi::Userfault;
+
+/// How often a thread that waits looks whether it should end.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// A userfaultfd, and accesses read from it that nobody serves yet.
+#[derive(Debug)]
+pub struct Inbox {
+    uffd: Arc<Userfault>,
+    waiting: Mutex<VecDeque<u64>>,
+}
+
+impl Inbox {
+    pub fn new(uffd: Arc<Userfault>) -> Self {
+        Self { uffd, waiting: Mutex::default() }
+    }
+}
+
+/// Serves the accesses of one address space until the pager ends.
+pub fn serve(shared: &Shared, inbox: &Inbox) {
+    let (mut scratch, mut events) = (Scratch::default(), Vec::new());
+    while !shared.stopping() {
+        let Some(address) = next(shared, inbox, &mut events) else { continue };
+        let begin = Instant::now();
+        shared.demanding.fetch_add(1, Ordering::AcqRel);
+        let rest = answer(shared, inbox, address, &mut scratch);
+        shared.demanding.fetch_sub(1, Ordering::AcqRel);
+        let nanoseconds = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        shared.memory.counters.service.fetch_add(nanoseconds, Ordering::Relaxed);
+        shared.memory.counters.longest.fetch_max(nanoseconds, Ordering::Relaxed);
+        if let Some(number) = rest {
+            shared.ask(number);
+        }
+    }
+}
+
+/// The next access. While we wait here, whoever else would wait does so at the lock.
+fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
+    let mut waiting = inbox.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    if waiting.is_empty() && inbox.uffd.wait(PATIENCE).ok()? {
+        // Removals go on once they have been read: then no contents may be on their way to those pages.
+        let _alone = shared.memory.removing.write().unwrap_or_else(PoisonError::into_inner);
+        events.clear();
+        if inbox.uffd.read(events).is_err() {
+            std::thread::sleep(PATIENCE);
+        }
+        for event in events.iter() {
+            match *event {
+                Event::Fault { address, protected: false } => waiting.push_back(address),
+                Event::Fault { .. } => {}
+                Event::Removal { start, end } => shared.discard(&inbox.uffd, start, end),
+            }
+        }
+    }
+    waiting.pop_front()
+}
+
+/// Brings the page and lets the thread go on; returns the storage block whose other pages are still to be installed.
+fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Number> {
+    let memory = &shared.memory;
+    memory.counters.faults.fetch_add(1, Ordering::Relaxed);
+    let Some(page) = shared.page_at(&inbox.uffd, address) else {
+        let _ = inbox.uffd.wake(address, SMALL_PAGE as u64);
+        return None;
+    };
+    match memory.touch(page, scratch) {
+        Ok(number) => number,
+        Err(error) => {
+            let (region, base) = (memory.region_of(page), memory.regions[memory.region_of(page)].base);
+            let failure = Failure { region, page: page - base, accessed: true, message: error.to_string() };
+            if shared.fail(failure) && shared.fatal {
+                // There is nobody else to stop it: the access ends in SIGBUS, never in zeros.
+                let _ = inbox.uffd.poison(address, SMALL_PAGE as u64);
+            }
+            None
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The needs-update flags (S8): one bit per page, set while memory does not hold the page's contents yet.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::mapping::Mapping;
+
+/// Flags over all pages of all regions, in memory that another pager can take over: a mapping of a file.
+///
+/// A flag is only ever cleared, after the contents have been written and before they are mapped.
+#[derive(Debug)]
+pub struct Flags {
+    mapping: Mapping,
+    pages: usize,
+}
+
+/// Bytes of a file of flags.
+pub fn file_len(pages: usize) -> usize {
+    pages.div_ceil(64).max(1).next_multiple_of(512) * 8
+}
+
+impl Flags {
+    /// Flags for so many pages, in a mapping of a file that is [`file_len`] long.
+    ///
+    /// # Panics
+    /// When the mapping is shorter.
+    pub fn new(mapping: Mapping, pages: usize) -> Self {
+        assert!(mapping.len() >= file_len(pages), "flags of {pages} pages in {} bytes", mapping.len());
+        Self { mapping, pages }
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.pages.div_ceil(64), "word {index} of the flags of {} pages", self.pages);
+        // SAFETY: within the mapping by the assertion, aligned, and accessed as an atomic by everybody.
+        unsafe { &*self.mapping.base().cast::<AtomicU64>().add(index) }
+    }
+
+    /// Sets a flag: only before anybody else looks at them.
+    pub fn set(&self, page: usize) {
+        self.word(page / 64).fetch_or(1 << (page % 64), Ordering::Relaxed);
+    }
+
+    /// Whether the page's contents are still to come.
+    pub fn is_set(&self, page: usize) -> bool {
+        self.word(page / 64).load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// The contents are in memory.
+    pub fn clear(&self, page: usize) {
+        self.word(page / 64).fetch_and(!(1 << (page % 64)), Ordering::AcqRel);
+    }
+
+    /// The first page of `[first, end)` that has the flag.
+    pub fn next(&self, first: usize, end: usize) -> Option<usize> {
+        let mut page = first;
+        while page < end {
+            let rest = self.word(page / 64).load(Ordering::Acquire) >> (page % 64);
+            if rest != 0 {
+                let found = page + rest.trailing_zeros() as usize;
+                return (found < end).then_some(found);
+            }
+            page = (page / 64 + 1) * 64;
+        }
+        None
+    }
+
+    /// The runs of pages of `[first, end)` without the flag.
+    pub fn clear_runs(&self, first: usize, end: usize) -> Vec<(usize, usize)> {
+        let (mut runs, mut at) = (Vec::new(), first);
+        while at < end {
+            let stop = self.next(at, end).unwrap_or(end);
+            if at < stop {
+                runs.push((at, stop));
+            }
+            at = (stop..end).find(|&page| !self.is_set(page)).unwrap_or(end);
+        }
+        runs
+    }
+
+    /// How many pages have the flag.
+    pub fn count(&self) -> usize {
+        (0..self.pages.div_ceil(64)).map(|index| self.word(index).load(Ordering::Relaxed).count_ones() as usize).sum()
+    }
+}

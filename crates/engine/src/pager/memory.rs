@@ -1,0 +1,386 @@
+//! Contents into memory: load, install, map. What always holds: contents, then flag, then map.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use thiserror::Error;
+
+use super::blocks::{Blocks, Number};
+use super::flags::Flags;
+use crate::block::{BlockError, Class};
+use crate::image::{ImageError, PageEntry, fill};
+use crate::mapping::Mapping;
+use crate::placer::{PlaceError, Placer};
+use crate::trace::Segment;
+use crate::uapi::Userfault;
+use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
+
+/// Pages that are mapped at a time, 64 KiB.
+pub const WINDOW: usize = 16;
+
+/// Why a page cannot be had. It is never zeros instead.
+#[derive(Debug, Error, Clone)]
+pub enum LoadError {
+    /// The image is damaged, cut off or gone.
+    #[error("{0}")]
+    Image(Arc<ImageError>),
+    /// There is no memory for it.
+    #[error("{0}")]
+    Place(Arc<PlaceError>),
+}
+
+impl From<Arc<ImageError>> for LoadError {
+    fn from(error: Arc<ImageError>) -> Self {
+        Self::Image(error)
+    }
+}
+
+impl From<ImageError> for LoadError {
+    fn from(error: ImageError) -> Self {
+        Self::Image(Arc::new(error))
+    }
+}
+
+impl From<PlaceError> for LoadError {
+    fn from(error: PlaceError) -> Self {
+        Self::Place(Arc::new(error))
+    }
+}
+
+/// A region that is being restored.
+#[derive(Debug)]
+pub struct Region {
+    /// Our mapping of its file, which holds nothing that the image does not say.
+    pub mapping: Arc<Mapping>,
+    /// Size of a page of the file, bytes.
+    pub page_size: usize,
+    /// Number of its first page, counted over all regions.
+    pub base: usize,
+}
+
+impl Region {
+    fn end(&self) -> usize {
+        self.base + self.mapping.pages()
+    }
+
+    /// Pages that only go together: those of a page of the file.
+    fn granule(&self) -> usize {
+        self.page_size / SMALL_PAGE
+    }
+
+    /// The pages around `page` that are mapped together.
+    pub fn window(&self, page: usize) -> (usize, usize) {
+        let unit = WINDOW.max(self.granule());
+        let start = (page - self.base) / unit * unit;
+        (self.base + start, self.end().min(self.base + start + unit))
+    }
+}
+
+/// A mapping of a part of a region by the workload, and what its faults come through.
+#[derive(Debug)]
+pub struct Watched {
+    pub segment: Segment,
+    pub uffd: Arc<Userfault>,
+}
+
+/// What has been done so far.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Accesses that waited for us.
+    pub faults: AtomicU64,
+    /// Of these, to pages whose contents were still to come.
+    pub missed: AtomicU64,
+    /// Pages whose contents were read before anybody asked for them.
+    pub prefetched: AtomicU64,
+    /// Pages whose contents were read, in all.
+    pub loaded: AtomicU64,
+    /// Nanoseconds of service of all faults.
+    pub service: AtomicU64,
+    /// Nanoseconds of service of the longest.
+    pub longest: AtomicU64,
+}
+
+/// Memory that contents come to.
+#[derive(Debug)]
+pub struct Memory {
+    pub regions: Vec<Region>,
+    pub watched: Vec<Watched>,
+    pub flags: Flags,
+    pub blocks: Blocks,
+    pub placer: Placer,
+    pub counters: Counters,
+    /// Pages that somebody has taken upon himself to fill, or that were discarded: one bit each.
+    claims: Vec<AtomicU64>,
+    /// Held shared while contents are written, alone while removals are read: contents never come after a removal.
+    pub removing: RwLock<()>,
+    /// Windows in the order of their first fault.
+    pub touched: Mutex<Vec<u32>>,
+}
+
+/// Buffers of one thread.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    contents: Vec<u8>,
+    wanted: Vec<(usize, usize)>,
+}
+
+impl Memory {
+    pub fn new(regions: Vec<Region>, watched: Vec<Watched>, flags: Flags, blocks: Blocks, placer: Placer) -> Self {
+        let pages = regions.last().map_or(0, Region::end);
+        let claims = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
+        Self { regions, watched, flags, blocks, placer, counters, claims, removing, touched }
+    }
+
+    /// Number of the region that a page is in.
+    pub fn region_of(&self, page: usize) -> usize {
+        self.regions.partition_point(|region| region.end() <= page)
+    }
+
+    /// Reads what is missing of `[first, end)`. On return all of it is in memory, whoever brought it.
+    pub fn load(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
+        while let Some(page) = self.flags.next(first, end) {
+            let stop = self.regions[self.region_of(page)].window(page).1;
+            self.load_with(page, (page, stop.min(end)), scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what is missing of a long range, whole storage blocks at a time.
+    pub fn load_many(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
+        while let Some(page) = self.flags.next(first, end) {
+            let (image, entry) = self.blocks.chain().find(page)?;
+            if matches!(entry.class(), Some(Class::Data | Class::SameAs)) {
+                self.load_block((image, entry.block.get()), scratch)?;
+            }
+            let stop = self.regions[self.region_of(page)].window(page).1;
+            if self.flags.is_set(page) {
+                self.load_with(page, (page, stop.min(end)), scratch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a page, and of the window around it what comes along at no further cost.
+    pub fn load_with(&self, page: usize, (first, end): (usize, usize), scratch: &mut Scratch) -> Result<(), LoadError> {
+        let (image, entry) = self.blocks.chain().find(page)?;
+        scratch.wanted.clear();
+        match entry.class() {
+            Some(Class::Data | Class::SameAs) => {
+                let (number, index) = self.unpack(image, &entry, &mut scratch.contents)?;
+                for page in (first..end).filter(|&page| self.flags.is_set(page)) {
+                    self.want(page, number, index, scratch)?;
+                }
+            }
+            Some(Class::Pattern) => {
+                scratch.contents.resize(SMALL_PAGE, 0);
+                fill(&mut scratch.contents, entry.signature.get());
+                scratch.wanted.push((page, 0));
+            }
+            _ => {
+                scratch.contents.clear();
+                scratch.contents.resize(SMALL_PAGE, 0);
+                scratch.wanted.push((page, 0));
+            }
+        }
+        self.install(scratch)?;
+        // Claimed by another thread: it is copying at this moment.
+        while self.flags.is_set(page) {
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Reads every page that stands in a storage block and is missing.
+    pub fn load_block(&self, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
+        let block = self.blocks.get(number)?;
+        let base = self.regions.get(block.head().region as usize).map_or(usize::MAX, |region| region.base);
+        let total = self.regions.last().map_or(0, Region::end);
+        let runs = block.head().runs.iter().filter(|run| run.class == Class::Data);
+        let pages = runs.flat_map(|run| run.first..run.first.saturating_add(run.count));
+        let pages: Vec<usize> = pages.map(|page| base.saturating_add(page)).collect();
+        let per_block = self.per_block(number.0);
+        for (index, pages) in pages.chunks(per_block).enumerate() {
+            if !pages.iter().any(|&page| page < total && self.flags.is_set(page)) {
+                continue;
+            }
+            block.unpack(index, &mut scratch.contents)?;
+            scratch.wanted.clear();
+            for &page in pages.iter().filter(|&&page| page < total && self.flags.is_set(page)) {
+                self.want(page, number, index, scratch)?;
+            }
+            self.install(scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Pages of a page block of an image.
+    fn per_block(&self, image: usize) -> usize {
+        (self.blocks.chain().images()[image].page_block() / SMALL_PAGE).max(1)
+    }
+
+    /// Unpacks the page block that holds a page; returns its storage block, and its number there.
+    fn unpack(&self, image: usize, entry: &PageEntry, contents: &mut Vec<u8>) -> Result<(Number, usize), LoadError> {
+        let number = (image, entry.block.get());
+        let block = self.blocks.get(number)?;
+        let (index, within) = block.locate(usize::from(entry.slot.get()));
+        block.unpack(index, contents)?;
+        if (within + 1) * SMALL_PAGE > contents.len() {
+            let (field, value, allowed) = ("page", u64::from(entry.slot.get()), "one of its data pages");
+            return Err(block.wrong(BlockError::Field { field, value, allowed }).into());
+        }
+        Ok((number, index))
+    }
+
+    /// Notes a page down if its contents are in that page block, which has been unpacked.
+    fn want(&self, page: usize, number: Number, index: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
+        let (image, entry) = self.blocks.chain().find(page)?;
+        let stored = matches!(entry.class(), Some(Class::Data | Class::SameAs));
+        if stored && (image, entry.block.get()) == number {
+            let per_block = self.per_block(image);
+            let (found, within) =
+                (usize::from(entry.slot.get()) / per_block, usize::from(entry.slot.get()) % per_block);
+            if found == index && (within + 1) * SMALL_PAGE <= scratch.contents.len() {
+                scratch.wanted.push((page, within * SMALL_PAGE));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is wanted to its slots, clears the flags, and maps it.
+    fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
+        scratch.wanted.sort_unstable();
+        let mut rest = scratch.wanted.as_slice();
+        while let Some(&(first, _)) = rest.first() {
+            let region = self.region_of(first);
+            let limit = self.regions[region].end();
+            let count =
+                rest.iter().enumerate().take_while(|(at, (page, _))| *page == first + at && *page < limit).count();
+            let (run, others) = rest.split_at(count);
+            rest = others;
+            self.write(region, run, &scratch.contents)?;
+            self.map(region, first, first + count);
+        }
+        Ok(())
+    }
+
+    fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<(), LoadError> {
+        let first = run[0].0 - self.regions[region].base;
+        let slots = self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first, run.len())?;
+        let _no_removals = self.removing.read().unwrap_or_else(PoisonError::into_inner);
+        let mut done = 0;
+        for (at, &(page, offset)) in run.iter().enumerate() {
+            if !self.claim(page) {
+                continue;
+            }
+            let from = contents[offset..offset + SMALL_PAGE].as_ptr();
+            // SAFETY: `slots` gave room for the run in our own mapping; nobody else writes the page: it is claimed, and
+            // the workload has it not mapped before its flag is clear.
+            unsafe { std::ptr::copy_nonoverlapping(from, slots.add(at * SMALL_PAGE), SMALL_PAGE) };
+            self.flags.clear(page);
+            done += 1;
+        }
+        self.counters.loaded.fetch_add(done, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Takes a page that needs its contents upon oneself; false: it has them, or somebody else is at it.
+    fn claim(&self, page: usize) -> bool {
+        let mask = 1 << (page % 64);
+        self.flags.is_set(page) && self.claims[page / 64].fetch_or(mask, Ordering::AcqRel) & mask == 0
+    }
+
+    /// The workload has discarded pages: they are zeros from now on. `removing` is held alone.
+    pub fn discard(&self, first: usize, end: usize) {
+        let mut at = first;
+        while let Some(page) = self.flags.next(at, end) {
+            self.claims[page / 64].fetch_or(1 << (page % 64), Ordering::AcqRel);
+            self.flags.clear(page);
+            at = page + 1;
+        }
+    }
+
+    /// Maps what of `[first, end)` is in memory, wherever the workload maps it; wakes who waits.
+    pub fn map(&self, region: usize, first: usize, end: usize) {
+        let found = &self.regions[region];
+        let granule = found.granule();
+        let (first, end) = if granule > 1 { (found.window(first).0, found.window(end - 1).1) } else { (first, end) };
+        for (start, stop) in self.flags.clear_runs(first, end) {
+            let start = (start - found.base).next_multiple_of(granule);
+            let stop = (stop - found.base) / granule * granule;
+            if start < stop {
+                self.map_run(region, start, stop);
+            }
+        }
+    }
+
+    /// Maps pages, counted in the region, all of which are in memory. An error is of a process that ends.
+    fn map_run(&self, region: usize, start: usize, stop: usize) {
+        let page = self.regions[region].page_size as u64;
+        for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
+            let (first, last) = segment.extent();
+            let (start, stop) = (start.max(first), stop.min(last));
+            if start < stop {
+                let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
+                let _ = uffd.resolve(address, ((stop - start) * SMALL_PAGE) as u64, page);
+            }
+        }
+    }
+
+    /// Makes sure that the contents of a page are in memory and mapped: the answer to an access.
+    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Option<Number>, LoadError> {
+        let region = self.region_of(page);
+        let found = &self.regions[region];
+        let (first, end) = found.window(page);
+        if !self.flags.is_set(page) && found.granule() == 1 {
+            self.map_present(region, page)?;
+            return Ok(None);
+        }
+        if let Ok(window) = u32::try_from(page / WINDOW) {
+            self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(window);
+        }
+        self.counters.missed.fetch_add(1, Ordering::Relaxed);
+        if found.granule() > 1 {
+            self.load(first, end, scratch)?;
+            self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first - found.base, end - first)?;
+            self.map(region, first, end);
+            return Ok(None);
+        }
+        // All of the page block that holds the page; what else is in the window may take further page blocks.
+        self.load_with(page, (first, end), scratch)?;
+        self.map(region, page, page + 1);
+        let (image, entry) = self.blocks.chain().find(page)?;
+        let stored = matches!(entry.class(), Some(Class::Data | Class::SameAs));
+        Ok(stored.then_some((image, entry.block.get())))
+    }
+
+    /// Maps a page that needs nothing read, and its neighbours that need nothing either.
+    fn map_present(&self, region: usize, page: usize) -> Result<(), LoadError> {
+        let found = &self.regions[region];
+        let (first, end) = found.window(page);
+        let runs = self.flags.clear_runs(first, end);
+        let Some(&(start, stop)) = runs.iter().find(|(start, stop)| (*start..*stop).contains(&page)) else {
+            return Ok(());
+        };
+        let number = u32::try_from(region).unwrap_or(u32::MAX);
+        self.placer.slots(number, start - found.base, stop - start)?;
+        // Where a large page has come into being for it, all of that is there.
+        let unit = (page - found.base) / SLOTS * SLOTS;
+        let (head, tail) = (found.base + unit, found.base + unit + SLOTS);
+        if tail <= found.end() && self.flags.next(head, tail).is_none() && self.is_large(region, unit) {
+            self.map_run(region, unit, unit + SLOTS);
+        } else {
+            self.map_run(region, start - found.base, stop - found.base);
+        }
+        Ok(())
+    }
+
+    fn is_large(&self, region: usize, page: usize) -> bool {
+        let start = self.regions[region].mapping.page(page) as u64;
+        let categories = crate::uapi::PAGE_IS_HUGE | crate::uapi::PAGE_IS_PRESENT;
+        let mut large = false;
+        let end = start + LARGE_PAGE as u64;
+        let scanned = crate::mapping::scan(self.placer.own().pagemap(), start, end, 0, categories, |_, _| large = true);
+        scanned.is_ok() && large
+    }
+}

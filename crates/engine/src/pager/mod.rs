@@ -1,0 +1,397 @@
+//! The pager (S10, S8): a workload runs at once, and the contents of its pages come from an image on access.
+//!
+//! ```text
+//! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the flag, map
+//!                               └─▶ rest thread: the other pages of the storage block
+//!                       background thread: the working set, then everything else; gives way to demand
+//! ```
+//!
+//! The workload's mappings are registered for MISSING and MINOR faults, so that a page of the file that is not mapped
+//! always traps, whether it is there or not. Contents go through our own mapping of the file; only then are they mapped
+//! where the workload sees them (UFFDIO_CONTINUE). A large page of the file is allocated whole and mapped piece by
+//! piece as its contents come; when everything is there the registration goes, and large pages are mapped as such.
+//!
+//! The flags live in a file: a pager that dies leaves the workload waiting at the next missing page, and another one
+//! goes on from the flags (`Plan::taken_over`). No thread here takes a lock that a faulting thread can hold.
+
+mod background;
+mod blocks;
+mod demand;
+mod flags;
+mod memory;
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use thiserror::Error;
+
+use blocks::{Blocks, Number};
+use demand::Inbox;
+pub use flags::{Flags, file_len};
+pub use memory::{Counters, LoadError};
+use memory::{Memory, Region, Scratch, Watched};
+
+use crate::block::Class;
+use crate::image::{Chain, ImageError};
+use crate::mapping::Mapping;
+use crate::placer::{Placer, Target};
+use crate::trace::Segment;
+use crate::uapi::{self, Userfault};
+use crate::{SLOTS, SMALL_PAGE};
+
+/// Threads that answer accesses, for each address space.
+const SERVERS: usize = 2;
+/// Storage blocks whose rest may wait to be installed; the background reader sees to what is too many.
+const MAX_REST: usize = 64;
+/// From so many pages on, whole storage blocks are brought.
+const MANY: usize = 1024;
+/// Failures that are kept: more of them say nothing new.
+const MAX_FAILURES: usize = 64;
+
+/// The features that a userfaultfd for the pager needs.
+pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
+    | uapi::FEATURE_MISSING_HUGETLBFS
+    | uapi::FEATURE_MINOR_SHMEM
+    | uapi::FEATURE_MINOR_HUGETLBFS;
+
+/// Why a pager could not begin.
+#[derive(Debug, Error)]
+pub enum PagerError {
+    /// The regions are not those of the image.
+    #[error("the regions have {regions} pages, the page map of the image has {image}")]
+    Regions {
+        /// Pages of the regions.
+        regions: usize,
+        /// Pages of the image.
+        image: usize,
+    },
+    /// The image is wrong.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The kernel's words.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A page that cannot be had.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    /// Number of the region.
+    pub region: usize,
+    /// Page of the region.
+    pub page: usize,
+    /// Whether a thread of the workload waits for it.
+    pub accessed: bool,
+    /// What is wrong, and where.
+    pub message: String,
+}
+
+/// What a pager is to do.
+#[derive(Debug)]
+pub struct Plan {
+    /// The image and those it builds on.
+    pub chain: Chain,
+    /// The regions; which units are large says where large pages are allocated.
+    pub targets: Vec<Target>,
+    /// Where the workload maps them, and the userfaultfd of each of these address spaces.
+    pub watched: Vec<(Segment, Arc<Userfault>)>,
+    /// A file of flags, [`file_len`] long.
+    pub flags: Mapping,
+    /// Whether another pager has been here: the flags hold, and faults that it had read are read again.
+    pub taken_over: bool,
+    /// Windows of 16 pages to be read first, in this order.
+    pub working_set: Vec<u32>,
+    /// Whether to read at all before anybody asks, and whether at full speed.
+    pub background: bool,
+    /// Without giving way to demand.
+    pub eager: bool,
+    /// Whether an access to a page that cannot be had ends in SIGBUS; else it waits.
+    pub fatal: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    memory: Memory,
+    stop: AtomicBool,
+    /// Accesses that are being answered.
+    demanding: AtomicUsize,
+    rest: Mutex<Option<Sender<Number>>>,
+    failures: Mutex<(Vec<Failure>, HashSet<(usize, usize)>)>,
+    finished: (Mutex<bool>, Condvar),
+    eager: bool,
+    fatal: bool,
+}
+
+impl Shared {
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    fn pages(&self) -> usize {
+        self.memory.regions.iter().map(|region| region.mapping.pages()).sum()
+    }
+
+    /// Has the rest of a storage block installed, unless there is too much of that already.
+    fn ask(&self, number: Number) {
+        if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            let _ = rest.try_send(number);
+        }
+    }
+
+    /// Notes a failure; false where it was known.
+    fn fail(&self, failure: Failure) -> bool {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = !failures.1.insert((failure.region, failure.page));
+        let (list, accessed) = (&mut failures.0, failure.accessed);
+        if let Some(other) = list.iter_mut().find(|other| (other.region, other.page) == (failure.region, failure.page))
+        {
+            other.accessed |= accessed;
+        } else if list.len() < MAX_FAILURES {
+            list.push(failure);
+        }
+        drop(failures);
+        self.finished.1.notify_all();
+        accessed || !known
+    }
+
+    /// The pages of an address space between two addresses, counted over all regions.
+    fn pages_at(&self, uffd: &Arc<Userfault>, start: u64, end: u64) -> Vec<(usize, usize)> {
+        let ours = self.memory.watched.iter().filter(|watched| Arc::ptr_eq(&watched.uffd, uffd));
+        let part = |Watched { segment, .. }: &Watched| {
+            let from = start.max(segment.address);
+            let to = end.min(segment.address + segment.len);
+            let page = |address: u64| usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
+            let base = self.memory.regions[segment.region].base + segment.first_page;
+            (from < to).then(|| (base + page(from), base + page(to)))
+        };
+        ours.filter_map(part).collect()
+    }
+
+    fn page_at(&self, uffd: &Arc<Userfault>, address: u64) -> Option<usize> {
+        self.pages_at(uffd, address, address + SMALL_PAGE as u64).first().map(|&(first, _)| first)
+    }
+
+    fn discard(&self, uffd: &Arc<Userfault>, start: u64, end: u64) {
+        for (first, end) in self.pages_at(uffd, start, end) {
+            self.memory.discard(first, end);
+        }
+    }
+
+    /// Everything is in memory: nothing traps any more, and large pages are mapped as such.
+    fn finish(&self) {
+        for Watched { segment, uffd } in &self.memory.watched {
+            // An error is of a process that has ended.
+            let _ = uffd.unregister(segment.address, segment.len);
+        }
+        self.stop.store(true, Ordering::Release);
+        for (number, region) in
+            self.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
+        {
+            let large = region.mapping.large_units().unwrap_or_default();
+            for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
+                let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
+                let here = self.memory.watched.iter().filter(|watched| watched.segment.region == number);
+                here.for_each(|watched| {
+                    watched.segment.map_large(start, end);
+                });
+            }
+        }
+        *self.finished.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.finished.1.notify_all();
+    }
+}
+
+/// A pager at work. Dropping it before it is done leaves the workload waiting at the next missing page.
+#[derive(Debug)]
+pub struct Pager {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Pager {
+    /// Registers the workload's mappings, and answers their faults from now on. The files must hold nothing else than
+    /// what a pager has put there: see [`Pager::begin_empty`].
+    pub fn start(plan: Plan) -> Result<Self, PagerError> {
+        let mut base = 0;
+        let mut regions = Vec::new();
+        for target in &plan.targets {
+            regions.push(Region { mapping: target.mapping.clone(), page_size: target.page_size, base });
+            base += target.mapping.pages();
+        }
+        let image = plan.chain.images().first().map_or(0, |image| image.page_map().len());
+        if image != base {
+            return Err(PagerError::Regions { regions: base, image });
+        }
+        let flags = Flags::new(plan.flags, base);
+        if !plan.taken_over {
+            mark(&plan.chain, &flags, base)?;
+        }
+        let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
+        let placer = Placer::new(plan.targets, segments, true, 0)?;
+        let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
+        let memory = Memory::new(regions, watched, flags, Blocks::new(plan.chain), placer);
+        register(&memory, plan.taken_over)?;
+        let (ask, jobs) = bounded(MAX_REST);
+        let shared = Arc::new(Shared {
+            memory,
+            stop: AtomicBool::new(false),
+            demanding: AtomicUsize::new(0),
+            rest: Mutex::new(Some(ask)),
+            failures: Mutex::default(),
+            finished: (Mutex::new(false), Condvar::new()),
+            eager: plan.eager,
+            fatal: plan.fatal,
+        });
+        let pager = Self { shared: shared.clone(), threads: Mutex::default() };
+        pager.spawn_servers()?;
+        let rest = shared.clone();
+        pager.spawn("pf-rest", move || background::install_rest(&rest, &jobs))?;
+        let (set, everything) = (plan.working_set, plan.background);
+        pager.spawn("pf-fill", move || {
+            background::fill(&shared, &set, everything);
+            while !shared.stopping() && shared.memory.flags.count() > 0 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if !shared.stopping() {
+                shared.finish();
+            }
+        })?;
+        Ok(pager)
+    }
+
+    fn spawn_servers(&self) -> io::Result<()> {
+        let mut known: Vec<Arc<Userfault>> = Vec::new();
+        for Watched { uffd, .. } in &self.shared.memory.watched {
+            if known.iter().any(|other| Arc::ptr_eq(other, uffd)) {
+                continue;
+            }
+            known.push(uffd.clone());
+            let inbox = Arc::new(Inbox::new(uffd.clone()));
+            for _ in 0..SERVERS {
+                let (shared, inbox) = (self.shared.clone(), inbox.clone());
+                self.spawn("pf-demand", move || demand::serve(&shared, &inbox))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Pages whose contents are still to come.
+    pub fn pending(&self) -> usize {
+        self.shared.memory.flags.count()
+    }
+
+    /// What has been done so far.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.memory.counters
+    }
+
+    /// Bytes of storage blocks read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.shared.memory.blocks.bytes_read()
+    }
+
+    /// Windows of 16 pages in the order in which the workload first missed them.
+    pub fn touched(&self) -> Vec<u32> {
+        self.shared.memory.touched.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Pages that could not be had.
+    pub fn failures(&self) -> Vec<Failure> {
+        self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Whether everything is in memory and the workload is on its own.
+    pub fn is_finished(&self) -> bool {
+        *self.shared.finished.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it is finished, or something has failed that had not (`known` failures), or for so long.
+    pub fn wait(&self, patience: Duration, known: usize) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut finished = self.shared.finished.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*finished && self.failures().len() <= known {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let woken = self.shared.finished.1.wait_timeout(finished, left.min(Duration::from_millis(100)));
+            finished = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *finished
+    }
+
+    /// Brings pages of a region into memory, for who reads them past the workload's page tables (S8).
+    pub fn ensure(&self, region: usize, first: usize, count: usize) -> Result<(), LoadError> {
+        let Some(found) = self.shared.memory.regions.get(region) else { return Ok(()) };
+        let pages = found.mapping.pages();
+        let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
+        let (memory, mut scratch) = (&self.shared.memory, Scratch::default());
+        if end - start < MANY {
+            memory.load(start, end, &mut scratch)
+        } else {
+            memory.load_many(start, end, &mut scratch)
+        }
+    }
+
+    /// Ends all threads. What is missing stays missing: accesses wait for the next pager.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        drop(self.shared.rest.lock().unwrap_or_else(PoisonError::into_inner).take());
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.stop();
+        if !self.is_finished() {
+            // The last reference to a userfaultfd takes its registrations along, and missing pages would read as zeros.
+            self.shared.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
+        }
+    }
+}
+
+/// Sets the flags of all pages that are not zeros.
+fn mark(chain: &Chain, flags: &Flags, pages: usize) -> Result<(), ImageError> {
+    let map = chain.images().first().map_or(&[][..], |image| image.page_map());
+    debug_assert_eq!(map.len(), pages, "checked by the caller");
+    for (page, entry) in map.iter().enumerate() {
+        // Class and signature are right whichever image of the chain holds the contents.
+        if !matches!(entry.class(), Some(Class::Absent | Class::Zero)) {
+            flags.set(page);
+        }
+    }
+    Ok(())
+}
+
+/// From here on every access to a page that is not mapped comes to us.
+fn register(memory: &Memory, taken_over: bool) -> io::Result<()> {
+    for Watched { segment, uffd } in &memory.watched {
+        if taken_over {
+            // Faults that the pager before us had read and not answered: they come again.
+            uffd.wake(segment.address, segment.len)?;
+        } else {
+            uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
+        }
+    }
+    if !taken_over {
+        for region in &memory.regions {
+            // Whatever the workload has written before it was given its state, and mapped: it must trap as all else.
+            region.mapping.punch(0, region.mapping.len())?;
+        }
+    }
+    Ok(())
+}

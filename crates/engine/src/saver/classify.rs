@@ -1,0 +1,207 @@
+//! What each page is: zeros, one repeated word, the same as another page, or data that goes into a storage block.
+//!
+//! Blocks that traps brought go into other storage blocks than those of the sweep: what the workload used first stands
+//! together in the image, in the order of use.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossbeam_channel::{Receiver, Sender};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_secret};
+
+use super::SaveError;
+use super::layout::Copied;
+use super::output::Full;
+use super::shared::Shared;
+use crate::SMALL_PAGE;
+use crate::block::{Builder, Class, is_zero};
+use crate::image::{Chain, FLAG_IN_PARENT, PageEntry, PageReader, pattern};
+use crate::uapi::check;
+
+/// Bytes of the secret that makes page hashes unpredictable.
+const SECRET_LEN: usize = 192;
+
+/// Sees every copied block once, in the order of arrival.
+#[derive(Debug)]
+pub(super) struct Classifier {
+    shared: Arc<Shared>,
+    free: Receiver<Builder>,
+    full: Sender<Full>,
+    /// Storage blocks being filled: of traps, and of the sweep.
+    open: [Option<Full>; 2],
+    result: Classified,
+    /// Where contents stand already, by their 128-bit hash.
+    known: HashMap<u128, (u32, u16), BuildHasherDefault<AsItIs>>,
+    secret: [u8; SECRET_LEN],
+    parent: Option<Chain>,
+}
+
+/// The images that an incremental one builds on, each with a reader, which keeps the block that it read last.
+struct Parents<'a> {
+    chain: &'a Chain,
+    readers: Vec<PageReader<'a>>,
+}
+
+impl<'a> Parents<'a> {
+    fn new(chain: &'a Chain) -> Self {
+        let readers = chain.images().iter().map(|_| PageReader::new(chain)).collect();
+        Self { chain, readers }
+    }
+
+    /// Whether a page is in the parents with exactly these contents. What cannot be read there is not.
+    fn hold(&mut self, page: usize, signature: u64, bytes: &[u8]) -> bool {
+        let Ok((image, entry)) = self.chain.find(page) else { return false };
+        // The signature is only a hint, which spares the reading of most pages that differ.
+        matches!(entry.class(), Some(Class::Data | Class::SameAs))
+            && entry.signature.get() == signature
+            && self.readers[image].stored(image, &entry).is_ok_and(|stored| stored == bytes)
+    }
+}
+
+/// The page map; until [`Classified::page_map`] with tickets instead of numbers of storage blocks.
+#[derive(Debug)]
+pub(super) struct Classified {
+    entries: Vec<PageEntry>,
+    tickets: u32,
+}
+
+impl Classified {
+    /// The page map, now that the storage blocks have their numbers.
+    pub(super) fn page_map(mut self, numbers: &HashMap<u32, u32>) -> Vec<PageEntry> {
+        for entry in &mut self.entries {
+            if matches!(entry.class(), Some(Class::Data | Class::SameAs)) && !entry.in_parent() {
+                entry.block.set(numbers.get(&entry.block.get()).copied().unwrap_or(u32::MAX));
+            }
+        }
+        self.entries
+    }
+}
+
+impl Classifier {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        parent: Option<Chain>,
+        free: Receiver<Builder>,
+        full: Sender<Full>,
+    ) -> Result<Self, SaveError> {
+        let pages = shared.areas.iter().map(|area| area.mapping.pages()).sum();
+        let entries = vec![PageEntry::plain(Class::Absent, 0); pages];
+        let secret = random().map_err(SaveError::Memory)?;
+        let result = Classified { entries, tickets: 0 };
+        Ok(Self { shared, free, full, open: [None, None], result, known: HashMap::default(), secret, parent })
+    }
+
+    /// Works until nobody can send any more.
+    pub(super) fn run(mut self, copied: &Receiver<Copied>) -> Classified {
+        let parent = self.parent.take();
+        let mut parents = parent.as_ref().map(Parents::new);
+        for block in copied {
+            if !self.shared.failed() && self.file(&block, parents.as_mut()).is_none() {
+                self.shared.fail(SaveError::Thread);
+            }
+            self.shared.staging.give(block.slot);
+        }
+        for open in [0, 1] {
+            self.close(open);
+        }
+        self.result
+    }
+
+    /// None: the packers are gone.
+    fn file(&mut self, block: &Copied, mut parents: Option<&mut Parents<'_>>) -> Option<()> {
+        let first = self.shared.areas[block.region].first_page + block.page;
+        for &(start, end) in &block.runs {
+            for page in start..end {
+                let bytes = &block.slot[page * SMALL_PAGE..(page + 1) * SMALL_PAGE];
+                let entry = self.classify(block, block.page + page, bytes, parents.as_deref_mut())?;
+                self.shared.stats.count(&entry);
+                self.result.entries[first + page] = entry;
+            }
+            self.shared.stats.pages.fetch_add((end - start) as u64, Ordering::Relaxed);
+        }
+        Some(())
+    }
+
+    fn classify(
+        &mut self,
+        block: &Copied,
+        page: usize,
+        bytes: &[u8],
+        parents: Option<&mut Parents<'_>>,
+    ) -> Option<PageEntry> {
+        if is_zero(bytes) {
+            return Some(PageEntry::plain(Class::Zero, 0));
+        }
+        if let Some(word) = pattern(bytes) {
+            return Some(PageEntry::plain(Class::Pattern, word));
+        }
+        let signature = xxh3_64(bytes);
+        let global = self.shared.areas[block.region].first_page + page;
+        if parents.is_some_and(|parents| parents.hold(global, signature, bytes)) {
+            let entry = PageEntry::plain(Class::Data, signature);
+            return Some(PageEntry { flags: FLAG_IN_PARENT, ..entry });
+        }
+        let hash = xxh3_128_with_secret(bytes, &self.secret);
+        if let Some(&(ticket, slot)) = self.known.get(&hash) {
+            return Some(PageEntry::stored(Class::SameAs, signature, ticket, slot));
+        }
+        let (ticket, slot) = self.store(block, page, bytes)?;
+        self.known.insert(hash, (ticket, slot));
+        Some(PageEntry::stored(Class::Data, signature, ticket, slot))
+    }
+
+    /// Puts a page into the storage block that is being filled; returns its place.
+    fn store(&mut self, block: &Copied, page: usize, bytes: &[u8]) -> Option<(u32, u16)> {
+        let open = block.origin as usize;
+        if self.open[open].as_ref().is_some_and(|full| full.region != block.region || full.builder.is_full()) {
+            self.close(open);
+        }
+        if self.open[open].is_none() {
+            let (builder, ticket) = (self.free.recv().ok()?, self.result.tickets);
+            self.result.tickets += 1;
+            self.open[open] = Some(Full { ticket, region: block.region, builder });
+        }
+        let full = self.open[open].as_mut()?;
+        let slot = u16::try_from(full.builder.raw_len() / SMALL_PAGE).ok()?;
+        // SAFETY: the slice has a page of bytes.
+        unsafe { full.builder.push_page(page, bytes.as_ptr()) };
+        Some((full.ticket, slot))
+    }
+
+    fn close(&mut self, open: usize) {
+        if let Some(full) = self.open[open].take() {
+            let _ = self.full.send(full);
+        }
+    }
+}
+
+fn random() -> std::io::Result<[u8; SECRET_LEN]> {
+    let mut bytes = [0; SECRET_LEN];
+    // SAFETY: the buffer has the length given; a request this small is filled in one call.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), SECRET_LEN, 0) };
+    check(libc::c_int::try_from(got).unwrap_or(-1))?;
+    Ok(bytes)
+}
+
+/// Hashes that are hashed already.
+#[derive(Debug, Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(byte);
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "half of a hash is one")]
+    fn write_u128(&mut self, hash: u128) {
+        self.0 = hash as u64;
+    }
+}

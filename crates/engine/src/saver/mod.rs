@@ -1,0 +1,280 @@
+//! Saving memory as of one instant while the workload runs on (S4).
+//!
+//! ```text
+//!  workload ── write to a protected page ──▶ trap thread ──┐ copies the block, releases it
+//!                                                          ├──▶ staging slots ──▶ classifier ──▶ packers ──▶ writer
+//!  background sweep, over what nobody writes to ───────────┘    (bounded)        zero, pattern,  compress    few, large
+//!                                                                                duplicate, data             writes
+//! ```
+//!
+//! Protections are synchronous userfaultfd write protections. They are put on while the workload runs: traps that fire
+//! meanwhile are released and noted, so that in the pause only what was released has to be protected again. From the
+//! return of [`Saver::begin`] on, every block of memory is unchanged until it is in state *saved*:
+//!
+//! * a block is claimed for copying by one compare-and-swap, by a trap or by the sweep; whoever else meets it waits;
+//! * a protection is only ever taken off a block that is saved;
+//! * pages that are holes when their block is copied were holes at the instant, or read as zeros since.
+//!
+//! We hold the only reference to the userfaultfd: if we die, every protection goes and every waiting thread runs on. An
+//! error (a full disk) or a cancellation takes all protections off at once.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded, unbounded};
+use thiserror::Error;
+
+use crate::block::{Builder, Codec};
+use crate::image::{Chain, Finished, ImageWriter, Sizes};
+use crate::mapping::Mapping;
+use crate::space::AdoptError;
+use crate::trace::Segment;
+
+mod classify;
+mod layout;
+mod output;
+mod shared;
+mod staging;
+mod sweep;
+mod traps;
+
+use classify::{Classified, Classifier};
+use output::Written;
+use shared::Shared;
+pub use shared::Stats;
+use staging::Staging;
+
+/// Builders that wait to be packed, apart from those that are being filled.
+const QUEUED: usize = 2;
+
+/// Why a save ended.
+#[derive(Debug, Error)]
+pub enum SaveError {
+    /// The workload's address space cannot be worked on.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
+    /// A process of the workload has ended.
+    #[error("a process of the workload ended while it was saved")]
+    Gone,
+    /// The image cannot be written.
+    #[error("the image cannot be written: {0}")]
+    Write(io::Error),
+    /// Memory cannot be read, or protected.
+    #[error("memory of the workload cannot be worked on: {0}")]
+    Memory(io::Error),
+    /// Somebody asked for it.
+    #[error("cancelled")]
+    Cancelled,
+    /// A thread of ours panicked.
+    #[error("a thread of the saver ended unexpectedly")]
+    Thread,
+}
+
+/// Sizes and speeds of a save.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// How page blocks are compressed.
+    pub codec: Codec,
+    /// Data bytes of a page block: what is compressed as one.
+    pub page_block: usize,
+    /// Data bytes of a storage block: what is read as one.
+    pub storage_block: usize,
+    /// Bytes that a trap copies and releases, a power of two; at least the page size of the memory.
+    pub trap_block: usize,
+    /// Bytes of the staging buffer.
+    pub staging: usize,
+    /// Bytes per second of the background sweep; 0: as fast as it can.
+    pub bandwidth: u64,
+    /// Threads that compress.
+    pub packers: usize,
+}
+
+/// A region to save.
+#[derive(Debug, Clone)]
+pub struct Region {
+    /// Our mapping of it.
+    pub mapping: Arc<Mapping>,
+    /// Its page size: 4 KiB, or that of hugetlbfs.
+    pub page_size: usize,
+}
+
+/// A save under way. Dropping it cancels it and leaves the workload alone.
+#[derive(Debug)]
+pub struct Saver {
+    shared: Arc<Shared>,
+    start: Option<Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+    classifier: Option<JoinHandle<Classified>>,
+    writer: Option<JoinHandle<Written>>,
+    arm_time: Duration,
+}
+
+impl Saver {
+    /// Protects `segments` while the workload runs, and makes everything ready for [`begin`](Self::begin).
+    ///
+    /// With `parent` (a chain over the same regions), pages that it holds are not stored again.
+    ///
+    /// Without segments nothing is protected: then the workload must stay paused until the end.
+    ///
+    /// # Errors
+    /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
+    pub fn arm(
+        regions: Vec<Region>,
+        segments: Vec<Segment>,
+        file: OwnedFd,
+        id: [u8; 16],
+        parent: Option<Chain>,
+        options: &Options,
+    ) -> Result<Self, SaveError> {
+        let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
+        let image = ImageWriter::new(file, id, sizes).map_err(SaveError::Write)?;
+        let areas = layout::areas(regions, options.trap_block);
+        let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
+        let staging = Staging::new(slot, options.staging.div_ceil(slot));
+        let armed = traps::register(segments)?;
+        let shared = Arc::new(Shared::new(areas, armed, staging));
+        let mut saver =
+            Self { shared, start: None, threads: Vec::new(), classifier: None, writer: None, arm_time: Duration::ZERO };
+        saver.spawn(image, parent, options)?;
+        let begin = Instant::now();
+        saver.shared.protect_all().map_err(SaveError::Memory)?;
+        saver.arm_time = begin.elapsed();
+        Ok(saver)
+    }
+
+    fn spawn(&mut self, image: ImageWriter, parent: Option<Chain>, options: &Options) -> Result<(), SaveError> {
+        let shared = &self.shared;
+        let (slots, filled) = unbounded();
+        let (free, builders) = unbounded();
+        let (full, to_pack) = unbounded();
+        let (packed, to_write) = bounded(QUEUED);
+        let (spare, buffers) = unbounded();
+        for _ in 0..2 + QUEUED + options.packers {
+            let _ = free.send(Builder::new(options.codec, options.page_block, options.storage_block));
+        }
+        for _ in 0..QUEUED + 1 + options.packers {
+            let _ = spare.send(Vec::new());
+        }
+        let (start, started) = bounded::<()>(1);
+        let mut bells = Vec::new();
+        for (number, uffd) in traps::processes(&shared.armed).into_iter().enumerate() {
+            let (bell, heard) = std::os::unix::net::UnixStream::pair().map_err(SaveError::Memory)?;
+            bells.push(bell);
+            let (shared, slots) = (shared.clone(), slots.clone());
+            self.threads
+                .push(thread(&format!("pf-trap-{number}"), move || traps::serve(&shared, &uffd, &heard, &slots))?);
+        }
+        let (swept, bandwidth) = (shared.clone(), options.bandwidth);
+        self.threads.push(thread("pf-sweep", move || {
+            if started.recv().is_ok() {
+                sweep::run(&swept, &slots, bandwidth);
+            }
+            swept.release_all();
+            drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
+        })?);
+        let classifier = Classifier::new(shared.clone(), parent, builders, full)?;
+        self.classifier = Some(thread("pf-classify", move || classifier.run(&filled))?);
+        for number in 0..options.packers.max(1) {
+            let (to_pack, free, packed, buffers) = (to_pack.clone(), free.clone(), packed.clone(), buffers.clone());
+            let pack = move || output::pack(&to_pack, &free, &buffers, &packed);
+            self.threads.push(thread(&format!("pf-pack-{number}"), pack)?);
+        }
+        let shared = shared.clone();
+        self.writer = Some(thread("pf-write", move || output::write(&shared, image, &to_write, &spare))?);
+        self.start = Some(start);
+        Ok(())
+    }
+
+    /// The instant: what memory holds now is what is saved. The workload is paused, and may run on when this returns.
+    pub fn begin(&mut self) -> Result<Duration, SaveError> {
+        let begin = Instant::now();
+        self.shared.protect_released().map_err(SaveError::Memory)?;
+        if let Some(start) = self.start.take() {
+            let _ = start.send(());
+        }
+        Ok(begin.elapsed())
+    }
+
+    /// How long it took to protect everything while the workload ran.
+    pub fn arm_time(&self) -> Duration {
+        self.arm_time
+    }
+
+    /// What can be done about a save from other threads.
+    pub fn handle(&self) -> Handle {
+        Handle(self.shared.clone())
+    }
+
+    /// Waits for the end, adds `sections`, and writes the index: the image is complete and synced.
+    ///
+    /// # Errors
+    /// What went wrong first. The file is worth nothing then.
+    pub fn finish(&mut self, sections: &[(u32, Vec<u8>)]) -> Result<Finished, SaveError> {
+        let (classified, written) = self.join()?;
+        if let Some(error) = self.shared.error() {
+            return Err(error);
+        }
+        let (mut image, page_map) = (written.image, classified.page_map(&written.numbers));
+        self.shared.stats.count_absent(&page_map);
+        for (kind, contents) in sections {
+            image.section(*kind, contents).map_err(SaveError::Write)?;
+        }
+        image.finish(self.shared.areas.len(), &page_map).map_err(SaveError::Write)
+    }
+
+    /// Cancels what is still under way, and waits for its threads.
+    pub fn close(&mut self) -> Result<(), SaveError> {
+        self.shared.fail(SaveError::Cancelled);
+        match self.join() {
+            Err(SaveError::Thread) => Err(SaveError::Thread),
+            _ => Ok(()), // joined now, or before
+        }
+    }
+
+    fn join(&mut self) -> Result<(Classified, Written), SaveError> {
+        drop(self.start.take());
+        for thread in self.threads.drain(..) {
+            thread.join().map_err(|_| SaveError::Thread)?;
+        }
+        let classified = self.classifier.take().ok_or(SaveError::Cancelled)?.join().map_err(|_| SaveError::Thread)?;
+        let written = self.writer.take().ok_or(SaveError::Cancelled)?.join().map_err(|_| SaveError::Thread)?;
+        Ok((classified, written))
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}
+
+/// A save, for those who watch it.
+#[derive(Debug, Clone)]
+pub struct Handle(Arc<Shared>);
+
+impl Handle {
+    /// Counters, so far.
+    pub fn stats(&self) -> &Stats {
+        &self.0.stats
+    }
+
+    /// Waits until everything is written (or has failed), at most for `time`; returns whether it is.
+    pub fn wait(&self, time: Duration) -> bool {
+        self.0.wait(time)
+    }
+
+    /// Ends the save soon; the workload is released at once.
+    pub fn cancel(&self) {
+        self.0.fail(SaveError::Cancelled);
+    }
+}
+
+fn thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, SaveError> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(SaveError::Memory)
+}

@@ -1,0 +1,104 @@
+//! The background sweep: saves what nobody writes to, at its own rate, and releases it in large ranges.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+
+use super::SaveError;
+use super::layout::{Area, COPYING, Copied, SAVED, UNSAVED};
+use super::shared::Shared;
+use super::staging::Origin;
+use crate::LARGE_PAGE;
+
+/// Longest sleep of a sweep that is ahead of its rate: then it looks whether it has been cancelled.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// Saves everything that traps do not save first. Ends early when the save has failed.
+pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
+    let mut pace = Pace { since: Instant::now(), bytes: 0, bandwidth };
+    for region in 0..shared.areas.len() {
+        if let Err(error) = region_of(shared, slots, region, &mut pace) {
+            shared.fail(error);
+            return;
+        }
+    }
+}
+
+fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut Pace) -> Result<(), SaveError> {
+    let area = &shared.areas[region];
+    let blocks_at_once = (LARGE_PAGE / area.unit).max(1);
+    // On hugetlbfs what is there is found once: what comes later was not there at the instant.
+    let known = if area.hugetlb { Some(area.mapping.data_ranges().map_err(SaveError::Memory)?) } else { None };
+    for first in (0..area.blocks()).step_by(blocks_at_once) {
+        let end = (first + blocks_at_once).min(area.blocks());
+        let (from, to) = (area.bounds(first).0, area.bounds(end - 1).0 + area.bounds(end - 1).1);
+        let data = match &known {
+            Some(ranges) => ranges.clone(),
+            None => area.mapping.data_within(from, to).map_err(SaveError::Memory)?,
+        };
+        for block in first..end {
+            let (start, len) = area.bounds(block);
+            if data.iter().any(|&(from, to)| from < start + len && start < to) {
+                save(shared, slots, region, block, pace)?;
+            } else {
+                // A hole, and protected until now: it was one at the instant.
+                area.change(block, UNSAVED, SAVED);
+            }
+        }
+        (first..end).for_each(|block| area.await_saved(block));
+        shared.release(region, from, to - from)?;
+    }
+    Ok(())
+}
+
+fn save(
+    shared: &Shared,
+    slots: &Sender<Copied>,
+    region: usize,
+    block: usize,
+    pace: &mut Pace,
+) -> Result<(), SaveError> {
+    let area: &Area = &shared.areas[region];
+    if area.state(block) != UNSAVED {
+        return Ok(());
+    }
+    pace.wait(|| shared.failed());
+    let Some((mut slot, _)) = shared.staging.take(Origin::Sweep) else { return Err(SaveError::Cancelled) };
+    if !area.change(block, UNSAVED, COPYING) {
+        shared.staging.give(slot);
+        return Ok(());
+    }
+    let copied = area.copy(block, &mut slot);
+    area.set(block, SAVED);
+    let runs = copied.map_err(SaveError::Memory)?;
+    pace.bytes += area.bounds(block).1 as u64;
+    shared.stats.swept.fetch_add(1, Ordering::Relaxed);
+    let page = area.bounds(block).0 / crate::SMALL_PAGE;
+    let _ = slots.send(Copied { region, page, runs, slot, origin: Origin::Sweep });
+    Ok(())
+}
+
+/// Bytes per second since a moment.
+struct Pace {
+    since: Instant,
+    bytes: u64,
+    bandwidth: u64,
+}
+
+impl Pace {
+    /// Sleeps while more has been saved than the rate allows.
+    fn wait(&self, given_up: impl Fn() -> bool) {
+        if self.bandwidth == 0 {
+            return;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let due = Duration::from_secs_f64(self.bytes as f64 / self.bandwidth as f64);
+        while !given_up() {
+            match due.checked_sub(self.since.elapsed()) {
+                Some(early) if early > Duration::from_micros(200) => std::thread::sleep(early.min(SLICE)),
+                _ => return,
+            }
+        }
+    }
+}

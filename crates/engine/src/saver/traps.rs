@@ -1,0 +1,153 @@
+//! Traps: writes of the workload to blocks that are not saved yet. One thread per process of the workload.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+
+use super::SaveError;
+use super::layout::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
+use super::shared::Shared;
+use super::staging::Origin;
+use crate::SMALL_PAGE;
+use crate::faults::Event;
+use crate::space::AdoptError;
+use crate::trace::Segment;
+use crate::uapi::{self, Userfault};
+
+/// How long a handler looks for the next trap before it sleeps: waking up costs more than a whole trap.
+const SPIN: Duration = Duration::from_micros(30);
+
+/// A segment under a userfaultfd.
+#[derive(Debug)]
+pub(super) struct Armed {
+    pub(super) segment: Segment,
+    pub(super) uffd: Arc<Userfault>,
+}
+
+/// Registers segments, one userfaultfd per process. Nothing is protected yet.
+pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError> {
+    let features = uapi::FEATURE_PAGEFAULT_FLAG_WP | uapi::FEATURE_WP_HUGETLBFS_SHMEM | uapi::FEATURE_WP_UNPOPULATED;
+    let mut armed: Vec<Armed> = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let known = armed.iter().find(|other| other.segment.space.pid() == segment.space.pid());
+        let uffd = match known {
+            Some(other) => other.uffd.clone(),
+            None => Arc::new(segment.space.userfault(features)?),
+        };
+        uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
+            let taken = error.raw_os_error() == Some(libc::EBUSY);
+            let (pid, address) = (segment.space.pid(), segment.address);
+            if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
+        })?;
+        armed.push(Armed { segment, uffd });
+    }
+    Ok(armed)
+}
+
+/// The userfaultfd of every process.
+pub(super) fn processes(armed: &[Armed]) -> Vec<Arc<Userfault>> {
+    let mut found: Vec<Arc<Userfault>> = Vec::new();
+    for Armed { uffd, .. } in armed {
+        if !found.iter().any(|other| Arc::ptr_eq(other, uffd)) {
+            found.push(uffd.clone());
+        }
+    }
+    found
+}
+
+/// Serves the traps of a process until the other end of `bell` is closed.
+pub(super) fn serve(shared: &Shared, uffd: &Arc<Userfault>, bell: &UnixStream, slots: &Sender<Copied>) {
+    let mut events = Vec::new();
+    let mut idle = Instant::now();
+    loop {
+        events.clear();
+        if let Err(error) = uffd.read(&mut events) {
+            shared.fail(SaveError::Memory(error));
+            return;
+        }
+        for event in &events {
+            if let Event::Fault { address, protected: true } = *event {
+                trap(shared, uffd, address, slots);
+            }
+        }
+        if !events.is_empty() {
+            idle = Instant::now();
+        } else if idle.elapsed() < SPIN {
+            std::hint::spin_loop();
+        } else if sleep(uffd, bell) {
+            return;
+        } else {
+            idle = Instant::now();
+        }
+    }
+}
+
+/// Waits for a trap; returns whether the bell was closed.
+fn sleep(uffd: &Arc<Userfault>, bell: &UnixStream) -> bool {
+    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut polls = [poll(uffd.as_raw_fd()), poll(bell.as_raw_fd())];
+    // SAFETY: two pollfds that live through the call.
+    let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) };
+    ready > 0 && polls[1].revents != 0
+}
+
+fn trap(shared: &Shared, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Copied>) {
+    let begin = Instant::now();
+    let holds = |armed: &&Armed| {
+        let Segment { address: start, len, .. } = armed.segment;
+        Arc::ptr_eq(&armed.uffd, uffd) && (start..start + len).contains(&address)
+    };
+    let Some(armed) = shared.armed.iter().find(holds) else { return };
+    let segment = &armed.segment;
+    let area = &shared.areas[segment.region];
+    let page = segment.first_page + usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
+    let block = page * SMALL_PAGE / area.unit;
+    if shared.release_before_instant(armed, block) {
+        return;
+    }
+    if let Err(error) = save(shared, segment.region, block, slots) {
+        shared.fail(error);
+    }
+    if let Err(error) = shared.release_block(armed, block) {
+        shared.fail(error);
+    }
+    shared.stats.trap(begin.elapsed());
+}
+
+fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) -> Result<(), SaveError> {
+    let area = &shared.areas[region];
+    if area.state(block) == UNSAVED {
+        let Some((mut slot, waited)) = shared.staging.take(Origin::Trap) else { return Ok(()) };
+        shared.stats.staging_waits.fetch_add(u64::from(waited), Ordering::Relaxed);
+        if area.change(block, UNSAVED, COPYING) {
+            let copied = area.copy(block, &mut slot);
+            area.set(block, SAVED);
+            let runs = copied.map_err(SaveError::Memory)?;
+            let page = block * area.unit / SMALL_PAGE;
+            let _ = slots.send(Copied { region, page, runs, slot, origin: Origin::Trap });
+            return Ok(());
+        }
+        shared.staging.give(slot);
+    }
+    area.await_saved(block);
+    debug_assert!(shared.failed() || area.state(block) != RELEASED);
+    Ok(())
+}
+
+/// Where a block lies in a segment, as (address, length); none of it may.
+pub(super) fn within(segment: &Segment, start: usize, len: usize) -> Option<(u64, u64)> {
+    let first = (segment.first_page * SMALL_PAGE) as u64;
+    let (start, end) = (start as u64, (start + len) as u64);
+    let (from, to) = (start.max(first), end.min(first + segment.len));
+    (from < to).then(|| (segment.address + (from - first), to - from))
+}
+
+/// Whether the error of a call on a userfaultfd means that its process has ended.
+pub(super) fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESRCH)
+}

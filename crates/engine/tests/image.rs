@@ -1,0 +1,309 @@
+//! Images: what is written is read, whatever is damaged is found, and nothing that a stranger wrote does harm.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::block::{Builder, Class, Codec};
+use pageferry_engine::image::{
+    Chain, FLAG_IN_PARENT, Finding, Image, ImageError, ImageWriter, PageEntry, PageReader, Sizes, differences, fill,
+    flatten, pattern, stored_pages, verify, verify_unused,
+};
+use proptest::prelude::*;
+use xxhash_rust::xxh3::xxh3_64;
+
+const SIZES: Sizes = Sizes { page_block: 2 * SMALL_PAGE, storage_block: 4 * SMALL_PAGE };
+
+/// What a page of the model is.
+#[derive(Debug, Clone, PartialEq)]
+enum Page {
+    Absent,
+    Pattern(u64),
+    Data(u8),
+    /// The same as in the parent.
+    Parent,
+}
+
+impl Page {
+    fn contents(&self, number: usize) -> Option<Vec<u8>> {
+        let mut page = vec![0; SMALL_PAGE];
+        match self {
+            Self::Absent => {}
+            Self::Pattern(word) => fill(&mut page, *word),
+            Self::Data(seed) => {
+                let byte = |at: usize| (at.wrapping_mul(usize::from(*seed | 1)) ^ (at >> 5) ^ number) & 0xff;
+                page.iter_mut().enumerate().for_each(|(at, out)| *out = u8::try_from(byte(at)).unwrap());
+            }
+            Self::Parent => return None,
+        }
+        Some(page)
+    }
+}
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        // In memory where that is to be had: these tests write small files many times.
+        let memory = Path::new("/dev/shm");
+        let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let path = parent.join(format!("pageferry-image-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn create(path: &Path) -> OwnedFd {
+    File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap().into()
+}
+
+fn open(path: &Path) -> Result<Image, ImageError> {
+    Image::open(File::open(path).unwrap().into())
+}
+
+/// Writes an image of one region. With `share`, a page that repeats the one before it shares its place.
+fn write(path: &Path, pages: &[Page], codec: Codec, parent: Option<&Image>) {
+    let mut writer = ImageWriter::new(create(path), [7; 16], SIZES).unwrap();
+    let mut builder = Builder::new(codec, SIZES.page_block, SIZES.storage_block);
+    let (mut map, mut block) = (Vec::new(), 0);
+    for (number, page) in pages.iter().enumerate() {
+        let entry = match page {
+            Page::Absent => PageEntry::plain(Class::Absent, 0),
+            Page::Pattern(0) => PageEntry::plain(Class::Zero, 0),
+            Page::Pattern(word) => PageEntry::plain(Class::Pattern, *word),
+            Page::Parent => PageEntry { flags: FLAG_IN_PARENT, ..parent.unwrap().page_map()[number] },
+            Page::Data(_) => {
+                if builder.is_full() {
+                    block = writer.append(&builder.build(0, 0, u64::from(block))).unwrap() + 1;
+                }
+                let contents = page.contents(number).unwrap();
+                let slot = u16::try_from(builder.push_data(number, &contents)).unwrap();
+                PageEntry::stored(Class::Data, xxh3_64(&contents), block, slot)
+            }
+        };
+        map.push(entry);
+    }
+    if !builder.is_empty() {
+        writer.append(&builder.build(0, 0, u64::from(block))).unwrap();
+    }
+    writer.section(16, b"about this image").unwrap();
+    writer.finish(1, &map).unwrap();
+}
+
+fn read_all(chain: &Chain) -> Result<Vec<Vec<u8>>, ImageError> {
+    let mut reader = PageReader::new(chain);
+    (0..chain.images()[0].page_map().len())
+        .map(|page| {
+            let mut out = vec![0xee; SMALL_PAGE];
+            reader.read(page, &mut out).map(|()| out)
+        })
+        .collect()
+}
+
+fn findings(chain: &Chain) -> Vec<Finding> {
+    let stored = stored_pages(&chain.images()[0]);
+    let mut all = verify(chain, &stored, 1000);
+    all.extend(verify_unused(&chain.images()[0], &stored));
+    all
+}
+
+fn any_page() -> impl Strategy<Value = Page> {
+    prop_oneof![
+        Just(Page::Absent),
+        Just(Page::Pattern(0)),
+        any::<u64>().prop_map(Page::Pattern),
+        any::<u8>().prop_map(Page::Data),
+        any::<u8>().prop_map(Page::Data),
+    ]
+}
+
+fn any_codec() -> impl Strategy<Value = Codec> {
+    prop_oneof![Just(Codec::None), Just(Codec::Lz4), Just(Codec::Zstd)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn chains_read_as_they_were_written(
+        base in prop::collection::vec(any_page(), 1..40),
+        changes in prop::collection::vec(prop::option::of(any_page()), 40),
+        codec in any_codec(),
+    ) {
+        let folder = Folder::new(&format!("chain{}", rand_name()));
+        write(&folder.file("base"), &base, codec, None);
+        let parent = Arc::new(open(&folder.file("base")).unwrap());
+        let child: Vec<_> =
+            base.iter().zip(&changes).map(|(_, change)| change.clone().unwrap_or(Page::Parent)).collect();
+        write(&folder.file("child"), &child, codec, Some(&parent));
+        let image = Arc::new(open(&folder.file("child")).unwrap());
+        let chain = Chain::new(vec![image, parent.clone()]).unwrap();
+        let expected: Vec<_> = base
+            .iter()
+            .zip(&child)
+            .enumerate()
+            .map(|(number, (old, new))| new.contents(number).or_else(|| old.contents(number)).unwrap())
+            .collect();
+        prop_assert_eq!(read_all(&chain).unwrap(), expected.clone());
+        prop_assert_eq!(findings(&chain), vec![]);
+
+        // Flattened, it is the same, and needs no parent.
+        let mut writer = ImageWriter::new(create(&folder.file("flat")), [9; 16], SIZES).unwrap();
+        let map = flatten(&chain, &mut writer, codec, SIZES, &[base.len()]).unwrap();
+        writer.finish(1, &map).unwrap();
+        let flat = Chain::new(vec![Arc::new(open(&folder.file("flat")).unwrap())]).unwrap();
+        prop_assert_eq!(read_all(&flat).unwrap(), expected.clone());
+        prop_assert_eq!(findings(&flat), vec![]);
+        prop_assert_eq!(differences(&flat, &chain, 0, base.len()).unwrap(), vec![]);
+
+        // And what differs from the parent is what was changed into something else.
+        let old = Chain::new(vec![parent]).unwrap();
+        let before = read_all(&old).unwrap();
+        let changed: Vec<_> = (0..base.len()).filter(|&page| before[page] != expected[page]).collect();
+        let found = differences(&old, &chain, 0, base.len()).unwrap();
+        prop_assert_eq!(found.iter().flat_map(|&(start, end)| start..end).collect::<Vec<_>>(), changed);
+    }
+
+    #[test]
+    fn bytes_of_a_stranger_do_no_harm(mut bytes in prop::collection::vec(any::<u8>(), 0..6000), keep in any::<bool>()) {
+        let folder = Folder::new(&format!("noise{}", rand_name()));
+        let path = folder.file("image");
+        if keep {
+            // A plausible beginning gets further than noise does.
+            write(&path, &[Page::Data(3), Page::Pattern(5)], Codec::Lz4, None);
+            let real = fs::read(&path).unwrap();
+            let half = bytes.len().min(real.len() / 2);
+            bytes = [&real[..real.len() - half], &bytes[..half]].concat();
+        }
+        fs::write(&path, &bytes).unwrap();
+        if let Ok(image) = open(&path) {
+            let chain = Chain::new(vec![Arc::new(image)]).unwrap();
+            let _ = read_all(&chain);
+            let _ = findings(&chain);
+        }
+    }
+
+    #[test]
+    fn a_pattern_is_seen_wherever_it_is_broken(word in any::<u64>(), at in 0..SMALL_PAGE, bit in 0u32..8) {
+        let mut page = vec![0; SMALL_PAGE];
+        fill(&mut page, word);
+        prop_assert_eq!(pattern(&page), Some(word));
+        page[at] ^= 1u8 << bit;
+        prop_assert_eq!(pattern(&page), None);
+    }
+}
+
+fn rand_name() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Every byte of a small image, changed in three ways: found, or harmless; never other contents.
+#[test]
+fn no_byte_can_be_changed_unseen() {
+    let folder = Folder::new("flip");
+    let pages = [Page::Absent, Page::Data(1), Page::Pattern(0), Page::Data(2), Page::Pattern(9), Page::Data(3)];
+    for codec in [Codec::None, Codec::Lz4, Codec::Zstd] {
+        let path = folder.file("image");
+        write(&path, &pages, codec, None);
+        let good = fs::read(&path).unwrap();
+        let expected = read_all(&Chain::new(vec![Arc::new(open(&path).unwrap())]).unwrap()).unwrap();
+        let mut harmless = 0;
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        for at in 0..good.len() {
+            for mask in [0x01, 0xff] {
+                file.write_all_at(&[good[at] ^ mask], at as u64).unwrap();
+                harmless += u32::from(survives(&path, &expected, &format!("byte {at}, {codec:?}")));
+                file.write_all_at(&good[at..=at], at as u64).unwrap();
+            }
+        }
+        // Only the padding between parts may be changed without anybody noticing, and one section.
+        assert!(harmless < 2 * 5 * 4096, "{harmless}");
+    }
+}
+
+/// Whether a changed image reads as it did before. If it does not, opening, reading or verifying it must say so.
+fn survives(path: &Path, expected: &[Vec<u8>], what: &str) -> bool {
+    let Ok(image) = open(path) else { return false };
+    let about = image.section(16);
+    let chain = Chain::new(vec![Arc::new(image)]).unwrap();
+    let Ok(read) = read_all(&chain) else {
+        assert_ne!(findings(&chain), vec![], "{what}");
+        return false;
+    };
+    assert_eq!(read, expected, "{what}");
+    assert!(about.is_err() || about.unwrap().as_deref() == Some(b"about this image"), "{what}");
+    true
+}
+
+#[test]
+fn an_image_that_was_cut_off_is_refused() {
+    let folder = Folder::new("cut");
+    let path = folder.file("image");
+    write(&path, &[Page::Data(1), Page::Data(2)], Codec::None, None);
+    let good = fs::read(&path).unwrap();
+    for len in (0..good.len()).step_by(97) {
+        fs::write(&path, &good[..len]).unwrap();
+        assert!(matches!(open(&path), Err(ImageError::NoFooter)), "{len} bytes");
+    }
+    fs::write(&path, [good.as_slice(), b"x"].concat()).unwrap();
+    assert!(matches!(open(&path), Err(ImageError::NoFooter)));
+}
+
+#[test]
+fn a_file_that_shrinks_under_way_fails_the_read() {
+    let folder = Folder::new("shrink");
+    let path = folder.file("image");
+    write(&path, &[Page::Data(1), Page::Data(2)], Codec::None, None);
+    let chain = Chain::new(vec![Arc::new(open(&path).unwrap())]).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(5000).unwrap();
+    assert!(read_all(&chain).is_err());
+}
+
+#[test]
+fn parents_are_not_guessed() {
+    let folder = Folder::new("orphan");
+    write(&folder.file("base"), &[Page::Data(1), Page::Data(2)], Codec::None, None);
+    let parent = open(&folder.file("base")).unwrap();
+    write(&folder.file("child"), &[Page::Parent, Page::Data(5)], Codec::None, Some(&parent));
+    let alone = Chain::new(vec![Arc::new(open(&folder.file("child")).unwrap())]).unwrap();
+    assert!(matches!(read_all(&alone), Err(ImageError::InParent { page: 0, .. })));
+    write(&folder.file("other"), &[Page::Data(1)], Codec::None, None);
+    let images = vec![alone.images()[0].clone(), Arc::new(open(&folder.file("other")).unwrap())];
+    assert!(Chain::new(images).is_err(), "a parent of another size");
+}
+
+#[test]
+fn versions_and_features_are_refused_by_name() {
+    let folder = Folder::new("version");
+    let path = folder.file("image");
+    write(&path, &[Page::Data(1)], Codec::None, None);
+    let good = fs::read(&path).unwrap();
+    let with = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        bytes[56..64].fill(0);
+        let checksum = xxh3_64(&bytes[..64]);
+        bytes[56..64].copy_from_slice(&checksum.to_le_bytes());
+        fs::write(&path, &bytes).unwrap();
+        open(&path).unwrap_err()
+    };
+    assert!(matches!(with(0, b'X'), ImageError::Magic(_)));
+    assert!(matches!(with(8, 2), ImageError::Version(2)));
+    assert!(matches!(with(12, 4), ImageError::Features(4)));
+    assert!(matches!(with(24, 1), ImageError::Value { what: "page-block size", .. }));
+}

@@ -1,0 +1,179 @@
+"""Arenas from images: usable at once, their memory arriving on access (S10)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from logging import getLogger
+from pathlib import Path
+from typing import Self
+
+from pageferry._engine import Mapping, Pager, Space
+from pageferry.checkpoint import restoring
+from pageferry.checkpoint.image import ImageFile
+from pageferry.errors import ImageError, RestoreError, UnsupportedError, UsageError
+from pageferry.workloads.arena import Arena, State, memory_file
+from pageferry.workloads.arena_control import Callback
+from pageferry.workloads.base import SMALL_PAGE
+
+log = getLogger(__name__)
+
+
+class RestoredArena(Arena):
+    """An arena whose contents come from an image, on access or in the background, whichever is first.
+
+    An access to a page that cannot be read, because the image is damaged or gone, ends the program with SIGBUS, after
+    a message: never in zeros. `ensure` and `load` raise ImageError instead.
+    """
+
+    image: ImageFile
+    pager: Pager
+
+    @classmethod
+    def from_image(
+        cls,
+        image: ImageFile,
+        name: str | None = None,
+        *,
+        eager: bool = False,
+        prefetch: bool = True,
+        state: State | None = None,
+        on_pause: Callback | None = None,
+        on_resume: Callback | None = None,
+        on_moved: Callback | None = None,
+    ) -> Self:
+        """See `restore`."""
+        size = _size(image)
+        file, large_pages_by = memory_file(size)
+        try:
+            self = cls.from_file(file, size, state=state, on_pause=on_pause, on_resume=on_resume, on_moved=on_moved)
+            self.large_pages_by = large_pages_by
+            self.image = image
+            self.pager = _pager(image, self, eager=eager, prefetch=prefetch)
+        finally:
+            os.close(file)
+        _inherit(self, _MADV_DONTFORK)
+        _restoring.add(self)
+        self.lifecycle.load_state(self, image.state())
+        if name is not None:
+            self.register(name)
+        self.lifecycle.resume(self)
+        return self
+
+    @property
+    def deferred(self) -> int:
+        """Bytes whose contents are still to come."""
+        return self.pager.pending * SMALL_PAGE
+
+    def ensure(self, offset: int, length: int) -> None:
+        """Bring part of the memory in, for who reads the file past this mapping. Raises ImageError, UsageError."""
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise UsageError(f"{length} bytes at {offset} of an arena of {self.length}")
+        first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
+        try:
+            self.pager.ensure(0, first, end - first)
+        except ValueError as error:
+            raise ImageError(f"{self.image.path}: {error}") from error
+        except OSError as error:
+            raise RestoreError(f"{self.image.path}: {error}") from error
+
+    def load(self) -> None:
+        """Bring everything in, and wait until nothing traps any more. Raises ImageError."""
+        while not self.pager.finished:
+            self.ensure(0, self.length)
+            self.pager.wait(1.0)
+
+
+def restore(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    eager: bool = False,
+    prefetch: bool = True,
+    state: State | None = None,
+    on_pause: Callback | None = None,
+    on_resume: Callback | None = None,
+    on_moved: Callback | None = None,
+) -> RestoredArena:
+    """An arena with the contents of an image, usable at once: what is touched is read first, the rest meanwhile.
+
+    `eager`: the rest at full speed, without giving way to accesses; `prefetch=False`: nothing but what is touched.
+    The others are those of `Arena`; the state that was saved is given to `state`, or kept in `received_state`. The
+    image is only read, and may be restored any number of times at once; it must stay where it is until `deferred` is 0.
+
+    Raises ImageError when the image cannot be used, UsageError when it is of no arena, UnsupportedError when this user
+    may not handle page faults.
+    """
+    return RestoredArena.from_image(
+        ImageFile(path),
+        name,
+        eager=eager,
+        prefetch=prefetch,
+        state=state,
+        on_pause=on_pause,
+        on_resume=on_resume,
+        on_moved=on_moved,
+    )
+
+
+def _size(image: ImageFile) -> int:
+    found = image.metadata
+    if found.kind != "arena" or len(found.regions) != 1:
+        raise UsageError(
+            f"{image.path} is of {found.name}, a workload of kind {found.kind}: no arena can be made of it"
+        )
+    return found.regions[0].length
+
+
+def _pager(image: ImageFile, arena: Arena, *, eager: bool, prefetch: bool) -> Pager:
+    mapping = Mapping(arena.fileno(), arena.length)
+    target = (mapping, SMALL_PAGE, restoring.large_units(image)[0])
+    space = Space()
+    try:
+        userfault, _ = space.missing_faults()
+    except PermissionError as denied:
+        raise UnsupportedError(
+            "this user may not handle page faults: run as root, or write 1 to /proc/sys/vm/unprivileged_userfaultfd"
+        ) from denied
+    flags = restoring.flags_file(image.pages)
+    try:
+        segment = (space, arena.address, arena.length, 0, 0)
+        return Pager(
+            image.chain,
+            [target],
+            [segment],
+            {os.getpid(): userfault},
+            flags,
+            background=prefetch,
+            eager=eager,
+            fatal=True,
+        )
+    finally:
+        os.close(flags)
+        os.close(userfault)
+
+
+_MADV_DONTFORK, _MADV_DOFORK = 10, 11
+_libc = ctypes.CDLL(None)
+
+
+def _inherit(arena: Arena, advice: int) -> None:
+    _libc.madvise(ctypes.c_void_p(arena.address), ctypes.c_size_t(arena.length), advice)
+
+
+_restoring: weakref.WeakSet[RestoredArena] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    """A child has no pager: its pages must all be there, or the arena is not mapped in it.
+
+    One that only executes a program does not come here.
+    """
+    for arena in list(_restoring):
+        arena.load()
+        _inherit(arena, _MADV_DOFORK)
+        _restoring.discard(arena)
+
+
+os.register_at_fork(before=_before_fork)

@@ -1,0 +1,125 @@
+"""What a checkpoint tells on the way and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from pageferry.checkpoint.options import Codec, Mode
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type"):
+    """Base of events; `type` tells them apart."""
+
+
+class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
+    """Everything is protected; the workload has not been paused yet."""
+
+    memory: int
+    """Bytes of all regions."""
+    present: int
+    """Bytes of them that are in memory."""
+    large_pages: int
+    arm_ms: float
+
+
+class InstantEvent(Event, frozen=True, kw_only=True, tag="instant"):
+    """The workload runs on; its memory is saved as of the pause."""
+
+    downtime: float
+    """Milliseconds."""
+
+
+class SavingEvent(Event, frozen=True, kw_only=True, tag="progress"):
+    """How far it is. Sent several times a second."""
+
+    done: int
+    """Pages."""
+    total: int
+    """Pages that were in memory."""
+    traps: int
+    stored: int
+    """Bytes of storage blocks."""
+
+
+class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Where the time went in which the workload did not run, milliseconds."""
+
+    total: float
+    stop: float
+    device_state: float
+    protect: float
+    """Protecting again what was written to meanwhile."""
+    save: float
+    """Mode `stop` only: all the work."""
+    resume: float
+
+
+class PageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Pages by class; together they are all pages of the workload."""
+
+    absent: int
+    """Not in memory."""
+    zero: int
+    pattern: int
+    """One 64-bit word, repeated."""
+    same_as: int
+    """The same as another page of the image."""
+    data: int
+    in_parent: int
+    """Contents are those of the parent image, whatever their class."""
+
+
+class TrapCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """How traps went."""
+
+    before: int
+    """Before the instant: only released, and protected again in the pause."""
+    longest_us: float
+    mean_us: float
+    staging_waits: int
+    """Traps that found the staging buffer full."""
+
+
+class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
+    """The end of a checkpoint. Times in milliseconds, sizes in bytes."""
+
+    status: Literal["completed"]
+    workload: str
+    image: str
+    """Absolute path."""
+    id: str
+    digest: str
+    """By these a child names the image as its parent."""
+    parent: str | None
+    mode: Mode
+    codec: Codec
+    total_time: float
+    arm_time: float
+    """Protecting everything, while the workload ran."""
+    downtime: float
+    downtime_parts: Downtime
+    memory: int
+    pages: PageCount
+    bytes_written: int
+    """Length of the image."""
+    writes: int
+    """Write calls."""
+    mean_write: int
+    blocks: int
+    """Storage blocks."""
+    traps: int
+    """Writes of the workload that had to wait for their page block to be copied."""
+    trap_details: TrapCount
+    compression: float
+    """Bytes of data pages for each byte in storage blocks; 1 where there are none."""
+
+
+Listener = Callable[[Event], None]
+"""Is called with each event, on the event loop; must not block."""
+
+
+def ignore(_: Event) -> None:
+    """A listener for those who do not want to know."""

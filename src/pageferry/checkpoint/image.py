@@ -1,0 +1,232 @@
+"""Images as files: open one with the images it builds on, say what is in it, verify, compare and flatten it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TypeVar
+
+import msgspec
+
+from pageferry._engine import Image, ImageChain
+from pageferry.checkpoint import metadata
+from pageferry.checkpoint.metadata import Metadata, Parent
+from pageferry.errors import ImageError
+from pageferry.workloads.base import SMALL_PAGE
+
+MAX_CHAIN = 256
+"""Images that may build on each other."""
+SLICE = 8192
+"""Pages that are looked at between two looks at the world (32 MiB)."""
+MAX_FINDINGS = 20
+"""Damaged pages that `verify` names; more of them say nothing new."""
+
+T = TypeVar("T")
+
+Progress = Callable[[int, int], None]
+"""Called with pages done and pages in all."""
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One image of a chain."""
+
+    path: Path
+    image: Image
+    metadata: Metadata
+
+
+class ImageFile:
+    """An image and the images it builds on. Opening it verifies everything but the contents of pages.
+
+    Raises ImageError: not there, no image, cut off, damaged, of another version; a parent that is not found, is another
+    image than the one it was built on, or builds on its own child.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.links = list(_chain(Path(path)))
+        self.chain = _checked(self.path, lambda: ImageChain([link.image for link in self.links]))
+        expected = sum(region.length for region in self.metadata.regions) // SMALL_PAGE
+        if self.pages != expected or self.links[0].image.regions != len(self.metadata.regions):
+            raise ImageError(f"{self.path}: the page map has {self.pages} pages, its regions have {expected}")
+
+    @property
+    def path(self) -> Path:
+        """The image that was opened."""
+        return self.links[0].path
+
+    @property
+    def image(self) -> Image:
+        """The nearest image of the chain."""
+        return self.links[0].image
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the image says about itself."""
+        return self.links[0].metadata
+
+    @property
+    def pages(self) -> int:
+        """Small pages of all regions; page numbers are counted over all of them."""
+        return self.image.pages
+
+    def state(self) -> bytes:
+        """The state of the workload; empty for memory alone. Raises ImageError."""
+        return _checked(self.path, lambda: self.image.section(metadata.STATE)) or b""
+
+    def section(self, kind: int) -> bytes | None:
+        """Contents of a section (see `metadata`); None where there is none. Raises ImageError."""
+        return _checked(self.path, lambda: self.image.section(kind))
+
+    def read(self, first: int, count: int) -> bytes:
+        """Contents of pages, verified. Absent pages read as zeros. Raises ImageError for a damaged one."""
+        return _checked(self.path, lambda: self.chain.read(first, count))
+
+    def verify(self, progress: Progress = _silent) -> list[str]:
+        """Look at every byte of every image of the chain; returns what is wrong, nothing when all is right."""
+        found: list[str] = []
+        for number, link in enumerate(self.links):
+            chain = ImageChain([other.image for other in self.links[number:]])
+            for start in range(0, chain.stored, SLICE):
+                progress(start, chain.stored)
+                found += [_finding(link, *wrong) for wrong in chain.verify(start, SLICE, MAX_FINDINGS)]
+                if len(found) >= MAX_FINDINGS:
+                    return found
+            found += [_finding(link, *wrong) for wrong in chain.verify_unused()]
+            found += _damaged_sections(link)
+        return found
+
+    def differences(self, other: Self, progress: Progress = _silent) -> list[tuple[int, int]]:
+        """Pages whose contents differ, as runs (start, end). Raises ImageError where the regions do not match."""
+        ours, theirs = ([(region.name, region.length) for region in image.metadata.regions] for image in (self, other))
+        if ours != theirs:
+            raise ImageError(f"{self.path} and {other.path} have different regions: {ours} and {theirs}")
+        runs: list[tuple[int, int]] = []
+        for start in range(0, self.pages, SLICE):
+            progress(start, self.pages)
+            count = min(SLICE, self.pages - start)
+            runs += _checked(self.path, lambda: self.chain.differences(other.chain, start, count))  # noqa: B023
+        return runs
+
+    def flatten(self, path: str | Path, codec: str | None = None) -> None:
+        """Write one image that needs no parent and holds the same. `path` appears when it is complete, or not at all.
+
+        Raises ImageError, OSError (disk full).
+        """
+        sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
+        for kind in (metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS):
+            if (contents := _checked(self.path, lambda: self.image.section(kind))) is not None:  # noqa: B023
+                sections.append((kind, contents))
+        regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
+        with new_file(Path(path)) as descriptor:
+            _checked(
+                self.path,
+                lambda: self.chain.flatten(
+                    descriptor, secrets.token_bytes(16), regions, sections, codec or self.metadata.codec
+                ),
+            )
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file that appears as `path` when the block ends without an error, replacing what was there.
+
+    Until then it has no name, so that nothing is left of it whoever dies. Raises OSError.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+            _publish(descriptor, path, folder)
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(folder)
+
+
+def _publish(descriptor: int, path: Path, folder: int) -> None:
+    """Give a nameless file its name. A link does not replace, so it goes through a name of its own where it must."""
+    temporary = f".{path.name}.{secrets.token_hex(4)}"
+    os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
+    try:
+        os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.unlink(temporary, dir_fd=folder)
+        raise
+    os.fsync(folder)
+
+
+def open_link(path: Path) -> Link:
+    """One image without its parents. Raises ImageError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        image = _checked(path, lambda: Image(descriptor))
+    finally:
+        os.close(descriptor)
+    return Link(path, image, _checked(path, lambda: metadata.decode(image.section(metadata.METADATA))))
+
+
+def _chain(path: Path) -> Iterator[Link]:
+    """The image, its parent, and so on."""
+    link = open_link(path)
+    seen = {link.image.id}
+    yield link
+    while (parent := link.metadata.parent) is not None:
+        link = _open_parent(link, parent)
+        if link.image.id in seen or len(seen) >= MAX_CHAIN:
+            raise ImageError(f"{path}: its chain of parents does not end: {link.path} comes twice, or it is too long")
+        seen.add(link.image.id)
+        yield link
+
+
+def _open_parent(child: Link, parent: Parent) -> Link:
+    beside = child.path.parent / Path(parent.path).name
+    path = beside if beside.exists() else Path(parent.path)
+    if not path.exists():
+        raise ImageError(
+            f"{child.path} builds on {parent.path}, which is not there: put that image beside it, under the same name"
+        )
+    link = open_link(path)
+    if (link.image.id.hex(), f"{link.image.digest:016x}") != (parent.id, parent.digest):
+        raise ImageError(f"{path} is not the image that {child.path} was built on: it has been replaced or changed")
+    return link
+
+
+def _checked(path: Path, call: Callable[[], T]) -> T:
+    """The result of a call into the engine, with its errors as ours."""
+    try:
+        return call()
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from error
+
+
+def _finding(link: Link, page: int | None, message: str) -> str:
+    where = "" if page is None else f"page {page}: "
+    return f"{link.path}: {where}{message}"
+
+
+def _damaged_sections(link: Link) -> list[str]:
+    found = []
+    for kind in (metadata.METADATA, metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS):
+        try:
+            link.image.section(kind)
+        except (ValueError, OSError) as error:
+            found.append(f"{link.path}: {error}")
+    return found

@@ -1,0 +1,79 @@
+"""What an image says about itself besides pages: the sections that the engine does not know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pageferry.errors import ImageError
+
+METADATA = 16
+"""Section: `Metadata`, as MessagePack."""
+STATE = 17
+"""Section: the workload's state, as its `save_state` gave it."""
+WORKING_SET = 18
+"""Section: pages in the order in which they were touched first after the last restore, as 32-bit numbers counted over
+all regions in units of page blocks."""
+LARGE_UNITS = 19
+"""Section: one bit per 2 MiB unit of every region, the lowest of the first byte first; each region begins a byte."""
+
+VERSION = 1
+
+Kind = Literal["arena", "qemu", "process"]
+
+
+class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A region of the workload that was saved."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    length: Annotated[int, Meta(gt=0, le=1 << 44, multiple_of=4096)]
+    """Bytes."""
+    page_size: Annotated[int, Meta(ge=4096, le=1 << 30)]
+
+
+class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The image that an incremental one builds on."""
+
+    id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    digest: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    """Checksum of its footer: another file of the same name is not taken for it."""
+    path: Annotated[str, Meta(max_length=4096)]
+    """Where it was; beside the image, it is looked for there under the same file name first."""
+
+
+class Metadata(msgspec.Struct, frozen=True, kw_only=True):
+    """What was saved, when, and how."""
+
+    version: int = VERSION
+    kind: Kind
+    name: str
+    details: dict[str, str | int | bool]
+    regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=64)]
+    created: float
+    """Seconds since 1970 of the instant whose memory it is."""
+    codec: Literal["none", "lz4", "zstd"]
+    restorable: bool = True
+    """False for memory without a state: it can be looked at, not run."""
+    parent: Parent | None = None
+
+
+def encode(metadata: Metadata) -> bytes:
+    """The contents of the section."""
+    return msgspec.msgpack.encode(metadata)
+
+
+def decode(contents: bytes | None) -> Metadata:
+    """From the contents of the section. Raises ImageError."""
+    if contents is None:
+        raise ImageError("the image has no metadata: it was not written by `pageferry checkpoint`")
+    try:
+        metadata = msgspec.msgpack.decode(contents, type=Metadata)
+    except msgspec.MsgspecError as error:
+        raise ImageError(f"the metadata of the image make no sense: {error}") from error
+    if metadata.version != VERSION:
+        raise ImageError(
+            f"metadata of version {metadata.version}; this release knows {VERSION}: use the one that wrote it"
+        )
+    return metadata

@@ -1,0 +1,228 @@
+"""The pager of a guest: a small process that brings the contents of its memory, and outlives the command.
+
+Started as `python -m pageferry.checkpoint.pager_process IMAGE`, with one `Order` as a line of JSON on standard input;
+says `Serving` on standard output once every access to missing memory comes to it. It ends when everything is there, or
+with the guest. If it is killed the guest waits at the next page that is missing: the guest keeps a descriptor of the
+userfaultfd, and the record and the flags in its folder tell the next pager where to go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+import time
+from typing import BinaryIO
+
+import msgspec
+
+from pageferry._engine import Pager, Space
+from pageferry.checkpoint import restoring
+from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoint.pager_server import PagerServer
+from pageferry.checkpoint.working_set import WorkingSet
+from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
+from pageferry.host import proc
+from pageferry.host.registry import Folder, Registry
+from pageferry.workloads import deferred
+from pageferry.workloads.base import SMALL_PAGE, Region, Segment
+from pageferry.workloads.deferred import Deferred, RegionRecord
+from pageferry.workloads.qmp import Monitor
+
+log = logging.getLogger("pageferry.checkpoint.pager")
+
+_SYS_CLOSE = 3
+_POLL = 0.2
+"""Seconds between two looks at the guest's life."""
+_STOP_PATIENCE = 3.0
+"""Seconds for the guest to stop. One whose only processor waits for the page is as good as stopped."""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do."""
+
+    name: str
+    """Of the workload."""
+    work: Deferred | None = None
+    """None: take over what is recorded."""
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to an order."""
+
+    error: str | None = None
+    adopt: float = 0.0
+    """Seconds it took to have the faults of the guest's processes come to us."""
+
+
+class GuestPager:
+    """Brings the memory of one guest."""
+
+    def __init__(self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool) -> None:
+        self.image = image
+        self.folder = folder
+        self.regions = [_open_region(record) for record in work.regions]
+        self.spaces = {segment.pid: Space(segment.pid) for region in self.regions for segment in region.segments}
+        self.started = {pid: proc.start_time(pid) for pid in self.spaces}
+        self.flags = _flags(folder, image.pages, taken_over)
+        self.working_set = WorkingSet(image)
+        begin = time.monotonic()
+        self.work = work
+        self.pager = self._begin(taken_over)
+        self.adopt = time.monotonic() - begin
+        # Only now: flags without a pager that has set them say that everything is there.
+        folder.store(deferred.RECORD, self.work)
+        self.server = PagerServer(folder.socket_path(deferred.SOCKET), image, self.pager)
+
+    def _begin(self, taken_over: bool) -> Pager:
+        targets = restoring.targets(self.image, self.regions)
+        ours: dict[int, int] = {}
+        try:
+            if taken_over:
+                for pid, number in self.work.userfaults.items():
+                    ours[pid] = self.spaces[pid].descriptor(number)
+            else:
+                self._adopt(ours)
+            segments = [
+                (self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
+                for number, region in enumerate(self.regions)
+                for segment in region.segments
+            ]
+            return Pager(
+                self.image.chain,
+                targets,
+                segments,
+                ours,
+                self.flags,
+                working_set=self.working_set.windows if self.work.prefetch else [],
+                background=self.work.prefetch,
+                eager=self.work.eager,
+                taken_over=taken_over,
+            )
+        finally:
+            for descriptor in ours.values():
+                os.close(descriptor)
+
+    def _adopt(self, ours: dict[int, int]) -> None:
+        """Have a userfaultfd in every process."""
+        numbers = {}
+        for pid, space in self.spaces.items():
+            ours[pid], number = space.missing_faults(discards=True)
+            assert number is not None, "a guest is another process"
+            numbers[pid] = number
+        self.work = msgspec.structs.replace(self.work, userfaults=numbers)
+
+    def run(self) -> None:
+        """Until everything is there, or there is nobody left to need it."""
+        known = 0
+        while not self.pager.wait(_POLL, known):
+            if not all(proc.start_time(pid) == started for pid, started in self.started.items()):
+                log.info("%s has ended", self.folder.name)
+                return
+            if self.server.asked_to_stop.is_set():
+                return
+            failures = self.pager.failures
+            if len(failures) > known:
+                known = len(failures)
+                self._complain(failures[known - 1])
+        self._finish()
+
+    def _complain(self, failure: tuple[int, int, bool, str]) -> None:
+        log.error("%s: %s", self.folder.name, restoring.describe_failure(self.image, failure))
+        if failure[2] and self.work.qmp_socket is not None:
+            try:
+                asyncio.run(_stop_guest(self.work.qmp_socket))
+                log.error("%s is paused", self.folder.name)
+            except (PageferryError, TimeoutError, OSError) as error:
+                log.error("%s waits at the access (it could not be told to stop: %s)", self.folder.name, error)
+
+    def _finish(self) -> None:
+        self.working_set.learn(self.pager.touched, self.work.prefetch)
+        for pid, number in self.work.userfaults.items():
+            with contextlib.suppress(OSError):
+                self.spaces[pid].call(_SYS_CLOSE, number)
+        self.folder.forget(deferred.RECORD)
+        (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
+        status = self.server.status()
+        log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
+        self.server.close()
+
+
+async def _stop_guest(qmp_socket: str) -> None:
+    async with asyncio.timeout(_STOP_PATIENCE), await Monitor.open(qmp_socket) as monitor:
+        await monitor.execute("stop")
+
+
+def _open_region(record: RegionRecord) -> Region:
+    segments = tuple(Segment(one.pid, one.address, one.length, one.offset) for one in record.segments)
+    first = segments[0]
+    for mapping in proc.file_mappings(first.pid):
+        if mapping.address <= first.address < mapping.address + mapping.length:
+            descriptor = proc.open_mapped_file(first.pid, mapping)
+            return Region(record.name, record.length, descriptor, record.file_offset, record.page_size, segments)
+    raise WorkloadError(f"{record.name} is not mapped by process {first.pid} any more")
+
+
+def _flags(folder: Folder, pages: int, taken_over: bool) -> int:
+    """The file of flags, locked: there is one pager at a time."""
+    path = folder.path / deferred.FLAGS
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if taken_over else restoring.flags_file(pages, str(path))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as busy:
+        os.close(descriptor)
+        raise UsageError(f"{folder.name} has a pager that is alive: there is nothing to take over") from busy
+    if os.fstat(descriptor).st_size != Pager.flags_length(pages):
+        os.close(descriptor)
+        raise RestoreError(f"{path} is not of this image: give the one that {folder.name} is restored from")
+    return descriptor
+
+
+def _start(image: ImageFile, order: Order) -> GuestPager:
+    folder = Registry().folder(order.name)
+    if order.work is not None:
+        return GuestPager(image, folder, order.work, False)
+    work = folder.load(deferred.RECORD, Deferred)
+    if work is None:
+        raise UsageError(f"{order.name} is not being restored: all of its memory is there")
+    return GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
+
+
+def _log_to(folder: Folder) -> None:
+    """From here on nobody reads our standard error."""
+    descriptor = os.open(folder.path / deferred.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def main(orders: BinaryIO, answers: BinaryIO) -> int:
+    """Carry out one order."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("pageferry").setLevel(logging.INFO)
+    logging.getLogger("qemu").setLevel(logging.CRITICAL)
+
+    def answer(serving: Serving) -> None:
+        answers.write(msgspec.json.encode(serving) + b"\n")
+        answers.close()
+
+    try:
+        image = ImageFile(sys.argv[1])
+        line = orders.readline()
+        if not line:  # there is no guest after all
+            answers.close()
+            return 0
+        pager = _start(image, msgspec.json.decode(line, type=Order))
+    except (PageferryError, OSError, msgspec.MsgspecError) as error:
+        answer(Serving(error=str(error)))
+        return getattr(error, "exit_code", 1)
+    _log_to(pager.folder)
+    answer(Serving(adopt=pager.adopt))
+    pager.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.stdin.buffer, sys.stdout.buffer))

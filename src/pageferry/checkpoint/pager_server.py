@@ -1,0 +1,98 @@
+"""The side of a pager that answers questions: see `workloads.deferred`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+
+import msgspec
+
+from pageferry._engine import Pager
+from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoint.restoring import describe_failure
+from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.deferred import Ask, Status
+
+
+class PagerServer:
+    """Answers on a socket until it is closed, each client on a thread of its own."""
+
+    def __init__(self, path: str | Path, image: ImageFile, pager: Pager) -> None:
+        self.path = Path(path)
+        self.image = image
+        self.pager = pager
+        self.asked_to_stop = threading.Event()
+        self._listener = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(FileNotFoundError):  # of a pager that died
+            self.path.unlink()
+        self._listener.bind(str(self.path))
+        os.chmod(self.path, 0o600)
+        self._listener.listen(16)
+        threading.Thread(target=self._accept, name="pageferry-pager", daemon=True).start()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def status(self, error: str | None = None) -> Status:
+        """How far it is."""
+        pager = self.pager
+        faults, missed, loaded, prefetched, bytes_read, service, longest = pager.counters
+        failures = pager.failures
+        return Status(
+            image=str(self.image.path),
+            pager=os.getpid(),
+            deferred=pager.pending * SMALL_PAGE,
+            finished=pager.finished,
+            faults=faults,
+            missed=missed,
+            loaded=loaded,
+            prefetched=prefetched,
+            bytes_read=bytes_read,
+            service=service,
+            longest=longest,
+            failures=[describe_failure(self.image, failure) for failure in failures],
+            accessed=sum(accessed for _, _, accessed, _ in failures),
+            error=error,
+        )
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="pageferry-pager", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as lines, contextlib.suppress(OSError):
+            for line in lines:
+                lines.write(msgspec.json.encode(self._answer(line)) + b"\n")
+                lines.flush()
+
+    def _answer(self, line: bytes) -> Status:
+        try:
+            return self._do(msgspec.json.decode(line, type=Ask))
+        except (ValueError, OSError) as error:
+            return self.status(f"{self.image.path}: {error}")
+
+    def _do(self, question: Ask) -> Status:
+        match question.what:
+            case "ensure":
+                self.pager.ensure(question.region, question.first, question.count)
+            case "settle":
+                for number, region in enumerate(self.image.metadata.regions):
+                    self.pager.ensure(number, 0, region.length // SMALL_PAGE)
+                while not self.pager.wait(1.0, len(self.pager.failures)):
+                    pass
+            case "stop":
+                self.asked_to_stop.set()
+            case "status":
+                pass
+        return self.status()

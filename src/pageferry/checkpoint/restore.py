@@ -1,0 +1,219 @@
+"""QEMU guests from images: they run first, and read their memory on access (S10). Read `restore_guest` first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoint.pager_process import Order, Serving
+from pageferry.checkpoint.restore_events import Listener, ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
+from pageferry.errors import RestoreError, UsageError
+from pageferry.host.processes import Outliving
+from pageferry.host.registry import Folder, Registry
+from pageferry.workloads import deferred
+from pageferry.workloads.deferred import Deferred, RegionRecord, SegmentRecord, Status
+from pageferry.workloads.qemu import QemuWorkload
+
+_POLL = 0.2
+"""Seconds between two looks at how far it is."""
+
+
+class PagerProcess:
+    """The process that will serve a guest. It is started early, so that it is ready when the guest is."""
+
+    def __init__(self, image: Path) -> None:
+        self._process: Outliving[bytes] = Outliving(
+            [sys.executable, "-m", "pageferry.checkpoint.pager_process", str(image)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    async def order(self, order: Order) -> Serving:
+        """Have it serve. Raises RestoreError, with its words, when it does not."""
+        return await asyncio.to_thread(self._order, order)
+
+    def _order(self, order: Order) -> Serving:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+            self._process.stdin.close()
+        line = self._process.stdout.readline()
+        self._process.stdout.close()
+        if not line:
+            words = self._process.stderr.read().decode(errors="replace").strip()
+            raise RestoreError(f"the pager of {order.name} ended{': ' + words if words else ' without a word'}")
+        self._process.stderr.close()
+        serving = msgspec.json.decode(line, type=Serving)
+        if serving.error is not None:
+            raise RestoreError(serving.error)
+        return serving
+
+    def give_up(self) -> None:
+        """There is nothing to serve."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+async def restore_guest(
+    name: str,
+    path: str | Path,
+    arguments: Sequence[str],
+    *,
+    eager: bool = False,
+    prefetch: bool = True,
+    detach: bool = True,
+    hugetlb: bool = False,
+    listener: Listener | None = None,
+    registry: Registry | None = None,
+) -> tuple[QemuWorkload, RestoreResult]:
+    """Start a QEMU from the user's command line, and let it go on where the image was taken, at once.
+
+    Its memory arrives on access, brought by a process of its own that outlives us; the result says how long it took
+    until the guest ran. `eager`: the background fill does not give way to accesses; `prefetch=False`: there is none.
+
+    Raises ImageError, UsageError (no image of a guest), RestoreError (it does not fit this guest), and what
+    `QemuWorkload.start` raises; nothing is left behind then.
+    """
+    begin = time.monotonic()
+    image = ImageFile(path)
+    found = image.metadata
+    if found.kind != "qemu" or not found.restorable:
+        raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
+    pager = PagerProcess(image.path.absolute())
+    try:
+        opened = time.monotonic()
+        workload = await QemuWorkload.start(
+            name, arguments, incoming=True, detach=detach, hugetlb=hugetlb, registry=registry
+        )
+        started = time.monotonic()
+        try:
+            serving = await pager.order(_order(image, workload, prefetch, eager))
+            adopted = time.monotonic()
+            await workload.load_state(image.state())
+            loaded = time.monotonic()
+            await workload.resume()
+        except BaseException:
+            await asyncio.shield(workload.discard())
+            raise
+    except BaseException:
+        pager.give_up()
+        raise
+    running = time.monotonic()
+    times = TimeToRunning(
+        total=(running - begin) * 1e3,
+        qemu_start=(started - opened) * 1e3,
+        open_image=(opened - begin) * 1e3,
+        adopt=(adopted - started) * 1e3,
+        device_state=(loaded - adopted) * 1e3,
+        resume=(running - loaded) * 1e3,
+    )
+    del serving
+    folder = (registry or Registry()).folder(name)
+    result = _result(name, image, times, await asyncio.to_thread(deferred.status, folder))
+    if listener is not None:
+        listener(RunningEvent(workload=name, time_to_running=result.time_to_running, deferred=result.deferred))
+    return workload, result
+
+
+async def take_over(folder: Folder, path: str | Path | None = None) -> Status | None:
+    """Start another pager for a guest whose own has died; `path`: where the image is now.
+
+    Returns how far the restore is. Raises UsageError when there is nothing to take over, RestoreError, ImageError.
+    """
+    record = folder.load(deferred.RECORD, Deferred)
+    if record is None:
+        raise UsageError(f"{folder.name} is not being restored: all of its memory is there")
+    image = ImageFile(path if path is not None else record.image)
+    pager = PagerProcess(image.path.absolute())
+    try:
+        await pager.order(Order(name=folder.name))
+    except BaseException:
+        pager.give_up()
+        raise
+    return await asyncio.to_thread(deferred.status, folder)
+
+
+async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:
+    """Wait until all memory has arrived; the result as of then. Raises RestoreError when the pager has died."""
+    while (status := await asyncio.to_thread(deferred.status, folder)) is not None and not status.finished:
+        listener(ProgressEvent(deferred=status.deferred, faults=status.faults, failures=status.failures))
+        result = _updated(result, status)
+        await asyncio.sleep(_POLL)
+    if status is not None:
+        result = _updated(result, status)
+    return msgspec.structs.replace(result, status="completed", deferred=0)
+
+
+def _order(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Order:
+    regions = [
+        RegionRecord(
+            region.name,
+            region.length,
+            region.file_offset,
+            region.page_size,
+            [SegmentRecord(one.pid, one.address, one.length, one.offset) for one in region.segments],
+        )
+        for region in workload.regions
+    ]
+    work = Deferred(
+        image=str(image.path.absolute()),
+        qmp_socket=workload.qmp_socket,
+        regions=regions,
+        userfaults={},
+        prefetch=prefetch,
+        eager=eager,
+    )
+    return Order(name=workload.name, work=work)
+
+
+def _result(name: str, image: ImageFile, times: TimeToRunning, status: Status | None) -> RestoreResult:
+    result = RestoreResult(
+        status="active",
+        workload=name,
+        image=os.fspath(image.path.absolute()),
+        time_to_running=times.total - times.qemu_start,
+        time_parts=times,
+        memory=sum(region.length for region in image.metadata.regions),
+        deferred=0,
+        faults=0,
+        missed=0,
+        prefetched=0,
+        bytes_read=0,
+        service_us=0.0,
+        longest_us=0.0,
+    )
+    return _updated(result, status) if status is not None else result
+
+
+def _updated(result: RestoreResult, status: Status) -> RestoreResult:
+    return msgspec.structs.replace(
+        result,
+        deferred=status.deferred,
+        faults=status.faults,
+        missed=status.missed,
+        prefetched=status.prefetched,
+        bytes_read=status.bytes_read,
+        service_us=status.service / max(status.faults, 1) * 1e6,
+        longest_us=status.longest * 1e6,
+    )

@@ -1,0 +1,74 @@
+"""What a restore tells on the way and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from pageferry.checkpoint.events import Event
+
+
+class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
+    """The guest runs; its memory arrives."""
+
+    workload: str
+    time_to_running: float
+    """Milliseconds, QEMU's own start apart."""
+    deferred: int
+    """Bytes whose contents are still to come."""
+
+
+class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
+    """How far it is. Sent several times a second."""
+
+    deferred: int
+    faults: int
+    failures: list[str]
+    """Pages that cannot be had, and why."""
+
+
+class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Where the time went until the guest ran, milliseconds."""
+
+    total: float
+    qemu_start: float
+    """From the start of QEMU until its monitor had answered and its memory was found."""
+    open_image: float
+    adopt: float
+    """Until every access to missing memory came to the pager."""
+    device_state: float
+    resume: float
+
+
+class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
+    """A restore, when the guest runs (`active`) or when all of its memory is there (`completed`).
+
+    Times in milliseconds unless named otherwise, sizes in bytes.
+    """
+
+    status: Literal["active", "completed"]
+    workload: str
+    image: str
+    time_to_running: float
+    """From the command to the guest running, QEMU's own start apart."""
+    time_parts: TimeToRunning
+    memory: int
+    deferred: int
+    """Contents still to come."""
+    faults: int
+    """Accesses that waited for the pager."""
+    missed: int
+    """Of these, those to pages whose contents were still to come."""
+    prefetched: int
+    """Pages that were read before they were asked for."""
+    bytes_read: int
+    """Of the image's storage blocks."""
+    service_us: float
+    """Mean time of the service of a fault, microseconds."""
+    longest_us: float
+
+
+Listener = Callable[[Event], object]
+"""Is called with each event, on the event loop; must not block."""

@@ -1,0 +1,66 @@
+"""What every restore begins with: an image, what it says about large pages, and the files that contents come to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from pageferry._engine import Mapping, Pager
+from pageferry.checkpoint import metadata
+from pageferry.checkpoint.image import ImageFile
+from pageferry.errors import ImageError, RestoreError
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region
+
+Target = tuple[Mapping, int, Sequence[bool]]
+"""(our mapping of a region's file, page size of the file, which 2 MiB units are to be large)"""
+
+
+def large_units(image: ImageFile) -> list[list[bool]]:
+    """Per region, which 2 MiB units stood on large pages when they were saved. Raises ImageError."""
+    packed = image.section(metadata.LARGE_UNITS)
+    result: list[list[bool]] = []
+    at = 0
+    for region in image.metadata.regions:
+        count = -(-region.length // LARGE_PAGE)
+        part = b"" if packed is None else packed[at : at + -(-count // 8)]
+        if packed is not None and len(part) * 8 < count:
+            raise ImageError(f"{image.path}: its record of large pages is too short")
+        at += len(part)
+        result.append([bool(part) and bool(part[unit // 8] >> unit % 8 & 1) for unit in range(count)])
+    return result
+
+
+def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
+    """Where contents go, region by region. Raises RestoreError where the regions are not those that were saved."""
+    ours = [(region.name, region.length) for region in regions]
+    saved = [(region.name, region.length) for region in image.metadata.regions]
+    if ours != saved:
+        raise RestoreError(
+            f"the memory does not match: {image.path} has {_describe(saved)}, here it is {_describe(ours)}; "
+            f"use the options that it was started with when it was saved"
+        )
+    return [
+        (Mapping(region.fd, region.length, region.file_offset), region.page_size, units)
+        for region, units in zip(regions, large_units(image), strict=True)
+    ]
+
+
+def flags_file(pages: int, path: str | None = None) -> int:
+    """A file for a pager's flags (a descriptor, the caller's to close): at `path`, or nameless in memory."""
+    if path is None:
+        descriptor = os.memfd_create("pager-flags")
+    else:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.ftruncate(descriptor, Pager.flags_length(pages))
+    return descriptor
+
+
+def describe_failure(image: ImageFile, failure: tuple[int, int, bool, str]) -> str:
+    """What is to be said about a page that cannot be had."""
+    region, page, _, message = failure
+    name = image.metadata.regions[region].name
+    return f"page {page} of {name} (at byte {page * SMALL_PAGE}) cannot be read from {image.path}: {message}"
+
+
+def _describe(regions: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} of {length >> 20} MiB" for name, length in regions)

@@ -1,0 +1,321 @@
+"""Saving a workload while it runs (S4). Read `Save.run` first; it is the whole flow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from pageferry._engine import Saver
+from pageferry.checkpoint import events, metadata
+from pageferry.checkpoint.image import ImageFile, new_file
+from pageferry.checkpoint.options import Options
+from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
+from pageferry.workloads.arena import Arena
+from pageferry.workloads.base import Workload
+from pageferry.workloads.deferred import settled
+from pageferry.workloads.memory import Memory
+
+PROGRESS_INTERVAL = 0.2
+"""Seconds between progress events."""
+
+T = TypeVar("T")
+
+
+async def checkpoint(
+    workload: Arena | Workload,
+    path: str | Path,
+    *,
+    parent: str | Path | None = None,
+    listener: events.Listener = events.ignore,
+    **options: Any,
+) -> events.CheckpointResult:
+    """Save a running workload to an image at `path`; it runs on. The image appears when it is complete.
+
+    With `parent`, an earlier image of the same workload, only pages that differ from it are stored; the image needs it.
+    `options` are those of `Options`: mode, codec, bandwidth... `listener` is called with an event for every step.
+
+    Raises CheckpointError when no image was written (the disk is full, the path cannot be): the workload runs on.
+    ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
+    """
+    saved = workload.workload() if isinstance(workload, Arena) else workload
+    await settled(saved)
+    save = Save(saved, Path(path), Options(**options), listener)
+    if parent is not None:
+        save.build_on(ImageFile(parent))
+    return await save.run()
+
+
+class Save:
+    """One checkpoint of one workload."""
+
+    def __init__(self, workload: Workload, path: Path, options: Options, listener: events.Listener) -> None:
+        self.workload = workload
+        self.path = path.absolute()
+        self.options = options
+        self.listener = listener
+        self.id = secrets.token_bytes(16)
+        self.parent: ImageFile | None = None
+        self.spent: dict[str, float] = {}
+        self.created = 0.0
+        self.paused = False
+
+    def build_on(self, parent: ImageFile) -> None:
+        """Store only what differs from `parent`. Raises UsageError when it is of another workload."""
+        ours = [(region.name, region.length) for region in self.workload.regions]
+        theirs = [(region.name, region.length) for region in parent.metadata.regions]
+        if ours != theirs:
+            raise UsageError(f"{parent.path} has regions {theirs}, {self.workload.name} has {ours}: no parent for it")
+        if self.path.exists() and any(self.path.samefile(link.path) for link in parent.links):
+            raise UsageError(f"{self.path} would replace an image that it builds on: choose another name")
+        self.parent = parent
+
+    async def run(self) -> events.CheckpointResult:
+        """Save the workload. Whatever goes wrong, it runs on, and nothing of an unfinished image is left."""
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder: give the name of a file for the image")
+        try:
+            with self._measure("total"), _writing(self.path), new_file(self.path) as file:
+                finished = await self._save(file)
+            return self._result(*finished)
+        finally:
+            self.__dict__.pop("saver", None)  # and with them their mappings, which an error would keep for long
+            self.__dict__.pop("memory", None)
+
+    async def _save(self, file: int) -> tuple[int, int, int, int]:
+        self.memory = Memory(self.workload)
+        self.large = await self._native(self.memory.large_units)
+        await self.workload.prepare_pause()
+        try:
+            return await (self._lazily(file) if self.options.mode == "lazy" else self._stopped(file))
+        finally:
+            await asyncio.shield(self._give_back())
+
+    async def _lazily(self, file: int) -> tuple[int, int, int, int]:
+        """Protect, pause for the state and the instant, and save while the workload runs."""
+        self.saver = await self._native(lambda: self._open_saver(file, self.memory.segments))
+        try:
+            self._tell_armed()
+            with self._measure("downtime"):
+                await self._pause()
+                state = await self._save_state()
+                with self._measure("protect"):
+                    self.saver.begin()  # here and now: a change of threads would take longer
+                await self._resume()
+            self.listener(events.InstantEvent(downtime=self._ms("downtime")))
+            return await self._finish(state)
+        finally:
+            await asyncio.shield(asyncio.to_thread(self.saver.close))
+
+    async def _stopped(self, file: int) -> tuple[int, int, int, int]:
+        """The same with the workload paused all the time: nothing needs to be protected."""
+        with self._measure("downtime"):
+            await self._pause()
+            state = await self._save_state()
+            self.saver = await self._native(lambda: self._open_saver(file, []))
+            try:
+                self._tell_armed()
+                with self._measure("save"):
+                    self.saver.begin()
+                    finished = await self._finish(state)
+            finally:
+                await asyncio.shield(asyncio.to_thread(self.saver.close))
+            await self._resume()
+        return finished
+
+    def _open_saver(self, file: int, segments: list[Any]) -> Saver:
+        chosen = self.options
+        regions = [
+            (mapping, region.page_size)
+            for mapping, region in zip(self.memory.mappings, self.memory.regions, strict=True)
+        ]
+        return Saver(
+            regions,
+            segments,
+            file,
+            self.id,
+            parent=self.parent.chain if self.parent is not None else None,
+            codec=chosen.codec,
+            page_block=chosen.page_block,
+            storage_block=chosen.storage_block,
+            trap_block=chosen.trap_block,
+            staging=chosen.staging,
+            bandwidth=chosen.bandwidth,
+            packers=chosen.packers,
+        )
+
+    # -- the pause
+
+    async def _pause(self) -> None:
+        with self._measure("stop"):
+            self.paused = True
+            await self.workload.pause()
+
+    async def _save_state(self) -> bytes:
+        # Before the instant: saving the state may itself write to memory (queues flushed by devices).
+        with self._measure("state"):
+            state = await self.workload.save_state()
+        self.created = time.time()
+        return state
+
+    async def _resume(self) -> None:
+        with self._measure("resume"):
+            await self.workload.resume()
+            self.paused = False
+
+    async def _give_back(self) -> None:
+        """Everything as it was: the workload runs, on its large mappings."""
+        if self.paused:
+            await self.workload.resume()
+        if self.options.mode == "lazy":
+            await asyncio.to_thread(self.memory.restore_large_mappings, self.large)
+
+    # -- saving
+
+    async def _finish(self, state: bytes) -> tuple[int, int, int, int]:
+        """Wait until all pages are written; then the sections and the index."""
+        while not await self._native(lambda: self.saver.wait(PROGRESS_INTERVAL)):
+            self._tell_progress()
+        sections = [
+            (metadata.METADATA, metadata.encode(self._metadata())),
+            (metadata.STATE, state),
+            (metadata.LARGE_UNITS, b"".join(map(_bits, self.large))),
+        ]
+        return await self._native(lambda: self.saver.finish(sections))
+
+    def _metadata(self) -> metadata.Metadata:
+        identity = self.workload.identity
+        return metadata.Metadata(
+            kind=msgspec.convert(identity.kind, metadata.Kind),
+            name=identity.name,
+            details=identity.details,
+            regions=[
+                metadata.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
+                for region in self.memory.regions
+            ],
+            created=self.created,
+            codec=self.options.codec,
+            parent=self._parent(),
+        )
+
+    def _parent(self) -> metadata.Parent | None:
+        if self.parent is None:
+            return None
+        image, path = self.parent.image, str(self.parent.path.absolute())
+        return metadata.Parent(id=image.id.hex(), digest=f"{image.digest:016x}", path=path)
+
+    async def _native(self, call: Callable[[], T]) -> T:
+        """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled."""
+        task = asyncio.ensure_future(asyncio.to_thread(call))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                await task
+            raise
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"{self.workload.name} ended while it was saved: there is no image of it") from gone
+        except PermissionError as denied:
+            raise WorkloadError(f"{self.workload.name} cannot be saved: {denied}") from denied
+        except OSError as busy:
+            if busy.errno != errno.EBUSY:
+                raise
+            raise WorkloadError(f"{self.workload.name} cannot be saved: {busy.strerror}") from busy
+
+    # -- telling
+
+    @contextlib.contextmanager
+    def _measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = time.perf_counter() - start
+
+    def _ms(self, name: str) -> float:
+        return round(self.spent.get(name, 0.0) * 1e3, 3)
+
+    def _tell_armed(self) -> None:
+        self.present = self.memory.present()
+        self.listener(
+            events.ArmedEvent(
+                memory=self.memory.size,
+                present=self.present,
+                large_pages=sum(map(sum, self.large)),
+                arm_ms=self.saver.arm_seconds * 1e3,
+            )
+        )
+
+    def _tell_progress(self) -> None:
+        stats = self.saver.stats
+        total = self.present // 4096
+        self.listener(
+            events.SavingEvent(
+                done=min(stats["pages"], total), total=total, traps=stats["traps"], stored=stats["stored"]
+            )
+        )
+
+    def _result(self, digest: int, length: int, writes: int, blocks: int) -> events.CheckpointResult:
+        stats = self.saver.stats
+        return events.CheckpointResult(
+            status="completed",
+            workload=self.workload.name,
+            image=str(self.path),
+            id=self.id.hex(),
+            digest=f"{digest:016x}",
+            parent=str(self.parent.path) if self.parent is not None else None,
+            mode=self.options.mode,
+            codec=self.options.codec,
+            total_time=self._ms("total"),
+            arm_time=round(self.saver.arm_seconds * 1e3, 3),
+            downtime=self._ms("downtime"),
+            downtime_parts=events.Downtime(
+                total=self._ms("downtime"),
+                stop=self._ms("stop"),
+                device_state=self._ms("state"),
+                protect=self._ms("protect"),
+                save=self._ms("save"),
+                resume=self._ms("resume"),
+            ),
+            memory=self.memory.size,
+            pages=events.PageCount(**{name: stats[name] for name in events.PageCount.__struct_fields__}),
+            bytes_written=length,
+            writes=writes,
+            mean_write=length // max(writes, 1),
+            blocks=blocks,
+            traps=stats["traps"],
+            trap_details=events.TrapCount(
+                before=stats["early_traps"],
+                longest_us=stats["longest_trap"] / 1e3,
+                mean_us=stats["trap_time"] / 1e3 / max(stats["traps"], 1),
+                staging_waits=stats["staging_waits"],
+            ),
+            compression=round(stats["data"] * 4096 / stats["stored"], 3) if stats["stored"] else 1.0,
+        )
+
+
+def _bits(units: list[bool]) -> bytes:
+    """One bit per unit, the lowest of the first byte first."""
+    number = sum(1 << position for position, unit in enumerate(units) if unit)
+    return number.to_bytes(-(-len(units) // 8), "little")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the file system as ours."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space, or choose another file system",
+            errno.EDQUOT: "the quota is used up",
+            errno.ENOENT: "its folder does not exist",
+        }.get(error.errno or 0, "the workload runs on")
+        raise CheckpointError(f"{path} was not written: {error.strerror or error}; {advice}") from error

@@ -1,0 +1,91 @@
+"""Working sets: what was touched first after a restore is read first after the next (S10).
+
+The record stands beside the image, as IMAGE.ws: images themselves are only read. A restore without prefetch sees every
+first touch, so its record is intersected with the one before, which leaves what is touched every time. A restore with
+prefetch sees only what the record lacks; that is kept apart, and what comes twice joins the record at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from logging import getLogger
+from pathlib import Path
+
+import msgspec
+
+from pageferry.checkpoint.image import ImageFile
+
+log = getLogger(__name__)
+
+VERSION = 1
+MAX_WINDOWS = 1 << 20
+"""Of a record that is written or read: 64 GiB."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The contents of IMAGE.ws, as MessagePack."""
+
+    version: int
+    image: str
+    """Id of the image: another one of that name has another working set."""
+    runs: int
+    windows: list[int]
+    """Windows of 16 pages, counted over all regions, in the order of their first touch."""
+    candidates: list[int]
+    """Touched in the last run beyond the record."""
+
+
+class WorkingSet:
+    """The working set of an image. A record that cannot be read counts as none: it only saves time."""
+
+    def __init__(self, image: ImageFile) -> None:
+        self.path = Path(f"{image.path}.ws")
+        self._id = image.image.id.hex()
+        self._limit = -(-image.pages // 16)
+        self._record = self._load()
+
+    @property
+    def windows(self) -> list[int]:
+        """What to read first, in this order."""
+        return self._record.windows
+
+    def learn(self, touched: Sequence[int], prefetched: bool) -> None:
+        """Take in what a restore has missed, in its order. Where the file cannot be written nothing is learnt."""
+        candidates: list[int] = []
+        seen = list(dict.fromkeys(touched))[:MAX_WINDOWS]
+        old = self._record
+        if not prefetched and old.runs:
+            again = set(seen)
+            windows = [window for window in old.windows if window in again]
+        elif not prefetched or not old.runs:
+            windows = seen
+        else:
+            again = set(old.candidates)
+            known = set(old.windows)
+            windows = old.windows + [window for window in seen if window in again and window not in known]
+            candidates = seen
+        self._record = msgspec.structs.replace(old, runs=old.runs + 1, windows=windows, candidates=candidates)
+        self._store()
+
+    def _load(self) -> Record:
+        empty = Record(version=VERSION, image=self._id, runs=0, windows=[], candidates=[])
+        try:
+            found = msgspec.msgpack.decode(self.path.read_bytes(), type=Record)
+        except (OSError, msgspec.MsgspecError):
+            return empty
+        if (found.version, found.image) != (VERSION, self._id) or len(found.windows) > MAX_WINDOWS:
+            return empty
+        usable = [window for window in found.windows if 0 <= window < self._limit]
+        return msgspec.structs.replace(found, windows=usable)
+
+    def _store(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(msgspec.msgpack.encode(self._record))
+            temporary.rename(self.path)
+        except OSError as error:
+            log.info("the working set is not kept: %s cannot be written (%s)", self.path, error.strerror)
+            with contextlib.suppress(OSError):
+                temporary.unlink()

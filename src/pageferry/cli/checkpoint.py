@@ -1,0 +1,69 @@
+"""`pageferry checkpoint`: save a workload of this host to an image, while it runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from pageferry.checkpoint.options import Options
+from pageferry.checkpoint.save import checkpoint
+from pageferry.cli.arguments import size
+from pageferry.host.registry import Registry
+from pageferry.report.checkpoint import CheckpointView
+from pageferry.report.reporter import open_reporter
+from pageferry.workloads.opening import open_workload
+
+DEFAULTS = Options()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.description = (
+        "Saves a running workload to an image: it is paused for milliseconds, for its state, and its memory as of that "
+        "moment is written while it runs on. The image appears when it is complete, or not at all."
+    )
+    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`)")
+    parser.add_argument("image", metavar="IMAGE", help="file to write; one that is there is replaced")
+    parser.add_argument(
+        "--parent", metavar="IMAGE", help="an earlier image of it: only what differs is stored, and it is needed then"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("lazy", "stop"),
+        default=DEFAULTS.mode,
+        help="save while the workload runs, or pause it from beginning to end (%(default)s)",
+    )
+    parser.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
+    parser.add_argument(
+        "--bandwidth",
+        type=size,
+        default=DEFAULTS.bandwidth,
+        metavar="SIZE",
+        help="bytes per second to save of what is not written to meanwhile (no limit)",
+    )
+    sizes = parser.add_argument_group("sizes")
+    for name, what in (
+        ("trap_block", "copied at once when the workload writes to it"),
+        ("page_block", "compressed as one"),
+        ("storage_block", "read from the image as one"),
+        ("staging", "copies that wait to be compressed"),
+    ):
+        default = getattr(DEFAULTS, name)
+        flag = "--" + name.replace("_", "-")
+        sizes.add_argument(flag, type=size, default=default, metavar="SIZE", help=f"{what} ({default >> 10}K)")
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Save the workload."""
+    workload = await open_workload(args.name)
+    folder = Registry().folder(args.name)
+    try:
+        with (
+            folder.exclusively(f"a checkpoint to {args.image}"),
+            open_reporter(args.output, CheckpointView()) as reporter,
+        ):
+            options = {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
+            result = await checkpoint(workload, args.image, parent=args.parent, listener=reporter.event, **options)
+            reporter.final(result)
+    finally:
+        workload.close()
+    return 0

@@ -1,0 +1,161 @@
+"""`pageferry image`: what is in an image, whether it is right, how two differ, and one out of a chain."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from pageferry.checkpoint.image import ImageFile
+from pageferry.errors import ImageError
+from pageferry.report.image import ImageView
+from pageferry.report.reporter import open_reporter
+
+CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
+
+
+class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
+    """A region and its pages by class."""
+
+    name: str
+    length: int
+    pages: dict[str, int]
+
+
+class ImageSummary(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image", kw_only=True):
+    """What `image info` says of an image."""
+
+    path: str
+    id: str
+    digest: str
+    kind: str
+    name: str
+    restorable: bool
+    created: str
+    """UTC, ISO 8601."""
+    codec: str
+    length: int
+    """Bytes of the file."""
+    blocks: int
+    page_block: int
+    state: int
+    """Bytes."""
+    regions: list[RegionSummary]
+    parents: list[str]
+
+
+class Verification(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image-verify"):
+    """What `image verify` says."""
+
+    path: str
+    intact: bool
+    findings: list[str]
+
+
+class Difference(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image-diff"):
+    """What `image diff` says."""
+
+    same: bool
+    pages: int
+    """Pages that differ."""
+    runs: list[tuple[str, int, int]]
+    """(region, first byte, bytes) of each run of pages that differ."""
+    state_differs: bool
+
+
+class Flattened(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image-flatten"):
+    """What `image flatten` says."""
+
+    path: str
+    length: int
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """What to do with which images."""
+    what = parser.add_subparsers(title="what", dest="what", required=True, metavar="WHAT")
+    info = what.add_parser("info", help="say what is in an image")
+    info.set_defaults(work=_info)
+    verify = what.add_parser("verify", help="read every byte of an image and its parents; exit 31 if one is wrong")
+    verify.set_defaults(work=_verify)
+    diff = what.add_parser("diff", help="compare two images: exit 0 the same, 1 different")
+    diff.set_defaults(work=_diff)
+    flatten = what.add_parser("flatten", help="write one image out of an incremental one and its parents")
+    flatten.set_defaults(work=_flatten)
+    for below in (info, verify, diff, flatten):
+        below.add_argument("image", metavar="IMAGE", type=Path)
+    diff.add_argument("other", metavar="OTHER", type=Path)
+    flatten.add_argument("target", metavar="TARGET", type=Path)
+    flatten.add_argument("--codec", choices=("none", "lz4", "zstd"), help="(as in the image)")
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Do it, off the event loop: Ctrl-C ends it between two slices."""
+    work: Callable[[argparse.Namespace], tuple[msgspec.Struct, int]] = args.work
+    result, code = await asyncio.to_thread(work, args)
+    with open_reporter(args.output, ImageView()) as out:
+        out.final(result)
+    return code
+
+
+def _info(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+    file = ImageFile(args.image)
+    image, about = file.image, file.metadata
+    regions, first = [], 0
+    for region in about.regions:
+        pages = region.length // 4096
+        counts = dict(zip(CLASSES, image.count(first, pages), strict=True))
+        regions.append(RegionSummary(region.name, region.length, counts))
+        first += pages
+    summary = ImageSummary(
+        path=str(file.path),
+        id=image.id.hex(),
+        digest=f"{image.digest:016x}",
+        kind=about.kind,
+        name=about.name,
+        restorable=about.restorable,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(about.created)),
+        codec=about.codec,
+        length=image.length,
+        blocks=len(image.blocks),
+        page_block=image.page_block,
+        state=len(file.state()),
+        regions=regions,
+        parents=[str(link.path) for link in file.links[1:]],
+    )
+    return summary, 0
+
+
+def _verify(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+    findings = ImageFile(args.image).verify()
+    return Verification(str(args.image), not findings, findings), ImageError.exit_code if findings else 0
+
+
+def _diff(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+    one, other = ImageFile(args.image), ImageFile(args.other)
+    runs = one.differences(other)
+    state_differs = one.state() != other.state()
+    same = not runs and not state_differs
+    named = [_named(one, start, end) for start, end in runs]
+    return Difference(same, sum(end - start for start, end in runs), named, state_differs), 0 if same else 1
+
+
+def _named(file: ImageFile, start: int, end: int) -> tuple[str, int, int]:
+    first = 0
+    for region in file.metadata.regions:
+        pages = region.length // 4096
+        if start < first + pages:
+            return region.name, (start - first) * 4096, (end - start) * 4096
+        first += pages
+    raise ImageError(f"page {start} is in no region")
+
+
+def _flatten(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+    try:
+        ImageFile(args.image).flatten(args.target, args.codec)
+    except OSError as error:
+        raise ImageError(f"{args.target} cannot be written: {error.strerror}") from error
+    return Flattened(str(args.target), args.target.stat().st_size), 0

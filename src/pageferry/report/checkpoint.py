@@ -1,0 +1,89 @@
+"""How a checkpoint looks to a person: a bar while pages are saved, and a table at the end."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pageferry.checkpoint.events import ArmedEvent, CheckpointResult, InstantEvent, SavingEvent
+from pageferry.report.text import PlainView
+from pageferry.report.units import duration, rate, size
+
+BAR = 32
+"""Columns of the bar."""
+
+
+class CheckpointView(PlainView):
+    """Shows events of `pageferry.checkpoint.events`."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """A line per step; nothing for mere progress."""
+        match event:
+            case ArmedEvent():
+                return (
+                    f"{size(event.present)} of {size(event.memory)} in memory, {event.large_pages} large pages, "
+                    f"protected in {_ms(event.arm_ms)}"
+                )
+            case InstantEvent():
+                return f"paused for {_ms(event.downtime)}; saving while it runs"
+            case SavingEvent():
+                return None
+            case _:
+                return super().line(event)
+
+    def live(self, event: msgspec.Struct) -> RenderableType | None:
+        """The steps so far, and a bar for what is under way."""
+        lines = Table.grid()
+        if (line := self.line(event)) is not None:
+            self._lines.append(line)
+        for done in self._lines:
+            lines.add_row(Text(done))
+        if isinstance(event, SavingEvent):
+            row = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=max(event.total, 1), completed=event.done, width=BAR)
+            row.add_row(bar, Text(f"{size(event.stored)} written, {event.traps} traps"))
+            lines.add_row(row)
+        return lines
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """The end of a checkpoint as a table."""
+        if not isinstance(result, CheckpointResult):
+            return super().result(result)
+        table = Table.grid(padding=(0, 2))
+        for name, value in _rows(result):
+            table.add_row(Text(name, style="bold"), Text(value))
+        return table
+
+
+def _rows(result: CheckpointResult) -> list[tuple[str, str]]:
+    parts, pages, traps = result.downtime_parts, result.pages, result.trap_details
+    saving = f", saving {_ms(parts.save)}" if result.mode == "stop" else f", protecting {_ms(parts.protect)}"
+    downtime = f"stop {_ms(parts.stop)}, state {_ms(parts.device_state)}{saving}, resume {_ms(parts.resume)}"
+    parent = f", {pages.in_parent} as in {result.parent}" if result.parent else ""
+    speed = rate(result.memory / max(result.total_time / 1e3, 1e-9))
+    classes = (
+        f"{pages.data} stored, {pages.same_as} repeated, {pages.zero} of zeros, {pages.pattern} of one word, "
+        f"{pages.absent} not in memory{parent}"
+    )
+    written = f"{size(result.bytes_written)} in {result.writes} writes of {size(result.mean_write)}"
+    rows = [
+        ("checkpoint", f"{result.workload} {result.status}, in {result.image}"),
+        ("total time", f"{_ms(result.total_time)} for {size(result.memory)} ({speed})"),
+        ("downtime", f"{_ms(result.downtime)}: {downtime}"),
+        ("pages", classes),
+        ("image", f"{written}; data {result.compression:.2f}:1 by {result.codec}"),
+    ]
+    if result.traps:
+        waits = f", {traps.staging_waits} waited for room" if traps.staging_waits else ""
+        rows.append(("traps", f"{result.traps}, mean {traps.mean_us:.0f} us, longest {traps.longest_us:.0f} us{waits}"))
+    return rows
+
+
+def _ms(milliseconds: float) -> str:
+    return duration(milliseconds / 1e3)

@@ -1,0 +1,59 @@
+"""How images look to a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pageferry.report.text import PlainView
+from pageferry.report.units import size
+
+
+class ImageView(PlainView):
+    """Shows the results of `pageferry image`."""
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """A table, or a line and what was found."""
+        fields: dict[str, Any] = msgspec.to_builtins(result)
+        match fields["type"]:
+            case "image":
+                return _summary(fields)
+            case "image-verify":
+                said = f"{fields['path']}: every byte is right" if fields["intact"] else "DAMAGED"
+                return Group(Text(said), *(Text(finding) for finding in fields["findings"]))
+            case "image-diff":
+                return _difference(fields)
+            case _:
+                return Text(f"{fields['path']}: {size(fields['length'])}")
+
+
+def _summary(fields: dict[str, Any]) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    blocks = f"{fields['blocks']} storage blocks, page blocks of {size(fields['page-block'])}, {fields['codec']}"
+    rows = [
+        ("image", f"{fields['path']} ({size(fields['length'])})"),
+        ("of", f"{fields['name']} ({fields['kind']}), {fields['created']}, state of {size(fields['state'])}"),
+        ("id", f"{fields['id']}, digest {fields['digest']}"),
+        ("blocks", blocks),
+        ("parents", ", ".join(fields["parents"]) or "none"),
+    ]
+    if not fields["restorable"]:
+        rows.append(("note", "memory only: it can be looked at, not restored"))
+    for name, value in rows:
+        grid.add_row(Text(name, style="bold"), Text(value))
+    table = Table("region", "memory", *fields["regions"][0]["pages"], box=None)
+    for region in fields["regions"]:
+        table.add_row(region["name"], size(region["length"]), *(str(count) for count in region["pages"].values()))
+    return Group(grid, table)
+
+
+def _difference(fields: dict[str, Any]) -> RenderableType:
+    if fields["same"]:
+        return Text("the same")
+    lines = [Text(f"{fields['pages']} pages differ" + (", and the state" if fields["state-differs"] else ""))]
+    lines += [Text(f"{region}: {size(length)} from byte {first}") for region, first, length in fields["runs"]]
+    return Group(*lines)

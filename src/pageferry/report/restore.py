@@ -1,0 +1,80 @@
+"""How a restore looks to a person: a bar while memory arrives, and a table at the end."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pageferry.checkpoint.restore_events import ProgressEvent, RestoreResult, RunningEvent
+from pageferry.report.text import PlainView
+from pageferry.report.units import duration, size
+
+BAR = 32
+"""Columns of the bar."""
+
+
+class RestoreView(PlainView):
+    """Shows events of `pageferry.checkpoint.restore_events`."""
+
+    def __init__(self) -> None:
+        self._most = 1
+        self._told: set[str] = set()
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """A line when it runs, and one for each page that cannot be had."""
+        match event:
+            case RunningEvent():
+                ran = duration(event.time_to_running / 1e3)
+                return f"{event.workload} runs after {ran}; {size(event.deferred)} are still to come"
+            case ProgressEvent():
+                new = [failure for failure in event.failures if failure not in self._told]
+                self._told.update(new)
+                return "\n".join(f"warning: {failure}" for failure in new) or None
+            case _:
+                return super().line(event)
+
+    def live(self, event: msgspec.Struct) -> RenderableType | None:
+        """A bar of what has arrived."""
+        if not isinstance(event, ProgressEvent):
+            return self.line(event)
+        self._most = max(self._most, event.deferred)
+        bar = ProgressBar(total=self._most, completed=self._most - event.deferred, width=BAR)
+        row = Table.grid(padding=(0, 1))
+        row.add_row(bar, Text(f"{size(event.deferred)} to come, {event.faults} faults"))
+        lines = Table.grid()
+        lines.add_row(row)
+        for failure in event.failures:
+            lines.add_row(Text(failure, style="bold red"))
+        return lines
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """The end of a restore as a table."""
+        if not isinstance(result, RestoreResult):
+            return super().result(result)
+        table = Table.grid(padding=(0, 2))
+        for name, value in _rows(result):
+            table.add_row(Text(name, style="bold"), Text(value))
+        return table
+
+
+def _rows(result: RestoreResult) -> list[tuple[str, str]]:
+    parts = result.time_parts
+    ran = (
+        f"{_ms(result.time_to_running)}: image {_ms(parts.open_image)}, adopt {_ms(parts.adopt)}, "
+        f"state {_ms(parts.device_state)}, resume {_ms(parts.resume)}; QEMU's start {_ms(parts.qemu_start)}"
+    )
+    state = f"{size(result.deferred)} to come" if result.status == "active" else "all memory is there"
+    faults = f"{result.faults}, {result.missed} of them to missing pages; {result.service_us:.0f} us each"
+    return [
+        ("restore", f"{result.workload} runs, {state}"),
+        ("time to running", ran),
+        ("faults", faults),
+        ("read", f"{size(result.bytes_read)} of {result.image}; {result.prefetched} pages before they were asked for"),
+    ]
+
+
+def _ms(milliseconds: float) -> str:
+    return duration(milliseconds / 1e3)

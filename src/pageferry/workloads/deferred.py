@@ -1,0 +1,151 @@
+"""Memory whose contents are still to come (S8): how to ask the pager of a workload about it, and for it.
+
+A workload whose restore is under way has in its folder::
+
+    restore.json    what is being restored, and with what: all that another pager needs to go on
+    pager.flags     one bit per page, set while its contents are still to come
+    pager.sock      where its pager answers questions, one JSON object per line each way
+    pager.log       what the pager has to say
+
+They go when everything is there. Who reads the memory of a workload past its page tables asks `ensure` first; who
+needs its page tables for himself (a migration, a checkpoint) asks for all of it with `settle`.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pageferry.errors import ImageError, RestoreError
+from pageferry.host.registry import Folder
+
+RECORD = "restore.json"
+FLAGS = "pager.flags"
+SOCKET = "pager.sock"
+LOG = "pager.log"
+
+_PATIENCE = 5.0
+"""Seconds for an answer that takes no reading."""
+
+
+class SegmentRecord(msgspec.Struct, frozen=True):
+    """As `workloads.base.Segment`."""
+
+    pid: int
+    address: int
+    length: int
+    offset: int
+
+
+class RegionRecord(msgspec.Struct, frozen=True):
+    """As `workloads.base.Region`, without its file: that is what is mapped at the segments."""
+
+    name: str
+    length: int
+    file_offset: int
+    page_size: int
+    segments: list[SegmentRecord]
+
+
+class Deferred(msgspec.Struct, frozen=True, kw_only=True):
+    """A restore under way."""
+
+    image: str
+    qmp_socket: str | None
+    regions: list[RegionRecord]
+    userfaults: dict[int, int]
+    """Process -> number of its userfaultfd, in that process."""
+    prefetch: bool
+    eager: bool
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A question to a pager. `ensure` is answered when the pages are there, `settle` when nothing traps any more."""
+
+    what: Literal["status", "ensure", "settle", "stop"]
+    region: int = 0
+    first: int = 0
+    count: int = 0
+    """Pages of the region."""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pager"):
+    """The answer to every question."""
+
+    image: str
+    pager: int
+    """Pid of the pager's process."""
+    deferred: int
+    """Bytes whose contents are still to come."""
+    finished: bool
+    """Everything is there, and nothing traps any more."""
+    faults: int
+    missed: int
+    loaded: int
+    prefetched: int
+    bytes_read: int
+    service: float
+    """Seconds spent on all faults together."""
+    longest: float
+    failures: list[str]
+    """Pages that cannot be had: what is wrong, and where."""
+    accessed: int
+    """How many of these the workload waits for."""
+    error: str | None = None
+    """Why what was asked for could not be done."""
+
+
+def is_restoring(folder: Folder) -> bool:
+    """Whether contents of the workload's memory may still be to come."""
+    return (folder.path / SOCKET).exists() or (folder.path / RECORD).exists()
+
+
+def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> Status | None:
+    """The pager's answer; None where there is no restore under way.
+
+    Raises RestoreError when there is one and nobody answers, ImageError when the image cannot be read.
+    """
+    if not is_restoring(folder):
+        return None
+    try:
+        status = _exchange(folder.path / SOCKET, question, patience)
+    except (OSError, msgspec.MsgspecError) as failed:
+        if not is_restoring(folder):  # it has just been finished
+            return None
+        raise RestoreError(
+            f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from an image; "
+            f"`pageferry restore --takeover {folder.name}` starts another pager"
+        ) from failed
+    if status.error is not None:
+        raise ImageError(status.error)
+    return status
+
+
+def status(folder: Folder) -> Status | None:
+    """How far the restore of a workload is; None where there is none under way. Raises RestoreError."""
+    return ask(folder, Ask(what="status"))
+
+
+def ensure(folder: Folder, region: int, first: int, count: int) -> None:
+    """Have pages of a region in memory, for who reads them there. Raises RestoreError, ImageError."""
+    ask(folder, Ask(what="ensure", region=region, first=first, count=count), None)
+
+
+def settle(folder: Folder) -> None:
+    """Have everything in memory, and the workload's page tables to oneself. Raises RestoreError, ImageError."""
+    ask(folder, Ask(what="settle"), None)
+
+
+def _exchange(path: Path, question: Ask, patience: float | None) -> Status:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(patience)
+        connection.connect(str(path))
+        connection.sendall(msgspec.json.encode(question) + b"\n")
+        with connection.makefile("rb") as answers:
+            line = answers.readline()
+    if not line:
+        raise ConnectionResetError("it hung up")
+    return msgspec.json.decode(line, type=Status)

@@ -1,0 +1,129 @@
+"""Checkpoints that are cut short: there is no half image, and the workload does not notice (S4)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.errors import CheckpointError, WorkloadDied
+from tests.kernel.programs import Program
+from tests.saved import check_ledger
+
+MIB = 1 << 20
+SLOWLY = ("--bandwidth", "16M")
+"""Long enough to be interrupted on the way."""
+
+
+@contextmanager
+def ledger(name: str, *, dies: bool = False, processes: int = 1) -> Iterator[Program]:
+    """A ledger in a process of its own, which must be intact at the end, and still be writing."""
+    options = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1}
+    setup = {"name": name, "size": 32 * MIB, "options": options, "exact": True, "processes": processes}
+    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+        program.json()
+        yield program
+        if not dies:
+            time.sleep(0.1)
+            program.process.send_signal(signal.SIGTERM)
+            assert program.json()["intact"]
+            assert program.wait() == 0
+
+
+def command(name: str, image: Path, *options: str) -> list[str]:
+    return ["-m", "pageferry", "checkpoint", name, str(image), "--output", "json", *options]
+
+
+def run(name: str, image: Path, *options: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, *command(name, image, *options)], capture_output=True, timeout=60)
+
+
+def save_well(name: str, image: Path) -> None:
+    """Whatever happened before, the next checkpoint is right."""
+    done = run(name, image)
+    assert done.returncode == 0, done.stderr
+    check_ledger(image)
+
+
+def until(program: Program, kind: str) -> dict[str, Any]:
+    """The first line of that type."""
+    while True:
+        line: dict[str, Any] = program.json()
+        if line["type"] == kind:
+            return line
+
+
+@pytest.mark.parametrize("point", ["armed", "instant", "progress"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_the_saver_is_ended(tmp_path: Path, point: str, number: signal.Signals) -> None:
+    with ledger("victim", processes=2):
+        with Program(*command("victim", tmp_path / "image", *SLOWLY)) as saver:
+            until(saver, point)
+            saver.process.send_signal(number)
+            code = saver.wait()
+        assert code == (-9 if number is signal.SIGKILL else 128 + number)
+        assert os.listdir(tmp_path) == []
+        save_well("victim", tmp_path / "image")
+
+
+def test_the_saver_is_killed_at_any_moment(tmp_path: Path) -> None:
+    chance = random.Random(4)
+    with ledger("victim"):
+        for _ in range(10):
+            with Program(*command("victim", tmp_path / "image", "--bandwidth", "200M")) as saver:
+                until(saver, "armed")
+                time.sleep(chance.random() * 0.1)
+                saver.kill()
+        (tmp_path / "image").unlink(missing_ok=True)  # one may have been faster than its end
+        assert os.listdir(tmp_path) == []
+        save_well("victim", tmp_path / "image")
+
+
+@pytest.mark.parametrize("mode", ["lazy", "stop"])
+def test_the_disk_is_full(tmp_path: Path, root: None, mode: str) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", small], check=True)
+    try:
+        with ledger("writer"):
+            done = run("writer", small / "image", "--codec", "none", "--mode", mode)
+            assert done.returncode == CheckpointError.exit_code
+            assert b"free some space" in done.stderr
+            assert os.listdir(small) == []
+            assert os.statvfs(small).f_bfree == os.statvfs(small).f_blocks
+            save_well("writer", tmp_path / "image")
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path) -> None:
+    with ledger("writer"):
+        save_well("writer", tmp_path / "image")
+        before = (tmp_path / "image").read_bytes()
+        with Program(*command("writer", tmp_path / "image", *SLOWLY)) as saver:
+            until(saver, "instant")
+            saver.kill()
+        assert (tmp_path / "image").read_bytes() == before
+
+
+@pytest.mark.parametrize("point", ["instant", "progress"])
+def test_the_workload_dies(tmp_path: Path, point: str) -> None:
+    with ledger("dying", dies=True) as workload:
+        with Program(*command("dying", tmp_path / "image", *SLOWLY), stderr=subprocess.PIPE) as saver:
+            until(saver, point)
+            workload.kill()
+            assert saver.wait() == WorkloadDied.exit_code
+            assert saver.process.stderr is not None
+            with saver.process.stderr as said:
+                assert b"there is no image of it" in said.read()
+        assert os.listdir(tmp_path) == []

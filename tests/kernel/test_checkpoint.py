@@ -1,0 +1,270 @@
+"""Checkpoints of arenas: the image is the memory of the instant, however heavily it is written to meanwhile (S4)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pageferry
+from pageferry import _engine
+from pageferry.checkpoint import events
+from pageferry.checkpoint.image import ImageFile
+from pageferry.errors import ImageError, UsageError, WorkloadError
+from pageferry.workloads.arena import Arena
+from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
+from tests.kernel.programs import Program, wait_until
+from tests.saved import check_ledger, memory_of
+
+MIB = 1 << 20
+HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
+
+
+@contextmanager
+def ledger(size: int = 32 * MIB, options: LedgerOptions = HEAVY, **more: Any) -> Iterator[LedgerWorkload]:
+    """A ledger that runs; at the end nothing may be wrong with it."""
+    workload = LedgerWorkload.create(size, options, exact=True, **more)
+    try:
+        yield workload
+    finally:
+        workload.stop()
+    assert workload.verify().intact
+
+
+def save(workload: Any, path: Path, **options: Any) -> events.CheckpointResult:
+    return asyncio.run(pageferry.checkpoint(workload, path, **options))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
+def test_the_image_is_of_one_instant(tmp_path: Path, codec: str, processes: int) -> None:
+    with ledger(processes=processes) as workload:
+        before = workload.writes()
+        result = save(workload, tmp_path / "image", codec=codec)
+        wait_until(lambda: workload.writes() > before + 1000, "running on")
+    image = check_ledger(tmp_path / "image")
+    pages = result.pages
+    assert sum(getattr(pages, name) for name in pages.__struct_fields__) == image.pages
+    assert [pages.absent, pages.zero, pages.pattern, pages.same_as, pages.data, 0] == image.image.count(0, image.pages)
+    assert result.bytes_written == os.stat(tmp_path / "image").st_size
+    assert (result.digest, result.id) == (f"{image.image.digest:016x}", image.image.id.hex())
+    assert image.metadata.regions[0].length == 32 * MIB
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_sizes(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    page_block = chance.choice([4096, 16384, 65536, 12288])
+    options = LedgerOptions(
+        threads=chance.randint(1, 4),
+        seed=seed,
+        zero_fraction=chance.random() / 2,
+        working_set=chance.choice([0.05, 0.5, 1.0]),
+        scatter=chance.random() < 0.5,
+        fill=chance.choice([0.4, 1.0]),
+        compressible=chance.random(),
+    )
+    sizes = {
+        "trap_block": chance.choice([4096, 65536, 262144, 2 * MIB]),
+        "page_block": page_block,
+        "storage_block": page_block * chance.randint(1, 20),
+        "staging": 4 * MIB,
+        "bandwidth": chance.choice([0, 0, 40 * MIB]),
+        "packers": chance.randint(1, 3),
+        "codec": chance.choice(["none", "lz4", "zstd"]),
+    }
+    with ledger(16 * MIB, options, large_pages=chance.random() < 0.5) as workload:
+        save(workload, tmp_path / "image", **sizes)
+        save(workload, tmp_path / "child", parent=tmp_path / "image", **sizes)
+    check_ledger(tmp_path / "image")
+    check_ledger(tmp_path / "child")
+
+
+def test_traps_save_what_is_written_first(tmp_path: Path) -> None:
+    """With a slow sweep the workload meets unsaved memory all the time."""
+    with ledger(16 * MIB) as workload:
+        result = save(workload, tmp_path / "image", bandwidth=64 * MIB)
+        assert result.traps > 0
+    check_ledger(tmp_path / "image")
+
+
+def test_a_chain_of_incrementals(tmp_path: Path) -> None:
+    options = LedgerOptions(threads=2, working_set=0.1, rate=8 * MIB)
+    with ledger(16 * MIB, options) as workload:
+        images = [tmp_path / f"image{number}" for number in range(10)]
+        results = [
+            save(workload, image, parent=parent) for parent, image in zip([None, *images[:-1]], images, strict=True)
+        ]
+    for image in images:
+        check_ledger(image)
+    assert all(later.bytes_written < results[0].bytes_written / 2 for later in results[1:])
+    assert all(later.pages.in_parent > 0 for later in results[1:])
+    ImageFile(images[-1]).flatten(tmp_path / "flat")
+    check_ledger(tmp_path / "flat")
+
+
+def test_a_damaged_parent_is_not_relied_upon(tmp_path: Path) -> None:
+    """What cannot be read in the parent is stored in the child."""
+    with ledger(8 * MIB, LedgerOptions(working_set=0.01)) as workload:
+        first = save(workload, tmp_path / "parent", codec="none")
+        with open(tmp_path / "parent", "r+b") as file:
+            file.seek(MIB)
+            file.write(bytes(64 << 10))
+        result = save(workload, tmp_path / "child", parent=tmp_path / "parent")
+    assert 0 < result.pages.in_parent < first.pages.data
+    image = ImageFile(tmp_path / "child")
+    state = json.loads(image.state())
+    assert _engine.Ledger.attach(memory_of(image), threads=0).digest() == state["digest"]
+
+
+def test_nothing_runs_in_mode_stop(tmp_path: Path) -> None:
+    with ledger() as workload:
+        result = save(workload, tmp_path / "image", mode="stop")
+        assert result.traps == 0
+        assert result.downtime_parts.save > 0
+        writes = workload.writes()
+        wait_until(lambda: workload.writes() > writes, "running on")
+    check_ledger(tmp_path / "image")
+
+
+def test_plain_pages_have_no_bytes(tmp_path: Path) -> None:
+    arena = Arena(64 * MIB)
+    view = memoryview(arena)
+    page = os.urandom(4096)
+    view[0:4096] = page
+    view[4096:8192] = b"ferries!" * 512
+    view[8192:12288] = bytes(4096)
+    view[32 * MIB : 32 * MIB + 4096] = page
+    result = save(arena, tmp_path / "image")
+    pages = result.pages
+    assert (pages.data, pages.same_as, pages.pattern) == (1, 1, 1)
+    image = ImageFile(tmp_path / "image")
+    assert image.read(0, 3) == bytes(view[:12288])
+    assert image.read(8192, 1) == page
+    assert [entry[0] for entry in image.image.entries(0, 3)] == [4, 2, 1]
+    assert image.image.entries(8192, 1)[0][0] == 3
+
+
+def test_holes_are_not_filled(tmp_path: Path) -> None:
+    arena = Arena(256 * MIB, large_pages=False)
+    memoryview(arena)[100 * MIB : 100 * MIB + 8192] = os.urandom(8192)
+    before = os.fstat(arena.fileno()).st_blocks
+    result = save(arena, tmp_path / "image")
+    assert os.fstat(arena.fileno()).st_blocks == before == 16
+    assert (result.pages.data, result.pages.absent) == (2, (256 * MIB >> 12) - 2)
+    assert os.stat(tmp_path / "image").st_size < 2 * MIB
+
+
+def test_large_pages_are_mapped_as_such_again(tmp_path: Path) -> None:
+    with ledger(32 * MIB) as workload:
+        if not any(workload.arena.large_units()):
+            pytest.skip("no large pages to be had")
+        save(workload, tmp_path / "image")
+        large = int(_smaps(workload.arena.address, "ShmemPmdMapped"))
+        assert large >= 28 * MIB >> 10
+
+
+def _smaps(address: int, field: str) -> str:
+    with open("/proc/self/smaps") as smaps:
+        lines = iter(smaps)
+        for line in lines:
+            if line.startswith(f"{address:x}-"):
+                return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    raise AssertionError(f"nothing is mapped at {address:x}")
+
+
+def test_an_image_replaces_another_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    with ledger(8 * MIB) as workload:
+        first = save(workload, path)
+        second = save(workload, path)
+        assert first.id != second.id
+        assert ImageFile(path).image.id.hex() == second.id
+        assert os.listdir(tmp_path) == ["image"]
+        with pytest.raises(UsageError, match="would replace an image that it builds on"):
+            save(workload, path, parent=path)
+    check_ledger(path)
+
+
+def test_parents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with ledger(8 * MIB) as workload:
+        with pytest.raises(ImageError):
+            save(workload, tmp_path / "image", parent=tmp_path / "none")
+        save(Arena(4 * MIB), tmp_path / "other")
+        with pytest.raises(UsageError, match="no parent for it"):
+            save(workload, tmp_path / "image", parent=tmp_path / "other")
+    assert sorted(os.listdir(tmp_path)) == ["other"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"trap_block": 5000}, {"trap_block": 12288}, {"page_block": 5000}, {"storage_block": 100}, {"staging": 1}],
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        save(Arena(MIB), tmp_path / "image", **options)
+
+
+def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    async def both(workload: LedgerWorkload) -> None:
+        begun = asyncio.Event()
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.InstantEvent):
+                begun.set()
+
+        first = asyncio.create_task(
+            pageferry.checkpoint(workload, tmp_path / "first", bandwidth=8 * MIB, listener=listen)
+        )
+        await begun.wait()
+        with pytest.raises(WorkloadError, match="registered with another userfaultfd"):
+            await pageferry.checkpoint(workload, tmp_path / "second")
+        await first
+
+    with ledger(8 * MIB) as workload:
+        asyncio.run(both(workload))
+    check_ledger(tmp_path / "first")
+    assert os.listdir(tmp_path) == ["first"]
+
+
+def test_by_the_command(tmp_path: Path) -> None:
+    setup = {"name": "saved", "size": 16 * MIB, "options": {"threads": 2}, "exact": True}
+    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+        program.json()
+        command = [
+            sys.executable,
+            "-m",
+            "pageferry",
+            "checkpoint",
+            "saved",
+            str(tmp_path / "image"),
+            "--output",
+            "json",
+        ]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [line["type"] for line in lines if line["type"] != "progress"] == ["armed", "instant", "checkpoint"]
+        result = lines[-1]
+        assert result["status"] == "completed"
+        assert result["downtime"] == result["downtime-parts"]["total"] > 0
+        wanted = {"total-time", "pages", "bytes-written", "writes", "traps", "compression"}
+        assert wanted < result.keys()
+        command = [sys.executable, "-m", "pageferry", "checkpoint", "saved", str(tmp_path / "child")]
+        done = subprocess.run(
+            [*command, "--parent", str(tmp_path / "image"), "--codec", "zstd"],
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+        assert b"completed" in done.stdout
+    check_ledger(tmp_path / "image")
+    check_ledger(tmp_path / "child")

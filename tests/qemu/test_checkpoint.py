@@ -1,0 +1,138 @@
+"""Checkpoints of guests: exact, and without harm to a guest that runs on (S4)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import pageferry
+from pageferry import errors
+from pageferry.checkpoint import events
+from pageferry.checkpoint.image import ImageFile
+from pageferry.host.registry import Registry
+from pageferry.workloads.base import Workload
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+from tests.saved import Witness, digests_of_image
+
+MakeSerial = Callable[[str], Serial]
+
+SMP = ("-smp", "2")
+BUSY = "ferry.mib=64 ferry.rate=5000"
+
+
+async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
+    """Take a checkpoint, and compare the image with memory as it was in the pause."""
+    witness = Witness(workload)
+    result = await pageferry.checkpoint(cast(Workload, witness), path, **options)
+    assert digests_of_image(ImageFile(path)) == witness.digests
+    return result
+
+
+async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:
+    """A guest made of an image, by hand."""
+    image = ImageFile(path)
+    workload = await QemuWorkload.start("restored", parts.command(serial, *options), incoming=True)
+    (region,) = workload.regions
+    for first in range(0, image.pages, 1024):
+        data = image.read(first, 1024)
+        if data.count(0) != len(data):
+            os.pwrite(region.fd, data, region.file_offset + first * 4096)
+    await workload.load_state(image.state())
+    await workload.resume()
+    return workload
+
+
+@pytest.mark.parametrize("mode", ["lazy", "stop"])
+def test_a_guest_is_saved_runs_on_and_comes_back(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path, mode: str
+) -> None:
+    async def run() -> None:
+        here, there = serial("source"), serial("restored")
+        command = parts.command(here, *SMP, checker=BUSY)
+        source = await QemuWorkload.start("source", command)
+        await here.ready()
+        await here.ticks(1)
+        result = await save(source, tmp_path / "image", mode=mode)
+        assert result.downtime_parts.device_state > 0
+        assert await source.running()
+        await here.passes(2)
+        copy = await restored(tmp_path / "image", parts, there, *SMP)
+        await there.passes(2)
+        assert here.bad == there.bad == []
+        await copy.discard()
+        await source.discard()
+
+    asyncio.run(run())
+
+
+def test_a_chain_under_way(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
+    async def run() -> None:
+        here, there = serial("source"), serial("restored")
+        source = await QemuWorkload.start("source", parts.command(here, *SMP, checker=BUSY))
+        await here.ready()
+        first = await save(source, tmp_path / "0")
+        for number in range(1, 4):
+            later = await save(source, tmp_path / str(number), parent=tmp_path / str(number - 1), bandwidth=256 << 20)
+            assert later.pages.in_parent > 0
+            assert later.bytes_written < first.bytes_written
+        copy = await restored(tmp_path / "3", parts, there, *SMP)
+        await there.passes(2)
+        await here.passes(1)
+        assert here.bad == there.bad == []
+        await copy.discard()
+        await source.discard()
+
+    asyncio.run(run())
+
+
+def test_a_paused_guest_stays_paused(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
+    async def run() -> None:
+        source = await QemuWorkload.start("source", parts.bare("-m", "64M", "-S"))
+        await save(source, tmp_path / "image")
+        assert not await source.running()
+        await source.discard()
+
+    asyncio.run(run())
+
+
+def test_the_death_of_the_guest_voids_the_image(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        here = serial("source")
+        source = await QemuWorkload.start("source", parts.command(here, *SMP, checker=BUSY))
+        await here.ready()
+
+        def kill(event: events.Event) -> None:
+            if isinstance(event, events.InstantEvent):
+                os.kill(source.pid, 9)
+
+        with pytest.raises(errors.WorkloadDied, match="there is no image"):
+            await pageferry.checkpoint(source, tmp_path / "image", bandwidth=16 << 20, listener=kill)
+        assert os.listdir(tmp_path) == ["source.serial"]
+        await source.forget()
+
+    asyncio.run(run())
+
+
+def test_a_guest_that_ran_before_does_so_after_a_refusal(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        here = serial("source")
+        source = await QemuWorkload.start("source", parts.command(here, checker=BUSY))
+        await here.ready()
+        with pytest.raises(errors.CheckpointError, match="folder does not exist"):
+            await pageferry.checkpoint(source, tmp_path / "none" / "image")
+        assert await source.running()
+        await here.ticks(2)
+        await source.discard()
+
+    asyncio.run(run())
