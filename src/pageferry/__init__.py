@@ -12,12 +12,12 @@ Errors are those of `pageferry.errors`; the command `pageferry` does the same fo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pageferry.migration.api import migrate, receive
+    from pageferry.migration.api import migrate, receive, recover, take_back
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "migrate", "receive"]
+__all__ = ["Arena", "migrate", "receive", "recover", "take_back"]
 
-_HOMES = {"Arena": "workloads.arena", "migrate": "migration.api", "receive": "migration.api"}
+_HOMES = {"Arena": "workloads.arena"} | dict.fromkeys(("migrate", "receive", "recover", "take_back"), "migration.api")
 
 
 def __getattr__(name: str) -> object:
