@@ -201,9 +201,10 @@ async def ask(name: str, command: str, **arguments: Any) -> Any:
 
 
 def kill(name: str) -> None:
-    """Kill -9 the QEMU of that name."""
+    """Kill -9 the QEMU of that name, and wait for its end."""
     found = entry(name)
     processes.send_signal(found.pid, found.started, signal.SIGKILL)
+    wait_until(lambda: not found.alive, f"the end of {name}")
 
 
 def around() -> set[int]:
