@@ -130,8 +130,8 @@ class Line(ABC):
         time.sleep(max(resumed + WATCHED - time.time(), 0))
         run: dict[str, Any] = {
             "line": self.label,
-            "alive": self.serial.speaks(began + clock - 0.5, began + clock)
-            and self.serial.speaks(resumed + clock, resumed + clock + WATCHED),
+            "alive-before": self.serial.speaks(began + clock - 0.5, began + clock),
+            "alive": self.serial.speaks(resumed + clock, resumed + clock + WATCHED),
             "elapsed-ms": (resumed - began) * 1e3,
             "stop-to-resume-ms": (resumed - stopped) * 1e3,
             "silence-ms": self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3,
@@ -155,7 +155,8 @@ class Line(ABC):
             said = "; ".join(self.serial.words[-5:])
             if not self.may_be_lost:
                 raise RuntimeError(f"{self.label}: the guest fell silent: {said}")
-            print(f"{self.label}: the guest fell silent, move {self.hops} does not count: {said}", file=sys.stderr)
+            when = "in" if run["alive-before"] else "before"
+            print(f"{self.label}: silent since {when} move {self.hops}, which does not count: {said}", file=sys.stderr)
 
     @abstractmethod
     def start(self) -> None:
