@@ -22,6 +22,8 @@ class SerialLines:
         self.ticks: list[tuple[float, int]] = []
         """(seconds on the monotonic clock, pages written so far)."""
         self.errors = 0
+        self.words: list[str] = []
+        """Everything but ticks."""
         self._selector = selectors.DefaultSelector()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
@@ -35,6 +37,10 @@ class SerialLines:
         times = [at for at, _ in list(self.ticks)]
         gaps = [(late - early) for early, late in itertools.pairwise(times) if late > start and early < end]
         return max(gaps, default=0.0)
+
+    def speaks(self, start: float, end: float) -> bool:
+        """Whether a tick has come between two instants."""
+        return any(start < at < end for at, _ in list(self.ticks))
 
     def time_to_writes(self, start: float, count: int) -> float | None:
         """Seconds from an instant until so many more pages had been written than before it; None: not yet."""
@@ -68,5 +74,7 @@ class SerialLines:
             if found := _TICK.search(line):
                 self.ticks.append((now, int(found[1])))
                 self.errors = int(found[2])
-            elif b"FERRY ready" in line:
+                continue
+            self.words.append(line.decode(errors="replace").strip())
+            if b"FERRY ready" in line:
                 self.ready.set()

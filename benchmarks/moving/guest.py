@@ -6,6 +6,7 @@ fresh QEMU; between its moves it is paused, so that it does not compete with the
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class Running:
 
 class Line(ABC):
     """A guest and a way of moving it."""
+
+    may_be_lost = False
 
     def __init__(self, label: str, place: Place, qemu: Path, load: str) -> None:
         self.label = label
@@ -127,6 +130,8 @@ class Line(ABC):
         time.sleep(max(resumed + WATCHED - time.time(), 0))
         run: dict[str, Any] = {
             "line": self.label,
+            "alive-before": self.serial.speaks(began + clock - 0.5, began + clock),
+            "alive": self.serial.speaks(resumed + clock, resumed + clock + WATCHED),
             "elapsed-ms": (resumed - began) * 1e3,
             "stop-to-resume-ms": (resumed - stopped) * 1e3,
             "silence-ms": self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3,
@@ -139,9 +144,19 @@ class Line(ABC):
         }
         run |= self.finish(source, destination)
         run["cpu-s"] = run["qemu-cpu-s"] + run.get("agents-cpu-s", 0.0)
+        self._look_after(run)
+        return run
+
+    def _look_after(self, run: dict[str, Any]) -> None:
+        """A guest that is damaged, or that pageferry has lost, ends the benchmark; one that QEMU has lost does not."""
         if self.serial.errors:
             raise RuntimeError(f"{self.label}: the guest has found wrong pages")
-        return run
+        if not run["alive"]:
+            said = "; ".join(self.serial.words[-5:])
+            if not self.may_be_lost:
+                raise RuntimeError(f"{self.label}: the guest fell silent: {said}")
+            when = "in" if run["alive-before"] else "before"
+            print(f"{self.label}: silent since {when} move {self.hops}, which does not count: {said}", file=sys.stderr)
 
     @abstractmethod
     def start(self) -> None:

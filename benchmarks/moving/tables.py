@@ -58,7 +58,7 @@ def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -
         "### Targets",
         _verdict(targets),
         "### One guest of 1 GiB, 200 MiB of it in use",
-        _table(results["guests"], ("load", "line", "method"), GUEST),
+        _table([run for run in results["guests"] if run["alive"]], ("load", "line", "method"), GUEST),
         "### An incompressible arena and iperf3",
         _table([run | {"what": "1 GiB, one stream"} for run in results["throughput"]], ("what",), THROUGHPUT),
         "### Page tables and large pages: the guest",

@@ -25,7 +25,7 @@ def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ..
     """The least median of a key over lines and methods, and whose it is."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        if run["load"] == load and run["method"] in methods:
+        if run["load"] == load and run["method"] in methods and run["alive"]:
             groups.setdefault(f"{run['line']}, {run['method']}", []).append(run)
     return min((median(values(group, key)), name) for name, group in groups.items())
 

@@ -22,6 +22,8 @@ CHANNELS = 2
 class QemuLine(Line):
     """A guest in plain QEMUs. `shared_file`: memory as pageferry has it, instead of QEMU's own anonymous memory."""
 
+    may_be_lost = True
+
     def __init__(self, label: str, place: Place, qemu: Path, load: str, *, shared_file: bool = False) -> None:
         super().__init__(label, place, qemu, load)
         self.shared_file = shared_file

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pageferry.checkpoint.arenas import restore
     from pageferry.checkpoint.save import checkpoint
-    from pageferry.migration.api import migrate, receive
+    from pageferry.migration.api import migrate, receive, recover, take_back
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "checkpoint", "migrate", "receive", "restore"]
+__all__ = ["Arena", "checkpoint", "migrate", "receive", "recover", "restore", "take_back"]
 
 _HOMES = {
     "Arena": "workloads.arena",
+    "checkpoint": "checkpoint.save",
     "migrate": "migration.api",
     "receive": "migration.api",
-    "checkpoint": "checkpoint.save",
+    "recover": "migration.api",
     "restore": "checkpoint.arenas",
+    "take_back": "migration.api",
 }
 
 

@@ -104,9 +104,17 @@ class Cancelled(MigrationError):
 
 
 class OutcomeUnknown(MigrationError):
-    """Commit was sent and no answer came: the source stays paused until the peer has been asked (`--recover`)."""
+    """Commit was sent and no answer came: the source stays paused until the peer has been asked.
+
+    `migration` and `peer` (HOST:PORT) say what to ask, and whom: `pageferry.recover` does.
+    """
 
     exit_code = 26
+
+    def __init__(self, message: str, migration: str = "", peer: str = "") -> None:
+        super().__init__(message)
+        self.migration = migration
+        self.peer = peer
 
 
 class CheckpointError(PageferryError):

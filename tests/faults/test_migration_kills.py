@@ -21,8 +21,6 @@ WAITED_FOR = ("state-sent", "ready")
 """Points at which the destination has promised, or is about to: it waits for the source to ask."""
 RECEIVING = "accepted in-round state-received loaded promised".split()
 """Points of the destination before it hears of a commit."""
-SEVERAL_ROUNDS = ("--max-downtime", "0.001")
-"""Not to be reached at once, so that there is something between rounds."""
 
 
 @pytest.fixture
@@ -66,7 +64,7 @@ def test_a_source_that_fails_before_commit_leaves_it_running(
 ) -> None:
     with moving.receiver("there") as there:
         fault = f"source.{point}={action}"
-        with moving.migrating("here", moving.address_of(there), *SEVERAL_ROUNDS, fault=fault) as migration:
+        with moving.migrating("here", moving.address_of(there), fault=fault) as migration:
             if action == "kill":
                 assert migration.wait() == -signal.SIGKILL
             else:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.errors import NoSuchWorkload
+from pageferry.host import processes
 from pageferry.host.registry import QemuEntry, Registry
 from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.qmp import Monitor
@@ -36,7 +38,7 @@ class Traveller:
         *options: str,
         name: str = "guest",
         memory: str = "160M",
-        checker: str = CHECKER,
+        checker: str | None = CHECKER,
         flags: Sequence[str] = (),
     ) -> None:
         self.parts = parts
@@ -44,6 +46,7 @@ class Traveller:
         self.options = options
         self.memory = memory
         self.checker = checker
+        """None: a machine without a guest, which has nothing to say."""
         self.flags = flags
         """Options of `pageferry run` and `pageferry receive`."""
         self._name = name
@@ -74,10 +77,13 @@ class Traveller:
         self.serial.path.unlink(missing_ok=True)
         words = ["run", self.name, "--detach", *self.flags, "--", *self.command(self.name)]
         subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
-        asyncio.run(self.serial.ready())
+        if self.checker is not None:
+            asyncio.run(self.serial.ready())
 
     def command(self, name: str) -> list[str]:
         """Of its QEMU of that name."""
+        if self.checker is None:
+            return self.parts.bare("-m", self.memory, *self.options)
         return self.parts.command(self._serial(name), *self.options, memory=self.memory, checker=self.checker)
 
     def receiver(
@@ -192,6 +198,13 @@ async def ask(name: str, command: str, **arguments: Any) -> Any:
     """What the monitor of a guest says."""
     async with await Monitor.open(entry(name).qmp_socket) as monitor:
         return await monitor.execute(command, **arguments)
+
+
+def kill(name: str) -> None:
+    """Kill -9 the QEMU of that name, and wait for its end."""
+    found = entry(name)
+    processes.send_signal(found.pid, found.started, signal.SIGKILL)
+    wait_until(lambda: not found.alive, f"the end of {name}")
 
 
 def around() -> set[int]:

@@ -116,10 +116,10 @@ async def _settle(args: argparse.Namespace, workload: Workload) -> int:
     folder = Registry().folder(args.name)
     with folder.exclusively("a recovery"):
         if args.take_back:
-            await api.take_back(workload, folder)
+            await api.take_back(workload)
             owner = "source"
         else:
-            owner = await api.recover(workload, folder, patience=args.patience, insecure=args.insecure)
+            owner = await api.recover(workload, patience=args.patience, insecure=args.insecure)
     with open_reporter(args.output, MigrationView()) as out:
         out.final(Recovered(args.name, owner))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from pageferry.errors import MigrationError, OutcomeUnknown, UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
@@ -19,6 +19,8 @@ from pageferry.migration.source import Source
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
+
+Owner = Literal["source", "destination", "unknown"]
 
 _reports: set[asyncio.Task[None]] = set()
 """Under way; the event loop itself does not hold on to its tasks."""
@@ -44,7 +46,11 @@ async def migrate(
             f"{moved.name} was given away by an earlier migration whose outcome is not known here: ask for it with "
             f"pageferry migrate {moved.name} --recover"
         )
-    return await Source(moved, chosen, listener, folder).run(target)
+    try:
+        return await Source(moved, chosen, listener, folder).run(target)
+    finally:
+        if isinstance(workload, Arena):
+            moved.close()  # whoever asks what became of it later is another controller
 
 
 async def receive(
@@ -116,39 +122,57 @@ def available_memory() -> int:
     return int(fields["MemAvailable"].split()[0]) << 10
 
 
-async def recover(workload: Workload, folder: Folder, *, patience: float = 30.0, insecure: bool = False) -> str:
+async def recover(
+    workload: Arena | Workload, doubt: OutcomeUnknown | None = None, *, patience: float = 30.0, insecure: bool = False
+) -> Owner:
     """Ask the peer what became of a migration whose commit went unanswered, and act on it.
 
-    Returns `destination` (it runs there; what was left here has been discarded) or `source` (it runs on here). Raises
+    `doubt`: the error that `migrate` raised; a workload that is registered by name has it on record. Returns
+    `destination` (it runs there; what was left here has been discarded) or `source` (it runs on here). Raises
     UsageError when no migration is in doubt, OutcomeUnknown when the peer cannot be reached or knows nothing.
     """
-    record = folder.load(RECORD, Committed)
-    if record is None:
-        raise UsageError(f"{workload.name} is in no doubt: no migration of it waits for an answer")
-    owner = await _ask(resolve(record.peer, insecure=insecure, what="peer"), record, workload.name, patience)
+    moved = workload.workload() if isinstance(workload, Arena) else workload
+    record = _in_doubt(moved, doubt)
+    owner = await _ask(resolve(record.peer, insecure=insecure, what="peer"), record, moved.name, patience)
     match owner:
         case "destination":
-            await workload.discard()
+            await moved.discard()
         case "source":
-            await take_back(workload, folder)
+            await take_back(moved, doubt)
         case _:
             raise OutcomeUnknown(
-                f"{record.peer} knows nothing of this migration of {workload.name}: is it the host it was sent to, "
+                f"{record.peer} knows nothing of this migration of {moved.name}: is it the host it was sent to, "
                 f"with the same run directory? If that host is gone for good: "
-                f"pageferry migrate {workload.name} --take-back"
+                f"pageferry migrate {moved.name} --take-back",
+                record.migration,
+                record.peer,
             )
     return owner
 
 
-async def take_back(workload: Workload, folder: Folder) -> None:
-    """Let it run here again. Only for who knows that the destination does not run it, and never will."""
-    if folder.load(RECORD, Committed) is None:
-        raise UsageError(f"{workload.name} has not been given away: there is nothing to take back")
-    await workload.resume()
-    folder.forget(RECORD)
+async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
+    """Let it run here again. Only for who knows that the destination does not run it, and never will.
+
+    `doubt` as for `recover`. Raises UsageError when it was not given away.
+    """
+    moved = workload.workload() if isinstance(workload, Arena) else workload
+    _in_doubt(moved, doubt)
+    await moved.resume()
+    if (folder := _folder(moved)) is not None:
+        folder.forget(RECORD)
 
 
-async def _ask(address: Address, record: Committed, name: str, patience: float) -> str:
+def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
+    if doubt is not None and doubt.migration:
+        return Committed(migration=doubt.migration, peer=doubt.peer)
+    folder = _folder(workload)
+    record = folder.load(RECORD, Committed) if folder is not None else None
+    if record is None:
+        raise UsageError(f"{workload.name} is in no doubt: no migration of it waits for an answer")
+    return record
+
+
+async def _ask(address: Address, record: Committed, name: str, patience: float) -> Owner:
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
     try:
         channel = Channel(*await connect_control(address, patience), patience)
@@ -158,7 +182,9 @@ async def _ask(address: Address, record: Committed, name: str, patience: float) 
         finally:
             await channel.close()
     except MigrationError as error:
-        raise OutcomeUnknown(f"{address} does not say what became of {name} ({error}). {again}") from error
+        raise OutcomeUnknown(
+            f"{address} does not say what became of {name} ({error}). {again}", record.migration, record.peer
+        ) from error
 
 
 def _folder(workload: Workload) -> Folder | None:

@@ -256,6 +256,14 @@ class Destination:
         except PageferryError as error:
             log.warning("page tables are left to the first access: %s", error)
 
+    async def _populate_rest(self) -> None:
+        """After `hot`, the other large pages, while the workload runs (S1)."""
+        placer = self.placer
+        for region, hot in self.hot.items():
+            units = range(-(-self.memory.regions[region].length // LARGE_PAGE))
+            cold = sorted(set(units).difference(hot))
+            await off_loop(lambda region=region, cold=cold: placer.populate(region, cold))  # type: ignore[misc]
+
     def _populated(self) -> messages.Populated:
         large, small, failed, seconds = self.placer.populated
         return messages.Populated(large=large, small=small, failed=failed, seconds=seconds)
@@ -280,6 +288,7 @@ class Destination:
     async def report(self) -> None:
         """After `run`: tell the source how it went, and learn whether it knows that the workload runs here."""
         try:
+            await self._populate_rest()
             await asyncio.sleep(WATCH_FAULTS)
             faults = self.workload.faults()
             large = await off_loop(self.memory.large_units)

@@ -11,8 +11,8 @@ from pageferry.migration.messages import MAX_STREAMS, Codec, Populate
 Granularity = Literal["4K", "2M", "auto"]
 
 AUTO_RELEASE = 256
-"""`auto` releases a 2 MiB unit once so many of its 512 traces have fired: then the rest would mostly fire too, and a
-trap costs the workload about as much time as sending the page costs the link (measured: docs/systems/s2.md)."""
+"""`auto` releases a large page once so many of its 512 traces have fired. At half, no more than twice what was written
+is sent; lower lines help fast writers, and can keep a migration from converging (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

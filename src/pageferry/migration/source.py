@@ -15,6 +15,7 @@ from logging import getLogger
 
 from pageferry._engine import BlockSender, PageSet, Trace
 from pageferry.errors import (
+    ConnectionLost,
     MigrationError,
     NotConverging,
     OutcomeUnknown,
@@ -227,8 +228,16 @@ class Source:
         await self._send_state(state[messages.EARLY_STATE :])
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
-        self.ready = await self.channel.receive(messages.Ready)
+        self.ready = await self._await_ready()
         fault_point("source.ready")
+
+    async def _await_ready(self) -> messages.Ready:
+        """Signs of life are not enough here: nobody runs the workload meanwhile."""
+        try:
+            async with asyncio.timeout(self.options.patience):
+                return await self.channel.receive(messages.Ready)
+        except TimeoutError as slow:
+            raise ConnectionLost(f"{self.peer} was not ready within {self.options.patience:g} s of the pause") from slow
 
     async def _prepare_pause(self) -> None:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
@@ -272,9 +281,12 @@ class Source:
             self.committed = False
             raise
         except MigrationError as error:
+            ask = f"pageferry migrate {self.workload.name} --recover" if self.folder else "pageferry.recover"
             raise OutcomeUnknown(
                 f"{self.workload.name}: commit was sent to {self.peer} and no answer came ({error}). It stays paused "
-                f"here. Ask the peer with: pageferry migrate {self.workload.name} --recover"
+                f"here. Ask the peer with: {ask}",
+                self.migration,
+                self.peer,
             ) from error
         fault_point("source.answered")
         self.times.stop("downtime")

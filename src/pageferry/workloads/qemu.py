@@ -245,12 +245,15 @@ class QemuWorkload:
     async def commit(self, witness: Witness | None = None) -> None:
         """The guest may run elsewhere from now on: it stays paused, even if this process dies.
 
-        With a `witness` the guardian will look at it then: the guest runs on here, or ends.
+        With a `witness` the guardian will look at it then: the guest runs on here, or ends. Raises WorkloadDied.
         """
         if witness is None:
             self._bequeath([])
-        elif self._will is not None:
+            return
+        if self._will is not None:
             self._will.write(self._to_resume(), witness=witness, otherwise=[_QUIT])
+        # To be given a guest one must be alive: somebody who is being killed is still seen in /proc, but says nothing.
+        await (await self._hold()).execute("query-status")
 
     async def resume(self) -> None:
         """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
