@@ -109,6 +109,10 @@ impl Saver {
         py.detach(|| self.with(saver::Saver::begin)).map(|time| time.as_secs_f64()).map_err(raised)
     }
 
+    fn sweep(&self) {
+        self.with(saver::Saver::sweep);
+    }
+
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
         let time = Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))?;
         Ok(py.detach(|| self.handle.wait(time)))
