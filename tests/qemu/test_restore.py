@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ import pageferry
 from pageferry.checkpoint.image import ImageFile
 from pageferry.checkpoint.restore import restore_guest, take_over
 from pageferry.checkpoint.restore_events import RestoreResult
-from pageferry.cli.main import main
 from pageferry.errors import RestoreError, UsageError
 from pageferry.host import proc, processes
 from pageferry.host.registry import Folder, Registry
@@ -257,17 +257,24 @@ def test_a_balloon_takes_pages_while_they_come(guest: Make, image: Path) -> None
     asyncio.run(run())
 
 
-def test_memory_is_seen_right_before_it_is_there(
-    guest: Make, image: Path, capfdbinary: pytest.CaptureFixture[bytes]
-) -> None:
+async def peek(name: str, page: int) -> bytes:
+    """A page of a guest, by the command."""
+    call = "import sys; from pageferry.cli.main import main; sys.exit(main())"
+    words = [sys.executable, "-c", call, "peek", name, hex(page * 4096), "4K", "--raw"]
+    command = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    out, _ = await command.communicate()
+    assert command.returncode == 0
+    return out
+
+
+def test_memory_is_seen_right_before_it_is_there(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
         # Where the kernel's text is nothing changes any more.
         saved = ImageFile(image)
         for page in range(6000, 8000, 250):
-            assert await asyncio.to_thread(main, ["peek", "restored", hex(page * 4096), "4096", "--raw"]) == 0
-            assert capfdbinary.readouterr().out == saved.read(page, 1)
+            assert await peek("restored", page) == saved.read(page, 1)
         await restored.end()
 
     asyncio.run(run())

@@ -68,7 +68,7 @@ class PagerProcess:
         return serving
 
     def give_up(self) -> None:
-        """There is nothing to serve."""
+        """There is nothing to serve. May be called twice."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -115,6 +115,7 @@ async def restore_guest(
             loaded = time.monotonic()
             await workload.resume()
         except BaseException:
+            pager.give_up()  # first: the file of the memory must be nobody's when the guest's end clears up after it
             await asyncio.shield(workload.discard())
             raise
     except BaseException:
