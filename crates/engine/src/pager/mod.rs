@@ -36,7 +36,7 @@ pub use memory::{Counters, LoadError};
 use memory::{Memory, Region, Scratch, Watched};
 
 use crate::block::Class;
-use crate::image::{Chain, ImageError};
+use crate::image::{Chain, ImageError, PageEntry};
 use crate::mapping::Mapping;
 use crate::placer::{Placer, Target};
 use crate::trace::Segment;
@@ -234,7 +234,7 @@ impl Pager {
         }
         let flags = Flags::new(plan.flags, base);
         if !plan.taken_over {
-            mark(&plan.chain, &flags, base)?;
+            mark(&plan.chain, &flags, base);
         }
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
@@ -370,16 +370,14 @@ impl Drop for Pager {
 }
 
 /// Sets the flags of all pages that are not zeros.
-fn mark(chain: &Chain, flags: &Flags, pages: usize) -> Result<(), ImageError> {
+fn mark(chain: &Chain, flags: &Flags, pages: usize) {
     let map = chain.images().first().map_or(&[][..], |image| image.page_map());
     debug_assert_eq!(map.len(), pages, "checked by the caller");
-    for (page, entry) in map.iter().enumerate() {
-        // Class and signature are right whichever image of the chain holds the contents.
-        if !matches!(entry.class(), Some(Class::Absent | Class::Zero)) {
-            flags.set(page);
-        }
+    // Class and signature are right whichever image of the chain holds the contents.
+    let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
+    for (index, entries) in map.chunks(64).enumerate() {
+        flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
     }
-    Ok(())
 }
 
 /// From here on every access to a page that is not mapped comes to us.
