@@ -23,7 +23,9 @@ fn raised(error: SaveError) -> PyErr {
         SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Cancelled => PyInterruptedError::new_err(message),
-        SaveError::Write(_) | SaveError::Memory(_) | SaveError::Thread => PyOSError::new_err(message),
+        SaveError::Write(_) | SaveError::Memory(_) | SaveError::GivenBack | SaveError::Thread => {
+            PyOSError::new_err(message)
+        }
         SaveError::Adopt(_) => match error {
             SaveError::Adopt(error) => errors::adopt(error),
             _ => PyOSError::new_err(message),

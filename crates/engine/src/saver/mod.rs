@@ -34,6 +34,7 @@ use crate::space::AdoptError;
 use crate::trace::Segment;
 
 mod classify;
+mod discards;
 mod layout;
 mod output;
 mod shared;
@@ -42,6 +43,7 @@ mod sweep;
 mod traps;
 
 use classify::{Classified, Classifier};
+use discards::Discards;
 use output::Written;
 use shared::Shared;
 pub use shared::Stats;
@@ -67,6 +69,11 @@ pub enum SaveError {
     /// Memory cannot be read, or protected.
     #[error("memory of the workload cannot be worked on: {0}")]
     Memory(io::Error),
+    /// The workload discarded memory, of which something may not have been saved yet.
+    #[error(
+        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload paused"
+    )]
+    GivenBack,
     /// Somebody asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -137,7 +144,9 @@ impl Saver {
         let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let armed = traps::register(segments)?;
-        let shared = Arc::new(Shared::new(areas, armed, staging));
+        let files = areas.iter().map(|area| area.mapping.file());
+        let discards = Discards::watch(files).map_err(SaveError::Memory)?;
+        let shared = Arc::new(Shared::new(areas, armed, staging, discards));
         let mut saver =
             Self { shared, start: None, threads: Vec::new(), classifier: None, writer: None, arm_time: Duration::ZERO };
         saver.spawn(image, parent, options)?;
