@@ -131,9 +131,14 @@ impl Image {
 
     /// Reads a storage block: one read of the file; header and table are verified, page blocks are not yet.
     pub fn read_block(&self, number: u32) -> Result<StoredBlock, ImageError> {
+        self.read_block_into(number, Vec::new())
+    }
+
+    /// As `read_block`, into the buffer of an earlier block: memory that is touched for the first time is dear.
+    pub fn read_block_into(&self, number: u32, mut bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
         let entry = self.blocks.get(number as usize).copied();
         let entry = entry.ok_or_else(|| value("storage block", u64::from(number), "one of the block table"))?;
-        let mut bytes = vec![0; entry.len.get() as usize];
+        bytes.resize(entry.len.get() as usize, 0);
         self.read_at(&mut bytes, entry.offset.get())?;
         let wrong = |error| ImageError::Block { number, offset: entry.offset.get(), error };
         let mut header = Header::new_zeroed();
@@ -235,6 +240,11 @@ pub struct StoredBlock {
 }
 
 impl StoredBlock {
+    /// The buffer, for another block.
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// Number of the block in its image.
     pub fn number(&self) -> u32 {
         self.number
