@@ -210,8 +210,8 @@ class Saver:
     """Saves memory as of one instant while the workload runs on (S4), into an empty file that becomes an image.
 
     `regions`: (mapping, page size of its file). Made with `segments` it protects them, while the workload runs; without
-    any, the workload must be paused until the end. Then `begin`, once, at the instant; `wait` until all is written;
-    `finish`.
+    any, the workload must be paused until the end. Then `begin` at the instant, `sweep` when the workload runs again,
+    `wait` until all is written, and `finish`, each once.
 
     Raises OSError with the errno of what failed (ENOSPC: the disk is full), InterruptedError (cancelled),
     ProcessLookupError (the workload ended), PermissionError. After any error nothing is protected any more.
@@ -238,6 +238,8 @@ class Saver:
         """How long it took to protect everything."""
     def begin(self) -> float:
         """The instant: what memory holds now is saved. Returns how long it took, seconds."""
+    def sweep(self) -> None:
+        """Start to save what the workload does not write to."""
     def wait(self, seconds: float) -> bool:
         """Wait until all is written, or has failed; False when it is not yet so after some time."""
     def cancel(self) -> None:

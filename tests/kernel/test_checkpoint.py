@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import pageferry
 from pageferry import _engine
 from pageferry.checkpoint import events
 from pageferry.checkpoint.image import ImageFile
-from pageferry.errors import ImageError, UsageError, WorkloadError
+from pageferry.errors import CheckpointError, ImageError, UsageError, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel.programs import Program, wait_until
@@ -268,3 +269,56 @@ def test_by_the_command(tmp_path: Path) -> None:
         assert b"completed" in done.stdout
     check_ledger(tmp_path / "image")
     check_ledger(tmp_path / "child")
+
+
+@pytest.mark.parametrize("then_written", [False, True])
+def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_written: bool) -> None:
+    """Its contents of the instant are lost, and no trap tells."""
+    arena = Arena(16 * MIB, large_pages=False)
+    memoryview(arena)[:] = os.urandom(16 * MIB)
+
+    def give_back(event: events.Event) -> None:
+        if isinstance(event, events.InstantEvent):
+            file = f"/proc/{os.getpid()}/fd/{arena.fileno()}"
+            hole = ("--punch-hole", "--offset", str(12 * MIB), "--length", "4096")
+            subprocess.run(["fallocate", *hole, "-n", file], check=True)
+            if then_written:
+                memoryview(arena)[12 * MIB] = 1
+
+    async def run() -> None:
+        await pageferry.checkpoint(arena, tmp_path / "image", bandwidth=8 * MIB, listener=give_back)
+
+    with pytest.raises(CheckpointError, match="was given back"):
+        asyncio.run(run())
+    assert os.listdir(tmp_path) == []
+
+
+USER = """
+import asyncio, ctypes, os, sys
+import pageferry.checkpoint.save, pageferry.workloads.memory, pageferry.workloads.mappers
+from pageferry.errors import WorkloadError
+os.setgid(65534)
+os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or its own /proc files would be root's
+arena = pageferry.Arena(1 << 20)
+memoryview(arena)[:5] = b"ferry"
+try:
+    asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/lazy"))
+except WorkloadError as refused:
+    print(refused)
+asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/stop", mode="stop"))
+"""
+
+
+def test_a_user_whose_system_calls_would_fail_is_refused(root: None) -> None:
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    if switch.read_text().strip() != "0":
+        pytest.skip("any user may have a userfaultfd here")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        # What the program needs is imported before it becomes somebody who may not read this checkout.
+        environment = os.environ | {"PAGEFERRY_RUN_DIR": f"{folder}/run"}
+        done = subprocess.run([sys.executable, "-c", USER, folder], capture_output=True, timeout=60, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert b"vm.unprivileged_userfaultfd=1" in done.stdout
+        assert os.listdir(folder) == ["stop"]

@@ -28,7 +28,10 @@ pub fn adopt(error: AdoptError) -> PyErr {
         {
             PyOSError::new_err((error.raw_os_error(), message))
         }
-        AdoptError::NotPermitted(_) | AdoptError::Traced(..) | AdoptError::Seccomp(_) => {
+        AdoptError::NotPermitted(_)
+        | AdoptError::Traced(..)
+        | AdoptError::Seccomp(_)
+        | AdoptError::UserModeOnly(_) => {
             PyPermissionError::new_err(message)
         }
         AdoptError::Gone(_) => PyProcessLookupError::new_err(message),

@@ -23,7 +23,9 @@ fn raised(error: SaveError) -> PyErr {
         SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Cancelled => PyInterruptedError::new_err(message),
-        SaveError::Write(_) | SaveError::Memory(_) | SaveError::Thread => PyOSError::new_err(message),
+        SaveError::Write(_) | SaveError::Memory(_) | SaveError::GivenBack | SaveError::Thread => {
+            PyOSError::new_err(message)
+        }
         SaveError::Adopt(_) => match error {
             SaveError::Adopt(error) => errors::adopt(error),
             _ => PyOSError::new_err(message),
@@ -107,6 +109,10 @@ impl Saver {
 
     fn begin(&self, py: Python<'_>) -> PyResult<f64> {
         py.detach(|| self.with(saver::Saver::begin)).map(|time| time.as_secs_f64()).map_err(raised)
+    }
+
+    fn sweep(&self) {
+        self.with(saver::Saver::sweep);
     }
 
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {

@@ -213,14 +213,20 @@ impl Userfault {
     /// A userfaultfd of our own address space, without features yet. EPERM: see `vm.unprivileged_userfaultfd`.
     pub fn own() -> io::Result<Self> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        // SAFETY: the call takes no pointers, and the descriptor it returns is new.
-        match unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags)) } {
+        match Self::own_full() {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                // SAFETY: as above.
+                // SAFETY: the call takes no pointers, and the descriptor it returns is new.
                 unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY)) }.map(Self)
             }
-            other => other.map(Self),
+            other => other,
         }
+    }
+
+    /// As `own`, but never one that handles faults of user mode alone.
+    pub fn own_full() -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: the call takes no pointers, and the descriptor it returns is new.
+        unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags)) }.map(Self)
     }
 
     /// Takes over a descriptor that was made in another process.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from logging import getLogger
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Self
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoint import restoring
 from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoint.pager_server import PagerServer
 from pageferry.errors import ImageError, RestoreError, UnsupportedError, UsageError
+from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.lifecycle import LocalWorkload
 
 log = getLogger(__name__)
 
@@ -60,6 +64,18 @@ class RestoredArena(Arena):
             self.register(name)
         self.lifecycle.resume(self)
         return self
+
+    def workload(self) -> LocalWorkload:
+        """As of `Arena`. All contents are brought first: whoever works on it needs its page tables for himself."""
+        self.load()
+        return super().workload()
+
+    def register(self, name: str) -> None:
+        """As of `Arena`; other processes can ask for contents that are still to come."""
+        super().register(name)
+        assert self._folder is not None
+        answers = PagerServer(self._folder.socket_path(deferred.SOCKET), self.image, self.pager)
+        threading.Thread(target=_answer, args=(self.pager, answers), name="pageferry-pager", daemon=True).start()
 
     @property
     def deferred(self) -> int:
@@ -152,6 +168,13 @@ def _pager(image: ImageFile, arena: Arena, *, eager: bool, prefetch: bool) -> Pa
     finally:
         os.close(flags)
         os.close(userfault)
+
+
+def _answer(pager: Pager, answers: PagerServer) -> None:
+    """Let questions be answered as long as there is a reason to ask."""
+    while not pager.wait(60.0, len(pager.failures)):
+        pass
+    answers.close()
 
 
 _MADV_DONTFORK, _MADV_DOFORK = 10, 11

@@ -25,7 +25,7 @@ from pageferry.checkpoint.image import ImageFile
 from pageferry.checkpoint.pager_server import PagerServer
 from pageferry.checkpoint.working_set import WorkingSet
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
-from pageferry.host import proc
+from pageferry.host import mounts, proc
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region, Segment
@@ -35,7 +35,7 @@ from pageferry.workloads.qmp import Monitor
 log = logging.getLogger("pageferry.checkpoint.pager")
 
 _SYS_CLOSE = 3
-_POLL = 0.2
+_POLL = 0.05
 """Seconds between two looks at the guest's life."""
 _STOP_PATIENCE = 3.0
 """Seconds for the guest to stop. One whose only processor waits for the page is as good as stopped."""
@@ -130,14 +130,24 @@ class GuestPager:
                 self._complain(failures[known - 1])
         self._finish()
 
+    def close(self) -> None:
+        """Let go of the guest's memory."""
+        self.server.close()
+        self.pager.stop()
+        del self.server, self.pager
+        for region in self.regions:
+            os.close(region.fd)
+
     def _complain(self, failure: tuple[int, int, bool, str]) -> None:
         log.error("%s: %s", self.folder.name, restoring.describe_failure(self.image, failure))
         if failure[2] and self.work.qmp_socket is not None:
             try:
                 asyncio.run(_stop_guest(self.work.qmp_socket))
                 log.error("%s is paused", self.folder.name)
-            except (PageferryError, TimeoutError, OSError) as error:
-                log.error("%s waits at the access (it could not be told to stop: %s)", self.folder.name, error)
+            except (PageferryError, TimeoutError, OSError):
+                # QEMU pauses as soon as its processors come back from the access, which they do not.
+                log.error("%s was told to pause, and waits at the access", self.folder.name)
+            log.error("with a good copy of the image: pageferry restore --takeover %s IMAGE", self.folder.name)
 
     def _finish(self) -> None:
         self.working_set.learn(self.pager.touched, self.work.prefetch)
@@ -148,7 +158,6 @@ class GuestPager:
         (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
         status = self.server.status()
         log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
-        self.server.close()
 
 
 async def _stop_guest(qmp_socket: str) -> None:
@@ -220,7 +229,11 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
         return getattr(error, "exit_code", 1)
     _log_to(pager.folder)
     answer(Serving(adopt=pager.adopt))
+    folder = pager.folder
     pager.run()
+    pager.close()
+    del pager
+    mounts.unmount_unused(folder.registry)  # that of a guest that has ended: we were the last to have it mapped
     return 0
 
 

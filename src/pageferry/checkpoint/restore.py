@@ -17,10 +17,11 @@ from pageferry.checkpoint.image import ImageFile
 from pageferry.checkpoint.pager_process import Order, Serving
 from pageferry.checkpoint.restore_events import Listener, ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
 from pageferry.errors import RestoreError, UsageError
+from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Deferred, RegionRecord, SegmentRecord, Status
+from pageferry.workloads.deferred import Ask, Deferred, RegionRecord, SegmentRecord, Status
 from pageferry.workloads.qemu import QemuWorkload
 
 _POLL = 0.2
@@ -67,7 +68,7 @@ class PagerProcess:
         return serving
 
     def give_up(self) -> None:
-        """There is nothing to serve."""
+        """There is nothing to serve. May be called twice."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -114,6 +115,7 @@ async def restore_guest(
             loaded = time.monotonic()
             await workload.resume()
         except BaseException:
+            pager.give_up()  # first: the file of the memory must be nobody's when the guest's end clears up after it
             await asyncio.shield(workload.discard())
             raise
     except BaseException:
@@ -145,6 +147,7 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> Status | 
     if record is None:
         raise UsageError(f"{folder.name} is not being restored: all of its memory is there")
     image = ImageFile(path if path is not None else record.image)
+    await _dismiss_failed(folder)
     pager = PagerProcess(image.path.absolute())
     try:
         await pager.order(Order(name=folder.name))
@@ -152,6 +155,18 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> Status | 
         pager.give_up()
         raise
     return await asyncio.to_thread(deferred.status, folder)
+
+
+async def _dismiss_failed(folder: Folder) -> None:
+    """A pager that is alive but cannot read its image is told to go."""
+    with contextlib.suppress(RestoreError):
+        status = await asyncio.to_thread(deferred.status, folder)
+        if status is None or not status.failures:
+            return
+        started = proc.start_time(status.pager)
+        await asyncio.to_thread(deferred.ask, folder, Ask(what="stop"))
+        if started is not None:
+            await processes.wait_for_end(status.pager, started)
 
 
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:

@@ -92,6 +92,7 @@ class Save:
     async def _save(self, file: int) -> tuple[int, int, int, int]:
         self.memory = Memory(self.workload)
         self.large = await self._native(self.memory.large_units)
+        self.present = self.memory.present()
         await self.workload.prepare_pause()
         try:
             return await (self._lazily(file) if self.options.mode == "lazy" else self._stopped(file))
@@ -180,7 +181,8 @@ class Save:
     # -- saving
 
     async def _finish(self, state: bytes) -> tuple[int, int, int, int]:
-        """Wait until all pages are written; then the sections and the index."""
+        """Save all pages; then the sections and the index."""
+        self.saver.sweep()
         while not await self._native(lambda: self.saver.wait(PROGRESS_INTERVAL)):
             self._tell_progress()
         sections = [
@@ -243,7 +245,6 @@ class Save:
         return round(self.spent.get(name, 0.0) * 1e3, 3)
 
     def _tell_armed(self) -> None:
-        self.present = self.memory.present()
         self.listener(
             events.ArmedEvent(
                 memory=self.memory.size,

@@ -19,6 +19,7 @@ from pageferry.migration.source import Source
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
+from pageferry.workloads.deferred import settled
 
 Owner = Literal["source", "destination", "unknown"]
 
@@ -40,6 +41,7 @@ async def migrate(
     chosen = Options(**options)
     target = resolve(address, insecure=chosen.insecure, what="destination")
     moved = workload.workload() if isinstance(workload, Arena) else workload
+    await settled(moved)
     folder = _folder(moved)
     if folder is not None and folder.load(RECORD, Committed) is not None and not await moved.running():
         raise WorkloadError(

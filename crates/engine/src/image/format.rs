@@ -201,10 +201,16 @@ const _: () = assert!(size_of::<BlockEntry>() == 24 && size_of::<SectionEntry>()
 
 impl PageEntry {
     /// The class, once it is known to be one.
+    #[inline]
     pub fn class(&self) -> Option<Class> {
-        [Class::Absent, Class::Zero, Class::Pattern, Class::SameAs, Class::Data]
-            .into_iter()
-            .find(|class| *class as u8 == self.class)
+        match self.class {
+            0 => Some(Class::Absent),
+            1 => Some(Class::Zero),
+            2 => Some(Class::Pattern),
+            3 => Some(Class::SameAs),
+            4 => Some(Class::Data),
+            _ => None,
+        }
     }
 
     /// A page without contents of its own: absent, zero or pattern.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -19,6 +19,9 @@ use crate::block::{self, BlockError, Class, Codec, Header};
 
 /// Sections other than the page map are at most this long.
 const MAX_SECTION: u64 = 1 << 30;
+
+/// Records of a table that are read at a time.
+const PIECE: usize = 16 << 10;
 
 /// An open image. Everything but storage blocks has been read and verified.
 #[derive(Debug)]
@@ -128,9 +131,14 @@ impl Image {
 
     /// Reads a storage block: one read of the file; header and table are verified, page blocks are not yet.
     pub fn read_block(&self, number: u32) -> Result<StoredBlock, ImageError> {
+        self.read_block_into(number, Vec::new())
+    }
+
+    /// As `read_block`, into the buffer of an earlier block: memory that is touched for the first time is dear.
+    pub fn read_block_into(&self, number: u32, mut bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
         let entry = self.blocks.get(number as usize).copied();
         let entry = entry.ok_or_else(|| value("storage block", u64::from(number), "one of the block table"))?;
-        let mut bytes = vec![0; entry.len.get() as usize];
+        bytes.resize(entry.len.get() as usize, 0);
         self.read_at(&mut bytes, entry.offset.get())?;
         let wrong = |error| ImageError::Block { number, offset: entry.offset.get(), error };
         let mut header = Header::new_zeroed();
@@ -178,9 +186,18 @@ impl Image {
         }
         let mut records = Vec::new();
         records.try_reserve_exact(len / size_of::<T>()).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        records.resize(len / size_of::<T>(), T::new_zeroed());
-        self.read_at(records.as_mut_bytes(), entry.offset.get())?;
-        if xxh3_64(records.as_bytes()) != entry.checksum.get() {
+        // In pieces that stay in the cache: the whole of a large table would be touched twice, at the cost of the first.
+        let mut piece = vec![T::new_zeroed(); PIECE.min(len / size_of::<T>())];
+        let (mut hash, mut offset) = (Xxh3Default::new(), entry.offset.get());
+        while records.len() < len / size_of::<T>() {
+            let count = piece.len().min(len / size_of::<T>() - records.len());
+            let bytes = piece[..count].as_mut_bytes();
+            self.read_at(bytes, offset)?;
+            hash.update(bytes);
+            offset += bytes.len() as u64;
+            records.extend_from_slice(&piece[..count]);
+        }
+        if hash.digest() != entry.checksum.get() {
             return Err(ImageError::Checksum(name.to_owned()));
         }
         Ok(records)
@@ -223,6 +240,11 @@ pub struct StoredBlock {
 }
 
 impl StoredBlock {
+    /// The buffer, for another block.
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// Number of the block in its image.
     pub fn number(&self) -> u32 {
         self.number

@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use crate::image::{Chain, ImageError, StoredBlock};
 
 /// Storage blocks that are kept: those that the next faults are likely to be about.
-const KEPT: usize = 24;
+const KEPT: usize = 12;
+
+/// Buffers that are kept for the next blocks.
+const SPARE: usize = 4;
 
 /// (image of the chain, storage block of it)
 pub type Number = (usize, u32);
@@ -18,12 +21,14 @@ type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
 pub struct Blocks {
     chain: Chain,
     recent: Mutex<VecDeque<(Number, Cell)>>,
+    /// Buffers of blocks that are kept no more.
+    spare: Mutex<Vec<Vec<u8>>>,
     bytes: AtomicU64,
 }
 
 impl Blocks {
     pub fn new(chain: Chain) -> Self {
-        Self { chain, recent: Mutex::default(), bytes: AtomicU64::new(0) }
+        Self { chain, recent: Mutex::default(), spare: Mutex::default(), bytes: AtomicU64::new(0) }
     }
 
     pub fn chain(&self) -> &Chain {
@@ -39,7 +44,8 @@ impl Blocks {
     pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
-            let block = self.chain.images()[number.0].read_block(number.1)?;
+            let buffer = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+            let block = self.chain.images()[number.0].read_block_into(number.1, buffer)?;
             self.bytes.fetch_add(block.len() as u64, Ordering::Relaxed);
             Ok(Arc::new(block))
         });
@@ -58,10 +64,21 @@ impl Blocks {
         } else {
             recent.push_back((number, Cell::default()));
             if recent.len() > KEPT {
-                recent.pop_front();
+                self.recycle(recent.pop_front());
             }
         }
         recent.back().map(|(_, cell)| cell.clone()).unwrap_or_default()
+    }
+
+    /// Keeps the buffer of a block that nobody uses any more.
+    fn recycle(&self, entry: Option<(Number, Cell)>) {
+        let block = entry.and_then(|(_, cell)| Arc::into_inner(cell)).and_then(OnceLock::into_inner);
+        if let Some(block) = block.and_then(Result::ok).and_then(Arc::into_inner) {
+            let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+            if spare.len() < SPARE {
+                spare.push(block.into_buffer());
+            }
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Number, Cell)>> {

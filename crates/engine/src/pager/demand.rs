@@ -80,7 +80,11 @@ fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -
         Err(error) => {
             let (region, base) = (memory.region_of(page), memory.regions[memory.region_of(page)].base);
             let failure = Failure { region, page: page - base, accessed: true, message: error.to_string() };
-            if shared.fail(failure) && shared.fatal {
+            let new = shared.fail(failure);
+            if shared.fatal {
+                if new {
+                    eprintln!("pageferry: page {} of region {region} cannot be read: {error}", page - base);
+                }
                 // There is nobody else to stop it: the access ends in SIGBUS, never in zeros.
                 let _ = inbox.uffd.poison(address, SMALL_PAGE as u64);
             }

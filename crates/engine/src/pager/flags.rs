@@ -34,9 +34,9 @@ impl Flags {
         unsafe { &*self.mapping.base().cast::<AtomicU64>().add(index) }
     }
 
-    /// Sets a flag: only before anybody else looks at them.
-    pub fn set(&self, page: usize) {
-        self.word(page / 64).fetch_or(1 << (page % 64), Ordering::Relaxed);
+    /// Sets the flags of 64 pages: only before anybody else looks at them.
+    pub fn set_word(&self, index: usize, flags: u64) {
+        self.word(index).store(flags, Ordering::Relaxed);
     }
 
     /// Whether the page's contents are still to come.

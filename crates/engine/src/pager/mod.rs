@@ -20,7 +20,6 @@ mod demand;
 mod flags;
 mod memory;
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -37,7 +36,7 @@ pub use memory::{Counters, LoadError};
 use memory::{Memory, Region, Scratch, Watched};
 
 use crate::block::Class;
-use crate::image::{Chain, ImageError};
+use crate::image::{Chain, ImageError, PageEntry};
 use crate::mapping::Mapping;
 use crate::placer::{Placer, Target};
 use crate::trace::Segment;
@@ -121,7 +120,7 @@ struct Shared {
     /// Accesses that are being answered.
     demanding: AtomicUsize,
     rest: Mutex<Option<Sender<Number>>>,
-    failures: Mutex<(Vec<Failure>, HashSet<(usize, usize)>)>,
+    failures: Mutex<Vec<Failure>>,
     finished: (Mutex<bool>, Condvar),
     eager: bool,
     fatal: bool,
@@ -143,20 +142,26 @@ impl Shared {
         }
     }
 
-    /// Notes a failure; false where it was known.
+    /// Notes a failure; false where it was known, and as much an access.
     fn fail(&self, failure: Failure) -> bool {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = !failures.1.insert((failure.region, failure.page));
-        let (list, accessed) = (&mut failures.0, failure.accessed);
-        if let Some(other) = list.iter_mut().find(|other| (other.region, other.page) == (failure.region, failure.page))
-        {
-            other.accessed |= accessed;
-        } else if list.len() < MAX_FAILURES {
-            list.push(failure);
-        }
+        let same = |other: &&mut Failure| (other.region, other.page) == (failure.region, failure.page);
+        let new = match failures.iter_mut().find(same) {
+            Some(known) => {
+                let before = known.accessed;
+                known.accessed |= failure.accessed;
+                known.accessed != before
+            }
+            None => {
+                if failures.len() < MAX_FAILURES {
+                    failures.push(failure);
+                }
+                true
+            }
+        };
         drop(failures);
         self.finished.1.notify_all();
-        accessed || !known
+        new
     }
 
     /// The pages of an address space between two addresses, counted over all regions.
@@ -229,7 +234,7 @@ impl Pager {
         }
         let flags = Flags::new(plan.flags, base);
         if !plan.taken_over {
-            mark(&plan.chain, &flags, base)?;
+            mark(&plan.chain, &flags, base);
         }
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
@@ -308,7 +313,7 @@ impl Pager {
 
     /// Pages that could not be had.
     pub fn failures(&self) -> Vec<Failure> {
-        self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+        self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether everything is in memory and the workload is on its own.
@@ -365,16 +370,14 @@ impl Drop for Pager {
 }
 
 /// Sets the flags of all pages that are not zeros.
-fn mark(chain: &Chain, flags: &Flags, pages: usize) -> Result<(), ImageError> {
+fn mark(chain: &Chain, flags: &Flags, pages: usize) {
     let map = chain.images().first().map_or(&[][..], |image| image.page_map());
     debug_assert_eq!(map.len(), pages, "checked by the caller");
-    for (page, entry) in map.iter().enumerate() {
-        // Class and signature are right whichever image of the chain holds the contents.
-        if !matches!(entry.class(), Some(Class::Absent | Class::Zero)) {
-            flags.set(page);
-        }
+    // Class and signature are right whichever image of the chain holds the contents.
+    let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
+    for (index, entries) in map.chunks(64).enumerate() {
+        flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
     }
-    Ok(())
 }
 
 /// From here on every access to a page that is not mapped comes to us.

@@ -34,6 +34,7 @@ use crate::space::AdoptError;
 use crate::trace::Segment;
 
 mod classify;
+mod discards;
 mod layout;
 mod output;
 mod shared;
@@ -42,6 +43,7 @@ mod sweep;
 mod traps;
 
 use classify::{Classified, Classifier};
+use discards::Discards;
 use output::Written;
 use shared::Shared;
 pub use shared::Stats;
@@ -49,6 +51,8 @@ use staging::Staging;
 
 /// Builders that wait to be packed, apart from those that are being filled.
 const QUEUED: usize = 2;
+/// How much others go before the threads that nobody waits for.
+const NICENESS: libc::c_int = 5;
 
 /// Why a save ended.
 #[derive(Debug, Error)]
@@ -65,6 +69,11 @@ pub enum SaveError {
     /// Memory cannot be read, or protected.
     #[error("memory of the workload cannot be worked on: {0}")]
     Memory(io::Error),
+    /// The workload discarded memory, of which something may not have been saved yet.
+    #[error(
+        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload paused"
+    )]
+    GivenBack,
     /// Somebody asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -135,7 +144,9 @@ impl Saver {
         let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let armed = traps::register(segments)?;
-        let shared = Arc::new(Shared::new(areas, armed, staging));
+        let files = areas.iter().map(|area| area.mapping.file());
+        let discards = Discards::watch(files).map_err(SaveError::Memory)?;
+        let shared = Arc::new(Shared::new(areas, armed, staging, discards));
         let mut saver =
             Self { shared, start: None, threads: Vec::new(), classifier: None, writer: None, arm_time: Duration::ZERO };
         saver.spawn(image, parent, options)?;
@@ -168,7 +179,7 @@ impl Saver {
                 .push(thread(&format!("pf-trap-{number}"), move || traps::serve(&shared, &uffd, &heard, &slots))?);
         }
         let (swept, bandwidth) = (shared.clone(), options.bandwidth);
-        self.threads.push(thread("pf-sweep", move || {
+        self.threads.push(background("pf-sweep", move || {
             if started.recv().is_ok() {
                 sweep::run(&swept, &slots, bandwidth);
             }
@@ -176,14 +187,14 @@ impl Saver {
             drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
         })?);
         let classifier = Classifier::new(shared.clone(), parent, builders, full)?;
-        self.classifier = Some(thread("pf-classify", move || classifier.run(&filled))?);
+        self.classifier = Some(background("pf-classify", move || classifier.run(&filled))?);
         for number in 0..options.packers.max(1) {
             let (to_pack, free, packed, buffers) = (to_pack.clone(), free.clone(), packed.clone(), buffers.clone());
             let pack = move || output::pack(&to_pack, &free, &buffers, &packed);
-            self.threads.push(thread(&format!("pf-pack-{number}"), pack)?);
+            self.threads.push(background(&format!("pf-pack-{number}"), pack)?);
         }
         let shared = shared.clone();
-        self.writer = Some(thread("pf-write", move || output::write(&shared, image, &to_write, &spare))?);
+        self.writer = Some(background("pf-write", move || output::write(&shared, image, &to_write, &spare))?);
         self.start = Some(start);
         Ok(())
     }
@@ -192,10 +203,15 @@ impl Saver {
     pub fn begin(&mut self) -> Result<Duration, SaveError> {
         let begin = Instant::now();
         self.shared.protect_released().map_err(SaveError::Memory)?;
+        Ok(begin.elapsed())
+    }
+
+    /// Starts the sweep, after [`begin`](Self::begin). Traps are served without it: the CPUs are better left to the
+    /// workload until it runs again.
+    pub fn sweep(&mut self) {
         if let Some(start) = self.start.take() {
             let _ = start.send(());
         }
-        Ok(begin.elapsed())
     }
 
     /// How long it took to protect everything while the workload ran.
@@ -277,4 +293,16 @@ fn thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
     std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(SaveError::Memory)
+}
+
+/// A thread that nobody waits for: the workload and the threads that serve its traps come first.
+fn background<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, SaveError> {
+    thread(name, move || {
+        // SAFETY: takes no pointers. For process 0 it is about the calling thread alone; failing does no harm.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
+        work()
+    })
 }

@@ -6,6 +6,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::SaveError;
+use super::discards::Discards;
 use super::layout::{Area, RELEASED, UNSAVED};
 use super::staging::Staging;
 use super::traps::{Armed, is_gone, within};
@@ -70,6 +71,7 @@ pub(super) struct Shared {
     pub(super) areas: Vec<Area>,
     pub(super) armed: Vec<Armed>,
     pub(super) staging: Staging,
+    pub(super) discards: Discards,
     pub(super) stats: Stats,
     begun: AtomicBool,
     /// Held while protections change before, and at, the instant.
@@ -82,11 +84,12 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(areas: Vec<Area>, armed: Vec<Armed>, staging: Staging) -> Self {
+    pub(super) fn new(areas: Vec<Area>, armed: Vec<Armed>, staging: Staging, discards: Discards) -> Self {
         Self {
             areas,
             armed,
             staging,
+            discards,
             stats: Stats::default(),
             begun: AtomicBool::new(false),
             beginning: Mutex::new(()),
@@ -122,6 +125,7 @@ impl Shared {
                 self.each_mapping(region, start, last + len - start, true)?;
             }
         }
+        self.discards.forget()?;
         self.begun.store(true, Ordering::Release);
         Ok(())
     }

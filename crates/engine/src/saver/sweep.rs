@@ -14,6 +14,9 @@ use crate::LARGE_PAGE;
 /// Longest sleep of a sweep that is ahead of its rate: then it looks whether it has been cancelled.
 const SLICE: Duration = Duration::from_millis(20);
 
+/// The kernel tells of a discard after it was made: how long to wait for what it may still have to tell.
+const NOTICE: Duration = Duration::from_millis(5);
+
 /// Saves everything that traps do not save first. Ends early when the save has failed.
 pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
     let mut pace = Pace { since: Instant::now(), bytes: 0, bandwidth };
@@ -22,6 +25,12 @@ pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
             shared.fail(error);
             return;
         }
+    }
+    std::thread::sleep(NOTICE);
+    match shared.discards.seen() {
+        Ok(false) => {}
+        Ok(true) => shared.fail(SaveError::GivenBack),
+        Err(error) => shared.fail(SaveError::Memory(error)),
     }
 }
 

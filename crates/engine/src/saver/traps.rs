@@ -37,7 +37,7 @@ pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError>
         let known = armed.iter().find(|other| other.segment.space.pid() == segment.space.pid());
         let uffd = match known {
             Some(other) => other.uffd.clone(),
-            None => Arc::new(segment.space.userfault(features)?),
+            None => Arc::new(segment.space.full_userfault(features)?),
         };
         uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
             let taken = error.raw_os_error() == Some(libc::EBUSY);

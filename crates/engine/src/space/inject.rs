@@ -57,6 +57,11 @@ pub enum AdoptError {
         "memory of process {0} at {1:#x} is registered with another userfaultfd (a trace or a post-copy under way): end that first ({2})"
     )]
     Registered(libc::pid_t, u64, io::Error),
+    /// Only its own accesses could be made to wait, not those of the kernel on its behalf.
+    #[error(
+        "process {0} may not have system calls of its own wait for us: run it as root, or set vm.unprivileged_userfaultfd=1"
+    )]
+    UserModeOnly(libc::pid_t),
     /// The call was made and failed.
     #[error("a system call made in the process failed: {0}")]
     Call(io::Error),

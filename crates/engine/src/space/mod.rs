@@ -59,6 +59,28 @@ impl Space {
         Ok(uffd)
     }
 
+    /// As `userfault`, but never one for which system calls of the process fail (EFAULT) where its own accesses wait.
+    ///
+    /// # Errors
+    /// [`AdoptError::UserModeOnly`] where the process may not have such a one.
+    pub fn full_userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
+        let uffd = if self.is_own() {
+            Userfault::own_full().map_err(|error| self.user_mode_only(error))?
+        } else {
+            inject::on_stopped(self.pid, |stopped| {
+                let (ours, remote) = self.make_userfault(stopped, false)?;
+                stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
+                Ok(ours)
+            })?
+        };
+        uffd.enable(features)?;
+        Ok(uffd)
+    }
+
+    fn user_mode_only(&self, error: io::Error) -> AdoptError {
+        if error.raw_os_error() == Some(libc::EPERM) { AdoptError::UserModeOnly(self.pid) } else { error.into() }
+    }
+
     /// A userfaultfd of this address space with `features`, of which the process keeps its own copy (its number there
     /// is the second value; none for our own process): when we die, whoever waits for a page goes on waiting.
     pub fn kept_userfault(&self, features: u64) -> Result<(Userfault, Option<u64>), AdoptError> {
@@ -68,7 +90,7 @@ impl Space {
             return Ok((uffd, None));
         }
         inject::on_stopped(self.pid, |stopped| {
-            let (uffd, remote) = self.make_userfault(stopped)?;
+            let (uffd, remote) = self.make_userfault(stopped, true)?;
             if let Err(error) = uffd.enable(features) {
                 stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
                 return Err(error.into());
@@ -78,16 +100,18 @@ impl Space {
     }
 
     fn userfault_in(&self, stopped: &inject::Stopped) -> Result<Userfault, AdoptError> {
-        let (ours, remote) = self.make_userfault(stopped)?;
+        let (ours, remote) = self.make_userfault(stopped, true)?;
         stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
         Ok(ours)
     }
 
-    /// Has the stopped process make a userfaultfd; our copy of it, and its number there.
-    fn make_userfault(&self, stopped: &inject::Stopped) -> Result<(Userfault, u64), AdoptError> {
+    /// Has the stopped process make a userfaultfd (if need be one of user mode only, where that `will_do`); our copy of
+    /// it, and its number there.
+    fn make_userfault(&self, stopped: &inject::Stopped, will_do: bool) -> Result<(Userfault, u64), AdoptError> {
         self.check_alive()?;
         let flags = u64::try_from(libc::O_CLOEXEC | libc::O_NONBLOCK).unwrap_or(0);
         let remote = match stopped.call(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]) {
+            Err(AdoptError::Call(error)) if !will_do => return Err(self.user_mode_only(error)),
             Err(AdoptError::Call(error)) if error.raw_os_error() == Some(libc::EPERM) => {
                 stopped.call(libc::SYS_userfaultfd, [flags | uapi::UFFD_USER_MODE_ONLY as u64, 0, 0, 0, 0, 0])?
             }

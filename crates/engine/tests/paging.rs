@@ -1,0 +1,251 @@
+//! The pager against a plain model: contents of an image come on access, while others write, discard, and take over.
+//!
+//! What could hang runs on a thread with a deadline.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::block::{Builder, Class, Codec};
+use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
+use pageferry_engine::mapping::{Mapping, duplicate};
+use pageferry_engine::pager::{FEATURES, Pager, Plan, file_len};
+use pageferry_engine::placer::Target;
+use pageferry_engine::space::Space;
+use pageferry_engine::trace::Segment;
+use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
+
+const PAGES: usize = 2048;
+const STORAGE_BLOCK: usize = 256 << 10;
+
+fn within_a_minute(work: impl FnOnce() + Send + 'static) {
+    let (done, finished) = mpsc::channel();
+    let worker = thread::spawn(move || {
+        work();
+        let _ = done.send(());
+    });
+    match finished.recv_timeout(Duration::from_secs(60)) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
+        _ => worker.join().expect("it ends"),
+    }
+}
+
+fn memory_file(len: usize) -> OwnedFd {
+    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"paging".as_ptr(), libc::MFD_CLOEXEC)) };
+    File::from(file.try_clone().expect("a duplicate")).set_len(len as u64).expect("room");
+    file
+}
+
+/// Word `at` of a page as the image has it.
+fn word(page: usize, at: usize) -> u64 {
+    ((page as u64) << 32 | at as u64 | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// An image of one region in which every page is data, except for every eighth, which is zeros.
+fn image() -> Chain {
+    let file = memory_file(0);
+    let sizes = Sizes { page_block: 64 << 10, storage_block: STORAGE_BLOCK };
+    let mut writer = ImageWriter::new(file.try_clone().expect("a duplicate"), [7; 16], sizes).expect("a writer");
+    let mut builder = Builder::new(Codec::Lz4, sizes.page_block, sizes.storage_block);
+    let mut map = vec![PageEntry::plain(Class::Zero, 0); PAGES];
+    let mut pending: Vec<(usize, usize)> = Vec::new();
+    let mut flush = |builder: &mut Builder, pending: &mut Vec<(usize, usize)>, map: &mut Vec<PageEntry>| {
+        if builder.is_empty() {
+            return;
+        }
+        let number = writer.append(&builder.build(0, 0, 0)).expect("a block");
+        for (page, slot) in pending.drain(..) {
+            map[page] = PageEntry::stored(Class::Data, 0, number, u16::try_from(slot).expect("a slot"));
+        }
+    };
+    // Not in order, as traps come.
+    for page in (0..PAGES).map(|number| number * 769 % PAGES).filter(|page| page % 8 != 7) {
+        let contents: Vec<u8> = (0..512).flat_map(|at| word(page, at).to_le_bytes()).collect();
+        let slot = builder.push_data(page, &contents);
+        pending.push((page, slot));
+        if builder.is_full() {
+            flush(&mut builder, &mut pending, &mut map);
+        }
+    }
+    flush(&mut builder, &mut pending, &mut map);
+    writer.finish(1, &map).expect("an image");
+    Chain::new(vec![Arc::new(Image::open(file).expect("an image"))]).expect("a chain")
+}
+
+/// A workload's mapping, ours of the same file, and all that a pager needs.
+struct Scene {
+    workload: Mapping,
+    ours: Arc<Mapping>,
+    flags: OwnedFd,
+    uffd: OwnedFd,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let file = memory_file(PAGES * SMALL_PAGE);
+        let workload = Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping");
+        let ours = Arc::new(Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping"));
+        let (uffd, _) = Self::space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE).expect("a userfaultfd");
+        Self { workload, ours, flags: memory_file(file_len(PAGES)), uffd: uffd.into() }
+    }
+
+    fn space() -> Arc<Space> {
+        Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own"))
+    }
+
+    fn pager(&self, taken_over: bool, background: bool) -> Pager {
+        let len = PAGES * SMALL_PAGE;
+        let segment = Segment {
+            space: Self::space(),
+            address: self.workload.address(),
+            len: len as u64,
+            region: 0,
+            first_page: 0,
+        };
+        let uffd = Arc::new(Userfault::from_fd(duplicate(self.uffd.as_raw_fd()).expect("a duplicate")));
+        Pager::start(Plan {
+            chain: image(),
+            targets: vec![Target { mapping: self.ours.clone(), page_size: SMALL_PAGE, large: Vec::new() }],
+            watched: vec![(segment, uffd)],
+            flags: Mapping::new(self.flags.as_fd(), file_len(PAGES), 0).expect("a mapping"),
+            taken_over,
+            working_set: Vec::new(),
+            background,
+            eager: true,
+            fatal: false,
+        })
+        .expect("a pager")
+    }
+
+    fn read(&self, page: usize, at: usize) -> u64 {
+        // SAFETY: within the mapping, aligned; other threads write other words, or none.
+        unsafe { self.workload.page(page).cast::<u64>().add(at).read_volatile() }
+    }
+
+    fn write(&self, page: usize, at: usize, value: u64) {
+        // SAFETY: as for `read`.
+        unsafe { self.workload.page(page).cast::<u64>().add(at).write_volatile(value) }
+    }
+
+    fn discard(&self, page: usize) {
+        // SAFETY: within the mapping, which is shared memory.
+        let result = unsafe { libc::madvise(self.workload.page(page).cast(), SMALL_PAGE, libc::MADV_REMOVE) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
+fn expected(page: usize, at: usize) -> u64 {
+    if page % 8 == 7 { 0 } else { word(page, at) }
+}
+
+/// A stream of numbers.
+fn random(state: &mut u64) -> usize {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    usize::try_from(*state >> 33).expect("31 bits")
+}
+
+#[test]
+fn contents_come_on_access_and_in_the_background() {
+    for background in [false, true] {
+        within_a_minute(move || {
+            let scene = Scene::new();
+            let pager = scene.pager(false, background);
+            for page in (0..PAGES).map(|number| number * 331 % PAGES) {
+                assert_eq!(scene.read(page, 300), expected(page, 300), "page {page}");
+            }
+            assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
+        });
+    }
+}
+
+#[test]
+fn what_was_discarded_is_zeros_and_stays_so() {
+    for seed in 1..20 {
+        within_a_minute(move || {
+            let scene = Scene::new();
+            let pager = scene.pager(false, true);
+            let (mut state, mut discarded) = (seed, vec![false; PAGES]);
+            while pager.pending() > 0 {
+                let page = random(&mut state) % PAGES;
+                scene.discard(page);
+                discarded[page] = true;
+            }
+            assert!(pager.wait(Duration::from_secs(10), 0));
+            for (page, discarded) in discarded.iter().enumerate() {
+                let right = if *discarded { 0 } else { expected(page, 9) };
+                assert_eq!(scene.read(page, 9), right, "page {page}, discarded {discarded}");
+            }
+        });
+    }
+}
+
+#[test]
+fn writes_and_discards_of_others_hold_against_late_contents() {
+    within_a_minute(|| {
+        let scene = Arc::new(Scene::new());
+        let pager = scene.pager(false, true);
+        // Each thread has the pages of its own remainder, and a model of them.
+        let threads: Vec<_> = (0..4)
+            .map(|number| {
+                let scene = scene.clone();
+                thread::spawn(move || {
+                    let mut model: Vec<u64> = (0..PAGES).map(|page| expected(page, 3)).collect();
+                    let mut state = number as u64;
+                    for turn in 0..3000 {
+                        let page = random(&mut state) % (PAGES / 4) * 4 + number;
+                        assert_eq!(scene.read(page, 3), model[page], "page {page} in turn {turn}");
+                        if random(&mut state).is_multiple_of(8) {
+                            scene.discard(page);
+                            model[page] = 0;
+                        } else {
+                            model[page] = turn;
+                            scene.write(page, 3, turn);
+                        }
+                    }
+                    for page in (number..PAGES).step_by(4) {
+                        assert_eq!(scene.read(page, 3), model[page], "page {page} at the end");
+                    }
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().expect("a thread"));
+        assert!(pager.wait(Duration::from_secs(10), 0));
+    });
+}
+
+#[test]
+fn another_pager_goes_on_where_one_was_stopped() {
+    within_a_minute(|| {
+        let scene = Arc::new(Scene::new());
+        let mut pager = scene.pager(false, false);
+        let done = Arc::new(AtomicBool::new(false));
+        let reader = {
+            let (scene, done) = (scene.clone(), done.clone());
+            thread::spawn(move || {
+                let mut state = 5;
+                for _ in 0..4000 {
+                    let page = random(&mut state) % PAGES;
+                    assert_eq!(scene.read(page, 100), expected(page, 100), "page {page}");
+                    scene.write(page, 101, 1);
+                }
+                done.store(true, Ordering::Release);
+            })
+        };
+        while !done.load(Ordering::Acquire) {
+            thread::sleep(Duration::from_millis(3));
+            drop(pager);
+            pager = scene.pager(true, false);
+        }
+        reader.join().expect("the reader");
+        pager.ensure(0, 0, PAGES).expect("all of it");
+        assert!(pager.wait(Duration::from_secs(10), 0));
+        for page in 0..PAGES {
+            assert_eq!(scene.read(page, 100), expected(page, 100), "page {page}");
+        }
+    });
+}

@@ -1,0 +1,226 @@
+"""Arenas from images: right whatever is touched first, by whom, and however the image was laid out (S10, S8)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pageferry
+from pageferry.checkpoint.arenas import RestoredArena
+from pageferry.errors import ImageError, UsageError
+from tests.kernel.images import DATA, PAGE, PATTERN, SAME_AS, ZERO, Maker
+from tests.kernel.programs import DEADLINE
+
+pytestmark = pytest.mark.kernel
+
+MIB = 1 << 20
+
+
+def words(arena: pageferry.Arena) -> Any:
+    """The arena as pages of 512 words."""
+    return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
+
+
+def in_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run what could hang or die in a process of its own."""
+    setup = "import sys\nimport numpy as np\nimport pageferry\narena = pageferry.restore(sys.argv[1], prefetch=False)\n"
+    setup += "words = np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)\n"
+    command = [sys.executable, "-c", setup + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(("codec", "storage_block"), [("none", 65536), ("lz4", MIB), ("zstd", 4 * MIB)])
+def test_every_class_of_page(tmp_path: Path, prefetch: bool, codec: str, storage_block: int) -> None:
+    made = Maker(3000, codec=codec, storage_block=storage_block)
+    arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=prefetch)
+    assert arena.received_state == b"state"
+    view = words(arena)
+    for page in np.random.default_rng(1).permutation(made.pages)[:300]:
+        assert (view[page] == made.contents[page]).all(), page
+    assert (view == made.contents).all()
+    arena.load()
+    assert arena.deferred == 0
+    assert (view == made.contents).all()
+
+
+def test_without_prefetch_nothing_is_read_but_what_is_touched(tmp_path: Path) -> None:
+    made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
+    arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
+    assert arena.deferred == 4096 * PAGE
+    assert (words(arena)[17] == made.contents[17]).all()
+    assert 4000 * PAGE < arena.deferred < 4096 * PAGE
+
+
+def test_what_costs_no_reading_reads_nothing(tmp_path: Path) -> None:
+    made = Maker(512, classes=[DATA] + [PATTERN, ZERO] * 255 + [PATTERN])
+    arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
+    assert (words(arena)[1:] == made.contents[1:]).all()
+    assert arena.pager.counters[4] == 0
+
+
+def test_same_pages_are_read_once_and_are_apart(tmp_path: Path) -> None:
+    made = Maker(512, classes=[DATA] + [SAME_AS] * 511)
+    arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
+    view = words(arena)
+    view[3] = 1
+    assert (view[4] == made.contents[4]).all()
+    assert (view[0] == made.contents[0]).all()
+
+
+def test_a_chain(tmp_path: Path) -> None:
+    parent = Maker(2000, seed=1)
+    path = parent.write(tmp_path / "0")
+    for number in range(1, 5):
+        child = Maker(2000, seed=number + 1)
+        child.build_on(parent, path)
+        path, parent = child.write(tmp_path / str(number)), child
+    for prefetch in (True, False):
+        arena = pageferry.restore(path, prefetch=prefetch)
+        assert (words(arena) == parent.contents).all()
+
+
+@pytest.mark.usefixtures("root")
+def test_large_pages_come_back_large(tmp_path: Path) -> None:
+    made = Maker(4096, classes=[DATA] * 4096)
+    arena = pageferry.restore(made.write(tmp_path / "image", large=True))
+    arena.load()
+    assert arena.large_units() == [True] * 8
+    assert _smaps(arena.address, "ShmemPmdMapped") == 16384
+    assert (words(arena) == made.contents).all()
+
+
+def test_writes_are_kept_while_contents_come(tmp_path: Path) -> None:
+    made = Maker(8192, classes=[DATA] * 8192)
+    path = made.write(tmp_path / "image")
+    for seed in range(5):
+        arena = pageferry.restore(path, eager=True)
+        view, expected = words(arena), made.contents.copy()
+        generator = np.random.default_rng(seed)
+        while arena.deferred:
+            for page in generator.integers(0, made.pages, 64):
+                expected[page, 5] = view[page, 5] = generator.integers(1 << 60)
+        assert (view == expected).all()
+
+
+def test_many_threads_on_the_same_pages(tmp_path: Path) -> None:
+    """Each thread writes its own word of every page, in its own order, and none is lost."""
+    made = Maker(2048, classes=[DATA] * 2048)
+    arena = pageferry.restore(made.write(tmp_path / "image"))
+    view, expected = words(arena), made.contents.copy()
+    expected[:, :4] = 1
+
+    def write(number: int) -> None:
+        for page in np.random.default_rng(number).permutation(made.pages):
+            view[page, number] = 1
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (view == expected).all()
+
+
+def test_a_thread_that_misses_with_the_gil_held_does_not_lock_up(tmp_path: Path) -> None:
+    """Scalar access through numpy holds the GIL while the kernel waits for the pager."""
+    path = Maker(4096, classes=[DATA] * 4096).write(tmp_path / "image")
+    code = """
+import threading, time
+def touch(start):
+    total = 0
+    for page in range(start, 4096, 4):
+        total += int(words[page, 100])
+    assert total
+threads = [threading.Thread(target=touch, args=(start,)) for start in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(arena.deferred)
+"""
+    done = in_child(code, path)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_clones_have_their_own_memory(tmp_path: Path) -> None:
+    made = Maker(2048)
+    path = made.write(tmp_path / "image")
+    clones = [pageferry.restore(path) for _ in range(3)]
+    for number, clone in enumerate(clones):
+        words(clone)[:, 0] = number
+    for number, clone in enumerate(clones):
+        assert (words(clone)[:, 0] == number).all()
+        assert (words(clone)[:, 1:] == made.contents[:, 1:]).all()
+
+
+def test_a_forked_child_sees_everything(tmp_path: Path) -> None:
+    made = Maker(1024)
+    arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
+    view = words(arena)
+    if (child := os.fork()) == 0:
+        os._exit(0 if (view == made.contents).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert arena.deferred == 0
+
+
+def _smaps(address: int, field: str) -> int:
+    """A field of the mapping at an address, KiB."""
+    entry = Path("/proc/self/smaps").read_text().split(f"\n{address:x}-")[1]
+    return int(entry.split(f"\n{field}:")[1].split()[0])
+
+
+def damage(path: Path, pattern: bytes) -> None:
+    """Flip a bit of what is stored of one page."""
+    contents = bytearray(path.read_bytes())
+    contents[contents.index(pattern)] ^= 1
+    path.write_bytes(contents)
+
+
+def test_a_damaged_page_is_never_zeros(tmp_path: Path) -> None:
+    made = Maker(64, classes=[DATA] * 64, codec="none", storage_block=65536)
+    path = made.write(tmp_path / "image")
+    damage(path, made.contents[33].tobytes())
+    done = in_child("print(words[33, 0])", path)
+    assert done.returncode == -signal.SIGBUS
+    assert done.stdout == ""
+    assert "pageferry: page 33 of region 0 cannot be read: storage block" in done.stderr
+    arena = pageferry.restore(path)
+    good = [page for page in range(64) if _readable(arena, page)]
+    assert 33 not in good
+    assert (words(arena)[good] == made.contents[good]).all()
+    with pytest.raises(ImageError, match="fails its checksum"):
+        arena.load()
+
+
+def test_an_image_that_is_cut_off_under_way(tmp_path: Path) -> None:
+    made = Maker(512, classes=[DATA] * 512, codec="none", storage_block=65536)
+    path = made.write(tmp_path / "image")
+    done = in_child("import os; os.truncate(sys.argv[1], 8192); print(words[33, 0])", path)
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, "")
+    assert "cannot be read" in done.stderr
+
+
+def test_what_is_no_image_of_an_arena(tmp_path: Path) -> None:
+    (tmp_path / "no").write_bytes(bytes(5000))
+    with pytest.raises(ImageError, match="no pageferry image"):
+        pageferry.restore(tmp_path / "no")
+    with pytest.raises(ImageError, match="cannot be opened"):
+        pageferry.restore(tmp_path / "none")
+    arena = pageferry.restore(Maker(16).write(tmp_path / "image"))
+    with pytest.raises(UsageError, match="bytes at"):
+        arena.ensure(60000, 10000)
+
+
+def _readable(arena: RestoredArena, page: int) -> bool:
+    try:
+        arena.ensure(page * PAGE, PAGE)
+    except ImageError:
+        return False
+    return True

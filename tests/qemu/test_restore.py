@@ -1,0 +1,313 @@
+"""Guests from images: they run before their memory is there, and never see a wrong byte (S10, S8)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pageferry
+from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoint.restore import restore_guest, take_over
+from pageferry.checkpoint.restore_events import RestoreResult
+from pageferry.errors import RestoreError, UsageError
+from pageferry.host import proc, processes
+from pageferry.host.registry import Folder, Registry
+from pageferry.workloads import deferred
+from pageferry.workloads.deferred import Status
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+
+MakeSerial = Callable[[str], Serial]
+OPTIONS = ("-smp", "2", "-device", "virtio-balloon-pci,id=balloon")
+BUSY = "ferry.mib=64 ferry.rate=3000"
+
+
+@pytest.fixture(scope="module")
+def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of a guest at work."""
+    folder = tmp_path_factory.mktemp("image")
+
+    async def make() -> Path:
+        serial = Serial(folder / "serial")
+        source = await QemuWorkload.start("source", parts.command(serial, *OPTIONS, checker=BUSY))
+        await serial.ready()
+        await serial.ticks(2)
+        await pageferry.checkpoint(source, folder / "image")
+        await source.discard()
+        return folder / "image"
+
+    return asyncio.run(make())
+
+
+class Restored:
+    """A guest made of an image."""
+
+    def __init__(self, name: str, parts: GuestParts, serial: Serial) -> None:
+        self.folder = Folder(Registry(), name)
+        self.command = parts.command(serial, *OPTIONS)
+        self.serial = serial
+
+    async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
+        """Restore it."""
+        started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
+        self.workload, result = started
+        return result
+
+    async def end(self) -> None:
+        """End it, and wait for the end of its pager."""
+        status = await self.status()
+        started = None if status is None else proc.start_time(status.pager)
+        await self.workload.discard()
+        if status is not None and started is not None:
+            await processes.wait_for_end(status.pager, started)
+
+    async def status(self) -> Status | None:
+        """What its pager says."""
+        return await asyncio.to_thread(deferred.status, self.folder)
+
+    async def arrived(self) -> None:
+        """Wait until all of its memory is there."""
+        async with asyncio.timeout(30):
+            while await self.status() is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def kill_pager(self) -> None:
+        """Kill -9."""
+        status = await self.status()
+        assert status is not None
+        started = proc.start_time(status.pager)
+        assert started is not None
+        os.kill(status.pager, signal.SIGKILL)
+        await processes.wait_for_end(status.pager, started)
+
+
+@pytest.fixture
+def guest(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Callable[[str], Restored]:
+    """Makes guests by name."""
+    return lambda name: Restored(name, parts, serial(name))
+
+
+Make = Callable[[str], Restored]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_it_runs_and_every_page_is_right(guest: Make, image: Path, prefetch: bool) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        result = await restored.start(image, prefetch=prefetch)
+        assert result.status == "active"
+        assert result.deferred > 32 << 20
+        if prefetch:
+            await restored.arrived()
+            assert not (restored.folder.path / deferred.RECORD).exists()
+            assert not (restored.folder.path / deferred.FLAGS).exists()
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_when_all_is_there_nothing_is_left_of_the_pager(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        await restored.start(image, eager=True)
+        status = await restored.status()
+        await restored.arrived()
+        if status is not None and (started := proc.start_time(status.pager)) is not None:
+            await processes.wait_for_end(status.pager, started)
+        assert _traps_of(restored.workload.pid) == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def _traps_of(pid: int) -> list[str]:
+    """What is left of a pager in a process: descriptors, registered mappings, large pages that are not mapped large."""
+    folder = Path(f"/proc/{pid}")
+    names = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
+    left = [name for name in names if "userfaultfd" in name]
+    lines = (folder / "smaps").read_text().splitlines()
+    left += [line for line in lines if line.startswith("VmFlags") and {"um", "ui"} & set(line.split())]
+    large = max(int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
+    return left + ([f"only {large} KiB are mapped as large pages"] if large < 65536 else [])
+
+
+def test_a_killed_pager_is_taken_over(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        await restored.start(image, prefetch=False)
+        for _ in range(3):
+            await restored.kill_pager()
+            with pytest.raises(RestoreError, match="--takeover restored"):
+                await restored.status()
+            status = await take_over(restored.folder)
+            assert status is not None
+            with pytest.raises(RestoreError, match="alive"):
+                await take_over(restored.folder)
+            await restored.serial.ticks(1)
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_without_a_pager_the_guest_waits(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        await restored.start(image, prefetch=False)
+        await restored.kill_pager()
+        await asyncio.sleep(0.5)  # it may go on with what it has
+        before = restored.serial.last
+        await asyncio.sleep(1.0)
+        assert restored.serial.last == before
+        await take_over(restored.folder)
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_a_damaged_image_stops_the_guest_and_a_good_one_lets_it_go_on(guest: Make, image: Path, tmp_path: Path) -> None:
+    async def run() -> None:
+        bad = tmp_path / "bad"
+        shutil.copy(image, bad)
+        restored = guest("restored")
+        await restored.start(bad, prefetch=False)
+        blocks = ImageFile(image).image.blocks
+        with bad.open("r+b") as file:
+            for offset, length in blocks:
+                file.seek(offset)
+                file.write(bytes(length))
+        status = await restored.status()
+        deadline = time.monotonic() + 20
+        while status is not None and not status.accessed:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+            status = await restored.status()
+        assert status is not None
+        assert "storage block" in status.failures[0]
+        assert str(bad) in status.failures[0]
+        await asyncio.sleep(4)  # it is told to stop meanwhile
+        before = restored.serial.last
+        await take_over(restored.folder, image)
+        async with asyncio.timeout(20):
+            while await restored.workload.running():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert restored.serial.last == before
+        await restored.workload.resume()
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_three_clones_at_once(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        clones = [guest(f"clone{number}") for number in range(3)]
+        await asyncio.gather(*(clone.start(image) for clone in clones))
+        for clone in clones:
+            await clone.serial.passes(2, timeout=100)
+            assert clone.serial.bad == []
+            await clone.end()
+
+    asyncio.run(run())
+
+
+def test_a_checkpoint_while_restoring(guest: Make, image: Path, tmp_path: Path) -> None:
+    async def run() -> None:
+        first, second = guest("first"), guest("second")
+        await first.start(image, prefetch=False)
+        await pageferry.checkpoint(first.workload, tmp_path / "again")
+        await first.serial.passes(1)
+        assert ImageFile(tmp_path / "again").verify() == []
+        await second.start(tmp_path / "again")
+        await second.serial.passes(2)
+        for guest_ in (first, second):
+            assert guest_.serial.bad == []
+            await guest_.end()
+
+    asyncio.run(run())
+
+
+def test_a_balloon_takes_pages_while_they_come(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        await restored.start(image, prefetch=False)
+        async with restored.workload._session() as monitor:
+            await monitor.execute("balloon", value=160 << 20)
+            await restored.serial.ticks(5)
+            await monitor.execute("balloon", value=256 << 20)
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+async def peek(name: str, page: int) -> bytes:
+    """A page of a guest, by the command."""
+    call = "import sys; from pageferry.cli.main import main; sys.exit(main())"
+    words = [sys.executable, "-c", call, "peek", name, hex(page * 4096), "4K", "--raw"]
+    command = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    out, _ = await command.communicate()
+    assert command.returncode == 0
+    return out
+
+
+def test_memory_is_seen_right_before_it_is_there(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        await restored.start(image, prefetch=False)
+        # Where the kernel's text is nothing changes any more.
+        saved = ImageFile(image)
+        for page in range(6000, 8000, 250):
+            assert await peek("restored", page) == saved.read(page, 1)
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_the_working_set_is_learnt_and_read_first(guest: Make, image: Path, tmp_path: Path) -> None:
+    async def run() -> None:
+        own = tmp_path / "own"
+        shutil.copy(image, own)
+        restored = guest("restored")
+        await restored.start(own)
+        await restored.arrived()
+        await restored.end()
+        assert own.with_name("own.ws").stat().st_size > 10
+        again = guest("again")
+        await again.start(own)
+        await again.arrived()
+        await again.serial.passes(1)
+        assert again.serial.bad == []
+        await again.end()
+
+    asyncio.run(run())
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_left(
+    guest: Make, image: Path, parts: GuestParts, serial: MakeSerial, registry: Registry
+) -> None:
+    async def run() -> None:
+        smaller = parts.command(serial("smaller"), *OPTIONS, memory="128M")
+        with pytest.raises(RestoreError, match="does not match"):
+            await restore_guest("smaller", image, smaller)
+        with pytest.raises(UsageError, match="no arena"):
+            pageferry.restore(image)
+        assert registry.entries() == {}
+
+    asyncio.run(run())
