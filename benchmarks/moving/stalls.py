@@ -8,9 +8,10 @@ import threading
 import time
 from typing import Any
 
+from pageferry.migration.memory import Memory
+
 from benchmarks.moving.ledger import Ledger
 from pageferry._engine import BlockSender, Trace
-from pageferry.migration.memory import Memory
 from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.opening import open_workload
 

@@ -80,7 +80,10 @@ class ImageFile:
 
     def state(self) -> bytes:
         """The state of the workload; empty for memory alone. Raises ImageError."""
-        return _checked(self.path, lambda: self.image.section(metadata.STATE)) or b""
+        return self._section(metadata.STATE) or b""
+
+    def _section(self, kind: int) -> bytes | None:
+        return _checked(self.path, lambda: self.image.section(kind))
 
     def section(self, kind: int) -> bytes | None:
         """Contents of a section (see `metadata`); None where there is none. Raises ImageError."""
@@ -122,9 +125,8 @@ class ImageFile:
         Raises ImageError, OSError (disk full).
         """
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
-        for kind in (metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS):
-            if (contents := _checked(self.path, lambda: self.image.section(kind))) is not None:  # noqa: B023
-                sections.append((kind, contents))
+        kept = (metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS)
+        sections += [(kind, contents) for kind in kept if (contents := self._section(kind)) is not None]
         regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
         with new_file(Path(path)) as descriptor:
             _checked(
