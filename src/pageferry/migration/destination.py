@@ -255,6 +255,15 @@ class Destination:
             await off_loop(lambda: placer.finish(mode == "all"))
         except PageferryError as error:
             log.warning("page tables are left to the first access: %s", error)
+        if mode != "none":
+            await self._prefault(self.hot if mode == "hot" else None)
+
+    async def _prefault(self, units: dict[int, list[int]] | None) -> None:
+        """Those of the hypervisor. They wait for those of the process, which they are filled from."""
+        try:
+            await self.workload.prefault(units)
+        except (PageferryError, OSError) as error:
+            log.warning("the hypervisor's page tables are left to the first access: %s", error)
 
     async def _populate_rest(self) -> None:
         """After `hot`, the other large pages, while the workload runs (S1)."""

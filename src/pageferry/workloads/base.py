@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -115,6 +116,13 @@ class Workload(Protocol):
         """Take the state that `save_state` gave on another host. The workload has not run here yet.
 
         Raises WorkloadError when the state does not fit.
+        """
+
+    async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
+        """Map what stands between its memory and who runs in it, such as a hypervisor's tables; bytes mapped.
+
+        It is paused, and its own page tables are as they shall be. `units`: 2 MiB units by number of region; None: all
+        that is in memory. Raises OSError, WorkloadError: it may run all the same.
         """
 
     async def discard(self) -> None:

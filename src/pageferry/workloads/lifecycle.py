@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -194,6 +195,10 @@ class LocalWorkload:
     async def load_state(self, state: bytes) -> None:
         """Give the state to the workload's callback."""
         await asyncio.to_thread(self._lifecycle.load_state, self, state)
+
+    async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
+        """Nothing: its threads use the page tables of their process."""
+        return 0
 
     async def discard(self) -> None:
         """It runs elsewhere now."""

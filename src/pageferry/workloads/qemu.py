@@ -19,8 +19,9 @@ from typing import Any, Self
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc, processes, ram_files
 from pageferry.host.registry import Folder, QemuEntry, Registry
-from pageferry.workloads import qemu_command, qemu_process, qemu_ram, qemu_state
+from pageferry.workloads import qemu_command, qemu_prefault, qemu_process, qemu_ram, qemu_state
 from pageferry.workloads.base import Faults, Identity, Region, Witness
+from pageferry.workloads.qemu_prefault import VirtualMachine
 from pageferry.workloads.qemu_process import QemuProcess
 from pageferry.workloads.qemu_will import LastWill
 from pageferry.workloads.qmp import PATIENCE, Command, Monitor
@@ -309,6 +310,17 @@ class QemuWorkload:
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
         self._stays_paused = not saved.was_running
+
+    async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
+        """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `qemu_prefault`); bytes mapped.
+
+        Raises OSError with the kernel's reason, WorkloadError, WorkloadDied.
+        """
+        machine = VirtualMachine.find(self.pid)
+        if machine is None:
+            return 0
+        async with self._session() as monitor:
+            return await qemu_prefault.prefault(monitor, machine, self._regions, units)
 
     async def discard(self) -> None:
         """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""

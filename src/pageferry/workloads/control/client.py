@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Self, TypeVar
 
 import msgspec
@@ -93,6 +94,10 @@ class RemoteArena:
     async def commit(self, witness: Witness | None = None) -> None:
         """From here on the program stays paused, whoever dies, until `resume` or `discard`; no `witness` is needed."""
         await self._do(wire.Commit())
+
+    async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
+        """Nothing: the program's threads use the page tables of its processes."""
+        return 0
 
     async def discard(self) -> None:
         """Tell the program that its arena has moved. It may end on that, even before it answers."""

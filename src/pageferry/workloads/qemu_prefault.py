@@ -1,0 +1,183 @@
+"""The second-stage page tables of a guest under KVM, filled before it runs (S1, S5): KVM_PRE_FAULT_MEMORY.
+
+A page that QEMU has mapped costs the guest another fault all the same, at its first access, when KVM maps it from
+guest-physical to host memory. KVM_PRE_FAULT_MEMORY does so ahead (since Linux 6.11; Documentation/virt/kvm/api.rst
+4.143): an ioctl of a vCPU, heeded only from inside of the process that made the virtual machine. So it is called there,
+as every other call of ours (`Space.call`), on QEMU's own descriptors and while the vCPUs stand still. Where RAM lies in
+guest-physical memory is told by the monitor (`info mtree -f`); QMP has no command for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pageferry import _engine
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Space
+from pageferry.errors import WorkloadDied
+from pageferry.workloads.base import Region
+from pageferry.workloads.qmp import Monitor
+
+_PIECE = 64 << 20
+"""Bytes of one call, during which a thread of QEMU is stopped."""
+
+# x86-64 (arch/x86/entry/syscalls/syscall_64.tbl) and include/uapi/linux/kvm.h.
+_MMAP, _MUNMAP, _IOCTL = 9, 11, 16
+_READ_WRITE, _PRIVATE_ANONYMOUS, _NO_FILE = 3, 0x22, (1 << 64) - 1
+_CHECK_EXTENSION = 0xAE03
+_CAP_PRE_FAULT_MEMORY = 236
+_RANGE = struct.Struct("=QQQ40x")
+"""struct kvm_pre_fault_memory: gpa, size, flags; the kernel moves the first two on by what it has mapped."""
+_PRE_FAULT_MEMORY = 3 << 30 | _RANGE.size << 16 | 0xAE << 8 | 0xD5
+
+_AGAIN = frozenset({errno.EINTR, errno.EAGAIN})
+_LINE = re.compile(r"\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?(?: |$)")
+
+Range = tuple[int, int]
+"""Start and end, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamRange:
+    """Where a part of a memory backend is in guest-physical memory. All in bytes."""
+
+    address: int
+    """Guest-physical."""
+    length: int
+    offset: int
+    """In the backend."""
+
+
+def ram_ranges(mtree: str, backend: str) -> list[RamRange]:
+    """The parts of a backend that the vCPUs see, from what `info mtree -f` says."""
+    found = []
+    for line in _system_memory(mtree):
+        matched = _LINE.match(line)
+        if matched and matched[3] in (backend, f"/objects/{backend}"):
+            first, last = int(matched[1], 16), int(matched[2], 16)
+            found.append(RamRange(first, last + 1 - first, int(matched[4] or "0", 16)))
+    return found
+
+
+def guest_physical(parts: Iterable[Range], ranges: Iterable[RamRange]) -> list[Range]:
+    """Where these parts of a backend are in guest-physical memory, whole pages."""
+    known = list(ranges)
+    found = []
+    for start, end in parts:
+        for one in known:
+            first, last = max(start, one.offset), min(end, one.offset + one.length)
+            moved = [one.address + edge - one.offset for edge in (first, last)]
+            if first < last:
+                found.append((moved[0] // SMALL_PAGE * SMALL_PAGE, -(-moved[1] // SMALL_PAGE) * SMALL_PAGE))
+    return sorted(found)
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualMachine:
+    """The virtual machine of a process, by the process's own descriptors."""
+
+    pid: int
+    machine: int
+    vcpu: int
+    """Any of them: they share the tables."""
+
+    @classmethod
+    def find(cls, pid: int) -> Self | None:
+        """That of a process; None where it has none, as a QEMU without KVM. Raises WorkloadDied, PermissionError."""
+        machine = vcpu = None
+        for number, target in _descriptors(pid):
+            if target == "anon_inode:kvm-vm":
+                machine = number
+            elif target.startswith("anon_inode:kvm-vcpu:"):
+                vcpu = number
+        return None if machine is None or vcpu is None else cls(pid, machine, vcpu)
+
+    @property
+    def can_prefault(self) -> bool:
+        """Whether its kernel has KVM_PRE_FAULT_MEMORY, for a machine of this kind."""
+        return Space(self.pid).call(_IOCTL, self.machine, _CHECK_EXTENSION, _CAP_PRE_FAULT_MEMORY) > 0
+
+    def prefault(self, ranges: Iterable[Range]) -> int:
+        """Map ranges of guest-physical memory; bytes mapped. No vCPU may run: the call would wait for it.
+
+        What is not in memory yet is brought there. Raises OSError with the kernel's reason.
+        """
+        space = Space(self.pid)
+        scratch = space.call(_MMAP, 0, SMALL_PAGE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_FILE, 0)
+        try:
+            with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
+                return sum(self._prefault(space, memory.fileno(), scratch, piece) for piece in _pieces(ranges))
+        finally:
+            space.call(_MUNMAP, scratch, SMALL_PAGE)
+
+    def _prefault(self, space: Space, memory: int, scratch: int, piece: Range) -> int:
+        start, end = piece
+        os.pwrite(memory, _RANGE.pack(start, end - start, 0), scratch)
+        while _RANGE.unpack(os.pread(memory, _RANGE.size, scratch))[1]:
+            try:
+                space.call(_IOCTL, self.vcpu, _PRE_FAULT_MEMORY, scratch)
+            except OSError as error:
+                if error.errno not in _AGAIN:
+                    raise
+        return end - start
+
+
+async def prefault(
+    monitor: Monitor,
+    machine: VirtualMachine,
+    regions: Sequence[Region],
+    units: Mapping[int, Sequence[int]] | None,
+) -> int:
+    """Map 2 MiB `units` of regions, by their numbers, or all that is in memory; bytes mapped, 0 where KVM cannot.
+
+    Raises OSError with the kernel's reason, WorkloadError.
+    """
+    if not await asyncio.to_thread(lambda: machine.can_prefault):
+        return 0
+    mtree = await monitor.execute("human-monitor-command", command_line="info mtree -f")
+    wanted: list[Range] = []
+    for number, region in enumerate(regions):
+        parts = _present(region) if units is None else _units(region, units.get(number, ()))
+        wanted += guest_physical(parts, ram_ranges(mtree, region.name))
+    return await asyncio.to_thread(machine.prefault, wanted)
+
+
+def _present(region: Region) -> list[Range]:
+    return _engine.Mapping(region.fd, region.length, region.file_offset).data_ranges()
+
+
+def _units(region: Region, units: Sequence[int]) -> list[Range]:
+    return [(unit * LARGE_PAGE, min((unit + 1) * LARGE_PAGE, region.length)) for unit in units]
+
+
+def _system_memory(mtree: str) -> Iterator[str]:
+    """The lines about the address space `memory`, the one that vCPUs see."""
+    for view in mtree.replace("\r", "").split("FlatView #"):
+        if '\n AS "memory", root: system\n' in view:
+            yield from view.splitlines()
+
+
+def _pieces(ranges: Iterable[Range]) -> Iterator[Range]:
+    for start, end in ranges:
+        while start < end:
+            edge = min((start // _PIECE + 1) * _PIECE, end)
+            yield start, edge
+            start = edge
+
+
+def _descriptors(pid: int) -> Iterator[tuple[int, str]]:
+    folder = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            yield int(name), os.readlink(f"{folder}/{name}")

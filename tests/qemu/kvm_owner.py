@@ -1,0 +1,40 @@
+"""A process with a virtual machine under KVM that never runs: memory of 4 MiB at 1 MiB, and one vCPU.
+
+Prints what KVM says of KVM_CAP_PRE_FAULT_MEMORY, then waits for its input to end. Exits with 3, and says why, where the
+machine cannot be made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import sys
+
+_CREATE_VM, _CHECK_EXTENSION, _CREATE_VCPU = 0xAE01, 0xAE03, 0xAE41
+_SET_USER_MEMORY_REGION = 0x4020AE46
+_CAP_PRE_FAULT_MEMORY = 236
+
+LENGTH = 4 << 20
+ADDRESS = 1 << 20
+
+
+def main() -> None:
+    memory = mmap.mmap(-1, LENGTH)
+    view = ctypes.c_char.from_buffer(memory)
+    try:
+        machine = fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), _CREATE_VM, 0)
+        region = struct.pack("=IIQQQ", 0, 0, ADDRESS, LENGTH, ctypes.addressof(view))
+        fcntl.ioctl(machine, _SET_USER_MEMORY_REGION, region)
+        fcntl.ioctl(machine, _CREATE_VCPU, 0)
+    except OSError as error:
+        print(error)
+        sys.exit(3)
+    print(fcntl.ioctl(machine, _CHECK_EXTENSION, _CAP_PRE_FAULT_MEMORY), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
