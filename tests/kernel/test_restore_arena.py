@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,9 +16,11 @@ import pytest
 
 import pageferry
 from pageferry.checkpoint.arenas import RestoredArena
+from pageferry.checkpoint.image import ImageFile
+from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
 from tests.kernel.images import DATA, PAGE, PATTERN, SAME_AS, ZERO, Maker
-from tests.kernel.programs import DEADLINE
+from tests.kernel.programs import DEADLINE, Program
 
 pytestmark = pytest.mark.kernel
 
@@ -224,3 +227,37 @@ def _readable(arena: RestoredArena, page: int) -> bool:
     except ImageError:
         return False
     return True
+
+
+OWNER = """
+import sys
+import pageferry
+arena = pageferry.restore(sys.argv[1], sys.argv[2], prefetch=False, on_pause=lambda: None)
+print(arena.deferred, flush=True)
+for line in sys.stdin:
+    print(arena.deferred, flush=True)
+"""
+
+
+def test_others_see_a_named_arena_before_it_is_there(tmp_path: Path, capfdbinary: Any) -> None:
+    made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
+    with Program("-c", OWNER, str(made.write(tmp_path / "image")), "coming") as owner:
+        before = int(owner.line())
+        assert main(["peek", "coming", hex(70 * PAGE + 8), "16", "--raw"]) == 0
+        assert capfdbinary.readouterr().out == made.contents[70].tobytes()[8:24]
+        assert main(["--output", "json", "list"]) == 0
+        (listed,) = map(json.loads, capfdbinary.readouterr().out.splitlines())
+        assert before - 16 * PAGE <= listed["deferred"] < before
+        assert main(["checkpoint", "coming", str(tmp_path / "again")]) == 0
+        owner.say("how much?")
+        assert owner.line() == "0"
+    image = ImageFile(tmp_path / "again")
+    assert image.read(0, 4096) == made.contents.tobytes()
+
+
+def test_peek_outside_of_memory_is_refused(tmp_path: Path) -> None:
+    with Program("-c", OWNER, str(Maker(16).write(tmp_path / "image")), "small") as owner:
+        owner.line()
+        assert main(["peek", "small", "0x10000", "1"]) == 2
+        assert main(["peek", "small", "0", "64K"]) == 0
+        assert main(["peek", "small", "0", "16", "--region", "other"]) == 2

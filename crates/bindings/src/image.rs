@@ -178,7 +178,7 @@ impl ImageChain {
 
     /// Writes one image of the whole chain; `sections`: (kind, contents).
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    #[pyo3(signature = (fd, id, regions, sections, codec = "lz4", page_block = 65536, storage_block = 1 << 20))]
+    #[pyo3(signature = (fd, id, regions, sections, codec = "lz4", page_block = 65536, storage_block = 1048576))]
     fn flatten(
         &self,
         py: Python<'_>,

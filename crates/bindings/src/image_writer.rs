@@ -29,7 +29,7 @@ impl ImageWriter {
 #[pymethods]
 impl ImageWriter {
     #[new]
-    #[pyo3(signature = (fd, id, codec = "lz4", page_block = 65536, storage_block = 1 << 20))]
+    #[pyo3(signature = (fd, id, codec = "lz4", page_block = 65536, storage_block = 1048576))]
     fn new(fd: i32, id: [u8; 16], codec: &str, page_block: usize, storage_block: usize) -> PyResult<Self> {
         let known = Codec::named(codec);
         let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;

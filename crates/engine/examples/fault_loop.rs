@@ -124,7 +124,7 @@ fn median(mut times: Vec<u128>) -> u128 {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let contents: Vec<u8> = (0..LEN).map(|at| (at * 7919 >> 5).to_le_bytes()[0] | 1).collect();
+    let contents: Vec<u8> = (0..LEN).map(|at| ((at * 7919) >> 5).to_le_bytes()[0] | 1).collect();
     let chain = image(&contents)?;
     let mut out = io::stdout();
     let mut ratios = Vec::new();
