@@ -25,7 +25,7 @@ from pageferry.checkpoint.image import ImageFile
 from pageferry.checkpoint.pager_server import PagerServer
 from pageferry.checkpoint.working_set import WorkingSet
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
-from pageferry.host import mounts, proc
+from pageferry.host import proc
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region, Segment
@@ -229,11 +229,8 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
         return getattr(error, "exit_code", 1)
     _log_to(pager.folder)
     answer(Serving(adopt=pager.adopt))
-    folder = pager.folder
     pager.run()
     pager.close()
-    del pager
-    mounts.unmount_unused(folder.registry)  # that of a guest that has ended: we were the last to have it mapped
     return 0
 
 
