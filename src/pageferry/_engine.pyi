@@ -7,9 +7,12 @@ release the GIL; long ones check for Ctrl-C. Errors of the kernel are raised as 
 from collections.abc import Sequence
 from typing import Any, Self, final
 
+from typing_extensions import disjoint_base
+
 SMALL_PAGE: int
 LARGE_PAGE: int
 
+@disjoint_base
 class Mapping:
     """A shared mapping of (part of) a file at a 2 MiB boundary of our own address space, with the buffer protocol.
 
@@ -87,7 +90,7 @@ class Trace:
     """
 
     def __new__(
-        cls, segments: Sequence[_Segment], release_after: int = 0, large: Sequence[Sequence[bool]] = ()
+        cls, segments: Sequence[_Segment], release_after: int = 0, large: Sequence[Sequence[bool]] | None = None
     ) -> Trace: ...
     @property
     def install_seconds(self) -> float: ...

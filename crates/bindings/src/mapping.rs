@@ -17,14 +17,8 @@ pub struct Mapping {
 #[pymethods]
 impl Mapping {
     #[new]
-    #[pyo3(signature = (fd, length, offset = 0, *_args, **_kwargs))]
-    fn new(
-        fd: i32,
-        length: usize,
-        offset: u64,
-        _args: &Bound<'_, pyo3::types::PyTuple>,
-        _kwargs: Option<&Bound<'_, pyo3::types::PyDict>>,
-    ) -> PyResult<Self> {
+    #[pyo3(signature = (fd, length, offset = 0))]
+    fn new(fd: i32, length: usize, offset: u64) -> PyResult<Self> {
         let file = mapping::duplicate(fd).map_err(errors::kernel)?;
         let inner = mapping::Mapping::new(file.as_fd(), length, offset).map_err(errors::kernel)?;
         Ok(Self { inner: Arc::new(inner) })

@@ -38,15 +38,17 @@ fn on_sets(
 #[pymethods]
 impl Trace {
     #[new]
-    #[pyo3(signature = (segments, release_after = 0, large = Vec::new()))]
+    #[pyo3(signature = (segments, release_after = 0, large = None))]
     fn new(
         py: Python<'_>,
         segments: Vec<SegmentTuple<'_>>,
         release_after: usize,
-        large: Vec<Vec<bool>>,
+        large: Option<Vec<Vec<bool>>>,
     ) -> PyResult<Self> {
         let plain = self::segments(segments);
-        let inner = py.detach(|| trace::Trace::install(plain, &large, release_after)).map_err(errors::adopt)?;
+        let inner = py
+            .detach(|| trace::Trace::install(plain, &large.unwrap_or_default(), release_after))
+            .map_err(errors::adopt)?;
         Ok(Self { inner: Mutex::new(Some(inner)) })
     }
 
