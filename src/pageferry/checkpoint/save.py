@@ -20,7 +20,7 @@ from pageferry.checkpoint.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
-from pageferry.workloads.deferred import settled
+from pageferry.workloads.settling import settled
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
 
