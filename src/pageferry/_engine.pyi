@@ -209,12 +209,20 @@ class Placer:
         """
 
 @final
+class ProcessRange:
+    """A stretch of the memory of a process that can be saved, whatever it is backed by. Read by process_vm_readv."""
+
+    def __new__(cls, space: Space, address: int, length: int) -> ProcessRange: ...
+    def data_ranges(self) -> list[tuple[int, int]]:
+        """(start, end) of the parts that are in memory or swap."""
+
+@final
 class Saver:
     """Saves memory as of one instant while the workload runs on (S4), into an empty file that becomes an image.
 
-    `regions`: (mapping, page size of its file). Made with `segments` it protects them, while the workload runs; without
-    any, the workload must be paused until the end. Then `begin` at the instant, `sweep` when the workload runs again,
-    `wait` until all is written, and `finish`, each once.
+    `regions`: (mapping, or range of a process; page size of its file). Made with `segments` it protects them, while the
+    workload runs; without any, the workload must be paused until the end. Then `begin` at the instant, `sweep` when the
+    workload runs again, `wait` until all is written, and `finish`, each once.
 
     Raises OSError with the errno of what failed (ENOSPC: the disk is full), InterruptedError (cancelled),
     ProcessLookupError (the workload ended), PermissionError. After any error nothing is protected any more.
@@ -222,7 +230,7 @@ class Saver:
 
     def __new__(
         cls,
-        regions: Sequence[tuple[Mapping, int]],
+        regions: Sequence[tuple[Mapping | ProcessRange, int]],
         segments: Sequence[_Segment],
         fd: int,
         id: bytes,

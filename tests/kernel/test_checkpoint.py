@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,7 +233,7 @@ def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
             await pageferry.checkpoint(workload, tmp_path / "second")
         await first
 
-    with ledger(8 * MIB) as workload:
+    with ledger(8 * MIB, LedgerOptions(working_set=0.05)) as workload:
         asyncio.run(both(workload))
     check_ledger(tmp_path / "first")
     assert os.listdir(tmp_path) == ["first"]
@@ -271,6 +273,49 @@ def test_by_the_command(tmp_path: Path) -> None:
     check_ledger(tmp_path / "child")
 
 
+def test_who_holds_the_gil_may_trap(tmp_path: Path) -> None:
+    """Nobody who serves a trap needs the GIL, which the thread that waits in it holds."""
+    arena = Arena(32 * MIB)
+    view = memoryview(arena)
+    view[:] = os.urandom(32 * MIB)
+    parked, stop = threading.Event(), threading.Event()
+    may_run = threading.Event()
+    may_run.set()
+
+    def write() -> None:
+        position = 0
+        while not stop.is_set():
+            if not may_run.is_set():
+                parked.set()
+                may_run.wait()
+            position = (position + 70_001) % (32 * MIB)
+            view[position] = 1
+
+    def pause() -> None:
+        parked.clear()
+        may_run.clear()
+        assert parked.wait(20)
+
+    arena.control.on_pause, arena.control.on_resume = pause, may_run.set
+    saved: list[bytes] = []
+
+    def look() -> bytes:
+        saved.append(hashlib.sha256(view).digest())
+        return b""
+
+    arena.control.save = look
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        result = save(arena, tmp_path / "image", staging=256 << 10, bandwidth=64 * MIB)
+    finally:
+        stop.set()
+        may_run.set()
+        writer.join()
+    assert result.traps > 0
+    assert [hashlib.sha256(memory_of(ImageFile(tmp_path / "image"))).digest()] == saved
+
+
 @pytest.mark.parametrize("then_written", [False, True])
 def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_written: bool) -> None:
     """Its contents of the instant are lost, and no trap tells."""
@@ -294,7 +339,7 @@ def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_writte
 
 
 USER = """
-import asyncio, ctypes, os, sys
+import asyncio, concurrent.futures.thread, ctypes, os, sys
 import pageferry.checkpoint.save, pageferry.workloads.memory, pageferry.workloads.mappers
 from pageferry.errors import WorkloadError
 os.setgid(65534)

@@ -28,6 +28,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<space::Space>()?;
     module.add_class::<trace::Trace>()?;
     module.add_class::<placer::Placer>()?;
+    module.add_class::<saver::ProcessRange>()?;
     module.add_class::<saver::Saver>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;

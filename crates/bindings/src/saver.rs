@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pageferry_engine::block::{self, Codec};
 use pageferry_engine::mapping::duplicate;
-use pageferry_engine::saver::{self, Handle, Options, Region, SaveError};
+use pageferry_engine::saver::{self, Handle, Options, Region, SaveError, Source};
 use pyo3::exceptions::{PyInterruptedError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -13,7 +13,7 @@ use pyo3::types::PyDict;
 use crate::errors;
 use crate::image::ImageChain;
 use crate::mapping::Mapping;
-use crate::space::{SegmentTuple, segments};
+use crate::space::{SegmentTuple, Space, segments};
 
 fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
@@ -53,6 +53,42 @@ fn checked(options: Options) -> PyResult<Options> {
 }
 
 #[pyclass(frozen, module = "pageferry._engine")]
+pub struct ProcessRange {
+    inner: saver::ProcessRange,
+}
+
+#[pymethods]
+impl ProcessRange {
+    #[new]
+    fn new(space: PyRef<'_, Space>, address: u64, length: usize) -> PyResult<Self> {
+        if length == 0 || !length.is_multiple_of(4096) || !address.is_multiple_of(4096) {
+            return Err(PyValueError::new_err(format!("{length} bytes at {address:#x}: whole pages, at least one")));
+        }
+        Ok(Self { inner: saver::ProcessRange { space: space.inner.clone(), address, len: length } })
+    }
+
+    fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
+        py.detach(|| Source::Process(self.inner.clone()).data_ranges()).map_err(errors::kernel)
+    }
+}
+
+/// Either kind of contents that can be saved.
+#[derive(FromPyObject)]
+enum Contents<'py> {
+    Mapping(PyRef<'py, Mapping>),
+    Process(PyRef<'py, ProcessRange>),
+}
+
+impl Contents<'_> {
+    fn source(&self) -> Source {
+        match self {
+            Self::Mapping(mapping) => Source::Shared(mapping.inner.clone()),
+            Self::Process(range) => Source::Process(range.inner.clone()),
+        }
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
 pub struct Saver {
     inner: Mutex<saver::Saver>,
     handle: Handle,
@@ -72,7 +108,7 @@ impl Saver {
                         trap_block = 65536, staging = 16 << 20, bandwidth = 0, packers = 1))]
     fn new(
         py: Python<'_>,
-        regions: Vec<(PyRef<'_, Mapping>, usize)>,
+        regions: Vec<(Contents<'_>, usize)>,
         segments: Vec<SegmentTuple<'_>>,
         fd: i32,
         id: [u8; 16],
@@ -89,11 +125,10 @@ impl Saver {
         let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
         let options = checked(Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers })?;
         let file = duplicate(fd).map_err(errors::kernel)?;
-        let region =
-            |(mapping, page_size): (PyRef<'_, Mapping>, usize)| Region { mapping: mapping.inner.clone(), page_size };
+        let region = |(contents, page_size): (Contents<'_>, usize)| Region { source: contents.source(), page_size };
         let regions: Vec<_> = regions.into_iter().map(region).collect();
         let parent = parent.map(|parent| parent.inner.clone());
-        let pages: usize = regions.iter().map(|region| region.mapping.pages()).sum();
+        let pages: usize = regions.iter().map(|region| region.source.pages()).sum();
         if parent.as_ref().is_some_and(|parent| parent.images()[0].page_map().len() != pages) {
             return Err(PyValueError::new_err("the parent has another number of pages"));
         }

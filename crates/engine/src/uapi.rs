@@ -150,6 +150,8 @@ pub const WRITEPROTECT_MODE_WP: u64 = 1;
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
 /// Page is mapped.
 pub const PAGE_IS_PRESENT: u64 = 1 << 3;
+/// Page is in swap.
+pub const PAGE_IS_SWAPPED: u64 = 1 << 4;
 /// Page is part of a mapping by a page-middle-directory entry, or of hugetlbfs.
 pub const PAGE_IS_HUGE: u64 = 1 << 6;
 /// Protect what matches.

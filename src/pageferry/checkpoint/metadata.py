@@ -50,7 +50,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     name: str
     details: dict[str, str | int | bool]
-    regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=64)]
+    regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=4096)]
     created: float
     """Seconds since 1970 of the instant whose memory it is."""
     codec: Literal["none", "lz4", "zstd"]

@@ -8,7 +8,6 @@ userfaultfd, and the record and the flags in its folder tell the next pager wher
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import logging
@@ -30,15 +29,12 @@ from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region, Segment
 from pageferry.workloads.deferred import Deferred, RegionRecord
-from pageferry.workloads.qmp import Monitor
 
 log = logging.getLogger("pageferry.checkpoint.pager")
 
 _SYS_CLOSE = 3
 _POLL = 0.05
 """Seconds between two looks at the guest's life."""
-_STOP_PATIENCE = 3.0
-"""Seconds for the guest to stop. One whose only processor waits for the page is as good as stopped."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,12 +137,12 @@ class GuestPager:
     def _complain(self, failure: tuple[int, int, bool, str]) -> None:
         log.error("%s: %s", self.folder.name, restoring.describe_failure(self.image, failure))
         if failure[2] and self.work.qmp_socket is not None:
-            try:
-                asyncio.run(_stop_guest(self.work.qmp_socket))
-                log.error("%s is paused", self.folder.name)
-            except (PageferryError, TimeoutError, OSError):
-                # QEMU pauses as soon as its processors come back from the access, which they do not.
-                log.error("%s was told to pause, and waits at the access", self.folder.name)
+            from pageferry.checkpoint.pager_alarm import stop_guest
+
+            paused = stop_guest(self.work.qmp_socket)
+            log.error(
+                "%s %s", self.folder.name, "is paused" if paused else "was told to pause, and waits at the access"
+            )
             log.error("with a good copy of the image: pageferry restore --takeover %s IMAGE", self.folder.name)
 
     def _finish(self) -> None:
@@ -158,11 +154,6 @@ class GuestPager:
         (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
         status = self.server.status()
         log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
-
-
-async def _stop_guest(qmp_socket: str) -> None:
-    async with asyncio.timeout(_STOP_PATIENCE), await Monitor.open(qmp_socket) as monitor:
-        await monitor.execute("stop")
 
 
 def _open_region(record: RegionRecord) -> Region:

@@ -20,8 +20,9 @@ from pageferry.checkpoint.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
-from pageferry.workloads.deferred import settled
+from pageferry.workloads.settling import settled
 from pageferry.workloads.memory import Memory
+from pageferry.workloads.process import ProcessMemory, ProcessWorkload
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 
 async def checkpoint(
-    workload: Arena | Workload,
+    workload: Arena | Workload | ProcessWorkload,
     path: str | Path,
     *,
     parent: str | Path | None = None,
@@ -46,7 +47,10 @@ async def checkpoint(
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
     saved = workload.workload() if isinstance(workload, Arena) else workload
-    await settled(saved)
+    if isinstance(saved, ProcessWorkload):
+        options["mode"] = "stop"  # nothing but being stopped keeps its memory as it is
+    else:
+        await settled(saved)
     save = Save(saved, Path(path), Options(**options), listener)
     if parent is not None:
         save.build_on(ImageFile(parent))
@@ -56,7 +60,9 @@ async def checkpoint(
 class Save:
     """One checkpoint of one workload."""
 
-    def __init__(self, workload: Workload, path: Path, options: Options, listener: events.Listener) -> None:
+    def __init__(
+        self, workload: Workload | ProcessWorkload, path: Path, options: Options, listener: events.Listener
+    ) -> None:
         self.workload = workload
         self.path = path.absolute()
         self.options = options
@@ -90,7 +96,11 @@ class Save:
             self.__dict__.pop("memory", None)
 
     async def _save(self, file: int) -> tuple[int, int, int, int]:
-        self.memory = Memory(self.workload)
+        self.memory: Memory | ProcessMemory
+        if isinstance(self.workload, ProcessWorkload):
+            self.memory = self.workload.memory()
+        else:
+            self.memory = Memory(self.workload)
         self.large = await self._native(self.memory.large_units)
         self.present = self.memory.present()
         await self.workload.prepare_pause()
@@ -133,12 +143,8 @@ class Save:
 
     def _open_saver(self, file: int, segments: list[Any]) -> Saver:
         chosen = self.options
-        regions = [
-            (mapping, region.page_size)
-            for mapping, region in zip(self.memory.mappings, self.memory.regions, strict=True)
-        ]
         return Saver(
-            regions,
+            self.memory.contents(),
             segments,
             file,
             self.id,
@@ -204,6 +210,7 @@ class Save:
             ],
             created=self.created,
             codec=self.options.codec,
+            restorable=identity.kind != "process",
             parent=self._parent(),
         )
 

@@ -7,10 +7,13 @@ import argparse
 from pageferry.checkpoint.options import Options
 from pageferry.checkpoint.save import checkpoint
 from pageferry.cli.arguments import size
+from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.report.checkpoint import CheckpointView
 from pageferry.report.reporter import open_reporter
+from pageferry.workloads.base import Workload
 from pageferry.workloads.opening import open_workload
+from pageferry.workloads.process import PREFIX, ProcessWorkload
 
 DEFAULTS = Options()
 
@@ -21,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Saves a running workload to an image: it is paused for milliseconds, for its state, and its memory as of that "
         "moment is written while it runs on. The image appears when it is complete, or not at all."
     )
-    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`)")
+    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or pid:N")
     parser.add_argument("image", metavar="IMAGE", help="file to write; one that is there is replaced")
     parser.add_argument(
         "--parent", metavar="IMAGE", help="an earlier image of it: only what differs is stored, and it is needed then"
@@ -31,6 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("lazy", "stop"),
         default=DEFAULTS.mode,
         help="save while the workload runs, or pause it from beginning to end (%(default)s)",
+    )
+    parser.add_argument(
+        "--regions",
+        metavar="LIST",
+        help="memory of pid:N to save while it is stopped: heap, stack, anon, START-END, or several with commas; "
+        "such an image can be looked at, not restored",
     )
     parser.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
     parser.add_argument(
@@ -54,16 +63,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 async def run(args: argparse.Namespace) -> int:
     """Save the workload."""
+    if args.name.startswith(PREFIX):
+        process = ProcessWorkload.named(args.name, args.regions)
+        try:
+            await _save(args, process)
+        finally:
+            process.close()
+        return 0
+    if args.regions is not None:
+        raise UsageError("--regions is about processes (pid:N); of other workloads all memory is saved")
     workload = await open_workload(args.name)
-    folder = Registry().folder(args.name)
     try:
-        with (
-            folder.exclusively(f"a checkpoint to {args.image}"),
-            open_reporter(args.output, CheckpointView()) as reporter,
-        ):
-            options = {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
-            result = await checkpoint(workload, args.image, parent=args.parent, listener=reporter.event, **options)
-            reporter.final(result)
+        with Registry().folder(args.name).exclusively(f"a checkpoint to {args.image}"):
+            await _save(args, workload)
     finally:
         workload.close()
     return 0
+
+
+async def _save(args: argparse.Namespace, workload: Workload | ProcessWorkload) -> None:
+    options = {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
+    with open_reporter(args.output, CheckpointView()) as reporter:
+        reporter.final(await checkpoint(workload, args.image, parent=args.parent, listener=reporter.event, **options))

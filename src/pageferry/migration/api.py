@@ -19,7 +19,7 @@ from pageferry.migration.source import Source
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
-from pageferry.workloads.deferred import settled
+from pageferry.workloads.settling import settled
 
 Owner = Literal["source", "destination", "unknown"]
 

@@ -13,7 +13,6 @@ needs its page tables for himself (a migration, a checkpoint) asks for all of it
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from pathlib import Path
 from typing import Literal
@@ -21,8 +20,7 @@ from typing import Literal
 import msgspec
 
 from pageferry.errors import ImageError, RestoreError
-from pageferry.host.registry import Folder, Registry
-from pageferry.workloads.base import Workload
+from pageferry.host.registry import Folder
 
 RECORD = "restore.json"
 FLAGS = "pager.flags"
@@ -139,16 +137,6 @@ def ensure(folder: Folder, region: int, first: int, count: int) -> None:
 def settle(folder: Folder) -> None:
     """Have everything in memory, and the workload's page tables to oneself. Raises RestoreError, ImageError."""
     ask(folder, Ask(what="settle"), None)
-
-
-async def settled(workload: Workload) -> None:
-    """Before a workload's page tables are needed for something else: its restore, if one is under way, is completed.
-
-    Raises RestoreError, ImageError.
-    """
-    folder = Folder(Registry(), workload.name)
-    if is_restoring(folder):
-        await asyncio.to_thread(settle, folder)
 
 
 def _exchange(path: Path, question: Ask, patience: float | None) -> Status:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from pageferry._engine import Mapping, PageSet, Space
+from pageferry._engine import Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
 
@@ -32,6 +32,10 @@ class Memory:
     def size(self) -> int:
         """Bytes of all regions."""
         return sum(region.length for region in self.regions)
+
+    def contents(self) -> list[tuple[Mapping | ProcessRange, int]]:
+        """Of every region, where it can be read, and its page size."""
+        return [(mapping, region.page_size) for mapping, region in zip(self.mappings, self.regions, strict=True)]
 
     def present(self) -> int:
         """Bytes that are in memory (or in the file's holes' neighbours: what SEEK_DATA calls data)."""

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
-use super::blocks::Number;
+use super::blocks::Fetched;
 use super::memory::{LoadError, Scratch, WINDOW};
 use super::{Failure, Shared};
 
@@ -13,14 +13,14 @@ use super::{Failure, Shared};
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
 
 /// Installs the rest of storage blocks that accesses were about.
-pub fn install_rest(shared: &Shared, jobs: &Receiver<Number>) {
+pub fn install_rest(shared: &Shared, jobs: &Receiver<Fetched>) {
     let mut scratch = Scratch::default();
-    for number in jobs {
+    for fetched in jobs {
         if shared.stopping() {
             return;
         }
         // What is wrong with it is told by the access to the page that it is about.
-        let _ = shared.memory.load_block(number, &mut scratch);
+        let _ = shared.memory.install_block(&fetched, &mut scratch);
     }
 }
 

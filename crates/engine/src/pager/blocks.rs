@@ -1,19 +1,21 @@
 //! Storage blocks that have been read: each is read by one thread, and the others wait for it.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::image::{Chain, ImageError, StoredBlock};
+use crate::image::{Chain, Image, ImageError, StoredBlock};
 
 /// Storage blocks that are kept: those that the next faults are likely to be about.
-const KEPT: usize = 12;
+const KEPT: usize = 32;
 
 /// Buffers that are kept for the next blocks.
 const SPARE: usize = 4;
 
 /// (image of the chain, storage block of it)
 pub type Number = (usize, u32);
+/// A storage block that has been read.
+pub type Fetched = (Number, Arc<StoredBlock>);
 type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
 
 /// The storage blocks of a chain, read when first asked for.
@@ -24,11 +26,15 @@ pub struct Blocks {
     /// Buffers of blocks that are kept no more.
     spare: Mutex<Vec<Vec<u8>>>,
     bytes: AtomicU64,
+    /// Per image, the blocks of which nothing is missing any more.
+    done: Vec<Vec<AtomicBool>>,
 }
 
 impl Blocks {
     pub fn new(chain: Chain) -> Self {
-        Self { chain, recent: Mutex::default(), spare: Mutex::default(), bytes: AtomicU64::new(0) }
+        let flags = |image: &Arc<Image>| image.blocks().iter().map(|_| AtomicBool::new(false)).collect();
+        let done = chain.images().iter().map(flags).collect();
+        Self { done, chain, recent: Mutex::default(), spare: Mutex::default(), bytes: AtomicU64::new(0) }
     }
 
     pub fn chain(&self) -> &Chain {
@@ -38,6 +44,16 @@ impl Blocks {
     /// Bytes of storage blocks read so far.
     pub fn bytes_read(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether a block is not needed any more.
+    pub fn is_done(&self, number: Number) -> bool {
+        self.done[number.0].get(number.1 as usize).is_some_and(|done| done.load(Ordering::Relaxed))
+    }
+
+    /// Nothing of the block is missing any more.
+    pub fn done(&self, number: Number) {
+        self.done[number.0][number.1 as usize].store(true, Ordering::Relaxed);
     }
 
     /// A storage block. An error is forgotten, so that who asks again reads again.

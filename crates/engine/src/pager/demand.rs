@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::blocks::Number;
+use super::blocks::Fetched;
 use super::memory::Scratch;
 use super::{Failure, Shared};
 use crate::SMALL_PAGE;
@@ -40,8 +40,8 @@ pub fn serve(shared: &Shared, inbox: &Inbox) {
         let nanoseconds = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
         shared.memory.counters.service.fetch_add(nanoseconds, Ordering::Relaxed);
         shared.memory.counters.longest.fetch_max(nanoseconds, Ordering::Relaxed);
-        if let Some(number) = rest {
-            shared.ask(number);
+        if let Some(fetched) = rest {
+            shared.ask(fetched);
         }
     }
 }
@@ -68,7 +68,7 @@ fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> 
 }
 
 /// Brings the page and lets the thread go on; returns the storage block whose other pages are still to be installed.
-fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Number> {
+fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Fetched> {
     let memory = &shared.memory;
     memory.counters.faults.fetch_add(1, Ordering::Relaxed);
     let Some(page) = shared.page_at(&inbox.uffd, address) else {
@@ -76,7 +76,7 @@ fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -
         return None;
     };
     match memory.touch(page, scratch) {
-        Ok(number) => number,
+        Ok(fetched) => fetched,
         Err(error) => {
             let (region, base) = (memory.region_of(page), memory.regions[memory.region_of(page)].base);
             let failure = Failure { region, page: page - base, accessed: true, message: error.to_string() };

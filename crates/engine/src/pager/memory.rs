@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use thiserror::Error;
 
-use super::blocks::{Blocks, Number};
+use super::blocks::{Blocks, Fetched, Number};
 use super::flags::Flags;
 use crate::block::{BlockError, Class};
-use crate::image::{ImageError, PageEntry, fill};
+use crate::image::{ImageError, PageEntry, StoredBlock, fill};
 use crate::mapping::Mapping;
 use crate::placer::{PlaceError, Placer};
 use crate::trace::Segment;
@@ -162,12 +162,19 @@ impl Memory {
     }
 
     /// Reads a page, and of the window around it what comes along at no further cost.
-    pub fn load_with(&self, page: usize, (first, end): (usize, usize), scratch: &mut Scratch) -> Result<(), LoadError> {
+    pub fn load_with(
+        &self,
+        page: usize,
+        (first, end): (usize, usize),
+        scratch: &mut Scratch,
+    ) -> Result<Option<Fetched>, LoadError> {
         let (image, entry) = self.blocks.chain().find(page)?;
+        let mut fetched = None;
         scratch.wanted.clear();
         match entry.class() {
             Some(Class::Data | Class::SameAs) => {
-                let (number, index) = self.unpack(image, &entry, &mut scratch.contents)?;
+                let (number, index, block) = self.unpack(image, &entry, &mut scratch.contents)?;
+                fetched = Some((number, block));
                 for page in (first..end).filter(|&page| self.flags.is_set(page)) {
                     self.want(page, number, index, scratch)?;
                 }
@@ -188,12 +195,21 @@ impl Memory {
         while self.flags.is_set(page) {
             std::thread::yield_now();
         }
-        Ok(())
+        Ok(fetched)
     }
 
     /// Reads every page that stands in a storage block and is missing.
     pub fn load_block(&self, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
+        if self.blocks.is_done(number) {
+            return Ok(());
+        }
         let block = self.blocks.get(number)?;
+        self.install_block(&(number, block), scratch)
+    }
+
+    /// Installs every page of a storage block that is missing.
+    pub fn install_block(&self, (number, block): &Fetched, scratch: &mut Scratch) -> Result<(), LoadError> {
+        let number = *number;
         let base = self.regions.get(block.head().region as usize).map_or(usize::MAX, |region| region.base);
         let total = self.regions.last().map_or(0, Region::end);
         let runs = block.head().runs.iter().filter(|run| run.class == Class::Data);
@@ -211,6 +227,7 @@ impl Memory {
             }
             self.install(scratch)?;
         }
+        self.blocks.done(number);
         Ok(())
     }
 
@@ -219,8 +236,13 @@ impl Memory {
         (self.blocks.chain().images()[image].page_block() / SMALL_PAGE).max(1)
     }
 
-    /// Unpacks the page block that holds a page; returns its storage block, and its number there.
-    fn unpack(&self, image: usize, entry: &PageEntry, contents: &mut Vec<u8>) -> Result<(Number, usize), LoadError> {
+    /// Unpacks the page block that holds a page; returns its storage block, its number there, and what was read.
+    fn unpack(
+        &self,
+        image: usize,
+        entry: &PageEntry,
+        contents: &mut Vec<u8>,
+    ) -> Result<(Number, usize, Arc<StoredBlock>), LoadError> {
         let number = (image, entry.block.get());
         let block = self.blocks.get(number)?;
         let (index, within) = block.locate(usize::from(entry.slot.get()));
@@ -229,7 +251,7 @@ impl Memory {
             let (field, value, allowed) = ("page", u64::from(entry.slot.get()), "one of its data pages");
             return Err(block.wrong(BlockError::Field { field, value, allowed }).into());
         }
-        Ok((number, index))
+        Ok((number, index, block))
     }
 
     /// Notes a page down if its contents are in that page block, which has been unpacked.
@@ -328,7 +350,7 @@ impl Memory {
     }
 
     /// Makes sure that the contents of a page are in memory and mapped: the answer to an access.
-    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Option<Number>, LoadError> {
+    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Option<Fetched>, LoadError> {
         let region = self.region_of(page);
         let found = &self.regions[region];
         let (first, end) = found.window(page);
@@ -347,11 +369,9 @@ impl Memory {
             return Ok(None);
         }
         // All of the page block that holds the page; what else is in the window may take further page blocks.
-        self.load_with(page, (first, end), scratch)?;
+        let fetched = self.load_with(page, (first, end), scratch)?;
         self.map(region, page, page + 1);
-        let (image, entry) = self.blocks.chain().find(page)?;
-        let stored = matches!(entry.class(), Some(Class::Data | Class::SameAs));
-        Ok(stored.then_some((image, entry.block.get())))
+        Ok(fetched)
     }
 
     /// Maps a page that needs nothing read, and its neighbours that need nothing either.

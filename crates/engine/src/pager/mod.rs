@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, bounded};
 use thiserror::Error;
 
-use blocks::{Blocks, Number};
+use blocks::{Blocks, Fetched};
 use demand::Inbox;
 pub use flags::{Flags, file_len};
 pub use memory::{Counters, LoadError};
@@ -46,7 +46,7 @@ use crate::{SLOTS, SMALL_PAGE};
 /// Threads that answer accesses, for each address space.
 const SERVERS: usize = 2;
 /// Storage blocks whose rest may wait to be installed; the background reader sees to what is too many.
-const MAX_REST: usize = 64;
+const MAX_REST: usize = 32;
 /// From so many pages on, whole storage blocks are brought.
 const MANY: usize = 1024;
 /// Failures that are kept: more of them say nothing new.
@@ -119,7 +119,7 @@ struct Shared {
     stop: AtomicBool,
     /// Accesses that are being answered.
     demanding: AtomicUsize,
-    rest: Mutex<Option<Sender<Number>>>,
+    rest: Mutex<Option<Sender<Fetched>>>,
     failures: Mutex<Vec<Failure>>,
     finished: (Mutex<bool>, Condvar),
     eager: bool,
@@ -136,9 +136,11 @@ impl Shared {
     }
 
     /// Has the rest of a storage block installed, unless there is too much of that already.
-    fn ask(&self, number: Number) {
+    fn ask(&self, fetched: Fetched) {
         if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            let _ = rest.try_send(number);
+            if !self.memory.blocks.is_done(fetched.0) {
+                let _ = rest.try_send(fetched);
+            }
         }
     }
 

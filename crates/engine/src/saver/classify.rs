@@ -86,7 +86,7 @@ impl Classifier {
         free: Receiver<Builder>,
         full: Sender<Full>,
     ) -> Result<Self, SaveError> {
-        let pages = shared.areas.iter().map(|area| area.mapping.pages()).sum();
+        let pages = shared.areas.iter().map(|area| area.source.pages()).sum();
         let entries = vec![PageEntry::plain(Class::Absent, 0); pages];
         let secret = random().map_err(SaveError::Memory)?;
         let result = Classified { entries, tickets: 0 };

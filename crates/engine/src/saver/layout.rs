@@ -1,13 +1,12 @@
 //! Regions cut into blocks, what has become of each of them, and their copies.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::Region;
+use super::source::Source;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
-use crate::mapping::Mapping;
 
 /// Not copied yet, and protected.
 pub(super) const UNSAVED: u8 = 0;
@@ -21,7 +20,7 @@ pub(super) const RELEASED: u8 = 3;
 /// A region, cut into the blocks that traps copy.
 #[derive(Debug)]
 pub(super) struct Area {
-    pub(super) mapping: Arc<Mapping>,
+    pub(super) source: Source,
     /// Bytes of a block; the last one may be shorter.
     pub(super) unit: usize,
     /// Number of its first page among the pages of all regions.
@@ -46,11 +45,11 @@ pub(super) struct Copied {
 /// Cuts regions into blocks of `unit` bytes, or of a page where that is larger.
 pub(super) fn areas(regions: Vec<Region>, unit: usize) -> Vec<Area> {
     let mut first_page = 0;
-    let cut = |Region { mapping, page_size }: Region| {
+    let cut = |Region { source, page_size }: Region| {
         let unit = unit.max(page_size);
-        let states = (0..mapping.len().div_ceil(unit)).map(|_| AtomicU8::new(UNSAVED)).collect();
-        let pages = mapping.pages();
-        let area = Area { mapping, unit, first_page, hugetlb: page_size > SMALL_PAGE, states };
+        let states = (0..source.len().div_ceil(unit)).map(|_| AtomicU8::new(UNSAVED)).collect();
+        let pages = source.pages();
+        let area = Area { source, unit, first_page, hugetlb: page_size > SMALL_PAGE, states };
         first_page += pages;
         area
     };
@@ -65,7 +64,7 @@ impl Area {
     /// First byte and length of a block.
     pub(super) fn bounds(&self, block: usize) -> (usize, usize) {
         let start = block * self.unit;
-        (start, self.unit.min(self.mapping.len() - start))
+        (start, self.unit.min(self.source.len() - start))
     }
 
     pub(super) fn state(&self, block: usize) -> u8 {
@@ -92,16 +91,12 @@ impl Area {
     pub(super) fn copy(&self, block: usize, slot: &mut [u8]) -> io::Result<Vec<(usize, usize)>> {
         let (start, len) = self.bounds(block);
         let ranges =
-            if self.hugetlb { vec![(start, start + len)] } else { self.mapping.data_within(start, start + len)? };
+            if self.hugetlb { vec![(start, start + len)] } else { self.source.data_within(start, start + len)? };
         let mut runs = Vec::with_capacity(ranges.len());
         for (from, to) in ranges {
             let (first, end) = ((from - start) / SMALL_PAGE, (to - start).div_ceil(SMALL_PAGE));
             let (at, len) = (first * SMALL_PAGE, (end - first) * SMALL_PAGE);
-            let source = self.mapping.page(start / SMALL_PAGE + first);
-            let target = &mut slot[at..at + len];
-            // SAFETY: the pages from `source` on are within the mapping, as the block is; the slot is ours and long
-            // enough, by the slice taken. Nobody writes to the pages: they are protected in every mapping but ours.
-            unsafe { std::ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len()) };
+            self.source.read(start + at, &mut slot[at..at + len])?;
             runs.push((first, end));
         }
         Ok(runs)

@@ -29,7 +29,6 @@ use thiserror::Error;
 
 use crate::block::{Builder, Codec};
 use crate::image::{Chain, Finished, ImageWriter, Sizes};
-use crate::mapping::Mapping;
 use crate::space::AdoptError;
 use crate::trace::Segment;
 
@@ -38,6 +37,7 @@ mod discards;
 mod layout;
 mod output;
 mod shared;
+mod source;
 mod staging;
 mod sweep;
 mod traps;
@@ -47,6 +47,7 @@ use discards::Discards;
 use output::Written;
 use shared::Shared;
 pub use shared::Stats;
+pub use source::{ProcessRange, Source};
 use staging::Staging;
 
 /// Builders that wait to be packed, apart from those that are being filled.
@@ -104,8 +105,8 @@ pub struct Options {
 /// A region to save.
 #[derive(Debug, Clone)]
 pub struct Region {
-    /// Our mapping of it.
-    pub mapping: Arc<Mapping>,
+    /// Its contents.
+    pub source: Source,
     /// Its page size: 4 KiB, or that of hugetlbfs.
     pub page_size: usize,
 }
@@ -144,7 +145,7 @@ impl Saver {
         let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let armed = traps::register(segments)?;
-        let files = areas.iter().map(|area| area.mapping.file());
+        let files = areas.iter().filter_map(|area| area.source.file());
         let discards = Discards::watch(files).map_err(SaveError::Memory)?;
         let shared = Arc::new(Shared::new(areas, armed, staging, discards));
         let mut saver =

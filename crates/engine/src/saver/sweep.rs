@@ -38,13 +38,13 @@ fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut 
     let area = &shared.areas[region];
     let blocks_at_once = (LARGE_PAGE / area.unit).max(1);
     // On hugetlbfs what is there is found once: what comes later was not there at the instant.
-    let known = if area.hugetlb { Some(area.mapping.data_ranges().map_err(SaveError::Memory)?) } else { None };
+    let known = if area.hugetlb { Some(area.source.data_ranges().map_err(SaveError::Memory)?) } else { None };
     for first in (0..area.blocks()).step_by(blocks_at_once) {
         let end = (first + blocks_at_once).min(area.blocks());
         let (from, to) = (area.bounds(first).0, area.bounds(end - 1).0 + area.bounds(end - 1).1);
         let data = match &known {
             Some(ranges) => ranges.clone(),
-            None => area.mapping.data_within(from, to).map_err(SaveError::Memory)?,
+            None => area.source.data_within(from, to).map_err(SaveError::Memory)?,
         };
         for block in first..end {
             let (start, len) = area.bounds(block);

@@ -1,0 +1,259 @@
+"""Any process as a workload: its memory can be saved while it is stopped. Nothing makes it run elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pageferry._engine import Mapping, ProcessRange, Space
+from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
+from pageferry.host import proc
+from pageferry.workloads import process_guardian
+from pageferry.workloads.base import SMALL_PAGE, Faults, Identity
+
+PREFIX = "pid:"
+"""Names of processes: `pid:4711`."""
+MOST_REGIONS = 4096
+_STOP_PATIENCE = 5.0
+"""Seconds for all threads to stop; one in an uninterruptible sleep takes as long as that does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A part of a process's memory."""
+
+    name: str
+    address: int
+    length: int
+    """Bytes."""
+    page_size: int = SMALL_PAGE
+
+
+class ProcessMemory:
+    """What a checkpoint needs to know about the memory of a process; as `workloads.memory.Memory`."""
+
+    def __init__(self, pid: int, regions: tuple[Range, ...]) -> None:
+        self.regions = regions
+        space = Space(pid)
+        self.mappings = [ProcessRange(space, region.address, region.length) for region in regions]
+        self.segments: list[Any] = []
+        """Nothing is traced: the process is stopped."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.length for region in self.regions)
+
+    def contents(self) -> list[tuple[Mapping | ProcessRange, int]]:
+        """Of every region, where it can be read, and its page size."""
+        return [(mapping, region.page_size) for mapping, region in zip(self.mappings, self.regions, strict=True)]
+
+    def present(self) -> int:
+        """Bytes that are in memory."""
+        return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
+
+    def large_units(self) -> list[list[bool]]:
+        """None: nothing is restored to them."""
+        return [[] for _ in self.regions]
+
+    def restore_large_mappings(self, units: list[list[bool]]) -> None:
+        """Nothing: none were split."""
+
+
+class ProcessWorkload:
+    """A process, paused by SIGSTOP. It runs on when we die: a guardian sees to that."""
+
+    def __init__(self, pid: int, ranges: str) -> None:
+        """`ranges`, separated by commas: `heap`, `stack`, `anon` (all private anonymous memory that it may write to),
+        or START-END in hexadecimal.
+
+        Raises UsageError for ranges that there are not, or our own process; WorkloadDied, WorkloadError.
+        """
+        started = proc.start_time(pid)
+        if started is None:
+            raise WorkloadDied(f"there is no process {pid}")
+        if pid == os.getpid():
+            raise UsageError("this process cannot stop itself to be saved")
+        self.name = f"{PREFIX}{pid}"
+        self.pid = pid
+        self._started = started
+        self._command = Path(f"/proc/{pid}/comm").read_text().strip()
+        self.regions = tuple(_chosen(pid, ranges))
+        self._pidfd = os.pidfd_open(pid)
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._was_stopped = False
+
+    @classmethod
+    def named(cls, name: str, ranges: str | None) -> ProcessWorkload:
+        """From a name such as `pid:4711`. Raises as the constructor."""
+        number = name.removeprefix(PREFIX)
+        if not number.isdecimal():
+            raise UsageError(f"{name} names no process: give pid: and a number")
+        if ranges is None:
+            raise UsageError(f"which memory of {name}? Give --regions heap, stack, anon or START-END")
+        return cls(int(number), ranges)
+
+    @property
+    def identity(self) -> Identity:
+        """The process and its command."""
+        return Identity("process", self.name, {"command": self._command, "pid": self.pid})
+
+    def memory(self) -> ProcessMemory:
+        """Its memory, for a checkpoint. Raises WorkloadDied, WorkloadError where it may not be read."""
+        try:
+            return ProcessMemory(self.pid, self.regions)
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"{self.name} has ended") from gone
+        except PermissionError as denied:
+            raise WorkloadError(f"the memory of {self.name} may not be read: run as root") from denied
+
+    async def prepare_pause(self) -> None:
+        """Start the guardian."""
+        if self._guardian is None:
+            self._guardian = self._start_guardian()
+
+    async def pause(self) -> None:
+        """SIGSTOP, and wait until every thread has stopped. Raises WorkloadError when one does not."""
+        await self.prepare_pause()
+        self._was_stopped = _stopped(self.pid)
+        self._signal(signal.SIGSTOP)
+        end = time.monotonic() + _STOP_PATIENCE
+        while not _stopped(self.pid):
+            if time.monotonic() > end:
+                await self.resume()
+                raise WorkloadError(f"{self.name} does not stop within {_STOP_PATIENCE:g} s: it waits in the kernel")
+            await asyncio.sleep(0.001)
+
+    async def resume(self) -> None:
+        """SIGCONT, unless it was stopped before."""
+        if not self._was_stopped:
+            self._signal(signal.SIGCONT)
+        self._dismiss()
+
+    async def save_state(self) -> bytes:
+        """Nothing: registers and files are not saved."""
+        return b""
+
+    async def load_state(self, state: bytes) -> None:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(f"{self.name} is a plain process: its memory can be saved, not restored")
+
+    async def commit(self) -> None:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(f"{self.name} is a plain process: it cannot run elsewhere")
+
+    async def discard(self) -> None:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(f"{self.name} is a plain process: it is not ours to end")
+
+    async def running(self) -> bool:
+        """Whether it runs. Raises WorkloadDied when it is gone."""
+        return not _stopped(self.pid)
+
+    def faults(self) -> Faults:
+        """Page faults of all its threads."""
+        return Faults(*proc.thread_faults(self.pid, proc.threads(self.pid)))
+
+    def close(self) -> None:
+        """Let go: if it is stopped by us it runs on."""
+        if self._guardian is not None:
+            assert self._guardian.stdin is not None
+            self._guardian.stdin.close()
+            self._guardian.wait()
+            self._guardian = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _start_guardian(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", process_guardian.__file__, str(self._pidfd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[self._pidfd],
+            start_new_session=True,
+        )
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"{self.name} has ended") from gone
+        except PermissionError as denied:
+            raise WorkloadError(f"{self.name} may not be stopped: it is another user's") from denied
+
+    def _dismiss(self) -> None:
+        """The guardian is not needed any more."""
+        guardian, self._guardian = self._guardian, None
+        if guardian is not None:
+            assert guardian.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                guardian.stdin.write(b"done\n")
+                guardian.stdin.close()
+            guardian.wait()
+
+
+def _stopped(pid: int) -> bool:
+    states = []
+    for thread in proc.threads(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            text = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+            states.append(text[text.rindex(")") + 2])
+    if all(state in "ZXx" for state in states):
+        raise WorkloadDied(f"process {pid} has ended")
+    return all(state in "TtZXx" for state in states)
+
+
+def _chosen(pid: int, ranges: str) -> Iterator[Range]:
+    mappings = list(_anonymous(pid))
+    found: dict[int, Range] = {}
+    for word in ranges.split(","):
+        for part in _matching(word.strip(), mappings):
+            found[part.address] = part
+    if len(found) > MOST_REGIONS:
+        raise UsageError(f"{ranges}: these are {len(found)} mappings, {MOST_REGIONS} can be saved: choose some")
+    yield from (found[address] for address in sorted(found))
+
+
+def _matching(word: str, mappings: list[Range]) -> list[Range]:
+    if span := re.fullmatch(r"(?:0x)?([0-9a-f]+)-(?:0x)?([0-9a-f]+)", word, re.IGNORECASE):
+        start, end = (int(part, 16) for part in span.groups())
+        if start % SMALL_PAGE or end % SMALL_PAGE or start >= end:
+            raise UsageError(f"{word}: give page-aligned addresses, the lower one first")
+        return [Range(f"{start:x}-{end:x}", start, end - start)]
+    match word:
+        case "heap" | "stack":
+            found = [mapping for mapping in mappings if mapping.name.endswith(f"[{word}]")]
+        case "anon":
+            found = mappings
+        case _:
+            raise UsageError(f"{word!r} is no part of a process: give heap, stack, anon or START-END")
+    if not found:
+        raise UsageError(f"the process has no {word}")
+    return found
+
+
+def _anonymous(pid: int) -> Iterator[Range]:
+    """Private writable memory without a file behind it."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    except PermissionError as denied:
+        raise WorkloadError(f"the memory of process {pid} may not be read: run as root") from denied
+    for line in lines:
+        span, permissions, _, _, inode, *path = line.split(maxsplit=5)
+        if inode == "0" and permissions == "rw-p":
+            start, end = (int(part, 16) for part in span.split("-"))
+            yield Range(" ".join([span, *path]), start, end - start)

@@ -1,0 +1,118 @@
+"""Memory of any process, saved while it is stopped: it can be looked at, not restored."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pageferry
+from pageferry.checkpoint.image import ImageFile
+from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
+from pageferry.workloads.process import ProcessWorkload
+from tests.kernel.programs import Program, wait_until
+
+HOLDER = """
+import ctypes, mmap, sys, time
+memory = mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory[1 << 20 : (1 << 20) + 8192] = b"ferry" * 1638 + b"!!"
+print(hex(ctypes.addressof(ctypes.c_char.from_buffer(memory))), flush=True)
+count = 0
+while True:
+    count += 1
+    memory[0:8] = memory[4 << 20 : (4 << 20) + 8] = count.to_bytes(8, "little")
+"""
+
+
+@pytest.fixture
+def holder() -> Iterator[tuple[Program, int]]:
+    """A program that writes a counter to two places, and the address of its memory."""
+    with Program("-c", HOLDER) as program:
+        yield program, int(program.line(), 16)
+
+
+def ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11])
+
+
+def test_a_range_is_saved_of_one_instant(holder: tuple[Program, int], tmp_path: Path) -> None:
+    program, address = holder
+    pid = program.process.pid
+    workload = ProcessWorkload(pid, f"{address:x}-{address + (8 << 20):x}")
+    result = asyncio.run(pageferry.checkpoint(workload, tmp_path / "image"))
+    workload.close()
+    assert result.mode == "stop"
+    assert result.pages.absent >= 2000
+    image = ImageFile(tmp_path / "image")
+    assert (image.metadata.kind, image.metadata.restorable, image.state()) == ("process", False, b"")
+    assert image.read(256, 2) == b"ferry" * 1638 + b"!!"
+    first, second = (int.from_bytes(image.read(page, 1)[:8], "little") for page in (0, 1024))
+    assert first - second in (0, 1)
+    before = ticks(pid)
+    wait_until(lambda: ticks(pid) > before, "running on")
+
+
+def test_parts_are_found_by_name(holder: tuple[Program, int], tmp_path: Path) -> None:
+    pid = str(holder[0].process.pid)
+    command = [sys.executable, "-m", "pageferry", "checkpoint", f"pid:{pid}", str(tmp_path / "image")]
+    subprocess.run([*command, "--regions", "heap,stack"], check=True, timeout=60, capture_output=True)
+    names = [region.name for region in ImageFile(tmp_path / "image").metadata.regions]
+    assert [name.split()[-1] for name in names] == ["[heap]", "[stack]"]
+    subprocess.run([*command, "--regions", "anon"], check=True, timeout=60, capture_output=True)
+    assert len(ImageFile(tmp_path / "image").metadata.regions) > 2
+    done = subprocess.run(command, timeout=60, capture_output=True)
+    assert done.returncode == UsageError.exit_code
+    assert b"--regions" in done.stderr
+
+
+@pytest.mark.parametrize("ranges", ["", "nowhere", "1-2", "2000-1000", "heap,,stack"])
+def test_parts_that_there_are_not_are_refused(holder: tuple[Program, int], ranges: str) -> None:
+    with pytest.raises(UsageError):
+        ProcessWorkload(holder[0].process.pid, ranges)
+
+
+def test_itself_and_the_dead_are_refused() -> None:
+    with pytest.raises(UsageError):
+        ProcessWorkload(os.getpid(), "heap")
+    child = subprocess.Popen(["true"])
+    child.wait()
+    with pytest.raises(WorkloadDied):
+        ProcessWorkload(child.pid, "heap")
+
+
+def test_it_is_not_moved(holder: tuple[Program, int]) -> None:
+    workload = ProcessWorkload(holder[0].process.pid, "heap")
+    for call in (workload.load_state(b""), workload.commit(), workload.discard()):
+        with pytest.raises(UnsupportedError):
+            asyncio.run(call)
+    workload.close()
+
+
+def test_one_that_was_stopped_stays_so(holder: tuple[Program, int], tmp_path: Path) -> None:
+    pid = holder[0].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    workload = ProcessWorkload(pid, "heap")
+    wait_until(lambda: not asyncio.run(workload.running()), "being stopped")
+    asyncio.run(pageferry.checkpoint(workload, tmp_path / "image"))
+    assert not asyncio.run(workload.running())
+    workload.close()
+
+
+def test_it_runs_on_when_the_saver_is_killed(holder: tuple[Program, int], tmp_path: Path) -> None:
+    pid = holder[0].process.pid
+    command = ("-m", "pageferry", "checkpoint", f"pid:{pid}", str(tmp_path / "image"), "--regions", "anon")
+    with Program(*command, "--output", "json", "--bandwidth", "4K") as saver:
+        assert saver.json()["type"] == "armed"
+        time.sleep(0.1)
+        saver.kill()
+    before = ticks(pid)
+    wait_until(lambda: ticks(pid) > before, "running on")
+    assert os.listdir(tmp_path) == []
