@@ -63,6 +63,11 @@ class Traveller:
         return f"{self._name}-{self.journeys + 1}"
 
     @property
+    def other_name(self) -> str:
+        """Of a receiver to which it does not go."""
+        return f"{self._name}-other"
+
+    @property
     def serial(self) -> Serial:
         """Its serial line of now."""
         return self._serial(self.name)
@@ -166,8 +171,7 @@ class Traveller:
 
     def end(self) -> None:
         """End it, wherever it is, and whatever a test that failed has left of it."""
-        registry = Registry()
-        for name in list(registry.entries()):
+        for name in [name for name in Registry().entries() if name.startswith(f"{self._name}-")]:
             subprocess.run([sys.executable, "-m", "pageferry", "stop", "--kill", name], check=True, timeout=DEADLINE)
 
     def _serial(self, name: str) -> Serial:

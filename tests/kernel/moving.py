@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,11 @@ def traces(pid: int) -> int:
 
 def descriptors(pid: int) -> list[str]:
     """What a process has open, without the numbers of sockets and pipes that change."""
-    folder = Path(f"/proc/{pid}/fd")
-    return sorted(os.readlink(entry).split(":")[0] for entry in folder.iterdir())
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(entry).split(":")[0])
+    return sorted(found)
 
 
 def ends_intact(program: Program, reason: str = "stopped") -> dict[str, Any]:

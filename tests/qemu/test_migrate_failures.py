@@ -92,7 +92,7 @@ def test_destination_agent_killed(guest: Traveller, before: list[str], point: st
         assert there.wait() == -signal.SIGKILL
     wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
     if code == 26:
-        with guest.receiver("--listen", address, name="another") as another:
+        with guest.receiver("--listen", address, name=guest.other_name) as another:
             moving.address_of(another)
             settle(guest, owner="source")
             another.process.terminate()
@@ -111,6 +111,20 @@ def test_destination_qemu_killed(guest: Traveller, before: list[str], point: str
             assert migration.wait() == 21
         ended(there, (13,))
     stays(guest, before)
+
+
+def test_guest_killed_between_two_rounds(parts: GuestParts, tmp_path: Path) -> None:
+    """Its end is told by name, and the destination lets go."""
+    with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare, bare.receiver() as there:
+        fault = "source.between-rounds=stop"
+        with bare.migrating(moving.address_of(there), fault=fault) as migration:
+            moving.stopped(migration)
+            travel.kill(bare.name)
+            migration.process.send_signal(signal.SIGCONT)
+            assert migration.wait() == 13
+        ended(there, (21,))
+        assert bare.name not in Registry().entries()
+        assert bare.next_name not in Registry().entries()
 
 
 # -- after commit
@@ -155,7 +169,7 @@ def test_destination_agent_killed_when_it_had_decided(guest: Traveller, point: s
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
     wait_until(lambda: travel.listed()[guest.next_name] == "running", "that it runs there")
-    with guest.receiver("--listen", address, name="another") as another:
+    with guest.receiver("--listen", address, name=guest.other_name) as another:
         moving.address_of(another)
         settle(guest, owner="destination")
         another.process.terminate()
@@ -172,7 +186,7 @@ def test_destination_agent_killed_before_it_decided(guest: Traveller, before: li
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
     wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
-    with guest.receiver("--listen", address, name="another") as another:
+    with guest.receiver("--listen", address, name=guest.other_name) as another:
         moving.address_of(another)
         settle(guest, owner="source")
         another.process.terminate()

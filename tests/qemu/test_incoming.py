@@ -1,0 +1,62 @@
+"""Guests that wait for a device state: one that does not fit is refused, and one to which none comes ends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host.registry import Registry
+from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu_state import SavedState
+from tests.guest.machines import GuestParts
+
+BALLOON = ("-device", "virtio-balloon-pci")
+
+
+def test_state_that_does_not_fit_is_refused(parts: GuestParts, registry: Registry) -> None:
+    """By us where we can tell, else by QEMU, in its words; and nothing is left of the destination."""
+
+    async def scenario() -> None:
+        # It has never run: the state of one that has would need its memory to be copied too.
+        source = await QemuWorkload.start("source", parts.bare("-m", "64M", "-S", *BALLOON))
+        await source.pause()
+        state = await source.save_state()
+        machine = source.identity.details["machine"]
+        await source.resume()
+        await source.discard()
+
+        other = await QemuWorkload.start("other", parts.bare("-m", "64M", "-machine", "q35"), incoming=True)
+        with pytest.raises(WorkloadError, match=f"start it with -machine {machine}"):
+            await other.load_state(state)
+        with pytest.raises(WorkloadError, match="was not saved by pageferry"):
+            await other.load_state(b"\x80\x00\x01")
+        await other.discard()
+
+        lacking = await QemuWorkload.start("lacking", parts.bare("-m", "64M"), incoming=True)
+        with pytest.raises(WorkloadError, match="virtio-balloon"):
+            await lacking.load_state(state)
+        await lacking.discard()
+
+        short = await QemuWorkload.start("short", parts.bare("-m", "64M", *BALLOON), incoming=True)
+        saved = SavedState.decode(state)
+        cut = SavedState(machine=saved.machine, was_running=True, stream=saved.stream[: len(saved.stream) // 2])
+        with pytest.raises((WorkloadError, WorkloadDied)):
+            await short.load_state(cut.encode())
+        await short.discard()
+
+    asyncio.run(scenario())
+
+
+def test_destination_that_is_let_go_ends(parts: GuestParts, registry: Registry) -> None:
+    """A guest that waits for its state is worth nothing once its receiver is gone: the guardian ends it."""
+
+    async def scenario() -> None:
+        waiting = await QemuWorkload.start("waiting", parts.bare("-m", "64M"), incoming=True)
+        waiting.close()
+        async with asyncio.timeout(30):
+            await waiting.ended()
+        await waiting.forget()
+
+    asyncio.run(scenario())
