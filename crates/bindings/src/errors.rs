@@ -28,10 +28,7 @@ pub fn adopt(error: AdoptError) -> PyErr {
         {
             PyOSError::new_err((error.raw_os_error(), message))
         }
-        AdoptError::NotPermitted(_)
-        | AdoptError::Traced(..)
-        | AdoptError::Seccomp(_)
-        | AdoptError::UserModeOnly(_) => {
+        AdoptError::NotPermitted(_) | AdoptError::Traced(..) | AdoptError::Seccomp(_) | AdoptError::UserModeOnly(_) => {
             PyPermissionError::new_err(message)
         }
         AdoptError::Gone(_) => PyProcessLookupError::new_err(message),

@@ -104,8 +104,8 @@ impl Saver {
 impl Saver {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1 << 20,
-                        trap_block = 65536, staging = 16 << 20, bandwidth = 0, packers = 1))]
+    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1_048_576,
+                        trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1))]
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
