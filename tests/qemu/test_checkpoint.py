@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,20 @@ async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.Che
     result = await pageferry.checkpoint(cast(Workload, witness), path, **options)
     assert digests_of_image(ImageFile(path)) == witness.digests
     return result
+
+
+@pytest.fixture
+def huge_pages(root: None) -> Iterator[None]:
+    """Enough for a guest of 128 MiB; the kernel may find fewer."""
+    switch = Path("/proc/sys/vm/nr_hugepages")
+    before = switch.read_text()
+    switch.write_text("64")
+    try:
+        if int(switch.read_text()) < 64:
+            pytest.skip("the kernel finds no 64 huge pages")
+        yield
+    finally:
+        switch.write_text(before)
 
 
 async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:
@@ -87,6 +101,28 @@ def test_a_chain_under_way(parts: GuestParts, serial: MakeSerial, registry: Regi
         await here.passes(1)
         assert here.bad == there.bad == []
         await copy.discard()
+        await source.discard()
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
+    """A trap copies a whole huge page; what the guest never touched stays a hole."""
+
+    async def run() -> None:
+        here = serial("source")
+        command = parts.command(here, memory="128M", checker="ferry.mib=32 ferry.rate=2000")
+        source = await QemuWorkload.start("source", command, hugetlb=True)
+        await here.ready()
+        before = os.fstat(source.regions[0].fd).st_blocks
+        first = await save(source, tmp_path / "image", bandwidth=128 << 20)
+        assert first.traps > 0
+        later = await save(source, tmp_path / "child", parent=tmp_path / "image")
+        assert later.pages.in_parent > 0
+        assert os.fstat(source.regions[0].fd).st_blocks == before
+        await here.passes(2)
+        assert here.bad == []
         await source.discard()
 
     asyncio.run(run())

@@ -158,7 +158,8 @@ impl Saver {
     }
 
     fn spawn(&mut self, image: ImageWriter, parent: Option<Chain>, options: &Options) -> Result<(), SaveError> {
-        let shared = &self.shared;
+        let all = self.shared.clone();
+        let shared = &all;
         let (slots, filled) = unbounded();
         let (free, builders) = unbounded();
         let (full, to_pack) = unbounded();
@@ -176,11 +177,12 @@ impl Saver {
             let (bell, heard) = std::os::unix::net::UnixStream::pair().map_err(SaveError::Memory)?;
             bells.push(bell);
             let (shared, slots) = (shared.clone(), slots.clone());
-            self.threads
-                .push(thread(&format!("pf-trap-{number}"), move || traps::serve(&shared, &uffd, &heard, &slots))?);
+            self.threads.push(thread(&all, &format!("pf-trap-{number}"), move || {
+                traps::serve(&shared, &uffd, &heard, &slots)
+            })?);
         }
         let (swept, bandwidth) = (shared.clone(), options.bandwidth);
-        self.threads.push(background("pf-sweep", move || {
+        self.threads.push(background(&all, "pf-sweep", move || {
             if started.recv().is_ok() {
                 sweep::run(&swept, &slots, bandwidth);
             }
@@ -188,14 +190,14 @@ impl Saver {
             drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
         })?);
         let classifier = Classifier::new(shared.clone(), parent, builders, full)?;
-        self.classifier = Some(background("pf-classify", move || classifier.run(&filled))?);
+        self.classifier = Some(background(&all, "pf-classify", move || classifier.run(&filled))?);
         for number in 0..options.packers.max(1) {
             let (to_pack, free, packed, buffers) = (to_pack.clone(), free.clone(), packed.clone(), buffers.clone());
             let pack = move || output::pack(&to_pack, &free, &buffers, &packed);
-            self.threads.push(background(&format!("pf-pack-{number}"), pack)?);
+            self.threads.push(background(&all, &format!("pf-pack-{number}"), pack)?);
         }
         let shared = shared.clone();
-        self.writer = Some(background("pf-write", move || output::write(&shared, image, &to_write, &spare))?);
+        self.writer = Some(background(&all, "pf-write", move || output::write(&shared, image, &to_write, &spare))?);
         self.start = Some(start);
         Ok(())
     }
@@ -289,19 +291,37 @@ impl Handle {
     }
 }
 
+/// Should a thread of ours panic, the workload must not go on waiting for it.
+struct Watchdog(Arc<Shared>);
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(SaveError::Thread);
+        }
+    }
+}
+
 fn thread<T: Send + 'static>(
+    shared: &Arc<Shared>,
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
-    std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(SaveError::Memory)
+    let watchdog = Watchdog(shared.clone());
+    let watched = move || {
+        let _watchdog = watchdog;
+        work()
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(watched).map_err(SaveError::Memory)
 }
 
 /// A thread that nobody waits for: the workload and the threads that serve its traps come first.
 fn background<T: Send + 'static>(
+    shared: &Arc<Shared>,
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
-    thread(name, move || {
+    thread(shared, name, move || {
         // SAFETY: takes no pointers. For process 0 it is about the calling thread alone; failing does no harm.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
         work()

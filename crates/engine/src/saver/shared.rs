@@ -195,6 +195,7 @@ impl Shared {
             self.failed.store(true, Ordering::Release);
             self.staging.close();
             self.release_all();
+            self.finished();
         }
     }
 
