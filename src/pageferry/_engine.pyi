@@ -66,6 +66,10 @@ class Space:
         """
     def collapse(self, address: int, length: int) -> None:
         """Put a range on large pages, or map it as what it is (process_madvise, MADV_COLLAPSE)."""
+    def advise(self, address: int, length: int, advice: int) -> None:
+        """Advise on a range from outside (process_madvise): MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED, MADV_COLLAPSE."""
+    def large_mapped(self, address: int, length: int) -> list[tuple[int, int]]:
+        """The parts of a range that are mapped as large pages, as (start, end): PAGEMAP_SCAN, PAGE_IS_HUGE."""
 
 _Segment = tuple[Space, int, int, int, int]
 """(space, address, length, number of the region, first page of the region that is mapped there)"""
@@ -91,6 +95,25 @@ class Trace:
     def peek(self, dirty: Sequence[PageSet]) -> None:
         """Add what was written since the last `collect`, and leave it to be reported by the next."""
     def remove(self) -> None: ...
+
+@final
+class Sampler:
+    """Accesses to the small pages of large ones (S3), in one process. Pages are addresses at 2 MiB boundaries.
+
+    What it holds is restored when it goes. Mappings are split, large pages never.
+    """
+
+    def __new__(cls, space: Space) -> Sampler: ...
+    def hold(self, pages: Sequence[int]) -> None:
+        """Make each page a mapping of its own (a userfaultfd registration). EBUSY: another userfaultfd has it."""
+    def split(self, pages: Sequence[int], marked: bool) -> None:
+        """Split the mappings of held pages: `marked` (shared memory) into nothing, so that accesses map small pages."""
+    def cool(self, pages: Sequence[int]) -> None:
+        """Clear the accessed bits of pages, with a flush (MADV_COLD)."""
+    def touched(self, pages: Sequence[int]) -> list[bytes]:
+        """Which small pages of each page are mapped: 512 bits each, little-endian."""
+    def restore(self) -> list[tuple[int, str]]:
+        """Let go of all pages, and map those that were split as large ones again. Those that stay small, and why."""
 
 @final
 class Placer:

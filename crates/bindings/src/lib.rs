@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+mod activity;
 mod errors;
 mod ledger;
 mod mapping;
@@ -19,6 +20,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pages::PageSet>()?;
     module.add_class::<space::Space>()?;
     module.add_class::<trace::Trace>()?;
+    module.add_class::<activity::Sampler>()?;
     module.add_class::<placer::Placer>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;

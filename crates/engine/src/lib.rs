@@ -7,11 +7,13 @@
 //! * [`space`]: address spaces of other processes: adoption, and calls made on or in them.
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
+//! * [`activity`]: which small pages of large ones are accessed (S3).
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
 //! * [`wire`]: storage blocks over sockets.
 //! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
+pub mod activity;
 pub mod block;
 pub mod ledger;
 pub mod mapping;
