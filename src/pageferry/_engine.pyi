@@ -192,6 +192,52 @@ class BlockReceiver:
     def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
 
+_Piece = tuple[int, Mapping | Space, int, int]
+"""(number of the workload, where it is, position, length). Positions: in the mapping, or addresses of the space."""
+
+@final
+class SharingScan:
+    """Looks for small pages whose content stands elsewhere too (S9), without touching large pages.
+
+    Pages that are not in memory are left alone. `most_pages`: pages kept in mind at 24 bytes each; with more, only one
+    of `scale` contents is kept, and counts are scaled up. `every` n: only every nth unit of 2 MiB is looked at.
+    """
+
+    def __new__(cls, pieces: Sequence[_Piece], most_pages: int, every: int = 1) -> SharingScan: ...
+    @property
+    def remaining(self) -> int:
+        """Bytes that are left to look at."""
+    @property
+    def scale(self) -> int:
+        """One of how many contents is kept in mind; 1: every one."""
+    def step(self, bytes: int, threads: int) -> int:
+        """Look at the next units, up to so many bytes; the bytes looked at, 0 at the end.
+
+        ProcessLookupError when a process has ended.
+        """
+    def finish(self) -> None:
+        """Find equal pages among those looked at. After this `units` and `totals` are filled in."""
+    def units(self) -> list[tuple[int, int, int, bool, int, int, list[int]]]:
+        """(piece, position, length, large, present, shared already, [zero, pattern, inside, across]) per 2 MiB unit.
+
+        Pages of zeros; of one repeated word that stands elsewhere too; whose content stands in the same workload once
+        more; whose content stands once in its workload and in another.
+        """
+    @property
+    def totals(self) -> tuple[list[int], list[int]]:
+        """Pages of each of these classes, and how many of them sharing would free."""
+    def curve(self, order: Sequence[int], pages_per_copy: int = 256, possible: bool = False) -> list[int]:
+        """Pages freed by sharing all that is shareable in the first 1, 2, 3... units (by number) of `order`.
+
+        One copy for `pages_per_copy` pages is kept, none of zeros. `possible`: of shared files only zeros count.
+        """
+
+def free_zeros(mapping: Mapping, ranges: Sequence[tuple[int, int]], seconds: float) -> tuple[int, int]:
+    """Punch pages of zeros out of a file, for at most about so many seconds: (ranges done, pages given back).
+
+    `ranges` are (start, length) in the mapping. Nobody may write to them meanwhile: the workload is paused.
+    """
+
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.
 

@@ -8,6 +8,7 @@ mod ledger;
 mod mapping;
 mod pages;
 mod placer;
+mod sharing;
 mod space;
 mod trace;
 mod wire;
@@ -24,8 +25,10 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<placer::Placer>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;
+    module.add_class::<sharing::SharingScan>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<ledger::LedgerReport>()?;
     module.add_function(wrap_pyfunction!(mapping::large_tmpfs, module)?)?;
+    module.add_function(wrap_pyfunction!(sharing::free_zeros, module)?)?;
     Ok(())
 }

@@ -11,6 +11,7 @@
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
 //! * [`wire`]: storage blocks over sockets.
 //! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
+//! * [`sharing`]: pages whose content stands elsewhere too (S9).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
 pub mod activity;
@@ -19,6 +20,7 @@ pub mod ledger;
 pub mod mapping;
 pub mod pages;
 pub mod placer;
+pub mod sharing;
 pub mod space;
 pub mod trace;
 pub mod uapi;
