@@ -12,20 +12,25 @@ Errors are those of `pageferry.errors`; the command `pageferry` does the same fo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pageferry import large_pages
     from pageferry.migration.api import migrate, receive
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "migrate", "receive"]
+__all__ = ["Arena", "large_pages", "migrate", "receive"]
 
 _HOMES = {"Arena": "workloads.arena", "migrate": "migration.api", "receive": "migration.api"}
+_PARTS = {"large_pages"}
+"""Modules of their own."""
 
 
 def __getattr__(name: str) -> object:
     # Imported when first asked for: a command, or a program that has only arenas, does not wait for the rest.
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
     value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

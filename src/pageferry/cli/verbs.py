@@ -33,6 +33,7 @@ VERBS: dict[str, Verb] = {
     "migrate": Verb("pageferry.cli.migrate", "Move a running workload to a receiver."),
     "run": Verb("pageferry.cli.run", "Start a QEMU guest under management."),
     "adopt": Verb("pageferry.cli.adopt", "Manage a QEMU guest that somebody else has started."),
+    "large-pages": Verb("pageferry.cli.large_pages", "Say which large pages are hardly used; reclaim from those."),
     "list": Verb("pageferry.cli.list", "List the workloads of this host."),
     "stop": Verb("pageferry.cli.stop", "End a workload."),
 }

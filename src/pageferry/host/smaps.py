@@ -19,7 +19,7 @@ class Smap:
     counts: dict[str, int]
     """Bytes by the kernel's names: `Rss`, `Pss`, `Referenced`, `Anonymous`, `AnonHugePages`, `ShmemPmdMapped`, ..."""
     flags: frozenset[str]
-    """VmFlags: `uw` registered for write protection, `hg`/`nh` (no) huge pages advised, `mg` mergeable, `lo` locked..."""
+    """VmFlags: `uw` registered for write protection, `hg`/`nh` advised (not) to be huge, `mg` mergeable, `lo` locked"""
 
     @property
     def large_mapped(self) -> int:
@@ -52,7 +52,7 @@ def smaps(pid: int) -> list[Smap]:
 
 
 def total(pid: int, name: str) -> int:
-    """Bytes of one count (`Pss`, `Pss_Anon`, `AnonHugePages`, ...) over all mappings, from smaps_rollup, which is cheap.
+    """Bytes of one count (`Pss`, `Pss_Anon`, `AnonHugePages`, ...) over all mappings, from smaps_rollup.
 
     Raises WorkloadDied when the process is gone.
     """

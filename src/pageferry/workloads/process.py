@@ -1,8 +1,8 @@
 """The memory that large pages (S3) and sharing (S9) work on: that of a managed workload, or of any process.
 
 A *target* is `NAME`, a workload of this host, or `pid:N`, a process that knows nothing of us: its writable private
-anonymous mappings and its writable shared mappings of files in memory (memfd, tmpfs, shared anonymous memory). It can be
-looked at and shaped; it cannot be paused, saved or moved.
+anonymous mappings and its writable shared mappings of files in memory (memfd, tmpfs, shared anonymous memory). It can
+be looked at and shaped; it cannot be paused, saved or moved.
 """
 
 from __future__ import annotations
