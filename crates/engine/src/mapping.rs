@@ -81,12 +81,17 @@ impl Mapping {
 
     /// The parts that hold data, as (start, end) in bytes of the mapping: reading anything else would allocate it.
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
-        if let Some(page) = self.hugetlb {
-            return self.hugetlb_ranges(page);
+        match self.hugetlb {
+            Some(page) => self.hugetlb_ranges(page),
+            None => self.data_ranges_in(0, self.len),
         }
-        let end = self.offset + self.len as u64;
+    }
+
+    /// Those parts of `[from, to)` of the mapping, which is not on hugetlbfs.
+    pub fn data_ranges_in(&self, from: usize, to: usize) -> io::Result<Vec<(usize, usize)>> {
+        let end = self.offset + to.min(self.len) as u64;
         let mut ranges = Vec::new();
-        let mut at = self.offset;
+        let mut at = self.offset + from as u64;
         while at < end {
             let Some(start) = self.seek(at, libc::SEEK_DATA)? else { break };
             if start >= end {

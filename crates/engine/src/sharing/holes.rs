@@ -23,14 +23,13 @@ pub fn free_zeros(mapping: &Mapping, ranges: &[(usize, usize)], budget: Duration
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a range beyond the mapping"));
     }
     let begin = Instant::now();
-    let data = mapping.data_ranges()?;
     let mut pages = 0;
     for (done, &(start, len)) in ranges.iter().enumerate() {
         if done > 0 && begin.elapsed() > budget {
             return Ok((done, pages));
         }
-        for &(from, to) in &data {
-            pages += free_in(mapping, from.max(start), to.min(start + len))?;
+        for (from, to) in mapping.data_ranges_in(start, start + len)? {
+            pages += free_in(mapping, from, to)?;
         }
     }
     Ok((ranges.len(), pages))
