@@ -19,6 +19,8 @@ from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.process import Area, Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
+ATTEMPTS = 3
+"""To clear the accessed bits of a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,20 @@ class Tracker:
                 self._samplers[pid].cool(addresses)
             except OSError as error:
                 raise self._explained(error, pid) from error
+        self._cool_again(pages)
         self.cpu += time.thread_time() - begin
+
+    def _cool_again(self, pages: list[LargePage]) -> None:
+        """Advice passes over a page that the kernel is holding (off its LRU lists) at that moment: then all of it still
+        counts as accessed.
+        """
+        for _ in range(ATTEMPTS):
+            counts = self._referenced(pages)
+            pages = [page for page in pages if counts.get(page) == SLOTS]
+            if not pages:
+                return
+            for pid, addresses in _by_process(pages).items():
+                self._samplers[pid].cool(addresses)
 
     def _sampler(self, pid: int) -> Sampler:
         if pid not in self._samplers:
