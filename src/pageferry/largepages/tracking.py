@@ -8,9 +8,11 @@ accesses; then the others with their mappings split, since getting those back co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pageferry._engine import Sampler
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
@@ -19,8 +21,8 @@ from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.process import Area, Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
-ATTEMPTS = 3
-"""To clear the accessed bits of a page."""
+AGAIN = 2
+"""Windows more for pages that DAMON may have looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Tracker:
         self.small: list[tuple[int, str]] = []
         """Addresses of those that are not, and why."""
         self._samplers: dict[int, Sampler] = {}
+        self._monitored = _damon_runs()
         self._split: set[tuple[int, int]] = set()
 
     def large_pages(self) -> list[LargePage]:
@@ -120,11 +123,8 @@ class Tracker:
             if busy:
                 self._restore(set(self._samplers) - {page.area.pid for page in busy})
                 self._split_private(busy)
-                await asyncio.sleep(seconds)
-                begin = time.thread_time()
-                counts = self._referenced(busy)
-                found += [Activity(page, counts.get(page, 0), None) for page in busy]
-                self.cpu += time.thread_time() - begin
+                counts = await self._counts(busy, seconds)
+                found += [Activity(page, counts[page], None) for page in busy]
         return found
 
     def _hold(self, pages: list[LargePage], *, split: bool) -> None:
@@ -151,20 +151,35 @@ class Tracker:
                 self._samplers[pid].cool(addresses)
             except OSError as error:
                 raise self._explained(error, pid) from error
-        self._cool_again(pages)
         self.cpu += time.thread_time() - begin
 
-    def _cool_again(self, pages: list[LargePage]) -> None:
-        """Advice passes over a page that the kernel is holding (off its LRU lists) at that moment: then all of it still
-        counts as accessed.
+    async def _counts(self, pages: list[LargePage], seconds: float) -> dict[LargePage, int]:
+        """Accesses in a window of pages that have been split and cooled.
+
+        DAMON, where it runs, samples large pages as a whole: it takes the accessed bits away and makes a note at the
+        page, after which all of it counts as accessed. So pages that look like that get a second and third chance.
         """
-        for _ in range(ATTEMPTS):
-            counts = self._referenced(pages)
-            pages = [page for page in pages if counts.get(page) == SLOTS]
+        counts = dict.fromkeys(pages, SLOTS)
+        for _ in range(1 + (AGAIN if self._monitored else 0)):
+            await asyncio.sleep(seconds)
+            begin = time.thread_time()
+            seen = self._referenced(pages)
+            counts |= {page: min(counts[page], seen.get(page, 0)) for page in pages}
+            pages = [page for page in pages if counts[page] == SLOTS]
+            self.cpu += time.thread_time() - begin
             if not pages:
-                return
-            for pid, addresses in _by_process(pages).items():
+                break
+            self._cool(pages)
+        return counts
+
+    def _cool(self, pages: list[LargePage]) -> None:
+        begin = time.thread_time()
+        for pid, addresses in _by_process(pages).items():
+            try:
                 self._samplers[pid].cool(addresses)
+            except OSError as error:
+                raise self._explained(error, pid) from error
+        self.cpu += time.thread_time() - begin
 
     def _sampler(self, pid: int) -> Sampler:
         if pid not in self._samplers:
@@ -226,6 +241,15 @@ class Tracker:
         self._restore(set(self._samplers))
         self.restored += len(self._split) - (len(self.small) - before)
         self._split.clear()
+
+
+def _damon_runs() -> bool:
+    """Whether a monitor of physical memory (kdamond) is at work."""
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if comm.read_text().startswith("kdamond"):
+                return True
+    return False
 
 
 def _by_process(pages: list[LargePage]) -> dict[int, list[int]]:
