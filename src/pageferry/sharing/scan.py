@@ -146,6 +146,9 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
         scan = await asyncio.to_thread(SharingScan, pieces, options.memory // PAGE_COST, options.every)
         looked_at = await _run(scan, options, listener)
         await asyncio.to_thread(scan.finish)
+        for target in targets:
+            for pid in target.pids:
+                target.check_alive(pid)  # one without memory any more looks as if it had none
     except ProcessLookupError as gone:
         raise WorkloadDied("a process ended while its memory was looked at") from gone
     except PermissionError as refused:

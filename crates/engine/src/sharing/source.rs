@@ -141,7 +141,10 @@ fn read_process(
     mut found: impl FnMut(&[u64; WORDS]),
 ) -> io::Result<usize> {
     let entries = &mut reader.entries[..span.pages];
-    space.pagemap().read_exact_at(entries.as_mut_bytes(), span.start / SMALL_PAGE as u64 * size_of::<u64>() as u64)?;
+    let position = span.start / SMALL_PAGE as u64 * size_of::<u64>() as u64;
+    // The pagemap of a process that has ended is empty.
+    let gone = |_| io::Error::from_raw_os_error(libc::ESRCH);
+    space.pagemap().read_exact_at(entries.as_mut_bytes(), position).map_err(gone)?;
     let in_memory = |entry: u64| entry & PM_PRESENT != 0 && entry & (PM_SWAP | PM_FILE) == 0;
     // Pages shared already are not read: process_vm_readv would give the process a copy of its own of each.
     let ours: Vec<u64> = (span.start..)
