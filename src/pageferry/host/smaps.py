@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,24 @@ def smaps(pid: int) -> list[Smap]:
         elif "-" in line.split(maxsplit=1)[0]:
             mapping, counts = _mapping(line), {}
     return found
+
+
+def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
+    """Bytes accessed (`Referenced`) of those mappings that start at a wanted address and have that length.
+
+    Reads no more of smaps than that, since it is done often. Raises WorkloadDied when the process is gone.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    counts, position = {}, 0
+    for address in sorted(wanted):
+        found = text.find(b"\n%08x-%08x " % (address, address + length), position)
+        if found >= 0:
+            position = text.index(b"\nReferenced:", found)
+            counts[address] = int(text[position + 12 : position + 40].split()[0]) << 10
+    return counts
 
 
 def total(pid: int, name: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from pageferry._engine import Sampler
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
-from pageferry.host.smaps import smaps
+from pageferry.host.smaps import referenced
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.process import Area, Target
 
@@ -63,7 +64,6 @@ class Tracker:
         self.small: list[tuple[int, str]] = []
         """Addresses of those that are not, and why."""
         self._samplers: dict[int, Sampler] = {}
-        self._monitored = _damon_runs()
         self._split: set[tuple[int, int]] = set()
 
     def large_pages(self) -> list[LargePage]:
@@ -160,14 +160,14 @@ class Tracker:
         page, after which all of it counts as accessed. So pages that look like that get a second and third chance.
         """
         counts = dict.fromkeys(pages, SLOTS)
-        for _ in range(1 + (AGAIN if self._monitored else 0)):
+        for _ in range(1 + AGAIN):
             await asyncio.sleep(seconds)
             begin = time.thread_time()
             seen = self._referenced(pages)
             counts |= {page: min(counts[page], seen.get(page, 0)) for page in pages}
             pages = [page for page in pages if counts[page] == SLOTS]
             self.cpu += time.thread_time() - begin
-            if not pages:
+            if not pages or not _damon_runs():
                 break
             self._cool(pages)
         return counts
@@ -206,14 +206,13 @@ class Tracker:
         return found
 
     def _referenced(self, pages: list[LargePage]) -> dict[LargePage, int]:
-        """Small pages accessed since they were cooled; every page is a mapping of its own now."""
+        """Small pages accessed since they were cooled. Every page is a mapping of its own now; one that is not any more
+        (the workload has changed it) counts in full.
+        """
         counts: dict[LargePage, int] = {}
-        wanted = {(page.area.pid, page.address): page for page in pages}
-        for pid in _by_process(pages):
-            for smap in smaps(pid):
-                page = wanted.get((pid, smap.mapping.address))
-                if page is not None and smap.mapping.length == LARGE_PAGE:
-                    counts[page] = smap.counts.get("Referenced", 0) // SMALL_PAGE
+        for pid, addresses in _by_process(pages).items():
+            seen = referenced(pid, addresses, LARGE_PAGE)
+            counts |= {page: seen.get(page.address, LARGE_PAGE) // SMALL_PAGE for page in pages if page.area.pid == pid}
         return counts
 
     def _explained(self, error: OSError, pid: int) -> Exception:
@@ -243,6 +242,7 @@ class Tracker:
         self._split.clear()
 
 
+@functools.cache
 def _damon_runs() -> bool:
     """Whether a monitor of physical memory (kdamond) is at work."""
     for comm in Path("/proc").glob("[0-9]*/comm"):
