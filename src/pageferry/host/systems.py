@@ -67,7 +67,7 @@ SYSTEMS = (
                   GUESTS_MOVE),
         Mechanism("userfaultfd WP_ASYNC, in arenas of the program itself only", ARENAS_MOVE),
     )),
-    System("S3", "Low-activity large pages reclaimed", False, (
+    System("S3", "Low-activity large pages reclaimed", True, (
         Mechanism("a mapping split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore it",
                   (*GUESTS_MOVE, "madv-collapse-remote", "break-large-page")),
         Mechanism("splitting and MADV_COLLAPSE, in arenas of the program itself only",
