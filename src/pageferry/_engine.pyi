@@ -104,12 +104,15 @@ class Sampler:
     """
 
     def __new__(cls, space: Space) -> Sampler: ...
-    def hold(self, pages: Sequence[int]) -> None:
-        """Make each page a mapping of its own (a userfaultfd registration). EBUSY: another userfaultfd has it."""
+    def hold(self, pages: Sequence[int]) -> list[int]:
+        """Make each page a mapping of its own (a userfaultfd registration); those that are not mapped any more.
+
+        EBUSY: another userfaultfd has it.
+        """
     def split(self, pages: Sequence[int], marked: bool) -> None:
         """Split the mappings of held pages: `marked` (shared memory) into nothing, so that accesses map small pages."""
     def cool(self, pages: Sequence[int]) -> None:
-        """Clear the accessed bits of pages, with a flush (MADV_COLD)."""
+        """Clear the accessed bits of pages, with a flush (MADV_COLD); those of locked memory stay."""
     def touched(self, pages: Sequence[int]) -> list[bytes]:
         """Which small pages of each page are mapped: 512 bits each, little-endian."""
     def restore(self) -> list[tuple[int, str]]:

@@ -107,6 +107,13 @@ def _split(pid: int, pages: list[int], shared: bool) -> None:
     _samplers.append(sampler)
 
 
+def _call(name: str, address: int, length: int) -> None:
+    """munmap or mlock."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(length)):
+        raise OSError(ctypes.get_errno(), name)
+
+
 def _discard(address: int, length: int) -> None:
     """madvise(MADV_DONTNEED): unmap, which leaves the file as it is."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -124,6 +131,7 @@ _ORDERS: dict[str, Callable[..., Any]] = {
     "read": _read_pages,
     "sum": _sum,
     "split": _split,
+    "call": _call,
 }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pageferry.largepages.tracking import Tracker
 from pageferry.workloads.process import open_target, process_target
 from tests.kernel.backing import backing
 from tests.kernel.large import frames, large_mapped, only, while_doing
-from tests.kernel.programs import wait_until
+from tests.kernel.programs import Program, wait_until
 from tests.kernel.target import Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
@@ -262,6 +263,40 @@ def test_a_process_that_ends_in_the_window(memory: Memory) -> None:
                 await Tracker(target).window(pages, 0.02)
 
     asyncio.run(look())
+
+
+def test_what_is_unmapped_meanwhile_is_left_out(memory: Memory) -> None:
+    with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
+        pages = [page for page in tracker.large_pages() if page.address >= memory.address][::2]
+        memory.owner.order("call", "munmap", memory.address + 2 * LARGE_PAGE, LARGE_PAGE)
+        found = asyncio.run(tracker.window(pages, 0.01))
+    assert {activity.page.address for activity in found} == {page.address for page in pages} - {
+        memory.address + 2 * LARGE_PAGE
+    }
+    assert len(memory.large()) == UNITS - 1
+
+
+def test_locked_memory_is_no_error(memory: Memory, root: None) -> None:
+    memory.owner.order("call", "mlock", memory.address, LENGTH)
+    with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
+        pages = [page for page in tracker.large_pages() if page.address >= memory.address][::2]
+        found = asyncio.run(tracker.window(pages, 0.01))
+    counts = {activity.page.address: activity.count for activity in found}
+    expected = 0 if memory.kind == "shared" else SLOTS
+    assert all(counts[memory.address + unit * LARGE_PAGE] == expected for unit in (0, 2, 4))
+    assert len(memory.large()) == UNITS
+
+
+def test_watching_until_interrupted(memory: Memory) -> None:
+    words = ("--watch", "--window", "20ms", "--output", "json", "--sample", "100%", "--budget", "0")
+    with Program("-m", "pageferry", "large-pages", f"pid:{memory.owner.pid}", *words) as watching:
+        while watching.json()["type"] != "large-pages":
+            pass
+        assert watching.json()["type"] == "large-pages"
+        watching.process.send_signal(signal.SIGINT)
+        assert watching.wait() == 128 + signal.SIGINT
+    assert "uw" not in memory.flags()
+    assert len(memory.large()) == UNITS
 
 
 def test_targets() -> None:

@@ -19,7 +19,7 @@ impl Sampler {
         Ok(Self { inner })
     }
 
-    fn hold(&self, py: Python<'_>, pages: Vec<u64>) -> PyResult<()> {
+    fn hold(&self, py: Python<'_>, pages: Vec<u64>) -> PyResult<Vec<u64>> {
         py.detach(|| self.inner.hold(&pages)).map_err(errors::kernel)
     }
 

@@ -59,17 +59,21 @@ impl Sampler {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes each page (addresses at 2 MiB boundaries) a mapping of its own. Its large mapping stays.
+    /// Makes each page (addresses at 2 MiB boundaries) a mapping of its own. Its large mapping stays. Returns those
+    /// that cannot be held because they are not mapped any more.
     ///
     /// # Errors
     /// EBUSY when somebody else's userfaultfd has it. What was held before the error is held, and restored.
-    pub fn hold(&self, pages: &[u64]) -> io::Result<()> {
-        let mut held = self.held();
+    pub fn hold(&self, pages: &[u64]) -> io::Result<Vec<u64>> {
+        let (mut held, mut gone) = (self.held(), Vec::new());
         for &address in pages {
-            self.uffd.register(address, LARGE_PAGE as u64, uapi::REGISTER_MODE_WP)?;
-            held.push(Held { address, split: false });
+            match self.uffd.register(address, LARGE_PAGE as u64, uapi::REGISTER_MODE_WP) {
+                Ok(()) => held.push(Held { address, split: false }),
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => gone.push(address),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(())
+        Ok(gone)
     }
 
     /// Splits the mappings of held pages. On shared memory (`marked`) the mark stays until they are restored.
@@ -91,9 +95,15 @@ impl Sampler {
         Ok(())
     }
 
-    /// Clears the accessed bits of pages, and makes the processors notice (MADV_COLD).
+    /// Clears the accessed bits of pages, and makes the processors notice (MADV_COLD). Locked memory keeps them.
     pub fn cool(&self, pages: &[u64]) -> io::Result<()> {
-        pages.iter().try_for_each(|&address| self.space.advise(address, LARGE_PAGE as u64, libc::MADV_COLD))
+        for &address in pages {
+            match self.space.advise(address, LARGE_PAGE as u64, libc::MADV_COLD) {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOMEM)) => {}
+                other => other?,
+            }
+        }
+        Ok(())
     }
 
     /// Which small pages of each page are mapped.

@@ -62,14 +62,14 @@ async def run(args: argparse.Namespace) -> int:
     target = await open_target(args.target)
     with target, open_reporter(args.output, LargePagesView()) as out:
         if args.watch:
-            await _watch(target, options, policy, out)
+            await _watch(target, options, policy, out, show_last=args.output == "human")
         else:
             out.final(await sample(target, options, policy=policy, listener=out.event))
     return 0
 
 
-async def _watch(target: Target, options: Options, policy: Threshold, out: Reporter) -> None:
-    """Result after result; the last one stays when this is cancelled."""
+async def _watch(target: Target, options: Options, policy: Threshold, out: Reporter, *, show_last: bool) -> None:
+    """Result after result; on a terminal the last one stays when this is cancelled."""
     result: LargePagesResult | None = None
     try:
         while True:
@@ -77,7 +77,7 @@ async def _watch(target: Target, options: Options, policy: Threshold, out: Repor
             out.event(result)
             await asyncio.sleep(options.window)
     finally:
-        if result is not None:
+        if result is not None and show_last:
             out.final(result)
 
 

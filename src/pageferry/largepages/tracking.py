@@ -111,8 +111,8 @@ class Tracker:
         private = [page for page in pages if page.area.kind == "anon"]
         found: list[Activity] = []
         with self:
-            self._hold(shared, split=True)
-            self._hold(private, split=False)
+            shared = self._hold(shared, split=True)
+            private = self._hold(private, split=False)
             await asyncio.sleep(seconds)
             begin = time.thread_time()
             found += self._exact(shared)
@@ -127,12 +127,16 @@ class Tracker:
                 found += [Activity(page, counts[page], None) for page in busy]
         return found
 
-    def _hold(self, pages: list[LargePage], *, split: bool) -> None:
+    def _hold(self, pages: list[LargePage], *, split: bool) -> list[LargePage]:
+        """Those of the pages that are still there, to be watched from now on."""
         begin = time.thread_time()
+        lost: set[tuple[int, int]] = set()
         for pid, addresses in _by_process(pages).items():
             try:
                 sampler = self._sampler(pid)
-                sampler.hold(addresses)
+                gone = sampler.hold(addresses)
+                lost.update((pid, address) for address in gone)
+                addresses = [address for address in addresses if address not in gone]
                 if split:
                     self._split.update((pid, address) for address in addresses)
                     sampler.split(addresses, True)
@@ -141,6 +145,7 @@ class Tracker:
             except OSError as error:
                 raise self._explained(error, pid) from error
         self.cpu += time.thread_time() - begin
+        return [page for page in pages if not lost.intersection(page.mappings)]
 
     def _split_private(self, pages: list[LargePage]) -> None:
         begin = time.thread_time()
