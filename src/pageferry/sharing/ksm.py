@@ -89,9 +89,9 @@ async def run_once() -> Run:
             scans = int(_read("full_scans"))
             if scans > last:
                 now = _merged()
-                # The first scan only takes note of what the pages look like.
-                quiet = quiet + scans - last if now <= GAIN * merged and last > first else 0
-                merged, last = max(merged, now), scans
+                # The first scans only take note of what the pages look like, and drop those of processes that are gone.
+                quiet = quiet + scans - last if now <= GAIN * merged and last > first + 2 else 0
+                merged, last = now, scans
         return Run(last - first, _ksmd_seconds() - begin_cpu)
 
 
