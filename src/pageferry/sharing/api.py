@@ -1,12 +1,4 @@
-"""Page sharing in a few calls: what the command uses, and Python programs too.
-
-::
-
-    from pageferry import sharing
-    estimate = await sharing.api.find(["pid:4711", "pid:4712"])          # nothing is changed
-    result = await sharing.api.share(["pid:4711", "pid:4712"])           # large pages are broken where it pays
-    await sharing.api.undo(["pid:4711", "pid:4712"])
-"""
+"""Page sharing in a few calls: what the command uses, and Python programs too (as `pageferry.sharing.*`)."""
 
 from __future__ import annotations
 
