@@ -12,14 +12,14 @@ Errors are those of `pageferry.errors`; the command `pageferry` does the same fo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pageferry import large_pages
+    from pageferry import large_pages, sharing
     from pageferry.migration.api import migrate, receive
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "large_pages", "migrate", "receive"]
+__all__ = ["Arena", "large_pages", "migrate", "receive", "sharing"]
 
 _HOMES = {"Arena": "workloads.arena", "migrate": "migration.api", "receive": "migration.api"}
-_PARTS = {"large_pages"}
+_PARTS = {"large_pages", "sharing"}
 """Modules of their own."""
 
 
