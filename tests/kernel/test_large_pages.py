@@ -20,6 +20,7 @@ from pageferry.host.smaps import smaps
 from pageferry.largepages import reclaim
 from pageferry.largepages.api import Options, sample
 from pageferry.largepages.events import LargePagesResult
+from pageferry.largepages.policy import Threshold
 from pageferry.largepages.tracking import Tracker
 from pageferry.workloads.process import open_target, process_target
 from tests.kernel.backing import backing
@@ -368,6 +369,29 @@ def test_cold_small_pages_go_to_swap_and_come_back(memory: Memory, swap: None) -
     cold = sum(SLOTS - len(PATTERNS[unit]) for unit in idle) * SMALL_PAGE
     assert result.reclaimed >= 0.95 * cold
     assert memory.owner.order("sum", memory.address, LENGTH) == content
+
+
+def test_no_write_is_lost_while_memory_is_reclaimed(swap: None) -> None:
+    length = 16 * LARGE_PAGE
+    with backing("large", length) as (fd,):
+        mapping = Mapping(fd, length)
+        ledger = Ledger.create(mapping, threads=2, seed=8, zero_fraction=0.1, working_set=0.1)
+        ledger.start()
+
+        async def look() -> int:
+            with only(os.getpid(), mapping.address) as target:
+                options = Options(sample=1.0, budget=None, window=0.005, rounds=1, reclaim="swap")
+                return sum(
+                    [(await sample(target, options, policy=Threshold(activity=512))).reclaimed for _ in range(3)]
+                )
+
+        reclaimed = asyncio.run(look())
+        written = sum(ledger.writes())
+        wait_until(lambda: sum(ledger.writes()) > written + 1000, "a thousand writes more")
+        ledger.pause()
+        assert ledger.verify().intact
+        ledger.stop()
+        assert reclaimed > 0
 
 
 @pytest.fixture
