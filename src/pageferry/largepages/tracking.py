@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class Tracker:
         except OSError as error:
             raise self._explained(error, area.pid) from error
 
-    async def window(self, pages: Iterable[LargePage], seconds: float) -> list[Activity]:
+    async def window(self, pages: Sequence[LargePage], seconds: float) -> list[Activity]:
         """The activity of pages (of private memory: no two adjacent ones) in a window of so many seconds.
 
         Raises WorkloadDied when a process ends, WorkloadError when its memory is being worked on by somebody else.
@@ -109,23 +109,33 @@ class Tracker:
         """
         shared = [page for page in pages if page.area.kind == "shared"]
         private = [page for page in pages if page.area.kind == "anon"]
-        found: list[Activity] = []
+        # One after the other: neither stays split while the other is looked at.
+        return [*await self._window_shared(shared, seconds), *await self._window_private(private, seconds)]
+
+    async def _window_shared(self, pages: list[LargePage], seconds: float) -> list[Activity]:
+        if not pages:
+            return []
         with self:
-            shared = self._hold(shared, split=True)
-            private = self._hold(private, split=False)
+            pages = self._hold(pages, split=True)
             await asyncio.sleep(seconds)
             begin = time.thread_time()
-            found += self._exact(shared)
-            accessed = self._referenced(private)
-            busy = [page for page in private if accessed.get(page, 0)]
-            found += [Activity(page, 0, 0) for page in private if not accessed.get(page, 0)]
+            found = self._exact(pages)
             self.cpu += time.thread_time() - begin
-            if busy:
-                self._restore(set(self._samplers) - {page.area.pid for page in busy})
-                self._split_private(busy)
-                counts = await self._counts(busy, seconds)
-                found += [Activity(page, counts[page], None) for page in busy]
         return found
+
+    async def _window_private(self, pages: list[LargePage], seconds: float) -> list[Activity]:
+        if not pages:
+            return []
+        with self:
+            pages = self._hold(pages, split=False)
+            await asyncio.sleep(seconds)
+            begin = time.thread_time()
+            accessed = self._referenced(pages)
+            self.cpu += time.thread_time() - begin
+            busy = [page for page in pages if accessed[page]]
+            self._split_private(busy)
+            counts = await self._counts(busy, seconds) if busy else {}
+        return [Activity(page, counts.get(page, 0), None if page in counts else 0) for page in pages]
 
     def _hold(self, pages: list[LargePage], *, split: bool) -> list[LargePage]:
         """Those of the pages that are still there, to be watched from now on."""
