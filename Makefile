@@ -11,7 +11,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
-BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py))
+BENCHMARKS := $(subst _,-,$(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py)))
 
 .PHONY: help
 help: ## Show this list
@@ -43,7 +43,7 @@ build: $(VENV)/.engine ## Make .venv and build the engine into it (release mode)
 bench: build system $(BENCHMARKS) ## Measure against peers; bench-NAME runs benchmarks/NAME.py alone
 
 bench-%: build system
-	$(PYTHON) benchmarks/$*.py
+	$(PYTHON) benchmarks/$(subst -,_,$*).py
 
 .PHONY: docs
 docs: build ## Build the documentation into site/, warnings are errors

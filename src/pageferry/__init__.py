@@ -12,12 +12,23 @@ Errors are those of `pageferry.errors`; the command `pageferry` does the same fo
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pageferry import large_pages, sharing
     from pageferry.checkpoint.arenas import restore
     from pageferry.checkpoint.save import checkpoint
     from pageferry.migration.api import migrate, receive, recover, take_back
     from pageferry.workloads.arena import Arena
 
-__all__ = ["Arena", "checkpoint", "migrate", "receive", "recover", "restore", "take_back"]
+__all__ = [
+    "Arena",
+    "checkpoint",
+    "large_pages",
+    "migrate",
+    "receive",
+    "recover",
+    "restore",
+    "sharing",
+    "take_back",
+]
 
 _HOMES = {
     "Arena": "workloads.arena",
@@ -28,14 +39,18 @@ _HOMES = {
     "restore": "checkpoint.arenas",
     "take_back": "migration.api",
 }
+_PARTS = {"large_pages", "sharing"}
+"""Modules of their own."""
 
 
 def __getattr__(name: str) -> object:
     # Imported when first asked for: a command, or a program that has only arenas, does not wait for the rest.
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
     value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     # `checkpoint` is a package too, which importing it has put in this place: it can be called like the function.
     return globals().setdefault(name, value)

@@ -76,6 +76,10 @@ class Space:
         """A duplicate of a descriptor of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
         """Put a range on large pages, or map it as what it is (process_madvise, MADV_COLLAPSE)."""
+    def advise(self, address: int, length: int, advice: int) -> None:
+        """Advise on a range from outside (process_madvise): MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED, MADV_COLLAPSE."""
+    def large_mapped(self, address: int, length: int) -> list[tuple[int, int]]:
+        """The parts of a range that are mapped as large pages, as (start, end): PAGEMAP_SCAN, PAGE_IS_HUGE."""
 
 _Segment = tuple[Space, int, int, int, int]
 """(space, address, length, number of the region, first page of the region that is mapped there)"""
@@ -172,6 +176,26 @@ class Pager:
         """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged."""
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
+class Sampler:
+    """Accesses to the small pages of large ones (S3), in one process. Pages are addresses at 2 MiB boundaries.
+
+    What it holds is restored when it goes. Mappings are split, large pages never.
+    """
+
+    def __new__(cls, space: Space) -> Sampler: ...
+    def hold(self, pages: Sequence[int]) -> list[int]:
+        """Make each page a mapping of its own (a userfaultfd registration); those that are not mapped any more.
+
+        EBUSY: another userfaultfd has it.
+        """
+    def split(self, pages: Sequence[int], marked: bool) -> None:
+        """Split the mappings of held pages: `marked` (shared memory) into nothing, so that accesses map small pages."""
+    def cool(self, pages: Sequence[int]) -> None:
+        """Clear the accessed bits of pages, with a flush (MADV_COLD); those of locked memory stay."""
+    def touched(self, pages: Sequence[int]) -> list[bytes]:
+        """Which small pages of each page are mapped: 512 bits each, little-endian."""
+    def restore(self) -> list[tuple[int, str]]:
+        """Let go of all pages, and map those that were split as large ones again. Those that stay small, and why."""
 
 @final
 class Placer:
@@ -363,6 +387,51 @@ class ImageChain:
         storage_block: int = 1048576,
     ) -> tuple[int, int]:
         """Write the chain as one image into an empty file, synced: (digest, length). `regions`: pages of each."""
+_Piece = tuple[int, Mapping | Space, int, int]
+"""(number of the workload, where it is, position, length). Positions: in the mapping, or addresses of the space."""
+
+@final
+class SharingScan:
+    """Looks for small pages whose content stands elsewhere too (S9), without touching large pages.
+
+    Pages that are not in memory are left alone. `most_pages`: pages kept in mind at 24 bytes each; with more, only one
+    of `scale` contents is kept, and counts are scaled up. `every` n: only every nth unit of 2 MiB is looked at.
+    """
+
+    def __new__(cls, pieces: Sequence[_Piece], most_pages: int, every: int = 1) -> SharingScan: ...
+    @property
+    def remaining(self) -> int:
+        """Bytes that are left to look at."""
+    @property
+    def scale(self) -> int:
+        """One of how many contents is kept in mind; 1: every one."""
+    def step(self, bytes: int, threads: int) -> int:
+        """Look at the next units, up to so many bytes; the bytes looked at, 0 at the end.
+
+        ProcessLookupError when a process has ended.
+        """
+    def finish(self) -> None:
+        """Find equal pages among those looked at. After this `units` and `totals` are filled in."""
+    def units(self) -> list[tuple[int, int, int, bool, int, int, list[int]]]:
+        """(piece, position, length, large, present, shared already, [zero, pattern, inside, across]) per 2 MiB unit.
+
+        Pages of zeros; of one repeated word that stands elsewhere too; whose content stands in the same workload once
+        more; whose content stands once in its workload and in another.
+        """
+    @property
+    def totals(self) -> tuple[list[int], list[int]]:
+        """Pages of each of these classes, and how many of them sharing would free."""
+    def curve(self, order: Sequence[int], pages_per_copy: int = 256, possible: bool = False) -> list[int]:
+        """Pages freed by sharing all that is shareable in the first 1, 2, 3... units (by number) of `order`.
+
+        One copy for `pages_per_copy` pages is kept, none of zeros. `possible`: of shared files only zeros count.
+        """
+
+def free_zeros(mapping: Mapping, ranges: Sequence[tuple[int, int]], seconds: float) -> tuple[int, int]:
+    """Punch pages of zeros out of a file, for at most about so many seconds: (ranges done, pages given back).
+
+    `ranges` are (start, length) in the mapping. Nobody may write to them meanwhile: the workload is paused.
+    """
 
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import mmap
 import os
 import resource
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from pageferry._engine import SMALL_PAGE, Mapping, Space, Trace
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, Sampler, Space, Trace
 from tests.kernel.programs import Program
 
 
@@ -37,6 +38,8 @@ class Target(Program):
 
 _mappings: list[Mapping] = []
 _traces: list[Trace] = []
+_memories: list[mmap.mmap] = []
+_samplers: list[Sampler] = []
 
 
 def _map(fd: int, length: int) -> int:
@@ -74,6 +77,43 @@ def _trace(pid: int, address: int, length: int) -> None:
     _traces.append(Trace([(Space(pid), address, length, 0, 0)]))
 
 
+def _anonymous(length: int) -> int:
+    """Private memory on large pages, filled with ones; its address, at a 2 MiB boundary."""
+    memory = mmap.mmap(-1, length + 2 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    # Space on both sides: the kernel would merge it with a neighbour of the same kind.
+    address = (start + LARGE_PAGE) // LARGE_PAGE * LARGE_PAGE
+    ctypes.memset(address, 1, length)
+    _memories.append(memory)
+    return address
+
+
+def _read_pages(address: int, pages: list[int]) -> None:
+    for page in pages:
+        _read(address + page * SMALL_PAGE + 11, 0, 1)
+
+
+def _sum(address: int, length: int) -> int:
+    """All bytes: what is lost shows in it."""
+    return sum(ctypes.string_at(address, length))
+
+
+def _split(pid: int, pages: list[int], shared: bool) -> None:
+    """Split large mappings of another process, and leave it at that."""
+    sampler = Sampler(Space(pid))
+    sampler.hold(pages)
+    sampler.split(pages, shared)
+    _samplers.append(sampler)
+
+
+def _call(name: str, address: int, length: int) -> None:
+    """munmap or mlock."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(length)):
+        raise OSError(ctypes.get_errno(), name)
+
+
 def _discard(address: int, length: int) -> None:
     """madvise(MADV_DONTNEED): unmap, which leaves the file as it is."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -87,6 +127,11 @@ _ORDERS: dict[str, Callable[..., Any]] = {
     "touch": _touch,
     "trace": _trace,
     "discard": _discard,
+    "anonymous": _anonymous,
+    "read": _read_pages,
+    "sum": _sum,
+    "split": _split,
+    "call": _call,
 }
 
 

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+mod activity;
 mod errors;
 mod image;
 mod image_writer;
@@ -11,6 +12,7 @@ mod pager;
 mod pages;
 mod placer;
 mod saver;
+mod sharing;
 mod space;
 mod trace;
 mod wire;
@@ -27,13 +29,16 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pages::PageSet>()?;
     module.add_class::<space::Space>()?;
     module.add_class::<trace::Trace>()?;
+    module.add_class::<activity::Sampler>()?;
     module.add_class::<placer::Placer>()?;
     module.add_class::<saver::ProcessRange>()?;
     module.add_class::<saver::Saver>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;
+    module.add_class::<sharing::SharingScan>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<ledger::LedgerReport>()?;
     module.add_function(wrap_pyfunction!(mapping::large_tmpfs, module)?)?;
+    module.add_function(wrap_pyfunction!(sharing::free_zeros, module)?)?;
     Ok(())
 }

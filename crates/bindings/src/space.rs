@@ -50,6 +50,14 @@ impl Space {
     fn collapse(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
         py.detach(|| self.inner.collapse(address, length)).map_err(errors::kernel)
     }
+
+    fn advise(&self, py: Python<'_>, address: u64, length: u64, advice: i32) -> PyResult<()> {
+        py.detach(|| self.inner.advise(address, length, advice)).map_err(errors::kernel)
+    }
+
+    fn large_mapped(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<Vec<(u64, u64)>> {
+        py.detach(|| self.inner.large_mapped(address, length)).map_err(errors::kernel)
+    }
 }
 
 /// A segment as Python gives it: (space, address, length, region, first page).

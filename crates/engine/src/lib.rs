@@ -7,6 +7,7 @@
 //! * [`space`]: address spaces of other processes: adoption, and calls made on or in them.
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
+//! * [`activity`]: which small pages of large ones are accessed (S3).
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
 //! * [`image`]: files of storage blocks, in which any page is found at once.
 //! * [`wire`]: storage blocks over sockets.
@@ -14,8 +15,10 @@
 //! * [`saver`]: memory as of one instant, saved while the workload runs (S4).
 //! * [`faults`]: what a userfaultfd reports, and the answers.
 //! * [`pager`]: contents of pages on access, from images (S8, S10).
+//! * [`sharing`]: pages whose content stands elsewhere too (S9).
 //! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
 
+pub mod activity;
 pub mod block;
 pub mod faults;
 pub mod image;
@@ -25,6 +28,7 @@ pub mod pager;
 pub mod pages;
 pub mod placer;
 pub mod saver;
+pub mod sharing;
 pub mod space;
 pub mod trace;
 pub mod uapi;

@@ -81,15 +81,15 @@ impl Mapping {
 
     /// The parts that hold data, as (start, end) in bytes of the mapping: reading anything else would allocate it.
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
-        if let Some(page) = self.hugetlb {
-            return self.hugetlb_ranges(page);
+        match self.hugetlb {
+            Some(page) => self.hugetlb_ranges(page),
+            None => self.data_within(0, self.len),
         }
-        self.data_within(0, self.len)
     }
 
-    /// The parts of `[start, end)` that hold data. Not for hugetlbfs, which calls everything data.
+    /// Those parts of `[start, end)` of the mapping. Not for hugetlbfs, which calls everything data.
     pub fn data_within(&self, start: usize, end: usize) -> io::Result<Vec<(usize, usize)>> {
-        let end = self.offset + end as u64;
+        let end = self.offset + end.min(self.len) as u64;
         let mut ranges = Vec::new();
         let mut at = self.offset + start as u64;
         while at < end {

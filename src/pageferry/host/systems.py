@@ -67,7 +67,7 @@ SYSTEMS = (
                   GUESTS_MOVE),
         Mechanism("userfaultfd WP_ASYNC, in arenas of the program itself only", ARENAS_MOVE),
     )),
-    System("S3", "Low-activity large pages reclaimed", False, (
+    System("S3", "Low-activity large pages reclaimed", True, (
         Mechanism("a mapping split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore it",
                   (*GUESTS_MOVE, "madv-collapse-remote", "break-large-page")),
         Mechanism("splitting and MADV_COLLAPSE, in arenas of the program itself only",
@@ -89,12 +89,10 @@ SYSTEMS = (
                   ("uffd-missing-shmem", "uffd-minor-shmem")),
         Mechanism("none: contents are there before the workload runs"),
     )),
-    System("S9", "Page sharing found inside large pages", False, (
+    System("S9", "Page sharing found inside large pages", True, (
         Mechanism("KSM on chosen large pages, MADV_MERGEABLE made in the process",
                   ("ksm", "break-large-page", *ADOPT)),
-        Mechanism("copy-on-write mappings of a file of shared pages",
-                  ("uffd-wp-sync", *ADOPT)),
-        Mechanism("an estimate only: nothing is shared"),
+        Mechanism("zeros of guests and arenas given back, an estimate only of the rest"),
     )),
     System("S10", "Lazy restore", False, (
         Mechanism("userfaultfd MISSING and MINOR traps, POISON for what cannot be read",

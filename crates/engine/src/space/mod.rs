@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use crate::mapping::scan;
 use crate::uapi::{self, Userfault, owned};
 
 mod inject;
@@ -149,23 +150,29 @@ impl Space {
     /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only
     /// mapped as one, the rest is copied to one. Works on the process from outside.
     pub fn collapse(&self, address: u64, len: u64) -> io::Result<()> {
+        self.advise(address, len, uapi::MADV_COLLAPSE)
+    }
+
+    /// Advises on a range from outside: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE; others are EINVAL.
+    pub fn advise(&self, address: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
         let range = libc::iovec {
             iov_base: address as *mut libc::c_void,
             iov_len: usize::try_from(len).map_err(io::Error::other)?,
         };
         let flags: libc::c_uint = 0;
-        // SAFETY: the address is only looked up in the other address space; contents are kept.
+        // SAFETY: the address is only looked up in the other address space; these advices keep contents.
         let result = unsafe {
-            libc::syscall(
-                libc::SYS_process_madvise,
-                self.pidfd.as_raw_fd(),
-                &raw const range,
-                1usize,
-                uapi::MADV_COLLAPSE,
-                flags,
-            )
+            libc::syscall(libc::SYS_process_madvise, self.pidfd.as_raw_fd(), &raw const range, 1usize, advice, flags)
         };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// The parts of a range that are mapped as large pages, as (start, end).
+    pub fn large_mapped(&self, address: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
+        let mut runs = Vec::new();
+        let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
+        scan(&self.pagemap, address, address + len, 0, categories, |start, end| runs.push((start, end)))?;
+        Ok(runs)
     }
 
     /// A duplicate of a descriptor of the process.

@@ -1,0 +1,1 @@
+"""Sampling of large pages: what it costs a workload, and how right it is."""

@@ -1,0 +1,101 @@
+"""`pageferry large-pages`: how much of each large page a workload uses, and reclaim of what it does not."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from pageferry.cli.arguments import fraction, seconds
+from pageferry.errors import UnsupportedError, UsageError
+from pageferry.largepages.api import Options, sample
+from pageferry.largepages.events import LargePagesResult
+from pageferry.largepages.policy import Threshold
+from pageferry.report.large_pages import LargePagesView
+from pageferry.report.reporter import Reporter, open_reporter
+from pageferry.workloads.targets import Target, open_target
+
+DEFAULTS = Options()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.description = (
+        "Looks at a sample of the large pages of a running workload, or of any process: for a short window their "
+        "mappings (never the pages themselves) are split, so that accesses to their small pages can be told apart, and "
+        "then put back. Says how many small pages of each were accessed, and estimates how much of all is idle."
+    )
+    parser.add_argument("target", metavar="NAME|pid:N", help="workload (see `pageferry list`), or any process")
+    looking = parser.add_argument_group("looking")
+    looking.add_argument(
+        "--sample", type=fraction, default=DEFAULTS.sample, metavar="PART", help="large pages per round, at most (5%%)"
+    )
+    looking.add_argument(
+        "--window", type=seconds, default=DEFAULTS.window, metavar="TIME", help="in which accesses count (200ms)"
+    )
+    looking.add_argument("--rounds", type=int, default=DEFAULTS.rounds, metavar="N", help="(%(default)s)")
+    looking.add_argument(
+        "--budget",
+        type=fraction,
+        default=DEFAULTS.budget,
+        metavar="PART",
+        help="of a CPU, for looking: samples become smaller where it would not do; 0: no limit (1%%)",
+    )
+    looking.add_argument("--watch", action="store_true", help="look again and again, until interrupted")
+    acting = parser.add_argument_group("reclaiming")
+    acting.add_argument(
+        "--threshold",
+        type=int,
+        default=Threshold().activity,
+        metavar="N",
+        help="break large pages with at most N of their 512 small pages accessed (%(default)s)",
+    )
+    acting.add_argument(
+        "--reclaim",
+        choices=("store", "swap"),
+        help="break them, and send their cold small pages to swap (`store` is not in this release yet)",
+    )
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Look, once or until interrupted; reclaim if wanted."""
+    options, policy = _options(args), _policy(args)
+    target = await open_target(args.target)
+    with target, open_reporter(args.output, LargePagesView()) as out:
+        if args.watch:
+            await _watch(target, options, policy, out, show_last=args.output == "human")
+        else:
+            out.final(await sample(target, options, policy=policy, listener=out.event))
+    return 0
+
+
+async def _watch(target: Target, options: Options, policy: Threshold, out: Reporter, *, show_last: bool) -> None:
+    """Result after result; on a terminal the last one stays when this is cancelled."""
+    result: LargePagesResult | None = None
+    try:
+        while True:
+            result = await sample(target, options, policy=policy)
+            out.event(result)
+            await asyncio.sleep(options.window)
+    finally:
+        if result is not None and show_last:
+            out.final(result)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if args.reclaim == "store":
+        raise UnsupportedError(
+            "reclaim into a cold store is not in this release yet: --reclaim swap, where swap exists"
+        )
+    return Options(
+        sample=args.sample,
+        window=args.window,
+        rounds=args.rounds,
+        budget=args.budget or None,
+        reclaim=args.reclaim,
+    )
+
+
+def _policy(args: argparse.Namespace) -> Threshold:
+    if not 0 <= args.threshold <= 512:
+        raise UsageError(f"a threshold of {args.threshold}: a large page has 512 small pages")
+    return Threshold(activity=args.threshold)

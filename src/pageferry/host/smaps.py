@@ -1,0 +1,99 @@
+"""What a process maps and how: the lines of /proc/PID/smaps (proc(5)), one record per mapping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageferry.errors import UnsupportedError, WorkloadDied
+from pageferry.host.proc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Smap:
+    """A mapping with its accounting."""
+
+    mapping: Mapping
+    """Where it is and what is behind it; inode 0: no file."""
+    counts: dict[str, int]
+    """Bytes by the kernel's names: `Rss`, `Pss`, `Referenced`, `Anonymous`, `AnonHugePages`, `ShmemPmdMapped`, ..."""
+    flags: frozenset[str]
+    """VmFlags: `uw` registered for write protection, `hg`/`nh` advised (not) to be huge, `mg` mergeable, `lo` locked"""
+
+    @property
+    def large_mapped(self) -> int:
+        """Bytes that are mapped as large pages."""
+        return sum(self.counts.get(name, 0) for name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"))
+
+
+def smaps(pid: int) -> list[Smap]:
+    """All mappings of a process, by address. Raises WorkloadDied, and UnsupportedError without the right to look."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text(errors="surrogateescape").splitlines()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    except PermissionError as refused:
+        raise UnsupportedError(
+            f"the memory of process {pid} may not be looked at: run as its user, or root"
+        ) from refused
+    found: list[Smap] = []
+    mapping: Mapping | None = None
+    counts: dict[str, int] = {}
+    for line in lines:
+        name, _, rest = line.partition(":")
+        if name == "VmFlags" and mapping is not None:  # the last line of a mapping
+            found.append(Smap(mapping, counts, frozenset(rest.split())))
+        elif rest.endswith(" kB"):
+            counts[name] = int(rest.split()[0]) << 10
+        elif "-" in line.split(maxsplit=1)[0]:
+            mapping, counts = _mapping(line), {}
+    return found
+
+
+def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
+    """Bytes accessed (`Referenced`) of those mappings that start at a wanted address and have that length.
+
+    Reads no more of smaps than that, since it is done often. Raises WorkloadDied when the process is gone.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    counts, position = {}, 0
+    for address in sorted(wanted):
+        found = text.find(b"\n%08x-%08x " % (address, address + length), position)
+        if found >= 0:
+            position = text.index(b"\nReferenced:", found)
+            counts[address] = int(text[position + 12 : position + 40].split()[0]) << 10
+    return counts
+
+
+def total(pid: int, name: str) -> int:
+    """Bytes of one count (`Pss`, `Pss_Anon`, `AnonHugePages`, ...) over all mappings, from smaps_rollup.
+
+    Raises WorkloadDied when the process is gone.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    line = next((line for line in text.splitlines() if line.startswith(f"{name}:")), None)
+    return int(line.split()[1]) << 10 if line is not None else 0
+
+
+def _mapping(line: str) -> Mapping:
+    span, permissions, offset, device, inode, *path = line.split(maxsplit=5)
+    first, last = (int(part, 16) for part in span.split("-"))
+    major, minor = (int(part, 16) for part in device.split(":"))
+    return Mapping(
+        address=first,
+        length=last - first,
+        offset=int(offset, 16),
+        device=os.makedev(major, minor),
+        inode=int(inode),
+        shared=permissions[3] == "s",
+        writable=permissions[1] == "w",
+        path=path[0] if path else "",
+    )

@@ -1,0 +1,171 @@
+"""Sampling and reclaim of large pages (S3), as one coroutine: look, decide, break what pays."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+from pageferry.errors import UsageError
+from pageferry.host.meminfo import available
+from pageferry.largepages import reclaim
+from pageferry.largepages.estimate import estimate
+from pageferry.largepages.events import (
+    LargePagesResult,
+    Listener,
+    Overhead,
+    RegionActivity,
+    Sample,
+    SampleEvent,
+    nothing,
+)
+from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
+from pageferry.largepages.sampling import Sampling
+from pageferry.largepages.tracking import Activity, LargePage, Tracker
+from pageferry.workloads.targets import Target
+
+BINS = 11
+"""Of the histogram: 0, 1, 2-3, ..., 256-511, 512."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to look, and what to do. Raises UsageError for what makes no sense."""
+
+    sample: float = 0.05
+    """Part of the large pages that a round looks at, at most."""
+    window: float = 0.2
+    """Seconds in which accesses count."""
+    rounds: int = 5
+    budget: float | None = 0.01
+    """Of one CPU, for looking; None: as it takes."""
+    reclaim: Literal["swap"] | None = None
+    """Where cold small pages of broken large pages go; None: nothing is broken."""
+    seed: int | None = None
+    """Of the choice of samples."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample <= 1:
+            raise UsageError(f"a sample of {self.sample:.0%}: give more than 0 and at most 100 %")
+        if not 0.001 <= self.window <= 60:
+            raise UsageError(f"a window of {self.window} s: give between 1 ms and 60 s")
+        if self.rounds < 1:
+            raise UsageError(f"{self.rounds} rounds")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UsageError(f"a budget of {self.budget:.0%} of a CPU: give more than 0 and at most 100 %")
+
+
+async def sample(
+    target: Target, options: Options | None = None, *, policy: Policy | None = None, listener: Listener = nothing
+) -> LargePagesResult:
+    """Look at large pages of a target in rounds; if wanted, break those that the policy names and reclaim from them.
+
+    Every mapping that was split is restored before this returns, or raises: UnsupportedError, WorkloadDied,
+    WorkloadError.
+    """
+    options, policy = options or Options(), policy or Threshold()
+    if options.reclaim is not None:
+        reclaim.check_swap()
+    tracker, sampling = Tracker(target), Sampling(options.sample, options.budget, options.seed)
+    candidates = tracker.large_pages()
+    seen: list[Activity] = []
+    begin, done = time.monotonic(), 0
+    while done < options.rounds and (pages := sampling.choose(candidates, options.window)):
+        cpu = tracker.cpu
+        activities = await tracker.window(pages, options.window)
+        sampling.account(pages, tracker.cpu - cpu)
+        seen += activities
+        done += 1
+        listener(_event(done, activities, tracker.cpu - cpu))
+    elapsed = time.monotonic() - begin
+    free = available()
+    decisions = [policy.decide(Facts(activity=activity.count, free=free)) for activity in seen]
+    broken, reclaimed = 0, 0
+    if options.reclaim is not None:
+        idle = [activity for activity, decision in zip(seen, decisions, strict=True) if decision == "break"]
+        broken, reclaimed = reclaim.to_swap(target, idle)
+    return LargePagesResult(
+        target=target.name,
+        window_ms=options.window * 1e3,
+        rounds=done,
+        regions=_regions(target, candidates, seen),
+        samples=[_sample(activity, decision) for activity, decision in zip(seen, decisions, strict=True)],
+        histogram=_histogram(seen),
+        estimate=estimate([activity.count for activity in seen], len(candidates)),
+        reclaimed=reclaimed,
+        broken=broken,
+        restored=tracker.restored,
+        not_restored=len(tracker.small),
+        overhead=_overhead(tracker, seen, elapsed, options.budget),
+        skipped=list(target.skipped),
+    )
+
+
+def _event(number: int, activities: list[Activity], cpu: float) -> SampleEvent:
+    return SampleEvent(
+        round=number,
+        sampled=len(activities),
+        idle=sum(not activity.count for activity in activities),
+        mean=_mean(activities),
+        cpu_ms=cpu * 1e3,
+    )
+
+
+def _sample(activity: Activity, decision: Decision) -> Sample:
+    area = activity.page.area
+    return Sample(
+        pid=area.pid,
+        address=activity.page.address,
+        region=area.name,
+        kind=area.kind,
+        activity=activity.count,
+        touched=None if activity.touched is None else f"{activity.touched:0128x}",
+        decision=decision,
+    )
+
+
+def _regions(target: Target, candidates: list[LargePage], seen: list[Activity]) -> list[RegionActivity]:
+    """A row per region that has large pages; private memory of a process is one row per name."""
+    large: defaultdict[tuple[str, str], int] = defaultdict(int)
+    sampled: defaultdict[tuple[str, str], list[Activity]] = defaultdict(list)
+    size: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for area in target.areas:
+        size[area.name, area.kind] += area.length
+    for page in candidates:
+        large[page.area.name, page.area.kind] += 1
+    for activity in seen:
+        sampled[activity.page.area.name, activity.page.area.kind].append(activity)
+    return [
+        RegionActivity(
+            name=name,
+            kind=kind,
+            bytes=size[name, kind],
+            large_pages=count,
+            sampled=len(sampled[name, kind]),
+            idle=sum(not activity.count for activity in sampled[name, kind]),
+            mean=_mean(sampled[name, kind]),
+        )
+        for (name, kind), count in large.items()
+    ]
+
+
+def _histogram(seen: list[Activity]) -> list[int]:
+    bins = [0] * BINS
+    for activity in seen:
+        bins[activity.count.bit_length()] += 1
+    return bins
+
+
+def _overhead(tracker: Tracker, seen: list[Activity], elapsed: float, budget: float | None) -> Overhead:
+    return Overhead(
+        cpu_ms=tracker.cpu * 1e3,
+        fraction=tracker.cpu / elapsed if elapsed else 0.0,
+        budget=budget,
+        faults=sum(activity.count for activity in seen if activity.page.area.kind == "shared"),
+        per_page_us=tracker.cpu / len(seen) * 1e6 if seen else 0.0,
+    )
+
+
+def _mean(activities: list[Activity]) -> float:
+    return sum(activity.count for activity in activities) / len(activities) if activities else 0.0

@@ -1,0 +1,67 @@
+"""From a sample of large pages to all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from pageferry.largepages.tracking import SLOTS
+from pageferry.workloads.base import SMALL_PAGE
+
+_Z = 1.96
+"""Standard deviations of a 95 % interval."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Mean activity of all large pages, with a 95 % confidence interval, and the memory that this leaves unused."""
+
+    large_pages: int
+    """How many there are."""
+    sampled: int
+    mean: float
+    """Small pages accessed per large page and window."""
+    low: float
+    high: float
+    idle: int
+    """Bytes in large pages that were not accessed in a window."""
+    idle_low: int
+    idle_high: int
+
+
+def estimate(counts: Sequence[int], population: int) -> Estimate:
+    """The estimate for `population` large pages from the activities of a simple random sample of them.
+
+    Half the width is 1.96 standard errors, of a population that is finite; when all samples are alike, which says
+    nothing of the spread, as many others as could have been missed (three in the size of the sample) count in full.
+    """
+    size = len(counts)
+    population = max(population, size)
+    if size == 0:
+        everything = population * SLOTS * SMALL_PAGE
+        return _estimate(population, 0, 0.0, 0.0, float(SLOTS)) if everything else _estimate(0, 0, 0.0, 0.0, 0.0)
+    mean = sum(counts) / size
+    rest = (population - size) / population
+    if min(counts) == max(counts):
+        half = SLOTS * min(3 / size, 1.0) * rest
+    else:
+        variance = sum((count - mean) ** 2 for count in counts) / (size - 1)
+        half = _Z * math.sqrt(variance / size * rest)
+    return _estimate(population, size, mean, max(mean - half, 0.0), min(mean + half, float(SLOTS)))
+
+
+def _estimate(population: int, size: int, mean: float, low: float, high: float) -> Estimate:
+    def idle(activity: float) -> int:
+        return round(population * (SLOTS - activity)) * SMALL_PAGE
+
+    return Estimate(
+        large_pages=population,
+        sampled=size,
+        mean=mean,
+        low=low,
+        high=high,
+        idle=idle(mean),
+        idle_low=idle(high),
+        idle_high=idle(low),
+    )

@@ -1,0 +1,99 @@
+"""What sampling of large pages tells on the way and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from pageferry.largepages.estimate import Estimate
+from pageferry.largepages.policy import Decision
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """A large page that was looked at."""
+
+    pid: int
+    address: int
+    """In the process."""
+    region: str
+    """Name of the memory it is in: of the workload's region, or as in /proc/PID/maps."""
+    kind: str
+    """`shared` or `anon`."""
+    activity: int
+    """Distinct small pages accessed in the window, of 512."""
+    touched: str | None
+    """Which: 512 bits in hexadecimal, the lowest is the first page. None: private memory gives their number only."""
+    decision: Decision
+
+
+class Overhead(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """What looking costs."""
+
+    cpu_ms: float
+    """Of this command's thread, milliseconds."""
+    fraction: float
+    """Of one CPU, over the time that the rounds took."""
+    budget: float | None
+    faults: int
+    """Faults that the workload took for it, of about a microsecond each."""
+    per_page_us: float
+    """CPU per sampled page, microseconds."""
+
+
+class RegionActivity(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """A region in numbers."""
+
+    name: str
+    kind: str
+    bytes: int
+    large_pages: int
+    """Mapped as such."""
+    sampled: int
+    idle: int
+    """Samples without any access."""
+    mean: float
+    """Small pages accessed per sample."""
+
+
+class SampleEvent(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type", tag="sample-round"):
+    """A round is over and its mappings are back."""
+
+    round: int
+    sampled: int
+    idle: int
+    """Without any access."""
+    mean: float
+    cpu_ms: float
+
+
+class LargePagesResult(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type", tag="large-pages"):
+    """The end of `pageferry large-pages`."""
+
+    target: str
+    window_ms: float
+    rounds: int
+    regions: list[RegionActivity]
+    samples: list[Sample]
+    histogram: list[int]
+    """Samples with 0, 1, 2-3, 4-7, ..., 256-511, 512 small pages accessed."""
+    estimate: Estimate
+    """For all large pages."""
+    reclaimed: int
+    """Bytes that went to swap."""
+    broken: int
+    """Large pages that were broken for that."""
+    restored: int
+    """Large mappings that were split for a window and are back."""
+    not_restored: int
+    """Those that are not."""
+    overhead: Overhead
+    skipped: list[str]
+    """Memory that was left out, and why."""
+
+
+Listener = Callable[[msgspec.Struct], None]
+
+
+def nothing(_: msgspec.Struct) -> None:
+    """A listener that does not listen."""

@@ -1,0 +1,275 @@
+"""One window over chosen large pages: their mappings are split, accesses to small pages seen, the mappings restored.
+
+Shared memory tells exactly which small pages were accessed. Private memory tells how many (the accessed bits as smaps
+counts them), and is looked at twice: once as large pages, which costs next to nothing and finds those that nobody
+accesses; then the others with their mappings split, since getting those back costs a copy of the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageferry._engine import Sampler
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host.smaps import referenced
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
+from pageferry.workloads.targets import Area, Target
+
+SLOTS = LARGE_PAGE // SMALL_PAGE
+AGAIN = 2
+"""Windows more for pages that DAMON may have looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class LargePage:
+    """A large page as one process maps it."""
+
+    area: Area
+    address: int
+    others: tuple[tuple[int, int], ...] = ()
+    """Where else the target maps it, as (pid, address): accesses there count as well."""
+
+    @property
+    def mappings(self) -> tuple[tuple[int, int], ...]:
+        """All its places, as (pid, address)."""
+        return ((self.area.pid, self.address), *self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What was seen of a large page in a window."""
+
+    page: LargePage
+    count: int
+    """Distinct small pages accessed, of 512."""
+    touched: int | None
+    """Which, as bits (bit n: small page n); None where only their number is known."""
+
+
+class Tracker:
+    """Windows over the large pages of a target. Close it, or use it in a `with` block: that restores what it holds."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.cpu = 0.0
+        """Seconds of CPU that this has taken, in this thread."""
+        self.restored = 0
+        """Large mappings that were split and are back."""
+        self.small: list[tuple[int, str]] = []
+        """Addresses of those that are not, and why."""
+        self._samplers: dict[int, Sampler] = {}
+        self._split: set[tuple[int, int]] = set()
+
+    def large_pages(self) -> list[LargePage]:
+        """What can be sampled: everything that is mapped as a large page now, but hugetlbfs, which cannot be split."""
+        found: list[LargePage] = []
+        known: set[tuple[int, int]] = set()
+        for area in self.target.areas:
+            if area.page_size != SMALL_PAGE or not area.large_pages():
+                continue
+            for start, end in self._large_mapped(area):
+                pages = [
+                    LargePage(area, address, self._others(area, address)) for address in range(start, end, LARGE_PAGE)
+                ]
+                found += [page for page in pages if not known.intersection(page.mappings)]
+                known.update(mapping for page in pages for mapping in page.mappings)
+        return found
+
+    def _others(self, area: Area, address: int) -> tuple[tuple[int, int], ...]:
+        """The other mappings of a page of a shared file."""
+        if area.region is None:
+            return ()
+        position = area.offset + address - area.address
+        return tuple(
+            (other.pid, other.address + position - other.offset)
+            for other in self.target.areas
+            if other is not area
+            and other.region == area.region
+            and other.large_pages()
+            and other.offset <= position <= other.offset + other.length - LARGE_PAGE
+        )
+
+    def _large_mapped(self, area: Area) -> list[tuple[int, int]]:
+        try:
+            return self.target.space(area.pid).large_mapped(area.address, area.length)
+        except OSError as error:
+            raise self._explained(error, area.pid) from error
+
+    async def window(self, pages: Sequence[LargePage], seconds: float) -> list[Activity]:
+        """The activity of pages (of private memory: no two adjacent ones) in a window of so many seconds.
+
+        Raises WorkloadDied when a process ends, WorkloadError when its memory is being worked on by somebody else.
+        Whatever happens, all mappings are restored.
+        """
+        shared = [page for page in pages if page.area.kind == "shared"]
+        private = [page for page in pages if page.area.kind == "anon"]
+        # One after the other: neither stays split while the other is looked at.
+        return [*await self._window_shared(shared, seconds), *await self._window_private(private, seconds)]
+
+    async def _window_shared(self, pages: list[LargePage], seconds: float) -> list[Activity]:
+        if not pages:
+            return []
+        with self:
+            pages = self._hold(pages, split=True)
+            await asyncio.sleep(seconds)
+            begin = time.thread_time()
+            found = self._exact(pages)
+            self.cpu += time.thread_time() - begin
+        return found
+
+    async def _window_private(self, pages: list[LargePage], seconds: float) -> list[Activity]:
+        if not pages:
+            return []
+        with self:
+            pages = self._hold(pages, split=False)
+            await asyncio.sleep(seconds)
+            begin = time.thread_time()
+            accessed = self._referenced(pages)
+            self.cpu += time.thread_time() - begin
+            busy = [page for page in pages if accessed[page]]
+            self._split_private(busy)
+            counts = await self._counts(busy, seconds) if busy else {}
+        return [Activity(page, counts.get(page, 0), None if page in counts else 0) for page in pages]
+
+    def _hold(self, pages: list[LargePage], *, split: bool) -> list[LargePage]:
+        """Those of the pages that are still there, to be watched from now on."""
+        begin = time.thread_time()
+        lost: set[tuple[int, int]] = set()
+        for pid, addresses in _by_process(pages).items():
+            try:
+                sampler = self._sampler(pid)
+                gone = sampler.hold(addresses)
+                lost.update((pid, address) for address in gone)
+                addresses = [address for address in addresses if address not in gone]
+                if split:
+                    self._split.update((pid, address) for address in addresses)
+                    sampler.split(addresses, True)
+                else:
+                    sampler.cool(addresses)
+            except OSError as error:
+                raise self._explained(error, pid) from error
+        self.cpu += time.thread_time() - begin
+        return [page for page in pages if not lost.intersection(page.mappings)]
+
+    def _split_private(self, pages: list[LargePage]) -> None:
+        begin = time.thread_time()
+        for pid, addresses in _by_process(pages).items():
+            try:
+                self._split.update((pid, address) for address in addresses)
+                self._samplers[pid].split(addresses, False)
+                self._samplers[pid].cool(addresses)
+            except OSError as error:
+                raise self._explained(error, pid) from error
+        self.cpu += time.thread_time() - begin
+
+    async def _counts(self, pages: list[LargePage], seconds: float) -> dict[LargePage, int]:
+        """Accesses in a window of pages that have been split and cooled.
+
+        DAMON, where it runs, samples large pages as a whole: it takes the accessed bits away and makes a note at the
+        page, after which all of it counts as accessed. So pages that look like that get a second and third chance.
+        """
+        counts = dict.fromkeys(pages, SLOTS)
+        for _ in range(1 + AGAIN):
+            await asyncio.sleep(seconds)
+            begin = time.thread_time()
+            seen = self._referenced(pages)
+            counts |= {page: min(counts[page], seen.get(page, 0)) for page in pages}
+            pages = [page for page in pages if counts[page] == SLOTS]
+            self.cpu += time.thread_time() - begin
+            if not pages or not _damon_runs():
+                break
+            self._cool(pages)
+        return counts
+
+    def _cool(self, pages: list[LargePage]) -> None:
+        begin = time.thread_time()
+        for pid, addresses in _by_process(pages).items():
+            try:
+                self._samplers[pid].cool(addresses)
+            except OSError as error:
+                raise self._explained(error, pid) from error
+        self.cpu += time.thread_time() - begin
+
+    def _sampler(self, pid: int) -> Sampler:
+        if pid not in self._samplers:
+            self._samplers[pid] = Sampler(self.target.space(pid))
+        self.target.check_alive(pid)
+        return self._samplers[pid]
+
+    def _exact(self, pages: list[LargePage]) -> list[Activity]:
+        """Accesses to shared memory, by all the mappings of a page that are the target's."""
+        touched: dict[tuple[int, int], int] = {}
+        for pid, addresses in _by_process(pages).items():
+            try:
+                seen = self._samplers[pid].touched(addresses)
+            except OSError as error:
+                raise self._explained(error, pid) from error
+            for address, bits in zip(addresses, seen, strict=True):
+                touched[pid, address] = int.from_bytes(bits, "little")
+        found = []
+        for page in pages:
+            union = 0
+            for mapping in page.mappings:
+                union |= touched[mapping]
+            found.append(Activity(page, union.bit_count(), union))
+        return found
+
+    def _referenced(self, pages: list[LargePage]) -> dict[LargePage, int]:
+        """Small pages accessed since they were cooled. Every page is a mapping of its own now; one that is not any more
+        (the workload has changed it) counts in full.
+        """
+        counts: dict[LargePage, int] = {}
+        for pid, addresses in _by_process(pages).items():
+            seen = referenced(pid, addresses, LARGE_PAGE)
+            counts |= {page: seen.get(page.address, LARGE_PAGE) // SMALL_PAGE for page in pages if page.area.pid == pid}
+        return counts
+
+    def _explained(self, error: OSError, pid: int) -> Exception:
+        name = self.target.name
+        if isinstance(error, ProcessLookupError):
+            return WorkloadDied(f"{name}: process {pid} is gone")
+        if isinstance(error, PermissionError):
+            return UnsupportedError(f"{name}: process {pid} may not be worked on ({error}): run as root")
+        if error.errno == 16:  # EBUSY
+            return WorkloadError(f"{name}: memory of process {pid} is being worked on by another command ({error})")
+        return WorkloadError(f"{name}: process {pid}: {error}")
+
+    def _restore(self, pids: set[int]) -> None:
+        begin = time.thread_time()
+        for pid in pids & self._samplers.keys():
+            small = self._samplers[pid].restore()
+            self.small += small
+        self.cpu += time.thread_time() - begin
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before = len(self.small)
+        self._restore(set(self._samplers))
+        self.restored += len(self._split) - (len(self.small) - before)
+        self._split.clear()
+
+
+@functools.cache
+def _damon_runs() -> bool:
+    """Whether a monitor of physical memory (kdamond) is at work."""
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if comm.read_text().startswith("kdamond"):
+                return True
+    return False
+
+
+def _by_process(pages: list[LargePage]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for page in pages:
+        for pid, address in page.mappings:
+            found.setdefault(pid, []).append(address)
+    return found

@@ -1,0 +1,102 @@
+"""Page sharing in a few calls: what the command uses, and Python programs too (as `pageferry.sharing.*`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+
+from pageferry.errors import UsageError
+from pageferry.host.registry import Registry
+from pageferry.sharing import apply, estimate, policy, ranges
+from pageferry.sharing.events import SharingResult
+from pageferry.sharing.scan import Options, look
+from pageferry.workloads.targets import Target, open_target
+
+Listener = Callable[[msgspec.Struct], object]
+
+
+def ignore(_: msgspec.Struct) -> None:
+    """The listener that does not listen."""
+
+
+async def find(
+    names: Sequence[str], options: Options | None = None, *, threshold: int | None = None, listener: Listener = ignore
+) -> SharingResult:
+    """What sharing within these targets (`NAME` or `pid:N`), and between them if there are several, could free.
+
+    `threshold`: pages that must be shareable in a large page for it to be worth breaking; None: by the memory that is
+    free. Raises what `open_target` and `look` raise.
+    """
+    async with _opened(names) as targets:
+        findings = await look(targets, options or Options(), listener)
+        return estimate.result(findings, _threshold(threshold))
+
+
+async def share(
+    names: Sequence[str],
+    options: Options | None = None,
+    *,
+    threshold: int | None = None,
+    most: int | None = None,
+    beside_others: bool = False,
+    listener: Listener = ignore,
+) -> SharingResult:
+    """Find, then share in the large pages that are worth it, `most` of them at most; the others stay as they are.
+
+    Several targets are shared between only because all are named: whoever shares pages can tell by the time that its
+    writes take whether another has the same content. `beside_others`: memory that processes which were not named have
+    offered to KSM may be merged as well. Raises also UnsupportedError where KSM is needed and in use.
+    """
+    async with _opened(names, "sharing") as targets:
+        apply.check_possible(targets, beside_others)
+        findings = await look(targets, options or Options(), listener)
+        least = _threshold(threshold)
+        found = estimate.result(findings, least)
+        chosen = policy.choose(findings.units, least, most=most)
+        expected = estimate.freed_by(findings, chosen)
+        done = await apply.apply(findings, chosen, listener, beside_others=beside_others)
+        return msgspec.structs.replace(
+            found,
+            freed=done.freed,
+            estimated=expected[-1] if expected else 0,
+            large_pages_chosen=sum(unit.large for unit in chosen),
+            large_pages_broken=done.broken,
+            ksm_scans=done.ksm_scans,
+            ksm_cpu_ms=done.ksm_cpu * 1e3,
+            longest_pause_ms=done.longest_pause * 1e3,
+            pauses=done.pauses,
+        )
+
+
+async def undo(names: Sequence[str]) -> int:
+    """Take sharing back: merged pages are copied again, large pages allowed and made. Bytes that this was done for."""
+    async with _opened(names, "the end of sharing") as targets:
+        return sum([await asyncio.to_thread(ranges.undo, target) for target in targets])
+
+
+def _threshold(asked: int | None) -> int:
+    if asked is None:
+        return policy.threshold(policy.free_memory())
+    if not 1 <= asked <= 512:
+        raise UsageError(f"a threshold of {asked} pages: a large page has 512, give 1 to 512")
+    return asked
+
+
+@asynccontextmanager
+async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterator[list[Target]]:
+    """The targets, kept from other commands while `work` is done on them."""
+    if len(set(names)) != len(names) or not names:
+        raise UsageError("name each workload once, and at least one")
+    async with AsyncExitStack() as stack:
+        targets = []
+        for name in names:
+            targets.append(stack.enter_context(await open_target(name)))
+            if work is not None and targets[-1].workload is not None:
+                stack.enter_context(Registry().folder(name).exclusively(work))
+        pids = [pid for target in targets for pid in target.pids]
+        if len(set(pids)) != len(pids):
+            raise UsageError("two of the names stand for the same process")
+        yield targets

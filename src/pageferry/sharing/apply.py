@@ -1,0 +1,140 @@
+"""Sharing in chosen large pages only: KSM on ranges of private memory, holes for zeros in the files of workloads.
+
+What is merged or punched is guarded: the range is kept from large pages (MADV_NOHUGEPAGE), or khugepaged would put it
+on one again, and with that undo the sharing (MADV_COLLAPSE even does so silently). Other large pages stay as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pageferry._engine import SharingScan, free_zeros
+from pageferry.errors import UnsupportedError, WorkloadError
+from pageferry.sharing import ksm, ranges
+from pageferry.sharing.events import ApplyEvent
+from pageferry.sharing.ranges import Range
+from pageferry.sharing.scan import Findings, Place, Unit
+from pageferry.workloads.targets import Area, Target
+
+PAUSE = 0.01
+"""Seconds that a workload is paused at a time, about, while zeros of its files are given back."""
+
+Listener = Callable[[ApplyEvent], object]
+
+
+@dataclass(slots=True)
+class Applied:
+    """What an application did."""
+
+    freed: int = 0
+    """Bytes."""
+    broken: int = 0
+    """Large pages that are not large any more."""
+    ksm_scans: int = 0
+    ksm_cpu: float = 0.0
+    """Seconds."""
+    longest_pause: float = 0.0
+    """Seconds."""
+    pauses: int = 0
+
+
+def check_possible(targets: Sequence[Target], beside_others: bool) -> None:
+    """Raises UnsupportedError, before anything is done, where KSM would be needed and cannot be used."""
+    if any(area.kind == "anon" for target in targets for area in target.areas):
+        ksm.check_unused({pid for target in targets for pid in target.pids}, beside_others=beside_others)
+
+
+async def apply(
+    findings: Findings, chosen: Sequence[Unit], listener: Listener, *, beside_others: bool = False
+) -> Applied:
+    """Share in the chosen units; `beside_others` as for `ksm.check_unused`.
+
+    When merging fails or is cancelled, all marks are taken back and what has been merged is copied again; zeros given
+    back need no undoing. The switches of KSM are as they were in any case.
+    """
+    applied = Applied()
+    anonymous = [unit for unit in chosen if unit.place.anonymous]
+    if anonymous:
+        check_possible(findings.targets, beside_others)
+        await _merge(findings, anonymous, applied, listener)
+    by_place: defaultdict[int, list[Unit]] = defaultdict(list)
+    for unit in chosen:
+        if not unit.place.anonymous and unit.place.target.workload is not None:
+            by_place[id(unit.place)].append(unit)
+    for units in by_place.values():
+        await _punch(units[0].place, units, applied, listener)
+    applied.broken = await asyncio.to_thread(_count_broken, findings)
+    return applied
+
+
+async def _merge(findings: Findings, units: Sequence[Unit], applied: Applied, listener: Listener) -> None:
+    wanted: defaultdict[tuple[int, int], list[Range]] = defaultdict(list)
+    for unit in units:
+        assert unit.place.area is not None
+        pid = unit.place.area.pid
+        wanted[unit.place.workload, pid].append(Range(pid, unit.start, unit.length))
+    marked: list[tuple[Target, Range]] = []
+    try:
+        for (workload, pid), found in wanted.items():
+            for one in ranges.affordable(pid, ranges.joined(found)):
+                marked.append((findings.targets[workload], one))
+                await asyncio.to_thread(ranges.advise, *marked[-1], ranges.NOHUGEPAGE, ranges.MERGEABLE)
+        merging = [one for _, one in marked]
+        listener(ApplyEvent("merging", f"{len(merging)} ranges, {sum(one.length for one in merging) >> 20} MiB"))
+        before = ranges.pss(merging)
+        run = await ksm.run_once()
+    except BaseException:
+        for target, one in reversed(marked):
+            with contextlib.suppress(WorkloadError, UnsupportedError):
+                ranges.take_back(target, one)
+        raise
+    applied.freed += before - ranges.pss(merging)
+    applied.ksm_scans, applied.ksm_cpu = run.scans, run.cpu
+
+
+async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener: Listener) -> None:
+    """Give pages of zeros back to the system, in short pauses of the workload: nobody writes when they are compared."""
+    target, workload, mapping = place.target, place.target.workload, place.mapping
+    assert workload is not None
+    assert mapping is not None
+    for area in target.areas:
+        if area.kind == "shared" and area.region == place.region:
+            shown = [_within(area, unit) for unit in units]
+            for one in ranges.affordable(area.pid, ranges.joined(one for one in shown if one.length > 0)):
+                await asyncio.to_thread(ranges.advise, target, one, ranges.NOHUGEPAGE)
+    left = [(unit.start, unit.length) for unit in units]
+    listener(ApplyEvent("giving zeros back", f"{len(left)} units of 2 MiB, in pauses of about {PAUSE * 1e3:.0f} ms"))
+    before = os.fstat(mapping.fileno()).st_blocks
+    while left:
+        await workload.prepare_pause()
+        begin = time.monotonic()
+        try:
+            await workload.pause()
+            done, _ = free_zeros(mapping, left, PAUSE)  # not on a thread: nothing may resume the workload meanwhile
+        finally:
+            await workload.resume()
+        applied.longest_pause = max(applied.longest_pause, time.monotonic() - begin)
+        applied.pauses += 1
+        left = left[done:]
+    applied.freed += (before - os.fstat(mapping.fileno()).st_blocks) * 512
+
+
+def _within(area: Area, unit: Unit) -> Range:
+    """Where a mapping shows a unit of its region; of no length or less when it does not."""
+    start = max(unit.start, area.offset)
+    end = min(unit.start + unit.length, area.offset + area.length)
+    return Range(area.pid, area.address + start - area.offset, end - start)
+
+
+def _count_broken(findings: Findings) -> int:
+    """Units that were large when the scan began and are not now."""
+    now = SharingScan([place.engine_piece() for place in findings.places], 1 << 20)
+    large = {(piece, start) for piece, start, _, is_large, *_ in now.units() if is_large}
+    numbers = {id(place): number for number, place in enumerate(findings.places)}
+    return sum(unit.large and (numbers[id(unit.place)], unit.start) not in large for unit in findings.units)

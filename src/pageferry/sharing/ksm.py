@@ -1,0 +1,187 @@
+"""The kernel's same-page merging (KSM) as an executor: started for chosen ranges, watched, stopped, switches put back.
+
+Documentation/admin-guide/mm/ksm.rst. What has been merged stays merged when KSM is stopped (`run` = 0). KSM is one for
+the whole machine: it is refused where anybody else uses it, and a guard process puts the switches back if we die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageferry.errors import UnsupportedError, WorkloadError
+
+FOLDER = Path("/sys/kernel/mm/ksm")
+SWITCHES = {
+    "advisor_mode": "none",  # pages_to_scan is not ours to set otherwise (Linux 6.8)
+    "sleep_millisecs": "0",
+    "pages_to_scan": "4096",
+    "smart_scan": "0",  # or pages that did not merge are passed over for longer and longer (Linux 6.7)
+    "use_zero_pages": "1",  # pages of zeros are freed without a copy, and are the same for all anyway
+    "run": "1",
+}
+"""What is set, in this order, where the kernel has it."""
+SETTLED, GAIN = 2, 1.01
+"""So many full scans that merge hardly more (by less than 1 %) are the end: a page must look the same twice, and a
+large page whose pages equal each other is split in one scan and merged in the next."""
+MOST_SCANS, PATIENCE = 12, 300.0
+"""Where the workload writes to merged pages as fast as they are merged, that never comes: scans, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run of KSM did."""
+
+    scans: int
+    cpu: float
+    """Seconds of ksmd."""
+
+
+def pages_per_copy() -> int:
+    """Pages that may share one copy (`max_page_sharing`)."""
+    try:
+        return int(_read("max_page_sharing"))
+    except (OSError, ValueError):
+        return 256
+
+
+def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
+    """Raises UnsupportedError where KSM is not there, not ours to start, or in use by a process other than `pids`.
+
+    Other processes may have offered memory to KSM by themselves, though it is stopped (QEMU does with private memory,
+    unless told `mem-merge=off`): it would be merged with that of `pids`. `beside_others`: so be it.
+    """
+    if not os.access(FOLDER / "run", os.W_OK):
+        raise UnsupportedError(f"anonymous memory cannot be shared: {FOLDER}/run is not there, or not ours to write")
+    if _read("run") != "0":
+        raise UnsupportedError(
+            f"KSM runs already, for somebody else ({FOLDER}/run is {_read('run')}): it is left alone. Write 0 there to "
+            f"let pageferry use it"
+        )
+    if not Path("/proc/self/ksm_stat").exists() and int(_read("pages_shared")):
+        raise UnsupportedError("KSM has merged pages already, and this kernel does not tell whose")
+    others = [] if beside_others else [pid for pid in _users() if pid not in pids]
+    if others:
+        names = ", ".join(f"{pid} ({_command(pid)})" for pid in others[:4])
+        raise UnsupportedError(
+            f"KSM would also merge memory that other processes have offered to it: {names}. Name them too (pid:N); or, "
+            f"if equal pages of theirs and of these may be shared, add --beside-others"
+        )
+
+
+async def run_once() -> Run:
+    """Run KSM until it finds hardly more to merge, and stop it."""
+    with _running():
+        begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + PATIENCE
+        first = last = int(_read("full_scans"))
+        merged, quiet = _merged(), 0
+        while quiet < SETTLED and last - first < MOST_SCANS and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+            scans = int(_read("full_scans"))
+            if scans > last:
+                now = _merged()
+                # The first scans only take note of what the pages look like, and drop those of processes that are gone.
+                quiet = quiet + scans - last if now <= GAIN * merged and last > first + 2 else 0
+                merged, last = now, scans
+        return Run(last - first, _ksmd_seconds() - begin_cpu)
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Start KSM, and put every switch back at the end, whatever happens to us."""
+    before = {name: _read(name).strip("[]") for name in SWITCHES if (FOLDER / name).exists()}
+    if "advisor_mode" in before:
+        before["advisor_mode"] = _chosen(_read("advisor_mode"))
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "pageferry.sharing.ksm_guard", str(FOLDER), json.dumps(before)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert guard.stdin is not None
+    assert guard.stdout is not None
+    try:
+        if guard.stdout.readline() != b"ready\n":
+            raise WorkloadError("the process that guards the switches of KSM did not start")
+        for name in before:
+            (FOLDER / name).write_text(SWITCHES[name])
+        yield
+    finally:
+        guard.stdin.close()  # it puts them back now, as it would if we died
+        guard.stdout.close()
+        if guard.wait():
+            raise WorkloadError(f"switches of KSM could not be put back: {FOLDER} should read {before}")
+
+
+def undo_order(switches: dict[str, str]) -> list[tuple[str, str]]:
+    """In which order to put switches back: first KSM stops; the advisor takes over last."""
+    first, last = [("run", switches["run"])], [("advisor_mode", switches.get("advisor_mode", ""))]
+    rest = [(name, value) for name, value in switches.items() if name not in ("run", "advisor_mode")]
+    return first + rest + (last if "advisor_mode" in switches else [])
+
+
+def _chosen(text: str) -> str:
+    """`scan-time` from `none [scan-time]`."""
+    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text
+
+
+def _merged() -> int:
+    """Pages that are merged, those that all share counted too, and pages of zeros."""
+    names = ("pages_sharing", "pages_shared", "ksm_zero_pages")
+    return sum(int(_read(name)) for name in names if (FOLDER / name).exists())
+
+
+def _users() -> Iterator[int]:
+    """Processes that have offered memory to KSM (/proc/PID/ksm_stat, Linux 6.1)."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):
+                lines = (folder / "ksm_stat").read_text().replace(":", "").splitlines()
+                stat = dict(line.split(maxsplit=1) for line in lines)
+                if _offers(stat):
+                    yield int(folder.name)
+
+
+def _offers(stat: dict[str, str]) -> bool:
+    if "ksm_mergeable" in stat:  # Linux 6.16
+        return "yes" in (stat["ksm_mergeable"], stat.get("ksm_merge_any"))
+    return int(stat.get("ksm_rmap_items", "0")) > 0
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "gone"
+
+
+def _ksmd_seconds() -> float:
+    """CPU time of the kernel's thread so far."""
+    global _ksmd
+    if _ksmd is None:
+        _ksmd = next((int(path.name) for path in Path("/proc").iterdir() if _is_ksmd(path)), 0)
+    try:
+        stat = Path(f"/proc/{_ksmd}/schedstat").read_text()
+    except OSError:
+        return 0.0
+    return int(stat.split()[0]) / 1e9
+
+
+_ksmd: int | None = None
+
+
+def _is_ksmd(path: Path) -> bool:
+    return path.name.isdecimal() and _command(int(path.name)) == "ksmd"
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text().strip()

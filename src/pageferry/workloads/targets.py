@@ -1,0 +1,267 @@
+"""The memory that large pages (S3) and sharing (S9) work on: that of a managed workload, or of any process.
+
+A *target* is `NAME`, a workload of this host, or `pid:N`, a process that knows nothing of us: its writable private
+anonymous mappings and its writable shared mappings of files in memory (memfd, tmpfs, shared anonymous memory). It can
+be looked at and shaped; it cannot be paused, saved or moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pageferry._engine import Space
+from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadDied
+from pageferry.host import proc
+from pageferry.host.smaps import Smap, smaps
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Segment, Workload
+from pageferry.workloads.opening import open_workload
+
+Kind = Literal["shared", "anon"]
+
+_TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
+"""`f_type` of statfs(2)."""
+_NOT_OURS = ("[stack]", "[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
+"""Mappings without a file that are the kernel's, or that calls made inside the process stand on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A mapping of a target in one process: what is sampled, broken or shared."""
+
+    pid: int
+    address: int
+    length: int
+    """Bytes, as `address`: multiples of 4 KiB."""
+    kind: Kind
+    """`shared`: a file in memory, which others may map as well; `anon`: private to the process."""
+    region: int | None
+    """Number of the region of the target that is mapped here; None: anonymous."""
+    offset: int
+    """Where in that region the mapping starts, bytes."""
+    page_size: int
+    """4096, or 2 MiB where the file is on hugetlbfs."""
+    name: str
+    """Of the region, or as the kernel prints it (`[heap]`); may be empty."""
+
+    @property
+    def end(self) -> int:
+        """First address after it."""
+        return self.address + self.length
+
+    def large_pages(self) -> range:
+        """Addresses of the 2 MiB units that lie in it whole and could be large pages."""
+        if self.kind == "shared" and (self.address - self.offset) % LARGE_PAGE:
+            return range(0)  # the file's large pages do not fall on boundaries of the address space
+        first = -(-self.address // LARGE_PAGE) * LARGE_PAGE
+        return range(first, self.end - LARGE_PAGE + 1, LARGE_PAGE)
+
+
+@dataclass(slots=True)
+class Target:
+    """Memory to be worked on. Close it, or use it in a `with` block."""
+
+    name: str
+    """As it was asked for."""
+    regions: tuple[Region, ...]
+    """The shared files, with an open descriptor each. A region starts at a multiple of 2 MiB of its file."""
+    areas: tuple[Area, ...]
+    """By process and address."""
+    skipped: tuple[str, ...] = ()
+    """What had to be left out, and why."""
+    workload: Workload | None = None
+    """The managed workload, if it is one."""
+    _spaces: dict[int, Space] = field(default_factory=dict)
+    _started: dict[int, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._started = {pid: proc.start_time(pid) for pid in self.pids}
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes."""
+        return tuple(sorted({area.pid for area in self.areas}))
+
+    def space(self, pid: int) -> Space:
+        """The address space of one of the processes. Raises WorkloadDied when it is not the one any more."""
+        try:
+            found = self._spaces.get(pid) or self._spaces.setdefault(pid, Space(pid))
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"{self.name}: process {pid} is gone") from gone
+        except PermissionError as refused:
+            raise UnsupportedError(f"{self.name}: process {pid} may not be worked on: run as root") from refused
+        self.check_alive(pid)
+        return found
+
+    def check_alive(self, pid: int) -> None:
+        """Raises WorkloadDied when the process has ended."""
+        started = self._started.get(pid)
+        if started is None or not proc.is_alive(pid, started):
+            raise WorkloadDied(f"{self.name}: process {pid} is gone")
+
+    def close(self) -> None:
+        """Close the files; the processes are left as they are."""
+        if self.workload is not None:
+            self.workload.close()
+        else:
+            for region in self.regions:
+                os.close(region.fd)
+        self.regions = ()
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def open_target(text: str) -> Target:
+    """The target `NAME` or `pid:N`.
+
+    Raises UsageError, NoSuchWorkload, WorkloadDied, and UnsupportedError where its memory may not be looked at.
+    """
+    if text.startswith("pid:"):
+        digits = text.removeprefix("pid:")
+        if not digits.isdecimal():
+            raise UsageError(f"{text}: what stands after pid: is no number")
+        return process_target(int(digits))
+    workload = await open_workload(text)
+    return workload_target(workload)
+
+
+def workload_target(workload: Workload) -> Target:
+    """A managed workload as a target, which closes it with itself."""
+    areas = [
+        Area(
+            pid=segment.pid,
+            address=segment.address,
+            length=segment.length,
+            kind="shared",
+            region=number,
+            offset=segment.offset,
+            page_size=region.page_size,
+            name=region.name,
+        )
+        for number, region in enumerate(workload.regions)
+        for segment in region.segments
+    ]
+    areas.sort(key=lambda area: (area.pid, area.address))
+    return Target(workload.name, workload.regions, tuple(areas), workload=workload)
+
+
+def process_target(pid: int) -> Target:
+    """Any process as a target. Raises NoSuchWorkload without one, UnsupportedError where it may not be looked at."""
+    if proc.start_time(pid) is None:
+        raise NoSuchWorkload(f"there is no process {pid}")
+    files = _Files(pid)
+    areas: list[Area] = []
+    found = smaps(pid)
+    try:
+        for smap in found:
+            if _is_anonymous(smap):
+                areas.append(_anonymous(pid, smap))
+            elif smap.mapping.shared and smap.mapping.writable and smap.mapping.inode:
+                files.add(smap.mapping)
+        regions, shared = files.regions()
+    except BaseException:
+        files.close()
+        raise
+    areas = sorted([*areas, *shared], key=lambda area: area.address)
+    return Target(f"pid:{pid}", tuple(regions), tuple(areas), tuple(files.skipped))
+
+
+def _is_anonymous(smap: Smap) -> bool:
+    """Private memory of the process's own that may be advised upon."""
+    mapping = smap.mapping
+    ours = mapping.inode == 0 and mapping.writable and not mapping.shared and mapping.path not in _NOT_OURS
+    return ours and not smap.flags & {"io", "pf", "ht"}  # devices', raw frames, hugetlb
+
+
+def _anonymous(pid: int, smap: Smap) -> Area:
+    mapping = smap.mapping
+    return Area(pid, mapping.address, mapping.length, "anon", None, 0, SMALL_PAGE, mapping.path)
+
+
+class _Files:
+    """The files in memory that a process maps, each opened once."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.skipped: list[str] = []
+        self._opened: dict[tuple[int, int], int] = {}
+        self._mappings: dict[tuple[int, int], list[proc.Mapping]] = {}
+
+    def add(self, mapping: proc.Mapping) -> None:
+        """A mapping of one more file, or of one that is known; files that are not in memory are passed over."""
+        identity = (mapping.device, mapping.inode)
+        if identity not in self._mappings:
+            if not _may_be_in_memory(mapping):
+                return
+            try:
+                descriptor = proc.open_mapped_file(self.pid, mapping)
+            except OSError as error:
+                self.skipped.append(f"{mapping.path or hex(mapping.address)}: {error.strerror}")
+                return
+            if _file_system(descriptor) not in (_TMPFS, _HUGETLBFS):
+                os.close(descriptor)
+                return
+            self._opened[identity] = descriptor
+        self._mappings.setdefault(identity, []).append(mapping)
+
+    def regions(self) -> tuple[list[Region], list[Area]]:
+        """A region per file, and an area per mapping of it."""
+        regions: list[Region] = []
+        areas: list[Area] = []
+        for identity, mappings in self._mappings.items():
+            descriptor = self._opened[identity]
+            region = self._region(descriptor, mappings)
+            if region is None:
+                os.close(self._opened.pop(identity))
+                continue
+            number = len(regions)
+            regions.append(region)
+            for segment in region.segments:
+                where = (segment.pid, segment.address, segment.length)
+                areas.append(Area(*where, "shared", number, segment.offset, region.page_size, region.name))
+        return regions, areas
+
+    def _region(self, descriptor: int, mappings: list[proc.Mapping]) -> Region | None:
+        page_size = os.fstatvfs(descriptor).f_bsize
+        size = -(-os.fstat(descriptor).st_size // SMALL_PAGE) * SMALL_PAGE
+        first = min(mapping.offset for mapping in mappings) // LARGE_PAGE * LARGE_PAGE
+        last = min(max(mapping.offset + mapping.length for mapping in mappings), size)
+        segments = tuple(self._segments(mappings, first, last))
+        if page_size not in (SMALL_PAGE, LARGE_PAGE) or not segments:
+            self.skipped.append(f"{mappings[0].path}: {page_size} byte pages, or nothing of it is mapped")
+            return None
+        return Region(mappings[0].path, last - first, descriptor, first, page_size, segments)
+
+    def _segments(self, mappings: list[proc.Mapping], first: int, last: int) -> Iterator[Segment]:
+        for mapping in mappings:
+            length = min(mapping.offset + mapping.length, last) - mapping.offset
+            if length > 0:
+                yield Segment(self.pid, mapping.address, length, mapping.offset - first)
+
+    def close(self) -> None:
+        """Let go of all files, when something went wrong."""
+        for descriptor in self._opened.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _may_be_in_memory(mapping: proc.Mapping) -> bool:
+    """Whether to open it at all: opening device files for writing may have effects. tmpfs has no device of its own."""
+    return os.major(mapping.device) == 0 and not mapping.path.startswith(("/dev/dri", "anon_inode:"))
+
+
+def _file_system(descriptor: int) -> int:
+    """`f_type` of statfs(2), which Python does not tell."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    status = (ctypes.c_long * 64)()
+    if libc.fstatfs(descriptor, status):
+        raise OSError(ctypes.get_errno(), "fstatfs")
+    return int(status[0])

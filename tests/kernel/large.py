@@ -1,0 +1,53 @@
+"""Memory on large pages, and what the kernel says of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from pageferry._engine import LARGE_PAGE, Space
+from pageferry.workloads.targets import Target, process_target
+
+T = TypeVar("T")
+
+
+def large_mapped(pid: int, address: int, length: int) -> set[int]:
+    """Addresses that are mapped as large pages."""
+    runs = Space(pid).large_mapped(address, length)
+    return {at for start, end in runs for at in range(start, end, LARGE_PAGE)}
+
+
+def frames(pid: int, address: int, pages: int) -> list[int]:
+    """Page frame numbers (0: not mapped), as root only may know them."""
+    with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
+        pagemap.seek(address // 4096 * 8)
+        words = pagemap.read(pages * 8)
+    entries = [int.from_bytes(words[at : at + 8], "little") for at in range(0, len(words), 8)]
+    return [entry & (1 << 55) - 1 if entry >> 63 else 0 for entry in entries]
+
+
+def only(pid: int, address: int) -> Target:
+    """A process as a target, of which nothing but the mapping at that address is looked at."""
+    target = process_target(pid)
+    target.areas = tuple(area for area in target.areas if area.address <= address < area.end)
+    return target
+
+
+async def while_doing(access: Callable[[], object], work: Awaitable[T]) -> T:
+    """`work`, during every pause of which `access` is called at least once."""
+
+    async def repeat() -> None:
+        while True:
+            access()
+            await asyncio.sleep(0)
+
+    task = asyncio.ensure_future(repeat())
+    try:
+        return await work
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,146 @@
+"""Memory of which the content of every page is known, in a process of its own, and what sharing it is worth.
+
+A page's content is a number: 0 zeros, below zero one repeated word, above zero random bytes of that seed. `Lookalike`
+starts a process with private memory on large pages; `python -m tests.kernel.lookalike PAGES` is the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import random
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE
+from tests.kernel.programs import Program
+
+SLOTS = LARGE_PAGE // SMALL_PAGE
+
+
+def content(number: int) -> bytes:
+    """The page of that number."""
+    if number <= 0:
+        return (-number).to_bytes(8, "little") * (SMALL_PAGE // 8)
+    return random.Random(number).randbytes(SMALL_PAGE)
+
+
+def unique(number: int) -> int:
+    """A content that no other page has."""
+    return 1_000_000 + number
+
+
+def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of pages by workload, given by their numbers: how many are of each class, and how many sharing would free."""
+    pages, freed = Counter(dict.fromkeys(("zero", "pattern", "inside", "across"), 0)), Counter[str]()
+    places: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    for workload, numbers in enumerate(workloads):
+        for number in numbers:
+            places[number][workload] += 1
+    for number, counts in places.items():
+        total = sum(counts.values())
+        inside, across = total - len(counts), len(counts) - 1
+        if number == 0:
+            pages["zero"] += total
+            freed["zero"] += total
+        elif total > 1 and number < 0:
+            pages["pattern"] += total
+            freed["pattern"] += inside + across
+        elif total > 1:
+            pages["inside"] += sum(count for count in counts.values() if count > 1)
+            pages["across"] += sum(count for count in counts.values() if count == 1)
+            freed["inside"] += inside
+            freed["across"] += across
+    return dict(pages), {name: freed[name] for name in pages}
+
+
+class Lookalike(Program):
+    """The process, with so many pages of private memory from `address` on."""
+
+    def __init__(self, pages: int) -> None:
+        super().__init__("-m", "tests.kernel.lookalike", str(pages))
+        self.address: int = self.json()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def order(self, name: str, *arguments: Any) -> Any:
+        """Have it done; what it returned."""
+        self.say(json.dumps([name, *arguments]))
+        return self.json()
+
+
+class _Memory:
+    def __init__(self, pages: int) -> None:
+        length = pages * SMALL_PAGE
+        self.map = mmap.mmap(-1, length + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.map.madvise(mmap.MADV_HUGEPAGE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.start = -base % LARGE_PAGE
+        self.address = base + self.start
+        self.numbers: list[int] = []
+        self.stop = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.writes = 0
+
+    def fill(self, numbers: list[int]) -> None:
+        """Give all pages their content."""
+        self.numbers = numbers
+        for page, number in enumerate(numbers):
+            self._put(page, number)
+
+    def check(self) -> list[int]:
+        """Pages that hold anything else than what was put there last."""
+        return [page for page, number in enumerate(self.numbers) if self._at(page) != content(number)]
+
+    def hammer(self, numbers: list[int], seed: int) -> None:
+        """Put these contents into pages at random, on a thread, until `rest`."""
+        choice = random.Random(seed)
+
+        def work() -> None:
+            while not self.stop.is_set():
+                page, number = choice.randrange(len(self.numbers)), choice.choice(numbers)
+                self._put(page, number)
+                self.numbers[page] = number
+                self.writes += 1
+
+        self.stop.clear()
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def rest(self) -> int:
+        """End the writes; how many there were."""
+        assert self.thread is not None
+        self.stop.set()
+        self.thread.join()
+        return self.writes
+
+    def _put(self, page: int, number: int) -> None:
+        at = self.start + page * SMALL_PAGE
+        self.map[at : at + SMALL_PAGE] = content(number)
+
+    def _at(self, page: int) -> bytes:
+        at = self.start + page * SMALL_PAGE
+        return self.map[at : at + SMALL_PAGE]
+
+
+def main() -> None:
+    """Do what standard input says."""
+    memory = _Memory(int(sys.argv[1]))
+    orders: dict[str, Callable[..., Any]] = {
+        name: getattr(memory, name) for name in ("fill", "check", "hammer", "rest")
+    }
+    os.write(1, f"{memory.address}\n".encode())
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        os.write(1, json.dumps(orders[name](*arguments)).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

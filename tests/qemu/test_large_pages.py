@@ -1,0 +1,45 @@
+"""Large pages of a running guest (S3) are sampled, and put back, while its checker checks all of its memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from pageferry._engine import Space
+from pageferry.host.registry import Registry
+from pageferry.largepages.api import Options, sample
+from pageferry.workloads.targets import workload_target
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+
+
+def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], registry: Registry) -> None:
+    async def run() -> None:
+        line = serial("guest")
+        workload = await QemuWorkload.start("guest", parts.command(line))
+        try:
+            await line.ready()
+            with workload_target(workload) as target:
+                (area,) = target.areas
+                space = Space(area.pid)
+                before = _size(space.large_mapped(area.address, area.length))
+                assert before > 0
+                options = Options(sample=0.5, budget=None, window=0.1, rounds=4)
+                result = await sample(target, options)
+                assert {one.address for one in result.samples} <= set(area.large_pages())
+                assert len(result.samples) == result.estimate.large_pages, "all have had their turn"
+                assert any(one.activity for one in result.samples), "the checker writes"
+                assert sum(not one.activity for one in result.samples) > 10, "and to 64 of 256 MiB"
+                assert result.not_restored == 0
+                assert _size(space.large_mapped(area.address, area.length)) >= before
+                await line.passes(2)
+        finally:
+            await (await QemuWorkload.attach("guest")).discard()
+        assert line.bad == []
+
+    asyncio.run(run())
+
+
+def _size(runs: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in runs)

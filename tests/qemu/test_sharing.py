@@ -1,0 +1,124 @@
+"""Two guests from one image: what is found is what plain Python finds in their RAM; zeros given back lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from pageferry.host.registry import Registry
+from pageferry.sharing import api
+from pageferry.sharing.scan import CLASSES
+from pageferry.workloads.base import Region
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+from tests.kernel.lookalike import worth
+
+PAGE = 4096
+NAMES = ("twin-a", "twin-b")
+SerialMaker = Callable[[str], Serial]
+
+
+def pages(region: Region) -> Iterator[bytes]:
+    """Everything in the file that is no hole."""
+    position, end = region.file_offset, region.file_offset + region.length
+    while position < end:
+        try:
+            position = os.lseek(region.fd, position, os.SEEK_DATA)
+        except OSError:
+            return
+        stop = min(os.lseek(region.fd, position, os.SEEK_HOLE), end)
+        for at in range(position, stop, PAGE):
+            yield os.pread(region.fd, PAGE, at)
+        position = stop
+
+
+def numbered(contents: Iterator[bytes], known: dict[bytes, int]) -> list[int]:
+    """Contents as numbers, as `worth` takes them."""
+
+    def number(page: bytes) -> int:
+        if page == page[:8] * (PAGE // 8):
+            return -int.from_bytes(page[:8], "little")
+        return known.setdefault(page, len(known) + 1)
+
+    return [number(page) for page in contents]
+
+
+@asynccontextmanager
+async def guests(parts: GuestParts, serial: SerialMaker) -> AsyncIterator[list[QemuWorkload]]:
+    """Both, running."""
+    started: list[QemuWorkload] = []
+    lines = [serial(name) for name in NAMES]
+    try:
+        for name, line in zip(NAMES, lines, strict=True):
+            command = parts.command(line, memory="128M", checker="ferry.mib=16")
+            started.append(await QemuWorkload.start(name, command))
+        await asyncio.gather(*(line.ready() for line in lines))
+        yield started
+    finally:
+        for guest in started:
+            guest.close()
+        for name in NAMES:
+            if name in Registry().entries():
+                await (await QemuWorkload.attach(name)).discard()
+    assert [line.bad for line in lines] == [[], []]
+
+
+@pytest.mark.usefixtures("root", "registry")
+def test_two_guests_from_one_image(parts: GuestParts, serial: SerialMaker) -> None:
+    async def scenario() -> None:
+        async with guests(parts, serial) as both:
+            for guest in both:
+                await guest.pause()
+                await guest.commit()  # so that it stays paused when another session looks at it
+            known: dict[bytes, int] = {}
+            contents = [numbered(pages(guest.regions[0]), known) for guest in both]
+            blocks = allocated(both)
+            for guest in both:
+                guest.close()
+            found = await api.find(NAMES)
+            expected, freed = worth(contents)
+            assert {name: one.pages for name, one in found.classes.items()} == expected
+            assert {name: one.reclaimable for name, one in found.classes.items()} == {
+                name: count * PAGE for name, count in freed.items()
+            }
+            assert tuple(found.classes) == CLASSES
+            assert found.memory == sum(map(len, contents)) * PAGE
+            assert found.possible == expected["zero"] * PAGE
+            both[:] = [await QemuWorkload.attach(name) for name in NAMES]
+            assert allocated(both) == blocks, "looking allocates nothing"
+            for guest in both:
+                await guest.resume()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("root", "registry")
+def test_zeros_of_running_guests_are_given_back(parts: GuestParts, serial: SerialMaker) -> None:
+    async def scenario() -> None:
+        async with guests(parts, serial) as both:
+            before = allocated(both)
+            for guest in both:
+                guest.close()
+            result = await api.share(NAMES, threshold=64)
+            assert result.freed is not None
+            assert result.estimated is not None
+            assert result.freed > 0.9 * result.estimated > 8 << 20
+            assert result.large_pages_broken == result.large_pages_chosen
+            both[:] = [await QemuWorkload.attach(name) for name in NAMES]
+            assert sum(allocated(both)) < sum(before) - 0.8 * result.freed
+            lines = [serial(name) for name in NAMES]
+            for line in lines:
+                await line.passes(1)
+
+    asyncio.run(scenario())
+
+
+def allocated(both: list[QemuWorkload]) -> list[Any]:
+    """Bytes that the RAM files take."""
+    return [os.fstat(guest.regions[0].fd).st_blocks * 512 for guest in both]
