@@ -176,6 +176,7 @@ class Pager:
         """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged."""
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
+
 class Sampler:
     """Accesses to the small pages of large ones (S3), in one process. Pages are addresses at 2 MiB boundaries.
 
@@ -387,6 +388,7 @@ class ImageChain:
         storage_block: int = 1048576,
     ) -> tuple[int, int]:
         """Write the chain as one image into an empty file, synced: (digest, length). `regions`: pages of each."""
+
 _Piece = tuple[int, Mapping | Space, int, int]
 """(number of the workload, where it is, position, length). Positions: in the mapping, or addresses of the space."""
 

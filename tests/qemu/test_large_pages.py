@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pageferry._engine import Space
 from pageferry.host.registry import Registry
 from pageferry.largepages.api import Options, sample
-from pageferry.workloads.targets import workload_target
 from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.targets import workload_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 

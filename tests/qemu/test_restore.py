@@ -55,24 +55,29 @@ class Restored:
         self.folder = Folder(Registry(), name)
         self.command = parts.command(serial, *OPTIONS)
         self.serial = serial
+        self.pager: tuple[int, int] | None = None
+        """Pid and start time of the process that serves it, as far as it has been seen."""
 
     async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
         """Restore it."""
         started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
         self.workload, result = started
+        await self.status()
         return result
 
     async def end(self) -> None:
         """End it, and wait for the end of its pager."""
-        status = await self.status()
-        started = None if status is None else proc.start_time(status.pager)
+        await self.status()
         await self.workload.discard()
-        if status is not None and started is not None:
-            await processes.wait_for_end(status.pager, started)
+        if self.pager is not None:
+            await processes.wait_for_end(*self.pager)
 
     async def status(self) -> Status | None:
         """What its pager says."""
-        return await asyncio.to_thread(deferred.status, self.folder)
+        status = await asyncio.to_thread(deferred.status, self.folder)
+        if status is not None and (started := proc.start_time(status.pager)) is not None:
+            self.pager = (status.pager, started)
+        return status
 
     async def arrived(self) -> None:
         """Wait until all of its memory is there."""

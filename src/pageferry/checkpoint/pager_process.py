@@ -1,7 +1,8 @@
 """The pager of a guest: a small process that brings the contents of its memory, and outlives the command.
 
-Started as `python -m pageferry.checkpoint.pager_process IMAGE`, with one `Order` as a line of JSON on standard input;
-says `Serving` on standard output once every access to missing memory comes to it. It ends when everything is there, or
+Started as `python -m pageferry.checkpoint.pager_process IMAGE`. It says `Serving` on standard output when it has opened
+the image, takes one `Order` as a line of JSON on standard input, and says `Serving` again once every access to missing
+memory comes to it. It ends when everything is there, or
 with the guest. If it is killed the guest waits at the next page that is missing: the guest keeps a descriptor of the
 userfaultfd, and the record and the flags in its folder tell the next pager where to go on.
 """
@@ -13,7 +14,6 @@ import fcntl
 import logging
 import os
 import sys
-import time
 from typing import BinaryIO
 
 import msgspec
@@ -41,23 +41,24 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What to do."""
 
     name: str
-    """Of the workload."""
-    work: Deferred | None = None
-    """None: take over what is recorded."""
+    """Of the workload, which has a record of what is being restored."""
+    touched: list[int] = []
+    """What the pager before has seen of the working set."""
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to an order."""
 
     error: str | None = None
-    adopt: float = 0.0
-    """Seconds it took to have the faults of the guest's processes come to us."""
 
 
 class GuestPager:
-    """Brings the memory of one guest."""
+    """Brings the memory of one guest. The first one only answers accesses: while the guest starts, nothing else counts.
 
-    def __init__(self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool) -> None:
+    Raises RestoreError, WorkloadError, UsageError (there is a pager that is alive).
+    """
+
+    def __init__(self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool = False) -> None:
         self.image = image
         self.folder = folder
         self.regions = [_open_region(record) for record in work.regions]
@@ -65,10 +66,9 @@ class GuestPager:
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         self.flags = _flags(folder, image.pages, taken_over)
         self.working_set = WorkingSet(image)
-        begin = time.monotonic()
+        self.touched: list[int] = []
         self.work = work
         self.pager = self._begin(taken_over)
-        self.adopt = time.monotonic() - begin
         # Only now: flags without a pager that has set them say that everything is there.
         folder.store(deferred.RECORD, self.work)
         self.server = PagerServer(folder.socket_path(deferred.SOCKET), image, self.pager)
@@ -93,8 +93,8 @@ class GuestPager:
                 segments,
                 ours,
                 self.flags,
-                working_set=self.working_set.windows if self.work.prefetch else [],
-                background=self.work.prefetch,
+                working_set=self.working_set.windows if self.work.prefetch and taken_over else [],
+                background=self.work.prefetch and taken_over,
                 eager=self.work.eager,
                 taken_over=taken_over,
             )
@@ -127,9 +127,11 @@ class GuestPager:
         self._finish()
 
     def close(self) -> None:
-        """Let go of the guest's memory."""
+        """Let go of the guest's memory. What is missing stays missing, for another pager."""
         self.server.close()
         self.pager.stop()
+        fcntl.flock(self.flags, fcntl.LOCK_UN)
+        os.close(self.flags)
         del self.server, self.pager
         for region in self.regions:
             os.close(region.fd)
@@ -146,7 +148,7 @@ class GuestPager:
             log.error("with a good copy of the image: pageferry restore --takeover %s IMAGE", self.folder.name)
 
     def _finish(self) -> None:
-        self.working_set.learn(self.pager.touched, self.work.prefetch)
+        self.working_set.learn(self.touched + self.pager.touched, self.work.prefetch)
         for pid, number in self.work.userfaults.items():
             with contextlib.suppress(OSError):
                 self.spaces[pid].call(_SYS_CLOSE, number)
@@ -181,14 +183,14 @@ def _flags(folder: Folder, pages: int, taken_over: bool) -> int:
     return descriptor
 
 
-def _start(image: ImageFile, order: Order) -> GuestPager:
+def _take_over(image: ImageFile, order: Order) -> GuestPager:
     folder = Registry().folder(order.name)
-    if order.work is not None:
-        return GuestPager(image, folder, order.work, False)
     work = folder.load(deferred.RECORD, Deferred)
     if work is None:
         raise UsageError(f"{order.name} is not being restored: all of its memory is there")
-    return GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
+    pager = GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
+    pager.touched = order.touched
+    return pager
 
 
 def _log_to(folder: Folder) -> None:
@@ -206,20 +208,21 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
 
     def answer(serving: Serving) -> None:
         answers.write(msgspec.json.encode(serving) + b"\n")
-        answers.close()
+        answers.flush()
 
     try:
         image = ImageFile(sys.argv[1])
+        answer(Serving())
         line = orders.readline()
         if not line:  # there is no guest after all
-            answers.close()
             return 0
-        pager = _start(image, msgspec.json.decode(line, type=Order))
+        pager = _take_over(image, msgspec.json.decode(line, type=Order))
     except (PageferryError, OSError, msgspec.MsgspecError) as error:
         answer(Serving(error=str(error)))
         return getattr(error, "exit_code", 1)
     _log_to(pager.folder)
-    answer(Serving(adopt=pager.adopt))
+    answer(Serving())
+    answers.close()
     pager.run()
     pager.close()
     return 0

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from pageferry.checkpoint import restoring
 from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.pager_process import Order, Serving
+from pageferry.checkpoint.pager_process import GuestPager, Order, Serving
 from pageferry.checkpoint.restore_events import Listener, ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
 from pageferry.errors import RestoreError, UsageError
 from pageferry.host import proc, processes
@@ -29,7 +30,7 @@ _POLL = 0.2
 
 
 class PagerProcess:
-    """The process that will serve a guest. It is started early, so that it is ready when the guest is."""
+    """The process that will serve a guest."""
 
     def __init__(self, image: Path) -> None:
         self._process: Outliving[bytes] = Outliving(
@@ -45,27 +46,31 @@ class PagerProcess:
         """Of the process."""
         return self._process.pid
 
-    async def order(self, order: Order) -> Serving:
-        """Have it serve. Raises RestoreError, with its words, when it does not."""
-        return await asyncio.to_thread(self._order, order)
+    async def ready(self) -> None:
+        """Wait until it has the image open. Raises RestoreError, with its words, when it cannot."""
+        await asyncio.to_thread(self._answer)
 
-    def _order(self, order: Order) -> Serving:
+    async def take_over(self, order: Order) -> None:
+        """Have it serve, after `ready`. Raises RestoreError, with its words, when it does not."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(msgspec.json.encode(order) + b"\n")
             self._process.stdin.close()
+        await asyncio.to_thread(self._answer)
+        for stream in (self._process.stdout, self._process.stderr):
+            assert stream is not None
+            stream.close()
+
+    def _answer(self) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
         line = self._process.stdout.readline()
-        self._process.stdout.close()
         if not line:
             words = self._process.stderr.read().decode(errors="replace").strip()
-            raise RestoreError(f"the pager of {order.name} ended{': ' + words if words else ' without a word'}")
-        self._process.stderr.close()
+            raise RestoreError(f"the pager ended{': ' + words if words else ' without a word'}")
         serving = msgspec.json.decode(line, type=Serving)
         if serving.error is not None:
             raise RestoreError(serving.error)
-        return serving
 
     def give_up(self) -> None:
         """There is nothing to serve. May be called twice."""
@@ -101,25 +106,26 @@ async def restore_guest(
     found = image.metadata
     if found.kind != "qemu" or not found.restorable:
         raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
-    pager = PagerProcess(image.path.absolute())
+    opened = time.monotonic()
+    workload = await QemuWorkload.start(
+        name, arguments, incoming=True, detach=detach, hugetlb=hugetlb, registry=registry
+    )
+    started = time.monotonic()
+    first: GuestPager | None = None
     try:
-        opened = time.monotonic()
-        workload = await QemuWorkload.start(
-            name, arguments, incoming=True, detach=detach, hugetlb=hugetlb, registry=registry
-        )
-        started = time.monotonic()
-        try:
-            serving = await pager.order(_order(image, workload, prefetch, eager))
-            adopted = time.monotonic()
-            await workload.load_state(image.state())
-            loaded = time.monotonic()
-            await workload.resume()
-        except BaseException:
-            pager.give_up()  # first: the file of the memory must be nobody's when the guest's end clears up after it
-            await asyncio.shield(workload.discard())
-            raise
+        restoring.compare(image, workload.regions)
+        work = _work(image, workload, prefetch, eager)
+        folder = (registry or Registry()).folder(name)
+        # We serve until the process has started, which takes much longer than all that follows.
+        first = await asyncio.to_thread(GuestPager, image, folder, work)
+        adopted = time.monotonic()
+        await workload.load_state(image.state())
+        loaded = time.monotonic()
+        await workload.resume()
     except BaseException:
-        pager.give_up()
+        if first is not None:
+            first.close()  # the file of the memory must be nobody's when the guest's end clears up after it
+        await asyncio.shield(workload.discard())
         raise
     running = time.monotonic()
     times = TimeToRunning(
@@ -130,12 +136,27 @@ async def restore_guest(
         device_state=(loaded - adopted) * 1e3,
         resume=(running - loaded) * 1e3,
     )
-    del serving
-    folder = (registry or Registry()).folder(name)
-    result = _result(name, image, times, await asyncio.to_thread(deferred.status, folder))
+    result = _result(name, image, times, first.server.status())
     if listener is not None:
         listener(RunningEvent(workload=name, time_to_running=result.time_to_running, deferred=result.deferred))
+    await asyncio.shield(_hand_over(first))
     return workload, result
+
+
+async def _hand_over(first: GuestPager) -> None:
+    """From our own pager to a process of its own. In between the guest waits, as after the death of a pager."""
+    pager = PagerProcess(first.image.path.absolute())
+    name = first.folder.name
+    try:
+        await pager.ready()
+        order = Order(name=name, touched=first.pager.touched)
+        await asyncio.to_thread(first.close)
+        await pager.take_over(order)
+    except RestoreError as error:
+        pager.give_up()
+        raise RestoreError(
+            f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
+        ) from error
 
 
 async def take_over(folder: Folder, path: str | Path | None = None) -> Status | None:
@@ -150,7 +171,8 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> Status | 
     await _dismiss_failed(folder)
     pager = PagerProcess(image.path.absolute())
     try:
-        await pager.order(Order(name=folder.name))
+        await pager.ready()
+        await pager.take_over(Order(name=folder.name))
     except BaseException:
         pager.give_up()
         raise
@@ -180,7 +202,7 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
     return msgspec.structs.replace(result, status="completed", deferred=0)
 
 
-def _order(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Order:
+def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Deferred:
     regions = [
         RegionRecord(
             region.name,
@@ -191,7 +213,7 @@ def _order(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool
         )
         for region in workload.regions
     ]
-    work = Deferred(
+    return Deferred(
         image=str(image.path.absolute()),
         qmp_socket=workload.qmp_socket,
         regions=regions,
@@ -199,7 +221,6 @@ def _order(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool
         prefetch=prefetch,
         eager=eager,
     )
-    return Order(name=workload.name, work=work)
 
 
 def _result(name: str, image: ImageFile, times: TimeToRunning, status: Status | None) -> RestoreResult:

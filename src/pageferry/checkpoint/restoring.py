@@ -30,8 +30,8 @@ def large_units(image: ImageFile) -> list[list[bool]]:
     return result
 
 
-def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
-    """Where contents go, region by region. Raises RestoreError where the regions are not those that were saved."""
+def compare(image: ImageFile, regions: Sequence[Region]) -> None:
+    """Raises RestoreError where the regions are not those that were saved."""
     ours = [(region.name, region.length) for region in regions]
     saved = [(region.name, region.length) for region in image.metadata.regions]
     if ours != saved:
@@ -39,6 +39,11 @@ def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
             f"the memory does not match: {image.path} has {_describe(saved)}, here it is {_describe(ours)}; "
             f"use the options that it was started with when it was saved"
         )
+
+
+def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
+    """Where contents go, region by region. Raises RestoreError where the regions are not those that were saved."""
+    compare(image, regions)
     return [
         (Mapping(region.fd, region.length, region.file_offset), region.page_size, units)
         for region, units in zip(regions, large_units(image), strict=True)

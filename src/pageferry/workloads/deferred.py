@@ -14,6 +14,7 @@ needs its page tables for himself (a migration, a checkpoint) asks for all of it
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,9 @@ LOG = "pager.log"
 
 _PATIENCE = 5.0
 """Seconds for an answer that takes no reading."""
+
+_HANDOVER = 1.0
+"""Seconds within which one pager goes on for another."""
 
 
 class SegmentRecord(msgspec.Struct, frozen=True):
@@ -110,15 +114,20 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
     """
     if not is_restoring(folder):
         return None
-    try:
-        status = _exchange(folder.path / SOCKET, question, patience)
-    except (OSError, msgspec.MsgspecError) as failed:
-        if not is_restoring(folder):  # it has just been finished
-            return None
-        raise RestoreError(
-            f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from an image; "
-            f"`pageferry restore --takeover {folder.name}` starts another pager"
-        ) from failed
+    deadline = time.monotonic() + _HANDOVER
+    while True:
+        try:
+            status = _exchange(folder.path / SOCKET, question, patience)
+            break
+        except (OSError, msgspec.MsgspecError) as failed:
+            if not is_restoring(folder):  # it has just been finished
+                return None
+            if time.monotonic() > deadline:
+                raise RestoreError(
+                    f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from an image; "
+                    f"`pageferry restore --takeover {folder.name}` starts another pager"
+                ) from failed
+        time.sleep(0.02)
     if status.error is not None:
         raise ImageError(status.error)
     return status
