@@ -177,6 +177,7 @@ class Pager:
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
 
+@final
 class Sampler:
     """Accesses to the small pages of large ones (S3), in one process. Pages are addresses at 2 MiB boundaries.
 
