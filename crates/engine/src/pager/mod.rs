@@ -137,10 +137,10 @@ impl Shared {
 
     /// Has the rest of a storage block installed, unless there is too much of that already.
     fn ask(&self, fetched: Fetched) {
-        if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            if !self.memory.blocks.is_done(fetched.0) {
-                let _ = rest.try_send(fetched);
-            }
+        if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
+            && !self.memory.blocks.is_done(fetched.0)
+        {
+            let _ = rest.try_send(fetched);
         }
     }
 
