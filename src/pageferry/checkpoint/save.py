@@ -20,9 +20,9 @@ from pageferry.checkpoint.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
-from pageferry.workloads.settling import settled
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
+from pageferry.workloads.settling import settled
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
