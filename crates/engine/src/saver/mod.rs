@@ -321,9 +321,12 @@ fn background<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
+    let workload_runs = !shared.armed.is_empty();
     thread(shared, name, move || {
-        // SAFETY: takes no pointers. For process 0 it is about the calling thread alone; failing does no harm.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
+        if workload_runs {
+            // SAFETY: takes no pointers. For process 0 it is about the calling thread alone; failing does no harm.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
+        }
         work()
     })
 }
