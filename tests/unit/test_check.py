@@ -37,7 +37,7 @@ def test_systems_are_all_there_once_and_need_features_that_are_probed() -> None:
     assert [system.number for system in SYSTEMS] == [f"S{number}" for number in range(1, 11)]
     needs = {name for system in SYSTEMS for way in system.mechanisms for name in way.needs}
     assert needs <= set(NAMES)
-    assert {system.number for system in SYSTEMS if system.included} == {"S1", "S2", "S3", "S5", "S6", "S7", "S9"}
+    assert all(system.included for system in SYSTEMS)
 
 
 def test_where_everything_works_every_system_is_at_its_best() -> None:
@@ -49,7 +49,7 @@ def test_where_everything_works_every_system_is_at_its_best() -> None:
 def test_where_nothing_works_traces_are_unavailable() -> None:
     reports = {system.number: choose(system, with_all_but(*NAMES)) for system in SYSTEMS}
     unavailable = {number for number, report in reports.items() if report.status == "unavailable"}
-    assert unavailable == {"S2", "S3", "S4"}
+    assert unavailable == {"S2", "S3", "S4", "S8", "S10"}
     for number, report in reports.items():
         assert (report.mechanism is None) == (number in unavailable)
         assert report.missing == list(SYSTEMS[int(number[1:]) - 1].mechanisms[0].needs)

@@ -254,7 +254,10 @@ impl Userfault {
     pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = UffdioRange { start, len };
         // SAFETY: as for `register`.
-        unsafe { ioctl(&self.0, UFFDIO_UNREGISTER, &mut range) }.map(drop)
+        let result = unsafe { ioctl(&self.0, UFFDIO_UNREGISTER, &mut range) };
+        // The kernel wakes before it waits for faults under way: one of those may have gone to sleep after it.
+        let _ = self.wake(start, len);
+        result.map(drop)
     }
 
     /// Write-protects (or releases) a range.

@@ -73,33 +73,25 @@ SYSTEMS = (
         Mechanism("splitting and MADV_COLLAPSE, in arenas of the program itself only",
                   (*ARENAS_MOVE, "madv-collapse", "break-large-page")),
     )),
-    System("S4", "Lazy checkpoint", False, (
+    System("S4", "Lazy checkpoint", True, (
         Mechanism("userfaultfd write traps that wait",
                   ("userfaultfd-kernel-faults", "uffd-wp-sync", *ADOPT)),
-        Mechanism("userfaultfd write traps, in arenas that no system call writes to", ("uffd-wp-sync",)),
-        Mechanism("rounds of WP_ASYNC traces, and a pause for the last", ARENAS_MOVE),
     )),
     System("S5", "Page tables populated during transmission", True, _POPULATE),
     System("S6", "Large pages stay whole: pages of zeros", True, _KEEP_LARGE),
     System("S7", "Large pages stay whole: pages sent again", True, _KEEP_LARGE),
-    System("S8", "Deferred contents behind page metadata", False, (
+    System("S8", "Deferred contents behind page metadata", True, (
         Mechanism("userfaultfd MISSING and MINOR traps",
                   ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", *ADOPT)),
-        Mechanism("MISSING and MINOR traps, in arenas that no system call reads or writes",
-                  ("uffd-missing-shmem", "uffd-minor-shmem")),
-        Mechanism("none: contents are there before the workload runs"),
     )),
     System("S9", "Page sharing found inside large pages", True, (
         Mechanism("KSM on chosen large pages, MADV_MERGEABLE made in the process",
                   ("ksm", "break-large-page", *ADOPT)),
         Mechanism("zeros of guests and arenas given back, an estimate only of the rest"),
     )),
-    System("S10", "Lazy restore", False, (
+    System("S10", "Lazy restore", True, (
         Mechanism("userfaultfd MISSING and MINOR traps, POISON for what cannot be read",
                   ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", "uffd-poison", *ADOPT)),
-        Mechanism("MISSING and MINOR traps, in arenas that no system call reads or writes",
-                  ("uffd-missing-shmem", "uffd-minor-shmem")),
-        Mechanism("none: everything is read before the workload runs"),
     )),
 )  # fmt: skip
 

@@ -182,8 +182,6 @@ impl Shared {
         self.released.store(true, Ordering::Release);
         for Armed { segment, uffd } in &self.armed {
             let _ = uffd.unregister(segment.address, segment.len);
-            // Unregistering wakes before it waits for faults under way: one of those may have gone to sleep after it.
-            let _ = uffd.wake(segment.address, segment.len);
         }
     }
 
