@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Registry
 from tests.guest import initrd
 from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
@@ -31,6 +32,12 @@ def checker_initrd(guest_modules: Path) -> Path:
 def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
     """What guests are made of, for each QEMU in turn."""
     return GuestParts(qemu, guest_kernel, checker_initrd)
+
+
+@pytest.fixture
+def serial(tmp_path: Path) -> Callable[[str], Serial]:
+    """Makes serial lines by name."""
+    return lambda name: Serial(tmp_path / f"{name}.serial")
 
 
 @pytest.fixture
