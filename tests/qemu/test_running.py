@@ -46,6 +46,8 @@ def test_from_run_to_stop(parts: GuestParts, registry: Registry) -> None:
         "status": "running",
         "memory": 64 << 20,
         "resident": 0,
+        "deferred": 0,
+        "waiting": None,
     }
     assert 0 < workload["resident"] <= 64 << 20
 
@@ -57,7 +59,7 @@ def test_from_run_to_stop(parts: GuestParts, registry: Registry) -> None:
 
     asyncio.run(pause())
     header, row = pageferry("list").stdout.splitlines()
-    assert header.split() == ["NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT"]
+    assert header.split() == ["NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT", "DEFERRED"]
     assert row.split()[:5] == ["web", "qemu", str(workload["pid"]), "paused", "64"]
 
     assert pageferry("run", "web", "--", *parts.bare()).returncode == 12
