@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from pageferry import _engine
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints.image import ImageFile
 from pageferry.workloads.base import Region, Workload
 
 SLICE = 8192

@@ -5,6 +5,8 @@
     arena = pageferry.Arena(1 << 30)                        # memory that numpy can use, and that can move
     await pageferry.migrate(arena, "127.0.0.1:7070")        # to a receiver, while it is in use
     arena = await pageferry.receive("127.0.0.1:7070")       # the receiver
+    await pageferry.checkpoint(arena, "table.img")          # saved while it is in use
+    arena = pageferry.restore("table.img")                  # there at once; what is touched is read first
 
 Errors are those of `pageferry.errors`; the command `pageferry` does the same for QEMU guests.
 """
@@ -13,8 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pageferry import large_pages, sharing
-    from pageferry.checkpoint.arenas import restore
-    from pageferry.checkpoint.save import checkpoint
+    from pageferry.checkpoints.arenas import restore
+    from pageferry.checkpoints.save import checkpoint
     from pageferry.migration.api import migrate, receive, recover, take_back
     from pageferry.workloads.arena import Arena
 
@@ -32,11 +34,11 @@ __all__ = [
 
 _HOMES = {
     "Arena": "workloads.arena",
-    "checkpoint": "checkpoint.save",
+    "checkpoint": "checkpoints.save",
     "migrate": "migration.api",
     "receive": "migration.api",
     "recover": "migration.api",
-    "restore": "checkpoint.arenas",
+    "restore": "checkpoints.arenas",
     "take_back": "migration.api",
 }
 _PARTS = {"large_pages", "sharing"}
@@ -52,8 +54,8 @@ def __getattr__(name: str) -> object:
     if name in _PARTS:
         return import_module(f"{__name__}.{name}")
     value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # `checkpoint` is a package too, which importing it has put in this place: it can be called like the function.
-    return globals().setdefault(name, value)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

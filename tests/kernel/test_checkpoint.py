@@ -20,8 +20,8 @@ import pytest
 
 import pageferry
 from pageferry import _engine
-from pageferry.checkpoint import events
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints import events
+from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import CheckpointError, ImageError, UsageError, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
@@ -340,7 +340,7 @@ def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_writte
 
 USER = """
 import asyncio, concurrent.futures.thread, ctypes, os, sys
-import pageferry.checkpoint.save, pageferry.workloads.memory, pageferry.workloads.mappers
+import pageferry.checkpoints.save, pageferry.workloads.memory, pageferry.workloads.mappers
 from pageferry.errors import WorkloadError
 os.setgid(65534)
 os.setuid(65534)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
 from pageferry.workloads.process import ProcessWorkload
 from tests.kernel.programs import Program, wait_until

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import pageferry
-from pageferry.checkpoint.arenas import RestoredArena
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints.arenas import RestoredArena
+from pageferry.checkpoints.image import ImageFile
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
 from tests.kernel.images import DATA, PAGE, PATTERN, SAME_AS, ZERO, Maker

@@ -12,8 +12,8 @@ import pytest
 
 import pageferry
 from pageferry import errors
-from pageferry.checkpoint import events
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints import events
+from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
 from pageferry.workloads.base import Workload
 from pageferry.workloads.qemu import QemuWorkload

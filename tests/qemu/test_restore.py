@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.restore import restore_guest, take_over
-from pageferry.checkpoint.restore_events import RestoreResult
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.restore import restore_guest, take_over
+from pageferry.checkpoints.restore_events import RestoreResult
 from pageferry.errors import RestoreError, UsageError
 from pageferry.host import proc, processes
 from pageferry.host.registry import Folder, Registry

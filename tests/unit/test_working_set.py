@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.working_set import WorkingSet
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.working_set import WorkingSet
 
 
 def image(path: Path, identity: bytes = b"one") -> ImageFile:

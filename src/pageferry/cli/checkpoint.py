@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from pageferry.checkpoint.options import Options
-from pageferry.checkpoint.save import checkpoint
+from pageferry.checkpoints.options import Options
+from pageferry.checkpoints.save import checkpoint
 from pageferry.cli.arguments import size
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry

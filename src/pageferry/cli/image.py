@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from pageferry.checkpoint.restore import completed, restore_guest, take_over
-from pageferry.checkpoint.restore_events import RestoreResult
+from pageferry.checkpoints.restore import completed, restore_guest, take_over
+from pageferry.checkpoints.restore_events import RestoreResult
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.report.reporter import Reporter, open_reporter

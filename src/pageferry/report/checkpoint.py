@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.checkpoint.events import ArmedEvent, CheckpointResult, InstantEvent, SavingEvent
+from pageferry.checkpoints.events import ArmedEvent, CheckpointResult, InstantEvent, SavingEvent
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
 
@@ -17,7 +17,7 @@ BAR = 32
 
 
 class CheckpointView(PlainView):
-    """Shows events of `pageferry.checkpoint.events`."""
+    """Shows events of `pageferry.checkpoints.events`."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.checkpoint.restore_events import ProgressEvent, RestoreResult, RunningEvent
+from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, size
 
@@ -17,7 +17,7 @@ BAR = 32
 
 
 class RestoreView(PlainView):
-    """Shows events of `pageferry.checkpoint.restore_events`."""
+    """Shows events of `pageferry.checkpoints.restore_events`."""
 
     def __init__(self) -> None:
         self._most = 1

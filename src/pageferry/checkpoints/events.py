@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.checkpoint.options import Codec, Mode
+from pageferry.checkpoints.options import Codec, Mode
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type"):

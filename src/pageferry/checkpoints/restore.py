@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.checkpoint import restoring
-from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.pager_process import GuestPager, Order, Serving
-from pageferry.checkpoint.restore_events import Listener, ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
+from pageferry.checkpoints import restoring
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
+from pageferry.checkpoints.restore_events import Listener, ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
 from pageferry.errors import RestoreError, UsageError
 from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
@@ -34,7 +34,7 @@ class PagerProcess:
 
     def __init__(self, image: Path) -> None:
         self._process: Outliving[bytes] = Outliving(
-            [sys.executable, "-m", "pageferry.checkpoint.pager_process", str(image)],
+            [sys.executable, "-m", "pageferry.checkpoints.pager_process", str(image)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from pageferry._engine import Pager
-from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.restoring import describe_failure
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.restoring import describe_failure
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.deferred import Ask, Status
 

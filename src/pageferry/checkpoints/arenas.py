@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Self
 
 from pageferry._engine import Mapping, Pager, Space
-from pageferry.checkpoint import restoring
-from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.pager_server import PagerServer
+from pageferry.checkpoints import restoring
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.pager_server import PagerServer
 from pageferry.errors import ImageError, RestoreError, UnsupportedError, UsageError
 from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file

@@ -13,8 +13,8 @@ from typing import Self, TypeVar
 import msgspec
 
 from pageferry._engine import Image, ImageChain
-from pageferry.checkpoint import metadata
-from pageferry.checkpoint.metadata import Metadata, Parent
+from pageferry.checkpoints import metadata
+from pageferry.checkpoints.metadata import Metadata, Parent
 from pageferry.errors import ImageError
 from pageferry.workloads.base import SMALL_PAGE
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.checkpoint.events import Event
+from pageferry.checkpoints.events import Event
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):

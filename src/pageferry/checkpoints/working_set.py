@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints.image import ImageFile
 
 log = getLogger(__name__)
 

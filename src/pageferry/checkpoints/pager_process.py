@@ -1,6 +1,6 @@
 """The pager of a guest: a small process that brings the contents of its memory, and outlives the command.
 
-Started as `python -m pageferry.checkpoint.pager_process IMAGE`. It says `Serving` on standard output when it has opened
+Started as `python -m pageferry.checkpoints.pager_process IMAGE`. It says `Serving` on standard output when it has opened
 the image, takes one `Order` as a line of JSON on standard input, and says `Serving` again once every access to missing
 memory comes to it. It ends when everything is there, or
 with the guest. If it is killed the guest waits at the next page that is missing: the guest keeps a descriptor of the
@@ -19,10 +19,10 @@ from typing import BinaryIO
 import msgspec
 
 from pageferry._engine import Pager, Space
-from pageferry.checkpoint import restoring
-from pageferry.checkpoint.image import ImageFile
-from pageferry.checkpoint.pager_server import PagerServer
-from pageferry.checkpoint.working_set import WorkingSet
+from pageferry.checkpoints import restoring
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.pager_server import PagerServer
+from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import Folder, Registry
@@ -30,7 +30,7 @@ from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region, Segment
 from pageferry.workloads.deferred import Deferred, RegionRecord
 
-log = logging.getLogger("pageferry.checkpoint.pager")
+log = logging.getLogger("pageferry.checkpoints.pager")
 
 _SYS_CLOSE = 3
 _POLL = 0.05
@@ -139,7 +139,7 @@ class GuestPager:
     def _complain(self, failure: tuple[int, int, bool, str]) -> None:
         log.error("%s: %s", self.folder.name, restoring.describe_failure(self.image, failure))
         if failure[2] and self.work.qmp_socket is not None:
-            from pageferry.checkpoint.pager_alarm import stop_guest
+            from pageferry.checkpoints.pager_alarm import stop_guest
 
             paused = stop_guest(self.work.qmp_socket)
             log.error(

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 from pageferry._engine import Mapping, Pager
-from pageferry.checkpoint import metadata
-from pageferry.checkpoint.image import ImageFile
+from pageferry.checkpoints import metadata
+from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from pageferry._engine import Saver
-from pageferry.checkpoint import events, metadata
-from pageferry.checkpoint.image import ImageFile, new_file
-from pageferry.checkpoint.options import Options
+from pageferry.checkpoints import events, metadata
+from pageferry.checkpoints.image import ImageFile, new_file
+from pageferry.checkpoints.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
