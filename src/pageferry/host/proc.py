@@ -57,22 +57,26 @@ def file_mappings(pid: int) -> Iterator[Mapping]:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError) as gone:
         raise WorkloadDied(f"process {pid} is gone") from gone
-    for line in lines:
-        span, permissions, offset, device, inode, *path = line.split(maxsplit=5)
-        if inode == "0":
-            continue
-        first, last = (int(part, 16) for part in span.split("-"))
-        major, minor = (int(part, 16) for part in device.split(":"))
-        yield Mapping(
-            address=first,
-            length=last - first,
-            offset=int(offset, 16),
-            device=os.makedev(major, minor),
-            inode=int(inode),
-            shared=permissions[3] == "s",
-            writable=permissions[1] == "w",
-            path=path[0] if path else "",
-        )
+    for mapping in map(parse_mapping, lines):
+        if mapping.inode != 0:
+            yield mapping
+
+
+def parse_mapping(line: str) -> Mapping:
+    """A line of /proc/PID/maps, or the first line of a mapping in smaps."""
+    span, permissions, offset, device, inode, *path = line.split(maxsplit=5)
+    first, last = (int(part, 16) for part in span.split("-"))
+    major, minor = (int(part, 16) for part in device.split(":"))
+    return Mapping(
+        address=first,
+        length=last - first,
+        offset=int(offset, 16),
+        device=os.makedev(major, minor),
+        inode=int(inode),
+        shared=permissions[3] == "s",
+        writable=permissions[1] == "w",
+        path=path[0] if path else "",
+    )
 
 
 def open_mapped_file(pid: int, mapping: Mapping) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadDied
-from pageferry.host.proc import Mapping
+from pageferry.host.proc import Mapping, parse_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ def smaps(pid: int) -> list[Smap]:
         elif rest.endswith(" kB"):
             counts[name] = int(rest.split()[0]) << 10
         elif "-" in line.split(maxsplit=1)[0]:
-            mapping, counts = _mapping(line), {}
+            mapping, counts = parse_mapping(line), {}
     return found
 
 
@@ -81,19 +80,3 @@ def total(pid: int, name: str) -> int:
         raise WorkloadDied(f"process {pid} is gone") from gone
     line = next((line for line in text.splitlines() if line.startswith(f"{name}:")), None)
     return int(line.split()[1]) << 10 if line is not None else 0
-
-
-def _mapping(line: str) -> Mapping:
-    span, permissions, offset, device, inode, *path = line.split(maxsplit=5)
-    first, last = (int(part, 16) for part in span.split("-"))
-    major, minor = (int(part, 16) for part in device.split(":"))
-    return Mapping(
-        address=first,
-        length=last - first,
-        offset=int(offset, 16),
-        device=os.makedev(major, minor),
-        inode=int(inode),
-        shared=permissions[3] == "s",
-        writable=permissions[1] == "w",
-        path=path[0] if path else "",
-    )
