@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from pageferry.migration.memory import Memory
+from pageferry.workloads.memory import Memory
 
 from benchmarks.moving.ledger import Ledger
 from pageferry._engine import BlockSender, Trace
