@@ -8,11 +8,10 @@ import threading
 import time
 from typing import Any
 
-from pageferry.workloads.memory import Memory
-
 from benchmarks.moving.ledger import Ledger
 from pageferry._engine import BlockSender, Trace
 from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.memory import Memory
 from pageferry.workloads.opening import open_workload
 
 SIZE = 256 << 20
