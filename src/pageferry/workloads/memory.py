@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from typing import Protocol
 
 from pageferry._engine import Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
@@ -12,21 +14,28 @@ Segment = tuple[Space, int, int, int, int]
 """(address space, address, length, number of the region, first page of the region) of a mapping of the workload."""
 
 
-class Memory:
-    """The regions of a workload, mapped into our own address space, page sets and segments to go with them.
+class Extent(Protocol):
+    """A piece of memory: a region of a workload, or a range of a process."""
 
-    Raises WorkloadDied when a process of the workload is gone, WorkloadError when its memory cannot be mapped.
-    """
+    @property
+    def name(self) -> str:
+        """What it is called in an image."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.regions: tuple[Region, ...] = workload.regions
-        try:
-            self.mappings = [Mapping(region.fd, region.length, region.file_offset) for region in self.regions]
-            self.segments = list(_segments(self.regions))
-        except ProcessLookupError as gone:
-            raise WorkloadDied(f"{workload.name}: a process of it is gone") from gone
-        except OSError as error:
-            raise WorkloadError(f"{workload.name}: its memory cannot be mapped: {error}") from error
+    @property
+    def length(self) -> int:
+        """Bytes."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes."""
+
+
+class Readable:
+    """Memory that can be read, piece by piece: what a checkpoint needs to know about it."""
+
+    regions: Sequence[Extent]
+    mappings: Sequence[Mapping | ProcessRange]
+    """Of every region, where it can be read."""
 
     @property
     def size(self) -> int:
@@ -40,6 +49,25 @@ class Memory:
     def present(self) -> int:
         """Bytes that are in memory (or in the file's holes' neighbours: what SEEK_DATA calls data)."""
         return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
+
+
+class Memory(Readable):
+    """The regions of a workload, mapped into our own address space, page sets and segments to go with them.
+
+    Raises WorkloadDied when a process of the workload is gone, WorkloadError when its memory cannot be mapped.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.regions: tuple[Region, ...] = workload.regions
+        try:
+            self.mappings: list[Mapping] = [
+                Mapping(region.fd, region.length, region.file_offset) for region in self.regions
+            ]
+            self.segments = list(_segments(self.regions))
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"{workload.name}: a process of it is gone") from gone
+        except OSError as error:
+            raise WorkloadError(f"{workload.name}: its memory cannot be mapped: {error}") from error
 
     def large_units(self) -> list[list[bool]]:
         """Per region, which 2 MiB units stand on large pages. Regions on hugetlbfs: those that hold data."""

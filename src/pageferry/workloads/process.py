@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pageferry._engine import Mapping, ProcessRange, Space
+from pageferry._engine import ProcessRange, Space
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.workloads import process_guardian
 from pageferry.workloads.base import SMALL_PAGE, Faults, Identity
+from pageferry.workloads.memory import Readable
 
 PREFIX = "pid:"
 """Names of processes: `pid:4711`."""
@@ -39,7 +40,7 @@ class Range:
     page_size: int = SMALL_PAGE
 
 
-class ProcessMemory:
+class ProcessMemory(Readable):
     """What a checkpoint needs to know about the memory of a process; as `workloads.memory.Memory`."""
 
     def __init__(self, pid: int, regions: tuple[Range, ...]) -> None:
@@ -48,19 +49,6 @@ class ProcessMemory:
         self.mappings = [ProcessRange(space, region.address, region.length) for region in regions]
         self.segments: list[Any] = []
         """Nothing is traced: the process is stopped."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of all regions."""
-        return sum(region.length for region in self.regions)
-
-    def contents(self) -> list[tuple[Mapping | ProcessRange, int]]:
-        """Of every region, where it can be read, and its page size."""
-        return [(mapping, region.page_size) for mapping, region in zip(self.mappings, self.regions, strict=True)]
-
-    def present(self) -> int:
-        """Bytes that are in memory."""
-        return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
 
     def large_units(self) -> list[list[bool]]:
         """None: nothing is restored to them."""
