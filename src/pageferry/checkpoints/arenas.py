@@ -13,13 +13,13 @@ from typing import Self
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.pager_server import PagerServer
 from pageferry.errors import ImageError, RestoreError, UnsupportedError, UsageError
 from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.lifecycle import LocalWorkload
+from pageferry.workloads.pager_server import PagerServer
 
 log = getLogger(__name__)
 
@@ -74,7 +74,8 @@ class RestoredArena(Arena):
         """As of `Arena`; other processes can ask for contents that are still to come."""
         super().register(name)
         assert self._folder is not None
-        answers = PagerServer(self._folder.socket_path(deferred.SOCKET), self.image, self.pager)
+        socket_path = self._folder.socket_path(deferred.SOCKET)
+        answers = PagerServer(socket_path, self.pager, str(self.image.path), restoring.extents(self.image))
         threading.Thread(target=_answer, args=(self.pager, answers), name="pageferry-pager", daemon=True).start()
 
     @property

@@ -21,7 +21,6 @@ import msgspec
 from pageferry._engine import Pager, Space
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.pager_server import PagerServer
 from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.host import proc
@@ -29,6 +28,7 @@ from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region, Segment
 from pageferry.workloads.deferred import Deferred, RegionRecord
+from pageferry.workloads.pager_server import PagerServer
 
 log = logging.getLogger("pageferry.checkpoints.pager")
 
@@ -71,7 +71,8 @@ class GuestPager:
         self.pager = self._begin(taken_over)
         # Only now: flags without a pager that has set them say that everything is there.
         folder.store(deferred.RECORD, self.work)
-        self.server = PagerServer(folder.socket_path(deferred.SOCKET), image, self.pager)
+        socket_path = folder.socket_path(deferred.SOCKET)
+        self.server = PagerServer(socket_path, self.pager, str(image.path), restoring.extents(image))
 
     def _begin(self, taken_over: bool) -> Pager:
         targets = restoring.targets(self.image, self.regions)
@@ -137,7 +138,7 @@ class GuestPager:
             os.close(region.fd)
 
     def _complain(self, failure: tuple[int, int, bool, str]) -> None:
-        log.error("%s: %s", self.folder.name, restoring.describe_failure(self.image, failure))
+        log.error("%s: %s", self.folder.name, self.server.describe(failure))
         if failure[2] and self.work.qmp_socket is not None:
             from pageferry.checkpoints.pager_alarm import stop_guest
 

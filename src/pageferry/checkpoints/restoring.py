@@ -9,7 +9,7 @@ from pageferry._engine import Mapping, Pager
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region
+from pageferry.workloads.base import LARGE_PAGE, Region
 
 Target = tuple[Mapping, int, Sequence[bool]]
 """(our mapping of a region's file, page size of the file, which 2 MiB units are to be large)"""
@@ -33,7 +33,7 @@ def large_units(image: ImageFile) -> list[list[bool]]:
 def compare(image: ImageFile, regions: Sequence[Region]) -> None:
     """Raises RestoreError where the regions are not those that were saved."""
     ours = [(region.name, region.length) for region in regions]
-    saved = [(region.name, region.length) for region in image.metadata.regions]
+    saved = extents(image)
     if ours != saved:
         raise RestoreError(
             f"the memory does not match: {image.path} has {_describe(saved)}, here it is {_describe(ours)}; "
@@ -50,6 +50,11 @@ def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
     ]
 
 
+def extents(image: ImageFile) -> list[tuple[str, int]]:
+    """Name and length of every region of an image."""
+    return [(region.name, region.length) for region in image.metadata.regions]
+
+
 def flags_file(pages: int, path: str | None = None) -> int:
     """A file for a pager's flags (a descriptor, the caller's to close): at `path`, or nameless in memory."""
     if path is None:
@@ -58,13 +63,6 @@ def flags_file(pages: int, path: str | None = None) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     os.ftruncate(descriptor, Pager.flags_length(pages))
     return descriptor
-
-
-def describe_failure(image: ImageFile, failure: tuple[int, int, bool, str]) -> str:
-    """What is to be said about a page that cannot be had."""
-    region, page, _, message = failure
-    name = image.metadata.regions[region].name
-    return f"page {page} of {name} (at byte {page * SMALL_PAGE}) cannot be read from {image.path}: {message}"
 
 
 def _describe(regions: list[tuple[str, int]]) -> str:

@@ -6,24 +6,30 @@ import contextlib
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from pageferry._engine import Pager
-from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.restoring import describe_failure
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.deferred import Ask, Status
 
+Failure = tuple[int, int, bool, str]
+"""As in `Pager.failures`."""
+
 
 class PagerServer:
-    """Answers on a socket until it is closed, each client on a thread of its own."""
+    """Answers on a socket until it is closed, each client on a thread of its own.
 
-    def __init__(self, path: str | Path, image: ImageFile, pager: Pager) -> None:
+    `origin`: what contents come from, for people; `regions`: name and length of each.
+    """
+
+    def __init__(self, path: str | Path, pager: Pager, origin: str, regions: Sequence[tuple[str, int]]) -> None:
         self.path = Path(path)
-        self.image = image
         self.pager = pager
+        self.origin = origin
+        self.regions = list(regions)
         self.asked_to_stop = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(FileNotFoundError):  # of a pager that died
@@ -46,7 +52,7 @@ class PagerServer:
         faults, missed, loaded, prefetched, bytes_read, service, longest = pager.counters
         failures = pager.failures
         return Status(
-            image=str(self.image.path),
+            image=self.origin,
             pager=os.getpid(),
             deferred=pager.pending * SMALL_PAGE,
             finished=pager.finished,
@@ -57,10 +63,16 @@ class PagerServer:
             bytes_read=bytes_read,
             service=service,
             longest=longest,
-            failures=[describe_failure(self.image, failure) for failure in failures],
+            failures=[self.describe(failure) for failure in failures],
             accessed=sum(accessed for _, _, accessed, _ in failures),
             error=error,
         )
+
+    def describe(self, failure: Failure) -> str:
+        """What is to be said about a page that cannot be had."""
+        region, page, _, message = failure
+        name = self.regions[region][0]
+        return f"page {page} of {name} (at byte {page * SMALL_PAGE}) cannot be read from {self.origin}: {message}"
 
     def _accept(self) -> None:
         while True:
@@ -80,15 +92,15 @@ class PagerServer:
         try:
             return self._do(msgspec.json.decode(line, type=Ask))
         except (ValueError, OSError) as error:
-            return self.status(f"{self.image.path}: {error}")
+            return self.status(f"{self.origin}: {error}")
 
     def _do(self, question: Ask) -> Status:
         match question.what:
             case "ensure":
                 self.pager.ensure(question.region, question.first, question.count)
             case "settle":
-                for number, region in enumerate(self.image.metadata.regions):
-                    self.pager.ensure(number, 0, region.length // SMALL_PAGE)
+                for number, (_, length) in enumerate(self.regions):
+                    self.pager.ensure(number, 0, length // SMALL_PAGE)
                 while not self.pager.wait(1.0, len(self.pager.failures)):
                     pass
             case "stop":
