@@ -49,6 +49,11 @@ bench-%: build system
 docs: build ## Build the documentation into site/, warnings are errors
 	$(VENV)/bin/mkdocs build --strict --quiet
 
+.PHONY: docs/events.md
+docs/events.md: build
+	$(PYTHON) scripts/events.py >$@.new
+	mv $@.new $@
+
 .PHONY: system
 system: ## Install or fetch what guests need: QEMU, busybox, iperf3, a guest kernel
 	@scripts/system.sh

@@ -63,7 +63,7 @@ def until(program: Program, kind: str) -> dict[str, Any]:
             return line
 
 
-@pytest.mark.parametrize("point", ["armed", "instant", "progress"])
+@pytest.mark.parametrize("point", ["armed", "instant", "saving"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_the_saver_is_ended(tmp_path: Path, point: str, number: signal.Signals) -> None:
     with ledger("victim", processes=2):
@@ -116,7 +116,7 @@ def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path) -> None:
         assert (tmp_path / "image").read_bytes() == before
 
 
-@pytest.mark.parametrize("point", ["instant", "progress"])
+@pytest.mark.parametrize("point", ["instant", "saving"])
 def test_the_workload_dies(tmp_path: Path, point: str) -> None:
     with ledger("dying", dies=True) as workload:
         with Program(*command("dying", tmp_path / "image", *SLOWLY), stderr=subprocess.PIPE) as saver:

@@ -23,6 +23,7 @@ from pageferry import _engine
 from pageferry.checkpoints import events
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import CheckpointError, ImageError, UsageError, WorkloadError
+from pageferry.events import Event
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel.programs import Program, wait_until
@@ -221,7 +222,7 @@ def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     async def both(workload: LedgerWorkload) -> None:
         begun = asyncio.Event()
 
-        def listen(event: events.Event) -> None:
+        def listen(event: Event) -> None:
             if isinstance(event, events.InstantEvent):
                 begun.set()
 
@@ -255,7 +256,7 @@ def test_by_the_command(tmp_path: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, check=True, timeout=60)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [line["type"] for line in lines if line["type"] != "progress"] == ["armed", "instant", "checkpoint"]
+        assert [line["type"] for line in lines if line["type"] != "saving"] == ["armed", "instant", "checkpoint"]
         result = lines[-1]
         assert result["status"] == "completed"
         assert result["downtime"] == result["downtime-parts"]["total"] > 0
@@ -322,7 +323,7 @@ def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_writte
     arena = Arena(16 * MIB, large_pages=False)
     memoryview(arena)[:] = os.urandom(16 * MIB)
 
-    def give_back(event: events.Event) -> None:
+    def give_back(event: Event) -> None:
         if isinstance(event, events.InstantEvent):
             file = f"/proc/{os.getpid()}/fd/{arena.fileno()}"
             hole = ("--punch-hole", "--offset", str(12 * MIB), "--length", "4096")

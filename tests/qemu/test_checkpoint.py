@@ -14,6 +14,7 @@ import pageferry
 from pageferry import errors
 from pageferry.checkpoints import events
 from pageferry.checkpoints.image import ImageFile
+from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.workloads.base import Workload
 from pageferry.workloads.qemu import QemuWorkload
@@ -146,7 +147,7 @@ def test_the_death_of_the_guest_voids_the_image(
         source = await QemuWorkload.start("source", parts.command(here, *SMP, checker=BUSY))
         await here.ready()
 
-        def kill(event: events.Event) -> None:
+        def kill(event: Event) -> None:
             if isinstance(event, events.InstantEvent):
                 os.kill(source.pid, 9)
 

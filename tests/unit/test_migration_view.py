@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 
-import msgspec
 import pytest
 from rich.console import Console
 
 from pageferry.cli.demo import DemoResult
+from pageferry.events import Event
 from pageferry.migration import events
 from pageferry.report.migration import DemoView, MigrationView
 from pageferry.report.text import HumanReporter
@@ -53,7 +53,7 @@ faults in the first second  7 minor, 0 major
 """
 
 
-def shown(view: MigrationView, *told: events.Event, result: msgspec.Struct | None = None) -> tuple[str, str]:
+def shown(view: MigrationView, *told: Event, result: Event | None = None) -> tuple[str, str]:
     """What appears as data and as progress, where there is no terminal."""
     data, progress = (Console(file=io.StringIO(), width=200, color_system=None) for _ in range(2))
     with HumanReporter(view, data, progress) as reporter:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
 
 from pageferry.checkpoints.options import Codec, Mode
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type"):
-    """Base of events; `type` tells them apart."""
+from pageferry.events import Event
 
 
 class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
@@ -32,7 +28,7 @@ class InstantEvent(Event, frozen=True, kw_only=True, tag="instant"):
     """Milliseconds."""
 
 
-class SavingEvent(Event, frozen=True, kw_only=True, tag="progress"):
+class SavingEvent(Event, frozen=True, kw_only=True, tag="saving"):
     """How far it is. Sent several times a second."""
 
     done: int
@@ -115,11 +111,3 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     trap_details: TrapCount
     compression: float
     """Bytes of data pages for each byte in storage blocks; 1 where there are none."""
-
-
-Listener = Callable[[Event], None]
-"""Is called with each event, on the event loop; must not block."""
-
-
-def ignore(_: Event) -> None:
-    """A listener for those who do not want to know."""

@@ -16,8 +16,9 @@ import msgspec
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
-from pageferry.checkpoints.restore_events import Listener, ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
+from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
 from pageferry.errors import RestoreError, UsageError
+from pageferry.events import Listener
 from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
 from pageferry.host.registry import Folder, Registry

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
 
-from pageferry.checkpoints.events import Event
+from pageferry.events import Event
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
@@ -68,7 +67,3 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     service_us: float
     """Mean time of the service of a fault, microseconds."""
     longest_us: float
-
-
-Listener = Callable[[Event], object]
-"""Is called with each event, on the event loop; must not block."""

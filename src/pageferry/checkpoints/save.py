@@ -18,6 +18,7 @@ from pageferry.checkpoints import events, metadata
 from pageferry.checkpoints.image import ImageFile, new_file
 from pageferry.checkpoints.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
+from pageferry.events import Listener, ignore
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
 from pageferry.workloads.memory import Memory
@@ -35,7 +36,7 @@ async def checkpoint(
     path: str | Path,
     *,
     parent: str | Path | None = None,
-    listener: events.Listener = events.ignore,
+    listener: Listener = ignore,
     **options: Any,
 ) -> events.CheckpointResult:
     """Save a running workload to an image at `path`; it runs on. The image appears when it is complete.
@@ -60,9 +61,7 @@ async def checkpoint(
 class Save:
     """One checkpoint of one workload."""
 
-    def __init__(
-        self, workload: Workload | ProcessWorkload, path: Path, options: Options, listener: events.Listener
-    ) -> None:
+    def __init__(self, workload: Workload | ProcessWorkload, path: Path, options: Options, listener: Listener) -> None:
         self.workload = workload
         self.path = path.absolute()
         self.options = options

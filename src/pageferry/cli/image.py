@@ -12,6 +12,7 @@ import msgspec
 
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError
+from pageferry.events import Event
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
 
@@ -26,7 +27,7 @@ class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
     pages: dict[str, int]
 
 
-class ImageSummary(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image", kw_only=True):
+class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
     """What `image info` says of an image."""
 
     path: str
@@ -48,7 +49,7 @@ class ImageSummary(msgspec.Struct, frozen=True, rename="kebab", tag_field="type"
     parents: list[str]
 
 
-class Verification(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image-verify"):
+class Verification(Event, frozen=True, tag="image-verify"):
     """What `image verify` says."""
 
     path: str
@@ -56,7 +57,7 @@ class Verification(msgspec.Struct, frozen=True, rename="kebab", tag_field="type"
     findings: list[str]
 
 
-class Difference(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image-diff"):
+class Difference(Event, frozen=True, tag="image-diff"):
     """What `image diff` says."""
 
     same: bool
@@ -67,7 +68,7 @@ class Difference(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", 
     state_differs: bool
 
 
-class Flattened(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="image-flatten"):
+class Flattened(Event, frozen=True, tag="image-flatten"):
     """What `image flatten` says."""
 
     path: str
@@ -94,14 +95,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 async def run(args: argparse.Namespace) -> int:
     """Do it, off the event loop: Ctrl-C ends it between two slices."""
-    work: Callable[[argparse.Namespace], tuple[msgspec.Struct, int]] = args.work
+    work: Callable[[argparse.Namespace], tuple[Event, int]] = args.work
     result, code = await asyncio.to_thread(work, args)
     with open_reporter(args.output, ImageView()) as out:
         out.final(result)
     return code
 
 
-def _info(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+def _info(args: argparse.Namespace) -> tuple[Event, int]:
     file = ImageFile(args.image)
     image, about = file.image, file.metadata
     regions, first = [], 0
@@ -129,12 +130,12 @@ def _info(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
     return summary, 0
 
 
-def _verify(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+def _verify(args: argparse.Namespace) -> tuple[Event, int]:
     findings = ImageFile(args.image).verify()
     return Verification(str(args.image), not findings, findings), ImageError.exit_code if findings else 0
 
 
-def _diff(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+def _diff(args: argparse.Namespace) -> tuple[Event, int]:
     one, other = ImageFile(args.image), ImageFile(args.other)
     runs = one.differences(other)
     state_differs = one.state() != other.state()
@@ -153,7 +154,7 @@ def _named(file: ImageFile, start: int, end: int) -> tuple[str, int, int]:
     raise ImageError(f"page {start} is in no region")
 
 
-def _flatten(args: argparse.Namespace) -> tuple[msgspec.Struct, int]:
+def _flatten(args: argparse.Namespace) -> tuple[Event, int]:
     try:
         ImageFile(args.image).flatten(args.target, args.codec)
     except OSError as error:

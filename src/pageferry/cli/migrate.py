@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import msgspec
-
 from pageferry.cli.arguments import milliseconds
 from pageferry.errors import UsageError
+from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.migration import api
 from pageferry.migration.options import Options
@@ -19,7 +18,7 @@ from pageferry.workloads.opening import open_workload
 DEFAULTS = Options()
 
 
-class Recovered(msgspec.Struct, frozen=True, tag_field="type", tag="recovery"):
+class Recovered(Event, frozen=True, tag="recovery"):
     """What became of a migration that was in doubt."""
 
     workload: str

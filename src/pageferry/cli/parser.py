@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments on the command line `words`. Raises SystemExit after help, version, completion or a complaint."""
     # Defaults of shared options come from here: given in parsers, those of the verb's would undo what came before it.
-    defaults = argparse.Namespace(output="human", debug=False, command=[])
+    defaults = argparse.Namespace(output="human", log=None, debug=False, command=[])
     parser = build_parser(words)
     head, command = _split(words)
     args = parser.parse_args(head, defaults)
@@ -84,6 +84,9 @@ def _shared_options() -> Parser:
         "--output",
         choices=("human", "json"),
         help="what stdout is for: text for people (default), or one JSON object per line",
+    )
+    shared.add_argument(
+        "--log", metavar="FILE", help="write down everything that is told, as JSON lines (`pageferry report` draws it)"
     )
     shared.add_argument("--debug", action="store_true", help="log more, and show where errors come from")
     return shared

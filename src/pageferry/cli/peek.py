@@ -11,6 +11,7 @@ import msgspec
 
 from pageferry.cli.arguments import size
 from pageferry.errors import UsageError
+from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region
@@ -19,7 +20,7 @@ from pageferry.workloads.opening import open_workload
 MAX_LENGTH = 64 << 20
 
 
-class Peeked(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="memory"):
+class Peeked(Event, frozen=True, kw_only=True, tag="memory"):
     """Bytes of a workload's memory."""
 
     workload: str

@@ -13,6 +13,7 @@ import msgspec
 from pageferry.cli.arguments import size
 from pageferry.cli.run import see_to_the_end
 from pageferry.errors import UsageError
+from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.migration import api, messages
 from pageferry.migration.connection import Reception, resolve
@@ -29,21 +30,21 @@ log = getLogger(__name__)
 TAKES_COMMAND = True
 
 
-class Listening(msgspec.Struct, frozen=True, tag_field="type", tag="listening"):
+class Listening(Event, frozen=True, tag="listening"):
     """Sources can connect."""
 
     workload: str
     address: str
 
 
-class Received(msgspec.Struct, frozen=True, tag_field="type", tag="received"):
+class Received(Event, frozen=True, tag="received"):
     """The workload runs here."""
 
     workload: str
     kind: str
 
 
-class LedgerResult(msgspec.Struct, frozen=True, tag_field="type", tag="ledger", rename="kebab"):
+class LedgerResult(Event, frozen=True, tag="ledger"):
     """What became of a built-in workload: whether every write that was ever made is there."""
 
     workload: str

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-import msgspec
-
 from pageferry.cli.arguments import fraction, size
 from pageferry.errors import UsageError
+from pageferry.events import Event
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.sharing import SharingView
 from pageferry.sharing import api, policy
@@ -17,7 +16,7 @@ from pageferry.sharing.scan import Options
 DEFAULTS = Options()
 
 
-class Undone(msgspec.Struct, frozen=True, tag_field="type", tag="sharing-undone"):
+class Undone(Event, frozen=True, tag="sharing-undone"):
     """What `--undo` did."""
 
     workloads: list[str]
@@ -87,7 +86,7 @@ async def _watch(args: argparse.Namespace, out: Reporter) -> None:
         await asyncio.sleep(args.interval)
 
 
-async def _once(args: argparse.Namespace, budget: float | None, out: Reporter) -> msgspec.Struct:
+async def _once(args: argparse.Namespace, budget: float | None, out: Reporter) -> Event:
     options = Options(memory=args.memory, every=args.every, threads=args.threads, budget=budget)
     if args.apply:
         chosen = {name: getattr(args, name) for name in ("threshold", "most", "beside_others")}

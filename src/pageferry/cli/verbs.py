@@ -6,7 +6,8 @@ A verb is a module of two functions::
     def run(args: argparse.Namespace) -> int                   the work; returns the exit code; may be `async def`
 
 A verb that starts another program says `TAKES_COMMAND = True` and finds what stands after `--` in `args.command`.
-Every verb has `args.output` (`human` or `json`) and `args.debug` already. An asynchronous `run` is cancelled by the
+Every verb has `args.output` (`human` or `json`), `args.log` and `args.debug` already; what it tells through
+`pageferry.report.reporter` is written to the log. An asynchronous `run` is cancelled by the
 first SIGINT or SIGTERM; in a synchronous one they raise KeyboardInterrupt. Errors of `pageferry.errors` that leave
 `run` are printed and end in their exit code.
 """

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import msgspec
-
+from pageferry.events import Event
 from pageferry.host.features import Feature, check_features
 from pageferry.host.qemus import Qemu, QemuSearch
 from pageferry.host.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, SystemReport, choose, lacking
 
 
-class Check(msgspec.Struct, frozen=True, rename="kebab", tag="check"):
+class Check(Event, frozen=True, tag="check"):
     """Everything that was found."""
 
     kernel: str

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pageferry.errors import UsageError
+from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import available
 from pageferry.largepages import reclaim
 from pageferry.largepages.estimate import estimate
 from pageferry.largepages.events import (
     LargePagesResult,
-    Listener,
     Overhead,
     RegionActivity,
     Sample,
     SampleEvent,
-    nothing,
 )
 from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
 from pageferry.largepages.sampling import Sampling
@@ -57,7 +56,7 @@ class Options:
 
 
 async def sample(
-    target: Target, options: Options | None = None, *, policy: Policy | None = None, listener: Listener = nothing
+    target: Target, options: Options | None = None, *, policy: Policy | None = None, listener: Listener = ignore
 ) -> LargePagesResult:
     """Look at large pages of a target in rounds; if wanted, break those that the policy names and reclaim from them.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 
+from pageferry.events import Event
 from pageferry.largepages.estimate import Estimate
 from pageferry.largepages.policy import Decision
 
@@ -56,7 +55,7 @@ class RegionActivity(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Small pages accessed per sample."""
 
 
-class SampleEvent(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type", tag="sample-round"):
+class SampleEvent(Event, frozen=True, kw_only=True, tag="sample-round"):
     """A round is over and its mappings are back."""
 
     round: int
@@ -67,7 +66,7 @@ class SampleEvent(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag
     cpu_ms: float
 
 
-class LargePagesResult(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type", tag="large-pages"):
+class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     """The end of `pageferry large-pages`."""
 
     target: str
@@ -90,10 +89,3 @@ class LargePagesResult(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"
     overhead: Overhead
     skipped: list[str]
     """Memory that was left out, and why."""
-
-
-Listener = Callable[[msgspec.Struct], None]
-
-
-def nothing(_: msgspec.Struct) -> None:
-    """A listener that does not listen."""

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pageferry.errors import MigrationError, OutcomeUnknown, UsageError, WorkloadError
+from pageferry.events import Listener, ignore
 from pageferry.host.registry import Folder, Registry
 from pageferry.migration import messages
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Address, Reception, connect_control, resolve
 from pageferry.migration.destination import Destination
-from pageferry.migration.events import Listener, MigrationResult, ignore
+from pageferry.migration.events import MigrationResult
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed, Verdicts
 from pageferry.migration.source import Source

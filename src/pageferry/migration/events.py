@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
 
+from pageferry.events import Event
+
 Mode = Literal["precopy"]
 Status = Literal["completed", "failed", "cancelled"]
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type"):
-    """Base of events; `type` tells them apart."""
 
 
 class SetupEvent(Event, frozen=True, kw_only=True, tag="setup"):
@@ -130,11 +127,3 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     faults_after_resume: FaultCount | None
     """None: the destination did not say."""
     trace: TraceCount
-
-
-Listener = Callable[[Event], None]
-"""Is called with each event, on the event loop; must not block."""
-
-
-def ignore(_: Event) -> None:
-    """A listener for those who do not want to know."""

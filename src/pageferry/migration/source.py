@@ -23,6 +23,7 @@ from pageferry.errors import (
     PeerRefused,
     ProtocolError,
 )
+from pageferry.events import Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages
@@ -47,9 +48,7 @@ REPORT_PATIENCE = 5.0
 class Source:
     """One migration of one workload. `folder`: where its durable records go; None for a workload without a name."""
 
-    def __init__(
-        self, workload: Workload, options: Options, listener: events.Listener, folder: Folder | None = None
-    ) -> None:
+    def __init__(self, workload: Workload, options: Options, listener: Listener, folder: Folder | None = None) -> None:
         self.workload = workload
         self.options = options
         self.listener = listener

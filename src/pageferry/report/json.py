@@ -7,6 +7,8 @@ from typing import BinaryIO, Self
 
 import msgspec
 
+from pageferry.events import Event
+
 
 class JsonReporter:
     """Writes every event and the result as a line of its own, at once. The tag of a record (`type`) says what it is."""
@@ -14,12 +16,12 @@ class JsonReporter:
     def __init__(self, stream: BinaryIO | None = None) -> None:
         self._stream = stream or sys.stdout.buffer
 
-    def event(self, event: msgspec.Struct) -> None:
+    def event(self, event: Event) -> None:
         """Write an event."""
         self._stream.write(msgspec.json.encode(event) + b"\n")
         self._stream.flush()
 
-    def final(self, result: msgspec.Struct) -> None:
+    def final(self, result: Event) -> None:
         """Write the result."""
         self.event(result)
 

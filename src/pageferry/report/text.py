@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pageferry.events import Event
 from pageferry.report.reporter import View
 
 WIDE = 500
@@ -46,14 +47,14 @@ class HumanReporter:
         self._progress = progress or _console(stderr=True)
         self._live: Live | None = None
 
-    def event(self, event: msgspec.Struct) -> None:
+    def event(self, event: Event) -> None:
         """Update the live display, or write a line where there is no terminal."""
         if self._progress.is_terminal:
             self._show(self._view.live(event))
         elif (line := self._view.line(event)) is not None:
             self._progress.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def final(self, result: msgspec.Struct) -> None:
+    def final(self, result: Event) -> None:
         """End the live display and print the result."""
         self._end_live()
         self._data.print(self._view.result(result), highlight=False)

@@ -7,11 +7,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pageferry.events import Event
 from pageferry.report.text import PlainView
 from pageferry.report.units import size
 
 
-class WorkloadInfo(msgspec.Struct, frozen=True, kw_only=True, tag="workload"):
+class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     """One workload at one moment."""
 
     name: str
@@ -30,7 +31,7 @@ class WorkloadInfo(msgspec.Struct, frozen=True, kw_only=True, tag="workload"):
     """What its restore waits for: a pager that is gone, or pages that cannot be had."""
 
 
-class Listing(msgspec.Struct, frozen=True, tag="workloads"):
+class Listing(Event, frozen=True, tag="workloads"):
     """All workloads of a host."""
 
     workloads: list[WorkloadInfo]

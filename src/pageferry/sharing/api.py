@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
 from pageferry.errors import UsageError
+from pageferry.events import Listener, ignore
 from pageferry.host.registry import Registry
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import Options, look
 from pageferry.workloads.targets import Target, open_target
-
-Listener = Callable[[msgspec.Struct], object]
-
-
-def ignore(_: msgspec.Struct) -> None:
-    """The listener that does not listen."""
 
 
 async def find(

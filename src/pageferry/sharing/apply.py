@@ -11,11 +11,12 @@ import contextlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pageferry._engine import SharingScan, free_zeros
 from pageferry.errors import UnsupportedError, WorkloadError
+from pageferry.events import Listener
 from pageferry.sharing import ksm, ranges
 from pageferry.sharing.events import ApplyEvent
 from pageferry.sharing.ranges import Range
@@ -24,8 +25,6 @@ from pageferry.workloads.targets import Area, Target
 
 PAUSE = 0.01
 """Seconds that a workload is paused at a time, about, while zeros of its files are given back."""
-
-Listener = Callable[[ApplyEvent], object]
 
 
 @dataclass(slots=True)

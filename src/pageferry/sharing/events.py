@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from pageferry.events import Event
 
-class ScanEvent(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="scan"):
+
+class ScanEvent(Event, frozen=True, tag="scan"):
     """How far a scan is."""
 
     done: int
@@ -13,7 +15,7 @@ class ScanEvent(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", t
     total: int
 
 
-class ApplyEvent(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="apply"):
+class ApplyEvent(Event, frozen=True, tag="apply"):
     """A step of an application."""
 
     step: str
@@ -52,7 +54,7 @@ class ScanReport(msgspec.Struct, frozen=True, rename="kebab"):
     """One of so many contents was kept in mind; counts are scaled up."""
 
 
-class SharingResult(msgspec.Struct, frozen=True, rename="kebab", tag_field="type", tag="sharing", omit_defaults=True):
+class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     """What sharing could free, and after an application, what it has freed. All sizes in bytes."""
 
     workloads: list[str]

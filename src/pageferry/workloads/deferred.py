@@ -21,6 +21,7 @@ from typing import Literal
 import msgspec
 
 from pageferry.errors import ImageError, RestoreError
+from pageferry.events import Event
 from pageferry.host.registry import Folder
 
 RECORD = "restore.json"
@@ -76,7 +77,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the region."""
 
 
-class Status(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pager"):
+class Status(Event, frozen=True, kw_only=True, tag="pager"):
     """The answer to every question."""
 
     image: str

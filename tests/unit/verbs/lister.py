@@ -5,19 +5,18 @@ import logging
 import os
 import time
 
-import msgspec
-
 from pageferry import errors
+from pageferry.events import Event
 from pageferry.report.reporter import open_reporter
 
 
-class Step(msgspec.Struct, tag="step"):
+class Step(Event, frozen=True, tag="step"):
     """An event."""
 
     number: int
 
 
-class Total(msgspec.Struct, tag="total"):
+class Total(Event, frozen=True, tag="total"):
     """A result."""
 
     steps: int
@@ -27,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--fail", help="name of an exception class of pageferry.errors, or of any other")
     parser.add_argument("--sleep", action="store_true", help="say that it sleeps, then do so for long")
+    parser.add_argument("--linger", action="store_true", help="sleep after the steps")
     parser.add_argument("words", nargs="*")
 
 
@@ -41,5 +41,8 @@ def run(args: argparse.Namespace) -> int:
     with open_reporter(args.output) as reporter:
         for number in range(args.steps):
             reporter.event(Step(number))
+        if args.linger:
+            print("asleep", flush=True)
+            time.sleep(60)
         reporter.final(Total(args.steps))
     return 7 if args.words == ["seven"] else 0

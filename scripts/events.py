@@ -1,0 +1,137 @@
+"""Print docs/events.md, made from the events and what their docstrings say: `make docs/events.md` writes it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator
+
+import msgspec
+
+import pageferry
+from pageferry.events import SCHEMA, Event
+from pageferry.report.event_log import LogEnd, LogHeader
+
+HEAD = f"""# Events
+
+With `--log FILE` every command writes down what it tells, as JSON lines; with `--output json` the same objects go to
+stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is made by `make docs/events.md` from the
+code, and a test compares the two.
+
+A log is a `log` line, events, mostly a result, and an `end` line. Every line has `at-ms`, milliseconds after the
+first by a clock that is never set, and `type`, which says what it is. A log without `end` is one of a command that was
+killed or still runs; its last line may be cut short, everything before it holds. Arguments that are secrets are not
+written down, nor is the command line of a guest.
+
+This is schema {SCHEMA}. Fields and types may be added at any time: pass over those you do not know. When one is
+renamed, removed or takes another meaning, the number grows. Sizes are bytes, unless named otherwise.
+"""
+
+
+def modules() -> None:
+    """Import all of pageferry, so that all events are known."""
+    for module in pkgutil.walk_packages(pageferry.__path__, "pageferry."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def events() -> dict[str, type[Event]]:
+    """All events by type. Raises ValueError where two have the same."""
+    modules()
+    found: dict[str, type[Event]] = {}
+    for event in _below(Event):
+        tag = str(event.__struct_config__.tag)
+        if not event.__module__.startswith("pageferry."):
+            continue
+        if tag in found:
+            raise ValueError(f"{event} and {found[tag]} are both {tag!r}")
+        found[tag] = event
+    return found
+
+
+def _below(kind: type[Event]) -> Iterator[type[Event]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _below(each)
+
+
+def page() -> str:
+    """The whole page."""
+    found = events()
+    first = ["log", "end"]
+    assert [found[tag] for tag in first] == [LogHeader, LogEnd]
+    order = first + sorted(set(found) - set(first))
+    inner: dict[str, type[msgspec.Struct]] = {}
+    parts = [HEAD, *(f"## `{tag}`\n\n{_text(found[tag])}\n\n{_table(found[tag], inner)}" for tag in order)]
+    parts.append("# Parts of events\n")
+    done: set[str] = set()
+    while todo := sorted(set(inner) - done):
+        for name in todo:
+            parts.append(f"## {name}\n\n{_text(inner[name])}\n\n{_table(inner[name], inner)}")
+            done.add(name)
+    return "\n".join(parts)
+
+
+def _text(kind: type) -> str:
+    return inspect.cleandoc(kind.__doc__ or "")
+
+
+def _table(kind: type[msgspec.Struct], inner: dict[str, type[msgspec.Struct]]) -> str:
+    described = {name: text for one in reversed(kind.__mro__) for name, text in _descriptions(one).items()}
+    rows = ["| field | JSON | meaning |", "| --- | --- | --- |"]
+    for field in msgspec.structs.fields(kind):
+        meaning = " ".join(described.get(field.name, "").split()).replace("|", "\\|")
+        rows.append(f"| `{field.encode_name}` | {_json(msgspec.inspect.type_info(field.type), inner)} | {meaning} |")
+    return "\n".join(rows) + "\n" if len(rows) > 2 else ""
+
+
+def _descriptions(kind: type) -> dict[str, str]:
+    """The docstrings below the fields of a class."""
+    if not kind.__module__.startswith("pageferry."):
+        return {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for one, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
+            found[one.target.id] = str(ast.literal_eval(after.value))
+    return found
+
+
+def _json(info: msgspec.inspect.Type, inner: dict[str, type[msgspec.Struct]]) -> str:
+    match info:
+        case msgspec.inspect.StructType(cls=kind):
+            name = f"{kind.__module__.split('.')[1]}.{kind.__name__}"
+            if not issubclass(kind, Event):
+                inner[name] = kind
+                return f"[{name}](#{name.lower().replace('.', '')})"
+            return f"`{kind.__struct_config__.tag}`"
+        case msgspec.inspect.UnionType(types=types):
+            return " or ".join(_json(one, inner) for one in types)
+        case msgspec.inspect.LiteralType(values=values):
+            return " or ".join(f'`"{value}"`' for value in values)
+        case msgspec.inspect.ListType(item_type=item) | msgspec.inspect.VarTupleType(item_type=item):
+            return f"array of {_json(item, inner)}"
+        case msgspec.inspect.TupleType(item_types=items):
+            return f"array of {', '.join(_json(item, inner) for item in items)}"
+        case msgspec.inspect.DictType(value_type=value):
+            return f"object of {_json(value, inner)}"
+        case msgspec.inspect.IntType():
+            return "integer"
+        case msgspec.inspect.FloatType():
+            return "number"
+        case msgspec.inspect.StrType():
+            return "string"
+        case msgspec.inspect.BoolType():
+            return "boolean"
+        case msgspec.inspect.NoneType():
+            return "null"
+        case _:
+            return "anything"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,134 @@
+"""Event logs: what stands in them, and what is made of them when they are damaged."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.cli.main import main
+from pageferry.cli.verbs import VERBS, Verb
+from pageferry.errors import UsageError
+from pageferry.events import SCHEMA, Event
+from pageferry.report.event_log import EventLog, Log, header
+from scripts import events as page
+from tests.unit.verbs.lister import Step, Total
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERBS, "lister", Verb("tests.unit.verbs.lister", "List [some] steps."))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_log_has_a_header_events_the_result_and_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log"
+    assert main(["lister", "--steps", "2", "--log", str(path), "--output", "json", "seven"]) == 7
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    first, *between, last = lines(path)
+    assert first["type"] == "log"
+    assert (first["schema"], first["verb"], first["arguments"]["steps"]) == (SCHEMA, "lister", 2)
+    assert [{name: value for name, value in line.items() if name != "at-ms"} for line in between] == told
+    assert (last["type"], last["exit-code"], last["error"]) == ("end", 7, None)
+    times = [line["at-ms"] for line in lines(path)]
+    assert times == sorted(times)
+    assert path.stat().st_mode & 0o77 == 0
+
+
+def test_an_error_is_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert main(["lister", "--fail", "NoSuchWorkload", "--log", str(path)]) == 11
+    log = Log.read(path)
+    assert log.lines == []
+    assert log.end is not None
+    assert (log.end.exit_code, log.end.error, log.end.message) == (11, "NoSuchWorkload", "told to fail")
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lister", "--log", str(tmp_path / "no" / "such")]) == 2
+    assert "--log" in capsys.readouterr().err
+
+
+def test_a_command_outlives_a_log_that_is_full(caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["lister", "--steps", "3", "--log", "/dev/full"]) == 0
+
+
+def test_secrets_and_command_lines_of_others_are_not_written_down() -> None:
+    given = {"name": "web", "tls_password": "abc", "psk": None, "command": ["qemu", "-x", "secret"], "run": main}
+    assert header("run", given).arguments == {
+        "name": "web",
+        "tls_password": "(hidden)",
+        "psk": None,
+        "command": ["qemu", "(2 arguments)"],
+    }
+
+
+def test_a_killed_command_leaves_what_it_has_told(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    options = ["--steps", "3", "--linger", "--log", str(path)]
+    command = [sys.executable, "-m", "tests.unit.verbs.command", "lister", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"asleep\n"
+        child.send_signal(signal.SIGKILL)
+    log = Log.read(path)
+    assert [line.to(Step).number for line in log.lines] == [0, 1, 2]
+    assert log.end is None
+    assert not log.cut
+
+
+def test_a_last_line_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EventLog(path, header("lister", {}))
+    log.event(Step(1))
+    log.event(Total(1))
+    log.end(0)
+    whole = path.read_bytes()
+    starts = [0] + [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for length in range(starts[1], len(whole) + 1):
+        path.write_bytes(whole[:length])
+        read = Log.read(path)
+        complete = sum(start <= length for start in starts) - 1
+        assert len(read.lines) == min(complete, 3) - 1
+        assert (read.end is not None) == (complete == 4)
+        assert read.cut == (length not in starts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "hello\n",
+        "[1]\n",
+        '{"type": "log"}\n',
+        '{"at-ms": 1, "type": "step"}\n',
+        '{"at-ms": 0, "type": "log", "schema": 99}\n',
+        '{"at-ms": "x", "type": "log"}\n',
+        '{"at-ms": 0, "type": "log", "schema": 1}\n',
+    ],
+)
+def test_what_is_no_log_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "log"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=str(path)):
+        Log.read(path)
+
+
+def test_the_page_of_events_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "events.md").read_text() == page.page(), "run `make docs/events.md`"
+
+
+def test_events_have_names_of_their_own_and_leave_ours_alone() -> None:
+    for tag, event in page.events().items():
+        assert issubclass(event, Event), tag
+        assert not {"at-ms", "type"} & set(event.__struct_encode_fields__), tag
