@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,59 @@ from tests.kernel.programs import Program, wait_until
 MIB = 1 << 20
 
 
-def environment(fault: str | None) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where programs run: by default among ourselves; otherwise see `tests.network.hosts`."""
+
+    within: tuple[str, ...] = ()
+    """Command that runs another one there."""
+    run_directory: Path | None = None
+    """None: that of the tests."""
+    address: str | None = None
+    """None: loopback."""
+
+    @property
+    def registry(self) -> Registry:
+        """The workloads there."""
+        return Registry(self.run_directory)
+
+    @property
+    def link(self) -> tuple[str, ...]:
+        """Options of a migration that goes to such a host, or comes from one."""
+        return ("--insecure",) if self.address is not None else ()
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Options of a receiver there."""
+        return ("--listen", f"{self.address}:0", *self.link) if self.address is not None else ()
+
+    def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
+        """`python ARGUMENTS` there."""
+        return Program(*arguments, within=self.within, env=environment(fault, self), **options)
+
+
+HERE = Host()
+
+
+def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
     """Of a process that is to fail at a point: `POINT=ACTION`."""
-    return {**os.environ, "PAGEFERRY_FAULT": fault} if fault else dict(os.environ)
+    directory = {"PAGEFERRY_RUN_DIR": str(host.run_directory)} if host.run_directory is not None else {}
+    return {**os.environ, **directory, **({"PAGEFERRY_FAULT": fault} if fault else {})}
 
 
 @contextmanager
-def ledger(name: str, **setup: Any) -> Iterator[Program]:
+def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
     """A ledger in a process of its own."""
     setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}} | setup
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with host.program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"
         yield program
 
 
-def receiver(name: str, *options: str, fault: str | None = None) -> Program:
+def receiver(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
     """`pageferry receive --workload demo`, which says where it listens."""
-    command = ("-m", "pageferry", "receive", name, "--workload", "demo", "--output", "json", *options)
-    return Program(*command, env=environment(fault))
+    command = ("-m", "pageferry", "receive", name, "--workload", "demo", "--output", "json")
+    return host.program(*command, *host.listening, *options, **streams)
 
 
 def address_of(program: Program) -> str:
@@ -46,10 +82,9 @@ def address_of(program: Program) -> str:
     return str(said["address"])
 
 
-def migrating(name: str, *options: str, fault: str | None = None, **streams: Any) -> Program:
+def migrating(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
     """`pageferry migrate`."""
-    command = ("-m", "pageferry", "migrate", name, *options, "--output", "json")
-    return Program(*command, env=environment(fault), **streams)
+    return host.program("-m", "pageferry", "migrate", name, *options, *host.link, "--output", "json", **streams)
 
 
 def until(program: Program, kind: str) -> dict[str, Any]:
@@ -69,17 +104,17 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
-async def _connected(name: str) -> RemoteArena:
-    entry = Registry().lookup(name)
+async def _connected(name: str, host: Host) -> RemoteArena:
+    entry = host.registry.lookup(name)
     assert isinstance(entry, ArenaEntry)
     return await RemoteArena.connect(entry.control_socket)
 
 
-def status(name: str) -> Status:
+def status(name: str, host: Host = HERE) -> Status:
     """Where an arena is in its life."""
 
     async def ask() -> Status:
-        arena = await _connected(name)
+        arena = await _connected(name, host)
         try:
             return await arena.status()
         finally:
@@ -88,11 +123,11 @@ def status(name: str) -> Status:
     return asyncio.run(ask())
 
 
-def writes(name: str) -> int:
+def writes(name: str, host: Host = HERE) -> int:
     """Pages that a ledger has written so far, read from its memory: its threads are not asked."""
 
     async def read() -> int:
-        arena = await _connected(name)
+        arena = await _connected(name, host)
         (region,) = arena.regions
         mapping = _engine.Mapping(region.fd, region.length)
         try:
@@ -103,16 +138,16 @@ def writes(name: str) -> int:
     return asyncio.run(read())
 
 
-def runs(name: str) -> None:
+def runs(name: str, host: Host = HERE) -> None:
     """It writes."""
-    before = writes(name)
-    wait_until(lambda: writes(name) > before, f"a write of {name}")
+    before = writes(name, host)
+    wait_until(lambda: writes(name, host) > before, f"a write of {name}")
 
 
-def stands_still(name: str) -> bool:
+def stands_still(name: str, host: Host = HERE) -> bool:
     """It does not write, as far as one can tell in a while."""
-    before = writes(name)
-    return all(writes(name) == before for _ in range(30))
+    before = writes(name, host)
+    return all(writes(name, host) == before for _ in range(30))
 
 
 def traces(pid: int) -> int:

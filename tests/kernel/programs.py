@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,10 +17,13 @@ DEADLINE = 30.0
 
 
 class Program:
-    """`python ARGUMENTS`, whose standard output is read line by line. Killed at the end of the `with` block."""
+    """`python ARGUMENTS`, whose standard output is read line by line. Killed at the end of the `with` block.
 
-    def __init__(self, *arguments: str, **options: Any) -> None:
-        command = [sys.executable, *arguments]
+    `within`: a command that runs another one elsewhere, in the same process.
+    """
+
+    def __init__(self, *arguments: str, within: Sequence[str] = (), **options: Any) -> None:
+        command = [*within, sys.executable, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
         self._rest = b""
 

@@ -1,0 +1,96 @@
+"""Migrations over long, slow and lossy links: they take their time, and nobody takes slow for dead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernel import moving
+from tests.kernel.moving import MIB
+from tests.kernel.programs import Program
+from tests.network import hosts
+from tests.network.hosts import GIGABIT, Network
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(autouse=True)
+def _possible() -> None:
+    hosts.require()
+
+
+def moved(network: Network, *options: str, **setup: Any) -> list[dict[str, Any]]:
+    """Move a ledger from one host to the other; all that was said, the result last."""
+    here, there = network.hosts
+    with moving.ledger("ledger", here, **setup) as ledger, moving.receiver("ledger", *options[:2], host=there) as peer:
+        with moving.migrating("ledger", moving.address_of(peer), *options, host=here) as migration:
+            said = list(until_moved(migration))
+            assert migration.wait() == 0
+        moving.ends_intact(ledger, "moved")
+        moving.runs("ledger", there)
+        peer.process.terminate()
+        assert moving.until(peer, "ledger")["intact"]
+    return said
+
+
+def until_moved(migration: Program) -> Iterator[dict[str, Any]]:
+    kind = None
+    while kind != "migration":
+        said = migration.json()
+        yield said
+        kind = said["type"]
+
+
+@pytest.mark.parametrize("streams", ["1", "4"])
+def test_a_long_fast_link(tmp_path: Path, streams: str) -> None:
+    """1 Gbit/s, 50 ms there and back: what is told of the switch-over has its round trips in it."""
+    with Network(tmp_path) as network:
+        network.order(delay=0.025, rate=GIGABIT)
+        result = moved(network, "--patience", "5", "--streams", streams, size=64 * MIB)[-1]
+    # The last round, Ready and Running take a round trip each.
+    assert result["downtime"] >= 150
+    assert result["downtime-parts"]["last-pages"] >= 50
+
+
+def test_a_lossy_link(tmp_path: Path) -> None:
+    """100 Mbit/s, 20 ms there and back, one packet in a hundred lost."""
+    with Network(tmp_path, segments=False) as network:
+        network.order(delay=0.01, rate=GIGABIT / 10, loss=0.01)
+        options = {"threads": 2, "rate": MIB}
+        result = moved(network, "--patience", "5", "--streams", "2", "--codec", "lz4", size=16 * MIB, options=options)[
+            -1
+        ]
+    assert result["memory"] == 16 * MIB
+
+
+def test_a_link_so_slow_that_a_full_buffer_takes_longer_than_patience_lasts(tmp_path: Path) -> None:
+    with Network(tmp_path) as network:
+        network.order(rate=1 * MIB)
+        options = {"threads": 2, "rate": MIB // 16}
+        said = moved(network, "--patience", "2", "--max-downtime", "2000", size=4 * MIB, options=options)
+    # What waits in the kernel is not taken for sent: progress is told along the way, not at once.
+    assert len([event for event in said if event["type"] == "progress"]) > 10
+
+
+def test_a_link_over_which_it_does_not_converge(tmp_path: Path) -> None:
+    """The bandwidth that is told is the link's, not that of a buffer."""
+    with Network(tmp_path) as network:
+        network.order(rate=GIGABIT / 10)
+        here, there = network.hosts
+        options = {"threads": 2, "rate": 32 * MIB, "working_set": 1.0}
+        with moving.ledger("ledger", here, size=8 * MIB, options=options) as ledger:
+            with (
+                moving.receiver("ledger", host=there) as peer,
+                open(tmp_path / "stderr", "w+", encoding="utf-8") as stderr,
+                moving.migrating("ledger", moving.address_of(peer), host=here, stderr=stderr) as migration,
+            ):
+                assert migration.wait() == 24
+                stderr.seek(0)
+                words = stderr.read().split(" takes ")[1]
+                assert 1 < int(words.split(" MiB/s")[0]) <= 12
+                assert peer.wait() == 21
+            moving.runs("ledger", here)
+            moving.ends_intact(ledger)

@@ -1,0 +1,66 @@
+"""Hosts that are network namespaces, for tests; see `carrier`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+from tests.kernel.moving import Host
+from tests.kernel.programs import Program
+from tests.network import carrier
+
+GIGABIT = 125e6
+"""Bytes per second."""
+TUN = Path("/dev/net/tun")
+
+
+class Network:
+    """Some hosts and the links between them, until the end of the `with` block.
+
+    `folder`: for their run directories. `segments`: see `carrier.Setup`; not for what is about lost packets.
+    """
+
+    def __init__(self, folder: Path, hosts: int = 2, *, segments: bool = True, seed: int = 0) -> None:
+        setup = {"hosts": hosts, "segments": segments, "seed": seed}
+        self._carrier = Program(carrier.__file__, json.dumps(setup))
+        self.hosts = [
+            Host(("nsenter", f"--net={made['namespace']}", "--"), folder / f"host-{number}", made["address"])
+            for number, made in enumerate(self._carrier.json()["hosts"])
+        ]
+
+    def order(self, **conditions: Any) -> None:
+        """See `carrier.Order`. They hold when this returns."""
+        self._carrier.say(json.dumps(conditions))
+        assert self._carrier.json() == {}
+
+    def __enter__(self) -> Self:
+        self._carrier.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._carrier.__exit__(kind, error, trace)
+
+
+def missing() -> str | None:
+    """What there would have to be for a network; None where it is there."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("nsenter") is None:
+        return "no nsenter in PATH (package util-linux)"
+    if not TUN.exists():
+        return f"no {TUN}: the kernel has no TUN devices"
+    return None
+
+
+def require() -> None:
+    """Skip the test, with the reason, where there can be no network."""
+    if reason := missing():
+        pytest.skip(reason)
