@@ -165,6 +165,9 @@ class Pager:
         """(accesses that waited for us, of these to missing pages, pages read, of these in the background, bytes read,
         seconds of service, seconds of the longest)"""
     @property
+    def histogram(self) -> list[int]:
+        """Accesses by time of service: number k of those that took less than 2**k us, and 2**(k - 1) us or more."""
+    @property
     def touched(self) -> list[int]:
         """Windows of 16 pages in the order in which the workload first missed them."""
     @property

@@ -181,7 +181,9 @@ def test_what_the_commands_tell_programs(here: Program) -> None:
         events = [json.loads(line) for line in done.stdout.splitlines()]
         moving.ends_intact(here, "moved")
     kinds = [event["type"] for event in events if event["type"] != "progress"]
-    assert kinds == ["setup", *["round"] * (len(kinds) - 2), "migration"]
+    maps = "large-page-map"
+    assert kinds == ["setup", maps, *["round"] * (len(kinds) - 4), maps, "migration"]
+    assert [event["side"] for event in events if event["type"] == maps] == ["source", "destination"]
     result = events[-1]
     assert set(result) == {
         *("type status mode workload peer total-time setup-time downtime downtime-parts transferred memory").split(),

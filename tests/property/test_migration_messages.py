@@ -53,7 +53,7 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     messages.Commit: {},
     messages.Running: {"resume": seconds},
     messages.Report: dict.fromkeys(["minor_faults", "major_faults", "large_pages", "fallbacks"], counts)
-    | {"populated": populated},
+    | {"populated": populated, "units": st.lists(st.binary())},
     messages.Done: {},
     messages.Alive: {},
     messages.Abort: {"reason": st.text(max_size=4096)},

@@ -117,6 +117,11 @@ impl Pager {
     }
 
     #[getter]
+    fn histogram(&self) -> Vec<u64> {
+        self.inner.counters().histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).collect()
+    }
+
+    #[getter]
     fn touched(&self) -> Vec<u32> {
         self.inner.touched()
     }

@@ -159,6 +159,10 @@ fn contents_come_on_access_and_in_the_background() {
                 assert_eq!(scene.read(page, 300), expected(page, 300), "page {page}");
             }
             assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
+            let counters = pager.counters();
+            let binned: u64 = counters.histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).sum();
+            let faults = counters.faults.load(Ordering::Relaxed);
+            assert!(faults > 0 && binned.abs_diff(faults) <= 1, "{binned} of {faults}: all but what is under way");
         });
     }
 }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import msgspec
@@ -16,9 +17,9 @@ import msgspec
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
-from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning
+from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
 from pageferry.errors import RestoreError, UsageError
-from pageferry.events import Listener
+from pageferry.events import Latency, Listener, ignore
 from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
 from pageferry.host.registry import Folder, Registry
@@ -91,7 +92,7 @@ async def restore_guest(
     prefetch: bool = True,
     detach: bool = True,
     hugetlb: bool = False,
-    listener: Listener | None = None,
+    listener: Listener = ignore,
     registry: Registry | None = None,
 ) -> tuple[QemuWorkload, RestoreResult]:
     """Start a QEMU from the user's command line, and let it go on where the image was taken, at once.
@@ -137,27 +138,32 @@ async def restore_guest(
         device_state=(loaded - adopted) * 1e3,
         resume=(running - loaded) * 1e3,
     )
-    result = _result(name, image, times, first.server.status())
-    if listener is not None:
-        listener(RunningEvent(workload=name, time_to_running=result.time_to_running, deferred=result.deferred))
-    await asyncio.shield(_hand_over(first))
-    return workload, result
+    ran = times.total - times.qemu_start
+    listener(RunningEvent(workload=name, time_to_running=ran, deferred=first.server.status().deferred))
+    last = await asyncio.shield(_hand_over(first))
+    listener(TouchedEvent(windows=last.touched))
+    return workload, _updated(_result(name, image, times), last)
 
 
-async def _hand_over(first: GuestPager) -> None:
-    """From our own pager to a process of its own. In between the guest waits, as after the death of a pager."""
+async def _hand_over(first: GuestPager) -> Status:
+    """From our own pager to a process of its own. In between the guest waits, as after the death of a pager.
+
+    Returns what ours has done.
+    """
     pager = PagerProcess(first.image.path.absolute())
     name = first.folder.name
     try:
         await pager.ready()
-        order = Order(name=name, touched=first.pager.touched)
+        touched = first.pager.touched
+        last = first.server.status(touched=touched)
         await asyncio.to_thread(first.close)
-        await pager.take_over(order)
+        await pager.take_over(Order(name=name, touched=touched))
     except RestoreError as error:
         pager.give_up()
         raise RestoreError(
             f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
         ) from error
+    return last
 
 
 async def take_over(folder: Folder, path: str | Path | None = None) -> Status | None:
@@ -194,12 +200,26 @@ async def _dismiss_failed(folder: Folder) -> None:
 
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:
     """Wait until all memory has arrived; the result as of then. Raises RestoreError when the pager has died."""
-    while (status := await asyncio.to_thread(deferred.status, folder)) is not None and not status.finished:
-        listener(ProgressEvent(deferred=status.deferred, faults=status.faults, failures=status.failures))
-        result = _updated(result, status)
-        await asyncio.sleep(_POLL)
-    if status is not None:
-        result = _updated(result, status)
+    begun, known, finished = result, 0, False
+    while not finished:
+        status = await asyncio.to_thread(deferred.ask, folder, Ask(what="touched", first=known))
+        if status is None:
+            break
+        if status.touched:
+            known += len(status.touched)
+            listener(TouchedEvent(windows=status.touched))
+        result, finished = _updated(begun, status), status.finished
+        listener(
+            ProgressEvent(
+                deferred=result.deferred,
+                faults=result.faults,
+                missed=result.missed,
+                prefetched=result.prefetched,
+                bytes_read=result.bytes_read,
+                failures=status.failures,
+            )
+        )
+        await asyncio.sleep(0 if finished else _POLL)
     return msgspec.structs.replace(result, status="completed", deferred=0)
 
 
@@ -224,8 +244,8 @@ def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool)
     )
 
 
-def _result(name: str, image: ImageFile, times: TimeToRunning, status: Status | None) -> RestoreResult:
-    result = RestoreResult(
+def _result(name: str, image: ImageFile, times: TimeToRunning) -> RestoreResult:
+    return RestoreResult(
         status="active",
         workload=name,
         image=os.fspath(image.path.absolute()),
@@ -239,18 +259,23 @@ def _result(name: str, image: ImageFile, times: TimeToRunning, status: Status | 
         bytes_read=0,
         service_us=0.0,
         longest_us=0.0,
+        service_times=Latency.of([], 0.0),
     )
-    return _updated(result, status) if status is not None else result
 
 
-def _updated(result: RestoreResult, status: Status) -> RestoreResult:
+def _updated(before: RestoreResult, status: Status) -> RestoreResult:
+    """What there was before a pager began, and what it has done."""
+    faults = before.faults + status.faults
+    longest = max(before.longest_us, status.longest * 1e6)
+    bins = [one + other for one, other in zip_longest(before.service_times.bins, status.histogram, fillvalue=0)]
     return msgspec.structs.replace(
-        result,
+        before,
         deferred=status.deferred,
-        faults=status.faults,
-        missed=status.missed,
-        prefetched=status.prefetched,
-        bytes_read=status.bytes_read,
-        service_us=status.service / max(status.faults, 1) * 1e6,
-        longest_us=status.longest * 1e6,
+        faults=faults,
+        missed=before.missed + status.missed,
+        prefetched=before.prefetched + status.prefetched,
+        bytes_read=before.bytes_read + status.bytes_read,
+        service_us=(before.service_us * before.faults + status.service * 1e6) / max(faults, 1),
+        longest_us=longest,
+        service_times=Latency.of(bins, longest),
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.events import Event
+from pageferry.events import Event, Latency
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
@@ -24,8 +24,20 @@ class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
 
     deferred: int
     faults: int
+    missed: int
+    """Faults to pages whose contents were still to come."""
+    prefetched: int
+    """Pages that were read before they were asked for."""
+    bytes_read: int
     failures: list[str]
     """Pages that cannot be had, and why."""
+
+
+class TouchedEvent(Event, frozen=True, kw_only=True, tag="touched"):
+    """What the guest has missed since the last of these."""
+
+    windows: list[int]
+    """Windows of 16 pages, counted over all regions, in the order of their first fault."""
 
 
 class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -67,3 +79,4 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     service_us: float
     """Mean time of the service of a fault, microseconds."""
     longest_us: float
+    service_times: Latency

@@ -309,6 +309,7 @@ class Destination:
                     large_pages=sum(map(sum, large)),
                     fallbacks=self.placer.fallbacks,
                     populated=self._populated(),
+                    units=[messages.pack_units(units) for units in large],
                 )
             )
             await self.channel.receive(messages.Done)

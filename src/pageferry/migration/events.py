@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import msgspec
 
@@ -10,6 +11,10 @@ from pageferry.events import Event
 
 Mode = Literal["precopy"]
 Status = Literal["completed", "failed", "cancelled"]
+
+
+MAX_CELLS = 1024
+"""Of a map of large pages."""
 
 
 class SetupEvent(Event, frozen=True, kw_only=True, tag="setup"):
@@ -22,6 +27,32 @@ class SetupEvent(Event, frozen=True, kw_only=True, tag="setup"):
     """Bytes of them that are in memory."""
     large_pages: int
     install_ms: float
+
+
+class LargeMap(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Where in a region large pages are: a line of cells, at most 1024 of them."""
+
+    region: str
+    length: int
+    per_cell: int
+    """Units of 2 MiB that a cell stands for; the last one may stand for fewer."""
+    cells: list[int]
+    """Large pages in each."""
+
+    @classmethod
+    def of(cls, region: str, length: int, units: Sequence[bool]) -> Self:
+        """From which units are large."""
+        per_cell = max(-(-len(units) // MAX_CELLS), 1)
+        cells = [sum(units[start : start + per_cell]) for start in range(0, len(units), per_cell)]
+        return cls(region=region, length=length, per_cell=per_cell, cells=cells)
+
+
+class LargePagesEvent(Event, frozen=True, kw_only=True, tag="large-page-map"):
+    """Where the workload's memory stands on large pages."""
+
+    side: Literal["source", "destination"]
+    """`source`: when the migration begins; `destination`: a second after it has ended."""
+    regions: list[LargeMap]
 
 
 class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):

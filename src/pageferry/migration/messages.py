@@ -177,6 +177,8 @@ class Report(Message, frozen=True):
     large_pages: Count
     fallbacks: Count
     populated: Populated
+    units: list[bytes]
+    """Which units of each region stand on large pages there, as in `LargePages`."""
 
 
 class Done(Message, frozen=True):

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Sequence
 from hashlib import blake2b
 from logging import getLogger
+from typing import Literal
 
 from pageferry._engine import BlockSender, PageSet, Trace
 from pageferry.errors import (
@@ -84,6 +86,7 @@ class Source:
             raise
         # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
         await to_the_end(self._retire())
+        self._tell_report()
         return self._result(running)
 
     # -- set-up
@@ -147,6 +150,7 @@ class Source:
                 install_ms=_ms(self.install_seconds),
             )
         )
+        self._tell_large_pages("source", self.large)
 
     # -- copying while the workload runs
 
@@ -401,6 +405,24 @@ class Source:
                 dirty_rate=round(remaining / seconds),
             )
         )
+
+    def _tell_report(self) -> None:
+        """What the destination has found; maps that are not of our regions are left out."""
+        if self.report is None or len(self.report.units) != len(self.memory.regions):
+            return
+        with contextlib.suppress(ValueError):
+            units = [
+                messages.unpack_units(packed, len(ours))
+                for packed, ours in zip(self.report.units, self.large, strict=True)
+            ]
+            self._tell_large_pages("destination", units)
+
+    def _tell_large_pages(self, side: Literal["source", "destination"], units: Sequence[list[bool]]) -> None:
+        maps = [
+            events.LargeMap.of(region.name, region.length, large)
+            for region, large in zip(self.memory.regions, units, strict=True)
+        ]
+        self.listener(events.LargePagesEvent(side=side, regions=maps))
 
     def _result(self, running: messages.Running) -> events.MigrationResult:
         times, ready, report = self.times.milliseconds, self.ready, self.report

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.migration.events import MigrationResult, ProgressEvent, RoundEvent, SetupEvent
+from pageferry.migration.events import LargePagesEvent, MigrationResult, ProgressEvent, RoundEvent, SetupEvent
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
 
@@ -35,7 +35,7 @@ class MigrationView(PlainView):
                     f"round {event.round}: {event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
                     f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, {size(event.remaining)} left"
                 )
-            case ProgressEvent():
+            case ProgressEvent() | LargePagesEvent():
                 return None
             case _:
                 return super().line(event)

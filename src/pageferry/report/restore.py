@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent
+from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, size
 
@@ -33,6 +33,8 @@ class RestoreView(PlainView):
                 new = [failure for failure in event.failures if failure not in self._told]
                 self._told.update(new)
                 return "\n".join(f"warning: {failure}" for failure in new) or None
+            case TouchedEvent():
+                return None
             case _:
                 return super().line(event)
 
@@ -67,7 +69,11 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
         f"state {_ms(parts.device_state)}, resume {_ms(parts.resume)}; QEMU's start {_ms(parts.qemu_start)}"
     )
     state = f"{size(result.deferred)} to come" if result.status == "active" else "all memory is there"
-    faults = f"{result.faults}, {result.missed} of them to missing pages; {result.service_us:.0f} us each"
+    times = result.service_times
+    faults = (
+        f"{result.faults}, {result.missed} of them to missing pages; {result.service_us:.0f} us each, "
+        f"99 of 100 within {duration(times.p99_us / 1e6)}, the longest {duration(times.longest_us / 1e6)}"
+    )
     return [
         ("restore", f"{result.workload} runs, {state}"),
         ("time to running", ran),

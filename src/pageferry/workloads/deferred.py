@@ -36,6 +36,10 @@ _HANDOVER = 1.0
 """Seconds within which one pager goes on for another."""
 
 
+MOST_TOUCHED = 16384
+"""Windows in one answer."""
+
+
 class SegmentRecord(msgspec.Struct, frozen=True):
     """As `workloads.base.Segment`."""
 
@@ -70,9 +74,10 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """A question to a pager. `ensure` is answered when the pages are there, `settle` when nothing traps any more."""
 
-    what: Literal["status", "ensure", "settle", "stop"]
+    what: Literal["status", "touched", "ensure", "settle", "stop"]
     region: int = 0
     first: int = 0
+    """Page of the region; of `touched`, the number of windows that are known already."""
     count: int = 0
     """Pages of the region."""
 
@@ -95,10 +100,14 @@ class Status(Event, frozen=True, kw_only=True, tag="pager"):
     service: float
     """Seconds spent on all faults together."""
     longest: float
+    histogram: list[int]
+    """Faults by time of service: number k of those that took less than 2^k us, and 2^(k-1) us or more."""
     failures: list[str]
     """Pages that cannot be had: what is wrong, and where."""
     accessed: int
     """How many of these the workload waits for."""
+    touched: list[int] = msgspec.field(default_factory=list)
+    """The answer to `touched`: further windows of 16 pages in the order of their first fault."""
     error: str | None = None
     """Why what was asked for could not be done."""
 

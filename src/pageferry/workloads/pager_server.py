@@ -13,7 +13,7 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.deferred import Ask, Status
+from pageferry.workloads.deferred import MOST_TOUCHED, Ask, Status
 
 Failure = tuple[int, int, bool, str]
 """As in `Pager.failures`."""
@@ -46,7 +46,7 @@ class PagerServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def status(self, error: str | None = None) -> Status:
+    def status(self, error: str | None = None, touched: Sequence[int] = ()) -> Status:
         """How far it is."""
         pager = self.pager
         faults, missed, loaded, prefetched, bytes_read, service, longest = pager.counters
@@ -63,8 +63,10 @@ class PagerServer:
             bytes_read=bytes_read,
             service=service,
             longest=longest,
+            histogram=pager.histogram,
             failures=[self.describe(failure) for failure in failures],
             accessed=sum(accessed for _, _, accessed, _ in failures),
+            touched=list(touched),
             error=error,
         )
 
@@ -103,6 +105,8 @@ class PagerServer:
                     self.pager.ensure(number, 0, length // SMALL_PAGE)
                 while not self.pager.wait(1.0, len(self.pager.failures)):
                     pass
+            case "touched":
+                return self.status(touched=self.pager.touched[question.first :][:MOST_TOUCHED])
             case "stop":
                 self.asked_to_stop.set()
             case "status":

@@ -38,8 +38,7 @@ pub fn serve(shared: &Shared, inbox: &Inbox) {
         let rest = answer(shared, inbox, address, &mut scratch);
         shared.demanding.fetch_sub(1, Ordering::AcqRel);
         let nanoseconds = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        shared.memory.counters.service.fetch_add(nanoseconds, Ordering::Relaxed);
-        shared.memory.counters.longest.fetch_max(nanoseconds, Ordering::Relaxed);
+        shared.memory.counters.served(nanoseconds);
         if let Some(fetched) = rest {
             shared.ask(fetched);
         }

@@ -98,6 +98,18 @@ pub struct Counters {
     pub service: AtomicU64,
     /// Nanoseconds of service of the longest.
     pub longest: AtomicU64,
+    /// Faults by time of service: number `k` is of those that took less than 2^k us, and 2^(k-1) us or more.
+    pub histogram: [AtomicU64; 32],
+}
+
+impl Counters {
+    /// Takes in the service of a fault.
+    pub fn served(&self, nanoseconds: u64) {
+        self.service.fetch_add(nanoseconds, Ordering::Relaxed);
+        self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
+        let bin = (u64::BITS - (nanoseconds / 1000).leading_zeros()) as usize;
+        self.histogram[bin.min(self.histogram.len() - 1)].fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Memory that contents come to.

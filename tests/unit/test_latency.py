@@ -1,0 +1,33 @@
+"""Percentiles of histograms against those of the values themselves."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pageferry.events import Latency, percentile
+
+
+def binned(values: list[int]) -> list[int]:
+    bins = [0] * 32
+    for value in values:
+        bins[min(value.bit_length(), 31)] += 1
+    return bins
+
+
+@given(st.lists(st.integers(0, 1 << 30), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_percentile_is_at_least_the_true_one_and_less_than_twice_as_much(values: list[int], part: float) -> None:
+    true = sorted(values)[math.ceil(part * len(values)) - 1]
+    found = percentile(binned(values), part, max(values))
+    assert true <= found <= max(2 * true, 1)
+
+
+def test_nothing_took_no_time() -> None:
+    empty = Latency.of([0] * 32, 0.0)
+    assert (empty.bins, empty.p50_us, empty.p99_us, empty.longest_us) == ([], 0.0, 0.0, 0.0)
+
+
+def test_empty_bins_at_the_end_are_left_out() -> None:
+    assert Latency.of([0, 3, 0, 1, 0, 0], 5.5).bins == [0, 3, 0, 1]
