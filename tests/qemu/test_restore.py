@@ -15,9 +15,10 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.restore import restore_guest, take_over
-from pageferry.checkpoints.restore_events import RestoreResult
+from pageferry.checkpoints.restore import completed, restore_guest, take_over
+from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, TouchedEvent
 from pageferry.errors import RestoreError, UsageError
+from pageferry.events import Event
 from pageferry.host import proc, processes
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
@@ -145,6 +146,26 @@ def _traps_of(pid: int) -> list[str]:
     left += [line for line in lines if line.startswith("VmFlags") and {"um", "ui"} & set(line.split())]
     large = max(int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
     return left + ([f"only {large} KiB are mapped as large pages"] if large < 65536 else [])
+
+
+def test_it_tells_how_it_goes(guest: Make, image: Path) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        begun = await restored.start(image)
+        told: list[Event] = []
+        result = await completed(restored.folder, begun, told.append)
+        assert result.status == "completed"
+        assert result.missed >= begun.missed > 0
+        assert 0 < sum(result.service_times.bins) <= result.faults
+        assert 0 < result.service_times.p50_us <= result.service_times.p99_us <= result.longest_us
+        left = [event.deferred for event in told if isinstance(event, ProgressEvent)]
+        assert left == sorted(left, reverse=True)
+        touched = [window for event in told if isinstance(event, TouchedEvent) for window in event.windows]
+        assert 0 < len(set(touched)) <= result.missed
+        assert max(touched) < result.memory // (16 * 4096)
+        await restored.end()
+
+    asyncio.run(run())
 
 
 def test_a_killed_pager_is_taken_over(guest: Make, image: Path) -> None:

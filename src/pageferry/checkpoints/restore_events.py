@@ -37,7 +37,7 @@ class TouchedEvent(Event, frozen=True, kw_only=True, tag="touched"):
     """What the guest has missed since the last of these."""
 
     windows: list[int]
-    """Windows of 16 pages, counted over all regions, in the order of their first fault."""
+    """Windows of 16 pages, counted over all regions, in the order of their faults; one may come again."""
 
 
 class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
