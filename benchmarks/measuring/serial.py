@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 import selectors
@@ -47,6 +48,19 @@ class SerialLines:
         ticks = list(self.ticks)
         before = max((writes for at, writes in ticks if at <= start), default=0)
         return next((at - start for at, writes in ticks if at > start and writes >= before + count), None)
+
+    def rate(self, start: float, end: float) -> float:
+        """Pages written per second between two instants."""
+        return (self._written(end) - self._written(start)) / (end - start)
+
+    def _written(self, at: float) -> float:
+        """Pages written until an instant, as a straight line between the ticks around it."""
+        ticks = list(self.ticks)
+        late = bisect.bisect_left(ticks, (at, 0))
+        if not 0 < late < len(ticks):
+            return float(ticks[min(late, len(ticks) - 1)][1])
+        (before, first), (after, last) = ticks[late - 1], ticks[late]
+        return first + (last - first) * (at - before) / (after - before)
 
     def _listen(self, listener: socket.socket) -> None:
         while True:

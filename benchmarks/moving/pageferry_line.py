@@ -46,11 +46,11 @@ class PageferryLine(Line):
     """A guest managed by pageferry. Options of a move: words for `pageferry migrate`, under `words`."""
 
     def start(self) -> None:
-        if pageferry("run", self._name(0), "--detach", "--", *self.command(0)).wait():
+        if pageferry("run", self.name(0), "--detach", "--", *self.command(0)).wait():
             raise RuntimeError("pageferry run failed")
 
     def prepare(self, number: int, options: dict[str, Any]) -> None:
-        words = ("receive", self._name(number), "--detach", "--output", "json", "--", *self.command(number))
+        words = ("receive", self.name(number), "--detach", "--output", "json", "--", *self.command(number))
         self._receiver = pageferry(*words)
         self._address = expect(self._receiver, "listening")["address"]
 
@@ -58,7 +58,7 @@ class PageferryLine(Line):
         self._receiver_cpu = cpu_seconds(self._receiver.pid) or 0.0
 
     def begin(self, source: Running, options: dict[str, Any]) -> None:
-        words = ("migrate", self._name(self.hops - 1), self._address, "--output", "json", *options.get("words", ()))
+        words = ("migrate", self.name(self.hops - 1), self._address, "--output", "json", *options.get("words", ()))
         self._sender = pageferry(*words)
 
     def finish(self, source: Running, destination: Running) -> dict[str, Any]:
@@ -79,8 +79,9 @@ class PageferryLine(Line):
         }
 
     def end(self) -> None:
-        for name in (self._name(self.hops), self._name(self.hops - 1)):
+        for name in (self.name(self.hops), self.name(self.hops - 1)):
             subprocess.run([str(PAGEFERRY), "stop", name], check=False, capture_output=True)
 
-    def _name(self, number: int) -> str:
+    def name(self, number: int) -> str:
+        """Of the guest, in the QEMU of that number."""
         return f"{self.stem}-{number}"

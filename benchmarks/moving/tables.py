@@ -1,17 +1,12 @@
-"""Tables in Markdown, from the raw results."""
+"""The tables of the migration benchmark, from the raw results."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.measuring.statistics import spread, values
-from benchmarks.moving.targets import Results, Target
-
-Run = dict[str, Any]
-Column = tuple[str, str, int, float]
-"""Heading, key, digits after the point, unit by which values are divided."""
+from benchmarks.measuring.tables import Column, Run, Target, table, verdict
+from benchmarks.moving.targets import Results
 
 GUEST: tuple[Column, ...] = (
     ("total ms", "total-ms", 0, 1),
@@ -56,46 +51,20 @@ def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -
         "<!-- Written by benchmarks/migrate.py. -->",
         f"Median (least–most). {machine}.",
         "### Targets",
-        _verdict(targets),
+        verdict(targets),
         "### One guest of 1 GiB, 200 MiB of it in use",
-        _table([run for run in results["guests"] if run["alive"]], ("load", "line", "method"), GUEST),
+        table([run for run in results["guests"] if run["alive"]], ("load", "line", "method"), GUEST),
         "### An incompressible arena and iperf3",
-        _table([run | {"what": "1 GiB, one stream"} for run in results["throughput"]], ("what",), THROUGHPUT),
+        table([run | {"what": "1 GiB, one stream"} for run in results["throughput"]], ("what",), THROUGHPUT),
         "### Page tables and large pages: the guest",
-        _table([_populated(run) for run in results["populate"]], ("populate", "large-pages-option"), GUEST_POPULATE),
+        table([_populated(run) for run in results["populate"]], ("populate", "large-pages-option"), GUEST_POPULATE),
         "### Page tables and large pages: the built-in workload",
-        _table([_populated(run) for run in results["ledger"]], ("populate", "large-pages-option"), LEDGER_POPULATE),
+        table([_populated(run) for run in results["ledger"]], ("populate", "large-pages-option"), LEDGER_POPULATE),
         "### Write traces",
-        _table(results["stalls"], ("pattern", "granularity"), STALLS),
+        table(results["stalls"], ("pattern", "granularity"), STALLS),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _populated(run: Run) -> Run:
     return run | {"work-ms": run["populated"]["work-ms"], "populate-ms": run["downtime-parts"]["populate"]}
-
-
-def _verdict(targets: Sequence[Target]) -> str:
-    rows = [(target.what, target.wanted, target.found, "pass" if target.reached else "**fail**") for target in targets]
-    return _rows(("what", "wanted", "found", ""), rows)
-
-
-def _table(runs: list[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:
-    def names(run: Run) -> tuple[str, ...]:
-        return tuple(str(run[key]) for key in by)
-
-    order = list(dict.fromkeys(map(names, runs)))
-    groups = {name: list(group) for name, group in itertools.groupby(sorted(runs, key=names), names)}
-    rows = [(*name, *(_cell(groups[name], column) for column in columns)) for name in order]
-    return _rows((*by, *(heading for heading, *_ in columns)), rows)
-
-
-def _cell(runs: list[Run], column: Column) -> str:
-    _, key, digits, unit = column
-    return spread([value / unit for value in values(runs, key)], digits)
-
-
-def _rows(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    headings = list(headings)
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

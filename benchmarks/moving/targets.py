@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.tables import Target
 
 Results = dict[str, list[dict[str, Any]]]
 PEERS = ("precopy", "multifd")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One line of the verdict."""
-
-    what: str
-    wanted: str
-    found: str
-    reached: bool
 
 
 def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ...]) -> tuple[float, str]:

@@ -25,6 +25,8 @@ class Monitor:
                 time.sleep(0.01)
         self._rest = b""
         self._events: list[dict[str, Any]] = []
+        self.history: list[tuple[str, float]] = []
+        """Every event so far and when it happened, seconds since 1970; `wait` takes none of them away."""
         self._next(deadline)
         self.execute("qmp_capabilities")
 
@@ -46,7 +48,7 @@ class Monitor:
         while True:
             said = self._events.pop(0) if self._events else self._next(deadline)
             if said.get("event") == event and data.items() <= said.get("data", {}).items():
-                return float(said["timestamp"]["seconds"]) + float(said["timestamp"]["microseconds"]) / 1e6
+                return _time(said)
 
     def threads(self) -> list[int]:
         """The vCPUs' threads."""
@@ -70,4 +72,10 @@ class Monitor:
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         said: dict[str, Any] = json.loads(line)
+        if "event" in said:
+            self.history.append((said["event"], _time(said)))
         return said
+
+
+def _time(event: dict[str, Any]) -> float:
+    return float(event["timestamp"]["seconds"]) + float(event["timestamp"]["microseconds"]) / 1e6

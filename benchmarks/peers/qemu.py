@@ -41,13 +41,13 @@ class QemuLine(Line):
         self._launch(number, ("-incoming", "defer"))
 
     def accept(self, destination: Running) -> None:
-        self._configure(destination)
+        self.set_up(destination, {"multifd": self.multifd})
         destination.monitor.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
         (listening,) = destination.monitor.execute("query-migrate")["socket-address"]
         self._address = f"tcp:127.0.0.1:{listening['port']}"
 
     def begin(self, source: Running, options: dict[str, Any]) -> None:
-        self._configure(source)
+        self.set_up(source, {"multifd": self.multifd})
         source.monitor.execute("migrate", uri=self._address)
 
     def finish(self, source: Running, destination: Running) -> dict[str, Any]:
@@ -76,9 +76,9 @@ class QemuLine(Line):
             for descriptor in inherited:
                 os.close(descriptor)
 
-    def _configure(self, running: Running) -> None:
-        states = {"events": True, "multifd": self.multifd}
-        items = [{"capability": name, "state": state} for name, state in states.items()]
+    def set_up(self, running: Running, capabilities: dict[str, bool]) -> None:
+        """Capabilities and parameters of its next migration."""
+        items = [{"capability": name, "state": state} for name, state in {"events": True, **capabilities}.items()]
         running.monitor.execute("migrate-set-capabilities", capabilities=items)
         running.monitor.execute(
             "migrate-set-parameters",

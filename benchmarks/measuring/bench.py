@@ -1,0 +1,98 @@
+"""What a benchmark command does: ask its questions in turn, write the answers down, judge them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measuring import machine, tables
+from benchmarks.measuring.tables import Run, Target
+
+Results = dict[str, list[Run]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How to measure."""
+
+    folder: Path
+    """Of sockets, and of images: in memory, so that no disk is measured."""
+    repetitions: int
+    quick: bool
+    """Small, and once: to see that all of it works. The figures mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One command."""
+
+    name: str
+    questions: Mapping[str, Callable[[Setting], list[Run]]]
+    """In this order; `--only` chooses."""
+    judge: Callable[[Results], list[Target]]
+    tables: Callable[[Results], list[str]]
+    """Headings and tables, in turn."""
+
+    def main(self) -> int:
+        """Measure what the command line says. The exit code is 0 unless something did not work.
+
+        Only a whole run at full size is written to benchmarks/results; others are printed as JSON.
+        """
+        args = self._arguments()
+        chosen = args.only or list(self.questions)
+        began = time.monotonic()
+        results = self._measure(chosen, args)
+        if args.quick or args.only:
+            print(json.dumps(results, indent=1))
+            return 0
+        about = machine.about() | {"repetitions": args.repetitions, "seconds": round(time.monotonic() - began)}
+        self._write(about, results)
+        return 0
+
+    def _arguments(self) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(description=f"pageferry {self.name}, side by side with its peers.")
+        parser.add_argument("--repetitions", type=int, default=3, help="of everything (%(default)s)")
+        parser.add_argument("--quick", action="store_true", help="small and once, to try it out; print the figures")
+        parser.add_argument("--only", choices=self.questions, action="append", help="measure and print one part")
+        parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where images are put (%(default)s)")
+        return parser.parse_args()
+
+    def _measure(self, chosen: list[str], args: argparse.Namespace) -> Results:
+        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
+        os.environ["PAGEFERRY_RUN_DIR"] = str(folder / "run")
+        setting = Setting(folder, 1 if args.quick else args.repetitions, args.quick)
+        results: Results = {}
+        try:
+            for name in chosen:
+                print(f"{name}...", file=sys.stderr, flush=True)
+                results[name] = self.questions[name](setting)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return results
+
+    def _write(self, about: dict[str, object], results: Results) -> None:
+        targets = self.judge(results)
+        described = ", ".join(f"{key}: {value}" for key, value in about.items())
+        parts = [
+            f"<!-- Written by benchmarks/{self.name}.py. -->",
+            f"Median (least–most). {described}.",
+            "### Targets",
+            tables.verdict(targets),
+            *self.tables(results),
+        ]
+        text = "\n\n".join(parts) + "\n"
+        machine.RESULTS.mkdir(exist_ok=True)
+        raw = json.dumps({"about": about, "runs": results}, indent=1)
+        (machine.RESULTS / f"{self.name}.json").write_text(raw + "\n")
+        (machine.RESULTS / f"{self.name}.md").write_text(text)
+        print(text)
+        for target in targets:
+            print(target)

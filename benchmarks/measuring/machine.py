@@ -1,0 +1,42 @@
+"""What a benchmark needs of the machine, and what it says about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+KERNEL = ROOT / ".cache" / "guest" / "vmlinuz"
+QEMU = ROOT / ".cache" / "qemu-10" / "bin" / "qemu-system-x86_64"
+CHECKER = ROOT / ".cache" / "guest" / "checker"
+
+
+def require(target: str, *programs: str) -> None:
+    """End with words about what is missing."""
+    missing = [str(path) for path in (KERNEL, QEMU) if not path.exists()]
+    missing += [program for program in programs if shutil.which(program) is None]
+    if missing or os.geteuid() != 0:
+        what = ", ".join(missing) or "what `make system` installs"
+        sys.exit(f"{target} needs {what}, and root: run `make system` as root, then this")
+
+
+def about() -> dict[str, str]:
+    """The machine, and the versions of what is compared."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpus = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
+    qemu = subprocess.run([QEMU, "--version"], check=True, capture_output=True, text=True).stdout
+    version = re.search(r"version (\S+)", qemu)
+    return {
+        "CPU": f"{os.cpu_count()} x {next(cpus, platform.machine())}",
+        "memory": f"{memory:.0f} GiB",
+        "kernel": platform.release(),
+        "QEMU": version[1] if version else qemu.strip(),
+        "Python": platform.python_version(),
+    }

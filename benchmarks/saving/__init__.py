@@ -1,0 +1,1 @@
+"""The parts of the checkpoint benchmark, one module per question."""

@@ -1,0 +1,79 @@
+"""The tables of the checkpoint benchmark, and what a checkpoint is to reach."""
+
+from __future__ import annotations
+
+from benchmarks.measuring.bench import Results
+from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.tables import Column, Run, Target, at_least, at_most, table
+
+PAUSE: tuple[Column, ...] = (("pause ms", "own-pause-ms", 1, 1), ("of it device state ms", "device-state-ms", 1, 1))
+SAVED: tuple[Column, ...] = (
+    ("total ms", "total-ms", 0, 1),
+    ("slowdown %", "slowdown-percent", 1, 1),
+    ("image MiB", "bytes", 0, 1 << 20),
+    ("writes", "writes", 0, 1),
+    ("mean write KiB", "mean-write", 0, 1 << 10),
+)
+TRAPS: tuple[Column, ...] = (("traps", "traps", 0, 1), ("mean trap us", "trap-us", 0, 1))
+GUEST = (("STOP to RESUME ms", "pause-ms", 1, 1), *PAUSE, *SAVED, *TRAPS)
+LEDGER = (*PAUSE, *SAVED, *TRAPS, ("longest write us", "longest-write-us", 0, 1))
+CODECS = (
+    ("saved MiB/s", "saved-mib-s", 0, 1),
+    ("codec alone MiB/s", "codec-mib-s", 0, 1),
+    ("ratio", "of-codec", 2, 1),
+    ("compression", "compression", 2, 1),
+)
+BY_SIZE = (("pause ms per GiB", "pause-ms-per-gib", 2, 1), *PAUSE, ("protecting before ms", "arm-ms", 1, 1))
+CHAIN = (("total ms", "total-ms", 0, 1), ("image MiB", "bytes", 1, 1 << 20), *PAUSE)
+
+
+def render(results: Results) -> list[str]:
+    """Everything."""
+    return [
+        "### One guest of 1 GiB, all of it touched",
+        table(results["guests"], ("load", "line", "method"), GUEST),
+        "### The built-in workload, 1 GiB",
+        table(results["ledger"], ("load", "method"), LEDGER),
+        "### Saved, and the codec by itself",
+        table(results["codecs"], ("codec",), CODECS),
+        "### The pause of an arena",
+        table(results["pause"], ("GiB",), BY_SIZE),
+        "### A second checkpoint, few changes later",
+        table(results["increments"], ("checkpoint",), CHAIN),
+    ]
+
+
+def judge(results: Results) -> list[Target]:
+    """All targets, in the order in which they are to be read."""
+    lazy = _of(results["guests"], load="20 MiB/s", line="pageferry", method="lazy")
+    ledger = _of(results["ledger"], load="20 MiB/s", method="lazy")
+    first = _of(results["increments"], checkpoint="first")
+    second = _of(results["increments"], checkpoint="second, with parent")
+    return [
+        at_most("pause of a 1 GiB guest, device state apart", _median(lazy, "beside-state-ms"), 5, "ms"),
+        at_most("pause of an arena, per GiB", _median(results["pause"], "pause-ms-per-gib"), 2, "ms", 2),
+        at_most("slowdown of a guest that writes 20 MiB/s", _median(lazy, "slowdown-percent"), 20, "%"),
+        at_most("slowdown of the built-in workload at 20 MiB/s", _median(ledger, "slowdown-percent"), 20, "%"),
+        at_least("mean write, guest", _median(lazy, "mean-write") / 1024, 256, "KiB", 0),
+        at_least("mean write, built-in workload", _median(ledger, "mean-write") / 1024, 256, "KiB", 0),
+        Target(
+            "writes, guest",
+            f"fewer than one per page ({_median(lazy, 'data-pages'):,.0f})",
+            f"{_median(lazy, 'writes'):,.0f}",
+            _median(lazy, "writes") < _median(lazy, "data-pages"),
+        ),
+        Target(
+            "second checkpoint of a chain",
+            f"smaller than the first ({_median(first, 'bytes') / 2**20:.0f} MiB)",
+            f"{_median(second, 'bytes') / 2**20:.1f} MiB",
+            _median(second, "bytes") < _median(first, "bytes"),
+        ),
+    ]
+
+
+def _of(runs: list[Run], **wanted: str) -> list[Run]:
+    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+
+
+def _median(runs: list[Run], key: str) -> float:
+    return median(values(runs, key))
