@@ -53,6 +53,11 @@ class PageSet:
         """How many pages of each 2 MiB unit are in the set."""
     def runs(self) -> list[tuple[int, int]]:
         """Consecutive pages in the set, as (start, end)."""
+    def pack(self) -> bytes:
+        """The set as bytes: its bitmap, compressed."""
+    @staticmethod
+    def unpack(data: bytes, pages: int) -> PageSet:
+        """The set over a region of `pages` pages that was packed. ValueError: it is none. Allocates one bitmap."""
     def copy(self) -> PageSet: ...
 
 @final
@@ -135,7 +140,11 @@ class Pager:
     asks for; `eager`: at full speed. `fatal`: an access to a page that cannot be had ends in SIGBUS; else it waits.
 
     The files must be all holes, or mapped by nobody but us and `segments`: whatever they hold is thrown away, unless
-    `taken_over`. Dropping it leaves the workload waiting at the next page that is missing.
+    `taken_over`, or `kept`: then the caller has set the flags of the pages that are still to come (bit n of the file,
+    little-endian, for page n of all regions), and all others are in the files. Where a page to come is mapped it is
+    unmapped; OSError where a workload that runs maps it again and again.
+
+    Dropping it leaves the workload waiting at the next page that is missing.
     """
 
     def __new__(
@@ -150,6 +159,7 @@ class Pager:
         background: bool = True,
         eager: bool = False,
         taken_over: bool = False,
+        kept: bool = False,
         fatal: bool = False,
     ) -> Pager: ...
     @staticmethod
@@ -157,6 +167,8 @@ class Pager:
     @property
     def pending(self) -> int:
         """Pages whose contents are still to come."""
+    def missing(self, region: int) -> PageSet:
+        """Those of a region."""
     @property
     def finished(self) -> bool:
         """Everything is in memory, and nothing traps any more."""

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry_engine::mapping::{self, duplicate};
-use pageferry_engine::pager::{self, LoadError, PagerError, Plan};
+use pageferry_engine::pager::{self, Begin, LoadError, PagerError, Plan};
 use pageferry_engine::placer::Target;
 use pageferry_engine::uapi::Userfault;
 use pyo3::exceptions::{PyKeyError, PyOSError, PyValueError};
@@ -14,12 +14,15 @@ use std::os::fd::AsFd;
 use crate::errors;
 use crate::image::{ImageChain, image_error};
 use crate::mapping::Mapping;
+use crate::pages::PageSet;
 use crate::space::{SegmentTuple, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
     match error {
         PagerError::Io(error) => errors::kernel(error),
         PagerError::Image(error) => image_error(error),
+        PagerError::Mapped(error) => errors::adopt(error),
+        PagerError::Running => PyOSError::new_err(error.to_string()),
         PagerError::Regions { .. } => PyValueError::new_err(error.to_string()),
     }
 }
@@ -43,7 +46,7 @@ pub struct Pager {
 impl Pager {
     #[new]
     #[pyo3(signature = (chain, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
-                        eager = false, taken_over = false, fatal = false))]
+                        eager = false, taken_over = false, kept = false, fatal = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
         py: Python<'_>,
@@ -56,6 +59,7 @@ impl Pager {
         background: bool,
         eager: bool,
         taken_over: bool,
+        kept: bool,
         fatal: bool,
     ) -> PyResult<Self> {
         let mut known = HashMap::new();
@@ -79,7 +83,12 @@ impl Pager {
         let file = duplicate(flags).map_err(errors::kernel)?;
         let flags = mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0).map_err(errors::kernel)?;
         let chain = chain.inner.clone();
-        let plan = Plan { chain, targets, watched, flags, taken_over, working_set, background, eager, fatal };
+        let begin = match (taken_over, kept) {
+            (true, _) => Begin::TakenOver,
+            (false, true) => Begin::Kept,
+            (false, false) => Begin::Empty,
+        };
+        let plan = Plan { chain, targets, watched, flags, begin, working_set, background, eager, fatal };
         let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;
         Ok(Self { inner })
     }
@@ -92,6 +101,11 @@ impl Pager {
     #[getter]
     fn pending(&self) -> usize {
         self.inner.pending()
+    }
+
+    fn missing(&self, region: usize) -> PyResult<PageSet> {
+        let inner = self.inner.missing(region);
+        Ok(PageSet { inner: inner.ok_or_else(|| PyValueError::new_err(format!("region {region}")))? })
     }
 
     #[getter]

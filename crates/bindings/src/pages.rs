@@ -1,6 +1,7 @@
 use pageferry_engine::pages;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 #[pyclass(module = "pageferry._engine")]
 #[derive(Clone)]
@@ -77,6 +78,16 @@ impl PageSet {
 
     fn runs(&self) -> Vec<(usize, usize)> {
         self.inner.runs().collect()
+    }
+
+    fn pack<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.inner.pack())
+    }
+
+    #[staticmethod]
+    fn unpack(data: &[u8], pages: usize) -> PyResult<Self> {
+        let inner = pages::PageSet::unpack(data, pages).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Self { inner })
     }
 
     fn copy(&self) -> Self {

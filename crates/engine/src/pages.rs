@@ -1,6 +1,29 @@
 //! Sets of small pages of one region: what a trace finds, what a round sends, what has been received.
 
+use thiserror::Error;
+
 use crate::SLOTS;
+
+/// Why bytes are no set of pages of a region.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum UnpackError {
+    /// The codec's words.
+    #[error("a set of pages that does not decompress: {0}")]
+    Decompress(String),
+    /// Of a larger or smaller region.
+    #[error("a set of pages of {found} bytes, expected {expected} for {pages} pages")]
+    Length {
+        /// Bytes of the bitmap found.
+        found: usize,
+        /// Bytes that it must have.
+        expected: usize,
+        /// Pages of the region.
+        pages: usize,
+    },
+    /// Pages that the region does not have.
+    #[error("a set with pages beyond the {0} of its region")]
+    Beyond(usize),
+}
 
 const BITS: usize = u64::BITS as usize;
 
@@ -37,6 +60,29 @@ impl PageSet {
     /// Takes `[start, end)` out.
     pub fn remove(&mut self, start: usize, end: usize) {
         self.each_word(start, end, |word, mask| *word &= !mask);
+    }
+
+    /// The set as bytes: its bitmap, little-endian, compressed.
+    pub fn pack(&self) -> Vec<u8> {
+        let bitmap: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        // It cannot fail: there is room for what does not become smaller.
+        zstd::bulk::compress(&bitmap, 1).unwrap_or_default()
+    }
+
+    /// The set over a region of `pages` pages that [`PageSet::pack`] made bytes of. Allocates a bitmap of the region,
+    /// whatever the bytes say.
+    pub fn unpack(bytes: &[u8], pages: usize) -> Result<Self, UnpackError> {
+        let expected = pages.div_ceil(BITS) * 8;
+        let mut bitmap = vec![0; expected];
+        let found = zstd::bulk::decompress_to_buffer(bytes, &mut bitmap)
+            .map_err(|error| UnpackError::Decompress(error.to_string()))?;
+        if found != expected {
+            return Err(UnpackError::Length { found, expected, pages });
+        }
+        let (words, _) = bitmap.as_chunks::<8>();
+        let set = Self { words: words.iter().map(|word| u64::from_le_bytes(*word)).collect(), pages };
+        let beyond = set.words.last().is_some_and(|last| last >> (pages % BITS) != 0 && !pages.is_multiple_of(BITS));
+        if beyond { Err(UnpackError::Beyond(pages)) } else { Ok(set) }
     }
 
     fn each_word(&mut self, start: usize, end: usize, mut change: impl FnMut(&mut u64, u64)) {
@@ -183,10 +229,25 @@ mod tests {
             prop_assert_eq!(set.count_in(3, 900), model.range(3..900).count());
             let units = set.unit_counts();
             prop_assert_eq!(units.iter().map(|&count| usize::from(count)).sum::<usize>(), model.len());
+            prop_assert_eq!(PageSet::unpack(&set.pack(), pages), Ok(set.clone()));
             set.expand_to_units();
             let expanded: BTreeSet<_> = model.iter().flat_map(|page| { let unit = page / SLOTS; unit * SLOTS..((unit + 1) * SLOTS).min(pages) }).collect();
             prop_assert_eq!(set.runs().flat_map(|(start, end)| start..end).collect::<BTreeSet<_>>(), expanded);
         }
+    }
+
+    #[test]
+    fn bytes_of_another_region_are_refused() {
+        let packed = PageSet::full(1000).pack();
+        assert_eq!(
+            PageSet::unpack(&packed, 960),
+            Err(UnpackError::Decompress("Destination buffer is too small".into()))
+        );
+        let (found, expected) = (128, 136);
+        assert_eq!(PageSet::unpack(&packed, 1025), Err(UnpackError::Length { found, expected, pages: 1025 }));
+        assert_eq!(PageSet::unpack(&packed, 999), Err(UnpackError::Beyond(999)));
+        assert!(matches!(PageSet::unpack(b"noise", 1000), Err(UnpackError::Decompress(_))));
+        assert!(matches!(PageSet::unpack(&packed[..packed.len() - 1], 1000), Err(UnpackError::Decompress(_))));
     }
 
     #[test]

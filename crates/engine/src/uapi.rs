@@ -165,6 +165,8 @@ pub const MADV_COLLAPSE: i32 = 25;
 pub const MADV_POPULATE_READ: i32 = 22;
 /// `madvise`: map and allocate, writing (Linux 5.14).
 pub const MADV_POPULATE_WRITE: i32 = 23;
+/// `madvise`: unmap, locked or not; shared memory keeps its contents (Linux 5.18).
+pub const MADV_DONTNEED_LOCKED: i32 = 24;
 
 const UFFDIO_API: u64 = ioc(READ | WRITE, UFFD, 0x3f, size_of::<UffdioApi>());
 const UFFDIO_REGISTER: u64 = ioc(READ | WRITE, UFFD, 0x00, size_of::<UffdioRegister>());

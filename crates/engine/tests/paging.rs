@@ -13,7 +13,7 @@ use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{FEATURES, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Pager, Plan, file_len};
 use pageferry_engine::placer::Target;
 use pageferry_engine::space::Space;
 use pageferry_engine::trace::Segment;
@@ -99,6 +99,10 @@ impl Scene {
     }
 
     fn pager(&self, taken_over: bool, background: bool) -> Pager {
+        self.begin(if taken_over { Begin::TakenOver } else { Begin::Empty }, background)
+    }
+
+    fn begin(&self, begin: Begin, background: bool) -> Pager {
         let len = PAGES * SMALL_PAGE;
         let segment = Segment {
             space: Self::space(),
@@ -113,7 +117,7 @@ impl Scene {
             targets: vec![Target { mapping: self.ours.clone(), page_size: SMALL_PAGE, large: Vec::new() }],
             watched: vec![(segment, uffd)],
             flags: Mapping::new(self.flags.as_fd(), file_len(PAGES), 0).expect("a mapping"),
-            taken_over,
+            begin,
             working_set: Vec::new(),
             background,
             eager: true,
@@ -220,6 +224,33 @@ fn writes_and_discards_of_others_hold_against_late_contents() {
         threads.into_iter().for_each(|thread| thread.join().expect("a thread"));
         assert!(pager.wait(Duration::from_secs(10), 0));
     });
+}
+
+/// Old contents of pages that are still to come are mapped when the pager begins, and are never seen again.
+#[test]
+fn what_is_not_flagged_is_kept_and_what_is_flagged_is_read() {
+    for background in [false, true] {
+        within_a_minute(move || {
+            let scene = Scene::new();
+            (0..PAGES).for_each(|page| scene.write(page, 9, page as u64));
+            let flagged = |page: usize| page % 3 == 1 && page % 8 != 7;
+            let flags = Mapping::new(scene.flags.as_fd(), file_len(PAGES), 0).expect("a mapping");
+            for page in (0..PAGES).filter(|&page| flagged(page)) {
+                // SAFETY: within the mapping, and nobody else looks at it yet.
+                unsafe { *flags.base().add(page / 8) |= 1 << (page % 8) };
+            }
+            let pager = scene.begin(Begin::Kept, background);
+            if !background {
+                let missing = pager.missing(0).expect("of the only region");
+                assert!((0..PAGES).all(|page| missing.contains(page) == flagged(page)));
+            }
+            for page in (0..PAGES).map(|number| number * 331 % PAGES) {
+                let right = if flagged(page) { expected(page, 9) } else { page as u64 };
+                assert_eq!(scene.read(page, 9), right, "page {page}");
+            }
+            assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
+        });
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapping::Mapping;
+use crate::pages::PageSet;
 
 /// Flags over all pages of all regions, in memory that another pager can take over: a mapping of a file.
 ///
@@ -74,6 +75,16 @@ impl Flags {
             at = (stop..end).find(|&page| !self.is_set(page)).unwrap_or(end);
         }
         runs
+    }
+
+    /// The pages of `[first, end)` that have the flag, as numbers from `first` on.
+    pub fn set_in(&self, first: usize, end: usize) -> PageSet {
+        let (mut set, mut at) = (PageSet::new(end - first), first);
+        while let Some(page) = self.next(at, end) {
+            set.insert(page - first, page - first + 1);
+            at = page + 1;
+        }
+        set
     }
 
     /// How many pages have the flag.

@@ -12,7 +12,7 @@
 //! piece as its contents come; when everything is there the registration goes, and large pages are mapped as such.
 //!
 //! The flags live in a file: a pager that dies leaves the workload waiting at the next missing page, and another one
-//! goes on from the flags (`Plan::taken_over`). No thread here takes a lock that a faulting thread can hold.
+//! goes on from the flags ([`Begin::TakenOver`]). No thread here takes a lock that a faulting thread can hold.
 
 mod background;
 mod blocks;
@@ -38,7 +38,9 @@ use memory::{Memory, Region, Scratch, Watched};
 use crate::block::Class;
 use crate::image::{Chain, ImageError, PageEntry};
 use crate::mapping::Mapping;
+use crate::pages::PageSet;
 use crate::placer::{Placer, Target};
+use crate::space::AdoptError;
 use crate::trace::Segment;
 use crate::uapi::{self, Userfault};
 use crate::{SLOTS, SMALL_PAGE};
@@ -49,6 +51,8 @@ const SERVERS: usize = 2;
 const MAX_REST: usize = 32;
 /// From so many pages on, whole storage blocks are brought.
 const MANY: usize = 1024;
+/// How often the mappings of pages to come are taken away from a workload that makes them again.
+const ATTEMPTS: usize = 4;
 /// Failures that are kept: more of them say nothing new.
 const MAX_FAILURES: usize = 64;
 
@@ -72,9 +76,26 @@ pub enum PagerError {
     /// The image is wrong.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Mappings of pages that are still to come could not be taken away.
+    #[error("pages that are still to come are mapped by the workload: {0}")]
+    Mapped(#[from] AdoptError),
+    /// The workload maps them again and again.
+    #[error("pages that are still to come are mapped by the workload again and again: it must be paused")]
+    Running,
     /// The kernel's words.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+/// What a pager finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// Nothing that counts: the files are emptied, and the flags set as the image says.
+    Empty,
+    /// Flags that somebody has set; the files hold the contents of all other pages.
+    Kept,
+    /// The work of a pager before: the flags hold, and faults that it had read are read again.
+    TakenOver,
 }
 
 /// A page that cannot be had.
@@ -101,8 +122,8 @@ pub struct Plan {
     pub watched: Vec<(Segment, Arc<Userfault>)>,
     /// A file of flags, [`file_len`] long.
     pub flags: Mapping,
-    /// Whether another pager has been here: the flags hold, and faults that it had read are read again.
-    pub taken_over: bool,
+    /// What is there already.
+    pub begin: Begin,
     /// Windows of 16 pages to be read first, in this order.
     pub working_set: Vec<u32>,
     /// Whether to read at all before anybody asks, and whether at full speed.
@@ -222,7 +243,7 @@ pub struct Pager {
 
 impl Pager {
     /// Registers the workload's mappings, and answers their faults from now on. The files must hold nothing else than
-    /// what a pager has put there: see [`Pager::begin_empty`].
+    /// what [`Begin`] says.
     pub fn start(plan: Plan) -> Result<Self, PagerError> {
         let mut base = 0;
         let mut regions = Vec::new();
@@ -235,14 +256,14 @@ impl Pager {
             return Err(PagerError::Regions { regions: base, image });
         }
         let flags = Flags::new(plan.flags, base);
-        if !plan.taken_over {
+        if plan.begin == Begin::Empty {
             mark(&plan.chain, &flags, base);
         }
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
         let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
         let memory = Memory::new(regions, watched, flags, Blocks::new(plan.chain), placer);
-        register(&memory, plan.taken_over)?;
+        register(&memory, plan.begin)?;
         let (ask, jobs) = bounded(MAX_REST);
         let shared = Arc::new(Shared {
             memory,
@@ -296,6 +317,12 @@ impl Pager {
     /// Pages whose contents are still to come.
     pub fn pending(&self) -> usize {
         self.shared.memory.flags.count()
+    }
+
+    /// Those of a region.
+    pub fn missing(&self, region: usize) -> Option<PageSet> {
+        let found = self.shared.memory.regions.get(region)?;
+        Some(self.shared.memory.flags.set_in(found.base, found.base + found.mapping.pages()))
     }
 
     /// What has been done so far.
@@ -383,20 +410,47 @@ fn mark(chain: &Chain, flags: &Flags, pages: usize) {
 }
 
 /// From here on every access to a page that is not mapped comes to us.
-fn register(memory: &Memory, taken_over: bool) -> io::Result<()> {
-    for Watched { segment, uffd } in &memory.watched {
-        if taken_over {
+fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
+    for watched in &memory.watched {
+        let Watched { segment, uffd } = watched;
+        if begin == Begin::TakenOver {
             // Faults that the pager before us had read and not answered: they come again.
             uffd.wake(segment.address, segment.len)?;
         } else {
             uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
         }
+        if begin == Begin::Kept {
+            unmap_flagged(memory, watched)?;
+        }
     }
-    if !taken_over {
+    if begin == Begin::Empty {
         for region in &memory.regions {
             // Whatever the workload has written before it was given its state, and mapped: it must trap as all else.
             region.mapping.punch(0, region.mapping.len())?;
         }
     }
     Ok(())
+}
+
+/// Takes the workload's mappings away where pages with the flag are mapped: old contents must not be seen any more.
+///
+/// Not while registered: it would wait to be read as a discard. So the page may be mapped again before it is registered
+/// again, by a workload that runs; then it is tried again.
+fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
+    let base = memory.regions[segment.region].base + segment.first_page;
+    let page = |address: u64| base + usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
+    let (first, last) = (segment.address, segment.address + segment.len);
+    for _ in 0..ATTEMPTS {
+        let mut mapped = false;
+        crate::mapping::scan(segment.space.pagemap(), first, last, 0, uapi::PAGE_IS_PRESENT, |start, end| {
+            mapped |= memory.flags.next(page(start), page(end)).is_some();
+        })?;
+        if !mapped {
+            return Ok(());
+        }
+        uffd.unregister(first, segment.len)?;
+        segment.space.unmap_pages(first, segment.len)?;
+        uffd.register(first, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
+    }
+    Err(PagerError::Running)
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::mapping::scan;
-use crate::uapi::{self, Userfault, owned};
+use crate::uapi::{self, Userfault, check, owned};
 
 mod inject;
 
@@ -143,7 +143,7 @@ impl Space {
     fn check_alive(&self) -> Result<(), AdoptError> {
         let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd that lives through the call.
-        let ended = uapi::check(unsafe { libc::poll(&raw mut poll, 1, 0) })?;
+        let ended = check(unsafe { libc::poll(&raw mut poll, 1, 0) })?;
         if ended == 0 { Ok(()) } else { Err(AdoptError::Gone(self.pid)) }
     }
 
@@ -165,6 +165,21 @@ impl Space {
             libc::syscall(libc::SYS_process_madvise, self.pidfd.as_raw_fd(), &raw const range, 1usize, advice, flags)
         };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Takes the mappings of a range of shared memory away, from the page tables of this process alone; contents stay.
+    ///
+    /// # Errors
+    /// As for [`Space::call`].
+    pub fn unmap_pages(&self, address: u64, len: u64) -> Result<(), AdoptError> {
+        if !self.is_own() {
+            let advice = uapi::MADV_DONTNEED_LOCKED.unsigned_abs();
+            return self.call(libc::SYS_madvise, [address, len, u64::from(advice), 0, 0, 0]).map(drop);
+        }
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        // SAFETY: of shared memory no byte changes, by this function's contract.
+        check(unsafe { libc::madvise(address as *mut libc::c_void, len, uapi::MADV_DONTNEED_LOCKED) })?;
+        Ok(())
     }
 
     /// The parts of a range that are mapped as large pages, as (start, end).
