@@ -14,6 +14,9 @@ need iperf3 iperf3 || complete=no
 if ! [ -x $cache/qemu-10/bin/qemu-system-x86_64 ] || ! [ -f $cache/guest/vmlinuz ]; then
     scripts/fetch.sh $cache || complete=no
 fi
+# The pages of reports are looked at in a browser. Only a test needs it.
+need chromium chromium fonts-dejavu-core || echo "the test that uses it will be skipped" >&2
+
 if [ $complete = no ]; then
     echo "some of what guests need is missing: the tests that use it will be skipped" >&2
 fi

@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "adopt": Verb("pageferry.cli.adopt", "Manage a QEMU guest that somebody else has started."),
     "large-pages": Verb("pageferry.cli.large_pages", "Say which large pages are hardly used; reclaim from those."),
     "sharing": Verb("pageferry.cli.sharing", "Say how much memory equal pages take, and share them where it pays."),
+    "report": Verb("pageferry.cli.report", "Draw what runs did, from their logs."),
     "list": Verb("pageferry.cli.list", "List the workloads of this host."),
     "peek": Verb("pageferry.cli.peek", "Look at the memory of a workload."),
     "stop": Verb("pageferry.cli.stop", "End a workload."),

@@ -14,9 +14,10 @@ command that was killed or still runs; a line that was cut short is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -93,7 +94,7 @@ def _shown(name: str, value: Any) -> Any:
 class EventLog:
     """Writes an event log. What cannot be written is said once and then left: no command fails for its log."""
 
-    def __init__(self, path: Path | str, first: LogHeader) -> None:
+    def __init__(self, path: Path | str, first: LogHeader, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin the file anew. Raises UsageError where it cannot be opened."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         try:
@@ -101,14 +102,15 @@ class EventLog:
         except OSError as error:
             raise UsageError(f"--log {path}: {error.strerror}") from error
         self._path = path
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = clock()
         self.event(first)
 
     def event(self, event: Event) -> None:
         """Write an event or a result."""
         if self._file is None:
             return
-        at = round((time.monotonic() - self._began) * 1e3, 3)
+        at = round((self._clock() - self._began) * 1e3, 3)
         fields: dict[str, Any] = msgspec.to_builtins(event)
         try:
             _write(self._file, msgspec.json.encode({"at-ms": at, **fields}) + b"\n")
@@ -152,7 +154,7 @@ class Line:
 
     def to(self, kind: type[Kind]) -> Kind:
         """The event as a record."""
-        return msgspec.convert({"type": self.tag, **self.fields}, kind)
+        return msgspec.convert({**self.fields, "type": kind.__struct_config__.tag}, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,21 @@ class Log:
     """What was told, results too."""
     end: LogEnd | None
     """None: the command was killed, or still runs."""
+    ended_at: float | None
+    """Milliseconds after the beginning."""
     cut: bool
     """Whether the last line was cut short."""
+
+    def of(self, kind: type[Kind], *tags: str) -> list[tuple[float, Kind]]:
+        """Events of a kind, and when; `tags`: of these names instead of its own. Those of another shape are left out:
+        they were written by another pageferry."""
+        wanted = tags or (str(kind.__struct_config__.tag),)
+        found = []
+        for line in self.lines:
+            if line.tag in wanted:
+                with contextlib.suppress(msgspec.ValidationError):
+                    found.append((line.at, line.to(kind)))
+        return found
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -187,8 +202,9 @@ class Log:
                 f"{path} has events of schema {schema}, this pageferry knows {SCHEMA}: use the one it is of"
             )
         try:
-            end = lines.pop().to(LogEnd) if lines[-1].tag == "end" else None
-            return cls(path, lines[0].to(LogHeader), lines[1:], end, cut)
+            last = lines.pop() if lines[-1].tag == "end" else None
+            end, ended_at = (last.to(LogEnd), last.at) if last is not None else (None, None)
+            return cls(path, lines[0].to(LogHeader), lines[1:], end, ended_at, cut)
         except msgspec.ValidationError as wrong:
             raise UsageError(f"{path}: its first or last line is damaged ({wrong})") from wrong
 

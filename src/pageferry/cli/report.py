@@ -1,0 +1,48 @@
+"""`pageferry report`: what runs did, drawn from their logs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from pageferry.errors import UsageError
+from pageferry.report.event_log import Log
+from pageferry.report.reporter import open_reporter
+from pageferry.report.run import ReportResult, Run
+from pageferry.report.runs import RunsView
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Logs, and where a page goes."""
+    parser.description = (
+        "Draws what runs did, from the logs that --log FILE makes of any verb: in the terminal, as numbers for "
+        "programs, or as one HTML file that needs no network. Several runs are set side by side. The log of a command "
+        "that was killed is drawn as far as it goes."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="an event log")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write the page there; one that is there is replaced")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw and tell."""
+    runs = [Run.of(Log.read(path)) for path in args.runs]
+    if args.html is not None:
+        from pageferry.report.page import page
+
+        _write(args.html, page(runs))
+    written = str(args.html) if args.html is not None else None
+    with open_reporter(args.output, RunsView(runs)) as out:
+        out.final(ReportResult(runs=[run.record() for run in runs], html=written))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Under another name first: nobody sees half a page."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"--html {path}: {error.strerror}") from error
