@@ -54,6 +54,10 @@ docs/events.md: build
 	$(PYTHON) scripts/events.py >$@.new
 	mv $@.new $@
 
+.PHONY: manual
+manual: build ## Write man pages and shell completions from the parser
+	$(PYTHON) scripts/manual.py
+
 .PHONY: system
 system: ## Install or fetch what guests need: QEMU, busybox, iperf3, a guest kernel
 	@scripts/system.sh

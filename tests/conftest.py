@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest import initrd
+
 CACHE = Path(__file__).parent.parent / ".cache"
 """Where `make system` puts what it fetches."""
 
@@ -16,7 +18,7 @@ CACHE = Path(__file__).parent.parent / ".cache"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test with its directory, so that `-m "not qemu"` selects."""
     for item in items:
-        if (directory := item.path.parent.name) in ("kernel", "qemu", "faults"):
+        if (directory := item.path.parent.name) in ("kernel", "qemu", "faults", "use"):
             item.add_marker(directory)
 
 
@@ -68,6 +70,15 @@ def root() -> None:
     """For tests that need privileges."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+@pytest.fixture(scope="session")
+def checker_initrd(guest_modules: Path) -> Path:
+    """The initrd with the checker and the balloon's modules."""
+    if shutil.which("rustc") is None:
+        pytest.skip("no rustc to build the guest's checker with")
+    modules = [guest_modules / f"{name}.ko" for name in initrd.BALLOON_MODULES]
+    return initrd.build(guest_modules.parent / "checker", modules)
 
 
 def _fetched(name: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,20 +11,10 @@ import pytest
 
 from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Registry
-from tests.guest import initrd
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
-
-
-@pytest.fixture(scope="session")
-def checker_initrd(guest_modules: Path) -> Path:
-    """The initrd with the checker and the balloon's modules."""
-    if shutil.which("rustc") is None:
-        pytest.skip("no rustc to build the guest's checker with")
-    modules = [guest_modules / f"{name}.ko" for name in initrd.BALLOON_MODULES]
-    return initrd.build(guest_modules.parent / "checker", modules)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,128 @@
+"""An index in memory, served on a socket, that changes hands between two processes without failing a request.
+
+    python examples/index_server.py serve /tmp/index.sock &     # fills the index and answers
+    python examples/index_server.py replace /tmp/index.sock     # a new process takes over, say of a new release
+
+A request is a line with a number, the answer a line with the entry of that number; each connection carries one. The
+memory moves while the old process answers. For the moment of the switch-over nobody accepts: requests wait in the
+queue of the listening socket, which the old process hands to the new one.
+
+Needs numpy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import sys
+import threading
+
+import numpy
+
+import pageferry
+
+ENTRIES = 4_000_000
+
+
+class Server:
+    """Answers from an arena, one request after the other, except while that is paused."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.listener.setblocking(False)
+        self.turn = threading.Lock()
+        self.turn.acquire()  # until there is something to answer from
+        self.index: numpy.ndarray | None = None
+        self.gone = False
+
+    def begin(self, arena: pageferry.Arena) -> None:
+        """There is something to answer from."""
+        self.index = numpy.frombuffer(arena, dtype=numpy.int64, count=ENTRIES)
+        self.turn.release()
+
+    def pause(self) -> None:
+        """Finish the request at hand, and begin no other."""
+        self.turn.acquire()
+
+    def resume(self) -> None:
+        """Go on. An index that has just arrived waits for `begin`."""
+        if self.index is not None:
+            self.turn.release()
+
+    def moved(self) -> None:
+        """Somebody else answers now."""
+        self.gone = True
+        self.turn.release()
+
+    def serve(self) -> None:
+        """Answer until the index has moved."""
+        while not self.gone:
+            ready, _, _ = select.select([self.listener], [], [], 0.1)
+            if ready:
+                with self.turn:
+                    self.answer_one()
+
+    def answer_one(self) -> None:
+        """One request, if it is for us and still there."""
+        if self.gone:
+            return
+        try:
+            connection, _ = self.listener.accept()
+        except BlockingIOError:
+            return
+        with connection, connection.makefile("rw") as lines:
+            number = int(lines.readline())
+            lines.write(f"{self.index[number % ENTRIES]}\n")
+
+
+def serve(path: str) -> None:
+    """Fill an index and answer until somebody replaces us."""
+    server = Server(socket.create_server(path, family=socket.AF_UNIX, backlog=128))
+    arena = pageferry.Arena(ENTRIES * 8, on_pause=server.pause, on_resume=server.resume, on_moved=server.moved)
+    numpy.frombuffer(arena, dtype=numpy.int64, count=ENTRIES)[:] = numpy.arange(ENTRIES) ** 2 % 1_000_003
+    answer(server, arena, path)
+
+
+def replace(path: str) -> None:
+    """Take the place of the process that serves there."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path + ".replace")
+        _, (descriptor,), _, _ = socket.recv_fds(connection, 16, 1)
+        server = Server(socket.socket(fileno=descriptor))
+        arena = asyncio.run(
+            pageferry.receive(
+                "127.0.0.1:0",
+                listening=lambda address: connection.send(address.encode()),
+                on_pause=server.pause,
+                on_resume=server.resume,
+                on_moved=server.moved,
+            )
+        )
+    answer(server, arena, path)
+
+
+def answer(server: Server, arena: pageferry.Arena, path: str) -> None:
+    """Answer until the index has moved to the process that replaces us."""
+    server.begin(arena)
+    successor = threading.Thread(target=hand_over, args=(server, arena, path))
+    successor.start()
+    print(f"{os.getpid()} serves {path}", flush=True)
+    server.serve()
+    successor.join()
+    print(f"{os.getpid()} is replaced", flush=True)
+
+
+def hand_over(server: Server, arena: pageferry.Arena, path: str) -> None:
+    """Wait for the process that replaces us; send it the listening socket, then the memory."""
+    with socket.create_server(path + ".replace", family=socket.AF_UNIX) as waiting:
+        connection, _ = waiting.accept()
+        os.unlink(path + ".replace")
+    with connection:
+        socket.send_fds(connection, [b"listener"], [server.listener.fileno()])
+        asyncio.run(pageferry.migrate(arena, connection.recv(64).decode()))
+
+
+if __name__ == "__main__":
+    {"serve": serve, "replace": replace}[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,90 @@
+"""Hosts on which commands are run as they stand in the documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from pageferry.host import processes
+from pageferry.host.registry import Registry
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 100.0
+"""Seconds for one command."""
+GUEST = "qemu-system-x86_64 -m 1G -accel kvm ..."
+
+
+class Host:
+    """A run directory and a working directory."""
+
+    def __init__(self, folder: Path, path: str) -> None:
+        self.folder = folder
+        self.run_directory = folder / "run"
+        self.work = folder / "work"
+        self.work.mkdir(parents=True)
+        self.environment = {
+            **os.environ,
+            "PATH": path,
+            "PAGEFERRY_RUN_DIR": str(self.run_directory),
+            "COLUMNS": "120",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.waiting: list[subprocess.Popen[str]] = []
+
+    def run(self, command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            ["sh", "-c", command],
+            cwd=self.work,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    def start(self, command: str, announcement: str) -> subprocess.Popen[str]:
+        """Start a command that waits for something, and wait until it has announced that it does."""
+        log = self.folder / f"log{len(self.waiting)}"
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                ["sh", "-c", f"exec {command}"],
+                cwd=self.work,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        self.waiting.append(process)
+        deadline = time.monotonic() + PATIENCE
+        while not re.search(announcement, log.read_text()):
+            assert process.poll() is None, f"{command} ended: {log.read_text()}"
+            assert time.monotonic() < deadline, f"{command} does not say {announcement!r}: {log.read_text()}"
+            time.sleep(0.05)
+        return process
+
+    def has(self, name: str) -> bool:
+        """Whether there is a workload of that name."""
+        return name in Registry(self.run_directory).entries()
+
+    def provide(self, name: str) -> None:
+        """Have a guest of that name, as a page may take for granted."""
+        if not self.has(name):
+            done = self.run(f"pageferry run {name} --detach -- {GUEST}")
+            assert done.returncode == 0, done.stderr
+
+    def close(self) -> None:
+        """End everything that was started here."""
+        for process in self.waiting:
+            process.terminate()
+            process.wait(timeout=30)
+        registry = Registry(self.run_directory)
+        for name, entry in registry.entries().items():
+            processes.send_signal(entry.pid, entry.started, signal.SIGKILL)
+            asyncio.run(processes.wait_for_end(entry.pid, entry.started))
+            registry.remove(name)

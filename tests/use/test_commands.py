@@ -1,0 +1,129 @@
+"""Every command and every Python program in README and guide does what it says there.
+
+A page is followed from top to bottom, block by block. Guests that it takes for granted are started when they are first
+named; a block of output that follows a command is not compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pageferry.errors import UnsupportedError
+from tests.use.hosts import ROOT, Host
+
+PAGES = ["README.md", "docs/guide/qemu.md", "docs/guide/python.md", "docs/guide/ram.md"]
+ANOTHER_HOST = "other host"
+OURS = {"make demo", "make test"}
+"""Commands that run this test, or are run beside it."""
+VERBS = {"migrate", "checkpoint", "large-pages", "sharing", "peek"}
+"""Those that take names of workloads which must be there."""
+NAME = re.compile(r"[a-z]+[0-9]*")
+
+
+@dataclass
+class Page:
+    """A page of the documentation, as a session at two hosts."""
+
+    here: Host
+    there: Host
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+    receivers: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def command(self, line: str) -> None:
+        """Do what stands after a prompt."""
+        command, _, remark = line.partition("  #")
+        command = command.strip().replace("7070", str(self.port))
+        if command in OURS:
+            return
+        host = self.there if ANOTHER_HOST in remark else self.here
+        if " pid:4711" in command:
+            command = command.replace("4711", str(self.some_process()))
+        if "pageferry receive" in command:
+            self.receivers.append(host.start(command, "waits at"))
+            return
+        for name in needed(command):
+            host.provide(name)
+        done = host.run(command)
+        if done.returncode == UnsupportedError.exit_code:
+            # Something that this machine does not have, and `check` says so; the message says what.
+            assert "swap" in done.stderr or "KSM" in done.stderr, done.stderr
+            return
+        assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
+
+    def some_process(self) -> int:
+        """A process with some memory of its own."""
+        if self.process is None:
+            program = "import time; memory = bytearray(b'%4096d' % 7 * 20000); print('.', flush=True); time.sleep(1000)"
+            self.process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+            assert self.process.stdout is not None
+            self.process.stdout.readline()
+        return self.process.pid
+
+    def program(self, text: str) -> None:
+        """Run a Python program; one that migrates finds a receiver."""
+        port = free_port()  # a guest's receiver goes on listening at the other one
+        text = text.replace("7070", str(port))
+        file = self.here.work / "program.py"
+        file.write_text(text)
+        if "pageferry.migrate(" in text:
+            receiver = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:{port}', listening=print))"
+            self.there.start(f"{shlex.quote(sys.executable)} -uc {shlex.quote(receiver)}", str(port))
+        done = self.here.run(f"{shlex.quote(sys.executable)} program.py")
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+
+    def close(self) -> None:
+        """End what was started for it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def needed(command: str) -> list[str]:
+    """Workloads that a command is about."""
+    program, verb, *words = command.split()
+    if program != "pageferry" or verb not in VERBS:
+        return []
+    return list(itertools.takewhile(NAME.fullmatch, words))
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES)
+def test_page_can_be_followed(page: str, hosts: tuple[Host, Host]) -> None:
+    session = Page(*hosts, free_port())
+    done = 0
+    try:
+        for language, text in blocks(ROOT / page):
+            if language == "console":
+                for line in text.splitlines():
+                    if line.startswith("$ "):
+                        session.command(line[2:])
+                        done += 1
+            elif language == "python":
+                session.program(text)
+                done += 1
+    finally:
+        session.close()
+    assert done > 3
