@@ -49,9 +49,9 @@ bench-%: build system
 docs: build ## Build the documentation into site/, warnings are errors
 	$(VENV)/bin/mkdocs build --strict --quiet
 
-.PHONY: docs/events.md
-docs/events.md: build
-	$(PYTHON) scripts/events.py >$@.new
+.PHONY: docs/events.md docs/metrics.md
+docs/events.md docs/metrics.md: docs/%.md: build
+	$(PYTHON) scripts/$*.py >$@.new
 	mv $@.new $@
 
 .PHONY: manual
@@ -59,7 +59,7 @@ manual: build ## Write man pages and shell completions from the parser
 	$(PYTHON) scripts/manual.py
 
 .PHONY: system
-system: ## Install or fetch what guests need: QEMU, busybox, iperf3, a guest kernel
+system: ## Install or fetch what guests need (QEMU, busybox, iperf3, a guest kernel), and some tests (Chromium, Prometheus)
 	@scripts/system.sh
 
 .PHONY: clean

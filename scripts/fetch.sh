@@ -1,6 +1,7 @@
 #!/bin/sh
 # Fetch into the cache directory $1, from Debian, without installing anything and without root:
 #   guest/vmlinuz, guest/modules/    a kernel for guests and its virtio modules
+#   prometheus/usr/bin/prometheus    a Prometheus that reads metrics (its package would start a service)
 #   qemu-10/bin/qemu-system-x86_64   a QEMU beside the machine's own: from the backports of this Debian release
 # apt-get runs with sources and lists of its own, so the machine's are neither needed fresh nor changed.
 set -eu
@@ -91,7 +92,15 @@ WRAPPER
     mv "$work/qemu" "$cache/qemu-10"
 }
 
+fetch_prometheus() {
+    (cd "$work/archives" && private_apt download prometheus)
+    unpack "$work/prometheus"
+    rm -rf "$cache/prometheus"
+    mv "$work/prometheus" "$cache/prometheus"
+}
+
 trap 'rm -rf "$work"' EXIT
 prepare
 [ -f "$cache/guest/vmlinuz" ] || { echo "fetching a guest kernel" >&2; fetch_kernel; }
 [ -x "$cache/qemu-10/bin/qemu-system-x86_64" ] || { echo "fetching QEMU from $release-backports" >&2; fetch_qemu; }
+[ -x "$cache/prometheus/usr/bin/prometheus" ] || { echo "fetching Prometheus" >&2; fetch_prometheus; }

@@ -15,6 +15,7 @@ from pageferry.workloads.base import Workload
 from pageferry.workloads.opening import open_workload
 from pageferry.workloads.process import PREFIX, ProcessWorkload
 
+WORKS_ON = "name"
 DEFAULTS = Options()
 
 

@@ -14,6 +14,7 @@ from pageferry.report.large_pages import LargePagesView
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.workloads.targets import Target, open_target
 
+WORKS_ON = "target"
 DEFAULTS = Options()
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pageferry.cli.logs import configure_logging
 from pageferry.cli.parser import parse
 from pageferry.cli.signals import Interruption
+from pageferry.cli.telling import open_sinks
 from pageferry.errors import Cancelled, PageferryError
 
 if TYPE_CHECKING:
@@ -44,25 +45,13 @@ def _run(words: list[str]) -> int:
     with Interruption() as interruption, ExitStack() as stack:
         log: EventLog | None = None
         try:
-            log = _open_log(args, stack)
+            log = open_sinks(args, stack)
             code, ended_by = _run_verb(args, interruption), None
         except BaseException as error:
             code, ended_by = _end_of(error, args.debug, interruption.received), error
         if log is not None:
             log.end(code, ended_by)
         return code
-
-
-def _open_log(args: argparse.Namespace, stack: ExitStack) -> EventLog | None:
-    """The log that was asked for; what the verb reports goes there too while the stack is open. Raises UsageError."""
-    if args.log is None:
-        return None
-    from pageferry.report.event_log import EventLog, header
-    from pageferry.report.reporter import told_to
-
-    log = EventLog(args.log, header(args.verb, vars(args)))
-    stack.enter_context(told_to(log))
-    return log
 
 
 def _run_verb(args: argparse.Namespace, interruption: Interruption) -> int:

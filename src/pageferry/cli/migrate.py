@@ -15,6 +15,7 @@ from pageferry.report.reporter import open_reporter
 from pageferry.workloads.base import Workload
 from pageferry.workloads.opening import open_workload
 
+WORKS_ON = "name"
 DEFAULTS = Options()
 
 

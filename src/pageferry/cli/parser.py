@@ -70,8 +70,22 @@ def build_parser(words: Sequence[str]) -> Parser:
         if completing or name in words:
             module = importlib.import_module(verb.module)
             module.configure(below)
-            below.set_defaults(run=module.run, takes_command=getattr(module, "TAKES_COMMAND", False))
+            below.set_defaults(
+                run=module.run,
+                takes_command=getattr(module, "TAKES_COMMAND", False),
+                works_on=getattr(module, "WORKS_ON", None),
+            )
+            if hasattr(module, "WORKS_ON"):
+                _add_metrics(below)
     return parser
+
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("metrics")
+    group.add_argument("--metrics", metavar="HOST:PORT", help="answer Prometheus there while it runs (docs/metrics.md)")
+    group.add_argument(
+        "--metrics-insecure", action="store_true", help="allow addresses other than loopback for that, in the clear"
+    )
 
 
 _DESCRIPTION = "Moves, saves and shapes the memory of running workloads, from outside them."

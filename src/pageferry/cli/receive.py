@@ -28,6 +28,7 @@ from pageferry.workloads.qemu import QemuWorkload
 log = getLogger(__name__)
 
 TAKES_COMMAND = True
+WORKS_ON = "name"
 
 
 class Listening(Event, frozen=True, tag="listening"):

@@ -14,6 +14,7 @@ from pageferry.report.restore import RestoreView
 from pageferry.workloads.qemu import QemuWorkload
 
 TAKES_COMMAND = True
+WORKS_ON = "name"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

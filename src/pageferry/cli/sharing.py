@@ -13,6 +13,7 @@ from pageferry.report.sharing import SharingView
 from pageferry.sharing import api, policy
 from pageferry.sharing.scan import Options
 
+WORKS_ON = "names"
 DEFAULTS = Options()
 
 

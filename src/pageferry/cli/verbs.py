@@ -6,6 +6,8 @@ A verb is a module of two functions::
     def run(args: argparse.Namespace) -> int                   the work; returns the exit code; may be `async def`
 
 A verb that starts another program says `TAKES_COMMAND = True` and finds what stands after `--` in `args.command`.
+One that may work for long says in `WORKS_ON` which argument names its workload, or workloads: it can be
+seen at work in `pageferry top`, and takes `--metrics`.
 Every verb has `args.output` (`human` or `json`), `args.log` and `args.debug` already; what it tells through
 `pageferry.report.reporter` is written to the log. An asynchronous `run` is cancelled by the
 first SIGINT or SIGTERM; in a synchronous one they raise KeyboardInterrupt. Errors of `pageferry.errors` that leave
@@ -41,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "sharing": Verb("pageferry.cli.sharing", "Say how much memory equal pages take, and share them where it pays."),
     "report": Verb("pageferry.cli.report", "Draw what runs did, from their logs."),
     "list": Verb("pageferry.cli.list", "List the workloads of this host."),
+    "top": Verb("pageferry.cli.top", "Show the workloads of this host and what is done with them, again and again."),
     "peek": Verb("pageferry.cli.peek", "Look at the memory of a workload."),
     "stop": Verb("pageferry.cli.stop", "End a workload."),
 }

@@ -69,14 +69,22 @@ def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
     return counts
 
 
-def total(pid: int, name: str) -> int:
-    """Bytes of one count (`Pss`, `Pss_Anon`, `AnonHugePages`, ...) over all mappings, from smaps_rollup.
+def rollup(pid: int) -> dict[str, int]:
+    """Bytes by the kernel's names (`Rss`, `Pss_Anon`, `AnonHugePages`, ...) over all mappings, from smaps_rollup.
 
-    Raises WorkloadDied when the process is gone.
+    Raises WorkloadDied when the process is gone, UnsupportedError without the right to look.
     """
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError) as gone:
         raise WorkloadDied(f"process {pid} is gone") from gone
-    line = next((line for line in text.splitlines() if line.startswith(f"{name}:")), None)
-    return int(line.split()[1]) << 10 if line is not None else 0
+    except PermissionError as refused:
+        raise UnsupportedError(
+            f"the memory of process {pid} may not be looked at: run as its user, or root"
+        ) from refused
+    return {line.partition(":")[0]: int(line.split()[-2]) << 10 for line in lines if line.endswith(" kB")}
+
+
+def total(pid: int, name: str) -> int:
+    """Bytes of one count of `rollup`; 0 where the kernel does not know it. Raises as that."""
+    return rollup(pid).get(name, 0)

@@ -9,6 +9,8 @@ from pageferry import errors
 from pageferry.events import Event
 from pageferry.report.reporter import open_reporter
 
+WORKS_ON = "words"
+
 
 class Step(Event, frozen=True, tag="step"):
     """An event."""

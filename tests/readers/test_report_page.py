@@ -10,9 +10,9 @@ import pytest
 from pageferry.report.event_log import Log
 from pageferry.report.page import page
 from pageferry.report.run import Run
-from tests.browser import chromium
-from tests.browser.chromium import Browser
 from tests.logs import MAKERS
+from tests.readers import chromium
+from tests.readers.chromium import Browser
 
 KEPT = Path(__file__).parent.parent.parent / ".cache" / "screenshots"
 """Where pictures are left for people to look at."""

@@ -1,0 +1,61 @@
+"""Who is told what a verb tells, beside stdout: its log, the record of its progress, and Prometheus."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pageferry.report.event_log import EventLog
+
+
+def open_sinks(args: argparse.Namespace, stack: ExitStack) -> EventLog | None:
+    """Whatever was asked for, open as long as the stack; the log is returned, for its end is not known here.
+
+    Raises UsageError, UnsupportedError.
+    """
+    log = _open_log(args, stack) if args.log is not None else None
+    if getattr(args, "metrics", None) is not None:
+        _open_metrics(args, stack)
+    names = _workloads(args)
+    if names:
+        _open_progress(args, names, stack)
+    return log
+
+
+def _open_log(args: argparse.Namespace, stack: ExitStack) -> EventLog:
+    from pageferry.report.event_log import EventLog, header
+    from pageferry.report.reporter import told_to
+
+    log = EventLog(args.log, header(args.verb, vars(args)))
+    stack.enter_context(told_to(log))
+    return log
+
+
+def _open_metrics(args: argparse.Namespace, stack: ExitStack) -> None:
+    from pageferry.report.metrics import Metrics, MetricsServer, address
+    from pageferry.report.reporter import told_to
+
+    host, port = address(args.metrics, insecure=args.metrics_insecure)
+    metrics = Metrics(args.verb, ", ".join(_subjects(args)))
+    server = MetricsServer(metrics, host, port)
+    stack.callback(server.close)
+    stack.enter_context(told_to(metrics))
+
+
+def _open_progress(args: argparse.Namespace, names: list[str], stack: ExitStack) -> None:
+    from pageferry.report.progress import Progress
+    from pageferry.report.reporter import told_to
+
+    stack.enter_context(told_to(stack.enter_context(Progress(args.verb, names))))
+
+
+def _workloads(args: argparse.Namespace) -> list[str]:
+    return [name for name in _subjects(args) if ":" not in name and "/" not in name]
+
+
+def _subjects(args: argparse.Namespace) -> list[str]:
+    """What the verb works on: `WORKS_ON` of its module names the argument."""
+    value = getattr(args, args.works_on) if getattr(args, "works_on", None) else []
+    return [value] if isinstance(value, str) else list(value)

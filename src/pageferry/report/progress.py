@@ -1,0 +1,91 @@
+"""How far a command is, from what it tells: a record for `pageferry top` (see `host.jobs`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from pageferry.checkpoints import events as checkpoint
+from pageferry.checkpoints import restore_events as restore
+from pageferry.events import Event
+from pageferry.host import jobs
+from pageferry.host.registry import Registry
+from pageferry.largepages import events as large
+from pageferry.migration import events as migration
+from pageferry.sharing import events as sharing
+
+INTERVAL = 0.2
+"""Seconds between two records, at least."""
+
+PHASES = {"setup": "copying", "armed": "pausing", "instant": "saving", "listening": "waiting", "received": "serving"}
+"""Events that begin something, by their type."""
+
+
+class Progress:
+    """A sink of events that keeps the record of this command in the folders of the workloads it works on."""
+
+    def __init__(self, verb: str, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        registry = Registry()
+        self.folders = [registry.path / name for name in names]
+        self.job = jobs.ours(verb, time.time())
+        self._most = 0
+        self._clock = clock
+        self._written = float("-inf")
+
+    def __enter__(self) -> Self:
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        for folder in self.folders:
+            jobs.remove(folder, self.job.pid)
+
+    def event(self, event: Event) -> None:
+        """Take in what was told."""
+        changes = self._changes(event)
+        if not changes:
+            return
+        steps = changes.get("phase", self.job.phase) != self.job.phase
+        self.job = msgspec.structs.replace(self.job, **changes)
+        if steps or self._clock() - self._written >= INTERVAL:
+            self._write()
+
+    def _write(self) -> None:
+        self._written = self._clock()
+        for folder in self.folders:
+            jobs.write(folder, self.job)
+
+    def _changes(self, event: Event) -> dict[str, Any]:
+        match event:
+            case migration.ProgressEvent():
+                rate = round(event.mbps * 1e6 / 8)
+                return {"phase": f"round {event.round}", "part": _part(event.done, event.total), "rate": rate}
+            case migration.RoundEvent():
+                return {"dirty_rate": event.dirty_rate, "rate": round(event.mbps * 1e6 / 8)}
+            case checkpoint.SavingEvent():
+                return {"phase": "saving", "part": _part(event.done, event.total)}
+            case restore.RunningEvent():
+                self._most = event.deferred
+                return {"phase": "arriving", "part": 0.0}
+            case restore.ProgressEvent():
+                self._most = max(self._most, event.deferred)
+                return {"phase": "arriving", "part": 1 - _part(event.deferred, self._most)}
+            case large.SampleEvent():
+                return {"phase": f"look {event.round}"}
+            case sharing.ScanEvent():
+                return {"phase": "looking", "part": _part(event.done, event.total)}
+            case sharing.ApplyEvent():
+                return {"phase": event.step, "part": None}
+            case _:
+                phase = PHASES.get(str(event.__struct_config__.tag))
+                return {"phase": phase, "part": None} if phase is not None else {}
+
+
+def _part(done: int, total: int) -> float:
+    return min(done / total, 1.0) if total else 1.0

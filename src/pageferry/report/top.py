@@ -1,0 +1,101 @@
+"""How `pageferry top` looks: the host in a line, and a table of its workloads and of what is done with them."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pageferry.host.jobs import Job
+from pageferry.report.text import PlainView
+from pageferry.report.units import duration, rate, size
+from pageferry.workloads.overview import HostMemory, Overview, WorkloadMemory
+
+BAR = 16
+"""Columns of a bar."""
+
+
+class TopView(PlainView):
+    """Shows `workloads.overview.Overview`."""
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """A line for each workload, for a file."""
+        if not isinstance(event, Overview):
+            return super().line(event)
+        clock = time.strftime("%H:%M:%S", time.localtime(event.time))
+        return "\n".join(f"{clock} {_words(one)}" for one in event.workloads) or f"{clock} no workloads"
+
+    def live(self, event: msgspec.Struct) -> RenderableType | None:
+        """Everything."""
+        return self.result(event)
+
+    def result(self, result: msgspec.Struct) -> RenderableType:
+        """Everything."""
+        if not isinstance(result, Overview):
+            return super().result(result)
+        return Group(_host(result.host), Text(), _table(result))
+
+
+def _host(host: HostMemory) -> RenderableType:
+    used = host.total - host.available
+    row = Table.grid(padding=(0, 1))
+    swap = f", swap {size(host.swap - host.swap_free)} of {size(host.swap)}" if host.swap else ", no swap"
+    told = f"{size(used)} of {size(host.total)} in use, {size(host.large)} on large pages{swap}"
+    row.add_row(Text("host", style="bold"), ProgressBar(total=host.total, completed=used, width=BAR), Text(told))
+    return row
+
+
+def _table(now: Overview) -> RenderableType:
+    if not now.workloads:
+        return Text("no workloads: `pageferry run`, `receive` or `adopt` makes some")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("NAME", "KIND", "PID", "MEMORY", "LARGE", "DEFERRED", "MODIFIED", "AT WORK"):
+        table.add_column(name, justify="left" if name in ("NAME", "KIND", "AT WORK") else "right", no_wrap=True)
+    for one in now.workloads:
+        table.add_row(
+            Text(one.name),
+            one.kind,
+            str(one.pid),
+            _or_dash(one.memory),
+            f"{one.large / one.memory:.0%}" if one.memory and one.large is not None else "-",
+            size(one.deferred) if one.deferred else "-",
+            rate(one.dirty_rate) if one.dirty_rate is not None else "-",
+            _jobs(one.jobs, now.time),
+        )
+        if one.waiting is not None:
+            table.add_row("", "", "", "", "", "", "", Text(one.waiting, style="bold red"))
+    return table
+
+
+def _or_dash(count: int | None) -> str:
+    return "-" if count is None else size(count)
+
+
+def _jobs(jobs: list[Job], now: float) -> RenderableType:
+    rows = Table.grid(padding=(0, 1))
+    for job in jobs:
+        done = ProgressBar(total=1.0, completed=job.part, width=BAR) if job.part is not None else Text()
+        rows.add_row(Text(job.verb, style="cyan"), Text(job.phase), done, Text(_words_of(job, now), style="dim"))
+    return rows if jobs else Text("-")
+
+
+def _words_of(job: Job, now: float) -> str:
+    told = [f"{job.part:.0%}"] if job.part is not None else []
+    told += [rate(job.rate)] if job.rate is not None else []
+    return ", ".join([*told, duration(max(now - job.begun, 0))])
+
+
+def _words(one: WorkloadMemory) -> str:
+    told = [f"{one.name} ({one.kind}, {one.pid}): {_or_dash(one.memory)}"]
+    if one.large is not None:
+        told.append(f"{size(one.large)} on large pages")
+    if one.deferred:
+        told.append(f"{size(one.deferred)} deferred")
+    if one.dirty_rate is not None:
+        told.append(f"{rate(one.dirty_rate)} modified")
+    told += [f"{job.verb}: {job.phase}" + (f" {job.part:.0%}" if job.part is not None else "") for job in one.jobs]
+    return ", ".join([*told, *([one.waiting] if one.waiting else [])])
