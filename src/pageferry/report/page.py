@@ -46,7 +46,8 @@ def _comparison(runs: Sequence[Run]) -> str:
         rows.append(f'<tr><th scope="row">{escape(fact.name)}</th>{cells}</tr>')
     return (
         '<section class="comparison"><h2>Side by side</h2><div class="scroll"><table>'
-        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>\n"
+        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<p>Axes below are each run's own: compare by the numbers.</p></section>\n"
     )
 
 

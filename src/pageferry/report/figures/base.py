@@ -56,6 +56,12 @@ class Figure:
     """Colours of the palette and what they stand for."""
 
 
+def time_axis(most: float) -> Callable[[float], str]:
+    """How seconds are written on an axis that reaches to `most`: all in one unit."""
+    factor, unit = (1.0, "s") if most >= 1 else (1e3, "ms")
+    return lambda value: f"{value * factor:g} {unit}" if value else "0"
+
+
 def thinned(rows: Sequence[Any], most: int) -> list[Any]:
     """At most so many, evenly spread, the last one among them."""
     if len(rows) <= most:

@@ -78,8 +78,8 @@ def _heat_map(result: LargePagesResult) -> list[Figure]:
     rows = [Strip(f"{sample.address:#x}", _cells(sample), f"{sample.activity}", 3) for sample in chosen]
     left = len(result.samples) - len(chosen)
     without = sum(sample.touched is None for sample in chosen)
-    caption = "A row for each large page, its 512 small pages from left to right: the darker, the more were accessed. "
-    caption += "The number is how many."
+    caption = "A row for each large page, its 512 small pages from left to right: the stronger the colour, the more "
+    caption += "were accessed. The number is how many."
     if without:
         caption += f" Of {without} (private memory) only the number is known: their rows are evenly shaded."
     if left:

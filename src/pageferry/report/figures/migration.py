@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pageferry.migration.events import LargePagesEvent, MigrationResult, RoundEvent, SetupEvent
-from pageferry.report.charts import Bar, Series, Strip, bars, columns, strips
+from pageferry.report.charts import Bar, Line, Series, Strip, bars, columns, lines, strips
 from pageferry.report.event_log import Log
-from pageferry.report.figures.base import FORMS, Fact, Figure
+from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
 from pageferry.report.units import duration, rate, size
 
+MOST_ROWS = 40
 RESULTS = ("migration", "demo")
 
 
@@ -64,7 +65,7 @@ def _unfinished(log: Log) -> list[Fact]:
 
 def figures(log: Log) -> list[Figure]:
     """All there is to draw."""
-    return [*_rounds(log), *_downtime(result_of(log)), *_large_pages(log)]
+    return [*_rounds(log), *_downtime(result_of(log)), *_postcopy(log), *_large_pages(log)]
 
 
 def _rounds(log: Log) -> list[Figure]:
@@ -145,6 +146,37 @@ def _downtime(result: MigrationResult | None) -> list[Figure]:
     ]
 
 
+def _postcopy(log: Log) -> list[Figure]:
+    """Events of type `postcopy`: it runs at the destination already, and its pages come."""
+    told = [(line.at, line.fields) for line in log.lines if line.tag == "postcopy"]
+    left = [(at, one["remaining"], one.get("postcopy-requests")) for at, one in told if _is_count(one.get("remaining"))]
+    if len(left) < 2:
+        return []
+    drawn = [(at / 1e3, float(remaining)) for at, remaining, _ in left]
+    return [
+        Figure(
+            "postcopy",
+            "After the switch-over",
+            "Memory that the destination, where the workload runs already, still has to get. Accesses to it wait.",
+            lines(
+                "Memory still to come over time",
+                [Line("still to come", 2, drawn, area=True)],
+                time_axis(drawn[-1][0]),
+                size,
+                "time since the command began",
+                binary=True,
+            ),
+            (("time", "ms"), ("still to come", "bytes"), ("requests", "count")),
+            thinned([(at, remaining, requests) for at, remaining, requests in left], MOST_ROWS),
+            ((2, "still to come"),),
+        )
+    ]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
 def _large_pages(log: Log) -> list[Figure]:
     maps = [event for _, event in log.of(LargePagesEvent)]
     if not maps or not any(sum(region.cells) for event in maps for region in event.regions):
@@ -169,7 +201,7 @@ def _large_pages(log: Log) -> list[Figure]:
             "large-pages",
             "Large pages, before and after",
             "Where memory stands on pages of 2 MiB: at the source when the migration began, at the destination a "
-            "second after. Darker is more; what is empty is small pages, or not in memory.",
+            "second after. The stronger the colour, the more; what is empty is small pages, or not in memory.",
             strips("Maps of large pages", strip, "first byte", "last byte"),
             (("region", "text"), ("side", "text"), ("2 MiB units", "count"), ("large", "count"), ("part", "part")),
             rows,

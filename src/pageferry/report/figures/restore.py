@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.events import Latency
 from pageferry.report.charts import Bar, Line, bars, dots, histogram, lines
 from pageferry.report.event_log import Log
-from pageferry.report.figures.base import FORMS, Fact, Figure, thinned
+from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
 from pageferry.report.units import duration, size
 
 WINDOW = 16 * 4096
@@ -88,7 +90,7 @@ def _arrival(log: Log) -> list[Figure]:
             lines(
                 "Memory still to come over time",
                 [Line("still to come", 2, left, area=True)],
-                duration,
+                time_axis(left[-1][0]),
                 size,
                 "time since the command began",
                 binary=True,
@@ -141,8 +143,6 @@ def _edge(power: int) -> str:
 
 def _place(value: float, first: int, last: int) -> float:
     """Bins from the left: values are upper ends of bins, or the longest time within the last."""
-    import math
-
     power = math.log2(max(value, 1))
     return min(max(power - (first - 1), 0), last - first + 1)
 

@@ -25,7 +25,7 @@ def facts(log: Log) -> list[Fact]:
         Fact("large pages", result.large_pages, "count", lead=True),
         Fact("already shared", result.already_shared, "bytes"),
         Fact("looked at", result.scan.looked_at, "bytes", note=f"in {duration(result.scan.ms / 1e3)}, {rate(speed)}"),
-        Fact("worth breaking from", result.threshold, "count", note="shareable pages in a large one"),
+        Fact("worth breaking from", result.threshold, "count", note="of 512 shareable"),
         Fact("workloads", ", ".join(result.workloads)),
     ]
     if result.freed is not None:
