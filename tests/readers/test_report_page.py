@@ -23,7 +23,7 @@ FIGURES = {
     "migrate": ["rounds", "speeds", "downtime", "large-pages"],
     "checkpoint": ["saving", "downtime", "classes"],
     "restore": ["running", "arrival", "working-set", "latency"],
-    "large-pages": ["activity", "heat-map", "regions"],
+    "large-pages": ["activity", "regions", "heat-map"],
     "sharing": ["curve", "classes"],
 }
 

@@ -45,7 +45,7 @@ def figures(log: Log) -> list[Figure]:
     if not results or not results[-1][1].samples:
         return []
     result = results[-1][1]
-    return [*_histogram(result), *_heat_map(result), *_regions(result)]
+    return [*_histogram(result), *_regions(result), *_heat_map(result)]
 
 
 def _histogram(result: LargePagesResult) -> list[Figure]:
