@@ -77,6 +77,8 @@ class Space:
 
         The number is None for our own process. `discards`: hear of memory that is discarded (balloons).
         """
+    def write_traces(self) -> tuple[int, int | None]:
+        """A userfaultfd for traces that a `Saver` leaves or takes up; the values are those of `missing_faults`."""
     def descriptor(self, number: int) -> int:
         """A duplicate of a descriptor of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
@@ -283,11 +285,23 @@ class Saver:
         staging: int = 16777216,
         bandwidth: int = 0,
         packers: int = 1,
+        at_instant: int = 16777216,
+        leave: dict[int, int] | None = None,
+        take_up: dict[int, int] | None = None,
     ) -> Saver:
-        """`bandwidth` limits the sweep over what nobody writes to, bytes per second; 0: as fast as it can."""
+        """`bandwidth` limits the sweep over what nobody writes to, bytes per second; 0: as fast as it can.
+
+        `leave`: pid -> userfaultfd (`Space.write_traces`) of every process: write traces by these are on from the
+        instant on, and stay. `take_up`: such traces are on since `parent` was saved; only what they report is saved,
+        and at most about `at_instant` bytes of it are copied in the pause. LookupError, here or from `begin`: they
+        cannot be used, save again without.
+        """
+    @property
+    def leaves_traces(self) -> bool:
+        """Whether traces are on all memory since the instant, once it is finished."""
     @property
     def arm_seconds(self) -> float:
-        """How long it took to protect everything."""
+        """How long it took to protect everything, or to save in rounds."""
     def begin(self) -> float:
         """The instant: what memory holds now is saved. Returns how long it took, seconds."""
     def sweep(self) -> None:
@@ -302,7 +316,8 @@ class Saver:
     def stats(self) -> dict[str, int]:
         """So far: `traps`, `early_traps` (before the instant), `staging_waits`, `longest_trap` and `trap_time` (ns),
         `swept` (blocks), `pages` classified, of them `zero`, `pattern`, `same_as`, `data`, `in_parent`; `absent` at the
-        end; `stored` bytes in `blocks` storage blocks, `writes`."""
+        end; `stored` bytes in `blocks` storage blocks, `writes`; `written`: pages that a trace reported, saved in
+        `rounds` and at the instant."""
     def close(self) -> None:
         """Cancel what is under way, and wait for its threads."""
 

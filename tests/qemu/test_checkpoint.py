@@ -87,16 +87,19 @@ def test_a_guest_is_saved_runs_on_and_comes_back(
     asyncio.run(run())
 
 
-def test_a_chain_under_way(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("track", [True, False])
+def test_a_chain_under_way(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path, track: bool
+) -> None:
     async def run() -> None:
         here, there = serial("source"), serial("restored")
-        source = await QemuWorkload.start("source", parts.command(here, *SMP, checker=BUSY))
+        source = await QemuWorkload.start("source", parts.command(here, *SMP, checker="ferry.mib=64 ferry.rate=200"))
         await here.ready()
-        first = await save(source, tmp_path / "0")
+        await save(source, tmp_path / "0", track=track)
         for number in range(1, 4):
-            later = await save(source, tmp_path / str(number), parent=tmp_path / str(number - 1), bandwidth=256 << 20)
+            later = await save(source, tmp_path / str(number), parent=tmp_path / str(number - 1), track=track)
+            assert later.tracking == ("trace" if track else "compare"), later.tracking_note
             assert later.pages.in_parent > 0
-            assert later.bytes_written < first.bytes_written
         copy = await restored(tmp_path / "3", parts, there, *SMP)
         await there.passes(2)
         await here.passes(1)
@@ -121,6 +124,9 @@ def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Re
         assert first.traps > 0
         later = await save(source, tmp_path / "child", parent=tmp_path / "image")
         assert later.pages.in_parent > 0
+        third = await save(source, tmp_path / "grandchild", parent=tmp_path / "child", at_instant=64 << 20)
+        assert third.tracking == "trace", third.tracking_note
+        assert third.pages.in_parent > 0
         assert os.fstat(source.regions[0].fd).st_blocks == before
         await here.passes(2)
         assert here.bad == []

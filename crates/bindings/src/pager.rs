@@ -1,12 +1,10 @@
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry_engine::mapping::{self, duplicate};
 use pageferry_engine::pager::{self, Begin, LoadError, PagerError, Plan};
 use pageferry_engine::placer::Target;
-use pageferry_engine::uapi::Userfault;
 use pyo3::exceptions::{PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use std::os::fd::AsFd;
@@ -15,7 +13,7 @@ use crate::errors;
 use crate::image::{ImageChain, image_error};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
-use crate::space::{SegmentTuple, segments};
+use crate::space::{self, SegmentTuple, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
     match error {
@@ -62,10 +60,7 @@ impl Pager {
         kept: bool,
         fatal: bool,
     ) -> PyResult<Self> {
-        let mut known = HashMap::new();
-        for (pid, fd) in userfaults {
-            known.insert(pid, Arc::new(Userfault::from_fd(duplicate(fd).map_err(errors::kernel)?)));
-        }
+        let known = space::userfaults(userfaults)?;
         let mut watched = Vec::new();
         for segment in self::segments(segments) {
             let pid = segment.space.pid();

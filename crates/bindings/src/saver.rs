@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
@@ -5,15 +6,17 @@ use std::time::Duration;
 
 use pageferry_engine::block::{self, Codec};
 use pageferry_engine::mapping::duplicate;
-use pageferry_engine::saver::{self, Handle, Options, Region, SaveError, Source};
-use pyo3::exceptions::{PyInterruptedError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError};
+use pageferry_engine::saver::{self, Handle, Options, Region, SaveError, Source, Traces};
+use pyo3::exceptions::{
+    PyInterruptedError, PyLookupError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::errors;
 use crate::image::ImageChain;
 use crate::mapping::Mapping;
-use crate::space::{SegmentTuple, Space, segments};
+use crate::space::{SegmentTuple, Space, segments, userfaults};
 
 fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
@@ -22,6 +25,7 @@ fn raised(error: SaveError) -> PyErr {
         // The errno of trouble with memory would be taken for one of the file.
         SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
+        SaveError::Untraceable(_) => PyLookupError::new_err(message),
         SaveError::Cancelled => PyInterruptedError::new_err(message),
         SaveError::Write(_) | SaveError::Memory(_) | SaveError::GivenBack | SaveError::Thread => {
             PyOSError::new_err(message)
@@ -105,7 +109,8 @@ impl Saver {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1_048_576,
-                        trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1))]
+                        trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1, at_instant = 16_777_216,
+                        leave = None, take_up = None))]
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
@@ -120,10 +125,20 @@ impl Saver {
         staging: usize,
         bandwidth: u64,
         packers: usize,
+        at_instant: usize,
+        leave: Option<HashMap<i32, i32>>,
+        take_up: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
         let known = Codec::named(codec);
         let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
-        let options = checked(Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers })?;
+        let options = Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers, at_instant };
+        let options = checked(options)?;
+        let traces = match (leave, take_up) {
+            (None, None) => Traces::Without,
+            (Some(found), None) => Traces::Leave(userfaults(found)?),
+            (None, Some(found)) => Traces::TakeUp(userfaults(found)?),
+            (Some(_), Some(_)) => return Err(PyValueError::new_err("traces that are taken up are left anyway")),
+        };
         let file = duplicate(fd).map_err(errors::kernel)?;
         let region = |(contents, page_size): (Contents<'_>, usize)| Region { source: contents.source(), page_size };
         let regions: Vec<_> = regions.into_iter().map(region).collect();
@@ -133,13 +148,19 @@ impl Saver {
             return Err(PyValueError::new_err("the parent has another number of pages"));
         }
         let segments = self::segments(segments);
-        let inner = py.detach(|| saver::Saver::arm(regions, segments, file, id, parent, &options)).map_err(raised)?;
+        let inner =
+            py.detach(|| saver::Saver::arm(regions, segments, file, id, parent, traces, &options)).map_err(raised)?;
         Ok(Self { handle: inner.handle(), inner: Mutex::new(inner) })
     }
 
     #[getter]
     fn arm_seconds(&self) -> f64 {
         self.with(|saver| saver.arm_time().as_secs_f64())
+    }
+
+    #[getter]
+    fn leaves_traces(&self) -> bool {
+        self.with(|saver| saver.leaves_traces())
     }
 
     fn begin(&self, py: Python<'_>) -> PyResult<f64> {
@@ -185,6 +206,8 @@ impl Saver {
             ("stored", &stats.stored),
             ("blocks", &stats.blocks),
             ("writes", &stats.writes),
+            ("written", &stats.written),
+            ("rounds", &stats.rounds),
         ];
         let dict = PyDict::new(py);
         for (name, counter) in named {

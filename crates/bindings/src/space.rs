@@ -1,10 +1,12 @@
+use std::collections::HashMap;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
+use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pager::FEATURES;
 use pageferry_engine::space;
-use pageferry_engine::trace::Segment;
-use pageferry_engine::uapi::FEATURE_EVENT_REMOVE;
+use pageferry_engine::trace::{self, Segment, Userfaults};
+use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 use pyo3::prelude::*;
 
 use crate::errors;
@@ -43,6 +45,11 @@ impl Space {
         Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
     }
 
+    fn write_traces(&self, py: Python<'_>) -> PyResult<(i32, Option<u64>)> {
+        let (uffd, remote) = py.detach(|| self.inner.kept_userfault(trace::FEATURES)).map_err(errors::adopt)?;
+        Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
+    }
+
     fn descriptor(&self, number: i32) -> PyResult<i32> {
         self.inner.descriptor(number).map(IntoRawFd::into_raw_fd).map_err(errors::kernel)
     }
@@ -69,4 +76,10 @@ pub fn segments(tuples: Vec<SegmentTuple<'_>>) -> Vec<Segment> {
         Segment { space, address, len, region, first_page }
     };
     tuples.into_iter().map(segment).collect()
+}
+
+/// Duplicates of userfaultfds, by their processes.
+pub fn userfaults(descriptors: HashMap<i32, i32>) -> PyResult<Userfaults> {
+    let known = |(pid, fd)| Ok((pid, Arc::new(Userfault::from_fd(duplicate(fd).map_err(errors::kernel)?))));
+    descriptors.into_iter().map(known).collect()
 }

@@ -104,6 +104,12 @@ impl Mapping {
         Ok(ranges)
     }
 
+    /// Whether a byte of the mapping is in a part that holds data. On hugetlbfs it always is.
+    pub fn is_data(&self, at: usize) -> io::Result<bool> {
+        let position = self.offset + at as u64;
+        Ok(self.seek(position, libc::SEEK_DATA)? == Some(position))
+    }
+
     /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for that.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;

@@ -15,7 +15,7 @@
 //! Order, which is what makes it right: `collect` protects before anybody reads the pages it reports; a write after
 //! that fires again and is reported by the next `collect`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,12 @@ use crate::pages::PageSet;
 use crate::space::{AdoptError, Space};
 use crate::uapi::{self, Userfault};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
+
+/// The features that a userfaultfd for traces needs.
+pub const FEATURES: u64 = uapi::FEATURE_PAGEFAULT_FLAG_WP
+    | uapi::FEATURE_WP_HUGETLBFS_SHMEM
+    | uapi::FEATURE_WP_UNPOPULATED
+    | uapi::FEATURE_WP_ASYNC;
 
 /// How often the helper of a coarse trace looks for units to release.
 const POLL: Duration = Duration::from_millis(5);
@@ -132,7 +138,12 @@ pub struct Trace {
     helper: Option<JoinHandle<()>>,
     expand: bool,
     install: Duration,
+    /// The traces are another's, and stay when this goes.
+    lent: bool,
 }
+
+/// The userfaultfd of every process.
+pub type Userfaults = HashMap<libc::pid_t, Arc<Userfault>>;
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -150,16 +161,12 @@ impl Trace {
     /// # Errors
     /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
     pub fn install(segments: Vec<Segment>, large: &[Vec<bool>], release_after: usize) -> Result<Self, AdoptError> {
-        let features = uapi::FEATURE_PAGEFAULT_FLAG_WP
-            | uapi::FEATURE_WP_HUGETLBFS_SHMEM
-            | uapi::FEATURE_WP_UNPOPULATED
-            | uapi::FEATURE_WP_ASYNC;
         let mut armed: Vec<Armed> = Vec::with_capacity(segments.len());
         for segment in segments {
             let known = armed.iter().find(|other| other.segment.space.pid() == segment.space.pid());
             let uffd = match known {
                 Some(other) => other.uffd.clone(),
-                None => Arc::new(segment.space.userfault(features)?),
+                None => Arc::new(segment.space.userfault(FEATURES)?),
             };
             uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
                 let taken = error.raw_os_error() == Some(libc::EBUSY);
@@ -174,14 +181,36 @@ impl Trace {
             uffd.write_protect(segment.address, segment.len, true)?;
         }
         let install = begin.elapsed();
+        let expand = release_after == 1;
         let mut trace =
-            Self { armed: Arc::new(armed), shared: Arc::default(), helper: None, expand: release_after == 1, install };
+            Self { armed: Arc::new(armed), shared: Arc::default(), helper: None, expand, install, lent: false };
         if release_after > 0 {
             let (armed, shared) = (trace.armed.clone(), trace.shared.clone());
             let release = move || release_loop(&armed, &shared, release_after);
             trace.helper = Some(std::thread::Builder::new().name("pf-trace".into()).spawn(release)?);
         }
         Ok(trace)
+    }
+
+    /// Takes up traces that are on `segments` already, by these userfaultfds; they stay when this is dropped.
+    ///
+    /// # Errors
+    /// EPERM where a part of a segment is not traced (it was mapped anew, say), EBUSY where it is traced by another
+    /// userfaultfd, ENOENT where none is given for its process.
+    pub fn take_up(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
+        let mut armed = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let (start, len) = (segment.address, segment.len);
+            let uffd =
+                userfaults.get(&segment.space.pid()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
+            // First, because registering makes good what this looks for; what is ours already is left as it is.
+            let flags = uapi::PM_SCAN_CHECK_WPASYNC;
+            scan(segment.space.pagemap(), start, start + len, flags, uapi::PAGE_IS_WRITTEN, |_, _| ())?;
+            uffd.register(start, len, uapi::REGISTER_MODE_WP)?;
+            armed.push(Armed { segment, uffd: uffd.clone(), large: Vec::new(), released: Mutex::default() });
+        }
+        let (armed, install) = (Arc::new(armed), Duration::ZERO);
+        Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
     }
 
     /// How long the installation of the protections took.
@@ -248,7 +277,7 @@ impl Trace {
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
         }
-        for Armed { segment, uffd, .. } in self.armed.iter() {
+        for Armed { segment, uffd, .. } in self.armed.iter().filter(|_| !self.lent) {
             let _ = uffd.unregister(segment.address, segment.len);
         }
     }

@@ -90,6 +90,16 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     digest: str
     """By these a child names the image as its parent."""
     parent: str | None
+    tracking: Literal["trace", "compare", "none"]
+    """How it was found what the parent holds: by the trace that it left, or by comparing all pages."""
+    tracking_note: str
+    """Why there was no trace to be used."""
+    tracked: bool
+    """Whether a trace was left for the next one: the first write to each page costs a minor fault then."""
+    written: int
+    """Pages that the trace reported as written, counted once a round."""
+    rounds: int
+    """Rounds in which they were saved before the pause."""
     mode: Mode
     codec: Codec
     total_time: float

@@ -34,15 +34,24 @@ class Options:
     packers: int = 1
     """Threads that compress."""
 
+    track: bool | None = None
+    """Leave a write trace, so that the next checkpoint with this one as its parent reads only what was written; None:
+    where this one has a parent itself. Lazy mode only."""
+    at_instant: int = 16 * MIB
+    """What may be copied in the pause where a trace says what was written; before it, there are rounds."""
+
     def __post_init__(self) -> None:
         _check("bandwidth", self.bandwidth, 0, 1 << 50, "bytes per second")
         _check("trap-block", self.trap_block, 4 * KIB, 2 * MIB, "bytes")
         _check("page-block", self.page_block, 4 * KIB, 1 * MIB, "bytes")
         _check("storage-block", self.storage_block, self.page_block, 4 * MIB, "bytes")
         _check("staging", self.staging, 2 * self.trap_block, 1 << 40, "bytes")
+        _check("at-instant", self.at_instant, 0, 1 << 40, "bytes")
         _check("packers", self.packers, 1, 64, "threads")
         if self.trap_block & (self.trap_block - 1):
             raise UsageError(f"trap-block of {self.trap_block} bytes: a power of two")
+        if self.track and self.mode != "lazy":
+            raise UsageError("a trace can be left by mode lazy only")
         if self.page_block % (4 * KIB) or self.storage_block % self.page_block:
             raise UsageError("page blocks are made of 4 KiB pages, storage blocks of page blocks")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from pageferry._engine import Saver
 from pageferry.checkpoints import events, metadata
 from pageferry.checkpoints.image import ImageFile, new_file
 from pageferry.checkpoints.options import Options
+from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
+from pageferry.host.faults import fault_point
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
 from pageferry.workloads.memory import Memory
@@ -51,7 +54,7 @@ async def checkpoint(
     if isinstance(saved, ProcessWorkload):
         options["mode"] = "stop"  # nothing but being stopped keeps its memory as it is
     else:
-        await settled(saved)
+        await settled(saved, traces=False)
     save = Save(saved, Path(path), Options(**options), listener)
     if parent is not None:
         save.build_on(ImageFile(parent))
@@ -71,6 +74,10 @@ class Save:
         self.spent: dict[str, float] = {}
         self.created = 0.0
         self.paused = False
+        self.tracking: Tracking | None = None
+        self.tracked = False
+        self.means: Means = "none"
+        self.note = ""
 
     def build_on(self, parent: ImageFile) -> None:
         """Store only what differs from `parent`. Raises UsageError when it is of another workload."""
@@ -89,8 +96,15 @@ class Save:
         try:
             with self._measure("total"), _writing(self.path), new_file(self.path) as file:
                 finished = await self._save(file)
+            fault_point("checkpoint.published")
+            if self.tracking is not None:
+                tracking, self.tracking = self.tracking, None
+                image = (self.id.hex(), f"{finished[0]:016x}") if self.saver.leaves_traces else None
+                self.tracked = await self._native(lambda: tracking.finish(image))
             return self._result(*finished)
         finally:
+            if self.tracking is not None:
+                await asyncio.shield(asyncio.to_thread(self.tracking.finish, None))
             self.__dict__.pop("saver", None)  # and with them their mappings, which an error would keep for long
             self.__dict__.pop("memory", None)
 
@@ -100,11 +114,28 @@ class Save:
             self.memory = self.workload.memory()
         else:
             self.memory = Memory(self.workload)
+            self.tracking = Tracking(self.workload, self.memory, self.parent, self.options)
+            await self._native(self.tracking.take_up)
         self.large = await self._native(self.memory.large_units)
         self.present = self.memory.present()
+        try:
+            return await self._save_once(file)
+        except LookupError as lost:
+            # The trace since the parent was no help: once more, comparing with the parent.
+            assert self.tracking is not None
+            tracking, why = self.tracking, str(lost)
+            await self._native(lambda: tracking.lost(why))
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            return await self._save_once(file)
+
+    async def _save_once(self, file: int) -> tuple[int, int, int, int]:
         await self.workload.prepare_pause()
         try:
-            return await (self._lazily(file) if self.options.mode == "lazy" else self._stopped(file))
+            finished = await (self._lazily(file) if self.options.mode == "lazy" else self._stopped(file))
+            if self.tracking is not None:
+                self.means, self.note = self.tracking.means, self.tracking.note
+            return finished
         finally:
             await asyncio.shield(self._give_back())
 
@@ -119,6 +150,7 @@ class Save:
                 with self._measure("protect"):
                     self.saver.begin()  # here and now: a change of threads would take longer
                 await self._resume()
+            fault_point("checkpoint.instant")
             self.listener(events.InstantEvent(downtime=self._ms("downtime")))
             return await self._finish(state)
         finally:
@@ -129,7 +161,7 @@ class Save:
         with self._measure("downtime"):
             await self._pause()
             state = await self._save_state()
-            self.saver = await self._native(lambda: self._open_saver(file, []))
+            self.saver = await self._native(lambda: self._open_saver(file, self._traced_segments()))
             try:
                 self._tell_armed()
                 with self._measure("save"):
@@ -140,8 +172,14 @@ class Save:
             await self._resume()
         return finished
 
+    def _traced_segments(self) -> list[Any]:
+        """In mode stop nothing is protected, but a trace that is there is of use."""
+        traced = self.tracking is not None and self.tracking.means == "trace"
+        return self.memory.segments if traced and isinstance(self.memory, Memory) else []
+
     def _open_saver(self, file: int, segments: list[Any]) -> Saver:
         chosen = self.options
+        traces: Descriptors = self.tracking.descriptors() if self.tracking is not None else {}
         return Saver(
             self.memory.contents(),
             segments,
@@ -155,6 +193,8 @@ class Save:
             staging=chosen.staging,
             bandwidth=chosen.bandwidth,
             packers=chosen.packers,
+            at_instant=chosen.at_instant,
+            **traces,
         )
 
     # -- the pause
@@ -180,7 +220,8 @@ class Save:
         """Everything as it was: the workload runs, on its large mappings."""
         if self.paused:
             await self.workload.resume()
-        if self.options.mode == "lazy":
+        if self.options.mode == "lazy" and not (self.tracking is not None and self.tracking.leaves):
+            # Under a trace that stays they cannot be large.
             await asyncio.to_thread(self.memory.restore_large_mappings, self.large)
 
     # -- saving
@@ -190,6 +231,7 @@ class Save:
         self.saver.sweep()
         while not await self._native(lambda: self.saver.wait(PROGRESS_INTERVAL)):
             self._tell_progress()
+        fault_point("checkpoint.saved")
         sections = [
             (metadata.METADATA, metadata.encode(self._metadata())),
             (metadata.STATE, state),
@@ -251,6 +293,7 @@ class Save:
         return round(self.spent.get(name, 0.0) * 1e3, 3)
 
     def _tell_armed(self) -> None:
+        fault_point("checkpoint.armed")
         self.listener(
             events.ArmedEvent(
                 memory=self.memory.size,
@@ -279,6 +322,11 @@ class Save:
             digest=f"{digest:016x}",
             parent=str(self.parent.path) if self.parent is not None else None,
             mode=self.options.mode,
+            tracking=self.means,
+            tracking_note=self.note,
+            tracked=self.tracked,
+            written=stats["written"],
+            rounds=stats["rounds"],
             codec=self.options.codec,
             total_time=self._ms("total"),
             arm_time=round(self.saver.arm_seconds * 1e3, 3),

@@ -31,6 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--parent", metavar="IMAGE", help="an earlier image of it: only what differs is stored, and it is needed then"
     )
     parser.add_argument(
+        "--track",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="leave a write trace, so that the next checkpoint with this one as its --parent reads only what was "
+        "written; until then the first write to each page costs a minor fault, and large pages are mapped small "
+        "(default: where this one has a --parent)",
+    )
+    parser.add_argument(
         "--mode",
         choices=("lazy", "stop"),
         default=DEFAULTS.mode,

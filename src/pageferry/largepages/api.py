@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pageferry.largepages.events import (
 from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
 from pageferry.largepages.sampling import Sampling
 from pageferry.largepages.tracking import Activity, LargePage, Tracker
+from pageferry.workloads import following
 from pageferry.workloads.targets import Target
 
 BINS = 11
@@ -66,6 +68,8 @@ async def sample(
     options, policy = options or Options(), policy or Threshold()
     if options.reclaim is not None:
         reclaim.check_swap()
+    if target.workload is not None:
+        await asyncio.to_thread(following.forget, target.workload)  # it would be in our way
     tracker, sampling = Tracker(target), Sampling(options.sample, options.budget, options.seed)
     candidates = tracker.large_pages()
     seen: list[Activity] = []

@@ -79,10 +79,18 @@ def _rows(result: CheckpointResult) -> list[tuple[str, str]]:
         ("pages", classes),
         ("image", f"{written}; data {result.compression:.2f}:1 by {result.codec}"),
     ]
+    if result.parent is not None:
+        rows.append(("changes", _changes(result)))
     if result.traps:
         waits = f", {traps.staging_waits} waited for room" if traps.staging_waits else ""
         rows.append(("traps", f"{result.traps}, mean {traps.mean_us:.0f} us, longest {traps.longest_us:.0f} us{waits}"))
     return rows
+
+
+def _changes(result: CheckpointResult) -> str:
+    if result.tracking == "trace":
+        return f"found by the trace since the parent: {result.written} pages written, {result.rounds} rounds"
+    return f"found by comparing all pages: {result.tracking_note}"
 
 
 def _ms(milliseconds: float) -> str:

@@ -15,6 +15,7 @@ from pageferry.host import proc, registry
 from pageferry.workloads.arena_control import ArenaControl, Callback
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.control.server import ControlServer
+from pageferry.workloads.following import note_forks
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
 
 
@@ -178,6 +179,7 @@ class Arena(_engine.Mapping):
             folder.release()
             raise
         self._folder = folder
+        note_forks(folder)
         self.control.name = name
         self.control.moved = self._release
         atexit.register(self.close)

@@ -79,15 +79,33 @@ impl Classified {
     }
 }
 
+/// The entry of a page that is as it is in the parent.
+fn inherited(entry: &PageEntry) -> PageEntry {
+    match entry.class() {
+        Some(Class::Data | Class::SameAs) => in_parent(entry.signature.get()),
+        Some(class) => PageEntry::plain(class, entry.signature.get()),
+        None => PageEntry::plain(Class::Absent, 0), // a chain has no other classes
+    }
+}
+
+fn in_parent(signature: u64) -> PageEntry {
+    PageEntry { flags: FLAG_IN_PARENT, ..PageEntry::plain(Class::Data, signature) }
+}
+
 impl Classifier {
+    /// `as_parent`: what is not brought is as in the parent; else it is not in memory.
     pub(super) fn new(
         shared: Arc<Shared>,
         parent: Option<Chain>,
+        as_parent: bool,
         free: Receiver<Builder>,
         full: Sender<Full>,
     ) -> Result<Self, SaveError> {
         let pages = shared.areas.iter().map(|area| area.source.pages()).sum();
-        let entries = vec![PageEntry::plain(Class::Absent, 0); pages];
+        let entries = match &parent {
+            Some(parent) if as_parent => parent.images()[0].page_map().iter().map(inherited).collect(),
+            _ => vec![PageEntry::plain(Class::Absent, 0); pages],
+        };
         let secret = random().map_err(SaveError::Memory)?;
         let result = Classified { entries, tickets: 0 };
         Ok(Self { shared, free, full, open: [None, None], result, known: HashMap::default(), secret, parent })
@@ -112,6 +130,9 @@ impl Classifier {
     /// None: the packers are gone.
     fn file(&mut self, block: &Copied, mut parents: Option<&mut Parents<'_>>) -> Option<()> {
         let first = self.shared.areas[block.region].first_page + block.page;
+        for &(start, end) in &block.absent {
+            self.result.entries[first + start..first + end].fill(PageEntry::plain(Class::Absent, 0));
+        }
         for &(start, end) in &block.runs {
             for page in start..end {
                 let bytes = &block.slot[page * SMALL_PAGE..(page + 1) * SMALL_PAGE];
@@ -140,8 +161,7 @@ impl Classifier {
         let signature = xxh3_64(bytes);
         let global = self.shared.areas[block.region].first_page + page;
         if parents.is_some_and(|parents| parents.hold(global, signature, bytes)) {
-            let entry = PageEntry::plain(Class::Data, signature);
-            return Some(PageEntry { flags: FLAG_IN_PARENT, ..entry });
+            return Some(in_parent(signature));
         }
         let hash = xxh3_128_with_secret(bytes, &self.secret);
         if let Some(&(ticket, slot)) = self.known.get(&hash) {

@@ -38,6 +38,8 @@ pub(super) struct Copied {
     pub(super) page: usize,
     /// Pages of the block that are in memory, as (first, end) from its start.
     pub(super) runs: Vec<(usize, usize)>,
+    /// Pages of it that were in memory when the parent was saved, and are not now.
+    pub(super) absent: Vec<(usize, usize)>,
     pub(super) slot: Box<[u8]>,
     pub(super) origin: Origin,
 }

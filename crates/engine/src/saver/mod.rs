@@ -15,6 +15,9 @@
 //! * a protection is only ever taken off a block that is saved;
 //! * pages that are holes when their block is copied were holes at the instant, or read as zeros since.
 //!
+//! With a trace that was on since the parent was saved, nothing of this is needed: see [`rounds`]. And where a trace shall
+//! be on from this instant, see [`follow`].
+//!
 //! We hold the only reference to the userfaultfd: if we die, every protection goes and every waiting thread runs on. An
 //! error (a full disk) or a cancellation takes all protections off at once.
 
@@ -30,12 +33,14 @@ use thiserror::Error;
 use crate::block::{Builder, Codec};
 use crate::image::{Chain, Finished, ImageWriter, Sizes};
 use crate::space::AdoptError;
-use crate::trace::Segment;
+use crate::trace::{Segment, Trace, Userfaults};
 
 mod classify;
 mod discards;
+mod follow;
 mod layout;
 mod output;
+mod rounds;
 mod shared;
 mod source;
 mod staging;
@@ -44,7 +49,10 @@ mod traps;
 
 use classify::{Classified, Classifier};
 use discards::Discards;
+use follow::Follow;
+use layout::Copied;
 use output::Written;
+use rounds::Rounds;
 use shared::Shared;
 pub use shared::Stats;
 pub use source::{ProcessRange, Source};
@@ -75,6 +83,9 @@ pub enum SaveError {
         "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload paused"
     )]
     GivenBack,
+    /// The trace since the parent cannot be used: save again, without it.
+    #[error("{0}")]
+    Untraceable(&'static str),
     /// Somebody asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -100,6 +111,19 @@ pub struct Options {
     pub bandwidth: u64,
     /// Threads that compress.
     pub packers: usize,
+    /// Bytes that may be copied in the pause, where a trace says what to save.
+    pub at_instant: usize,
+}
+
+/// Write traces between this save and others.
+#[derive(Debug)]
+pub enum Traces {
+    /// None.
+    Without,
+    /// By these userfaultfds, on from this instant on.
+    Leave(Userfaults),
+    /// By these, on since the parent was saved, and from this instant on for the next.
+    TakeUp(Userfaults),
 }
 
 /// A region to save.
@@ -116,6 +140,8 @@ pub struct Region {
 pub struct Saver {
     shared: Arc<Shared>,
     start: Option<Sender<()>>,
+    rounds: Option<Rounds>,
+    traced: bool,
     threads: Vec<JoinHandle<()>>,
     classifier: Option<JoinHandle<Classified>>,
     writer: Option<JoinHandle<Written>>,
@@ -131,12 +157,14 @@ impl Saver {
     ///
     /// # Errors
     /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
+    /// [`SaveError::Untraceable`], here or from [`begin`](Self::begin), where a trace that is taken up cannot be used.
     pub fn arm(
         regions: Vec<Region>,
         segments: Vec<Segment>,
         file: OwnedFd,
         id: [u8; 16],
         parent: Option<Chain>,
+        traces: Traces,
         options: &Options,
     ) -> Result<Self, SaveError> {
         let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
@@ -144,20 +172,56 @@ impl Saver {
         let areas = layout::areas(regions, options.trap_block);
         let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
-        let armed = traps::register(segments)?;
+        let (armed, follow, trace) = match traces {
+            Traces::Without => (traps::register(segments)?, None, None),
+            Traces::Leave(userfaults) => (traps::register(segments)?, Some(Follow::new(userfaults, areas.len())), None),
+            Traces::TakeUp(userfaults) => {
+                let found = Trace::take_up(segments, &userfaults);
+                let lost = |_| SaveError::Untraceable("the trace since the parent is not on all of its memory");
+                (Vec::new(), None, Some(found.map_err(lost)?))
+            }
+        };
         let files = areas.iter().filter_map(|area| area.source.file());
         let discards = Discards::watch(files).map_err(SaveError::Memory)?;
-        let shared = Arc::new(Shared::new(areas, armed, staging, discards));
-        let mut saver =
-            Self { shared, start: None, threads: Vec::new(), classifier: None, writer: None, arm_time: Duration::ZERO };
-        saver.spawn(image, parent, options)?;
+        let live = trace.is_some() || !armed.is_empty();
+        let shared = Arc::new(Shared::new(areas, armed, staging, discards, follow, live));
+        let mut saver = Self {
+            shared,
+            start: None,
+            rounds: None,
+            traced: trace.is_some(),
+            threads: Vec::new(),
+            classifier: None,
+            writer: None,
+            arm_time: Duration::ZERO,
+        };
         let begin = Instant::now();
-        saver.shared.protect_all().map_err(SaveError::Memory)?;
+        match (trace, &parent) {
+            (Some(trace), Some(chain)) => {
+                let chain = chain.clone();
+                let slots = saver.spawn(image, parent, true, options)?;
+                let mut rounds = Rounds::new(saver.shared.clone(), trace, slots, options.at_instant);
+                rounds.run(&chain)?;
+                saver.rounds = Some(rounds);
+            }
+            (Some(_), None) => return Err(SaveError::Untraceable("there is no parent")),
+            (None, _) => {
+                saver.spawn(image, parent, false, options)?;
+                saver.shared.protect_all().map_err(SaveError::Memory)?;
+            }
+        }
         saver.arm_time = begin.elapsed();
         Ok(saver)
     }
 
-    fn spawn(&mut self, image: ImageWriter, parent: Option<Chain>, options: &Options) -> Result<(), SaveError> {
+    /// `traced`: pages come in rounds, by the channel that is returned; the others are as in the parent.
+    fn spawn(
+        &mut self,
+        image: ImageWriter,
+        parent: Option<Chain>,
+        traced: bool,
+        options: &Options,
+    ) -> Result<Sender<Copied>, SaveError> {
         let all = self.shared.clone();
         let shared = &all;
         let (slots, filled) = unbounded();
@@ -181,15 +245,15 @@ impl Saver {
                 traps::serve(&shared, &uffd, &heard, &slots)
             })?);
         }
-        let (swept, bandwidth) = (shared.clone(), options.bandwidth);
+        let (swept, bandwidth, rounds) = (shared.clone(), options.bandwidth, slots.clone());
         self.threads.push(background(&all, "pf-sweep", move || {
-            if started.recv().is_ok() {
+            if started.recv().is_ok() && !traced {
                 sweep::run(&swept, &slots, bandwidth);
             }
             swept.release_all();
             drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
         })?);
-        let classifier = Classifier::new(shared.clone(), parent, builders, full)?;
+        let classifier = Classifier::new(shared.clone(), parent, traced, builders, full)?;
         self.classifier = Some(background(&all, "pf-classify", move || classifier.run(&filled))?);
         for number in 0..options.packers.max(1) {
             let (to_pack, free, packed, buffers) = (to_pack.clone(), free.clone(), packed.clone(), buffers.clone());
@@ -199,13 +263,16 @@ impl Saver {
         let shared = shared.clone();
         self.writer = Some(background(&all, "pf-write", move || output::write(&shared, image, &to_write, &spare))?);
         self.start = Some(start);
-        Ok(())
+        Ok(rounds)
     }
 
     /// The instant: what memory holds now is what is saved. The workload is paused, and may run on when this returns.
     pub fn begin(&mut self) -> Result<Duration, SaveError> {
         let begin = Instant::now();
-        self.shared.protect_released().map_err(SaveError::Memory)?;
+        match self.rounds.take() {
+            Some(rounds) => rounds.end()?,
+            None => self.shared.protect_released().map_err(SaveError::Memory)?,
+        }
         Ok(begin.elapsed())
     }
 
@@ -217,7 +284,12 @@ impl Saver {
         }
     }
 
-    /// How long it took to protect everything while the workload ran.
+    /// Whether traces are on all memory from the instant on, once it is finished.
+    pub fn leaves_traces(&self) -> bool {
+        self.traced || self.shared.follow.as_ref().is_some_and(Follow::whole)
+    }
+
+    /// How long it took to protect everything while the workload ran; with a trace since the parent, to save in rounds.
     pub fn arm_time(&self) -> Duration {
         self.arm_time
     }
@@ -237,7 +309,7 @@ impl Saver {
             return Err(error);
         }
         let (mut image, page_map) = (written.image, classified.page_map(&written.numbers));
-        self.shared.stats.count_absent(&page_map);
+        self.shared.stats.recount(&page_map);
         for (kind, contents) in sections {
             image.section(*kind, contents).map_err(SaveError::Write)?;
         }
@@ -254,7 +326,7 @@ impl Saver {
     }
 
     fn join(&mut self) -> Result<(Classified, Written), SaveError> {
-        drop(self.start.take());
+        drop((self.start.take(), self.rounds.take()));
         for thread in self.threads.drain(..) {
             thread.join().map_err(|_| SaveError::Thread)?;
         }
@@ -321,7 +393,7 @@ fn background<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
-    let workload_runs = !shared.armed.is_empty();
+    let workload_runs = shared.live;
     thread(shared, name, move || {
         if workload_runs {
             // SAFETY: takes no pointers. For process 0 it is about the calling thread alone; failing does no harm.

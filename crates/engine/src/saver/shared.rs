@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::SaveError;
 use super::discards::Discards;
+use super::follow::Follow;
 use super::layout::{Area, RELEASED, UNSAVED};
 use super::staging::Staging;
 use super::traps::{Armed, is_gone, within};
-use crate::block::Class;
 use crate::image::PageEntry;
 
 /// Counters of a save.
@@ -40,6 +40,10 @@ pub struct Stats {
     pub blocks: AtomicU64,
     /// Write calls.
     pub writes: AtomicU64,
+    /// Pages that the trace since the parent reported, some of them more than once.
+    pub written: AtomicU64,
+    /// Rounds in which they were saved while the workload ran.
+    pub rounds: AtomicU64,
 }
 
 impl Stats {
@@ -59,9 +63,10 @@ impl Stats {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn count_absent(&self, page_map: &[PageEntry]) {
-        let absent = page_map.iter().filter(|entry| entry.class == Class::Absent as u8).count();
-        self.classes[Class::Absent as usize].store(absent as u64, Ordering::Relaxed);
+    /// What all pages are in the end: some were seen more than once, others never.
+    pub(super) fn recount(&self, page_map: &[PageEntry]) {
+        self.classes.iter().chain([&self.in_parent]).for_each(|counter| counter.store(0, Ordering::Relaxed));
+        page_map.iter().for_each(|entry| self.count(entry));
     }
 }
 
@@ -72,6 +77,10 @@ pub(super) struct Shared {
     pub(super) armed: Vec<Armed>,
     pub(super) staging: Staging,
     pub(super) discards: Discards,
+    /// Traces that go on where the save ends.
+    pub(super) follow: Option<Follow>,
+    /// Whether the workload runs meanwhile.
+    pub(super) live: bool,
     pub(super) stats: Stats,
     begun: AtomicBool,
     /// Held while protections change before, and at, the instant.
@@ -84,12 +93,21 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(areas: Vec<Area>, armed: Vec<Armed>, staging: Staging, discards: Discards) -> Self {
+    pub(super) fn new(
+        areas: Vec<Area>,
+        armed: Vec<Armed>,
+        staging: Staging,
+        discards: Discards,
+        follow: Option<Follow>,
+        live: bool,
+    ) -> Self {
         Self {
             areas,
             armed,
             staging,
             discards,
+            follow,
+            live,
             stats: Stats::default(),
             begun: AtomicBool::new(false),
             beginning: Mutex::new(()),
@@ -150,8 +168,23 @@ impl Shared {
     /// Takes the protection off a block in one mapping, and wakes who waits for it there.
     pub(super) fn release_block(&self, armed: &Armed, block: usize) -> Result<(), SaveError> {
         let (start, len) = self.areas[armed.segment.region].bounds(block);
-        let Some((address, len)) = within(&armed.segment, start, len) else { return Ok(()) };
-        self.check(armed.uffd.write_protect(address, len, false))
+        let Some((address, bytes)) = within(&armed.segment, start, len) else { return Ok(()) };
+        match self.check(armed.uffd.write_protect(address, bytes, false)) {
+            // Handed over meanwhile: everybody who waited there was woken.
+            Err(_) if self.is_handed_over(armed.segment.region, start + len) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn is_handed_over(&self, region: usize, end: usize) -> bool {
+        self.follow.as_ref().is_some_and(|follow| {
+            let _still = follow.still();
+            end <= follow.handed(region)
+        })
+    }
+
+    pub(super) fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
     }
 
     /// Takes the protection off a range of a region, in all mappings.
@@ -169,7 +202,7 @@ impl Shared {
     }
 
     /// Once everything has been released, calls fail.
-    fn check(&self, result: io::Result<()>) -> Result<(), SaveError> {
+    pub(super) fn check(&self, result: io::Result<()>) -> Result<(), SaveError> {
         match result {
             Err(_) if self.released.load(Ordering::Acquire) => Ok(()),
             Err(error) if is_gone(&error) => Err(SaveError::Gone),
@@ -179,9 +212,14 @@ impl Shared {
 
     /// Takes every protection off and wakes everybody. Errors are left out: who is gone waits for nothing.
     pub(super) fn release_all(&self) {
+        let _still = self.follow.as_ref().map(Follow::still);
         self.released.store(true, Ordering::Release);
         for Armed { segment, uffd } in &self.armed {
-            let _ = uffd.unregister(segment.address, segment.len);
+            let handed = self.follow.as_ref().map_or(0, |follow| follow.handed(segment.region));
+            let rest = self.areas[segment.region].source.len() - handed;
+            if let Some((address, len)) = within(segment, handed, rest) {
+                let _ = uffd.unregister(address, len);
+            }
         }
     }
 

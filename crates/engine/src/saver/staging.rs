@@ -16,6 +16,8 @@ pub(super) enum Origin {
 pub(super) struct Staging {
     state: Mutex<State>,
     more: Condvar,
+    /// Bytes of a slot.
+    slot: usize,
     /// Slots that the sweep leaves free.
     reserve: usize,
 }
@@ -32,7 +34,7 @@ impl Staging {
         let count = count.max(2);
         // Not zeros: those would be allocated at the first trap, while the workload waits.
         let free = (0..count).map(|_| vec![1; slot].into_boxed_slice()).collect();
-        Self { state: Mutex::new(State { free, closed: false }), more: Condvar::new(), reserve: count / 2 }
+        Self { state: Mutex::new(State { free, closed: false }), more: Condvar::new(), slot, reserve: count / 2 }
     }
 
     /// A slot, and whether one had to be waited for; none once closed.
@@ -45,6 +47,12 @@ impl Staging {
             state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if state.closed { None } else { state.free.pop().map(|slot| (slot, waited)) }
+    }
+
+    /// A slot at once, a new one if need be.
+    pub(super) fn take_now(&self) -> Box<[u8]> {
+        let free = self.state.lock().unwrap_or_else(PoisonError::into_inner).free.pop();
+        free.unwrap_or_else(|| vec![1; self.slot].into_boxed_slice())
     }
 
     /// Takes a slot back.

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
+use super::follow::Kept;
 use super::layout::{Area, COPYING, Copied, SAVED, UNSAVED};
 use super::shared::Shared;
 use super::staging::Origin;
-use crate::LARGE_PAGE;
+use crate::{LARGE_PAGE, SMALL_PAGE};
 
 /// Longest sleep of a sweep that is ahead of its rate: then it looks whether it has been cancelled.
 const SLICE: Duration = Duration::from_millis(20);
@@ -37,6 +38,7 @@ pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
 fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut Pace) -> Result<(), SaveError> {
     let area = &shared.areas[region];
     let blocks_at_once = (LARGE_PAGE / area.unit).max(1);
+    let mut kept = shared.follow.as_ref().map(|_| Kept::default());
     // On hugetlbfs what is there is found once: what comes later was not there at the instant.
     let known = if area.hugetlb { Some(area.source.data_ranges().map_err(SaveError::Memory)?) } else { None };
     for first in (0..area.blocks()).step_by(blocks_at_once) {
@@ -46,17 +48,23 @@ fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut 
             Some(ranges) => ranges.clone(),
             None => area.source.data_within(from, to).map_err(SaveError::Memory)?,
         };
+        if let Some(kept) = &mut kept {
+            kept.begin(from, to - from);
+        }
         for block in first..end {
             let (start, len) = area.bounds(block);
             if data.iter().any(|&(from, to)| from < start + len && start < to) {
-                save(shared, slots, region, block, pace)?;
+                save(shared, slots, region, block, pace, kept.as_mut())?;
             } else {
                 // A hole, and protected until now: it was one at the instant.
                 area.change(block, UNSAVED, SAVED);
             }
         }
         (first..end).for_each(|block| area.await_saved(block));
-        shared.release(region, from, to - from)?;
+        match &kept {
+            Some(kept) => shared.hand_over(region, from, to, kept)?,
+            None => shared.release(region, from, to - from)?,
+        }
     }
     Ok(())
 }
@@ -67,6 +75,7 @@ fn save(
     region: usize,
     block: usize,
     pace: &mut Pace,
+    kept: Option<&mut Kept>,
 ) -> Result<(), SaveError> {
     let area: &Area = &shared.areas[region];
     if area.state(block) != UNSAVED {
@@ -81,10 +90,16 @@ fn save(
     let copied = area.copy(block, &mut slot);
     area.set(block, SAVED);
     let runs = copied.map_err(SaveError::Memory)?;
+    if let Some(kept) = kept {
+        for &(first, end) in &runs {
+            let (first, end) = (first * SMALL_PAGE, end * SMALL_PAGE);
+            kept.keep(area.bounds(block).0 + first, &slot[first..end]);
+        }
+    }
     pace.bytes += area.bounds(block).1 as u64;
     shared.stats.swept.fetch_add(1, Ordering::Relaxed);
-    let page = area.bounds(block).0 / crate::SMALL_PAGE;
-    let _ = slots.send(Copied { region, page, runs, slot, origin: Origin::Sweep });
+    let page = area.bounds(block).0 / SMALL_PAGE;
+    let _ = slots.send(Copied { region, page, runs, absent: Vec::new(), slot, origin: Origin::Sweep });
     Ok(())
 }
 

@@ -129,7 +129,7 @@ fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) ->
             area.set(block, SAVED);
             let runs = copied.map_err(SaveError::Memory)?;
             let page = block * area.unit / SMALL_PAGE;
-            let _ = slots.send(Copied { region, page, runs, slot, origin: Origin::Trap });
+            let _ = slots.send(Copied { region, page, runs, absent: Vec::new(), slot, origin: Origin::Trap });
             return Ok(());
         }
         shared.staging.give(slot);

@@ -1,0 +1,205 @@
+//! Saving what a trace has seen since the parent image (S2, S4): the rest is as it is there, and is not read.
+//!
+//! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough is
+//! left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied is
+//! reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next one's.
+//!
+//! A page that is discarded, and read again, is not reported: but it has nothing but zeros, or is not there, where the
+//! parent has something. All pages are looked at for that, mostly at one word each; and while that is worth something
+//! the file tells of discards.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossbeam_channel::Sender;
+
+use super::SaveError;
+use super::layout::{Area, Copied};
+use super::shared::Shared;
+use super::staging::Origin;
+use crate::SMALL_PAGE;
+use crate::block::Class;
+use crate::image::{Chain, PageEntry};
+use crate::pages::PageSet;
+use crate::trace::Trace;
+
+/// How often it is begun anew when memory is discarded meanwhile.
+const ATTEMPTS: usize = 3;
+
+/// A save under way.
+#[derive(Debug)]
+pub(super) struct Rounds {
+    shared: Arc<Shared>,
+    trace: Trace,
+    slots: Sender<Copied>,
+    /// What may be left for the instant, pages.
+    most: usize,
+    /// Per region: what has to be saved, what has been, and what was in memory when it was looked at.
+    dirty: Vec<PageSet>,
+    saved: Vec<PageSet>,
+    present: Vec<PageSet>,
+}
+
+impl Rounds {
+    pub(super) fn new(shared: Arc<Shared>, trace: Trace, slots: Sender<Copied>, most: usize) -> Self {
+        let empty = || shared.areas.iter().map(|area| PageSet::new(area.source.pages())).collect::<Vec<_>>();
+        let (dirty, saved, present) = (empty(), empty(), empty());
+        Self { shared, trace, slots, most: most / SMALL_PAGE, dirty, saved, present }
+    }
+
+    /// While the workload runs: saves until little enough is left.
+    pub(super) fn run(&mut self, parent: &Chain) -> Result<(), SaveError> {
+        self.collect()?;
+        for _ in 0..ATTEMPTS {
+            self.look(parent).map_err(SaveError::Memory)?;
+            let mut left = self.count();
+            while left > self.most {
+                self.save(false)?;
+                self.collect()?;
+                self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
+                // What is saved again was saved in vain: together no more than once.
+                if self.count() > left / 2 {
+                    return Err(SaveError::Untraceable("too much was written again while it was saved"));
+                }
+                left = self.count();
+            }
+            if !self.discarded()? {
+                return Ok(());
+            }
+            // What was saved may have been discarded since.
+            self.dirty.iter_mut().zip(&self.saved).for_each(|(dirty, saved)| dirty.union(saved));
+        }
+        Err(SaveError::Untraceable("memory was given back all the time"))
+    }
+
+    /// The instant: the workload is paused.
+    pub(super) fn end(mut self) -> Result<(), SaveError> {
+        self.collect()?;
+        self.save(true)?;
+        if self.discarded()? {
+            return Err(SaveError::Untraceable("memory was given back at the last moment"));
+        }
+        Ok(())
+    }
+
+    fn discarded(&self) -> Result<bool, SaveError> {
+        let mut any = false;
+        while self.shared.discards.seen().map_err(SaveError::Memory)? {
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn collect(&mut self) -> Result<(), SaveError> {
+        let before = self.count();
+        self.trace.collect(&mut self.dirty).map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => SaveError::Untraceable("its memory was mapped anew"),
+            Some(libc::ESRCH) => SaveError::Gone,
+            _ => SaveError::Memory(error),
+        })?;
+        self.shared.stats.written.fetch_add((self.count() - before) as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn count(&self) -> usize {
+        self.dirty.iter().map(PageSet::count).sum()
+    }
+
+    /// Finds what is in memory, and pages that lost their contents without having been written to.
+    fn look(&mut self, parent: &Chain) -> io::Result<()> {
+        let page_map = parent.images().first().map_or(&[][..], |image| image.page_map());
+        for (region, area) in self.shared.areas.iter().enumerate() {
+            let mut present = PageSet::new(area.source.pages());
+            for (start, end) in area.source.data_ranges()? {
+                present.insert(start / SMALL_PAGE, end.div_ceil(SMALL_PAGE));
+            }
+            let entries = page_map.iter().skip(area.first_page).take(area.source.pages());
+            for (page, _) in entries.enumerate().filter(|(_, entry)| has_contents(entry)) {
+                let known = self.dirty[region].contains(page);
+                if !known && (!present.contains(page) || area.source.is_zero(page)?) {
+                    self.dirty[region].insert(page, page + 1);
+                }
+            }
+            self.present[region] = present;
+        }
+        Ok(())
+    }
+
+    /// Copies what is dirty; `now`: nobody is waited for.
+    fn save(&mut self, now: bool) -> Result<(), SaveError> {
+        for (region, area) in self.shared.areas.iter().enumerate() {
+            let pages = area.source.pages();
+            let set = std::mem::replace(&mut self.dirty[region], PageSet::new(pages));
+            let (per_block, mut at) = (area.unit / SMALL_PAGE, 0);
+            while let Some((page, _)) = set.runs_in(at, pages).next() {
+                let block = page / per_block;
+                at = (block + 1) * per_block;
+                self.save_block(region, block, set.runs_in(block * per_block, at), now)?;
+            }
+            self.saved[region].union(&set);
+        }
+        Ok(())
+    }
+
+    fn save_block(
+        &self,
+        region: usize,
+        block: usize,
+        runs: impl Iterator<Item = (usize, usize)>,
+        now: bool,
+    ) -> Result<(), SaveError> {
+        let (staging, area) = (&self.shared.staging, &self.shared.areas[region]);
+        let mut slot = if now {
+            staging.take_now()
+        } else {
+            staging.take(Origin::Sweep).ok_or_else(|| self.shared.error().unwrap_or(SaveError::Cancelled))?.0
+        };
+        let page = block * area.unit / SMALL_PAGE;
+        let (mut there, mut absent) = (Vec::new(), Vec::new());
+        for (start, end) in runs {
+            self.split(region, (start, end), page, &mut there, &mut absent).map_err(SaveError::Memory)?;
+        }
+        for &(start, end) in &there {
+            let target = &mut slot[start * SMALL_PAGE..end * SMALL_PAGE];
+            read(area, page + start, target).map_err(SaveError::Memory)?;
+        }
+        let _ = self.slots.send(Copied { region, page, runs: there, absent, slot, origin: Origin::Sweep });
+        Ok(())
+    }
+
+    /// Splits a run into what is in memory and what is not, counted from page `base`.
+    fn split(
+        &self,
+        region: usize,
+        (start, end): (usize, usize),
+        base: usize,
+        there: &mut Vec<(usize, usize)>,
+        absent: &mut Vec<(usize, usize)>,
+    ) -> io::Result<()> {
+        for page in start..end {
+            // What was there is there: the file has told of no discard. What was not may have come since.
+            let present =
+                self.present[region].contains(page) || self.shared.areas[region].source.is_data(page * SMALL_PAGE)?;
+            let runs = if present { &mut *there } else { &mut *absent };
+            match runs.last_mut() {
+                Some((_, last)) if *last == page - base => *last += 1,
+                _ => runs.push((page - base, page - base + 1)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read(area: &Area, page: usize, target: &mut [u8]) -> io::Result<()> {
+    area.source.read(page * SMALL_PAGE, target)
+}
+
+/// Whether a page of the parent is not just zeros.
+fn has_contents(entry: &PageEntry) -> bool {
+    match entry.class() {
+        Some(Class::Data | Class::SameAs) => true,
+        Some(Class::Pattern) => entry.signature.get() != 0,
+        _ => false,
+    }
+}

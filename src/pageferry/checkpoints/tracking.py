@@ -1,0 +1,84 @@
+"""What a checkpoint does about write traces: it takes up the one that its parent left, and leaves one for its child."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, TypedDict
+
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.options import Options
+from pageferry.host.faults import fault_point
+from pageferry.workloads import following
+from pageferry.workloads.base import Workload
+from pageferry.workloads.following import Unusable
+from pageferry.workloads.memory import Memory
+
+Means = Literal["trace", "compare", "none"]
+"""How what the parent holds already was found; `none`: there is no parent."""
+
+
+class Descriptors(TypedDict, total=False):
+    """Arguments of a `Saver`."""
+
+    leave: dict[int, int]
+    take_up: dict[int, int]
+
+
+class Tracking:
+    """The traces of one checkpoint. Its calls may take a process a millisecond: they are not for the event loop."""
+
+    def __init__(self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options) -> None:
+        self.workload = workload
+        self.memory = memory
+        self.parent = parent
+        chained = parent is not None if options.track is None else options.track
+        self.leaves = chained and options.mode == "lazy"
+        self.means: Means = "none" if parent is None else "compare"
+        self.note = ""
+        self._ours: dict[int, int] = {}
+
+    def take_up(self) -> None:
+        """Look for a trace since the parent. Where there is none that can be used, nothing of it is left."""
+        if self.parent is not None:
+            try:
+                self._ours = following.take_up(self.workload, self.memory.segments, _identity(self.parent))
+                self.means = "trace"
+                fault_point("checkpoint.trace-taken")
+                return
+            except Unusable as why:
+                self.note = str(why)
+        following.forget(self.workload)
+
+    def lost(self, why: str) -> None:
+        """The trace cannot be used after all."""
+        self.note, self.means = why, "compare"
+        self._let_go()
+        following.forget(self.workload)
+
+    def descriptors(self) -> Descriptors:
+        """For the saver, which is to be made now."""
+        if self.means == "trace":
+            return {"take_up": self._ours}
+        if not self.leaves:
+            return {}
+        self._ours = following.begin(self.workload, self.memory.segments)
+        fault_point("checkpoint.trace-begun")
+        return {"leave": self._ours}
+
+    def finish(self, image: tuple[str, str] | None) -> bool:
+        """The image (id, digest) is there, or there is none. Returns whether a trace tells what is written since."""
+        self._let_go()
+        if image is not None and self.leaves:
+            fault_point("checkpoint.trace-left")
+            return following.leave(self.workload, self.memory.segments, image)
+        following.forget(self.workload)
+        return False
+
+    def _let_go(self) -> None:
+        for descriptor in self._ours.values():
+            os.close(descriptor)
+        self._ours = {}
+
+
+def _identity(parent: ImageFile) -> tuple[str, str]:
+    return parent.image.id.hex(), f"{parent.image.digest:016x}"

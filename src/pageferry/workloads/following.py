@@ -1,0 +1,243 @@
+"""The write trace that a checkpoint leaves on a workload, so that the next one knows what was written since (S2, S4).
+
+The trace is a userfaultfd in asynchronous mode: nobody needs to read it, and nobody waits for it. The process that it
+is on keeps its descriptor. What else the next checkpoint has to know is in the workload's folder, as `trace.json`; for
+an arena without a name, in the memory of its program.
+
+A record counts only for exactly the memory that it was made for: the same processes, mappings and descriptors, no fork
+since, and the image that the next one names as its parent. Everything else that wants the workload's page tables
+(a migration, large pages) takes the trace off with `forget`; so does `pageferry checkpoint --no-track`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from pageferry._engine import Space
+from pageferry.errors import PageferryError
+from pageferry.host import proc
+from pageferry.host.registry import Folder, Registry
+from pageferry.workloads.base import Workload
+from pageferry.workloads.memory import Segment
+
+RECORD = "trace.json"
+_FORKS = "forks"
+_SYS_CLOSE = 3
+
+
+class Unusable(Exception):
+    """Why a trace cannot be taken up."""
+
+
+class Descriptor(msgspec.Struct, frozen=True):
+    """A userfaultfd of a process."""
+
+    number: int
+    """In that process."""
+    inode: int
+    """Every userfaultfd has its own: another one of the same number is not taken for it."""
+    started: int
+    """`proc.start_time` of the process."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A mapping that is traced: process, address, bytes, number of the region, first page of it."""
+
+    pid: int
+    address: int
+    length: int
+    region: int
+    first_page: int
+
+
+class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """The record."""
+
+    descriptors: dict[int, Descriptor]
+    """By process."""
+    places: list[Place]
+    forks: int
+    """How often the program had forked: what a child writes is not traced."""
+    image: tuple[str, str] | None = None
+    """Id and digest of the image since which it tells; None while a checkpoint is under way."""
+
+
+def begin(workload: Workload, segments: Sequence[Segment]) -> dict[int, int]:
+    """Make userfaultfds for the processes of `segments`; pid -> our descriptor, the caller's to close.
+
+    They are on record before anything is registered with them: whoever dies, the next one can take them away.
+    """
+    forget(workload)
+    ours: dict[int, int] = {}
+    kept: dict[int, Descriptor] = {}
+    forks = _forks(workload)
+    try:
+        for space, *_ in segments:
+            if space.pid not in ours:
+                ours[space.pid], number = space.write_traces()
+                # Our own process keeps one as another would.
+                kept[space.pid] = _describe(space.pid, os.dup(ours[space.pid]) if number is None else number)
+    except BaseException:
+        for descriptor in ours.values():
+            os.close(descriptor)
+        _close(kept)
+        raise
+    _store(workload, LeftTrace(descriptors=kept, places=_places(segments), forks=forks))
+    return ours
+
+
+def take_up(workload: Workload, segments: Sequence[Segment], image: tuple[str, str]) -> dict[int, int]:
+    """The userfaultfds of a trace that tells what was written since `image` (id, digest); as `begin`.
+
+    From now on the record counts for no image, until `leave`. Raises Unusable, with the reason.
+    """
+    record = _load(workload)
+    if record is None:
+        raise Unusable("no trace was left by the checkpoint before")
+    if record.image is None:
+        raise Unusable("the checkpoint that was to leave a trace did not end")
+    if record.image != image:
+        raise Unusable("the last trace is since another image than this parent")
+    if record.places != _places(segments):
+        raise Unusable("its memory is mapped elsewhere than when it was saved")
+    if record.forks != _forks(workload):
+        raise Unusable("the program has forked since")
+    if not all(_is_there(pid, descriptor) for pid, descriptor in record.descriptors.items()):
+        raise Unusable("the trace has gone with its userfaultfd")
+    _store(workload, msgspec.structs.replace(record, image=None))
+    ours: dict[int, int] = {}
+    try:
+        for pid, descriptor in record.descriptors.items():
+            ours[pid] = os.dup(descriptor.number) if pid == os.getpid() else Space(pid).descriptor(descriptor.number)
+    except OSError as gone:
+        for number in ours.values():
+            os.close(number)
+        raise Unusable("its userfaultfd cannot be had") from gone
+    return ours
+
+
+def leave(workload: Workload, segments: Sequence[Segment], image: tuple[str, str]) -> bool:
+    """From now on the trace tells what is written since `image`; false, and it is gone, where it missed something."""
+    record = _load(workload)
+    # A process that came meanwhile has written without being traced.
+    if record is None or record.forks != _forks(workload) or record.places != _places(segments):
+        forget(workload)
+        return False
+    _store(workload, msgspec.structs.replace(record, image=image))
+    return True
+
+
+def forget(workload: Workload) -> None:
+    """Take the trace off, if there is one."""
+    record = _load(workload)
+    if record is not None:
+        _close(record.descriptors)
+        _remove(workload)
+
+
+def note_forks(folder: Folder) -> None:
+    """Have it known in a folder, from now on, when this program forks."""
+    _noted.add(folder)
+
+
+def _describe(pid: int, number: int) -> Descriptor:
+    started = proc.start_time(pid)
+    if started is None:
+        raise ProcessLookupError(f"process {pid} is gone")
+    return Descriptor(number, _inode(pid, number) or 0, started)
+
+
+def _inode(pid: int, number: int) -> int | None:
+    """Of an open descriptor of a process; None where there is none."""
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{pid}/fd/{number}").st_ino
+    return None
+
+
+def _is_there(pid: int, descriptor: Descriptor) -> bool:
+    return proc.is_alive(pid, descriptor.started) and _inode(pid, descriptor.number) == descriptor.inode
+
+
+def _close(descriptors: dict[int, Descriptor]) -> None:
+    for pid, descriptor in descriptors.items():
+        if not _is_there(pid, descriptor):
+            continue
+        if pid == os.getpid():
+            os.close(descriptor.number)
+        else:
+            with contextlib.suppress(OSError):  # it has just ended, and everything with it
+                Space(pid).call(_SYS_CLOSE, descriptor.number)
+
+
+def _places(segments: Sequence[Segment]) -> list[Place]:
+    return sorted((Place(space.pid, *rest) for space, *rest in segments), key=lambda place: (place.pid, place.address))
+
+
+# -- where records are
+
+_own: dict[tuple[int, int], LeftTrace] = {}
+"""Of arenas without a name, by the file of their memory."""
+_noted: set[Folder] = set()
+_own_forks = 0
+
+
+def _key(workload: Workload) -> tuple[int, int]:
+    status = os.fstat(workload.regions[0].fd)
+    return status.st_dev, status.st_ino
+
+
+def _folder(workload: Workload) -> Folder | None:
+    """The workload's folder; None where it has none: another one may have its name."""
+    with contextlib.suppress(PageferryError):
+        registry = Registry()
+        pid = registry.lookup(workload.name).pid
+        if any(segment.pid == pid for region in workload.regions for segment in region.segments):
+            return Folder(registry, workload.name)
+    return None
+
+
+def _load(workload: Workload) -> LeftTrace | None:
+    folder = _folder(workload)
+    return _own.get(_key(workload)) if folder is None else folder.load(RECORD, LeftTrace)
+
+
+def _store(workload: Workload, record: LeftTrace) -> None:
+    folder = _folder(workload)
+    if folder is None:
+        _own[_key(workload)] = record
+    else:
+        folder.store(RECORD, record)
+
+
+def _remove(workload: Workload) -> None:
+    folder = _folder(workload)
+    if folder is None:
+        _own.pop(_key(workload), None)
+    else:
+        folder.forget(RECORD)
+
+
+def _forks(workload: Workload) -> int:
+    folder = _folder(workload)
+    if folder is None:
+        return _own_forks
+    with contextlib.suppress(FileNotFoundError):
+        return (folder.path / _FORKS).stat().st_size
+    return 0
+
+
+def _before_fork() -> None:
+    global _own_forks
+    _own_forks += 1
+    for folder in _noted:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder.path / _FORKS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            os.write(descriptor, b".")
+            os.close(descriptor)
+
+
+os.register_at_fork(before=_before_fork)

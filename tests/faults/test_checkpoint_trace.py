@@ -1,0 +1,124 @@
+"""Checkpoints that leave or take up a trace, cut short: the next one never relies on a trace that missed something."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.host.registry import Registry
+from pageferry.workloads import following
+from pageferry.workloads.following import LeftTrace
+from tests.kernel.programs import Program
+from tests.saved import check_ledger
+
+MIB = 1 << 20
+
+
+@contextmanager
+def ledger(name: str) -> Iterator[Program]:
+    options = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1}
+    setup = {"name": name, "size": 16 * MIB, "options": options, "exact": True}
+    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+        program.json()
+        yield program
+
+
+def stop(program: Program) -> None:
+    program.process.send_signal(signal.SIGTERM)
+    assert program.json()["intact"]
+    assert program.wait() == 0
+
+
+def run(name: str, image: Path, *options: str, fault: str | None = None, code: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pageferry", "checkpoint", name, str(image), "--output", "json", *options]
+    environment = os.environ | ({"PAGEFERRY_FAULT": f"{fault}=kill"} if fault is not None else {})
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert done.returncode == code, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if code == 0 else {}
+    return result
+
+
+def userfaultfds(pid: int) -> int:
+    """How many a process has."""
+    folder = f"/proc/{pid}/fd"
+    return sum(os.readlink(f"{folder}/{number}") == "anon_inode:[userfaultfd]" for number in os.listdir(folder))
+
+
+def test_from_outside(tmp_path: Path) -> None:
+    with ledger("chained") as program:
+        run("chained", tmp_path / "0", "--track")
+        assert userfaultfds(program.process.pid) == 1
+        for number in range(1, 4):
+            result = run("chained", tmp_path / str(number), "--parent", str(tmp_path / str(number - 1)))
+            assert (result["tracking"], result["tracked"]) == ("trace", True), result["tracking-note"]
+        run("chained", tmp_path / "4", "--parent", str(tmp_path / "3"), "--no-track")
+        assert userfaultfds(program.process.pid) == 0
+        stop(program)
+    for number in range(5):
+        check_ledger(tmp_path / str(number))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "checkpoint.trace-taken",
+        "checkpoint.armed",
+        "checkpoint.instant",
+        "checkpoint.saved",
+        "checkpoint.published",
+        "checkpoint.trace-left",
+    ],
+)
+def test_the_saver_is_killed_with_a_trace(tmp_path: Path, point: str) -> None:
+    with ledger("chained") as program:
+        run("chained", tmp_path / "0", "--track")
+        run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"), fault=point, code=-signal.SIGKILL)
+        result = run("chained", tmp_path / "2", "--parent", str(tmp_path / "0"))
+        assert (result["tracking"], result["tracked"]) == ("compare", True)
+        assert "did not end" in result["tracking-note"]
+        assert userfaultfds(program.process.pid) == 1
+        result = run("chained", tmp_path / "3", "--parent", str(tmp_path / "2"))
+        assert result["tracking"] == "trace"
+        stop(program)
+    for number in (2, 3):
+        check_ledger(tmp_path / str(number))
+
+
+@pytest.mark.parametrize(
+    "point", ["checkpoint.trace-begun", "checkpoint.armed", "checkpoint.instant", "checkpoint.saved"]
+)
+def test_the_saver_is_killed_while_it_makes_one(tmp_path: Path, point: str) -> None:
+    with ledger("chained") as program:
+        run("chained", tmp_path / "0", "--track", fault=point, code=-signal.SIGKILL)
+        assert sorted(os.listdir(tmp_path)) == []
+        result = run("chained", tmp_path / "1", "--track")
+        assert result["tracked"]
+        assert userfaultfds(program.process.pid) == 1
+        result = run("chained", tmp_path / "2", "--parent", str(tmp_path / "1"))
+        assert result["tracking"] == "trace"
+        stop(program)
+    check_ledger(tmp_path / "2")
+
+
+def test_the_workload_is_another_one(tmp_path: Path) -> None:
+    """Restarted under the same name, with a record that somebody kept."""
+    with ledger("chained") as program:
+        run("chained", tmp_path / "0", "--track")
+        kept = Registry().folder("chained").load(following.RECORD, LeftTrace)
+        assert kept is not None
+        stop(program)
+    with ledger("chained") as program:
+        Registry().folder("chained").store(following.RECORD, kept)
+        result = run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"))
+        assert result["tracking"] == "compare"
+        stop(program)
+    check_ledger(tmp_path / "1")

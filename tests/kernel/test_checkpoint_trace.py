@@ -1,0 +1,302 @@
+"""Checkpoints that save what the trace since their parent reports: the same as by comparing, never less (S4, S2)."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import mmap
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pageferry
+from pageferry import _engine
+from pageferry.checkpoints import events
+from pageferry.checkpoints.image import ImageFile
+from pageferry.events import Event
+from pageferry.workloads import following
+from pageferry.workloads.arena import Arena
+from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
+from tests.saved import check_ledger, memory_of
+
+pytestmark = pytest.mark.kernel
+
+MIB = 1 << 20
+PAGE = 4096
+
+
+@contextmanager
+def ledger(size: int, options: LedgerOptions, **more: Any) -> Iterator[LedgerWorkload]:
+    workload = LedgerWorkload.create(size, options, exact=True, **more)
+    try:
+        yield workload
+    finally:
+        workload.stop()
+    assert workload.verify().intact
+
+
+def save(workload: Any, path: Path, **options: Any) -> events.CheckpointResult:
+    return asyncio.run(pageferry.checkpoint(workload, path, **options))
+
+
+def pages_of(path: Path) -> Any:
+    return np.frombuffer(memory_of(ImageFile(path)), dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
+
+
+def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:
+    """An arena of random pages, and the same as pages of 512 words."""
+    arena = Arena(pages * PAGE, large_pages=large_pages)
+    memoryview(arena)[:] = os.urandom(pages * PAGE)
+    return arena, np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
+
+
+def punch(arena: Arena, page: int, pages: int) -> None:
+    hole = ("--punch-hole", "--offset", str(page * PAGE), "--length", str(pages * PAGE), "-n")
+    subprocess.run(["fallocate", *hole, f"/proc/{os.getpid()}/fd/{arena.fileno()}"], check=True)
+
+
+def wp_registered(address: int) -> bool:
+    """Whether a mapping of ours is registered for write protection (smaps, VmFlags uw)."""
+    with open("/proc/self/smaps") as smaps:
+        inside = False
+        for line in smaps:
+            if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                inside = start <= address < end
+            elif inside and line.startswith("VmFlags:"):
+                return " uw" in line
+    raise AssertionError(f"nothing is mapped at {address:x}")
+
+
+@pytest.mark.parametrize("large_pages", [False, True])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_chain_under_a_heavy_writer(tmp_path: Path, processes: int, large_pages: bool) -> None:
+    options = LedgerOptions(threads=2, zero_fraction=0.2, compressible=0.4, working_set=0.3)
+    with ledger(16 * MIB, options, processes=processes, large_pages=large_pages) as workload:
+        images = [tmp_path / f"image{number}" for number in range(10)]
+        results = [save(workload, images[0], track=True)]
+        for parent, image in itertools.pairwise(images):
+            results.append(save(workload, image, parent=parent))
+    assert [result.tracking for result in results] == ["none"] + 9 * ["trace"]
+    assert all(result.tracked for result in results)
+    for image in images:
+        check_ledger(image)
+    assert all(result.traps == 0 and result.written > 0 for result in results[1:])
+    ImageFile(images[-1]).flatten(tmp_path / "flat")
+    check_ledger(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_as_by_comparing(tmp_path: Path, seed: int) -> None:
+    """One image by the trace and one by comparing, of the same instant: the same contents, class by class."""
+    chance = random.Random(seed)
+    arena, words = filled(large_pages=seed % 2 == 1)
+    save(arena, tmp_path / "0", track=True)
+    for number in range(1, 6):
+        for page in chance.sample(range(4096), 300):
+            words[page] = chance.choice([0, 5, words[chance.randrange(4096)], chance.randrange(1, 1 << 60)])
+        first = chance.randrange(4000)
+        punch(arena, first, 50)
+        if chance.random() < 0.5:
+            assert not words[first + 10].any()
+        if chance.random() < 0.5:
+            words[first + 20, 3] = 7
+        parent = tmp_path / str(number - 1)
+        traced = save(arena, tmp_path / str(number), parent=parent)
+        assert traced.tracking == "trace", traced.tracking_note
+        image = ImageFile(tmp_path / str(number))
+        assert memoryview(memory_of(image)) == memoryview(arena)
+        assert image.verify() == []
+    compared = save(arena, tmp_path / "compared", parent=tmp_path / "4", track=False)
+    assert compared.tracking == "compare"
+    assert ImageFile(tmp_path / "5").differences(ImageFile(tmp_path / "compared")) == []
+    assert traced.pages.in_parent == compared.pages.in_parent
+
+
+def test_only_what_was_written_is_stored(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[17, 5] = 1
+    words[900, 5] = 1
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert (result.tracking, result.written, result.rounds) == ("trace", 2, 0)
+    assert (result.pages.data, result.pages.in_parent) == (2, 4094)
+    result = save(arena, tmp_path / "2", parent=tmp_path / "1")
+    assert (result.written, result.pages.in_parent) == (0, 4096)
+    assert memoryview(memory_of(ImageFile(tmp_path / "2"))) == memoryview(arena)
+
+
+def test_what_is_given_back_is_found(tmp_path: Path) -> None:
+    """A hole, a hole that is read again (no trace tells of that), and one that is written again."""
+    arena, words = filled()
+    words[40] = 9  # a pattern
+    save(arena, tmp_path / "0", track=True)
+    punch(arena, 10, 40)
+    assert not words[20:30].any()
+    words[30] = 1
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert result.tracking == "trace"
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_a_first_incremental_compares_and_leaves_a_trace(tmp_path: Path) -> None:
+    arena, words = filled()
+    assert not save(arena, tmp_path / "0").tracked
+    assert not wp_registered(arena.address)
+    second = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert (second.tracking, second.tracked) == ("compare", True)
+    assert "no trace was left" in second.tracking_note
+    assert wp_registered(arena.address)
+    words[5] = 1
+    assert save(arena, tmp_path / "2", parent=tmp_path / "1").tracking == "trace"
+
+
+def test_another_parent_is_compared_with(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[5] = 1
+    save(arena, tmp_path / "1", parent=tmp_path / "0")
+    words[6] = 1
+    result = save(arena, tmp_path / "2", parent=tmp_path / "0")
+    assert (result.tracking, result.tracked) == ("compare", True)
+    assert "another image" in result.tracking_note
+    assert memoryview(memory_of(ImageFile(tmp_path / "2"))) == memoryview(arena)
+    assert save(arena, tmp_path / "3", parent=tmp_path / "2").tracking == "trace"
+
+
+def test_it_can_be_done_without(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0", track=False)
+    assert (result.tracking, result.tracked) == ("trace", False)
+    assert not wp_registered(arena.address)
+    words[5] = 1
+    assert save(arena, tmp_path / "2", parent=tmp_path / "1", track=False).tracking == "compare"
+    assert memoryview(memory_of(ImageFile(tmp_path / "2"))) == memoryview(arena)
+
+
+def test_memory_that_is_traced_by_somebody_else_meanwhile(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    following.forget(arena.workload())
+    other = _engine.Trace([(_engine.Space(), arena.address, arena.length, 0, 0)])
+    with pytest.raises(pageferry.errors.WorkloadError, match="another userfaultfd"):
+        save(arena, tmp_path / "1", parent=tmp_path / "0")
+    other.remove()
+    words[5] = 1
+    assert save(arena, tmp_path / "1", parent=tmp_path / "0").tracking == "compare"
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_a_descriptor_that_is_not_ours_any_more(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    (record,) = (one for key, one in following._own.items() if key == following._key(arena.workload()))
+    number = record.descriptors[os.getpid()].number
+    os.close(number)
+    os.dup2(0, number)  # somebody else's now
+    words[5] = 1
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert result.tracking == "compare"
+    assert "gone" in result.tracking_note
+    os.fstat(number)
+    os.close(number)
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_a_program_that_has_forked(tmp_path: Path) -> None:
+    """What a child wrote that is gone again was not traced."""
+    arena, _ = filled()
+    save(arena, tmp_path / "0", track=True)
+    if (child := os.fork()) == 0:
+        memoryview(arena)[12345] ^= 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert (result.tracking, result.tracking_note) == ("compare", "the program has forked since")
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_memory_that_was_mapped_anew(tmp_path: Path) -> None:
+    """At the same address, the same part of the same file: nothing tells but that it is not traced."""
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    _map_anew(arena, 100, 8)
+    words[105] = 1
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert (result.tracking, result.tracked) == ("compare", True)
+    assert "not on all of its memory" in result.tracking_note
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+    words[106] = 1
+    assert save(arena, tmp_path / "2", parent=tmp_path / "1").tracking == "trace"
+    assert memoryview(memory_of(ImageFile(tmp_path / "2"))) == memoryview(arena)
+
+
+def _map_anew(arena: Arena, page: int, pages: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    shared_fixed = mmap.MAP_SHARED | 0x10
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    address = arena.address + page * PAGE
+    assert libc.mmap(address, pages * PAGE, access, shared_fixed, arena.fileno(), page * PAGE) == address
+
+
+def test_heavy_writers_are_right_whichever_way(tmp_path: Path) -> None:
+    """With nothing allowed in the pause it goes by chance; the image is of one instant all the same."""
+    with ledger(8 * MIB, LedgerOptions(threads=3)) as workload:
+        save(workload, tmp_path / "0", track=True)
+        for number in range(1, 6):
+            parent = tmp_path / str(number - 1)
+            save(workload, tmp_path / str(number), parent=parent, at_instant=0)
+            check_ledger(tmp_path / str(number))
+
+
+def test_in_rounds(tmp_path: Path) -> None:
+    """More is written than may be copied in the pause: most is saved before it."""
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[:3000] += 1
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0", at_instant=MIB)
+    assert (result.tracking, result.rounds, result.pages.data) == ("trace", 1, 3000)
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_with_the_workload_paused(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[5, 3] = 1
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0", mode="stop")
+    assert (result.tracking, result.tracked, result.pages.data) == ("trace", False, 1)
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_what_does_not_end_leaves_no_trace(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[5] = 1
+
+    async def cancelled() -> None:
+        def listen(event: Event) -> None:
+            if isinstance(event, events.InstantEvent):
+                saving.cancel()
+
+        saving = asyncio.ensure_future(
+            pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0", listener=listen)
+        )
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+
+    asyncio.run(cancelled())
+    assert not wp_registered(arena.address)
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert result.tracking == "compare"
+    assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
