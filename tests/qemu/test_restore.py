@@ -162,6 +162,7 @@ def test_it_tells_how_it_goes(guest: Make, image: Path) -> None:
         assert left == sorted(left, reverse=True)
         touched = [window for event in told if isinstance(event, TouchedEvent) for window in event.windows]
         assert 0 < len(set(touched)) <= result.missed
+        assert left[-1] == 0
         assert max(touched) < result.memory // (16 * 4096)
         await restored.end()
 

@@ -204,6 +204,8 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
     while not finished:
         status = await asyncio.to_thread(deferred.ask, folder, Ask(what="touched", first=known))
         if status is None:
+            status = _last_words(folder, known)
+        if status is None:
             break
         if status.touched:
             known += len(status.touched)
@@ -221,6 +223,12 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
         )
         await asyncio.sleep(0 if finished else _POLL)
     return msgspec.structs.replace(result, status="completed", deferred=0)
+
+
+def _last_words(folder: Folder, known: int) -> Status | None:
+    """What the pager left when it had finished."""
+    status = folder.load(deferred.SUMMARY, Status)
+    return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 
 
 def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Deferred:

@@ -21,8 +21,16 @@ from pageferry.sharing import events as sharing
 INTERVAL = 0.2
 """Seconds between two records, at least."""
 
-PHASES = {"setup": "copying", "armed": "pausing", "instant": "saving", "listening": "waiting", "received": "serving"}
-"""Events that begin something, by their type."""
+PHASES = {
+    "setup": "copying",
+    "armed": "pausing",
+    "instant": "saving",
+    "listening": "waiting",
+    "received": "serving",
+    "large-pages": "watching",
+    "sharing": "watching",
+}
+"""What begins with an event, by its type."""
 
 
 class Progress:

@@ -53,7 +53,7 @@ def _table(now: Overview) -> RenderableType:
     if not now.workloads:
         return Text("no workloads: `pageferry run`, `receive` or `adopt` makes some")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("NAME", "KIND", "PID", "MEMORY", "LARGE", "DEFERRED", "MODIFIED", "AT WORK"):
+    for name in ("NAME", "KIND", "PID", "MAPPED", "LARGE", "DEFERRED", "MODIFIED", "AT WORK"):
         table.add_column(name, justify="left" if name in ("NAME", "KIND", "AT WORK") else "right", no_wrap=True)
     for one in now.workloads:
         table.add_row(

@@ -7,7 +7,11 @@ A workload whose restore is under way has in its folder::
     pager.sock      where its pager answers questions, one JSON object per line each way
     pager.log       what the pager has to say
 
-They go when everything is there. Who reads the memory of a workload past its page tables asks `ensure` first; who
+They go when everything is there, and a last one comes::
+
+    restored.json   what the pager said at its end: a Status, with what was touched
+
+Who reads the memory of a workload past its page tables asks `ensure` first; who
 needs its page tables for himself (a migration, a checkpoint) asks for all of it with `settle`.
 """
 
@@ -27,6 +31,7 @@ from pageferry.host.registry import Folder
 RECORD = "restore.json"
 FLAGS = "pager.flags"
 SOCKET = "pager.sock"
+SUMMARY = "restored.json"
 LOG = "pager.log"
 
 _PATIENCE = 5.0
