@@ -106,6 +106,18 @@ def test_the_disk_is_full(tmp_path: Path, root: None, mode: str) -> None:
         subprocess.run(["umount", small], check=True)
 
 
+def test_what_is_left_by_a_saver_that_died_while_naming_it_is_removed(tmp_path: Path) -> None:
+    with ledger("writer"):
+        environment = os.environ | {"PAGEFERRY_FAULT": "image.linked=kill"}
+        done = subprocess.run([sys.executable, *command("writer", tmp_path / "image")], timeout=60, env=environment)
+        assert done.returncode == -signal.SIGKILL
+        (left,) = os.listdir(tmp_path)
+        assert left.startswith(".image.")
+        (tmp_path / ".image.notours").touch()
+        save_well("writer", tmp_path / "image")
+        assert sorted(os.listdir(tmp_path)) == [".image.notours", "image"]
+
+
 def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path) -> None:
     with ledger("writer"):
         save_well("writer", tmp_path / "image")

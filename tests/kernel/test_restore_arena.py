@@ -17,6 +17,7 @@ import pytest
 import pageferry
 from pageferry.checkpoints.arenas import RestoredArena
 from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
 from tests.kernel.images import DATA, PAGE, PATTERN, SAME_AS, ZERO, Maker
@@ -68,6 +69,21 @@ def test_what_costs_no_reading_reads_nothing(tmp_path: Path) -> None:
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     assert (words(arena)[1:] == made.contents[1:]).all()
     assert arena.pager.counters[4] == 0
+
+
+def test_the_working_set_is_learnt_and_read_first(tmp_path: Path) -> None:
+    made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
+    path = made.write(tmp_path / "image")
+    first = in_child("words[160, 0]; words[3200, 0]; words[32, 0]", path)
+    assert first.returncode == 0, first.stderr
+    assert WorkingSet(ImageFile(path)).windows == [10, 200, 2]
+    arena = pageferry.restore(path)
+    arena.load()
+    assert (words(arena) == made.contents).all()
+    del arena
+    # What another run without prefetch does not touch is not of the set.
+    assert in_child("words[3200, 0]; words[48, 0]", path).returncode == 0
+    assert WorkingSet(ImageFile(path)).windows == [200]
 
 
 def test_same_pages_are_read_once_and_are_apart(tmp_path: Path) -> None:

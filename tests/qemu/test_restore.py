@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -187,6 +188,67 @@ def test_a_killed_pager_is_taken_over(guest: Make, image: Path) -> None:
         await restored.end()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("point", ["opened", "registered", "taken-over"])
+def test_a_pager_that_dies_while_it_takes_over(
+    guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """The first, at the hand-over from the command, and one that takes over from a dead one."""
+
+    async def run() -> None:
+        restored = guest("restored")
+        monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
+        with pytest.raises(RestoreError, match="restored runs, and waits for its memory"):
+            await restored.start(image)
+        restored.workload = await QemuWorkload.attach("restored")
+        with pytest.raises(RestoreError, match="the pager ended"):
+            await take_over(restored.folder)
+        monkeypatch.delenv("PAGEFERRY_FAULT")
+        await take_over(restored.folder)
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("point", ["serving", "settled", "forgotten", "closed"])
+def test_a_pager_that_dies_at_its_work(
+    guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
+) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
+        with contextlib.suppress(RestoreError):  # some die before they can be asked
+            await restored.start(image, eager=True)
+        restored.workload = await QemuWorkload.attach("restored")
+        monkeypatch.delenv("PAGEFERRY_FAULT")
+        if point in ("serving", "settled"):
+            async with asyncio.timeout(60):
+                while not await _is_dead(restored):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            await take_over(restored.folder)
+        else:
+            async with asyncio.timeout(60):
+                while (restored.folder.path / deferred.RECORD).exists():  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        await restored.arrived()
+        await pageferry.checkpoint(restored.workload, tmp_path / "again")
+        assert ImageFile(tmp_path / "again").verify() == []
+        await restored.serial.passes(2)
+        assert restored.serial.bad == []
+        await restored.end()
+
+    asyncio.run(run())
+
+
+async def _is_dead(restored: Restored) -> bool:
+    try:
+        await restored.status()
+    except RestoreError:
+        return True
+    return False
 
 
 def test_without_a_pager_the_guest_waits(guest: Make, image: Path) -> None:

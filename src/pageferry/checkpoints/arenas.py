@@ -13,6 +13,7 @@ from typing import Self
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import ImageError, RestoreError, UnsupportedError, UsageError
 from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file
@@ -54,11 +55,14 @@ class RestoredArena(Arena):
             self = cls.from_file(file, size, state=state, on_pause=on_pause, on_resume=on_resume, on_moved=on_moved)
             self.large_pages_by = large_pages_by
             self.image = image
-            self.pager = _pager(image, self, eager=eager, prefetch=prefetch)
+            working_set = WorkingSet(image)
+            self.pager = _pager(image, self, working_set.windows, eager=eager, prefetch=prefetch)
         finally:
             os.close(file)
         _inherit(self, _MADV_DONTFORK)
         _restoring.add(self)
+        # Of an arena nobody says when its first use is over: it is learnt when the arena goes, or the program.
+        weakref.finalize(self, _learn, working_set, self.pager, prefetch, os.getpid())
         self.lifecycle.load_state(self, image.state())
         if name is not None:
             self.register(name)
@@ -143,7 +147,12 @@ def _size(image: ImageFile) -> int:
     return found.regions[0].length
 
 
-def _pager(image: ImageFile, arena: Arena, *, eager: bool, prefetch: bool) -> Pager:
+def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> None:
+    if pid == os.getpid() and pager.touched:  # not in a forked child, nor of an arena that was not used
+        working_set.learn(pager.touched, prefetch)
+
+
+def _pager(image: ImageFile, arena: Arena, working_set: list[int], *, eager: bool, prefetch: bool) -> Pager:
     mapping = Mapping(arena.fileno(), arena.length)
     target = (mapping, SMALL_PAGE, restoring.large_units(image)[0])
     space = Space()
@@ -162,6 +171,7 @@ def _pager(image: ImageFile, arena: Arena, *, eager: bool, prefetch: bool) -> Pa
             [segment],
             {os.getpid(): userfault},
             flags,
+            working_set=working_set if prefetch else [],
             background=prefetch,
             eager=eager,
             fatal=True,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +19,15 @@ from pageferry._engine import Image, ImageChain
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.metadata import Metadata, Parent
 from pageferry.errors import ImageError
+from pageferry.host.faults import fault_point
 from pageferry.workloads.base import SMALL_PAGE
 
 MAX_CHAIN = 256
 """Images that may build on each other."""
 SLICE = 8192
 """Pages that are looked at between two looks at the world (32 MiB)."""
+_NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+"""What file systems and kernels without O_TMPFILE say; the folder is open, so it is not that."""
 MAX_FINDINGS = 20
 """Damaged pages that `verify` names; more of them say nothing new."""
 
@@ -141,31 +147,71 @@ class ImageFile:
 def new_file(path: Path) -> Iterator[int]:
     """A descriptor of a file that appears as `path` when the block ends without an error, replacing what was there.
 
-    Until then it has no name, so that nothing is left of it whoever dies. Raises OSError.
+    Until then it has no name, so that nothing is left of it whoever dies; on file systems that know no such files
+    (O_TMPFILE) it is hidden, and the next one removes what somebody who died left there. Raises OSError.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        descriptor = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        _remove_left_over(path.name, folder)
+        descriptor, temporary = _unpublished(path.name, folder)
         try:
             yield descriptor
             os.fsync(descriptor)
-            _publish(descriptor, path, folder)
+            _publish(descriptor, path.name, temporary, folder)
+        except BaseException:
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
+            raise
         finally:
             os.close(descriptor)
     finally:
         os.close(folder)
 
 
-def _publish(descriptor: int, path: Path, folder: int) -> None:
-    """Give a nameless file its name. A link does not replace, so it goes through a name of its own where it must."""
-    temporary = f".{path.name}.{secrets.token_hex(4)}"
-    os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
+def _unpublished(name: str, folder: int) -> tuple[int, str | None]:
+    """A locked file without a name, or with a hidden one. The lock says that somebody is at it."""
+    while True:
+        temporary = None
+        try:
+            descriptor = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in _NO_NAMELESS_FILES:
+                raise
+            temporary = f".{name}.{secrets.token_hex(4)}"
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary is None or os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)  # somebody took it for left over before it was locked
+
+
+def _publish(descriptor: int, name: str, temporary: str | None, folder: int) -> None:
+    """Give a file its name. A link does not replace, so a nameless one goes through a hidden name."""
+    if temporary is None:
+        temporary = f".{name}.{secrets.token_hex(4)}"
+        os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
+        fault_point("image.linked")
     try:
-        os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         os.unlink(temporary, dir_fd=folder)
         raise
     os.fsync(folder)
+
+
+def _remove_left_over(name: str, folder: int) -> None:
+    """Files that were to become `name`, of which the writer died."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
+    for found in filter(pattern.fullmatch, os.listdir(folder)):
+        with contextlib.suppress(OSError):  # gone, or somebody is at it
+            descriptor = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(found, dir_fd=folder)
+            finally:
+                os.close(descriptor)
 
 
 def open_link(path: Path) -> Link:

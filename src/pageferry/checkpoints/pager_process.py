@@ -24,6 +24,7 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.host import proc
+from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region, Segment
@@ -71,6 +72,7 @@ class GuestPager:
         self.touched: list[int] = []
         self.work = work
         self.pager = self._begin(taken_over)
+        fault_point("pager.registered")
         # Only now: flags without a pager that has set them say that everything is there.
         folder.store(deferred.RECORD, self.work)
         socket_path = folder.socket_path(deferred.SOCKET)
@@ -151,14 +153,18 @@ class GuestPager:
             log.error("with a good copy of the image: pageferry restore --takeover %s IMAGE", self.folder.name)
 
     def _finish(self) -> None:
+        fault_point("pager.settled")
         self.working_set.learn(self.touched + self.pager.touched, self.work.prefetch)
+        status = self.server.status(touched=self.pager.touched[:_MOST_KEPT])
+        self.folder.store(deferred.SUMMARY, status)  # before the record goes: who misses that looks for this
+        # The record before the descriptors: with it, but without them, no other pager could take over.
+        self.folder.forget(deferred.RECORD)
+        fault_point("pager.forgotten")
+        (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
         for pid, number in self.work.userfaults.items():
             with contextlib.suppress(OSError):
                 self.spaces[pid].call(_SYS_CLOSE, number)
-        status = self.server.status(touched=self.pager.touched[:_MOST_KEPT])
-        self.folder.store(deferred.SUMMARY, status)  # before the record goes: who misses that looks for this
-        self.folder.forget(deferred.RECORD)
-        (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
+        fault_point("pager.closed")
         log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
 
 
@@ -216,6 +222,7 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
 
     try:
         image = ImageFile(sys.argv[1])
+        fault_point("pager.opened")
         answer(Serving())
         line = orders.readline()
         if not line:  # there is no guest after all
@@ -224,8 +231,10 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
     except (PageferryError, OSError, msgspec.MsgspecError) as error:
         answer(Serving(error=str(error)))
         return getattr(error, "exit_code", 1)
+    fault_point("pager.taken-over")
     _log_to(pager.folder)
     answer(Serving())
+    fault_point("pager.serving")
     answers.close()
     pager.run()
     pager.close()

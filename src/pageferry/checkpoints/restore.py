@@ -151,15 +151,18 @@ async def _hand_over(first: GuestPager) -> Status:
     Returns what ours has done.
     """
     pager = PagerProcess(first.image.path.absolute())
-    name = first.folder.name
+    name, serving = first.folder.name, True
     try:
         await pager.ready()
         touched = first.pager.touched
         last = first.server.status(touched=touched)
+        serving = False
         await asyncio.to_thread(first.close)
         await pager.take_over(Order(name=name, touched=touched))
     except RestoreError as error:
         pager.give_up()
+        if serving:
+            await asyncio.to_thread(first.close)  # or nobody could take over as long as we live
         raise RestoreError(
             f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
         ) from error

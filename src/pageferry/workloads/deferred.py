@@ -138,6 +138,9 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
             if not is_restoring(folder):  # it has just been finished
                 return None
             if time.monotonic() > deadline:
+                if _is_over(folder, failed):
+                    (folder.path / SOCKET).unlink(missing_ok=True)  # so that the next one need not wait
+                    return None
                 raise RestoreError(
                     f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from an image; "
                     f"`pageferry restore --takeover {folder.name}` starts another pager"
@@ -146,6 +149,11 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
     if status.error is not None:
         raise ImageError(status.error)
     return status
+
+
+def _is_over(folder: Folder, failed: Exception) -> bool:
+    """Whether a pager died with nothing left to do: it takes its record away first, then its socket."""
+    return isinstance(failed, ConnectionRefusedError) and not (folder.path / RECORD).exists()
 
 
 def status(folder: Folder) -> Status | None:
