@@ -134,7 +134,7 @@ class ImageWriter:
 
 @final
 class Pager:
-    """Brings the contents of pages from an image on access, and all others in the background (S8, S10).
+    """Brings the contents of pages on access, from an image or a peer, and all others in the background (S8, S10).
 
     `targets`: as for `Placer`; `userfaults`: pid -> descriptor from `Space.missing_faults`, for every process of
     `segments`; `flags`: a file of `flags_length` bytes in which a pager that takes over finds what is still to come;
@@ -151,7 +151,7 @@ class Pager:
 
     def __new__(
         cls,
-        chain: ImageChain,
+        source: ImageChain | PeerSource,
         targets: Sequence[tuple[Mapping, int, Sequence[bool]]],
         segments: Sequence[_Segment],
         userfaults: dict[int, int],
@@ -190,7 +190,14 @@ class Pager:
     def wait(self, patience: float, known: int = 0) -> bool:
         """Wait until it is finished (True), until there are more than `known` failures, or for `patience` seconds."""
     def ensure(self, region: int, first: int, count: int) -> None:
-        """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged."""
+        """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged.
+
+        ConnectionResetError: the connection to the peer is lost, or gets lost.
+        """
+    def populate(self) -> None:
+        """Map what is in memory already, large pages as such (S1): before the workload runs on memory that was kept."""
+    def reconnect(self, source: PeerSource) -> None:
+        """Go on over another connection; what accesses wait for is asked for again. ValueError: it is in use."""
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
 
@@ -339,7 +346,11 @@ class BlockSender:
         page_block: int = 65536,
         storage_block: int = 524288,
         patience: float = 30.0,
-    ) -> BlockSender: ...
+        bandwidth: int = 0,
+        adaptive: bool = False,
+    ) -> BlockSender:
+        """`bandwidth`: most bytes per second over all streams; 0: no limit. `adaptive`: no codec while the link is
+        faster."""
     def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, barrier: bool = True) -> None:
         """Send the pages of one set per region, and with `barrier` the end of the round on every stream.
 
@@ -347,6 +358,9 @@ class BlockSender:
         """
     @property
     def progress(self) -> _Counters: ...
+    @property
+    def uncompressed(self) -> int:
+        """Storage blocks sent without the codec because the link was faster (`adaptive`)."""
     def cancel(self) -> None: ...
 
 @final
@@ -362,6 +376,68 @@ class BlockReceiver:
     @property
     def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
+
+@final
+class PageServer:
+    """The source of a post-copy migration: serves the pages of a paused workload, those asked for ahead of all others.
+
+    `missing`: per region, the pages that the destination does not have; `urgent`: a connection for requests and their
+    answers; `streams`: connections for everything else. All of them fresh: none that rounds were sent over. `codec`,
+    `bandwidth` and `adaptive` as for `BlockSender`; answers count for the bandwidth, and do not wait for it.
+    After a lost connection another one is made, of what is missing then.
+    """
+
+    def __new__(
+        cls,
+        regions: Sequence[Mapping],
+        missing: Sequence[PageSet],
+        urgent: int,
+        streams: Sequence[int],
+        codec: str = "none",
+        patience: float = 30.0,
+        bandwidth: int = 0,
+        adaptive: bool = False,
+    ) -> PageServer: ...
+    def start(self) -> None:
+        """Answer requests from now on, in a thread of its own, until the peer closes the connection."""
+    def push(self) -> None:
+        """Send everything that has not been sent, from the last request onward; returns when it has all been sent.
+
+        Errors as for `BlockSender`; ValueError for requests that are none.
+        """
+    def cancel(self) -> None:
+        """End it soon. Requests are not answered any more: not before the destination has said that it has all."""
+    @property
+    def progress(self) -> _Counters: ...
+    @property
+    def uncompressed(self) -> int: ...
+    @property
+    def requests(self) -> int:
+        """Answered so far."""
+    @property
+    def remaining(self) -> int:
+        """Pages that are still to be sent."""
+    @property
+    def lost(self) -> str | None:
+        """Why requests are not answered any more."""
+
+@final
+class PeerSource:
+    """The destination's end of connections to a `PageServer`, for one `Pager`. Idle connections are no error; an answer
+    that does not come for `patience` seconds is, and a stream that breaks off."""
+
+    def __new__(cls, urgent: int, streams: Sequence[int], patience: float = 30.0) -> PeerSource: ...
+    @property
+    def lost(self) -> str | None:
+        """Why nothing comes any more; None as long as all is well, and when everything has come."""
+    @property
+    def ended(self) -> bool:
+        """Every stream has come to its end."""
+    @property
+    def requests(self) -> int:
+        """Sent so far."""
+    @property
+    def progress(self) -> _Counters: ...
 
 @final
 class Image:

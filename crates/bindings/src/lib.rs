@@ -10,6 +10,7 @@ mod ledger;
 mod mapping;
 mod pager;
 mod pages;
+mod peer;
 mod placer;
 mod saver;
 mod sharing;
@@ -27,6 +28,8 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<image_writer::ImageWriter>()?;
     module.add_class::<pager::Pager>()?;
     module.add_class::<pages::PageSet>()?;
+    module.add_class::<peer::PageServer>()?;
+    module.add_class::<peer::PeerSource>()?;
     module.add_class::<space::Space>()?;
     module.add_class::<trace::Trace>()?;
     module.add_class::<activity::Sampler>()?;

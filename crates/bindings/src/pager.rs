@@ -3,9 +3,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry_engine::mapping::{self, duplicate};
-use pageferry_engine::pager::{self, Begin, LoadError, PagerError, Plan};
+use pageferry_engine::pager::{self, Begin, LoadError, Origin, PagerError, Plan};
 use pageferry_engine::placer::Target;
-use pyo3::exceptions::{PyKeyError, PyOSError, PyValueError};
+use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use std::os::fd::AsFd;
 
@@ -13,6 +13,7 @@ use crate::errors;
 use crate::image::{ImageChain, image_error};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
+use crate::peer::PeerSource;
 use crate::space::{self, SegmentTuple, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
@@ -21,7 +22,7 @@ fn begin_error(error: PagerError) -> PyErr {
         PagerError::Image(error) => image_error(error),
         PagerError::Mapped(error) => errors::adopt(error),
         PagerError::Running => PyOSError::new_err(error.to_string()),
-        PagerError::Regions { .. } => PyValueError::new_err(error.to_string()),
+        PagerError::Peer(_) | PagerError::Regions { .. } => PyValueError::new_err(error.to_string()),
     }
 }
 
@@ -29,11 +30,19 @@ fn load_error(error: &LoadError) -> PyErr {
     match error {
         LoadError::Image(_) => PyValueError::new_err(error.to_string()),
         LoadError::Place(_) => PyOSError::new_err(error.to_string()),
+        LoadError::Lost(_) => PyConnectionResetError::new_err(error.to_string()),
     }
 }
 
 /// (region, page of it, whether somebody waits for it, message)
 type Failure = (usize, usize, bool, String);
+
+/// Where contents come from.
+#[derive(FromPyObject)]
+enum Source<'py> {
+    Images(PyRef<'py, ImageChain>),
+    Peer(PyRef<'py, PeerSource>),
+}
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Pager {
@@ -43,12 +52,12 @@ pub struct Pager {
 #[pymethods]
 impl Pager {
     #[new]
-    #[pyo3(signature = (chain, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
+    #[pyo3(signature = (source, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
                         eager = false, taken_over = false, kept = false, fatal = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
         py: Python<'_>,
-        chain: PyRef<'_, ImageChain>,
+        source: Source<'_>,
         targets: Vec<(PyRef<'_, Mapping>, usize, Vec<bool>)>,
         segments: Vec<SegmentTuple<'_>>,
         userfaults: HashMap<i32, i32>,
@@ -77,13 +86,16 @@ impl Pager {
         let pages = targets.iter().map(|target| target.mapping.pages()).sum();
         let file = duplicate(flags).map_err(errors::kernel)?;
         let flags = mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0).map_err(errors::kernel)?;
-        let chain = chain.inner.clone();
+        let from = match source {
+            Source::Images(chain) => Origin::Images(chain.inner.clone()),
+            Source::Peer(peer) => Origin::Peer(peer.inner.clone()),
+        };
         let begin = match (taken_over, kept) {
             (true, _) => Begin::TakenOver,
             (false, true) => Begin::Kept,
             (false, false) => Begin::Empty,
         };
-        let plan = Plan { chain, targets, watched, flags, begin, working_set, background, eager, fatal };
+        let plan = Plan { from, targets, watched, flags, begin, working_set, background, eager, fatal };
         let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;
         Ok(Self { inner })
     }
@@ -158,6 +170,15 @@ impl Pager {
 
     fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {
         py.detach(|| self.inner.ensure(region, first, count)).map_err(|error| load_error(&error))
+    }
+
+    fn populate(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.populate()).map_err(errors::kernel)
+    }
+
+    fn reconnect(&self, py: Python<'_>, source: PyRef<'_, PeerSource>) -> PyResult<()> {
+        let link = source.inner.clone();
+        py.detach(|| self.inner.reconnect(link)).map_err(begin_error)
     }
 
     fn stop(&self, py: Python<'_>) {

@@ -14,22 +14,26 @@ use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::placer::Placer;
 
-fn patience(seconds: f64) -> PyResult<Duration> {
+pub fn patience(seconds: f64) -> PyResult<Duration> {
     let wrong = |_| PyValueError::new_err(format!("patience of {seconds} seconds"));
     Duration::try_from_secs_f64(seconds).map_err(wrong)
 }
 
-fn sockets(fds: Vec<i32>) -> std::io::Result<Vec<OwnedFd>> {
+pub fn sockets(fds: Vec<i32>) -> std::io::Result<Vec<OwnedFd>> {
     fds.into_iter().map(duplicate).collect()
 }
 
 /// (bytes, blocks, data pages, zero pages, absent pages)
-type Counters = (u64, u64, u64, u64, u64);
+pub type Counters = (u64, u64, u64, u64, u64);
 
-fn counters(progress: &wire::Progress) -> Counters {
+pub fn counters(progress: &wire::Progress) -> Counters {
     let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     let (bytes, blocks) = (load(&progress.bytes), load(&progress.blocks));
     (bytes, blocks, load(&progress.data), load(&progress.zero), load(&progress.absent))
+}
+
+pub fn codec(name: &str) -> PyResult<Codec> {
+    Codec::named(name).ok_or_else(|| PyValueError::new_err(format!("codec {name}: choose none, lz4 or zstd")))
 }
 
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -40,10 +44,17 @@ pub struct BlockSender {
 #[pymethods]
 impl BlockSender {
     #[new]
-    #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, patience = 30.0))]
-    fn new(sockets: Vec<i32>, codec: &str, page_block: usize, storage_block: usize, patience: f64) -> PyResult<Self> {
-        let known = Codec::named(codec);
-        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+    #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, patience = 30.0,
+                        bandwidth = 0, adaptive = false))]
+    fn new(
+        sockets: Vec<i32>,
+        codec: &str,
+        page_block: usize,
+        storage_block: usize,
+        patience: f64,
+        bandwidth: u64,
+        adaptive: bool,
+    ) -> PyResult<Self> {
         let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
         if !whole(page_block, pageferry_engine::SMALL_PAGE) || page_block > block::MAX_UNIT {
             return Err(PyValueError::new_err(format!("page block of {page_block} bytes: 4 KiB to 1 MiB")));
@@ -51,7 +62,8 @@ impl BlockSender {
         if !whole(storage_block, page_block) || storage_block > block::MAX_RAW {
             return Err(PyValueError::new_err(format!("storage block of {storage_block} bytes: up to 4 MiB")));
         }
-        let format = wire::Format { codec, unit: page_block, capacity: storage_block };
+        let (unit, capacity) = (page_block, storage_block);
+        let format = wire::Format { codec: self::codec(codec)?, adaptive, bandwidth, unit, capacity };
         let inner = wire::BlockSender::new(self::sockets(sockets)?, format, self::patience(patience)?)?;
         Ok(Self { inner })
     }
@@ -78,6 +90,11 @@ impl BlockSender {
     #[getter]
     fn progress(&self) -> Counters {
         counters(self.inner.progress())
+    }
+
+    #[getter]
+    fn uncompressed(&self) -> u64 {
+        self.inner.progress().uncompressed.load(Ordering::Relaxed)
     }
 
     fn cancel(&self) {

@@ -529,6 +529,12 @@ impl Builder {
         self.finish(Kind::Pages, region, round, sequence)
     }
 
+    /// As `build`, with another codec from this block on.
+    pub fn build_with(&mut self, codec: Codec, region: u32, round: u32, sequence: u64) -> Built<'_> {
+        self.codec = codec;
+        self.build(region, round, sequence)
+    }
+
     /// A barrier: the end of a round on this stream, after `sequence` blocks.
     pub fn barrier(&mut self, round: u32, sequence: u64) -> Built<'_> {
         debug_assert!(self.is_empty(), "a block is unfinished");

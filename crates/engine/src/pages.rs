@@ -1,5 +1,7 @@
 //! Sets of small pages of one region: what a trace finds, what a round sends, what has been received.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use thiserror::Error;
 
 use crate::SLOTS;
@@ -197,6 +199,51 @@ impl Iterator for Runs<'_> {
         let end = self.set.next(start, false).unwrap_or(self.set.pages).min(self.end);
         self.at = end;
         Some((start, end))
+    }
+}
+
+/// One bit per page, set by several threads.
+#[derive(Debug)]
+pub(crate) struct AtomicBits(Vec<AtomicU64>);
+
+impl AtomicBits {
+    pub(crate) fn new(bits: usize) -> Self {
+        Self((0..bits.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Sets a bit; returns whether it was set before.
+    pub(crate) fn set(&self, bit: usize) -> bool {
+        let mask = 1 << (bit % BITS);
+        self.0[bit / BITS].fetch_or(mask, Ordering::AcqRel) & mask != 0
+    }
+
+    pub(crate) fn get(&self, bit: usize) -> bool {
+        self.0[bit / BITS].load(Ordering::Acquire) >> (bit % BITS) & 1 == 1
+    }
+
+    /// Clears a bit; returns whether it was set before.
+    pub(crate) fn take(&self, bit: usize) -> bool {
+        let mask = 1 << (bit % BITS);
+        self.0[bit / BITS].fetch_and(!mask, Ordering::AcqRel) & mask != 0
+    }
+
+    /// The first bit at or after `from` that is set.
+    pub(crate) fn next(&self, from: usize) -> Option<usize> {
+        let mut mask = u64::MAX << (from % BITS);
+        for (index, word) in self.0.iter().enumerate().skip(from / BITS) {
+            let bits = word.load(Ordering::Acquire) & mask;
+            if bits != 0 {
+                return Some(index * BITS + bits.trailing_zeros() as usize);
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+}
+
+impl From<&PageSet> for AtomicBits {
+    fn from(set: &PageSet) -> Self {
+        Self(set.words.iter().map(|&word| AtomicU64::new(word)).collect())
     }
 }
 

@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use crate::block::Class;
 use crate::mapping::{Mapping, scan};
+use crate::pages::AtomicBits;
 use crate::space::{AdoptError, Space};
 use crate::trace::Segment;
 use crate::uapi::{self, check};
@@ -57,31 +58,6 @@ pub enum PlaceError {
         /// The kernel's words.
         error: io::Error,
     },
-}
-
-/// One bit per page, set by several threads.
-#[derive(Debug)]
-struct AtomicBits(Vec<AtomicU64>);
-
-impl AtomicBits {
-    fn new(bits: usize) -> Self {
-        Self((0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    /// Sets a bit; returns whether it was set before.
-    fn set(&self, bit: usize) -> bool {
-        let mask = 1 << (bit % 64);
-        self.0[bit / 64].fetch_or(mask, Ordering::AcqRel) & mask != 0
-    }
-
-    fn get(&self, bit: usize) -> bool {
-        self.0[bit / 64].load(Ordering::Acquire) >> (bit % 64) & 1 == 1
-    }
-
-    fn take(&self, bit: usize) -> bool {
-        let mask = 1 << (bit % 64);
-        self.0[bit / 64].fetch_and(!mask, Ordering::AcqRel) & mask != 0
-    }
 }
 
 /// A region at the destination.

@@ -13,7 +13,7 @@ use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, file_len};
 use pageferry_engine::placer::Target;
 use pageferry_engine::space::Space;
 use pageferry_engine::trace::Segment;
@@ -113,7 +113,7 @@ impl Scene {
         };
         let uffd = Arc::new(Userfault::from_fd(duplicate(self.uffd.as_raw_fd()).expect("a duplicate")));
         Pager::start(Plan {
-            chain: image(),
+            from: Origin::Images(image()),
             targets: vec![Target { mapping: self.ours.clone(), page_size: SMALL_PAGE, large: Vec::new() }],
             watched: vec![(segment, uffd)],
             flags: Mapping::new(self.flags.as_fd(), file_len(PAGES), 0).expect("a mapping"),

@@ -65,7 +65,7 @@ fn round(sender: &BlockSender, receiver: &BlockReceiver, source: &[Arc<Mapping>]
 }
 
 fn counted(progress: &Progress) -> [u64; 5] {
-    let Progress { bytes, blocks, data, zero, absent } = progress;
+    let Progress { bytes, blocks, data, zero, absent, .. } = progress;
     [bytes, blocks, data, zero, absent].map(|counter| counter.load(Ordering::Relaxed))
 }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
-use super::blocks::Fetched;
+use super::blocks::{Blocks, Fetched};
 use super::memory::{LoadError, Scratch, WINDOW};
+use super::source::Source;
 use super::{Failure, Shared};
 
 /// Pauses of the background reader while accesses come in: it starts with the first and doubles it up to the second.
@@ -15,17 +16,20 @@ const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from
 /// Installs the rest of storage blocks that accesses were about.
 pub fn install_rest(shared: &Shared, jobs: &Receiver<Fetched>) {
     let mut scratch = Scratch::default();
+    let Source::Images(blocks) = &shared.memory.source else { return };
     for fetched in jobs {
         if shared.stopping() {
             return;
         }
         // What is wrong with it is told by the access to the page that it is about.
-        let _ = shared.memory.install_block(&fetched, &mut scratch);
+        let _ = shared.memory.install_block(blocks, &fetched, &mut scratch);
     }
 }
 
-/// Reads what nobody has asked for yet: first the working set, in its order, then the storage blocks, in theirs.
+/// Reads what nobody has asked for yet: first the working set, in its order, then the storage blocks, in theirs. A peer
+/// sends that by itself.
 pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
+    let Source::Images(blocks) = &shared.memory.source else { return };
     let mut pace = Pace { shared, faults: 0, pause: Duration::ZERO };
     let mut scratch = Scratch::default();
     for &window in working_set {
@@ -40,22 +44,22 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
     if !everything {
         return;
     }
-    let images = shared.memory.blocks.chain().images().to_vec();
+    let images = blocks.chain().images().to_vec();
     for (number, image) in images.iter().enumerate() {
         for block in 0..u32::try_from(image.blocks().len()).unwrap_or(u32::MAX) {
             if shared.stopping() || shared.memory.flags.count() == 0 {
                 return;
             }
-            counted(shared, || shared.memory.load_block((number, block), &mut scratch));
+            counted(shared, || shared.memory.load_block(blocks, (number, block), &mut scratch));
             pace.yield_to_demand();
         }
     }
-    rest(shared, &mut scratch);
+    rest(shared, blocks, &mut scratch);
 }
 
 /// Pages that no storage block says it holds: patterns, and those that are the same as others. Then those that failed
 /// are told of, page by page.
-fn rest(shared: &Shared, scratch: &mut Scratch) {
+fn rest(shared: &Shared, blocks: &Blocks, scratch: &mut Scratch) {
     let (mut at, pages) = (0, shared.pages());
     while let Some(page) = shared.memory.flags.next(at, pages) {
         if shared.stopping() {
@@ -64,7 +68,7 @@ fn rest(shared: &Shared, scratch: &mut Scratch) {
         at = page + 1;
         let region = shared.memory.region_of(page);
         let window = shared.memory.regions[region].window(page);
-        if let Err(error) = shared.memory.load_with(page, window, scratch) {
+        if let Err(error) = shared.memory.load_with(blocks, page, window, scratch) {
             let page = page - shared.memory.regions[region].base;
             shared.fail(Failure { region, page, accessed: false, message: error.to_string() });
         }

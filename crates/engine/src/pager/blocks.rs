@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use crate::SMALL_PAGE;
 use crate::image::{Chain, Image, ImageError, StoredBlock};
 
 /// Storage blocks that are kept: those that the next faults are likely to be about.
@@ -39,6 +40,11 @@ impl Blocks {
 
     pub fn chain(&self) -> &Chain {
         &self.chain
+    }
+
+    /// Pages of a page block of an image.
+    pub fn per_block(&self, image: usize) -> usize {
+        (self.chain.images()[image].page_block() / SMALL_PAGE).max(1)
     }
 
     /// Bytes of storage blocks read so far.

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::blocks::Fetched;
 use super::memory::Scratch;
+use super::source::Brought;
 use super::{Failure, Shared};
 use crate::SMALL_PAGE;
 use crate::faults::Event;
@@ -35,11 +35,13 @@ pub fn serve(shared: &Shared, inbox: &Inbox) {
         let Some(address) = next(shared, inbox, &mut events) else { continue };
         let begin = Instant::now();
         shared.demanding.fetch_add(1, Ordering::AcqRel);
-        let rest = answer(shared, inbox, address, &mut scratch);
+        let brought = answer(shared, inbox, address, &mut scratch);
         shared.demanding.fetch_sub(1, Ordering::AcqRel);
-        let nanoseconds = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        shared.memory.counters.served(nanoseconds);
-        if let Some(fetched) = rest {
+        // What was asked for is served when it has come.
+        if !matches!(brought, Some(Brought::Later)) {
+            shared.memory.counters.served(begin.elapsed());
+        }
+        if let Some(Brought::Rest(fetched)) = brought {
             shared.ask(fetched);
         }
     }
@@ -66,8 +68,8 @@ fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> 
     waiting.pop_front()
 }
 
-/// Brings the page and lets the thread go on; returns the storage block whose other pages are still to be installed.
-fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Fetched> {
+/// Brings the page and lets the thread go on, now or when it has come; nothing where that cannot be.
+fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Brought> {
     let memory = &shared.memory;
     memory.counters.faults.fetch_add(1, Ordering::Relaxed);
     let Some(page) = shared.page_at(&inbox.uffd, address) else {
@@ -75,7 +77,7 @@ fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -
         return None;
     };
     match memory.touch(page, scratch) {
-        Ok(fetched) => fetched,
+        Ok(brought) => Some(brought),
         Err(error) => {
             let (region, base) = (memory.region_of(page), memory.regions[memory.region_of(page)].base);
             let failure = Failure { region, page: page - base, accessed: true, message: error.to_string() };

@@ -2,13 +2,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use thiserror::Error;
 
-use super::blocks::{Blocks, Fetched, Number};
 use super::flags::Flags;
-use crate::block::{BlockError, Class};
-use crate::image::{ImageError, PageEntry, StoredBlock, fill};
+use super::source::{Brought, Source};
+use crate::image::ImageError;
 use crate::mapping::Mapping;
 use crate::placer::{PlaceError, Placer};
 use crate::trace::Segment;
@@ -27,6 +27,9 @@ pub enum LoadError {
     /// There is no memory for it.
     #[error("{0}")]
     Place(Arc<PlaceError>),
+    /// The peer that has it cannot be reached.
+    #[error("the connection to the peer that has the page is lost: {0}")]
+    Lost(String),
 }
 
 impl From<Arc<ImageError>> for LoadError {
@@ -59,12 +62,13 @@ pub struct Region {
 }
 
 impl Region {
-    fn end(&self) -> usize {
+    /// Number of the page after its last.
+    pub fn end(&self) -> usize {
         self.base + self.mapping.pages()
     }
 
     /// Pages that only go together: those of a page of the file.
-    fn granule(&self) -> usize {
+    pub fn granule(&self) -> usize {
         self.page_size / SMALL_PAGE
     }
 
@@ -104,7 +108,8 @@ pub struct Counters {
 
 impl Counters {
     /// Takes in the service of a fault.
-    pub fn served(&self, nanoseconds: u64) {
+    pub fn served(&self, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.service.fetch_add(nanoseconds, Ordering::Relaxed);
         self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
         let bin = (u64::BITS - (nanoseconds / 1000).leading_zeros()) as usize;
@@ -118,7 +123,8 @@ pub struct Memory {
     pub regions: Vec<Region>,
     pub watched: Vec<Watched>,
     pub flags: Flags,
-    pub blocks: Blocks,
+    /// Where contents come from.
+    pub source: Source,
     pub placer: Placer,
     pub counters: Counters,
     /// Pages that somebody has taken upon himself to fill, or that were discarded: one bit each.
@@ -132,16 +138,18 @@ pub struct Memory {
 /// Buffers of one thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    contents: Vec<u8>,
-    wanted: Vec<(usize, usize)>,
+    /// What has been read, verified.
+    pub contents: Vec<u8>,
+    /// Pages that are in it, and where.
+    pub wanted: Vec<(usize, usize)>,
 }
 
 impl Memory {
-    pub fn new(regions: Vec<Region>, watched: Vec<Watched>, flags: Flags, blocks: Blocks, placer: Placer) -> Self {
+    pub fn new(regions: Vec<Region>, watched: Vec<Watched>, flags: Flags, source: Source, placer: Placer) -> Self {
         let pages = regions.last().map_or(0, Region::end);
         let claims = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
-        Self { regions, watched, flags, blocks, placer, counters, claims, removing, touched }
+        Self { regions, watched, flags, source, placer, counters, claims, removing, touched }
     }
 
     /// Number of the region that a page is in.
@@ -149,140 +157,8 @@ impl Memory {
         self.regions.partition_point(|region| region.end() <= page)
     }
 
-    /// Reads what is missing of `[first, end)`. On return all of it is in memory, whoever brought it.
-    pub fn load(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
-        while let Some(page) = self.flags.next(first, end) {
-            let stop = self.regions[self.region_of(page)].window(page).1;
-            self.load_with(page, (page, stop.min(end)), scratch)?;
-        }
-        Ok(())
-    }
-
-    /// Reads what is missing of a long range, whole storage blocks at a time.
-    pub fn load_many(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
-        while let Some(page) = self.flags.next(first, end) {
-            let (image, entry) = self.blocks.chain().find(page)?;
-            if matches!(entry.class(), Some(Class::Data | Class::SameAs)) {
-                self.load_block((image, entry.block.get()), scratch)?;
-            }
-            let stop = self.regions[self.region_of(page)].window(page).1;
-            if self.flags.is_set(page) {
-                self.load_with(page, (page, stop.min(end)), scratch)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads a page, and of the window around it what comes along at no further cost.
-    pub fn load_with(
-        &self,
-        page: usize,
-        (first, end): (usize, usize),
-        scratch: &mut Scratch,
-    ) -> Result<Option<Fetched>, LoadError> {
-        let (image, entry) = self.blocks.chain().find(page)?;
-        let mut fetched = None;
-        scratch.wanted.clear();
-        match entry.class() {
-            Some(Class::Data | Class::SameAs) => {
-                let (number, index, block) = self.unpack(image, &entry, &mut scratch.contents)?;
-                fetched = Some((number, block));
-                for page in (first..end).filter(|&page| self.flags.is_set(page)) {
-                    self.want(page, number, index, scratch)?;
-                }
-            }
-            Some(Class::Pattern) => {
-                scratch.contents.resize(SMALL_PAGE, 0);
-                fill(&mut scratch.contents, entry.signature.get());
-                scratch.wanted.push((page, 0));
-            }
-            _ => {
-                scratch.contents.clear();
-                scratch.contents.resize(SMALL_PAGE, 0);
-                scratch.wanted.push((page, 0));
-            }
-        }
-        self.install(scratch)?;
-        // Claimed by another thread: it is copying at this moment.
-        while self.flags.is_set(page) {
-            std::thread::yield_now();
-        }
-        Ok(fetched)
-    }
-
-    /// Reads every page that stands in a storage block and is missing.
-    pub fn load_block(&self, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
-        if self.blocks.is_done(number) {
-            return Ok(());
-        }
-        let block = self.blocks.get(number)?;
-        self.install_block(&(number, block), scratch)
-    }
-
-    /// Installs every page of a storage block that is missing.
-    pub fn install_block(&self, (number, block): &Fetched, scratch: &mut Scratch) -> Result<(), LoadError> {
-        let number = *number;
-        let base = self.regions.get(block.head().region as usize).map_or(usize::MAX, |region| region.base);
-        let total = self.regions.last().map_or(0, Region::end);
-        let runs = block.head().runs.iter().filter(|run| run.class == Class::Data);
-        let pages = runs.flat_map(|run| run.first..run.first.saturating_add(run.count));
-        let pages: Vec<usize> = pages.map(|page| base.saturating_add(page)).collect();
-        let per_block = self.per_block(number.0);
-        for (index, pages) in pages.chunks(per_block).enumerate() {
-            if !pages.iter().any(|&page| page < total && self.flags.is_set(page)) {
-                continue;
-            }
-            block.unpack(index, &mut scratch.contents)?;
-            scratch.wanted.clear();
-            for &page in pages.iter().filter(|&&page| page < total && self.flags.is_set(page)) {
-                self.want(page, number, index, scratch)?;
-            }
-            self.install(scratch)?;
-        }
-        self.blocks.done(number);
-        Ok(())
-    }
-
-    /// Pages of a page block of an image.
-    fn per_block(&self, image: usize) -> usize {
-        (self.blocks.chain().images()[image].page_block() / SMALL_PAGE).max(1)
-    }
-
-    /// Unpacks the page block that holds a page; returns its storage block, its number there, and what was read.
-    fn unpack(
-        &self,
-        image: usize,
-        entry: &PageEntry,
-        contents: &mut Vec<u8>,
-    ) -> Result<(Number, usize, Arc<StoredBlock>), LoadError> {
-        let number = (image, entry.block.get());
-        let block = self.blocks.get(number)?;
-        let (index, within) = block.locate(usize::from(entry.slot.get()));
-        block.unpack(index, contents)?;
-        if (within + 1) * SMALL_PAGE > contents.len() {
-            let (field, value, allowed) = ("page", u64::from(entry.slot.get()), "one of its data pages");
-            return Err(block.wrong(BlockError::Field { field, value, allowed }).into());
-        }
-        Ok((number, index, block))
-    }
-
-    /// Notes a page down if its contents are in that page block, which has been unpacked.
-    fn want(&self, page: usize, number: Number, index: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
-        let (image, entry) = self.blocks.chain().find(page)?;
-        let stored = matches!(entry.class(), Some(Class::Data | Class::SameAs));
-        if stored && (image, entry.block.get()) == number {
-            let per_block = self.per_block(image);
-            let (found, within) =
-                (usize::from(entry.slot.get()) / per_block, usize::from(entry.slot.get()) % per_block);
-            if found == index && (within + 1) * SMALL_PAGE <= scratch.contents.len() {
-                scratch.wanted.push((page, within * SMALL_PAGE));
-            }
-        }
-        Ok(())
-    }
-
     /// Writes what is wanted to its slots, clears the flags, and maps it.
-    fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
+    pub fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.wanted.sort_unstable();
         let mut rest = scratch.wanted.as_slice();
         while let Some(&(first, _)) = rest.first() {
@@ -361,29 +237,30 @@ impl Memory {
         }
     }
 
-    /// Makes sure that the contents of a page are in memory and mapped: the answer to an access.
-    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Option<Fetched>, LoadError> {
+    /// Sees to it that the contents of a page are in memory and mapped: the answer to an access.
+    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Brought, LoadError> {
         let region = self.region_of(page);
         let found = &self.regions[region];
         let (first, end) = found.window(page);
         if !self.flags.is_set(page) && found.granule() == 1 {
             self.map_present(region, page)?;
-            return Ok(None);
+            return Ok(Brought::All);
         }
         if let Ok(window) = u32::try_from(page / WINDOW) {
             self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(window);
         }
         self.counters.missed.fetch_add(1, Ordering::Relaxed);
+        let brought = self.bring(page, (first, end), scratch)?;
+        if matches!(brought, Brought::Later) {
+            return Ok(brought);
+        }
         if found.granule() > 1 {
-            self.load(first, end, scratch)?;
             self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first - found.base, end - first)?;
             self.map(region, first, end);
-            return Ok(None);
+        } else {
+            self.map(region, page, page + 1);
         }
-        // All of the page block that holds the page; what else is in the window may take further page blocks.
-        let fetched = self.load_with(page, (first, end), scratch)?;
-        self.map(region, page, page + 1);
-        Ok(fetched)
+        Ok(brought)
     }
 
     /// Maps a page that needs nothing read, and its neighbours that need nothing either.
@@ -405,6 +282,34 @@ impl Memory {
             self.map_run(region, start - found.base, stop - found.base);
         }
         Ok(())
+    }
+
+    /// Maps what is in memory of a region: units of which nothing is missing as large pages, where they are such.
+    pub fn populate(&self, region: usize) -> std::io::Result<()> {
+        let found = &self.regions[region];
+        let large = if found.granule() > 1 { Vec::new() } else { found.mapping.large_units()? };
+        for (start, end) in found.mapping.data_ranges()? {
+            let (mut at, end) = (start / SMALL_PAGE, end / SMALL_PAGE);
+            while at < end {
+                let stop = end.min((at / SLOTS + 1) * SLOTS);
+                let whole = stop - at == SLOTS && large.get(at / SLOTS).copied().unwrap_or(false);
+                let (first, last) = (found.base + at, found.base + stop);
+                if !whole || self.flags.next(first, last).is_some() || !self.map_large(region, at) {
+                    self.map(region, first, last);
+                }
+                at = stop;
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps a large page wherever the workload maps it; false where one has to be mapped page by page.
+    pub fn map_large(&self, region: usize, start: usize) -> bool {
+        let touching = self.watched.iter().filter(|watched| watched.segment.region == region);
+        let end = start + SLOTS;
+        touching
+            .filter(|watched| watched.segment.touches(start, end))
+            .all(|watched| watched.segment.map_large(start, end))
     }
 
     fn is_large(&self, region: usize, page: usize) -> bool {

@@ -1,10 +1,13 @@
-//! The pager (S10, S8): a workload runs at once, and the contents of its pages come from an image on access.
+//! The pager (S10, S8): a workload runs at once, and the contents of its pages come on access, from an image or a peer.
 //!
 //! ```text
 //! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the flag, map
 //!                               └─▶ rest thread: the other pages of the storage block
 //!                       background thread: the working set, then everything else; gives way to demand
 //! ```
+//!
+//! From a peer ([`Origin::Peer`], post-copy) the demand thread only asks: what is asked for, and everything else, comes
+//! over streams whose threads install it the same way.
 //!
 //! The workload's mappings are registered for MISSING and MINOR faults, so that a page of the file that is not mapped
 //! always traps, whether it is there or not. Contents go through our own mapping of the file; only then are they mapped
@@ -19,6 +22,8 @@ mod blocks;
 mod demand;
 mod flags;
 mod memory;
+mod peer;
+mod source;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -34,6 +39,8 @@ use demand::Inbox;
 pub use flags::{Flags, file_len};
 pub use memory::{Counters, LoadError};
 use memory::{Memory, Region, Scratch, Watched};
+use peer::Peer;
+use source::Source;
 
 use crate::block::Class;
 use crate::image::{Chain, ImageError, PageEntry};
@@ -43,6 +50,7 @@ use crate::placer::{Placer, Target};
 use crate::space::AdoptError;
 use crate::trace::Segment;
 use crate::uapi::{self, Userfault};
+use crate::wire::PeerSource;
 use crate::{SLOTS, SMALL_PAGE};
 
 /// Threads that answer accesses, for each address space.
@@ -82,6 +90,9 @@ pub enum PagerError {
     /// The workload maps them again and again.
     #[error("pages that are still to come are mapped by the workload again and again: it must be paused")]
     Running,
+    /// Contents do not come from a peer, or not over a connection of its own.
+    #[error("{0}")]
+    Peer(&'static str),
     /// The kernel's words.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -111,11 +122,20 @@ pub struct Failure {
     pub message: String,
 }
 
+/// Where contents come from.
+#[derive(Debug)]
+pub enum Origin {
+    /// An image and those it builds on.
+    Images(Chain),
+    /// The source of a post-copy migration.
+    Peer(Arc<PeerSource>),
+}
+
 /// What a pager is to do.
 #[derive(Debug)]
 pub struct Plan {
-    /// The image and those it builds on.
-    pub chain: Chain,
+    /// Where contents come from.
+    pub from: Origin,
     /// The regions; which units are large says where large pages are allocated.
     pub targets: Vec<Target>,
     /// Where the workload maps them, and the userfaultfd of each of these address spaces.
@@ -159,7 +179,8 @@ impl Shared {
     /// Has the rest of a storage block installed, unless there is too much of that already.
     fn ask(&self, fetched: Fetched) {
         if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
-            && !self.memory.blocks.is_done(fetched.0)
+            && let Source::Images(blocks) = &self.memory.source
+            && !blocks.is_done(fetched.0)
         {
             let _ = rest.try_send(fetched);
         }
@@ -210,23 +231,27 @@ impl Shared {
         }
     }
 
+    /// Has all threads end.
+    fn end(&self) {
+        self.stop.store(true, Ordering::Release);
+        if let Source::Peer(peer) = &self.memory.source {
+            peer.link().cancel();
+        }
+    }
+
     /// Everything is in memory: nothing traps any more, and large pages are mapped as such.
     fn finish(&self) {
         for Watched { segment, uffd } in &self.memory.watched {
             // An error is of a process that has ended.
             let _ = uffd.unregister(segment.address, segment.len);
         }
-        self.stop.store(true, Ordering::Release);
+        self.end();
         for (number, region) in
             self.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
         {
             let large = region.mapping.large_units().unwrap_or_default();
             for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
-                let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
-                let here = self.memory.watched.iter().filter(|watched| watched.segment.region == number);
-                here.for_each(|watched| {
-                    watched.segment.map_large(start, end);
-                });
+                self.memory.map_large(number, unit * SLOTS);
             }
         }
         *self.finished.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -239,6 +264,8 @@ impl Shared {
 pub struct Pager {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Of the connection to a peer.
+    readers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Pager {
@@ -251,18 +278,27 @@ impl Pager {
             regions.push(Region { mapping: target.mapping.clone(), page_size: target.page_size, base });
             base += target.mapping.pages();
         }
-        let image = plan.chain.images().first().map_or(0, |image| image.page_map().len());
-        if image != base {
-            return Err(PagerError::Regions { regions: base, image });
-        }
         let flags = Flags::new(plan.flags, base);
-        if plan.begin == Begin::Empty {
-            mark(&plan.chain, &flags, base);
-        }
+        let source = match plan.from {
+            Origin::Images(chain) => {
+                let image = chain.images().first().map_or(0, |image| image.page_map().len());
+                if image != base {
+                    return Err(PagerError::Regions { regions: base, image });
+                }
+                if plan.begin == Begin::Empty {
+                    mark(&chain, &flags, base);
+                }
+                Source::Images(Blocks::new(chain))
+            }
+            Origin::Peer(_) if plan.begin == Begin::Empty => {
+                return Err(PagerError::Peer("what is to come from a peer is not known: set the flags"));
+            }
+            Origin::Peer(link) => Source::Peer(Peer::new(taken(link)?)),
+        };
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
         let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
-        let memory = Memory::new(regions, watched, flags, Blocks::new(plan.chain), placer);
+        let memory = Memory::new(regions, watched, flags, source, placer);
         register(&memory, plan.begin)?;
         let (ask, jobs) = bounded(MAX_REST);
         let shared = Arc::new(Shared {
@@ -275,7 +311,8 @@ impl Pager {
             eager: plan.eager,
             fatal: plan.fatal,
         });
-        let pager = Self { shared: shared.clone(), threads: Mutex::default() };
+        let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default() };
+        pager.spawn_readers()?;
         pager.spawn_servers()?;
         let rest = shared.clone();
         pager.spawn("pf-rest", move || background::install_rest(&rest, &jobs))?;
@@ -308,6 +345,44 @@ impl Pager {
         Ok(())
     }
 
+    /// A thread for each stream of the connection to a peer.
+    fn spawn_readers(&self) -> io::Result<()> {
+        let Source::Peer(peer) = &self.shared.memory.source else { return Ok(()) };
+        let link = peer.link();
+        for stream in 0..link.streams() {
+            let (shared, link) = (self.shared.clone(), link.clone());
+            let thread = std::thread::Builder::new().name(format!("pf-peer{stream}"));
+            let thread = thread.spawn(move || peer::receive(&shared, &link, stream))?;
+            self.readers.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        }
+        Ok(())
+    }
+
+    /// Goes on over another connection to the peer; what accesses wait for is asked for again.
+    ///
+    /// # Errors
+    /// [`PagerError::Peer`] for a pager of images, and for a connection that another pager has.
+    pub fn reconnect(&self, link: Arc<PeerSource>) -> Result<(), PagerError> {
+        let Source::Peer(peer) = &self.shared.memory.source else {
+            return Err(PagerError::Peer("there is no peer: contents come from images"));
+        };
+        let link = taken(link)?;
+        peer.link().cancel();
+        self.join_readers();
+        peer.reconnect(&self.shared.memory, link.clone());
+        self.spawn_readers()?;
+        if self.shared.stopping() {
+            link.cancel();
+        }
+        Ok(())
+    }
+
+    fn join_readers(&self) {
+        for reader in self.readers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = reader.join();
+        }
+    }
+
     fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
@@ -330,9 +405,12 @@ impl Pager {
         &self.shared.memory.counters
     }
 
-    /// Bytes of storage blocks read so far.
+    /// Bytes of storage blocks read so far; of a peer, over the last connection.
     pub fn bytes_read(&self) -> u64 {
-        self.shared.memory.blocks.bytes_read()
+        match &self.shared.memory.source {
+            Source::Images(blocks) => blocks.bytes_read(),
+            Source::Peer(peer) => peer.link().progress().bytes.load(Ordering::Relaxed),
+        }
     }
 
     /// Windows of 16 pages in the order in which the workload first missed them.
@@ -378,13 +456,20 @@ impl Pager {
         }
     }
 
+    /// Maps what is in memory already: large pages of which nothing is missing as such, the rest page by page (S1). For
+    /// a workload that is about to run on memory that was kept.
+    pub fn populate(&self) -> io::Result<()> {
+        (0..self.shared.memory.regions.len()).try_for_each(|region| self.shared.memory.populate(region))
+    }
+
     /// Ends all threads. What is missing stays missing: accesses wait for the next pager.
     pub fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
+        self.shared.end();
         drop(self.shared.rest.lock().unwrap_or_else(PoisonError::into_inner).take());
         for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             let _ = thread.join();
         }
+        self.join_readers();
     }
 }
 
@@ -396,6 +481,11 @@ impl Drop for Pager {
             self.shared.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
     }
+}
+
+/// A connection that no other pager has.
+fn taken(link: Arc<PeerSource>) -> Result<Arc<PeerSource>, PagerError> {
+    if link.take() { Ok(link) } else { Err(PagerError::Peer("another pager has this connection")) }
 }
 
 /// Sets the flags of all pages that are not zeros.

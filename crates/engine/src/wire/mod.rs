@@ -2,8 +2,12 @@
 //!
 //! A stream is a connected, blocking socket. Several streams share the pages of a round; each ends its part with a
 //! barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has not moved a byte for a while.
+//!
+//! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes them
+//! over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -13,12 +17,22 @@ use thiserror::Error;
 use crate::block::{BlockError, Class};
 use crate::placer::PlaceError;
 
+mod pace;
+mod peer;
 mod receiver;
+mod request;
 mod sender;
+mod server;
 mod socket;
 
+pub use peer::PeerSource;
 pub use receiver::BlockReceiver;
+pub use request::{MAX_REQUEST, Request};
 pub use sender::{BlockSender, Format};
+pub use server::PageServer;
+
+/// The round of blocks that are sent after the switch-over: no round before has that number.
+pub const POSTCOPY: u32 = u32::MAX;
 
 /// Why a stream ended.
 #[derive(Debug, Error)]
@@ -59,10 +73,12 @@ pub struct Progress {
     pub zero: AtomicU64,
     /// Pages that are not in memory.
     pub absent: AtomicU64,
+    /// Storage blocks sent without the codec that was asked for, because the link was faster.
+    pub uncompressed: AtomicU64,
 }
 
 impl Progress {
-    fn count(&self, class: Class, pages: usize) {
+    pub(crate) fn count(&self, class: Class, pages: usize) {
         let counter = match class {
             Class::Absent => &self.absent,
             Class::Zero => &self.zero,
@@ -98,6 +114,13 @@ fn on_all<S: Sync>(
         streams.iter().take(1).for_each(&guarded);
     });
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Sets an option of TCP; other sockets do not know it, and need it not.
+fn tune(socket: &OwnedFd, option: libc::c_int, value: libc::c_int) {
+    let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(4);
+    // SAFETY: `value` is an integer of the length given.
+    unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const value).cast(), len) };
 }
 
 /// No stream at all would be a round that ends at once, with nothing sent or received.

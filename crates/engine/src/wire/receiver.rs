@@ -24,13 +24,67 @@ pub struct BlockReceiver {
     progress: Progress,
 }
 
+/// One stream of blocks.
 #[derive(Debug)]
-struct Incoming {
-    socket: Socket,
+pub(super) struct Incoming {
+    socket: Arc<Socket>,
     sequence: u64,
     table: Vec<u8>,
     payload: Vec<u8>,
     scratch: Vec<u8>,
+}
+
+impl Incoming {
+    pub(super) fn new(socket: Arc<Socket>) -> Self {
+        Self { socket, sequence: 0, table: Vec::new(), payload: Vec::new(), scratch: Vec::new() }
+    }
+
+    /// The next block of a round, or its barrier. Nothing coming at all is a stall, unless the stream `may_idle`.
+    pub(super) fn head(
+        &mut self,
+        round: u32,
+        progress: &Progress,
+        may_idle: impl Fn(u64) -> bool,
+    ) -> Result<Head, WireError> {
+        let mut header = Header::new_zeroed();
+        let (first, rest) = header.as_mut_bytes().split_at_mut(1);
+        while let Err(error) = self.socket.read(first) {
+            if !matches!(error, WireError::Stalled(_)) || !may_idle(self.sequence) {
+                return Err(error);
+            }
+        }
+        self.socket.read(rest)?;
+        let len = block::table_len(&header)?;
+        self.table.resize(len, 0);
+        self.socket.read(&mut self.table)?;
+        let head = block::decode_head(&header, &self.table)?;
+        let bytes = block::HEADER_LEN + len + head.stored_len;
+        if head.round != round || head.sequence != self.sequence {
+            let (got, at, expected) = (head.round, head.sequence, self.sequence);
+            return Err(WireError::Order(format!("block {at} of round {got}, expected {expected} of {round}")));
+        }
+        match head.kind {
+            Kind::Pages => progress.block(bytes),
+            Kind::Barrier => drop(progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed)),
+        }
+        self.sequence += u64::from(head.kind == Kind::Pages);
+        Ok(head)
+    }
+
+    /// What a block holds of data pages, one after the other, verified.
+    pub(super) fn contents(&mut self, head: &Head, contents: &mut Vec<u8>) -> Result<(), WireError> {
+        self.payload.resize(head.stored_len, 0);
+        self.socket.read(&mut self.payload)?;
+        contents.clear();
+        let mut at = 0;
+        for (index, record) in head.page_blocks.iter().enumerate() {
+            let stored = &self.payload[at..at + record.stored_len.get() as usize];
+            head.unpack(index, stored, &mut self.scratch)?;
+            contents.extend_from_slice(&self.scratch);
+            at += stored.len();
+        }
+        Ok(())
+    }
 }
 
 impl BlockReceiver {
@@ -42,8 +96,7 @@ impl BlockReceiver {
         let cancelled = Arc::new(AtomicBool::new(false));
         let stream = |fd| {
             let socket = Socket::new(fd, patience, cancelled.clone())?;
-            let (table, payload, scratch) = (Vec::new(), Vec::new(), Vec::new());
-            Ok(Mutex::new(Incoming { socket, sequence: 0, table, payload, scratch }))
+            Ok(Mutex::new(Incoming::new(Arc::new(socket))))
         };
         let streams = at_least_one(sockets.into_iter().map(stream).collect::<io::Result<_>>()?)?;
         Ok(Self { streams, placer, cancelled, progress: Progress::default() })
@@ -67,33 +120,12 @@ impl BlockReceiver {
     fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32) -> Result<(), WireError> {
         let mut input = stream.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let head = self.read_head(&mut input)?;
-            if head.round != round || head.sequence != input.sequence {
-                let (got, at) = (head.round, head.sequence);
-                let expected = input.sequence;
-                return Err(WireError::Order(format!("block {at} of round {got}, expected {expected} of {round}")));
-            }
+            let head = input.head(round, &self.progress, |_| false)?;
             if head.kind == Kind::Barrier {
                 return Ok(());
             }
-            input.sequence += 1;
             self.read_pages(&mut input, &head)?;
         }
-    }
-
-    fn read_head(&self, input: &mut Incoming) -> Result<Head, WireError> {
-        let mut header = Header::new_zeroed();
-        input.socket.read(header.as_mut_bytes())?;
-        let len = block::table_len(&header)?;
-        input.table.resize(len, 0);
-        input.socket.read(&mut input.table)?;
-        let head = block::decode_head(&header, &input.table)?;
-        let bytes = block::HEADER_LEN + len + head.stored_len;
-        match head.kind {
-            Kind::Pages => self.progress.block(bytes),
-            Kind::Barrier => drop(self.progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed)),
-        }
-        Ok(head)
     }
 
     fn read_pages(&self, input: &mut Incoming, head: &Head) -> Result<(), WireError> {

@@ -4,8 +4,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::pace::{Adaptive, Limit};
 use super::socket::Socket;
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::block::{Builder, Class, Codec};
@@ -16,11 +17,15 @@ use crate::{LARGE_PAGE, SMALL_PAGE};
 /// Pages that a stream takes from a round at a time.
 const SHARE: usize = 4 * LARGE_PAGE / SMALL_PAGE;
 
-/// Sizes and codec of the blocks to send.
+/// Sizes and codec of the blocks to send, and how fast they may leave.
 #[derive(Debug, Clone, Copy)]
 pub struct Format {
     /// How page blocks are compressed.
     pub codec: Codec,
+    /// Whether to leave the codec out while the link is faster.
+    pub adaptive: bool,
+    /// Most bytes per second, over all streams; 0: as fast as they go.
+    pub bandwidth: u64,
     /// Data bytes of a page block.
     pub unit: usize,
     /// Data bytes of a storage block.
@@ -37,11 +42,79 @@ pub struct BlockSender {
     held: Mutex<Vec<PageSet>>,
 }
 
+/// One stream of blocks.
 #[derive(Debug)]
-struct Outgoing {
-    socket: Socket,
+pub(super) struct Outgoing {
+    pub(super) socket: Socket,
     builder: Builder,
     sequence: u64,
+    adaptive: Adaptive,
+    limit: Arc<Limit>,
+    /// Blocks count for the limit, and do not wait for it.
+    urgent: bool,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Outgoing {
+    pub(super) fn new(socket: Socket, format: Format, limit: &Arc<Limit>, cancelled: &Arc<AtomicBool>) -> Self {
+        let builder = Builder::new(format.codec, format.unit, format.capacity);
+        let adaptive = Adaptive::new(format.codec, format.adaptive);
+        let (limit, cancelled) = (limit.clone(), cancelled.clone());
+        Self { socket, builder, sequence: 0, adaptive, limit, urgent: false, cancelled }
+    }
+
+    /// Of blocks that count for the limit, and do not wait for it.
+    pub(super) fn urgent(self) -> Self {
+        Self { urgent: true, ..self }
+    }
+
+    /// Whether another page or run may not fit.
+    pub(super) fn is_full(&self) -> bool {
+        self.builder.is_full()
+    }
+
+    /// Adds a page that is in memory.
+    pub(super) fn push_page(&mut self, mapping: &Mapping, page: usize, progress: &Progress) {
+        let before = self.builder.raw_len();
+        // SAFETY: the page is within the mapping (`page` asserts it).
+        unsafe { self.builder.push_page(page, mapping.page(page)) };
+        let class = if self.builder.raw_len() > before { Class::Data } else { Class::Zero };
+        progress.count(class, 1);
+    }
+
+    /// Adds pages that are not in memory.
+    pub(super) fn push_absent(&mut self, first: usize, count: usize, progress: &Progress) {
+        self.builder.push_run(first, count, Class::Absent, 0);
+        progress.count(Class::Absent, count);
+    }
+
+    /// Sends what there is of a block.
+    pub(super) fn flush(&mut self, region: usize, round: u32, progress: &Progress) -> Result<(), WireError> {
+        if self.builder.is_empty() {
+            return Ok(());
+        }
+        let region = u32::try_from(region).map_err(|_| WireError::Order(format!("region {region}")))?;
+        let (raw, codec, begin) = (self.builder.raw_len(), self.adaptive.codec(), Instant::now());
+        let built = self.builder.build_with(codec, region, round, self.sequence);
+        let (bytes, packed) = (built.head.len() + built.payload.len(), Instant::now());
+        self.limit.wait(bytes, self.urgent, &self.cancelled)?;
+        self.socket.write([built.head, built.payload])?;
+        self.adaptive.note(raw, packed - begin, packed.elapsed());
+        self.sequence += 1;
+        progress.block(bytes);
+        if self.adaptive.left_out(codec) && raw > 0 {
+            progress.uncompressed.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Ends a round.
+    pub(super) fn barrier(&mut self, round: u32, progress: &Progress) -> Result<(), WireError> {
+        let built = self.builder.barrier(round, self.sequence);
+        self.socket.write([built.head, built.payload])?;
+        progress.bytes.fetch_add(built.head.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 impl BlockSender {
@@ -50,11 +123,10 @@ impl BlockSender {
     /// # Errors
     /// InvalidInput without any socket, or what the kernel says about one.
     pub fn new(sockets: Vec<OwnedFd>, format: Format, patience: Duration) -> io::Result<Self> {
-        let cancelled = Arc::new(AtomicBool::new(false));
+        let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(Limit::new(format.bandwidth)));
         let stream = |fd| {
             let socket = Socket::new(fd, patience, cancelled.clone())?;
-            let builder = Builder::new(format.codec, format.unit, format.capacity);
-            Ok(Mutex::new(Outgoing { socket, builder, sequence: 0 }))
+            Ok(Mutex::new(Outgoing::new(socket, format, &limit, &cancelled)))
         };
         let streams = at_least_one(sockets.into_iter().map(stream).collect::<io::Result<_>>()?)?;
         Ok(Self { streams, cancelled, progress: Progress::default(), held: Mutex::default() })
@@ -108,21 +180,15 @@ impl BlockSender {
         let mut current = 0;
         while let Some(&(region, start)) = round.shares.get(round.next.fetch_add(1, Ordering::Relaxed)) {
             if region != current {
-                self.flush(&mut out, current, round.number)?;
+                out.flush(current, round.number, &self.progress)?;
                 current = region;
             }
             for (first, last) in round.sets[region].runs_in(start, start + SHARE) {
                 self.send_run(&mut out, round, region, first, last)?;
             }
         }
-        self.flush(&mut out, current, round.number)?;
-        if round.barrier {
-            let Outgoing { socket, builder, sequence } = &mut *out;
-            let built = builder.barrier(round.number, *sequence);
-            socket.write([built.head, built.payload])?;
-            self.progress.bytes.fetch_add(built.head.len() as u64, Ordering::Relaxed);
-        }
-        Ok(())
+        out.flush(current, round.number, &self.progress)?;
+        if round.barrier { out.barrier(round.number, &self.progress) } else { Ok(()) }
     }
 
     /// Sends a run of pages: those in memory as what they hold, the others as absent.
@@ -138,16 +204,11 @@ impl BlockSender {
         for (start, end) in round.data[region].runs_in(first, last).chain(std::iter::once((last, last))) {
             if at < start {
                 self.make_room(out, region, round.number)?;
-                out.builder.push_run(at, start - at, Class::Absent, 0);
-                self.progress.count(Class::Absent, start - at);
+                out.push_absent(at, start - at, &self.progress);
             }
             for page in start..end {
                 self.make_room(out, region, round.number)?;
-                let before = out.builder.raw_len();
-                // SAFETY: the page is within the mapping (`page` asserts it).
-                unsafe { out.builder.push_page(page, round.regions[region].page(page)) };
-                let class = if out.builder.raw_len() > before { Class::Data } else { Class::Zero };
-                self.progress.count(class, 1);
+                out.push_page(&round.regions[region], page, &self.progress);
             }
             at = end;
         }
@@ -155,20 +216,7 @@ impl BlockSender {
     }
 
     fn make_room(&self, out: &mut Outgoing, region: usize, round: u32) -> Result<(), WireError> {
-        if out.builder.is_full() { self.flush(out, region, round) } else { Ok(()) }
-    }
-
-    fn flush(&self, out: &mut Outgoing, region: usize, round: u32) -> Result<(), WireError> {
-        let Outgoing { socket, builder, sequence } = out;
-        if builder.is_empty() {
-            return Ok(());
-        }
-        let region = u32::try_from(region).map_err(|_| WireError::Order(format!("region {region}")))?;
-        let built = builder.build(region, round, *sequence);
-        socket.write([built.head, built.payload])?;
-        *sequence += 1;
-        self.progress.block(built.head.len() + built.payload.len());
-        Ok(())
+        if out.is_full() { out.flush(region, round, &self.progress) } else { Ok(()) }
     }
 }
 
@@ -182,7 +230,7 @@ struct Round<'a> {
     barrier: bool,
 }
 
-fn data_pages(mapping: &Mapping) -> io::Result<PageSet> {
+pub(super) fn data_pages(mapping: &Mapping) -> io::Result<PageSet> {
     let mut data = PageSet::new(mapping.pages());
     for (start, end) in mapping.data_ranges()? {
         data.insert(start / SMALL_PAGE, end.div_ceil(SMALL_PAGE));

@@ -37,6 +37,25 @@ pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
     Some(mapped(&open_unnamed(directory.as_fd().as_raw_fd(), c"."), pages))
 }
 
+/// A fresh file on hugetlbfs, reserved; none where there are not as many pages to be had.
+pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
+    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    let file = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
+    if file < 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let file = unsafe { File::from_raw_fd(file) };
+    let len = pages * SMALL_PAGE;
+    file.set_len(len as u64).ok()?;
+    // A mapping reserves its pages, or fails.
+    let mapping = Mapping::new(file.as_fd(), len, 0);
+    if mapping.is_err() {
+        eprintln!("skipped: {} pages of 2 MiB are not to be had", len / LARGE_PAGE);
+    }
+    mapping.ok().map(Arc::new)
+}
+
 fn open_unnamed(directory: i32, path: &CStr) -> File {
     let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
     // SAFETY: the path is NUL-terminated; the descriptor is new.
@@ -97,7 +116,7 @@ pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, patience: Dura
 }
 
 pub fn format(codec: Codec) -> Format {
-    Format { codec, unit: 4 * SMALL_PAGE, capacity: 32 * SMALL_PAGE }
+    Format { codec, adaptive: false, bandwidth: 0, unit: 4 * SMALL_PAGE, capacity: 32 * SMALL_PAGE }
 }
 
 /// Units of 2 MiB that a mapping has, the last one counted when it is shorter.

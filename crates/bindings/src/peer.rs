@@ -1,0 +1,131 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::mapping::duplicate;
+use pageferry_engine::pages::PageSet as Pages;
+use pageferry_engine::wire;
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::mapping::Mapping;
+use crate::pages::PageSet;
+use crate::wire::{Counters, codec, counters, patience, sockets};
+
+/// Page blocks, and what a storage block holds: small, for an access may wait behind one.
+const UNIT: usize = 16 * SMALL_PAGE;
+const CAPACITY: usize = 4 * UNIT;
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct PageServer {
+    inner: wire::PageServer,
+}
+
+#[pymethods]
+impl PageServer {
+    #[new]
+    #[pyo3(signature = (regions, missing, urgent, streams, codec = "none", patience = 30.0, bandwidth = 0,
+                        adaptive = false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    fn new(
+        py: Python<'_>,
+        regions: Vec<PyRef<'_, Mapping>>,
+        missing: Vec<PyRef<'_, PageSet>>,
+        urgent: i32,
+        streams: Vec<i32>,
+        codec: &str,
+        patience: f64,
+        bandwidth: u64,
+        adaptive: bool,
+    ) -> PyResult<Self> {
+        let regions = regions.iter().map(|mapping| mapping.inner.clone()).collect();
+        let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
+        let codec = self::codec(codec)?;
+        let format = wire::Format { codec, adaptive, bandwidth, unit: UNIT, capacity: CAPACITY };
+        let (urgent, streams) = (duplicate(urgent).map_err(errors::kernel)?, sockets(streams)?);
+        let patience = self::patience(patience)?;
+        let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, patience));
+        Ok(Self { inner: inner.map_err(invalid)? })
+    }
+
+    fn start(&self) -> PyResult<()> {
+        self.inner.start().map_err(errors::kernel)
+    }
+
+    fn push(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.push()).map_err(errors::wire)
+    }
+
+    fn cancel(&self) {
+        self.inner.cancel();
+    }
+
+    #[getter]
+    fn progress(&self) -> Counters {
+        counters(self.inner.progress())
+    }
+
+    #[getter]
+    fn uncompressed(&self) -> u64 {
+        self.inner.progress().uncompressed.load(Ordering::Relaxed)
+    }
+
+    #[getter]
+    fn requests(&self) -> u64 {
+        self.inner.requests()
+    }
+
+    #[getter]
+    fn remaining(&self) -> usize {
+        self.inner.remaining()
+    }
+
+    #[getter]
+    fn lost(&self) -> Option<String> {
+        self.inner.lost()
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct PeerSource {
+    pub inner: Arc<wire::PeerSource>,
+}
+
+#[pymethods]
+impl PeerSource {
+    #[new]
+    #[pyo3(signature = (urgent, streams, patience = 30.0))]
+    fn new(urgent: i32, streams: Vec<i32>, patience: f64) -> PyResult<Self> {
+        let (urgent, streams) = (duplicate(urgent).map_err(errors::kernel)?, sockets(streams)?);
+        let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(invalid)?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    #[getter]
+    fn lost(&self) -> Option<String> {
+        self.inner.lost()
+    }
+
+    #[getter]
+    fn ended(&self) -> bool {
+        self.inner.has_ended()
+    }
+
+    #[getter]
+    fn requests(&self) -> u64 {
+        self.inner.requests()
+    }
+
+    #[getter]
+    fn progress(&self) -> Counters {
+        counters(self.inner.progress())
+    }
+}
+
+/// InvalidInput is a wrong argument, whatever else is the kernel's.
+fn invalid(error: std::io::Error) -> PyErr {
+    if error.kind() == std::io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
+        return pyo3::exceptions::PyValueError::new_err(error.to_string());
+    }
+    errors::kernel(error)
+}

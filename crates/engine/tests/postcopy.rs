@@ -1,0 +1,531 @@
+//! Pages from a peer on access, against a plain model: while the push runs, from peers that lie, and over connections
+//! that are lost. What could hang runs on a thread with a deadline.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry_engine::block::{Builder, Class, Codec};
+use pageferry_engine::mapping::{Mapping, duplicate};
+use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, file_len};
+use pageferry_engine::pages::PageSet;
+use pageferry_engine::placer::Target;
+use pageferry_engine::space::Space;
+use pageferry_engine::trace::Segment;
+use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
+use pageferry_engine::wire::{Format, POSTCOPY, PageServer, PeerSource, Request, WireError};
+use pageferry_engine::{LARGE_PAGE, SLOTS, SMALL_PAGE};
+
+mod memory;
+use memory::{PATIENCE, contents, format, large_file, small_file};
+
+const PAGES: usize = 4 * SLOTS;
+
+fn within_a_minute(work: impl FnOnce() + Send + 'static) {
+    let (done, finished) = mpsc::channel();
+    let worker = thread::spawn(move || {
+        work();
+        let _ = done.send(());
+    });
+    match finished.recv_timeout(Duration::from_secs(60)) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
+        _ => worker.join().expect("it ends"),
+    }
+}
+
+/// What the source has: every sixteenth page is a hole, another sixteenth zeros.
+fn at_source(page: usize) -> u64 {
+    if matches!(page % 16, 3 | 5) { 0 } else { (page as u64 + 1) << 20 }
+}
+
+/// What the destination has of earlier rounds: contents that were right once, of those that are missing.
+fn at_destination(page: usize) -> u64 {
+    if is_missing(page) { 0xdead } else { at_source(page) ^ 7 }
+}
+
+fn is_missing(page: usize) -> bool {
+    page / 7 % 5 != 2
+}
+
+/// What a reader must see. What is not missing differs from the source, so that nobody can have brought it.
+fn expected(page: usize) -> u64 {
+    if is_missing(page) { at_source(page) } else { at_destination(page) }
+}
+
+fn put(mapping: &Mapping, page: usize, word: u64) {
+    // SAFETY: `page` asserts that it is within the mapping; nobody else looks at it yet.
+    unsafe { mapping.page(page).cast::<u64>().write_volatile(word) }
+}
+
+/// A source, and a workload at the destination with our mapping of its memory and all that a pager needs.
+struct Scene {
+    source: Arc<Mapping>,
+    ours: Arc<Mapping>,
+    workload: Mapping,
+    flags: Arc<Mapping>,
+    uffd: OwnedFd,
+    page_size: usize,
+    missing: PageSet,
+}
+
+impl Scene {
+    fn new() -> Arc<Self> {
+        Self::on(small_file(PAGES), small_file(PAGES), SMALL_PAGE, is_missing)
+    }
+
+    fn on(source: Arc<Mapping>, ours: Arc<Mapping>, page_size: usize, missing: impl Fn(usize) -> bool) -> Arc<Self> {
+        let workload = Mapping::new(ours.as_fd(), ours.len(), 0).expect("a mapping");
+        let (uffd, _) = space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE).expect("a userfaultfd");
+        let flags = small_file(file_len(PAGES).div_ceil(SMALL_PAGE));
+        let mut set = PageSet::new(PAGES);
+        for page in 0..PAGES {
+            if page % 16 != 3 {
+                put(&source, page, at_source(page));
+            }
+            // By the workload, as what it had mapped before it was told to wait.
+            put(&workload, page, at_destination(page));
+            if missing(page) {
+                set.insert(page, page + 1);
+                // SAFETY: within the mapping, and nobody else looks at it yet.
+                unsafe { *flags.base().add(page / 8) |= 1 << (page % 8) };
+            }
+        }
+        Arc::new(Self { source, ours, workload, flags, uffd: uffd.into(), page_size, missing: set })
+    }
+
+    fn pager(&self, begin: Begin, peer: &Arc<PeerSource>) -> Pager {
+        let (address, len) = (self.workload.address(), self.workload.len() as u64);
+        let segment = Segment { space: space(), address, len, region: 0, first_page: 0 };
+        let uffd = Arc::new(Userfault::from_fd(duplicate(self.uffd.as_raw_fd()).expect("a duplicate")));
+        let large = self.source.large_units().expect("a scan");
+        Pager::start(Plan {
+            from: Origin::Peer(peer.clone()),
+            targets: vec![Target { mapping: self.ours.clone(), page_size: self.page_size, large }],
+            watched: vec![(segment, uffd)],
+            flags: Mapping::new(self.flags.as_fd(), self.flags.len(), 0).expect("a mapping"),
+            begin,
+            working_set: Vec::new(),
+            background: true,
+            eager: false,
+            fatal: false,
+        })
+        .expect("a pager")
+    }
+
+    fn server(&self, ends: Ends, missing: &PageSet, format: Format) -> Arc<PageServer> {
+        let regions = vec![self.source.clone()];
+        let server =
+            PageServer::new(regions, std::slice::from_ref(missing), ends.urgent, ends.streams, format, PATIENCE);
+        Arc::new(server.expect("a server"))
+    }
+
+    /// A server that answers, and a pager that asks it.
+    fn connected(&self, format: Format) -> (Arc<PageServer>, Arc<PeerSource>, Pager) {
+        let (theirs, peer) = connection(2);
+        let server = self.server(theirs, &self.missing, format);
+        server.start().expect("a thread");
+        let pager = self.pager(Begin::Kept, &peer);
+        (server, peer, pager)
+    }
+
+    fn read(&self, page: usize) -> u64 {
+        // SAFETY: within the mapping, aligned; other threads write other words, or none.
+        unsafe { self.workload.page(page).cast::<u64>().read_volatile() }
+    }
+
+    fn check(&self) {
+        for page in 0..PAGES {
+            assert_eq!(
+                self.read(page),
+                if self.missing.contains(page) { at_source(page) } else { at_destination(page) }
+            );
+        }
+    }
+
+    /// A thread that reads a page.
+    fn reader(self: &Arc<Self>, page: usize) -> thread::JoinHandle<u64> {
+        let scene = self.clone();
+        thread::spawn(move || scene.read(page))
+    }
+}
+
+fn space() -> Arc<Space> {
+    Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own"))
+}
+
+/// The source's ends of a connection.
+struct Ends {
+    urgent: OwnedFd,
+    streams: Vec<OwnedFd>,
+}
+
+fn connection(streams: usize) -> (Ends, Arc<PeerSource>) {
+    connection_with(streams, PATIENCE)
+}
+
+fn connection_with(streams: usize, patience: Duration) -> (Ends, Arc<PeerSource>) {
+    let pairs = (0..=streams).map(|_| UnixStream::pair().expect("a pair of sockets"));
+    let (mut theirs, mut ours): (Vec<OwnedFd>, Vec<OwnedFd>) = pairs.map(|(a, b)| (a.into(), b.into())).unzip();
+    let peer = PeerSource::new(ours.remove(0), ours, patience).expect("a peer");
+    (Ends { urgent: theirs.remove(0), streams: theirs }, Arc::new(peer))
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while !done() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn random(state: &mut u64) -> usize {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    usize::try_from(*state >> 33).expect("31 bits")
+}
+
+#[test]
+fn contents_come_on_access_while_everything_is_pushed() {
+    for codec in [Codec::None, Codec::Lz4] {
+        within_a_minute(move || {
+            let scene = Scene::new();
+            let (server, peer, pager) = scene.connected(format(codec));
+            let readers: Vec<_> = (0..4u64)
+                .map(|seed| {
+                    let (scene, mut state) = (scene.clone(), seed);
+                    thread::spawn(move || {
+                        for _ in 0..2000 {
+                            let page = random(&mut state) % PAGES;
+                            assert_eq!(scene.read(page), expected(page), "page {page}");
+                        }
+                    })
+                })
+                .collect();
+            until("a request", || server.requests() > 0);
+            server.push().expect("all of it");
+            readers.into_iter().for_each(|reader| reader.join().expect("a reader"));
+            assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
+            assert_eq!((server.remaining(), peer.lost(), server.lost()), (0, None, None));
+            scene.check();
+        });
+    }
+}
+
+#[test]
+fn who_waits_for_one_window_asks_once() {
+    within_a_minute(|| {
+        let scene = Scene::on(small_file(PAGES), small_file(PAGES), SMALL_PAGE, |_| true);
+        let (theirs, peer) = connection(1);
+        let pager = scene.pager(Begin::Kept, &peer);
+        let readers: Vec<_> = (32..48).map(|page| (page, scene.reader(page))).collect();
+        until("faults", || pager.counters().missed.load(Ordering::Relaxed) >= 16);
+        let server = scene.server(theirs, &scene.missing, format(Codec::Lz4));
+        server.start().expect("a thread");
+        readers.into_iter().for_each(|(page, reader)| assert_eq!(reader.join().expect("a reader"), at_source(page)));
+        assert_eq!((server.requests(), server.remaining()), (1, PAGES - 16));
+        pager.ensure(0, 100, 700).expect("a range");
+        let missing = pager.missing(0).expect("of the only region");
+        assert_eq!(missing.count_in(100, 800), 0);
+        assert_eq!(missing.count(), server.remaining());
+    });
+}
+
+#[test]
+fn the_push_goes_on_from_the_last_request() {
+    let scene = Scene::new();
+    let (theirs, ours) = (UnixStream::pair().expect("sockets"), UnixStream::pair().expect("sockets"));
+    let ends = Ends { urgent: theirs.0.into(), streams: vec![ours.0.into()] };
+    let (mut urgent, mut stream) = (theirs.1, ours.1);
+    let server = scene.server(ends, &PageSet::full(PAGES), format(Codec::None));
+    server.start().expect("a thread");
+    let request = Request::new(0, (1600, 1616), Some(1601));
+    urgent.write_all(zerocopy_bytes(&request)).expect("a request");
+    let mut header = [0; 64 + 24];
+    urgent.read_exact(&mut header).expect("an answer");
+    assert_eq!(u64::from_le_bytes(header[64..72].try_into().expect("eight bytes")), 1601);
+    until("the answer", || server.remaining() == PAGES - 16);
+    thread::scope(|scope| {
+        scope.spawn(|| server.push());
+        stream.read_exact(&mut header).expect("a block");
+        assert_eq!(u64::from_le_bytes(header[64..72].try_into().expect("eight bytes")), 1616);
+        server.cancel();
+    });
+}
+
+fn zerocopy_bytes(request: &Request) -> &[u8] {
+    // SAFETY: 32 bytes without padding, which live as long as the request.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(request).cast(), size_of::<Request>()) }
+}
+
+#[test]
+fn another_connection_goes_on_where_one_was_lost() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let (mut server, mut peer, pager) = scene.connected(format(Codec::Lz4));
+        let readers: Vec<_> = (0..3u64)
+            .map(|seed| {
+                let (scene, mut state) = (scene.clone(), seed);
+                thread::spawn(move || {
+                    for _ in 0..300 {
+                        let page = random(&mut state) % PAGES;
+                        assert_eq!(scene.read(page), expected(page), "page {page}");
+                    }
+                })
+            })
+            .collect();
+        for turn in 1..=4 {
+            let before = server.requests();
+            until("a request", || server.requests() > before + 3 * turn || pager.pending() == 0);
+            drop(server);
+            until("a loss", || peer.lost().is_some() || pager.is_finished());
+            let (theirs, another) = connection(1);
+            peer = another;
+            server = scene.server(theirs, &pager.missing(0).expect("of the only region"), format(Codec::Zstd));
+            server.start().expect("a thread");
+            pager.reconnect(peer.clone()).expect("a pager of a peer");
+        }
+        server.push().expect("the rest");
+        readers.into_iter().for_each(|reader| reader.join().expect("a reader"));
+        assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
+        scene.check();
+        let (_theirs, other) = connection(1);
+        assert!(scene.pager(Begin::TakenOver, &other).reconnect(other).is_err(), "it has that connection");
+    });
+}
+
+#[test]
+fn another_pager_goes_on_where_one_ended() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let (theirs, peer) = connection(1);
+        let pager = scene.pager(Begin::Kept, &peer);
+        let reader = scene.reader(77);
+        until("a fault", || pager.counters().missed.load(Ordering::Relaxed) > 0);
+        drop((pager, theirs));
+        let (server, _peer, pager) = {
+            let (theirs, peer) = connection(2);
+            let pager = scene.pager(Begin::TakenOver, &peer);
+            let server = scene.server(theirs, &pager.missing(0).expect("of the only region"), format(Codec::Lz4));
+            server.start().expect("a thread");
+            (server, peer, pager)
+        };
+        assert_eq!(reader.join().expect("a reader"), expected(77));
+        server.push().expect("the rest");
+        assert!(pager.wait(Duration::from_secs(20), 0));
+        scene.check();
+    });
+}
+
+/// Blocks as a peer could send them on a stream.
+fn block(region: u32, round: u32, sequence: u64, make: impl FnOnce(&mut Builder)) -> Vec<u8> {
+    let mut builder = Builder::new(Codec::None, 4 * SMALL_PAGE, 64 * SMALL_PAGE);
+    make(&mut builder);
+    let built = builder.build(region, round, sequence);
+    [built.head, built.payload].concat()
+}
+
+fn data(first: usize, count: usize) -> impl Fn(&mut Builder) {
+    move |builder| {
+        (first..first + count).for_each(|page| {
+            builder.push_data(page, &[0x66; SMALL_PAGE]);
+        })
+    }
+}
+
+/// Whatever a peer sends, an access gets what an honest one says, or waits; and pages that are there stay as they are.
+#[test]
+fn peers_that_lie_are_not_believed() {
+    within_a_minute(|| {
+        let run = |class, count| move |builder: &mut Builder| builder.push_run(PAGES - 1, count, class, 0);
+        let mut damaged = block(0, POSTCOPY, 0, data(77, 3));
+        *damaged.last_mut().expect("bytes") ^= 1;
+        let mut oversized = block(0, POSTCOPY, 0, data(77, 1));
+        oversized[12..14].copy_from_slice(&u16::MAX.to_le_bytes());
+        let lies = [
+            block(1, POSTCOPY, 0, data(77, 1)),
+            block(u32::MAX, POSTCOPY, 0, data(77, 1)),
+            block(0, POSTCOPY, 0, data(PAGES - 1, 2)),
+            block(0, POSTCOPY, 0, data(PAGES + 5, 1)),
+            block(0, POSTCOPY, 0, run(Class::Absent, 2)),
+            block(0, POSTCOPY, 0, run(Class::Zero, 1 << 24)),
+            block(0, POSTCOPY, 0, run(Class::SameAs, 1)),
+            block(0, 3, 0, data(77, 1)),
+            block(0, POSTCOPY, 1, data(77, 1)),
+            damaged,
+            oversized,
+            vec![0xee; 4096],
+            block(0, POSTCOPY, 0, data(77, 1))[..70].to_vec(),
+        ];
+        let scene = Scene::new();
+        let (theirs, peer) = connection(1);
+        let pager = scene.pager(Begin::Kept, &peer);
+        let reader = scene.reader(77);
+        until("a request", || peer.requests() > 0);
+        let (mut theirs, mut peer) = (theirs, peer);
+        for (number, lie) in lies.iter().enumerate() {
+            let Ends { urgent, mut streams } = theirs;
+            let target = if number % 2 == 0 { urgent } else { streams.remove(0) };
+            let mut socket = UnixStream::from(target);
+            let _ = socket.write_all(lie);
+            drop(socket);
+            until("a loss", || peer.lost().is_some());
+            assert!(
+                pager.ensure(0, 77, 1).is_err() && pager.missing(0).expect("a region").contains(77),
+                "lie {number}"
+            );
+            (theirs, peer) = connection(1);
+            pager.reconnect(peer.clone()).expect("a pager of a peer");
+        }
+        assert!(!reader.is_finished(), "it was given something");
+        assert_eq!(contents(&scene.ours), {
+            let untouched = Scene::new();
+            contents(&untouched.ours)
+        });
+        // Not asked for, and not missing: neither does harm.
+        let mut urgent = UnixStream::from(theirs.urgent.try_clone().expect("a duplicate"));
+        let there = (0..PAGES).find(|&page| !is_missing(page)).expect("one");
+        urgent.write_all(&block(0, POSTCOPY, 0, data(there, 1))).expect("a block");
+        let server = scene.server(theirs, &pager.missing(0).expect("a region"), format(Codec::None));
+        server.push().expect("all of it");
+        assert_eq!(reader.join().expect("a reader"), expected(77));
+        assert!(pager.wait(Duration::from_secs(20), 0));
+        scene.check();
+    });
+}
+
+#[test]
+fn an_answer_that_does_not_come_is_a_loss() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let (theirs, peer) = connection_with(1, Duration::from_millis(300));
+        let pager = scene.pager(Begin::Kept, &peer);
+        thread::sleep(Duration::from_secs(1));
+        assert_eq!(peer.lost(), None, "nobody has asked for anything");
+        let reader = scene.reader(77);
+        until("a loss", || peer.lost().is_some());
+        drop(theirs);
+        let (theirs, peer) = connection(1);
+        let server = scene.server(theirs, &scene.missing, format(Codec::None));
+        server.start().expect("a thread");
+        pager.reconnect(peer).expect("a pager of a peer");
+        assert_eq!(reader.join().expect("a reader"), expected(77));
+    });
+}
+
+#[test]
+fn requests_that_are_none_end_it() {
+    let scene = Scene::new();
+    let mut noise = [0x5a; 32];
+    let mut damaged = [0; 32];
+    damaged.copy_from_slice(zerocopy_bytes(&Request::new(0, (0, 1), None)));
+    damaged[8] ^= 1;
+    noise[..4].copy_from_slice(b"PFRQ");
+    let made = |region, range, page| {
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(zerocopy_bytes(&Request::new(region, range, page)));
+        bytes
+    };
+    let requests = [
+        noise,
+        damaged,
+        made(1, (0, 1), None),
+        made(usize::MAX, (0, 1), None),
+        made(0, (0, 0), None),
+        made(0, (0, 513), None),
+        made(0, (PAGES - 1, PAGES + 1), None),
+        made(0, (usize::MAX - 4, usize::MAX), None),
+        made(0, (5, 6), Some(6)),
+    ];
+    for (number, request) in requests.iter().enumerate() {
+        let (theirs, mut ours) = UnixStream::pair().expect("sockets");
+        let (stream, idle) = UnixStream::pair().expect("sockets");
+        let ends = Ends { urgent: theirs.into(), streams: vec![stream.into()] };
+        let server = scene.server(ends, &scene.missing, format(Codec::None));
+        server.start().expect("a thread");
+        ours.write_all(request).expect("a request");
+        until("a refusal", || server.lost().is_some());
+        assert!(matches!(server.push(), Err(WireError::Order(_))), "request {number}");
+        assert_eq!(server.requests(), 0);
+        drop(idle);
+    }
+}
+
+#[test]
+fn a_push_that_nobody_reads_is_cancelled() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let (theirs, _peer) = connection(2);
+        let server = scene.server(theirs, &scene.missing, format(Codec::None));
+        let pushing = {
+            let server = server.clone();
+            thread::spawn(move || server.push())
+        };
+        until("some of it", || server.remaining() < scene.missing.count());
+        server.cancel();
+        assert!(matches!(pushing.join().expect("no panic"), Err(WireError::Cancelled)));
+    });
+}
+
+#[test]
+fn a_limit_holds_for_all_streams_together() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let bandwidth = 8 << 20;
+        let (server, _peer, pager) = scene.connected(Format { bandwidth, ..format(Codec::None) });
+        let begin = Instant::now();
+        server.push().expect("all of it");
+        let bytes = server.progress().bytes.load(Ordering::Relaxed);
+        // All but what may be made up for, and the last block of each stream.
+        let least = (bytes - (1 << 18)) * 1000 / bandwidth;
+        assert!(begin.elapsed() >= Duration::from_millis(least - 50), "{bytes} bytes in {:?}", begin.elapsed());
+        assert!(pager.wait(Duration::from_secs(20), 0));
+    });
+}
+
+/// The large page of the destination is filled in place, and is one in the workload's page tables in the end (S7).
+#[test]
+fn large_pages_stay_large() {
+    within_a_minute(|| {
+        let room = 64 << 20;
+        let (Some(source), Some(ours)) = (large_file(PAGES, room), large_file(PAGES, room)) else { return };
+        let scene = Scene::on(source, ours, SMALL_PAGE, |page| page % 3 == 0 && page < 3 * SLOTS);
+        let (server, _peer, pager) = scene.connected(format(Codec::Lz4));
+        let large = || {
+            let found = space().large_mapped(scene.workload.address(), scene.workload.len() as u64);
+            found.expect("a scan").iter().map(|(start, end)| end - start).sum::<u64>()
+        };
+        pager.populate().expect("what is there");
+        assert_eq!(large(), LARGE_PAGE as u64, "the one of which nothing is missing");
+        for page in (0..PAGES).step_by(37) {
+            let right = if scene.missing.contains(page) { at_source(page) } else { at_destination(page) };
+            assert_eq!(scene.read(page), right, "page {page}");
+        }
+        server.push().expect("all of it");
+        assert!(pager.wait(Duration::from_secs(20), 0));
+        assert_eq!(large(), 4 * LARGE_PAGE as u64);
+        scene.check();
+    });
+}
+
+/// On hugetlbfs pages only go together: an access waits for all of its 2 MiB, and asks for them at once.
+#[test]
+fn pages_of_hugetlbfs_come_whole() {
+    within_a_minute(|| {
+        let (Some(source), Some(ours)) = (memory::huge_file(PAGES), memory::huge_file(PAGES)) else { return };
+        let scene = Scene::on(source, ours, LARGE_PAGE, |page| page >= SLOTS && is_missing(page));
+        let (server, _peer, pager) = scene.connected(format(Codec::Lz4));
+        assert_eq!(scene.read(0), at_destination(0));
+        assert_eq!(
+            scene.read(SLOTS + 9),
+            if is_missing(SLOTS + 9) { at_source(SLOTS + 9) } else { at_destination(SLOTS + 9) }
+        );
+        assert_eq!(pager.missing(0).expect("a region").count_in(SLOTS, 2 * SLOTS), 0);
+        assert_eq!(server.requests(), 1);
+        server.push().expect("all of it");
+        assert!(pager.wait(Duration::from_secs(20), 0));
+        scene.check();
+    });
+}
