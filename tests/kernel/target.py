@@ -94,6 +94,11 @@ def _read_pages(address: int, pages: list[int]) -> None:
         _read(address + page * SMALL_PAGE + 11, 0, 1)
 
 
+def _peek(address: int, pages: list[int]) -> list[int]:
+    """Of each page the byte that `write` writes."""
+    return [_read(address + page * SMALL_PAGE + 7, 0, 1)[0] for page in pages]
+
+
 def _sum(address: int, length: int) -> int:
     """All bytes: what is lost shows in it."""
     return sum(ctypes.string_at(address, length))
@@ -129,6 +134,7 @@ _ORDERS: dict[str, Callable[..., Any]] = {
     "discard": _discard,
     "anonymous": _anonymous,
     "read": _read_pages,
+    "peek": _peek,
     "sum": _sum,
     "split": _split,
     "call": _call,

@@ -1,0 +1,263 @@
+"""Pages that come from a peer when they are accessed: a process, its pager here, and the server of its pages.
+
+Only the process accesses what is missing, and every wait for it has a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from pageferry._engine import (
+    LARGE_PAGE,
+    SMALL_PAGE,
+    Mapping,
+    Pager,
+    PageServer,
+    PageSet,
+    PeerSource,
+    Space,
+)
+from tests.kernel.backing import KINDS, backing
+from tests.kernel.programs import DEADLINE
+from tests.kernel.target import Target
+
+LENGTH = 4 * LARGE_PAGE
+PAGES = LENGTH // SMALL_PAGE
+_OLD, _KEPT = 0xEE, 0x11
+
+
+def content(page: int) -> int:
+    """What the source has: the byte of a page."""
+    return page % 200 + 20
+
+
+@contextlib.contextmanager
+def connections(streams: int = 2) -> Iterator[tuple[list[int], list[int]]]:
+    """Both ends of TCP connections over loopback, as descriptors: the first is the urgent one."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams + 1)]
+        theirs = [stack.enter_context(server.accept()[0]) for _ in range(streams + 1)]
+        yield [each.fileno() for each in ours], [each.fileno() for each in theirs]
+
+
+@dataclass
+class Scene:
+    """A process whose memory is partly at a source, and all that a pager for it needs."""
+
+    target: Target
+    kind: str
+    source: Mapping
+    ours: Mapping
+    address: int
+    missing: PageSet
+    flags: int = field(init=False)
+    userfault: int = field(init=False)
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        view, pages = (
+            memoryview(self.source),
+            [page for start, end in self.missing.runs() for page in range(start, end)],
+        )
+        for page in pages:
+            view[page * SMALL_PAGE + 7] = content(page)
+        self.target.order("write", self.address, list(range(PAGES)), _KEPT)
+        self.target.order("write", self.address, pages, _OLD)
+        self.flags = os.memfd_create("flags", os.MFD_CLOEXEC)
+        os.ftruncate(self.flags, Pager.flags_length(PAGES))
+        bits = bytearray(PAGES // 8)
+        for page in pages:
+            bits[page // 8] |= 1 << page % 8
+        os.pwrite(self.flags, bits, 0)
+        self.userfault, number = Space(self.target.pid).missing_faults(discards=True)
+        assert number is not None
+        self.number = number
+
+    @property
+    def page_size(self) -> int:
+        return LARGE_PAGE if self.kind == "hugetlb" else SMALL_PAGE
+
+    def pager(self, source: PeerSource, userfault: int | None = None, *, taken_over: bool = False) -> Pager:
+        space = Space(self.target.pid)
+        return Pager(
+            source,
+            [(self.ours, self.page_size, self.source.large_units())],
+            [(space, self.address, LENGTH, 0, 0)],
+            {self.target.pid: self.userfault if userfault is None else userfault},
+            self.flags,
+            kept=not taken_over,
+            taken_over=taken_over,
+        )
+
+    def server(self, descriptors: list[int], missing: PageSet | None = None, codec: str = "lz4") -> PageServer:
+        return PageServer(
+            [self.source], [self.missing if missing is None else missing], descriptors[0], descriptors[1:], codec
+        )
+
+    def expected(self, pages: list[int]) -> list[int]:
+        return [content(page) if page in self.missing else _KEPT for page in pages]
+
+    def check(self) -> None:
+        everything = list(range(PAGES))
+        assert self.target.order("peek", self.address, everything) == self.expected(everything)
+
+
+@contextlib.contextmanager
+def scene(kind: str, every: int = 1) -> Iterator[Scene]:
+    """Of the second to last 2 MiB, runs of pages are missing."""
+    with backing(kind, LENGTH, 2) as (there, here), Target(here) as target:
+        missing = PageSet(PAGES)
+        for start in range(PAGES // 4, PAGES, 16 * every):
+            missing.insert(start, start + 11)
+        source, ours = Mapping(there, LENGTH), Mapping(here, LENGTH)
+        made = Scene(target, kind, source, ours, target.order("map", here, LENGTH), missing)
+        try:
+            yield made
+        finally:
+            os.close(made.flags)
+            os.close(made.userfault)
+
+
+def shuffled(seed: int) -> list[int]:
+    pages = list(range(PAGES))
+    random.Random(seed).shuffle(pages)
+    return pages[:600]
+
+
+def lost(source: PeerSource | PageServer) -> str:
+    end = time.monotonic() + DEADLINE
+    while source.lost is None:
+        assert time.monotonic() < end, "the connection holds"
+        time.sleep(0.01)
+    return source.lost
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_reads_what_its_peer_has(kind: str) -> None:
+    with scene(kind) as made, connections() as (ours, theirs):
+        source, server = PeerSource(ours[0], ours[1:]), made.server(theirs)
+        server.start()
+        pager = made.pager(source)
+        pager.populate()
+        pages = shuffled(1)
+        assert made.target.order("peek", made.address, pages[:300]) == made.expected(pages[:300])
+        assert 0 < server.requests <= source.requests
+        assert not source.ended
+        assert len(pager.missing(0)) == pager.pending
+        pushing = threading.Thread(target=server.push)
+        pushing.start()
+        assert made.target.order("peek", made.address, pages) == made.expected(pages)
+        pushing.join(DEADLINE)
+        assert pager.wait(DEADLINE)
+        assert (server.remaining, pager.pending, source.lost, server.lost) == (0, 0, None, None)
+        made.check()
+        if kind == "large":
+            assert Space(made.target.pid).large_mapped(made.address, LENGTH) == [(made.address, made.address + LENGTH)]
+        # A page that an access waited for may have come twice: by the push, and as the answer.
+        assert len(made.missing) <= source.progress[2] <= len(made.missing) + server.requests
+
+
+@pytest.mark.parametrize("kind", ["small", "hugetlb"])
+def test_a_lost_connection_and_another_one(kind: str) -> None:
+    with scene(kind) as made, connections() as (ours, theirs), connections(1) as (more, other):
+        source = PeerSource(ours[0], ours[1:])
+        pager = made.pager(source)
+        first = made.missing.runs()[3][0]
+        reading = threading.Thread(target=lambda: seen.extend(made.target.order("peek", made.address, [first, 0])))
+        seen: list[int] = []
+        reading.start()
+        with socket.socket(fileno=os.dup(theirs[0])) as cut:
+            cut.shutdown(socket.SHUT_RDWR)
+        assert lost(source) == "the peer closed the page stream"
+        with pytest.raises(ConnectionResetError, match="the peer closed the page stream"):
+            pager.ensure(0, first, 1)
+        packed = pager.missing(0).pack()
+        server = made.server(other, PageSet.unpack(packed, PAGES))
+        server.start()
+        assert not seen
+        pager.reconnect(PeerSource(more[0], more[1:]))
+        reading.join(DEADLINE)
+        assert seen == made.expected([first, 0])
+        pager.ensure(0, PAGES // 2, PAGES // 4)
+        assert not [page for page in range(PAGES // 2, PAGES * 3 // 4) if page in pager.missing(0)]
+        server.push()
+        assert pager.wait(DEADLINE)
+        made.check()
+
+
+def test_another_pager_takes_over() -> None:
+    """The process holds its userfaultfd itself: what it waits for, the next pager brings."""
+    with scene("small") as made, connections() as (ours, theirs), connections(1) as (more, other):
+        pager = made.pager(PeerSource(ours[0], ours[1:]))
+        server = made.server(theirs)
+        server.start()
+        pages = shuffled(2)[:50]
+        assert made.target.order("peek", made.address, pages) == made.expected(pages)
+        pager.stop()
+        seen: list[int] = []
+        page = next(start for start, _ in pager.missing(0).runs())
+        reading = threading.Thread(target=lambda: seen.extend(made.target.order("peek", made.address, [page])))
+        reading.start()
+        del pager, server
+        userfault = Space(made.target.pid).descriptor(made.number)
+        try:
+            pager = made.pager(PeerSource(more[0], more[1:]), userfault, taken_over=True)
+        finally:
+            os.close(userfault)
+        server = made.server(other, pager.missing(0), "zstd")
+        server.start()
+        reading.join(DEADLINE)
+        assert seen == made.expected([page])
+        server.push()
+        assert pager.wait(DEADLINE)
+        made.check()
+
+
+def test_a_server_is_cancelled_and_told_of_nonsense() -> None:
+    with scene("small", 8) as made, connections(1) as (ours, theirs), connections(1) as (more, other):
+        server = made.server(theirs)
+        server.start()
+        server.cancel()
+        with pytest.raises(InterruptedError):
+            server.push()
+        server = made.server(other)
+        server.start()
+        os.write(more[0], b"PFRQ" + bytes(28))
+        assert lost(server) == "page stream out of step: a request that is none, or was damaged on the way"
+        with pytest.raises(ValueError, match="a request that is none"):
+            server.push()
+        assert ours
+
+
+def test_arguments_that_are_wrong() -> None:
+    with scene("small", 8) as made, connections(1) as (ours, theirs):
+        with pytest.raises(ValueError, match="one set of pages for each region"):
+            PageServer([made.source], [PageSet(PAGES + 1)], theirs[0], theirs[1:])
+        with pytest.raises(ValueError, match="choose none, lz4 or zstd"):
+            made.server(theirs, codec="gzip")
+        with pytest.raises(ValueError, match="no sockets"):
+            PeerSource(ours[0], [])
+        with pytest.raises(TypeError):
+            Pager(None, [], [], {}, made.flags)  # type: ignore[arg-type]
+        source = PeerSource(ours[0], ours[1:])
+        with pytest.raises(ValueError, match="set the flags"):
+            Pager(source, [(made.ours, SMALL_PAGE, [])], [], {}, made.flags)
+        pager = made.pager(source)
+        with pytest.raises(ValueError, match="another pager has this connection"):
+            pager.reconnect(source)
+        with pytest.raises(ValueError, match="region 1"):
+            pager.missing(1)
+        server = made.server(theirs)
+        server.start()
+        server.push()
+        assert pager.wait(DEADLINE)
