@@ -319,6 +319,26 @@ fn another_pager_goes_on_where_one_ended() {
     });
 }
 
+/// A balloon makes pages of zeros of those that are still to come: they never come, and nothing fails because of it.
+#[test]
+fn what_was_discarded_is_not_brought() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let (server, peer, pager) = scene.connected(format(Codec::None));
+        assert_eq!(scene.read(77), expected(77));
+        for page in 0..PAGES {
+            // SAFETY: within the mapping, which is shared memory.
+            let result = unsafe { libc::madvise(scene.workload.page(page).cast(), SMALL_PAGE, libc::MADV_REMOVE) };
+            assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        }
+        assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
+        server.push().expect("all of it");
+        until("the end", || peer.has_ended());
+        assert_eq!((peer.lost(), server.lost()), (None, None));
+        assert!((0..PAGES).all(|page| scene.read(page) == 0));
+    });
+}
+
 /// Blocks as a peer could send them on a stream.
 fn block(region: u32, round: u32, sequence: u64, make: impl FnOnce(&mut Builder)) -> Vec<u8> {
     let mut builder = Builder::new(Codec::None, 4 * SMALL_PAGE, 64 * SMALL_PAGE);

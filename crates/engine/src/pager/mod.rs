@@ -1,4 +1,4 @@
-//! The pager (S10, S8): a workload runs at once, and the contents of its pages come on access, from an image or a peer.
+//! The pager (S10, S8): a workload runs at once; the contents of its pages come on access, from an image or a peer.
 //!
 //! ```text
 //! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the flag, map
@@ -245,7 +245,8 @@ impl Shared {
             // An error is of a process that has ended.
             let _ = uffd.unregister(segment.address, segment.len);
         }
-        self.end();
+        // A peer goes on to the end of what it has begun to push, and is listened to: what it says is known.
+        self.stop.store(true, Ordering::Release);
         for (number, region) in
             self.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
         {

@@ -33,7 +33,7 @@ pub struct Peer {
 struct Want {
     /// The page that the access is to, where it can be had alone.
     page: Option<usize>,
-    /// Whether it is an access that waits.
+    /// Whether it is an access that waits (still).
     accessed: bool,
     since: Instant,
     /// When the connection was asked.
@@ -89,7 +89,7 @@ impl Peer {
         let want = Want { page, accessed, since: now, asked: now };
         {
             let mut waiting = self.waiting();
-            // Once it is in there it is taken out when the pages have come: those that have come already it must not wait for.
+            // It is taken out when its pages come: of those that have come already nobody would do that.
             if memory.flags.next(range.0, range.1).is_none() || waiting.contains_key(&range) {
                 return;
             }
@@ -104,8 +104,9 @@ impl Peer {
         let before = waiting.len();
         waiting.retain(|&(first, end), want| {
             let missing = memory.flags.next(first, end).is_some();
-            if !missing && want.accessed {
+            if want.accessed && want.page.map_or(!missing, |page| !memory.flags.is_set(page)) {
                 memory.counters.served(want.since.elapsed());
+                want.accessed = false;
             }
             missing
         });

@@ -1,5 +1,5 @@
-//! Where contents come from: storage blocks of images, or a peer. One place answers for both what is missing of a range;
-//! how it gets into memory is the same for both ([`Memory::install`]).
+//! Where contents come from: storage blocks of images, or a peer. One place answers for both what is missing of a
+//! range; how it gets into memory is the same for both ([`Memory::install`]).
 
 use std::sync::Arc;
 
