@@ -26,6 +26,14 @@ test: build system ## Run the tests of engine and package (PYTEST_ARGS="-k name"
 	cargo test --workspace --quiet
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
+.PHONY: faults
+faults: build system ## Everything that can fail, at every point of a migration between two hosts (an hour)
+	FAULTS=all $(PYTHON) -m pytest tests/faults $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: build system ## Migrate at random between three hosts while everything fails (SOAK_MINUTES=30, SOAK_SEED=N)
+	$(PYTHON) -u -m tests.network.soak
+
 .PHONY: lint
 lint: build ## Check format, types, stubs and import rules
 	$(VENV)/bin/ruff check

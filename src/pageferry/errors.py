@@ -62,9 +62,16 @@ class NameInUse(WorkloadError):
 
 
 class WorkloadDied(WorkloadError):
-    """The workload ended while it was being worked on."""
+    """The workload ended while it was being worked on.
+
+    `never_ran`: it was about to run for the first time on this host, and is known not to have run for an instant.
+    """
 
     exit_code = 13
+
+    def __init__(self, message: str, *, never_ran: bool = False) -> None:
+        super().__init__(message)
+        self.never_ran = never_ran
 
 
 class MigrationError(PageferryError):

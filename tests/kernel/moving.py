@@ -97,10 +97,11 @@ def until(program: Program, kind: str) -> dict[str, Any]:
 
 def stopped(program: Program) -> None:
     """Wait until a process has stopped itself at its fault point."""
-    wait_until(lambda: _state(program.process.pid) == "T", "the stop")
+    wait_until(lambda: state(program.process.pid) == "T", "the stop")
 
 
-def _state(pid: int) -> str:
+def state(pid: int) -> str:
+    """The letter that proc(5) has for it; `T` is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 

@@ -71,9 +71,9 @@ class Program:
             stream.close()
 
 
-def wait_until(condition: Any, what: str) -> None:
+def wait_until(condition: Any, what: str, deadline: float = DEADLINE) -> None:
     """Wait for something that another process or thread brings about."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, f"{what} did not come about"
         time.sleep(0.005)

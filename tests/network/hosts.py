@@ -30,7 +30,7 @@ class Network:
         setup = {"hosts": hosts, "segments": segments, "seed": seed}
         self._carrier = Program(carrier.__file__, json.dumps(setup))
         self.hosts = [
-            Host(("nsenter", f"--net={made['namespace']}", "--"), folder / f"host-{number}", made["address"])
+            Host(("nsenter", f"--net={made['namespace']}", "--"), folder / str(number), made["address"])
             for number, made in enumerate(self._carrier.json()["hosts"])
         ]
 

@@ -159,6 +159,37 @@ def test_source_agent_killed_when_it_had_said_so(guest: Traveller) -> None:
     guest.verifies_everything()
 
 
+def test_destination_qemu_killed_between_decision_and_cont(guest: Traveller, before: list[str]) -> None:
+    """Nobody had told it to run, so the decision is withdrawn: the source has everything, and hears of it."""
+    with guest.receiver(fault="destination.decided=stop") as there:
+        with guest.migrating(moving.address_of(there)) as migration:
+            moving.stopped(there)
+            travel.kill(guest.next_name)
+            there.process.send_signal(signal.SIGCONT)
+            assert migration.wait() == 21
+        ended(there, (13,))
+    stays(guest, before)
+    guest.move()
+
+
+def test_source_learns_of_a_withdrawn_decision_when_it_asks(guest: Traveller, before: list[str]) -> None:
+    with guest.receiver(fault="destination.decided=stop") as there:
+        address = moving.address_of(there)
+        with guest.migrating(address, fault="source.commit-sent=kill") as migration:
+            assert migration.wait() == -signal.SIGKILL
+        is_given_away(guest)
+        moving.stopped(there)
+        travel.kill(guest.next_name)
+        there.process.send_signal(signal.SIGCONT)
+        ended(there, (13,))
+    with guest.receiver("--listen", address, name=guest.other_name) as another:
+        moving.address_of(another)
+        settle(guest, owner="source")
+        another.process.terminate()
+        ended(another, (143,))
+    stays(guest, before)
+
+
 @pytest.mark.parametrize("point", ["decided", "resumed"])
 def test_destination_agent_killed_when_it_had_decided(guest: Traveller, point: str) -> None:
     """The guest is there, and runs, with nobody but the guardian to see to that."""

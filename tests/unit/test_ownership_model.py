@@ -68,6 +68,9 @@ class State:
     link: bool = True
     settled: bool = False
     """The destination has forgotten the migration: the source knows."""
+    withdrawn: bool = False
+    """The destination had decided to run it, but its process died before anybody had told it to run."""
+    ran_there: bool = False
 
     @property
     def owners(self) -> int:
@@ -77,7 +80,7 @@ class State:
     @property
     def died_there(self) -> bool:
         """The process that ran the workload at the destination, or was to, has been killed after the decision."""
-        return self.verdict == "committed" and self.there == "gone"
+        return (self.verdict == "committed" or self.withdrawn) and self.there == "gone"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Rules:
     commits_workload: bool = True
     first_decision_holds: bool = True
     returns_after_commit: bool = False
+    withdraws_what_ran: bool = False
 
 
 def decide(state: State, wanted: str, rules: Rules) -> State:
@@ -158,9 +162,13 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
             after = Destination.RESUME if rules.decides_first else Destination.ANSWER
             won = decided.verdict == "committed"
             yield replace(decided, destination=after if won else Destination.DECIDE_ABORTED)
+        case Destination.RESUME if state.there == "gone":
+            yield replace(state, destination=Destination.ABORT, verdict="aborted", withdrawn=True)
         case Destination.RESUME:
             after = Destination.ANSWER if rules.decides_first else Destination.DECIDE
-            yield replace(state, destination=after, there="runs")
+            yield replace(state, destination=after, there="runs", ran_there=True)
+        case Destination.ANSWER if rules.withdraws_what_ran and state.there == "gone":
+            yield replace(state, destination=Destination.ABORT, verdict="aborted", withdrawn=True)
         case Destination.ANSWER:
             yield send(replace(state, destination=Destination.AWAIT_DONE), "running")
         case Destination.DECIDE_ABORTED if rules.decides_before_abort:
@@ -242,6 +250,8 @@ def failures(state: State, rules: Rules) -> Iterator[State]:
     if state.destination is not Destination.ENDED:
         for there in after_the_end(state):
             yield from cut(replace(state, destination=Destination.ENDED, there=there))
+        if state.there in ("committed", "runs"):  # its process is killed, and the agent lives
+            yield replace(state, there="gone")
         if state.destination not in GIVING_UP:
             yield replace(state, destination=Destination.DECIDE_ABORTED)
     if state.link:
@@ -285,6 +295,8 @@ def wrong(state: State, rules: Rules) -> str | None:
         return "it runs there undecided"
     if state.here == "runs" and state.verdict == "committed":
         return "it runs here, and was decided to run there"
+    if state.withdrawn and state.ran_there:
+        return "it is given back, and has run there"
     at_an_end = next(steps(state, rules), None) is None
     # Killed there after the decision: as any workload whose process is killed.
     if at_an_end and state.owners == 0 and not state.died_there:
@@ -332,7 +344,15 @@ def test_without_further_failures_everything_comes_to_an_end() -> None:
 
 
 def test_it_goes_from_the_source_only_where_the_destination_has_decided_for_itself() -> None:
-    assert all(state.verdict == "committed" for state in reachable(Rules()) if state.here == "gone")
+    gone = [state for state in reachable(Rules()) if state.here == "gone"]
+    assert all(state.verdict == "committed" or state.withdrawn for state in gone)
+
+
+def test_what_died_before_it_ran_is_given_back() -> None:
+    """Unless somebody has asked in between, and was told that it is the destination's."""
+    withdrawn = [state for state in reachable(Rules()) if state.withdrawn]
+    assert any(state.here == "runs" for state in withdrawn)
+    assert all(state.there == "gone" and not state.ran_there for state in withdrawn)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +364,7 @@ def test_it_goes_from_the_source_only_where_the_destination_has_decided_for_itse
         Rules(commits_workload=False),
         Rules(first_decision_holds=False),
         Rules(returns_after_commit=True),
+        Rules(withdraws_what_ran=True),
     ],
     ids=lambda rules: next(name for name in Rules.__annotations__ if getattr(rules, name) != getattr(Rules(), name)),
 )

@@ -12,7 +12,7 @@ import msgspec
 
 from pageferry.cli.arguments import size
 from pageferry.cli.run import see_to_the_end
-from pageferry.errors import UsageError
+from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.migration import api, messages
@@ -174,11 +174,13 @@ async def _received(
 async def _run(destination: Destination) -> Workload:
     try:
         return await destination.run()
-    except BaseException:
+    except BaseException as error:
         if destination.promised and not destination.settled.is_set():
             log.warning("the source may be in doubt: waiting for it to ask (Ctrl-C ends the wait)")
             _heed_cancellation()
             await destination.settled.wait()
+        if isinstance(error, ConnectionLost | PeerRefused | ProtocolError):
+            raise type(error)(f"{error}. The workload is left to its source, and nothing of it is here") from error
         raise
 
 

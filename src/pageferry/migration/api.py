@@ -6,7 +6,16 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pageferry.errors import MigrationError, OutcomeUnknown, UsageError, WorkloadError
+from pageferry.errors import (
+    ConnectionLost,
+    MigrationError,
+    OutcomeUnknown,
+    PeerRefused,
+    ProtocolError,
+    UsageError,
+    WorkloadDied,
+    WorkloadError,
+)
 from pageferry.events import Listener, ignore
 from pageferry.host.registry import Folder, Registry
 from pageferry.migration import messages
@@ -51,6 +60,10 @@ async def migrate(
         )
     try:
         return await Source(moved, chosen, listener, folder).run(target)
+    except WorkloadDied as died:
+        raise WorkloadDied(f"{moved.name} has ended during its migration to {target}: {died}. Start it anew") from died
+    except (ConnectionLost, PeerRefused, ProtocolError) as error:
+        raise type(error)(f"{error}. {moved.name} runs on here, and can be migrated again") from error
     finally:
         if isinstance(workload, Arena):
             moved.close()  # whoever asks what became of it later is another controller

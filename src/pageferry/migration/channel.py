@@ -116,10 +116,10 @@ class Channel:
                     raise PeerRefused(f"the peer ended the migration: {_printable(message.reason)}")
                 if not isinstance(message, Alive):
                     await self._inbox.put(message)
+        except TimeoutError:  # ours, or the kernel's (TCP_USER_TIMEOUT)
+            self._fail(ConnectionLost(f"the peer has been silent for {self.patience:g} s"))
         except (EOFError, OSError) as error:
             self._fail(ConnectionLost(f"the peer closed the connection{f': {error}' if str(error) else ''}"))
-        except TimeoutError:
-            self._fail(ConnectionLost(f"the peer has been silent for {self.patience:g} s"))
         except MigrationError as error:
             self._fail(error)
 

@@ -23,6 +23,7 @@ from pageferry.errors import (
     PeerRefused,
     ProtocolError,
     UsageError,
+    WorkloadDied,
     WorkloadError,
 )
 from pageferry.host.faults import fault_point
@@ -289,10 +290,19 @@ class Destination:
             raise Cancelled("the source was told meanwhile that this migration is over")
         fault_point("destination.decided")
         with self.times.measure("resume"):
-            await self.workload.resume()
+            await self._resume()
         fault_point("destination.resumed")
         with contextlib.suppress(MigrationError):
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))
+
+    async def _resume(self) -> None:
+        """Run it. One that has died before it could is given back: the source still has everything."""
+        try:
+            await self.workload.resume()
+        except WorkloadDied as died:
+            if died.never_ran:
+                self.verdicts.withdraw(self.migration)
+            raise
 
     async def report(self) -> None:
         """After `run`: tell the source how it went, and learn whether it knows that the workload runs here."""

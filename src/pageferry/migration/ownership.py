@@ -4,6 +4,7 @@
    accord.
 2. The destination decides once, for good: COMMITTED before it resumes the workload, ABORTED before it tells anybody
    that it will not. Whichever is written first holds, whoever of its processes writes it (`Verdicts.decide`).
+   COMMITTED is withdrawn in one case: the workload's process has died, and nobody had told it to run yet.
 
 So at any instant at most one side may run it, and whoever is left over can find out which: see `docs/protocol.md`.
 """
@@ -91,6 +92,24 @@ class Verdicts:
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be written to {target}: {error}") from error
         return verdict
+
+    def withdraw(self, migration: str) -> None:
+        """Turn a decision to run the workload into one not to: it was never run, and is not there to be run any more.
+
+        Only for the process that decided, and before it has told anybody. Raises WorkloadError when it cannot be
+        written: then the decision stands.
+        """
+        target = self._verdict(migration)
+        temporary = self._path / f".{migration}.{threading.get_native_id()}"
+        try:
+            with open(temporary, "w", encoding="ascii") as file:
+                file.write(Verdict.ABORTED.value)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(target)
+            self._sync()
+        except OSError as error:
+            raise WorkloadError(f"the decision about the migration cannot be withdrawn in {target}: {error}") from error
 
     def witness(self, migration: str) -> Witness:
         """Where it can be seen that a migration was decided for this host."""

@@ -97,7 +97,10 @@ class Workload(Protocol):
         """Stop every thread that can touch the regions. Returns when none will touch them any more."""
 
     async def resume(self) -> None:
-        """Let the workload run. Also called after a failed migration, when `save_state` has been called already."""
+        """Let the workload run. Also called after a failed migration, when `save_state` has been called already.
+
+        WorkloadDied that says `never_ran` is a promise: it did not run by this call, and it never will.
+        """
 
     async def save_state(self) -> bytes:
         """Everything that is not in the regions and is needed to run elsewhere. The workload is paused."""

@@ -183,6 +183,7 @@ class LedgerWorkload(LocalWorkload):
             )
         if state.digest is not None and ledger.digest() != state.digest:
             raise WorkloadError("pages differ from those of the instant of the pause")
+        self._exact = state.digest is not None  # on its next journey, too
         self._start(state.options)
 
     def _view(self) -> _engine.Ledger:

@@ -259,9 +259,13 @@ class QemuWorkload:
     async def resume(self) -> None:
         """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
 
-        Raises WorkloadError where it does not run then, WorkloadDied.
+        Raises WorkloadError where it does not run then; WorkloadDied, with `never_ran` where it cannot have heard this.
         """
         monitor = await self._hold()
+        if monitor.hung_up:  # nobody has been told to run it, and nobody is left who could
+            raise WorkloadDied(
+                f"{self.name} (process {self.pid}) ended before it ran{self._last_words()}", never_ran=True
+            )
         self._bequeath(self._to_resume())
         if not self._stays_paused:
             await self._continue(monitor)
@@ -386,13 +390,22 @@ class QemuWorkload:
 
     async def _continue(self, monitor: Monitor) -> None:
         with monitor.events("RESUME") as resumed:
-            await monitor.execute("cont")
+            await self._tell_to_run(monitor)
             # The event comes before the answer; without it there is something to find out.
             if not resumed.empty():
                 return
         status = await monitor.execute("query-status")
         if not status["running"]:
             raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+
+    async def _tell_to_run(self, monitor: Monitor) -> None:
+        try:
+            await monitor.execute("cont")
+        except WorkloadDied as died:
+            never_ran = await monitor.left_unread()
+            raise WorkloadDied(
+                f"{self.name} (process {self.pid}): {died}{self._last_words()}", never_ran=never_ran
+            ) from died
 
     async def _settle(self, monitor: Monitor) -> None:
         """After `resume`: put the migration settings back, let go of monitor and guardian."""

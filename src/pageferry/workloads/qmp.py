@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import select
 import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -34,6 +35,15 @@ class _Client(QMPClient):
         """What ends the session is told by the call that it cuts off; there need not be any."""
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the other end of the connection is closed."""
+        if self.runstate is not Runstate.RUNNING or self._writer is None:
+            return True
+        poll = select.poll()
+        poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))  # POLLHUP and POLLERR count without being asked for
 
     def abandon(self) -> None:
         """Close the connection at once, with or without an event loop that would have the time for it."""
@@ -121,6 +131,25 @@ class Monitor:
             return cast("dict[str, Any]", waiting.result().get("data", {}))
         finally:
             waiting.cancel()
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether QEMU has closed its end: by now, and not only as far as the event loop has come."""
+        return self._client.hung_up
+
+    async def left_unread(self) -> bool:
+        """After a command without an answer: whether QEMU is known to have ended without having read all of it.
+
+        A Unix socket whose other end is closed says ECONNRESET where something was still unread there, EPIPE where it
+        was closed before. What comes to QEMU ends with the brace that it cannot do without.
+        """
+        try:
+            await self._client.disconnect()
+        except (ConnectionResetError, BrokenPipeError):
+            return True
+        except (QMPError, EOFError, OSError):
+            pass
+        return False
 
     def abandon(self) -> None:
         """Cut the session without waiting; QEMU takes the next client."""

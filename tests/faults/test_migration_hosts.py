@@ -1,0 +1,141 @@
+"""Everything that can die or fail during a migration between two hosts, at every named point of it.
+
+By default a selection; `make faults` runs all points with all that can go wrong (FAULTS=all). Points of one side and
+what is cut, killed or damaged there are the same whatever the workload, so most of it is done with a ledger; guests,
+whose processes outlive agents, are in tests/qemu/test_migrate_failures.py, and in the soak.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from pageferry.migration.options import Options
+from tests.kernel import moving
+from tests.kernel.programs import wait_until
+from tests.network import hosts
+from tests.network.hosts import Network
+from tests.network.journeys import DEEDS, POINTS, Journey, mend, nothing_left
+from tests.network.travellers import GuestTraveller, LedgerTraveller, Traveller, ended, guest_parts
+
+pytestmark = pytest.mark.faults
+
+MODES = get_args(get_type_hints(Options).get("mode")) or ("precopy",)
+ALL = [f"{side}.{point}" for side, points in POINTS.items() for point in points]
+NOT_BEFORE = "state-sent ready recorded committed commit-sent answered promised commit-received decided resumed".split()
+"""Points at which the destination has promised to be ready, or is about to."""
+DECIDED = "answered commit-received decided resumed".split()
+"""Points at which Commit has arrived."""
+FATAL = ("source-agent", "destination-agent", "cut", "silence")
+"""What ends every migration that is not over."""
+SELECTION = [
+    ("source-agent", "source.between-rounds"),
+    ("source-agent", "source.committed"),
+    ("destination-agent", "destination.in-round"),
+    ("destination-agent", "destination.decided"),
+    ("source-workload", "source.in-round"),
+    ("source-workload", "source.ready"),
+    ("cut", "source.in-round"),
+    ("cut", "destination.commit-received"),
+    ("silence", "source.paused"),
+    ("silence", "source.commit-sent"),
+    ("blip", "source.last-pages-sent"),
+    ("delay", "source.set-up"),
+    ("damaged-pages", "source.in-round"),
+    ("damaged-words", "source.in-round"),
+    ("damaged-answer", "destination.loaded"),
+]
+CASES = [(deed, point) for deed in DEEDS for point in ALL] if os.environ.get("FAULTS") == "all" else SELECTION
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    hosts.require()
+    with Network(tmp_path_factory.mktemp("hosts")) as network:
+        yield network
+
+
+@pytest.fixture(autouse=True)
+def _mended(network: Network) -> Iterator[None]:
+    yield
+    mend(network)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("deed", "point"), CASES)
+def test_one_owner_whatever_fails(network: Network, tmp_path: Path, deed: str, point: str, mode: str) -> None:
+    here, there = network.hosts
+    options = ["--mode", mode] if len(MODES) > 1 else []
+    with ended(LedgerTraveller(here)) as ledger:
+        before = moving.descriptors(ledger.pid)
+        with Journey(network, ledger, there, tmp_path, *options, fault=f"{point}=stop") as journey:
+            journey.hold_or_end()
+            DEEDS[deed](journey)
+            journey.release()
+            owner = journey.settle()
+        says_what_to_do(journey)
+        if owner == "nobody":
+            # The process that held it was killed, and there was no other one.
+            assert deed in ("source-workload", "destination-agent")
+            assert deed == "source-workload" or point.split(".")[1] in NOT_BEFORE
+        elif deed in FATAL and point.split(".")[1] not in NOT_BEFORE:
+            assert owner == "source"
+        elif point.split(".")[1] in DECIDED:
+            assert owner == "destination"
+        for host in network.hosts:
+            nothing_left(host, *([ledger.name] if owner != "nobody" and host is ledger.host else []))
+        if owner == "source":
+            wait_until(lambda: moving.descriptors(ledger.pid) == before, "the end of all connections")
+        if owner != "nobody":
+            ledger.verify()
+
+
+WORDS = {
+    13: ("has ended during its migration to", "Start it anew"),
+    21: ("the peer ended the migration: ", "runs on here, and can be migrated again"),
+    22: ("the peer ", "runs on here, and can be migrated again"),
+    23: ("the ", "runs on here, and can be migrated again"),
+    26: ("commit was sent to", "It stays paused here. Ask the peer with: pageferry migrate ledger --recover"),
+}
+"""By exit code: what happened, and what to do."""
+
+
+def says_what_to_do(journey: Journey) -> None:
+    said = journey.said("migrate")
+    for words in WORDS.get(journey.code, ()):
+        assert words in said
+    assert "Traceback" not in said + journey.said("receive") + journey.said("recover")
+    assert "unexpected" not in said + journey.said("receive") + journey.said("recover")
+
+
+@pytest.mark.parametrize(
+    ("deed", "point"),
+    [("cut", "source.paused"), ("silence", "destination.decided"), ("destination-agent", "destination.resumed")],
+)
+def test_a_guest_has_one_owner_whatever_fails(
+    network: Network, guest: Traveller, tmp_path: Path, deed: str, point: str
+) -> None:
+    origin = guest.host
+    target = next(host for host in network.hosts if host is not origin)
+    with Journey(network, guest, target, tmp_path, "--max-downtime", "5000", fault=f"{point}=stop") as journey:
+        journey.hold_or_end()
+        DEEDS[deed](journey)
+        journey.release()
+        owner = journey.settle()
+    assert owner == ("source" if point == "source.paused" else "destination")
+    for host in network.hosts:
+        nothing_left(host, *([guest.name] if host is guest.host else []))
+    guest.verify()
+
+
+@pytest.fixture(scope="module")
+def guest(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traveller]:
+    parts = guest_parts()
+    if parts is None:
+        pytest.skip("no QEMU, no guest kernel or no rustc (`make system`)")
+    with ended(GuestTraveller(parts, tmp_path_factory.mktemp("guest"), network.hosts[0])) as guest:
+        yield guest

@@ -1,0 +1,233 @@
+"""Random migrations of a ledger and a guest between three hosts, while agents die and links fail: `make soak`.
+
+Each step moves one of them: over a random link, with random options, and mostly with something going wrong, at a named
+fault point or at any time. Then the operator's part is done (`journeys`), and it must be where exactly one host says it
+is, run, have every page right, and have left nothing anywhere else.
+
+Environment: SOAK_MINUTES (30), SOAK_SEED (random), SOAK_FOLDER (.cache/soak). The seed decides what is done in each
+step; when exactly things happen is for the machine to say.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from pageferry.migration.options import Options
+from tests.conftest import CACHE
+from tests.guest.machines import GuestParts
+from tests.kernel.programs import Program
+from tests.network import hosts
+from tests.network.hosts import GIGABIT, Network
+from tests.network.journeys import DEEDS, POINTS, Journey, mend, nothing_left
+from tests.network.travellers import GuestTraveller, LedgerTraveller, Traveller, guest_parts
+
+HOSTS = 3
+LINKS: dict[str, dict[str, float]] = {
+    "short": {},
+    "long": {"delay": 0.025, "rate": GIGABIT},
+    "slow": {"delay": 0.005, "rate": GIGABIT / 4},
+    "lossy": {"delay": 0.005, "rate": GIGABIT / 4, "loss": 0.005},
+}
+TROUBLES = [name for name in DEEDS if name != "source-workload"]
+QUIET = 0.25
+"""Part of the steps in which nothing is made to fail."""
+LONGEST_WAIT = 3.0
+"""Seconds; for what happens at any time, and not at a point."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done in one step."""
+
+    step: int
+    who: str
+    hop: int
+    """How many hosts further."""
+    link: str
+    options: list[str]
+    trouble: str
+    """What goes wrong (see `journeys.DEEDS`); empty: nothing."""
+    point: str
+    """Where; empty: after `wait`."""
+    wait: float
+    """Seconds."""
+
+
+def plan(seed: int, step: int, names: list[str]) -> Plan:
+    """The same for the same seed."""
+    dice = random.Random(f"{seed}/{step}")
+    who = dice.choice(names)
+    side = dice.choice(list(POINTS))
+    quiet, at_a_point = dice.random() < QUIET, dice.random() < 0.5
+    trouble = "" if quiet else dice.choice(TROUBLES)
+    return Plan(
+        step=step,
+        who=who,
+        hop=dice.randrange(1, HOSTS),
+        link=dice.choice(list(LINKS)),
+        options=_options(dice),
+        trouble=trouble,
+        point=f"{side}.{dice.choice(POINTS[side])}" if trouble and at_a_point else "",
+        wait=round(dice.uniform(0, LONGEST_WAIT), 3),
+    )
+
+
+def _options(dice: random.Random) -> list[str]:
+    """Values of all options that are a choice, and a number of streams."""
+    words = ["--streams", str(dice.choice((1, 1, 2, 4))), "--max-downtime", "5000"]
+    for name, kind in get_type_hints(Options).items():
+        if choices := get_args(kind):
+            words += [f"--{name.replace('_', '-')}", str(dice.choice(choices))]
+    return words
+
+
+class Soak:
+    """The hosts, those that travel, and the log."""
+
+    def __init__(self, folder: Path, seed: int, parts: GuestParts | None) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.parts = parts
+        self.results: collections.Counter[str] = collections.Counter()
+        self.travellers: dict[str, Traveller] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Soak:
+        with contextlib.ExitStack() as stack:
+            self.network = stack.enter_context(Network(self.folder, HOSTS, seed=self.seed))
+            stack.callback(self._end)
+            self.log = stack.enter_context(open(self.folder / "steps.jsonl", "a", encoding="utf-8"))
+            self.travellers["ledger"] = self._ledger()
+            if self.parts is not None:
+                self.travellers["guest"] = GuestTraveller(self.parts, self.folder, self.network.hosts[1])
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def step(self, number: int) -> str:
+        """One migration, and what became of it. Raises AssertionError when anything is not as it must be."""
+        plan_ = plan(self.seed, number, list(self.travellers))
+        self._tell(asdict(plan_))
+        started = time.monotonic()
+        result = self._travel(plan_)
+        self._tell({"step": number, "result": result, "seconds": round(time.monotonic() - started, 1)})
+        self.results[f"{plan_.trouble or 'nothing'} → {result}"] += 1
+        return f"{number}: {plan_.who} over a {plan_.link} link, {_what(plan_)}: {result}"
+
+    def finish(self) -> None:
+        """All memory, once more."""
+        for traveller in self.travellers.values():
+            traveller.verify()
+
+    def _travel(self, plan_: Plan) -> str:
+        traveller = self.travellers[plan_.who]
+        everywhere = self.network.hosts
+        target = everywhere[(everywhere.index(traveller.host) + plan_.hop) % HOSTS]
+        self.network.order(**LINKS[plan_.link])
+        fault = f"{plan_.point}=stop" if plan_.point else ""
+        folder = self.folder / "agents"
+        shutil.rmtree(folder, ignore_errors=True)
+        with Journey(self.network, traveller, target, folder, *plan_.options, fault=fault) as journey:
+            self._trouble(plan_, journey)
+            owner = journey.settle()
+        if owner == "nobody":
+            # The process that held it was killed once it was its own. A guest has a process of its own.
+            assert plan_.who == "ledger", f"the guest is lost: {journey.code}"
+            assert plan_.trouble == "destination-agent", f"the ledger is lost: {journey.code}"
+            traveller.end()
+            self.travellers["ledger"] = self._ledger()
+        elif plan_.who == "guest":
+            traveller.verify()
+        for host in everywhere:
+            nothing_left(host, *(one.name for one in self.travellers.values() if one.host is host))
+        return {"source": f"stays ({journey.code})", "destination": "moved", "nobody": "ended with its process"}[owner]
+
+    def _trouble(self, plan_: Plan, journey: Journey) -> None:
+        if plan_.point:
+            journey.hold_or_end()
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                journey.migration.process.wait(plan_.wait)
+        if plan_.trouble:
+            DEEDS[plan_.trouble](journey)
+        if plan_.point:
+            journey.release()
+
+    def _ledger(self) -> Traveller:
+        return LedgerTraveller(self.network.hosts[0])
+
+    def _end(self) -> None:
+        mend(self.network)
+        for traveller in self.travellers.values():
+            traveller.end()
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self.log.write(json.dumps(event) + "\n")
+        self.log.flush()
+
+
+def _what(plan_: Plan) -> str:
+    if not plan_.trouble:
+        return "nothing fails"
+    return f"{plan_.trouble} at {plan_.point}" if plan_.point else f"{plan_.trouble} after {plan_.wait:.1f} s"
+
+
+@contextlib.contextmanager
+def load() -> Iterator[None]:
+    """Others that want the processors, too."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(os.cpu_count() or 1):
+            stack.enter_context(Program("-c", "import os\nos.nice(15)\nwhile True: pass"))
+        yield
+
+
+def main() -> int:
+    """Soak for as long as wanted; 0 if nothing was lost."""
+    minutes = float(os.environ.get("SOAK_MINUTES", "30"))
+    seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(1 << 32))
+    if reason := hosts.missing():
+        print(f"no soak here: {reason}", file=sys.stderr)
+        return 3
+    base = Path(os.environ.get("SOAK_FOLDER") or CACHE / "soak")
+    base.mkdir(parents=True, exist_ok=True)
+    # Short: there are sockets in it.
+    folder = Path(tempfile.mkdtemp(prefix=f"{seed}-", dir=base))
+    parts = guest_parts()
+    print(f"seed {seed}, {minutes:g} minutes, log in {folder}" + ("" if parts else "; no guest: run `make system`"))
+    end = time.monotonic() + minutes * 60
+    with load(), Soak(folder, seed, parts) as soak:
+        number = 0
+        try:
+            while time.monotonic() < end:
+                number += 1
+                print(soak.step(number), flush=True)
+            soak.finish()
+        except BaseException:
+            print(f"step {number} failed: {plan(seed, number, list(soak.travellers))}", file=sys.stderr)
+            for path in sorted((folder / "agents").glob("*.stderr")):
+                print(f"{path.stem}: {path.read_text()}", file=sys.stderr)
+            print(f"SOAK_SEED={seed} repeats the steps; everything is in {folder}", file=sys.stderr)
+            raise
+    print(f"{number} migrations, nothing lost (seed {seed})")
+    for what, count in sorted(soak.results.items()):
+        print(f"{count:5} {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

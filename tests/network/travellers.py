@@ -1,0 +1,208 @@
+"""Workloads that travel between hosts: a ledger and a guest, with one way to move, look at and verify both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pageferry.host import processes
+from pageferry.host.registry import AnyEntry
+from tests.conftest import CACHE
+from tests.guest import initrd
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+from tests.kernel import moving
+from tests.kernel.moving import MIB, Host
+from tests.kernel.programs import DEADLINE, Program, wait_until
+
+CHECKER = "ferry.mib=32 ferry.rate=4000 ferry.verify=32768 ferry.tick=50"
+
+
+class Traveller(Protocol):
+    """A workload, and the host that it is on. The name is the same everywhere."""
+
+    name: str
+    host: Host
+
+    def receiver(self, host: Host, *options: str, **streams: Any) -> Program:
+        """`pageferry receive` for it on another host."""
+
+    def arrived(self, host: Host, receiver: Program) -> None:
+        """It is there now. What is left here must have been right to the last."""
+
+    def runs(self) -> None:
+        """It goes on, and has found nothing wrong."""
+
+    def verify(self) -> None:
+        """All of its memory is as it must be. It may have ended after this."""
+
+    def kill(self) -> None:
+        """Kill -9 what runs it."""
+
+    def end(self) -> None:
+        """Leave nothing behind, also of a test that failed."""
+
+
+T = TypeVar("T", bound=Traveller)
+
+
+class LedgerTraveller:
+    """A ledger: in a process of its own to begin with, then in those of receivers."""
+
+    def __init__(self, host: Host, name: str = "ledger", **setup: Any) -> None:
+        self.name = name
+        self.host = host
+        setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}, "exact": True} | setup
+        self._program = host.program("-m", "pageferry.workloads.ledger_process", json.dumps(setup))
+        try:
+            assert self._program.json()["type"] == "ready"
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the process that holds it."""
+        return self._program.process.pid
+
+    def receiver(self, host: Host, *options: str, **streams: Any) -> Program:
+        """See `Traveller`."""
+        return moving.receiver(self.name, *options, host=host, **streams)
+
+    def arrived(self, host: Host, receiver: Program) -> None:
+        """See `Traveller`."""
+        gone, self._program, self.host = self._program, receiver, host
+        with gone:
+            assert moving.until(gone, "ledger")["intact"]
+            assert gone.wait() == 0
+
+    def runs(self) -> None:
+        """See `Traveller`."""
+        moving.runs(self.name, self.host)
+
+    def verify(self) -> None:
+        """See `Traveller`: it is stopped for that."""
+        self._program.process.terminate()
+        assert moving.until(self._program, "ledger")["intact"]
+        assert self._program.wait() == 0
+
+    def kill(self) -> None:
+        """See `Traveller`."""
+        self._program.kill()
+
+    def end(self) -> None:
+        """See `Traveller`."""
+        self._program.__exit__(None, None, None)
+
+
+class GuestTraveller:
+    """A QEMU guest with the checker in it."""
+
+    def __init__(self, parts: GuestParts, folder: Path, host: Host, name: str = "guest") -> None:
+        self.name = name
+        self.host = host
+        self._parts = parts
+        self._folder = folder
+        self._journeys = 0
+        self._hosts = {host.run_directory: host}
+        words = ("-m", "pageferry", "run", name, "--detach", "--", *self._command(self.serial))
+        try:
+            with host.program(*words, stderr=subprocess.DEVNULL) as starting:
+                assert starting.wait() == 0
+            asyncio.run(self.serial.ready())
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def serial(self) -> Serial:
+        """Its serial line of now."""
+        return Serial(self._folder / f"{self.name}-{self._journeys}.serial")
+
+    @property
+    def pid(self) -> int:
+        """Of its QEMU."""
+        return self.host.registry.lookup(self.name).pid
+
+    def receiver(self, host: Host, *options: str, **streams: Any) -> Program:
+        """See `Traveller`."""
+        self._hosts[host.run_directory] = host
+        serial = self._next_serial()
+        serial.path.unlink(missing_ok=True)
+        words = ("receive", self.name, "--detach", "--output", "json", *host.listening, *options)
+        return host.program("-m", "pageferry", *words, "--", *self._command(serial), **streams)
+
+    def arrived(self, host: Host, receiver: Program) -> None:
+        """See `Traveller`."""
+        self.host = host
+        self._journeys += 1
+        with receiver:
+            receiver.process.wait(DEADLINE)
+
+    def runs(self) -> None:
+        """See `Traveller`."""
+        asyncio.run(self.serial.ticks(2, DEADLINE))
+
+    def verify(self) -> None:
+        """See `Traveller`."""
+        asyncio.run(self.serial.passes(2))
+
+    def kill(self) -> None:
+        """See `Traveller`."""
+        _kill(self.host.registry.lookup(self.name))
+
+    def end(self) -> None:
+        """See `Traveller`."""
+        for host in self._hosts.values():
+            if (found := host.registry.entries().get(self.name)) is not None:
+                _kill(found)
+
+    def _next_serial(self) -> Serial:
+        return Serial(self._folder / f"{self.name}-{self._journeys + 1}.serial")
+
+    def _command(self, serial: Serial) -> list[str]:
+        return self._parts.command(serial, memory="160M", checker=CHECKER)
+
+
+def guest_parts() -> GuestParts | None:
+    """What the guest is made of, if all of it is there."""
+    newest, system = CACHE / "qemu-10/bin/qemu-system-x86_64", shutil.which("qemu-system-x86_64")
+    qemu = newest if newest.exists() else Path(system) if system else None
+    kernel = CACHE / "guest/vmlinuz"
+    if qemu is None or not kernel.exists() or shutil.which("rustc") is None:
+        return None
+    return GuestParts(qemu, kernel, initrd.build(CACHE / "guest/checker"))
+
+
+@contextmanager
+def ended(traveller: T) -> Iterator[T]:
+    """End it with the block."""
+    try:
+        yield traveller
+    finally:
+        traveller.end()
+
+
+def inhabitants(host: Host) -> dict[int, str]:
+    """Processes of that host, by pid: they have its run directory in their environment. Dead ones do not count."""
+    mark = b"PAGEFERRY_RUN_DIR=" + os.fsencode(str(host.run_directory)) + b"\0"
+    found = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdecimal() and mark in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+    return found
+
+
+def _kill(found: AnyEntry) -> None:
+    processes.send_signal(found.pid, found.started, signal.SIGKILL)
+    wait_until(lambda: not found.alive, f"the end of process {found.pid}")
