@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pageferry.cli.main import main
 from pageferry.report import charts
-from pageferry.report.event_log import Log
+from pageferry.report.event_log import EventLog, Log, header
 from pageferry.report.page import page
 from pageferry.report.run import Run
 from pageferry.report.svg import WIDTH, binary_ticks, ticks
@@ -75,6 +75,14 @@ def test_charts_are_well_formed_and_stay_in_their_frame(values: list[float], kin
         x, y, wide, high = (float(one.attrib[name]) for name in ("x", "y", "width", "height"))
         assert -1 <= x <= x + wide <= WIDTH + 1.5
         assert -1.5 <= y <= y + high <= height + 1
+
+
+def test_a_signal_has_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EventLog(path, header("restore", {"name": "web"}))
+    log.end(143, KeyboardInterrupt())
+    run = Run.of(Log.read(path))
+    assert (run.outcome, run.message) == ("interrupted", "Ended by SIGTERM.")
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -34,6 +34,8 @@ Kind = TypeVar("Kind", bound=Event)
 
 MAX_LENGTH = 1 << 30
 """Bytes of a log that is read."""
+OF_THE_PARSER = ("verb", "version", "completion", "takes_command", "works_on")
+"""What a namespace of arguments holds besides them."""
 HIDDEN = ("pass", "secret", "token", "psk", "credential")
 """An argument with such a name is not written down."""
 
@@ -73,7 +75,11 @@ def header(verb: str, arguments: Mapping[str, Any]) -> LogHeader:
     return LogHeader(
         schema=SCHEMA,
         verb=verb,
-        arguments={name: _shown(name, value) for name, value in arguments.items() if not callable(value)},
+        arguments={
+            name: _shown(name, value)
+            for name, value in arguments.items()
+            if name not in OF_THE_PARSER and not callable(value)
+        },
         pageferry=version("pageferry"),
         kernel=system.release,
         host=system.nodename,

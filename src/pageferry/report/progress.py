@@ -29,6 +29,7 @@ PHASES = {
     "received": "serving",
     "large-pages": "watching",
     "sharing": "watching",
+    "restore": "running",
 }
 """What begins with an event, by its type."""
 

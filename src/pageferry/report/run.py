@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +110,8 @@ class Run:
             return "The log has no end: the command was killed, or still runs."
         if not end.exit_code:
             return None
+        if self.outcome == "interrupted":
+            return f"Ended by {_signal(end.exit_code - 128)}."
         named = f"{end.error}: {end.message}" if end.message else end.error or ""
         return f"{named} (exit code {end.exit_code})".strip()
 
@@ -143,6 +146,13 @@ class Run:
                 for figure in self.figures
             ],
         )
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def side_by_side(runs: list[Run]) -> list[tuple[Fact, list[Cell]]]:

@@ -43,10 +43,16 @@ def figures(log: Log) -> list[Figure]:
 
 def _progress(log: Log) -> list[Figure]:
     told = log.of(SavingEvent)
-    if len(told) < 2:
+    if not told:
         return []
     saved = [(at / 1e3, one.done * PAGE) for at, one in told]
     stored = [(at / 1e3, one.stored) for at, one in told]
+    for at, _ in log.of(InstantEvent)[:1]:
+        saved.insert(0, (at / 1e3, 0))
+        stored.insert(0, (at / 1e3, 0))
+    for at, result in log.of(CheckpointResult)[-1:]:
+        saved.append((at / 1e3, told[-1][1].total * PAGE))
+        stored.append((at / 1e3, result.bytes_written))
     marks = [(at / 1e3, "the moment saved") for at, _ in log.of(InstantEvent)[:1]]
     return [
         Figure(
