@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import random
 import socket
 import threading
 import time
@@ -93,6 +94,27 @@ def test_destination_is_source_after_each_barrier(
             sending.join()
             assert contents(copy) == contents(source)
         assert sender.progress == receiver.progress
+
+
+def test_a_limit_and_a_codec_that_may_be_left_out() -> None:
+    """Over two streams together no more than the limit; whatever codec was chosen, the destination is the source."""
+    source, copy = memory(), memory()
+    view = memoryview(source)
+    view[:] = random.Random(1).randbytes(PAGES * SMALL_PAGE // 2) + bytes(PAGES * SMALL_PAGE // 2)
+    with connected(2) as (ours, theirs):
+        sender = BlockSender(numbers(ours), "zstd", 4096, 8192, bandwidth=2 << 20, adaptive=True)
+        receiver = BlockReceiver(numbers(theirs), Placer([(copy, SMALL_PAGE, [])], []))
+        begin = time.monotonic()
+        sending = threading.Thread(target=sender.send, args=([source], [PageSet(PAGES, True)], 0))
+        sending.start()
+        receiver.receive(0)
+        sending.join()
+        # The last block of each stream leaves when all before it should have; 20 ms may be made up for.
+        assert time.monotonic() - begin >= (sender.progress[0] - 3 * 8192) / (2 << 20) - 0.02
+        assert contents(copy) == contents(source)
+        assert sender.uncompressed <= sender.progress[1]
+    with connected(1) as (ours, _):
+        assert BlockSender(numbers(ours), "lz4").uncompressed == 0
 
 
 def receiver_of(end: socket.socket, patience: float = 20.0) -> BlockReceiver:
