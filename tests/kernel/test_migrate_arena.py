@@ -87,6 +87,21 @@ def test_moves_under_write_load_lose_nothing(moves: int, setup: dict[str, Any]) 
         assert (end["intact"], end["writes"] > writes) == (True, True)
 
 
+def test_a_limit_holds() -> None:
+    """In bytes per second of all streams together."""
+    with (
+        moving.ledger("limited", size=32 * MIB, options={"threads": 1, "rate": MIB}) as here,
+        moving.receiver("slow") as there,
+    ):
+        chosen = ["--bandwidth", "16M", "--streams", "3", "--codec", "lz4", "--adaptive"]
+        with moving.migrating("limited", moving.address_of(there), *chosen) as migration:
+            result = moving.until(migration, "migration")
+            assert migration.wait() == 0
+        # Three blocks of 512 KiB may be the last ones, one of each stream.
+        assert result["total-time"] / 1000 >= (result["transferred"] - 3 * MIB / 2) / (16 * MIB) - 0.05
+        assert moving.until(here, "ledger")["intact"]
+
+
 # -- the Python interface
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pageferry.cli.arguments import milliseconds
+from pageferry.cli.arguments import milliseconds, size
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
@@ -66,6 +66,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="unit in which modified memory is traced: small pages, large pages, or as it is written (%(default)s)",
     )
     copying.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
+    copying.add_argument(
+        "--adaptive", action="store_true", help="leave the codec out for as long as the link is faster than it"
+    )
+    copying.add_argument(
+        "--bandwidth",
+        type=size,
+        default=DEFAULTS.bandwidth,
+        metavar="SIZE",
+        help="most bytes per second, over all page streams together (no limit)",
+    )
     copying.add_argument(
         "--streams", type=int, default=DEFAULTS.streams, metavar="N", help="parallel page streams (%(default)s)"
     )

@@ -32,6 +32,10 @@ class Options:
     pages modified during the migration (S1); or none."""
     codec: Codec = "none"
     """Compression of page blocks."""
+    adaptive: bool = False
+    """Leave the codec out while the link is faster than it."""
+    bandwidth: int = 0
+    """Most bytes per second, over all page streams together; 0: no limit."""
     streams: int = 1
     """Parallel page streams."""
     patience: float = 30.0
@@ -43,6 +47,7 @@ class Options:
         _check("max-downtime", self.max_downtime, 0.0, 3600.0, "seconds")
         _check("max-rounds", self.max_rounds, 1, 10_000, "rounds")
         _check("streams", self.streams, 1, MAX_STREAMS, "streams")
+        _check("bandwidth", self.bandwidth, 0, 1 << 50, "bytes per second")
         _check("patience", self.patience, 0.1, 3600.0, "seconds")
 
     @property

@@ -116,7 +116,10 @@ class Source:
             ]
             # The engine duplicates the descriptors.
             sockets = [stream.fileno() for stream in streams]
-            self.sender = BlockSender(sockets, self.options.codec, patience=patience)
+            chosen = self.options
+            self.sender = BlockSender(
+                sockets, chosen.codec, patience=patience, bandwidth=chosen.bandwidth, adaptive=chosen.adaptive
+            )
 
     def _hello(self) -> messages.Hello:
         identity = self.workload.identity
