@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pageferry.cli.main import main
+from pageferry.errors import UsageError
 from pageferry.report import charts
 from pageferry.report.event_log import EventLog, Log, header
 from pageferry.report.page import page
@@ -100,6 +102,32 @@ def test_a_page_is_whole_and_says_what_the_log_says(kind: str, tmp_path: Path) -
     assert text.count("<figure") == len(run.figures) == text.count("<summary>Numbers")
     for forbidden in ("http://", "https://", "<script", "url(", "@import"):
         assert forbidden not in text
+
+
+junk = st.sampled_from([None, -1, 0, 1e300, 1 << 62, "x", "<i>", True, [], [-5], [1 << 40] * 3, {}, {"a": 1}])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_a_log_that_lies_is_drawn_or_refused(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "log"
+    MAKERS[kind](path)
+    lines = path.read_text().splitlines()
+    number = data.draw(st.integers(0, len(lines) - 1))
+    event = json.loads(lines[number])
+    place = event
+    while True:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            continue
+        place[key] = data.draw(junk)
+        break
+    lines[number] = json.dumps(event)
+    path.write_text("\n".join(lines) + "\n")
+    with contextlib.suppress(UsageError):
+        assert "<i>" not in page([Run.of(Log.read(path))])
 
 
 def test_what_logs_say_is_no_markup(tmp_path: Path) -> None:

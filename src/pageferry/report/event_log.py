@@ -219,5 +219,5 @@ def _line(path: Path, number: int, row: bytes) -> Line:
     try:
         fields = msgspec.json.decode(row, type=dict[str, Any])
         return Line(float(fields.pop("at-ms")), str(fields.pop("type")), fields)
-    except (msgspec.MsgspecError, KeyError, ValueError) as wrong:
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as wrong:
         raise UsageError(f"{path}, line {number}: no event ({wrong})") from wrong

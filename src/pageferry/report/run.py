@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.report.event_log import Log
 from pageferry.report.figures import checkpoint, large_pages, migration, restore, sharing
@@ -75,9 +76,13 @@ class Run:
 
     @classmethod
     def of(cls, log: Log) -> Run:
-        """Look at everything that a log holds."""
-        facts = [fact for kind in KINDS for fact in kind.facts(log)]
-        return cls(log, facts, [figure for kind in KINDS for figure in kind.figures(log)])
+        """Look at everything that a log holds. Raises UsageError where that makes no sense."""
+        try:
+            facts = [fact for kind in KINDS for fact in kind.facts(log)]
+            return cls(log, facts, [figure for kind in KINDS for figure in kind.figures(log)])
+        except (ArithmeticError, LookupError, TypeError, ValueError) as wrong:
+            # Types have been checked; numbers that contradict each other show here.
+            raise UsageError(f"{log.path} holds events that make no sense ({wrong})") from wrong
 
     @property
     def subject(self) -> str:
