@@ -33,12 +33,12 @@ class QemuLine(Line):
         self._address = ""
 
     def start(self) -> None:
-        self._launch(0, ())
+        self.launch(0, ())
 
     def prepare(self, number: int, options: dict[str, Any]) -> None:
         self.multifd = options.get("multifd", False)
         self.bandwidth = DEFAULT_BANDWIDTH if options.get("default") else BANDWIDTH
-        self._launch(number, ("-incoming", "defer"))
+        self.launch(number, ("-incoming", "defer"))
 
     def accept(self, destination: Running) -> None:
         self.set_up(destination, {"multifd": self.multifd})
@@ -68,7 +68,8 @@ class QemuLine(Line):
             process.kill()
             process.wait()
 
-    def _launch(self, number: int, more: tuple[str, ...]) -> None:
+    def launch(self, number: int, more: tuple[str, ...]) -> None:
+        """Start the QEMU of that number, with further options."""
         memory, inherited = _shared_memory() if self.shared_file else ((), [])
         try:
             self._processes.append(subprocess.Popen([*self.command(number), *memory, *more], pass_fds=inherited))

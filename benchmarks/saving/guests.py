@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,25 @@ PEERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "stop-and-copy, mapped-ram, multifd": (("mapped-ram", "multifd"), True),
 }
 """Capabilities, and whether the guest is stopped before."""
+CAPABILITIES = ("mapped-ram", "multifd", "background-snapshot")
 OURS: dict[str, tuple[str, ...]] = {"lazy": (), "stop": ("--mode", "stop")}
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Both loads, with every way of saving."""
     runs = []
+    image = setting.folder / "image"
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     for load, rate in list(RATES.items())[: 1 if setting.quick else None]:
         words = checker(SMALL if setting.quick else FULL, rate)
         with guests(place, words, load) as (ours, theirs):
             for _ in range(setting.repetitions):
                 for method, options in OURS.items():
-                    run = _watched(ours, lambda: save(ours, setting.folder / "image", *options))  # noqa: B023
+                    run = _watched(ours, lambda: save(ours, image, *options))  # noqa: B023
                     runs.append({"load": load, "line": "pageferry", "method": method} | run)
                 for method, (capabilities, stopped) in PEERS.items():
-                    run = _watched(theirs, lambda: save_by_qemu(theirs, setting.folder, capabilities, stopped))  # noqa: B023
+                    run = _watched(theirs, lambda: save_by_qemu(theirs, image, capabilities, stopped))  # noqa: B023
+                    image.unlink()
                     runs.append({"load": load, "line": "QEMU", "method": method} | run)
     return runs
 
@@ -95,12 +98,11 @@ def told_by(told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save_by_qemu(line: QemuLine, folder: Path, capabilities: tuple[str, ...], stopped: bool) -> dict[str, Any]:
-    """To a file, by QEMU's own migration."""
+def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopped: bool = False) -> dict[str, Any]:
+    """To a file, by QEMU's own migration; the guest runs on."""
     assert line.current is not None
-    monitor, image = line.current.monitor, folder / "qemu.image"
-    states = {name: name in capabilities for name in ("mapped-ram", "multifd", "background-snapshot")}
-    line.set_up(line.current, states)
+    monitor = line.current.monitor
+    line.set_up(line.current, {name: name in capabilities for name in CAPABILITIES})
     counted = _io(line.current.pid)
     begin = time.monotonic()
     if stopped:
@@ -112,15 +114,13 @@ def save_by_qemu(line: QemuLine, folder: Path, capabilities: tuple[str, ...], st
         _go_on(monitor)
         end = time.monotonic()
     calls, written = (after - before for after, before in zip(_io(line.current.pid), counted, strict=True))
-    used = image.stat().st_blocks * 512
-    image.unlink()
     told = monitor.execute("query-migrate")
     return {
         "begin": begin,
         "end": end,
         "total-ms": (end - begin) * 1e3,
         "own-pause-ms": told["downtime"],
-        "bytes": used,
+        "bytes": image.stat().st_blocks * 512,
         "writes": calls,
         "mean-write": written / max(calls, 1),
         "rounds": told["ram"]["dirty-sync-count"],

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import examples
 from benchmarks.measuring.bench import Setting
 from benchmarks.moving.ledger import Ledger
 from benchmarks.moving.pageferry_line import expect, pageferry, reap
-from benchmarks.saving import codecs
 from benchmarks.saving.guests import OURS, told_by
 from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.opening import open_workload
@@ -47,7 +47,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
         for _ in range(setting.repetitions):
             for codec in CODECS:
                 run = {"codec": codec} | asyncio.run(_save(ledger, image, "--codec", codec))
-                alone = codecs.speed(image, codec)
+                alone = examples.codec_speed(image, codec)
                 runs.append(run | {"codec-mib-s": alone, "of-codec": run["saved-mib-s"] / alone})
     return runs
 

@@ -1,0 +1,27 @@
+"""Programs of the engine that measure one thing by itself (`crates/engine/examples`), built where they are not yet."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from benchmarks.measuring.machine import ROOT
+from benchmarks.measuring.tables import Run
+
+
+def codec_speed(image: Path, codec: str) -> float:
+    """MiB of the data pages of an image that one thread codes per second."""
+    return float(_output("codec_speed", str(image), codec).split()[0])
+
+
+def fault_loop() -> list[Run]:
+    """Medians of the time of an access to missing memory: a bare loop and the pager, in turns. Microseconds."""
+    found = re.findall(r"bare loop (\d+) us, pager (\d+) us", _output("fault_loop"))
+    return [{"bare-us": int(bare), "pager-us": int(pager), "ratio": int(pager) / int(bare)} for bare, pager in found]
+
+
+def _output(name: str, *arguments: str) -> str:
+    """Raises CalledProcessError."""
+    command = ["cargo", "run", "--quiet", "--release", "-p", "pageferry-engine", "--example", name, "--", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

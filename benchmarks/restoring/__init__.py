@@ -1,0 +1,1 @@
+"""The parts of the restore benchmark, one module per question."""

@@ -1,0 +1,39 @@
+"""Arenas of some gigabytes, opened from an image; and what a single fault costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.measuring import examples, machine
+from benchmarks.measuring.bench import Setting
+from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.pageferry_line import expect, pageferry, reap
+
+FULL, SMALL = 4 << 30, 64 << 20
+CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1, "rate": 1 << 20}
+
+
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """Open an arena lazily, and eagerly."""
+    image = setting.folder / "arena.image"
+    size = SMALL if setting.quick else FULL
+    with Ledger("opened", size, CONTENTS) as ledger:
+        process = pageferry("checkpoint", ledger.name, str(image), "--output", "json")
+        expect(process, "checkpoint")
+        reap(process)
+    runs = []
+    for _ in range(setting.repetitions):
+        for mode in ("lazy", "eager"):
+            words = [sys.executable, "-m", "benchmarks.restoring.opener", str(image), mode]
+            done = subprocess.run(words, cwd=machine.ROOT, check=True, capture_output=True, text=True)
+            runs.append({"GiB": size / (1 << 30), "method": mode} | json.loads(done.stdout))
+    image.unlink()
+    return runs
+
+
+def measure_faults(setting: Setting) -> list[dict[str, Any]]:
+    """The bare loop and the pager; the program repeats by itself."""
+    return examples.fault_loop()

@@ -1,0 +1,65 @@
+"""The tables of the restore benchmark, and what a restore is to reach."""
+
+from __future__ import annotations
+
+from benchmarks.measuring.bench import Results
+from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.tables import Column, Target, at_most, table
+
+GUEST: tuple[Column, ...] = (
+    ("running after ms", "running-ms", 1, 1),
+    ("command to RESUME ms", "command-to-resume-ms", 0, 1),
+    ("of it QEMU's start ms", "qemu-start-ms", 0, 1),
+    ("first tick ms", "first-tick-ms", 0, 1),
+    ("TTR(1 s, 80 %) ms", "ttr-ms", 0, 1),
+    ("work in 1st s", "first-second", 2, 1),
+    ("faults", "faults", 0, 1),
+    ("of them waited for contents", "missed", 0, 1),
+    ("MiB read", "bytes-read", 0, 1 << 20),
+    ("complete ms", "complete-ms", 0, 1),
+)
+ARENA: tuple[Column, ...] = (
+    ("usable ms", "open-ms", 1, 1),
+    ("access us", "access-us", 1, 1),
+    ("complete ms", "complete-ms", 0, 1),
+    ("faults", "faults", 0, 1),
+)
+FAULTS: tuple[Column, ...] = (
+    ("bare loop us", "bare-us", 0, 1),
+    ("pager us", "pager-us", 0, 1),
+    ("ratio", "ratio", 2, 1),
+)
+SOONER = 20
+"""Times, than QEMU."""
+
+
+def render(results: Results) -> list[str]:
+    """Everything."""
+    return [
+        "### One guest of 1 GiB, all of it touched",
+        table(results["guests"], ("line", "method"), GUEST),
+        "### Arenas",
+        table(results["arenas"], ("GiB", "method"), ARENA),
+        "### One fault of 64 KiB",
+        table([run | {"what": "median of 1024 accesses"} for run in results["faults"]], ("what",), FAULTS),
+    ]
+
+
+def judge(results: Results) -> list[Target]:
+    """All targets, in the order in which they are to be read."""
+    running: dict[tuple[str, str], list[float]] = {}
+    for run in results["guests"]:
+        running.setdefault((run["line"], run["method"]), []).append(run["running-ms"])
+    theirs, peer = min((median(found), method) for (line, method), found in running.items() if "mapped-ram" in method)
+    ours = median(running["pageferry", "lazy"])
+    opened = [run for run in results["arenas"] if run["method"] == "lazy"]
+    return [
+        Target(
+            "guest running, against QEMU's fastest incoming",
+            f">= {SOONER} times sooner than {theirs:.0f} ms ({peer})",
+            f"{ours:.1f} ms = {theirs / ours:.1f} times",
+            theirs >= SOONER * ours,
+        ),
+        at_most("service of a fault, against a bare loop", median(values(results["faults"], "ratio")), 1.3, "x", 2),
+        at_most(f"lazy arena of {opened[0]['GiB']:g} GiB usable", median(values(opened, "open-ms")), 20, "ms"),
+    ]
