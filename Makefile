@@ -53,6 +53,10 @@ bench: build system $(BENCHMARKS) ## Measure against peers; bench-NAME runs benc
 bench-%: build system
 	$(PYTHON) benchmarks/$(subst -,_,$*).py
 
+.PHONY: systems
+systems: build system ## Show the ten systems in one table, each with its mechanism and without
+	$(PYTHON) benchmarks/systems.py
+
 .PHONY: docs
 docs: build ## Build the documentation into site/, warnings are errors
 	$(VENV)/bin/mkdocs build --strict --quiet

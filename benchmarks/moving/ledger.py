@@ -35,10 +35,10 @@ class Ledger:
         """Of the process that it is in."""
         return self._owner.pid
 
-    def prepare(self) -> None:
-        """Start the process that it is to move to."""
+    def prepare(self, through: tuple[str, ...] = ()) -> None:
+        """Start the process that it is to move to; `through`: what starts that."""
         name = f"{self._stem}-{self._number + 1}"
-        self._next = pageferry("receive", name, "--workload", "demo", "--output", "json")
+        self._next = pageferry("receive", name, "--workload", "demo", "--output", "json", through=through)
         self.address = expect(self._next, "listening")["address"]
 
     def moved(self) -> None:

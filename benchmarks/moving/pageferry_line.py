@@ -16,9 +16,9 @@ PAGEFERRY = Path(sys.executable).with_name("pageferry")
 Process = subprocess.Popen[bytes]
 
 
-def pageferry(*words: str) -> Process:
-    """A pageferry command, its standard output to be read as JSON lines."""
-    return subprocess.Popen([str(PAGEFERRY), *words], stdout=subprocess.PIPE)
+def pageferry(*words: str, through: tuple[str, ...] = ()) -> Process:
+    """A pageferry command, its standard output to be read as JSON lines; `through`: what starts it."""
+    return subprocess.Popen([*through, str(PAGEFERRY), *words], stdout=subprocess.PIPE)
 
 
 def expect(process: Process, kind: str) -> dict[str, Any]:

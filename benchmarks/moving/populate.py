@@ -39,11 +39,12 @@ def of_guest(line: PageferryLine, ballast: Ballast, repetitions: int) -> list[di
 def of_ledger(ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
     """Move the built-in workload with every combination."""
     with Ledger("ledger", ARENA, WRITER) as ledger:
-        return [_move(ledger, ballast, *choice) for choice in choices() * repetitions]
+        return [move(ledger, ballast, *choice) for choice in choices() * repetitions]
 
 
-def _move(ledger: Ledger, ballast: Ballast, populate: str, large: str) -> dict[str, Any]:
-    ledger.prepare()
+def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One move of the built-in workload, to a process started `through` another program."""
+    ledger.prepare(through)
     ballast.hold()
     ballast.release()
     options = ("--populate", populate, "--large-pages", large)

@@ -47,15 +47,15 @@ async def _pattern(ledger: Ledger, pattern: str, repetitions: int) -> list[dict[
         memory = Memory(workload)
         for _ in range(repetitions):
             for granularity, release in RELEASES.items():
-                run = await _traced(workload, memory, release)
+                run = await traced(workload, memory, release)
                 runs.append({"pattern": pattern, "granularity": granularity} | run)
-            runs.append({"pattern": pattern, "granularity": "stopped"} | await _stopped(workload, memory))
+            runs.append({"pattern": pattern, "granularity": "stopped"} | await stopped(workload, memory))
     finally:
         workload.close()
     return runs
 
 
-async def _traced(workload: RemoteArena, memory: Memory, release: int | None) -> dict[str, Any]:
+async def traced(workload: RemoteArena, memory: Memory, release: int | None) -> dict[str, Any]:
     """Some rounds of a migration, as far as the writer is concerned. The first one, which installs, included."""
     large = memory.collapsible(memory.large_units())
     before = await workload.report()
@@ -82,7 +82,7 @@ async def _traced(workload: RemoteArena, memory: Memory, release: int | None) ->
     return result
 
 
-async def _stopped(workload: RemoteArena, memory: Memory) -> dict[str, Any]:
+async def stopped(workload: RemoteArena, memory: Memory) -> dict[str, Any]:
     """The writer is paused while everything is sent, once."""
     near, far = _connection()
     sink = threading.Thread(target=_drain, args=(far,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import examples, machine
@@ -24,14 +25,18 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         process = pageferry("checkpoint", ledger.name, str(image), "--output", "json")
         expect(process, "checkpoint")
         reap(process)
-    runs = []
-    for _ in range(setting.repetitions):
-        for mode in ("lazy", "eager"):
-            words = [sys.executable, "-m", "benchmarks.restoring.opener", str(image), mode]
-            done = subprocess.run(words, cwd=machine.ROOT, check=True, capture_output=True, text=True)
-            runs.append({"GiB": size / (1 << 30), "method": mode} | json.loads(done.stdout))
+    modes = ("lazy", "eager") * setting.repetitions
+    runs = [{"GiB": size / (1 << 30), "method": mode} | opened(image, mode) for mode in modes]
     image.unlink()
     return runs
+
+
+def opened(image: Path, mode: str) -> dict[str, Any]:
+    """What a program finds that opens an arena; `mode`: see `opener`."""
+    words = [sys.executable, "-m", "benchmarks.restoring.opener", str(image), mode]
+    done = subprocess.run(words, cwd=machine.ROOT, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def measure_faults(setting: Setting) -> list[dict[str, Any]]:

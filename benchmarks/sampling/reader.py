@@ -32,7 +32,7 @@ def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype
     if kind == "shared":
         folder = large_tmpfs(size + LARGE_PAGE)
         mapping = _file(folder, size)
-        return mapping.address, np.frombuffer(mapping, dtype=np.uint64), mapping
+        return mapping.address, np.frombuffer(memoryview(mapping), dtype=np.uint64), mapping
     memory = mmap.mmap(-1, size + 2 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, dtype=np.uint64)

@@ -45,10 +45,10 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         with guests(place, words, load) as (ours, theirs):
             for _ in range(setting.repetitions):
                 for method, options in OURS.items():
-                    run = _watched(ours, lambda: save(ours, image, *options))  # noqa: B023
+                    run = watched(ours, lambda: save(ours, image, *options))  # noqa: B023
                     runs.append({"load": load, "line": "pageferry", "method": method} | run)
                 for method, (capabilities, stopped) in PEERS.items():
-                    run = _watched(theirs, lambda: save_by_qemu(theirs, image, capabilities, stopped))  # noqa: B023
+                    run = watched(theirs, lambda: save_by_qemu(theirs, image, capabilities, stopped))  # noqa: B023
                     image.unlink()
                     runs.append({"load": load, "line": "QEMU", "method": method} | run)
     return runs
@@ -140,7 +140,7 @@ def _go_on(monitor: Monitor) -> None:
             time.sleep(0.001)
 
 
-def _watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Save a guest that runs; its pause by QEMU's own events, and what it lost of its rate of writing."""
     assert line.current is not None
     monitor = line.current.monitor

@@ -34,7 +34,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         with Ledger("saved", SMALL if setting.quick else FULL, CONTENTS | options) as ledger:
             for _ in range(setting.repetitions):
                 for method, words in OURS.items():
-                    run = asyncio.run(_save(ledger, setting.folder / "image", *words))
+                    run = asyncio.run(save(ledger, setting.folder / "image", *words))
                     runs.append({"load": load, "method": method} | run)
     return runs
 
@@ -46,7 +46,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
     with Ledger("coded", SMALL if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
         for _ in range(setting.repetitions):
             for codec in CODECS:
-                run = {"codec": codec} | asyncio.run(_save(ledger, image, "--codec", codec))
+                run = {"codec": codec} | asyncio.run(save(ledger, image, "--codec", codec))
                 alone = examples.codec_speed(image, codec)
                 runs.append(run | {"codec-mib-s": alone, "of-codec": run["saved-mib-s"] / alone})
     return runs
@@ -60,7 +60,7 @@ def measure_pause(setting: Setting) -> list[dict[str, Any]]:
         parts = size / (1 << 30)
         with Ledger("paused", size, CONTENTS | LOADS["20 MiB/s"]) as ledger:
             for _ in range(setting.repetitions):
-                run = asyncio.run(_save(ledger, setting.folder / "image"))
+                run = asyncio.run(save(ledger, setting.folder / "image"))
                 runs.append({"GiB": parts, "pause-ms-per-gib": run["own-pause-ms"] / parts} | run)
     return runs
 
@@ -71,14 +71,14 @@ def measure_increments(setting: Setting) -> list[dict[str, Any]]:
     parent, child = setting.folder / "parent", setting.folder / "child"
     with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | FEW) as ledger:
         for _ in range(setting.repetitions):
-            runs.append({"checkpoint": "first"} | asyncio.run(_save(ledger, parent)))
+            runs.append({"checkpoint": "first"} | asyncio.run(save(ledger, parent)))
             time.sleep(1)
-            run = asyncio.run(_save(ledger, child, "--parent", str(parent)))
+            run = asyncio.run(save(ledger, child, "--parent", str(parent)))
             runs.append({"checkpoint": "second, with parent"} | run)
     return runs
 
 
-async def _save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
+async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
     """One checkpoint, with the writer's own account of it."""
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)

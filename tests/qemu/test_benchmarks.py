@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,10 +19,18 @@ ROOT = Path(__file__).parent.parent.parent
 
 def quick(name: str, *options: str) -> dict[str, Any]:
     """What a benchmark finds in a hurry."""
-    command = [sys.executable, f"benchmarks/{name}.py", "--quick", *options]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return cast(dict[str, Any], json.loads(run("benchmarks/" + name + ".py", "--quick", *options)))
+
+
+def run(*command: str) -> str:
+    """What a program of ours prints."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def shown(*options: str) -> list[dict[str, Any]]:
+    """Rows of the table of systems, in small."""
+    rows: list[dict[str, Any]] = json.loads(run("benchmarks/systems.py", "--quick", "--json", *options))
+    return rows
 
 
 @pytest.mark.timeout(400)
@@ -55,3 +63,33 @@ def test_restores_are_measured_beside_their_peers() -> None:
     assert {run["method"]: run["faults"] > 0 for run in results["arenas"]} == {"lazy": True, "eager": False}
     assert "| QEMU | stream |" in "\n".join(restoring.render(results))
     assert all(isinstance(target, Target) for target in restoring.judge(results))
+
+
+COUNTED = ("S3", "S5", "S6", "S7", "S8")
+"""Systems that are judged by what is counted, not by times."""
+
+
+def of_arenas(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """Which of the counted systems have reached their target."""
+    return {row["system"]: row["reached"] for row in rows if row["system"] in COUNTED}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("root", "qemu_10")
+def test_a_system_passes_with_its_mechanism_and_fails_without() -> None:
+    chosen = [word for system in ("S3", "S5", "S6", "S8") for word in ("--only", system)]
+    assert of_arenas(shown(*chosen)) == dict.fromkeys(COUNTED, True)
+    off = [word for system in (*COUNTED, "S1", "S2", "S4") for word in ("--without", system)]
+    rows = shown(*chosen, "--only", "S2", *off)
+    assert of_arenas(rows) == dict.fromkeys(COUNTED, False)
+    others = {row["system"]: row["reached"] for row in rows if row["system"] in ("S1", "S2", "S4")}
+    assert others == {"S1": False, "S2": False, "S4": False}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
+def test_a_guest_is_shown_beside_its_peers() -> None:
+    rows = shown("--only", "S10", "--without", "S4", "--without", "S10")
+    guest = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
+    assert set(guest) == {"S4", "S10"}
+    assert all(row["peer"] > 0 and not row["reached"] for row in guest.values())

@@ -1,0 +1,74 @@
+"""What is found inside large pages: which small pages are used (S3), and which stand elsewhere too (S9)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from benchmarks import sharing
+from benchmarks.large_pages import Reader, reader
+from benchmarks.measuring.bench import Setting
+from benchmarks.sampling.reader import truth
+from benchmarks.showing.row import Row, Switches
+from pageferry._engine import LARGE_PAGE
+from pageferry.host import smaps
+from pageferry.large_pages import Options, sample
+
+WINDOW = 1.0
+"""Seconds of watching."""
+
+
+def activity(setting: Setting, switches: Switches) -> list[Row]:
+    """A process that uses a known part of each large page (S3): the kernel's accessed bits, and sampling."""
+    mebibytes = 28 if setting.quick else 224
+    with reader("shared", mebibytes, "pattern") as one:
+        used = sum(truth(unit) for unit in range(one.size // LARGE_PAGE)) * 4096 / (1 << 20)
+        without = _referenced(one)
+        found = without if "S3" in switches.off else asyncio.run(_sampled(one))
+    return [
+        Row(
+            "S3",
+            f"process that uses {used:.0f} of {mebibytes} MiB on large pages",
+            "MiB found to be in use",
+            without,
+            found,
+            "right within 5 %",
+            abs(found - used) <= 0.05 * used,
+        )
+    ]
+
+
+def sharable(setting: Setting, switches: Switches) -> list[Row]:
+    """Two processes with pages in common (S9): KSM over everything, and on what pageferry chooses."""
+    mebibytes = 32 if setting.quick else 192
+    alone = sharing.measure("KSM alone", mebibytes)
+    chosen = sharing.measure(switches.choose("S9", "pageferry, threshold 64", "KSM alone"), mebibytes)
+    part = chosen["freed-mib"] / alone["freed-mib"]
+    return [
+        Row(
+            "S9",
+            f"2 processes of {mebibytes} MiB on large pages; {part:.0%} of what KSM alone frees was freed",
+            "large pages broken",
+            alone["broken"],
+            chosen["broken"],
+            "at most a quarter of KSM's, for at least 80 % of what it frees",
+            chosen["broken"] <= alone["broken"] / 4 and part >= 0.8,
+            alone["broken"],
+            "KSM alone",
+        )
+    ]
+
+
+def _referenced(one: Reader) -> float:
+    """MiB that the kernel has seen used, by the accessed bits of its mappings (proc(5), clear_refs and smaps)."""
+    Path(f"/proc/{one.pid}/clear_refs").write_text("1")
+    time.sleep(WINDOW)
+    areas = (area for area in smaps.smaps(one.pid) if area.mapping.address <= one.address < area.mapping.end)
+    return sum(area.counts["Referenced"] for area in areas) / (1 << 20)
+
+
+async def _sampled(one: Reader) -> float:
+    with one.target() as target:
+        result = await sample(target, Options(sample=1.0, budget=None, window=WINDOW, rounds=1))
+    return sum(found.activity for found in result.samples) * 4096 / (1 << 20)

@@ -1,0 +1,133 @@
+"""What a migration prepares and keeps (S1, S5, S6, S7), and what its write traces cost (S2)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from benchmarks.measuring import machine
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.bench import Setting
+from benchmarks.moving import populate, side_by_side, stalls
+from benchmarks.moving.guest import BUSY, Place
+from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.pageferry_line import PageferryLine
+from benchmarks.showing.row import Row, Switches
+from pageferry._engine import LARGE_PAGE, Space
+from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.memory import Memory
+from pageferry.workloads.opening import open_workload
+from tests.guest import initrd
+
+FULL, SMALL = 512 << 20, 64 << 20
+WRITER = {"working_set": 0.1, "zero_fraction": 0.1, "rate": 40 << 20}
+"""Writes to the first tenth of the memory, in turn."""
+SCATTERED = WRITER | {"scatter": True}
+QUIET = {"working_set": 0.01, "zero_fraction": 0.5, "rate": 1 << 20}
+"""Half of all pages are zeros, and hardly any is sent again."""
+NO_MOUNTS = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
+"""Starts a program that cannot mount a tmpfs of large pages: its memory is on small ones unless it makes them large."""
+
+
+def arena(setting: Setting, switches: Switches) -> list[Row]:
+    """The built-in workload, moved with its page tables populated and not (S1, S5)."""
+    size = SMALL if setting.quick else FULL
+    what = f"arena of {size >> 20} MiB, a tenth of it written, "
+    with Ballast(size * 3 // 2) as ballast, Ledger("scattered", size, SCATTERED) as ledger:
+        none, hot = (_faults(ledger, ballast, choice) for choice in ("none", switches.choose("S1", "hot", "none")))
+    with Ballast(size * 3 // 2) as ballast, Ledger("gathered", size, WRITER) as ledger:
+        few, every = (_mapped(ledger, ballast, choice) for choice in ("none", switches.choose("S5", "all", "none")))
+    units = size // LARGE_PAGE
+    return [
+        Row("S1", what + "all over", "page faults of its first second", none, hot, "at most 5", hot <= 5),
+        Row("S5", what + "in one place", "large pages mapped when it runs", few, every, f"all {units}", every >= units),
+    ]
+
+
+def guest(setting: Setting, switches: Switches) -> list[Row]:
+    """A guest, moved likewise."""
+    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    line = PageferryLine("moved", place, machine.QEMU, "ferry.mib=48" if setting.quick else BUSY)
+    found: dict[str, dict[str, Any]] = {}
+    with side_by_side.booted([(line, [])]), Ballast(1280 << 20) as ballast:
+        for name, words in (("none", "none"), ("S1", switches.choose("S1", "all", "none"))):
+            ballast.hold()
+            found[name] = line.move(ballast, words=("--populate", words))
+            line.rest()
+    none, every = (found[name]["faults-first-second"] for name in ("none", "S1"))
+    what = f"QEMU guest with {found['S1']['large-source']} large pages, moved"
+    return [
+        Row("S1", what, "page faults of its vCPUs' first second, QEMU's own with them", none, every,
+            "at most 80 % of those without", every <= 0.8 * none)
+    ]  # fmt: skip
+
+
+def large(setting: Setting, switches: Switches) -> list[Row]:
+    """Large pages of a destination that has to make them itself (S6, S7)."""
+    size = SMALL if setting.quick else FULL
+    rows = []
+    for system, options, which in (
+        ("S6", QUIET, "half of its pages zeros"),
+        ("S7", SCATTERED, "written to while it moves"),
+    ):
+        with Ballast(size * 3 // 2) as ballast, Ledger("large", size, options) as ledger:
+            lost = populate.move(ledger, ballast, "all", "ignore", NO_MOUNTS)
+        with Ballast(size * 3 // 2) as ballast, Ledger("large", size, options) as ledger:
+            kept = populate.move(ledger, ballast, "all", switches.choose(system, "keep", "ignore"), NO_MOUNTS)
+        there = kept["large-destination"]
+        rows.append(
+            Row(system, f"arena of {size >> 20} MiB, {which}", "large pages at the destination",
+                lost["large-destination"], there, f"the {kept['large-source']} of the source",
+                there >= kept["large-source"] > 0)
+        )  # fmt: skip
+    return rows
+
+
+def traces(setting: Setting, switches: Switches) -> list[Row]:
+    """What a writer notices of write traces (S2), against being stopped for the copy."""
+    size = SMALL if setting.quick else FULL
+    with Ledger("traced", size, {"compressible": 0.0, "rate": 20 << 20}) as ledger:
+        stopped, traced = asyncio.run(_stalls(ledger, "S2" in switches.off))
+    return [
+        Row(
+            "S2",
+            f"arena of {size >> 20} MiB, 20 MiB/s written",
+            "longest write while it is copied, ms",
+            stopped,
+            traced,
+            "at most a tenth of that without",
+            traced <= stopped / 10,
+        )
+    ]
+
+
+def _faults(ledger: Ledger, ballast: Ballast, choice: str) -> float:
+    """Of a move with that `--populate`."""
+    return float(populate.move(ledger, ballast, choice, "keep")["faults-first-second"])
+
+
+def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
+    """Large pages in the page tables of the writer after a move."""
+    populate.move(ledger, ballast, choice, "keep")
+    workload = asyncio.run(open_workload(ledger.name))
+    assert isinstance(workload, RemoteArena)
+    try:
+        segments = [segment for region in workload.regions for segment in region.segments]
+        runs = [run for one in segments for run in Space(one.pid).large_mapped(one.address, one.length)]
+    finally:
+        workload.close()
+    return sum(end - start for start, end in runs) / LARGE_PAGE
+
+
+async def _stalls(ledger: Ledger, off: bool) -> tuple[float, float]:
+    """Milliseconds: stopped, and traced."""
+    workload = await open_workload(ledger.name)
+    assert isinstance(workload, RemoteArena)
+    try:
+        memory = Memory(workload)
+        stopped = (await stalls.stopped(workload, memory))["longest-us"]
+        await workload.report()
+        run = await (stalls.stopped(workload, memory) if off else stalls.traced(workload, memory, 256))
+    finally:
+        workload.close()
+    return stopped / 1e3, run["longest-us"] / 1e3

@@ -1,0 +1,88 @@
+"""Saving while running (S4), running while restoring (S10), and looking at what has not come yet (S8)."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import machine
+from benchmarks.measuring.bench import Setting
+from benchmarks.moving.guest import Place
+from benchmarks.moving.ledger import Ledger
+from benchmarks.restoring import arenas
+from benchmarks.restoring import guests as restoring
+from benchmarks.saving import guests as saving
+from benchmarks.saving import ledgers
+from benchmarks.showing.row import Row, Switches
+from tests.guest import initrd
+
+FULL, SMALL = 1 << 30, 64 << 20
+LAZY, STOPPED = "--mode=lazy", "--mode=stop"
+
+
+def guest(setting: Setting, switches: Switches) -> list[Row]:
+    """A guest, saved and restored, by pageferry and by QEMU."""
+    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    mebibytes = saving.SMALL if setting.quick else saving.FULL
+    words = saving.checker(mebibytes, restoring.RATE, restoring.HOT)
+    image, other, mapped = (setting.folder / name for name in ("image", "other", "mapped"))
+    with saving.guests(place, words, "shown") as (ours, theirs):
+        stopped = saving.watched(ours, lambda: saving.save(ours, other, STOPPED))
+        lazy = saving.watched(ours, lambda: saving.save(ours, image, switches.choose("S4", LAZY, STOPPED)))
+        snapshot = saving.watched(theirs, lambda: saving.save_by_qemu(theirs, other, ("background-snapshot",)))
+        saving.watched(theirs, lambda: saving.save_by_qemu(theirs, mapped, ("mapped-ram", "multifd")))
+        ours.end()
+        theirs.end()
+        usual = lazy["usual-writes-s"]
+        first = restoring.restore(ours, image, usual)
+        second = restoring.restore(ours, image, usual, "--eager") if "S10" in switches.off else first
+        incoming = restoring.restore_by_qemu(theirs, mapped, usual, ("mapped-ram", "multifd"))
+    what = f"QEMU guest, {mebibytes} MiB of it touched"
+    peer = incoming["running-ms"]
+    complete = _until_complete(first)
+    running = _until_complete(second) if "S10" in switches.off else first["running-ms"]
+    beside = lazy["beside-state-ms"]
+    return [
+        Row("S4", what, "pause beside the state of its devices, ms", stopped["beside-state-ms"], beside, "at most 5",
+            beside <= 5, snapshot["pause-ms"], "QEMU's background-snapshot, whole pause"),
+        Row("S10", what, "ms until it runs", complete, running, "at most a twentieth of QEMU's",
+            running <= peer / 20, peer, "QEMU, mapped-ram and multifd"),
+    ]  # fmt: skip
+
+
+def arena(setting: Setting, switches: Switches) -> list[Row]:
+    """The built-in workload, saved; and a program that opens it (S4, S10, S8)."""
+    size = SMALL if setting.quick else FULL
+    image = setting.folder / "image"
+    with Ledger("kept", size, ledgers.CONTENTS | ledgers.LOADS["20 MiB/s"]) as ledger:
+        stopped = _save(ledger, image, STOPPED)
+        lazy = _save(ledger, image, switches.choose("S4", LAZY, STOPPED))
+    whole = arenas.opened(image, "whole")
+    peeked = arenas.opened(image, switches.choose("S8", "peek", "whole"))
+    eager = arenas.opened(image, "eager")
+    opened = arenas.opened(image, switches.choose("S10", "lazy", "eager"))
+    gib = size / (1 << 30)
+    what = f"arena of {size >> 20} MiB"
+    limit = max(2 * gib, 1)
+    return [
+        Row("S4", f"{what}, 20 MiB/s written", "pause, ms", stopped, lazy, "at most 2 per GiB", lazy <= limit),
+        Row("S8", f"{what}, being restored, one page looked at", "MiB read for it", _mib(whole), _mib(peeked),
+            "at most a twentieth of that without", _mib(peeked) <= _mib(whole) / 20),
+        Row("S10", f"{what}, opened by a program", "ms until it can be used", eager["open-ms"], opened["open-ms"],
+            "at most 20", opened["open-ms"] <= 20),
+    ]  # fmt: skip
+
+
+def _save(ledger: Ledger, image: Path, option: str) -> float:
+    found: dict[str, Any] = asyncio.run(ledgers.save(ledger, image, option))
+    return float(found["own-pause-ms"])
+
+
+def _until_complete(run: dict[str, Any]) -> float:
+    """From the command until all memory is there, QEMU's own start apart, as `running-ms`."""
+    return float(run["complete-ms"] - run["command-to-resume-ms"] + run["running-ms"])
+
+
+def _mib(found: dict[str, Any]) -> float:
+    return float(found["bytes-read"] / (1 << 20))

@@ -1,0 +1,88 @@
+"""All ten systems in one table: `make systems`, or `python benchmarks/systems.py [--quick] [--without S7]`.
+
+Each is exercised for some seconds with its mechanism and without, beside a peer where there is one, and judged by the
+target that docs/benchmarks.md names. `--without` measures a system as if its mechanism was not there: its row fails.
+Only a whole run at full size is written to benchmarks/results, and into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import machine, readme
+from benchmarks.measuring.bench import Setting
+from benchmarks.showing import looks, moves, saves
+from benchmarks.showing.row import Row, Show, Switches, render
+
+SHOWS: dict[str, tuple[tuple[str, ...], Show]] = {
+    "moved arena": (("S1", "S5"), moves.arena),
+    "moved guest": (("S1",), moves.guest),
+    "traces": (("S2",), moves.traces),
+    "large pages": (("S6", "S7"), moves.large),
+    "activity": (("S3",), looks.activity),
+    "sharing": (("S9",), looks.sharable),
+    "saved guest": (("S4", "S10"), saves.guest),
+    "saved arena": (("S4", "S8", "S10"), saves.arena),
+}
+SYSTEMS = tuple(f"S{number}" for number in range(1, 11))
+
+
+def main() -> int:
+    """Show, and write it down. The exit code is 0 unless something did not work; missed targets are no error."""
+    args = _arguments()
+    machine.require("make systems", "rustc", "setpriv")
+    began = time.monotonic()
+    rows = _measure(args)
+    table = render(rows)
+    if args.quick or args.only or args.without:
+        print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table)
+        return 0
+    about = machine.about() | {"seconds": round(time.monotonic() - began)}
+    described = ", ".join(f"{key}: {value}" for key, value in about.items())
+    text = f"<!-- Written by benchmarks/systems.py. -->\n\n{described}.\n\n{table}\n"
+    raw = json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1)
+    (machine.RESULTS / "systems.json").write_text(raw + "\n")
+    (machine.RESULTS / "systems.md").write_text(text)
+    readme.update()
+    print(text)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The ten systems, each with its mechanism and without.")
+    parser.add_argument("--quick", action="store_true", help="small, to try it out; print the table")
+    parser.add_argument("--only", choices=SYSTEMS, action="append", help="show these systems, and print the table")
+    parser.add_argument("--without", choices=SYSTEMS, action="append", default=[], help="switch their mechanisms off")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where images are put (%(default)s)")
+    return parser.parse_args()
+
+
+def _measure(args: argparse.Namespace) -> list[Row]:
+    folder = Path(tempfile.mkdtemp(prefix="systems-", dir=args.folder))
+    os.environ["PAGEFERRY_RUN_DIR"] = str(folder / "run")
+    setting, switches = Setting(folder, 1, args.quick), Switches(frozenset(args.without))
+    wanted = set(args.only or SYSTEMS)
+    rows: list[Row] = []
+    try:
+        for name, (systems, show) in SHOWS.items():
+            if wanted & set(systems):
+                print(f"{name}...", file=sys.stderr, flush=True)
+                rows += show(setting, switches)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
