@@ -166,6 +166,9 @@ class Pager:
     ) -> Pager: ...
     @staticmethod
     def flags_length(pages: int) -> int: ...
+    @staticmethod
+    def set_flags(flags: int, missing: Sequence[PageSet]) -> None:
+        """Set the flags of pages in a file of flags (a descriptor), one set per region, before there is a pager."""
     @property
     def pending(self) -> int:
         """Pages whose contents are still to come."""

@@ -18,7 +18,8 @@
         ├── ConnectionLost (23)     the link or the peer went away before commit
         ├── NotConverging (24)      the workload dirties memory faster than the link takes it
         ├── Cancelled (25)          somebody asked for the migration to stop
-        └── OutcomeUnknown (26)     after commit without an answer: the source stays paused
+        ├── OutcomeUnknown (26)     after commit without an answer: the source stays paused
+        └── PostcopyPaused (28)     it runs at the destination, and waits there for pages that are still at the source
 
 Every message says what happened, to what, and what to do about it. Where the outcome is unknown the class says so:
 only `OutcomeUnknown` leaves a workload that does not run.
@@ -122,6 +123,16 @@ class OutcomeUnknown(MigrationError):
         super().__init__(message)
         self.migration = migration
         self.peer = peer
+
+
+class PostcopyPaused(MigrationError):
+    """The link went after a workload had begun to run at the destination, and before all of its pages were there.
+
+    It waits there at the first page that is missing. Here it stays paused, with all its pages, until a recovery has
+    sent them.
+    """
+
+    exit_code = 28
 
 
 class CheckpointError(PageferryError):

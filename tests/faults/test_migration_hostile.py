@@ -109,6 +109,7 @@ def hello(**changes: Any) -> messages.Hello:
         "codec": "none",
         "populate": "none",
         "keep_large": False,
+        "mode": "precopy",
     }
     return messages.Hello(**(fields | changes))
 
@@ -156,7 +157,7 @@ REFUSALS: dict[str, Callable[[Peer], None]] = {
     "makes no sense: Input data was truncated": lambda peer: peer.write(b"\0\0\0\0"),
     "makes no sense: Invalid value 'Takeover'": lambda peer: peer.say_raw(type="Takeover"),
     "the peer began with Commit": lambda peer: peer.say(messages.Commit()),
-    "the peer began with Outcome": lambda peer: peer.say(messages.Outcome(owner="source")),
+    "the peer began with Outcome": lambda peer: peer.say(messages.Outcome(owner="source", complete=False)),
     "version 7": lambda peer: peer.say_raw(**(msgspec.to_builtins(hello()) | {"version": 7, "more": "fields"})),
     "version 8": lambda peer: peer.say(messages.Recover(version=8, migration="0" * 32)),
     "unknown field": lambda peer: peer.say_raw(**msgspec.to_builtins(hello()), more="fields"),
@@ -178,7 +179,7 @@ def test_a_question_about_a_migration_nobody_knows_decides_nothing(there: Progra
     for _ in range(3):
         peer = Peer.connect(address)
         peer.say(messages.Recover(version=messages.VERSION, migration="1" * 32))
-        assert peer.hears() == messages.Outcome(owner="unknown")
+        assert peer.hears() == messages.Outcome(owner="unknown", complete=False)
         assert peer.is_closed()
     still_receives(there, address)
 
@@ -397,7 +398,7 @@ IMPOSTORS: list[tuple[int, Callable[[Peer], None]]] = [
     (21, lambda peer: peer.say(messages.Abort(reason="not today"))),
     (23, welcomes),
     (23, resets_after_welcome),
-    (22, lambda peer: accepts(peer, messages.Outcome(owner="destination"))),
+    (22, lambda peer: accepts(peer, messages.Outcome(owner="destination", complete=False))),
     (21, lambda peer: accepts(peer, messages.Abort(reason="disk full"))),
     (22, lambda peer: accepts(peer, *[messages.Running(resume=0.0)] * 100)),
 ]

@@ -38,12 +38,14 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
         "codec": st.sampled_from(["none", "lz4", "zstd"]),
         "populate": st.sampled_from(["all", "hot", "none"]),
         "keep_large": st.booleans(),
+        "mode": st.sampled_from(["precopy", "postcopy", "hybrid"]),
     },
     messages.Welcome: {"token": st.binary(min_size=16, max_size=16)},
     messages.LargePages: {"region": counts, "units": st.binary()},
     messages.Round: {"number": st.integers(1, (1 << 31) - 1)},
     messages.RoundDone: {"number": counts},
     messages.Hot: {"region": counts, "units": st.binary()},
+    messages.Missing: {"region": counts, "data": st.binary(), "last": st.booleans()},
     messages.State: {"data": st.binary(min_size=1)},
     messages.StateEnd: {
         "length": st.integers(0, messages.MAX_STATE),
@@ -52,13 +54,16 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     messages.Ready: {"load": seconds, "populate": seconds, "populated": populated},
     messages.Commit: {},
     messages.Running: {"resume": seconds},
+    messages.Arrived: {"requests": counts, "service": seconds, "longest": seconds, "seconds": seconds}
+    | {"waits": st.lists(counts, max_size=64)},
     messages.Report: dict.fromkeys(["minor_faults", "major_faults", "large_pages", "fallbacks"], counts)
     | {"populated": populated, "units": st.lists(st.binary())},
     messages.Done: {},
     messages.Alive: {},
     messages.Abort: {"reason": st.text(max_size=4096)},
     messages.Recover: {"version": counts, "migration": migrations},
-    messages.Outcome: {"owner": st.sampled_from(["source", "destination", "unknown"])},
+    messages.Outcome: {"owner": st.sampled_from(["source", "destination", "unknown"]), "complete": st.booleans()},
+    messages.Serve: {"streams": st.integers(1, messages.MAX_STREAMS)},
 }
 """Values that the fields of each message may have."""
 
@@ -157,6 +162,7 @@ def test_values_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
         "codec": "none",
         "populate": "all",
         "keep_large": True,
+        "mode": "precopy",
     }
     messages.decode(msgspec.msgpack.encode(good))
     with pytest.raises(msgspec.ValidationError):

@@ -60,6 +60,17 @@ def test_bandwidth_is_smoothed_and_starts_with_the_first_round_that_sent_anythin
     assert 50 * MIB < policy.bandwidth < 100 * MIB
 
 
+def test_a_budget_is_kept_whatever_is_modified() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30, budget=2.0)
+    assert decisions(policy, [51 * MIB]) == [Decision.STALLED]
+    policy = Convergence(max_downtime=0.1, max_rounds=30, budget=2.0)
+    assert policy.after_round(100 * MIB, 1.0, 40 * MIB) is Decision.CONTINUE
+    assert policy.after_round(40 * MIB, 0.4, 30 * MIB) is Decision.CONTINUE
+    assert policy.after_round(30 * MIB, 0.3, 20 * MIB) is Decision.STALLED
+    # What was sent and the rest: less than twice the memory.
+    assert policy.covered + 20 * MIB <= 200 * MIB
+
+
 @pytest.mark.parametrize("max_downtime", [0.0, 0.3, 10.0])
 @given(rounds=st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e4), st.integers(0, 1 << 40)), max_size=60))
 def test_it_always_comes_to_an_end_and_keeps_its_promise(

@@ -71,6 +71,20 @@ def test_nothing_is_left_of_a_migration_that_is_settled(tmp_path: Path) -> None:
     assert list((tmp_path / ".verdicts").iterdir()) == []
 
 
+def test_arrival_is_noted_apart_from_the_decision_and_goes_with_it(tmp_path: Path) -> None:
+    verdicts = Verdicts(tmp_path)
+    verdicts.begin(MIGRATION)
+    verdicts.decide(MIGRATION, Verdict.COMMITTED)
+    assert not verdicts.arrived(MIGRATION)
+    verdicts.arrive(MIGRATION)
+    verdicts.arrive(MIGRATION)
+    assert Verdicts(tmp_path).arrived(MIGRATION)
+    assert verdicts.decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
+    verdicts.forget(MIGRATION)
+    assert not verdicts.arrived(MIGRATION)
+    assert list((tmp_path / ".verdicts").iterdir()) == []
+
+
 def test_decisions_that_nobody_asked_for_go_after_a_while(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path)
     for number in range(3):
@@ -88,5 +102,7 @@ def test_what_cannot_be_written_is_not_decided(tmp_path: Path) -> None:
     (tmp_path / ".verdicts").write_text("in the way")
     with pytest.raises(WorkloadError, match="cannot be written"):
         Verdicts(tmp_path).begin(MIGRATION)
+    with pytest.raises(WorkloadError, match="cannot be written"):
+        Verdicts(tmp_path).arrive(MIGRATION)
     with pytest.raises(WorkloadError, match="cannot be written"):
         Verdicts(tmp_path).decide(MIGRATION, Verdict.COMMITTED)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from pageferry.cli.demo import DemoResult
-from pageferry.events import Event
+from pageferry.events import Event, Latency
 from pageferry.migration import events
 from pageferry.report.migration import DemoView, MigrationView
 from pageferry.report.text import HumanReporter
@@ -76,6 +77,28 @@ def test_a_migration_in_a_log_is_a_line_per_round_and_a_table() -> None:
         "round 1: 131,072 pages, 200 MiB in 500.0 ms (400 MiB/s), modified 20 MiB/s, 10 MiB left\n"
     )
     assert stripped(data) == TABLE
+
+
+def test_post_copy_has_a_line_when_something_happens_and_a_row_in_the_table() -> None:
+    def event(status: events.PostcopyStatus) -> events.PostcopyEvent:
+        return events.PostcopyEvent(status=status, remaining=10 << 20, postcopy_requests=1234, mbps=8.0)
+
+    waits = Latency.of([0, 0, 0, 0, 0, 0, 0, 1200, 30, 0, 0, 4], 2100.0)
+    late = events.PostcopyCount(time=750.0, pages=2560, faults=1234, service_us=150.0, waits=waits)
+    result = msgspec.structs.replace(RESULT, mode="postcopy", postcopy=late, postcopy_requests=1234)
+    told = [event("postcopy-active"), event("postcopy-paused"), event("postcopy-recover")]
+    data, progress = shown(MigrationView(), *told, result=result)
+    assert progress == (
+        "postcopy-paused: it runs at the destination, and waits for its pages\npostcopy-recover: linked again\n"
+    )
+    assert (
+        "post-copy                   2,560 pages in 750.0 ms, 1,234 requests; 1,234 accesses waited 150 us on average, "
+        "99 % less than 256 us, 2100 us at most\n"
+    ) in stripped(data)
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(MigrationView().live(event("postcopy-active")))
+    shown_live = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown_live.strip() == "postcopy-active: 10 MiB still to come, 1,234 pages asked for"
 
 
 @pytest.mark.parametrize(("intact", "words"), [(True, "every one is there"), (False, "SOME ARE LOST")])

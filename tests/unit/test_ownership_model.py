@@ -5,8 +5,12 @@ the messages under way, and all that can happen: an agent is killed between any 
 is cut with any part of what was under way lost; and the source asks (`--recover`) as soon as it is in doubt, however
 slow the destination still is. `--take-back` is left out: it is for an operator who knows better than the protocol.
 
-Looked for: never two that run the workload; nobody running it only where somebody can ask; and an answer, whenever
-both hosts live. Variants of the protocol that are wrong must be caught, or the model would prove nothing.
+In post-copy the workload runs at the destination before its pages are there. The source serves them, and `--recover`
+has it serve on after anything has died; at the destination another agent can take over (`receive --resume`).
+
+Looked for: never two that run the workload; nobody running it only where somebody can ask; an answer, whenever both
+hosts live; and pages that are kept at the source until the destination has all of them, and get there in the end.
+Variants of the protocol that are wrong must be caught, or the model would prove nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ class Source(Enum):
     COMMIT_WORKLOAD = "commit the workload"
     SEND_COMMIT = "send commit"
     AWAIT_RUNNING = "await running"
+    SERVE = "send the pages"
+    AWAIT_ARRIVED = "await arrived"
     DISCARD = "discard"
     RESUME = "resume"
     FORGET = "forget the record"
@@ -42,13 +48,17 @@ class Destination(Enum):
     DECIDE = "decide"
     RESUME = "resume"
     ANSWER = "answer"
+    AWAIT_PAGES = "await pages"
+    NOTE_ARRIVED = "note that all pages are there"
+    SAY_ARRIVED = "say so"
     AWAIT_DONE = "await done"
     DECIDE_ABORTED = "decide against it"
     ABORT = "abort"
     ENDED = "ended"
 
 
-GAVE_AWAY = {Source.AWAIT_RUNNING, Source.DISCARD, Source.ENDED}
+SERVING = {Source.SERVE, Source.AWAIT_ARRIVED}
+GAVE_AWAY = {Source.AWAIT_RUNNING, *SERVING, Source.DISCARD, Source.ENDED}
 GIVING_BACK = {Source.RESUME, Source.FORGET}
 GIVING_UP = {Destination.DECIDE_ABORTED, Destination.ABORT}
 
@@ -71,6 +81,11 @@ class State:
     withdrawn: bool = False
     """The destination had decided to run it, but its process died before anybody had told it to run."""
     ran_there: bool = False
+    postcopy: bool = False
+    complete: bool = False
+    """Every page is at the destination."""
+    arrived: bool = False
+    """The destination has written that down."""
 
     @property
     def owners(self) -> int:
@@ -94,6 +109,10 @@ class Rules:
     first_decision_holds: bool = True
     returns_after_commit: bool = False
     withdraws_what_ran: bool = False
+    discards_after_push: bool = False
+    discards_on_decision: bool = False
+    notes_arrival_first: bool = False
+    takes_a_cut_for_the_end: bool = False
 
 
 def decide(state: State, wanted: str, rules: Rules) -> State:
@@ -115,6 +134,9 @@ def source_steps(state: State, rules: Rules) -> Iterator[State]:
             yield replace(state, source=Source.SEND_COMMIT, here=here)
         case Source.SEND_COMMIT:
             yield send(replace(state, source=Source.AWAIT_RUNNING), "commit")
+        case Source.SERVE:
+            after = Source.DISCARD if rules.discards_after_push else Source.AWAIT_ARRIVED
+            yield send(replace(state, source=after), "pages")
         case Source.DISCARD:
             yield closed(send(replace(state, source=Source.ENDED, here="gone", record=False), "done"))
         case Source.RESUME:
@@ -128,7 +150,11 @@ def source_hears(state: State, rules: Rules) -> Iterator[State]:
     """The next message from the destination, or the end of the link."""
     if state.source in (Source.ENDED, *GIVING_BACK):
         return
-    expected = {Source.AWAIT_READY: ("ready", Source.RECORD), Source.AWAIT_RUNNING: ("running", Source.DISCARD)}
+    expected = {
+        Source.AWAIT_READY: ("ready", Source.RECORD),
+        Source.AWAIT_RUNNING: ("running", Source.SERVE if state.postcopy else Source.DISCARD),
+        Source.AWAIT_ARRIVED: ("arrived", Source.DISCARD),
+    }
     first = state.to_source[0] if state.to_source else None
     if state.source in expected and first == expected[state.source][0]:
         yield replace(state, source=expected[state.source][1], to_source=state.to_source[1:])
@@ -145,6 +171,8 @@ def source_fails(state: State, rules: Rules) -> Iterator[State]:
         if state.source is Source.AWAIT_RUNNING:  # OutcomeUnknown
             after = Source.RESUME if rules.returns_after_commit else Source.ENDED
             yield replace(state, source=after) if after is Source.RESUME else closed(replace(state, source=after))
+        elif state.source in SERVING:  # `postcopy-paused`
+            yield closed(replace(state, source=Source.ENDED))
     elif state.source not in GIVING_BACK:
         yield replace(state, source=Source.RESUME)
 
@@ -170,7 +198,17 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
         case Destination.ANSWER if rules.withdraws_what_ran and state.there == "gone":
             yield replace(state, destination=Destination.ABORT, verdict="aborted", withdrawn=True)
         case Destination.ANSWER:
-            yield send(replace(state, destination=Destination.AWAIT_DONE), "running")
+            too_soon = rules.notes_arrival_first and state.postcopy
+            after = Destination.AWAIT_PAGES if state.postcopy and not too_soon else Destination.AWAIT_DONE
+            answered = send(replace(state, destination=after, arrived=state.arrived or too_soon), "running")
+            yield send(answered, "arrived") if too_soon else answered
+        case Destination.NOTE_ARRIVED:
+            yield replace(state, destination=Destination.SAY_ARRIVED, arrived=True)
+        case Destination.SAY_ARRIVED:
+            yield send(replace(state, destination=Destination.AWAIT_DONE), "arrived")
+        case Destination.ENDED if state.there == "runs" and state.postcopy and not state.arrived:  # `receive --resume`
+            after = Destination.NOTE_ARRIVED if state.complete else Destination.AWAIT_PAGES
+            yield replace(state, destination=after, to_destination=())
         case Destination.DECIDE_ABORTED if rules.decides_before_abort:
             decided = decide(state, "aborted", rules)
             if decided.verdict == "aborted":
@@ -182,7 +220,7 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
             yield replace(state, destination=Destination.ABORT)
         case Destination.ABORT:
             yield closed(send(replace(state, destination=Destination.ENDED, there="gone"), "abort"))
-    yield from destination_hears(state)
+    yield from destination_hears(state, rules)
 
 
 def after_the_end(state: State) -> set[str]:
@@ -195,17 +233,21 @@ def after_the_end(state: State) -> set[str]:
     return {"gone", "runs" if decided or state.there == "runs" else "gone"}
 
 
-def destination_hears(state: State) -> Iterator[State]:
+def destination_hears(state: State, rules: Rules) -> Iterator[State]:
     """The next message from the source, or the end of the link."""
     first = state.to_destination[0] if state.to_destination else None
     rest = replace(state, to_destination=state.to_destination[1:])
     match state.destination, first:
         case Destination.AWAIT_STATE, "state":
-            yield send(replace(rest, destination=Destination.AWAIT_COMMIT), "ready")
+            yield send(replace(rest, destination=Destination.AWAIT_COMMIT, complete=not state.postcopy), "ready")
         case Destination.AWAIT_COMMIT, "commit":
             yield replace(rest, destination=Destination.COMMIT_WORKLOAD)
         case ((Destination.AWAIT_STATE | Destination.AWAIT_COMMIT), "abort"):
             yield replace(rest, destination=Destination.DECIDE_ABORTED)
+        case Destination.AWAIT_PAGES, "pages":
+            yield replace(rest, destination=Destination.NOTE_ARRIVED, complete=True)
+        case Destination.AWAIT_PAGES, None if not state.link and rules.takes_a_cut_for_the_end:
+            yield replace(state, destination=Destination.NOTE_ARRIVED)
         case Destination.AWAIT_DONE, "done":
             yield closed(replace(rest, destination=Destination.ENDED, settled=True))
         case ((Destination.AWAIT_STATE | Destination.AWAIT_COMMIT), None) if not state.link:
@@ -223,7 +265,7 @@ def send(state: State, message: str) -> State:
     """Put a message on its way; into nowhere where the link is cut."""
     if not state.link:
         return state
-    if message in ("state", "commit", "done") or (message == "abort" and state.source is Source.ENDED):
+    if message in ("state", "commit", "pages", "done") or (message == "abort" and state.source is Source.ENDED):
         return replace(state, to_destination=(*state.to_destination, message))
     return replace(state, to_source=(*state.to_source, message))
 
@@ -235,7 +277,11 @@ def recovery(state: State, rules: Rules) -> Iterator[State]:
     if state.settled:
         return  # `unknown`
     decided = decide(state, "aborted", rules)
-    if decided.verdict == "committed":
+    if decided.verdict == "committed" and state.postcopy and not (state.arrived or rules.discards_on_decision):
+        # Only who has the pager can go on; another receiver says who it must be.
+        if state.destination is Destination.AWAIT_PAGES:
+            yield replace(decided, source=Source.SERVE, link=True, to_destination=(), to_source=())
+    elif decided.verdict == "committed":
         yield replace(decided, here="gone", record=False)
     else:
         yield replace(decided, here="runs", record=False)
@@ -276,8 +322,8 @@ def steps(state: State, rules: Rules) -> Iterator[State]:
 
 def reachable(rules: Rules) -> dict[State, State | None]:
     """All states that can come about, each with the one before it."""
-    found: dict[State, State | None] = {State(): None}
-    waiting = [State()]
+    found: dict[State, State | None] = {State(): None, State(postcopy=True): None}
+    waiting = list(found)
     while waiting:
         state = waiting.pop()
         for after in (*steps(state, rules), *failures(state, rules)):
@@ -297,10 +343,16 @@ def wrong(state: State, rules: Rules) -> str | None:
         return "it runs here, and was decided to run there"
     if state.withdrawn and state.ran_there:
         return "it is given back, and has run there"
+    if state.here == "gone" and state.verdict == "committed" and not state.complete:
+        return "pages are gone that the destination does not have"
+    if state.arrived and not state.complete:
+        return "the destination says that it has what it does not have"
     at_an_end = next(steps(state, rules), None) is None
     # Killed there after the decision: as any workload whose process is killed.
     if at_an_end and state.owners == 0 and not state.died_there:
         return "nobody runs it, and nobody can ask"
+    if at_an_end and state.there == "runs" and not state.complete:
+        return "it waits for pages that nobody will send"
     return None
 
 
@@ -322,6 +374,8 @@ def test_there_is_never_more_than_one_owner_and_never_none_for_good() -> None:
     # The states that matter do come about.
     assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
     assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
+    assert any(state.there == "runs" and not state.complete and not state.link for state in states)
+    assert any(state.postcopy and state.settled for state in states)
 
 
 def test_without_further_failures_everything_comes_to_an_end() -> None:
@@ -340,7 +394,8 @@ def test_without_further_failures_everything_comes_to_an_end() -> None:
     for state in states:
         measure(state)
     ends = [state for state in states if next(steps(state, rules), None) is None]
-    assert all(not state.record or state.here == "runs" for state in ends)
+    # In post-copy the source keeps its pages for a workload that has been killed there: nobody says that it is over.
+    assert all(not state.record or state.here == "runs" or (state.postcopy and state.died_there) for state in ends)
 
 
 def test_it_goes_from_the_source_only_where_the_destination_has_decided_for_itself() -> None:
@@ -365,6 +420,10 @@ def test_what_died_before_it_ran_is_given_back() -> None:
         Rules(first_decision_holds=False),
         Rules(returns_after_commit=True),
         Rules(withdraws_what_ran=True),
+        Rules(discards_after_push=True),
+        Rules(discards_on_decision=True),
+        Rules(notes_arrival_first=True),
+        Rules(takes_a_cut_for_the_end=True),
     ],
     ids=lambda rules: next(name for name in Rules.__annotations__ if getattr(rules, name) != getattr(Rules(), name)),
 )

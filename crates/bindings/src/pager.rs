@@ -105,6 +105,22 @@ impl Pager {
         pager::file_len(pages)
     }
 
+    #[staticmethod]
+    fn set_flags(py: Python<'_>, flags: i32, missing: Vec<PyRef<'_, PageSet>>) -> PyResult<()> {
+        let sets: Vec<_> = missing.iter().map(|set| set.inner.clone()).collect();
+        py.detach(|| {
+            let pages = sets.iter().map(pageferry_engine::pages::PageSet::pages).sum();
+            let file = duplicate(flags)?;
+            let flags = pager::Flags::new(mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0)?, pages);
+            sets.iter().fold(0, |base, set| {
+                flags.set_all(base, set);
+                base + set.pages()
+            });
+            Ok(())
+        })
+        .map_err(errors::kernel)
+    }
+
     #[getter]
     fn pending(&self) -> usize {
         self.inner.pending()

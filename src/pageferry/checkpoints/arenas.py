@@ -162,7 +162,7 @@ def _pager(image: ImageFile, arena: Arena, working_set: list[int], *, eager: boo
         raise UnsupportedError(
             "this user may not handle page faults: run as root, or write 1 to /proc/sys/vm/unprivileged_userfaultfd"
         ) from denied
-    flags = restoring.flags_file(image.pages)
+    flags = deferred.create_flags(None, Pager.flags_length(image.pages))
     try:
         segment = (space, arena.address, arena.length, 0, 0)
         return Pager(

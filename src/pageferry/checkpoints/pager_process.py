@@ -22,13 +22,13 @@ from pageferry._engine import Pager, Space
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.working_set import WorkingSet
-from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
+from pageferry.errors import PageferryError, UsageError
 from pageferry.host import proc
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.base import SMALL_PAGE, Region, Segment
-from pageferry.workloads.deferred import Deferred, RegionRecord
+from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.pager_server import PagerServer
 
 log = logging.getLogger("pageferry.checkpoints.pager")
@@ -64,10 +64,11 @@ class GuestPager:
     def __init__(self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool = False) -> None:
         self.image = image
         self.folder = folder
-        self.regions = [_open_region(record) for record in work.regions]
+        self.regions = [deferred.open_region(record) for record in work.regions]
         self.spaces = {segment.pid: Space(segment.pid) for region in self.regions for segment in region.segments}
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
-        self.flags = _flags(folder, image.pages, taken_over)
+        length = Pager.flags_length(image.pages)
+        self.flags = deferred.open_flags(folder, length) if taken_over else deferred.create_flags(folder, length)
         self.working_set = WorkingSet(image)
         self.touched: list[int] = []
         self.work = work
@@ -166,31 +167,6 @@ class GuestPager:
                 self.spaces[pid].call(_SYS_CLOSE, number)
         fault_point("pager.closed")
         log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
-
-
-def _open_region(record: RegionRecord) -> Region:
-    segments = tuple(Segment(one.pid, one.address, one.length, one.offset) for one in record.segments)
-    first = segments[0]
-    for mapping in proc.file_mappings(first.pid):
-        if mapping.address <= first.address < mapping.address + mapping.length:
-            descriptor = proc.open_mapped_file(first.pid, mapping)
-            return Region(record.name, record.length, descriptor, record.file_offset, record.page_size, segments)
-    raise WorkloadError(f"{record.name} is not mapped by process {first.pid} any more")
-
-
-def _flags(folder: Folder, pages: int, taken_over: bool) -> int:
-    """The file of flags, locked: there is one pager at a time."""
-    path = folder.path / deferred.FLAGS
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if taken_over else restoring.flags_file(pages, str(path))
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as busy:
-        os.close(descriptor)
-        raise UsageError(f"{folder.name} has a pager that is alive: there is nothing to take over") from busy
-    if os.fstat(descriptor).st_size != Pager.flags_length(pages):
-        os.close(descriptor)
-        raise RestoreError(f"{path} is not of this image: give the one that {folder.name} is restored from")
-    return descriptor
 
 
 def _take_over(image: ImageFile, order: Order) -> GuestPager:

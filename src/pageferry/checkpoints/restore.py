@@ -24,7 +24,7 @@ from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Ask, Deferred, RegionRecord, SegmentRecord, Status
+from pageferry.workloads.deferred import Ask, Deferred, Status
 from pageferry.workloads.qemu import QemuWorkload
 
 _POLL = 0.2
@@ -235,16 +235,7 @@ def _last_words(folder: Folder, known: int) -> Status | None:
 
 
 def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Deferred:
-    regions = [
-        RegionRecord(
-            region.name,
-            region.length,
-            region.file_offset,
-            region.page_size,
-            [SegmentRecord(one.pid, one.address, one.length, one.offset) for one in region.segments],
-        )
-        for region in workload.regions
-    ]
+    regions = [deferred.record_of(region) for region in workload.regions]
     return Deferred(
         image=str(image.path.absolute()),
         qmp_socket=workload.qmp_socket,

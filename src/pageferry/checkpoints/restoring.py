@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-from pageferry._engine import Mapping, Pager
+from pageferry._engine import Mapping
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
@@ -53,16 +52,6 @@ def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
 def extents(image: ImageFile) -> list[tuple[str, int]]:
     """Name and length of every region of an image."""
     return [(region.name, region.length) for region in image.metadata.regions]
-
-
-def flags_file(pages: int, path: str | None = None) -> int:
-    """A file for a pager's flags (a descriptor, the caller's to close): at `path`, or nameless in memory."""
-    if path is None:
-        descriptor = os.memfd_create("pager-flags")
-    else:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.ftruncate(descriptor, Pager.flags_length(pages))
-    return descriptor
 
 
 def _describe(regions: list[tuple[str, int]]) -> str:

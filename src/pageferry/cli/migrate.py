@@ -8,7 +8,7 @@ from pageferry.cli.arguments import milliseconds, size
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
-from pageferry.migration import api
+from pageferry.migration import api, switch
 from pageferry.migration.options import Options
 from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
@@ -32,13 +32,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Moves a running workload to `pageferry receive` on another host, while it runs: memory is copied in rounds, "
         "each of what was modified in the one before, until the rest is small; then the workload is paused, the rest "
-        "and its state are sent, and it runs on at the other end. Any failure before that leaves it running here."
+        "and its state are sent, and it runs on at the other end. Any failure before that leaves it running here. With "
+        "--mode postcopy or hybrid it runs at the other end before all of its memory is there; the rest is brought on "
+        "access. If the link goes meanwhile it waits: see --recover."
     )
     parser.add_argument("name", metavar="NAME", help="workload to move (see `pageferry list`)")
     parser.add_argument("address", metavar="HOST:PORT", nargs="?", help="where the receiver listens")
     add_options(parser)
+    parser.add_argument(
+        "--switch",
+        action="store_true",
+        help="tell a migration of it with --mode hybrid, which is under way, to go over to post-copy now",
+    )
     after = parser.add_argument_group("after a commit without an answer").add_mutually_exclusive_group()
-    after.add_argument("--recover", action="store_true", help="ask the receiver what became of it, and act on that")
+    after.add_argument(
+        "--recover",
+        action="store_true",
+        help="ask the receiver what became of it, and act on that; in post-copy, send the pages that it waits for",
+    )
     after.add_argument(
         "--take-back",
         action="store_true",
@@ -49,6 +60,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `pageferry.migration.options.Options`."""
     copying = parser.add_argument_group("copying")
+    copying.add_argument(
+        "--mode",
+        choices=("precopy", "postcopy", "hybrid"),
+        default=DEFAULTS.mode,
+        help="what is copied before it runs at the other end: all, nothing, or all until that gets no further or "
+        "--switch is given (%(default)s)",
+    )
     copying.add_argument(
         "--max-downtime",
         type=milliseconds,
@@ -106,7 +124,10 @@ def options_of(args: argparse.Namespace) -> dict[str, object]:
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Migrate, recover or take back."""
+    """Migrate, recover, take back, or tell a migration to switch over."""
+    if args.switch:
+        switch.request(Registry().folder(args.name))
+        return 0
     workload = await open_workload(args.name)
     folder = Registry().folder(args.name)
     try:
@@ -124,12 +145,11 @@ async def run(args: argparse.Namespace) -> int:
 
 async def _settle(args: argparse.Namespace, workload: Workload) -> int:
     folder = Registry().folder(args.name)
-    with folder.exclusively("a recovery"):
+    with folder.exclusively("a recovery"), open_reporter(args.output, MigrationView()) as out:
         if args.take_back:
             await api.take_back(workload)
             owner = "source"
         else:
-            owner = await api.recover(workload, patience=args.patience, insecure=args.insecure)
-    with open_reporter(args.output, MigrationView()) as out:
+            owner = await api.recover(workload, patience=args.patience, insecure=args.insecure, listener=out.event)
         out.final(Recovered(args.name, owner))
     return 0

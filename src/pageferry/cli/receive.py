@@ -15,10 +15,12 @@ from pageferry.cli.run import see_to_the_end
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
-from pageferry.migration import api, messages
+from pageferry.migration import api, events, messages
 from pageferry.migration.connection import Reception, resolve
-from pageferry.migration.destination import Destination
+from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.ownership import Verdicts
+from pageferry.migration.postcopy_destination import Resumption
+from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
 from pageferry.workloads.base import Workload
@@ -45,6 +47,12 @@ class Received(Event, frozen=True, tag="received"):
     kind: str
 
 
+class Resumed(Event, frozen=True, tag="resumed"):
+    """All of its memory is here."""
+
+    workload: str
+
+
 class LedgerResult(Event, frozen=True, tag="ledger"):
     """What became of a built-in workload: whether every write that was ever made is there."""
 
@@ -64,6 +72,8 @@ class ReceiveView(PlainView):
                 return f"{event.workload} waits at {event.address}"
             case Received():
                 return f"{event.workload} runs here"
+            case events.PostcopyEvent():
+                return postcopy_line(event) if event.status != "postcopy-active" else None
             case _:
                 return super().line(event)
 
@@ -72,10 +82,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.description = (
         "Waits for one workload that `pageferry migrate` sends, and runs it. A QEMU is started at once with the "
-        "command line given, and waits for its memory and state; it must be the same machine as at the source."
+        "command line given, and waits for its memory and state; it must be the same machine as at the source. With "
+        "--resume, goes on for a guest that runs here already and whose receiver was killed before all of its memory "
+        "had come."
     )
     parser.add_argument("name", metavar="NAME", help="name of the workload on this host")
     parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:0", help="(%(default)s: any free port)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="bring the rest of the memory of a guest that is here; then `pageferry migrate --recover` at its source",
+    )
     parser.add_argument("--workload", choices=("demo",), help="receive the built-in workload instead of a QEMU")
     parser.add_argument(
         "--max-size", type=size, metavar="SIZE", help="largest memory to accept (default: what is free)"
@@ -90,17 +107,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
 async def run(args: argparse.Namespace) -> int:
     """Receive a workload, then stay until it ends."""
     command = args.command
-    if (args.workload is None) == (not command):
-        raise UsageError("give either --workload demo, or a QEMU command line after --")
+    if (args.workload is not None) + bool(command) + args.resume != 1:
+        raise UsageError("give either --workload demo, or --resume, or a QEMU command line after --")
     address = resolve(args.listen, insecure=args.insecure, what="address to listen on")
     with open_reporter(args.output, ReceiveView()) as out:
         reception = Reception(address, args.patience)
         try:
+            if args.resume:
+                return await _resume(args, reception, out)
             if command:
                 return await _receive_guest(args, command, reception, out)
             return await _receive_ledger(args, reception, out)
         finally:
             await reception.close()
+
+
+def _destination(args: argparse.Namespace, reception: Reception, prepare: Prepare, out: Reporter) -> Destination:
+    registry = Registry()
+    return Destination(
+        reception,
+        prepare,
+        Verdicts(registry.path),
+        args.patience,
+        folder=lambda: registry.folder(args.name),
+        listener=out.event,
+    )
+
+
+async def _resume(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:
+    registry = Registry()
+    resumption = Resumption(registry.folder(args.name), reception, Verdicts(registry.path), args.patience, out.event)
+    out.event(Listening(args.name, str(reception.address)))
+    await resumption.run()
+    out.final(Resumed(args.name))
+    return 0
 
 
 async def _receive_guest(args: argparse.Namespace, command: list[str], reception: Reception, out: Reporter) -> int:
@@ -114,7 +154,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
         return guest
 
     accepted = asyncio.Event()
-    destination = Destination(reception, prepare, Verdicts(Registry().path), args.patience)
+    destination = _destination(args, reception, prepare, out)
     try:
         async with _received(args, destination, out) as finishing:
             if args.detach:
@@ -136,12 +176,13 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
     async def prepare(hello: messages.Hello) -> Workload:
         arena = api.arena_for(hello, args.max_size)
         fresh = type(arena).from_file(arena.fileno(), arena.length)
-        ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set))
+        late = hello.mode != "precopy"
+        ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set), late=late)
         fresh.register(args.name)
         received.append(ledger)
         return ledger
 
-    destination = Destination(reception, prepare, Verdicts(Registry().path), args.patience)
+    destination = _destination(args, reception, prepare, out)
     async with _received(args, destination, out):
         with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
             await moved.wait()
@@ -167,6 +208,7 @@ async def _received(
             yield finishing
         finally:
             finishing.cancel()
+            await asyncio.gather(finishing, return_exceptions=True)
     finally:
         destination.close()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Literal
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from pageferry.errors import (
     ConnectionLost,
@@ -17,21 +18,22 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.events import Listener, ignore
-from pageferry.host.registry import Folder, Registry
+from pageferry.host.registry import Registry
 from pageferry.migration import messages
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Address, Reception, connect_control, resolve
 from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
+from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed, Verdicts
+from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
+from pageferry.workloads.folders import folder_of
 from pageferry.workloads.settling import settled
-
-Owner = Literal["source", "destination", "unknown"]
 
 _reports: set[asyncio.Task[None]] = set()
 """Under way; the event loop itself does not hold on to its tasks."""
@@ -46,13 +48,14 @@ async def migrate(
     an event for every round.
 
     Raises MigrationError when it did not work out: the workload runs on here then, as if nothing had happened; except
-    for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver. UsageError for bad options.
+    for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver, and PostcopyPaused: it runs
+    there, and waits for pages that `recover` sends. UsageError for bad options.
     """
     chosen = Options(**options)
     target = resolve(address, insecure=chosen.insecure, what="destination")
     moved = workload.workload() if isinstance(workload, Arena) else workload
     await settled(moved)
-    folder = _folder(moved)
+    folder = folder_of(moved)
     if folder is not None and folder.load(RECORD, Committed) is not None and not await moved.running():
         raise WorkloadError(
             f"{moved.name} was given away by an earlier migration whose outcome is not known here: ask for it with "
@@ -86,7 +89,8 @@ async def receive(
 
     Name, state and callbacks are those of `Arena`; `on_resume` is called at the moment from which the arena is this
     process's. `listening` is called with the address once sources can connect. An arena larger than `max_size` bytes
-    (default: the memory that is available) is refused. Raises MigrationError, UsageError.
+    (default: the memory that is available) is refused, and so is one whose pages would come later: a thread of this
+    program that waits for a page may hold what the rest of it needs to go on. Raises MigrationError, UsageError.
     """
     reception = Reception(resolve(address, insecure=insecure, what="address to listen on"), patience)
     if listening is not None:
@@ -95,6 +99,8 @@ async def receive(
     received: list[Arena] = []
 
     async def prepare(hello: messages.Hello) -> Workload:
+        if hello.mode != "precopy":
+            raise UsageError("an arena of a program is received with all of its memory: use --mode precopy")
         fresh = arena_for(hello, max_size)
         arena = Arena.from_file(
             fresh.fileno(),
@@ -139,20 +145,33 @@ def available_memory() -> int:
 
 
 async def recover(
-    workload: Arena | Workload, doubt: OutcomeUnknown | None = None, *, patience: float = 30.0, insecure: bool = False
+    workload: Arena | Workload,
+    doubt: OutcomeUnknown | None = None,
+    *,
+    patience: float = 30.0,
+    insecure: bool = False,
+    listener: Listener = ignore,
 ) -> Owner:
-    """Ask the peer what became of a migration whose commit went unanswered, and act on it.
+    """Ask the peer what became of a migration whose commit went unanswered, or of its link in post-copy; act on it.
 
     `doubt`: the error that `migrate` raised; a workload that is registered by name has it on record. Returns
     `destination` (it runs there; what was left here has been discarded) or `source` (it runs on here). Raises
-    UsageError when no migration is in doubt, OutcomeUnknown when the peer cannot be reached or knows nothing.
+    UsageError when no migration is in doubt, OutcomeUnknown when the peer cannot be reached or knows nothing. Pages
+    that the destination still waits for are sent first; PostcopyPaused when that does not work out.
     """
     moved = workload.workload() if isinstance(workload, Arena) else workload
     record = _in_doubt(moved, doubt)
-    owner = await _ask(resolve(record.peer, insecure=insecure, what="peer"), record, moved.name, patience)
-    match owner:
-        case "destination":
+    address = resolve(record.peer, insecure=insecure, what="peer")
+    async with _asked(address, record, moved.name, patience) as (outcome, channel):
+        if outcome.owner == "destination":
+            if record.owes and not outcome.complete:
+                await serve_on(moved, record, channel, address, patience, listener)
             await moved.discard()
+            with contextlib.suppress(MigrationError):
+                await channel.send(messages.Done())
+    match outcome.owner:
+        case "destination":
+            pass
         case "source":
             await take_back(moved, doubt)
         case _:
@@ -163,7 +182,7 @@ async def recover(
                 record.migration,
                 record.peer,
             )
-    return owner
+    return outcome.owner
 
 
 async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
@@ -174,42 +193,42 @@ async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = N
     moved = workload.workload() if isinstance(workload, Arena) else workload
     _in_doubt(moved, doubt)
     await moved.resume()
-    if (folder := _folder(moved)) is not None:
+    if (folder := folder_of(moved)) is not None:
         folder.forget(RECORD)
 
 
 def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
     if doubt is not None and doubt.migration:
         return Committed(migration=doubt.migration, peer=doubt.peer)
-    folder = _folder(workload)
+    folder = folder_of(workload)
     record = folder.load(RECORD, Committed) if folder is not None else None
     if record is None:
         raise UsageError(f"{workload.name} is in no doubt: no migration of it waits for an answer")
     return record
 
 
-async def _ask(address: Address, record: Committed, name: str, patience: float) -> Owner:
+@contextlib.asynccontextmanager
+async def _asked(
+    address: Address, record: Committed, name: str, patience: float
+) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
+    """What the peer says became of a migration, and the connection to it."""
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
+    if record.owes:
+        again = (
+            f"{name} stays paused, with all its pages; if it is no more received there, start "
+            f"`pageferry receive --resume` on that host and ask again"
+        )
+    channel: Channel | None = None
     try:
-        channel = Channel(*await connect_control(address, patience), patience)
         try:
+            channel = Channel(*await connect_control(address, patience), patience)
             await channel.send(messages.Recover(version=messages.VERSION, migration=record.migration))
-            return (await channel.receive(messages.Outcome)).owner
-        finally:
+            outcome = await channel.receive(messages.Outcome)
+        except MigrationError as error:
+            raise OutcomeUnknown(
+                f"{address} does not say what became of {name} ({error}). {again}", record.migration, record.peer
+            ) from error
+        yield outcome, channel
+    finally:
+        if channel is not None:
             await channel.close()
-    except MigrationError as error:
-        raise OutcomeUnknown(
-            f"{address} does not say what became of {name} ({error}). {again}", record.migration, record.peer
-        ) from error
-
-
-def _folder(workload: Workload) -> Folder | None:
-    """Where the records of a registered workload go."""
-    registry = Registry()
-    try:
-        entry = registry.lookup(workload.name)
-    except (UsageError, WorkloadError):
-        return None
-    # A workload without a name here may be called like another one that has it.
-    pids = {segment.pid for region in workload.regions for segment in region.segments}
-    return registry.folder(workload.name) if entry.pid in pids else None

@@ -41,6 +41,11 @@ class Channel:
         self._failure: asyncio.Future[MigrationError] = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
 
+    @property
+    def failure(self) -> MigrationError | None:
+        """Why nothing comes any more; None while the connection is well."""
+        return self._failure.result() if self._failure.done() else None
+
     async def send(self, message: Message) -> None:
         """Send one message. Raises ConnectionLost."""
         try:

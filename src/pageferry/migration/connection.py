@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import getLogger
 
@@ -122,6 +123,16 @@ async def connect_stream(address: Address, token: bytes, index: int, patience: f
     connection.setblocking(True)
     _widen(connection)
     return connection
+
+
+async def connect_streams(
+    address: Address, token: bytes, numbers: Sequence[int], patience: float
+) -> list[socket.socket]:
+    """Page streams of these numbers, in order. Raises ConnectionLost; none is left open then."""
+    with contextlib.ExitStack() as opened:
+        streams = [opened.enter_context(await connect_stream(address, token, index, patience)) for index in numbers]
+        opened.pop_all()
+        return streams
 
 
 class Reception:

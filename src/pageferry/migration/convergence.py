@@ -9,6 +9,8 @@ SMOOTHING = 0.5
 """Weight of the newest round in the bandwidth estimate."""
 STALL_ROUNDS = 4
 """So many rounds in a row without progress are a stall."""
+HYBRID_BUDGET = 2.0
+"""With post-copy to fall back on, nothing is sent more than so many times on average."""
 PROGRESS = 0.9
 """A round makes progress when it leaves less than this part of the least that was ever left."""
 
@@ -32,21 +34,30 @@ class Convergence:
     max_downtime: float
     """Seconds that sending the rest may take while the workload is paused."""
     max_rounds: int
+    budget: float = float("inf")
+    """A further round is only begun where all that is sent stays below so many times what the first one sent, even if
+    everything of that round has to be sent once more. Otherwise that is a stall too."""
     bandwidth: float = 0.0
     """Bytes of memory per second, smoothed. Counts memory covered, not bytes sent: zeros and compression help."""
     rounds: int = 0
     stalled: int = 0
     least: float = field(default=float("inf"))
+    first: int = 0
+    covered: int = 0
+    """Bytes of memory that the first round has sent, and all of them together."""
 
     def after_round(self, covered: int, seconds: float, remaining: int) -> Decision:
         """`covered` bytes of memory were sent in `seconds`; `remaining` bytes were modified meanwhile."""
         self.rounds += 1
         self._measure(covered, seconds)
+        self.first = self.first or covered
+        self.covered += covered
         if self.expected_downtime(remaining) <= self.max_downtime:
             return Decision.SWITCH_OVER
         self.stalled = 0 if remaining < self.least * PROGRESS else self.stalled + 1
         self.least = min(self.least, remaining)
-        if self.stalled >= STALL_ROUNDS or self.rounds >= self.max_rounds:
+        over_budget = self.covered + 2 * remaining > self.budget * self.first
+        if self.stalled >= STALL_ROUNDS or self.rounds >= self.max_rounds or over_budget:
             return Decision.STALLED
         return Decision.CONTINUE
 

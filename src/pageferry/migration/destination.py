@@ -1,7 +1,8 @@
 """The destination of a migration: places pages while the workload runs elsewhere, then takes it over.
 
 Read `Destination.run` first. Nobody uses the memory here until the source has committed, so pages are received in
-place and verified there; one that is wrong ends the migration, and the source runs on.
+place and verified there; one that is wrong ends the migration, and the source runs on. In post-copy the workload is
+taken over before all pages are here: then `postcopy_destination` brings the rest.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ from pageferry.errors import (
     PageferryError,
     PeerRefused,
     ProtocolError,
-    UsageError,
     WorkloadDied,
     WorkloadError,
 )
+from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
+from pageferry.host.registry import Folder
 from pageferry.migration import messages
+from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import Reception
+from pageferry.migration.missing import MissingPages
 from pageferry.migration.native import off_loop, to_the_end
 from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.postcopy_destination import LateMemory
 from pageferry.migration.stopwatch import Stopwatch
-from pageferry.workloads.base import LARGE_PAGE, Workload
+from pageferry.workloads import deferred
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Workload
+from pageferry.workloads.deferred import Arriving
 from pageferry.workloads.memory import Memory
 
 log = getLogger(__name__)
@@ -48,21 +55,35 @@ Prepare = Callable[[messages.Hello], Awaitable[Workload]]
 
 
 class Destination:
-    """Receives one workload. `prepare` is called for every source that asks, until one is accepted."""
+    """Receives one workload. `prepare` is called for every source that asks, until one is accepted.
 
-    def __init__(self, reception: Reception, prepare: Prepare, verdicts: Verdicts, patience: float = 30.0) -> None:
+    `folder`: where the records go of a workload whose pages are still to come; None for one without a name.
+    """
+
+    def __init__(
+        self,
+        reception: Reception,
+        prepare: Prepare,
+        verdicts: Verdicts,
+        patience: float = 30.0,
+        *,
+        folder: Callable[[], Folder | None] = lambda: None,
+        listener: Listener = ignore,
+    ) -> None:
         self.reception = reception
         self.prepare = prepare
         self.verdicts = verdicts
         self.patience = patience
+        self.folder = folder
+        self.listener = listener
+        self.attendant = Attendant(reception, verdicts)
         self.times = Stopwatch()
         self.state = bytearray()
         self.digest = blake2b(digest_size=32)
         self.promised = False
         """Ready was sent: the source may commit at any moment, and may come and ask."""
-        self.settled = asyncio.Event()
-        """Set once the source knows what became of the migration."""
-        self._attendant: asyncio.Task[None] | None = None
+        self.late: LateMemory | None = None
+        """Brings what is still missing when the workload runs here; None: nothing is."""
         self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> Workload:
@@ -72,7 +93,7 @@ class Destination:
         """
         self.channel, hello = await self._accept()
         self.migration = hello.migration
-        self._attendant = asyncio.create_task(self._attend())
+        self.attendant.begin(hello.migration)
         try:
             await self._receive(hello)
             await self.channel.receive(messages.Commit)
@@ -89,8 +110,14 @@ class Destination:
 
     def close(self) -> None:
         """Attend to nobody any more."""
-        if self._attendant is not None:
-            self._attendant.cancel()
+        self.attendant.close()
+        if self.late is not None:
+            self.late.close()
+
+    @property
+    def settled(self) -> asyncio.Event:
+        """Set once the source knows what became of the migration."""
+        return self.attendant.settled
 
     # -- whoever connects
 
@@ -105,37 +132,11 @@ class Destination:
                         channel.limit = messages.MAX_MESSAGE
                         return channel, hello
                     case _:
-                        await self._answer(channel, first)
+                        await self.attendant.answer(channel, first)
             except (PageferryError, OSError) as error:
                 log.warning("a source was refused: %s", error)
                 await channel.abort(str(error))
             await channel.close()
-
-    async def _attend(self) -> None:
-        """Answer and refuse those that come while a workload is received, and after."""
-        while True:
-            channel, first = await self.reception.control()
-            try:
-                if isinstance(first, messages.Hello):
-                    raise UsageError("this receiver receives another workload, or has done so already")
-                await self._answer(channel, first)
-            except PageferryError as error:
-                await channel.abort(str(error))
-            finally:
-                await channel.close()
-
-    async def _answer(self, channel: Channel, question: messages.AnyMessage) -> None:
-        """Tell a source who owns the workload. Where nothing was decided it is decided now: for the source."""
-        if not isinstance(question, messages.Recover):
-            raise ProtocolError(f"the peer began with {type(question).__name__}")
-        messages.check_version(question.version)
-        if not self.verdicts.knows(question.migration):
-            await channel.send(messages.Outcome(owner="unknown"))
-            return
-        verdict = self.verdicts.decide(question.migration, Verdict.ABORTED)
-        await channel.send(messages.Outcome(owner="destination" if verdict is Verdict.COMMITTED else "source"))
-        if self._attendant is not None and question.migration == self.migration:
-            self.settled.set()
 
     # -- receiving
 
@@ -144,17 +145,36 @@ class Destination:
         fault_point("destination.accepted")
         self.memory = Memory(self.workload)
         self._compare(hello.regions)
-        streams = await self._streams(hello.streams)
-        try:
-            await self._open_placer(hello)
-            self.receiver = BlockReceiver([stream.fileno() for stream in streams], self.placer, self.patience)
-        finally:
+        count = hello.streams
+        with contextlib.ExitStack() as opened:  # the engine has duplicates
+            streams = await self._streams(count if hello.mode == "precopy" else 2 * count + 1)
             for stream in streams:
-                stream.close()  # the engine has a duplicate
-        self.hot: dict[int, list[int]] = {}
-        while await self._step():
-            pass
+                opened.enter_context(stream)
+            await self._open_placer(hello)
+            sockets = [stream.fileno() for stream in streams[:count]]
+            self.receiver = BlockReceiver(sockets, self.placer, self.patience)
+            self.hot: dict[int, list[int]] = {}
+            self.missing = MissingPages([region.length // SMALL_PAGE for region in hello.regions])
+            while await self._step():
+                if self.missing.complete and self.late is None:
+                    await self._await_late_pages(hello, streams[count:])
         await self._make_ready(hello)
+
+    async def _await_late_pages(self, hello: messages.Hello, late: list[socket.socket]) -> None:
+        """Post-copy: from here on nobody touches what is missing without waiting for it."""
+        if not late:
+            raise ProtocolError("the source announced pre-copy, and keeps pages back")
+        await off_loop(lambda: self.placer.finish(False))
+        record = Arriving(
+            migration=hello.migration,
+            source=hello.name,
+            regions=[deferred.record_of(region) for region in self.memory.regions],
+            large=[messages.pack_units(units) for units in self.large],
+            userfaults={},
+        )
+        self.late = LateMemory(record, self.memory.regions, self.folder(), self.verdicts, self.patience, self.listener)
+        await self.channel.during(self.late.begin(self.missing.sets, late, self.channel))
+        fault_point("destination.pager-begun")
 
     async def _streams(self, count: int) -> list[socket.socket]:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
@@ -163,11 +183,11 @@ class Destination:
         return await self.channel.during(self.reception.streams(token, count, self.patience))
 
     async def _open_placer(self, hello: messages.Hello) -> None:
-        large = [await self._large_pages(number) for number in range(len(hello.regions))]
+        self.large = [await self._large_pages(number) for number in range(len(hello.regions))]
         self.placer = Placer(
             [
                 (mapping, region.page_size, units)
-                for mapping, region, units in zip(self.memory.mappings, self.memory.regions, large, strict=True)
+                for mapping, region, units in zip(self.memory.mappings, self.memory.regions, self.large, strict=True)
             ],
             self.memory.segments,
             hello.keep_large,
@@ -210,6 +230,8 @@ class Destination:
                 await self.channel.send(messages.RoundDone(number=number))
             case messages.Hot(region=region, units=units):
                 self.hot[region] = [unit for unit, hot in enumerate(self._units(region, units)) if hot]
+            case messages.Missing() as missing:
+                self.missing.add(missing)
             case messages.State(data=data):
                 if len(self.state) + len(data) > messages.MAX_STATE:
                     raise ProtocolError(f"more than {messages.MAX_STATE} bytes of state")
@@ -226,7 +248,7 @@ class Destination:
     def _verify_state(self, end: messages.StateEnd) -> None:
         if end.length != len(self.state) or end.digest != self.digest.digest():
             raise ProtocolError("the state of the workload was damaged on the way")
-        if self.placer.missing:
+        if self.placer.missing and self.late is None:
             raise ProtocolError(f"the source forgot {self.placer.missing} pages")
 
     async def _make_ready(self, hello: messages.Hello) -> None:
@@ -250,6 +272,11 @@ class Destination:
 
     async def _populate(self, mode: messages.Populate) -> None:
         placer = self.placer
+        if self.late is not None:
+            if mode != "none":
+                await self.late.populate()
+                await self._prefault(self._whole_units())
+            return
         for region, units in self.hot.items():
             await off_loop(lambda region=region, units=units: placer.populate(region, units))  # type: ignore[misc]
         try:
@@ -258,6 +285,15 @@ class Destination:
             log.warning("page tables are left to the first access: %s", error)
         if mode != "none":
             await self._prefault(self.hot if mode == "hot" else None)
+
+    def _whole_units(self) -> dict[int, list[int]]:
+        """Large pages of which nothing is missing."""
+        missing = [pages.unit_counts() for pages in self.missing.sets]
+        large = self.memory.large_units()
+        return {
+            region: [unit for unit, count in enumerate(counts) if not count and large[region][unit]]
+            for region, counts in enumerate(missing)
+        }
 
     async def _prefault(self, units: dict[int, list[int]] | None) -> None:
         """Those of the hypervisor. They wait for those of the process, which they are filled from."""
@@ -292,6 +328,7 @@ class Destination:
         with self.times.measure("resume"):
             await self._resume()
         fault_point("destination.resumed")
+        self.attendant.arrivals = self.late
         with contextlib.suppress(MigrationError):
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))
 
@@ -305,10 +342,17 @@ class Destination:
             raise
 
     async def report(self) -> None:
-        """After `run`: tell the source how it went, and learn whether it knows that the workload runs here."""
+        """After `run`: tell the source how it went, and learn whether it knows that the workload runs here.
+
+        In post-copy, bring the rest of its memory first, over as many links as it takes.
+        """
         try:
-            await self._populate_rest()
-            await asyncio.sleep(WATCH_FAULTS)
+            if self.late is not None:
+                self.channel = await self.late.all_here()
+                await self.channel.send(self.late.arrived())
+            else:
+                await self._populate_rest()
+                await asyncio.sleep(WATCH_FAULTS)
             faults = self.workload.faults()
             large = await off_loop(self.memory.large_units)
             await self.channel.send(
@@ -324,6 +368,8 @@ class Destination:
             )
             await self.channel.receive(messages.Done)
             self._settle()
+        except WorkloadDied:
+            raise
         except PageferryError as error:
             log.warning("the workload runs here; the source may not know it yet: %s", error)
         finally:
@@ -345,6 +391,8 @@ class Destination:
             if self._preparing is not None:
                 self._preparing.cancel()
                 await asyncio.gather(self._preparing, return_exceptions=True)
+            if self.late is not None:
+                self.late.close()
             with contextlib.suppress(PageferryError):
                 await self.workload.discard()
         finally:

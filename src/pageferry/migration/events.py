@@ -7,10 +7,11 @@ from typing import Literal, Self
 
 import msgspec
 
-from pageferry.events import Event
+from pageferry.events import Event, Latency
+from pageferry.migration.messages import Mode
 
-Mode = Literal["precopy"]
 Status = Literal["completed", "failed", "cancelled"]
+PostcopyStatus = Literal["postcopy-active", "postcopy-paused", "postcopy-recover"]
 
 
 MAX_CELLS = 1024
@@ -82,6 +83,18 @@ class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
     mbps: float
 
 
+class PostcopyEvent(Event, frozen=True, kw_only=True, tag="postcopy"):
+    """The workload runs at the destination, and its pages come; at either side. Sent several times a second."""
+
+    status: PostcopyStatus
+    remaining: int
+    """Bytes whose contents are still to come."""
+    postcopy_requests: int
+    """Requests of the destination."""
+    mbps: float
+    """Megabits per second on the wire; 0 at the destination."""
+
+
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Where the time went in which nobody ran the workload, milliseconds. `last_pages` and `device_state` overlap."""
 
@@ -130,6 +143,21 @@ class TraceCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """2 MiB units that coarse traces released as a whole."""
 
 
+class PostcopyCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """What came after the workload had begun to run at the destination."""
+
+    time: float
+    """Milliseconds from Running until every page was there."""
+    pages: int
+    """Pages that were missing at the switch-over."""
+    faults: int
+    """Accesses that waited for a page."""
+    service_us: float
+    """Microseconds that they waited on average."""
+    waits: Latency
+    """How long they waited."""
+
+
 class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     """The end of a migration. Times in milliseconds, sizes in bytes."""
 
@@ -158,3 +186,7 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     faults_after_resume: FaultCount | None
     """None: the destination did not say."""
     trace: TraceCount
+    postcopy_requests: int = 0
+    """Pages that the destination asked for, because somebody waited for them."""
+    postcopy: PostcopyCount | None = None
+    """None: every page was there before it ran."""

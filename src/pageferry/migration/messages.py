@@ -20,6 +20,23 @@ message under `type`. Further connections to the same port carry storage blocks.
       │ ◀──────────────────────────────── Report ─ │  a second later: faults, large pages
       │ ── Done ────────────────────────────────▶ │  nobody will ask what became of it
 
+With post-copy the workload runs before its pages are there. Before StateEnd comes `Missing`, and after Running the
+pages; a source whose link was lost goes on over a new one::
+
+      │ ── Missing, one or more per region ─────▶ │  pages that come after Running, or when they are asked for
+      │ ◀═ late connections: requests, pages ═══▶ │  from here on: loading the state may need some of them
+      │    ...State, Ready, Commit, Running as above...
+      │ ══ late connections: all other pages ═══▶ │
+      │ ◀─────────────────────────────── Arrived ─ │  every page is here: the source may forget them
+      │ ◀──── Report ───── Done ────────────────▶ │
+
+      │ ── Recover ─────────────────────────────▶ │
+      │ ◀─────────────────────────────── Outcome ─ │  the destination's, and not complete
+      │ ── Serve ───────────────────────────────▶ │
+      │ ◀─────────────────────────────── Welcome ─ │  token for new late connections
+      │ ◀─────── Missing, one or more per region ─ │  what is still to come
+      │    ...late connections, Arrived, Done as above...
+
 `Alive` goes both ways while something takes long. `Abort` goes both ways until Commit and ends the migration; the
 source runs on. After Commit only the destination may send it, once it has decided that it will not run the workload.
 A source that has committed and heard nothing asks later, on a new connection, with `Recover`, and is told by `Outcome`.
@@ -35,7 +52,7 @@ from msgspec import Meta
 
 from pageferry.errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 """Of the protocol. Peers of another version are refused by name."""
 
 MAX_MESSAGE = 4 << 20
@@ -48,6 +65,8 @@ STATE_CHUNK = 1 << 20
 """Bytes of state per message."""
 EARLY_STATE = 8 << 20
 """Bytes of state that may be sent before the peer turns to them; it queues no more than a few messages."""
+MISSING_CHUNK = 1 << 20
+"""Bytes of a packed page set per message."""
 TOKEN_BYTES = 16
 MAX_STREAMS = 16
 CONTROL_MAGIC = b"PFCTRL1\n"
@@ -59,6 +78,8 @@ Length = Annotated[int, Meta(gt=0, le=1 << 48, multiple_of=4096)]
 Migration = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Codec = Literal["none", "lz4", "zstd"]
 Populate = Literal["all", "hot", "none"]
+Owner = Literal["source", "destination", "unknown"]
+Mode = Literal["precopy", "postcopy", "hybrid"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -87,6 +108,9 @@ class Hello(Message, frozen=True):
     codec: Codec
     populate: Populate
     keep_large: bool
+    mode: Mode
+    """Unless `precopy`, late connections come with the page streams, numbered after them: one for requests and their
+    answers, and as many as there are page streams for everything else."""
 
 
 class Welcome(Message, frozen=True):
@@ -120,6 +144,15 @@ class Hot(Message, frozen=True):
 
     region: Count
     units: bytes
+
+
+class Missing(Message, frozen=True):
+    """Pages of a region whose contents are not at the destination: a piece of a packed page set, regions in order."""
+
+    region: Count
+    data: Annotated[bytes, Meta(max_length=MISSING_CHUNK)]
+    last: bool
+    """The set of this region is complete."""
 
 
 class State(Message, frozen=True):
@@ -168,6 +201,21 @@ class Running(Message, frozen=True):
     """Seconds it took to resume."""
 
 
+class Arrived(Message, frozen=True):
+    """Every page that was missing is at the destination, and it has noted so: the source may forget its own."""
+
+    requests: Count
+    """Accesses that had to wait for a page."""
+    service: float
+    """Seconds until they had it, all of them together."""
+    longest: float
+    """Seconds of the longest."""
+    waits: Annotated[list[Count], Meta(max_length=64)]
+    """Histogram of them: number k of those that took less than 2^k us, and 2^(k-1) us or more."""
+    seconds: float
+    """From the first missing page to the last."""
+
+
 class Report(Message, frozen=True):
     """How it went at the destination."""
 
@@ -205,7 +253,15 @@ class Recover(Message, frozen=True):
 class Outcome(Message, frozen=True):
     """Who owns the workload: once said it never changes."""
 
-    owner: Literal["source", "destination", "unknown"]
+    owner: Owner
+    complete: bool
+    """Whether every page of it has arrived. Only then may a source that owes pages forget them."""
+
+
+class Serve(Message, frozen=True):
+    """The source has the pages that are missing, and wants to go on sending them."""
+
+    streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
 
 
 AnyMessage = (
@@ -215,17 +271,20 @@ AnyMessage = (
     | Round
     | RoundDone
     | Hot
+    | Missing
     | State
     | StateEnd
     | Ready
     | Commit
     | Running
+    | Arrived
     | Report
     | Done
     | Alive
     | Abort
     | Recover
     | Outcome
+    | Serve
 )
 
 

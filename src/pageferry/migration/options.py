@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pageferry.errors import UsageError
-from pageferry.migration.messages import MAX_STREAMS, Codec, Populate
+from pageferry.migration.messages import MAX_STREAMS, Codec, Mode, Populate
 
 Granularity = Literal["4K", "2M", "auto"]
 
@@ -19,6 +19,9 @@ is sent; lower lines help fast writers, and can keep a migration from converging
 class Options:
     """Options of a migration, as `pageferry migrate` has them. Raises UsageError for values out of range."""
 
+    mode: Mode = "precopy"
+    """Which pages are there before the workload runs at the destination: all (`precopy`), none (`postcopy`: they come
+    on access), or all until copying gets no further, then the rest on access (`hybrid`)."""
     max_downtime: float = 0.3
     """Seconds that the last pages may take while the workload is paused (S2)."""
     max_rounds: int = 30

@@ -6,6 +6,8 @@
    that it will not. Whichever is written first holds, whoever of its processes writes it (`Verdicts.decide`).
    COMMITTED is withdrawn in one case: the workload's process has died, and nobody had told it to run yet.
 
+3. In post-copy the source keeps every page until the destination has written down that all have arrived, and says so.
+
 So at any instant at most one side may run it, and whoever is left over can find out which: see `docs/protocol.md`.
 """
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry.errors import WorkloadError
+from pageferry.migration.messages import Codec
 from pageferry.workloads.base import Witness
 
 RECORD = "migration.json"
@@ -34,6 +37,13 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     """Random name of the migration, 32 hexadecimal digits."""
     peer: str
     """HOST:PORT of the destination."""
+    owes: bool = False
+    """Pages are only here: the workload may not be forgotten before the destination says that all have arrived."""
+    streams: int = 1
+    codec: Codec = "none"
+    bandwidth: int = 0
+    adaptive: bool = False
+    """How they are sent: as in `Options`."""
 
 
 class Verdict(Enum):
@@ -111,6 +121,22 @@ class Verdicts:
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be withdrawn in {target}: {error}") from error
 
+    def arrive(self, migration: str) -> None:
+        """Note that every page of a workload that was missing when it began to run is here. Durable when this returns.
+
+        Raises WorkloadError when it cannot be written: then the source keeps them.
+        """
+        try:
+            with open(self._arrived(migration), "w", encoding="ascii") as file:
+                os.fsync(file.fileno())
+            self._sync()
+        except OSError as error:
+            raise WorkloadError(f"that all pages have arrived cannot be written to {self._path}: {error}") from error
+
+    def arrived(self, migration: str) -> bool:
+        """Whether `arrive` was called for it here."""
+        return self._arrived(migration).exists()
+
     def witness(self, migration: str) -> Witness:
         """Where it can be seen that a migration was decided for this host."""
         return Witness(self._verdict(migration), Verdict.COMMITTED.value)
@@ -120,6 +146,7 @@ class Verdicts:
         # In this order: a verdict alone would be forgotten, a beginning alone could be decided anew.
         self._begun(migration).unlink(missing_ok=True)
         self._verdict(migration).unlink(missing_ok=True)
+        self._arrived(migration).unlink(missing_ok=True)
 
     def _prune(self) -> None:
         oldest = time.time() - KEPT
@@ -133,6 +160,9 @@ class Verdicts:
 
     def _begun(self, migration: str) -> Path:
         return self._path / f"{migration}.begun"
+
+    def _arrived(self, migration: str) -> Path:
+        return self._path / f"{migration}.arrived"
 
     def _sync(self) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

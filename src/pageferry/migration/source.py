@@ -1,7 +1,8 @@
 """The source of a migration: rounds of copying while the workload runs, then the switch-over (S2).
 
 Read `Source.run` first; it is the whole flow. `messages` draws what goes over the wire, `ownership` says who may run
-the workload at which moment.
+the workload at which moment. In post-copy there are no rounds, in hybrid mode they may end early: then the pages that
+have not been sent stay here at the switch-over, and `postcopy_source` sends them when the workload runs elsewhere.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from logging import getLogger
 from typing import Literal
@@ -25,16 +27,18 @@ from pageferry.errors import (
     PeerRefused,
     ProtocolError,
 )
-from pageferry.events import Listener
+from pageferry.events import Latency, Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
-from pageferry.migration import events, messages
+from pageferry.migration import events, messages, postcopy_source, switch
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Address, connect_control, connect_stream
-from pageferry.migration.convergence import Convergence, Decision
+from pageferry.migration.connection import Address, connect_control, connect_streams
+from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
+from pageferry.migration.missing import send_missing
 from pageferry.migration.native import Counters, off_loop, to_the_end
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
+from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.memory import Memory
@@ -45,6 +49,8 @@ PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
 REPORT_PATIENCE = 5.0
 """Seconds to wait for the destination's report; the migration is complete without it."""
+PORTION = (256 << 20) // SMALL_PAGE
+"""Pages of a region that a hybrid migration sends at a time: so soon it goes over to post-copy when it is told to."""
 
 
 class Source:
@@ -57,12 +63,20 @@ class Source:
         self.folder = folder
         self.migration = secrets.token_hex(16)
         self.times = Stopwatch()
-        self.convergence = Convergence(options.max_downtime, options.max_rounds)
+        budget = HYBRID_BUDGET if options.mode == "hybrid" else float("inf")
+        self.convergence = Convergence(options.max_downtime, options.max_rounds, budget)
         self.round = 0
+        self.barriers = 0
         self.collections = 0
         self.touched = False
         """The workload has been paused, or prepared for it."""
         self.committed = False
+        self.postcopy = options.mode == "postcopy"
+        """What has not been sent before the pause comes after the switch-over."""
+        self.late: list[socket.socket] = []
+        """Connections for that."""
+        self.service: PageService | None = None
+        self.arrived: messages.Arrived | None = None
         self.control: Channel | None = None
         self.trace: Trace | None = None
         self.install_seconds = 0.0
@@ -72,7 +86,8 @@ class Source:
     async def run(self, address: Address) -> events.MigrationResult:
         """Move the workload. On any error before commit it runs on here, as if nothing had happened.
 
-        Raises MigrationError (see `errors`); OutcomeUnknown is the only one that leaves the workload paused.
+        Raises MigrationError (see `errors`). Only OutcomeUnknown leaves the workload paused, and PostcopyPaused, which
+        says that it runs elsewhere and waits for pages that are here.
         """
         self.peer = str(address)
         try:
@@ -84,6 +99,7 @@ class Source:
         except BaseException as error:
             await to_the_end(self._fail(error))
             raise
+        await self._send_late_pages()
         # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
         await to_the_end(self._retire())
         self._tell_report()
@@ -102,24 +118,28 @@ class Source:
         await self._connect_streams(address, welcome.token)
         self.hot = self.memory.page_sets()
         self.large = await off_loop(self.memory.large_units)
-        await self._install_trace()
+        if not self.postcopy:
+            await self._install_trace()
+        self._tell_setup()
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
         fault_point("source.set-up")
 
     async def _connect_streams(self, address: Address, token: bytes) -> None:
-        patience = self.options.patience
-        with contextlib.ExitStack() as opened:
-            streams = [
-                opened.enter_context(await connect_stream(address, token, index, patience))
-                for index in range(self.options.streams)
-            ]
+        patience, count = self.options.patience, self.options.streams
+        streams = await connect_streams(address, token, range(count), patience)
+        try:
             # The engine duplicates the descriptors.
             sockets = [stream.fileno() for stream in streams]
             chosen = self.options
             self.sender = BlockSender(
                 sockets, chosen.codec, patience=patience, bandwidth=chosen.bandwidth, adaptive=chosen.adaptive
             )
+        finally:
+            for stream in streams:
+                stream.close()
+        if self.options.mode != "precopy":
+            self.late = await connect_streams(address, token, range(count, 2 * count + 1), patience)
 
     def _hello(self) -> messages.Hello:
         identity = self.workload.identity
@@ -137,6 +157,7 @@ class Source:
             codec=self.options.codec,
             populate=self.options.populate,
             keep_large=self.options.large_pages == "keep",
+            mode=self.options.mode,
         )
 
     async def _install_trace(self) -> None:
@@ -144,6 +165,8 @@ class Source:
         large = self.memory.collapsible(self.large)
         trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after, large))
         self.trace, self.install_seconds = trace, trace.install_seconds
+
+    def _tell_setup(self) -> None:
         self.listener(
             events.SetupEvent(
                 peer=self.peer,
@@ -158,24 +181,45 @@ class Source:
     # -- copying while the workload runs
 
     async def _copy_rounds(self) -> None:
+        """Rounds, unless all is left for after the switch-over. `rest`: what has not been sent as it is now."""
+        self.rest = self.memory.page_sets(full=True)
+        if self.postcopy:
+            return
+        with self._heeding_switch():
+            await self._copy_until_decided()
+
+    async def _copy_until_decided(self) -> None:
         """Round 1 is everything, every further one what was modified since; until the rest is small enough."""
-        pages = self.memory.page_sets(full=True)
+        pages = self.rest
         while True:
             started = time.perf_counter()
             before = self.sender.progress
-            await self._send_round(pages)
+            left = await self._send_round(pages)
             covered = _covered(before, self.sender.progress)
-            pages_sent = _count(pages)
+            pages_sent = _count(pages) - _count(left)
             fault_point("source.between-rounds")
-            pages = await self._collect()
+            pages = _union(await self._collect(), left)
             seconds = time.perf_counter() - started
             decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
             self._tell_round(pages_sent, before, seconds, pages)
+            if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
+                decision, self.postcopy = Decision.SWITCH_OVER, True
             if decision is Decision.STALLED:
                 raise self._not_converging(_count(pages) * SMALL_PAGE, seconds)
             if decision is Decision.SWITCH_OVER:
                 self.rest = pages
                 return
+
+    @contextlib.contextmanager
+    def _heeding_switch(self) -> Iterator[None]:
+        """In hybrid mode, `pageferry migrate --switch` is heard meanwhile."""
+        with contextlib.ExitStack() as stack:
+            if self.options.mode == "hybrid" and self.folder is not None:
+                stack.enter_context(switch.listening(self.folder))
+            yield
+
+    def _told_to_switch(self) -> bool:
+        return self.options.mode == "hybrid" and self.folder is not None and switch.requested(self.folder)
 
     async def _collect(self) -> list[PageSet]:
         """What was modified since the last collection. Protected again before anybody reads it."""
@@ -187,35 +231,70 @@ class Source:
             hot.update(new)
         return dirty
 
-    async def _send_round(self, pages: list[PageSet]) -> None:
+    async def _send_round(self, pages: list[PageSet]) -> list[PageSet]:
+        """Send these pages. Returns those that were left, because it was told to switch over."""
         self.round += 1
-        number, sender = self.round, self.sender
-        await self.channel.send(messages.Round(number=number))
-        fault_point("source.in-round")
-        progress = asyncio.create_task(self._tell_progress(number, _count(pages)))
+        left = [region.copy() for region in pages]
+        progress = asyncio.create_task(self._tell_progress(self.round, _count(pages)))
         try:
-            await self.channel.during(
-                off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
-            )
-            done = await self.channel.receive(messages.RoundDone)
+            for portion in self._portions(pages):
+                await self._send_portion(portion)
+                for region, sent in zip(left, portion, strict=True):
+                    region.subtract(sent)
+                if any(left) and self._told_to_switch():
+                    break
         finally:
             progress.cancel()
             (end,) = await asyncio.gather(progress, return_exceptions=True)
         if isinstance(end, Exception):
             raise end
+        return left
+
+    def _portions(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
+        """All at once; in hybrid mode, until the pause, so much at a time that a command to switch is soon heeded."""
+        if self.options.mode != "hybrid" or self.touched:
+            yield pages
+            return
+        none = self.memory.page_sets()
+        for number, region in enumerate(pages):
+            for start in range(0, region.pages, PORTION):
+                portion = region.copy()
+                portion.remove(0, start)
+                portion.remove(min(start + PORTION, region.pages), region.pages)
+                if portion:
+                    yield [*none[:number], portion, *none[number + 1 :]]
+
+    async def _send_portion(self, pages: list[PageSet]) -> None:
+        self.barriers += 1
+        number, sender = self.barriers, self.sender
+        await self.channel.send(messages.Round(number=number))
+        fault_point("source.in-round")
+        await self.channel.during(
+            off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
+        )
+        done = await self.channel.receive(messages.RoundDone)
         if done.number != number:
             raise ProtocolError(f"the peer finished round {done.number}, expected {number}")
 
     # -- switch-over
 
     async def _switch_over(self) -> None:
-        """Pause, send the last pages and the state, and wait until the destination needs nothing more."""
+        """Pause, send the last pages (or which they are) and the state, and wait until the destination can run it."""
         self.touched = True
         await self._prepare_pause()
         self.times.start("downtime")
         with self.times.measure("stop"):
             await self.workload.pause()
         fault_point("source.paused")
+        state = await (self._name_rest() if self.postcopy else self._send_rest())
+        await self._send_state(state[messages.EARLY_STATE :])
+        await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
+        fault_point("source.state-sent")
+        self.ready = await self._await_ready()
+        fault_point("source.ready")
+
+    async def _send_rest(self) -> bytes:
+        """The last pages, while the state is saved; returns the state."""
         with self.times.measure("save"):
             saving = asyncio.create_task(self._save_state())
             try:
@@ -231,11 +310,23 @@ class Source:
         fault_point("source.last-pages-sent")
         if self.options.populate == "hot":
             await self._send_hot()
-        await self._send_state(state[messages.EARLY_STATE :])
-        await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
-        fault_point("source.state-sent")
-        self.ready = await self._await_ready()
-        fault_point("source.ready")
+        return state
+
+    async def _name_rest(self) -> bytes:
+        """Post-copy: the state, and which pages are missing. From here on they can be asked for."""
+        with self.times.measure("save"):
+            state = await self._save_state()
+        if self.trace is not None:
+            # Nothing but what has been freed since it was sent: that the destination must not keep.
+            with self.times.measure("last pages"):
+                await self._send_portion(self.memory.page_sets())
+            self.rest = _union(await self._collect(), self.rest)
+        missing = await off_loop(lambda: self.memory.data_of(self.rest))
+        await send_missing(self.channel, missing)
+        fault_point("source.missing-sent")
+        self.service = PageService(self.memory, missing, self.late, self.options, self.options.patience)
+        self.service.start()
+        return state
 
     async def _await_ready(self) -> messages.Ready:
         """Signs of life are not enough here: nobody runs the workload meanwhile."""
@@ -249,7 +340,7 @@ class Source:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
         preparing = asyncio.create_task(self.workload.prepare_pause())
         try:
-            if any(self.rest):
+            if any(self.rest) and not self.postcopy:
                 await self._send_round(self.rest)
         finally:
             await preparing
@@ -296,8 +387,30 @@ class Source:
             ) from error
         fault_point("source.answered")
         self.times.stop("downtime")
-        self.times.stop_all()
         return running
+
+    async def _send_late_pages(self) -> None:
+        """Post-copy: all that is missing there, in the background and when it is asked for."""
+        if self.service is not None:
+            try:
+                with self.times.measure("postcopy"):
+                    self.arrived = await self.service.send_all(self.channel, self.listener)
+            except BaseException as error:
+                await to_the_end(self._keep_pages())
+                if isinstance(error, PageferryError):
+                    raise postcopy_source.paused(self.workload.name, self.peer, error) from error
+                log.warning("%s", postcopy_source.paused(self.workload.name, self.peer, error))
+                raise
+            fault_point("source.arrived")
+        self.times.stop_all()
+
+    async def _keep_pages(self) -> None:
+        """The link is gone, or we are to end, and the destination does not have everything."""
+        assert self.service is not None
+        self.listener(self.service.event("postcopy-paused"))
+        with contextlib.suppress(PageferryError):
+            await self._remove_trace()
+        await self._disconnect()
 
     # -- ends
 
@@ -333,6 +446,8 @@ class Source:
         """The migration ends: before commit, everything is put back, and the peer is told."""
         try:
             if not self.committed:
+                if self.service is not None:
+                    self.service.close()
                 await self._give_back()
         finally:
             if self.control is not None and not self.committed:
@@ -357,6 +472,10 @@ class Source:
             await off_loop(trace.remove)
 
     async def _disconnect(self) -> None:
+        if self.service is not None:
+            self.service.close()
+        for connection in self.late:
+            connection.close()
         if self.control is not None:
             await self.control.close()
 
@@ -368,7 +487,16 @@ class Source:
 
     def _record_commit(self) -> None:
         if self.folder is not None:
-            self.folder.store(RECORD, Committed(migration=self.migration, peer=self.peer))
+            record = Committed(
+                migration=self.migration,
+                peer=self.peer,
+                owes=self.service is not None,
+                streams=self.options.streams,
+                codec=self.options.codec,
+                bandwidth=self.options.bandwidth,
+                adaptive=self.options.adaptive,
+            )
+            self.folder.store(RECORD, record)
 
     def _forget_commit(self) -> None:
         if self.folder is not None:
@@ -379,7 +507,8 @@ class Source:
         return NotConverging(
             f"{self.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {self.peer} takes "
             f"{self.convergence.bandwidth / 2**20:.0f} MiB/s: {self.convergence.rounds} rounds left {remaining >> 20} "
-            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms), or slow it down"
+            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms), or let the rest come after "
+            f"the switch-over: --mode hybrid"
         )
 
     # -- telling
@@ -430,10 +559,13 @@ class Source:
     def _result(self, running: messages.Running) -> events.MigrationResult:
         times, ready, report = self.times.milliseconds, self.ready, self.report
         transferred, _, data, zero, absent = self.sender.progress
+        if self.service is not None:
+            late = self.service.counters
+            transferred, data, zero, absent = transferred + late[0], data + late[2], zero + late[3], absent + late[4]
         populated = report.populated if report else ready.populated
         return events.MigrationResult(
             status="completed",
-            mode="precopy",
+            mode=self.options.mode,
             workload=self.workload.name,
             peer=self.peer,
             total_time=times("total"),
@@ -474,11 +606,31 @@ class Source:
                 install_ms=_ms(self.install_seconds),
                 released_units=self.released_units,
             ),
+            postcopy_requests=self.service.requests if self.service else 0,
+            postcopy=self._postcopy_count(),
+        )
+
+    def _postcopy_count(self) -> events.PostcopyCount | None:
+        if self.service is None or (arrived := self.arrived) is None:
+            return None
+        return events.PostcopyCount(
+            time=self.times.milliseconds("postcopy"),
+            pages=self.service.pages,
+            faults=arrived.requests,
+            service_us=round(arrived.service / max(arrived.requests, 1) * 1e6, 1),
+            waits=Latency.of(arrived.waits, round(arrived.longest * 1e6, 1)),
         )
 
 
 def _count(sets: list[PageSet]) -> int:
     return sum(len(pages) for pages in sets)
+
+
+def _union(sets: list[PageSet], others: list[PageSet]) -> list[PageSet]:
+    """The first sets, grown by the others."""
+    for pages, more in zip(sets, others, strict=True):
+        pages.update(more)
+    return sets
 
 
 def _covered(before: Counters, after: Counters) -> int:

@@ -8,7 +8,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.migration.events import LargePagesEvent, MigrationResult, ProgressEvent, RoundEvent, SetupEvent
+from pageferry.migration.events import (
+    LargePagesEvent,
+    MigrationResult,
+    PostcopyEvent,
+    ProgressEvent,
+    RoundEvent,
+    SetupEvent,
+)
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
 
@@ -37,6 +44,8 @@ class MigrationView(PlainView):
                 )
             case ProgressEvent() | LargePagesEvent():
                 return None
+            case PostcopyEvent():
+                return postcopy_line(event) if event.status != "postcopy-active" else None
             case _:
                 return super().line(event)
 
@@ -49,6 +58,8 @@ class MigrationView(PlainView):
             shown.add_row(Text(done))
         if isinstance(event, ProgressEvent):
             shown.add_row(_bar(event))
+        if isinstance(event, PostcopyEvent) and event.status == "postcopy-active":
+            shown.add_row(Text(postcopy_line(event)))
         return shown
 
     def result(self, result: msgspec.Struct) -> RenderableType:
@@ -70,6 +81,15 @@ class DemoView(MigrationView):
         verdict = "every one is there" if intact else "SOME ARE LOST"
         line = f"{writes:,} writes, {checked:,} pages checked: {verdict}"
         return Group(super().result(result), Text(line, style="bold green" if intact else "bold red"))
+
+
+def postcopy_line(event: PostcopyEvent) -> str:
+    """How far the pages are of a workload that runs at the destination already."""
+    if event.status == "postcopy-paused":
+        return "postcopy-paused: it runs at the destination, and waits for its pages"
+    if event.status == "postcopy-recover":
+        return "postcopy-recover: linked again"
+    return f"{event.status}: {size(event.remaining)} still to come, {event.postcopy_requests:,} pages asked for"
 
 
 def _bar(event: ProgressEvent) -> RenderableType:
@@ -101,6 +121,13 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
         ("large pages", kept + (f", {large.fallbacks} could not be kept" if large.fallbacks else "")),
         ("populated", f"{populated.mode}: {mapped}"),
     ]
+    if (late := result.postcopy) is not None:
+        came = (
+            f"{late.pages:,} pages in {_ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} "
+            f"accesses waited {late.service_us:.0f} us on average, 99 % less than {late.waits.p99_us:.0f} us, "
+            f"{late.waits.longest_us:.0f} us at most"
+        )
+        rows.append(("post-copy", came))
     if (faults := result.faults_after_resume) is not None:
         rows.append(("faults in the first second", f"{faults.minor} minor, {faults.major} major"))
     return rows

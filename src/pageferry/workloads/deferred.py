@@ -1,8 +1,9 @@
 """Memory whose contents are still to come (S8): how to ask the pager of a workload about it, and for it.
 
-A workload whose restore is under way has in its folder::
+A workload whose restore is under way, or which runs here before all of its pages have (post-copy), has in its folder::
 
-    restore.json    what is being restored, and with what: all that another pager needs to go on
+    restore.json    what is being restored, and with what: all that another pager needs to go on; or
+    postcopy.json   the same of a migration
     pager.flags     one bit per page, set while its contents are still to come
     pager.sock      where its pager answers questions, one JSON object per line each way
     pager.log       what the pager has to say
@@ -17,6 +18,8 @@ needs its page tables for himself (a migration, a checkpoint) asks for all of it
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import time
 from pathlib import Path
@@ -24,11 +27,14 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.errors import ImageError, RestoreError
+from pageferry.errors import ImageError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Event
+from pageferry.host import proc
 from pageferry.host.registry import Folder
+from pageferry.workloads.base import Region, Segment
 
 RECORD = "restore.json"
+POSTCOPY = "postcopy.json"
 FLAGS = "pager.flags"
 SOCKET = "pager.sock"
 SUMMARY = "restored.json"
@@ -76,6 +82,19 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool
 
 
+class Arriving(msgspec.Struct, frozen=True, kw_only=True):
+    """A migration in post-copy: the workload runs here, and its pages come."""
+
+    migration: str
+    source: str
+    """Name of the workload there, for people."""
+    regions: list[RegionRecord]
+    large: list[bytes]
+    """Per region, which 2 MiB units stand on large pages at the source: a bit each, the lowest first."""
+    userfaults: dict[int, int]
+    """As in `Deferred`."""
+
+
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """A question to a pager. `ensure` is answered when the pages are there, `settle` when nothing traps any more."""
 
@@ -113,13 +132,15 @@ class Status(Event, frozen=True, kw_only=True, tag="pager"):
     """How many of these the workload waits for."""
     touched: list[int] = msgspec.field(default_factory=list)
     """The answer to `touched`: further windows of 16 pages in the order of their first fault."""
+    paused: str | None = None
+    """Why nothing comes: the link to the source has gone."""
     error: str | None = None
     """Why what was asked for could not be done."""
 
 
 def is_restoring(folder: Folder) -> bool:
     """Whether contents of the workload's memory may still be to come."""
-    return (folder.path / SOCKET).exists() or (folder.path / RECORD).exists()
+    return any((folder.path / name).exists() for name in (SOCKET, RECORD, POSTCOPY))
 
 
 def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> Status | None:
@@ -142,12 +163,12 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
                     (folder.path / SOCKET).unlink(missing_ok=True)  # so that the next one need not wait
                     return None
                 raise RestoreError(
-                    f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from an image; "
-                    f"`pageferry restore --takeover {folder.name}` starts another pager"
+                    f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from "
+                    f"{_next_pager(folder)} starts another pager"
                 ) from failed
         time.sleep(0.02)
     if status.error is not None:
-        raise ImageError(status.error)
+        raise RestoreError(status.error) if status.paused is not None else ImageError(status.error)
     return status
 
 
@@ -169,6 +190,64 @@ def ensure(folder: Folder, region: int, first: int, count: int) -> None:
 def settle(folder: Folder) -> None:
     """Have everything in memory, and the workload's page tables to oneself. Raises RestoreError, ImageError."""
     ask(folder, Ask(what="settle"), None)
+
+
+def record_of(region: Region) -> RegionRecord:
+    """What another process needs to open the region: see `open_region`."""
+    segments = [SegmentRecord(one.pid, one.address, one.length, one.offset) for one in region.segments]
+    return RegionRecord(region.name, region.length, region.file_offset, region.page_size, segments)
+
+
+def open_region(record: RegionRecord) -> Region:
+    """The region that was recorded; its file is the caller's to close. Raises WorkloadError."""
+    segments = tuple(Segment(one.pid, one.address, one.length, one.offset) for one in record.segments)
+    first = segments[0]
+    for mapping in proc.file_mappings(first.pid):
+        if mapping.address <= first.address < mapping.address + mapping.length:
+            descriptor = proc.open_mapped_file(first.pid, mapping)
+            return Region(record.name, record.length, descriptor, record.file_offset, record.page_size, segments)
+    raise WorkloadError(f"{record.name} is not mapped by process {first.pid} any more")
+
+
+def create_flags(folder: Folder | None, length: int) -> int:
+    """A file for a pager's flags, locked (a descriptor, the caller's to close): in a folder, or nameless in memory.
+
+    Raises UsageError where there is a pager that is alive.
+    """
+    if folder is None:
+        descriptor = os.memfd_create("pager-flags")
+    else:
+        descriptor = os.open(folder.path / FLAGS, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        _lock(folder, descriptor)
+    os.ftruncate(descriptor, length)
+    return descriptor
+
+
+def open_flags(folder: Folder, length: int) -> int:
+    """The flags that another pager has left, locked: there is one pager at a time.
+
+    Raises UsageError where it is alive, RestoreError where they are of other memory.
+    """
+    descriptor = os.open(folder.path / FLAGS, os.O_RDWR | os.O_CLOEXEC)
+    _lock(folder, descriptor)
+    if os.fstat(descriptor).st_size != length:
+        os.close(descriptor)
+        raise RestoreError(f"{folder.path / FLAGS} is not of the memory of {folder.name}: it is of another length")
+    return descriptor
+
+
+def _lock(folder: Folder, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as busy:
+        os.close(descriptor)
+        raise UsageError(f"{folder.name} has a pager that is alive: there is nothing to take over") from busy
+
+
+def _next_pager(folder: Folder) -> str:
+    if (folder.path / POSTCOPY).exists():
+        return f"another host; `pageferry receive --resume {folder.name}`"
+    return f"an image; `pageferry restore --takeover {folder.name}`"
 
 
 def _exchange(path: Path, question: Ask, patience: float | None) -> Status:

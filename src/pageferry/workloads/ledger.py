@@ -48,7 +48,8 @@ class LedgerWorkload(LocalWorkload):
     `create` makes one that runs. The constructor takes an arena that will receive one: `load_state` takes up what has
     come to be in memory, and `resume` lets it run. With `processes` > 1 all but one share of the threads run in child
     processes; a child that dies makes the next pause raise WorkloadDied. With `exact` a digest of every page goes with
-    the state. `on_moved` is called when the ledger runs elsewhere.
+    the state. `on_moved` is called when the ledger runs elsewhere. `late`: pages may be missing when the state comes,
+    and come on access.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class LedgerWorkload(LocalWorkload):
         processes: int = 1,
         exact: bool = False,
         on_moved: Callable[[], object] | None = None,
+        late: bool = False,
     ) -> None:
         if processes < 1:
             raise UsageError(f"a ledger in {processes} processes")
         self.arena = arena
         self._exact = exact
+        self._late = late
         self._stopped = False
         self._local = LocalShare(arena)
         self._shares: list[Share] = [self._local]
@@ -193,7 +196,12 @@ class LedgerWorkload(LocalWorkload):
             raise WorkloadError(str(wrong)) from wrong
 
     def _mapped_again(self) -> _engine.Mapping:
-        """A mapping for looking at the memory: through the arena's own it would populate the workload's page tables."""
+        """A mapping for looking at the memory: through the arena's own it would populate the workload's page tables.
+
+        Where pages may be missing only the arena's own traps.
+        """
+        if self._late:
+            return self.arena
         return _engine.Mapping(self.arena.fileno(), self.arena.length)
 
     def _report(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Memory(Readable):
             self.mappings: list[Mapping] = [
                 Mapping(region.fd, region.length, region.file_offset) for region in self.regions
             ]
-            self.segments = list(_segments(self.regions))
+            self.segments = segments_of(self.regions)
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{workload.name}: a process of it is gone") from gone
         except OSError as error:
@@ -79,6 +79,18 @@ class Memory(Readable):
     def page_sets(self, *, full: bool = False) -> list[PageSet]:
         """One set per region, empty or full."""
         return [PageSet(region.length // SMALL_PAGE, full) for region in self.regions]
+
+    def data_of(self, pages: list[PageSet]) -> list[PageSet]:
+        """Of these pages, those that are in memory: all others are holes, which read as zeros."""
+        found = []
+        for mapping, wanted in zip(self.mappings, pages, strict=True):
+            holes = PageSet(wanted.pages, True)
+            for start, end in mapping.data_ranges():
+                holes.remove(start // SMALL_PAGE, -(-end // SMALL_PAGE))
+            data = wanted.copy()
+            data.subtract(holes)
+            found.append(data)
+        return found
 
     def collapsible(self, units: list[list[bool]]) -> list[list[bool]]:
         """Of these units, those whose mapping can be split and made large again: hugetlbfs knows no other."""
@@ -102,7 +114,8 @@ def _collapse(space: Space, address: int, length: int) -> None:
         space.collapse(address, length)
 
 
-def _segments(regions: tuple[Region, ...]) -> list[Segment]:
+def segments_of(regions: Sequence[Region]) -> list[Segment]:
+    """Where the regions are mapped. Raises ProcessLookupError, OSError."""
     spaces: dict[int, Space] = {}
     return [
         (

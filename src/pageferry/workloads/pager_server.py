@@ -30,6 +30,8 @@ class PagerServer:
         self.pager = pager
         self.origin = origin
         self.regions = list(regions)
+        self.paused: str | None = None
+        """Why nothing comes just now."""
         self.asked_to_stop = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(FileNotFoundError):  # of a pager that died
@@ -67,6 +69,7 @@ class PagerServer:
             failures=[self.describe(failure) for failure in failures],
             accessed=sum(accessed for _, _, accessed, _ in failures),
             touched=list(touched),
+            paused=self.paused,
             error=error,
         )
 
@@ -97,6 +100,8 @@ class PagerServer:
             return self.status(f"{self.origin}: {error}")
 
     def _do(self, question: Ask) -> Status:
+        if self.paused is not None and question.what in ("ensure", "settle"):
+            return self.status(f"contents that are still to come from {self.origin} cannot be had: {self.paused}")
         match question.what:
             case "ensure":
                 self.pager.ensure(question.region, question.first, question.count)

@@ -40,6 +40,13 @@ impl Flags {
         self.word(index).store(flags, Ordering::Relaxed);
     }
 
+    /// Sets the flags of a set of pages, the first of whose region is `base`: only before anybody else looks at them.
+    pub fn set_all(&self, base: usize, pages: &PageSet) {
+        for page in pages.runs().flat_map(|(start, end)| base + start..base + end) {
+            self.word(page / 64).fetch_or(1 << (page % 64), Ordering::Relaxed);
+        }
+    }
+
     /// Whether the page's contents are still to come.
     pub fn is_set(&self, page: usize) -> bool {
         self.word(page / 64).load(Ordering::Acquire) >> (page % 64) & 1 == 1

@@ -1,0 +1,106 @@
+"""Whoever connects to a receiver besides the source it receives from: answered, refused, or led on.
+
+A source that is in doubt asks who owns a workload; one that owes pages to a workload of ours, and whose link has gone,
+asks the same, hears that not all have come, and goes on sending them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from logging import getLogger
+from typing import Protocol
+
+from pageferry.errors import PageferryError, PeerRefused, ProtocolError, UsageError
+from pageferry.migration import messages
+from pageferry.migration.channel import Channel
+from pageferry.migration.connection import Reception
+from pageferry.migration.ownership import Verdict, Verdicts
+
+log = getLogger(__name__)
+
+
+class Arrivals(Protocol):
+    """What takes the pages of a source that comes back."""
+
+    async def relink(self, channel: Channel, reception: Reception) -> None:
+        """The source is at the other end of this channel, and wants to go on. The channel is kept."""
+
+
+class Attendant:
+    """Attends to connections of a reception, one after the other."""
+
+    def __init__(self, reception: Reception, verdicts: Verdicts) -> None:
+        self.reception = reception
+        self.verdicts = verdicts
+        self.migration: str | None = None
+        """The one that is received here."""
+        self.arrivals: Arrivals | None = None
+        """What takes its pages, once it may run here before all of them have come."""
+        self.settled = asyncio.Event()
+        """Set once the source of it knows what became of it."""
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, migration: str) -> None:
+        """From now on attend to everybody, in the background."""
+        self.migration = migration
+        self._task = asyncio.create_task(self._attend())
+
+    def close(self) -> None:
+        """Attend to nobody any more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _attend(self) -> None:
+        while True:
+            channel, first = await self.reception.control()
+            if not await self.attend_to(channel, first):
+                await channel.close()
+
+    async def attend_to(self, channel: Channel, first: messages.AnyMessage) -> bool:
+        """Answer or refuse; True when the channel is in use from now on."""
+        try:
+            if isinstance(first, messages.Hello):
+                raise UsageError("this receiver receives another workload, or has done so already")
+            return await self.answer(channel, first)
+        except (PageferryError, OSError) as error:
+            if not isinstance(error, PeerRefused):
+                log.warning("a source was refused: %s", error)
+            await channel.abort(str(error))
+            return False
+
+    async def answer(self, channel: Channel, question: messages.AnyMessage) -> bool:
+        """Tell a source who owns the workload. Where nothing was decided it is decided now: for the source.
+
+        True when the source owes pages, and sends them over this channel's connections from now on.
+        """
+        if not isinstance(question, messages.Recover):
+            raise ProtocolError(f"the peer began with {type(question).__name__}")
+        messages.check_version(question.version)
+        migration = question.migration
+        if not self.verdicts.knows(migration):
+            await channel.send(messages.Outcome(owner="unknown", complete=False))
+            return False
+        verdict = self.verdicts.decide(migration, Verdict.ABORTED)
+        owner: messages.Owner = "destination" if verdict is Verdict.COMMITTED else "source"
+        complete = self.verdicts.arrived(migration)
+        await channel.send(messages.Outcome(owner=owner, complete=complete))
+        ours = migration == self.migration
+        if ours and self.arrivals is not None and owner == "destination" and not complete:
+            await self.arrivals.relink(channel, self.reception)
+            return True
+        if ours:
+            self.settled.set()
+        elif owner == "destination" and not complete:
+            await self._refuse_pages(channel)
+        return False
+
+    async def _refuse_pages(self, channel: Channel) -> None:
+        """It is somebody else on this host whom its pages are for. A source that owes none says nothing, and goes."""
+        try:
+            await channel.receive(messages.Serve)
+        except PageferryError:
+            return
+        raise UsageError(
+            "the workload runs on this host and waits for its pages, but not at this receiver: on this host, start "
+            "`pageferry receive --resume NAME` with its name here"
+        )

@@ -1,0 +1,340 @@
+"""Post-copy at the destination: a workload runs before its pages are there, and a pager brings them from the source.
+
+Pages that are missing have a flag; an access to one waits, the pager asks the source for it, and the rest comes by
+itself. Flags and the userfaultfd of the workload outlive us (`workloads.deferred`), so that another process can go on
+where we were killed: `LateMemory.resume`. As long as there is no link the workload waits; it never sees a wrong byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from logging import getLogger
+
+import msgspec
+
+from pageferry._engine import Mapping, Pager, PageSet, PeerSource, Space
+from pageferry.errors import PageferryError, UnsupportedError, UsageError, WorkloadDied
+from pageferry.events import Listener
+from pageferry.host import proc
+from pageferry.host.faults import fault_point
+from pageferry.host.registry import Folder
+from pageferry.migration import events, messages
+from pageferry.migration.attendant import Attendant
+from pageferry.migration.channel import Channel
+from pageferry.migration.connection import Reception
+from pageferry.migration.missing import send_missing
+from pageferry.migration.native import off_loop
+from pageferry.migration.ownership import Verdicts
+from pageferry.workloads import deferred
+from pageferry.workloads.base import SMALL_PAGE, Region
+from pageferry.workloads.deferred import Arriving
+from pageferry.workloads.memory import Segment, segments_of
+from pageferry.workloads.pager_server import PagerServer
+
+log = getLogger(__name__)
+
+LOOK = 0.05
+"""Seconds between two looks at the link and at the workload's life."""
+TELL = 0.5
+"""Seconds between two events."""
+_SYS_CLOSE = 3
+
+
+class LateMemory:
+    """Brings what is missing of one workload's memory. Made by `begin` or `resume`."""
+
+    def __init__(
+        self,
+        record: Arriving,
+        regions: Sequence[Region],
+        folder: Folder | None,
+        verdicts: Verdicts,
+        patience: float,
+        listener: Listener,
+        flags: int = -1,
+    ) -> None:
+        self.record = record
+        self.regions = tuple(regions)
+        self.mappings = [Mapping(region.fd, region.length, region.file_offset) for region in self.regions]
+        self.segments: list[Segment] = segments_of(self.regions)
+        self.spaces: dict[int, Space] = {space.pid: space for space, *_ in self.segments}
+        self.started = {pid: proc.start_time(pid) for pid in self.spaces}
+        self.folder = folder
+        self.verdicts = verdicts
+        self.patience = patience
+        self.listener = listener
+        self.begun = time.monotonic()
+        self.complete = False
+        self.pager: Pager | None = None
+        self._source: PeerSource | None = None
+        self._server: PagerServer | None = None
+        self._flags = flags
+        self._channel: Channel | None = None
+        self._linked = asyncio.Event()
+
+    @property
+    def name(self) -> str:
+        """Of the workload."""
+        return self.folder.name if self.folder is not None else self.record.source
+
+    # -- the first link
+
+    async def begin(self, missing: Sequence[PageSet], late: Sequence[socket.socket], channel: Channel) -> None:
+        """From now on accesses to missing pages wait until these have come; nobody runs the workload yet.
+
+        `late`: connections, of which the first is for requests. Raises UnsupportedError where this user may not handle
+        page faults, WorkloadError.
+        """
+        self._channel = channel
+        self._linked.set()
+        pages = sum(region.length for region in self.regions) // SMALL_PAGE
+        self._flags = deferred.create_flags(self.folder, Pager.flags_length(pages))
+        Pager.set_flags(self._flags, missing)
+        try:
+            await off_loop(lambda: self._start(late, missing))
+        except PermissionError as denied:
+            raise UnsupportedError(
+                "post-copy needs to handle page faults, which this user may not: run as root, or write 1 to "
+                "/proc/sys/vm/unprivileged_userfaultfd"
+            ) from denied
+        if self.folder is not None:
+            # Only now: flags without a pager that has set them say that everything is there.
+            self.folder.store(deferred.POSTCOPY, self.record)
+        self._serve_questions()
+
+    def _start(self, late: Sequence[socket.socket], missing: Sequence[PageSet] | None) -> None:
+        """A pager over these connections: the first one of this memory with `missing`, else one that takes over."""
+        ours: dict[int, int] = {}
+        try:
+            if missing is not None:
+                self._adopt(ours)
+            else:
+                for pid, number in self.record.userfaults.items():
+                    ours[pid] = self.spaces[pid].descriptor(number)
+            self._source = self._peer(late)
+            self.pager = Pager(
+                self._source,
+                self._targets(),
+                self.segments,
+                ours,
+                self._flags,
+                kept=missing is not None,
+                taken_over=missing is None,
+            )
+        finally:
+            for descriptor in ours.values():
+                os.close(descriptor)
+
+    def _adopt(self, ours: dict[int, int]) -> None:
+        """Have a userfaultfd in every process; another one than ours keeps a copy, which outlives us."""
+        numbers = {}
+        for pid, space in self.spaces.items():
+            ours[pid], number = space.missing_faults(discards=pid != os.getpid())
+            if number is not None:
+                numbers[pid] = number
+        self.record = msgspec.structs.replace(self.record, userfaults=numbers)
+
+    def _peer(self, late: Sequence[socket.socket]) -> PeerSource:
+        urgent, *streams = [connection.fileno() for connection in late]
+        return PeerSource(urgent, streams, patience=self.patience)
+
+    def _targets(self) -> list[tuple[Mapping, int, list[bool]]]:
+        return [
+            (mapping, region.page_size, messages.unpack_units(packed, len(packed) * 8))
+            for mapping, region, packed in zip(self.mappings, self.regions, self.record.large, strict=True)
+        ]
+
+    def _serve_questions(self) -> None:
+        if self.folder is not None:
+            assert self.pager is not None
+            path = self.folder.socket_path(deferred.SOCKET)
+            extents = [(region.name, region.length) for region in self.regions]
+            self._server = PagerServer(path, self.pager, f"the source of {self.record.source}", extents)
+
+    async def populate(self) -> None:
+        """Map what is here already, before the workload runs (S1, S5)."""
+        await off_loop(self._pager.populate)
+
+    # -- further links
+
+    async def relink(self, channel: Channel, reception: Reception) -> None:
+        """The source goes on over new connections, whatever became of the old ones. Raises MigrationError."""
+        serve = await channel.receive(messages.Serve)
+        token = secrets.token_bytes(messages.TOKEN_BYTES)
+        reception.expect(token)
+        await channel.send(messages.Welcome(token=token))
+        late = await channel.during(reception.streams(token, 1 + serve.streams, self.patience))
+        try:
+            if self.pager is None:
+                await off_loop(lambda: self._start(late, None))
+                self._serve_questions()
+            else:
+                source = self._peer(late)
+                await off_loop(lambda: self._pager.reconnect(source))
+                self._source = source
+        finally:
+            for connection in late:
+                connection.close()
+        pager = self._pager
+        missing = await off_loop(lambda: [pager.missing(number) for number in range(len(self.regions))])
+        await send_missing(channel, missing)
+        fault_point("destination.relinked")
+        channel.limit = messages.MAX_MESSAGE
+        before, self._channel = self._channel, channel
+        if self._server is not None:
+            self._server.paused = None
+        self._linked.set()
+        if before is not None:
+            await before.close()
+
+    # -- until everything is there
+
+    async def all_here(self) -> Channel:
+        """Wait until every page has come, over as many links as it takes; returns the channel of the last one.
+
+        Raises WorkloadDied when there is nobody left to need them.
+        """
+        while True:
+            await self._link()
+            channel = self._channel
+            assert channel is not None
+            if (why := await self._finished_or_lost(channel)) is None:
+                await self._finish()
+                return channel
+            if channel is self._channel:
+                self._linked.clear()
+                if self._server is not None:
+                    self._server.paused = f"the link to the source is gone ({why})"
+                self._tell("postcopy-paused")
+                log.warning(
+                    "%s waits for memory that is still at its source, the link to which is gone (%s). There: "
+                    "pageferry migrate %s --recover",
+                    self.name,
+                    why,
+                    self.record.source,
+                )
+
+    async def _link(self) -> None:
+        """Wait until there is one."""
+        while not self._linked.is_set():
+            self._look_at_workload()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TELL):
+                    await self._linked.wait()
+
+    async def _finished_or_lost(self, channel: Channel) -> str | None:
+        """None once everything is here; else why nothing comes any more."""
+        assert self.pager is not None
+        pager, told = self.pager, 0.0
+        while not await off_loop(lambda: pager.wait(LOOK, len(pager.failures))):
+            self._look_at_workload()
+            if channel is not self._channel:
+                return "another one has replaced it"
+            lost = (str(channel.failure) if channel.failure else None) or (self._source and self._source.lost)
+            if lost:
+                return lost
+            if time.monotonic() - told > TELL:
+                told = time.monotonic()
+                self._tell("postcopy-active")
+        return None
+
+    def _look_at_workload(self) -> None:
+        for pid, started in self.started.items():
+            if proc.start_time(pid) != started:
+                raise WorkloadDied(f"{self.name} (process {pid}) has ended before all of its memory had come")
+
+    async def _finish(self) -> None:
+        """Everything is here: that is written down before anybody is told."""
+        fault_point("destination.all-here")
+        self.seconds = time.monotonic() - self.begun
+        self.verdicts.arrive(self.record.migration)
+        fault_point("destination.arrival-noted")
+        self.complete = True
+        self._counters, self._waits = self._pager.counters, self._pager.histogram
+        await asyncio.to_thread(self._release)
+        if self.folder is not None:
+            self.folder.forget(deferred.POSTCOPY)
+            (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
+        self.close()
+
+    def _release(self) -> None:
+        for pid, number in self.record.userfaults.items():
+            with contextlib.suppress(OSError):
+                self.spaces[pid].call(_SYS_CLOSE, number)
+
+    def arrived(self) -> messages.Arrived:
+        """What the source is told in the end."""
+        faults, _, _, _, _, service, longest = self._counters
+        return messages.Arrived(
+            requests=faults, service=service, longest=longest, waits=self._waits, seconds=self.seconds
+        )
+
+    def _tell(self, status: events.PostcopyStatus) -> None:
+        self.listener(
+            events.PostcopyEvent(
+                status=status,
+                remaining=self._pager.pending * SMALL_PAGE,
+                postcopy_requests=self._pager.counters[1],
+                mbps=0.0,
+            )
+        )
+
+    @property
+    def _pager(self) -> Pager:
+        assert self.pager is not None
+        return self.pager
+
+    def close(self) -> None:
+        """Bring nothing any more. What is missing stays missing, for whoever resumes."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self.pager is not None:
+            self.pager.stop()
+        if self._flags >= 0:
+            os.close(self._flags)
+            self._flags = -1
+
+
+class Resumption:
+    """Goes on for a workload that runs here and whose receiver was killed: `pageferry receive --resume`.
+
+    Raises UsageError where there is nothing to resume, or somebody at it; RestoreError, WorkloadError.
+    """
+
+    def __init__(
+        self, folder: Folder, reception: Reception, verdicts: Verdicts, patience: float, listener: Listener
+    ) -> None:
+        record = folder.load(deferred.POSTCOPY, Arriving)
+        if record is None:
+            raise UsageError(f"{folder.name} waits for no migration: its memory is all there, or comes from an image")
+        regions = [deferred.open_region(one) for one in record.regions]
+        pages = sum(region.length for region in regions) // SMALL_PAGE
+        flags = deferred.open_flags(folder, Pager.flags_length(pages))
+        self.late = LateMemory(record, regions, folder, verdicts, patience, listener, flags)
+        self.attendant = Attendant(reception, verdicts)
+        self.attendant.arrivals = self.late
+
+    async def run(self) -> None:
+        """Until the source knows that everything is here. Raises WorkloadDied when there is nobody to need it."""
+        self.attendant.begin(self.late.record.migration)
+        try:
+            channel = await self.late.all_here()
+            try:
+                await channel.send(self.late.arrived())
+                await channel.receive(messages.Done)
+                self.late.verdicts.forget(self.late.record.migration)
+            except PageferryError as error:
+                log.warning("all of %s is here; its source may not know it yet: %s", self.late.name, error)
+                await self.attendant.settled.wait()
+            finally:
+                await channel.close()
+        finally:
+            self.attendant.close()
+            self.late.close()

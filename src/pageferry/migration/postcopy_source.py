@@ -1,0 +1,161 @@
+"""Post-copy at the source: the pages that a workload needs where it runs now, and that are still here.
+
+The workload is paused here, so its memory is as it was when it was given away. Requests are answered on a connection of
+their own, at once; all other pages are pushed over the others, from the last requested page onward.
+They are kept until the destination has said `Arrived`. A link that goes before that is replaced by `serve_on`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from pageferry._engine import PageServer, PageSet
+from pageferry.errors import PageferryError, PostcopyPaused
+from pageferry.events import Listener, ignore
+from pageferry.host.faults import fault_point
+from pageferry.migration import events, messages
+from pageferry.migration.channel import Channel
+from pageferry.migration.connection import Address, connect_streams
+from pageferry.migration.missing import receive_missing
+from pageferry.migration.native import Counters, off_loop
+from pageferry.migration.ownership import Committed
+from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.memory import Memory
+
+PROGRESS_INTERVAL = 0.2
+"""Seconds between progress events."""
+
+
+class Sending(Protocol):
+    """How pages are sent: `Options`, or what is on record of them."""
+
+    @property
+    def codec(self) -> messages.Codec:
+        """As of `Options`, like the others."""
+
+    @property
+    def bandwidth(self) -> int:
+        """See there."""
+
+    @property
+    def adaptive(self) -> bool:
+        """See there."""
+
+
+class PageService:
+    """Sends the `missing` pages of a paused workload, over `late` connections: the first one is for requests."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        missing: Sequence[PageSet],
+        late: Sequence[socket.socket],
+        sending: Sending,
+        patience: float,
+    ) -> None:
+        self.pages = sum(map(len, missing))
+        urgent, *streams = [connection.fileno() for connection in late]
+        # The engine duplicates the descriptors, and keeps the mappings.
+        self._server = PageServer(
+            memory.mappings,
+            missing,
+            urgent,
+            streams,
+            sending.codec,
+            patience=patience,
+            bandwidth=sending.bandwidth,
+            adaptive=sending.adaptive,
+        )
+
+    @property
+    def counters(self) -> Counters:
+        """What was sent so far."""
+        return self._server.progress
+
+    @property
+    def requests(self) -> int:
+        """Of the destination, so far."""
+        return self._server.requests
+
+    def event(self, status: events.PostcopyStatus, mbps: float = 0.0) -> events.PostcopyEvent:
+        """How far it is."""
+        return events.PostcopyEvent(
+            status=status,
+            remaining=self._server.remaining * SMALL_PAGE,
+            postcopy_requests=self._server.requests,
+            mbps=round(mbps, 1),
+        )
+
+    def start(self) -> None:
+        """Answer requests from now on, and nothing else: nobody runs the workload yet."""
+        self._server.start()
+
+    async def send_all(self, channel: Channel, listener: Listener) -> messages.Arrived:
+        """Send the rest too, until the destination has everything. Raises MigrationError, WorkloadError."""
+        telling = asyncio.create_task(self._tell(listener))
+        try:
+            await channel.during(off_loop(self._server.push, cancel=self._server.cancel))
+            fault_point("source.pushed")
+            return await channel.receive(messages.Arrived)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._server.cancel()
+
+    async def _tell(self, listener: Listener) -> None:
+        begin, since = self.counters[0], time.perf_counter()
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL)
+            bits = (self.counters[0] - begin) * 8
+            listener(self.event("postcopy-active", bits / 1e6 / (time.perf_counter() - since)))
+
+
+async def serve_on(
+    workload: Workload,
+    record: Committed,
+    channel: Channel,
+    address: Address,
+    patience: float,
+    listener: Listener = ignore,
+) -> messages.Arrived:
+    """Send what the destination still misses, over new connections; it has just said that it does.
+
+    Raises PostcopyPaused when that does not work out either: it can be tried again.
+    """
+    late: list[socket.socket] = []
+    service: PageService | None = None
+    try:
+        memory = Memory(workload)
+        await channel.send(messages.Serve(streams=record.streams))
+        welcome = await channel.receive(messages.Welcome)
+        late = await connect_streams(address, welcome.token, range(1 + record.streams), patience)
+        missing = await receive_missing(channel, [region.length // SMALL_PAGE for region in memory.regions])
+        service = PageService(memory, missing, late, record, patience)
+        listener(service.event("postcopy-recover"))
+        service.start()
+        fault_point("source.serves-again")
+        return await service.send_all(channel, listener)
+    except (PageferryError, OSError) as error:
+        if service is not None:
+            listener(service.event("postcopy-paused"))
+        raise paused(workload.name, str(address), error) from error
+    finally:
+        if service is not None:
+            service.close()
+        for connection in late:
+            connection.close()
+
+
+def paused(name: str, peer: str, error: BaseException) -> PostcopyPaused:
+    """What is to be said when the link has gone before all pages were sent."""
+    return PostcopyPaused(
+        f"{name} runs at {peer}, and waits there for the rest of its memory; it stays here, paused, with all of it "
+        f"({str(error) or type(error).__name__}). Send the rest with: pageferry migrate {name} --recover"
+    )

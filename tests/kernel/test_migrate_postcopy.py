@@ -1,0 +1,152 @@
+"""A ledger that runs at the destination before its pages are there: it loses nothing, however they come."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pageferry.host.registry import Registry
+from pageferry.workloads.lifecycle import Status
+from tests.kernel import moving
+from tests.kernel.moving import MIB
+from tests.kernel.programs import DEADLINE, Program, wait_until
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+
+
+def all_there(program: Program) -> dict[str, Any]:
+    """End a receiver once all pages have come; it must have every write."""
+    wait_until(lambda: deferred("there") == 0, "all pages")
+    program.process.terminate()
+    end = moving.until(program, "ledger")
+    assert end["intact"], end
+    return end
+
+
+def listed(name: str) -> dict[str, Any]:
+    """What `pageferry list` says of a workload."""
+    command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
+    said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
+    return next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
+
+
+def deferred(name: str) -> int:
+    """Bytes whose contents are still to come."""
+    return int(listed(name)["deferred"])
+
+
+def moves(*options: str, setup: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Move a ledger, and check it at the other end; what `migrate` says."""
+    with moving.ledger("here", **(setup or {})) as here, moving.receiver("there") as there:
+        with moving.migrating("here", moving.address_of(there), *options) as migration:
+            result = moving.until(migration, "migration")
+            assert migration.wait() == 0
+        moving.until(there, "received")
+        moving.runs("there")
+        moving.ends_intact(here, "moved")
+        all_there(there)
+    return result
+
+
+BUSY = {"options": {"threads": 2, "rate": None, "zero_fraction": 0.2, "compressible": 0.3, "fill": 0.9}}
+
+
+@pytest.mark.parametrize("options", ["", "--streams 3 --codec lz4", "--codec zstd --large-pages ignore"])
+def test_post_copy_copies_nothing_before_it_runs(options: str) -> None:
+    result = moves("--mode", "postcopy", *options.split(), setup=BUSY)
+    assert (result["mode"], result["status"], result["dirty-sync-count"]) == ("postcopy", "completed", 0)
+    late = result["postcopy"]
+    assert 0 < late["pages"] <= result["memory"] // 4096
+    # Each page goes once, or is asked for while it is under way already.
+    assert late["pages"] <= result["normal"] + result["duplicate"] <= late["pages"] + result["postcopy-requests"] * 16
+    assert 0 < result["postcopy-requests"] <= late["pages"]
+    assert 0 < late["time"] < result["total-time"]
+    if "ignore" not in options:
+        assert result["large-pages"]["destination"] == result["large-pages"]["source"]
+
+
+def test_hybrid_ends_although_it_writes_faster_than_it_can_be_sent() -> None:
+    """No rest is small enough; so the rest comes after the switch-over, and little is sent twice."""
+    result = moves("--mode", "hybrid", "--max-downtime", "0", setup=BUSY)
+    assert result["mode"] == "hybrid"
+    assert result["dirty-sync-count"] >= 2
+    assert 0 < result["postcopy"]["pages"] < result["memory"] // 4096
+    assert result["normal"] + result["duplicate"] <= 2.5 * result["memory"] // 4096
+
+
+def test_hybrid_is_pre_copy_where_that_gets_there() -> None:
+    result = moves("--mode", "hybrid", setup={"options": {"threads": 2, "rate": MIB}})
+    assert (result["mode"], result["postcopy"], result["postcopy-requests"]) == ("hybrid", None, 0)
+
+
+def test_hybrid_switches_over_when_it_is_told_to() -> None:
+    with moving.ledger("here", options={"threads": 2, "rate": MIB}) as here, moving.receiver("there") as there:
+        address = moving.address_of(there)
+        fault = "source.between-rounds=stop"
+        with moving.migrating("here", address, "--mode", "hybrid", fault=fault) as migration:
+            moving.stopped(migration)
+            subprocess.run([sys.executable, "-m", "pageferry", "migrate", "--switch", "here"], check=True, timeout=60)
+            migration.process.send_signal(signal.SIGCONT)
+            result = moving.until(migration, "migration")
+            assert migration.wait() == 0
+        assert result["postcopy"] is not None
+        moving.ends_intact(here, "moved")
+        all_there(there)
+
+
+def test_only_a_hybrid_migration_can_be_told_to_switch_over() -> None:
+    with moving.ledger("here"), moving.migrating("here", "--switch") as nobody:
+        assert nobody.wait() == 2
+
+
+def test_a_receiver_whose_link_goes_waits_until_the_source_comes_back() -> None:
+    """Nothing is lost, nothing becomes zeros, and what has arrived is not sent again."""
+    with moving.ledger("here", size=64 * MIB, options=BUSY["options"]) as here, moving.receiver("there") as there:
+        address = moving.address_of(there)
+        with moving.migrating("here", address, "--mode", "postcopy", fault="source.answered=drop") as migration:
+            assert moving.until(migration, "postcopy")["status"] == "postcopy-paused"
+            assert migration.wait() == 28
+        moving.until(there, "received")
+        while moving.until(there, "postcopy")["status"] != "postcopy-paused":
+            pass
+        assert moving.status("here") is Status.COMMITTED
+        there_now = listed("there")
+        assert there_now["deferred"] > 0
+        assert "link" in there_now["waiting"]
+        with moving.migrating("here", address) as again:
+            assert again.wait() == 10
+        with moving.migrating("here", "--recover") as recovery:
+            assert moving.until(recovery, "recovery")["owner"] == "destination"
+            assert recovery.wait() == 0
+        moving.ends_intact(here, "moved")
+        moving.runs("there")
+        all_there(there)
+
+
+def test_what_needs_all_of_it_waits_for_all_of_it() -> None:
+    """A checkpoint, or a further migration, of a workload whose pages are still coming; `peek` needs only its own."""
+    with (
+        moving.ledger("here", size=64 * MIB) as here,
+        moving.receiver("there") as there,
+        moving.migrating("here", moving.address_of(there), "--mode", "postcopy") as migration,
+    ):
+        moving.until(there, "received")
+        peek = [sys.executable, "-m", "pageferry", "peek", "there", "0", "4096", "--output", "json"]
+        seen = json.loads(subprocess.run(peek, check=True, timeout=DEADLINE, capture_output=True).stdout)
+        assert set(seen["data"]) != {"0"}
+        with moving.receiver("further") as further:
+            with moving.migrating("there", moving.address_of(further)) as onward:
+                assert onward.wait() == 0
+            moving.until(further, "received")
+            moving.runs("further")
+            assert migration.wait() == 0
+            moving.ends_intact(here, "moved")
+            moving.until(there, "ledger")
+            further.process.terminate()
+            assert moving.until(further, "ledger")["intact"]
+    assert Registry().entries() == {}

@@ -1,0 +1,101 @@
+"""A real guest that runs at the destination before its memory is there; its own checker reads every page it wrote."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.guest import travel
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller, travelling
+from tests.kernel import moving
+from tests.kernel.programs import DEADLINE, Program, wait_until
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+@pytest.fixture(scope="module")
+def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traveller]:
+    with travelling(parts, tmp_path_factory.mktemp("guest")) as traveller:
+        yield traveller
+
+
+def waiting(name: str) -> str | None:
+    """What `pageferry list` says that it waits for."""
+    command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
+    said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
+    found = next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
+    return str(found["waiting"]) if found["waiting"] is not None else None
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--mode postcopy", "--mode postcopy --codec lz4 --streams 2", "--mode hybrid --max-downtime 0 --max-rounds 2"],
+)
+def test_moves_before_its_memory(guest: Traveller, options: str) -> None:
+    before = guest.runs()
+    result = guest.move(*options.split())
+    after = guest.verifies_everything()
+    assert after.writes > before.writes
+    assert result["mode"] in options
+    assert result["postcopy"]["pages"] > 0
+    assert result["postcopy-requests"] > 0
+    large = result["large-pages"]
+    assert large["destination"] == large["source"] > 16
+    guest.untouched()
+
+
+def lost(guest: Traveller, there: Program) -> None:
+    """Migrate, and lose the link as soon as the guest runs there."""
+    fault = "source.answered=drop"
+    with guest.migrating(moving.address_of(there), "--mode", "postcopy", fault=fault) as migration:
+        assert migration.wait() == 28
+    moving.until(there, "received")
+
+
+def recovers(guest: Traveller) -> None:
+    with moving.migrating(guest.name, "--recover") as recovery:
+        assert moving.until(recovery, "recovery")["owner"] == "destination"
+        assert recovery.wait() == 0
+    guest.arrived()
+    guest.verifies_everything()
+    guest.untouched()
+
+
+def test_waits_while_there_is_no_link(guest: Traveller) -> None:
+    guest.runs()
+    with guest.receiver() as there:
+        lost(guest, there)
+        wait_until(lambda: "link" in (waiting(guest.next_name) or ""), "that it says what it waits for")
+        recovers(guest)
+        assert there.wait() == 0
+
+
+def test_another_receiver_goes_on_where_one_was_killed(guest: Traveller) -> None:
+    """The guest keeps its userfaultfd, and the flags are a file: what is missing stays missing."""
+    guest.runs()
+    with guest.receiver() as there:
+        address = moving.address_of(there)
+        fault = "source.answered=drop"
+        with guest.migrating(address, "--mode", "postcopy", fault=fault) as migration:
+            assert migration.wait() == 28
+        moving.until(there, "received")
+        there.process.send_signal(signal.SIGKILL)
+        assert there.wait() == -signal.SIGKILL
+    assert "--resume" in str(waiting(guest.next_name))
+    with moving.migrating(guest.name, "--recover") as recovery:
+        assert recovery.wait() == 26  # nobody there
+    resuming = ("-m", "pageferry", "receive", guest.next_name, "--resume", "--output", "json", "--listen", address)
+    with Program(*resuming) as there:
+        moving.address_of(there)
+        recovers(guest)
+        assert moving.until(there, "resumed")["workload"] == guest.name
+        assert there.wait() == 0
+    assert travel.listed() == {guest.name: "running"}
+    with Program(*resuming[:3], guest.name, "--resume") as nothing:
+        assert nothing.wait() == 2

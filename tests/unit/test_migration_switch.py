@@ -1,0 +1,43 @@
+"""Telling a hybrid migration to switch over: heard by the one that is under way, an error where there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pageferry.errors import UsageError
+from pageferry.host import proc
+from pageferry.host.registry import Folder, Registry
+from pageferry.migration import switch
+from pageferry.migration.switch import RECORD, Switch
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Registry(tmp_path).claim("web")
+
+
+def test_a_request_is_heard_while_somebody_listens(folder: Folder) -> None:
+    with switch.listening(folder):
+        assert not switch.requested(folder)
+        switch.request(folder)
+        assert switch.requested(folder)
+    assert not switch.requested(folder)
+    # One that was heard does not hold for the next migration.
+    with switch.listening(folder):
+        assert not switch.requested(folder)
+
+
+def test_nobody_listens(folder: Folder) -> None:
+    with pytest.raises(UsageError, match="hybrid"):
+        switch.request(folder)
+
+
+def test_one_that_was_killed_does_not_listen(folder: Folder) -> None:
+    started = proc.start_time(os.getpid())
+    assert started is not None
+    folder.store(RECORD, Switch(pid=os.getpid(), started=started + 1))
+    with pytest.raises(UsageError, match="hybrid"):
+        switch.request(folder)
