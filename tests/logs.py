@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
+
 from pageferry.checkpoints import events as checkpoint
 from pageferry.checkpoints import restore_events as restore
 from pageferry.errors import NotConverging
@@ -67,39 +69,56 @@ def _rounds() -> list[tuple[float, Event]]:
     return told
 
 
+def _migrated() -> migration.MigrationResult:
+    """The end of a migration."""
+    parts = migration.Downtime(total=21.4, stop=0.6, last_pages=5.2, device_state=9.1, populate=0.4, resume=0.3)
+    return migration.MigrationResult(
+        status="completed",
+        mode="precopy",
+        workload="web",
+        peer="[::1]:7070",
+        total_time=1612.0,
+        setup_time=50.0,
+        downtime=parts.total,
+        downtime_parts=parts,
+        transferred=503 * MIB,
+        memory=1024 * MIB,
+        normal=130000,
+        duplicate=4000,
+        skipped=82944,
+        dirty_sync_count=6,
+        mbps=2617.0,
+        large_pages=migration.LargePageCount(source=365, destination=364, fallbacks=1),
+        populated=migration.PopulateCount(mode="all", large=364, small=900, failed=0, work_ms=9.0),
+        faults_after_resume=migration.FaultCount(minor=3, major=0),
+        trace=migration.TraceCount(granularity="auto", install_ms=2.0, released_units=4),
+    )
+
+
 def migrate(path: Path) -> None:
     """A migration that went well."""
     told = _rounds()
     after = [migration.LargeMap.of("ram0", 1024 * MIB, [unit % 7 < 5 and unit != 14 for unit in range(512)])]
     told.append((2.7, migration.LargePagesEvent(side="destination", regions=after)))
-    parts = migration.Downtime(total=21.4, stop=0.6, last_pages=5.2, device_state=9.1, populate=0.4, resume=0.3)
-    told.append(
-        (
-            2.71,
-            migration.MigrationResult(
-                status="completed",
-                mode="precopy",
-                workload="web",
-                peer="[::1]:7070",
-                total_time=1612.0,
-                setup_time=50.0,
-                downtime=parts.total,
-                downtime_parts=parts,
-                transferred=503 * MIB,
-                memory=1024 * MIB,
-                normal=130000,
-                duplicate=4000,
-                skipped=82944,
-                dirty_sync_count=6,
-                mbps=2617.0,
-                large_pages=migration.LargePageCount(source=365, destination=364, fallbacks=1),
-                populated=migration.PopulateCount(mode="all", large=364, small=900, failed=0, work_ms=9.0),
-                faults_after_resume=migration.FaultCount(minor=3, major=0),
-                trace=migration.TraceCount(granularity="auto", install_ms=2.0, released_units=4),
-            ),
-        )
-    )
+    told.append((2.71, _migrated()))
     written(path, "migrate", {"name": "web", "address": "[::1]:7070", "max_downtime": 0.3}, told)
+
+
+def postcopy(path: Path) -> None:
+    """A migration that ran before its pages were there."""
+    told = _rounds()[:3]
+    for step in range(12):
+        left = 90 * MIB * (11 - step) // 11
+        event = migration.PostcopyEvent(
+            status="postcopy-active", remaining=left, postcopy_requests=40 * step, mbps=900.0
+        )
+        told.append((1.4 + step * 0.1, event))
+    bins = [0, 0, 0, 0, 0, 10, 200, 150, 60, 20, 8, 3]
+    late = migration.PostcopyCount(
+        time=1100.0, pages=23040, faults=sum(bins), service_us=110.0, waits=Latency.of(bins, 1900.0)
+    )
+    told.append((2.6, msgspec.structs.replace(_migrated(), mode="postcopy", postcopy=late, postcopy_requests=440)))
+    written(path, "migrate", {"name": "web", "address": "[::1]:7070", "mode": "postcopy"}, told)
 
 
 def failed(path: Path) -> None:
@@ -289,6 +308,7 @@ def share(path: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "migrate": migrate,
+    "postcopy": postcopy,
     "failed": failed,
     "checkpoint": save,
     "restore": bring,

@@ -21,6 +21,7 @@ SIZES = [(1280, False), (390, False), (390, True)]
 
 FIGURES = {
     "migrate": ["rounds", "speeds", "downtime", "large-pages"],
+    "postcopy": ["rounds", "speeds", "downtime", "postcopy", "latency", "large-pages"],
     "checkpoint": ["saving", "downtime", "classes"],
     "restore": ["running", "arrival", "working-set", "latency"],
     "large-pages": ["activity", "regions", "heat-map"],

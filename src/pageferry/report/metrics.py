@@ -55,6 +55,8 @@ METRICS = (
     Metric(
         "pageferry_migration_bytes_per_second", "gauge", "Speed on the wire.", ("progress", "round"), "mbps", 1e6 / 8
     ),
+    Metric("pageferry_migration_postcopy_remaining_bytes", "gauge", "Still to come.", ("postcopy",), "remaining"),
+    Metric("pageferry_migration_postcopy_requests", "counter", "Asked for.", ("postcopy",), "postcopy_requests"),
     Metric("pageferry_migration_downtime_seconds", "gauge", "Told at its end.", _MIGRATED, "downtime", 1e-3),
     Metric("pageferry_checkpoint_saved_bytes", "gauge", "Memory saved so far.", ("saving",), "done", 4096),
     Metric("pageferry_checkpoint_present_bytes", "gauge", "Memory that is to be saved.", ("saving",), "total", 4096),

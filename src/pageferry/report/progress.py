@@ -77,6 +77,10 @@ class Progress:
                 return {"phase": f"round {event.round}", "part": _part(event.done, event.total), "rate": rate}
             case migration.RoundEvent():
                 return {"dirty_rate": event.dirty_rate, "rate": round(event.mbps * 1e6 / 8)}
+            case migration.PostcopyEvent():
+                self._most = max(self._most, event.remaining)
+                part = 1 - _part(event.remaining, self._most)
+                return {"phase": event.status, "part": part, "rate": round(event.mbps * 1e6 / 8) or None}
             case checkpoint.SavingEvent():
                 return {"phase": "saving", "part": _part(event.done, event.total)}
             case restore.RunningEvent():

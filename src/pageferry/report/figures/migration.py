@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pageferry.migration.events import LargePagesEvent, MigrationResult, RoundEvent, SetupEvent
+from pageferry.migration.events import LargePagesEvent, MigrationResult, PostcopyEvent, RoundEvent, SetupEvent
 from pageferry.report.charts import Bar, Line, Series, Strip, bars, columns, lines, strips
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
+from pageferry.report.figures.latency import latency
 from pageferry.report.units import duration, rate, size
 
 MOST_ROWS = 40
@@ -39,6 +40,11 @@ def facts(log: Log) -> list[Fact]:
         Fact("pages sent", result.normal, "count"),
         Fact("pages of zeros", result.duplicate, "count"),
     ]
+    if (late := result.postcopy) is not None:
+        after = f"{late.pages:,} pages after it ran there"
+        told.insert(2, Fact("all pages there", late.time, "ms", lead=True, note=after))
+        told.append(Fact("accesses that waited", late.faults, "count", note=f"{result.postcopy_requests:,} requests"))
+        told.append(Fact("99 of 100 within", late.waits.p99_us, "us", note="of accesses that waited"))
     if faults is not None:
         told.append(Fact("faults in the first second", faults.minor + faults.major, "count"))
     for line in log.lines:
@@ -65,7 +71,9 @@ def _unfinished(log: Log) -> list[Fact]:
 
 def figures(log: Log) -> list[Figure]:
     """All there is to draw."""
-    return [*_rounds(log), *_downtime(result_of(log)), *_postcopy(log), *_large_pages(log)]
+    result = result_of(log)
+    waits = latency(result.postcopy.waits) if result is not None and result.postcopy is not None else []
+    return [*_rounds(log), *_downtime(result), *_postcopy(log), *waits, *_large_pages(log)]
 
 
 def _rounds(log: Log) -> list[Figure]:
@@ -147,12 +155,10 @@ def _downtime(result: MigrationResult | None) -> list[Figure]:
 
 
 def _postcopy(log: Log) -> list[Figure]:
-    """Events of type `postcopy`: it runs at the destination already, and its pages come."""
-    told = [(line.at, line.fields) for line in log.lines if line.tag == "postcopy"]
-    left = [(at, one["remaining"], one.get("postcopy-requests")) for at, one in told if _is_count(one.get("remaining"))]
-    if len(left) < 2:
+    told = log.of(PostcopyEvent)
+    if len(told) < 2:
         return []
-    drawn = [(at / 1e3, float(remaining)) for at, remaining, _ in left]
+    drawn = [(at / 1e3, float(one.remaining)) for at, one in told]
     return [
         Figure(
             "postcopy",
@@ -167,14 +173,10 @@ def _postcopy(log: Log) -> list[Figure]:
                 binary=True,
             ),
             (("time", "ms"), ("still to come", "bytes"), ("requests", "count")),
-            thinned([(at, remaining, requests) for at, remaining, requests in left], MOST_ROWS),
+            thinned([(at, one.remaining, one.postcopy_requests) for at, one in told], MOST_ROWS),
             ((2, "still to come"),),
         )
     ]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
 
 
 def _large_pages(log: Log) -> list[Figure]:
