@@ -335,16 +335,55 @@ _Counters = tuple[int, int, int, int, int]
 """(bytes on the wire, storage blocks, data pages, zero pages, absent pages)"""
 
 @final
+class TlsIdentity:
+    """A certificate (with those that lead to its authority) and its private key, both PEM, for page streams.
+
+    ValueError for what is no certificate or key, are not of each other, or of a kind that page streams cannot use.
+    """
+
+    def __new__(cls, certificates: bytes, key: bytes) -> TlsIdentity: ...
+    def connect(self, expected: bytes) -> TlsSession:
+        """The connecting end of a handshake with the peer whose certificate (DER) this is."""
+    def accept(self, accepted: Sequence[bytes]) -> TlsSession:
+        """The accepting end of a handshake with anyone whose certificate (DER) is one of these."""
+
+@final
+class TlsSession:
+    """One end of a TLS 1.3 connection, which does no input or output of its own: what comes from the peer goes in by
+    `feed`, and what `outgoing` returns is for the peer (after an error too: then it is the reason).
+
+    Raises PermissionError for a peer that is not the one expected, or breaks the rules; ValueError once a stream has
+    it.
+    """
+
+    def feed(self, received: bytes) -> None: ...
+    def outgoing(self) -> bytes: ...
+    @property
+    def established(self) -> bool:
+        """Whether both ends have shown who they are. The connecting end cannot know whether it was believed."""
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """DER."""
+    def write(self, data: bytes) -> None:
+        """Seal data for the peer, once established."""
+    def read(self, count: int) -> bytes | None:
+        """The next `count` bytes of the peer, or None while they are not all here."""
+
+_Stream = int | tuple[int, TlsSession]
+"""A connected, blocking socket (the descriptor is duplicated), in the clear or with the session established on it."""
+
+@final
 class BlockSender:
     """Sends pages as storage blocks over connected, blocking stream sockets (descriptors are duplicated).
 
     Raises ConnectionResetError (peer closed), TimeoutError (no byte moved for `patience` seconds), InterruptedError
-    (cancelled), OSError. After an error the streams are out of step and must be closed.
+    (cancelled), PermissionError (TLS: not from the peer), OSError. After an error the streams are out of step and must
+    be closed.
     """
 
     def __new__(
         cls,
-        sockets: Sequence[int],
+        sockets: Sequence[_Stream],
         codec: str = "none",
         page_block: int = 65536,
         storage_block: int = 524288,
@@ -373,7 +412,7 @@ class BlockReceiver:
     Errors as for `BlockSender`; ValueError for a block that is wrong, OSError ENOMEM without memory for its pages.
     """
 
-    def __new__(cls, sockets: Sequence[int], placer: Placer, patience: float = 30.0) -> BlockReceiver: ...
+    def __new__(cls, sockets: Sequence[_Stream], placer: Placer, patience: float = 30.0) -> BlockReceiver: ...
     def receive(self, round: int) -> None:
         """Receive until every stream has seen the barrier of the round."""
     @property
@@ -394,8 +433,8 @@ class PageServer:
         cls,
         regions: Sequence[Mapping],
         missing: Sequence[PageSet],
-        urgent: int,
-        streams: Sequence[int],
+        urgent: _Stream,
+        streams: Sequence[_Stream],
         codec: str = "none",
         patience: float = 30.0,
         bandwidth: int = 0,
@@ -429,7 +468,7 @@ class PeerSource:
     """The destination's end of connections to a `PageServer`, for one `Pager`. Idle connections are no error; an answer
     that does not come for `patience` seconds is, and a stream that breaks off."""
 
-    def __new__(cls, urgent: int, streams: Sequence[int], patience: float = 30.0) -> PeerSource: ...
+    def __new__(cls, urgent: _Stream, streams: Sequence[_Stream], patience: float = 30.0) -> PeerSource: ...
     @property
     def lost(self) -> str | None:
         """Why nothing comes any more; None as long as all is well, and when everything has come."""

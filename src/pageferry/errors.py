@@ -19,6 +19,7 @@
         ├── NotConverging (24)      the workload dirties memory faster than the link takes it
         ├── Cancelled (25)          somebody asked for the migration to stop
         ├── OutcomeUnknown (26)     after commit without an answer: the source stays paused
+        ├── AuthenticationError (27) one side does not believe the other's certificate (--tls)
         └── PostcopyPaused (28)     it runs at the destination, and waits there for pages that are still at the source
 
 Every message says what happened, to what, and what to do about it. Where the outcome is unknown the class says so:
@@ -114,15 +115,23 @@ class Cancelled(MigrationError):
 class OutcomeUnknown(MigrationError):
     """Commit was sent and no answer came: the source stays paused until the peer has been asked.
 
-    `migration` and `peer` (HOST:PORT) say what to ask, and whom: `pageferry.recover` does.
+    `migration` and `peer` (HOST:PORT) say what to ask, and whom: `pageferry.recover` does. `hostname`: the name that
+    the peer's certificate must have, if it must have one.
     """
 
     exit_code = 26
 
-    def __init__(self, message: str, migration: str = "", peer: str = "") -> None:
+    def __init__(self, message: str, migration: str = "", peer: str = "", hostname: str = "") -> None:
         super().__init__(message)
         self.migration = migration
         self.peer = peer
+        self.hostname = hostname
+
+
+class AuthenticationError(MigrationError):
+    """One side does not accept the other's certificate, or what came is not from whom it should be."""
+
+    exit_code = 27
 
 
 class PostcopyPaused(MigrationError):

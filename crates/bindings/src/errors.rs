@@ -44,6 +44,7 @@ pub fn wire(error: WireError) -> PyErr {
         WireError::Stalled(_) => PyTimeoutError::new_err(message),
         WireError::Io(error) => kernel(error),
         WireError::Place(error) => place(error),
+        WireError::Tls(_) => PyPermissionError::new_err(message),
         WireError::Block(_) | WireError::Order(_) => PyValueError::new_err(message),
     }
 }

@@ -15,6 +15,7 @@ mod placer;
 mod saver;
 mod sharing;
 mod space;
+mod tls;
 mod trace;
 mod wire;
 
@@ -36,6 +37,8 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<placer::Placer>()?;
     module.add_class::<saver::ProcessRange>()?;
     module.add_class::<saver::Saver>()?;
+    module.add_class::<tls::TlsIdentity>()?;
+    module.add_class::<tls::TlsSession>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;
     module.add_class::<sharing::SharingScan>()?;

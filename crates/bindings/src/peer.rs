@@ -2,7 +2,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pageferry_engine::SMALL_PAGE;
-use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pages::PageSet as Pages;
 use pageferry_engine::wire;
 use pyo3::prelude::*;
@@ -10,7 +9,7 @@ use pyo3::prelude::*;
 use crate::errors;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
-use crate::wire::{Counters, codec, counters, patience, sockets};
+use crate::wire::{Counters, Stream, codec, counters, endpoint, endpoints, patience};
 
 /// Page blocks, and what a storage block holds: small, for an access may wait behind one.
 const UNIT: usize = 16 * SMALL_PAGE;
@@ -31,8 +30,8 @@ impl PageServer {
         py: Python<'_>,
         regions: Vec<PyRef<'_, Mapping>>,
         missing: Vec<PyRef<'_, PageSet>>,
-        urgent: i32,
-        streams: Vec<i32>,
+        urgent: Stream<'_>,
+        streams: Vec<Stream<'_>>,
         codec: &str,
         patience: f64,
         bandwidth: u64,
@@ -42,7 +41,7 @@ impl PageServer {
         let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
         let codec = self::codec(codec)?;
         let format = wire::Format { codec, adaptive, bandwidth, unit: UNIT, capacity: CAPACITY };
-        let (urgent, streams) = (duplicate(urgent).map_err(errors::kernel)?, sockets(streams)?);
+        let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let patience = self::patience(patience)?;
         let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, patience));
         Ok(Self { inner: inner.map_err(invalid)? })
@@ -95,8 +94,8 @@ pub struct PeerSource {
 impl PeerSource {
     #[new]
     #[pyo3(signature = (urgent, streams, patience = 30.0))]
-    fn new(urgent: i32, streams: Vec<i32>, patience: f64) -> PyResult<Self> {
-        let (urgent, streams) = (duplicate(urgent).map_err(errors::kernel)?, sockets(streams)?);
+    fn new(urgent: Stream<'_>, streams: Vec<Stream<'_>>, patience: f64) -> PyResult<Self> {
+        let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(invalid)?;
         Ok(Self { inner: Arc::new(inner) })
     }

@@ -1,4 +1,3 @@
-use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -13,14 +12,29 @@ use crate::errors;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::placer::Placer;
+use crate::tls::TlsSession;
 
 pub fn patience(seconds: f64) -> PyResult<Duration> {
     let wrong = |_| PyValueError::new_err(format!("patience of {seconds} seconds"));
     Duration::try_from_secs_f64(seconds).map_err(wrong)
 }
 
-pub fn sockets(fds: Vec<i32>) -> std::io::Result<Vec<OwnedFd>> {
-    fds.into_iter().map(duplicate).collect()
+/// A socket, or one with the session that was established on it.
+#[derive(FromPyObject)]
+pub enum Stream<'py> {
+    Plain(i32),
+    Secure(i32, PyRef<'py, TlsSession>),
+}
+
+pub fn endpoint(stream: Stream<'_>) -> PyResult<wire::Endpoint> {
+    match stream {
+        Stream::Plain(fd) => Ok(duplicate(fd)?.into()),
+        Stream::Secure(fd, session) => Ok(wire::Endpoint { fd: duplicate(fd)?, session: Some(session.take()?) }),
+    }
+}
+
+pub fn endpoints(streams: Vec<Stream<'_>>) -> PyResult<Vec<wire::Endpoint>> {
+    streams.into_iter().map(endpoint).collect()
 }
 
 /// (bytes, blocks, data pages, zero pages, absent pages)
@@ -47,7 +61,7 @@ impl BlockSender {
     #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, patience = 30.0,
                         bandwidth = 0, adaptive = false))]
     fn new(
-        sockets: Vec<i32>,
+        sockets: Vec<Stream<'_>>,
         codec: &str,
         page_block: usize,
         storage_block: usize,
@@ -64,7 +78,7 @@ impl BlockSender {
         }
         let (unit, capacity) = (page_block, storage_block);
         let format = wire::Format { codec: self::codec(codec)?, adaptive, bandwidth, unit, capacity };
-        let inner = wire::BlockSender::new(self::sockets(sockets)?, format, self::patience(patience)?)?;
+        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?)?;
         Ok(Self { inner })
     }
 
@@ -111,9 +125,9 @@ pub struct BlockReceiver {
 impl BlockReceiver {
     #[new]
     #[pyo3(signature = (sockets, placer, patience = 30.0))]
-    fn new(sockets: Vec<i32>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
-        let (sockets, patience) = (self::sockets(sockets)?, self::patience(patience)?);
-        Ok(Self { inner: wire::BlockReceiver::new(sockets, placer.inner.clone(), patience)? })
+    fn new(sockets: Vec<Stream<'_>>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
+        let (endpoints, patience) = (endpoints(sockets)?, self::patience(patience)?);
+        Ok(Self { inner: wire::BlockReceiver::new(endpoints, placer.inner.clone(), patience)? })
     }
 
     fn receive(&self, py: Python<'_>, round: u32) -> PyResult<()> {

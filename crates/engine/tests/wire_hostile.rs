@@ -54,7 +54,7 @@ fn feed(bytes: &[u8]) -> Result<(), WireError> {
 
 fn feed_into(placer: &Arc<Placer>, bytes: &[u8]) -> Result<(), WireError> {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
-    let receiver = BlockReceiver::new(vec![ours.into()], placer.clone(), PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer.clone(), PATIENCE).expect("a receiver");
     let begin = Instant::now();
     let ended = thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
@@ -178,7 +178,8 @@ fn a_peer_that_stalls_is_given_up() {
     for sent in [0, 10, 64, whole.len() - 65] {
         let (mut peer, ours) = UnixStream::pair().expect("sockets");
         let placer = placer(vec![target(&small_file(PAGES))]);
-        let receiver = BlockReceiver::new(vec![ours.into()], placer, Duration::from_millis(250)).expect("a receiver");
+        let receiver =
+            BlockReceiver::new(vec![OwnedFd::from(ours)], placer, Duration::from_millis(250)).expect("a receiver");
         peer.write_all(&whole[..sent]).expect("room");
         let begin = Instant::now();
         let ended = receiver.receive(0);
@@ -193,7 +194,7 @@ fn a_peer_that_does_not_read_is_given_up() {
     let source = full_file(4096);
     let (peer, ours) = UnixStream::pair().expect("sockets");
     let sender =
-        BlockSender::new(vec![ours.into()], format(Codec::None), Duration::from_millis(250)).expect("a sender");
+        BlockSender::new(vec![OwnedFd::from(ours)], format(Codec::None), Duration::from_millis(250)).expect("a sender");
     let ended = sender.send(std::slice::from_ref(&source), &[PageSet::full(4096)], 0, true);
     assert!(matches!(ended, Err(WireError::Stalled(_))), "{ended:?}");
     drop(peer);
@@ -214,7 +215,7 @@ fn sockets_that_never_block_work_and_sleep() {
     ours.set_nonblocking(true).expect("an option");
     let copy = small_file(PAGES);
     let placer = placer(vec![target(&copy)]);
-    let receiver = BlockReceiver::new(vec![ours.into()], placer, PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, PATIENCE).expect("a receiver");
     let used = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let before = thread_time();
@@ -240,8 +241,8 @@ fn thread_time() -> Duration {
 fn cancelling_ends_blocked_ends_soon() {
     let (peer, ours) = UnixStream::pair().expect("sockets");
     let placer = placer(vec![target(&small_file(PAGES))]);
-    let receiver = BlockReceiver::new(vec![ours.into()], placer, PATIENCE).expect("a receiver");
-    let sender = BlockSender::new(vec![peer.into()], format(Codec::None), PATIENCE).expect("a sender");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, PATIENCE).expect("a receiver");
+    let sender = BlockSender::new(vec![OwnedFd::from(peer)], format(Codec::None), PATIENCE).expect("a sender");
     let source = full_file(4096);
     let begin = Instant::now();
     thread::scope(|scope| {
@@ -260,7 +261,7 @@ fn cancelling_ends_blocked_ends_soon() {
 fn cancelling_a_receiver_that_waits_ends_it() {
     let (_peer, ours) = UnixStream::pair().expect("sockets");
     let placer = placer(vec![target(&small_file(PAGES))]);
-    let receiver = BlockReceiver::new(vec![ours.into()], placer, PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, PATIENCE).expect("a receiver");
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
         thread::sleep(Duration::from_millis(50));
@@ -295,7 +296,7 @@ fn the_first_failure_is_told() {
 #[test]
 fn a_peer_that_goes_away_is_a_closed_stream() {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
-    let sender = BlockSender::new(vec![ours.into()], format(Codec::None), PATIENCE).expect("a sender");
+    let sender = BlockSender::new(vec![OwnedFd::from(ours)], format(Codec::None), PATIENCE).expect("a sender");
     let source = full_file(4096);
     let ended = thread::scope(|scope| {
         let sending = scope.spawn(|| sender.send(&[source], &[PageSet::full(4096)], 0, true));

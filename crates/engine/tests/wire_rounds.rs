@@ -1,5 +1,6 @@
 //! Rounds over real sockets against a plain model: after each barrier the destination holds what the source holds.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -138,6 +139,6 @@ fn a_round_may_be_sent_in_parts() {
 #[test]
 fn ends_without_sockets_are_refused() {
     let placer = placer(vec![target(&small_file(1))]);
-    assert!(BlockSender::new(Vec::new(), format(Codec::None), PATIENCE).is_err());
-    assert!(BlockReceiver::new(Vec::new(), placer, PATIENCE).is_err());
+    assert!(BlockSender::new(Vec::<OwnedFd>::new(), format(Codec::None), PATIENCE).is_err());
+    assert!(BlockReceiver::new(Vec::<OwnedFd>::new(), placer, PATIENCE).is_err());
 }

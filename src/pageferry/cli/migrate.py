@@ -115,6 +115,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     link.add_argument(
         "--patience", type=float, default=DEFAULTS.patience, metavar="S", help="seconds of silence that end it (30)"
     )
+    link.add_argument(
+        "--tls",
+        metavar="DIR",
+        help="send everything under TLS 1.3, to a receiver that shows a certificate; DIR has ca-cert.pem, ca-crl.pem "
+        "(optional), client-cert.pem and client-key.pem, as for QEMU",
+    )
+    link.add_argument(
+        "--tls-hostname", metavar="NAME", help="name that the receiver's certificate must have (default: that of HOST)"
+    )
     link.add_argument("--insecure", action="store_true", help="allow addresses other than loopback, in the clear")
 
 
@@ -150,6 +159,13 @@ async def _settle(args: argparse.Namespace, workload: Workload) -> int:
             await api.take_back(workload)
             owner = "source"
         else:
-            owner = await api.recover(workload, patience=args.patience, insecure=args.insecure, listener=out.event)
+            owner = await api.recover(
+                workload,
+                patience=args.patience,
+                insecure=args.insecure,
+                tls=args.tls,
+                tls_hostname=args.tls_hostname,
+                listener=out.event,
+            )
         out.final(Recovered(args.name, owner))
     return 0

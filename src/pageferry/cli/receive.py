@@ -16,7 +16,7 @@ from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageEr
 from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.migration import api, events, messages
-from pageferry.migration.connection import Reception, resolve
+from pageferry.migration.connection import Reception
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
@@ -100,6 +100,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hugetlb", action="store_true", help="guest memory on hugetlbfs")
     parser.add_argument("--detach", action="store_true", help="end when the guest runs, and leave it running")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds of silence that end it (30)")
+    parser.add_argument(
+        "--tls",
+        metavar="DIR",
+        help="receive under TLS 1.3 only, from sources that show a certificate; DIR has ca-cert.pem, ca-crl.pem "
+        "(optional), server-cert.pem and server-key.pem, as for QEMU",
+    )
+    parser.add_argument(
+        "--allow",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="with --tls: let in sources whose certificate has this common or alternative name; may be given more than "
+        "once (default: all sources with a certificate of the authority in ca-cert.pem)",
+    )
     parser.add_argument("--insecure", action="store_true", help="allow addresses other than loopback, in the clear")
     parser.usage = "pageferry receive NAME [options] [-- QEMU ARGS...]"
 
@@ -109,9 +123,10 @@ async def run(args: argparse.Namespace) -> int:
     command = args.command
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give either --workload demo, or --resume, or a QEMU command line after --")
-    address = resolve(args.listen, insecure=args.insecure, what="address to listen on")
     with open_reporter(args.output, ReceiveView()) as out:
-        reception = Reception(address, args.patience)
+        reception = api.open_reception(
+            args.listen, args.patience, insecure=args.insecure, tls=args.tls, allow=args.allow
+        )
         try:
             if args.resume:
                 return await _resume(args, reception, out)

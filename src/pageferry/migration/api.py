@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pageferry.errors import (
+    AuthenticationError,
     ConnectionLost,
     MigrationError,
     OutcomeUnknown,
@@ -29,6 +32,7 @@ from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed, Verdicts
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
+from pageferry.migration.trust import Trust
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
@@ -52,7 +56,8 @@ async def migrate(
     there, and waits for pages that `recover` sends. UsageError for bad options.
     """
     chosen = Options(**options)
-    target = resolve(address, insecure=chosen.insecure, what="destination")
+    trust = chosen.trust()
+    target = resolve(address, insecure=chosen.insecure, what="destination", trust=trust)
     moved = workload.workload() if isinstance(workload, Arena) else workload
     await settled(moved)
     folder = folder_of(moved)
@@ -62,10 +67,10 @@ async def migrate(
             f"pageferry migrate {moved.name} --recover"
         )
     try:
-        return await Source(moved, chosen, listener, folder).run(target)
+        return await Source(moved, chosen, listener, folder, trust).run(target)
     except WorkloadDied as died:
         raise WorkloadDied(f"{moved.name} has ended during its migration to {target}: {died}. Start it anew") from died
-    except (ConnectionLost, PeerRefused, ProtocolError) as error:
+    except (AuthenticationError, ConnectionLost, PeerRefused, ProtocolError) as error:
         raise type(error)(f"{error}. {moved.name} runs on here, and can be migrated again") from error
     finally:
         if isinstance(workload, Arena):
@@ -84,15 +89,19 @@ async def receive(
     listening: Callable[[str], object] | None = None,
     patience: float = 30.0,
     insecure: bool = False,
+    tls: str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
 ) -> Arena:
     """Wait at `address` (HOST:PORT; port 0: any free one) for an arena, and return it when it runs here.
 
     Name, state and callbacks are those of `Arena`; `on_resume` is called at the moment from which the arena is this
     process's. `listening` is called with the address once sources can connect. An arena larger than `max_size` bytes
     (default: the memory that is available) is refused, and so is one whose pages would come later: a thread of this
-    program that waits for a page may hold what the rest of it needs to go on. Raises MigrationError, UsageError.
+    program that waits for a page may hold what the rest of it needs to go on. `tls`: a folder of certificates
+    (docs/tls.md); then only sources with a certificate are let in, and if `allow` has names, only those with one of
+    them. Raises MigrationError, UsageError.
     """
-    reception = Reception(resolve(address, insecure=insecure, what="address to listen on"), patience)
+    reception = open_reception(address, patience, insecure=insecure, tls=tls, allow=allow)
     if listening is not None:
         listening(str(reception.address))
 
@@ -127,6 +136,21 @@ async def receive(
     return received[-1]
 
 
+def open_reception(
+    address: str,
+    patience: float,
+    *,
+    insecure: bool,
+    tls: str | os.PathLike[str] | None,
+    allow: Sequence[str],
+) -> Reception:
+    """Listen where, and to whom, the options of `receive` say. Raises UsageError."""
+    if allow and tls is None:
+        raise UsageError("--allow makes sense only with --tls: without certificates nobody knows who a source is")
+    trust = None if tls is None else Trust(Path(tls), "receiver", allow=allow)
+    return Reception(resolve(address, insecure=insecure, what="address to listen on", trust=trust), patience, trust)
+
+
 def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
     """A fresh, empty arena for what a source announces. Raises UsageError for what no arena can take."""
     if hello.kind != "arena" or len(hello.regions) != 1:
@@ -150,6 +174,8 @@ async def recover(
     *,
     patience: float = 30.0,
     insecure: bool = False,
+    tls: str | os.PathLike[str] | None = None,
+    tls_hostname: str | None = None,
     listener: Listener = ignore,
 ) -> Owner:
     """Ask the peer what became of a migration whose commit went unanswered, or of its link in post-copy; act on it.
@@ -157,12 +183,15 @@ async def recover(
     `doubt`: the error that `migrate` raised; a workload that is registered by name has it on record. Returns
     `destination` (it runs there; what was left here has been discarded) or `source` (it runs on here). Raises
     UsageError when no migration is in doubt, OutcomeUnknown when the peer cannot be reached or knows nothing. Pages
-    that the destination still waits for are sent first; PostcopyPaused when that does not work out.
+    that the destination still waits for are sent first; PostcopyPaused when that does not work out. `insecure`, `tls`
+    and `tls_hostname` (default: the name that the migration was sent to) are those of `Options`.
     """
     moved = workload.workload() if isinstance(workload, Arena) else workload
     record = _in_doubt(moved, doubt)
-    address = resolve(record.peer, insecure=insecure, what="peer")
-    async with _asked(address, record, moved.name, patience) as (outcome, channel):
+    chosen = Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname or (record.hostname if tls else None))
+    trust = chosen.trust()
+    address = resolve(record.peer, insecure=insecure, what="peer", trust=trust)
+    async with _asked(address, record, moved.name, patience, trust) as (outcome, channel):
         if outcome.owner == "destination":
             if record.owes and not outcome.complete:
                 await serve_on(moved, record, channel, address, patience, listener)
@@ -181,6 +210,7 @@ async def recover(
                 f"pageferry migrate {moved.name} --take-back",
                 record.migration,
                 record.peer,
+                record.hostname,
             )
     return outcome.owner
 
@@ -199,7 +229,7 @@ async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = N
 
 def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
     if doubt is not None and doubt.migration:
-        return Committed(migration=doubt.migration, peer=doubt.peer)
+        return Committed(migration=doubt.migration, peer=doubt.peer, hostname=doubt.hostname)
     folder = folder_of(workload)
     record = folder.load(RECORD, Committed) if folder is not None else None
     if record is None:
@@ -209,7 +239,7 @@ def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
 
 @contextlib.asynccontextmanager
 async def _asked(
-    address: Address, record: Committed, name: str, patience: float
+    address: Address, record: Committed, name: str, patience: float, trust: Trust | None
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
     """What the peer says became of a migration, and the connection to it."""
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
@@ -221,12 +251,15 @@ async def _asked(
     channel: Channel | None = None
     try:
         try:
-            channel = Channel(*await connect_control(address, patience), patience)
+            channel = await connect_control(address, patience, trust)
             await channel.send(messages.Recover(version=messages.VERSION, migration=record.migration))
             outcome = await channel.receive(messages.Outcome)
         except MigrationError as error:
             raise OutcomeUnknown(
-                f"{address} does not say what became of {name} ({error}). {again}", record.migration, record.peer
+                f"{address} does not say what became of {name} ({error}). {again}",
+                record.migration,
+                record.peer,
+                record.hostname,
             ) from error
         yield outcome, channel
     finally:

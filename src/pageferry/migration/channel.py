@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from pageferry.errors import ConnectionLost, MigrationError, PeerRefused, ProtocolError
+from pageferry.errors import AuthenticationError, ConnectionLost, MigrationError, PeerRefused, ProtocolError
 from pageferry.migration import messages
 from pageferry.migration.messages import Abort, Alive, AnyMessage, Message
+from pageferry.migration.trust import Peer
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -28,13 +29,30 @@ LAST_WORDS = 0.5
 """Seconds to wait for the peer's reason after a connection failed."""
 
 
+class Reader(Protocol):
+    """What is used of an asyncio.StreamReader."""
+
+    async def readexactly(self, n: int, /) -> bytes: ...
+
+
+class Writer(Protocol):
+    """What is used of an asyncio.StreamWriter."""
+
+    def write(self, data: bytes, /) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+    async def wait_closed(self) -> None: ...
+
+
 class Channel:
     """A control connection to a peer. `patience`: seconds of silence after which the peer counts as lost."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float) -> None:
+    def __init__(self, reader: Reader, writer: Writer, patience: float, peer: Peer | None = None) -> None:
         self._reader = reader
         self._writer = writer
         self.patience = patience
+        self.peer = peer
+        """Who it is, if the connection is secure."""
         self.limit = messages.MAX_MESSAGE
         """Largest message that is accepted from the peer, bytes."""
         self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(QUEUED)
@@ -105,7 +123,7 @@ class Channel:
     async def _lost(self, reason: str) -> MigrationError:
         """The failure to report: the peer's own reason, if one arrives within a moment."""
         await asyncio.wait((self._failure,), timeout=LAST_WORDS)
-        if self._failure.done() and isinstance(self._failure.result(), PeerRefused):
+        if self._failure.done() and isinstance(self._failure.result(), PeerRefused | AuthenticationError):
             return self._failure.result()
         return ConnectionLost(reason)
 

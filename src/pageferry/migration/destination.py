@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import socket
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from logging import getLogger
@@ -32,7 +31,7 @@ from pageferry.host.registry import Folder
 from pageferry.migration import messages
 from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Reception
+from pageferry.migration.connection import PageStream, Reception
 from pageferry.migration.missing import MissingPages
 from pageferry.migration.native import off_loop, to_the_end
 from pageferry.migration.ownership import Verdict, Verdicts
@@ -151,8 +150,8 @@ class Destination:
             for stream in streams:
                 opened.enter_context(stream)
             await self._open_placer(hello)
-            sockets = [stream.fileno() for stream in streams[:count]]
-            self.receiver = BlockReceiver(sockets, self.placer, self.patience)
+            handles = [stream.handle for stream in streams[:count]]
+            self.receiver = BlockReceiver(handles, self.placer, self.patience)
             self.hot: dict[int, list[int]] = {}
             self.missing = MissingPages([region.length // SMALL_PAGE for region in hello.regions])
             while await self._step():
@@ -160,7 +159,7 @@ class Destination:
                     await self._await_late_pages(hello, streams[count:])
         await self._make_ready(hello)
 
-    async def _await_late_pages(self, hello: messages.Hello, late: list[socket.socket]) -> None:
+    async def _await_late_pages(self, hello: messages.Hello, late: list[PageStream]) -> None:
         """Post-copy: from here on nobody touches what is missing without waiting for it."""
         if not late:
             raise ProtocolError("the source announced pre-copy, and keeps pages back")
@@ -176,9 +175,9 @@ class Destination:
         await self.channel.during(self.late.begin(self.missing.sets, late, self.channel))
         fault_point("destination.pager-begun")
 
-    async def _streams(self, count: int) -> list[socket.socket]:
+    async def _streams(self, count: int) -> list[PageStream]:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
-        self.reception.expect(token)
+        self.reception.expect(token, self.channel)
         await self.channel.send(messages.Welcome(token=token))
         return await self.channel.during(self.reception.streams(token, count, self.patience))
 

@@ -71,6 +71,9 @@ TOKEN_BYTES = 16
 MAX_STREAMS = 16
 CONTROL_MAGIC = b"PFCTRL1\n"
 STREAM_MAGIC = b"PFPAGE1\n"
+SECURE_CONTROL_MAGIC = b"PFTLSC1\n"
+"""TLS follows, and in it what otherwise comes first."""
+SECURE_STREAM_MAGIC = b"PFTLSP1\n"
 
 Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]

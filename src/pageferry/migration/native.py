@@ -7,7 +7,15 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from pageferry.errors import Cancelled, ConnectionLost, MigrationError, ProtocolError, WorkloadDied, WorkloadError
+from pageferry.errors import (
+    AuthenticationError,
+    Cancelled,
+    ConnectionLost,
+    MigrationError,
+    ProtocolError,
+    WorkloadDied,
+    WorkloadError,
+)
 
 T = TypeVar("T")
 
@@ -19,7 +27,8 @@ async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = No
     """Run a blocking call on a thread. When this coroutine is cancelled, `cancel` is called and the thread awaited:
     nothing goes on behind our back.
 
-    Raises ConnectionLost, ProtocolError, Cancelled, WorkloadDied, WorkloadError for what the engine raises.
+    Raises ConnectionLost, ProtocolError, AuthenticationError, Cancelled, WorkloadDied, WorkloadError for what the
+    engine raises.
     """
     task = asyncio.ensure_future(asyncio.to_thread(call))
     try:
@@ -55,6 +64,8 @@ def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
             # With a number it is the kernel's, which does not say what it is about.
             what = f"the page stream broke: {error.strerror}" if error.errno else str(error)
             return ConnectionLost(what)
+        case PermissionError() if error.errno is None:
+            return AuthenticationError(str(error))
         case ProcessLookupError():
             return WorkloadDied(str(error))
         case ValueError():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pageferry.errors import UsageError
 from pageferry.migration.messages import MAX_STREAMS, Codec, Mode, Populate
+from pageferry.migration.trust import Trust
 
 Granularity = Literal["4K", "2M", "auto"]
 
@@ -45,6 +48,10 @@ class Options:
     """Seconds of silence after which the peer counts as lost."""
     insecure: bool = False
     """Allow addresses other than loopback, in the clear."""
+    tls: str | os.PathLike[str] | None = None
+    """Folder of certificates (`trust.Trust`): everything goes under TLS, between hosts that have shown who they are."""
+    tls_hostname: str | None = None
+    """The name that the receiver's certificate must have; None for the host of its address."""
 
     def __post_init__(self) -> None:
         _check("max-downtime", self.max_downtime, 0.0, 3600.0, "seconds")
@@ -52,6 +59,14 @@ class Options:
         _check("streams", self.streams, 1, MAX_STREAMS, "streams")
         _check("bandwidth", self.bandwidth, 0, 1 << 50, "bytes per second")
         _check("patience", self.patience, 0.1, 3600.0, "seconds")
+
+    def trust(self) -> Trust | None:
+        """Who we are and who is believed, if `tls` says so. Raises UsageError."""
+        if self.tls is None:
+            if self.tls_hostname is not None:
+                raise UsageError("--tls-hostname makes sense only with --tls")
+            return None
+        return Trust(Path(self.tls), "source", hostname=self.tls_hostname)
 
     @property
     def release_after(self) -> int:

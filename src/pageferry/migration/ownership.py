@@ -37,6 +37,8 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     """Random name of the migration, 32 hexadecimal digits."""
     peer: str
     """HOST:PORT of the destination."""
+    hostname: str = ""
+    """The name that its certificate must have, under TLS."""
     owes: bool = False
     """Pages are only here: the workload may not be forgotten before the destination says that all have arrived."""
     streams: int = 1

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import socket
 import time
 from collections.abc import Sequence
 from logging import getLogger
@@ -27,7 +26,7 @@ from pageferry.host.registry import Folder
 from pageferry.migration import events, messages
 from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Reception
+from pageferry.migration.connection import PageStream, Reception
 from pageferry.migration.missing import send_missing
 from pageferry.migration.native import off_loop
 from pageferry.migration.ownership import Verdicts
@@ -85,7 +84,7 @@ class LateMemory:
 
     # -- the first link
 
-    async def begin(self, missing: Sequence[PageSet], late: Sequence[socket.socket], channel: Channel) -> None:
+    async def begin(self, missing: Sequence[PageSet], late: Sequence[PageStream], channel: Channel) -> None:
         """From now on accesses to missing pages wait until these have come; nobody runs the workload yet.
 
         `late`: connections, of which the first is for requests. Raises UnsupportedError where this user may not handle
@@ -108,7 +107,7 @@ class LateMemory:
             self.folder.store(deferred.POSTCOPY, self.record)
         self._serve_questions()
 
-    def _start(self, late: Sequence[socket.socket], missing: Sequence[PageSet] | None) -> None:
+    def _start(self, late: Sequence[PageStream], missing: Sequence[PageSet] | None) -> None:
         """A pager over these connections: the first one of this memory with `missing`, else one that takes over."""
         ours: dict[int, int] = {}
         try:
@@ -140,8 +139,8 @@ class LateMemory:
                 numbers[pid] = number
         self.record = msgspec.structs.replace(self.record, userfaults=numbers)
 
-    def _peer(self, late: Sequence[socket.socket]) -> PeerSource:
-        urgent, *streams = [connection.fileno() for connection in late]
+    def _peer(self, late: Sequence[PageStream]) -> PeerSource:
+        urgent, *streams = [connection.handle for connection in late]
         return PeerSource(urgent, streams, patience=self.patience)
 
     def _targets(self) -> list[tuple[Mapping, int, list[bool]]]:
@@ -167,7 +166,7 @@ class LateMemory:
         """The source goes on over new connections, whatever became of the old ones. Raises MigrationError."""
         serve = await channel.receive(messages.Serve)
         token = secrets.token_bytes(messages.TOKEN_BYTES)
-        reception.expect(token)
+        reception.expect(token, channel)
         await channel.send(messages.Welcome(token=token))
         late = await channel.during(reception.streams(token, 1 + serve.streams, self.patience))
         try:

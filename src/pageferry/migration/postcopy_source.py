@@ -8,7 +8,6 @@ They are kept until the destination has said `Arrived`. A link that goes before 
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,7 +18,7 @@ from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
 from pageferry.migration import events, messages
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Address, connect_streams
+from pageferry.migration.connection import Address, PageStream, connect_streams
 from pageferry.migration.missing import receive_missing
 from pageferry.migration.native import Counters, off_loop
 from pageferry.migration.ownership import Committed
@@ -53,12 +52,12 @@ class PageService:
         self,
         memory: Memory,
         missing: Sequence[PageSet],
-        late: Sequence[socket.socket],
+        late: Sequence[PageStream],
         sending: Sending,
         patience: float,
     ) -> None:
         self.pages = sum(map(len, missing))
-        urgent, *streams = [connection.fileno() for connection in late]
+        urgent, *streams = [connection.handle for connection in late]
         # The engine duplicates the descriptors, and keeps the mappings.
         self._server = PageServer(
             memory.mappings,
@@ -129,13 +128,13 @@ async def serve_on(
 
     Raises PostcopyPaused when that does not work out either: it can be tried again.
     """
-    late: list[socket.socket] = []
+    late: list[PageStream] = []
     service: PageService | None = None
     try:
         memory = Memory(workload)
         await channel.send(messages.Serve(streams=record.streams))
         welcome = await channel.receive(messages.Welcome)
-        late = await connect_streams(address, welcome.token, range(1 + record.streams), patience)
+        late = await connect_streams(channel, address, welcome.token, range(1 + record.streams))
         missing = await receive_missing(channel, [region.length // SMALL_PAGE for region in memory.regions])
         service = PageService(memory, missing, late, record, patience)
         listener(service.event("postcopy-recover"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -32,7 +31,7 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages, postcopy_source, switch
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Address, connect_control, connect_streams
+from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
 from pageferry.migration.missing import send_missing
 from pageferry.migration.native import Counters, off_loop, to_the_end
@@ -40,6 +39,7 @@ from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
+from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.memory import Memory
 
@@ -54,11 +54,20 @@ PORTION = (256 << 20) // SMALL_PAGE
 
 
 class Source:
-    """One migration of one workload. `folder`: where its durable records go; None for a workload without a name."""
+    """One migration of one workload. `folder`: where its durable records go; None for a workload without a name.
+    `trust`: who is believed to be the destination; None for a migration in the clear."""
 
-    def __init__(self, workload: Workload, options: Options, listener: Listener, folder: Folder | None = None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        options: Options,
+        listener: Listener,
+        folder: Folder | None = None,
+        trust: Trust | None = None,
+    ) -> None:
         self.workload = workload
         self.options = options
+        self.trust = trust
         self.listener = listener
         self.folder = folder
         self.migration = secrets.token_hex(16)
@@ -73,7 +82,7 @@ class Source:
         self.committed = False
         self.postcopy = options.mode == "postcopy"
         """What has not been sent before the pause comes after the switch-over."""
-        self.late: list[socket.socket] = []
+        self.late: list[PageStream] = []
         """Connections for that."""
         self.service: PageService | None = None
         self.arrived: messages.Arrived | None = None
@@ -90,6 +99,7 @@ class Source:
         says that it runs elsewhere and waits for pages that are here.
         """
         self.peer = str(address)
+        self.hostname = self.options.tls_hostname or address.name
         try:
             with self.times.measure("setup"):
                 await self._set_up(address)
@@ -109,8 +119,7 @@ class Source:
 
     async def _set_up(self, address: Address) -> None:
         self.memory = Memory(self.workload)
-        reader, writer = await connect_control(address, self.options.patience)
-        self.control = Channel(reader, writer, self.options.patience)
+        self.control = await connect_control(address, self.options.patience, self.trust)
         fault_point("source.connected")
         await self.channel.send(self._hello())
         fault_point("source.greeted")
@@ -126,20 +135,21 @@ class Source:
         fault_point("source.set-up")
 
     async def _connect_streams(self, address: Address, token: bytes) -> None:
-        patience, count = self.options.patience, self.options.streams
-        streams = await connect_streams(address, token, range(count), patience)
+        count, chosen = self.options.streams, self.options
+        streams = await connect_streams(self.channel, address, token, range(count))
         try:
-            # The engine duplicates the descriptors.
-            sockets = [stream.fileno() for stream in streams]
-            chosen = self.options
             self.sender = BlockSender(
-                sockets, chosen.codec, patience=patience, bandwidth=chosen.bandwidth, adaptive=chosen.adaptive
+                [stream.handle for stream in streams],
+                chosen.codec,
+                patience=chosen.patience,
+                bandwidth=chosen.bandwidth,
+                adaptive=chosen.adaptive,
             )
         finally:
             for stream in streams:
                 stream.close()
         if self.options.mode != "precopy":
-            self.late = await connect_streams(address, token, range(count, 2 * count + 1), patience)
+            self.late = await connect_streams(self.channel, address, token, range(count, 2 * count + 1))
 
     def _hello(self) -> messages.Hello:
         identity = self.workload.identity
@@ -384,6 +394,7 @@ class Source:
                 f"here. Ask the peer with: {ask}",
                 self.migration,
                 self.peer,
+                self.hostname,
             ) from error
         fault_point("source.answered")
         self.times.stop("downtime")
@@ -490,6 +501,7 @@ class Source:
             record = Committed(
                 migration=self.migration,
                 peer=self.peer,
+                hostname=self.hostname,
                 owes=self.service is not None,
                 streams=self.options.streams,
                 codec=self.options.codec,

@@ -1,7 +1,8 @@
 //! Storage blocks over sockets: from a region's mapping to a socket, and from a socket into a region's mapping.
 //!
-//! A stream is a connected, blocking socket. Several streams share the pages of a round; each ends its part with a
-//! barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has not moved a byte for a while.
+//! A stream is a connected, blocking socket, in the clear or under [TLS](tls). Several streams share the pages of a
+//! round; each ends its part with a barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has
+//! not moved a byte for a while.
 //!
 //! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes them
 //! over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
@@ -24,12 +25,14 @@ mod request;
 mod sender;
 mod server;
 mod socket;
+pub mod tls;
 
 pub use peer::PeerSource;
 pub use receiver::BlockReceiver;
 pub use request::{MAX_REQUEST, Request};
 pub use sender::{BlockSender, Format};
 pub use server::PageServer;
+pub use socket::Endpoint;
 
 /// The round of blocks that are sent after the switch-over: no round before has that number.
 pub const POSTCOPY: u32 = u32::MAX;
@@ -49,6 +52,9 @@ pub enum WireError {
     /// The network's words.
     #[error("page stream: {0}")]
     Io(#[from] io::Error),
+    /// What came over a secure stream is not from the peer, or not what TLS allows.
+    #[error("page stream: {0}")]
+    Tls(#[from] tls::TlsError),
     /// A block that is not as it must be.
     #[error(transparent)]
     Block(#[from] BlockError),

@@ -1,7 +1,6 @@
 //! The destination's end of a post-copy migration: requests out, pages in.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,7 +9,7 @@ use zerocopy::IntoBytes;
 
 use super::receiver::Incoming;
 use super::request::Request;
-use super::socket::Socket;
+use super::socket::{Endpoint, Socket};
 use super::{POSTCOPY, Progress, WireError, at_least_one, tune};
 use crate::block::{Head, Kind};
 
@@ -37,13 +36,13 @@ impl PeerSource {
     ///
     /// # Errors
     /// InvalidInput without any stream, or what the kernel says about a socket.
-    pub fn new(urgent: OwnedFd, streams: Vec<OwnedFd>, patience: Duration) -> io::Result<Self> {
-        let cancelled = Arc::new(AtomicBool::new(false));
-        tune(&urgent, libc::TCP_NODELAY, 1);
+    pub fn new(urgent: impl Into<Endpoint>, streams: Vec<impl Into<Endpoint>>, patience: Duration) -> io::Result<Self> {
+        let (cancelled, urgent) = (Arc::new(AtomicBool::new(false)), urgent.into());
+        tune(&urgent.fd, libc::TCP_NODELAY, 1);
         let urgent = Arc::new(Socket::new(urgent, patience, cancelled.clone())?);
         let mut incoming = vec![Mutex::new(Incoming::new(urgent.clone()))];
         for socket in at_least_one(streams)? {
-            let socket = Socket::new(socket, patience, cancelled.clone())?;
+            let socket = Socket::new(socket.into(), patience, cancelled.clone())?;
             incoming.push(Mutex::new(Incoming::new(Arc::new(socket))));
         }
         Ok(Self {

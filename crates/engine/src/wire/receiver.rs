@@ -1,7 +1,6 @@
 //! Storage blocks from the sockets, through the placer into the regions.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -9,7 +8,7 @@ use std::time::Duration;
 use xxhash_rust::xxh3::Xxh3Default;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::socket::Socket;
+use super::socket::{Endpoint, Socket};
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::SMALL_PAGE;
 use crate::block::{self, Class, Codec, Head, Header, Kind, Run};
@@ -92,13 +91,13 @@ impl BlockReceiver {
     ///
     /// # Errors
     /// InvalidInput without any socket, or what the kernel says about one.
-    pub fn new(sockets: Vec<OwnedFd>, placer: Arc<Placer>, patience: Duration) -> io::Result<Self> {
+    pub fn new(sockets: Vec<impl Into<Endpoint>>, placer: Arc<Placer>, patience: Duration) -> io::Result<Self> {
         let cancelled = Arc::new(AtomicBool::new(false));
-        let stream = |fd| {
-            let socket = Socket::new(fd, patience, cancelled.clone())?;
+        let stream = |socket: Endpoint| {
+            let socket = Socket::new(socket, patience, cancelled.clone())?;
             Ok(Mutex::new(Incoming::new(Arc::new(socket))))
         };
-        let streams = at_least_one(sockets.into_iter().map(stream).collect::<io::Result<_>>()?)?;
+        let streams = at_least_one(sockets.into_iter().map(Into::into).map(stream).collect::<io::Result<_>>()?)?;
         Ok(Self { streams, placer, cancelled, progress: Progress::default() })
     }
 

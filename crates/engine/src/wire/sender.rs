@@ -1,13 +1,12 @@
 //! Pages of a round, from the mappings of the regions to the sockets.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::pace::{Adaptive, Limit};
-use super::socket::Socket;
+use super::socket::{Endpoint, Socket};
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::block::{Builder, Class, Codec};
 use crate::mapping::Mapping;
@@ -122,13 +121,13 @@ impl BlockSender {
     ///
     /// # Errors
     /// InvalidInput without any socket, or what the kernel says about one.
-    pub fn new(sockets: Vec<OwnedFd>, format: Format, patience: Duration) -> io::Result<Self> {
+    pub fn new(sockets: Vec<impl Into<Endpoint>>, format: Format, patience: Duration) -> io::Result<Self> {
         let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(Limit::new(format.bandwidth)));
-        let stream = |fd| {
-            let socket = Socket::new(fd, patience, cancelled.clone())?;
+        let stream = |socket: Endpoint| {
+            let socket = Socket::new(socket, patience, cancelled.clone())?;
             Ok(Mutex::new(Outgoing::new(socket, format, &limit, &cancelled)))
         };
-        let streams = at_least_one(sockets.into_iter().map(stream).collect::<io::Result<_>>()?)?;
+        let streams = at_least_one(sockets.into_iter().map(Into::into).map(stream).collect::<io::Result<_>>()?)?;
         Ok(Self { streams, cancelled, progress: Progress::default(), held: Mutex::default() })
     }
 

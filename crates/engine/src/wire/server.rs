@@ -1,7 +1,6 @@
 //! The source's end of a post-copy migration: the pages of a paused workload, those asked for ahead of all others.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -12,7 +11,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::pace::Limit;
 use super::request::{Asked, Request};
 use super::sender::{Format, Outgoing, data_pages};
-use super::socket::Socket;
+use super::socket::{Endpoint, Socket};
 use super::{POSTCOPY, Progress, WireError, at_least_one, on_all, tune};
 use crate::SLOTS;
 use crate::mapping::Mapping;
@@ -63,8 +62,8 @@ impl PageServer {
     pub fn new(
         regions: Vec<Arc<Mapping>>,
         missing: &[PageSet],
-        urgent: OwnedFd,
-        streams: Vec<OwnedFd>,
+        urgent: impl Into<Endpoint>,
+        streams: Vec<impl Into<Endpoint>>,
         format: Format,
         patience: Duration,
     ) -> io::Result<Self> {
@@ -76,14 +75,14 @@ impl PageServer {
             ));
         }
         let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(Limit::new(format.bandwidth)));
-        let outgoing = |socket, option, value| {
-            tune(&socket, option, value);
+        let outgoing = |socket: Endpoint, option, value| {
+            tune(&socket.fd, option, value);
             let socket = Socket::new(socket, patience, cancelled.clone())?;
             Ok(Outgoing::new(socket, format, &limit, &cancelled))
         };
-        let urgent = outgoing(urgent, libc::TCP_NODELAY, 1)?.urgent();
-        let push = |socket| outgoing(socket, libc::TCP_NOTSENT_LOWAT, UNSENT).map(Mutex::new);
-        let streams = at_least_one(streams.into_iter().map(push).collect::<io::Result<_>>()?)?;
+        let urgent = outgoing(urgent.into(), libc::TCP_NODELAY, 1)?.urgent();
+        let push = |socket: Endpoint| outgoing(socket, libc::TCP_NOTSENT_LOWAT, UNSENT).map(Mutex::new);
+        let streams = at_least_one(streams.into_iter().map(Into::into).map(push).collect::<io::Result<_>>()?)?;
         let shared = Shared {
             data: regions.iter().map(|mapping| data_pages(mapping)).collect::<io::Result<_>>()?,
             left: missing.iter().map(AtomicBits::from).collect(),

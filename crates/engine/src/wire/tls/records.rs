@@ -1,0 +1,291 @@
+//! Records of an established connection: sealed into buffers that go out together, and opened where they came in.
+//!
+//! The library derives keys, seals and opens; here is what lies between that and a socket. The two directions have
+//! nothing in common but the source of new keys, so one thread may read while another writes.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use rustls::client::ClientConnectionData;
+use rustls::crypto::cipher::{
+    InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
+};
+use rustls::kernel::KernelConnection;
+use rustls::server::ServerConnectionData;
+use rustls::{
+    AlertDescription, ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, ProtocolVersion, Tls13CipherSuite,
+};
+
+use super::TlsError;
+use crate::wire::WireError;
+
+/// Data bytes of a record: the most that TLS allows.
+const RECORD: usize = 16 << 10;
+/// Bytes before the sealed part of a record: type, version, length.
+const HEADER: usize = 5;
+/// Most bytes of a sealed part (RFC 8446, 5.2).
+const MAX_SEALED: usize = RECORD + 256;
+/// Records that go out together.
+const BATCH: usize = 16;
+/// Bytes that come in together.
+const INCOMING: usize = 256 << 10;
+/// Records under one key: half of what AES-GCM may seal, 128 GiB (RFC 8446, 5.5).
+const UNDER_ONE_KEY: u64 = 1 << 23;
+/// The message that the sender's keys change, and that the receiver's need not (RFC 8446, 4.6.3).
+const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
+
+/// Where new keys come from.
+pub(super) enum Keys {
+    Connecting(KernelConnection<ClientConnectionData>),
+    Accepting(KernelConnection<ServerConnectionData>),
+}
+
+impl Keys {
+    fn suite(&self) -> Result<&'static Tls13CipherSuite, TlsError> {
+        let suite = match self {
+            Self::Connecting(keys) => keys.negotiated_cipher_suite(),
+            Self::Accepting(keys) => keys.negotiated_cipher_suite(),
+        };
+        suite.tls13().ok_or(TlsError::Unexpected("an older version of TLS"))
+    }
+
+    fn next_out(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
+        match self {
+            Self::Connecting(keys) => keys.update_tx_secret(),
+            Self::Accepting(keys) => keys.update_tx_secret(),
+        }
+    }
+
+    fn next_in(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
+        match self {
+            Self::Connecting(keys) => keys.update_rx_secret(),
+            Self::Accepting(keys) => keys.update_rx_secret(),
+        }
+    }
+}
+
+/// Both directions of an established connection.
+pub(in crate::wire) struct Records {
+    suite: &'static Tls13CipherSuite,
+    keys: Mutex<Keys>,
+    outgoing: Mutex<Outgoing>,
+    incoming: Mutex<Incoming>,
+    under_one_key: u64,
+}
+
+struct Outgoing {
+    sealer: Box<dyn MessageEncrypter>,
+    sequence: u64,
+}
+
+struct Incoming {
+    opener: Box<dyn MessageDecrypter>,
+    sequence: u64,
+    buffer: Box<[u8]>,
+    /// Opened, not read yet.
+    plain: Range<usize>,
+    /// As it came; behind `plain`.
+    sealed: Range<usize>,
+}
+
+impl Records {
+    /// `plain` and `sealed`: what came already, opened or not.
+    pub(super) fn new(secrets: ExtractedSecrets, keys: Keys, plain: &[u8], sealed: &[u8]) -> Result<Self, TlsError> {
+        let suite = keys.suite()?;
+        let mut buffer = vec![0; INCOMING].into_boxed_slice();
+        let end = plain.len() + sealed.len();
+        if end > buffer.len() {
+            return Err(TlsError::TooMuch);
+        }
+        buffer[..plain.len()].copy_from_slice(plain);
+        buffer[plain.len()..end].copy_from_slice(sealed);
+        let outgoing = Outgoing { sealer: sealer(suite, secrets.tx.1)?, sequence: secrets.tx.0 };
+        let (opener, sequence) = (opener(suite, secrets.rx.1)?, secrets.rx.0);
+        let incoming = Incoming { opener, sequence, buffer, plain: 0..plain.len(), sealed: plain.len()..end };
+        let (keys, outgoing, incoming) = (Mutex::new(keys), Mutex::new(outgoing), Mutex::new(incoming));
+        Ok(Self { suite, keys, outgoing, incoming, under_one_key: UNDER_ONE_KEY })
+    }
+
+    /// Seals `parts`, one after the other, and sends them with `send`, which must take all it is given.
+    pub(in crate::wire) fn write(
+        &self,
+        parts: &[&[u8]],
+        mut send: impl FnMut(&[Vec<u8>]) -> Result<(), WireError>,
+    ) -> Result<(), WireError> {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rest = OutboundChunks::new(parts);
+        let mut batch = Vec::with_capacity(BATCH + 1);
+        while !rest.is_empty() {
+            if outgoing.sequence >= self.under_one_key {
+                batch.push(self.change_key(&mut outgoing)?);
+            }
+            let (record, after) = rest.split_at(RECORD);
+            batch.push(outgoing.seal(ContentType::ApplicationData, record)?);
+            rest = after;
+            if batch.len() >= BATCH || rest.is_empty() {
+                send(&batch)?;
+                batch.clear();
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills all of `buffers`. `receive` puts some bytes, at least one, into what it is given.
+    ///
+    /// # Safety
+    /// All buffers must be valid for writing.
+    pub(in crate::wire) unsafe fn read(
+        &self,
+        buffers: &[libc::iovec],
+        mut receive: impl FnMut(&mut [u8]) -> Result<usize, WireError>,
+    ) -> Result<(), WireError> {
+        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        for buffer in buffers {
+            let mut done = 0;
+            while done < buffer.iov_len {
+                if incoming.plain.is_empty() {
+                    self.next_record(&mut incoming, &mut receive)?;
+                    continue;
+                }
+                let piece = incoming.take(buffer.iov_len - done);
+                // SAFETY: within the buffer, which is valid by this function's contract; the piece is in ours.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer.iov_base.cast::<u8>().add(done), piece.len());
+                };
+                done += piece.len();
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn under_one_key(&mut self, records: u64) {
+        self.under_one_key = records;
+    }
+
+    fn change_key(&self, outgoing: &mut Outgoing) -> Result<Vec<u8>, TlsError> {
+        let said = outgoing.seal(ContentType::Handshake, OutboundChunks::Single(&KEY_UPDATE))?;
+        let (sequence, secrets) = self.keys.lock().unwrap_or_else(PoisonError::into_inner).next_out()?;
+        *outgoing = Outgoing { sealer: sealer(self.suite, secrets)?, sequence };
+        Ok(said)
+    }
+
+    fn next_record(
+        &self,
+        incoming: &mut Incoming,
+        receive: &mut impl FnMut(&mut [u8]) -> Result<usize, WireError>,
+    ) -> Result<(), WireError> {
+        incoming.fill(HEADER, receive)?;
+        let header = &incoming.buffer[incoming.sealed.start..][..HEADER];
+        let len = usize::from(u16::from_be_bytes([header[3], header[4]]));
+        if header[0] != u8::from(ContentType::ApplicationData) {
+            return Err(TlsError::Unexpected("an unsealed record").into());
+        }
+        if len > MAX_SEALED {
+            return Err(TlsError::from(Error::PeerSentOversizedRecord).into());
+        }
+        incoming.fill(HEADER + len, receive)?;
+        match incoming.open(len)? {
+            ContentType::ApplicationData => Ok(()),
+            ContentType::Handshake => self.handshake(incoming).map_err(WireError::from),
+            ContentType::Alert => Err(incoming.alert()),
+            _ => Err(TlsError::Unexpected("a record of an unknown type").into()),
+        }
+    }
+
+    fn handshake(&self, incoming: &mut Incoming) -> Result<(), TlsError> {
+        let said = incoming.plain.clone();
+        if incoming.buffer[said] != KEY_UPDATE {
+            return Err(TlsError::Unexpected("a handshake"));
+        }
+        incoming.plain = 0..0;
+        let (sequence, secrets) = self.keys.lock().unwrap_or_else(PoisonError::into_inner).next_in()?;
+        incoming.opener = opener(self.suite, secrets)?;
+        incoming.sequence = sequence;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Records {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Records").field("suite", &self.suite.common.suite).finish_non_exhaustive()
+    }
+}
+
+impl Outgoing {
+    fn seal(&mut self, typ: ContentType, payload: OutboundChunks<'_>) -> Result<Vec<u8>, TlsError> {
+        let message = OutboundPlainMessage { typ, version: ProtocolVersion::TLSv1_2, payload };
+        let sealed = self.sealer.encrypt(message, self.sequence)?;
+        self.sequence += 1;
+        Ok(sealed.encode())
+    }
+}
+
+impl Incoming {
+    /// Up to `most` bytes that are open.
+    fn take(&mut self, most: usize) -> &[u8] {
+        let start = self.plain.start;
+        self.plain.start += self.plain.len().min(most);
+        &self.buffer[start..self.plain.start]
+    }
+
+    /// Sees to it that at least `count` sealed bytes are here; nothing that is open may be left.
+    fn fill(
+        &mut self,
+        count: usize,
+        receive: &mut impl FnMut(&mut [u8]) -> Result<usize, WireError>,
+    ) -> Result<(), WireError> {
+        if self.sealed.len() < count && self.sealed.start + MAX_SEALED + HEADER > self.buffer.len() {
+            self.buffer.copy_within(self.sealed.clone(), 0);
+            self.sealed = 0..self.sealed.len();
+        }
+        while self.sealed.len() < count {
+            if self.sealed.is_empty() {
+                self.sealed = 0..0;
+            }
+            self.sealed.end += receive(&mut self.buffer[self.sealed.end..])?;
+        }
+        Ok(())
+    }
+
+    /// Opens the record that comes next, where it is.
+    fn open(&mut self, len: usize) -> Result<ContentType, TlsError> {
+        let start = self.sealed.start + HEADER;
+        let sealed = &mut self.buffer[start..start + len];
+        let message = InboundOpaqueMessage::new(ContentType::ApplicationData, ProtocolVersion::TLSv1_2, sealed);
+        let opened = self.opener.decrypt(message, self.sequence)?;
+        // It begins where the sealed part began, and is shorter.
+        let (typ, plain) = (opened.typ, opened.payload.len());
+        self.sequence += 1;
+        self.plain = start..start + plain;
+        self.sealed.start = start + len;
+        Ok(typ)
+    }
+
+    fn alert(&mut self) -> WireError {
+        match self.take(2) {
+            [_, code] if *code == u8::from(AlertDescription::CloseNotify) => WireError::Closed,
+            [_, code] => TlsError::Ended(format!("{:?}", AlertDescription::from(*code))).into(),
+            _ => TlsError::Unexpected("half an alert").into(),
+        }
+    }
+}
+
+fn sealer(suite: &Tls13CipherSuite, secrets: ConnectionTrafficSecrets) -> Result<Box<dyn MessageEncrypter>, TlsError> {
+    match secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv }
+        | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
+        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok(suite.aead_alg.encrypter(key, iv)),
+        _ => Err(TlsError::Unexpected("an unknown cipher")),
+    }
+}
+
+fn opener(suite: &Tls13CipherSuite, secrets: ConnectionTrafficSecrets) -> Result<Box<dyn MessageDecrypter>, TlsError> {
+    match secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv }
+        | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
+        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok(suite.aead_alg.decrypter(key, iv)),
+        _ => Err(TlsError::Unexpected("an unknown cipher")),
+    }
+}

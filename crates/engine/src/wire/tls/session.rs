@@ -1,0 +1,232 @@
+//! A handshake without input or output of its own, and the first bytes after it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::{Resumption, UnbufferedClientConnection};
+use rustls::pki_types::ServerName;
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
+use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use rustls::{ClientConfig, Error, ServerConfig};
+
+use super::TlsError;
+use super::records::{Keys, Records};
+
+/// Bytes that may lie here, of a peer that may be anybody: certificates of 64 KiB, and the rest of a handshake.
+const MAX_INCOMING: usize = 128 << 10;
+/// Nobody looks it up and no certificate is compared with it.
+const NAME: &str = "peer.invalid";
+
+/// One end of a secure connection from its first byte to the moment in which a stream takes it over.
+///
+/// What came from the peer goes in through [`feed`](Self::feed), and what [`outgoing`](Self::outgoing) gives is for the
+/// peer; also after an error, for then it is the reason.
+pub struct Session {
+    end: End,
+    /// From the peer, not looked at yet.
+    incoming: Vec<u8>,
+    /// For the peer.
+    outgoing: Vec<u8>,
+    /// Opened and not read yet.
+    plain: Vec<u8>,
+    established: bool,
+    failed: bool,
+}
+
+enum End {
+    Connecting(UnbufferedClientConnection),
+    Accepting(UnbufferedServerConnection),
+}
+
+impl Session {
+    pub(super) fn connect(mut config: ClientConfig) -> Result<Self, TlsError> {
+        config.resumption = Resumption::disabled();
+        config.enable_sni = false;
+        config.enable_secret_extraction = true;
+        let name = ServerName::try_from(NAME).map_err(|error| Error::General(error.to_string()))?;
+        let mut session = Self::new(End::Connecting(UnbufferedClientConnection::new(Arc::new(config), name)?));
+        session.feed(&[])?;
+        Ok(session)
+    }
+
+    pub(super) fn accept(mut config: ServerConfig) -> Result<Self, TlsError> {
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
+        Ok(Self::new(End::Accepting(UnbufferedServerConnection::new(Arc::new(config))?)))
+    }
+
+    fn new(end: End) -> Self {
+        Self { end, incoming: Vec::new(), outgoing: Vec::new(), plain: Vec::new(), established: false, failed: false }
+    }
+
+    /// Takes in what came from the peer, and goes on as far as that lets it.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), TlsError> {
+        if self.failed {
+            return Err(TlsError::Unexpected("more after an error"));
+        }
+        if self.incoming.len() + self.plain.len() + bytes.len() > MAX_INCOMING {
+            self.failed = true;
+            return Err(TlsError::TooMuch);
+        }
+        self.incoming.extend_from_slice(bytes);
+        let advanced = self.advance();
+        if advanced.is_err() {
+            // The library has a last word for the peer, and then the same error again.
+            self.failed = true;
+            let _ = self.advance();
+        }
+        advanced
+    }
+
+    /// What is for the peer now.
+    pub fn outgoing(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.outgoing)
+    }
+
+    /// Whether both ends have shown who they are. (The connecting end cannot know whether it was believed.)
+    pub fn established(&self) -> bool {
+        self.established
+    }
+
+    /// The certificate that the peer has shown, DER.
+    pub fn peer_certificate(&self) -> Option<&[u8]> {
+        let shown = match &self.end {
+            End::Connecting(connection) => connection.peer_certificates(),
+            End::Accepting(connection) => connection.peer_certificates(),
+        };
+        shown?.first().map(AsRef::as_ref)
+    }
+
+    /// Seals bytes for the peer.
+    ///
+    /// # Errors
+    /// When the handshake is not complete.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), TlsError> {
+        match &mut self.end {
+            End::Connecting(connection) => seal(connection.process_tls_records(&mut []), bytes, &mut self.outgoing),
+            End::Accepting(connection) => seal(connection.process_tls_records(&mut []), bytes, &mut self.outgoing),
+        }
+    }
+
+    /// The next `count` bytes of the peer, once so many are here.
+    pub fn read(&mut self, count: usize) -> Option<Vec<u8>> {
+        (self.plain.len() >= count).then(|| self.plain.drain(..count).collect())
+    }
+
+    /// The records that follow, for a stream.
+    ///
+    /// # Errors
+    /// When the handshake is not complete.
+    pub(in crate::wire) fn into_records(self) -> Result<Records, TlsError> {
+        let (secrets, keys) = match self.end {
+            End::Connecting(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                (secrets, Keys::Connecting(keys))
+            }
+            End::Accepting(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                (secrets, Keys::Accepting(keys))
+            }
+        };
+        Records::new(secrets, keys, &self.plain, &self.incoming)
+    }
+
+    fn advance(&mut self) -> Result<(), TlsError> {
+        loop {
+            let (discard, step) = match &mut self.end {
+                End::Connecting(connection) => {
+                    take_step(connection.process_tls_records(&mut self.incoming), &mut self.outgoing, &mut self.plain)
+                }
+                End::Accepting(connection) => {
+                    take_step(connection.process_tls_records(&mut self.incoming), &mut self.outgoing, &mut self.plain)
+                }
+            };
+            self.incoming.drain(..discard);
+            match step? {
+                Step::Again => {}
+                Step::Blocked => return Ok(()),
+                Step::Established => {
+                    self.established = true;
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("established", &self.established).finish_non_exhaustive()
+    }
+}
+
+enum Step {
+    Again,
+    Blocked,
+    Established,
+}
+
+/// Does what a state asks for; gives how many bytes of the input are used up, and how it goes on.
+fn take_step<Data>(
+    status: UnbufferedStatus<'_, '_, Data>,
+    outgoing: &mut Vec<u8>,
+    plain: &mut Vec<u8>,
+) -> (usize, Result<Step, TlsError>) {
+    let discard = status.discard;
+    let step = status.state.map_err(TlsError::from).and_then(|state| match state {
+        ConnectionState::EncodeTlsData(mut data) => {
+            into(outgoing, |room| match data.encode(room) {
+                Err(EncodeError::InsufficientSize(size)) => Err(Some(size.required_size)),
+                Err(EncodeError::AlreadyEncoded) => Err(None),
+                Ok(written) => Ok(written),
+            })?;
+            Ok(Step::Again)
+        }
+        ConnectionState::TransmitTlsData(data) => {
+            data.done(); // it is in `outgoing`
+            Ok(Step::Again)
+        }
+        ConnectionState::ReadTraffic(mut traffic) => {
+            while let Some(record) = traffic.next_record() {
+                plain.extend_from_slice(record?.payload);
+            }
+            Ok(Step::Again)
+        }
+        ConnectionState::WriteTraffic(_) => Ok(Step::Established),
+        ConnectionState::BlockedHandshake => Ok(Step::Blocked),
+        ConnectionState::PeerClosed | ConnectionState::Closed => Err(TlsError::Ended("closed".into())),
+        _ => Err(TlsError::Unexpected("early data")),
+    });
+    (discard, step)
+}
+
+fn seal<Data>(status: UnbufferedStatus<'_, '_, Data>, bytes: &[u8], outgoing: &mut Vec<u8>) -> Result<(), TlsError> {
+    let ConnectionState::WriteTraffic(mut writer) = status.state? else {
+        return Err(Error::HandshakeNotComplete.into());
+    };
+    into(outgoing, |room| match writer.encrypt(bytes, room) {
+        Err(EncryptError::InsufficientSize(size)) => Err(Some(size.required_size)),
+        Err(EncryptError::EncryptExhausted) => Err(None),
+        Ok(written) => Ok(written),
+    })
+}
+
+/// Appends what `write` writes, after it has said how much room that takes.
+fn into(
+    outgoing: &mut Vec<u8>,
+    mut write: impl FnMut(&mut [u8]) -> Result<usize, Option<usize>>,
+) -> Result<(), TlsError> {
+    let start = outgoing.len();
+    let exhausted = || TlsError::from(Error::EncryptError);
+    let written = match write(&mut []) {
+        Err(Some(required)) => {
+            outgoing.resize(start + required, 0);
+            write(&mut outgoing[start..]).map_err(|_| exhausted())?
+        }
+        Err(None) => return Err(exhausted()),
+        Ok(written) => written,
+    };
+    outgoing.truncate(start + written);
+    Ok(())
+}

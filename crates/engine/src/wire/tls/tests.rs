@@ -1,0 +1,226 @@
+//! Handshakes and records between two ends in memory.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+use rcgen::{CertifiedKey, generate_simple_self_signed};
+
+use super::records::Records;
+use super::{Identity, Session, TlsError};
+use crate::wire::WireError;
+
+struct Host {
+    identity: Identity,
+    certificate: Vec<u8>,
+}
+
+fn host() -> Host {
+    let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["host.example".into()]).unwrap();
+    let identity = Identity::new(cert.pem().as_bytes(), signing_key.serialize_pem().as_bytes()).unwrap();
+    Host { identity, certificate: cert.der().to_vec() }
+}
+
+/// Takes messages back and forth until both ends are content, or one is not: whose reason is first.
+fn shake(source: &mut Session, receiver: &mut Session) -> Result<(), TlsError> {
+    loop {
+        let (there, back) = (source.outgoing(), receiver.outgoing());
+        if there.is_empty() && back.is_empty() {
+            return Ok(());
+        }
+        // In small pieces, as a network may deliver them.
+        there.chunks(97).try_for_each(|piece| receiver.feed(piece))?;
+        back.chunks(89).try_for_each(|piece| source.feed(piece))?;
+    }
+}
+
+fn sessions() -> (Session, Session) {
+    let (a, b) = (host(), host());
+    let mut source = a.identity.connect(b.certificate.clone()).unwrap();
+    let mut receiver = b.identity.accept(vec![a.certificate.clone()]).unwrap();
+    shake(&mut source, &mut receiver).unwrap();
+    assert!(source.established() && receiver.established());
+    assert_eq!(receiver.peer_certificate(), Some(a.certificate.as_slice()));
+    assert_eq!(source.peer_certificate(), Some(b.certificate.as_slice()));
+    (source, receiver)
+}
+
+fn records() -> (Records, Records) {
+    let (source, receiver) = sessions();
+    (source.into_records().unwrap(), receiver.into_records().unwrap())
+}
+
+/// Bytes on their way.
+#[derive(Default)]
+struct Wire(RefCell<VecDeque<u8>>);
+
+impl Wire {
+    fn send(&self, batch: &[Vec<u8>]) -> Result<(), WireError> {
+        self.0.borrow_mut().extend(batch.iter().flatten());
+        Ok(())
+    }
+
+    /// At most `most` at a time.
+    fn receive(&self, bytes: &mut [u8], most: usize) -> Result<usize, WireError> {
+        let mut waiting = self.0.borrow_mut();
+        let count = waiting.len().min(bytes.len()).min(most);
+        if count == 0 {
+            return Err(WireError::Closed);
+        }
+        bytes.iter_mut().zip(waiting.drain(..count)).for_each(|(to, from)| *to = from);
+        Ok(count)
+    }
+}
+
+fn write(records: &Records, wire: &Wire, parts: &[&[u8]]) {
+    records.write(parts, |batch| wire.send(batch)).unwrap();
+}
+
+fn read(records: &Records, wire: &Wire, count: usize, most: usize) -> Result<Vec<u8>, WireError> {
+    let mut bytes = vec![0; count];
+    let (first, second) = bytes.split_at_mut(count / 3);
+    let buffers = [first, second].map(|part| libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() });
+    // SAFETY: two parts of a vector that lives through the call.
+    unsafe { records.read(&buffers, |bytes| wire.receive(bytes, most)) }?;
+    Ok(bytes)
+}
+
+fn noise(count: usize, seed: u8) -> Vec<u8> {
+    (0..count).map(|at| (at as u64).wrapping_mul(0x9e37_79b9).to_le_bytes()[2] ^ seed).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn what_is_written_is_read(
+        parts in prop::collection::vec(0_usize..70_000, 1..6),
+        reads in prop::collection::vec(1_usize..90_000, 1..6),
+        most in 1_usize..40_000,
+    ) {
+        let (source, receiver) = records();
+        let wire = Wire::default();
+        let data: Vec<_> = parts.iter().enumerate().map(|(seed, &count)| noise(count, u8::try_from(seed).unwrap())).collect();
+        for part in &data {
+            let (head, payload) = part.split_at(part.len() / 4);
+            write(&source, &wire, &[head, payload]);
+        }
+        let all: Vec<u8> = data.concat();
+        let mut rest = all.as_slice();
+        for count in reads.into_iter().cycle() {
+            let count = count.min(rest.len());
+            if count == 0 {
+                break;
+            }
+            prop_assert_eq!(&read(&receiver, &wire, count, most).unwrap(), &rest[..count]);
+            rest = &rest[count..];
+        }
+    }
+}
+
+#[test]
+fn bytes_written_in_the_handshake_are_the_first_of_the_stream() {
+    let (a, b) = (host(), host());
+    let mut source = a.identity.connect(b.certificate.clone()).unwrap();
+    let mut receiver = b.identity.accept(vec![a.certificate.clone()]).unwrap();
+    receiver.feed(&source.outgoing()).unwrap();
+    source.feed(&receiver.outgoing()).unwrap();
+    source.write(b"greeting").unwrap();
+    source.write(b"and more").unwrap();
+    let last = source.outgoing();
+    let (whole, half) = last.split_at(last.len() - 3);
+    receiver.feed(whole).unwrap();
+    assert_eq!(receiver.read(9), None);
+    assert_eq!(receiver.read(8).unwrap(), b"greeting");
+    let (source, receiver) = (source.into_records().unwrap(), receiver.into_records().unwrap());
+    let wire = Wire::default();
+    wire.send(&[half.to_vec()]).unwrap();
+    write(&source, &wire, &[b", then records"]);
+    assert_eq!(read(&receiver, &wire, 22, 7).unwrap(), b"and more, then records");
+}
+
+#[test]
+fn only_the_peers_that_were_accepted_before_are_believed() {
+    let (a, b, stranger) = (host(), host(), host());
+    let mut source = stranger.identity.connect(b.certificate.clone()).unwrap();
+    let mut receiver = b.identity.accept(vec![a.certificate.clone()]).unwrap();
+    let refused = shake(&mut source, &mut receiver).unwrap_err();
+    assert!(matches!(refused, TlsError::Stranger), "{refused}");
+    // It is told, in a record that it can open.
+    let told = source.feed(&receiver.outgoing()).unwrap_err();
+    assert!(matches!(told, TlsError::Ended(_)), "{told}");
+
+    let mut source = a.identity.connect(b.certificate.clone()).unwrap();
+    let mut receiver = stranger.identity.accept(vec![a.certificate.clone()]).unwrap();
+    let refused = shake(&mut source, &mut receiver).unwrap_err();
+    assert!(matches!(refused, TlsError::Stranger), "{refused}");
+    assert!(!source.established() && !receiver.established());
+}
+
+#[test]
+fn a_certificate_without_its_key_is_not_enough() {
+    let (a, b) = (host(), host());
+    let CertifiedKey { cert, .. } = generate_simple_self_signed(["host.example".into()]).unwrap();
+    let CertifiedKey { signing_key, .. } = generate_simple_self_signed(["host.example".into()]).unwrap();
+    let mixed = Identity::new(cert.pem().as_bytes(), signing_key.serialize_pem().as_bytes());
+    assert!(matches!(mixed, Err(TlsError::Identity(_))));
+    for (certificate, key) in [("", ""), ("-----BEGIN CERTIFICATE-----\n", "x"), (cert.pem().as_str(), "")] {
+        assert!(matches!(Identity::new(certificate.as_bytes(), key.as_bytes()), Err(TlsError::Identity(_))));
+    }
+    assert!(a.identity.connect(b.certificate).unwrap().write(b"too early").is_err());
+}
+
+#[test]
+fn what_was_changed_on_the_way_is_refused() {
+    for at in [0, 1, 5, 6, 1000, 16 * 1024, 16 * 1024 + 10] {
+        let (source, receiver) = records();
+        let wire = Wire::default();
+        write(&source, &wire, &[&noise(20_000, 1)]);
+        wire.0.borrow_mut()[at] ^= 0x40;
+        // The outer version means nothing in TLS 1.3, and is not looked at.
+        assert_eq!(read(&receiver, &wire, 20_000, 1 << 16).is_err(), at != 1, "byte {at}");
+    }
+}
+
+#[test]
+fn records_left_out_repeated_or_exchanged_are_refused() {
+    let (source, receiver) = records();
+    let sealed = RefCell::new(Vec::new());
+    let keep = |batch: &[Vec<u8>]| {
+        sealed.borrow_mut().extend_from_slice(batch);
+        Ok(())
+    };
+    source.write(&[&noise(3 * 16 * 1024, 3)], keep).unwrap();
+    let wire = Wire::default();
+    wire.send(&sealed.borrow()[1..]).unwrap();
+    assert!(matches!(read(&receiver, &wire, 10, 1 << 16), Err(WireError::Tls(_))));
+}
+
+#[test]
+fn peers_that_are_not_believed_yet_cannot_fill_memory() {
+    let b = host();
+    let mut receiver = b.identity.accept(vec![b.certificate.clone()]).unwrap();
+    let mut taken = 0_usize;
+    // A handshake record that announces a message of 16 MiB, and goes on for ever.
+    let mut record = vec![22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff];
+    record.resize(5 + 0x4000, 0);
+    while receiver.feed(&record).is_ok() {
+        taken += record.len();
+        assert!(taken < 1 << 20);
+    }
+}
+
+#[test]
+fn keys_change_before_they_have_sealed_too_much() {
+    let (mut source, mut receiver) = records();
+    source.under_one_key(3);
+    receiver.under_one_key(2);
+    let (there, back) = (Wire::default(), Wire::default());
+    for round in 0..20 {
+        let data = noise(50_000, round);
+        write(&source, &there, &[&data]);
+        assert_eq!(read(&receiver, &there, data.len(), 5000).unwrap(), data);
+        write(&receiver, &back, &[&data[..100]]);
+        assert_eq!(read(&source, &back, 100, 5000).unwrap(), &data[..100]);
+    }
+}

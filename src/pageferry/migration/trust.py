@@ -1,0 +1,269 @@
+"""Who the two ends of a migration are: certificates in QEMU's folder layout, and who is let in.
+
+Authorities, names, dates and revocations are checked on the control connection. What was accepted there is a `Peer`,
+and page streams are made with that peer only: the same certificate, and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Literal
+
+from pageferry._engine import TlsIdentity, TlsSession
+from pageferry.errors import AuthenticationError, UsageError
+
+log = getLogger(__name__)
+
+Role = Literal["source", "receiver"]
+
+CA, CRL = "ca-cert.pem", "ca-crl.pem"
+FILES: dict[Role, tuple[str, str]] = {
+    "source": ("client-cert.pem", "client-key.pem"),
+    "receiver": ("server-cert.pem", "server-key.pem"),
+}
+"""Certificate and private key, as QEMU's tls-creds-x509 names them."""
+MAX_FILE = 1 << 20
+"""Largest file of certificates that is read, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of an authenticated control connection."""
+
+    certificate: bytes
+    """DER."""
+    names: tuple[str, ...]
+    """Common names and alternative names in it."""
+    identity: TlsIdentity
+    """Ours."""
+
+    def __str__(self) -> str:
+        return " or ".join(self.names[:4]) or "a peer without a name"
+
+    def page_session(self) -> TlsSession:
+        """The connecting end of a page stream to this peer, and nobody else."""
+        return self.identity.connect(self.certificate)
+
+
+class Trust:
+    """Our certificate, and which peers are believed.
+
+    `folder` holds ca-cert.pem, ca-crl.pem (optional; then certificates in it are refused), and at the receiver
+    server-cert.pem and server-key.pem, at the source client-cert.pem and client-key.pem. `hostname`: the name that the
+    receiver's certificate must have; None for the host that was connected to. `allow`: names of sources that are let
+    in; none for all that the authority has issued a certificate to.
+
+    Raises UsageError for what is missing or does not fit together.
+    """
+
+    def __init__(self, folder: Path, role: Role, *, hostname: str | None = None, allow: Sequence[str] = ()) -> None:
+        self.role: Role = role
+        self.hostname = hostname
+        self.allow = frozenset(allow)
+        certificate, key = (folder / name for name in FILES[role])
+        self.identity = _identity(certificate, key)
+        self._context = _context(role)
+        with _complaining(certificate):
+            self._context.load_cert_chain(certificate, key)
+        with _complaining(folder / CA):
+            self._context.load_verify_locations(cadata=_read(folder / CA).decode("ascii", "replace"))
+        if (folder / CRL).exists():
+            with _complaining(folder / CRL):
+                self._context.load_verify_locations(folder / CRL)
+            self._context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+
+    def control_session(self, host: str | None = None) -> ControlSession:
+        """Our end of a control connection; `host`: whom the source connects to."""
+        return ControlSession(self, self._context, self.hostname or host)
+
+    def let_in(self, peer: Peer) -> None:
+        """Raises AuthenticationError for a source that is not on the list."""
+        if self.allow and not self.allow.intersection(peer.names):
+            raise AuthenticationError(
+                f"{peer} may not send workloads here: its certificate has none of the names that this receiver was "
+                f"given with --allow"
+            )
+
+
+class ControlSession:
+    """One end of the TLS connection under a control connection; like `TlsSession`, without input or output of its own.
+
+    Raises AuthenticationError for a peer that is not believed, does not believe us, or breaks the rules.
+    """
+
+    def __init__(self, trust: Trust, context: ssl.SSLContext, host: str | None) -> None:
+        self._trust = trust
+        self._peer = "the receiver" if trust.role == "source" else "the source"
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = trust.role == "receiver"
+        try:
+            self._object = context.wrap_bio(
+                self._incoming, self._outgoing, server_side=server, server_hostname=None if server else host
+            )
+        except ValueError as error:
+            raise UsageError(f"name of the receiver {host!r}: {error}") from error
+        self.established = False
+        if not server:
+            self.feed(b"")
+
+    def feed(self, received: bytes) -> None:
+        """Take in what came from the peer, and go on with the handshake as far as that lets us."""
+        if received:
+            self._incoming.write(received)
+        if self.established:
+            return
+        try:
+            self._object.do_handshake()
+            self.established = True
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLError, ssl.CertificateError) as error:
+            raise self._refusal(error) from error
+
+    def outgoing(self) -> bytes:
+        """What is for the peer; after an error too."""
+        return self._outgoing.read()
+
+    def read(self) -> bytes:
+        """What the peer said, as far as it is here; nothing may also mean that it needs more. Raises EOFError."""
+        try:
+            return self._object.read(1 << 16)
+        except ssl.SSLWantReadError:
+            return b""
+        except ssl.SSLZeroReturnError:
+            raise EOFError from None
+        except ssl.SSLError as error:
+            raise self._refusal(error) from error
+
+    def write(self, data: bytes) -> None:
+        """Seal it for the peer."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._object.write(rest) :]
+
+    def close(self) -> None:
+        """Say that nothing more will come."""
+        with contextlib.suppress(ssl.SSLError):  # it has not said so itself, and need not
+            self._object.unwrap()
+
+    def peer(self) -> Peer:
+        """Who it is, once established."""
+        certificate = self._object.getpeercert(binary_form=True)
+        assert certificate is not None  # both sides must have shown one
+        return Peer(certificate, _names(self._object.getpeercert() or {}), self._trust.identity)
+
+    def _refusal(self, error: ssl.SSLError) -> AuthenticationError:
+        return AuthenticationError(explain(error, self._peer))
+
+
+def explain(error: ssl.SSLError, peer: str) -> str:
+    """What went wrong in a TLS connection to `peer`, and what to do about it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        advice = _VERIFIED.get(error.verify_code, "")
+        return f"the certificate of {peer} is not accepted: {error.verify_message.rstrip('.')}{advice}"
+    reason = error.reason or str(error)
+    _, alert, what = reason.partition("ALERT_")
+    if alert:
+        said = what.lower().replace("_", " ")
+        return f"{peer} ended the secure connection ({said}){_ALERTS.get(what, '')}"
+    return f"no secure connection to {peer}: {_REASONS.get(reason, reason.lower().replace('_', ' '))}"
+
+
+_AUTHORITY = "; both sides need certificates of one authority, whose own is ca-cert.pem"
+_VERIFIED = {
+    3: "; ca-crl.pem must hold the list of the authority that issued it",
+    7: _AUTHORITY,
+    9: "; is the clock right?",
+    10: "; issue a new one, or set the clock",
+    12: "; fetch a new ca-crl.pem",
+    18: _AUTHORITY,
+    19: _AUTHORITY,
+    20: _AUTHORITY,
+    21: _AUTHORITY,
+    23: "; issue a new one",
+    26: "; a server's must be for server authentication, a client's for client authentication",
+    62: "; give a name that is in it with --tls-hostname, or issue one with this name",
+    64: "; give a name that is in it with --tls-hostname, or issue one with this address",
+}
+"""By X509_V_ERR code."""
+_ALERTS = {
+    "UNKNOWN_CA": f": it does not accept our certificate{_AUTHORITY}",
+    "DECRYPT_ERROR": f": it does not accept our certificate{_AUTHORITY}",
+    "CERTIFICATE_EXPIRED": ": our certificate or its ca-crl.pem has expired, or its clock is wrong",
+    "CERTIFICATE_REVOKED": ": our certificate has been revoked",
+    "CERTIFICATE_REQUIRED": ": it was shown no certificate",
+    "BAD_CERTIFICATE": ": it does not accept our certificate; is it for the name that was connected to?",
+    "UNSUPPORTED_CERTIFICATE": ": our certificate is not for this purpose (server or client authentication)",
+    "CERTIFICATE_UNKNOWN": ": it does not accept our certificate; its own message says why",
+    "PROTOCOL_VERSION": ": it does not speak TLS 1.3",
+}
+_REASONS = {
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; give --tls on both sides",
+    "HTTP_REQUEST": "it does not speak TLS",
+    "UNSUPPORTED_PROTOCOL": "it does not speak TLS 1.3",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has shown no certificate",
+    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": "what came was changed on the way",
+}
+
+
+def _context(role: Role) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if role == "source" else ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.hostname_checks_common_name = False
+    if role == "receiver":
+        context.num_tickets = 0  # no session is resumed
+    return context
+
+
+def _identity(certificate: Path, key: Path) -> TlsIdentity:
+    secret = _read(key)
+    if key.stat().st_mode & stat.S_IRWXO:
+        log.warning("%s can be read or written by everybody on this host: chmod 600 it", key)
+    try:
+        return TlsIdentity(_read(certificate), secret)
+    except ValueError as error:
+        raise UsageError(
+            f"{certificate} and {key.name} cannot be used: {error}. They must be PEM and belong together; the key must "
+            f"not be encrypted, and be RSA, Ed25519, or ECDSA on P-256 or P-384"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}; a folder for --tls has {CA}, at the source {' and '.join(FILES['source'])}, at "
+            f"the receiver {' and '.join(FILES['receiver'])}"
+        ) from error
+    if len(data) > MAX_FILE:
+        raise UsageError(f"{path} is larger than {MAX_FILE >> 20} MiB")
+    return data
+
+
+class _complaining:
+    """Turns what the ssl module says of a file into a UsageError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError):
+            raise UsageError(f"{self._path} cannot be used: {error}") from error
+
+
+def _names(shown: dict[str, Any]) -> tuple[str, ...]:
+    """Of a certificate, as `SSLObject.getpeercert` has it."""
+    subject = [value for group in shown.get("subject", ()) for kind, value in group if kind == "commonName"]
+    others = [value for kind, value in shown.get("subjectAltName", ()) if isinstance(value, str)]
+    return tuple(dict.fromkeys(subject + others))
