@@ -31,14 +31,14 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 AUTHORITY = Authority()
 
 
-@pytest.mark.parametrize("options", [["--streams", "1"], ["--streams", "4", "--codec", "zstd"]])
-def test_a_workload_moves_between_hosts_that_believe_each_other(tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("options", ["--streams 1", "--streams 4 --codec zstd", "--mode postcopy --streams 2"])
+def test_a_workload_moves_between_hosts_that_believe_each_other(tmp_path: Path, options: str) -> None:
     source, destination = hosts(tmp_path)
     with (
         moving.receiver("there", "--tls", str(destination), "--allow", "source.example") as there,
         moving.ledger("here") as here,
     ):
-        with moving.migrating("here", moving.address_of(there), "--tls", str(source), *options) as migration:
+        with moving.migrating("here", moving.address_of(there), "--tls", str(source), *options.split()) as migration:
             assert moving.until(migration, "migration")["status"] == "completed"
             assert migration.wait() == 0
         assert there.json()["type"] == "received"
@@ -395,9 +395,24 @@ def test_the_peer_is_asked_under_tls_too(tmp_path: Path) -> None:
         with moving.migrating("here", "--recover") as plain:
             assert plain.wait() == 26
         with moving.migrating("here", "--recover", "--tls", str(source)) as recovery:
-            assert recovery.json()["owner"] == "destination"
+            assert moving.until(recovery, "recovery")["owner"] == "destination"
             assert recovery.wait() == 0
         moving.ends_intact(here, "moved")
+
+
+def test_a_link_lost_in_post_copy_is_made_anew_under_tls(tmp_path: Path) -> None:
+    source, receiver = hosts(tmp_path, AUTHORITY)
+    tls = ("--tls", str(source))
+    with moving.receiver("there", "--tls", str(receiver)) as there, moving.ledger("here", size=64 * MIB) as here:
+        address = moving.address_of(there)
+        with moving.migrating("here", address, "--mode", "postcopy", *tls, fault="source.answered=drop") as migration:
+            assert migration.wait() == 28
+        with moving.migrating("here", "--recover", *tls) as recovery:
+            assert moving.until(recovery, "recovery")["owner"] == "destination"
+            assert recovery.wait() == 0
+        moving.ends_intact(here, "moved")
+        there.process.terminate()
+        assert moving.until(there, "ledger")["intact"]
 
 
 def test_what_the_options_cannot_mean_is_refused(tmp_path: Path) -> None:
