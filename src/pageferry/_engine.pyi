@@ -114,6 +114,8 @@ class Trace:
         """
     def peek(self, dirty: Sequence[PageSet]) -> None:
         """Add what was written since the last `collect`, and leave it to be reported by the next."""
+    def release(self, segment: int) -> None:
+        """Take the traces off one segment, by its place in the sequence: writes to it are not reported any more."""
     def remove(self) -> None: ...
 
 @final
@@ -131,6 +133,27 @@ class ImageWriter:
 
         Returns digest and length.
         """
+
+@final
+class PageStore:
+    """Writes chosen pages of regions (given by their pages) into an image, while the workload may write to them.
+
+    Whoever uses the image must know which pages were written meanwhile. OSError: the image cannot be written.
+    """
+
+    def __new__(
+        cls,
+        fd: int,
+        id: bytes,
+        regions: Sequence[int],
+        codec: str = "lz4",
+        page_block: int = 65536,
+        storage_block: int = 1048576,
+    ) -> PageStore: ...
+    def add(self, region: int, memory: Mapping, pages: PageSet) -> PageSet:
+        """Add those of the pages that are in memory; returns which they are."""
+    def finish(self, sections: Sequence[tuple[int, bytes]], parent: ImageChain | None = None) -> tuple[int, int]:
+        """Write the index and sync: (digest, length). What was not added is as the parent has it."""
 
 @final
 class Pager:
@@ -163,6 +186,8 @@ class Pager:
         taken_over: bool = False,
         kept: bool = False,
         fatal: bool = False,
+        whole_blocks: bool = True,
+        evicting: bool = False,
     ) -> Pager: ...
     @staticmethod
     def flags_length(pages: int) -> int: ...
@@ -201,6 +226,14 @@ class Pager:
         """Map what is in memory already, large pages as such (S1): before the workload runs on memory that was kept."""
     def reconnect(self, source: PeerSource) -> None:
         """Go on over another connection; what accesses wait for is asked for again. ValueError: it is in use."""
+    def evict(self, region: int, pages: PageSet) -> int:
+        """Let pages go that stand in the chain as memory has them: an access brings them back. How many went.
+
+        Made with `evicting`; the workload is paused. OSError: it maps memory all the same, or that cannot be worked on;
+        nothing is lost.
+        """
+    def evicted(self) -> None:
+        """Nothing more is let go: it may finish, when everything is back."""
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
 

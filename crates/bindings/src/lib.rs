@@ -8,6 +8,7 @@ mod image;
 mod image_writer;
 mod ledger;
 mod mapping;
+mod page_store;
 mod pager;
 mod pages;
 mod peer;
@@ -27,6 +28,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<image::Image>()?;
     module.add_class::<image::ImageChain>()?;
     module.add_class::<image_writer::ImageWriter>()?;
+    module.add_class::<page_store::PageStore>()?;
     module.add_class::<pager::Pager>()?;
     module.add_class::<pages::PageSet>()?;
     module.add_class::<peer::PageServer>()?;

@@ -53,7 +53,8 @@ pub struct Pager {
 impl Pager {
     #[new]
     #[pyo3(signature = (source, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
-                        eager = false, taken_over = false, kept = false, fatal = false))]
+                        eager = false, taken_over = false, kept = false, fatal = false, whole_blocks = true,
+                        evicting = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
         py: Python<'_>,
@@ -68,6 +69,8 @@ impl Pager {
         taken_over: bool,
         kept: bool,
         fatal: bool,
+        whole_blocks: bool,
+        evicting: bool,
     ) -> PyResult<Self> {
         let known = space::userfaults(userfaults)?;
         let mut watched = Vec::new();
@@ -95,7 +98,19 @@ impl Pager {
             (false, true) => Begin::Kept,
             (false, false) => Begin::Empty,
         };
-        let plan = Plan { from, targets, watched, flags, begin, working_set, background, eager, fatal };
+        let plan = Plan {
+            from,
+            targets,
+            watched,
+            flags,
+            begin,
+            working_set,
+            background,
+            eager,
+            whole_blocks,
+            evicting,
+            fatal,
+        };
         let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;
         Ok(Self { inner })
     }
@@ -195,6 +210,15 @@ impl Pager {
     fn reconnect(&self, py: Python<'_>, source: PyRef<'_, PeerSource>) -> PyResult<()> {
         let link = source.inner.clone();
         py.detach(|| self.inner.reconnect(link)).map_err(begin_error)
+    }
+
+    fn evict(&self, py: Python<'_>, region: usize, pages: PyRef<'_, PageSet>) -> PyResult<usize> {
+        let pages = pages.inner.clone();
+        py.detach(|| self.inner.evict(region, &pages)).map_err(begin_error)
+    }
+
+    fn evicted(&self) {
+        self.inner.evicted();
     }
 
     fn stop(&self, py: Python<'_>) {

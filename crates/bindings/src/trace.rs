@@ -70,6 +70,10 @@ impl Trace {
         on_sets(py, &dirty, |sets| self.with(|trace| trace.peek(sets))?.map_err(errors::kernel))
     }
 
+    fn release(&self, py: Python<'_>, segment: usize) -> PyResult<()> {
+        py.detach(|| self.with(|trace| trace.release(segment))?.map_err(errors::kernel))
+    }
+
     fn remove(&self, py: Python<'_>) {
         py.detach(|| drop(self.inner.lock().unwrap_or_else(PoisonError::into_inner).take()));
     }

@@ -93,6 +93,8 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         working_set: Vec::new(),
         background: false,
         eager: false,
+        whole_blocks: true,
+        evicting: false,
         fatal: false,
     })?;
     let times = touch(&theirs);

@@ -70,10 +70,15 @@ struct Armed {
     large: Vec<bool>,
     /// Units that have been released since the last collection. Locked while protections are changed.
     released: Mutex<BTreeSet<usize>>,
+    /// Whether it is traced no more.
+    gone: AtomicBool,
 }
 
 impl Armed {
     fn written(&self, flags: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+        if self.gone.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let (start, end) = (self.segment.address, self.segment.address + self.segment.len);
         // PAGE_IS_WRITTEN alone: with more categories some kernels leave out pages that were discarded.
         scan(self.segment.space.pagemap(), start, end, flags, uapi::PAGE_IS_WRITTEN, &mut found)
@@ -174,7 +179,7 @@ impl Trace {
                 if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
             })?;
             let large = large_units(&segment, large.get(segment.region));
-            armed.push(Armed { segment, uffd, large, released: Mutex::default() });
+            armed.push(Armed { segment, uffd, large, released: Mutex::default(), gone: AtomicBool::new(false) });
         }
         let begin = Instant::now();
         for Armed { segment, uffd, .. } in &armed {
@@ -207,7 +212,13 @@ impl Trace {
             let flags = uapi::PM_SCAN_CHECK_WPASYNC;
             scan(segment.space.pagemap(), start, start + len, flags, uapi::PAGE_IS_WRITTEN, |_, _| ())?;
             uffd.register(start, len, uapi::REGISTER_MODE_WP)?;
-            armed.push(Armed { segment, uffd: uffd.clone(), large: Vec::new(), released: Mutex::default() });
+            armed.push(Armed {
+                segment,
+                uffd: uffd.clone(),
+                large: Vec::new(),
+                released: Mutex::default(),
+                gone: AtomicBool::new(false),
+            });
         }
         let (armed, install) = (Arc::new(armed), Duration::ZERO);
         Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
@@ -258,6 +269,15 @@ impl Trace {
             })?;
         }
         Ok(())
+    }
+
+    /// Takes the traces off one segment, by its number: what is written there from now on is not reported.
+    pub fn release(&self, segment: usize) -> io::Result<()> {
+        let Some(armed) = self.armed.get(segment) else { return Ok(()) };
+        let mut released = armed.released();
+        released.clear();
+        armed.gone.store(true, Ordering::Release);
+        armed.uffd.unregister(armed.segment.address, armed.segment.len)
     }
 
     /// Refuses sets that lack a region before anything is collected, because what is collected is not reported again.

@@ -13,7 +13,8 @@ use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, file_len};
+use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::space::Space;
 use pageferry_engine::trace::Segment;
@@ -21,6 +22,8 @@ use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 
 const PAGES: usize = 2048;
 const STORAGE_BLOCK: usize = 256 << 10;
+/// A page of zeros that the image leaves out.
+const NEVER_STORED: usize = 15;
 
 fn within_a_minute(work: impl FnOnce() + Send + 'static) {
     let (done, finished) = mpsc::channel();
@@ -53,6 +56,7 @@ fn image() -> Chain {
     let mut writer = ImageWriter::new(file.try_clone().expect("a duplicate"), [7; 16], sizes).expect("a writer");
     let mut builder = Builder::new(Codec::Lz4, sizes.page_block, sizes.storage_block);
     let mut map = vec![PageEntry::plain(Class::Zero, 0); PAGES];
+    map[NEVER_STORED] = PageEntry::plain(Class::Absent, 0);
     let mut pending: Vec<(usize, usize)> = Vec::new();
     let mut flush = |builder: &mut Builder, pending: &mut Vec<(usize, usize)>, map: &mut Vec<PageEntry>| {
         if builder.is_empty() {
@@ -103,6 +107,10 @@ impl Scene {
     }
 
     fn begin(&self, begin: Begin, background: bool) -> Pager {
+        self.start(begin, background, false)
+    }
+
+    fn start(&self, begin: Begin, background: bool, evicting: bool) -> Pager {
         let len = PAGES * SMALL_PAGE;
         let segment = Segment {
             space: Self::space(),
@@ -121,6 +129,8 @@ impl Scene {
             working_set: Vec::new(),
             background,
             eager: true,
+            whole_blocks: true,
+            evicting,
             fatal: false,
         })
         .expect("a pager")
@@ -253,6 +263,49 @@ fn what_is_not_flagged_is_kept_and_what_is_flagged_is_read() {
     }
 }
 
+/// Pages that are let go leave the file, come back with their contents, and others are never touched.
+#[test]
+fn what_is_evicted_comes_back() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        for page in 0..PAGES {
+            (0..512).for_each(|at| scene.write(page, at, expected(page, at)));
+        }
+        let cold = |page: usize| page % 3 == 1 && page < 1024;
+        let mut pages = PageSet::new(PAGES);
+        (0..PAGES).filter(|&page| cold(page)).for_each(|page| pages.insert(page, page + 1));
+        scene.write(3, 7, 77); // not one of them: not as it was stored
+        scene.discard(4);
+        let pager = scene.start(Begin::Kept, false, true);
+        assert_eq!(pager.pending(), 0);
+        let before = scene.ours.data_ranges().expect("ranges").iter().map(|(start, end)| end - start).sum::<usize>();
+        let gone = pager.evict(0, &pages).expect("they go");
+        let after = scene.ours.data_ranges().expect("ranges").iter().map(|(start, end)| end - start).sum::<usize>();
+        assert_eq!((gone, before - after), (pages.count() - 1, gone * SMALL_PAGE), "page 4 was gone before");
+        let again = pager.evict(0, &pages).expect_err("they are gone");
+        assert!(again.to_string().contains("missing already"), "{again}");
+        assert_eq!(scene.read(4, 9), 0);
+        for page in (0..PAGES).map(|number| number * 331 % PAGES).filter(|&page| page != 4) {
+            assert_eq!(scene.read(page, 9), expected(page, 9), "page {page}");
+        }
+        assert_eq!(scene.read(3, 7), 77);
+        assert!(!pager.wait(Duration::from_millis(200), 0), "more may be let go");
+        pager.evicted();
+        assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
+    });
+}
+
+#[test]
+fn a_page_that_was_never_stored_is_not_taken_for_zeros() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let flags = Mapping::new(scene.flags.as_fd(), file_len(PAGES), 0).expect("a mapping");
+        Flags::new(flags, PAGES).set(NEVER_STORED);
+        let error = scene.begin(Begin::Kept, false).ensure(0, 0, 16).expect_err("it has no contents");
+        assert!(error.to_string().contains("page 15"), "{error}");
+    });
+}
+
 #[test]
 fn another_pager_goes_on_where_one_was_stopped() {
     within_a_minute(|| {
@@ -272,7 +325,9 @@ fn another_pager_goes_on_where_one_was_stopped() {
             })
         };
         while !done.load(Ordering::Acquire) {
-            thread::sleep(Duration::from_millis(3));
+            while pager.counters().faults.load(Ordering::Relaxed) < 50 && !done.load(Ordering::Acquire) {
+                thread::sleep(Duration::from_millis(1));
+            }
             drop(pager);
             pager = scene.pager(true, false);
         }

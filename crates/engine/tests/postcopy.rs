@@ -111,6 +111,8 @@ impl Scene {
             working_set: Vec::new(),
             background: true,
             eager: false,
+            whole_blocks: true,
+            evicting: false,
             fatal: false,
         })
         .expect("a pager")

@@ -1,5 +1,6 @@
 //! One image out of a chain: every page as the chain has it, in an image of its own.
 
+use std::borrow::BorrowMut;
 use std::collections::HashMap;
 
 use super::contents::PageReader;
@@ -55,15 +56,18 @@ pub fn flatten(
     Ok(map)
 }
 
-struct Copier<'a> {
-    writer: &'a mut ImageWriter,
-    builder: Builder,
+/// Gathers pages in storage blocks, one region at a time.
+#[derive(Debug)]
+pub(super) struct Copier<W> {
+    pub(super) writer: W,
+    pub(super) builder: Builder,
     /// Number that the block under construction will have.
-    block: u32,
+    pub(super) block: u32,
 }
 
-impl Copier<'_> {
-    fn push(&mut self, region: usize, page: usize, contents: &[u8]) -> Result<(u32, u16), ImageError> {
+impl<W: BorrowMut<ImageWriter>> Copier<W> {
+    /// Adds a page; returns its storage block and its place there.
+    pub(super) fn push(&mut self, region: usize, page: usize, contents: &[u8]) -> Result<(u32, u16), ImageError> {
         if self.builder.is_full() {
             self.flush(region)?;
         }
@@ -71,10 +75,11 @@ impl Copier<'_> {
         Ok((self.block, u16::try_from(slot).unwrap_or(u16::MAX)))
     }
 
-    fn flush(&mut self, region: usize) -> Result<(), ImageError> {
+    /// Writes what has been gathered of a region.
+    pub(super) fn flush(&mut self, region: usize) -> Result<(), ImageError> {
         if !self.builder.is_empty() {
             let region = u32::try_from(region).unwrap_or(u32::MAX);
-            self.block = self.writer.append(&self.builder.build(region, 0, u64::from(self.block)))? + 1;
+            self.block = self.writer.borrow_mut().append(&self.builder.build(region, 0, u64::from(self.block)))? + 1;
         }
         Ok(())
     }

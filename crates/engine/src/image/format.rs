@@ -90,6 +90,9 @@ pub enum ImageError {
         /// Page of the region.
         page: usize,
     },
+    /// The page is missing from memory, and no image of the chain says what it holds.
+    #[error("page {0} (of all regions) is not in this image: it is not the one that it was left in")]
+    NotStored(usize),
     /// The file changed or vanished.
     #[error("the image cannot be read: {0}")]
     Io(#[from] io::Error),

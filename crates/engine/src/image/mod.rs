@@ -4,6 +4,7 @@ mod contents;
 mod flatten;
 mod format;
 mod reader;
+mod store;
 mod verify;
 mod writer;
 
@@ -11,5 +12,6 @@ pub use contents::{PageReader, differences, fill, pattern};
 pub use flatten::{flatten, region_of};
 pub use format::{BlockEntry, FLAG_IN_PARENT, ImageError, PageEntry, section};
 pub use reader::{Chain, Image, StoredBlock};
+pub use store::PageStore;
 pub use verify::{Finding, stored_pages, verify, verify_unused};
 pub use writer::{Finished, ImageWriter, Sizes};

@@ -7,7 +7,7 @@ use crate::pages::PageSet;
 
 /// Flags over all pages of all regions, in memory that another pager can take over: a mapping of a file.
 ///
-/// A flag is only ever cleared, after the contents have been written and before they are mapped.
+/// A flag is cleared after the contents have been written and before they are mapped. It is set before contents go.
 #[derive(Debug)]
 pub struct Flags {
     mapping: Mapping,
@@ -50,6 +50,11 @@ impl Flags {
     /// Whether the page's contents are still to come.
     pub fn is_set(&self, page: usize) -> bool {
         self.word(page / 64).load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// The contents are not in memory any more.
+    pub fn set(&self, page: usize) {
+        self.word(page / 64).fetch_or(1 << (page % 64), Ordering::AcqRel);
     }
 
     /// The contents are in memory.

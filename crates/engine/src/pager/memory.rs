@@ -129,7 +129,8 @@ pub struct Memory {
     pub counters: Counters,
     /// Pages that somebody has taken upon himself to fill, or that were discarded: one bit each.
     claims: Vec<AtomicU64>,
-    /// Held shared while contents are written, alone while removals are read: contents never come after a removal.
+    /// Held shared while contents are written, alone while removals are read or pages let go: contents never come after
+    /// a removal.
     pub removing: RwLock<()>,
     /// Windows in the order of their first fault.
     pub touched: Mutex<Vec<u32>>,
@@ -157,6 +158,13 @@ impl Memory {
         self.regions.partition_point(|region| region.end() <= page)
     }
 
+    /// Whether contents of a page that a segment maps are still to come.
+    pub fn lacks_any(&self, segment: &Segment) -> bool {
+        let (first, last) = segment.extent();
+        let base = self.regions[segment.region].base;
+        self.flags.next(base + first, base + last).is_some()
+    }
+
     /// Writes what is wanted to its slots, clears the flags, and maps it.
     pub fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.wanted.sort_unstable();
@@ -176,8 +184,8 @@ impl Memory {
 
     fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<(), LoadError> {
         let first = run[0].0 - self.regions[region].base;
-        let slots = self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first, run.len())?;
         let _no_removals = self.removing.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first, run.len())?;
         let mut done = 0;
         for (at, &(page, offset)) in run.iter().enumerate() {
             if !self.claim(page) {
@@ -198,6 +206,12 @@ impl Memory {
     fn claim(&self, page: usize) -> bool {
         let mask = 1 << (page % 64);
         self.flags.is_set(page) && self.claims[page / 64].fetch_or(mask, Ordering::AcqRel) & mask == 0
+    }
+
+    /// A page has no contents any more, and may be claimed again. `removing` is held alone.
+    pub fn lack(&self, page: usize) {
+        self.claims[page / 64].fetch_and(!(1 << (page % 64)), Ordering::AcqRel);
+        self.flags.set(page);
     }
 
     /// The workload has discarded pages: they are zeros from now on. `removing` is held alone.
@@ -267,6 +281,8 @@ impl Memory {
     fn map_present(&self, region: usize, page: usize) -> Result<(), LoadError> {
         let found = &self.regions[region];
         let (first, end) = found.window(page);
+        // What has no flag now must have none when there is room for it.
+        let _no_removals = self.removing.read().unwrap_or_else(PoisonError::into_inner);
         let runs = self.flags.clear_runs(first, end);
         let Some(&(start, stop)) = runs.iter().find(|(start, stop)| (*start..*stop).contains(&page)) else {
             return Ok(());

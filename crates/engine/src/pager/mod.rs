@@ -20,6 +20,7 @@
 mod background;
 mod blocks;
 mod demand;
+mod evict;
 mod flags;
 mod memory;
 mod peer;
@@ -61,6 +62,9 @@ const MAX_REST: usize = 32;
 const MANY: usize = 1024;
 /// How often the mappings of pages to come are taken away from a workload that makes them again.
 const ATTEMPTS: usize = 4;
+/// How often one looks whether everything is there: where it is being brought, and where only accesses bring it.
+const SOON: Duration = Duration::from_millis(5);
+const LATER: Duration = Duration::from_millis(50);
 /// Failures that are kept: more of them say nothing new.
 const MAX_FAILURES: usize = 64;
 
@@ -103,7 +107,7 @@ pub enum PagerError {
 pub enum Begin {
     /// Nothing that counts: the files are emptied, and the flags set as the image says.
     Empty,
-    /// Flags that somebody has set; the files hold the contents of all other pages.
+    /// Flags that somebody has set; the files hold the contents of all other pages. Segments without any are left alone.
     Kept,
     /// The work of a pager before: the flags hold, and faults that it had read are read again.
     TakenOver,
@@ -150,6 +154,10 @@ pub struct Plan {
     pub background: bool,
     /// Without giving way to demand.
     pub eager: bool,
+    /// Whether an access brings all of the storage block, after the pages around its own.
+    pub whole_blocks: bool,
+    /// Whether pages will be let go: until [`Pager::evicted`] it is not finished, even if nothing is missing.
+    pub evicting: bool,
     /// Whether an access to a page that cannot be had ends in SIGBUS; else it waits.
     pub fatal: bool,
 }
@@ -164,6 +172,8 @@ struct Shared {
     failures: Mutex<Vec<Failure>>,
     finished: (Mutex<bool>, Condvar),
     eager: bool,
+    whole_blocks: bool,
+    evicting: AtomicBool,
     fatal: bool,
 }
 
@@ -178,6 +188,9 @@ impl Shared {
 
     /// Has the rest of a storage block installed, unless there is too much of that already.
     fn ask(&self, fetched: Fetched) {
+        if !self.whole_blocks {
+            return;
+        }
         if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
             && let Source::Images(blocks) = &self.memory.source
             && !blocks.is_done(fetched.0)
@@ -310,6 +323,8 @@ impl Pager {
             failures: Mutex::default(),
             finished: (Mutex::new(false), Condvar::new()),
             eager: plan.eager,
+            whole_blocks: plan.whole_blocks,
+            evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
         });
         let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default() };
@@ -320,8 +335,9 @@ impl Pager {
         let (set, everything) = (plan.working_set, plan.background);
         pager.spawn("pf-fill", move || {
             background::fill(&shared, &set, everything);
-            while !shared.stopping() && shared.memory.flags.count() > 0 {
-                std::thread::sleep(Duration::from_millis(5));
+            let unfinished = || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.count() > 0;
+            while !shared.stopping() && unfinished() {
+                std::thread::sleep(if everything { SOON } else { LATER });
             }
             if !shared.stopping() {
                 shared.finish();
@@ -463,6 +479,26 @@ impl Pager {
         (0..self.shared.memory.regions.len()).try_for_each(|region| self.shared.memory.populate(region))
     }
 
+    /// Lets pages of a region go whose contents stand in the chain: from here on an access brings them back. Everything
+    /// else of their 2 MiB units stays, and is mapped as small pages. Returns how many pages were let go.
+    ///
+    /// Nobody may have written to the pages since they were stored, and the workload is paused.
+    ///
+    /// # Errors
+    /// When the workload maps memory though it should be paused, its mappings cannot be worked on, or the plan did not
+    /// say so. Pages that have been let go stay so; all others are where they were.
+    pub fn evict(&self, region: usize, pages: &PageSet) -> Result<usize, PagerError> {
+        if !self.shared.evicting.load(Ordering::Acquire) {
+            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, "this pager lets nothing go")));
+        }
+        evict::evict(&self.shared.memory, region, pages)
+    }
+
+    /// Nothing more is let go: it finishes when everything is back.
+    pub fn evicted(&self) {
+        self.shared.evicting.store(false, Ordering::Release);
+    }
+
     /// Ends all threads. What is missing stays missing: accesses wait for the next pager.
     pub fn stop(&self) {
         self.shared.end();
@@ -504,6 +540,9 @@ fn mark(chain: &Chain, flags: &Flags, pages: usize) {
 fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
     for watched in &memory.watched {
         let Watched { segment, uffd } = watched;
+        if begin == Begin::Kept && !memory.lacks_any(segment) {
+            continue;
+        }
         if begin == Begin::TakenOver {
             // Faults that the pager before us had read and not answered: they come again.
             uffd.wake(segment.address, segment.len)?;

@@ -8,7 +8,7 @@ use super::memory::{LoadError, Memory, Scratch};
 use super::peer::Peer;
 use crate::SMALL_PAGE;
 use crate::block::{BlockError, Class, Head};
-use crate::image::{PageEntry, StoredBlock, fill};
+use crate::image::{ImageError, PageEntry, StoredBlock, fill};
 use crate::placer::PlaceError;
 
 /// Pages of zeros that are installed at a time.
@@ -161,7 +161,9 @@ impl Memory {
                 fill(&mut scratch.contents, entry.signature.get());
                 scratch.wanted.push((page, 0));
             }
-            _ => {
+            // What an image leaves out is zeros, and never missing.
+            None | Some(Class::Absent) => return Err(ImageError::NotStored(page).into()),
+            Some(Class::Zero) => {
                 scratch.contents.clear();
                 scratch.contents.resize(SMALL_PAGE, 0);
                 scratch.wanted.push((page, 0));

@@ -1,0 +1,73 @@
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pageferry_engine::block::Codec;
+use pageferry_engine::image;
+use pageferry_engine::mapping::duplicate;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::image::{ImageChain, image_error, sizes};
+use crate::mapping::Mapping;
+use crate::pages::PageSet;
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct PageStore {
+    inner: Mutex<Option<image::PageStore>>,
+}
+
+impl PageStore {
+    fn lock(&self) -> MutexGuard<'_, Option<image::PageStore>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn finished() -> PyErr {
+    PyValueError::new_err("the image is finished")
+}
+
+#[pymethods]
+impl PageStore {
+    #[new]
+    #[pyo3(signature = (fd, id, regions, codec = "lz4", page_block = 65536, storage_block = 1048576))]
+    fn new(
+        fd: i32,
+        id: [u8; 16],
+        regions: Vec<usize>,
+        codec: &str,
+        page_block: usize,
+        storage_block: usize,
+    ) -> PyResult<Self> {
+        let known = Codec::named(codec);
+        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+        let sizes = sizes(page_block, storage_block)?;
+        let file = duplicate(fd).map_err(errors::kernel)?;
+        let inner = image::PageStore::new(file, id, codec, sizes, &regions).map_err(errors::kernel)?;
+        Ok(Self { inner: Mutex::new(Some(inner)) })
+    }
+
+    fn add(
+        &self,
+        py: Python<'_>,
+        region: usize,
+        memory: PyRef<'_, Mapping>,
+        pages: PyRef<'_, PageSet>,
+    ) -> PyResult<PageSet> {
+        let (memory, pages) = (memory.inner.clone(), pages.inner.clone());
+        let added = py.detach(|| self.lock().as_mut().map(|store| store.add(region, &memory, &pages)));
+        Ok(PageSet { inner: added.ok_or_else(finished)?.map_err(image_error)? })
+    }
+
+    #[pyo3(signature = (sections, parent = None))]
+    fn finish(
+        &self,
+        py: Python<'_>,
+        sections: Vec<(u32, Vec<u8>)>,
+        parent: Option<PyRef<'_, ImageChain>>,
+    ) -> PyResult<(u64, u64)> {
+        let parent = parent.map(|chain| chain.inner.clone());
+        let store = self.lock().take().ok_or_else(finished)?;
+        let finished = py.detach(|| store.finish(parent.as_ref(), &sections)).map_err(image_error)?;
+        Ok((finished.digest, finished.len))
+    }
+}
