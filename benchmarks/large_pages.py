@@ -3,7 +3,8 @@
 A process reads memory at random while 0, 1, 5, 25 or 100 % of its large pages are sampled per second, in windows of 200
 ms. Stretches with and without sampling alternate, and each is compared with the one before it, in one run: by time, and
 by the reader's own time on a CPU, which other load on the machine disturbs less. Another process reads known numbers of
-small pages, for the truth. `--quick` is for trying it out.
+small pages, for the truth. At last a workload that writes to a part of its memory has the rest sent to a store, and
+brought back. `--quick` is for trying it out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 import asyncio
 import gzip
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.measuring.statistics import median, spread
 from benchmarks.sampling.reader import truth
 from pageferry._engine import LARGE_PAGE, Space
-from pageferry.large_pages import Options, Target, process_target, sample
+from pageferry.large_pages import Options, Target, open_target, process_target, sample, undo
 
 PARTS = (0.01, 0.05, 0.25, 1.0)
 """Of the large pages, sampled per second."""
@@ -140,6 +143,56 @@ async def accuracy(kind: str, mebibytes: int) -> dict[str, Any]:
     return {"kind": kind, "samples": samples, "wrong": len(wrong), "large-before": before, "large-after": after}
 
 
+@contextmanager
+def ledger(mebibytes: int) -> Iterator[str]:
+    """A workload that writes to a quarter of its memory, by its name; must have lost no write at the end."""
+    name = f"bench-{os.getpid()}"
+    options = {"threads": 1, "working_set": 0.25, "rate": 32 << 20, "compressible": 0.5}
+    setup = json.dumps({"name": name, "size": mebibytes << 20, "options": options})
+    command = [sys.executable, "-m", "pageferry.workloads.ledger_process", setup]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield name
+        finally:
+            process.terminate()
+            intact = json.loads(process.stdout.readline())["intact"]
+    assert intact
+
+
+async def store(mebibytes: int) -> dict[str, Any]:
+    """What of the cold memory of a ledger a store takes, and what it costs."""
+    with ledger(mebibytes) as name, tempfile.TemporaryDirectory() as folder, await open_target(name) as target:
+        begin = time.monotonic()
+        chosen = Options(sample=1.0, budget=None, window=1.0, rounds=1, reclaim="store", store=Path(folder))
+        result = await sample(target, chosen)
+        reclaimed = time.monotonic()
+        back = (await undo(target)).brought_back
+        ended = time.monotonic()
+    cold = sum((512 - one.activity) << 12 for one in result.samples if one.decision == "break")
+    figures = result.store
+    assert figures is not None
+    print(
+        f"store  {cold >> 20} MiB are cold in {result.broken} large pages, {result.reclaimed / cold:.1%} of them "
+        f"reclaimed (aim: at least 95 %) in {reclaimed - begin:.1f} s, to {figures.bytes >> 20} MiB; "
+        f"{figures.pauses} pauses, the longest {figures.longest_pause_ms:.1f} ms; "
+        f"{back >> 20} MiB brought back in {ended - reclaimed:.1f} s; no write was lost"
+    )
+    return {
+        "cold": cold,
+        "reclaimed": result.reclaimed,
+        "broken": result.broken,
+        "stored": figures.bytes,
+        "written-meanwhile": figures.written,
+        "seconds": reclaimed - begin,
+        "pauses": figures.pauses,
+        "longest-pause-ms": figures.longest_pause_ms,
+        "brought-back": back,
+        "undo-seconds": ended - reclaimed,
+    }
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
@@ -151,6 +204,7 @@ async def main() -> None:
     for kind in ("shared", "anon"):
         results += await slowdown(kind, args.size, repetitions, seconds)
         results.append(await accuracy(kind, args.size))
+    results.append(await store(args.size))
     at_5 = next(row for row in results if row["kind"] == "shared" and row.get("sampled-per-second") == 0.05)
     print(
         f"slowdown on shared memory at 5 % per second: {median(at_5['slowdown-percent']):.1f} %, "

@@ -7,12 +7,13 @@
         print(found.estimate.idle)
 """
 
-from pageferry.largepages.api import Options, sample
-from pageferry.largepages.events import LargePagesResult
+from pageferry.largepages.api import Options, sample, undo
+from pageferry.largepages.events import BroughtBack, LargePagesResult
 from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
 from pageferry.workloads.targets import Target, open_target, process_target, workload_target
 
 __all__ = [
+    "BroughtBack",
     "Decision",
     "Facts",
     "LargePagesResult",
@@ -23,5 +24,6 @@ __all__ = [
     "open_target",
     "process_target",
     "sample",
+    "undo",
     "workload_target",
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, Sampler, Space
+from pageferry.cli.activity import HOT, hot_large_pages, shareable_pages
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps
 from pageferry.largepages import reclaim
@@ -101,6 +102,26 @@ def test_known_patterns_of_another_process(memory: Memory) -> None:
         assert {unit: touched for unit, (_, touched) in found.items()} == bits
     assert len(memory.large()) == UNITS
     assert "uw" not in memory.flags()
+
+
+def test_sharing_is_told_which_are_in_use(memory: Memory) -> None:
+    hot = asyncio.run(while_doing(memory.access, hot_large_pages([f"pid:{memory.owner.pid}"])))
+    with process_target(memory.owner.pid) as target:
+        (area,) = [area for area in target.areas if area.address <= memory.address < area.end]
+    first = memory.address if memory.kind == "anon" else area.offset + memory.address - area.address
+    ours = {(start - first) // LARGE_PAGE for _, start in hot if first <= start < first + LENGTH}
+    assert ours == {unit for unit, slots in PATTERNS.items() if len(slots) >= HOT}
+
+
+def test_reclaim_is_told_what_can_be_shared(memory: Memory) -> None:
+    async def look() -> dict[tuple[int, int], int]:
+        with only(memory.owner.pid, memory.address) as target:
+            return await shareable_pages(target)
+
+    found = asyncio.run(look())
+    counts = {found.get((memory.owner.pid, memory.address + unit * LARGE_PAGE)) for unit in range(UNITS)}
+    # All pages are alike, and none of zeros: private memory can be shared, files only where they are zeros.
+    assert counts == ({SLOTS} if memory.kind == "anon" else {0})
 
 
 def test_the_page_stays_whole_where_it_is(root: None) -> None:

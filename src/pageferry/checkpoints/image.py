@@ -84,6 +84,10 @@ class ImageFile:
         """Small pages of all regions; page numbers are counted over all of them."""
         return self.image.pages
 
+    def as_parent(self) -> Parent:
+        """What an image that builds on this one says about it."""
+        return Parent(id=self.image.id.hex(), digest=f"{self.image.digest:016x}", path=str(self.path.absolute()))
+
     def state(self) -> bytes:
         """The state of the workload; empty for memory alone. Raises ImageError."""
         return self._section(metadata.STATE) or b""

@@ -22,6 +22,7 @@ LARGE_UNITS = 19
 VERSION = 1
 
 Kind = Literal["arena", "qemu", "process"]
+Codec = Literal["none", "lz4", "zstd"]
 
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +54,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=4096)]
     created: float
     """Seconds since 1970 of the instant whose memory it is."""
-    codec: Literal["none", "lz4", "zstd"]
+    codec: Codec
     restorable: bool = True
     """False for memory without a state: it can be looked at, not run."""
     parent: Parent | None = None

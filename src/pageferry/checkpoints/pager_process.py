@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import msgspec
@@ -27,17 +28,20 @@ from pageferry.host import proc
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.pager_server import PagerServer
 
 log = logging.getLogger("pageferry.checkpoints.pager")
 
-_SYS_CLOSE = 3
+_SYS_CLOSE, _SYS_MADVISE = 3, 28
+_MADV_DOFORK = 11
 _POLL = 0.05
 """Seconds between two looks at the guest's life."""
 _MOST_KEPT = 1 << 17
 """Windows that were touched, in the summary: 8 GiB of them."""
+_SELDOM = 0.5
+"""The same for the pager of a cold store, which has hardly anything to do."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +65,9 @@ class GuestPager:
     Raises RestoreError, WorkloadError, UsageError (there is a pager that is alive).
     """
 
-    def __init__(self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool = False) -> None:
+    def __init__(
+        self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool = False, *, evicting: bool = False
+    ) -> None:
         self.image = image
         self.folder = folder
         self.regions = [deferred.open_region(record) for record in work.regions]
@@ -72,14 +78,14 @@ class GuestPager:
         self.working_set = WorkingSet(image)
         self.touched: list[int] = []
         self.work = work
-        self.pager = self._begin(taken_over)
+        self.pager = self._begin(taken_over, evicting)
         fault_point("pager.registered")
         # Only now: flags without a pager that has set them say that everything is there.
         folder.store(deferred.RECORD, self.work)
         socket_path = folder.socket_path(deferred.SOCKET)
         self.server = PagerServer(socket_path, self.pager, str(image.path), restoring.extents(image))
 
-    def _begin(self, taken_over: bool) -> Pager:
+    def _begin(self, taken_over: bool, evicting: bool) -> Pager:
         targets = restoring.targets(self.image, self.regions)
         ours: dict[int, int] = {}
         try:
@@ -90,8 +96,7 @@ class GuestPager:
                 self._adopt(ours)
             segments = [
                 (self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
-                for number, region in enumerate(self.regions)
-                for segment in region.segments
+                for number, segment in self._watched()
             ]
             return Pager(
                 self.image.chain,
@@ -103,10 +108,20 @@ class GuestPager:
                 background=self.work.prefetch and taken_over,
                 eager=self.work.eager,
                 taken_over=taken_over,
+                kept=self.work.cold is not None,
+                whole_blocks=self.work.cold is None,
+                evicting=evicting,
             )
         finally:
             for descriptor in ours.values():
                 os.close(descriptor)
+
+    def _watched(self) -> Iterator[tuple[int, Segment]]:
+        """What comes to us, with the number of its region: every mapping, or of parts that are in a cold store."""
+        for number, region in enumerate(self.regions):
+            parts = [(0, region.length)] if self.work.cold is None else self.work.cold[number]
+            for segment in region.segments:
+                yield from ((number, part) for part in segment.within(parts))
 
     def _adopt(self, ours: dict[int, int]) -> None:
         """Have a userfaultfd in every process."""
@@ -120,9 +135,11 @@ class GuestPager:
     def run(self) -> None:
         """Until everything is there, or there is nobody left to need it."""
         known = 0
-        while not self.pager.wait(_POLL, known):
+        poll = _POLL if self.work.cold is None else _SELDOM
+        while not self.pager.wait(poll, known):
             if not all(proc.start_time(pid) == started for pid, started in self.started.items()):
                 log.info("%s has ended", self.folder.name)
+                self._remove_store()
                 return
             if self.server.asked_to_stop.is_set():
                 return
@@ -155,7 +172,10 @@ class GuestPager:
 
     def _finish(self) -> None:
         fault_point("pager.settled")
-        self.working_set.learn(self.touched + self.pager.touched, self.work.prefetch)
+        if self.work.cold is None:
+            self.working_set.learn(self.touched + self.pager.touched, self.work.prefetch)
+        else:
+            self._make_large()
         status = self.server.status(touched=self.pager.touched[:_MOST_KEPT])
         self.folder.store(deferred.SUMMARY, status)  # before the record goes: who misses that looks for this
         # The record before the descriptors: with it, but without them, no other pager could take over.
@@ -166,7 +186,26 @@ class GuestPager:
             with contextlib.suppress(OSError):
                 self.spaces[pid].call(_SYS_CLOSE, number)
         fault_point("pager.closed")
+        self._remove_store()
         log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
+
+    def _make_large(self) -> None:
+        """What was broken, on large pages again. What cannot be stays small."""
+        for number, segment in self._watched():
+            if self.regions[number].page_size == SMALL_PAGE:
+                space = self.spaces[segment.pid]
+                for address in range(segment.address, segment.address + segment.length, LARGE_PAGE):
+                    with contextlib.suppress(OSError):
+                        space.collapse(address, LARGE_PAGE)
+                if self.work.qmp_socket is None:
+                    with contextlib.suppress(OSError):
+                        space.call(_SYS_MADVISE, segment.address, segment.length, _MADV_DOFORK)
+
+    def _remove_store(self) -> None:
+        """A cold store is of no use to anybody when its pages are back, or their workload is gone."""
+        if self.work.cold is not None:
+            for link in self.image.links:
+                link.path.unlink(missing_ok=True)
 
 
 def _take_over(image: ImageFile, order: Order) -> GuestPager:

@@ -140,12 +140,12 @@ async def restore_guest(
     )
     ran = times.total - times.qemu_start
     listener(RunningEvent(workload=name, time_to_running=ran, deferred=first.server.status().deferred))
-    last = await asyncio.shield(_hand_over(first))
+    last = await asyncio.shield(hand_over(first))
     listener(TouchedEvent(windows=last.touched))
     return workload, _updated(_result(name, image, times), last)
 
 
-async def _hand_over(first: GuestPager) -> Status:
+async def hand_over(first: GuestPager) -> Status:
     """From our own pager to a process of its own. In between the guest waits, as after the death of a pager.
 
     Returns what ours has done.
@@ -193,12 +193,16 @@ async def _dismiss_failed(folder: Folder) -> None:
     """A pager that is alive but cannot read its image is told to go."""
     with contextlib.suppress(RestoreError):
         status = await asyncio.to_thread(deferred.status, folder)
-        if status is None or not status.failures:
-            return
-        started = proc.start_time(status.pager)
-        await asyncio.to_thread(deferred.ask, folder, Ask(what="stop"))
-        if started is not None:
-            await processes.wait_for_end(status.pager, started)
+        if status is not None and status.failures:
+            await dismiss(folder, status)
+
+
+async def dismiss(folder: Folder, status: Status) -> None:
+    """Have the pager end that gave this status. Until another takes over, accesses to what is missing wait."""
+    started = proc.start_time(status.pager)
+    await asyncio.to_thread(deferred.ask, folder, Ask(what="stop"))
+    if started is not None:
+        await processes.wait_for_end(status.pager, started)
 
 
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:

@@ -252,14 +252,8 @@ class Save:
             created=self.created,
             codec=self.options.codec,
             restorable=identity.kind != "process",
-            parent=self._parent(),
+            parent=self.parent.as_parent() if self.parent is not None else None,
         )
-
-    def _parent(self) -> metadata.Parent | None:
-        if self.parent is None:
-            return None
-        image, path = self.parent.image, str(self.parent.path.absolute())
-        return metadata.Parent(id=image.id.hex(), digest=f"{image.digest:016x}", path=path)
 
     async def _native(self, call: Callable[[], T]) -> T:
         """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled."""

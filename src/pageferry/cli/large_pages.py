@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from pathlib import Path
 
+from pageferry.cli.activity import shareable_pages
 from pageferry.cli.arguments import fraction, seconds
-from pageferry.errors import UnsupportedError, UsageError
-from pageferry.largepages.api import Options, sample
+from pageferry.errors import UsageError
+from pageferry.largepages.api import Options, sample, undo
 from pageferry.largepages.events import LargePagesResult
 from pageferry.largepages.policy import Threshold
 from pageferry.report.large_pages import LargePagesView
@@ -51,21 +53,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="break large pages with at most N of their 512 small pages accessed (%(default)s)",
     )
     acting.add_argument(
+        "--sharing",
+        action="store_true",
+        help="look for equal pages first (as `pageferry sharing` does): while memory is scarce, large pages that are "
+        "used more than a little are broken, too, if half of their pages have an equal elsewhere",
+    )
+    acting.add_argument(
         "--reclaim",
         choices=("store", "swap"),
-        help="break them, and send their cold small pages to swap (`store` is not in this release yet)",
+        help="break them, and send their cold small pages to swap, or (guests and arenas) to a compressed store from "
+        "which they come back on access",
     )
+    acting.add_argument(
+        "--store",
+        type=Path,
+        metavar="FOLDER",
+        help="where the store goes (the workload's folder in the run directory, which mostly is memory itself)",
+    )
+    acting.add_argument(
+        "--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="of the store (%(default)s)"
+    )
+    acting.add_argument("--undo", action="store_true", help="bring all back from the store, on large pages again")
 
 
 async def run(args: argparse.Namespace) -> int:
     """Look, once or until interrupted; reclaim if wanted."""
+    if args.sharing and args.watch:
+        raise UsageError("--sharing is for one look: leave --watch out")
+    if args.undo and (args.watch or args.reclaim):
+        raise UsageError("--undo stands alone: leave --watch and --reclaim out")
     options, policy = _options(args), _policy(args)
     target = await open_target(args.target)
     with target, open_reporter(args.output, LargePagesView()) as out:
-        if args.watch:
+        if args.undo:
+            out.final(await undo(target))
+        elif args.watch:
             await _watch(target, options, policy, out, show_last=args.output == "human")
         else:
-            out.final(await sample(target, options, policy=policy, listener=out.event))
+            sharing = await shareable_pages(target) if args.sharing else None
+            out.final(await sample(target, options, policy=policy, sharing=sharing, listener=out.event))
     return 0
 
 
@@ -83,16 +109,14 @@ async def _watch(target: Target, options: Options, policy: Threshold, out: Repor
 
 
 def _options(args: argparse.Namespace) -> Options:
-    if args.reclaim == "store":
-        raise UnsupportedError(
-            "reclaim into a cold store is not in this release yet: --reclaim swap, where swap exists"
-        )
     return Options(
         sample=args.sample,
         window=args.window,
         rounds=args.rounds,
         budget=args.budget or None,
         reclaim=args.reclaim,
+        store=args.store,
+        codec=args.codec,
     )
 
 

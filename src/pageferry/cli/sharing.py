@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from pageferry.cli.activity import hot_large_pages
 from pageferry.cli.arguments import fraction, size
 from pageferry.errors import UsageError
 from pageferry.events import Event
@@ -47,6 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "memory of this host is free, down to 16)",
     )
     choosing.add_argument("--most", type=int, metavar="N", help="break at most N large pages, the best ones")
+    choosing.add_argument(
+        "--break-hot",
+        action="store_true",
+        help="break large pages that are in use, too; without this --apply looks first which are (as `pageferry "
+        "large-pages` does), and leaves those whole",
+    )
     choosing.add_argument(
         "--beside-others",
         action="store_true",
@@ -91,5 +98,6 @@ async def _once(args: argparse.Namespace, budget: float | None, out: Reporter) -
     options = Options(memory=args.memory, every=args.every, threads=args.threads, budget=budget)
     if args.apply:
         chosen = {name: getattr(args, name) for name in ("threshold", "most", "beside_others")}
-        return await api.share(args.names, options, **chosen, listener=out.event)
+        hot = set() if args.break_hot else await hot_large_pages(args.names)
+        return await api.share(args.names, options, **chosen, hot=hot, listener=out.event)
     return await api.find(args.names, options, threshold=args.threshold, listener=out.event)

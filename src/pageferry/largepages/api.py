@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import available
-from pageferry.largepages import reclaim
+from pageferry.largepages import cold_store, reclaim
+from pageferry.largepages.cold_store import Stored
 from pageferry.largepages.estimate import estimate
 from pageferry.largepages.events import (
+    BroughtBack,
     LargePagesResult,
     Overhead,
     RegionActivity,
     Sample,
     SampleEvent,
+    StoreFigures,
 )
 from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
 from pageferry.largepages.sampling import Sampling
@@ -41,8 +46,12 @@ class Options:
     rounds: int = 5
     budget: float | None = 0.01
     """Of one CPU, for looking; None: as it takes."""
-    reclaim: Literal["swap"] | None = None
+    reclaim: Literal["store", "swap"] | None = None
     """Where cold small pages of broken large pages go; None: nothing is broken."""
+    store: Path | None = None
+    """Folder for the store; None: the workload's own, in the run directory (which mostly is memory)."""
+    codec: Literal["none", "lz4", "zstd"] = "lz4"
+    """Of the store."""
     seed: int | None = None
     """Of the choice of samples."""
 
@@ -55,19 +64,29 @@ class Options:
             raise UsageError(f"{self.rounds} rounds")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise UsageError(f"a budget of {self.budget:.0%} of a CPU: give more than 0 and at most 100 %")
+        if self.store is not None and (self.reclaim != "store" or not self.store.is_dir()):
+            raise UsageError(f"{self.store}: --store names a folder that exists, for --reclaim store")
 
 
 async def sample(
-    target: Target, options: Options | None = None, *, policy: Policy | None = None, listener: Listener = ignore
+    target: Target,
+    options: Options | None = None,
+    *,
+    policy: Policy | None = None,
+    sharing: Mapping[tuple[int, int], int] | None = None,
+    listener: Listener = ignore,
 ) -> LargePagesResult:
     """Look at large pages of a target in rounds; if wanted, break those that the policy names and reclaim from them.
 
+    `sharing`: where it is known (S9), how many small pages of a large one, by (pid, address), have an equal elsewhere.
     Every mapping that was split is restored before this returns, or raises: UnsupportedError, WorkloadDied,
-    WorkloadError.
+    WorkloadError; CheckpointError where a store cannot be written.
     """
     options, policy = options or Options(), policy or Threshold()
-    if options.reclaim is not None:
+    if options.reclaim == "swap":
         reclaim.check_swap()
+    elif options.reclaim == "store":
+        await cold_store.prepare(target)
     if target.workload is not None:
         await asyncio.to_thread(following.forget, target.workload)  # it would be in our way
     tracker, sampling = Tracker(target), Sampling(options.sample, options.budget, options.seed)
@@ -83,11 +102,20 @@ async def sample(
         listener(_event(done, activities, tracker.cpu - cpu))
     elapsed = time.monotonic() - begin
     free = available()
-    decisions = [policy.decide(Facts(activity=activity.count, free=free)) for activity in seen]
-    broken, reclaimed = 0, 0
-    if options.reclaim is not None:
-        idle = [activity for activity, decision in zip(seen, decisions, strict=True) if decision == "break"]
+    shareable = sharing or {}
+    decisions = [
+        policy.decide(
+            Facts(activity=one.count, sharing=shareable.get((one.page.area.pid, one.page.address), 0), free=free)
+        )
+        for one in seen
+    ]
+    broken, reclaimed, store = 0, 0, None
+    idle = [activity for activity, decision in zip(seen, decisions, strict=True) if decision == "break"]
+    if options.reclaim == "swap":
         broken, reclaimed = reclaim.to_swap(target, idle)
+    elif options.reclaim == "store":
+        stored = await cold_store.to_store(target, idle, options.store, options.codec)
+        broken, reclaimed, store = stored.broken, stored.freed, _figures(stored)
     return LargePagesResult(
         target=target.name,
         window_ms=options.window * 1e3,
@@ -102,6 +130,26 @@ async def sample(
         not_restored=len(tracker.small),
         overhead=_overhead(tracker, seen, elapsed, options.budget),
         skipped=list(target.skipped),
+        store=store,
+    )
+
+
+async def undo(target: Target) -> BroughtBack:
+    """Bring back what is in a store, on large pages, and remove the store.
+
+    Raises UsageError where there is none, RestoreError when its pager has died, ImageError when it is damaged.
+    """
+    return BroughtBack(target=target.name, brought_back=await cold_store.bring_back(target))
+
+
+def _figures(stored: Stored) -> StoreFigures:
+    return StoreFigures(
+        path=stored.path,
+        bytes=stored.length,
+        pages=stored.pages,
+        written=stored.written,
+        pauses=stored.pauses,
+        longest_pause_ms=stored.longest_pause * 1e3,
     )
 
 

@@ -40,6 +40,21 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """CPU per sampled page, microseconds."""
 
 
+class StoreFigures(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """What went to a store."""
+
+    path: str
+    """The image that was written; empty where nothing was cold."""
+    bytes: int
+    """Length of the image. Where it is in memory itself (a tmpfs), that is taken off what was gained."""
+    pages: int
+    """Small pages that are there only, since this reclaim."""
+    written: int
+    """Small pages that stay, because they were written to after they had been copied."""
+    pauses: int
+    longest_pause_ms: float
+
+
 class RegionActivity(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """A region in numbers."""
 
@@ -79,7 +94,7 @@ class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     estimate: Estimate
     """For all large pages."""
     reclaimed: int
-    """Bytes that went to swap."""
+    """Bytes that went to swap, or to a store: by what the workload has in swap, or its files in memory."""
     broken: int
     """Large pages that were broken for that."""
     restored: int
@@ -89,3 +104,12 @@ class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     overhead: Overhead
     skipped: list[str]
     """Memory that was left out, and why."""
+    store: StoreFigures | None = None
+
+
+class BroughtBack(Event, frozen=True, kw_only=True, tag="large-pages-undo"):
+    """The end of `pageferry large-pages --undo`."""
+
+    target: str
+    brought_back: int
+    """Bytes that were in a store, and are in memory again."""

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 from pageferry.errors import UnsupportedError
 from pageferry.host.meminfo import meminfo
 from pageferry.host.smaps import total
-from pageferry.largepages.tracking import SLOTS, Activity
+from pageferry.largepages.tracking import Activity, cold_runs
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.targets import Target
 
@@ -73,19 +72,7 @@ def _page_out_shared(target: Target, activity: Activity) -> None:
     region = target.regions[area.region]
     offset = region.file_offset + area.offset + activity.page.address - area.address
     with contextlib.closing(mmap.mmap(region.fd, LARGE_PAGE, offset=offset)) as memory:
-        for first, last in _cold_runs(activity.touched):
+        for first, last in cold_runs(activity.touched):
             start, length = first * SMALL_PAGE, (last - first) * SMALL_PAGE
             memory.madvise(_MADV_POPULATE_READ, start, length)
             memory.madvise(_MADV_PAGEOUT, start, length)
-
-
-def _cold_runs(touched: int) -> Iterator[tuple[int, int]]:
-    """Runs of small pages that were not accessed, as (first, last + 1)."""
-    first = None
-    for slot in range(SLOTS + 1):
-        cold = slot < SLOTS and not touched >> slot & 1
-        if cold and first is None:
-            first = slot
-        elif not cold and first is not None:
-            yield first, slot
-            first = None

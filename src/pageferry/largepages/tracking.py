@@ -52,6 +52,18 @@ class Activity:
     """Which, as bits (bit n: small page n); None where only their number is known."""
 
 
+def cold_runs(touched: int) -> list[tuple[int, int]]:
+    """Runs of small pages of a large one that were not accessed, as (first, last + 1)."""
+    cold = [slot for slot in range(SLOTS) if not touched >> slot & 1]
+    runs: list[tuple[int, int]] = []
+    for slot in cold:
+        if runs and runs[-1][1] == slot:
+            runs[-1] = (runs[-1][0], slot + 1)
+        else:
+            runs.append((slot, slot + 1))
+    return runs
+
+
 class Tracker:
     """Windows over the large pages of a target. Close it, or use it in a `with` block: that restores what it holds."""
 

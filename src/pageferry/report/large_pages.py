@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.largepages.events import LargePagesResult, Sample, SampleEvent
+from pageferry.largepages.events import BroughtBack, LargePagesResult, Sample, SampleEvent
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, size
 
@@ -33,6 +33,8 @@ class LargePagesView(PlainView):
                     f"round {event.round}: {event.sampled} large pages, {event.idle} idle, "
                     f"{event.mean:.1f} small pages accessed on average, {event.cpu_ms:.1f} ms of CPU"
                 )
+            case BroughtBack():
+                return f"{event.target}: {size(event.brought_back)} brought back from the store"
             case LargePagesResult():
                 return "; ".join(_verdict(event))
             case _:
@@ -44,6 +46,8 @@ class LargePagesView(PlainView):
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Everything."""
+        if isinstance(result, BroughtBack):
+            return Text(self.line(result) or "")
         if not isinstance(result, LargePagesResult):
             return super().result(result)
         parts: list[RenderableType] = [_regions(result)]
@@ -114,5 +118,9 @@ def _verdict(result: LargePagesResult) -> list[str]:
         f"{result.restored} mappings restored" + (f", {result.not_restored} NOT" if result.not_restored else ""),
     ]
     if result.broken:
-        lines.append(f"reclaimed: {size(result.reclaimed)} to swap, {result.broken} large pages broken")
+        where = "swap" if result.store is None else f"{result.store.path} ({size(result.store.bytes)})"
+        lines.append(f"reclaimed: {size(result.reclaimed)} to {where}, {result.broken} large pages broken")
+    if result.store is not None and result.store.pauses:
+        longest = duration(result.store.longest_pause_ms / 1e3)
+        lines.append(f"{result.store.pauses} pauses, the longest {longest}")
     return lines

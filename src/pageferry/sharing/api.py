@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
@@ -37,20 +37,22 @@ async def share(
     threshold: int | None = None,
     most: int | None = None,
     beside_others: bool = False,
+    hot: Collection[tuple[int, int]] = frozenset(),
     listener: Listener = ignore,
 ) -> SharingResult:
     """Find, then share in the large pages that are worth it, `most` of them at most; the others stay as they are.
 
     Several targets are shared between only because all are named: whoever shares pages can tell by the time that its
     writes take whether another has the same content. `beside_others`: memory that processes which were not named have
-    offered to KSM may be merged as well. Raises also UnsupportedError where KSM is needed and in use.
+    offered to KSM may be merged as well. `hot`: large pages that are in use (S3) and stay whole, as (number of the
+    target, address or byte of its region). Raises also UnsupportedError where KSM is needed and in use.
     """
     async with _opened(names, "sharing") as targets:
         apply.check_possible(targets, beside_others)
         findings = await look(targets, options or Options(), listener)
         least = _threshold(threshold)
         found = estimate.result(findings, least)
-        chosen = policy.choose(findings.units, least, most=most)
+        chosen = policy.choose(findings.units, least, hot, most)
         expected = estimate.freed_by(findings, chosen)
         done = await apply.apply(findings, chosen, listener, beside_others=beside_others)
         return msgspec.structs.replace(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -12,6 +14,7 @@ from typing import Literal, Protocol, Self
 from pageferry import _engine
 from pageferry.errors import UsageError
 from pageferry.host import proc, registry
+from pageferry.workloads import deferred
 from pageferry.workloads.arena_control import ArenaControl, Callback
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.control.server import ControlServer
@@ -180,6 +183,7 @@ class Arena(_engine.Mapping):
             raise
         self._folder = folder
         note_forks(folder)
+        _named.add(self)
         self.control.name = name
         self.control.moved = self._release
         atexit.register(self.close)
@@ -217,6 +221,7 @@ class Arena(_engine.Mapping):
     def _release(self) -> None:
         folder, self._folder = self._folder, None
         if folder is not None and os.getpid() == self._owner:  # a forked child has no say in it
+            _bring_back(folder)
             atexit.unregister(self.close)
             assert self._server is not None
             self._server.stop_listening()
@@ -259,3 +264,27 @@ def _tmpfs_file(size: int) -> int:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
     finally:
         os.close(folder)
+
+
+_named: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def _bring_back(folder: registry.Folder) -> None:
+    """Have in memory what others have sent to a store, which is in the folder, and needs it for its pager.
+
+    Raises RestoreError when the pager has died, ImageError when the store cannot be read.
+    """
+    if (folder.path / deferred.RECORD).exists():
+        deferred.settle(folder)
+        while (folder.path / deferred.RECORD).exists():  # until the pager has let go of it
+            time.sleep(0.005)
+
+
+def _before_fork() -> None:
+    """A child has no pager: what is in a store comes back first (or is not mapped in the child)."""
+    for arena in list(_named):
+        if arena._folder is not None and os.getpid() == arena._owner:
+            _bring_back(arena._folder)
+
+
+os.register_at_fork(before=_before_fork)

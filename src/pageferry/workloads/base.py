@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +25,14 @@ class Segment:
     """Bytes."""
     offset: int
     """Where in the region the mapping starts, bytes."""
+
+    def within(self, parts: Iterable[tuple[int, int]]) -> Iterator[Segment]:
+        """What the mapping shows of parts of its region, given as (first byte, length)."""
+        for start, length in parts:
+            first = max(start, self.offset)
+            end = min(start + length, self.offset + self.length)
+            if first < end:
+                yield Segment(self.pid, self.address + first - self.offset, end - first, first)
 
 
 @dataclass(frozen=True, slots=True)

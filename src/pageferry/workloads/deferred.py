@@ -71,7 +71,7 @@ class RegionRecord(msgspec.Struct, frozen=True):
 
 
 class Deferred(msgspec.Struct, frozen=True, kw_only=True):
-    """A restore under way."""
+    """A restore under way, or memory of which a part is in a cold store."""
 
     image: str
     qmp_socket: str | None
@@ -80,6 +80,9 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     """Process -> number of its userfaultfd, in that process."""
     prefetch: bool
     eager: bool
+    cold: list[list[tuple[int, int]]] | None = None
+    """Of a cold store (S3): the broken large pages per region, as (first byte, length); all else is in memory. Contents
+    come on access only, and the images go with the last of them."""
 
 
 class Arriving(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,420 @@
+"""Cold small pages out of memory and into a store: an image, from which a pager brings back what is accessed (S3, S10).
+
+What makes it right is the order (read `to_store`): pages are copied while the workload runs, traced; the store is
+finished and synced; then, in short pauses, pages that were not written since they were copied leave memory. The first
+pause, before anything is copied, is for I/O that had begun already: it writes past all page tables, and so past every
+trace, but what begins later takes the page for writing first. A page that has left memory is brought back by a pager
+on access, by a later checkpoint or migration (S8), or by `undo`.
+
+Only broken large pages are registered for faults. All others keep their mapping, and can be sampled and reclaimed from
+later; the store is then another image, which builds on the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from pageferry._engine import PageSet, PageStore, Trace
+from pageferry.checkpoints import metadata
+from pageferry.checkpoints.image import ImageFile, new_file
+from pageferry.checkpoints.pager_process import GuestPager
+from pageferry.checkpoints.restore import dismiss, hand_over
+from pageferry.errors import CheckpointError, RestoreError, UnsupportedError, UsageError, WorkloadError
+from pageferry.host import proc, processes
+from pageferry.host.faults import fault_point
+from pageferry.host.registry import Folder, Registry
+from pageferry.host.smaps import smaps
+from pageferry.largepages.tracking import SLOTS, Activity, cold_runs
+from pageferry.workloads import deferred
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
+from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.memory import Memory
+from pageferry.workloads.settling import settled
+from pageferry.workloads.targets import Target
+
+PAUSE = 0.01
+"""Seconds of work in a pause, about; to stop and to go on takes its own time."""
+FIRST_BATCH = 4
+"""Large pages broken in the first pause; later ones take as many as fit."""
+COPIED_AT_A_TIME = 32
+"""Large pages that are copied between two looks at the world."""
+MOST_IMAGES = 64
+"""Of a store."""
+
+_SYS_MADVISE = 28
+_MADV_DONTFORK = 10
+_MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
+
+Unit = tuple[int, int]
+"""A large page: (number of the region, first page of it)."""
+
+
+@dataclass(slots=True)
+class Stored:
+    """What has been done."""
+
+    freed: int = 0
+    """Bytes of the workload's files that were in memory and are not any more."""
+    broken: int = 0
+    """Large pages."""
+    pages: int = 0
+    """Small pages that are in the store now and were not before."""
+    written: int = 0
+    """Small pages that stay because they were written to after they had been copied."""
+    path: str = ""
+    length: int = 0
+    """Bytes of the image."""
+    pauses: int = 0
+    longest_pause: float = 0.0
+    """Seconds."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """The cold pages of chosen large pages."""
+
+    cold: dict[Unit, list[tuple[int, int]]]
+    """Of each large page, in order: runs of cold pages of the region, as (first, end)."""
+    kept: list[PageSet]
+    """Per region, cold pages that stay: they were not in memory when they should have been copied."""
+
+    @property
+    def units(self) -> list[Unit]:
+        """The large pages, in order."""
+        return list(self.cold)
+
+    def pages(self, units: Sequence[Unit]) -> dict[int, PageSet]:
+        """The cold pages of some of the large pages, by region."""
+        found: dict[int, PageSet] = {}
+        for unit in units:
+            pages = found.setdefault(unit[0], PageSet(self.kept[unit[0]].pages))
+            for start, end in self.cold[unit]:
+                pages.insert(start, end)
+        return found
+
+
+async def prepare(target: Target) -> None:
+    """Before large pages are looked at: a restore is completed. Raises UnsupportedError where there can be no store."""
+    if target.workload is None:
+        raise UnsupportedError(
+            f"{target.name} is no managed workload: it cannot be paused, and a store needs short pauses. "
+            f"`pageferry adopt` manages a QEMU that runs; --reclaim swap takes any process"
+        )
+    folder = _folder(target.workload)
+    record = folder.load(deferred.RECORD, Deferred)
+    if record is None or record.cold is None:
+        await settled(target.workload)
+
+
+async def to_store(target: Target, idle: Sequence[Activity], place: Path | None, codec: metadata.Codec) -> Stored:
+    """Break these large pages of a workload, and leave their cold small pages in a store only.
+
+    `place`: the folder for it; None: the workload's own in the run directory, which mostly is memory: then what is
+    gained is what compression leaves. The workload runs but for short pauses. Whatever goes wrong, no write is lost.
+
+    Raises CheckpointError (the store cannot be written: nothing has changed), WorkloadError, WorkloadDied.
+    """
+    workload = target.workload
+    assert workload is not None
+    folder = _folder(workload)
+    with folder.exclusively("reclaim"):
+        record = await _record(folder)
+        _remove_orphans(folder, record)
+        memory = Memory(workload)
+        plan = _plan(target, memory, idle)
+        if not plan.cold:
+            return Stored()
+        before = _resident(memory)
+        segments = _segments(workload, plan.units)
+        spaces = {segment.pid: target.space(segment.pid) for _, segment in segments}
+        trace = Trace(
+            [(spaces[one.pid], one.address, one.length, unit[0], one.offset // SMALL_PAGE) for unit, one in segments]
+        )
+        try:
+            done = Stored()
+            await _drain(workload, trace, memory, done)
+            image = await _write(workload, folder, memory, plan, record, place, codec)
+            done.path, done.length = str(image.path), image.image.length
+            fault_point("reclaim.stored")
+            await _let_go(target, workload, folder, memory, plan, trace, image, record, done)
+        finally:
+            await asyncio.to_thread(trace.remove)
+            _restore_mappings(target, memory, plan.units)
+        done.freed = before - _resident(memory)
+        return done
+
+
+async def bring_back(target: Target) -> int:
+    """Bring everything back, on large pages again, and remove the store. Returns the bytes that were in it.
+
+    Raises UsageError where nothing is in a store, RestoreError when its pager has died, ImageError when it is damaged.
+    """
+    if target.workload is None:
+        raise UsageError(f"{target.name} is no managed workload: nothing of it is in a store")
+    folder = _folder(target.workload)
+    with folder.exclusively("the end of reclaim"):
+        record = folder.load(deferred.RECORD, Deferred)
+        status = await asyncio.to_thread(deferred.status, folder)
+        if record is None or record.cold is None or status is None:
+            raise UsageError(f"nothing of {folder.name} is in a store: there is nothing to undo")
+        started = proc.start_time(status.pager)
+        await asyncio.to_thread(deferred.settle, folder)
+        if started is not None:  # it puts large pages together yet
+            await processes.wait_for_end(status.pager, started)
+        return status.deferred
+
+
+# -- what to store
+
+
+def _folder(workload: Workload) -> Folder:
+    return Registry().folder(workload.name)
+
+
+async def _record(folder: Folder) -> Deferred | None:
+    """What is in a store already. Its pager lives: whoever has waited for one should not wait for us."""
+    record = folder.load(deferred.RECORD, Deferred)
+    if record is not None and await asyncio.to_thread(deferred.status, folder) is None:
+        return None  # everything has just come back
+    return record
+
+
+def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
+    """What a reclaim has left that was killed before anything was in its store only."""
+    if record is None:
+        (folder.path / deferred.FLAGS).unlink(missing_ok=True)
+    needed = {link.path for link in ImageFile(record.image).links} if record is not None else set()
+    for path in folder.path.glob(f"{folder.name}.cold-*.img"):
+        if path not in needed:
+            path.unlink()
+
+
+def _plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> _Plan:
+    """The cold pages of shared large pages, of as many as the processes can have mappings for."""
+    room = min((_room(pid) for pid in target.pids), default=0)
+    cold: dict[Unit, list[tuple[int, int]]] = {}
+    for activity in idle:
+        area = activity.page.area
+        runs = cold_runs(activity.touched) if activity.touched is not None else []
+        if area.region is not None and area.page_size == SMALL_PAGE and runs and len(cold) < room:
+            first = (area.offset + activity.page.address - area.address) // SMALL_PAGE
+            cold[area.region, first] = [(first + start, first + end) for start, end in runs]
+    return _Plan(dict(sorted(cold.items())), memory.page_sets())
+
+
+def _room(pid: int) -> int:
+    """Large pages that a process can have broken and still have half of the mappings it may have: each costs two."""
+    return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0) // 2
+
+
+def _segments(workload: Workload, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:
+    """Every mapping of every unit."""
+    return [
+        (unit, part)
+        for unit in units
+        for segment in workload.regions[unit[0]].segments
+        for part in segment.within([(unit[1] * SMALL_PAGE, LARGE_PAGE)])
+    ]
+
+
+def _resident(memory: Memory) -> int:
+    """Bytes of the workload's files that are in memory."""
+    return sum(os.fstat(mapping.fileno()).st_blocks * 512 for mapping in memory.mappings)
+
+
+# -- storing it
+
+
+async def _drain(workload: Workload, trace: Trace, memory: Memory, done: Stored) -> None:
+    """Let I/O end that had begun before the traces were there, which would not see what it writes."""
+    await workload.prepare_pause()
+    begin = time.monotonic()
+    try:
+        await workload.pause()
+        trace.collect(memory.page_sets())
+    finally:
+        await workload.resume()
+    done.pauses, done.longest_pause = 1, time.monotonic() - begin
+
+
+async def _write(
+    workload: Workload,
+    folder: Folder,
+    memory: Memory,
+    plan: _Plan,
+    record: Deferred | None,
+    place: Path | None,
+    codec: metadata.Codec,
+) -> ImageFile:
+    """Copy the cold pages to an image, which is complete and synced when this returns."""
+    parent = ImageFile(record.image) if record is not None else None
+    if parent is not None and len(parent.links) >= MOST_IMAGES:
+        raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with --undo first")
+    path = (place or folder.path).absolute() / f"{folder.name}.cold-{secrets.token_hex(4)}.img"
+    try:
+        with new_file(path) as file:
+            store = PageStore(file, secrets.token_bytes(16), [len(one) // SMALL_PAGE for one in memory.mappings], codec)
+            for first in range(0, len(plan.cold), COPIED_AT_A_TIME):
+                for number, pages in plan.pages(plan.units[first : first + COPIED_AT_A_TIME]).items():
+                    copied = await asyncio.to_thread(store.add, number, memory.mappings[number], pages)
+                    pages.subtract(copied)
+                    plan.kept[number].update(pages)
+            sections = [(metadata.METADATA, metadata.encode(_metadata(workload, memory, parent, codec)))]
+            chain = parent.chain if parent is not None else None
+            await asyncio.to_thread(store.finish, sections, chain)
+    except OSError as error:
+        raise CheckpointError(
+            f"the store {path} was not written: {error.strerror or error}; nothing of {folder.name} has changed: "
+            f"free some space, or choose another folder with --store"
+        ) from error
+    return ImageFile(path)
+
+
+def _metadata(workload: Workload, memory: Memory, parent: ImageFile | None, codec: metadata.Codec) -> metadata.Metadata:
+    identity = workload.identity
+    return metadata.Metadata(
+        kind=msgspec.convert(identity.kind, metadata.Kind),
+        name=identity.name,
+        details=identity.details,
+        regions=[
+            metadata.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
+            for region in memory.regions
+        ],
+        created=time.time(),
+        codec=codec,
+        restorable=False,
+        parent=None if parent is None else parent.as_parent(),
+    )
+
+
+# -- letting it go
+
+
+async def _let_go(
+    target: Target,
+    workload: Workload,
+    folder: Folder,
+    memory: Memory,
+    plan: _Plan,
+    trace: Trace,
+    image: ImageFile,
+    record: Deferred | None,
+    done: Stored,
+) -> None:
+    """Take pages that stand in the store out of memory, some in each pause, with a pager of our own; then another."""
+    work = _work(workload, image, plan.units, record)
+    if work.qmp_socket is None:
+        _keep_from_children(target, work)
+    status = await asyncio.to_thread(deferred.status, folder) if record is not None else None
+    if status is not None:
+        await dismiss(folder, status)
+    pager = await asyncio.to_thread(GuestPager, image, folder, work, record is not None, evicting=True)
+    try:
+        await _batches(workload, memory, plan, trace, pager, done)
+    except BaseException:
+        with contextlib.suppress(RestoreError):
+            await asyncio.shield(_leave(pager))
+        raise
+    await asyncio.shield(_leave(pager))
+
+
+async def _leave(pager: GuestPager) -> None:
+    """Have a process of its own bring pages back from now on."""
+    if pager.pager.pending:
+        fault_point("reclaim.handover")
+        await hand_over(pager)
+    else:  # nothing was cold after all
+        pager.pager.evicted()
+        await asyncio.to_thread(pager.run)
+        await asyncio.to_thread(pager.close)
+
+
+async def _batches(
+    workload: Workload, memory: Memory, plan: _Plan, trace: Trace, pager: GuestPager, done: Stored
+) -> None:
+    """Pause after pause, until everything has been let go that was not written since it was copied."""
+    numbers: defaultdict[Unit, list[int]] = defaultdict(list)
+    for number, (unit, _) in enumerate(_segments(workload, plan.units)):
+        numbers[unit].append(number)
+    units, written, size = plan.units, memory.page_sets(), FIRST_BATCH
+    while units:
+        batch, units = units[:size], units[size:]
+        await workload.prepare_pause()
+        begin = time.monotonic()
+        try:
+            await workload.pause()
+            fault_point("reclaim.paused")
+            # Here and now, not on a thread: nothing may resume the workload meanwhile.
+            working = time.monotonic()
+            trace.collect(written)
+            for number in (number for unit in batch for number in numbers[unit]):
+                trace.release(number)
+            for region, pages in plan.pages(batch).items():
+                pages.subtract(plan.kept[region])
+                cold = len(pages)
+                pages.subtract(written[region])
+                done.written += cold - len(pages)
+                done.broken += sum(bool(count) for count in pages.unit_counts())
+                done.pages += pager.pager.evict(region, pages)
+            worked = time.monotonic() - working
+            fault_point("reclaim.evicted")
+        finally:
+            await workload.resume()
+        done.pauses, done.longest_pause = done.pauses + 1, max(done.longest_pause, time.monotonic() - begin)
+        size = max(1, min(4 * size, round(size * PAUSE / max(worked, 1e-4))))
+
+
+def _keep_from_children(target: Target, work: Deferred) -> None:
+    """A child that a program forks has no pager: memory that is in a store is not mapped in it, rather than zeros."""
+    assert target.workload is not None
+    assert work.cold is not None
+    for region, parts in zip(target.workload.regions, work.cold, strict=True):
+        for segment in region.segments:
+            for part in segment.within(parts):
+                target.space(part.pid).call(_SYS_MADVISE, part.address, part.length, _MADV_DONTFORK)
+
+
+def _work(workload: Workload, image: ImageFile, units: Sequence[Unit], record: Deferred | None) -> Deferred:
+    """What another pager needs to know."""
+    cold = record.cold if record is not None and record.cold is not None else [[] for _ in workload.regions]
+    added = [[(first * SMALL_PAGE, LARGE_PAGE) for region, first in units if region == n] for n in range(len(cold))]
+    return Deferred(
+        image=str(image.path.absolute()),
+        qmp_socket=getattr(workload, "qmp_socket", None),
+        regions=[deferred.record_of(region) for region in workload.regions],
+        userfaults=record.userfaults if record is not None else {},
+        prefetch=False,
+        eager=False,
+        cold=[_joined(sorted({*old, *new})) for old, new in zip(cold, added, strict=True)],
+    )
+
+
+def _joined(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Adjacent parts as one."""
+    found: list[tuple[int, int]] = []
+    for start, length in parts:
+        if found and sum(found[-1]) >= start:
+            found[-1] = (found[-1][0], max(sum(found[-1]), start + length) - found[-1][0])
+        else:
+            found.append((start, length))
+    return found
+
+
+def _restore_mappings(target: Target, memory: Memory, units: Sequence[Unit]) -> None:
+    """Large pages that were traced and not broken are mapped as such again; those that were broken refuse it."""
+    assert target.workload is not None
+    large = memory.large_units()
+    for (region, first), segment in _segments(target.workload, units):
+        if large[region][first // SLOTS]:
+            with contextlib.suppress(OSError):
+                target.space(segment.pid).collapse(segment.address, segment.length)

@@ -1,0 +1,35 @@
+"""An arena whose pages are sent to a store from outside, and whose program forks then."""
+
+import json
+import os
+import sys
+
+from pageferry import Arena
+
+SIZE = 16 << 20
+
+
+def contents(page: int) -> bytes:
+    return page.to_bytes(8, "little") * 512
+
+
+def right(arena: Arena) -> bool:
+    memory = memoryview(arena)
+    return all(memory[page * 4096 : (page + 1) * 4096] == contents(page) for page in range(SIZE // 4096))
+
+
+def main() -> None:
+    arena = Arena(SIZE, "cold", on_pause=lambda: None)
+    for page in range(SIZE // 4096):
+        memoryview(arena)[page * 4096 : (page + 1) * 4096] = contents(page)
+    arena.collapse()
+    print(json.dumps({"ready": True}), flush=True)
+    sys.stdin.readline()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if right(arena) else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps({"right": code == 0 and right(arena)}), flush=True)
+
+
+main()
