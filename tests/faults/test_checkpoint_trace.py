@@ -17,6 +17,7 @@ import pytest
 from pageferry.host.registry import Registry
 from pageferry.workloads import following
 from pageferry.workloads.following import LeftTrace
+from tests.kernel import moving
 from tests.kernel.programs import Program
 from tests.saved import check_ledger
 
@@ -120,5 +121,30 @@ def test_the_workload_is_another_one(tmp_path: Path) -> None:
         Registry().folder("chained").store(following.RECORD, kept)
         result = run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"))
         assert result["tracking"] == "compare"
+        stop(program)
+    check_ledger(tmp_path / "1")
+
+
+def test_a_workload_with_a_trace_moves(tmp_path: Path) -> None:
+    """A migration has traces of its own, and takes the one that was left off."""
+    with ledger("chained") as program, moving.receiver("moved") as there:
+        run("chained", tmp_path / "0", "--track")
+        with moving.migrating("chained", moving.address_of(there)) as migration:
+            assert moving.until(migration, "migration")["status"] == "completed"
+        assert there.json()["type"] == "received"
+        result = run("moved", tmp_path / "1", "--parent", str(tmp_path / "0"))
+        assert result["tracking"] == "compare"
+        assert result["pages"]["in-parent"] > 0
+        assert program.wait() == 0
+    check_ledger(tmp_path / "1")
+
+
+def test_the_page_tables_of_a_workload_with_a_trace_can_be_had(tmp_path: Path) -> None:
+    with ledger("chained") as program:
+        run("chained", tmp_path / "0", "--track")
+        sampled = [sys.executable, "-m", "pageferry", "large-pages", "chained", "--output", "json"]
+        assert subprocess.run(sampled, capture_output=True, timeout=60).returncode == 0
+        assert userfaultfds(program.process.pid) == 0
+        assert run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"))["tracking"] == "compare"
         stop(program)
     check_ledger(tmp_path / "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -277,3 +278,15 @@ def test_peek_outside_of_memory_is_refused(tmp_path: Path) -> None:
         assert main(["peek", "small", "0x10000", "1"]) == 2
         assert main(["peek", "small", "0", "64K"]) == 0
         assert main(["peek", "small", "0", "16", "--region", "other"]) == 2
+
+
+def test_an_arena_moves_while_it_is_restored(tmp_path: Path) -> None:
+    made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
+    mover = str(Path(__file__).parent / "arena_mover.py")
+    with (
+        Program(mover, "destination", "stateless") as there,
+        Program("-c", OWNER, str(made.write(tmp_path / "image")), "coming") as here,
+    ):
+        assert int(here.line()) == 4096 * PAGE
+        assert main(["migrate", "coming", there.json()["address"]]) == 0
+        assert there.json()["digest"] == hashlib.blake2b(made.contents.tobytes()).hexdigest()

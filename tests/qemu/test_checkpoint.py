@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,20 +34,6 @@ async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.Che
     result = await pageferry.checkpoint(cast(Workload, witness), path, **options)
     assert digests_of_image(ImageFile(path)) == witness.digests
     return result
-
-
-@pytest.fixture
-def huge_pages(root: None) -> Iterator[None]:
-    """Enough for a guest of 128 MiB; the kernel may find fewer."""
-    switch = Path("/proc/sys/vm/nr_hugepages")
-    before = switch.read_text()
-    switch.write_text("64")
-    try:
-        if int(switch.read_text()) < 64:
-            pytest.skip("the kernel finds no 64 huge pages")
-        yield
-    finally:
-        switch.write_text(before)
 
 
 async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:

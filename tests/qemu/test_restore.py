@@ -303,6 +303,27 @@ def test_a_damaged_image_stops_the_guest_and_a_good_one_lets_it_go_on(guest: Mak
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("huge_pages")
+def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
+    """A fault brings a whole huge page; the image need not be of a guest that had them."""
+
+    async def run() -> None:
+        here, there = serial("source"), serial("restored")
+        small = {"memory": "128M"}
+        source = await QemuWorkload.start("source", parts.command(here, checker="ferry.mib=32 ferry.rate=500", **small))
+        await here.ready()
+        await pageferry.checkpoint(source, tmp_path / "image")
+        await source.discard()
+        command = parts.command(there, **small)
+        workload, _ = await restore_guest("restored", tmp_path / "image", command, hugetlb=True)
+        assert workload.regions[0].page_size == 2 << 20
+        await there.passes(2)
+        assert there.bad == []
+        await workload.discard()
+
+    asyncio.run(run())
+
+
 def test_three_clones_at_once(guest: Make, image: Path) -> None:
     async def run() -> None:
         clones = [guest(f"clone{number}") for number in range(3)]

@@ -307,3 +307,106 @@ fn versions_and_features_are_refused_by_name() {
     assert!(matches!(with(12, 4), ImageError::Features(4)));
     assert!(matches!(with(24, 1), ImageError::Value { what: "page-block size", .. }));
 }
+
+/// A stream of numbers that a seed decides.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        xxh3_64(&self.0.to_le_bytes())
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        usize::try_from(self.next() % end.max(1) as u64).unwrap()
+    }
+
+    /// A place in an image: as often in its last kilobytes, where the index is, as in all of it.
+    fn place(&mut self, len: usize) -> usize {
+        let back = if self.next() & 1 == 0 { len.min(9 * 1024) } else { len };
+        len - back + self.below(back)
+    }
+}
+
+fn mutate(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
+    let len = bytes.len();
+    let (at, from, count) = (numbers.place(len), numbers.place(len), 1 + numbers.below(600));
+    match numbers.below(6) {
+        0 => bytes[at] ^= 1 << numbers.below(8),
+        1 => {
+            let values = [0, 1, u64::MAX, 1 << 31, 1 << 32, len as u64, (len as u64) - 1024, numbers.next()];
+            let (at, value) = (at / 8 * 8, values[numbers.below(values.len())]);
+            bytes.splice(at..(at + 8).min(len), value.to_le_bytes().into_iter().take(len - at));
+        }
+        2 => {
+            let part = bytes[from..(from + count).min(len)].to_vec();
+            let end = (at + part.len()).min(len);
+            bytes[at..end].copy_from_slice(&part[..end - at]);
+        }
+        3 => bytes[at..(at + count).min(len)].fill(0),
+        4 => bytes.truncate(at.max(1)),
+        _ => bytes.extend(std::iter::repeat_n(at.to_le_bytes()[0], count)),
+    }
+}
+
+/// Gives header, sections and footer the checksums of what they are now: only the numbers in them can be wrong then.
+fn seal(bytes: &mut [u8]) {
+    const FOOTER: usize = 1024;
+    let checked = |bytes: &mut [u8], at: usize| {
+        bytes[at..at + 8].fill(0);
+        let checksum = xxh3_64(bytes);
+        bytes[at..at + 8].copy_from_slice(&checksum.to_le_bytes());
+    };
+    let number = |bytes: &[u8], at: usize| {
+        usize::try_from(u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())).unwrap_or(usize::MAX)
+    };
+    if bytes.len() < 64 + FOOTER {
+        return;
+    }
+    checked(&mut bytes[..64], 56);
+    let footer = bytes.len() - FOOTER;
+    for entry in (footer + 40..footer + 40 + 24 * 32).step_by(32) {
+        let (start, len) = (number(bytes, entry + 8), number(bytes, entry + 16));
+        if let Some(section) = start.checked_add(len).and_then(|end| bytes.get(start..end)) {
+            let checksum = xxh3_64(section);
+            bytes[entry + 24..entry + 32].copy_from_slice(&checksum.to_le_bytes());
+        }
+    }
+    checked(&mut bytes[footer..], FOOTER - 8);
+}
+
+/// Images that were damaged, or made up by a stranger who knows the checksums: refused, or read without harm; and only
+/// the latter can have other contents. `PAGEFERRY_FUZZ=1000000` tries so many for each codec.
+#[test]
+fn mutated_images_do_no_harm() {
+    let tries = std::env::var("PAGEFERRY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(1500);
+    let folder = Folder::new("mutate");
+    let pages = [Page::Absent, Page::Data(1), Page::Pattern(0), Page::Data(2), Page::Pattern(9), Page::Data(3)];
+    for codec in [Codec::None, Codec::Lz4, Codec::Zstd] {
+        let path = folder.file("image");
+        write(&path, &pages, codec, None);
+        let good = fs::read(&path).unwrap();
+        let expected = read_all(&Chain::new(vec![Arc::new(open(&path).unwrap())]).unwrap()).unwrap();
+        let mut opened = 0;
+        for seed in 0..tries {
+            let (mut numbers, mut bytes) = (Numbers(seed), good.clone());
+            for _ in 0..=numbers.below(4) {
+                mutate(&mut bytes, &mut numbers);
+            }
+            let sealed = numbers.next() & 1 == 0;
+            if sealed {
+                seal(&mut bytes);
+            }
+            fs::write(&path, &bytes).unwrap();
+            if !sealed {
+                survives(&path, &expected, &format!("seed {seed}, {codec:?}"));
+            } else if let Ok(image) = open(&path) {
+                opened += 1;
+                if let Ok(chain) = Chain::new(vec![Arc::new(image)]) {
+                    let _ = (read_all(&chain), findings(&chain));
+                }
+            }
+        }
+        assert!(opened > tries / 20, "{opened} of {tries} came as far as their pages");
+    }
+}
