@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import itertools
 import mmap
 import os
@@ -277,6 +278,22 @@ def test_with_the_workload_paused(tmp_path: Path) -> None:
     result = save(arena, tmp_path / "1", parent=tmp_path / "0", mode="stop")
     assert (result.tracking, result.tracked, result.pages.data) == ("trace", False, 1)
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_traces_go_with_their_arenas(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return sum(os.path.islink(link) and os.readlink(link) == "anon_inode:[userfaultfd]" for link in links)
+
+    counts = []
+    for number in range(3):
+        arena = Arena(MIB)
+        memoryview(arena)[:5] = b"ferry"
+        save(arena, tmp_path / str(number), track=True)
+        counts.append(descriptors())
+        del arena
+        gc.collect()
+    assert counts[1] == counts[2]  # the first may have tidied up after other tests
 
 
 def test_what_does_not_end_leaves_no_trace(tmp_path: Path) -> None:

@@ -334,7 +334,8 @@ fn mutate(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
     match numbers.below(6) {
         0 => bytes[at] ^= 1 << numbers.below(8),
         1 => {
-            let values = [0, 1, u64::MAX, 1 << 31, 1 << 32, len as u64, (len as u64) - 1024, numbers.next()];
+            let values =
+                [0, 1, u64::MAX, 1 << 31, 1 << 32, len as u64, (len as u64).saturating_sub(1024), numbers.next()];
             let (at, value) = (at / 8 * 8, values[numbers.below(values.len())]);
             bytes.splice(at..(at + 8).min(len), value.to_le_bytes().into_iter().take(len - at));
         }

@@ -72,6 +72,7 @@ def begin(workload: Workload, segments: Sequence[Segment]) -> dict[int, int]:
     They are on record before anything is registered with them: whoever dies, the next one can take them away.
     """
     forget(workload)
+    _tidy()
     ours: dict[int, int] = {}
     kept: dict[int, Descriptor] = {}
     forks = _forks(workload)
@@ -183,6 +184,13 @@ _own: dict[tuple[int, int], LeftTrace] = {}
 """Of arenas without a name, by the file of their memory."""
 _noted: set[Folder] = set()
 _own_forks = 0
+
+
+def _tidy() -> None:
+    """Close descriptors of memory that is mapped nowhere any more."""
+    mapped = {(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())}
+    for key in [key for key in _own if key not in mapped]:
+        _close(_own.pop(key).descriptors)
 
 
 def _key(workload: Workload) -> tuple[int, int]:

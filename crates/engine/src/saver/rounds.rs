@@ -52,7 +52,7 @@ impl Rounds {
     pub(super) fn run(&mut self, parent: &Chain) -> Result<(), SaveError> {
         self.collect()?;
         for _ in 0..ATTEMPTS {
-            self.look(parent).map_err(SaveError::Memory)?;
+            self.look(parent)?;
             let mut left = self.count();
             while left > self.most {
                 self.save(false)?;
@@ -107,17 +107,24 @@ impl Rounds {
     }
 
     /// Finds what is in memory, and pages that lost their contents without having been written to.
-    fn look(&mut self, parent: &Chain) -> io::Result<()> {
+    fn look(&mut self, parent: &Chain) -> Result<(), SaveError> {
         let page_map = parent.images().first().map_or(&[][..], |image| image.page_map());
         for (region, area) in self.shared.areas.iter().enumerate() {
             let mut present = PageSet::new(area.source.pages());
-            for (start, end) in area.source.data_ranges()? {
+            for (start, end) in area.source.data_ranges().map_err(SaveError::Memory)? {
                 present.insert(start / SMALL_PAGE, end.div_ceil(SMALL_PAGE));
             }
             let entries = page_map.iter().skip(area.first_page).take(area.source.pages());
             for (page, _) in entries.enumerate().filter(|(_, entry)| has_contents(entry)) {
-                let known = self.dirty[region].contains(page);
-                if !known && (!present.contains(page) || area.source.is_zero(page)?) {
+                if self.dirty[region].contains(page) {
+                    continue;
+                }
+                let there = present.contains(page);
+                if !there && area.hugetlb {
+                    // There a hole cannot be told from data later, and to read it would allocate it.
+                    return Err(SaveError::Untraceable("huge pages were given back"));
+                }
+                if !there || area.source.is_zero(page).map_err(SaveError::Memory)? {
                     self.dirty[region].insert(page, page + 1);
                 }
             }
