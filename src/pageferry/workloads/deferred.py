@@ -177,7 +177,8 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
 
 def _is_over(folder: Folder, failed: Exception) -> bool:
     """Whether a pager died with nothing left to do: it takes its record away first, then its socket."""
-    return isinstance(failed, ConnectionRefusedError) and not (folder.path / RECORD).exists()
+    recorded = any((folder.path / name).exists() for name in (RECORD, POSTCOPY))
+    return isinstance(failed, ConnectionRefusedError) and not recorded
 
 
 def status(folder: Folder) -> Status | None:
