@@ -50,6 +50,7 @@ class Journey:
         self.traveller = traveller
         self.origin, self.target = traveller.host, target
         self._log = folder
+        self._late = "postcopy" in options or "hybrid" in options
         self._stack = contextlib.ExitStack()
         point, _, action = fault.partition("=")
         self._stopping = point if action == "stop" else ""
@@ -130,16 +131,20 @@ class Journey:
                         return "source"
                     case 11 | 13:  # no such workload any more: it was taken away once it ran there, or has died
                         return "destination"
-                    case 26 if not replaced and self.peer.process.poll() is not None:
+                    case 26 | 28 if not replaced and self.peer.process.poll() is not None:
                         answering.enter_context(self._stand_in())
                         replaced = True
+                    case _ if replaced and self._late and not self._arrives():
+                        # It ran there, and was killed before it had everything: for who decides that it goes on here.
+                        assert self.recover("--take-back") == (0, "source")
+                        return "source"
                     case _:
                         time.sleep(0.5)
         raise AssertionError(f"no answer, {code}: {self.said('recover')}")
 
-    def recover(self) -> tuple[int, Owner | None]:
-        """`pageferry migrate --recover`: its exit code, and the owner that it names."""
-        words = ("--recover", "--patience", PATIENCE)
+    def recover(self, how: str = "--recover") -> tuple[int, Owner | None]:
+        """`pageferry migrate --recover` or `--take-back`: its exit code, and the owner that it names."""
+        words = (how, "--patience", PATIENCE)
         with moving.migrating(self.traveller.name, *words, host=self.origin, stderr=self._file("recover")) as recovery:
             assert recovery.process.stdout is not None
             out, _ = recovery.process.communicate(timeout=60)
@@ -147,8 +152,10 @@ class Journey:
         return recovery.process.returncode, events[-1]["owner"] if events else None
 
     def _stand_in(self) -> Program:
-        """Another receiver on the destination's host, at the same address."""
-        words = ("receive", "stand-in", "--workload", "demo", "--output", "json", "--insecure")
+        """Another receiver on the destination's host, at the same address; for what lives there, if it does."""
+        resumed = self._late and self._arrives()
+        what = (self.traveller.name, "--resume") if resumed else ("stand-in", "--workload", "demo")
+        words = ("receive", *what, "--output", "json", "--insecure")
         program = self.target.program("-m", "pageferry", *words, "--listen", self.address)
         try:
             moving.address_of(program)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pageferry.migration.options import Options
 from tests.conftest import CACHE
@@ -89,8 +89,8 @@ def _options(dice: random.Random) -> list[str]:
     """Values of all options that are a choice, and a number of streams."""
     words = ["--streams", str(dice.choice((1, 1, 2, 4))), "--max-downtime", "5000"]
     for name, kind in get_type_hints(Options).items():
-        if choices := get_args(kind):
-            words += [f"--{name.replace('_', '-')}", str(dice.choice(choices))]
+        if get_origin(kind) is Literal:
+            words += [f"--{name.replace('_', '-')}", str(dice.choice(get_args(kind)))]
     return words
 
 
