@@ -84,8 +84,7 @@ class Bench:
         parts = [
             f"<!-- Written by benchmarks/{self.name}.py. -->",
             f"Median (least–most). {described}.",
-            "### Targets",
-            tables.verdict(targets),
+            *(("### Targets", tables.verdict(targets)) if targets else ()),
             *self.tables(results),
         ]
         text = "\n\n".join(parts) + "\n"

@@ -39,6 +39,12 @@ def opened(image: Path, mode: str) -> dict[str, Any]:
     return found
 
 
+def demanded(image: Path) -> dict[str, Any]:
+    """What accesses at random cost, when nothing is read ahead."""
+    found = opened(image, "demand")
+    return {key: found[key] for key in ("access-us", "read-kib")}
+
+
 def measure_faults(setting: Setting) -> list[dict[str, Any]]:
     """The bare loop and the pager; the program repeats by itself."""
     return examples.fault_loop()

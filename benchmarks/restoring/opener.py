@@ -1,9 +1,9 @@
 """Opens an arena from an image in a process of its own: `python -m benchmarks.restoring.opener IMAGE MODE`.
 
-MODE: `lazy`; `eager`, which waits until everything is there; `peek`, where nothing is read but what is asked for, by a
-second reader of the file; `whole`, the same after everything has been read. Prints JSON: milliseconds until the arena
-can be used (`restore` has returned and its first byte been read), the median of further accesses all over it,
-microseconds, and milliseconds until all of it is there.
+MODE: `lazy`; `demand`, the same without reading ahead; `eager`, which waits until everything is there; `peek`, where
+nothing is read but what is asked for, by a second reader of the file; `whole`, the same after everything has been read.
+Prints JSON: milliseconds until the arena can be used (`restore` has returned and its first byte been read), the median
+of further accesses all over it, microseconds, and milliseconds until all of it is there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     """Open, touch, wait."""
     path, mode = sys.argv[1:]
     begin = time.perf_counter()
-    arena = pageferry.restore(path, eager=mode == "eager", prefetch=mode not in ("peek", "whole"))
+    arena = pageferry.restore(path, eager=mode == "eager", prefetch=mode in ("lazy", "eager"))
     if mode in ("eager", "whole"):
         arena.load()
     view = memoryview(arena)
@@ -52,10 +52,11 @@ def main() -> None:
         first += view[at]
         times.append(time.perf_counter() - start)
     faults, missed, *_ = arena.pager.counters
+    read = arena.pager.counters[4]
     arena.load()
     end = time.perf_counter()
     found = {"open-ms": (opened - begin) * 1e3, "access-us": median(times) * 1e6, "complete-ms": (end - begin) * 1e3}
-    print(json.dumps(found | {"faults": faults, "missed": missed}))
+    print(json.dumps(found | {"faults": faults, "missed": missed, "read-kib": read / 1024 / max(missed, 1)}))
 
 
 if __name__ == "__main__":

@@ -93,3 +93,13 @@ def test_a_guest_is_shown_beside_its_peers() -> None:
     guest = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
     assert set(guest) == {"S4", "S10"}
     assert all(row["peer"] > 0 and not row["reached"] for row in guest.values())
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root", "qemu_10")
+def test_sizes_are_changed_one_at_a_time() -> None:
+    results = quick("sizes")["sizes"]
+    assert len({run["load"] for run in results}) == 2
+    for run in results:
+        assert run["saved-mib-s"] > 0
+        assert run["read-kib"] > 0

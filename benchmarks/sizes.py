@@ -1,0 +1,84 @@
+"""Sizes of a checkpoint, one changed at a time: `make bench-sizes`, or `python benchmarks/sizes.py [--quick]`.
+
+What is copied at a trap, compressed as one, read as one: what each costs the workload, the saver and a later restore.
+The defaults are chosen by this table (docs/format.md, docs/systems/s4.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import machine
+from benchmarks.measuring.bench import Bench, Results, Setting
+from benchmarks.measuring.tables import Column, Target, table
+from benchmarks.moving.ledger import Ledger
+from benchmarks.restoring import arenas
+from benchmarks.saving import ledgers
+from pageferry.checkpoints.options import KIB, MIB, Options
+
+FULL, SMALL = 512 << 20, 64 << 20
+SIZES = {
+    "trap-block": (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB),
+    "page-block": (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB),
+    "storage-block": (64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB),
+}
+DEFAULTS = {name: getattr(Options(), name.replace("-", "_")) for name in SIZES}
+LOADS = {"20 MiB/s, all over": {"rate": 20 << 20, "working_set": 0.9, "scatter": True}, "as fast as it can": {}}
+COLUMNS: tuple[Column, ...] = (
+    ("slowdown %", "slowdown-percent", 1, 1),
+    ("traps", "traps", 0, 1),
+    ("mean trap us", "trap-us", 0, 1),
+    ("longest write us", "longest-write-us", 0, 1),
+    ("saved MiB/s", "saved-mib-s", 0, 1),
+    ("mean write KiB", "mean-write", 0, 1 << 10),
+    ("compression", "compression", 2, 1),
+    ("access us", "access-us", 0, 1),
+    ("KiB read per access", "read-kib", 0, 1),
+)
+
+
+def choices() -> Iterator[tuple[str, int, dict[str, int]]]:
+    """(what is changed, to what, all sizes)."""
+    for name, sizes in SIZES.items():
+        for size in sizes:
+            chosen = DEFAULTS | {name: size}
+            chosen["storage-block"] = max(chosen["storage-block"], chosen["page-block"])
+            yield name, size, chosen
+
+
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """Each size in turn, under each load; from the image that it makes pages are read at random."""
+    runs = []
+    image = setting.folder / "image"
+    for load, options in LOADS.items():
+        with Ledger("sized", SMALL if setting.quick else FULL, ledgers.CONTENTS | options) as ledger:
+            for _ in range(setting.repetitions):
+                for name, size, sizes in list(choices())[:: 5 if setting.quick else 1]:
+                    words = [f"--{each}={value}" for each, value in sizes.items()]
+                    run = asyncio.run(ledgers.save(ledger, image, *words))
+                    mark = ", default" if size == DEFAULTS[name] else ""
+                    runs.append({"load": load, "size": f"{name} {size // KIB}K{mark}"} | run | arenas.demanded(image))
+    return runs
+
+
+def render(results: Results) -> list[str]:
+    """One table."""
+    return ["### One size changed at a time", table(results["sizes"], ("load", "size"), COLUMNS)]
+
+
+def judge(_: Results) -> list[Target]:
+    """There is nothing to reach: it is for choosing."""
+    return []
+
+
+BENCH = Bench(name="sizes", questions={"sizes": measure}, judge=judge, tables=render)
+
+if __name__ == "__main__":
+    machine.require("bench-sizes")
+    sys.exit(BENCH.main())
