@@ -76,8 +76,6 @@ class PageferryLine(Line):
             "fallbacks": told["large-pages"]["fallbacks"],
             "large-pages": told["large-pages"],
             "own-faults": told["faults-after-resume"],
-            "requests": told["postcopy-requests"],
-            "postcopy": told["postcopy"],
         }
 
     def end(self) -> None:
