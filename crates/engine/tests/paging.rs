@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -49,8 +49,14 @@ fn word(page: usize, at: usize) -> u64 {
     ((page as u64) << 32 | at as u64 | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// An image of one region in which every page is data, except for every eighth, which is zeros.
+/// An image of one region in which every page is data, except for every eighth, which is zeros. Made once: that takes
+/// longer than what is tested.
 fn image() -> Chain {
+    static IMAGE: OnceLock<Chain> = OnceLock::new();
+    IMAGE.get_or_init(new_image).clone()
+}
+
+fn new_image() -> Chain {
     let file = memory_file(0);
     let sizes = Sizes { page_block: 64 << 10, storage_block: STORAGE_BLOCK };
     let mut writer = ImageWriter::new(file.try_clone().expect("a duplicate"), [7; 16], sizes).expect("a writer");
