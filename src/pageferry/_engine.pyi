@@ -236,6 +236,8 @@ class Pager:
         """Nothing more is let go: it may finish, when everything is back."""
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
+    def abandon(self) -> None:
+        """End all threads for a workload that will never run on this memory: who waits for a page goes on, with zeros."""
 
 @final
 class Sampler:

@@ -19,13 +19,12 @@ from tests.kernel import moving
 from tests.kernel.programs import wait_until
 from tests.network import hosts
 from tests.network.hosts import Network
-from tests.network.journeys import DEEDS, POINTS, Journey, mend, nothing_left
+from tests.network.journeys import DEEDS, Journey, mend, nothing_left, points
 from tests.network.travellers import GuestTraveller, LedgerTraveller, Traveller, ended, guest_parts
 
 pytestmark = pytest.mark.faults
 
-MODES = get_args(get_type_hints(Options).get("mode")) or ("precopy",)
-ALL = [f"{side}.{point}" for side, points in POINTS.items() for point in points]
+MODES = get_args(get_type_hints(Options)["mode"])
 NOT_BEFORE = "state-sent ready recorded committed commit-sent answered promised commit-received decided resumed".split()
 """Points at which the destination has promised to be ready, or is about to."""
 DECIDED = "answered commit-received decided resumed".split()
@@ -49,7 +48,17 @@ SELECTION = [
     ("damaged-words", "source.in-round"),
     ("damaged-answer", "destination.loaded"),
 ]
-CASES = [(deed, point) for deed in DEEDS for point in ALL] if os.environ.get("FAULTS") == "all" else SELECTION
+INSTEAD = {"source.in-round": "source.missing-sent", "destination.in-round": "destination.pager-begun"}
+"""In post-copy, of the selection."""
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """(deed, point, mode)"""
+    if os.environ.get("FAULTS") == "all":
+        return [(deed, point, mode) for mode in MODES for deed in DEEDS for point in points(mode)]
+    chosen = [(deed, point, mode) for mode in MODES for deed, point in SELECTION]
+    chosen = [(deed, INSTEAD.get(point, point) if mode == "postcopy" else point, mode) for deed, point, mode in chosen]
+    return [(deed, point, mode) for deed, point, mode in chosen if point in points(mode)]
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +74,14 @@ def _mended(network: Network) -> Iterator[None]:
     mend(network)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("deed", "point"), CASES)
+@pytest.mark.parametrize(("deed", "point", "mode"), cases())
 def test_one_owner_whatever_fails(network: Network, tmp_path: Path, deed: str, point: str, mode: str) -> None:
     here, there = network.hosts
-    options = ["--mode", mode] if len(MODES) > 1 else []
     with ended(LedgerTraveller(here)) as ledger:
         before = moving.descriptors(ledger.pid)
-        with Journey(network, ledger, there, tmp_path, *options, fault=f"{point}=stop") as journey:
-            journey.hold_or_end()
+        with Journey(network, ledger, there, tmp_path, "--mode", mode, fault=f"{point}=stop") as journey:
+            reached = journey.hold_or_end()
+            assert reached or mode == "hybrid"
             DEEDS[deed](journey)
             journey.release()
             owner = journey.settle()
@@ -81,10 +89,10 @@ def test_one_owner_whatever_fails(network: Network, tmp_path: Path, deed: str, p
         if owner == "nobody":
             # The process that held it was killed, and there was no other one.
             assert deed in ("source-workload", "destination-agent")
-            assert deed == "source-workload" or point.split(".")[1] in NOT_BEFORE
-        elif deed in FATAL and point.split(".")[1] not in NOT_BEFORE:
+            assert deed == "source-workload" or point.split(".")[1] in NOT_BEFORE or not reached
+        elif deed in FATAL and point.split(".")[1] not in NOT_BEFORE and reached:
             assert owner == "source"
-        elif point.split(".")[1] in DECIDED:
+        elif point.split(".")[1] in DECIDED and deed != "destination-agent":
             assert owner == "destination"
         for host in network.hosts:
             nothing_left(host, *([ledger.name] if owner != "nobody" and host is ledger.host else []))

@@ -29,7 +29,10 @@ POINTS = {
     "committed commit-sent answered".split(),
     "destination": "accepted in-round state-received loaded promised commit-received decided resumed".split(),
 }
-"""That every migration comes to (docs/protocol.md)."""
+"""That every migration with rounds comes to (docs/protocol.md)."""
+ROUNDS = {"source": ("in-round", "between-rounds", "last-pages-sent"), "destination": ("in-round",)}
+LATE = {"source": ("missing-sent",), "destination": ("pager-begun",)}
+"""What a post-copy comes to before Commit, instead of rounds."""
 PATIENCE = "3"
 """Seconds of silence for which these migrations wait; more than a busy machine makes anybody silent."""
 BLIP = 0.3
@@ -38,6 +41,16 @@ LONGEST = 120.0
 """Seconds that a migration may take."""
 ASKING = 8
 """Times that the peer is asked: the process that has the answer may be about to come or go."""
+
+
+def points(mode: str) -> list[str]:
+    """The points, as SIDE.POINT, that a migration of this mode comes to; a hybrid one may come to fewer."""
+    late = mode == "postcopy"
+    return [
+        f"{side}.{point}"
+        for side, named in POINTS.items()
+        for point in (*(one for one in named if not (late and one in ROUNDS[side])), *(LATE[side] if late else ()))
+    ]
 
 
 class Journey:
@@ -82,13 +95,16 @@ class Journey:
         """Wait until the migration is at its point."""
         moving.stopped(self.held)
 
-    def hold_or_end(self) -> None:
-        """Wait until the migration is at its point, or has ended without coming to it."""
+    def hold_or_end(self) -> bool:
+        """Wait until the migration is at its point (True), or has ended without coming to it."""
+
+        def held() -> bool:
+            return moving.state(self.held.process.pid) == "T"
+
         wait_until(
-            lambda: self.migration.process.poll() is not None or moving.state(self.held.process.pid) == "T",
-            f"the stop of {self._stopping}",
-            LONGEST,
+            lambda: self.migration.process.poll() is not None or held(), f"the stop of {self._stopping}", LONGEST
         )
+        return held()
 
     def release(self) -> None:
         """Let the stopped agent go on, if it lives."""

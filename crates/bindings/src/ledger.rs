@@ -129,9 +129,16 @@ impl Ledger {
 
     #[staticmethod]
     #[pyo3(signature = (mapping, *, first_thread = 0, threads = None))]
-    fn attach(mapping: &Bound<'_, Mapping>, first_thread: usize, threads: Option<usize>) -> PyResult<Self> {
+    fn attach(
+        py: Python<'_>,
+        mapping: &Bound<'_, Mapping>,
+        first_thread: usize,
+        threads: Option<usize>,
+    ) -> PyResult<Self> {
         let mapping = mapping.get().inner.clone();
-        Ok(Self { inner: ledger::Ledger::attach(mapping, first_thread, threads).map_err(raised)? })
+        // The pages that are read may still be to come.
+        let inner = py.detach(|| ledger::Ledger::attach(mapping, first_thread, threads)).map_err(raised)?;
+        Ok(Self { inner })
     }
 
     #[getter]
@@ -207,8 +214,8 @@ impl Ledger {
         py.detach(|| self.inner.fingerprint())
     }
 
-    fn writes(&self) -> Vec<u64> {
-        self.inner.writes()
+    fn writes(&self, py: Python<'_>) -> Vec<u64> {
+        py.detach(|| self.inner.writes())
     }
 
     #[pyo3(signature = (*, reset = false))]

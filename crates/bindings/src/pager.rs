@@ -224,4 +224,8 @@ impl Pager {
     fn stop(&self, py: Python<'_>) {
         py.detach(|| self.inner.stop());
     }
+
+    fn abandon(&self, py: Python<'_>) {
+        py.detach(|| self.inner.abandon());
+    }
 }

@@ -391,7 +391,7 @@ class Destination:
                 self._preparing.cancel()
                 await asyncio.gather(self._preparing, return_exceptions=True)
             if self.late is not None:
-                self.late.close()
+                await self.late.abandon()
             with contextlib.suppress(PageferryError):
                 await self.workload.discard()
         finally:

@@ -289,6 +289,13 @@ class LateMemory:
         assert self.pager is not None
         return self.pager
 
+    async def abandon(self) -> None:
+        """The workload stays at the source, and will never run on this memory: whoever loads its state must not wait
+        for pages that do not come any more."""
+        if self.pager is not None:
+            await off_loop(self.pager.abandon)
+        self.close()
+
     def close(self) -> None:
         """Bring nothing any more. What is missing stays missing, for whoever resumes."""
         if self._server is not None:

@@ -252,12 +252,17 @@ impl Shared {
         }
     }
 
-    /// Everything is in memory: nothing traps any more, and large pages are mapped as such.
-    fn finish(&self) {
+    /// Nothing traps any more.
+    fn unregister(&self) {
         for Watched { segment, uffd } in &self.memory.watched {
             // An error is of a process that has ended.
             let _ = uffd.unregister(segment.address, segment.len);
         }
+    }
+
+    /// Everything is in memory: nothing traps any more, and large pages are mapped as such.
+    fn finish(&self) {
+        self.unregister();
         // A peer goes on to the end of what it has begun to push, and is listened to: what it says is known.
         self.stop.store(true, Ordering::Release);
         for (number, region) in
@@ -280,6 +285,7 @@ pub struct Pager {
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Of the connection to a peer.
     readers: Mutex<Vec<JoinHandle<()>>>,
+    abandoned: AtomicBool,
 }
 
 impl Pager {
@@ -327,7 +333,8 @@ impl Pager {
             evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
         });
-        let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default() };
+        let abandoned = AtomicBool::new(false);
+        let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default(), abandoned };
         pager.spawn_readers()?;
         pager.spawn_servers()?;
         let rest = shared.clone();
@@ -508,12 +515,20 @@ impl Pager {
         }
         self.join_readers();
     }
+
+    /// Ends all threads for a workload that will never run on this memory: whoever still waits for a page goes on, and
+    /// finds zeros where contents are missing.
+    pub fn abandon(&self) {
+        self.stop();
+        self.shared.unregister();
+        self.abandoned.store(true, Ordering::Release);
+    }
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
         self.stop();
-        if !self.is_finished() {
+        if !self.is_finished() && !self.abandoned.load(Ordering::Acquire) {
             // The last reference to a userfaultfd takes its registrations along, and missing pages would read as zeros.
             self.shared.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
