@@ -237,7 +237,7 @@ class Pager:
     def stop(self) -> None:
         """End all threads. Accesses to what is missing wait for the next pager."""
     def abandon(self) -> None:
-        """End all threads for a workload that will never run on this memory: who waits for a page goes on, with zeros."""
+        """End all threads for a workload that will never run on this memory: who waits goes on, and finds zeros."""
 
 @final
 class Sampler:

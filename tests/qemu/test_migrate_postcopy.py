@@ -44,7 +44,8 @@ def test_moves_before_its_memory(guest: Traveller, options: str) -> None:
     assert after.writes > before.writes
     assert result["mode"] in options
     assert result["postcopy"]["pages"] > 0
-    assert result["postcopy-requests"] > 0
+    if result["mode"] == "postcopy":  # after rounds there may be so little left that it comes before it is needed
+        assert result["postcopy-requests"] > 0
     large = result["large-pages"]
     assert large["destination"] == large["source"] > 16
     guest.untouched()
