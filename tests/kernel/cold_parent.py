@@ -1,4 +1,4 @@
-"""An arena whose pages are sent to a store from outside, and whose program forks then."""
+"""An arena whose pages are sent to a store from outside, and whose program touches some of it, or forks then."""
 
 import json
 import os
@@ -24,7 +24,12 @@ def main() -> None:
         memoryview(arena)[page * 4096 : (page + 1) * 4096] = contents(page)
     arena.collapse()
     print(json.dumps({"ready": True}), flush=True)
-    sys.stdin.readline()
+    while (order := sys.stdin.readline().strip()) == "touch":
+        first = [memoryview(arena)[unit] for unit in range(0, SIZE, 2 << 20)]
+        print(json.dumps({"touched": len(first)}), flush=True)
+    if order == "look":
+        print(json.dumps({"right": right(arena)}), flush=True)
+        return
     child = os.fork()
     if child == 0:
         os._exit(0 if right(arena) else 1)

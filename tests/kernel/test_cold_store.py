@@ -22,7 +22,7 @@ from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.opening import open_workload
-from tests.kernel.moving import MIB, address_of, environment, receiver
+from tests.kernel.moving import MIB, address_of, environment, receiver, stopped
 from tests.kernel.programs import Program, wait_until
 from tests.saved import check_ledger
 
@@ -231,6 +231,21 @@ def test_a_damaged_store_is_told_and_never_zeros() -> None:
         path.write_bytes(good)
         undo()
         assert workload.process.poll() is None
+
+
+def test_a_large_page_that_has_gone_whole_is_not_mapped_whole_when_its_first_page_is_back() -> None:
+    """It stands on a large page again then, which is empty but for that page."""
+    reclaiming = ("large-pages", "cold", "--reclaim", "store", *EVERYTHING)
+    with Program(str(Path(__file__).with_name("cold_parent.py"))) as parent:
+        parent.json()
+        with Program("-m", "pageferry", *reclaiming, env=environment("reclaim.handed-over=stop")) as reclaimer:
+            stopped(reclaimer)
+            parent.say("touch")
+            assert parent.json() == {"touched": 8}
+            reclaimer.process.send_signal(signal.SIGCONT)
+            assert reclaimer.wait() == 0
+        parent.say("look")
+        assert parent.json() == {"right": True}
 
 
 def test_a_child_that_is_forked_has_no_zeros_for_pages() -> None:

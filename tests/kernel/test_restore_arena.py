@@ -65,6 +65,14 @@ def test_without_prefetch_nothing_is_read_but_what_is_touched(tmp_path: Path) ->
     assert 4000 * PAGE < arena.deferred < 4096 * PAGE
 
 
+def test_it_is_collapsed_when_all_of_it_is_there(tmp_path: Path) -> None:
+    made = Maker(4096, classes=[DATA] * 4096)
+    arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
+    assert (words(arena)[17] == made.contents[17]).all()
+    arena.collapse()
+    assert (words(arena) == made.contents).all()
+
+
 def test_what_costs_no_reading_reads_nothing(tmp_path: Path) -> None:
     made = Maker(512, classes=[DATA] + [PATTERN, ZERO] * 255 + [PATTERN])
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)

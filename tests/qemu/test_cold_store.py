@@ -1,35 +1,67 @@
-"""No cold store for guests yet: it is refused before anything is done."""
+"""Cold memory of a running guest goes to a store (S3) and comes back, while its checker checks all of its memory."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 
-import pytest
-
-from pageferry.errors import UnsupportedError
+from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
-from pageferry.largepages.api import Options, sample
+from pageferry.largepages.api import Options, sample, undo
+from pageferry.largepages.events import Sample
 from pageferry.workloads import deferred
+from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.targets import open_target
+from pageferry.workloads.targets import Target, open_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
 
-def test_a_guest_is_refused_and_runs_on(
+def test_a_guest_with_a_cold_store(
     parts: GuestParts, serial: Callable[[str], Serial], registry: Registry, root: None
 ) -> None:
     async def run() -> None:
         line = serial("guest")
         workload = await QemuWorkload.start("guest", parts.command(line))
+        folder = registry.folder("guest")
         try:
             await line.ready()
-            with await open_target("guest") as target, pytest.raises(UnsupportedError, match="QEMU guest"):
-                await sample(target, Options(sample=1.0, reclaim="store"))
-            assert not deferred.is_restoring(registry.folder("guest"))
-            await line.passes(1)
+            with await open_target("guest") as target:
+                before = _resident(target)
+                options = Options(sample=1.0, budget=None, window=0.3, rounds=1, reclaim="store")
+                result = await sample(target, options)
+                assert result.broken > 10
+                assert result.store is not None
+                assert (result.store.pages + result.store.written) * 4096 == _cold(result.samples)
+                # The checker goes round all of its memory: some of it is back already.
+                assert result.reclaimed > 0.5 * _cold(result.samples)
+                assert before > _resident(target)
+                await line.passes(2)
+                status = await asyncio.to_thread(deferred.status, folder)
+                assert status is not None
+                os.kill(status.pager, signal.SIGKILL)
+                taken = await take_over(folder)
+                assert taken is not None
+                assert taken.deferred > 0
+                await line.passes(2)
+                assert (await undo(target)).brought_back > 0
+                assert folder.load(deferred.RECORD, Deferred) is None
+                assert _resident(target) >= 0.99 * before
+                await line.passes(2)
+                assert (await sample(target, options)).reclaimed > 0
         finally:
-            await workload.discard()
+            await (await QemuWorkload.attach("guest")).discard()
+            workload.close()
+        assert line.bad == []
 
     asyncio.run(run())
+
+
+def _resident(target: Target) -> int:
+    return sum(os.fstat(region.fd).st_blocks * 512 for region in target.regions)
+
+
+def _cold(samples: list[Sample]) -> int:
+    return sum((512 - one.activity) * 4096 for one in samples if one.decision == "break")

@@ -297,7 +297,9 @@ impl Trace {
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
         }
-        for Armed { segment, uffd, .. } in self.armed.iter().filter(|_| !self.lent) {
+        // What has been released is nobody's, or somebody else's by now.
+        let ours = |armed: &&Armed| !self.lent && !armed.gone.load(Ordering::Acquire);
+        for Armed { segment, uffd, .. } in self.armed.iter().filter(ours) {
             let _ = uffd.unregister(segment.address, segment.len);
         }
     }

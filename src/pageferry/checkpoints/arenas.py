@@ -74,6 +74,11 @@ class RestoredArena(Arena):
         self.load()
         return super().workload()
 
+    def collapse(self) -> int:
+        """As of `Arena`. All contents are brought first: a large page that is not all there must not be mapped."""
+        self.load()
+        return super().collapse()
+
     def register(self, name: str) -> None:
         """As of `Arena`; other processes can ask for contents that are still to come."""
         super().register(name)

@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     acting.add_argument(
         "--reclaim",
         choices=("store", "swap"),
-        help="break them, and send their cold small pages to swap, or (arenas) to a compressed store from "
+        help="break them, and send their cold small pages to swap, or (guests and arenas) to a compressed store from "
         "which they come back on access",
     )
     acting.add_argument(

@@ -19,7 +19,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -87,6 +87,8 @@ class _Plan:
     """Of each large page, in order: runs of cold pages of the region, as (first, end)."""
     kept: list[PageSet]
     """Per region, cold pages that stay: they were not in memory when they should have been copied."""
+    broken: set[Unit] = field(default_factory=set)
+    """Those of which something has been let go."""
 
     @property
     def units(self) -> list[Unit]:
@@ -109,12 +111,6 @@ async def prepare(target: Target) -> None:
         raise UnsupportedError(
             f"{target.name} is no managed workload: it cannot be paused, and a store needs short pauses. "
             f"`pageferry adopt` manages a QEMU that runs; --reclaim swap takes any process"
-        )
-    if target.workload.identity.kind == "qemu":
-        # Seen, and not understood: a guest that stands still after its pages have come back through a second pager.
-        raise UnsupportedError(
-            f"{target.name} is a QEMU guest: a store for the cold memory of guests is not in this release, for it is "
-            f"not yet certain that a guest always goes on; --reclaim swap takes any process"
         )
     folder = _folder(target.workload)
     record = folder.load(deferred.RECORD, Deferred)
@@ -153,9 +149,10 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
             done.path, done.length = str(image.path), image.image.length
             fault_point("reclaim.stored")
             await _let_go(target, workload, folder, memory, plan, trace, image, record, done)
+            fault_point("reclaim.handed-over")
         finally:
             await asyncio.to_thread(trace.remove)
-            _restore_mappings(target, memory, plan.units)
+            _restore_mappings(target, memory, [unit for unit in plan.units if unit not in plan.broken])
         done.freed = before - _resident(memory)
         return done
 
@@ -370,7 +367,9 @@ async def _batches(
                 cold = len(pages)
                 pages.subtract(written[region])
                 done.written += cold - len(pages)
-                done.broken += sum(bool(count) for count in pages.unit_counts())
+                broken = [unit for unit, count in enumerate(pages.unit_counts()) if count]
+                done.broken += len(broken)
+                plan.broken.update((region, unit * SLOTS) for unit in broken)
                 done.pages += pager.pager.evict(region, pages)
             worked = time.monotonic() - working
             fault_point("reclaim.evicted")
@@ -417,7 +416,11 @@ def _joined(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _restore_mappings(target: Target, memory: Memory, units: Sequence[Unit]) -> None:
-    """Large pages that were traced and not broken are mapped as such again; those that were broken refuse it."""
+    """Map large pages that were traced, and not broken, as such again.
+
+    Never one that was: where all of it had gone it stands on a large page again as soon as the first small page is
+    back, and to map that would show zeros for all others, whatever traps there are.
+    """
     assert target.workload is not None
     large = memory.large_units()
     for (region, first), segment in _segments(target.workload, units):

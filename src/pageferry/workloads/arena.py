@@ -191,8 +191,13 @@ class Arena(_engine.Mapping):
     def collapse(self) -> int:
         """Put what has been filled onto large pages, and say how many bytes now are (MADV_COLLAPSE).
 
-        Only whole 2 MiB units that hold data are tried; without memory for a large page a unit stays as it is.
+        Only whole 2 MiB units that hold data are tried; without memory for a large page a unit stays as it is. What is
+        in a store comes back first: a large page that is not all there must not be mapped.
+
+        Raises RestoreError, ImageError when that cannot be.
         """
+        if self._folder is not None:
+            _bring_back(self._folder)
         space = _engine.Space()
         for start, end in self.data_ranges():
             for unit in range(-(-start // LARGE_PAGE), end // LARGE_PAGE):
