@@ -17,6 +17,8 @@ use thiserror::Error;
 
 /// How long a thread may take to stop. It stops at once unless it is in an uninterruptible sleep.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long another tracer may take to let go.
+const COURTESY: Duration = Duration::from_secs(1);
 /// `ptrace` requests of `linux/ptrace.h` that libc does not name.
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
@@ -102,7 +104,7 @@ impl Stopped {
                 found => found?,
             };
             let options = if has_seccomp(pid) { PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-            seize(pid, options)?;
+            seize_when_free(pid, options)?;
             // From here on every way out must detach.
             match Self::stop(pid, instruction) {
                 Ok(Some(stopped)) => return Ok(stopped),
@@ -232,6 +234,17 @@ fn is_syscall(pid: libc::pid_t, address: u64) -> bool {
     // SAFETY: the kernel writes one word to the last argument.
     let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKTEXT, pid, address, &raw mut word) };
     result == 0 && word.to_le_bytes().starts_with(&SYSCALL)
+}
+
+/// A tracer that is one of us is done within a millisecond; only one that stays is told of.
+fn seize_when_free(pid: libc::pid_t, options: u64) -> Result<(), AdoptError> {
+    let deadline = Instant::now() + COURTESY;
+    loop {
+        match seize(pid, options) {
+            Err(AdoptError::Traced(..)) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+            other => return other,
+        }
+    }
 }
 
 fn seize(pid: libc::pid_t, options: u64) -> Result<(), AdoptError> {
