@@ -70,9 +70,10 @@ class RestoredArena(Arena):
         return self
 
     def workload(self) -> LocalWorkload:
-        """As of `Arena`. All contents are brought first: whoever works on it needs its page tables for himself."""
-        self.load()
-        return super().workload()
+        """As of `Arena`."""
+        workload = super().workload()
+        workload.pager = self.pager
+        return workload
 
     def register(self, name: str) -> None:
         """As of `Arena`; other processes can ask for contents that are still to come."""
@@ -205,7 +206,7 @@ def _before_fork() -> None:
     One that only executes a program does not come here.
     """
     for arena in list(_restoring):
-        arena.load()
+        arena.ensure(0, arena.length)
         _inherit(arena, _MADV_DOFORK)
         _restoring.discard(arena)
 

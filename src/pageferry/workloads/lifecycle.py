@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
+from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.workloads.base import Faults, Identity, Region, Witness
 
@@ -164,6 +165,8 @@ class LocalWorkload:
         self._lifecycle = lifecycle
         self.name = lifecycle.workload.name
         self.regions = lifecycle.workload.regions
+        self.pager: Pager | None = None
+        """Of this process, where contents may still be to come."""
 
     @property
     def identity(self) -> Identity:
