@@ -19,7 +19,6 @@ from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.pager_server import PagerServer
 
 log = getLogger(__name__)
@@ -68,12 +67,6 @@ class RestoredArena(Arena):
             self.register(name)
         self.lifecycle.resume(self)
         return self
-
-    def workload(self) -> LocalWorkload:
-        """As of `Arena`."""
-        workload = super().workload()
-        workload.pager = self.pager
-        return workload
 
     def register(self, name: str) -> None:
         """As of `Arena`; other processes can ask for contents that are still to come."""

@@ -229,7 +229,7 @@ class Save:
             return
         telling = asyncio.create_task(self._keep_telling())
         try:
-            await self._native(lambda: saver.prepare(hold.ensure), cancel=hold.cancel)
+            await self._native(lambda: saver.prepare(_telling(hold)), cancel=hold.cancel)
         finally:
             telling.cancel()
 
@@ -393,6 +393,16 @@ class Save:
             ),
             compression=round(stats["data"] * 4096 / stats["stored"], 3) if stats["stored"] else 1.0,
         )
+
+
+def _telling(hold: Hold) -> Callable[[int, int, int], None]:
+    """Brings pages, and comes to a fault point when it has."""
+
+    def bring(region: int, first: int, count: int) -> None:
+        hold.ensure(region, first, count)
+        fault_point("checkpoint.part-brought")
+
+    return bring
 
 
 def _bits(units: list[bool]) -> bytes:

@@ -50,6 +50,10 @@ class Controlled(Protocol):
     def regions(self) -> tuple[Region, ...]:
         """As of `Workload`."""
 
+    @property
+    def pager(self) -> Pager | None:
+        """As of `LocalWorkload`."""
+
     def pause(self) -> None:
         """As of `Workload`."""
 
@@ -165,13 +169,16 @@ class LocalWorkload:
         self._lifecycle = lifecycle
         self.name = lifecycle.workload.name
         self.regions = lifecycle.workload.regions
-        self.pager: Pager | None = None
-        """Of this process, where contents may still be to come."""
 
     @property
     def identity(self) -> Identity:
         """What this workload is."""
         return self._lifecycle.workload.identity
+
+    @property
+    def pager(self) -> Pager | None:
+        """What brings its contents, in this process; None where all were there from the start."""
+        return self._lifecycle.workload.pager
 
     async def prepare_pause(self) -> None:
         """Nothing: callbacks are for the pause itself."""
