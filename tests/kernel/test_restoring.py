@@ -21,6 +21,7 @@ from pageferry.checkpoints.arenas import RestoredArena
 from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restoring import large_units
+from pageferry.cli.main import main
 from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred, holding
@@ -118,6 +119,22 @@ def test_pages_are_sent_while_others_are_still_to_come(images: dict[str, Path]) 
         # What comes does not count as written: it is not sent again.
         assert result["normal"] < 1.5 * 96 * MIB // PAGE
         assert result["large-pages"]["source"] >= 10
+        ends(here, "moved")
+        arrives(there)
+
+
+def test_a_hybrid_move_that_is_told_to_switch_over(images: dict[str, Path]) -> None:
+    """What it has not sent is brought before the pause, and sent after it."""
+    with restored(images["calm"]) as here, moving.receiver("there") as there:
+        chosen = ("--mode", "hybrid", "--bandwidth", "64M")
+        address = moving.address_of(there)
+        with moving.migrating("coming", address, *chosen, fault="source.part-sent=stop") as migration:
+            moving.stopped(migration)
+            assert main(["migrate", "coming", "--switch"]) == 0
+            resumed(migration)
+            result = moving.until(migration, "migration")
+            assert migration.wait() == 0
+        assert result["mode"] == "hybrid"
         ends(here, "moved")
         arrives(there)
 

@@ -83,8 +83,8 @@ async def migrate(
 
 async def _page_tables(workload: Workload, options: Options) -> Hold | None:
     """See to it that traces can be put on. A hold on the pager of a workload whose memory is still coming."""
-    if options.mode != "precopy":
-        # What is left for after the switch-over is asked for where it is: it must be there.
+    if options.mode == "postcopy":
+        # Everything is asked for when it runs elsewhere: then it must be here.
         await settled(workload)
         return None
     hold = await held(workload)

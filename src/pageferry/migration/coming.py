@@ -34,15 +34,12 @@ async def send_as_it_comes(
     """
     none = [PageSet(region.pages) for region in pages]
     bringing: asyncio.Task[None] | None = None
+    found = [part for part in parts([region.pages for region in pages]) if _of(pages, part)]
     try:
-        for part, following in _with_next(list(parts([region.pages for region in pages]))):
+        for part, following in zip(found, [*found[1:], None], strict=True):
             await (bringing or _bring(hold, part))
             bringing = asyncio.create_task(_bring(hold, following)) if following is not None else None
-            region, first, count = part
-            wanted = pages[region].copy()
-            wanted.remove(0, first)
-            wanted.remove(first + count, wanted.pages)
-            sets = [*none[:region], wanted, *none[region + 1 :]]
+            sets = [*none[: part[0]], _of(pages, part), *none[part[0] + 1 :]]
             await off_loop(partial(sender.send, mappings, sets, number, barrier=False), cancel=sender.cancel)
             fault_point("source.part-sent")
     finally:
@@ -64,8 +61,19 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
             size = min(size * 2, most)
 
 
-def _with_next(found: list[Part]) -> Iterator[tuple[Part, Part | None]]:
-    return zip(found, [*found[1:], None], strict=True)
+async def bring_rest(hold: Hold, regions: Sequence[int]) -> None:
+    """Have all pages of regions of so many pages in memory, for who sends them when the workload runs elsewhere."""
+    for part in parts(regions):
+        await _bring(hold, part)
+
+
+def _of(pages: Sequence[PageSet], part: Part) -> PageSet:
+    """Those pages of a part that are in the sets."""
+    region, first, count = part
+    wanted = pages[region].copy()
+    wanted.remove(0, first)
+    wanted.remove(first + count, wanted.pages)
+    return wanted
 
 
 async def _bring(hold: Hold, part: Part) -> None:

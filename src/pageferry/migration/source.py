@@ -31,7 +31,7 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages, postcopy_source, switch
 from pageferry.migration.channel import Channel
-from pageferry.migration.coming import send_as_it_comes
+from pageferry.migration.coming import bring_rest, send_as_it_comes
 from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
 from pageferry.migration.missing import send_missing
@@ -219,6 +219,8 @@ class Source:
             started = time.perf_counter()
             before = self.sender.progress
             left = await self._send_round(pages)
+            if not any(left):
+                self.coming = False  # the first round is of everything
             covered = _covered(before, self.sender.progress)
             pages_sent = _count(pages) - _count(left)
             fault_point("source.between-rounds")
@@ -295,7 +297,6 @@ class Source:
         fault_point("source.in-round")
         if self.coming and self.hold is not None:
             await self.channel.during(send_as_it_comes(self.hold, sender, self.memory.mappings, pages, number))
-            self.coming = False  # the first round is of everything
         else:
             await self.channel.during(
                 off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
@@ -368,6 +369,9 @@ class Source:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
         preparing = asyncio.create_task(self.workload.prepare_pause())
         try:
+            if self.coming and self.hold is not None:
+                await self.channel.during(bring_rest(self.hold, [region.pages for region in self.rest]))
+                self.coming = False
             if any(self.rest) and not self.postcopy:
                 await self._send_round(self.rest)
         finally:
