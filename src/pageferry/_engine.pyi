@@ -4,7 +4,7 @@ All lengths, offsets and addresses are bytes unless named otherwise. Calls that 
 release the GIL; long ones check for Ctrl-C. Errors of the kernel are raised as `OSError` with its errno.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, final
 
 from typing_extensions import disjoint_base
@@ -101,8 +101,14 @@ class Trace:
     """
 
     def __new__(
-        cls, segments: Sequence[_Segment], release_after: int = 0, large: Sequence[Sequence[bool]] | None = None
-    ) -> Trace: ...
+        cls,
+        segments: Sequence[_Segment],
+        release_after: int = 0,
+        large: Sequence[Sequence[bool]] | None = None,
+        userfaults: dict[int, int] | None = None,
+    ) -> Trace:
+        """`userfaults`: those of a pager that is held (`Pager.hold`): traces are put on by them, by small pages, and
+        stay until it is released."""
     @property
     def install_seconds(self) -> float: ...
     @property
@@ -220,8 +226,18 @@ class Pager:
     def ensure(self, region: int, first: int, count: int) -> None:
         """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged.
 
-        ConnectionResetError: the connection to the peer is lost, or gets lost.
+        ConnectionResetError: the connection to the peer is lost, or gets lost. OSError: the pager has been stopped.
         """
+    def hold(self) -> dict[int, int] | None:
+        """Let somebody put write traces on (`Trace`, `Saver`): pid -> our userfaultfd, until `release`. Contents go on
+        coming, and what comes does not count as written. None: everything is there, or as good as there.
+
+        OSError: EBUSY, somebody does so already; EINVAL, the kernel cannot.
+        """
+    def release(self) -> None:
+        """Take the traces off. It may end, when everything is there."""
+    def large(self, region: int) -> list[bool]:
+        """Which 2 MiB units of a region stand on large pages when their contents are there."""
     def populate(self) -> None:
         """Map what is in memory already, large pages as such (S1): before the workload runs on memory that was kept."""
     def reconnect(self, source: PeerSource) -> None:
@@ -333,13 +349,15 @@ class Saver:
         at_instant: int = 16777216,
         leave: dict[int, int] | None = None,
         take_up: dict[int, int] | None = None,
+        borrow: dict[int, int] | None = None,
     ) -> Saver:
         """`bandwidth` limits the sweep over what nobody writes to, bytes per second; 0: as fast as it can.
 
         `leave`: pid -> userfaultfd (`Space.write_traces`) of every process: write traces by these are on from the
         instant on, and stay. `take_up`: such traces are on since `parent` was saved; only what they report is saved,
-        and at most about `at_instant` bytes of it are copied in the pause. LookupError, here or from `begin`: they
-        cannot be used, save again without.
+        and at most about `at_instant` bytes of it are copied in the pause. `borrow`: those of a pager that is held
+        (`Pager.hold`); everything is saved. LookupError, here, from `prepare` or `begin`: they cannot be used, save
+        again without.
         """
     @property
     def leaves_traces(self) -> bool:
@@ -347,6 +365,11 @@ class Saver:
     @property
     def arm_seconds(self) -> float:
         """How long it took to protect everything, or to save in rounds."""
+    def prepare(self, bring: Callable[[int, int, int], object] | None = None) -> None:
+        """With traces that are taken up or borrowed, before `begin`: save in rounds until little enough is left.
+
+        `bring`(region, first page, pages) has pages in memory before they are read; what it raises is raised here.
+        """
     def begin(self) -> float:
         """The instant: what memory holds now is saved. Returns how long it took, seconds."""
     def sweep(self) -> None:

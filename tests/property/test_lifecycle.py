@@ -21,6 +21,7 @@ class Recorder:
     name = "recorder"
     identity = Identity("arena", "recorder")
     regions = ()
+    pager = None
 
     def __init__(self) -> None:
         self.runs = True

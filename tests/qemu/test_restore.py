@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,84 +16,24 @@ import pytest
 import pageferry
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import completed, restore_guest, take_over
-from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, TouchedEvent
+from pageferry.checkpoints.restore_events import ProgressEvent, TouchedEvent
 from pageferry.errors import RestoreError, UsageError
 from pageferry.events import Event
 from pageferry.host import proc, processes
-from pageferry.host.registry import Folder, Registry
+from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Status
 from pageferry.workloads.qemu import QemuWorkload
 from tests.guest.machines import GuestParts
+from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
 from tests.guest.serial import Serial
 
 MakeSerial = Callable[[str], Serial]
-OPTIONS = ("-smp", "2", "-device", "virtio-balloon-pci,id=balloon")
-BUSY = "ferry.mib=64 ferry.rate=3000"
 
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image of a guest at work."""
-    folder = tmp_path_factory.mktemp("image")
-
-    async def make() -> Path:
-        serial = Serial(folder / "serial")
-        source = await QemuWorkload.start("source", parts.command(serial, *OPTIONS, checker=BUSY))
-        await serial.ready()
-        await serial.ticks(2)
-        await pageferry.checkpoint(source, folder / "image")
-        await source.discard()
-        return folder / "image"
-
-    return asyncio.run(make())
-
-
-class Restored:
-    """A guest made of an image."""
-
-    def __init__(self, name: str, parts: GuestParts, serial: Serial) -> None:
-        self.folder = Folder(Registry(), name)
-        self.command = parts.command(serial, *OPTIONS)
-        self.serial = serial
-        self.pager: tuple[int, int] | None = None
-        """Pid and start time of the process that serves it, as far as it has been seen."""
-
-    async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
-        """Restore it."""
-        started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
-        self.workload, result = started
-        await self.status()
-        return result
-
-    async def end(self) -> None:
-        """End it, and wait for the end of its pager."""
-        await self.status()
-        await self.workload.discard()
-        if self.pager is not None:
-            await processes.wait_for_end(*self.pager)
-
-    async def status(self) -> Status | None:
-        """What its pager says."""
-        status = await asyncio.to_thread(deferred.status, self.folder)
-        if status is not None and (started := proc.start_time(status.pager)) is not None:
-            self.pager = (status.pager, started)
-        return status
-
-    async def arrived(self) -> None:
-        """Wait until all of its memory is there."""
-        async with asyncio.timeout(30):
-            while await self.status() is not None:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-
-    async def kill_pager(self) -> None:
-        """Kill -9."""
-        status = await self.status()
-        assert status is not None
-        started = proc.start_time(status.pager)
-        assert started is not None
-        os.kill(status.pager, signal.SIGKILL)
-        await processes.wait_for_end(status.pager, started)
+    return image_of_a_guest(parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ fn begin_error(error: PagerError) -> PyErr {
 fn load_error(error: &LoadError) -> PyErr {
     match error {
         LoadError::Image(_) => PyValueError::new_err(error.to_string()),
-        LoadError::Place(_) => PyOSError::new_err(error.to_string()),
+        LoadError::Place(_) | LoadError::Ended => PyOSError::new_err(error.to_string()),
         LoadError::Lost(_) => PyConnectionResetError::new_err(error.to_string()),
     }
 }
@@ -201,6 +201,19 @@ impl Pager {
 
     fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {
         py.detach(|| self.inner.ensure(region, first, count)).map_err(|error| load_error(&error))
+    }
+
+    fn hold(&self, py: Python<'_>) -> PyResult<Option<HashMap<i32, i32>>> {
+        let held = py.detach(|| self.inner.hold()).map_err(errors::kernel)?;
+        Ok(held.then(|| self.inner.userfaults().into_iter().collect()))
+    }
+
+    fn release(&self, py: Python<'_>) {
+        py.detach(|| self.inner.release());
+    }
+
+    fn large(&self, region: usize) -> Vec<bool> {
+        self.inner.large(region).to_vec()
     }
 
     fn populate(&self, py: Python<'_>) -> PyResult<()> {

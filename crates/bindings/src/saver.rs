@@ -30,6 +30,11 @@ fn raised(error: SaveError) -> PyErr {
         SaveError::Write(_) | SaveError::Memory(_) | SaveError::GivenBack | SaveError::Thread => {
             PyOSError::new_err(message)
         }
+        SaveError::Bring(_) => match error {
+            // As Python raised it.
+            SaveError::Bring(error) => error.downcast::<PyErr>().unwrap_or_else(errors::kernel),
+            _ => PyOSError::new_err(message),
+        },
         SaveError::Adopt(_) => match error {
             SaveError::Adopt(error) => errors::adopt(error),
             _ => PyOSError::new_err(message),
@@ -110,7 +115,7 @@ impl Saver {
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1_048_576,
                         trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1, at_instant = 16_777_216,
-                        leave = None, take_up = None))]
+                        leave = None, take_up = None, borrow = None))]
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
@@ -128,16 +133,18 @@ impl Saver {
         at_instant: usize,
         leave: Option<HashMap<i32, i32>>,
         take_up: Option<HashMap<i32, i32>>,
+        borrow: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
         let known = Codec::named(codec);
         let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
         let options = Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers, at_instant };
         let options = checked(options)?;
-        let traces = match (leave, take_up) {
-            (None, None) => Traces::Without,
-            (Some(found), None) => Traces::Leave(userfaults(found)?),
-            (None, Some(found)) => Traces::TakeUp(userfaults(found)?),
-            (Some(_), Some(_)) => return Err(PyValueError::new_err("traces that are taken up are left anyway")),
+        let traces = match (leave, take_up, borrow) {
+            (None, None, None) => Traces::Without,
+            (Some(found), None, None) => Traces::Leave(userfaults(found)?),
+            (None, Some(found), None) => Traces::TakeUp(userfaults(found)?),
+            (None, None, Some(found)) => Traces::Borrow(userfaults(found)?),
+            _ => return Err(PyValueError::new_err("traces are left, taken up or borrowed")),
         };
         let file = duplicate(fd).map_err(errors::kernel)?;
         let region = |(contents, page_size): (Contents<'_>, usize)| Region { source: contents.source(), page_size };
@@ -161,6 +168,15 @@ impl Saver {
     #[getter]
     fn leaves_traces(&self) -> bool {
         self.with(|saver| saver.leaves_traces())
+    }
+
+    #[pyo3(signature = (bring = None))]
+    fn prepare(&self, py: Python<'_>, bring: Option<Py<PyAny>>) -> PyResult<()> {
+        let bring = |region: usize, first: usize, count: usize| {
+            let Some(call) = &bring else { return Ok(()) };
+            Python::attach(|py| call.call1(py, (region, first, count))).map(drop).map_err(io::Error::other)
+        };
+        py.detach(|| self.with(|saver| saver.prepare(&bring))).map_err(raised)
     }
 
     fn begin(&self, py: Python<'_>) -> PyResult<f64> {

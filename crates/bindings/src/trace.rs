@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use pageferry_engine::{pages, trace};
@@ -6,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::errors;
 use crate::pages::PageSet;
-use crate::space::{SegmentTuple, segments};
+use crate::space::{self, SegmentTuple, segments};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Trace {
@@ -38,14 +39,20 @@ fn on_sets(
 #[pymethods]
 impl Trace {
     #[new]
-    #[pyo3(signature = (segments, release_after = 0, large = None))]
+    #[pyo3(signature = (segments, release_after = 0, large = None, userfaults = None))]
     fn new(
         py: Python<'_>,
         segments: Vec<SegmentTuple<'_>>,
         release_after: usize,
         large: Option<Vec<Vec<bool>>>,
+        userfaults: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
         let plain = self::segments(segments);
+        if let Some(found) = userfaults {
+            let known = space::userfaults(found)?;
+            let inner = py.detach(|| trace::Trace::put_on(plain, &known)).map_err(errors::kernel)?;
+            return Ok(Self { inner: Mutex::new(Some(inner)) });
+        }
         let inner = py
             .detach(|| trace::Trace::install(plain, &large.unwrap_or_default(), release_after))
             .map_err(errors::adopt)?;

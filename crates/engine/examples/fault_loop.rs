@@ -68,7 +68,7 @@ fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
                         let to = ours.page(at / SMALL_PAGE);
                         // SAFETY: both are 64 KiB long, and nobody has this unit mapped yet.
                         unsafe { std::ptr::copy_nonoverlapping(contents[at..].as_ptr(), to, UNIT) };
-                        let _ = uffd.resolve(theirs.address() + at as u64, UNIT as u64, SMALL_PAGE as u64);
+                        let _ = uffd.resolve(theirs.address() + at as u64, UNIT as u64, SMALL_PAGE as u64, false);
                     }
                 }
             }

@@ -23,6 +23,7 @@ const UFFDIO_CONTINUE: u64 = ioc(READ | WRITE, UFFD, 0x07, size_of::<UffdioConti
 const UFFDIO_POISON: u64 = ioc(READ | WRITE, UFFD, 0x08, size_of::<UffdioPoison>());
 const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_CONTINUE == 0xc020_aa07 && UFFDIO_POISON == 0xc020_aa08);
 
+const CONTINUE_MODE_WP: u64 = 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_REMOVE: u8 = 0x15;
 const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
@@ -106,12 +107,14 @@ impl Userfault {
 
     /// Maps pages of `page` bytes from the page cache and wakes who waits for them. Those that are mapped already, and
     /// holes, are stepped over; while the address space changes nothing is mapped. Either way the access is tried again.
-    pub fn resolve(&self, start: u64, len: u64, page: u64) -> io::Result<()> {
+    /// `protect`: write-protected, in a range that is registered for that.
+    pub fn resolve(&self, start: u64, len: u64, page: u64, protect: bool) -> io::Result<()> {
         let (mut at, end) = (start, start + len);
+        let mode = if protect { CONTINUE_MODE_WP } else { 0 };
         let mut stepped = false;
         while at < end {
             let range = UffdioRange { start: at, len: end - at };
-            let mut argument = UffdioContinue { range, mode: 0, mapped: 0 };
+            let mut argument = UffdioContinue { range, mode, mapped: 0 };
             // SAFETY: only installs page-table entries for pages of the file that is mapped there.
             let result = unsafe { ioctl(self, UFFDIO_CONTINUE, &mut argument) };
             at += u64::try_from(argument.mapped).unwrap_or(0);

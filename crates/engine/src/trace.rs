@@ -224,6 +224,25 @@ impl Trace {
         Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
     }
 
+    /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a pager
+    /// that is held ([`crate::pager::Pager::hold`]). They stay when this is dropped, and go when the pager is released.
+    ///
+    /// # Errors
+    /// ENOENT where a part of a segment is not registered, or no userfaultfd is given for its process; ESRCH.
+    pub fn put_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
+        let begin = Instant::now();
+        let mut armed = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let found = userfaults.get(&segment.space.pid());
+            let uffd = found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?.clone();
+            uffd.write_protect(segment.address, segment.len, true)?;
+            let (large, released) = (Vec::new(), Mutex::default());
+            armed.push(Armed { segment, uffd, large, released, gone: AtomicBool::new(false) });
+        }
+        let (armed, install) = (Arc::new(armed), begin.elapsed());
+        Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
+    }
+
     /// How long the installation of the protections took.
     pub fn install_time(&self) -> Duration {
         self.install
@@ -271,9 +290,10 @@ impl Trace {
         Ok(())
     }
 
-    /// Takes the traces off one segment, by its number: what is written there from now on is not reported.
+    /// Takes the traces off one segment, by its number: what is written there from now on is not reported. Not for
+    /// traces that are lent.
     pub fn release(&self, segment: usize) -> io::Result<()> {
-        let Some(armed) = self.armed.get(segment) else { return Ok(()) };
+        let Some(armed) = self.armed.get(segment).filter(|_| !self.lent) else { return Ok(()) };
         let mut released = armed.released();
         released.clear();
         armed.gone.store(true, Ordering::Release);

@@ -5,6 +5,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+/// How long a call is tried again while an address space changes.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
     (direction << 30) | ((size as u64) << 16) | (group << 8) | number
@@ -63,7 +67,7 @@ pub struct UffdioWriteprotect {
 pub struct UffdioContinue {
     /// The range to map from the page cache.
     pub range: UffdioRange,
-    /// 0, or CONTINUE_MODE_DONTWAKE.
+    /// A set of `CONTINUE_MODE_*`.
     pub mode: u64,
     /// Out: bytes mapped, or a negative errno.
     pub mapped: i64,
@@ -308,11 +312,15 @@ impl AsRawFd for Userfault {
     }
 }
 
-/// EAGAIN from a userfaultfd means that the layout of the address space changes at this moment: try again.
+/// EAGAIN from a userfaultfd means that the layout of the address space changes at this moment: try again. Where nobody
+/// reads what it has to tell, that moment does not end.
 fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let begin = Instant::now();
     loop {
         match call() {
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && begin.elapsed() < PATIENCE => {
+                std::thread::yield_now();
+            }
             other => return other,
         }
     }

@@ -19,7 +19,6 @@ from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.pager_server import PagerServer
 
 log = getLogger(__name__)
@@ -68,11 +67,6 @@ class RestoredArena(Arena):
             self.register(name)
         self.lifecycle.resume(self)
         return self
-
-    def workload(self) -> LocalWorkload:
-        """As of `Arena`. All contents are brought first: whoever works on it needs its page tables for himself."""
-        self.load()
-        return super().workload()
 
     def collapse(self) -> int:
         """As of `Arena`. All contents are brought first: a large page that is not all there must not be mapped."""
@@ -210,7 +204,7 @@ def _before_fork() -> None:
     One that only executes a program does not come here.
     """
     for arena in list(_restoring):
-        arena.load()
+        arena.ensure(0, arena.length)
         _inherit(arena, _MADV_DOFORK)
         _restoring.discard(arena)
 

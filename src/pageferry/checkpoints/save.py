@@ -22,8 +22,10 @@ from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
+from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import Workload
+from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
 from pageferry.workloads.settling import settled
@@ -53,8 +55,6 @@ async def checkpoint(
     saved = workload.workload() if isinstance(workload, Arena) else workload
     if isinstance(saved, ProcessWorkload):
         options["mode"] = "stop"  # nothing but being stopped keeps its memory as it is
-    else:
-        await settled(saved, traces=False)
     save = Save(saved, Path(path), Options(**options), listener)
     if parent is not None:
         save.build_on(ImageFile(parent))
@@ -74,6 +74,8 @@ class Save:
         self.spent: dict[str, float] = {}
         self.created = 0.0
         self.paused = False
+        self.hold: Hold | None = None
+        """Of a workload whose memory is still coming."""
         self.tracking: Tracking | None = None
         self.tracked = False
         self.means: Means = "none"
@@ -105,6 +107,7 @@ class Save:
         finally:
             if self.tracking is not None:
                 await asyncio.shield(asyncio.to_thread(self.tracking.finish, None))
+            await asyncio.shield(self._let_go())
             self.__dict__.pop("saver", None)  # and with them their mappings, which an error would keep for long
             self.__dict__.pop("memory", None)
 
@@ -113,21 +116,40 @@ class Save:
         if isinstance(self.workload, ProcessWorkload):
             self.memory = self.workload.memory()
         else:
+            if self.options.mode == "lazy":
+                self.hold = await holding.held(self.workload)
+            else:
+                await settled(self.workload, traces=False)
             self.memory = Memory(self.workload)
-            self.tracking = Tracking(self.workload, self.memory, self.parent, self.options)
+            self.tracking = Tracking(self.workload, self.memory, self.parent, self.options, self.hold)
             await self._native(self.tracking.take_up)
-        self.large = await self._native(self.memory.large_units)
-        self.present = self.memory.present()
+        self.large = await self._native(self._large_units)
+        self.present = self.memory.present() if self.hold is None else self.memory.size
         try:
             return await self._save_once(file)
         except LookupError as lost:
             # The trace since the parent was no help: once more, comparing with the parent.
             assert self.tracking is not None
+            assert not isinstance(self.workload, ProcessWorkload)
             tracking, why = self.tracking, str(lost)
             await self._native(lambda: tracking.lost(why))
+            if self.hold is not None:
+                # What was still to come has come by now, in all likelihood.
+                await self._let_go()
+                await settled(self.workload, traces=False)
             os.ftruncate(file, 0)
             os.lseek(file, 0, os.SEEK_SET)
             return await self._save_once(file)
+
+    async def _let_go(self) -> None:
+        """The pager may end, and the trace that was put on by its userfaultfd goes."""
+        if self.hold is not None:
+            hold, self.hold = self.hold, None
+            await asyncio.to_thread(hold.release)
+
+    def _large_units(self) -> list[list[bool]]:
+        units = self.memory.large_units()
+        return units if self.hold is None else holding.with_large(units, self.hold)
 
     async def _save_once(self, file: int) -> tuple[int, int, int, int]:
         await self.workload.prepare_pause()
@@ -143,6 +165,7 @@ class Save:
         """Protect, pause for the state and the instant, and save while the workload runs."""
         self.saver = await self._native(lambda: self._open_saver(file, self.memory.segments))
         try:
+            await self._prepare()
             self._tell_armed()
             with self._measure("downtime"):
                 await self._pause()
@@ -163,6 +186,7 @@ class Save:
             state = await self._save_state()
             self.saver = await self._native(lambda: self._open_saver(file, self._traced_segments()))
             try:
+                await self._native(self.saver.prepare)
                 self._tell_armed()
                 with self._measure("save"):
                     self.saver.begin()
@@ -197,6 +221,23 @@ class Save:
             **traces,
         )
 
+    async def _prepare(self) -> None:
+        """Where a trace tells what to save: rounds while the workload runs. What is still to come is brought first."""
+        hold, saver = self.hold, self.saver
+        if hold is None:
+            await self._native(saver.prepare)
+            return
+        telling = asyncio.create_task(self._keep_telling())
+        try:
+            await self._native(lambda: saver.prepare(_telling(hold)), cancel=hold.cancel)
+        finally:
+            telling.cancel()
+
+    async def _keep_telling(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL)
+            self._tell_progress()
+
     # -- the pause
 
     async def _pause(self) -> None:
@@ -220,8 +261,9 @@ class Save:
         """Everything as it was: the workload runs, on its large mappings."""
         if self.paused:
             await self.workload.resume()
-        if self.options.mode == "lazy" and not (self.tracking is not None and self.tracking.leaves):
-            # Under a trace that stays they cannot be large.
+        stays = self.hold is not None or (self.tracking is not None and self.tracking.leaves)
+        if self.options.mode == "lazy" and not stays:
+            # Under a trace that stays they cannot be large; what is still to come is mapped large when it is there.
             await asyncio.to_thread(self.memory.restore_large_mappings, self.large)
 
     # -- saving
@@ -255,12 +297,15 @@ class Save:
             parent=self.parent.as_parent() if self.parent is not None else None,
         )
 
-    async def _native(self, call: Callable[[], T]) -> T:
-        """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled."""
+    async def _native(self, call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
+        """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled; `cancel` is
+        called then."""
         task = asyncio.ensure_future(asyncio.to_thread(call))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
+            if cancel is not None:
+                cancel()
             with contextlib.suppress(Exception):
                 await task
             raise
@@ -348,6 +393,16 @@ class Save:
             ),
             compression=round(stats["data"] * 4096 / stats["stored"], 3) if stats["stored"] else 1.0,
         )
+
+
+def _telling(hold: Hold) -> Callable[[int, int, int], None]:
+    """Brings pages, and comes to a fault point when it has."""
+
+    def bring(region: int, first: int, count: int) -> None:
+        hold.ensure(region, first, count)
+        fault_point("checkpoint.part-brought")
+
+    return bring
 
 
 def _bits(units: list[bool]) -> bytes:

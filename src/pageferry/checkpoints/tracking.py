@@ -11,6 +11,7 @@ from pageferry.host.faults import fault_point
 from pageferry.workloads import following
 from pageferry.workloads.base import Workload
 from pageferry.workloads.following import Unusable
+from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
 
 Means = Literal["trace", "compare", "none"]
@@ -22,12 +23,15 @@ class Descriptors(TypedDict, total=False):
 
     leave: dict[int, int]
     take_up: dict[int, int]
+    borrow: dict[int, int]
 
 
 class Tracking:
     """The traces of one checkpoint. Its calls may take a process a millisecond: they are not for the event loop."""
 
-    def __init__(self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options) -> None:
+    def __init__(
+        self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options, hold: Hold | None
+    ) -> None:
         self.workload = workload
         self.memory = memory
         self.parent = parent
@@ -35,11 +39,15 @@ class Tracking:
         self.leaves = chained and options.mode == "lazy"
         self.means: Means = "none" if parent is None else "compare"
         self.note = ""
+        self._hold = hold
         self._ours: dict[int, int] = {}
 
     def take_up(self) -> None:
         """Look for a trace since the parent. Where there is none that can be used, nothing of it is left."""
-        if self.parent is not None:
+        if self._hold is not None:
+            self.note = "its memory was still coming"
+            self.leaves = False  # a trace by the userfaultfd of a pager goes with the pager
+        elif self.parent is not None:
             try:
                 self._ours = following.take_up(self.workload, self.memory.segments, _identity(self.parent))
                 self.means = "trace"
@@ -51,12 +59,15 @@ class Tracking:
 
     def lost(self, why: str) -> None:
         """The trace cannot be used after all."""
-        self.note, self.means = why, "compare"
+        self.note, self.means = why, "none" if self.parent is None else "compare"
+        self._hold = None
         self._let_go()
         following.forget(self.workload)
 
     def descriptors(self) -> Descriptors:
         """For the saver, which is to be made now."""
+        if self._hold is not None:
+            return {"borrow": self._hold.userfaults}
         if self.means == "trace":
             return {"take_up": self._ours}
         if not self.leaves:

@@ -33,10 +33,12 @@ from pageferry.migration.ownership import RECORD, Committed, Verdicts
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
 from pageferry.migration.trust import Trust
+from pageferry.workloads import following
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import Workload
 from pageferry.workloads.folders import folder_of
+from pageferry.workloads.holding import Hold, held
 from pageferry.workloads.settling import settled
 
 _reports: set[asyncio.Task[None]] = set()
@@ -59,22 +61,40 @@ async def migrate(
     trust = chosen.trust()
     target = resolve(address, insecure=chosen.insecure, what="destination", trust=trust)
     moved = workload.workload() if isinstance(workload, Arena) else workload
-    await settled(moved)
     folder = folder_of(moved)
     if folder is not None and folder.load(RECORD, Committed) is not None and not await moved.running():
         raise WorkloadError(
             f"{moved.name} was given away by an earlier migration whose outcome is not known here: ask for it with "
             f"pageferry migrate {moved.name} --recover"
         )
+    hold = await _page_tables(moved, chosen)
     try:
-        return await Source(moved, chosen, listener, folder, trust).run(target)
+        return await Source(moved, chosen, listener, folder, trust, hold).run(target)
     except WorkloadDied as died:
         raise WorkloadDied(f"{moved.name} has ended during its migration to {target}: {died}. Start it anew") from died
     except (AuthenticationError, ConnectionLost, PeerRefused, ProtocolError) as error:
         raise type(error)(f"{error}. {moved.name} runs on here, and can be migrated again") from error
     finally:
+        if hold is not None:
+            await asyncio.shield(asyncio.to_thread(hold.release))
         if isinstance(workload, Arena):
             moved.close()  # whoever asks what became of it later is another controller
+
+
+async def _page_tables(workload: Workload, options: Options) -> Hold | None:
+    """See to it that traces can be put on. A hold on the pager of a workload whose memory is still coming."""
+    if options.mode == "postcopy":
+        # Everything is asked for when it runs elsewhere: then it must be here.
+        await settled(workload)
+        return None
+    hold = await held(workload)
+    try:
+        await asyncio.to_thread(following.forget, workload)
+    except BaseException:
+        if hold is not None:
+            await asyncio.shield(asyncio.to_thread(hold.release))
+        raise
+    return hold
 
 
 async def receive(

@@ -31,6 +31,7 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages, postcopy_source, switch
 from pageferry.migration.channel import Channel
+from pageferry.migration.coming import bring_rest, send_as_it_comes
 from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
 from pageferry.migration.missing import send_missing
@@ -41,6 +42,7 @@ from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.holding import Hold, with_large
 from pageferry.workloads.memory import Memory
 
 log = getLogger(__name__)
@@ -55,7 +57,8 @@ PORTION = (256 << 20) // SMALL_PAGE
 
 class Source:
     """One migration of one workload. `folder`: where its durable records go; None for a workload without a name.
-    `trust`: who is believed to be the destination; None for a migration in the clear."""
+    `trust`: who is believed to be the destination; None for a migration in the clear. `hold`: on the pager of a
+    workload whose memory is still coming; the caller's to release."""
 
     def __init__(
         self,
@@ -64,10 +67,14 @@ class Source:
         listener: Listener,
         folder: Folder | None = None,
         trust: Trust | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self.workload = workload
         self.options = options
         self.trust = trust
+        self.hold = hold
+        self.coming = hold is not None
+        """Not everything is in memory here."""
         self.listener = listener
         self.folder = folder
         self.migration = secrets.token_hex(16)
@@ -126,7 +133,7 @@ class Source:
         welcome = await self.channel.receive(messages.Welcome)
         await self._connect_streams(address, welcome.token)
         self.hot = self.memory.page_sets()
-        self.large = await off_loop(self.memory.large_units)
+        self.large = await off_loop(self._large_units)
         if not self.postcopy:
             await self._install_trace()
         self._tell_setup()
@@ -172,9 +179,16 @@ class Source:
 
     async def _install_trace(self) -> None:
         """One helper thread installs the traces; nobody in the workload is stopped for it."""
-        large = self.memory.collapsible(self.large)
-        trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after, large))
+        if (hold := self.hold) is None:
+            large = self.memory.collapsible(self.large)
+            trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after, large))
+        else:
+            trace = await off_loop(lambda: Trace(self.memory.segments, userfaults=hold.userfaults))
         self.trace, self.install_seconds = trace, trace.install_seconds
+
+    def _large_units(self) -> list[list[bool]]:
+        units = self.memory.large_units()
+        return units if self.hold is None else with_large(units, self.hold)
 
     def _tell_setup(self) -> None:
         self.listener(
@@ -205,6 +219,8 @@ class Source:
             started = time.perf_counter()
             before = self.sender.progress
             left = await self._send_round(pages)
+            if not any(left):
+                self.coming = False  # the first round is of everything
             covered = _covered(before, self.sender.progress)
             pages_sent = _count(pages) - _count(left)
             fault_point("source.between-rounds")
@@ -279,9 +295,12 @@ class Source:
         number, sender = self.barriers, self.sender
         await self.channel.send(messages.Round(number=number))
         fault_point("source.in-round")
-        await self.channel.during(
-            off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
-        )
+        if self.coming and self.hold is not None:
+            await self.channel.during(send_as_it_comes(self.hold, sender, self.memory.mappings, pages, number))
+        else:
+            await self.channel.during(
+                off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
+            )
         done = await self.channel.receive(messages.RoundDone)
         if done.number != number:
             raise ProtocolError(f"the peer finished round {done.number}, expected {number}")
@@ -350,6 +369,9 @@ class Source:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
         preparing = asyncio.create_task(self.workload.prepare_pause())
         try:
+            if self.coming and self.hold is not None:
+                await self.channel.during(bring_rest(self.hold, [region.pages for region in self.rest]))
+                self.coming = False
             if any(self.rest) and not self.postcopy:
                 await self._send_round(self.rest)
         finally:
@@ -474,7 +496,8 @@ class Source:
         finally:
             if self.trace is not None:
                 await self._remove_trace()
-                await off_loop(lambda: self.memory.restore_large_mappings(self.large))
+                if self.hold is None:  # else its pager maps them, when everything is there
+                    await off_loop(lambda: self.memory.restore_large_mappings(self.large))
 
     async def _remove_trace(self) -> None:
         if self.trace is not None:

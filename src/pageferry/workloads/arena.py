@@ -76,6 +76,8 @@ class Arena(_engine.Mapping):
     large_pages_by: LargePagesBy
     """How large pages come about: `tmpfs`, at first touch (as root); `collapse`, by `collapse()`; `none`, not wanted;
     `file`, as in the file that was given."""
+    pager: _engine.Pager | None = None
+    """What brings its contents, where they were not there from the start."""
     received_state: bytes | None = None
     """State that came with a received arena and had no callback to go to."""
 

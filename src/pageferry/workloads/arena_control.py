@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.host import proc
 from pageferry.workloads.base import SMALL_PAGE, Faults, Identity, Region, Segment
@@ -58,6 +59,11 @@ class ArenaControl:
         own = Segment(os.getpid(), arena.address, arena.length, 0)
         segments = (own, *inherited_segments(arena.fileno(), arena.length))
         return (Region("arena", arena.length, arena.fileno(), 0, SMALL_PAGE, segments),)
+
+    @property
+    def pager(self) -> Pager | None:
+        """Of an arena that is restored."""
+        return self._arena.pager
 
     def pause(self) -> None:
         """Call `on_pause`."""

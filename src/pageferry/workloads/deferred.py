@@ -12,8 +12,9 @@ They go when everything is there, and a last one comes::
 
     restored.json   what the pager said at its end: a Status, with what was touched
 
-Who reads the memory of a workload past its page tables asks `ensure` first; who
-needs its page tables for himself (a migration, a checkpoint) asks for all of it with `settle`.
+Who reads the memory of a workload past its page tables asks `ensure` first. A migration or a checkpoint puts
+traces on its page tables, and holds the pager for that: see `holding`. Who needs them for himself asks for everything,
+with `settle`.
 """
 
 from __future__ import annotations
@@ -99,9 +100,12 @@ class Arriving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """A question to a pager. `ensure` is answered when the pages are there, `settle` when nothing traps any more."""
+    """A question to a pager. `ensure` is answered when the pages are there, `settle` when nothing traps any more.
 
-    what: Literal["status", "touched", "ensure", "settle", "stop"]
+    `hold` is answered by `HoldGiven`, and holds until `release`, or until the connection is closed.
+    """
+
+    what: Literal["status", "touched", "ensure", "settle", "hold", "release", "stop"]
     region: int = 0
     first: int = 0
     """Page of the region; of `touched`, the number of windows that are known already."""
@@ -109,8 +113,22 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the region."""
 
 
+class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to `hold`."""
+
+    pager: int
+    """Pid of the pager's process."""
+    userfaults: dict[int, int] | None = None
+    """Process of the workload -> number of its userfaultfd, in the pager's process. None: it is not held, because it
+    cannot be, because everything is there, or because it is `busy`."""
+    large: list[bytes] = []
+    """Per region, a byte for each 2 MiB unit: 1 where it will stand on a large page."""
+    busy: bool = False
+    """Somebody else holds it."""
+
+
 class Status(Event, frozen=True, kw_only=True, tag="pager"):
-    """The answer to every question."""
+    """The answer to every other question."""
 
     image: str
     pager: int
@@ -165,14 +183,24 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
                 if _is_over(folder, failed):
                     (folder.path / SOCKET).unlink(missing_ok=True)  # so that the next one need not wait
                     return None
-                raise RestoreError(
-                    f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from "
-                    f"{_next_pager(folder)} starts another pager"
-                ) from failed
+                raise gone(folder, failed) from failed
         time.sleep(0.02)
+    check(status)
+    return status
+
+
+def check(status: Status) -> None:
+    """Raises what the pager has to say of what it could not do: RestoreError, ImageError."""
     if status.error is not None:
         raise RestoreError(status.error) if status.paused is not None else ImageError(status.error)
-    return status
+
+
+def gone(folder: Folder, failed: Exception) -> RestoreError:
+    """What is to be said when a pager does not answer."""
+    return RestoreError(
+        f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from "
+        f"{_next_pager(folder)} starts another pager"
+    )
 
 
 def _is_over(folder: Folder, failed: Exception) -> bool:

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
+from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.workloads.base import Faults, Identity, Region, Witness
 
@@ -48,6 +49,10 @@ class Controlled(Protocol):
     @property
     def regions(self) -> tuple[Region, ...]:
         """As of `Workload`."""
+
+    @property
+    def pager(self) -> Pager | None:
+        """As of `LocalWorkload`."""
 
     def pause(self) -> None:
         """As of `Workload`."""
@@ -169,6 +174,11 @@ class LocalWorkload:
     def identity(self) -> Identity:
         """What this workload is."""
         return self._lifecycle.workload.identity
+
+    @property
+    def pager(self) -> Pager | None:
+        """What brings its contents, in this process; None where all were there from the start."""
+        return self._lifecycle.workload.pager
 
     async def prepare_pause(self) -> None:
         """Nothing: callbacks are for the pause itself."""

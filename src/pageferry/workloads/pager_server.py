@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -13,10 +14,34 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.deferred import MOST_TOUCHED, Ask, Status
+from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, Status
 
 Failure = tuple[int, int, bool, str]
 """As in `Pager.failures`."""
+
+
+class _Hold:
+    """What one client holds; gone with its connection."""
+
+    def __init__(self, pager: Pager) -> None:
+        self._pager = pager
+        self._held = False
+
+    def give(self, regions: int) -> HoldGiven:
+        """Hold the pager for it."""
+        try:
+            userfaults = self._pager.hold()
+        except OSError as error:
+            return HoldGiven(pager=os.getpid(), busy=error.errno == errno.EBUSY)
+        self._held = userfaults is not None
+        large = [bytes(self._pager.large(region)) for region in range(regions)]
+        return HoldGiven(pager=os.getpid(), userfaults=userfaults, large=large)
+
+    def release(self) -> None:
+        """Let go of it, if it is held."""
+        if self._held:
+            self._held = False
+            self._pager.release()
 
 
 class PagerServer:
@@ -39,14 +64,18 @@ class PagerServer:
         self._listener.bind(str(self.path))
         os.chmod(self.path, 0o600)
         self._listener.listen(16)
+        self._connections: set[socket.socket] = set()
         threading.Thread(target=self._accept, name="pageferry-pager", daemon=True).start()
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Answer nobody any more: what is being answered is the last that each client hears."""
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
     def status(self, error: str | None = None, touched: Sequence[int] = ()) -> Status:
         """How far it is."""
@@ -88,14 +117,25 @@ class PagerServer:
             threading.Thread(target=self._serve, args=(connection,), name="pageferry-pager", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                lines.write(msgspec.json.encode(self._answer(line)) + b"\n")
-                lines.flush()
-
-    def _answer(self, line: bytes) -> Status:
+        self._connections.add(connection)
+        hold = _Hold(self.pager)
         try:
-            return self._do(msgspec.json.decode(line, type=Ask))
+            with connection, connection.makefile("rwb") as lines, contextlib.suppress(OSError):
+                for line in lines:
+                    lines.write(msgspec.json.encode(self._answer(line, hold)) + b"\n")
+                    lines.flush()
+        finally:
+            hold.release()
+            self._connections.discard(connection)
+
+    def _answer(self, line: bytes, hold: _Hold) -> Status | HoldGiven:
+        try:
+            question = msgspec.json.decode(line, type=Ask)
+            if question.what == "hold":
+                return hold.give(len(self.regions))
+            if question.what == "release":
+                hold.release()
+            return self._do(question)
         except (ValueError, OSError) as error:
             return self.status(f"{self.origin}: {error}")
 
@@ -114,6 +154,6 @@ class PagerServer:
                 return self.status(touched=self.pager.touched[question.first :][:MOST_TOUCHED])
             case "stop":
                 self.asked_to_stop.set()
-            case "status":
+            case "status" | "hold" | "release":
                 pass
         return self.status()

@@ -1,6 +1,6 @@
 //! Contents into memory: load, install, map. What always holds: contents, then flag, then map.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -30,6 +30,9 @@ pub enum LoadError {
     /// The peer that has it cannot be reached.
     #[error("the connection to the peer that has the page is lost: {0}")]
     Lost(String),
+    /// Another pager brings it, or will.
+    #[error("its pager has ended")]
+    Ended,
 }
 
 impl From<Arc<ImageError>> for LoadError {
@@ -134,6 +137,8 @@ pub struct Memory {
     pub removing: RwLock<()>,
     /// Windows in the order of their first fault.
     pub touched: Mutex<Vec<u32>>,
+    /// Whether contents that have come are mapped write-protected.
+    pub protecting: AtomicBool,
 }
 
 /// Buffers of one thread.
@@ -150,7 +155,8 @@ impl Memory {
         let pages = regions.last().map_or(0, Region::end);
         let claims = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
-        Self { regions, watched, flags, source, placer, counters, claims, removing, touched }
+        let protecting = AtomicBool::new(false);
+        Self { regions, watched, flags, source, placer, counters, claims, removing, touched, protecting }
     }
 
     /// Number of the region that a page is in.
@@ -177,7 +183,7 @@ impl Memory {
             let (run, others) = rest.split_at(count);
             rest = others;
             self.write(region, run, &scratch.contents)?;
-            self.map(region, first, first + count);
+            self.map_with(region, first, first + count, self.protecting.load(Ordering::Acquire));
         }
         Ok(())
     }
@@ -226,6 +232,10 @@ impl Memory {
 
     /// Maps what of `[first, end)` is in memory, wherever the workload maps it; wakes who waits.
     pub fn map(&self, region: usize, first: usize, end: usize) {
+        self.map_with(region, first, end, false);
+    }
+
+    fn map_with(&self, region: usize, first: usize, end: usize, protect: bool) {
         let found = &self.regions[region];
         let granule = found.granule();
         let (first, end) = if granule > 1 { (found.window(first).0, found.window(end - 1).1) } else { (first, end) };
@@ -233,20 +243,20 @@ impl Memory {
             let start = (start - found.base).next_multiple_of(granule);
             let stop = (stop - found.base) / granule * granule;
             if start < stop {
-                self.map_run(region, start, stop);
+                self.map_run(region, start, stop, protect);
             }
         }
     }
 
     /// Maps pages, counted in the region, all of which are in memory. An error is of a process that ends.
-    fn map_run(&self, region: usize, start: usize, stop: usize) {
+    fn map_run(&self, region: usize, start: usize, stop: usize, protect: bool) {
         let page = self.regions[region].page_size as u64;
         for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
             let (first, last) = segment.extent();
             let (start, stop) = (start.max(first), stop.min(last));
             if start < stop {
                 let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
-                let _ = uffd.resolve(address, ((stop - start) * SMALL_PAGE) as u64, page);
+                let _ = uffd.resolve(address, ((stop - start) * SMALL_PAGE) as u64, page, protect);
             }
         }
     }
@@ -293,9 +303,9 @@ impl Memory {
         let unit = (page - found.base) / SLOTS * SLOTS;
         let (head, tail) = (found.base + unit, found.base + unit + SLOTS);
         if tail <= found.end() && self.flags.next(head, tail).is_none() && self.is_large(region, unit) {
-            self.map_run(region, unit, unit + SLOTS);
+            self.map_run(region, unit, unit + SLOTS, false);
         } else {
-            self.map_run(region, start - found.base, stop - found.base);
+            self.map_run(region, start - found.base, stop - found.base, false);
         }
         Ok(())
     }

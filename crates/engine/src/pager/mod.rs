@@ -22,13 +22,14 @@ mod blocks;
 mod demand;
 mod evict;
 mod flags;
+mod hold;
 mod memory;
 mod peer;
 mod source;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,7 @@ use thiserror::Error;
 use blocks::{Blocks, Fetched};
 use demand::Inbox;
 pub use flags::{Flags, file_len};
+use hold::Held;
 pub use memory::{Counters, LoadError};
 use memory::{Memory, Region, Scratch, Watched};
 use peer::Peer;
@@ -60,6 +62,8 @@ const SERVERS: usize = 2;
 const MAX_REST: usize = 32;
 /// From so many pages on, whole storage blocks are brought.
 const MANY: usize = 1024;
+/// Pages that are brought for others before it is looked whether all shall end.
+const MOST: usize = 4096;
 /// How often the mappings of pages to come are taken away from a workload that makes them again.
 const ATTEMPTS: usize = 4;
 /// How often one looks whether everything is there: where it is being brought, and where only accesses bring it.
@@ -73,6 +77,8 @@ pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
     | uapi::FEATURE_MISSING_HUGETLBFS
     | uapi::FEATURE_MINOR_SHMEM
     | uapi::FEATURE_MINOR_HUGETLBFS;
+/// Those that others need who put write traces on by it ([`Pager::hold`]).
+pub const TRACE_FEATURES: u64 = crate::trace::FEATURES;
 
 /// Why a pager could not begin.
 #[derive(Debug, Error)]
@@ -175,6 +181,11 @@ struct Shared {
     whole_blocks: bool,
     evicting: AtomicBool,
     fatal: bool,
+    held: Mutex<Held>,
+    /// Which units of each region stand on large pages when their contents are there.
+    large: Vec<Vec<bool>>,
+    /// Held by who brings pages for others; alone by who ends it: then nobody writes contents any more.
+    bringing: RwLock<()>,
 }
 
 impl Shared {
@@ -316,6 +327,7 @@ impl Pager {
             Origin::Peer(link) => Source::Peer(Peer::new(taken(link)?)),
         };
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
+        let large = plan.targets.iter().map(|target| target.large.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
         let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
         let memory = Memory::new(regions, watched, flags, source, placer);
@@ -332,18 +344,26 @@ impl Pager {
             whole_blocks: plan.whole_blocks,
             evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
+            held: Mutex::new(Held::No),
+            large,
+            bringing: RwLock::default(),
         });
         let abandoned = AtomicBool::new(false);
         let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default(), abandoned };
         pager.spawn_readers()?;
         pager.spawn_servers()?;
+        if plan.begin == Begin::TakenOver {
+            // Of who held the pager before us. Not earlier: while a discard waits to be read, it cannot be done.
+            hold::unprotect(&shared.memory);
+        }
         let rest = shared.clone();
         pager.spawn("pf-rest", move || background::install_rest(&rest, &jobs))?;
         let (set, everything) = (plan.working_set, plan.background);
         pager.spawn("pf-fill", move || {
             background::fill(&shared, &set, everything);
-            let unfinished = || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.count() > 0;
-            while !shared.stopping() && unfinished() {
+            let unfinished =
+                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.count() > 0;
+            while !shared.stopping() && (unfinished() || !shared.may_end()) {
                 std::thread::sleep(if everything { SOON } else { LATER });
             }
             if !shared.stopping() {
@@ -473,11 +493,25 @@ impl Pager {
         let pages = found.mapping.pages();
         let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
         let (memory, mut scratch) = (&self.shared.memory, Scratch::default());
-        if end - start < MANY {
-            memory.load(start, end, &mut scratch)
-        } else {
-            memory.load_many(start, end, &mut scratch)
+        let _bringing = self.shared.bringing.read().unwrap_or_else(PoisonError::into_inner);
+        for first in (start..end).step_by(MOST) {
+            let last = end.min(first + MOST);
+            // The next pager may be at it already: what we wrote now could be late.
+            if self.shared.stopping() && memory.flags.next(first, last).is_some() {
+                return Err(LoadError::Ended);
+            }
+            if last - first < MANY {
+                memory.load(first, last, &mut scratch)?;
+            } else {
+                memory.load_many(first, last, &mut scratch)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Which 2 MiB units of a region stand on large pages when their contents are there.
+    pub fn large(&self, region: usize) -> &[bool] {
+        self.shared.large.get(region).map_or(&[], Vec::as_slice)
     }
 
     /// Maps what is in memory already: large pages of which nothing is missing as such, the rest page by page (S1). For
@@ -514,6 +548,7 @@ impl Pager {
             let _ = thread.join();
         }
         self.join_readers();
+        drop(self.shared.bringing.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Ends all threads for a workload that will never run on this memory: whoever still waits for a page goes on, and

@@ -75,6 +75,9 @@ pub enum SaveError {
     /// The image cannot be written.
     #[error("the image cannot be written: {0}")]
     Write(io::Error),
+    /// Contents that are still to come cannot be had: what was said of that.
+    #[error("{0}")]
+    Bring(io::Error),
     /// Memory cannot be read, or protected.
     #[error("memory of the workload cannot be worked on: {0}")]
     Memory(io::Error),
@@ -124,6 +127,17 @@ pub enum Traces {
     Leave(Userfaults),
     /// By these, on since the parent was saved, and from this instant on for the next.
     TakeUp(Userfaults),
+    /// By these, which are those of a pager that is held: contents are still to come, and it stays so.
+    Borrow(Userfaults),
+}
+
+/// How pages are found that no trap brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// By the sweep.
+    Swept,
+    /// By a trace; those that it does not tell of are as in the parent, or else not in memory.
+    InRounds { as_parent: bool },
 }
 
 /// A region to save.
@@ -141,7 +155,7 @@ pub struct Saver {
     shared: Arc<Shared>,
     start: Option<Sender<()>>,
     rounds: Option<Rounds>,
-    traced: bool,
+    leaves: bool,
     threads: Vec<JoinHandle<()>>,
     classifier: Option<JoinHandle<Classified>>,
     writer: Option<JoinHandle<Written>>,
@@ -154,6 +168,8 @@ impl Saver {
     /// With `parent` (a chain over the same regions), pages that it holds are not stored again.
     ///
     /// Without segments nothing is protected: then the workload must stay paused until the end.
+    ///
+    /// With traces that are taken up, or borrowed, [`prepare`](Self::prepare) comes first.
     ///
     /// # Errors
     /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
@@ -172,9 +188,16 @@ impl Saver {
         let areas = layout::areas(regions, options.trap_block);
         let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
+        let leaves = matches!(traces, Traces::TakeUp(_));
+        if leaves && parent.is_none() {
+            return Err(SaveError::Untraceable("there is no parent"));
+        }
         let (armed, follow, trace) = match traces {
             Traces::Without => (traps::register(segments)?, None, None),
             Traces::Leave(userfaults) => (traps::register(segments)?, Some(Follow::new(userfaults, areas.len())), None),
+            Traces::Borrow(userfaults) => {
+                (Vec::new(), None, Some(Trace::put_on(segments, &userfaults).map_err(trouble)?))
+            }
             Traces::TakeUp(userfaults) => {
                 let found = Trace::take_up(segments, &userfaults);
                 let lost = |_| SaveError::Untraceable("the trace since the parent is not on all of its memory");
@@ -189,37 +212,42 @@ impl Saver {
             shared,
             start: None,
             rounds: None,
-            traced: trace.is_some(),
+            leaves,
             threads: Vec::new(),
             classifier: None,
             writer: None,
             arm_time: Duration::ZERO,
         };
         let begin = Instant::now();
-        match (trace, &parent) {
-            (Some(trace), Some(chain)) => {
-                let chain = chain.clone();
-                let slots = saver.spawn(image, parent, true, options)?;
-                let mut rounds = Rounds::new(saver.shared.clone(), trace, slots, options.at_instant);
-                rounds.run(&chain)?;
-                saver.rounds = Some(rounds);
-            }
-            (Some(_), None) => return Err(SaveError::Untraceable("there is no parent")),
-            (None, _) => {
-                saver.spawn(image, parent, false, options)?;
-                saver.shared.protect_all().map_err(SaveError::Memory)?;
-            }
+        if let Some(trace) = trace {
+            let since = parent.clone().filter(|_| leaves);
+            let slots = saver.spawn(image, parent, Pages::InRounds { as_parent: leaves }, options)?;
+            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots, options.at_instant));
+        } else {
+            saver.spawn(image, parent, Pages::Swept, options)?;
+            saver.shared.protect_all().map_err(SaveError::Memory)?;
         }
         saver.arm_time = begin.elapsed();
         Ok(saver)
     }
 
-    /// `traced`: pages come in rounds, by the channel that is returned; the others are as in the parent.
+    /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else there
+    /// is nothing to be done. `bring` has pages of a region, (region, first, count), in memory before they are read.
+    pub fn prepare(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
+        let begin = Instant::now();
+        if let Some(rounds) = &mut self.rounds {
+            rounds.run(bring)?;
+        }
+        self.arm_time += begin.elapsed();
+        Ok(())
+    }
+
+    /// Pages in rounds come by the channel that is returned.
     fn spawn(
         &mut self,
         image: ImageWriter,
         parent: Option<Chain>,
-        traced: bool,
+        pages: Pages,
         options: &Options,
     ) -> Result<Sender<Copied>, SaveError> {
         let all = self.shared.clone();
@@ -247,13 +275,14 @@ impl Saver {
         }
         let (swept, bandwidth, rounds) = (shared.clone(), options.bandwidth, slots.clone());
         self.threads.push(background(&all, "pf-sweep", move || {
-            if started.recv().is_ok() && !traced {
+            if started.recv().is_ok() && pages == Pages::Swept {
                 sweep::run(&swept, &slots, bandwidth);
             }
             swept.release_all();
             drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
         })?);
-        let classifier = Classifier::new(shared.clone(), parent, traced, builders, full)?;
+        let as_parent = pages == Pages::InRounds { as_parent: true };
+        let classifier = Classifier::new(shared.clone(), parent, as_parent, builders, full)?;
         self.classifier = Some(background(&all, "pf-classify", move || classifier.run(&filled))?);
         for number in 0..options.packers.max(1) {
             let (to_pack, free, packed, buffers) = (to_pack.clone(), free.clone(), packed.clone(), buffers.clone());
@@ -286,7 +315,7 @@ impl Saver {
 
     /// Whether traces are on all memory from the instant on, once it is finished.
     pub fn leaves_traces(&self) -> bool {
-        self.traced || self.shared.follow.as_ref().is_some_and(Follow::whole)
+        self.leaves || self.shared.follow.as_ref().is_some_and(Follow::whole)
     }
 
     /// How long it took to protect everything while the workload ran; with a trace since the parent, to save in rounds.
@@ -385,6 +414,10 @@ fn thread<T: Send + 'static>(
         work()
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(watched).map_err(SaveError::Memory)
+}
+
+fn trouble(error: io::Error) -> SaveError {
+    if traps::is_gone(&error) { SaveError::Gone } else { SaveError::Memory(error) }
 }
 
 /// A thread that nobody waits for: the workload and the threads that serve its traps come first.

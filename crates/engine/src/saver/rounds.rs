@@ -1,4 +1,5 @@
-//! Saving what a trace has seen since the parent image (S2, S4): the rest is as it is there, and is not read.
+//! Saving what a trace has seen since the parent image (S2, S4): the rest is as it is there, and is not read. Or, of
+//! memory whose contents are still to come (S8), everything as it comes, and then what a trace has seen since.
 //!
 //! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough is
 //! left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied is
@@ -24,6 +25,11 @@ use crate::image::{Chain, PageEntry};
 use crate::pages::PageSet;
 use crate::trace::Trace;
 
+/// Pages that are brought at a time, 16 MiB.
+const PORTION: usize = 4096;
+
+const HUGE_PAGES_GONE: &str = "huge pages were given back";
+
 /// How often it is begun anew when memory is discarded meanwhile.
 const ATTEMPTS: usize = 3;
 
@@ -35,24 +41,36 @@ pub(super) struct Rounds {
     slots: Sender<Copied>,
     /// What may be left for the instant, pages.
     most: usize,
+    /// The parent since which the trace tells; without one, all of memory is to be saved.
+    since: Option<Chain>,
     /// Per region: what has to be saved, what has been, and what was in memory when it was looked at.
     dirty: Vec<PageSet>,
     saved: Vec<PageSet>,
     present: Vec<PageSet>,
+    ready: bool,
 }
 
 impl Rounds {
-    pub(super) fn new(shared: Arc<Shared>, trace: Trace, slots: Sender<Copied>, most: usize) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        trace: Trace,
+        since: Option<Chain>,
+        slots: Sender<Copied>,
+        most: usize,
+    ) -> Self {
         let empty = || shared.areas.iter().map(|area| PageSet::new(area.source.pages())).collect::<Vec<_>>();
         let (dirty, saved, present) = (empty(), empty(), empty());
-        Self { shared, trace, slots, most: most / SMALL_PAGE, dirty, saved, present }
+        Self { shared, trace, slots, most: most / SMALL_PAGE, since, dirty, saved, present, ready: false }
     }
 
     /// While the workload runs: saves until little enough is left.
-    pub(super) fn run(&mut self, parent: &Chain) -> Result<(), SaveError> {
+    pub(super) fn run(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
+        if self.since.is_none() {
+            self.save_all(bring)?;
+        }
         self.collect()?;
         for _ in 0..ATTEMPTS {
-            self.look(parent)?;
+            self.look()?;
             let mut left = self.count();
             while left > self.most {
                 self.save(false)?;
@@ -65,7 +83,11 @@ impl Rounds {
                 left = self.count();
             }
             if !self.discarded()? {
+                self.ready = true;
                 return Ok(());
+            }
+            if self.since.is_none() && self.shared.areas.iter().any(|area| area.hugetlb) {
+                return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
             }
             // What was saved may have been discarded since.
             self.dirty.iter_mut().zip(&self.saved).for_each(|(dirty, saved)| dirty.union(saved));
@@ -75,6 +97,9 @@ impl Rounds {
 
     /// The instant: the workload is paused.
     pub(super) fn end(mut self) -> Result<(), SaveError> {
+        if !self.ready {
+            return Err(SaveError::Memory(io::Error::other("the instant comes after `prepare`")));
+        }
         self.collect()?;
         self.save(true)?;
         if self.discarded()? {
@@ -106,9 +131,35 @@ impl Rounds {
         self.dirty.iter().map(PageSet::count).sum()
     }
 
+    /// The first round, of everything, as it comes.
+    fn save_all(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
+        for region in 0..self.shared.areas.len() {
+            let area = &self.shared.areas[region];
+            let (pages, hugetlb) = (area.source.pages(), area.hugetlb);
+            for first in (0..pages).step_by(PORTION) {
+                let end = pages.min(first + PORTION);
+                bring(region, first, end - first).map_err(SaveError::Bring)?;
+                let (from, to) = (first * SMALL_PAGE, end * SMALL_PAGE);
+                let source = &self.shared.areas[region].source;
+                let found = if hugetlb { source.data_ranges() } else { source.data_within(from, to) };
+                for (start, stop) in found.map_err(SaveError::Memory)? {
+                    let (start, stop) = (start.max(from) / SMALL_PAGE, stop.min(to).div_ceil(SMALL_PAGE));
+                    if start < stop {
+                        self.present[region].insert(start, stop);
+                        self.dirty[region].insert(start, stop);
+                    }
+                }
+                self.save(false)?;
+            }
+        }
+        self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Finds what is in memory, and pages that lost their contents without having been written to.
-    fn look(&mut self, parent: &Chain) -> Result<(), SaveError> {
-        let page_map = parent.images().first().map_or(&[][..], |image| image.page_map());
+    fn look(&mut self) -> Result<(), SaveError> {
+        let page_map =
+            self.since.as_ref().and_then(|parent| parent.images().first()).map_or(&[][..], |image| image.page_map());
         for (region, area) in self.shared.areas.iter().enumerate() {
             let mut present = PageSet::new(area.source.pages());
             for (start, end) in area.source.data_ranges().map_err(SaveError::Memory)? {
@@ -122,7 +173,7 @@ impl Rounds {
                 let there = present.contains(page);
                 if !there && area.hugetlb {
                     // There a hole cannot be told from data later, and to read it would allocate it.
-                    return Err(SaveError::Untraceable("huge pages were given back"));
+                    return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
                 }
                 if !there || area.source.is_zero(page).map_err(SaveError::Memory)? {
                     self.dirty[region].insert(page, page + 1);

@@ -84,15 +84,19 @@ impl Space {
 
     /// A userfaultfd of this address space with `features`, of which the process keeps its own copy (its number there
     /// is the second value; none for our own process): when we die, whoever waits for a page goes on waiting.
-    pub fn kept_userfault(&self, features: u64) -> Result<(Userfault, Option<u64>), AdoptError> {
+    ///
+    /// `wanted`: features that it has where the kernel has all of them.
+    pub fn kept_userfault(&self, features: u64, wanted: u64) -> Result<(Userfault, Option<u64>), AdoptError> {
+        // A refusal leaves it as it was.
+        let enable = |uffd: &Userfault| uffd.enable(features | wanted).or_else(|_| uffd.enable(features));
         if self.is_own() {
             let uffd = Userfault::own()?;
-            uffd.enable(features)?;
+            enable(&uffd)?;
             return Ok((uffd, None));
         }
         inject::on_stopped(self.pid, |stopped| {
             let (uffd, remote) = self.make_userfault(stopped, true)?;
-            if let Err(error) = uffd.enable(features) {
+            if let Err(error) = enable(&uffd) {
                 stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
                 return Err(error.into());
             }

@@ -1,0 +1,220 @@
+"""The page tables of a workload whose contents are still to come, for who does not wait until they are there (S8).
+
+A migration or a checkpoint puts write traces on, and memory has one userfaultfd at a time: that of the pager, without
+which missing pages would be zeros. So the pager is *held*: traces are put on by its userfaultfd, it does not end
+meanwhile, and it brings what is asked for. It takes the traces off when it is released, and when who holds it dies.
+If the pager dies, whatever is asked of it fails; the next one takes the traces off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import time
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from pageferry._engine import Pager, Space
+from pageferry.errors import ImageError, RestoreError, WorkloadError
+from pageferry.host.registry import Folder
+from pageferry.workloads import deferred
+from pageferry.workloads.base import Workload
+from pageferry.workloads.deferred import Ask, Deferred, HoldGiven, Status
+from pageferry.workloads.folders import folder_of
+from pageferry.workloads.lifecycle import LocalWorkload
+from pageferry.workloads.settling import settled
+
+_HANDOVER = 1.0
+"""Seconds within which one pager goes on for another."""
+
+Answer = TypeVar("Answer", bound=msgspec.Struct)
+
+
+class Hold(Protocol):
+    """A pager that is held. Calls may take long: they are not for the event loop."""
+
+    userfaults: dict[int, int]
+    """Process -> a descriptor, in our own process, of the userfaultfd that its memory is registered with."""
+    large: list[list[bool]]
+    """Per region, which 2 MiB units will stand on large pages when their contents are there."""
+
+    def ensure(self, region: int, first: int, count: int) -> None:
+        """Have pages in memory, counted in the region. Raises RestoreError, ImageError: they cannot be had."""
+
+    def cancel(self) -> None:
+        """Have an `ensure` of another thread end, as soon as it can. Nothing can be asked for any more."""
+
+    def release(self) -> None:
+        """Let the pager go, and take off the traces. May be called twice."""
+
+
+async def held(workload: Workload) -> Hold | None:
+    """Hold the pager of a workload, if it has one. None: everything is in memory now, and nothing traps.
+
+    What cannot be held (a cold store, a kernel without asynchronous traces) is waited for until all of it is there.
+
+    Raises RestoreError (its pager is gone), ImageError, WorkloadError (somebody else holds it).
+    """
+    found = await asyncio.to_thread(_held, workload)
+    if found is None:
+        await settled(workload, traces=False)
+    return found
+
+
+def with_large(units: list[list[bool]], hold: Hold) -> list[list[bool]]:
+    """Per region, which 2 MiB units stand on large pages, or will."""
+    return [
+        [now or late for now, late in zip(ours, theirs, strict=True)]
+        for ours, theirs in zip(units, hold.large, strict=True)
+    ]
+
+
+def _held(workload: Workload) -> Hold | None:
+    if isinstance(workload, LocalWorkload) and workload.pager is not None:
+        return _held_here(workload.name, workload.pager)
+    folder = folder_of(workload)
+    if folder is None or not deferred.is_restoring(folder):
+        return None
+    record = folder.load(deferred.RECORD, Deferred)
+    if record is not None and record.cold is not None:
+        return None
+    line = _connected(folder)
+    try:
+        given = line.ask(Ask(what="hold"), HoldGiven)
+        if given.busy:
+            raise _busy(folder.name)
+        if given.userfaults is None:
+            line.close()
+            return None
+        return _PagerElsewhere(line, given)
+    except BaseException:
+        line.close()
+        raise
+
+
+def _held_here(name: str, pager: Pager) -> Hold | None:
+    try:
+        userfaults = pager.hold()
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _busy(name) from error
+        return None
+    return None if userfaults is None else _PagerHere(pager, userfaults)
+
+
+def _busy(name: str) -> WorkloadError:
+    return WorkloadError(f"{name} is being restored, and moved or saved meanwhile: try again when that is done")
+
+
+class _PagerHere:
+    """A pager of this process."""
+
+    def __init__(self, pager: Pager, userfaults: dict[int, int]) -> None:
+        self.userfaults = userfaults
+        self.large = [pager.large(0)]
+        self._pager = pager
+
+    def ensure(self, region: int, first: int, count: int) -> None:
+        """As of `Hold`."""
+        try:
+            self._pager.ensure(region, first, count)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
+        except OSError as error:
+            raise RestoreError(str(error)) from error
+
+    def cancel(self) -> None:
+        """Nothing: an arena's image is a local file."""
+
+    def release(self) -> None:
+        """As of `Hold`."""
+        self._pager.release()
+
+
+class _PagerElsewhere:
+    """A pager that answers on a socket. It is released when the connection is closed, whoever closes it."""
+
+    def __init__(self, line: _Line, given: HoldGiven) -> None:
+        assert given.userfaults is not None
+        self.userfaults: dict[int, int] = {}
+        self.large = [[bool(unit) for unit in units] for units in given.large]
+        self._line = line
+        space = Space(given.pager)
+        try:
+            for pid, number in given.userfaults.items():
+                self.userfaults[pid] = space.descriptor(number)
+        except OSError as gone:
+            self._close()
+            raise deferred.gone(line.folder, gone) from gone
+
+    def ensure(self, region: int, first: int, count: int) -> None:
+        """As of `Hold`."""
+        self._line.ask(Ask(what="ensure", region=region, first=first, count=count), Status)
+
+    def cancel(self) -> None:
+        """As of `Hold`."""
+        self._line.cut()
+
+    def release(self) -> None:
+        """As of `Hold`."""
+        with contextlib.suppress(RestoreError, ImageError):  # it has ended, with its workload
+            self._line.ask(Ask(what="release"), Status)
+        self._close()
+
+    def _close(self) -> None:
+        while self.userfaults:
+            os.close(self.userfaults.popitem()[1])
+        self._line.close()
+
+
+class _Line:
+    """A connection to a pager, for one question at a time."""
+
+    def __init__(self, folder: Folder, connection: socket.socket) -> None:
+        self.folder = folder
+        self._connection = connection
+        self._answers = connection.makefile("rb")
+
+    def ask(self, question: Ask, kind: type[Answer]) -> Answer:
+        """Raises RestoreError, ImageError."""
+        try:
+            self._connection.sendall(msgspec.json.encode(question) + b"\n")
+            line = self._answers.readline()
+            if not line:
+                raise ConnectionResetError("it hung up")
+            answer = msgspec.json.decode(line, type=kind)
+        except (OSError, ValueError) as failed:
+            raise deferred.gone(self.folder, failed) from failed
+        if isinstance(answer, Status):
+            deferred.check(answer)
+        return answer
+
+    def cut(self) -> None:
+        """Whoever waits for an answer gets none."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._answers.close()
+        self._connection.close()
+
+
+def _connected(folder: Folder) -> _Line:
+    """A connection to the pager: to the next one, where one goes on for another. Raises RestoreError."""
+    deadline = time.monotonic() + _HANDOVER
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(folder.path / deferred.SOCKET))
+        except OSError as failed:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise deferred.gone(folder, failed) from failed
+            time.sleep(0.02)
+        else:
+            return _Line(folder, connection)

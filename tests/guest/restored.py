@@ -1,0 +1,84 @@
+"""Guests made of images."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pageferry
+from pageferry.checkpoints.restore import restore_guest
+from pageferry.checkpoints.restore_events import RestoreResult
+from pageferry.host import proc, processes
+from pageferry.host.registry import Folder, Registry
+from pageferry.workloads import deferred
+from pageferry.workloads.deferred import Status
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+from tests.guest.serial import Serial
+
+OPTIONS = ("-smp", "2", "-device", "virtio-balloon-pci,id=balloon")
+BUSY = "ferry.mib=64 ferry.rate=3000"
+
+
+def image_of_a_guest(parts: GuestParts, folder: Path) -> Path:
+    """An image of a guest at work."""
+
+    async def make() -> Path:
+        serial = Serial(folder / "serial")
+        source = await QemuWorkload.start("source", parts.command(serial, *OPTIONS, checker=BUSY))
+        await serial.ready()
+        await serial.ticks(2)
+        await pageferry.checkpoint(source, folder / "image")
+        await source.discard()
+        return folder / "image"
+
+    return asyncio.run(make())
+
+
+class Restored:
+    """A guest made of an image."""
+
+    def __init__(self, name: str, parts: GuestParts, serial: Serial) -> None:
+        self.folder = Folder(Registry(), name)
+        self.command = parts.command(serial, *OPTIONS)
+        self.serial = serial
+        self.pager: tuple[int, int] | None = None
+        """Pid and start time of the process that serves it, as far as it has been seen."""
+
+    async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
+        """Restore it."""
+        started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
+        self.workload, result = started
+        await self.status()
+        return result
+
+    async def end(self) -> None:
+        """End it, and wait for the end of its pager."""
+        await self.status()
+        await self.workload.discard()
+        if self.pager is not None:
+            await processes.wait_for_end(*self.pager)
+
+    async def status(self) -> Status | None:
+        """What its pager says."""
+        status = await asyncio.to_thread(deferred.status, self.folder)
+        if status is not None and (started := proc.start_time(status.pager)) is not None:
+            self.pager = (status.pager, started)
+        return status
+
+    async def arrived(self) -> None:
+        """Wait until all of its memory is there."""
+        async with asyncio.timeout(30):
+            while await self.status() is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def kill_pager(self) -> None:
+        """Kill -9."""
+        status = await self.status()
+        assert status is not None
+        started = proc.start_time(status.pager)
+        assert started is not None
+        os.kill(status.pager, signal.SIGKILL)
+        await processes.wait_for_end(status.pager, started)

@@ -1,0 +1,55 @@
+"""A ledger that goes on where its image was taken, and reads its memory on access alone: `restored_ledger IMAGE NAME`.
+
+It says `ready`. On standard input `load` makes it bring everything, and say so. At SIGTERM, or when it has moved away,
+a last line says what became of it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pageferry
+from pageferry.checkpoints.arenas import RestoredArena
+from pageferry.workloads.ledger import LedgerWorkload
+
+
+def say(**what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main() -> None:
+    ended, reasons = threading.Event(), ["stopped"]
+
+    def end(reason: str) -> None:
+        reasons.insert(0, reason)
+        ended.set()
+
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    arena = pageferry.restore(Path(sys.argv[1]), prefetch=False)
+    workload = LedgerWorkload(arena, late=True, on_moved=lambda: end("moved"))
+    assert arena.received_state is not None
+    arena.control.load_state(arena.received_state)
+    arena.control.resume()
+    arena.register(sys.argv[2])
+    workload.name = sys.argv[2]
+    say(type="ready", deferred=arena.deferred)
+    threading.Thread(target=answer, args=(arena,), daemon=True).start()
+    ended.wait()
+    workload.stop()
+    report = workload.verify()
+    say(type="ledger", reason=reasons[0], intact=report.intact, writes=report.writes, deferred=arena.deferred)
+
+
+def answer(arena: RestoredArena) -> None:
+    for line in sys.stdin:
+        assert line == "load\n"
+        arena.load()
+        say(deferred=arena.deferred, finished=arena.pager.finished)
+
+
+if __name__ == "__main__":
+    main()
