@@ -23,7 +23,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     source, receiver = certificates.hosts(setting.folder / "certificates")
     ends = {"plain": Ends(), "TLS": Ends(sending=("--tls", str(source)), receiving=("--tls", str(receiver)))}
     size = SMALL if setting.quick else FULL
-    runs = []
+    runs: list[dict[str, Any]] = []
     with Ledger("streams", size, CALM) as ledger, Ballast(size + (128 << 20)) as ballast:
         for _ in range(setting.repetitions):
             rate = iperf.one_stream(1 if setting.quick else 2)

@@ -39,6 +39,7 @@ from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
+from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.memory import Memory
@@ -73,7 +74,9 @@ class Source:
         self.migration = secrets.token_hex(16)
         self.times = Stopwatch()
         budget = HYBRID_BUDGET if options.mode == "hybrid" else float("inf")
-        self.convergence = Convergence(options.max_downtime, options.max_rounds, budget)
+        throttles = len(STEPS) if options.auto_converge else 0
+        self.convergence = Convergence(options.max_downtime, options.max_rounds, budget, throttles)
+        self.throttle: Throttle | None = None
         self.round = 0
         self.barriers = 0
         self.collections = 0
@@ -129,6 +132,8 @@ class Source:
         self.large = await off_loop(self.memory.large_units)
         if not self.postcopy:
             await self._install_trace()
+        if self.options.auto_converge:
+            self.throttle = Throttle(self.workload.name, self.memory.regions)
         self._tell_setup()
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
@@ -214,11 +219,19 @@ class Source:
             self._tell_round(pages_sent, before, seconds, pages)
             if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
                 decision, self.postcopy = Decision.SWITCH_OVER, True
+            if decision is Decision.THROTTLE:
+                await self._tighten_throttle()
             if decision is Decision.STALLED:
                 raise self._not_converging(_count(pages) * SMALL_PAGE, seconds)
             if decision is Decision.SWITCH_OVER:
                 self.rest = pages
                 return
+
+    async def _tighten_throttle(self) -> None:
+        assert self.throttle is not None
+        if not await self.throttle.tighten():
+            self.convergence.throttles = 0
+        fault_point("source.throttled")
 
     @contextlib.contextmanager
     def _heeding_switch(self) -> Iterator[None]:
@@ -292,6 +305,8 @@ class Source:
         """Pause, send the last pages (or which they are) and the state, and wait until the destination can run it."""
         self.touched = True
         await self._prepare_pause()
+        if self.throttle is not None:
+            self.throttle.lift()
         self.times.start("downtime")
         with self.times.measure("stop"):
             await self.workload.pause()
@@ -439,6 +454,7 @@ class Source:
 
     async def _clear_away(self) -> bool:
         try:
+            await self._end_throttle()
             await self._remove_trace()
             await self.workload.discard()
         except PageferryError as error:
@@ -461,6 +477,7 @@ class Source:
                     self.service.close()
                 await self._give_back()
         finally:
+            await self._end_throttle()
             if self.control is not None and not self.committed:
                 await self.control.abort(_reason(error))
             await self._disconnect()
@@ -475,6 +492,10 @@ class Source:
             if self.trace is not None:
                 await self._remove_trace()
                 await off_loop(lambda: self.memory.restore_large_mappings(self.large))
+
+    async def _end_throttle(self) -> None:
+        if self.throttle is not None:
+            await self.throttle.close()
 
     async def _remove_trace(self) -> None:
         if self.trace is not None:
@@ -516,11 +537,12 @@ class Source:
 
     def _not_converging(self, remaining: int, seconds: float) -> NotConverging:
         expected = self.convergence.expected_downtime(remaining)
+        slower = "" if self.options.auto_converge else ", slow it down while it is copied: --auto-converge"
         return NotConverging(
             f"{self.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {self.peer} takes "
             f"{self.convergence.bandwidth / 2**20:.0f} MiB/s: {self.convergence.rounds} rounds left {remaining >> 20} "
-            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms), or let the rest come after "
-            f"the switch-over: --mode hybrid"
+            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms){slower}, or let the rest "
+            f"come after the switch-over: --mode hybrid"
         )
 
     # -- telling
@@ -547,6 +569,7 @@ class Source:
                 ms=_ms(seconds),
                 mbps=round(sent * 8 / 1e6 / seconds, 1),
                 dirty_rate=round(remaining / seconds),
+                cpu_throttle_percentage=self.throttle.percentage if self.throttle else 0,
             )
         )
 
@@ -597,6 +620,7 @@ class Source:
             duplicate=zero,
             skipped=absent,
             dirty_sync_count=self.collections,
+            cpu_throttle_percentage=self.throttle.highest if self.throttle else 0,
             mbps=round(transferred * 8 / 1e3 / times("total"), 1),
             large_pages=events.LargePageCount(
                 source=sum(map(sum, self.large)),
