@@ -419,5 +419,71 @@ def test_a_destination_that_is_none_leaves_the_workload_running(here: Program, n
     assert moving.traces(here.process.pid) == 0
 
 
+def lives(peer: Peer) -> None:
+    """Says Alive, and nothing else, until nobody wants to hear it any more."""
+    peer.socket.settimeout(0.2)
+    while True:
+        peer.say(messages.Alive())
+        with contextlib.suppress(TimeoutError):
+            peer.read(1)
+
+
+def goes_along_until(kind: type[messages.Message]) -> Callable[[Peer], None]:
+    """A destination that is one, but never answers messages of this kind."""
+    answers: dict[type[messages.Message], Callable[[Any], messages.Message]] = {
+        messages.Hello: lambda _: messages.Welcome(token=bytes(16)),
+        messages.Round: lambda said: messages.RoundDone(number=said.number),
+        messages.StateEnd: lambda _: messages.Ready(load=0.0, populate=0.0, populated=NOTHING),
+    }
+
+    def behave(peer: Peer) -> None:
+        while not isinstance(said := peer.hears(), kind):
+            if type(said) in answers:
+                peer.say(answers[type(said)](said))
+        lives(peer)
+
+    return behave
+
+
+NOTHING = messages.Populated(large=0, small=0, failed=0, seconds=0.0)
+
+
+@pytest.mark.parametrize("kind", [messages.Hello, messages.Round, messages.StateEnd])
+def test_a_destination_that_only_lives_leaves_the_workload_running(here: Program, kind: type[messages.Message]) -> None:
+    with (
+        destination(goes_along_until(kind)) as address,
+        moving.migrating("victim", address, "--patience", "1") as migration,
+    ):
+        assert migration.wait() == 23
+    moving.runs("victim")
+    assert moving.traces(here.process.pid) == 0
+
+
+def test_a_destination_that_only_lives_after_commit_leaves_it_paused_and_in_doubt() -> None:
+    with moving.ledger("doubtful") as doubtful:
+        with (
+            destination(goes_along_until(messages.Commit)) as address,
+            moving.migrating("doubtful", address, "--patience", "1") as migration,
+        ):
+            assert migration.wait() == 26
+        assert moving.status("doubtful") is Status.COMMITTED
+        with moving.migrating("doubtful", "--take-back") as back:
+            assert back.wait() == 0
+        moving.runs("doubtful")
+        moving.ends_intact(doubtful)
+
+
+@pytest.mark.parametrize("begins", [0, 1, 2])
+def test_a_source_that_only_lives_ends_the_migration(there: Program, address: str, begins: int) -> None:
+    peer = accepted(address, hello())
+    welcome = peer.hears()
+    assert isinstance(welcome, messages.Welcome)
+    open_stream(peer, welcome)
+    peer.say(*[large_pages(), messages.State(data=b"state")][:begins])
+    with pytest.raises(EOFError):
+        lives(peer)
+    assert there.wait() == 23
+
+
 def test_it_was_intact_all_along(here: Program) -> None:
     moving.ends_intact(here)

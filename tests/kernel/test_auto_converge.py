@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.kernel.programs import Program, wait_until
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root", "quotas")]
 
-WILD = {"size": 32 * MIB, "options": {"threads": 2}}
+WILD: dict[str, Any] = {"size": 32 * MIB, "options": {"threads": 2}}
 """Writes all over its memory, as fast as it can."""
 SLOW = ("--bandwidth", "100M", "--max-downtime", "50")
 AUTO = ("--auto-converge", *SLOW)

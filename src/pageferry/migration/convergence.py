@@ -10,8 +10,8 @@ SMOOTHING = 0.5
 STALL_ROUNDS = 4
 """So many rounds in a row without progress are a stall."""
 HYBRID_BUDGET = 1.8
-"""With post-copy to fall back on, nothing is sent more than so many times on average: twice, less what a round may leave
-in excess of the one before it, and what sets it up."""
+"""With post-copy to fall back on, nothing is sent more than so many times on average. Less than twice, because a
+round may leave more than the one before it."""
 PROGRESS = 0.9
 """A round makes progress when it leaves less than this part of the least that was ever left."""
 

@@ -18,7 +18,6 @@ from typing import Literal
 
 from pageferry._engine import BlockSender, PageSet, Trace
 from pageferry.errors import (
-    ConnectionLost,
     MigrationError,
     NotConverging,
     OutcomeUnknown,
@@ -315,7 +314,7 @@ class Source:
         await self._send_state(state[messages.EARLY_STATE :])
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
-        self.ready = await self._await_ready()
+        self.ready = await self.channel.receive(messages.Ready, self.options.patience)
         fault_point("source.ready")
 
     async def _send_rest(self) -> bytes:
@@ -352,14 +351,6 @@ class Source:
         self.service = PageService(self.memory, missing, self.late, self.options, self.options.patience)
         self.service.start()
         return state
-
-    async def _await_ready(self) -> messages.Ready:
-        """Signs of life are not enough here: nobody runs the workload meanwhile."""
-        try:
-            async with asyncio.timeout(self.options.patience):
-                return await self.channel.receive(messages.Ready)
-        except TimeoutError as slow:
-            raise ConnectionLost(f"{self.peer} was not ready within {self.options.patience:g} s of the pause") from slow
 
     async def _prepare_pause(self) -> None:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
@@ -443,9 +434,8 @@ class Source:
     async def _retire(self) -> None:
         """It runs elsewhere: nothing of it is needed here any more."""
         gone = await self._clear_away()
-        with contextlib.suppress(MigrationError, TimeoutError):
-            async with asyncio.timeout(REPORT_PATIENCE):
-                self.report = await self.channel.receive(messages.Report)
+        with contextlib.suppress(MigrationError):
+            self.report = await self.channel.receive(messages.Report, REPORT_PATIENCE)
         if gone:
             # Otherwise the record is still here, and somebody will ask: the peer must not forget its answer.
             with contextlib.suppress(MigrationError):
