@@ -8,7 +8,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -24,6 +24,7 @@ from pageferry.migration.trust import ControlSession, Trust
 from tests.certificates import hosts
 from tests.property.test_migration_messages import everything
 
+T = TypeVar("T")
 Pair = Callable[[], tuple[ControlSession, ControlSession]]
 PATIENCE = 30.0
 tries = settings(deadline=None, max_examples=50)
@@ -87,7 +88,7 @@ def heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[AnyMessage
     return run(_heard(session, pieces))
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
+def run(work: Coroutine[Any, Any, T]) -> T:
     """On a loop of its own; whatever a task has raised that nobody asked for is an error."""
     unasked: list[dict[str, Any]] = []
     with asyncio.Runner() as runner:
