@@ -68,6 +68,8 @@ class Line(ABC):
         self.stem = label.replace(" ", "-").replace(",", "")
         self.serial = SerialLines(place.folder / f"{self.stem}.serial")
         self.hops = 0
+        self.under_way = (0.0, 0.0)
+        """From when to when it was last moved, seconds on the monotonic clock."""
         self.current: Running | None = None
 
     def monitor_path(self, number: int) -> Path:
@@ -131,18 +133,20 @@ class Line(ABC):
         run: dict[str, Any] = {
             "line": self.label,
             "alive-before": self.serial.speaks(began + clock - 0.5, began + clock),
-            "alive": self.serial.speaks(resumed + clock, resumed + clock + WATCHED),
             "elapsed-ms": (resumed - began) * 1e3,
             "stop-to-resume-ms": (resumed - stopped) * 1e3,
-            "silence-ms": self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3,
             "usual-silence-ms": self.serial.longest_silence(began + clock - 0.5, began + clock) * 1e3,
-            "first-writes-ms": _milliseconds(self.serial.time_to_writes(resumed + clock, FIRST_WRITES)),
             "large-source": large,
             "large-destination": large_mappings(destination.pid, MEMORY),
             "faults-first-second": faults(destination.pid, destination.threads) - before,
             "qemu-cpu-s": cpu,
         }
         run |= self.finish(source, destination)
+        self.under_way = (began + clock, began + clock + run["total-ms"] / 1e3)
+        # In post-copy it may have waited for pages until now.
+        run["alive"] = self.serial.speaks(resumed + clock, time.monotonic(), WATCHED)
+        run["silence-ms"] = self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3
+        run["first-writes-ms"] = _milliseconds(self.serial.time_to_writes(resumed + clock, FIRST_WRITES))
         run["cpu-s"] = run["qemu-cpu-s"] + run.get("agents-cpu-s", 0.0)
         self._look_after(run)
         return run

@@ -35,11 +35,28 @@ class Ledger:
         """Of the process that it is in."""
         return self._owner.pid
 
-    def prepare(self, through: tuple[str, ...] = ()) -> None:
-        """Start the process that it is to move to; `through`: what starts that."""
-        name = f"{self._stem}-{self._number + 1}"
-        self._next = pageferry("receive", name, "--workload", "demo", "--output", "json", through=through)
+    @property
+    def next_name(self) -> str:
+        """Under which it is registered where it moves to."""
+        return f"{self._stem}-{self._number + 1}"
+
+    def prepare(self, through: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
+        """Start the process that it is to move to; `through`: what starts that; `words`: further ones for it."""
+        receive = ("receive", self.next_name, "--workload", "demo", "--output", "json", *words)
+        self._next = pageferry(*receive, through=through)
         self.address = expect(self._next, "listening")["address"]
+
+    def arrives(self) -> None:
+        """Wait until it runs where it moves to."""
+        assert self._next is not None
+        expect(self._next, "received")
+
+    def stays(self) -> None:
+        """It has not moved after all: end the process that it was to move to."""
+        assert self._next is not None
+        self._next.kill()
+        self._next.wait()
+        self._next = None
 
     def moved(self) -> None:
         """It has moved: end the process that it has left."""

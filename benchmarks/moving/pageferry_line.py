@@ -76,6 +76,8 @@ class PageferryLine(Line):
             "fallbacks": told["large-pages"]["fallbacks"],
             "large-pages": told["large-pages"],
             "own-faults": told["faults-after-resume"],
+            "requests": told["postcopy-requests"],
+            "postcopy": told["postcopy"],
         }
 
     def end(self) -> None:

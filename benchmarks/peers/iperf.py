@@ -1,4 +1,4 @@
-"""iperf3: what one TCP stream over loopback carries."""
+"""iperf3: what one TCP stream carries, over loopback or between hosts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ import json
 import subprocess
 import time
 
+LOOPBACK = "127.0.0.1"
 
-def one_stream(seconds: float = 2.0, port: int = 52017) -> float:
-    """Received megabits per second of a single stream. Raises CalledProcessError when iperf3 fails."""
+
+def one_stream(
+    seconds: int = 2,
+    address: str = LOOPBACK,
+    there: tuple[str, ...] = (),
+    here: tuple[str, ...] = (),
+    port: int = 52017,
+) -> float:
+    """Received megabits per second of a single stream. `there`, `here`: what starts a command on either host.
+
+    Raises CalledProcessError when iperf3 fails.
+    """
     with subprocess.Popen(
-        ["iperf3", "-s", "-1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*there, "iperf3", "-s", "-1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as server:
         try:
             time.sleep(0.3)
             client = subprocess.run(
-                ["iperf3", "-c", "127.0.0.1", "-p", str(port), "-t", str(seconds), "-J"],
+                [*here, "iperf3", "-c", address, "-p", str(port), "-t", str(seconds), "-J"],
                 check=True,
                 capture_output=True,
             )

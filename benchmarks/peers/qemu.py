@@ -61,6 +61,7 @@ class QemuLine(Line):
             "setup-ms": told["setup-time"],
             "transferred": told["ram"]["transferred"],
             "rounds": told["ram"]["dirty-sync-count"],
+            "requests": told["ram"].get("postcopy-requests"),
         }
 
     def end(self) -> None:

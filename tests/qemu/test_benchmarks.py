@@ -10,9 +10,14 @@ from typing import Any, cast
 
 import pytest
 
+from benchmarks import links
+from benchmarks.arriving import accesses, ledgers
+from benchmarks.arriving import tables as arriving
+from benchmarks.linking import networks
 from benchmarks.measuring.tables import Target
 from benchmarks.restoring import tables as restoring
 from benchmarks.saving import tables as saving
+from tests.network import hosts
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -63,6 +68,40 @@ def test_restores_are_measured_beside_their_peers() -> None:
     assert {run["method"]: run["faults"] > 0 for run in results["arenas"]} == {"lazy": True, "eager": False}
     assert "| QEMU | stream |" in "\n".join(restoring.render(results))
     assert all(isinstance(target, Target) for target in restoring.judge(results))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
+def test_moves_before_pages_are_there_are_measured_beside_their_peers() -> None:
+    results = quick("postcopy")
+    assert [run["method"] for run in results["accesses"]] == list(accesses.METHODS)
+    guests = {(run["line"], run["mode"].split(",")[0]): run for run in results["guests"]}
+    assert set(guests) == {(line, mode) for line in ("pageferry", "QEMU") for mode in ledgers.MODES} | {
+        ("QEMU", "precopy")
+    }
+    for run in guests.values():
+        assert run["total-ms"] > 0
+    for run in results["ledger"]:
+        assert run["mode"] == "precopy" or run["late-pages"] > 0
+    assert "| pageferry | hybrid |" in "\n".join(arriving.render(results))
+    assert all(isinstance(target, Target) for target in arriving.judge(results))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root")
+def test_links_are_measured() -> None:
+    if reason := hosts.missing():
+        pytest.skip(reason)
+    results = quick("links")
+    assert {(run["link"], run["streams"]) for run in results["loopback"]} == {
+        (link, streams) for link in ("plain", "TLS") for streams in (1, 2, 4)
+    }
+    ways = {(run["link"], run["method"]) for run in results["networks"]}
+    assert ways == {(link, method) for link in networks.LINKS for method in networks.METHODS}
+    for run in results["loopback"] + results["networks"]:
+        assert run["total-ms"] > 0
+    assert "| TLS | 4 |" in "\n".join(links.render(results))
+    assert all(isinstance(target, Target) for target in links.judge(results))
 
 
 COUNTED = ("S3", "S5", "S6", "S7", "S8")

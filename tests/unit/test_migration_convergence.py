@@ -50,6 +50,23 @@ def test_the_number_of_rounds_is_bounded() -> None:
     assert decisions(policy, [90 * MIB, 60 * MIB, 30 * MIB]) == [Decision.CONTINUE, Decision.CONTINUE, Decision.STALLED]
 
 
+def test_a_workload_is_slowed_down_step_by_step_before_it_is_a_stall() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30, throttles=2)
+    assert decisions(policy, [50 * MIB] * (3 + STALL_ROUNDS)) == [
+        Decision.CONTINUE,
+        Decision.THROTTLE,
+        Decision.THROTTLE,
+        *[Decision.CONTINUE] * (STALL_ROUNDS - 1),
+        Decision.STALLED,
+    ]
+
+
+def test_a_workload_whose_rounds_get_further_is_not_slowed_down() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30, throttles=2)
+    assert decisions(policy, [50 * MIB, 40 * MIB, 30 * MIB, 9 * MIB])[-2:] == [Decision.CONTINUE, Decision.SWITCH_OVER]
+    assert policy.throttles == 2
+
+
 def test_bandwidth_is_smoothed_and_starts_with_the_first_round_that_sent_anything() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30)
     policy.after_round(0, 0.001, 50 * MIB)

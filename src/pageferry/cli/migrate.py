@@ -78,6 +78,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-rounds", type=int, default=DEFAULTS.max_rounds, metavar="N", help="give up after N rounds (%(default)s)"
     )
     copying.add_argument(
+        "--auto-converge",
+        action="store_true",
+        help="slow the workload down in steps where rounds get no further, by a limit on its CPU time (control groups)",
+    )
+    copying.add_argument(
         "--trace-granularity",
         choices=("4K", "2M", "auto"),
         default=DEFAULTS.trace_granularity,

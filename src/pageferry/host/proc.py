@@ -104,6 +104,14 @@ def threads(pid: int) -> tuple[int, ...]:
         raise WorkloadDied(f"process {pid} is gone") from gone
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of all threads that a process has had. Raises WorkloadDied when it is gone."""
+    fields = _stat_fields(Path(f"/proc/{pid}/stat"))
+    if fields is None:
+        raise WorkloadDied(f"process {pid} is gone")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def thread_group(thread: int) -> int:
     """The pid of the process that a thread is of. Raises WorkloadDied when there is no such thread."""
     try:

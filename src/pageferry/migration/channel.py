@@ -25,6 +25,8 @@ BEAT = 1.0
 """Seconds between signs of life."""
 QUEUED = 16
 """Messages that may wait to be looked at; a peer that sends more has to wait."""
+ANSWER = 4.0
+"""Times its patience that a side waits for what the peer has to say next, however alive that says it is."""
 LAST_WORDS = 0.5
 """Seconds to wait for the peer's reason after a connection failed."""
 
@@ -73,19 +75,19 @@ class Channel:
         except (OSError, TimeoutError) as error:
             raise await self._lost(f"the connection to the peer broke: {str(error) or type(error).__name__}") from error
 
-    async def receive(self, kind: type[M]) -> M:
-        """The next message, which must be of this kind.
+    async def receive(self, kind: type[M], within: float | None = None) -> M:
+        """The next message, which must be of this kind, and come within so many seconds (default: `ANSWER`).
 
         Raises PeerRefused (it sent Abort), ProtocolError (it sent something else), ConnectionLost.
         """
-        message = await self.during(self._inbox.get())
+        message = await self._next(kind.__name__, within)
         if not isinstance(message, kind):
             raise ProtocolError(f"the peer sent {type(message).__name__} where {kind.__name__} belongs")
         return message
 
     async def receive_any(self) -> AnyMessage:
         """The next message, whatever it is. Raises as `receive`."""
-        return await self.during(self._inbox.get())
+        return await self._next("what comes next")
 
     async def during(self, work: Awaitable[T]) -> T:
         """The result of `work`, unless the connection fails first: then `work` is cancelled and the failure raised."""
@@ -119,6 +121,15 @@ class Channel:
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
                 await self._writer.wait_closed()
+
+    async def _next(self, what: str, within: float | None = None) -> AnyMessage:
+        """The next message. Signs of life are not enough here: a paused workload may wait for it."""
+        seconds = ANSWER * self.patience if within is None else within
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.during(self._inbox.get())
+        except TimeoutError as slow:
+            raise ConnectionLost(f"the peer is alive, and has not said {what} for {seconds:g} s") from slow
 
     async def _lost(self, reason: str) -> MigrationError:
         """The failure to report: the peer's own reason, if one arrives within a moment."""

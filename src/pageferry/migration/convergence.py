@@ -9,8 +9,9 @@ SMOOTHING = 0.5
 """Weight of the newest round in the bandwidth estimate."""
 STALL_ROUNDS = 4
 """So many rounds in a row without progress are a stall."""
-HYBRID_BUDGET = 2.0
-"""With post-copy to fall back on, nothing is sent more than so many times on average."""
+HYBRID_BUDGET = 1.8
+"""With post-copy to fall back on, nothing is sent more than so many times on average. Less than twice, because a
+round may leave more than the one before it."""
 PROGRESS = 0.9
 """A round makes progress when it leaves less than this part of the least that was ever left."""
 
@@ -20,6 +21,8 @@ class Decision(Enum):
 
     CONTINUE = "continue"
     SWITCH_OVER = "switch-over"
+    THROTTLE = "throttle"
+    """Slow the workload down by a further step, and continue."""
     STALLED = "stalled"
 
 
@@ -37,6 +40,8 @@ class Convergence:
     budget: float = float("inf")
     """A further round is only begun where all that is sent stays below so many times what the first one sent, even if
     everything of that round has to be sent once more. Otherwise that is a stall too."""
+    throttles: int = 0
+    """So many times the workload can be slowed down: after each round that brought the rest no nearer."""
     bandwidth: float = 0.0
     """Bytes of memory per second, smoothed. Counts memory covered, not bytes sent: zeros and compression help."""
     rounds: int = 0
@@ -56,6 +61,9 @@ class Convergence:
             return Decision.SWITCH_OVER
         self.stalled = 0 if remaining < self.least * PROGRESS else self.stalled + 1
         self.least = min(self.least, remaining)
+        if self.stalled and self.throttles and self.rounds < self.max_rounds:
+            self.throttles, self.stalled = self.throttles - 1, 0
+            return Decision.THROTTLE
         over_budget = self.covered + 2 * remaining > self.budget * self.first
         if self.stalled >= STALL_ROUNDS or self.rounds >= self.max_rounds or over_budget:
             return Decision.STALLED

@@ -71,6 +71,8 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     """Megabits per second on the wire."""
     dirty_rate: int
     """Bytes of memory modified per second."""
+    cpu_throttle_percentage: int = 0
+    """CPU time that was taken from the workload meanwhile, per cent (auto-converge)."""
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
@@ -186,6 +188,8 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     faults_after_resume: FaultCount | None
     """None: the destination did not say."""
     trace: TraceCount
+    cpu_throttle_percentage: int = 0
+    """The most CPU time that was taken from the workload while it was copied, per cent (auto-converge)."""
     postcopy_requests: int = 0
     """Pages that the destination asked for, because somebody waited for them."""
     postcopy: PostcopyCount | None = None

@@ -29,6 +29,8 @@ class Options:
     """Seconds that the last pages may take while the workload is paused (S2)."""
     max_rounds: int = 30
     """Give up after so many rounds without reaching `max_downtime`."""
+    auto_converge: bool = False
+    """Take CPU time from the workload, in steps, where rounds get no further: a pre-copy that would give up ends."""
     trace_granularity: Granularity = "auto"
     """Unit of the write trace (S2): every small page, whole large pages, or as the workload writes."""
     large_pages: Literal["keep", "ignore"] = "keep"
@@ -59,6 +61,8 @@ class Options:
         _check("streams", self.streams, 1, MAX_STREAMS, "streams")
         _check("bandwidth", self.bandwidth, 0, 1 << 50, "bytes per second")
         _check("patience", self.patience, 0.1, 3600.0, "seconds")
+        if self.auto_converge and self.mode != "precopy":
+            raise UsageError(f"auto-converge is for pre-copy: with mode {self.mode} it ends whatever is modified")
 
     def trust(self) -> Trust | None:
         """Who we are and who is believed, if `tls` says so. Raises UsageError."""

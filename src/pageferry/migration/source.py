@@ -18,7 +18,6 @@ from typing import Literal
 
 from pageferry._engine import BlockSender, PageSet, Trace
 from pageferry.errors import (
-    ConnectionLost,
     MigrationError,
     NotConverging,
     OutcomeUnknown,
@@ -40,6 +39,7 @@ from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
+from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.holding import Hold, with_large
@@ -80,7 +80,9 @@ class Source:
         self.migration = secrets.token_hex(16)
         self.times = Stopwatch()
         budget = HYBRID_BUDGET if options.mode == "hybrid" else float("inf")
-        self.convergence = Convergence(options.max_downtime, options.max_rounds, budget)
+        throttles = len(STEPS) if options.auto_converge else 0
+        self.convergence = Convergence(options.max_downtime, options.max_rounds, budget, throttles)
+        self.throttle: Throttle | None = None
         self.round = 0
         self.barriers = 0
         self.collections = 0
@@ -136,6 +138,8 @@ class Source:
         self.large = await off_loop(self._large_units)
         if not self.postcopy:
             await self._install_trace()
+        if self.options.auto_converge:
+            self.throttle = Throttle(self.workload.name, self.memory.regions)
         self._tell_setup()
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
@@ -230,11 +234,19 @@ class Source:
             self._tell_round(pages_sent, before, seconds, pages)
             if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
                 decision, self.postcopy = Decision.SWITCH_OVER, True
+            if decision is Decision.THROTTLE:
+                await self._tighten_throttle()
             if decision is Decision.STALLED:
                 raise self._not_converging(_count(pages) * SMALL_PAGE, seconds)
             if decision is Decision.SWITCH_OVER:
                 self.rest = pages
                 return
+
+    async def _tighten_throttle(self) -> None:
+        assert self.throttle is not None
+        if not await self.throttle.tighten():
+            self.convergence.throttles = 0
+        fault_point("source.throttled")
 
     @contextlib.contextmanager
     def _heeding_switch(self) -> Iterator[None]:
@@ -311,6 +323,8 @@ class Source:
         """Pause, send the last pages (or which they are) and the state, and wait until the destination can run it."""
         self.touched = True
         await self._prepare_pause()
+        if self.throttle is not None:
+            self.throttle.lift()
         self.times.start("downtime")
         with self.times.measure("stop"):
             await self.workload.pause()
@@ -319,7 +333,7 @@ class Source:
         await self._send_state(state[messages.EARLY_STATE :])
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
-        self.ready = await self._await_ready()
+        self.ready = await self.channel.receive(messages.Ready, self.options.patience)
         fault_point("source.ready")
 
     async def _send_rest(self) -> bytes:
@@ -356,14 +370,6 @@ class Source:
         self.service = PageService(self.memory, missing, self.late, self.options, self.options.patience)
         self.service.start()
         return state
-
-    async def _await_ready(self) -> messages.Ready:
-        """Signs of life are not enough here: nobody runs the workload meanwhile."""
-        try:
-            async with asyncio.timeout(self.options.patience):
-                return await self.channel.receive(messages.Ready)
-        except TimeoutError as slow:
-            raise ConnectionLost(f"{self.peer} was not ready within {self.options.patience:g} s of the pause") from slow
 
     async def _prepare_pause(self) -> None:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
@@ -450,9 +456,8 @@ class Source:
     async def _retire(self) -> None:
         """It runs elsewhere: nothing of it is needed here any more."""
         gone = await self._clear_away()
-        with contextlib.suppress(MigrationError, TimeoutError):
-            async with asyncio.timeout(REPORT_PATIENCE):
-                self.report = await self.channel.receive(messages.Report)
+        with contextlib.suppress(MigrationError):
+            self.report = await self.channel.receive(messages.Report, REPORT_PATIENCE)
         if gone:
             # Otherwise the record is still here, and somebody will ask: the peer must not forget its answer.
             with contextlib.suppress(MigrationError):
@@ -461,6 +466,7 @@ class Source:
 
     async def _clear_away(self) -> bool:
         try:
+            await self._end_throttle()
             await self._remove_trace()
             await self.workload.discard()
         except PageferryError as error:
@@ -483,6 +489,7 @@ class Source:
                     self.service.close()
                 await self._give_back()
         finally:
+            await self._end_throttle()
             if self.control is not None and not self.committed:
                 await self.control.abort(_reason(error))
             await self._disconnect()
@@ -498,6 +505,10 @@ class Source:
                 await self._remove_trace()
                 if self.hold is None:  # else its pager maps them, when everything is there
                     await off_loop(lambda: self.memory.restore_large_mappings(self.large))
+
+    async def _end_throttle(self) -> None:
+        if self.throttle is not None:
+            await self.throttle.close()
 
     async def _remove_trace(self) -> None:
         if self.trace is not None:
@@ -539,11 +550,12 @@ class Source:
 
     def _not_converging(self, remaining: int, seconds: float) -> NotConverging:
         expected = self.convergence.expected_downtime(remaining)
+        slower = "" if self.options.auto_converge else ", slow it down while it is copied: --auto-converge"
         return NotConverging(
             f"{self.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {self.peer} takes "
             f"{self.convergence.bandwidth / 2**20:.0f} MiB/s: {self.convergence.rounds} rounds left {remaining >> 20} "
-            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms), or let the rest come after "
-            f"the switch-over: --mode hybrid"
+            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms){slower}, or let the rest "
+            f"come after the switch-over: --mode hybrid"
         )
 
     # -- telling
@@ -570,6 +582,7 @@ class Source:
                 ms=_ms(seconds),
                 mbps=round(sent * 8 / 1e6 / seconds, 1),
                 dirty_rate=round(remaining / seconds),
+                cpu_throttle_percentage=self.throttle.percentage if self.throttle else 0,
             )
         )
 
@@ -620,6 +633,7 @@ class Source:
             duplicate=zero,
             skipped=absent,
             dirty_sync_count=self.collections,
+            cpu_throttle_percentage=self.throttle.highest if self.throttle else 0,
             mbps=round(transferred * 8 / 1e3 / times("total"), 1),
             large_pages=events.LargePageCount(
                 source=sum(map(sum, self.large)),

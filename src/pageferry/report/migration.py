@@ -41,6 +41,7 @@ class MigrationView(PlainView):
                 return (
                     f"round {event.round}: {event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
                     f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, {size(event.remaining)} left"
+                    + (f", slowed down by {event.cpu_throttle_percentage} %" if event.cpu_throttle_percentage else "")
                 )
             case ProgressEvent() | LargePagesEvent():
                 return None
@@ -121,6 +122,8 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
         ("large pages", kept + (f", {large.fallbacks} could not be kept" if large.fallbacks else "")),
         ("populated", f"{populated.mode}: {mapped}"),
     ]
+    if result.cpu_throttle_percentage:
+        rows.append(("auto-converge", f"slowed down by up to {result.cpu_throttle_percentage} % while it was copied"))
     if (late := result.postcopy) is not None:
         came = (
             f"{late.pages:,} pages in {_ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} "

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
-from collections.abc import Iterator
+import signal
 from pathlib import Path
 
+from pageferry.errors import WorkloadError
+from pageferry.host.cpu_quota import CpuQuota, mounts
 from pageferry.host.features import kernel
 from pageferry.host.features.child import Unavailable
 from pageferry.host.features.kernel import LARGE_PAGE, Anonymous
@@ -59,7 +60,7 @@ def _kvm_pre_fault() -> str:
 
 
 def _cgroup_v2() -> str:
-    root = next(_cgroup2_mounts(), None)
+    root = next((mount.point for mount in mounts() if mount.version == 2), None)
     if root is None:
         raise Unavailable("no cgroup2 file system is mounted")
     controllers = (root / "cgroup.controllers").read_text().split()
@@ -68,12 +69,22 @@ def _cgroup_v2() -> str:
     return f"mounted at {root}: {', '.join(controllers)}"
 
 
-def _cgroup2_mounts() -> Iterator[Path]:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        mount, kind = line.split(" - ")
-        if kind.split()[0] == "cgroup2":
-            # Blanks and the like stand there in octal.
-            yield Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), mount.split()[4]))
+def _cpu_quota() -> str:
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        quota = CpuQuota([child])
+        try:
+            quota.limit(0.5)
+        finally:
+            quota.close()
+    except WorkloadError as error:
+        raise Unavailable(str(error)) from error
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return f"a process was limited to half a CPU ({quota.where})"
 
 
 def _network_namespaces() -> str:
@@ -103,6 +114,12 @@ PROBES = (
         "cgroup-v2",
         _cgroup_v2,
         "boot with systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all (CONFIG_MEMCG); only for measuring (S3, S9)",
+    ),
+    Probe(
+        "cpu-quota",
+        _cpu_quota,
+        f"{AS_ROOT}; where there is only cgroup v2, start workloads in a group of their own (systemd-run --scope -p "
+        "CPUWeight=100 pageferry run ...); only for --auto-converge",
     ),
     Probe(
         "network-namespaces",

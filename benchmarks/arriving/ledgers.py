@@ -1,0 +1,151 @@
+"""The built-in workload, which writes faster than the link carries: what becomes of it in each mode."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.bench import Setting
+from benchmarks.moving import trips
+from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.pageferry_line import expect, reap
+from pageferry import _engine
+from pageferry._engine import Mapping
+from pageferry.errors import PageferryError
+from pageferry.workloads.base import Workload
+from pageferry.workloads.opening import open_workload
+
+FULL, SMALL = 256 << 20, 32 << 20
+LINK = 64 << 20
+"""Bytes per second, that `--bandwidth` allows."""
+WRITER = {"rate": 2 * LINK}
+"""Pages all over the arena."""
+MODES = ("postcopy", "hybrid")
+SLICE = 0.1
+"""Seconds of one reading of the throughput."""
+USUAL = 1.0
+"""Seconds before, with which it is compared."""
+AFTER = 0.5
+
+
+class Throughput:
+    """What a ledger has written, read again and again, wherever it is."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._name = ledger.name
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._watch()), daemon=True)
+        self.readings: list[tuple[float, int]] = []
+        """(seconds on the monotonic clock, pages written so far)."""
+
+    def goes_on_at(self, name: str) -> None:
+        """It runs under this name from now on."""
+        self._name = name
+
+    def between(self, begin: float, end: float) -> float:
+        """Pages per second."""
+        inside = [reading for reading in self.readings if begin <= reading[0] <= end]
+        if len(inside) < 2:
+            return 0.0
+        (early, first), (late, last) = inside[0], inside[-1]
+        return (last - first) / (late - early)
+
+    def over_time(self, begin: float, end: float) -> list[float]:
+        """Pages per second, slice by slice."""
+        count = max(round((end - begin) / SLICE), 1)
+        edges = [begin + number * SLICE for number in range(count + 1)]
+        totals = [max((done for at, done in self.readings if at <= edge), default=0) for edge in edges]
+        return [(late - early) / SLICE for early, late in itertools.pairwise(totals)]
+
+    async def _watch(self) -> None:
+        while not self._end.is_set():
+            name = self._name
+            try:
+                workload = await open_workload(name)
+            except PageferryError:  # on its way
+                await asyncio.sleep(SLICE / 4)
+                continue
+            try:
+                await self._read(workload, name)
+            finally:
+                workload.close()
+
+    async def _read(self, workload: Workload, name: str) -> None:
+        """From the file of its memory: its process, which may wait for pages, is not asked."""
+        (region,) = workload.regions
+        mapping = Mapping(region.fd, region.length)
+        while not self._end.is_set() and name == self._name:
+            with contextlib.suppress(ValueError):  # the page that counts has not come yet
+                done = sum(_engine.Ledger.attach(mapping, threads=0).writes())
+                self.readings.append((time.monotonic(), done))
+            await asyncio.sleep(SLICE / 4)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """Post-copy and hybrid in turn, and a pre-copy at the end."""
+    size = SMALL if setting.quick else FULL
+    runs = []
+    with Ledger("late", size, WRITER) as ledger, Ballast(size + (128 << 20)) as ballast:
+        for _ in range(setting.repetitions):
+            runs += [{"mode": mode} | _moved(ledger, ballast, mode) for mode in MODES]
+        runs.append({"mode": "precopy"} | _given_up(ledger, ballast))
+    return runs
+
+
+def _moved(ledger: Ledger, ballast: Ballast, mode: str) -> dict[str, Any]:
+    """One move, and what was written in each slice of it."""
+    ledger.prepare()
+    ballast.hold()
+    with Throughput(ledger) as throughput:
+        time.sleep(USUAL)
+        begin = time.monotonic()
+        ballast.release()
+        sender = trips.begin(ledger, ("--mode", mode, "--bandwidth", str(LINK)))
+        ledger.arrives()
+        throughput.goes_on_at(ledger.next_name)
+        told = expect(sender, "migration")
+        end = time.monotonic()
+        time.sleep(AFTER)
+    reap(sender)
+    ledger.moved()
+    usual = throughput.between(begin - USUAL, begin)
+    return trips.summary(told) | {
+        "usual-writes-s": usual,
+        "writes-per-second": throughput.over_time(end - told["total-time"] / 1e3, end),
+        "work-percent": throughput.between(end - told["total-time"] / 1e3, end) / usual * 100,
+    }
+
+
+def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
+    """A pre-copy of the same: it gives up by itself, and the workload runs on."""
+    ledger.prepare()
+    ballast.hold()
+    ballast.release()
+    begin = time.monotonic()
+    said = trips.failure(trips.begin(ledger, ("--mode", "precopy", "--bandwidth", str(LINK))))
+    if not said["exit-code"]:
+        ledger.moved()
+    else:
+        ledger.stays()
+    return {"ended": said["exit-code"] == 0, "total-ms": (time.monotonic() - begin) * 1e3, "rounds": said["rounds"]}
+
+
+def once(runs: list[dict[str, Any]]) -> float:
+    """Seconds that sending all of the memory once takes: what a post-copy has sent, which does nothing else."""
+    return float(max(run["transferred"] for run in runs if run["mode"] == "postcopy") / LINK)

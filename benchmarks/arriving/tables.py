@@ -1,0 +1,120 @@
+"""The tables of moves before pages are there, and what such a move is to reach."""
+
+from __future__ import annotations
+
+from benchmarks.arriving import accesses, guests, ledgers
+from benchmarks.measuring.bench import Results
+from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.tables import Column, Run, Target, at_most, rows, table
+
+WAITS: tuple[Column, ...] = (("access waits, median us", "p50-us", 0, 1), ("99 % us", "p99-us", 0, 1))
+MOVED: tuple[Column, ...] = (
+    ("total ms", "total-ms", 0, 1),
+    ("downtime ms", "downtime-ms", 0, 1),
+    ("work meanwhile, % of usual", "work-percent", 0, 1),
+    ("rounds", "rounds", 0, 1),
+    ("pages asked for", "requests", 0, 1),
+    *WAITS,
+    ("sent MiB", "transferred", 0, 1 << 20),
+)
+GUESTS: tuple[Column, ...] = (
+    ("STOP to RESUME ms", "stop-to-resume-ms", 0, 1),
+    ("guest silent ms", "silence-ms", 0, 1),
+    ("vCPU blocked ms", "blocked-ms", 0, 1),
+    *MOVED,
+)
+ACCESSES: tuple[Column, ...] = (
+    ("accesses that waited", "accesses", 0, 1),
+    ("median us", "p50-us", 0, 1),
+    ("90 % us", "p90-us", 0, 1),
+    ("99 % us", "p99-us", 0, 1),
+    ("longest us", "longest-us", 0, 1),
+)
+DOWNTIME = 50.0
+"""ms that a post-copy may take between pause and resume."""
+SLICES = 10
+
+
+def render(results: Results) -> list[str]:
+    """Everything."""
+    return [
+        "### A guest that writes faster than the link",
+        table(results["guests"], ("line", "mode"), GUESTS),
+        f"Pages written per second, by tenths of the move (usual: {guests.RATE:,}):",
+        _over_time(results["guests"], ("line", "mode")),
+        "### The built-in workload, which writes faster than the link",
+        table(results["ledger"], ("mode",), MOVED),
+        f"Pages written per second, by tenths of the move (usual: {ledgers.WRITER['rate'] // 4096:,}):",
+        _over_time(results["ledger"], ("mode",)),
+        "### An access to a page that is still at the source",
+        table(results["accesses"], ("method",), ACCESSES),
+    ]
+
+
+def judge(results: Results) -> list[Target]:
+    """All targets, in the order in which they are to be read."""
+    guest = [run for run in results["guests"] if run["line"] == "pageferry"]
+    theirs = next(run for run in results["guests"] if "ended" in run)
+    ours = next(run for run in results["ledger"] if run["mode"] == "precopy")
+    return [
+        Target(
+            "QEMU's pre-copy of a guest that writes faster than the link",
+            f"no end within {guests.PATIENCE:g} x of sending its memory once",
+            f"ended after {theirs['rounds']} rounds" if theirs["ended"] else f"{theirs['rounds']} rounds, and no end",
+            not theirs["ended"],
+        ),
+        _hybrid("hybrid, the same guest", guest, guests.once(results["guests"])),
+        _hybrid("hybrid, the built-in workload", results["ledger"], ledgers.once(results["ledger"])),
+        Target(
+            "pre-copy, the built-in workload",
+            "gives up by itself, and says so",
+            "ended" if ours["ended"] else f"gave up after {ours['rounds']} rounds",
+            not ours["ended"],
+        ),
+        at_most("downtime in post-copy, guest", _median(_of(guest, "postcopy"), "downtime-ms"), DOWNTIME, "ms"),
+        at_most(
+            "downtime in post-copy, built-in workload",
+            _median(_of(results["ledger"], "postcopy"), "downtime-ms"),
+            DOWNTIME,
+            "ms",
+        ),
+        *_accesses(results["accesses"]),
+    ]
+
+
+def _hybrid(what: str, runs: list[Run], once: float) -> Target:
+    total = _median(_of(runs, "hybrid"), "total-ms")
+    return at_most(f"{what}, against sending its memory once ({once:.1f} s)", total / once / 1e3, 2, "x", 2)
+
+
+def _accesses(runs: list[Run]) -> list[Target]:
+    """Each way of pushing, against an access when there is no push."""
+    idle, *pushed = accesses.METHODS
+    alone = _median([run for run in runs if run["method"] == idle], "p50-us")
+    found = {method: _median([run for run in runs if run["method"] == method], "p99-us") for method in pushed}
+    return [
+        at_most(f"99 % of accesses, {method}, against one while idle ({alone:.0f} us)", worst / alone, 5, "x")
+        for method, worst in found.items()
+    ]
+
+
+def _over_time(runs: list[Run], by: tuple[str, ...]) -> str:
+    """The first repetition of each; a move's rates put together to ten."""
+    first: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        if "writes-per-second" in run:
+            first.setdefault(tuple(str(run[key]) for key in by), run)
+    lines = [(*name, *(f"{rate:,.0f}" for rate in _tenths(run["writes-per-second"]))) for name, run in first.items()]
+    return rows((*by, *(f"{number}/{SLICES}" for number in range(1, SLICES + 1))), lines)
+
+
+def _tenths(rates: list[float]) -> list[float]:
+    return [rates[min(number * len(rates) // SLICES, len(rates) - 1)] for number in range(SLICES)]
+
+
+def _of(runs: list[Run], mode: str) -> list[Run]:
+    return [run for run in runs if run["mode"] == mode]
+
+
+def _median(runs: list[Run], key: str) -> float:
+    return median(values(runs, key))

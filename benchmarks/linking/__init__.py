@@ -1,0 +1,1 @@
+"""The parts of the benchmark of links: streams, TLS, and networks that are long, slow or lossy."""

@@ -1,0 +1,36 @@
+"""How fast incompressible memory goes over loopback: in the clear and under TLS, over one stream and more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.bench import Setting
+from benchmarks.moving import trips
+from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.trips import Ends
+from benchmarks.peers import iperf
+from tests import certificates
+
+FULL, SMALL = 1 << 30, 64 << 20
+CALM = {"rate": 1 << 20, "working_set": 0.01}
+"""Hardly anything is modified, so that what counts is the first round, which sends everything."""
+STREAMS = (1, 2, 4)
+
+
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """All numbers of streams, in the clear and under TLS, in turn."""
+    source, receiver = certificates.hosts(setting.folder / "certificates")
+    ends = {"plain": Ends(), "TLS": Ends(sending=("--tls", str(source)), receiving=("--tls", str(receiver)))}
+    size = SMALL if setting.quick else FULL
+    runs: list[dict[str, Any]] = []
+    with Ledger("streams", size, CALM) as ledger, Ballast(size + (128 << 20)) as ballast:
+        for _ in range(setting.repetitions):
+            rate = iperf.one_stream(1 if setting.quick else 2)
+            for streams in STREAMS:
+                for link, each in ends.items():
+                    run = trips.move(ledger, ballast, ("--streams", str(streams)), each)
+                    runs.append({"link": link, "streams": streams, "iperf3-mbps": rate} | run)
+    for run in runs:
+        run["ratio"] = run["first-round-mbps"] / run["iperf3-mbps"]
+    return runs

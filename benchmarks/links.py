@@ -1,0 +1,79 @@
+"""Streams, TLS and far links: `make bench-links`, or `python benchmarks/links.py [--quick]`.
+
+Writes raw data and tables to benchmarks/results. The method is described in docs/benchmarks.md. The exit code is 0
+unless something did not work; targets that are missed are printed, and no error.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.linking import loopback, networks
+from benchmarks.measuring import machine
+from benchmarks.measuring.bench import Bench, Results
+from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.tables import Column, Target, at_least, table
+
+LOOPBACK: tuple[Column, ...] = (
+    ("first round Mbit/s", "first-round-mbps", 0, 1),
+    ("of one iperf3 stream", "ratio", 2, 1),
+    ("total ms", "total-ms", 0, 1),
+    ("downtime ms", "downtime-ms", 0, 1),
+)
+NETWORKS: tuple[Column, ...] = (
+    ("total ms", "total-ms", 0, 1),
+    ("downtime ms", "downtime-ms", 0, 1),
+    ("Mbit/s", "mbps", 0, 1),
+    ("one iperf3 stream Mbit/s", "iperf3-mbps", 0, 1),
+    ("sent MiB", "transferred", 1, 1 << 20),
+    ("pages asked for", "requests", 0, 1),
+    ("access waits, median us", "p50-us", 0, 1),
+    ("99 % us", "p99-us", 0, 1),
+)
+KEPT = 65.0
+"""Per cent of the throughput that must be left under TLS."""
+
+
+def render(results: Results) -> list[str]:
+    """Everything."""
+    return [
+        "### Loopback: streams, in the clear and under TLS",
+        table(results["loopback"], ("link", "streams"), LOOPBACK),
+        "### Long, slow and lossy links",
+        table(results["networks"], ("link", "method"), NETWORKS),
+    ]
+
+
+def judge(results: Results) -> list[Target]:
+    """What TLS may cost."""
+    rates = {
+        key: median(
+            values([run for run in results["loopback"] if (run["link"], run["streams"]) == key], "first-round-mbps")
+        )
+        for key in {(run["link"], run["streams"]) for run in results["loopback"]}
+    }
+    return [
+        at_least(
+            f"throughput under TLS, {streams} stream{'s' * (streams > 1)}",
+            rates["TLS", streams] / rates["plain", streams] * 100,
+            KEPT,
+            "%",
+            0,
+        )
+        for streams in loopback.STREAMS
+    ]
+
+
+BENCH = Bench(
+    name="links",
+    questions={"loopback": loopback.measure, "networks": networks.measure},
+    judge=judge,
+    tables=render,
+)
+
+if __name__ == "__main__":
+    machine.require("bench-links", "iperf3", "nsenter")
+    sys.exit(BENCH.main())

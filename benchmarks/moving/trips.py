@@ -1,0 +1,68 @@
+"""One move of the built-in workload with any options, between processes of any hosts, and what is told about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measuring.ballast import Ballast
+from benchmarks.moving.ledger import Ledger
+from benchmarks.moving.pageferry_line import Process, expect, pageferry, reap
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """From where to where: what starts a command there, and further words for it."""
+
+    here: tuple[str, ...] = ()
+    there: tuple[str, ...] = ()
+    sending: tuple[str, ...] = ()
+    receiving: tuple[str, ...] = ()
+
+
+def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = Ends()) -> dict[str, Any]:
+    """Move it once, and end the process that it has left."""
+    ledger.prepare(ends.there, ends.receiving)
+    ballast.hold()
+    ballast.release()
+    sender = begin(ledger, words, ends)
+    first = None if "postcopy" in words else expect(sender, "round")
+    run = summary(expect(sender, "migration"), first)
+    reap(sender)
+    ledger.moved()
+    return run
+
+
+def begin(ledger: Ledger, words: tuple[str, ...], ends: Ends = Ends()) -> Process:
+    """Give the command to move it to where `prepare` has been called for."""
+    command = ("migrate", ledger.name, ledger.address, "--output", "json", *ends.sending, *words)
+    return pageferry(*command, through=ends.here)
+
+
+def summary(told: dict[str, Any], first_round: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What tables show of a migration; `first_round`: its event, if there was one."""
+    late = told["postcopy"] or {}
+    waits = late.get("waits") or {}
+    return {
+        "total-ms": told["total-time"],
+        "downtime-ms": told["downtime"],
+        "transferred": told["transferred"],
+        "mbps": told["mbps"],
+        "first-round-mbps": first_round["mbps"] if first_round else None,
+        "rounds": told["dirty-sync-count"],
+        "requests": told["postcopy-requests"],
+        "late-ms": late.get("time"),
+        "late-pages": late.get("pages"),
+        "p50-us": waits.get("p50-us"),
+        "p99-us": waits.get("p99-us"),
+        "longest-us": waits.get("longest-us"),
+    }
+
+
+def failure(sender: Process) -> dict[str, Any]:
+    """Of a move that is expected to give up: the last line of what it says, and its exit code."""
+    assert sender.stdout is not None
+    lines = [json.loads(line) for line in sender.stdout]
+    sender.stdout.close()
+    return {"exit-code": sender.wait(), "rounds": sum(line["type"] == "round" for line in lines), "last": lines[-1:]}

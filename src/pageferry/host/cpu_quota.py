@@ -1,0 +1,168 @@
+"""A limit on the CPU time of processes by their control group, which ends with whoever has set it.
+
+Where the cpu controller is one of cgroup v1, the processes go to a child of the group that they are in. In cgroup v2 a
+group with processes has no children with controllers, so the group that they are in is limited itself, if nobody else
+is in it. A guardian process (`cpu_quota_guardian`) puts everything back, also when we are killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host import cpu_quota_guardian
+
+PERIOD = 100_000
+"""Microseconds over which a limit holds: the kernel's default."""
+LEAST = 1000
+"""Microseconds of each period that the kernel leaves to any group."""
+PATIENCE = 10.0
+"""Seconds that the guardian may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A file system of control groups."""
+
+    version: int
+    root: str
+    """Group that it shows at its top."""
+    point: Path
+    controllers: frozenset[str]
+    """Of version 1; those of version 2 differ from group to group."""
+
+
+def mounts() -> Iterator[Mount]:
+    """All of them (/proc/self/mountinfo)."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, after = line.split(" - ")
+        fields, (kind, _, options) = before.split(), after.split()
+        if kind in ("cgroup", "cgroup2"):
+            point = Path(_unescaped(fields[4]))
+            yield Mount(2 if kind == "cgroup2" else 1, _unescaped(fields[3]), point, frozenset(options.split(",")))
+
+
+def _unescaped(path: str) -> str:
+    """Blanks and the like stand there in octal."""
+    return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path)
+
+
+class CpuQuota:
+    """Limits the CPU time of some processes together, until `close` or our own end.
+
+    Raises WorkloadError, with the reason, where that is not possible; WorkloadDied.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        if os.getpid() in pids:
+            raise WorkloadError("the workload is in the process that is to limit it")
+        version, group = _group_of(pids)
+        if version == 1:
+            self._limited = group / f"pageferry-{os.getpid()}-{secrets.token_hex(4)}"
+            undo = {"group": str(self._limited), "parent": str(group)}
+            self._file = self._limited / "cpu.cfs_quota_us"
+        else:
+            _alone(group, pids)
+            self._file = group / "cpu.max"
+            undo = {"file": str(self._file), "text": _read(self._file)}
+        self.where = f"cgroup v{version}, {group}"
+        """The group that the processes are in, for people."""
+        self._none = "-1" if version == 1 else undo["text"]
+        self._version = version
+        self._guardian = subprocess.Popen(
+            [sys.executable, "-I", "-S", cpu_quota_guardian.__file__, json.dumps(undo)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            if version == 1:
+                self._move(pids)
+            self.lift()
+        except OSError as error:
+            self.close()
+            raise WorkloadError(f"{error.filename or group}: {error.strerror}") from error
+
+    def limit(self, cpus: float) -> None:
+        """From now on they get so many CPUs together. Raises WorkloadError."""
+        quota = max(int(cpus * PERIOD), LEAST)
+        try:
+            _write(self._file, str(quota) if self._version == 1 else f"{quota} {PERIOD}")
+        except OSError as error:
+            raise WorkloadError(f"{self._file}: {error.strerror}") from error
+
+    def lift(self) -> None:
+        """No limit for now. Raises OSError."""
+        _write(self._file, self._none)
+
+    def close(self) -> None:
+        """Put everything back."""
+        assert self._guardian.stdin is not None
+        with suppress(OSError):  # the group is gone: so are its processes
+            self.lift()
+        self._guardian.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._guardian.wait(PATIENCE)
+
+    def _move(self, pids: Sequence[int]) -> None:
+        self._limited.mkdir()
+        _write(self._limited / "cpu.cfs_period_us", str(PERIOD))
+        for pid in pids:
+            _write(self._limited / "cgroup.procs", str(pid))
+
+
+def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
+    """Version and folder of the group with a cpu controller that all of them are in."""
+    found = {_place(pid) for pid in pids}
+    if len(found) != 1:
+        raise WorkloadError("its processes are in different control groups")
+    return found.pop()
+
+
+def _place(pid: int) -> tuple[int, Path]:
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    for mount in mounts():
+        for line in lines:
+            _, controllers, path = line.split(":", 2)
+            named = "cpu" in controllers.split(",") if mount.version == 1 else not controllers
+            shown = Path(path).is_relative_to(mount.root)
+            if not (named and shown) or (mount.version == 1 and "cpu" not in mount.controllers):
+                continue
+            group = mount.point / Path(path).relative_to(mount.root)
+            if mount.version == 1 or (group / "cpu.max").exists():
+                return mount.version, group
+    raise WorkloadError("there is no control group with the cpu controller that it is in and that can be seen here")
+
+
+def _alone(group: Path, pids: Sequence[int]) -> None:
+    others = set(_read(group / "cgroup.procs").split()) - {str(pid) for pid in pids}
+    if others:
+        raise WorkloadError(f"it shares the control group {group} with {len(others)} other processes")
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip()
+
+
+def _write(path: Path, text: str) -> None:
+    """In one write, as control groups want it."""
+    file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(file, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(file)

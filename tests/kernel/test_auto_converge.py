@@ -1,0 +1,135 @@
+"""Workloads that write faster than they can be sent are slowed down, for as long as that is needed and no longer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host import proc
+from pageferry.host.cpu_quota import CpuQuota, mounts
+from pageferry.migration.throttle import STEPS
+from tests.kernel import moving
+from tests.kernel.moving import MIB
+from tests.kernel.programs import Program, wait_until
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root", "quotas")]
+
+WILD: dict[str, Any] = {"size": 32 * MIB, "options": {"threads": 2}}
+"""Writes all over its memory, as fast as it can."""
+SLOW = ("--bandwidth", "100M", "--max-downtime", "50")
+AUTO = ("--auto-converge", *SLOW)
+
+
+@pytest.fixture(scope="module")
+def quotas() -> None:
+    """Skips where nobody can be limited."""
+    with spinner() as process:
+        try:
+            CpuQuota([process.process.pid]).close()
+        except WorkloadError as error:
+            pytest.skip(f"no limits on CPU time here: {error}")
+
+
+def spinner() -> Program:
+    return Program("-c", "while True: pass")
+
+
+def groups(pid: int) -> list[str]:
+    """Those of a process that matter here; others may be moved by others."""
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return [line for line in lines if {"cpu", ""} & set(line.split(":")[1].split(","))]
+
+
+def left_over() -> list[Path]:
+    """Groups of ours, wherever they are."""
+    return [group for mount in mounts() for group in mount.point.rglob("pageferry-*")]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    wait_until(lambda: not left_over(), "the end of all limits")
+
+
+def test_a_pre_copy_ends_that_would_have_given_up() -> None:
+    with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
+        before = groups(here.process.pid)
+        with moving.migrating("here", moving.address_of(there), *AUTO) as migration:
+            said = moving.until(migration, "round")
+            assert said["cpu-throttle-percentage"] == 0
+            rounds = [said]
+            while said["type"] != "migration":
+                said = migration.json()
+                rounds += [said] if said["type"] == "round" else []
+            assert migration.wait() == 0
+        steps = [each["cpu-throttle-percentage"] for each in rounds]
+        assert steps == sorted(steps)
+        assert set(steps) <= {0, *STEPS}
+        assert said["cpu-throttle-percentage"] == steps[-1] > 0
+        assert said["mode"] == "precopy"
+        assert groups(here.process.pid) == before
+        moving.until(there, "received")
+        moving.runs("there")
+        moving.ends_intact(here, "moved")
+        there.process.terminate()
+        assert moving.until(there, "ledger")["intact"]
+
+
+@pytest.mark.parametrize("fault", ["source.throttled=kill", "source.paused=kill", ""])
+def test_whatever_happens_it_runs_on_at_full_speed(fault: str) -> None:
+    """The agent is killed, or gives up; nobody but the guardian is left to undo it."""
+    with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
+        pid, before = here.process.pid, groups(here.process.pid)
+        options = AUTO if fault else (*AUTO, "--max-rounds", "3")
+        with moving.migrating("here", moving.address_of(there), *options, fault=fault or None) as migration:
+            code = migration.wait()
+            assert code == (-signal.SIGKILL if fault else 24)
+        wait_until(lambda: groups(pid) == before, "its own control group")
+        moving.runs("here")
+        moving.ends_intact(here)
+
+
+def test_a_workload_that_converges_is_left_alone() -> None:
+    with moving.ledger("here") as here, moving.receiver("there") as there:
+        with moving.migrating("here", moving.address_of(there), "--auto-converge") as migration:
+            assert moving.until(migration, "migration")["cpu-throttle-percentage"] == 0
+            assert migration.wait() == 0
+        moving.ends_intact(here, "moved")
+
+
+def test_processes_get_what_they_are_left_and_all_of_it_afterwards() -> None:
+    with spinner() as one, spinner() as other:
+        pids = [one.process.pid, other.process.pid]
+        before = list(map(groups, pids))
+        quota = CpuQuota(pids)
+        quota.limit(0.1)
+        used = sum(map(proc.cpu_seconds, pids))
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(2)"], check=True, timeout=60)
+        # 0.2 s, and what they had of the period before.
+        assert sum(map(proc.cpu_seconds, pids)) - used < 0.6
+        quota.close()
+        assert list(map(groups, pids)) == before
+        used = sum(map(proc.cpu_seconds, pids))
+        wait_until(lambda: sum(map(proc.cpu_seconds, pids)) > used + 0.6, "more CPU time than the limit left")
+
+
+def test_what_cannot_be_limited_is_said() -> None:
+    with pytest.raises(WorkloadError, match="in the process that is to limit it"):
+        CpuQuota([os.getpid()])
+    with spinner() as gone:
+        gone.kill()
+        with pytest.raises(WorkloadDied):
+            CpuQuota([gone.process.pid])
+
+
+def test_it_is_for_pre_copy() -> None:
+    with moving.ledger("here"), moving.migrating("here", "127.0.0.1:1", *AUTO, "--mode", "hybrid") as migration:
+        assert migration.wait() == 2

@@ -1,0 +1,197 @@
+"""The control connection under TLS takes what its peer has said, and nothing else, however the bytes come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.errors import AuthenticationError, ConnectionLost, MigrationError, ProtocolError
+from pageferry.migration import messages
+from pageferry.migration.channel import Channel
+from pageferry.migration.messages import AnyMessage, Message
+from pageferry.migration.secure import SecureStream
+from pageferry.migration.trust import ControlSession, Trust
+from tests.certificates import hosts
+from tests.property.test_migration_messages import everything
+
+T = TypeVar("T")
+Pair = Callable[[], tuple[ControlSession, ControlSession]]
+PATIENCE = 30.0
+tries = settings(deadline=None, max_examples=50)
+"""Each of them makes a connection."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    """Makes both ends of a connection, source and receiver, that have said nothing yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, receiver = hosts(Path(folder) / "hosts")
+        here, there = Trust(source, "source"), Trust(receiver, "receiver")
+        yield lambda: (here.control_session("127.0.0.1"), there.control_session())
+
+
+class Sink:
+    """A writer that nobody reads from."""
+
+    def write(self, _: bytes) -> None: ...
+    def close(self) -> None: ...
+    def is_closing(self) -> bool:
+        return False
+
+    async def drain(self) -> None: ...
+    async def wait_closed(self) -> None: ...
+
+
+def established(pair: Pair) -> tuple[ControlSession, ControlSession]:
+    source, receiver = pair()
+    while not (source.established and receiver.established):
+        receiver.feed(source.outgoing())
+        source.feed(receiver.outgoing())
+    return source, receiver
+
+
+def sealed(session: ControlSession, *parts: bytes) -> bytes:
+    for part in parts:
+        session.write(part)
+    return session.outgoing()
+
+
+async def _heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[AnyMessage], MigrationError]:
+    reader = asyncio.StreamReader()
+    channel = Channel(SecureStream(session, reader, Sink()), Sink(), PATIENCE)  # type: ignore[arg-type]
+    found = []
+    for piece in pieces:
+        reader.feed_data(piece)
+        await asyncio.sleep(0)
+    reader.feed_eof()
+    try:
+        while True:
+            found.append(await channel.receive_any())
+    except MigrationError as end:
+        return found, end
+    finally:
+        await channel.close()
+
+
+def heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[AnyMessage], MigrationError]:
+    """What a channel hands over of bytes that come in these pieces and then end, and why it ends."""
+    return run(_heard(session, pieces))
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """On a loop of its own; whatever a task has raised that nobody asked for is an error."""
+    unasked: list[dict[str, Any]] = []
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_exception_handler(lambda _, context: unasked.append(context))
+        result = runner.run(work)
+    assert not unasked
+    return result
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[early:late] for early, late in itertools.pairwise(edges)]
+
+
+quiet = everything.filter(lambda message: not isinstance(message, messages.Abort | messages.Alive))
+places = st.lists(st.integers(0, 1 << 20), max_size=20)
+
+
+@tries
+@given(said=st.lists(quiet, max_size=4), places=places)
+def test_messages_arrive_as_they_were_in_whatever_pieces(pair: Pair, said: list[Message], places: list[int]) -> None:
+    source, receiver = established(pair)
+    found, end = heard(receiver, cut(sealed(source, *map(messages.encode, said)), places))
+    assert found == said
+    assert isinstance(end, ConnectionLost)
+
+
+@tries
+@given(said=st.lists(quiet, min_size=1, max_size=4), place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
+def test_a_bit_that_is_changed_on_the_way_ends_it(pair: Pair, said: list[Message], place: int, bit: int) -> None:
+    """Nothing of that record, or of those after it, is handed over."""
+    source, receiver = established(pair)
+    data = bytearray(sealed(source, *map(messages.encode, said)))
+    data[place % len(data)] ^= 1 << bit
+    found, end = heard(receiver, [bytes(data)])
+    assert found == said[: len(found)]
+    assert len(found) < len(said)
+    # A length that has grown waits for bytes that never come.
+    assert isinstance(end, AuthenticationError | ConnectionLost)
+
+
+@tries
+@given(said=st.lists(quiet, min_size=2, max_size=4), data=st.data())
+def test_records_that_are_left_out_repeated_or_swapped_end_it(pair: Pair, said: list[Message], data: Any) -> None:
+    source, receiver = established(pair)
+    records = [sealed(source, messages.encode(message)) for message in said]
+    order = data.draw(st.lists(st.integers(0, len(said) - 1), min_size=1, max_size=6))
+    right = next((n for n, (a, b) in enumerate(itertools.zip_longest(order, range(len(said)))) if a != b), len(said))
+    found, end = heard(receiver, [records[number] for number in order])
+    assert found == said[:right]
+    assert isinstance(end, ConnectionLost if order == list(range(right)) else AuthenticationError)
+
+
+@tries
+@given(garbage=st.binary(min_size=1, max_size=600), places=places)
+def test_bytes_that_are_no_records_end_it(pair: Pair, garbage: bytes, places: list[int]) -> None:
+    _, receiver = established(pair)
+    found, end = heard(receiver, cut(garbage, places))
+    assert not found
+    assert isinstance(end, AuthenticationError | ConnectionLost)
+
+
+@tries
+@given(body=st.binary(max_size=200), places=places)
+def test_an_authenticated_peer_may_say_messages_and_nothing_else(pair: Pair, body: bytes, places: list[int]) -> None:
+    """Who has a certificate can still send anything: it is taken as it would be in the clear."""
+    source, receiver = established(pair)
+    found, end = heard(receiver, cut(sealed(source, len(body).to_bytes(4, "big"), body), places))
+    try:
+        message = messages.decode(body)
+    except msgspec.MsgspecError:
+        assert (found, type(end)) == ([], ProtocolError)
+    else:
+        assert found == [message] or isinstance(message, messages.Abort | messages.Alive)
+
+
+@tries
+@given(length=st.integers(messages.MAX_MESSAGE + 1, (1 << 32) - 1))
+def test_a_length_beyond_the_limit_is_refused_under_tls_too(pair: Pair, length: int) -> None:
+    source, receiver = established(pair)
+    found, end = heard(receiver, [sealed(source, length.to_bytes(4, "big"))])
+    assert (found, type(end)) == ([], ProtocolError)
+
+
+@tries
+@given(garbage=st.binary(min_size=1, max_size=600), flight=st.integers(0, 2), place=st.integers(0, 1 << 20))
+def test_a_handshake_with_nonsense_in_it_is_refused(pair: Pair, garbage: bytes, flight: int, place: int) -> None:
+    """In what the source says first, in the answer to that, or in what ends the handshake."""
+    source, receiver = pair()
+    changed = False
+    for number, (to, of) in enumerate(((receiver, source), (source, receiver), (receiver, source))):
+        data = of.outgoing()
+        if number == flight:
+            at = place % (len(data) + 1)
+            sent, data = data, data[:at] + garbage + data[at + len(garbage) :]
+            changed = data != sent
+        try:
+            to.feed(data)
+        except AuthenticationError:
+            assert changed
+            return
+    if source.established and receiver.established and changed:
+        # It came after the handshake, and is no record.
+        victim = source if flight == 1 else receiver
+        with contextlib.suppress(AuthenticationError):
+            assert victim.read() == b""
