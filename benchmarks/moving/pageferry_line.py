@@ -43,7 +43,8 @@ def reap(process: Process) -> float:
 
 
 class PageferryLine(Line):
-    """A guest managed by pageferry. Options of a move: words for `pageferry migrate`, under `words`."""
+    """A guest managed by pageferry. Options of a move: `words` for `pageferry migrate`; `through`, what starts the
+    receiver."""
 
     def start(self) -> None:
         if pageferry("run", self.name(0), "--detach", "--", *self.command(0)).wait():
@@ -51,7 +52,7 @@ class PageferryLine(Line):
 
     def prepare(self, number: int, options: dict[str, Any]) -> None:
         words = ("receive", self.name(number), "--detach", "--output", "json", "--", *self.command(number))
-        self._receiver = pageferry(*words)
+        self._receiver = pageferry(*words, through=options.get("through", ()))
         self._address = expect(self._receiver, "listening")["address"]
 
     def accept(self, destination: Running) -> None:

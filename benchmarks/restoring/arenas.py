@@ -47,4 +47,4 @@ def demanded(image: Path) -> dict[str, Any]:
 
 def measure_faults(setting: Setting) -> list[dict[str, Any]]:
     """The bare loop and the pager; the program repeats by itself."""
-    return examples.fault_loop()
+    return examples.fault_loop(setting.quick)

@@ -23,7 +23,8 @@ from tests.guest import initrd
 RATE, HOT = 5120, 5
 """The guest writes 20 MiB/s, all of it in 5 % of its memory."""
 WATCHED = 4.0
-"""Seconds after which a guest is ended, at least."""
+"""Seconds that a guest is watched after it has been resumed, at least; in a hurry, less."""
+HURRIED = 2.0
 PATIENCE = 60.0
 """Seconds in which memory must have come."""
 WINDOW, UTILISATION = 1.0, 0.8
@@ -47,7 +48,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     """Save the guest once in each way, and restore it again and again."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     words = checker(SMALL if setting.quick else FULL, RATE, HOT)
-    runs = []
+    runs, watched = [], HURRIED if setting.quick else WATCHED
     with guests(place, words, "to be restored") as (ours, theirs):
         image, mapped, stream = (setting.folder / name for name in ("image", "mapped", "stream"))
         usual = {ours.label: _save_ours(ours, image), theirs.label: _save_theirs(theirs, mapped, stream)}
@@ -57,16 +58,16 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
             for method, options in OURS.items():
                 if method != "lazy, working set":
                     image.with_name("image.ws").unlink(missing_ok=True)
-                run = restore(ours, image, usual[ours.label], *options)
+                run = restore(ours, image, usual[ours.label], *options, watched=watched)
                 runs.append({"line": "pageferry", "method": method} | run)
             for method, capabilities in PEERS.items():
                 file = mapped if "mapped-ram" in capabilities else stream
-                run = restore_by_qemu(theirs, file, usual[theirs.label], capabilities)
+                run = restore_by_qemu(theirs, file, usual[theirs.label], capabilities, watched=watched)
                 runs.append({"line": "QEMU", "method": method} | run)
     return runs
 
 
-def restore(line: PageferryLine, image: Path, usual: float, *options: str) -> dict[str, Any]:
+def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
     """By `pageferry restore`, watched until all of its memory is there, where it comes by itself."""
     line.hops += 1
     name = line.name(line.hops)
@@ -75,11 +76,11 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str) -> di
     told = Told(pageferry("restore", name, str(image), "--output", "json", *options, "--", *line.command(line.hops)))
     try:
         running = Running.behind(line.monitor_path(line.hops))
-        restored = told.wait("restore", WATCHED if "--no-prefetch" in options else PATIENCE)
-        time.sleep(max(begin + WATCHED - time.time(), 0))
-        resumed = _resumed(running)
-        first = told.wait("running", 0)
+        first = told.wait("running", PATIENCE)
         assert first is not None
+        resumed = _resumed(running)
+        restored = told.wait("restore", watched if "--no-prefetch" in options else PATIENCE)
+        time.sleep(max(resumed + watched - time.time(), 0))
         if restored is None:
             restored = told.wait("restore-progress", 0) or {}
         result = _looked_at(line, resumed, first["time-to-running"] / 1e3, usual)
@@ -100,7 +101,9 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str) -> di
     }
 
 
-def restore_by_qemu(line: QemuLine, file: Path, usual: float, capabilities: tuple[str, ...]) -> dict[str, Any]:
+def restore_by_qemu(
+    line: QemuLine, file: Path, usual: float, capabilities: tuple[str, ...], *, watched: float = WATCHED
+) -> dict[str, Any]:
     """By `migrate-incoming`, in a QEMU that is up and waits for it."""
     line.hops += 1
     line.serial.ticks.clear()
@@ -112,7 +115,7 @@ def restore_by_qemu(line: QemuLine, file: Path, usual: float, capabilities: tupl
         begin = time.time()
         running.monitor.execute("migrate-incoming", uri=f"file:{file}")
         resumed = running.monitor.wait("RESUME")
-        time.sleep(WATCHED)
+        time.sleep(watched)
         result = _looked_at(line, resumed, resumed - begin, usual)
     finally:
         line.end()

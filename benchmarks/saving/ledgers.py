@@ -47,7 +47,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
         for _ in range(setting.repetitions):
             for codec in CODECS:
                 run = {"codec": codec} | asyncio.run(save(ledger, image, "--codec", codec))
-                alone = examples.codec_speed(image, codec)
+                alone = examples.codec_speed(image, codec, setting.quick)
                 runs.append(run | {"codec-mib-s": alone, "of-codec": run["saved-mib-s"] / alone})
     return runs
 

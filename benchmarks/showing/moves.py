@@ -9,9 +9,10 @@ from benchmarks.measuring import machine
 from benchmarks.measuring.ballast import Ballast
 from benchmarks.measuring.bench import Setting
 from benchmarks.moving import populate, side_by_side, stalls
-from benchmarks.moving.guest import BUSY, Place
+from benchmarks.moving.guest import BUSY, Line, Place
 from benchmarks.moving.ledger import Ledger
 from benchmarks.moving.pageferry_line import PageferryLine
+from benchmarks.peers.qemu import QemuLine
 from benchmarks.showing.row import Row, Switches
 from pageferry._engine import LARGE_PAGE, Space
 from pageferry.workloads.control.client import RemoteArena
@@ -45,20 +46,31 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def guest(setting: Setting, switches: Switches) -> list[Row]:
-    """A guest, moved likewise."""
+    """A guest, moved likewise (S1), and to a QEMU that has to make its large pages itself (S7); and by QEMU."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
-    line = PageferryLine("moved", place, machine.QEMU, "ferry.mib=48" if setting.quick else BUSY)
-    found: dict[str, dict[str, Any]] = {}
-    with side_by_side.booted([(line, [])]), Ballast(1280 << 20) as ballast:
-        for name, words in (("none", "none"), ("S1", switches.choose("S1", "all", "none"))):
-            ballast.hold()
-            found[name] = line.move(ballast, words=("--populate", words))
-            line.rest()
-    none, every = (found[name]["faults-first-second"] for name in ("none", "S1"))
-    what = f"QEMU guest with {found['S1']['large-source']} large pages, moved"
+    load = "ferry.mib=48" if setting.quick else BUSY
+    ours = PageferryLine("moved", place, machine.QEMU, load)
+    theirs = QemuLine("moved by QEMU", place, machine.QEMU, load)
+    with side_by_side.booted([(ours, []), (theirs, [])]), Ballast(1280 << 20) as ballast:
+        none, every = (
+            _moved(ours, ballast, words=("--populate", choice))
+            for choice in ("none", switches.choose("S1", "all", "none"))
+        )
+        kept, lost = (
+            _moved(ours, ballast, words=("--large-pages", choice), through=NO_MOUNTS)
+            for choice in (switches.choose("S7", "keep", "ignore"), "ignore")
+        )
+        peer = _moved(theirs, ballast)
+    large = kept["large-source"]
+    faults, there = every["faults-first-second"], kept["large-destination"]
     return [
-        Row("S1", what, "page faults of its vCPUs' first second, QEMU's own with them", none, every,
-            "at most 80 % of those without", every <= 0.8 * none)
+        Row("S1", f"QEMU guest with {every['large-source']} large pages, moved",
+            "page faults of its vCPUs' first second, QEMU's own with them", none["faults-first-second"], faults,
+            "at most 80 % of those without", faults <= 0.8 * none["faults-first-second"],
+            _of(peer, "faults-first-second"), "QEMU, precopy"),
+        Row("S7", "QEMU guest, written to while it moves", "large pages at the destination", lost["large-destination"],
+            there, f"the {large} of the source", there >= large > 0,
+            _of(peer, "large-destination"), f"QEMU, precopy, of {peer['large-source']}"),
     ]  # fmt: skip
 
 
@@ -99,6 +111,19 @@ def traces(setting: Setting, switches: Switches) -> list[Row]:
             traced <= stopped / 10,
         )
     ]
+
+
+def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
+    """A move of a guest, which rests afterwards."""
+    ballast.hold()
+    run = line.move(ballast, **options)
+    line.rest()
+    return run
+
+
+def _of(peer: dict[str, Any], key: str) -> float | None:
+    """A figure of a peer that has not lost its guest."""
+    return float(peer[key]) if peer["alive"] else None
 
 
 def _faults(ledger: Ledger, ballast: Ballast, choice: str) -> float:

@@ -17,15 +17,21 @@ class Row:
     exercised: str
     figure: str
     """What is counted, with its unit."""
-    without: float
-    mechanism: float
-    """The figure with the mechanism; the same way as `without` when it was switched off."""
+    without: float | None
+    mechanism: float | None
+    """The figure with the mechanism; the same way as `without` when it was switched off. None: not measured."""
     target: str
     """In words, as docs/benchmarks.md has it."""
     reached: bool
     peer: float | None = None
     whose: str = ""
     """The peer."""
+
+    @classmethod
+    def unmeasured(cls, system: str, exercised: str, why: BaseException) -> Row:
+        """What could not be measured, and why."""
+        words = " ".join(str(why).split()).replace("|", "/") or "no reason was given"
+        return cls(system, exercised, f"not measured, {type(why).__name__}: {words}", None, None, "", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    peer = "-" if row.peer is None else f"{_number(row.peer)} ({row.whose})"
+    peer = _number(row.peer) + (f" ({row.whose})" if row.peer is not None else "")
     return [
         row.system,
         row.exercised,
@@ -63,5 +69,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:,.2f}"

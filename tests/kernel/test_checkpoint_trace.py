@@ -95,6 +95,23 @@ def test_a_chain_under_a_heavy_writer(tmp_path: Path, processes: int, large_page
     check_ledger(tmp_path / "flat")
 
 
+@pytest.mark.parametrize("end", ["no-track", "large-pages"])
+def test_large_mappings_are_back_when_the_trace_goes(tmp_path: Path, end: str) -> None:
+    arena, words = filled(large_pages=True)
+    space = _engine.Space()
+    whole = [(arena.address, arena.address + arena.length)]
+    assert space.large_mapped(arena.address, arena.length) == whole
+    save(arena, tmp_path / "0", track=True)
+    words[::100] = 1
+    save(arena, tmp_path / "1", parent=tmp_path / "0")
+    assert space.large_mapped(arena.address, arena.length) == []
+    if end == "no-track":
+        save(arena, tmp_path / "2", parent=tmp_path / "1", track=False)
+    else:
+        following.forget(arena.workload())
+    assert space.large_mapped(arena.address, arena.length) == whole
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_same_as_by_comparing(tmp_path: Path, seed: int) -> None:
     """One image by the trace and one by comparing, of the same instant: the same contents, class by class."""

@@ -129,9 +129,19 @@ def test_a_system_passes_with_its_mechanism_and_fails_without() -> None:
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
 def test_a_guest_is_shown_beside_its_peers() -> None:
     rows = shown("--only", "S10", "--without", "S4", "--without", "S10")
-    guest = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
-    assert set(guest) == {"S4", "S10"}
-    assert all(row["peer"] > 0 and not row["reached"] for row in guest.values())
+    saved = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
+    assert set(saved) == {"S4", "S10"}
+    assert all(row["peer"] > 0 and not row["reached"] for row in saved.values())
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
+def test_a_moved_guest_is_shown_beside_its_peer() -> None:
+    rows = shown("--only", "S1", "--without", "S7")
+    moved = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
+    assert set(moved) == {"S1", "S7"}
+    assert not moved["S7"]["reached"]
+    assert all(row["peer"] > 0 for row in moved.values())
 
 
 @pytest.mark.timeout(400)

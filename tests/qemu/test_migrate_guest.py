@@ -62,8 +62,8 @@ def test_moves_on_and_on(guest: Traveller) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        "--codec lz4 --streams 2 --trace-granularity 4K",
-        "--codec zstd --trace-granularity 2M --populate hot",
+        "--codec lz4 --streams 2 --trace-granularity 4K --max-downtime 60000",
+        "--codec zstd --trace-granularity 2M --populate hot --max-downtime 60000",
         "--large-pages ignore --populate none --streams 3 --max-downtime 1",
     ],
 )

@@ -295,7 +295,7 @@ def test_a_balloon_takes_pages_while_they_come(guest: Make, image: Path) -> None
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
-        async with restored.workload._session() as monitor:
+        async with restored.workload._control.session() as monitor:
             await monitor.execute("balloon", value=160 << 20)
             await restored.serial.ticks(5)
             await monitor.execute("balloon", value=256 << 20)

@@ -40,10 +40,27 @@ def test_verb_decides_exit_code() -> None:
     assert main(["sleeper", "--seconds", "0"]) == 4
 
 
-@pytest.mark.parametrize("words", [[], ["no-such-verb"], ["lister", "--no-such-option"], ["--out", "json", "lister"]])
-def test_usage_error_is_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "pageferry: error: the following arguments are required: VERB (`pageferry --help` shows what it takes)"),
+        (["no-such-verb"], "pageferry: error: argument VERB: invalid choice: 'no-such-verb' ("),
+        (["--out", "json", "lister"], "pageferry: error: argument VERB: invalid choice: 'json' ("),
+        (["lister", "--no-such-option"], "pageferry lister: error: unrecognized arguments: --no-such-option ("),
+        (["sleeper", "--", "true"], "pageferry sleeper: error: it takes no command after -- ("),
+        (["image", "info", "x", "y"], "pageferry image info: error: unrecognized arguments: y ("),
+    ],
+)
+def test_usage_error_is_2_and_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    assert "usage: pageferry" in capsys.readouterr().err.lower()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(says)
+
+
+def test_options_of_every_verb_may_come_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").write_bytes(b"no image")
+    assert main(["image", "verify", str(tmp_path / "x"), "--output", "json"]) == 31
+    assert "without an index" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "code"), [("UsageError", 2), ("NoSuchWorkload", 11), ("OutcomeUnknown", 26)])

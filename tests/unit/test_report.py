@@ -161,10 +161,24 @@ def test_people_get_tables_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixt
     html = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--html", str(html)]) == 0
     out = capsys.readouterr().out
-    for words in ("migrate web", "checkpoint web", "21.4 ms", "Where the pause went", "Side by side", str(html)):
+    for words in ("migrate web", "checkpoint web", "21.4 ms", "Where the pause went", str(html)):
         assert words in out
     assert html.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "page.html", "two"]
+
+
+def test_runs_of_one_kind_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / name for name in ("monday", "image", "tuesday")]
+    for path in paths:
+        (save if path.name == "image" else migrate)(path)
+    html = tmp_path / "page.html"
+    assert main(["report", *map(str, paths), "--html", str(html)]) == 0
+    table = capsys.readouterr().out.split("Side by side")[1]
+    assert "monday" in table
+    assert "tuesday" in table
+    assert "image" not in table
+    assert html.read_text().count("Side by side") == 1
+    assert html.read_text().count('<th scope="col"><a href="#run-2">') == 1
 
 
 def test_the_log_of_a_killed_command_is_drawn_as_far_as_it_goes(

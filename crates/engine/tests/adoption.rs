@@ -413,6 +413,24 @@ fn a_process_that_somebody_traces_is_refused_by_name() {
 }
 
 #[test]
+fn a_tracer_that_lets_go_is_waited_for() {
+    let child = Child::new(compute);
+    let pid = child.pid;
+    let (attached, ready) = std::sync::mpsc::channel();
+    let other = thread::spawn(move || {
+        // SAFETY: seizing our own child takes no pointers.
+        attached.send(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) }).unwrap();
+        // The kernel lets go of it when this thread ends.
+        thread::sleep(Duration::from_millis(100));
+    });
+    assert_eq!(ready.recv(), Ok(0));
+    let ended = child.adopt();
+    assert!(ended.is_ok(), "{ended:?}");
+    other.join().unwrap();
+    child.check();
+}
+
+#[test]
 fn a_process_that_is_gone_is_refused() {
     let child = Child::new(compute);
     let space = child.space();

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry.checkpoints.image import ImageFile
+from pageferry.cli.parser import shared_options
 from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.report.image import ImageView
@@ -78,19 +79,21 @@ class Flattened(Event, frozen=True, tag="image-flatten"):
 def configure(parser: argparse.ArgumentParser) -> None:
     """What to do with which images."""
     what = parser.add_subparsers(title="what", dest="what", required=True, metavar="WHAT")
-    info = what.add_parser("info", help="say what is in an image")
-    info.set_defaults(work=_info)
-    verify = what.add_parser("verify", help="read every byte of an image and its parents; exit 31 if one is wrong")
-    verify.set_defaults(work=_verify)
-    diff = what.add_parser("diff", help="compare two images: exit 0 the same, 1 different")
-    diff.set_defaults(work=_diff)
-    flatten = what.add_parser("flatten", help="write one image out of an incremental one and its parents")
-    flatten.set_defaults(work=_flatten)
-    for below in (info, verify, diff, flatten):
-        below.add_argument("image", metavar="IMAGE", type=Path)
-    diff.add_argument("other", metavar="OTHER", type=Path)
-    flatten.add_argument("target", metavar="TARGET", type=Path)
-    flatten.add_argument("--codec", choices=("none", "lz4", "zstd"), help="(as in the image)")
+    works = {
+        "info": (_info, "say what is in an image"),
+        "verify": (_verify, "read every byte of an image and its parents; exit 31 if one is wrong"),
+        "diff": (_diff, "compare two images: exit 0 the same, 1 different"),
+        "flatten": (_flatten, "write one image out of an incremental one and its parents"),
+    }
+    for name, (work, text) in works.items():
+        below = what.add_parser(name, help=text, description=f"{text.capitalize()}.", parents=[shared_options()])
+        below.set_defaults(work=work, complain=below.error)
+        below.add_argument("image", metavar="IMAGE", type=Path, help="as `pageferry checkpoint` writes it")
+    what.choices["diff"].add_argument("other", metavar="OTHER", type=Path, help="another one")
+    what.choices["flatten"].add_argument("target", metavar="TARGET", type=Path, help="file to write")
+    what.choices["flatten"].add_argument(
+        "--codec", choices=("none", "lz4", "zstd"), help="of the new image (as in the old one)"
+    )
 
 
 async def run(args: argparse.Namespace) -> int:

@@ -6,11 +6,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich_argparse import RichHelpFormatter
 
 from pageferry.cli.verbs import VERBS
+from pageferry.errors import UsageError
 
 
 class HelpFormatter(RichHelpFormatter):
@@ -18,6 +19,7 @@ class HelpFormatter(RichHelpFormatter):
 
     help_markup = False
     text_markup = False
+    group_name_formatter = str.capitalize
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +28,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
 
+    def error(self, message: str) -> NoReturn:
+        """One line: a usage of many would hide what is wrong."""
+        self.exit(UsageError.exit_code, f"{self.prog}: error: {message} (`{self.prog} --help` shows what it takes)\n")
+
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments on the command line `words`. Raises SystemExit after help, version, completion or a complaint."""
@@ -33,9 +39,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     defaults = argparse.Namespace(output="human", log=None, debug=False, command=[])
     parser = build_parser(words)
     head, command = _split(words)
-    args = parser.parse_args(head, defaults)
-    if command and not getattr(args, "takes_command", False):
-        parser.error(f"pageferry {args.verb} takes no command after --")
+    args, unknown = parser.parse_known_args(head, defaults)
+    if unknown:
+        args.complain(f"unrecognized arguments: {' '.join(unknown)}")
+    if command and not args.takes_command:
+        args.complain("it takes no command after --")
     args.command = command
     return args
 
@@ -54,7 +62,7 @@ def build_parser(words: Sequence[str]) -> Parser:
     All verbs are listed, but only those whose name is among the words are imported and take arguments; one too many
     (a workload called `list`) does no harm. Completion is about all of them.
     """
-    shared = _shared_options()
+    shared = shared_options()
     parser = Parser(prog="pageferry", description=_DESCRIPTION, epilog=_EPILOG, parents=[shared])
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument(
@@ -74,6 +82,7 @@ def build_parser(words: Sequence[str]) -> Parser:
                 run=module.run,
                 takes_command=getattr(module, "TAKES_COMMAND", False),
                 works_on=getattr(module, "WORKS_ON", None),
+                complain=below.error,
             )
             if hasattr(module, "WORKS_ON"):
                 _add_metrics(below)
@@ -92,7 +101,8 @@ _DESCRIPTION = "Moves, saves and shapes the memory of running workloads, from ou
 _EPILOG = "Exit codes: 0 done, 1 failure, 2 usage, 3-99 named failures (docs/exit-codes.md), 128+N ended by signal N."
 
 
-def _shared_options() -> Parser:
+def shared_options() -> Parser:
+    """The options of every verb, as a parent of its parser; in whichever place they are given, the last one holds."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
         "--output",

@@ -197,12 +197,14 @@ class Log:
                 raise UsageError(f"{path} is longer than {MAX_LENGTH >> 20} MiB: no event log of ours is")
             rows = path.read_bytes().split(b"\n")
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from error
+            raise UsageError(f"{path} cannot be read as an event log: {error.strerror}") from error
         # What stands after the last line feed was cut short; mostly it is nothing.
         cut = bool(rows.pop())
+        if not rows or not rows[0].startswith(b'{"at-ms":'):
+            raise UsageError(f"{path} is no event log: any verb writes one with --log FILE")
         lines = [_line(path, number, row) for number, row in enumerate(rows, 1)]
-        if not lines or lines[0].tag != "log":
-            raise UsageError(f"{path} is no event log: write one with --log FILE")
+        if lines[0].tag != "log":
+            raise UsageError(f"{path} does not begin as an event log does: its first line is one of {lines[0].tag!r}")
         if (schema := lines[0].fields.get("schema")) != SCHEMA:
             raise UsageError(
                 f"{path} has events of schema {schema}, this pageferry knows {SCHEMA}: use the one it is of"

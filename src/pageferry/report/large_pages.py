@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.largepages.events import BroughtBack, LargePagesResult, Sample, SampleEvent
+from pageferry.report.figures.base import thinned
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, size
 
@@ -87,11 +88,11 @@ def _histogram(bins: list[int]) -> RenderableType:
 def _heat_map(samples: list[Sample]) -> RenderableType:
     """A line per sampled page, its 512 small pages from left to right."""
     table = Table.grid(padding=(0, 1))
-    shown = sorted(samples, key=lambda sample: -sample.activity)[:ROWS]
-    for sample in sorted(shown, key=lambda sample: (sample.pid, sample.address)):
+    shown = thinned(sorted(samples, key=lambda sample: -sample.activity), ROWS)
+    for sample in shown:
         table.add_row(Text(f"{sample.address:#x}"), _cells(sample), Text(f"{sample.activity:3}"), Text(sample.decision))
-    left = len(samples) - len(shown)
-    title = "where in the page" + (f" ({left} less active ones are not shown)" if left else "")
+    some = f" ({len(shown)} of {len(samples)}, from the most active to the least)"
+    title = "where in the page" + (some if len(shown) < len(samples) else "")
     return Group(Text(title, style="bold"), table)
 
 

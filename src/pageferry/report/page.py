@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 from pageferry.report.figures.base import Fact, Figure, shown
-from pageferry.report.run import Run, side_by_side
+from pageferry.report.run import Run, families, side_by_side
 from pageferry.report.units import duration
 
 MARKS = {"done": "done", "failed": "failed", "interrupted": "interrupted", "unfinished": "unfinished"}
@@ -20,28 +21,28 @@ def page(runs: Sequence[Run]) -> str:
     style = (files(__package__) / "page.css").read_text(encoding="utf-8")
     several = " several" if len(runs) > 1 else ""
     body = "".join(_run(run, number) for number, run in enumerate(runs))
+    numbers = {run.log.path: number for number, run in enumerate(runs)}
+    comparisons = "".join(_comparison(family, numbers) for family in families(runs))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
         f"<title>{escape(titles)} – pageferry</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<p class="brand">pageferry report</p>\n{_comparison(runs)}'
+        f'<p class="brand">pageferry report</p>\n{comparisons}'
         f'<main class="runs{several}">\n{body}</main>\n</body>\n</html>\n'
     )
 
 
-def _comparison(runs: Sequence[Run]) -> str:
-    if len(runs) < 2:
-        return ""
+def _comparison(runs: Sequence[Run], numbers: dict[Path, int]) -> str:
     heads = "".join(
-        f'<th scope="col"><a href="#run-{number}">{escape(run.title)}</a>'
+        f'<th scope="col"><a href="#run-{numbers[run.log.path]}">{escape(run.title)}</a>'
         f"<br><small>{escape(run.log.path.name)}</small></th>"
-        for number, run in enumerate(runs)
+        for run in runs
     )
     outcome = "".join(f'<td><span class="badge {run.outcome}">{MARKS[run.outcome]}</span></td>' for run in runs)
     rows = [f'<tr><th scope="row">outcome</th>{outcome}</tr>']
-    for fact, values in side_by_side(list(runs)):
+    for fact, values in side_by_side(runs):
         cells = "".join(f"<td>{escape(shown(value, fact.unit))}</td>" for value in values)
         rows.append(f'<tr><th scope="row">{escape(fact.name)}</th>{cells}</tr>')
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,7 +161,16 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def side_by_side(runs: list[Run]) -> list[tuple[Fact, list[Cell]]]:
+def families(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of the same kind, of which there are several, in the order in which they were given."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        verb = run.log.header.verb
+        found.setdefault("migrate" if verb == "demo" else verb, []).append(run)
+    return [family for family in found.values() if len(family) > 1]
+
+
+def side_by_side(runs: Sequence[Run]) -> list[tuple[Fact, list[Cell]]]:
     """Facts that more than one run has, with the value of each run, in the order of their first appearance."""
     found: dict[tuple[str, str], Fact] = {}
     for run in runs:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.report.figures.base import Figure, shown, thinned
-from pageferry.report.run import ReportResult, Run, side_by_side
+from pageferry.report.run import ReportResult, Run, families, side_by_side
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration
 
@@ -33,8 +33,8 @@ class RunsView(PlainView):
         parts: list[RenderableType] = []
         for run in self._runs:
             parts += [_head(run), _facts(run), *(part for figure in run.figures for part in _figure(figure)), Text()]
-        if len(self._runs) > 1:
-            parts += [Text("Side by side", style="bold underline"), _comparison(self._runs)]
+        for family in families(self._runs):
+            parts += [Text("Side by side", style="bold underline"), _comparison(family), Text()]
         if result.html is not None:
             parts.append(Text(f"written: {result.html}"))
         return Group(*parts)
@@ -84,6 +84,6 @@ def _comparison(runs: Sequence[Run]) -> RenderableType:
     for run in runs:
         table.add_column(Text(f"{run.title}\n{run.log.path.name}"))
     table.add_row("outcome", *(Text(run.outcome, style=STYLES[run.outcome]) for run in runs))
-    for fact, values in side_by_side(list(runs)):
+    for fact, values in side_by_side(runs):
         table.add_row(fact.name, *(shown(value, fact.unit) for value in values))
     return table

@@ -22,7 +22,7 @@ from pageferry.errors import PageferryError
 from pageferry.host import proc
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads.base import Workload
-from pageferry.workloads.memory import Segment
+from pageferry.workloads.memory import Memory, Segment
 
 RECORD = "trace.json"
 _FORKS = "forks"
@@ -133,11 +133,14 @@ def leave(workload: Workload, segments: Sequence[Segment], image: tuple[str, str
 
 
 def forget(workload: Workload) -> None:
-    """Take the trace off, if there is one."""
+    """Take the trace off, if there is one, and map large pages as such again."""
     record = _load(workload)
     if record is not None:
         _close(record.descriptors)
         _remove(workload)
+        with contextlib.suppress(PageferryError, OSError):  # it has just ended
+            memory = Memory(workload)
+            memory.restore_large_mappings(memory.large_units())
 
 
 def note_forks(folder: Folder) -> None:

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,52 +20,31 @@ from pageferry.host import proc, processes, ram_files
 from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.workloads import qemu_command, qemu_prefault, qemu_process, qemu_ram, qemu_state
 from pageferry.workloads.base import Faults, Identity, Region, Witness
+from pageferry.workloads.qemu_control import QUIT, QemuControl
+from pageferry.workloads.qemu_machine import Machine
 from pageferry.workloads.qemu_prefault import VirtualMachine
 from pageferry.workloads.qemu_process import QemuProcess
-from pageferry.workloads.qemu_will import LastWill
-from pageferry.workloads.qmp import PATIENCE, Command, Monitor
+from pageferry.workloads.qmp import PATIENCE, Monitor
 
 _QUIT_PATIENCE = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
 
 _LOG = "log"
 
-_QUIT: Command = {"execute": "quit"}
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Machine:
-    """What does not change while QEMU runs."""
-
-    qemu_version: str
-    type: str
-    vcpu_threads: tuple[int, ...]
-    devices: tuple[str, ...]
-    """Types of those that the user has added."""
-
-    @classmethod
-    async def ask(cls, monitor: Monitor) -> Self:
-        kind = await monitor.execute("qom-get", path="/machine", property="type")
-        cpus = await monitor.execute("query-cpus-fast")
-        threads = tuple(cpu["thread-id"] for cpu in cpus)
-        devices = tuple(sorted(await qemu_ram.devices(monitor)))
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices)
 
 
 class QemuWorkload:
     """A QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, may be about one.
 
-    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`, so that nobody slows the switch-over
-    down; otherwise every call opens it for itself.
+    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`: see `qemu_control`.
     """
 
     def __init__(
         self,
         folder: Folder,
         entry: QemuEntry,
-        machine: _Machine,
+        machine: Machine,
         regions: tuple[Region, ...],
         child: QemuProcess | None,
     ) -> None:
@@ -76,14 +54,9 @@ class QemuWorkload:
         self._machine = machine
         self._regions = regions
         self._child = child
-        self._held: Monitor | None = None
-        self._will: LastWill | None = None
-        self._undo: list[Command] | None = None
-        """Commands that put QEMU's migration settings back; None while they are the user's."""
-        self._settling: asyncio.Task[None] | None = None
+        self._control = QemuControl(folder.name, entry.qmp_socket)
         self._loading: qemu_state.Loading | None = None
-        """What is left to do after `resume`."""
-        self._stays_paused = False
+        """What waits for the device state."""
 
     # -- making one --------------------------------------------------------------------------------------------------
 
@@ -134,7 +107,7 @@ class QemuWorkload:
         if not isinstance(entry, QemuEntry):
             raise NoSuchWorkload(f"{name} is no QEMU guest (or still being started): `pageferry list` shows what is")
         async with await Monitor.open(entry.qmp_socket, patience=patience) as monitor:
-            machine = await _Machine.ask(monitor)
+            machine = await Machine.ask(monitor)
             regions = await _regions_of(monitor, entry.pid)
         return cls(folder, entry, machine, regions, None)
 
@@ -156,7 +129,7 @@ class QemuWorkload:
         """Look at a QEMU that answers on its monitor, and publish it."""
         opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
         async with await opening as monitor:
-            machine = await _Machine.ask(monitor)
+            machine = await Machine.ask(monitor)
             pid = proc.thread_group(machine.vcpu_threads[0])
             for device in machine.devices:
                 qemu_command.refuse_device(device)
@@ -173,27 +146,14 @@ class QemuWorkload:
     @property
     def identity(self) -> Identity:
         """Kind, name, and the details `qemu` (its version), `machine` (type with version), `cpus` and `devices`."""
-        machine = self._machine
-        details = {
-            "qemu": machine.qemu_version,
-            "machine": machine.type,
-            "cpus": len(machine.vcpu_threads),
-            "devices": ", ".join(machine.devices),
-        }
-        return Identity("qemu", self.name, details)
+        return Identity("qemu", self.name, self._machine.details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
         """Raises WorkloadError where a guest whose identity has these details cannot be received here, saying why.
 
         QEMU itself notices less: it takes a state that lacks some of its devices, and the guest never learns of them.
         """
-        ours = self.identity.details
-        for name, option in (("machine", "-machine"), ("cpus", "-smp"), ("devices", "-device")):
-            if name in details and details[name] != ours[name]:
-                raise WorkloadError(
-                    f"the source has {option} {details[name] or 'none'}, {self.name} at the destination has "
-                    f"{ours[name] or 'none'}: start it with the same"
-                )
+        self._machine.check_source(self.name, details)
 
     @property
     def pid(self) -> int:
@@ -208,7 +168,7 @@ class QemuWorkload:
     @property
     def guardian(self) -> int | None:
         """Pid of the process that acts if we die (see `qemu_guardian`); None while there is no need for one."""
-        return self._will.guardian if self._will is not None else None
+        return self._control.guardian
 
     @property
     def log(self) -> Path | None:
@@ -226,11 +186,10 @@ class QemuWorkload:
 
         Raises UnsupportedError where QEMU cannot save its state alone, WorkloadError.
         """
-        monitor = await self._hold()
-        if self._will is None:
-            self._will = LastWill(self._entry.qmp_socket)
-        await self._note_status(monitor)
-        await self._prepare_state(monitor)
+        monitor = await self._control.hold()
+        self._control.have_will()
+        await self._control.note_status(monitor)
+        await self._control.prepare_state(monitor)
 
     async def pause(self) -> None:
         """Stop the vCPUs (QMP `stop`). A guest that does not run already is left so by `resume` too.
@@ -238,9 +197,9 @@ class QemuWorkload:
         Until `commit` a guardian lets the guest run on if this process dies.
         """
         await self.prepare_pause()
-        monitor = await self._hold()
-        if not self._stays_paused:
-            self._bequeath(self._to_resume())
+        monitor = await self._control.hold()
+        if not self._control.stays_paused:
+            self._control.bequeath_as_before()
             await monitor.execute("stop")
 
     async def commit(self, witness: Witness | None = None) -> None:
@@ -249,40 +208,36 @@ class QemuWorkload:
         With a `witness` the guardian will look at it then: the guest runs on here, or ends. Raises WorkloadDied.
         """
         if witness is None:
-            self._bequeath([])
+            self._control.bequeath([])
             return
-        if self._will is not None:
-            self._will.write(self._to_resume(), witness=witness, otherwise=[_QUIT])
+        self._control.bequeath_to_owner(witness)
         # To be given a guest one must be alive: somebody who is being killed is still seen in /proc, but says nothing.
-        await (await self._hold()).execute("query-status")
+        await (await self._control.hold()).execute("query-status")
 
     async def resume(self) -> None:
         """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
 
         Raises WorkloadError where it does not run then; WorkloadDied, with `never_ran` where it cannot have heard this.
         """
-        monitor = await self._hold()
+        monitor = await self._control.hold()
         if monitor.hung_up:  # nobody has been told to run it, and nobody is left who could
             raise WorkloadDied(
                 f"{self.name} (process {self.pid}) ended before it ran{self._last_words()}", never_ran=True
             )
-        self._bequeath(self._to_resume())
-        if not self._stays_paused:
+        self._control.bequeath_as_before()
+        if not self._control.stays_paused:
             await self._continue(monitor)
-        self._stays_paused = False
-        self._bequeath(self._undo or [])
-        # The guest runs: nobody waits for the rest any more.
-        self._settling = asyncio.create_task(self._settle(monitor))
+        self._control.settle(monitor)
 
     async def save_state(self) -> bytes:
         """The device state of the paused guest, by QEMU's own migration without memory.
 
         Raises WorkloadError with QEMU's words; the guest can be resumed then, and after success, too.
         """
-        async with self._session() as monitor:
-            await self._prepare_state(monitor)
+        async with self._control.session() as monitor:
+            await self._control.prepare_state(monitor)
             stream = await qemu_state.save(monitor)
-        was_running = not self._stays_paused
+        was_running = not self._control.stays_paused
         return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
 
     async def prepare_load(self) -> None:
@@ -291,8 +246,8 @@ class QemuWorkload:
         Raises UnsupportedError where QEMU cannot load its state alone, WorkloadError.
         """
         if self._loading is None:
-            monitor = await self._hold()
-            await self._prepare_state(monitor)
+            monitor = await self._control.hold()
+            await self._control.prepare_state(monitor)
             self._loading = await qemu_state.Loading.begin(monitor)
 
     async def load_state(self, state: bytes) -> None:
@@ -313,7 +268,7 @@ class QemuWorkload:
             await loading.finish(saved.stream)
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
-        self._stays_paused = not saved.was_running
+        self._control.stays_paused = not saved.was_running
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `qemu_prefault`); bytes mapped.
@@ -323,16 +278,17 @@ class QemuWorkload:
         machine = VirtualMachine.find(self.pid)
         if machine is None:
             return 0
-        async with self._session() as monitor:
+        async with self._control.session() as monitor:
             return await qemu_prefault.prefault(monitor, machine, self._regions, units)
 
     async def discard(self) -> None:
         """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
-        self._bequeath([])
+        self._control.bequeath([])
         with contextlib.suppress(WorkloadError):
-            async with self._session() as monitor:
-                await monitor.execute("quit")
-        await self._let_go()
+            async with self._control.session() as monitor:
+                await monitor.run(QUIT)
+        self._stop_loading()
+        await self._control.let_go()
         try:
             async with asyncio.timeout(_QUIT_PATIENCE):
                 await processes.wait_for_end(self.pid, self._entry.started)
@@ -346,7 +302,7 @@ class QemuWorkload:
         """Whether the vCPUs run. Raises WorkloadDied when QEMU is gone."""
         if not self._entry.alive:
             raise WorkloadDied(f"{self.name} (process {self.pid}) has ended{self._last_words()}")
-        async with self._session() as monitor:
+        async with self._control.session() as monitor:
             return bool((await monitor.execute("query-status"))["running"])
 
     def faults(self) -> Faults:
@@ -359,10 +315,7 @@ class QemuWorkload:
             os.close(region.fd)
         self._regions = ()
         self._stop_loading()
-        if self._held is not None:
-            self._held.abandon()
-            self._held = None
-        self._close_will()
+        self._control.abandon()
 
     # -- the end of one ------------------------------------------------------------------------------------------------
 
@@ -381,12 +334,6 @@ class QemuWorkload:
         self._folder.release()
 
     # -- the monitor ---------------------------------------------------------------------------------------------------
-
-    async def _hold(self) -> Monitor:
-        await self._settled()
-        if self._held is None:
-            self._held = await self._open()
-        return self._held
 
     async def _continue(self, monitor: Monitor) -> None:
         with monitor.events("RESUME") as resumed:
@@ -407,79 +354,17 @@ class QemuWorkload:
                 f"{self.name} (process {self.pid}): {died}{self._last_words()}", never_ran=never_ran
             ) from died
 
-    async def _settle(self, monitor: Monitor) -> None:
-        """After `resume`: put the migration settings back, let go of monitor and guardian."""
-        try:
-            for command in self._undo or []:
-                await monitor.run(command)
-            self._undo = None
-            self._bequeath([])
-        except WorkloadError as failed:  # the guardian will have another try
-            log.debug("%s: %s", self.name, failed)
-        finally:
-            if self._held is monitor:
-                self._held = None
-                monitor.abandon()
-            self._close_will()
-
-    async def _settled(self) -> None:
-        if self._settling is not None:
-            settling, self._settling = self._settling, None
-            await settling
-
-    async def _let_go(self) -> None:
-        """Of the monitor, and of the guardian."""
-        self._stop_loading()
-        if self._held is not None:
-            monitor, self._held = self._held, None
-            await monitor.close()
-        self._close_will()
-
     def _stop_loading(self) -> None:
         if self._loading is not None:
             self._loading.close()
             self._loading = None
 
-    def _close_will(self) -> None:
-        if self._will is not None:
-            self._will.close()
-            self._will = None
-
-    async def _note_status(self, monitor: Monitor) -> None:
-        self._stays_paused = not (await monitor.execute("query-status"))["running"]
-
-    def _to_resume(self) -> list[Command]:
-        """What makes a paused guest as it was before."""
-        return [*([] if self._stays_paused else [{"execute": "cont"}]), *(self._undo or [])]
-
-    def _bequeath(self, commands: Sequence[Command]) -> None:
-        if self._will is not None:
-            self._will.write(commands)
-
-    async def _prepare_state(self, monitor: Monitor) -> None:
-        if self._undo is None:
-            self._undo = await qemu_state.prepare(monitor)
-            if self._undo and self._held is monitor:
-                self._bequeath(self._undo)
-
-    @contextlib.asynccontextmanager
-    async def _session(self) -> AsyncIterator[Monitor]:
-        await self._settled()
-        if self._held is not None:
-            yield self._held
-        else:
-            async with await self._open() as monitor:
-                yield monitor
-
     async def _await_state(self) -> None:
         """Be ready for `load_state`; until then the guest is worth nothing, and ends with this process."""
-        self._will = LastWill(self._entry.qmp_socket)
-        self._bequeath([_QUIT])
-        async with self._session() as monitor:
-            await self._prepare_state(monitor)
-
-    async def _open(self) -> Monitor:
-        return await Monitor.open(self._entry.qmp_socket)
+        self._control.have_will()
+        self._control.bequeath([QUIT])
+        async with self._control.session() as monitor:
+            await self._control.prepare_state(monitor)
 
     def _last_words(self) -> str:
         return f"; QEMU says:\n{said}" if (said := qemu_process.log_tail(self._folder.path / _LOG)) else ""

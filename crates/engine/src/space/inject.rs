@@ -17,8 +17,8 @@ use thiserror::Error;
 
 /// How long a thread may take to stop. It stops at once unless it is in an uninterruptible sleep.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long another tracer may take to let go.
-const COURTESY: Duration = Duration::from_secs(1);
+/// How long another tracer is waited for.
+const OTHERS: Duration = Duration::from_secs(1);
 /// `ptrace` requests of `linux/ptrace.h` that libc does not name.
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
@@ -104,7 +104,7 @@ impl Stopped {
                 found => found?,
             };
             let options = if has_seccomp(pid) { PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-            seize_when_free(pid, options)?;
+            seize(pid, options)?;
             // From here on every way out must detach.
             match Self::stop(pid, instruction) {
                 Ok(Some(stopped)) => return Ok(stopped),
@@ -236,27 +236,27 @@ fn is_syscall(pid: libc::pid_t, address: u64) -> bool {
     result == 0 && word.to_le_bytes().starts_with(&SYSCALL)
 }
 
-/// A tracer that is one of us is done within a millisecond; only one that stays is told of.
-fn seize_when_free(pid: libc::pid_t, options: u64) -> Result<(), AdoptError> {
-    let deadline = Instant::now() + COURTESY;
-    loop {
-        match seize(pid, options) {
-            Err(AdoptError::Traced(..)) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-            other => return other,
-        }
-    }
-}
-
+/// Attaches to a thread. One that is traced may be so by another process of ours, which is done in a millisecond.
 fn seize(pid: libc::pid_t, options: u64) -> Result<(), AdoptError> {
-    let Err(error) = request(libc::PTRACE_SEIZE, pid, 0, options) else { return Ok(()) };
-    match error.raw_os_error() {
-        Some(libc::ESRCH) => Err(AdoptError::Gone(pid)),
-        Some(libc::EPERM) => match status_field(pid, "TracerPid:") {
-            Some(tracer) if tracer != "0" => Err(AdoptError::Traced(pid, tracer)),
-            _ if options != 0 => Err(AdoptError::Seccomp(pid)),
-            _ => Err(AdoptError::NotPermitted(pid)),
-        },
-        _ => Err(error.into()),
+    let deadline = Instant::now() + OTHERS;
+    let mut refused = false;
+    loop {
+        let Err(error) = request(libc::PTRACE_SEIZE, pid, 0, options) else { return Ok(()) };
+        let why = match error.raw_os_error() {
+            Some(libc::ESRCH) => AdoptError::Gone(pid),
+            Some(libc::EPERM) => match status_field(pid, "TracerPid:") {
+                Some(tracer) if tracer != "0" => AdoptError::Traced(pid, tracer),
+                _ if options != 0 => AdoptError::Seccomp(pid),
+                _ => AdoptError::NotPermitted(pid),
+            },
+            _ => error.into(),
+        };
+        match why {
+            AdoptError::Traced(..) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+            // Or it was, and is not any more.
+            AdoptError::Seccomp(_) | AdoptError::NotPermitted(_) if !refused => refused = true,
+            why => return Err(why),
+        }
     }
 }
 

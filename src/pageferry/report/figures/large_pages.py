@@ -5,7 +5,7 @@ from __future__ import annotations
 from pageferry.largepages.events import LargePagesResult, Sample, SampleEvent
 from pageferry.report.charts import Bar, Series, Strip, bars, columns, heat
 from pageferry.report.event_log import Log
-from pageferry.report.figures.base import Fact, Figure
+from pageferry.report.figures.base import Fact, Figure, thinned
 from pageferry.report.units import duration, size
 
 SLOTS = 512
@@ -70,20 +70,18 @@ def _histogram(result: LargePagesResult) -> list[Figure]:
 
 
 def _heat_map(result: LargePagesResult) -> list[Figure]:
-    """The most active samples, in the order of their addresses."""
-    chosen = sorted(result.samples, key=lambda sample: -sample.activity)[:MOST_ROWS]
-    chosen.sort(key=lambda sample: (sample.pid, sample.address))
+    """Samples from the most active one to the least, as many as there is room for."""
+    chosen = thinned(sorted(result.samples, key=lambda sample: -sample.activity), MOST_ROWS)
     if not any(sample.activity for sample in chosen):
         return []
     rows = [Strip(f"{sample.address:#x}", _cells(sample), f"{sample.activity}", 3) for sample in chosen]
-    left = len(result.samples) - len(chosen)
     without = sum(sample.touched is None for sample in chosen)
     caption = "A row for each large page, its 512 small pages from left to right: the stronger the colour, the more "
     caption += "were accessed. The number is how many."
     if without:
         caption += f" Of {without} (private memory) only the number is known: their rows are evenly shaded."
-    if left:
-        caption += f" {left} less active ones are not shown."
+    if len(chosen) < len(result.samples):
+        caption += f" {len(chosen)} of {len(result.samples):,}, from the most active to the least."
     return [
         Figure(
             "heat-map",

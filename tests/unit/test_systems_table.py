@@ -1,0 +1,42 @@
+"""The table of the ten systems: order, numbers, and what could not be measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from benchmarks import systems
+from benchmarks.measuring.bench import Setting
+from benchmarks.showing.row import Row, Switches, render
+
+
+def shown(setting: Setting, switches: Switches) -> list[Row]:
+    return [Row("S10", "a guest", "ms", 1234.5, 1.25, "at most 5", True, 900, "QEMU")]
+
+
+def fails(setting: Setting, switches: Switches) -> list[Row]:
+    raise RuntimeError("KSM is at work |\n already")
+
+
+def test_what_cannot_be_measured_says_why_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(systems, "SHOWS", {"last": (("S10",), shown), "broken": (("S6", "S7"), fails)})
+    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # set anew by what is called; put back afterwards
+    rows = systems._measure(argparse.Namespace(folder=tmp_path, quick=True, without=[], only=None))
+    lines = render(rows).splitlines()[2:]
+    assert lines == [
+        "| S6 | broken | not measured, RuntimeError: KSM is at work / already | - | - | - |  | **fail** |",
+        "| S7 | broken | not measured, RuntimeError: KSM is at work / already | - | - | - |  | **fail** |",
+        "| S10 | a guest | ms | 1,234 | 1.25 | 900 (QEMU) | at most 5 | pass |",
+    ]
+    assert "RuntimeError" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_switch_puts_what_is_used_without_the_mechanism_in_its_place() -> None:
+    switches = Switches(frozenset({"S1"}))
+    assert switches.choose("S1", "all", "none") == "none"
+    assert switches.choose("S5", "all", "none") == "all"
