@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pageferry import sharing
 from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
@@ -248,3 +249,23 @@ def test_no_store_for_any_process_and_none_where_it_cannot_be_written(tmp_path: 
         assert "no managed workload" in stranger.stderr
         missing = pageferry("large-pages", "cold", "--reclaim", "store", "--store", str(tmp_path / "none"), *EVERYTHING)
         assert missing.returncode == 2
+
+
+def test_sharing_leaves_alone_what_is_in_a_store() -> None:
+    """It is not looked at, does not come, and zeros are given back beside it."""
+    with ledger():
+        reclaim()
+        folder = Registry().folder("cold")
+        before = deferred.status(folder)
+        assert before is not None
+        found = asyncio.run(sharing.find(["cold"], threshold=64))
+        after = deferred.status(folder)
+        assert after is not None
+        assert found.deferred == 0
+        assert any("cold store" in note for note in found.not_shareable)
+        # What the ledger itself has accessed meanwhile may have come.
+        assert after.loaded - before.loaded <= 16 * (after.missed - before.missed)
+        for _ in range(3):
+            asyncio.run(sharing.share(["cold"], threshold=1))
+        assert record() is not None
+        undo()
