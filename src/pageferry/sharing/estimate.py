@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pageferry.sharing import ksm, policy
 from pageferry.sharing.events import Class, Point, ScanReport, SharingResult
-from pageferry.sharing.scan import CLASSES, Findings, Unit
+from pageferry.sharing.scan import CLASSES, Findings, Place, Unit
 from pageferry.workloads.base import SMALL_PAGE
 
 POINTS = 64
@@ -70,6 +70,10 @@ def _limits(findings: Findings) -> list[str]:
         limits.append(
             "of shared files only pages of zeros can be given back: the kernel merges (KSM) private memory alone"
         )
+    if any(_is_arena(place) for place in shared):
+        limits.append(
+            "equal pages of an arena that are cold can be stored once: `pageferry large-pages NAME --reclaim store`"
+        )
     if any(place.coming is not None and not place.coming.known for place in shared):
         limits.append("what is in a cold store, or is still to come from another host, is not looked at")
     if any(place.target.workload is None for place in shared):
@@ -77,3 +81,8 @@ def _limits(findings: Findings) -> list[str]:
     if any(place.region is not None and place.target.regions[place.region].page_size > SMALL_PAGE for place in shared):
         limits.append("pages of hugetlbfs cannot be broken")
     return limits + [reason for target in findings.targets for reason in target.skipped]
+
+
+def _is_arena(place: Place) -> bool:
+    workload = place.target.workload
+    return workload is not None and workload.identity.kind == "arena"
