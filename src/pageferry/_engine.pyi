@@ -600,14 +600,33 @@ _Piece = tuple[int, Mapping | Space, int, int]
 """(number of the workload, where it is, position, length). Positions: in the mapping, or addresses of the space."""
 
 @final
+class PagerFlags:
+    """The flags of a pager (S8), for who looks at memory that it fills: `fd` of their file, over `pages` pages.
+
+    `image`: the one that contents come from; its page map tells what pages hold. ValueError when it is of other pages.
+    """
+
+    def __new__(cls, fd: int, pages: int, image: Image | None = None) -> PagerFlags: ...
+
+@final
 class SharingScan:
     """Looks for small pages whose content stands elsewhere too (S9), without touching large pages.
 
-    Pages that are not in memory are left alone. `most_pages`: pages kept in mind at 24 bytes each; with more, only one
-    of `scale` contents is kept, and counts are scaled up. `every` n: only every nth unit of 2 MiB is looked at.
+    Pages that are not in memory are left alone, but for those of `deferred`: by number of the piece, (flags, first page
+    of the region over all regions, which 2 MiB units will be large). What is still to come counts by its signature in
+    the image, without being loaded; where there is no image it is left out.
+
+    `most_pages`: pages kept in mind at 24 bytes each; with more, only one of `scale` contents is kept, and counts are
+    scaled up. `every` n: only every nth unit of 2 MiB is looked at.
     """
 
-    def __new__(cls, pieces: Sequence[_Piece], most_pages: int, every: int = 1) -> SharingScan: ...
+    def __new__(
+        cls,
+        pieces: Sequence[_Piece],
+        most_pages: int,
+        every: int = 1,
+        deferred: dict[int, tuple[PagerFlags, int, Sequence[bool]]] | None = None,
+    ) -> SharingScan: ...
     @property
     def remaining(self) -> int:
         """Bytes that are left to look at."""
@@ -621,9 +640,10 @@ class SharingScan:
         """
     def finish(self) -> None:
         """Find equal pages among those looked at. After this `units` and `totals` are filled in."""
-    def units(self) -> list[tuple[int, int, int, bool, int, int, list[int]]]:
-        """(piece, position, length, large, present, shared already, [zero, pattern, inside, across]) per 2 MiB unit.
+    def units(self) -> list[tuple[int, int, int, bool, int, int, int, list[int]]]:
+        """Per 2 MiB unit: (piece, position, length, large, present, deferred, shared already, pages by class).
 
+        The classes are zero, pattern, inside and across.
         Pages of zeros; of one repeated word that stands elsewhere too; whose content stands in the same workload once
         more; whose content stands once in its workload and in another.
         """
@@ -636,10 +656,16 @@ class SharingScan:
         One copy for `pages_per_copy` pages is kept, none of zeros. `possible`: of shared files only zeros count.
         """
 
-def free_zeros(mapping: Mapping, ranges: Sequence[tuple[int, int]], seconds: float) -> tuple[int, int]:
+def free_zeros(
+    mapping: Mapping,
+    ranges: Sequence[tuple[int, int]],
+    seconds: float,
+    waiting: tuple[PagerFlags, int] | None = None,
+) -> tuple[int, int]:
     """Punch pages of zeros out of a file, for at most about so many seconds: (ranges done, pages given back).
 
-    `ranges` are (start, length) in the mapping. Nobody may write to them meanwhile: the workload is paused.
+    `ranges` are (start, length) in the mapping. Nobody may write to them meanwhile: the workload is paused. `waiting`:
+    flags of a pager, and the first page of the mapping in them; what it is still to fill stays.
     """
 
 def large_tmpfs(size: int) -> int:

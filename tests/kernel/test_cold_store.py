@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pageferry import sharing
 from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
@@ -263,3 +264,57 @@ def test_no_store_for_any_process_and_none_where_it_cannot_be_written(tmp_path: 
         assert "no managed workload" in stranger.stderr
         missing = pageferry("large-pages", "cold", "--reclaim", "store", "--store", str(tmp_path / "none"), *EVERYTHING)
         assert missing.returncode == 2
+
+
+def test_sharing_leaves_alone_what_is_in_a_store() -> None:
+    """It is not looked at, does not come, and zeros are given back beside it."""
+    with ledger():
+        reclaim()
+        folder = Registry().folder("cold")
+        before = deferred.status(folder)
+        assert before is not None
+        found = asyncio.run(sharing.find(["cold"], threshold=64))
+        after = deferred.status(folder)
+        assert after is not None
+        assert found.deferred == 0
+        assert any("cold store" in note for note in found.not_shareable)
+        # What the ledger itself has accessed meanwhile may have come.
+        assert after.loaded - before.loaded <= 16 * (after.missed - before.missed)
+        for _ in range(3):
+            asyncio.run(sharing.share(["cold"], threshold=1))
+        assert record() is not None
+        undo()
+
+
+TWINS = """
+import hashlib, os, random, sys
+import pageferry
+arena = pageferry.Arena(32 << 20, "cold", on_pause=lambda: None)
+memory = memoryview(arena)
+for page in range(0, len(memory), 4096):
+    memory[page : page + 4096] = random.Random(page // 4096 % 50).randbytes(4096)
+print("ready", flush=True)
+for line in sys.stdin:
+    print(hashlib.sha256(memory).hexdigest(), flush=True)
+"""
+
+
+def test_equal_cold_pages_are_stored_once() -> None:
+    """Of 8,192 pages that have 50 contents between them, the store holds 50; each comes back as it was, and apart."""
+    with Program("-c", TWINS) as program:
+        assert program.line() == "ready"
+        program.say("hash")
+        content, before = program.line(), resident()
+        done = reclaim()
+        stored = done["store"]
+        assert (done["broken"], stored["pages"], stored["equal"]) == (16, 8192, 8192 - 50)
+        assert stored["bytes"] < 8192 * (16 + 4) + 50 * 4096 + 64 * 1024, (
+            "the page map, and 50 pages that do not compress"
+        )
+        assert before - resident() == done["reclaimed"] == 32 * MIB
+        program.say("hash")
+        assert program.line() == content
+        assert reclaim()["store"]["equal"] == 8192 - 50
+        assert undo() == 32 * MIB
+        program.say("hash")
+        assert program.line() == content

@@ -15,6 +15,7 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
 from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qmp import Monitor
 from tests.guest.machines import GuestParts
 from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
 from tests.guest.serial import Serial
@@ -120,7 +121,7 @@ def test_it_moves_while_a_balloon_takes_pages(
         with receiver("there") as there:
             address = moving.address_of(there)
             with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
-                async with at(migration), coming.workload._session() as monitor:
+                async with at(migration), await Monitor.open(coming.workload.qmp_socket) as monitor:
                     await monitor.execute("balloon", value=160 * MIB)
                     await coming.serial.ticks(3)
                     await monitor.execute("balloon", value=256 * MIB)

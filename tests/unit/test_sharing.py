@@ -38,7 +38,7 @@ def unit(number: int, *, large: bool = True, zero: int = 0, inside: int = 0, ano
     regions = (SimpleNamespace(page_size=4096),)
     area = object() if anonymous else None
     place = Place(0, cast("Any", SimpleNamespace(regions=regions)), cast("Any", area), None if area else 0, 0, REGION)
-    return Unit(number, place, number * REGION, REGION, large, 512, 0, zero, 0, inside, 0)
+    return Unit(number, place, number * REGION, REGION, large, 512, 0, 0, zero, 0, inside, 0)
 
 
 def test_threshold_falls_with_free_memory() -> None:

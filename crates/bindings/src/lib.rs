@@ -43,6 +43,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tls::TlsSession>()?;
     module.add_class::<wire::BlockSender>()?;
     module.add_class::<wire::BlockReceiver>()?;
+    module.add_class::<sharing::PagerFlags>()?;
     module.add_class::<sharing::SharingScan>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<ledger::LedgerReport>()?;

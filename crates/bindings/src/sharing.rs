@@ -1,22 +1,68 @@
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_engine::mapping::{self, duplicate};
+use pageferry_engine::pager::{Flags, file_len};
 use pageferry_engine::sharing;
-use pageferry_engine::sharing::{Piece, Source};
-use pyo3::exceptions::PyTypeError;
+use pageferry_engine::sharing::{Deferred, Piece, SharedFile, Source};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::errors;
+use crate::image::Image;
 use crate::mapping::Mapping;
 use crate::space::Space;
 
 /// A piece as Python gives it: (number of the workload, mapping or space, position, length).
 type PieceTuple<'py> = (u32, Bound<'py, PyAny>, u64, u64);
-/// A unit as Python gets it: (piece, position, length, large, present, shared already, [zero, pattern, inside, across]).
-type UnitTuple = (u32, u64, usize, bool, u32, u32, [u32; sharing::Class::COUNT]);
+/// A unit as Python gets it:
+/// (piece, position, length, large, present, deferred, shared already, [zero, pattern, inside, across]).
+type UnitTuple = (u32, u64, usize, bool, u32, u32, u32, [u32; sharing::Class::COUNT]);
+/// What is still to come to a piece: (flags, first page of the region, large units).
+type DeferredTuple<'py> = (PyRef<'py, PagerFlags>, usize, Vec<bool>);
 
-fn piece((workload, source, start, len): PieceTuple<'_>) -> PyResult<Piece> {
+/// The flags of a pager (S8), for whoever looks at memory that it fills.
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct PagerFlags {
+    flags: Arc<Flags>,
+    pages: usize,
+    image: Option<Arc<pageferry_engine::image::Image>>,
+}
+
+#[pymethods]
+impl PagerFlags {
+    #[new]
+    #[pyo3(signature = (fd, pages, image = None))]
+    fn new(fd: i32, pages: usize, image: Option<PyRef<'_, Image>>) -> PyResult<Self> {
+        let image = image.map(|image| image.inner.clone());
+        if image.as_ref().is_some_and(|image| image.page_map().len() != pages) {
+            return Err(PyValueError::new_err(format!("flags of {pages} pages, and an image of others")));
+        }
+        let file = duplicate(fd).map_err(errors::kernel)?;
+        let mapping = mapping::Mapping::new(file.as_fd(), file_len(pages), 0).map_err(errors::kernel)?;
+        Ok(Self { flags: Arc::new(Flags::new(mapping, pages)), pages, image })
+    }
+}
+
+impl PagerFlags {
+    /// The flags, if they are of so many pages from `base` on.
+    fn within(&self, base: usize, pages: usize) -> PyResult<Arc<Flags>> {
+        let fits = base.checked_add(pages).is_some_and(|end| end <= self.pages);
+        let outside = || PyValueError::new_err(format!("{pages} pages from {base} on: the flags have {}", self.pages));
+        fits.then(|| self.flags.clone()).ok_or_else(outside)
+    }
+}
+
+fn piece((workload, source, start, len): PieceTuple<'_>, deferred: Option<DeferredTuple<'_>>) -> PyResult<Piece> {
     let source = if let Ok(mapping) = source.cast::<Mapping>() {
-        Source::File(mapping.get().inner.clone())
+        let mapping = mapping.get().inner.clone();
+        let deferred = deferred.map(|(of, base, large)| {
+            let flags = of.within(base, mapping.pages())?;
+            Ok::<_, PyErr>(Deferred { flags, base, image: of.image.clone(), large })
+        });
+        Source::File(Arc::new(SharedFile { mapping, deferred: deferred.transpose()? }))
     } else if let Ok(space) = source.cast::<Space>() {
         Source::Process(space.get().inner.clone())
     } else {
@@ -33,9 +79,17 @@ pub struct SharingScan {
 #[pymethods]
 impl SharingScan {
     #[new]
-    #[pyo3(signature = (pieces, most_pages, every = 1))]
-    fn new(py: Python<'_>, pieces: Vec<PieceTuple<'_>>, most_pages: usize, every: usize) -> PyResult<Self> {
-        let pieces = pieces.into_iter().map(piece).collect::<PyResult<Vec<_>>>()?;
+    #[pyo3(signature = (pieces, most_pages, every = 1, deferred = None))]
+    fn new(
+        py: Python<'_>,
+        pieces: Vec<PieceTuple<'_>>,
+        most_pages: usize,
+        every: usize,
+        deferred: Option<HashMap<usize, DeferredTuple<'_>>>,
+    ) -> PyResult<Self> {
+        let mut deferred = deferred.unwrap_or_default();
+        let pieces = (0..).zip(pieces).map(|(number, one)| piece(one, deferred.remove(&number)));
+        let pieces = pieces.collect::<PyResult<Vec<_>>>()?;
         let mut inner = py.detach(|| sharing::Scan::new(pieces, most_pages)).map_err(errors::kernel)?;
         inner.thin_out(every);
         Ok(Self { inner })
@@ -62,7 +116,7 @@ impl SharingScan {
     fn units(&self) -> Vec<UnitTuple> {
         let tuple = |unit: &sharing::Unit| {
             let length = unit.span.pages * pageferry_engine::SMALL_PAGE;
-            (unit.piece, unit.span.start, length, unit.large, unit.present, unit.shared, unit.counts)
+            (unit.piece, unit.span.start, length, unit.large, unit.present, unit.deferred, unit.shared, unit.counts)
         };
         self.inner.units().iter().map(tuple).collect()
     }
@@ -80,13 +134,20 @@ impl SharingScan {
 }
 
 #[pyfunction]
+#[pyo3(signature = (mapping, ranges, seconds, waiting = None))]
 pub fn free_zeros(
     py: Python<'_>,
     mapping: &Bound<'_, Mapping>,
     ranges: Vec<(usize, usize)>,
     seconds: f64,
+    waiting: Option<(PyRef<'_, PagerFlags>, usize)>,
 ) -> PyResult<(usize, usize)> {
     let mapping = mapping.get().inner.clone();
+    let waiting = waiting.map(|(of, base)| of.within(base, mapping.pages()).map(|flags| (flags, base))).transpose()?;
     let budget = Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));
-    py.detach(|| sharing::holes::free_zeros(&mapping, &ranges, budget)).map_err(errors::kernel)
+    py.detach(|| {
+        let waiting = waiting.as_ref().map(|(flags, base)| (flags.as_ref(), *base));
+        sharing::holes::free_zeros(&mapping, &ranges, budget, waiting)
+    })
+    .map_err(errors::kernel)
 }

@@ -69,6 +69,11 @@ impl Mapping {
         self.file.as_raw_fd()
     }
 
+    /// Whether the file is on hugetlbfs.
+    pub fn is_hugetlb(&self) -> bool {
+        self.hugetlb.is_some()
+    }
+
     /// Pointer to the first byte of a small page.
     ///
     /// # Panics
@@ -108,6 +113,16 @@ impl Mapping {
     pub fn is_data(&self, at: usize) -> io::Result<bool> {
         let position = self.offset + at as u64;
         Ok(self.seek(position, libc::SEEK_DATA)? == Some(position))
+    }
+
+    /// Sets the lowest bit for each of some pages that is in memory, neither a hole nor in swap (mincore(2)). Of
+    /// hugetlbfs, for those that have been mapped here.
+    pub fn resident(&self, first: usize, found: &mut [u8]) -> io::Result<()> {
+        assert!(first + found.len() <= self.pages(), "pages {first} and {} more of {}", found.len(), self.pages());
+        let len = found.len() * SMALL_PAGE;
+        // SAFETY: the pages are within the mapping, by the assertion, and `found` has a byte for each.
+        check(unsafe { libc::mincore(self.base.as_ptr().add(first * SMALL_PAGE).cast(), len, found.as_mut_ptr()) })
+            .map(drop)
     }
 
     /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for that.

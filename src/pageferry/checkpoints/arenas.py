@@ -33,6 +33,8 @@ class RestoredArena(Arena):
 
     image: ImageFile
     pager: Pager
+    _flags: int
+    """Descriptor of the pager's flags, for who looks at them from outside."""
 
     @classmethod
     def from_image(
@@ -55,6 +57,8 @@ class RestoredArena(Arena):
             self.large_pages_by = large_pages_by
             self.image = image
             working_set = WorkingSet(image)
+            self._flags = deferred.create_flags(None, Pager.flags_length(image.pages))
+            weakref.finalize(self, os.close, self._flags)
             self.pager = _pager(image, self, working_set.windows, eager=eager, prefetch=prefetch)
         finally:
             os.close(file)
@@ -78,7 +82,13 @@ class RestoredArena(Arena):
         super().register(name)
         assert self._folder is not None
         socket_path = self._folder.socket_path(deferred.SOCKET)
-        answers = PagerServer(socket_path, self.pager, str(self.image.path), restoring.extents(self.image))
+        answers = PagerServer(
+            socket_path,
+            self.pager,
+            str(self.image.path),
+            restoring.extents(self.image),
+            flags=f"/proc/{os.getpid()}/fd/{self._flags}",
+        )
         threading.Thread(target=_answer, args=(self.pager, answers), name="pageferry-pager", daemon=True).start()
 
     @property
@@ -151,7 +161,7 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
         working_set.learn(pager.touched, prefetch)
 
 
-def _pager(image: ImageFile, arena: Arena, working_set: list[int], *, eager: bool, prefetch: bool) -> Pager:
+def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, eager: bool, prefetch: bool) -> Pager:
     mapping = Mapping(arena.fileno(), arena.length)
     target = (mapping, SMALL_PAGE, restoring.large_units(image)[0])
     space = Space()
@@ -161,7 +171,6 @@ def _pager(image: ImageFile, arena: Arena, working_set: list[int], *, eager: boo
         raise UnsupportedError(
             "this user may not handle page faults: run as root, or write 1 to /proc/sys/vm/unprivileged_userfaultfd"
         ) from denied
-    flags = deferred.create_flags(None, Pager.flags_length(image.pages))
     try:
         segment = (space, arena.address, arena.length, 0, 0)
         return Pager(
@@ -169,14 +178,13 @@ def _pager(image: ImageFile, arena: Arena, working_set: list[int], *, eager: boo
             [target],
             [segment],
             {os.getpid(): userfault},
-            flags,
+            arena._flags,
             working_set=working_set if prefetch else [],
             background=prefetch,
             eager=eager,
             fatal=True,
         )
     finally:
-        os.close(flags)
         os.close(userfault)
 
 

@@ -147,6 +147,7 @@ def _figures(stored: Stored) -> StoreFigures:
         path=stored.path,
         bytes=stored.length,
         pages=stored.pages,
+        equal=stored.equal,
         written=stored.written,
         pauses=stored.pauses,
         longest_pause_ms=stored.longest_pause * 1e3,

@@ -74,6 +74,8 @@ class Stored:
     path: str = ""
     length: int = 0
     """Bytes of the image."""
+    equal: int = 0
+    """Small pages of the image that are stored as equal to another one."""
     pauses: int = 0
     longest_pause: float = 0.0
     """Seconds."""
@@ -147,6 +149,7 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
             await _drain(workload, trace, memory, done)
             image = await _write(workload, folder, memory, plan, record, place, codec)
             done.path, done.length = str(image.path), image.image.length
+            done.equal = image.image.count(0, image.pages)[3]
             fault_point("reclaim.stored")
             await _let_go(target, workload, folder, memory, plan, trace, image, record, done)
             fault_point("reclaim.handed-over")

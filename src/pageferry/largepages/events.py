@@ -49,6 +49,8 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Length of the image. Where it is in memory itself (a tmpfs), that is taken off what was gained."""
     pages: int
     """Small pages that are there only, since this reclaim."""
+    equal: int
+    """Small pages of the image that equal another one: their contents are stored once."""
     written: int
     """Small pages that stay, because they were written to after they had been copied."""
     pauses: int

@@ -92,9 +92,10 @@ def _how(result: SharingResult) -> str:
     speed = rate(scan.looked_at / max(scan.ms / 1e3, 1e-9))
     sampled = "" if scan.every == 1 else f", one of {scan.every} large pages"
     scaled = "" if scan.scale == 1 else f", one of {scan.scale} contents kept in mind"
+    coming = "" if not result.deferred else f"{size(result.deferred)} still to come (known by signatures, not loaded), "
     return (
-        f"{size(result.memory)} in memory, {result.large_pages} large pages, {size(result.already_shared)} shared "
-        f"already; looked at {size(scan.looked_at)} in {duration(scan.ms / 1e3)} ({speed}{sampled}{scaled})"
+        f"{size(result.memory)} in memory, {coming}{result.large_pages} large pages, {size(result.already_shared)} "
+        f"shared already; looked at {size(scan.looked_at)} in {duration(scan.ms / 1e3)} ({speed}{sampled}{scaled})"
     )
 
 

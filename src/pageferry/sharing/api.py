@@ -10,10 +10,13 @@ import msgspec
 
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
-from pageferry.host.registry import Registry
+from pageferry.host.registry import Folder, Registry
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import Options, look
+from pageferry.workloads import deferred
+from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target, open_target
 
 
@@ -45,10 +48,13 @@ async def share(
     Several targets are shared between only because all are named: whoever shares pages can tell by the time that its
     writes take whether another has the same content. `beside_others`: memory that processes which were not named have
     offered to KSM may be merged as well. `hot`: large pages that are in use (S3) and stay whole, as (number of the
-    target, address or byte of its region). Raises also UnsupportedError where KSM is needed and in use.
+    target, address or byte of its region). A restore that is under way is completed first (S8). Raises also
+    UnsupportedError where KSM is needed and in use.
     """
     async with _opened(names, "sharing") as targets:
         apply.check_possible(targets, beside_others)
+        for target in targets:
+            await _complete(target)
         findings = await look(targets, options or Options(), listener)
         least = _threshold(threshold)
         found = estimate.result(findings, least)
@@ -72,6 +78,14 @@ async def undo(names: Sequence[str]) -> int:
     """Take sharing back: merged pages are copied again, large pages allowed and made. Bytes that this was done for."""
     async with _opened(names, "the end of sharing") as targets:
         return sum([await asyncio.to_thread(ranges.undo, target) for target in targets])
+
+
+async def _complete(target: Target) -> None:
+    """Have all of it in memory that comes by itself; what is in a cold store stays there."""
+    if target.workload is not None:
+        record = Folder(Registry(), target.workload.name).load(deferred.RECORD, Deferred)
+        if record is None or record.cold is None:
+            await settled(target.workload, traces=False)
 
 
 def _threshold(asked: int | None) -> int:

@@ -108,6 +108,10 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
             for one in ranges.affordable(area.pid, ranges.joined(one for one in shown if one.length > 0)):
                 await asyncio.to_thread(ranges.advise, target, one, ranges.NOHUGEPAGE)
     left = [(unit.start, unit.length) for unit in units]
+    waiting = None
+    if place.coming is not None:  # a cold store
+        assert place.region is not None
+        waiting = place.coming.flags, place.coming.first_pages[place.region]
     listener(ApplyEvent("giving zeros back", f"{len(left)} units of 2 MiB, in pauses of about {PAUSE * 1e3:.0f} ms"))
     before = os.fstat(mapping.fileno()).st_blocks
     while left:
@@ -115,7 +119,8 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         begin = time.monotonic()
         try:
             await workload.pause()
-            done, _ = free_zeros(mapping, left, PAUSE)  # not on a thread: nothing may resume the workload meanwhile
+            # Not on a thread: nothing may resume the workload meanwhile.
+            done, _ = free_zeros(mapping, left, PAUSE, waiting)
         finally:
             await workload.resume()
         applied.longest_pause = max(applied.longest_pause, time.monotonic() - begin)

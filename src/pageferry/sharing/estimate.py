@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pageferry.sharing import ksm, policy
 from pageferry.sharing.events import Class, Point, ScanReport, SharingResult
-from pageferry.sharing.scan import CLASSES, Findings, Unit
+from pageferry.sharing.scan import CLASSES, Findings, Place, Unit
 from pageferry.workloads.base import SMALL_PAGE
 
 POINTS = 64
@@ -43,6 +43,7 @@ def result(findings: Findings, threshold: int) -> SharingResult:
         scan=ScanReport(findings.looked_at, findings.seconds * 1e3, findings.every, findings.scale),
         threshold=threshold,
         not_shareable=_limits(findings),
+        deferred=sum(unit.deferred for unit in findings.units) * SMALL_PAGE,
     )
 
 
@@ -69,8 +70,19 @@ def _limits(findings: Findings) -> list[str]:
         limits.append(
             "of shared files only pages of zeros can be given back: the kernel merges (KSM) private memory alone"
         )
+    if any(_is_arena(place) for place in shared):
+        limits.append(
+            "equal pages of an arena that are cold can be stored once: `pageferry large-pages NAME --reclaim store`"
+        )
+    if any(place.coming is not None and not place.coming.known for place in shared):
+        limits.append("what is in a cold store, or is still to come from another host, is not looked at")
     if any(place.target.workload is None for place in shared):
         limits.append("shared files of a process that is no workload stay as they are: it cannot be paused")
     if any(place.region is not None and place.target.regions[place.region].page_size > SMALL_PAGE for place in shared):
         limits.append("pages of hugetlbfs cannot be broken")
     return limits + [reason for target in findings.targets for reason in target.skipped]
+
+
+def _is_arena(place: Place) -> bool:
+    workload = place.target.workload
+    return workload is not None and workload.identity.kind == "arena"

@@ -77,6 +77,8 @@ class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     """Pages that must be shareable in a large page for it to be broken, by the memory that is free now."""
     not_shareable: list[str]
     """What cannot be shared here, and why."""
+    deferred: int = 0
+    """Still to come to a workload that is being restored, and counted by the signatures in its image: not loaded."""
     freed: int | None = None
     """By the processes' PSS (anonymous memory) and the files' blocks."""
     estimated: int | None = None

@@ -1,7 +1,8 @@
 """Which small pages of some targets have an equal elsewhere: hashed a slice at a time, paced, large pages untouched.
 
 The scan reads shared files through mappings of our own and anonymous memory by process_vm_readv(2); what is not in
-memory is left out. Its findings are hints: pages are compared by whoever shares them.
+memory is left out, but for what a restore is still to bring (S8): that is known by its signature, and stays where it
+is. The findings are hints: pages are compared by whoever shares them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pageferry._engine import Mapping, SharingScan, Space
+from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
+from pageferry.sharing import coming
+from pageferry.sharing.coming import Coming
 from pageferry.sharing.events import ScanEvent
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.targets import Area, Target
@@ -64,6 +67,8 @@ class Place:
     """Bytes: of the region, or an address."""
     length: int
     mapping: Mapping | None = None
+    coming: Coming | None = None
+    """Contents of the target that are still to come."""
 
     @property
     def anonymous(self) -> bool:
@@ -79,6 +84,13 @@ class Place:
         self.mapping = Mapping(region.fd, region.length, region.file_offset)
         return self.workload, self.mapping, self.start, self.length
 
+    def engine_deferred(self) -> tuple[PagerFlags, int, Sequence[bool]] | None:
+        """As `SharingScan` takes it."""
+        if self.coming is None:
+            return None
+        assert self.region is not None
+        return self.coming.flags, self.coming.first_pages[self.region], self.coming.large[self.region]
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -91,8 +103,10 @@ class Unit:
     """Bytes of the region, or an address of the process."""
     length: int
     large: bool
-    """Whether it stood on a large page when the scan began."""
+    """Whether it stood on a large page when the scan began, or will when everything has come."""
     present: int
+    deferred: int
+    """Still to come, and known by their signatures."""
     shared: int
     """Shared already, by fork or KSM: not looked at."""
     zero: int
@@ -137,13 +151,15 @@ class Findings:
 async def look(targets: Sequence[Target], options: Options, listener: Callable[[ScanEvent], object]) -> Findings:
     """Scan the memory of targets; can be cancelled between slices.
 
-    Raises WorkloadDied when a process ends meanwhile, UnsupportedError where one may not be looked at.
+    Raises WorkloadDied when a process ends meanwhile, UnsupportedError where one may not be looked at, RestoreError or
+    ImageError where contents are still to come and nothing tells which.
     """
     places = list(_places(targets))
     begin = time.monotonic()
     try:
         pieces = [place.engine_piece() for place in places]
-        scan = await asyncio.to_thread(SharingScan, pieces, options.memory // PAGE_COST, options.every)
+        deferred = {number: one for number, place in enumerate(places) if (one := place.engine_deferred()) is not None}
+        scan = await asyncio.to_thread(SharingScan, pieces, options.memory // PAGE_COST, options.every, deferred)
         looked_at = await _run(scan, options, listener)
         await asyncio.to_thread(scan.finish)
         for target in targets:
@@ -197,18 +213,18 @@ def _places(targets: Sequence[Target]) -> Iterator[Place]:
     """Everything to be looked at. A file that several targets map is looked at once: its pages are shared already."""
     known: set[tuple[int, int]] = set()
     for number, target in enumerate(targets):
+        still = coming.look(target.workload) if target.workload is not None else None
         for index, region in enumerate(target.regions):
             status = os.fstat(region.fd)
             identity = (status.st_dev, status.st_ino)
             if identity not in known:
                 known.add(identity)
-                yield Place(number, target, None, index, 0, region.length)
+                yield Place(number, target, None, index, 0, region.length, coming=still)
         for area in target.areas:
             if area.kind == "anon":
                 yield Place(number, target, area, None, area.address, area.length)
 
 
 def _units(scan: SharingScan, places: Sequence[Place]) -> Iterator[Unit]:
-    for number, (piece, start, length, large, present, shared, counts) in enumerate(scan.units()):
-        is_large = large and length == LARGE_PAGE
-        yield Unit(number, places[piece], start, length, is_large, present, shared, *counts)
+    for number, (piece, start, length, large, *pages, counts) in enumerate(scan.units()):
+        yield Unit(number, places[piece], start, length, large and length == LARGE_PAGE, *pages, *counts)

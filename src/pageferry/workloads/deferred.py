@@ -153,6 +153,8 @@ class Status(Event, frozen=True, kw_only=True, tag="pager"):
     """How many of these the workload waits for."""
     touched: list[int] = msgspec.field(default_factory=list)
     """The answer to `touched`: further windows of 16 pages in the order of their first fault."""
+    flags: str = ""
+    """Where the pager's flags are, if not in the workload's folder: those of a program that restores its own arena."""
     paused: str | None = None
     """Why nothing comes: the link to the source has gone."""
     error: str | None = None
@@ -212,6 +214,26 @@ def _is_over(folder: Folder, failed: Exception) -> bool:
 def status(folder: Folder) -> Status | None:
     """How far the restore of a workload is; None where there is none under way. Raises RestoreError."""
     return ask(folder, Ask(what="status"))
+
+
+def coming(folder: Folder) -> tuple[int, str | None] | None:
+    """What tells which pages are still to come, and what they hold: the flags, and the image.
+
+    (descriptor of the flags, the caller's to close; path of the image, None where nothing tells: contents of another
+    host, or of a cold store, which do not come by themselves). None where everything is there. Raises RestoreError.
+    """
+    record = folder.load(RECORD, Deferred)
+    image = record.image if record is not None and record.cold is None else None
+    path = str(folder.path / FLAGS)
+    if record is None and not (folder.path / POSTCOPY).exists():
+        answer = status(folder)
+        if answer is None or not answer.flags:
+            return None
+        image, path = answer.image, answer.flags
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC), image
+    except FileNotFoundError:  # it has just been finished
+        return None
 
 
 def ensure(folder: Folder, region: int, first: int, count: int) -> None:

@@ -47,14 +47,18 @@ class _Hold:
 class PagerServer:
     """Answers on a socket until it is closed, each client on a thread of its own.
 
-    `origin`: what contents come from, for people; `regions`: name and length of each.
+    `origin`: what contents come from, for people; `regions`: name and length of each; `flags`: where the pager's flags
+    can be opened, if not in the workload's folder.
     """
 
-    def __init__(self, path: str | Path, pager: Pager, origin: str, regions: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self, path: str | Path, pager: Pager, origin: str, regions: Sequence[tuple[str, int]], flags: str = ""
+    ) -> None:
         self.path = Path(path)
         self.pager = pager
         self.origin = origin
         self.regions = list(regions)
+        self.flags = flags
         self.paused: str | None = None
         """Why nothing comes just now."""
         self.asked_to_stop = threading.Event()
@@ -98,6 +102,7 @@ class PagerServer:
             failures=[self.describe(failure) for failure in failures],
             accessed=sum(accessed for _, _, accessed, _ in failures),
             touched=list(touched),
+            flags=self.flags,
             paused=self.paused,
             error=error,
         )

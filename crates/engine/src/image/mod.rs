@@ -3,6 +3,7 @@
 mod contents;
 mod flatten;
 mod format;
+mod known;
 mod reader;
 mod store;
 mod verify;
@@ -11,6 +12,7 @@ mod writer;
 pub use contents::{PageReader, differences, fill, pattern};
 pub use flatten::{flatten, region_of};
 pub use format::{BlockEntry, FLAG_IN_PARENT, ImageError, PageEntry, section};
+pub use known::KnownPages;
 pub use reader::{Chain, Image, StoredBlock};
 pub use store::PageStore;
 pub use verify::{Finding, stored_pages, verify, verify_unused};

@@ -1,5 +1,5 @@
 //! Chosen pages of memory into an image, while the workload may write to them: whoever uses the image must know which
-//! pages were not written meanwhile. All other pages are where the parent image has them.
+//! pages were not written meanwhile. Equal pages are stored once. All other pages are where the parent image has them.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::contents::pattern;
 use super::flatten::Copier;
 use super::format::{FLAG_IN_PARENT, ImageError, PageEntry};
+use super::known::KnownPages;
 use super::reader::Chain;
 use super::writer::{Finished, ImageWriter, Sizes};
 use crate::SMALL_PAGE;
@@ -25,6 +26,7 @@ pub struct PageStore {
     /// Number of the first page of each region, and of the page after the last region.
     bases: Vec<usize>,
     map: Vec<PageEntry>,
+    known: KnownPages,
 }
 
 impl PageStore {
@@ -37,7 +39,8 @@ impl PageStore {
         }
         let map = vec![PageEntry::plain(Class::Absent, 0); bases[bases.len() - 1]];
         let builder = Builder::new(codec, sizes.page_block, sizes.storage_block);
-        Ok(Self { copier: Copier { writer, builder, block: 0 }, region: 0, bases, map })
+        let known = KnownPages::new()?;
+        Ok(Self { copier: Copier { writer, builder, block: 0 }, region: 0, bases, map, known })
     }
 
     /// Adds those pages of a region that are in memory; returns which they are.
@@ -76,8 +79,13 @@ impl PageStore {
             Some(0) => Ok(PageEntry::plain(Class::Zero, 0)),
             Some(word) => Ok(PageEntry::plain(Class::Pattern, word)),
             None => {
+                let (signature, hash) = (xxh3_64(contents), self.known.hash(contents));
+                if let Some((block, slot)) = self.known.place(hash) {
+                    return Ok(PageEntry::stored(Class::SameAs, signature, block, slot));
+                }
                 let (block, slot) = self.copier.push(region, page, contents)?;
-                Ok(PageEntry::stored(Class::Data, xxh3_64(contents), block, slot))
+                self.known.insert(hash, (block, slot));
+                Ok(PageEntry::stored(Class::Data, signature, block, slot))
             }
         }
     }

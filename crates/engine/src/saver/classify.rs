@@ -4,12 +4,11 @@
 //! together in the image, in the order of use.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::{Receiver, Sender};
-use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_secret};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::SaveError;
 use super::layout::Copied;
@@ -17,11 +16,7 @@ use super::output::Full;
 use super::shared::Shared;
 use crate::SMALL_PAGE;
 use crate::block::{Builder, Class, is_zero};
-use crate::image::{Chain, FLAG_IN_PARENT, PageEntry, PageReader, pattern};
-use crate::uapi::check;
-
-/// Bytes of the secret that makes page hashes unpredictable.
-const SECRET_LEN: usize = 192;
+use crate::image::{Chain, FLAG_IN_PARENT, KnownPages, PageEntry, PageReader, pattern};
 
 /// Sees every copied block once, in the order of arrival.
 #[derive(Debug)]
@@ -32,9 +27,8 @@ pub(super) struct Classifier {
     /// Storage blocks being filled: of traps, and of the sweep.
     open: [Option<Full>; 2],
     result: Classified,
-    /// Where contents stand already, by their 128-bit hash.
-    known: HashMap<u128, (u32, u16), BuildHasherDefault<AsItIs>>,
-    secret: [u8; SECRET_LEN],
+    /// Where contents stand already, by ticket.
+    known: KnownPages,
     parent: Option<Chain>,
 }
 
@@ -106,9 +100,9 @@ impl Classifier {
             Some(parent) if as_parent => parent.images()[0].page_map().iter().map(inherited).collect(),
             _ => vec![PageEntry::plain(Class::Absent, 0); pages],
         };
-        let secret = random().map_err(SaveError::Memory)?;
+        let known = KnownPages::new().map_err(SaveError::Memory)?;
         let result = Classified { entries, tickets: 0 };
-        Ok(Self { shared, free, full, open: [None, None], result, known: HashMap::default(), secret, parent })
+        Ok(Self { shared, free, full, open: [None, None], result, known, parent })
     }
 
     /// Works until nobody can send any more.
@@ -163,8 +157,8 @@ impl Classifier {
         if parents.is_some_and(|parents| parents.hold(global, signature, bytes)) {
             return Some(in_parent(signature));
         }
-        let hash = xxh3_128_with_secret(bytes, &self.secret);
-        if let Some(&(ticket, slot)) = self.known.get(&hash) {
+        let hash = self.known.hash(bytes);
+        if let Some((ticket, slot)) = self.known.place(hash) {
             return Some(PageEntry::stored(Class::SameAs, signature, ticket, slot));
         }
         let (ticket, slot) = self.store(block, page, bytes)?;
@@ -194,34 +188,5 @@ impl Classifier {
         if let Some(full) = self.open[open].take() {
             let _ = self.full.send(full);
         }
-    }
-}
-
-fn random() -> std::io::Result<[u8; SECRET_LEN]> {
-    let mut bytes = [0; SECRET_LEN];
-    // SAFETY: the buffer has the length given; a request this small is filled in one call.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), SECRET_LEN, 0) };
-    check(libc::c_int::try_from(got).unwrap_or(-1))?;
-    Ok(bytes)
-}
-
-/// Hashes that are hashed already.
-#[derive(Debug, Default)]
-struct AsItIs(u64);
-
-impl Hasher for AsItIs {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(byte);
-        }
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "half of a hash is one")]
-    fn write_u128(&mut self, hash: u128) {
-        self.0 = hash as u64;
     }
 }

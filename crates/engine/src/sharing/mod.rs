@@ -16,13 +16,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::SMALL_PAGE;
 
 mod content;
+mod file;
 mod groups;
 pub mod holes;
 mod source;
 
 pub use content::{Content, WORDS};
+pub use file::{Deferred, SharedFile};
 pub use groups::{Limits, Totals};
-pub use source::{Reader, Source, Span};
+pub use source::{Others, Reader, Source, Span};
 
 use groups::{Groups, Signature};
 
@@ -68,8 +70,10 @@ pub struct Unit {
     pub span: Span,
     /// Whether it stood on a large page when the scan began.
     pub large: bool,
-    /// Pages looked at.
+    /// Pages looked at in memory.
     pub present: u32,
+    /// Pages that are not there yet (S8), and are known by their signatures.
+    pub deferred: u32,
     /// Pages that are shared already.
     pub shared: u32,
     /// Pages by [`Class`]; those that have an equal when the scan is finished.
@@ -111,6 +115,7 @@ impl Scan {
                 span,
                 large,
                 present: 0,
+                deferred: 0,
                 shared: 0,
                 counts: [0; Class::COUNT],
             };
@@ -174,7 +179,7 @@ impl Scan {
             }
             let mut unit = self.units[number];
             let name = u32::try_from(number).map_err(io::Error::other)?;
-            let (mut present, mut zeros) = (0, 0);
+            let (mut pages, mut zeros) = (0, 0);
             let signatures = &mut found.signatures;
             let mut add = |hash, pattern| {
                 if self.keeps(hash) {
@@ -182,16 +187,15 @@ impl Scan {
                 }
             };
             let source = &self.pieces[unit.piece as usize].source;
-            let shared = source.read(unit.span, &mut reader, |words| {
-                present += 1;
-                match Content::of(words) {
+            let others = source.read(unit.span, &mut reader, |content| {
+                pages += 1;
+                match content {
                     Content::Zero => zeros += 1,
                     Content::Pattern(word) => add(spread(word), true),
                     Content::Data(hash) => add(hash, false),
                 }
             })?;
-            unit.present = present;
-            unit.shared = u32::try_from(shared).unwrap_or(u32::MAX);
+            (unit.shared, unit.deferred, unit.present) = (others.shared, others.deferred, pages - others.deferred);
             unit.counts[Class::Zero as usize] = zeros;
             found.units.push((number, unit));
         }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
-use super::content::WORDS;
-use crate::mapping::{Mapping, scan};
+use super::content::{Content, WORDS};
+use super::file::SharedFile;
+use crate::mapping::scan;
 use crate::space::Space;
 use crate::uapi::{PAGE_IS_HUGE, PAGE_IS_PRESENT};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
@@ -25,7 +26,7 @@ const PM_EXCLUSIVE: u64 = 1 << 56;
 #[derive(Debug, Clone)]
 pub enum Source {
     /// A shared file. Positions are bytes from the start of the mapping.
-    File(Arc<Mapping>),
+    File(Arc<SharedFile>),
     /// Private anonymous memory of a process. Positions are its addresses.
     Process(Arc<Space>),
 }
@@ -39,16 +40,27 @@ pub struct Span {
     pub pages: usize,
 }
 
+/// Pages of a [`Span`] that were not looked at in memory.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Others {
+    /// Shared already, with a forked process or by KSM.
+    pub shared: u32,
+    /// Still to come (S8), and known by their signatures.
+    pub deferred: u32,
+}
+
 /// Buffers of a thread.
 #[derive(Debug)]
 pub struct Reader {
     entries: Vec<u64>,
-    chunk: Vec<[u64; WORDS]>,
+    /// Of each page, whether it is in memory: see `Mapping::resident`.
+    pub(super) resident: Vec<u8>,
+    pub(super) chunk: Vec<[u64; WORDS]>,
 }
 
 impl Default for Reader {
     fn default() -> Self {
-        Self { entries: vec![0; SLOTS], chunk: vec![[0; WORDS]; CHUNK] }
+        Self { entries: vec![0; SLOTS], resident: vec![0; SLOTS], chunk: vec![[0; WORDS]; CHUNK] }
     }
 }
 
@@ -56,7 +68,7 @@ impl Source {
     /// The 2 MiB units of `[start, start + len)` that may hold pages, and whether each stands on a large page.
     pub fn units(&self, start: u64, len: u64) -> io::Result<Vec<(Span, bool)>> {
         let end = start + len;
-        let spans = match self {
+        match self {
             Self::Process(space) => {
                 let mut spans = Vec::new();
                 scan(space.pagemap(), start, end, 0, PAGE_IS_PRESENT, |start, end| split(start, end, &mut spans))?;
@@ -64,39 +76,26 @@ impl Source {
                 let both = PAGE_IS_PRESENT | PAGE_IS_HUGE;
                 scan(space.pagemap(), start, end, 0, both, |start, end| split(start, end, &mut huge))?;
                 let is_huge = |span: &Span| huge.binary_search_by_key(&span.start, |other| other.start).is_ok();
-                return Ok(whole_units(&spans, start, end).map(|span| (span, is_huge(&span))).collect());
+                Ok(whole_units(&spans, start, end).map(|span| (span, is_huge(&span))).collect())
             }
-            Self::File(mapping) => {
-                let large = mapping.large_units()?;
-                let mut spans = Vec::new();
-                for (from, to) in mapping.data_ranges()? {
-                    let (from, to) = ((from as u64).max(start), (to as u64).min(end));
-                    split(from, to.max(from), &mut spans);
-                }
-                let unit = |at: u64| usize::try_from(at / LARGE_PAGE as u64).unwrap_or(usize::MAX);
-                spans.into_iter().map(|span| (span, large.get(unit(span.start)).copied().unwrap_or(false))).collect()
-            }
-        };
-        Ok(spans)
+            Self::File(file) => file.units(start, end),
+        }
     }
 
-    /// Calls `found` with every page of a span that the workload has for itself; returns how many others there are:
-    /// shared already, with a forked process or by KSM.
+    /// Calls `found` with what every page of a span holds that the workload has for itself; returns how many of the
+    /// others are known.
     ///
-    /// What is not in memory is left alone: nothing is faulted or swapped in.
-    pub fn read(&self, span: Span, reader: &mut Reader, found: impl FnMut(&[u64; WORDS])) -> io::Result<usize> {
+    /// What is not in memory is left there: nothing is faulted or swapped in, no hole filled.
+    pub fn read(&self, span: Span, reader: &mut Reader, found: impl FnMut(Content)) -> io::Result<Others> {
         match self {
-            Self::File(mapping) => {
-                read_file(mapping, span, reader, found);
-                Ok(0)
-            }
+            Self::File(file) => file.read(span, reader, found),
             Self::Process(space) => read_process(space, span, reader, found),
         }
     }
 }
 
-/// Units of 2 MiB that `[start, end)` touches; runs within a unit become one span.
-fn split(start: u64, end: u64, spans: &mut Vec<Span>) {
+/// Units of 2 MiB that `[start, end)` touches; runs within a unit become one span. Runs come in order, and are apart.
+pub(super) fn split(start: u64, end: u64, spans: &mut Vec<Span>) {
     let unit_len = LARGE_PAGE as u64;
     let mut at = start;
     while at < end {
@@ -123,23 +122,7 @@ fn whole_units(spans: &[Span], start: u64, end: u64) -> impl Iterator<Item = Spa
     })
 }
 
-fn read_file(mapping: &Mapping, span: Span, reader: &mut Reader, mut found: impl FnMut(&[u64; WORDS])) {
-    let first = usize::try_from(span.start).unwrap_or(usize::MAX) / SMALL_PAGE;
-    let copy = &mut reader.chunk[0];
-    for page in first..first + span.pages {
-        // SAFETY: `page` points to a page of the mapping, the copy has its size. The workload may write meanwhile: the
-        // copy is then of no instant, which is as good a hint as any.
-        unsafe { std::ptr::copy_nonoverlapping(mapping.page(page).cast(), copy, 1) };
-        found(copy);
-    }
-}
-
-fn read_process(
-    space: &Space,
-    span: Span,
-    reader: &mut Reader,
-    mut found: impl FnMut(&[u64; WORDS]),
-) -> io::Result<usize> {
+fn read_process(space: &Space, span: Span, reader: &mut Reader, mut found: impl FnMut(Content)) -> io::Result<Others> {
     let entries = &mut reader.entries[..span.pages];
     let position = span.start / SMALL_PAGE as u64 * size_of::<u64>() as u64;
     // The pagemap of a process that has ended is empty.
@@ -156,9 +139,9 @@ fn read_process(
     let shared = entries.iter().filter(|&&entry| in_memory(entry)).count() - ours.len();
     for addresses in ours.chunks(CHUNK) {
         let copied = copy_pages(space, addresses, &mut reader.chunk)?;
-        reader.chunk[..copied].iter().for_each(&mut found);
+        reader.chunk[..copied].iter().map(Content::of).for_each(&mut found);
     }
-    Ok(shared)
+    Ok(Others { shared: u32::try_from(shared).unwrap_or(u32::MAX), deferred: 0 })
 }
 
 /// Copies pages of a process; those from the first that is gone on are left out. Returns how many were copied.

@@ -1,0 +1,53 @@
+"""What is still to come to a workload's memory (S8), for a scan: the flags of its pager, the page map of its image."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pageferry._engine import Pager, PagerFlags
+from pageferry.checkpoints import restoring
+from pageferry.checkpoints.image import ImageFile
+from pageferry.host.registry import Folder, Registry
+from pageferry.workloads import deferred
+from pageferry.workloads.base import SMALL_PAGE, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Contents that memory does not hold yet."""
+
+    flags: PagerFlags
+    """With the image, where that tells what they are."""
+    known: bool
+    """Whether it does; they are left out otherwise."""
+    first_pages: Sequence[int]
+    """Number of the first page of each region, over all regions."""
+    large: Sequence[Sequence[bool]]
+    """Of each region, the 2 MiB units that will stand on large pages."""
+
+
+def look(workload: Workload) -> Coming | None:
+    """What is still to come; None where everything is there. Nothing is loaded for it.
+
+    Raises RestoreError where nobody can tell, ImageError when the image cannot be opened.
+    """
+    found = deferred.coming(Folder(Registry(), workload.name))
+    if found is None:
+        return None
+    descriptor, path = found
+    try:
+        lengths = [region.length // SMALL_PAGE for region in workload.regions]
+        if os.fstat(descriptor).st_size != Pager.flags_length(sum(lengths)):
+            return None  # it is just being made: nothing has run on it yet
+        image = ImageFile(path) if path is not None else None
+        return Coming(
+            flags=PagerFlags(descriptor, sum(lengths), image.image if image is not None else None),
+            known=image is not None,
+            first_pages=list(itertools.accumulate(lengths, initial=0))[:-1],
+            large=restoring.large_units(image) if image is not None else [[] for _ in lengths],
+        )
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,34 @@
+"""A program with an arena from an image, none of which comes before it is touched: `restored_owner IMAGE NAME`.
+
+Standard input orders: `touch PAGE`, `load` (bring everything in), `check` (a hash of all of it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+
+import pageferry
+
+
+def main() -> None:
+    """Do what standard input says."""
+    arena = pageferry.restore(sys.argv[1], name=sys.argv[2], prefetch=False, on_pause=lambda: None)
+    memory = memoryview(arena)
+    os.write(1, json.dumps(arena.deferred).encode() + b"\n")
+    for line in sys.stdin:
+        order, *rest = line.split()
+        answer: object = None
+        if order == "touch":
+            answer = memory[int(rest[0]) * 4096]
+        elif order == "load":
+            arena.load()
+        elif order == "check":
+            answer = hashlib.sha256(memory).hexdigest()
+        os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
