@@ -100,7 +100,7 @@ impl Scene {
         let file = memory_file(PAGES * SMALL_PAGE);
         let workload = Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping");
         let ours = Arc::new(Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping"));
-        let (uffd, _) = Self::space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE).expect("a userfaultfd");
+        let (uffd, _) = Self::space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, 0).expect("a userfaultfd");
         Self { workload, ours, flags: memory_file(file_len(PAGES)), uffd: uffd.into() }
     }
 
