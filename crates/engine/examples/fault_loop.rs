@@ -54,7 +54,7 @@ fn space() -> io::Result<Arc<Space>> {
 fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     let file = memory_file(LEN)?;
     let (ours, theirs) = (Mapping::new(file.as_fd(), LEN, 0)?, Mapping::new(file.as_fd(), LEN, 0)?);
-    let (uffd, _) = space()?.kept_userfault(FEATURES)?;
+    let (uffd, _) = space()?.kept_userfault(FEATURES, 0)?;
     uffd.register(theirs.address(), LEN as u64, REGISTER_MODE_MISSING | REGISTER_MODE_MINOR)?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -82,7 +82,7 @@ fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
 fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     let file = memory_file(LEN)?;
     let (ours, theirs) = (Arc::new(Mapping::new(file.as_fd(), LEN, 0)?), Mapping::new(file.as_fd(), LEN, 0)?);
-    let (uffd, _) = space()?.kept_userfault(FEATURES)?;
+    let (uffd, _) = space()?.kept_userfault(FEATURES, 0)?;
     let segment = Segment { space: space()?, address: theirs.address(), len: LEN as u64, region: 0, first_page: 0 };
     let pager = Pager::start(Plan {
         from: Origin::Images(chain.clone()),
