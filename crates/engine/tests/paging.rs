@@ -13,7 +13,7 @@ use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::space::Space;
@@ -100,7 +100,8 @@ impl Scene {
         let file = memory_file(PAGES * SMALL_PAGE);
         let workload = Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping");
         let ours = Arc::new(Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping"));
-        let (uffd, _) = Self::space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, 0).expect("a userfaultfd");
+        let (uffd, _) =
+            Self::space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, TRACE_FEATURES).expect("a userfaultfd");
         Self { workload, ours, flags: memory_file(file_len(PAGES)), uffd: uffd.into() }
     }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::space::Space;
@@ -79,7 +79,7 @@ impl Scene {
 
     fn on(source: Arc<Mapping>, ours: Arc<Mapping>, page_size: usize, missing: impl Fn(usize) -> bool) -> Arc<Self> {
         let workload = Mapping::new(ours.as_fd(), ours.len(), 0).expect("a mapping");
-        let (uffd, _) = space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, 0).expect("a userfaultfd");
+        let (uffd, _) = space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, TRACE_FEATURES).expect("a userfaultfd");
         let flags = small_file(file_len(PAGES).div_ceil(SMALL_PAGE));
         let mut set = PageSet::new(PAGES);
         for page in 0..PAGES {

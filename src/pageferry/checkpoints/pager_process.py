@@ -80,8 +80,9 @@ class GuestPager:
         self.work = work
         self.pager = self._begin(taken_over, evicting)
         fault_point("pager.registered")
-        # Only now: flags without a pager that has set them say that everything is there.
-        folder.store(deferred.RECORD, self.work)
+        # Only now: flags without a pager that has set them say that everything is there. The guest waits for this, and
+        # does not outlive the machine.
+        folder.store(deferred.RECORD, self.work, synced=False)
         socket_path = folder.socket_path(deferred.SOCKET)
         self.server = PagerServer(socket_path, self.pager, str(image.path), restoring.extents(image))
 

@@ -108,6 +108,7 @@ async def restore_guest(
     found = image.metadata
     if found.kind != "qemu" or not found.restorable:
         raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
+    state = image.state()
     opened = time.monotonic()
     workload = await QemuWorkload.start(
         name, arguments, incoming=True, detach=detach, hugetlb=hugetlb, registry=registry
@@ -118,10 +119,18 @@ async def restore_guest(
         restoring.compare(image, workload.regions)
         work = _work(image, workload, prefetch, eager)
         folder = (registry or Registry()).folder(name)
-        # We serve until the process has started, which takes much longer than all that follows.
-        first = await asyncio.to_thread(GuestPager, image, folder, work)
+        # We serve until the process has started, which takes much longer than all that follows. QEMU gets ready for its
+        # state meanwhile.
+        serving, listening = await asyncio.gather(
+            asyncio.to_thread(GuestPager, image, folder, work), workload.prepare_load(), return_exceptions=True
+        )
+        if isinstance(serving, BaseException):
+            raise serving
+        first = serving
+        if isinstance(listening, BaseException):
+            raise listening
         adopted = time.monotonic()
-        await workload.load_state(image.state())
+        await workload.load_state(state)
         loaded = time.monotonic()
         await workload.resume()
     except BaseException:

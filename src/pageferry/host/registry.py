@@ -130,16 +130,21 @@ class Folder:
             file.flush()
             yield
 
-    def store(self, file_name: str, record: msgspec.Struct) -> None:
-        """Write a durable record of this workload: under a temporary name, synced, then renamed."""
+    def store(self, file_name: str, record: msgspec.Struct, *, synced: bool = True) -> None:
+        """Write a durable record of this workload: under a temporary name, synced, then renamed.
+
+        Not `synced`: it outlives every process, and not the machine, after whose end nobody has a use for it.
+        """
         target = self.path / file_name
         temporary = target.with_name(f".{file_name}.{os.getpid()}")
         with open(temporary, "wb") as file:
             file.write(msgspec.json.encode(record))
-            file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.rename(target)
-        _sync_folder(self.path)
+        if synced:
+            _sync_folder(self.path)
 
     def load(self, file_name: str, kind: type[Record]) -> Record | None:
         """A durable record of this workload; None when there is none. Raises WorkloadError when it cannot be read."""

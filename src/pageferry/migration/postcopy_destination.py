@@ -104,7 +104,7 @@ class LateMemory:
             ) from denied
         if self.folder is not None:
             # Only now: flags without a pager that has set them say that everything is there.
-            self.folder.store(deferred.POSTCOPY, self.record)
+            self.folder.store(deferred.POSTCOPY, self.record, synced=False)
         self._serve_questions()
 
     def _start(self, late: Sequence[PageStream], missing: Sequence[PageSet] | None) -> None:
