@@ -21,6 +21,12 @@ def fault_loop() -> list[Run]:
     return [{"bare-us": int(bare), "pager-us": int(pager), "ratio": int(pager) / int(bare)} for bare, pager in found]
 
 
+def delta(before: Path, after: Path, codec: str) -> tuple[float, float, float, float]:
+    """Of pages as they are and of their differences from before: bytes of each when coded, and MiB/s of one thread."""
+    whole, differences, whole_speed, speed = map(float, _output("delta", str(before), str(after), codec).split())
+    return whole, differences, whole_speed, speed
+
+
 def _output(name: str, *arguments: str) -> str:
     """Raises CalledProcessError."""
     command = ["cargo", "run", "--quiet", "--release", "-p", "pageferry-engine", "--example", name, "--", *arguments]
