@@ -24,6 +24,12 @@ def fault_loop(quick: bool) -> list[Run]:
     return [{"bare-us": int(bare), "pager-us": int(pager), "ratio": int(pager) / int(bare)} for bare, pager in found]
 
 
+def delta(before: Path, after: Path, codec: str, quick: bool) -> tuple[float, float, float, float]:
+    """Of pages as they are and of their differences from before: bytes of each when coded, and MiB/s of one thread."""
+    whole, differences, whole_speed, speed = map(float, _output("delta", quick, str(before), str(after), codec).split())
+    return whole, differences, whole_speed, speed
+
+
 def _output(name: str, quick: bool, *arguments: str) -> str:
     """Raises CalledProcessError."""
     profile = "dev" if quick else "release"

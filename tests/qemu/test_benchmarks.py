@@ -104,6 +104,14 @@ def test_links_are_measured() -> None:
     assert all(isinstance(target, Target) for target in links.judge(results))
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root", "qemu_10")
+def test_differences_of_pages_are_measured() -> None:
+    results = quick("deltas")["deltas"]
+    saved = {run["program"]: run["delta"] < run["whole"] / 2 for run in results if run["codec"] == "zstd"}
+    assert saved == {"database": True, "dictionary": True, "array": True, "text": False, "built-in workload": False}
+
+
 COUNTED = ("S3", "S5", "S6", "S7", "S8")
 """Systems that are judged by what is counted, not by times."""
 

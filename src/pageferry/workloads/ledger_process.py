@@ -9,6 +9,7 @@ when it has moved away, a last line says what became of it, and the exit code is
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import sys
@@ -19,6 +20,8 @@ import msgspec
 from pageferry.errors import PageferryError, UsageError
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 
+LOOK = 0.2
+"""Seconds between two looks at signals."""
 FOUND = ("pages", "checked", "zeros", "lost", "stale", "misplaced", "torn", "overwritten", "writes", "disagreeing")
 
 
@@ -51,13 +54,20 @@ def run(setup: Setup) -> int:
         on_moved=lambda: ends.put("moved"),
     )
     _say({"type": "ready", "name": setup.name, "pid": workload.regions[0].segments[0].pid})
-    reason = ends.get()
+    reason = _first(ends)
     longest, _ = workload.stalls()
     workload.stop()
     report = workload.verify()
     found = {key: getattr(report, key) for key in FOUND}
     _say({"type": "ledger", "reason": reason, "intact": report.intact, **found, "longest-stall-ns": longest})
     return 0 if report.intact else 1
+
+
+def _first(ends: queue.SimpleQueue[str]) -> str:
+    """Why it ends. A signal that another thread has taken (after SIGCONT it may be any) wakes nobody here."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ends.get(timeout=LOOK)
 
 
 def main() -> int:

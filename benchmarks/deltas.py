@@ -1,0 +1,127 @@
+"""Pages that are sent again, whole or as differences: `make bench-deltas`, or `python benchmarks/deltas.py [--quick]`.
+
+Of programs that modify their memory in different ways, and of the built-in workload, the pages that a round would have
+to send again are compared with what they were in the round before (docs/decisions/0011-pages-are-sent-again-whole.md).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import examples, machine
+from benchmarks.measuring.bench import Bench, Results, Setting
+from benchmarks.measuring.tables import Column, Run, table
+from benchmarks.moving.ledger import Ledger
+from benchmarks.resending.programs import PROGRAMS
+from pageferry._engine import SMALL_PAGE
+
+ROUND = 0.5
+"""Seconds between two rounds."""
+CODECS = ("lz4", "zstd")
+LEDGER = {"rate": 20 << 20, "compressible": 0.5}
+COLUMNS: tuple[Column, ...] = (
+    ("memory MiB", "memory", 0, 1 << 20),
+    ("sent again MiB", "again", 1, 1 << 20),
+    ("whole, coded MiB", "whole", 2, 1 << 20),
+    ("differences, coded MiB", "delta", 2, 1 << 20),
+    ("saved %", "saved-percent", 0, 1),
+    ("whole MiB/s", "whole-mib-s", 0, 1),
+    ("differences MiB/s", "delta-mib-s", 0, 1),
+)
+
+Pages = dict[int, bytes]
+"""Contents by address."""
+
+
+def measure(setting: Setting) -> list[Run]:
+    """Every program with every codec."""
+    runs = []
+    for _ in range(setting.repetitions):
+        for name in (*PROGRAMS, "built-in workload"):
+            with _running(name, setting) as pid:
+                early, late = _round(pid), _round(pid)
+            changed = sorted(address for address in early.keys() & late.keys() if early[address] != late[address])
+            for codec in CODECS:
+                found = _compare([early[at] for at in changed], [late[at] for at in changed], codec, setting)
+                runs.append({"program": name, "codec": codec, "memory": len(late) * SMALL_PAGE} | found)
+    return runs
+
+
+def _round(pid: int) -> Pages:
+    """What a process has in memory that it can write to, at one instant, half a second from now."""
+    time.sleep(ROUND)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        return dict(_pages(pid))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _pages(pid: int) -> Iterator[tuple[int, bytes]]:
+    zeros = bytes(SMALL_PAGE)
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, permissions, *rest = line.split(maxsplit=5)
+            if not permissions.startswith("rw") or rest[-1].startswith(("[v", "[stack")):
+                continue
+            start, end = (int(part, 16) for part in span.split("-"))
+            memory.seek(start)
+            try:
+                data = memory.read(end - start)
+            except OSError:  # nobody may read it
+                continue
+            for at in range(0, len(data), SMALL_PAGE):
+                if (page := data[at : at + SMALL_PAGE]) != zeros:
+                    yield start + at, page
+
+
+@contextmanager
+def _running(name: str, setting: Setting) -> Iterator[int]:
+    if name not in PROGRAMS:
+        with Ledger("resent", 64 << 20, LEDGER) as ledger:
+            yield ledger.pid
+        return
+    words = [sys.executable, "-m", "benchmarks.resending.programs", name]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=machine.ROOT) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def _compare(before: list[bytes], after: list[bytes], codec: str, setting: Setting) -> Run:
+    files = setting.folder / "before", setting.folder / "after"
+    for file, pages in zip(files, (before, after), strict=True):
+        file.write_bytes(b"".join(pages))
+    whole, delta, whole_speed, delta_speed = examples.delta(*files, codec, setting.quick)
+    return {
+        "again": len(after) * SMALL_PAGE,
+        "whole": whole,
+        "delta": delta,
+        "saved-percent": (1 - delta / whole) * 100,
+        "whole-mib-s": whole_speed,
+        "delta-mib-s": delta_speed,
+    }
+
+
+def render(results: Results) -> list[str]:
+    """One table."""
+    return ["### Pages that are sent again", table(results["deltas"], ("program", "codec"), COLUMNS)]
+
+
+BENCH = Bench(name="deltas", questions={"deltas": measure}, judge=lambda _: [], tables=render)
+
+if __name__ == "__main__":
+    machine.require("bench-deltas", "cargo")
+    sys.exit(BENCH.main())

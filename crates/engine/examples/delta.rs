@@ -1,0 +1,48 @@
+//! What sending a page again as its difference from what was sent before would save.
+//!
+//! `cargo run --release -p pageferry-engine --example delta -- BEFORE AFTER CODEC`: two files of pages that lie side by
+//! side, all of which differ. Prints bytes of storage blocks of the pages as they are and of the differences (exclusive
+//! or), and MiB of pages per second of one thread for each, making the differences included.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::block::{Builder, Codec};
+
+const STORAGE_BLOCK: usize = 1 << 20;
+const PAGE_BLOCK: usize = 64 << 10;
+
+/// Bytes that blocks of these pages have.
+fn code(pages: &[u8], codec: Codec) -> usize {
+    let mut builder = Builder::new(codec, PAGE_BLOCK, STORAGE_BLOCK);
+    let mut coded = 0;
+    for block in pages.chunks(STORAGE_BLOCK) {
+        for (number, page) in block.chunks(SMALL_PAGE).enumerate() {
+            builder.push_data(number, page);
+        }
+        coded += builder.build(0, 0, 0).payload.len();
+    }
+    coded
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let [before, after, codec] = words.as_slice() else { return Err("give BEFORE, AFTER and CODEC".into()) };
+    let codec = Codec::named(codec).ok_or("no such codec")?;
+    let (before, after) = (std::fs::read(before)?, std::fs::read(after)?);
+    if before.len() != after.len() || after.is_empty() || after.len() % SMALL_PAGE != 0 {
+        return Err("two files of as many pages".into());
+    }
+    let begin = Instant::now();
+    let whole = code(&after, codec);
+    let whole_seconds = begin.elapsed().as_secs_f64();
+    let begin = Instant::now();
+    let differences: Vec<u8> = before.iter().zip(&after).map(|(old, new)| old ^ new).collect();
+    let delta = code(&differences, codec);
+    let delta_seconds = begin.elapsed().as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    let mib = after.len() as f64 / f64::from(1 << 20);
+    writeln!(io::stdout(), "{whole} {delta} {:.1} {:.1}", mib / whole_seconds, mib / delta_seconds)?;
+    Ok(())
+}
