@@ -64,7 +64,7 @@ def test_moves_on_and_on(guest: Traveller) -> None:
     [
         "--codec lz4 --streams 2 --trace-granularity 4K --max-downtime 60000",
         "--codec zstd --trace-granularity 2M --populate hot --max-downtime 60000",
-        "--large-pages ignore --populate none --streams 3 --max-downtime 1",
+        "--large-pages ignore --populate none --streams 3 --max-downtime 60000",
     ],
 )
 def test_moves_with_options(guest: Traveller, options: str) -> None:
