@@ -1,19 +1,22 @@
-"""What sampling of large pages (S3) costs a workload, per page and as slowdown, and whether what it says is true.
+"""Large pages (S3): `make bench-large-pages`, or `python benchmarks/large_pages.py [--quick]`.
 
-A process reads memory at random while 0, 1, 5, 25 or 100 % of its large pages are sampled per second, in windows of 200
-ms. Stretches with and without sampling alternate, and each is compared with the one before it, in one run: by time, and
-by the reader's own time on a CPU, which other load on the machine disturbs less. Another process reads known numbers of
-small pages, for the truth. At last a workload that writes to a part of its memory has the rest sent to a store, and
-brought back. `--quick` is for trying it out.
+What sampling costs a workload, and whether what it says is true: a process reads memory at random while 0, 1, 5, 25 or
+100 % of its large pages are sampled per second, in windows of 200 ms. Stretches with and without sampling alternate,
+and each is compared with the one before it: by time, and by the reader's own time on a CPU, which other load on the
+machine disturbs less. Another process reads known numbers of small pages, for the truth. At last a workload that writes
+to a part of its memory has the rest sent to a store, and brought back.
+
+Writes raw data and tables to benchmarks/results. The exit code is 0 unless something did not work; targets that are
+missed are printed, and no error.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,18 +25,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.measuring.statistics import median, spread
+from benchmarks.measuring import machine
+from benchmarks.measuring.bench import Bench, Results, Setting
+from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.tables import Run, Target, at_least, at_most, table
 from benchmarks.sampling.reader import truth
 from pageferry._engine import LARGE_PAGE, Space
-from pageferry.large_pages import Options, Target, open_target, process_target, sample, undo
+from pageferry.large_pages import Options, open_target, process_target, sample, undo
+from pageferry.workloads.targets import Target as Memory
 
 PARTS = (0.01, 0.05, 0.25, 1.0)
 """Of the large pages, sampled per second."""
 WINDOW = 0.2
+KINDS = ("shared", "anon")
 
 
 class Reader:
@@ -52,7 +59,7 @@ class Reader:
         """Seconds that it has run, kernel included (proc(5), /proc/PID/schedstat)."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
-    def target(self) -> Target:
+    def target(self) -> Memory:
         target = process_target(self.pid)
         found = next(area for area in target.areas if area.address <= self.address < area.end)
         offset = found.offset + self.address - found.address
@@ -91,39 +98,31 @@ async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, floa
     return count / (time.monotonic() - begin), count / (one.on_cpu() - ran), costs
 
 
-async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) -> list[dict[str, Any]]:
-    rows = []
+async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) -> list[Run]:
+    """A row for each part and repetition, in turn."""
+    rows: list[Run] = []
     with reader(kind, mebibytes, "random") as one:
         await stretch(one, 0, 1)
-        runs: dict[float, list[tuple[float, float, list[float]]]] = {part: [] for part in PARTS}
+        before = one.large()
         for _ in range(repetitions):
             for part in PARTS:
                 alone, alone_cpu, _ = await stretch(one, 0, seconds)
                 sampled, sampled_cpu, costs = await stretch(one, part, seconds)
-                runs[part].append(((1 - sampled / alone) * 100, (1 - sampled_cpu / alone_cpu) * 100, costs))
-        for part, found in runs.items():
-            slower, costs = [run[0] for run in found], [cost for run in found for cost in run[2]]
-            dearer = [run[1] for run in found]
-            rows.append(
-                {
-                    "kind": kind,
-                    "sampled-per-second": part,
-                    "slowdown-percent": slower,
-                    "slowdown-on-cpu-percent": dearer,
-                    "us-per-page": costs,
-                }
-            )
-            print(
-                f"{kind:6} {part:4.0%}/s  slowdown {spread(slower, 1)} %, per second on a CPU {spread(dearer, 1)} %, "
-                f"{spread(costs)} us of CPU a page",
-                flush=True,
-            )
-        large = one.large()
-        print(f"{kind:6} large mappings afterwards: {large} of {mebibytes // 2}")
+                rows.append(
+                    {
+                        "memory": kind,
+                        "sampled per second": f"{part:.0%}",
+                        "slowdown-percent": (1 - sampled / alone) * 100,
+                        "slowdown-on-cpu-percent": (1 - sampled_cpu / alone_cpu) * 100,
+                        "us-per-page": median(costs),
+                        "large-lost": before - one.large(),
+                    }
+                )
     return rows
 
 
-async def accuracy(kind: str, mebibytes: int) -> dict[str, Any]:
+async def accuracy(kind: str, mebibytes: int) -> Run:
+    """How many large pages are told exactly right."""
     wrong, samples = [], 0
     with reader(kind, mebibytes, "pattern") as one, one.target() as target:
         before = one.large()
@@ -134,13 +133,14 @@ async def accuracy(kind: str, mebibytes: int) -> dict[str, Any]:
             if found.activity != expected:
                 wrong.append((expected, found.activity))
         after = one.large()
-    print(
-        f"{kind:6} accuracy: {samples - len(wrong)} of {samples} large pages exactly right; "
-        f"large mappings {before}, then {after}"
-    )
-    if wrong:
-        print(f"{kind:6} expected and found: {wrong[:10]}")
-    return {"kind": kind, "samples": samples, "wrong": len(wrong), "large-before": before, "large-after": after}
+    return {
+        "memory": kind,
+        "samples": samples,
+        "right-percent": 100 * (1 - len(wrong) / max(samples, 1)),
+        "wrong": wrong[:10],
+        "large-before": before,
+        "large-lost": before - after,
+    }
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def ledger(mebibytes: int) -> Iterator[str]:
     assert intact
 
 
-async def store(mebibytes: int) -> dict[str, Any]:
+async def store(mebibytes: int) -> Run:
     """What of the cold memory of a ledger a store takes, and what it costs."""
     with ledger(mebibytes) as name, tempfile.TemporaryDirectory() as folder, await open_target(name) as target:
         begin = time.monotonic()
@@ -173,15 +173,11 @@ async def store(mebibytes: int) -> dict[str, Any]:
     cold = sum((512 - one.activity) << 12 for one in result.samples if one.decision == "break")
     figures = result.store
     assert figures is not None
-    print(
-        f"store  {cold >> 20} MiB are cold in {result.broken} large pages, {result.reclaimed / cold:.1%} of them "
-        f"reclaimed (aim: at least 95 %) in {reclaimed - begin:.1f} s, to {figures.bytes >> 20} MiB; "
-        f"{figures.pauses} pauses, the longest {figures.longest_pause_ms:.1f} ms; "
-        f"{back >> 20} MiB brought back in {ended - reclaimed:.1f} s; no write was lost"
-    )
     return {
+        "workload": f"ledger of {mebibytes} MiB, no write lost",
         "cold": cold,
         "reclaimed": result.reclaimed,
+        "reclaimed-percent": 100 * result.reclaimed / cold,
         "broken": result.broken,
         "stored": figures.bytes,
         "written-meanwhile": figures.written,
@@ -193,33 +189,113 @@ async def store(mebibytes: int) -> dict[str, Any]:
     }
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--size", type=int, default=512, help="MiB (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
-    args = parser.parse_args()
-    repetitions, seconds = (2, 1.0) if args.quick else (8, 2.0)
-    results = []
-    for kind in ("shared", "anon"):
-        results += await slowdown(kind, args.size, repetitions, seconds)
-        results.append(await accuracy(kind, args.size))
-    results.append(await store(args.size))
-    at_5 = next(row for row in results if row["kind"] == "shared" and row.get("sampled-per-second") == 0.05)
-    print(
-        f"slowdown on shared memory at 5 % per second: {median(at_5['slowdown-percent']):.1f} %, "
-        f"per second on a CPU {median(at_5['slowdown-on-cpu-percent']):.1f} % (aim: at most 3 %)"
-    )
-    if not _vaddr():
-        print("damo is not compared: this kernel has no DAMON for virtual addresses (CONFIG_DAMON_VADDR)")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+def size(setting: Setting) -> int:
+    """Of the memory that is sampled, MiB."""
+    return 128 if setting.quick else 512
 
 
-def _vaddr() -> bool:
+def measure_slowdown(setting: Setting) -> list[Run]:
+    """Shared and private memory; more repetitions than of other questions, as the figures are small."""
+    repetitions, seconds = (1, 1.0) if setting.quick else (3 * setting.repetitions, 2.0)
+    return [row for kind in KINDS for row in asyncio.run(slowdown(kind, size(setting), repetitions, seconds))]
+
+
+def measure_accuracy(setting: Setting) -> list[Run]:
+    """Shared and private memory, in turn."""
+    return [asyncio.run(accuracy(kind, size(setting))) for _ in range(setting.repetitions) for kind in KINDS]
+
+
+def measure_store(setting: Setting) -> list[Run]:
+    """A store, and back."""
+    return [asyncio.run(store(size(setting))) for _ in range(setting.repetitions)]
+
+
+def measure_damo(_: Setting) -> list[Run]:
+    """Whether there is anything to compare with: DAMON of virtual addresses, and its command. Only looked at."""
+    return [{"peer": "damo", "in PATH": shutil.which("damo") is not None, "DAMON for virtual addresses": _vaddr()}]
+
+
+def _vaddr() -> str:
+    """`yes` or `no`, by what DAMON itself offers or by the kernel's configuration; `not known` where neither tells."""
+    offers = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/avail_operations")
+    offered = [offer.read_text().split() for offer in offers]
+    if offered:
+        return "yes" if any("vaddr" in names for names in offered) else "no"
     config = Path("/proc/config.gz")
-    return not config.exists() or b"CONFIG_DAMON_VADDR=y" in gzip.decompress(config.read_bytes())
+    if not config.exists():
+        return "not known"
+    return "yes" if b"CONFIG_DAMON_VADDR=y" in gzip.decompress(config.read_bytes()) else "no"
 
+
+def judge(results: Results) -> list[Target]:
+    """The targets of S3."""
+    at_5 = [row for row in results["slowdown"] if (row["memory"], row["sampled per second"]) == ("shared", "5%")]
+    lost = values([*results["slowdown"], *results["accuracy"]], "large-lost")
+    return [
+        at_least("large pages classified exactly", min(values(results["accuracy"], "right-percent")), 100, "%"),
+        at_most("slowdown, shared memory, 5 % sampled per second", median(values(at_5, "slowdown-percent")), 3, "%"),
+        at_most("large mappings that did not come back", max(lost), 0, "", 0),
+        at_least("of the cold bytes reclaimed", median(values(results["store"], "reclaimed-percent")), 95, "%"),
+    ]
+
+
+def tables(results: Results) -> list[str]:
+    """Headings and tables."""
+    damo = results["damo"][0]
+    known = f"DAMON for virtual addresses in this kernel: {damo['DAMON for virtual addresses']}"
+    return [
+        "### Slowdown of a random reader",
+        table(
+            results["slowdown"],
+            ("memory", "sampled per second"),
+            (
+                ("slowdown, %", "slowdown-percent", 1, 1),
+                ("per second on a CPU, %", "slowdown-on-cpu-percent", 1, 1),
+                ("us of CPU a page", "us-per-page", 0, 1),
+                ("large mappings lost", "large-lost", 0, 1),
+            ),
+        ),
+        "### Against the truth",
+        table(
+            results["accuracy"],
+            ("memory",),
+            (
+                ("large pages", "samples", 0, 1),
+                ("exactly right, %", "right-percent", 1, 1),
+                ("large mappings lost", "large-lost", 0, 1),
+            ),
+        ),
+        "### Cold memory to a store, and back",
+        table(
+            results["store"],
+            ("workload",),
+            (
+                ("cold, MiB", "cold", 0, 1 << 20),
+                ("reclaimed, %", "reclaimed-percent", 1, 1),
+                ("stored, MiB", "stored", 0, 1 << 20),
+                ("s", "seconds", 1, 1),
+                ("pauses", "pauses", 0, 1),
+                ("longest, ms", "longest-pause-ms", 1, 1),
+                ("back, s", "undo-seconds", 1, 1),
+            ),
+        ),
+        "### damo",
+        f"Not compared. {known}; `damo` in PATH: {'yes' if damo['in PATH'] else 'no'}.",
+    ]
+
+
+BENCH = Bench(
+    name="large_pages",
+    questions={
+        "slowdown": measure_slowdown,
+        "accuracy": measure_accuracy,
+        "store": measure_store,
+        "damo": measure_damo,
+    },
+    judge=judge,
+    tables=tables,
+)
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    machine.require("bench-large-pages")
+    sys.exit(BENCH.main())

@@ -1,15 +1,14 @@
-"""Sharing (S9): KSM alone over all of the memory against pageferry, which chooses; and how fast pages are looked at.
+"""Sharing (S9): `make bench-sharing`, or `python benchmarks/sharing.py [--quick]`.
 
-Every round starts fresh processes with the same memory for each line, the lines in turn. What was freed is the fall of
-their PSS, large pages lost that of AnonHugePages, CPU that of ksmd and of pageferry together. Needs root, and a machine
-on which nobody else uses KSM. `python benchmarks/sharing.py [--mib 512] [--rounds 3] [--output FILE]`.
+KSM alone over all of the memory against pageferry, which chooses; and how fast pages are looked at. Every round starts
+fresh processes with the same memory for each line, the lines in turn. What was freed is the fall of their PSS, large
+pages lost that of AnonHugePages, CPU that of ksmd and of pageferry together. Needs root, and a machine on which nobody
+else uses KSM. Writes raw data and tables to benchmarks/results.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -23,6 +22,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measuring import machine  # noqa: E402
+from benchmarks.measuring.bench import Bench, Results, Setting  # noqa: E402
+from benchmarks.measuring.statistics import values  # noqa: E402
+from benchmarks.measuring.tables import Run, Target, at_least, at_most, table  # noqa: E402
 from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space, large_tmpfs  # noqa: E402
 from pageferry.host.smaps import total  # noqa: E402
 from pageferry.sharing import api, ksm, ranges  # noqa: E402
@@ -71,7 +74,7 @@ def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], thres
     result = asyncio.run(api.share(names, threshold=threshold, beside_others=True))
     found |= {
         "estimate-mib": (result.estimated or 0) / 2**20,
-        "freed-of-estimate": (result.freed or 0) / max(result.estimated or 1, 1),
+        "freed-of-estimate": (result.freed or 0) / result.estimated if result.estimated else None,
         "chosen": result.large_pages_chosen,
         "scan-gib-s": result.scan.looked_at / 2**30 / (result.scan.ms / 1e3),
     }
@@ -93,8 +96,8 @@ def measure(line: str, mib: int) -> dict[str, Any]:
         return found | {"seconds": time.monotonic() - begin}
 
 
-def scan_rates(mib: int) -> dict[str, float]:
-    """GiB per second of CPU over data: in a shared file, in another process; and of a plain copy, for comparison."""
+def scan_rates(mib: int) -> Run:
+    """GB per second of CPU over data, by one thread: in a shared file, in another process, and of a plain copy."""
     directory = large_tmpfs((mib << 20) + LARGE_PAGE)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600, dir_fd=directory)
     os.close(directory)
@@ -111,50 +114,80 @@ def scan_rates(mib: int) -> dict[str, float]:
             begin = time.process_time()
             for at in range(0, mib << 20, len(copy)):
                 copy[: len(copy)] = memory[at : at + len(copy)]
-            rates["copy"].append(mib / 1024 / (time.process_time() - begin))
+            rates["copy"].append((mib << 20) / 1e9 / (time.process_time() - begin))
             for name, source, start in (("file", mapping, 0), ("process", Space(pid), address)):
                 scan = SharingScan([(0, source, start, mib << 20)], 1 << 24)
                 begin = time.process_time()
                 looked = 0
                 while step := scan.step(64 << 20, 1):
                     looked += step
-                rates[name].append(looked / 2**30 / (time.process_time() - begin))
+                rates[name].append(looked / 1e9 / (time.process_time() - begin))
     memory.release()
     os.close(fd)
-    return {name: median(found) for name, found in rates.items()}
+    return {"threads": 1} | {name: median(found) for name, found in rates.items()}
 
 
-def main() -> None:
-    """Measure, print, and write it down."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    runs = []
-    lines = ("KSM alone", "pageferry, threshold 64", "pageferry, threshold 256")
-    for number in range(args.rounds):
-        for line in lines if number % 2 == 0 else reversed(lines):
-            runs.append(measure(line, args.mib))
-            print(json.dumps(runs[-1]), flush=True)
-    rates = scan_rates(args.mib)
-    medians = {line: _median([run for run in runs if run["line"] == line]) for line in lines}
-    print(f"\n{PROCESSES} processes of {args.mib} MiB, medians of {args.rounds} rounds")
-    alone = medians["KSM alone"]
-    for line, found in medians.items():
-        saved, lost = found["freed-mib"] / alone["freed-mib"], alone["broken"] / max(found["broken"], 1)
-        print(
-            f"{line:26} freed {found['freed-mib']:7.1f} MiB ({saved:6.1%} of KSM alone), {found['broken']:4.0f} large "
-            f"pages broken ({lost:4.1f}x fewer), {found['cpu-s']:5.2f} s CPU, {found['seconds']:5.1f} s"
-        )
-    print("looking, GiB per second of CPU: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
-    if args.output:
-        args.output.write_text(json.dumps({"runs": runs, "medians": medians, "rates": rates}, indent=1) + "\n")
+LINES = ("KSM alone", "pageferry, threshold 64", "pageferry, threshold 256")
+SAVING = 0.9
+"""Of what KSM alone frees: a line that frees less does not count for the large pages that it spares."""
 
 
-def _median(runs: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: median(run[name] for run in runs) for name in runs[0] if name != "line"}
+def measure_ksm(setting: Setting) -> list[Run]:
+    """The lines in turn, there and back."""
+    lines = [line for number in range(setting.repetitions) for line in (LINES if number % 2 == 0 else LINES[::-1])]
+    return [measure(line, size(setting)) for line in lines]
 
+
+def measure_rates(setting: Setting) -> list[Run]:
+    """How fast pages are looked at."""
+    return [scan_rates(size(setting)) for _ in range(setting.repetitions)]
+
+
+def size(setting: Setting) -> int:
+    """Of each process, MiB."""
+    return 64 if setting.quick else 512
+
+
+def judge(results: Results) -> list[Target]:
+    """The targets of S9."""
+    alone, *ours = ([run for run in results["ksm"] if run["line"] == line] for line in LINES)
+    freed, broken = median(values(alone, "freed-mib")), median(values(alone, "broken"))
+    fewer = [
+        broken / max(median(values(line, "broken")), 1)
+        for line in ours
+        if median(values(line, "freed-mib")) >= SAVING * freed
+    ]
+    errors = [abs(1 - part) * 100 for line in ours for part in values(line, "freed-of-estimate")]
+    slowest = min(median(values(results["rates"], name)) for name in ("file", "process"))
+    return [
+        at_least(
+            "fewer large pages broken than by KSM alone, for 90 % of its saving", max(fewer, default=None), 3, "x"
+        ),
+        at_most("estimate against what was freed, the worst of all", max(errors, default=None), 2, "%", 2),
+        at_least("looking, a thread", slowest, 2.5, "GB/s"),
+    ]
+
+
+def tables(results: Results) -> list[str]:
+    """Headings and tables."""
+    ksm_columns = (
+        ("freed, MiB", "freed-mib", 1, 1),
+        ("large pages broken", "broken", 0, 1),
+        ("freed / estimate", "freed-of-estimate", 3, 1),
+        ("CPU, s", "cpu-s", 2, 1),
+        ("s", "seconds", 1, 1),
+    )
+    rates = (("copy", "copy", 1, 1), ("shared file", "file", 1, 1), ("other process", "process", 1, 1))
+    return [
+        f"### {PROCESSES} processes, of which one large page in {RICH} is worth breaking",
+        table(results["ksm"], ("line",), ksm_columns),
+        "### Looking, GB per second of CPU, and a plain copy of the same memory",
+        table(results["rates"], ("threads",), rates),
+    ]
+
+
+BENCH = Bench(name="sharing", questions={"ksm": measure_ksm, "rates": measure_rates}, judge=judge, tables=tables)
 
 if __name__ == "__main__":
-    main()
+    machine.require("bench-sharing")
+    sys.exit(BENCH.main())

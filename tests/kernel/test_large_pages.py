@@ -27,6 +27,7 @@ from pageferry.workloads.targets import open_target, process_target
 from tests.kernel.backing import backing
 from tests.kernel.large import frames, large_mapped, only, while_doing
 from tests.kernel.programs import Program, wait_until
+from tests.kernel.swap import swap_space
 from tests.kernel.target import Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
@@ -417,18 +418,6 @@ def test_no_write_is_lost_while_memory_is_reclaimed(swap: None) -> None:
 
 @pytest.fixture
 def swap(root: None) -> Iterator[None]:
-    """Swap in compressed memory, for the time of a test."""
-    control = Path("/sys/class/zram-control")
-    if not control.exists():
-        pytest.skip("no zram")
-    number = (control / "hot_add").read_text().strip()
-    try:
-        Path(f"/sys/block/zram{number}/disksize").write_text(str(64 << 20))
-        if not Path(f"/dev/zram{number}").exists():
-            pytest.skip("no device node for zram")
-        for step in ("mkswap", "swapon"):
-            subprocess.run([step, f"/dev/zram{number}"], check=True, capture_output=True)
+    """Swap, for the time of a test."""
+    with swap_space(64 << 20):
         yield
-        subprocess.run(["swapoff", f"/dev/zram{number}"], check=True)
-    finally:
-        (control / "hot_remove").write_text(number)

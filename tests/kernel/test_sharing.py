@@ -18,12 +18,14 @@ import pytest
 
 from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, SharingScan, Space, free_zeros
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
+from pageferry.host.smaps import total
 from pageferry.sharing import api, ksm
 from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import CLASSES, Options
 from tests.kernel.backing import backing
 from tests.kernel.lookalike import SLOTS, Lookalike, content, unique, worth
 from tests.kernel.programs import Program, wait_until
+from tests.kernel.swap import swap_space
 
 LEDGER = {"threads": 2, "rate": 100 << 20, "zero_fraction": 0.5}
 
@@ -103,6 +105,23 @@ def test_holes_among_small_pages_stay_holes() -> None:
         scan = scanned([(0, mapping, 0, 2 * LARGE_PAGE)])
         assert os.fstat(fd).st_blocks * 512 == 4 * SMALL_PAGE
     assert [(present, counts) for *_, present, _, _, counts in scan.units()] == [(3, [0, 0, 3, 0]), (1, [0, 0, 1, 0])]
+
+
+@pytest.mark.usefixtures("root")
+def test_swapped_pages_of_files_stay_in_swap() -> None:
+    with swap_space(64 << 20), backing("small", LARGE_PAGE) as (fd,):
+        mapping = Mapping(fd, LARGE_PAGE)
+        with memoryview(mapping).cast("B") as memory:
+            for page in range(SLOTS):
+                memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(unique(1))
+        space = Space()
+        space.advise(mapping.address, LARGE_PAGE, 21)  # MADV_PAGEOUT
+        before = total(os.getpid(), "Swap")
+        assert before >= LARGE_PAGE // 2
+        scan = scanned([(0, mapping, 0, LARGE_PAGE)])
+        ((*_, present, _, _, _),) = scan.units()
+        assert present <= SLOTS - before // SMALL_PAGE
+        assert total(os.getpid(), "Swap") == before
 
 
 @pytest.mark.usefixtures("root")

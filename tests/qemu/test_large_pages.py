@@ -12,6 +12,7 @@ from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.targets import workload_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
+from tests.kernel.swap import swap_space
 
 
 def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], registry: Registry) -> None:
@@ -39,6 +40,31 @@ def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], 
         assert line.bad == []
 
     asyncio.run(run())
+
+
+def test_cold_memory_of_a_guest_goes_to_swap(
+    parts: GuestParts, serial: Callable[[str], Serial], registry: Registry, root: None
+) -> None:
+    """Of the guest's own file, and its checker finds every byte as it was: pages come back by the kernel."""
+
+    async def run() -> None:
+        line = serial("guest")
+        workload = await QemuWorkload.start("guest", parts.command(line))
+        try:
+            await line.ready()
+            with workload_target(workload) as target:
+                options = Options(sample=1.0, budget=None, window=0.2, rounds=1, reclaim="swap")
+                result = await sample(target, options)
+            assert result.broken > 10
+            # What the guest uses at once is back before it is counted.
+            assert result.reclaimed > 0
+            await line.passes(2)
+        finally:
+            await (await QemuWorkload.attach("guest")).discard()
+        assert line.bad == []
+
+    with swap_space(512 << 20):
+        asyncio.run(run())
 
 
 def _size(runs: list[tuple[int, int]]) -> int:

@@ -125,6 +125,30 @@ impl Mapping {
             .map(drop)
     }
 
+    /// The parts that are in memory, as (start, end) in bytes of the mapping.
+    fn resident_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
+        let ranges = self.data_ranges()?;
+        if self.is_hugetlb() {
+            return Ok(ranges); // which is never swapped
+        }
+        let mut found = Vec::with_capacity(ranges.len());
+        let mut resident = Vec::new();
+        for (start, end) in ranges {
+            resident.clear();
+            resident.resize((end - start).div_ceil(SMALL_PAGE), 0);
+            self.resident(start / SMALL_PAGE, &mut resident)?;
+            let mut at = start;
+            for run in resident.chunk_by(|one, other| one & 1 == other & 1) {
+                let stop = at + run.len() * SMALL_PAGE;
+                if run[0] & 1 == 1 {
+                    found.push((at, stop));
+                }
+                at = stop;
+            }
+        }
+        Ok(found)
+    }
+
     /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for that.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
@@ -161,11 +185,11 @@ impl Mapping {
 
     /// Which of the 2 MiB units stand on a large page: mapped by one page-middle-directory entry once touched.
     ///
-    /// Only units that hold data are touched (holes stay holes). Units are counted from the start of the mapping; a
+    /// Only what is in memory is touched (holes stay holes, and swapped pages in swap). Units are counted from the start of the mapping; a
     /// last, shorter unit is never large.
     pub fn large_units(&self) -> io::Result<Vec<bool>> {
         let mut units = vec![false; self.len.div_ceil(LARGE_PAGE)];
-        for (start, end) in self.data_ranges()? {
+        for (start, end) in self.resident_ranges()? {
             self.populate_read(start, end - start)?;
         }
         let pagemap = File::open("/proc/self/pagemap")?;

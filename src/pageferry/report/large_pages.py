@@ -124,4 +124,6 @@ def _verdict(result: LargePagesResult) -> list[str]:
     if result.store is not None and result.store.pauses:
         longest = duration(result.store.longest_pause_ms / 1e3)
         lines.append(f"{result.store.pauses} pauses, the longest {longest}")
+    if result.store is not None and result.store.equal:
+        lines.append(f"{result.store.equal} pages of the store equal others, and are stored once with them")
     return lines
