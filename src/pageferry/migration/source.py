@@ -11,24 +11,22 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 from logging import getLogger
-from typing import Literal
 
 from pageferry._engine import BlockSender, PageSet, Trace
 from pageferry.errors import (
     MigrationError,
-    NotConverging,
     OutcomeUnknown,
     PageferryError,
     PeerRefused,
     ProtocolError,
 )
-from pageferry.events import Latency, Listener
+from pageferry.events import Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
-from pageferry.migration import events, messages, postcopy_source, switch
+from pageferry.migration import events, messages, postcopy_source, switch, telling
 from pageferry.migration.channel import Channel
 from pageferry.migration.coming import bring_rest, send_as_it_comes
 from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
@@ -47,8 +45,6 @@ from pageferry.workloads.memory import Memory
 
 log = getLogger(__name__)
 
-PROGRESS_INTERVAL = 0.2
-"""Seconds between progress events."""
 REPORT_PATIENCE = 5.0
 """Seconds to wait for the destination's report; the migration is complete without it."""
 PORTION = (256 << 20) // SMALL_PAGE
@@ -121,8 +117,8 @@ class Source:
         await self._send_late_pages()
         # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
         await to_the_end(self._retire())
-        self._tell_report()
-        return self._result(running)
+        telling.tell_report(self)
+        return telling.result_of(self, running)
 
     # -- set-up
 
@@ -140,7 +136,7 @@ class Source:
             await self._install_trace()
         if self.options.auto_converge:
             self.throttle = Throttle(self.workload.name, self.memory.regions)
-        self._tell_setup()
+        telling.tell_setup(self)
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
         fault_point("source.set-up")
@@ -194,18 +190,6 @@ class Source:
         units = self.memory.large_units()
         return units if self.hold is None else with_large(units, self.hold)
 
-    def _tell_setup(self) -> None:
-        self.listener(
-            events.SetupEvent(
-                peer=self.peer,
-                memory=self.memory.size,
-                present=self.memory.present(),
-                large_pages=sum(map(sum, self.large)),
-                install_ms=_ms(self.install_seconds),
-            )
-        )
-        self._tell_large_pages("source", self.large)
-
     # -- copying while the workload runs
 
     async def _copy_rounds(self) -> None:
@@ -231,13 +215,13 @@ class Source:
             pages = _union(await self._collect(), left)
             seconds = time.perf_counter() - started
             decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
-            self._tell_round(pages_sent, before, seconds, pages)
+            telling.tell_round(self, pages_sent, before, seconds, pages)
             if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
                 decision, self.postcopy = Decision.SWITCH_OVER, True
             if decision is Decision.THROTTLE:
                 await self._tighten_throttle()
             if decision is Decision.STALLED:
-                raise self._not_converging(_count(pages) * SMALL_PAGE, seconds)
+                raise telling.not_converging(self, _count(pages) * SMALL_PAGE, seconds)
             if decision is Decision.SWITCH_OVER:
                 self.rest = pages
                 return
@@ -273,7 +257,7 @@ class Source:
         """Send these pages. Returns those that were left, because it was told to switch over."""
         self.round += 1
         left = [region.copy() for region in pages]
-        progress = asyncio.create_task(self._tell_progress(self.round, _count(pages)))
+        progress = asyncio.create_task(telling.tell_progress(self, self.round, _count(pages)))
         try:
             for portion in self._portions(pages):
                 await self._send_portion(portion)
@@ -548,128 +532,6 @@ class Source:
         if self.folder is not None:
             self.folder.forget(RECORD)
 
-    def _not_converging(self, remaining: int, seconds: float) -> NotConverging:
-        expected = self.convergence.expected_downtime(remaining)
-        slower = "" if self.options.auto_converge else ", slow it down while it is copied: --auto-converge"
-        return NotConverging(
-            f"{self.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {self.peer} takes "
-            f"{self.convergence.bandwidth / 2**20:.0f} MiB/s: {self.convergence.rounds} rounds left {remaining >> 20} "
-            f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms){slower}, or let the rest "
-            f"come after the switch-over: --mode hybrid"
-        )
-
-    # -- telling
-
-    async def _tell_progress(self, number: int, total: int) -> None:
-        start, since = self.sender.progress, time.perf_counter()
-        while True:
-            await asyncio.sleep(PROGRESS_INTERVAL)
-            now = self.sender.progress
-            bits = (now[0] - start[0]) * 8
-            mbps = bits / 1e6 / (time.perf_counter() - since)
-            done = sum(now[2:]) - sum(start[2:])
-            self.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=round(mbps, 1)))
-
-    def _tell_round(self, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
-        sent = self.sender.progress[0] - before[0]
-        remaining = _count(left) * SMALL_PAGE
-        self.listener(
-            events.RoundEvent(
-                round=self.round,
-                pages=pages,
-                sent=sent,
-                remaining=remaining,
-                ms=_ms(seconds),
-                mbps=round(sent * 8 / 1e6 / seconds, 1),
-                dirty_rate=round(remaining / seconds),
-                cpu_throttle_percentage=self.throttle.percentage if self.throttle else 0,
-            )
-        )
-
-    def _tell_report(self) -> None:
-        """What the destination has found; maps that are not of our regions are left out."""
-        if self.report is None or len(self.report.units) != len(self.memory.regions):
-            return
-        with contextlib.suppress(ValueError):
-            units = [
-                messages.unpack_units(packed, len(ours))
-                for packed, ours in zip(self.report.units, self.large, strict=True)
-            ]
-            self._tell_large_pages("destination", units)
-
-    def _tell_large_pages(self, side: Literal["source", "destination"], units: Sequence[list[bool]]) -> None:
-        maps = [
-            events.LargeMap.of(region.name, region.length, large)
-            for region, large in zip(self.memory.regions, units, strict=True)
-        ]
-        self.listener(events.LargePagesEvent(side=side, regions=maps))
-
-    def _result(self, running: messages.Running) -> events.MigrationResult:
-        times, ready, report = self.times.milliseconds, self.ready, self.report
-        transferred, _, data, zero, absent = self.sender.progress
-        if self.service is not None:
-            late = self.service.counters
-            transferred, data, zero, absent = transferred + late[0], data + late[2], zero + late[3], absent + late[4]
-        populated = report.populated if report else ready.populated
-        return events.MigrationResult(
-            status="completed",
-            mode=self.options.mode,
-            workload=self.workload.name,
-            peer=self.peer,
-            total_time=times("total"),
-            setup_time=times("setup"),
-            downtime=times("downtime"),
-            downtime_parts=events.Downtime(
-                total=times("downtime"),
-                stop=times("stop"),
-                last_pages=times("last pages"),
-                device_state=_ms(self.times.seconds("save") + ready.load),
-                populate=_ms(ready.populate),
-                resume=_ms(running.resume),
-            ),
-            transferred=transferred,
-            memory=self.memory.size,
-            normal=data,
-            duplicate=zero,
-            skipped=absent,
-            dirty_sync_count=self.collections,
-            cpu_throttle_percentage=self.throttle.highest if self.throttle else 0,
-            mbps=round(transferred * 8 / 1e3 / times("total"), 1),
-            large_pages=events.LargePageCount(
-                source=sum(map(sum, self.large)),
-                destination=report.large_pages if report else 0,
-                fallbacks=report.fallbacks if report else 0,
-            ),
-            populated=events.PopulateCount(
-                mode=self.options.populate,
-                large=populated.large,
-                small=populated.small,
-                failed=populated.failed,
-                work_ms=_ms(populated.seconds),
-            ),
-            faults_after_resume=events.FaultCount(minor=report.minor_faults, major=report.major_faults)
-            if report
-            else None,
-            trace=events.TraceCount(
-                granularity=self.options.trace_granularity,
-                install_ms=_ms(self.install_seconds),
-                released_units=self.released_units,
-            ),
-            postcopy_requests=self.service.requests if self.service else 0,
-            postcopy=self._postcopy_count(),
-        )
-
-    def _postcopy_count(self) -> events.PostcopyCount | None:
-        if self.service is None or (arrived := self.arrived) is None:
-            return None
-        return events.PostcopyCount(
-            time=self.times.milliseconds("postcopy"),
-            pages=self.service.pages,
-            faults=arrived.requests,
-            service_us=round(arrived.service / max(arrived.requests, 1) * 1e6, 1),
-            waits=Latency.of(arrived.waits, round(arrived.longest * 1e6, 1)),
-        )
-
 
 def _count(sets: list[PageSet]) -> int:
     return sum(len(pages) for pages in sets)
@@ -685,11 +547,6 @@ def _union(sets: list[PageSet], others: list[PageSet]) -> list[PageSet]:
 def _covered(before: Counters, after: Counters) -> int:
     """Bytes of memory that blocks between two readings covered, holes left out: they take no time."""
     return (after[2] + after[3] - before[2] - before[3]) * SMALL_PAGE
-
-
-def _ms(seconds: float) -> float:
-    """Milliseconds, to the microsecond."""
-    return round(seconds * 1e3, 3)
 
 
 def _reason(error: BaseException) -> str:

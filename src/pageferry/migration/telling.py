@@ -1,0 +1,170 @@
+"""What a migration tells of itself at the source: events on the way, its result, and why it is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pageferry._engine import PageSet
+from pageferry.errors import NotConverging
+from pageferry.events import Latency
+from pageferry.migration import events, messages
+from pageferry.migration.native import Counters
+from pageferry.workloads.base import SMALL_PAGE
+
+if TYPE_CHECKING:
+    from pageferry.migration.source import Source
+
+PROGRESS_INTERVAL = 0.2
+"""Seconds between progress events."""
+
+
+def tell_setup(source: Source) -> None:
+    """Where it goes, and what there is to move."""
+    source.listener(
+        events.SetupEvent(
+            peer=source.peer,
+            memory=source.memory.size,
+            present=source.memory.present(),
+            large_pages=sum(map(sum, source.large)),
+            install_ms=_ms(source.install_seconds),
+        )
+    )
+    _tell_large_pages(source, "source", source.large)
+
+
+async def tell_progress(source: Source, number: int, total: int) -> None:
+    """How far a round of `total` pages is, until this is cancelled."""
+    start, since = source.sender.progress, time.perf_counter()
+    while True:
+        await asyncio.sleep(PROGRESS_INTERVAL)
+        now = source.sender.progress
+        bits = (now[0] - start[0]) * 8
+        mbps = bits / 1e6 / (time.perf_counter() - since)
+        done = sum(now[2:]) - sum(start[2:])
+        source.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=round(mbps, 1)))
+
+
+def tell_round(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
+    """A round that is over, of so many pages; `left`: what is to be sent after it."""
+    sent = source.sender.progress[0] - before[0]
+    remaining = sum(map(len, left)) * SMALL_PAGE
+    source.listener(
+        events.RoundEvent(
+            round=source.round,
+            pages=pages,
+            sent=sent,
+            remaining=remaining,
+            ms=_ms(seconds),
+            mbps=round(sent * 8 / 1e6 / seconds, 1),
+            dirty_rate=round(remaining / seconds),
+            cpu_throttle_percentage=source.throttle.percentage if source.throttle else 0,
+        )
+    )
+
+
+def tell_report(source: Source) -> None:
+    """What the destination has found; maps that are not of our regions are left out."""
+    if source.report is None or len(source.report.units) != len(source.memory.regions):
+        return
+    with contextlib.suppress(ValueError):
+        units = [
+            messages.unpack_units(packed, len(ours))
+            for packed, ours in zip(source.report.units, source.large, strict=True)
+        ]
+        _tell_large_pages(source, "destination", units)
+
+
+def _tell_large_pages(source: Source, side: Literal["source", "destination"], units: Sequence[list[bool]]) -> None:
+    maps = [
+        events.LargeMap.of(region.name, region.length, large)
+        for region, large in zip(source.memory.regions, units, strict=True)
+    ]
+    source.listener(events.LargePagesEvent(side=side, regions=maps))
+
+
+def result_of(source: Source, running: messages.Running) -> events.MigrationResult:
+    """What is told of a migration that is complete."""
+    times, ready, report = source.times.milliseconds, source.ready, source.report
+    transferred, _, data, zero, absent = source.sender.progress
+    if source.service is not None:
+        late = source.service.counters
+        transferred, data, zero, absent = transferred + late[0], data + late[2], zero + late[3], absent + late[4]
+    populated = report.populated if report else ready.populated
+    return events.MigrationResult(
+        status="completed",
+        mode=source.options.mode,
+        workload=source.workload.name,
+        peer=source.peer,
+        total_time=times("total"),
+        setup_time=times("setup"),
+        downtime=times("downtime"),
+        downtime_parts=events.Downtime(
+            total=times("downtime"),
+            stop=times("stop"),
+            last_pages=times("last pages"),
+            device_state=_ms(source.times.seconds("save") + ready.load),
+            populate=_ms(ready.populate),
+            resume=_ms(running.resume),
+        ),
+        transferred=transferred,
+        memory=source.memory.size,
+        normal=data,
+        duplicate=zero,
+        skipped=absent,
+        dirty_sync_count=source.collections,
+        cpu_throttle_percentage=source.throttle.highest if source.throttle else 0,
+        mbps=round(transferred * 8 / 1e3 / times("total"), 1),
+        large_pages=events.LargePageCount(
+            source=sum(map(sum, source.large)),
+            destination=report.large_pages if report else 0,
+            fallbacks=report.fallbacks if report else 0,
+        ),
+        populated=events.PopulateCount(
+            mode=source.options.populate,
+            large=populated.large,
+            small=populated.small,
+            failed=populated.failed,
+            work_ms=_ms(populated.seconds),
+        ),
+        faults_after_resume=events.FaultCount(minor=report.minor_faults, major=report.major_faults) if report else None,
+        trace=events.TraceCount(
+            granularity=source.options.trace_granularity,
+            install_ms=_ms(source.install_seconds),
+            released_units=source.released_units,
+        ),
+        postcopy_requests=source.service.requests if source.service else 0,
+        postcopy=_postcopy_count(source),
+    )
+
+
+def _postcopy_count(source: Source) -> events.PostcopyCount | None:
+    if source.service is None or (arrived := source.arrived) is None:
+        return None
+    return events.PostcopyCount(
+        time=source.times.milliseconds("postcopy"),
+        pages=source.service.pages,
+        faults=arrived.requests,
+        service_us=round(arrived.service / max(arrived.requests, 1) * 1e6, 1),
+        waits=Latency.of(arrived.waits, round(arrived.longest * 1e6, 1)),
+    )
+
+
+def not_converging(source: Source, remaining: int, seconds: float) -> NotConverging:
+    """Why it is given up, after a round of so many seconds that left so many bytes to send; and what to do."""
+    expected = source.convergence.expected_downtime(remaining)
+    slower = "" if source.options.auto_converge else ", slow it down while it is copied: --auto-converge"
+    return NotConverging(
+        f"{source.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {source.peer} takes "
+        f"{source.convergence.bandwidth / 2**20:.0f} MiB/s: {source.convergence.rounds} rounds left {remaining >> 20} "
+        f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms){slower}, or let the rest "
+        f"come after the switch-over: --mode hybrid"
+    )
+
+
+def _ms(seconds: float) -> float:
+    """Milliseconds, to the microsecond."""
+    return round(seconds * 1e3, 3)
