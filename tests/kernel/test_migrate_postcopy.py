@@ -79,6 +79,14 @@ def test_hybrid_ends_although_it_writes_faster_than_it_can_be_sent() -> None:
     assert result["normal"] + result["duplicate"] <= 2.5 * result["memory"] // 4096
 
 
+def test_hybrid_does_not_send_everything_first_when_that_is_of_no_use() -> None:
+    """All of it is written to again and again while the first half is sent."""
+    result = moves("--mode", "hybrid", "--bandwidth", "16M", setup=BUSY)
+    late, memory = result["postcopy"]["pages"], result["memory"] // 4096
+    assert late > 0.7 * memory
+    assert result["normal"] + result["duplicate"] <= 1.8 * memory
+
+
 def test_hybrid_is_pre_copy_where_that_gets_there() -> None:
     result = moves("--mode", "hybrid", setup={"options": {"threads": 2, "rate": MIB}})
     assert (result["mode"], result["postcopy"], result["postcopy-requests"]) == ("hybrid", None, 0)

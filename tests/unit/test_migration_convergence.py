@@ -88,6 +88,15 @@ def test_a_budget_is_kept_whatever_is_modified() -> None:
     assert policy.covered + 20 * MIB <= 200 * MIB
 
 
+def test_a_first_round_that_will_be_a_stall_is_known_before_its_end() -> None:
+    policy = Convergence(max_downtime=0.1, max_rounds=30, budget=1.8)
+    assert not policy.is_hopeless(100 * MIB, 50 * MIB, 0.5, 40 * MIB)
+    assert policy.is_hopeless(100 * MIB, 50 * MIB, 0.5, 41 * MIB)
+    # It would fit into the pause, at the speed that there is.
+    assert not policy.is_hopeless(100 * MIB, 50 * MIB, 0.1, 41 * MIB)
+    assert not Convergence(max_downtime=0.1, max_rounds=30).is_hopeless(100 * MIB, 90 * MIB, 0.9, 90 * MIB)
+
+
 @pytest.mark.parametrize("max_downtime", [0.0, 0.3, 10.0])
 @given(rounds=st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e4), st.integers(0, 1 << 40)), max_size=60))
 def test_it_always_comes_to_an_end_and_keeps_its_promise(

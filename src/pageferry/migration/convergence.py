@@ -69,6 +69,12 @@ class Convergence:
             return Decision.STALLED
         return Decision.CONTINUE
 
+    def is_hopeless(self, total: int, covered: int, seconds: float, again: int) -> bool:
+        """In the first round, of `total` bytes: whether what it will leave is certain to be a stall by then. `again`
+        bytes of the `covered` ones have been modified already, and that does not become less."""
+        left_in_time = again * seconds <= self.max_downtime * covered
+        return not left_in_time and total + 2 * again > self.budget * total
+
     def expected_downtime(self, remaining: int) -> float:
         """Seconds that sending `remaining` bytes of memory will take."""
         if remaining == 0:

@@ -47,8 +47,11 @@ log = getLogger(__name__)
 
 REPORT_PATIENCE = 5.0
 """Seconds to wait for the destination's report; the migration is complete without it."""
-PORTION = (256 << 20) // SMALL_PAGE
-"""Pages of a region that a hybrid migration sends at a time: so soon it goes over to post-copy when it is told to."""
+PORTIONS = 8
+"""A hybrid migration sends an eighth of the memory at a time: so soon it goes over to post-copy when it is told to, or
+when nothing else will do..."""
+LEAST, MOST = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
+"""...but not less than 16 MiB (each takes the time there and back), and not more than 256 MiB of a region."""
 
 
 class Source:
@@ -254,16 +257,16 @@ class Source:
         return dirty
 
     async def _send_round(self, pages: list[PageSet]) -> list[PageSet]:
-        """Send these pages. Returns those that were left, because it was told to switch over."""
+        """Send these pages. Returns those that were left, because it is time to switch over."""
         self.round += 1
-        left = [region.copy() for region in pages]
+        left, started = [region.copy() for region in pages], time.perf_counter()
         progress = asyncio.create_task(telling.tell_progress(self, self.round, _count(pages)))
         try:
             for portion in self._portions(pages):
                 await self._send_portion(portion)
                 for region, sent in zip(left, portion, strict=True):
                     region.subtract(sent)
-                if any(left) and self._told_to_switch():
+                if any(left) and (self._told_to_switch() or await self._is_hopeless(left, started)):
                     break
         finally:
             progress.cancel()
@@ -272,17 +275,29 @@ class Source:
             raise end
         return left
 
+    async def _is_hopeless(self, left: list[PageSet], started: float) -> bool:
+        """Whether a hybrid migration need not wait for the end of its first round to know that it is a stall."""
+        if self.round > 1 or self.touched or self.trace is None:
+            return False
+        again, trace = self.memory.page_sets(), self.trace
+        await off_loop(lambda: trace.peek(again))
+        for region, unsent in zip(again, left, strict=True):
+            region.subtract(unsent)
+        total, covered = self.memory.size // SMALL_PAGE, self.memory.size // SMALL_PAGE - _count(left)
+        return self.convergence.is_hopeless(total, covered, time.perf_counter() - started, _count(again))
+
     def _portions(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
-        """All at once; in hybrid mode, until the pause, so much at a time that a command to switch is soon heeded."""
+        """All at once; in hybrid mode, until the pause, so much at a time that it is soon gone over to post-copy."""
         if self.options.mode != "hybrid" or self.touched:
             yield pages
             return
         none = self.memory.page_sets()
+        size = min(max(self.memory.size // SMALL_PAGE // PORTIONS, LEAST), MOST)
         for number, region in enumerate(pages):
-            for start in range(0, region.pages, PORTION):
+            for start in range(0, region.pages, size):
                 portion = region.copy()
                 portion.remove(0, start)
-                portion.remove(min(start + PORTION, region.pages), region.pages)
+                portion.remove(min(start + size, region.pages), region.pages)
                 if portion:
                     yield [*none[:number], portion, *none[number + 1 :]]
 
