@@ -103,6 +103,8 @@ def undo(target: Target) -> int:
             file = target.workload is not None and any(one.address <= at.address < one.end for one in shared)
             if "nh" not in smap.flags or not ("mg" in smap.flags or file):
                 continue
+            if {"um", "ui"} & set(smap.flags):
+                continue  # a pager has it: a large page that is not all there must not be mapped
             if file:
                 advise(target, at, HUGEPAGE)
             else:
