@@ -116,15 +116,21 @@ class Source(Program):
         say(self.had(self.arena))
 
     async def migrate_briefly(self, address: str) -> None:
-        """Give up after a while, as a program does."""
+        """Give up when a line comes, as a program does that waits no longer."""
         try:
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(None) as limit:
+                telling = asyncio.create_task(self.give_up(limit))
                 await pageferry.migrate(self.arena, address)
+                await telling
         except TimeoutError:
             say("gave up")
             before = self.words.copy()
             await asyncio.to_thread(self.wait_for_writes, before)
             say(self.calls)
+
+    async def give_up(self, limit: asyncio.Timeout) -> None:
+        await asyncio.to_thread(sys.stdin.readline)
+        limit.reschedule(asyncio.get_running_loop().time())
 
     def wait_for_writes(self, before: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
         while (before == self.words).all():

@@ -196,6 +196,8 @@ def test_a_program_may_give_a_migration_up(point: str, calls: list[str]) -> None
         here.say("descriptors")
         before = here.json()
         here.say(f"briefly {there.json()['address']}")
+        moving.stopped(there)
+        here.say("enough")
         assert here.json() == "gave up"
         assert here.json() == calls
         here.say("descriptors")
