@@ -25,6 +25,8 @@ def descendants(pid: int) -> list[int]:
 
 def inherited_segments(file: int, length: int) -> list[Segment]:
     """Where processes that descend from this one map the first `length` bytes of a file, shared and writable."""
+    if not _has_children():
+        return []
     status = os.fstat(file)
     segments = []
     for pid in descendants(os.getpid()):
@@ -38,6 +40,15 @@ def inherited_segments(file: int, length: int) -> list[Segment]:
                 shown = min(mapping.length, length - mapping.offset)
                 segments.append(Segment(pid, mapping.address, shown, mapping.offset))
     return segments
+
+
+def _has_children() -> bool:
+    """Whether this process has any: to look for them is slow where another thread of the program keeps the GIL busy."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def threads(pid: int) -> list[int]:
