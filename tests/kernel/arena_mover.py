@@ -105,6 +105,7 @@ class Source(Program):
                 self.may_run.wait()
             where = random.integers(0, self.words.size, 4)
             self.words[where] += 1
+            time.sleep(1e-5)  # nobody else in this program would have much of the interpreter
 
     async def migrate(self, address: str) -> None:
         try:
