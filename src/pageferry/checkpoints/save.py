@@ -123,7 +123,7 @@ class Save:
             self.memory = Memory(self.workload)
             self.tracking = Tracking(self.workload, self.memory, self.parent, self.options, self.hold)
             await self._native(self.tracking.take_up)
-        self.large = await self._native(self._large_units)
+        self.large = await self._native(lambda: holding.large_units(self.memory, self.hold))
         self.present = self.memory.present() if self.hold is None else self.memory.size
         try:
             return await self._save_once(file)
@@ -146,10 +146,6 @@ class Save:
         if self.hold is not None:
             hold, self.hold = self.hold, None
             await asyncio.to_thread(hold.release)
-
-    def _large_units(self) -> list[list[bool]]:
-        units = self.memory.large_units()
-        return units if self.hold is None else holding.with_large(units, self.hold)
 
     async def _save_once(self, file: int) -> tuple[int, int, int, int]:
         await self.workload.prepare_pause()

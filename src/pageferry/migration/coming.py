@@ -49,6 +49,14 @@ async def send_as_it_comes(
     await off_loop(partial(sender.send, mappings, none, number), cancel=sender.cancel)
 
 
+def part_of(region: PageSet, first: int, count: int) -> PageSet:
+    """The pages of a set that are among `count` from `first` on, or up to the end of the region."""
+    part = region.copy()
+    part.remove(0, first)
+    part.remove(min(first + count, region.pages), region.pages)
+    return part
+
+
 def parts(regions: Sequence[int]) -> Iterator[Part]:
     """Regions of so many pages, cut into parts."""
     size, most = FIRST, max(FIRST, sum(regions) // MOST)

@@ -28,7 +28,7 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages, postcopy_source, switch, telling
 from pageferry.migration.channel import Channel
-from pageferry.migration.coming import bring_rest, send_as_it_comes
+from pageferry.migration.coming import bring_rest, part_of, send_as_it_comes
 from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
 from pageferry.migration.missing import send_missing
@@ -40,7 +40,7 @@ from pageferry.migration.stopwatch import Stopwatch
 from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Workload
-from pageferry.workloads.holding import Hold, with_large
+from pageferry.workloads.holding import Hold, large_units
 from pageferry.workloads.memory import Memory
 
 log = getLogger(__name__)
@@ -134,7 +134,7 @@ class Source:
         welcome = await self.channel.receive(messages.Welcome)
         await self._connect_streams(address, welcome.token)
         self.hot = self.memory.page_sets()
-        self.large = await off_loop(self._large_units)
+        self.large = await off_loop(lambda: large_units(self.memory, self.hold))
         if not self.postcopy:
             await self._install_trace()
         if self.options.auto_converge:
@@ -188,10 +188,6 @@ class Source:
         else:
             trace = await off_loop(lambda: Trace(self.memory.segments, userfaults=hold.userfaults))
         self.trace, self.install_seconds = trace, trace.install_seconds
-
-    def _large_units(self) -> list[list[bool]]:
-        units = self.memory.large_units()
-        return units if self.hold is None else with_large(units, self.hold)
 
     # -- copying while the workload runs
 
@@ -283,8 +279,8 @@ class Source:
         await off_loop(lambda: trace.peek(again))
         for region, unsent in zip(again, left, strict=True):
             region.subtract(unsent)
-        total, covered = self.memory.size // SMALL_PAGE, self.memory.size // SMALL_PAGE - _count(left)
-        return self.convergence.is_hopeless(total, covered, time.perf_counter() - started, _count(again))
+        total = self.memory.size // SMALL_PAGE
+        return self.convergence.is_hopeless(total, total - _count(left), time.perf_counter() - started, _count(again))
 
     def _portions(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
         """All at once; in hybrid mode, until the pause, so much at a time that it is soon gone over to post-copy."""
@@ -295,9 +291,7 @@ class Source:
         size = min(max(self.memory.size // SMALL_PAGE // PORTIONS, LEAST), MOST)
         for number, region in enumerate(pages):
             for start in range(0, region.pages, size):
-                portion = region.copy()
-                portion.remove(0, start)
-                portion.remove(min(start + size, region.pages), region.pages)
+                portion = part_of(region, start, size)
                 if portion:
                     yield [*none[:number], portion, *none[number + 1 :]]
 

@@ -26,6 +26,8 @@ from pageferry.workloads.base import Workload
 from pageferry.workloads.deferred import Ask, Deferred, HoldGiven, Status
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
+from pageferry.workloads.memory import Memory
+from pageferry.workloads.process import ProcessMemory
 from pageferry.workloads.settling import settled
 
 _HANDOVER = 1.0
@@ -65,8 +67,11 @@ async def held(workload: Workload) -> Hold | None:
     return found
 
 
-def with_large(units: list[list[bool]], hold: Hold) -> list[list[bool]]:
-    """Per region, which 2 MiB units stand on large pages, or will."""
+def large_units(memory: Memory | ProcessMemory, hold: Hold | None) -> list[list[bool]]:
+    """Per region, which 2 MiB units stand on large pages, or will when a pager that is held has brought them."""
+    units = memory.large_units()
+    if hold is None:
+        return units
     return [
         [now or late for now, late in zip(ours, theirs, strict=True)]
         for ours, theirs in zip(units, hold.large, strict=True)
