@@ -203,25 +203,12 @@ impl Trace {
     /// EPERM where a part of a segment is not traced (it was mapped anew, say), EBUSY where it is traced by another
     /// userfaultfd, ENOENT where none is given for its process.
     pub fn take_up(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
-        let mut armed = Vec::with_capacity(segments.len());
-        for segment in segments {
-            let (start, len) = (segment.address, segment.len);
-            let uffd =
-                userfaults.get(&segment.space.pid()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
+        Self::lent(segments, userfaults, |Segment { space, address, len, .. }, uffd| {
             // First, because registering makes good what this looks for; what is ours already is left as it is.
             let flags = uapi::PM_SCAN_CHECK_WPASYNC;
-            scan(segment.space.pagemap(), start, start + len, flags, uapi::PAGE_IS_WRITTEN, |_, _| ())?;
-            uffd.register(start, len, uapi::REGISTER_MODE_WP)?;
-            armed.push(Armed {
-                segment,
-                uffd: uffd.clone(),
-                large: Vec::new(),
-                released: Mutex::default(),
-                gone: AtomicBool::new(false),
-            });
-        }
-        let (armed, install) = (Arc::new(armed), Duration::ZERO);
-        Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
+            scan(space.pagemap(), *address, address + len, flags, uapi::PAGE_IS_WRITTEN, |_, _| ())?;
+            uffd.register(*address, *len, uapi::REGISTER_MODE_WP)
+        })
     }
 
     /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a pager
@@ -231,15 +218,27 @@ impl Trace {
     /// ENOENT where a part of a segment is not registered, or no userfaultfd is given for its process; ESRCH.
     pub fn put_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
         let begin = Instant::now();
+        let mut trace =
+            Self::lent(segments, userfaults, |segment, uffd| uffd.write_protect(segment.address, segment.len, true))?;
+        trace.install = begin.elapsed();
+        Ok(trace)
+    }
+
+    /// Traces by userfaultfds that are somebody else's, after `each` segment has been seen to.
+    fn lent(
+        segments: Vec<Segment>,
+        userfaults: &Userfaults,
+        each: impl Fn(&Segment, &Userfault) -> io::Result<()>,
+    ) -> io::Result<Self> {
         let mut armed = Vec::with_capacity(segments.len());
         for segment in segments {
             let found = userfaults.get(&segment.space.pid());
             let uffd = found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?.clone();
-            uffd.write_protect(segment.address, segment.len, true)?;
+            each(&segment, &uffd)?;
             let (large, released) = (Vec::new(), Mutex::default());
             armed.push(Armed { segment, uffd, large, released, gone: AtomicBool::new(false) });
         }
-        let (armed, install) = (Arc::new(armed), begin.elapsed());
+        let (armed, install) = (Arc::new(armed), Duration::ZERO);
         Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
     }
 
