@@ -64,6 +64,23 @@ class Serial:
         """Wait for `count` more passes over all pages: after two, each was verified anew. Raises GuestFailed."""
         return await self._after(lambda tick: tick.passes, count, timeout)
 
+    async def standstill(self, seconds: float = 1.0, timeout: float = 30.0) -> None:
+        """Wait until no page has been written or verified for so long. Ticks may go on, on another CPU."""
+        loop = asyncio.get_running_loop()
+        work, since = self._work, loop.time()
+        deadline = since + timeout
+        while loop.time() < since + seconds:
+            await asyncio.sleep(0.02)
+            if self._work != work:
+                work, since = self._work, loop.time()
+            if loop.time() > deadline:
+                raise GuestFailed(f"the guest did not stand still in {timeout:g} s")
+
+    @property
+    def _work(self) -> tuple[int, int]:
+        tick = self.last
+        return (tick.writes, tick.verified) if tick is not None else (0, 0)
+
     async def _after(self, value: Callable[[Tick], int], count: int, timeout: float) -> Tick:
         await self._until(lambda: self.last is not None, timeout, "did not tick")
         first = self.last

@@ -165,6 +165,7 @@ def test_the_pager_dies_while_it_moves(
                 async with at(migration):
                     await coming.kill_pager()
                 assert await asyncio.to_thread(migration.wait) == 32
+            assert await asyncio.to_thread(there.wait) == 21
         await take_over(coming.folder)
         await coming.serial.passes(1)
         assert coming.serial.bad == []
@@ -187,6 +188,7 @@ def test_both_die_while_it_moves(coming: Restored, image: Path, receiver: MakeRe
                 await asyncio.to_thread(moving.stopped, migration)
                 await coming.kill_pager()
                 migration.kill()
+            assert await asyncio.to_thread(there.wait) == 23
         await take_over(coming.folder)
         await coming.serial.passes(2)
         assert coming.serial.bad == []
