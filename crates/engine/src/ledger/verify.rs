@@ -3,12 +3,12 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64, xxh3_64_with_seed};
 use zerocopy::IntoBytes;
 
 use super::LedgerError;
 use super::layout::{Entry, Layout, load};
-use super::page::{Finding, WORDS, Words, examine, mix};
+use super::page::{Finding, WORDS, Words, examine};
 
 /// What [`super::Ledger::verify`] found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -119,10 +119,23 @@ pub(super) fn fingerprint(layout: &Layout) -> u64 {
     parts.extend(layout.options.to_words());
     for partition in 0..layout.options.threads {
         parts.extend(layout.counters(partition).content());
-        let entries = written(layout, partition).map(|number| layout.entry(number).load(Ordering::Acquire));
-        parts.push(entries.fold(0, |hash: u64, entry| mix(hash.wrapping_add(entry)).wrapping_add(1)));
+        parts.push(table_hash(layout, partition));
     }
     xxh3_64(parts.as_bytes())
+}
+
+/// Of the table entries of a partition. The workload is paused meanwhile.
+fn table_hash(layout: &Layout, partition: usize) -> u64 {
+    let (mut hash, mut words) = (Xxh3Default::new(), [0; WORDS]);
+    let Range { start, end } = written(layout, partition);
+    for first in (start..end).step_by(WORDS) {
+        let count = WORDS.min(end - first);
+        for (word, number) in words.iter_mut().zip(first..first + count) {
+            *word = layout.entry(number).load(Ordering::Acquire);
+        }
+        hash.update(words[..count].as_bytes());
+    }
+    hash.digest()
 }
 
 /// The body pages of a partition that were ever written.
