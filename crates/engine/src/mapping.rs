@@ -240,6 +240,17 @@ fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io:
     Ok(base)
 }
 
+/// Has the kernel put memory of ours that is about to be filled on large pages, as far as whole ones fit: what is
+/// touched for the first time costs a fault for each page.
+pub fn prefer_large<T>(memory: &[T]) {
+    let (start, len) = (memory.as_ptr() as usize, size_of_val(memory));
+    let first = start.next_multiple_of(LARGE_PAGE);
+    if let Some(whole) = (start + len).checked_sub(first).filter(|&rest| rest >= LARGE_PAGE) {
+        // SAFETY: within memory of ours, whose contents stay as they are; without large pages it is as it was.
+        unsafe { libc::madvise(first as *mut libc::c_void, whole, libc::MADV_HUGEPAGE) };
+    }
+}
+
 /// Page size of the hugetlbfs that a file is on; none for files elsewhere.
 fn hugetlb_page(file: BorrowedFd<'_>) -> io::Result<Option<usize>> {
     // SAFETY: all fields are numbers.

@@ -16,12 +16,13 @@ use super::format::{
 };
 use crate::SMALL_PAGE;
 use crate::block::{self, BlockError, Class, Codec, Header};
+use crate::mapping::prefer_large;
 
 /// Sections other than the page map are at most this long.
 const MAX_SECTION: u64 = 1 << 30;
 
-/// Records of a table that are read at a time.
-const PIECE: usize = 16 << 10;
+/// Records of a table that are read at a time, and looked at while they are in the cache.
+const PIECE: usize = 8 << 10;
 
 /// An open image. Everything but storage blocks has been read and verified.
 #[derive(Debug)]
@@ -70,10 +71,8 @@ impl Image {
             blocks: Vec::new(),
             sections,
         };
-        image.blocks = image.table("block table", section::BLOCK_TABLE)?;
-        image.page_map = image.table("page map", section::PAGE_MAP)?;
-        image.check_blocks()?;
-        image.check_pages()?;
+        image.blocks = image.table("block table", section::BLOCK_TABLE, |entries| image.check_blocks(entries))?;
+        image.page_map = image.table("page map", section::PAGE_MAP, |entries| image.check_pages(entries))?;
         Ok(image)
     }
 
@@ -173,10 +172,12 @@ impl Image {
         })
     }
 
+    /// A table of records, each of which passes `check`.
     fn table<T: FromBytes + IntoBytes + zerocopy::Immutable + Clone>(
         &self,
         name: &'static str,
         kind: u32,
+        check: impl Fn(&[T]) -> Result<(), ImageError>,
     ) -> Result<Vec<T>, ImageError> {
         let entry = self.sections.iter().find(|entry| entry.kind.get() == kind);
         let entry = entry.ok_or_else(|| ImageError::Checksum(format!("index (it has no {name})")))?;
@@ -184,27 +185,24 @@ impl Image {
         if !len.is_multiple_of(size_of::<T>()) {
             return Err(value("section length", entry.len.get(), "whole entries"));
         }
-        let mut records = Vec::new();
-        records.try_reserve_exact(len / size_of::<T>()).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        // In pieces that stay in the cache: the whole of a large table would be touched twice, at the cost of the first.
-        let mut piece = vec![T::new_zeroed(); PIECE.min(len / size_of::<T>())];
-        let (mut hash, mut offset) = (Xxh3Default::new(), entry.offset.get());
-        while records.len() < len / size_of::<T>() {
-            let count = piece.len().min(len / size_of::<T>() - records.len());
-            let bytes = piece[..count].as_mut_bytes();
-            self.read_at(bytes, offset)?;
-            hash.update(bytes);
-            offset += bytes.len() as u64;
-            records.extend_from_slice(&piece[..count]);
+        let mut records =
+            T::new_vec_zeroed(len / size_of::<T>()).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        prefer_large(&records);
+        let (mut hash, mut offset, mut finding) = (Xxh3Default::new(), entry.offset.get(), Ok(()));
+        for piece in records.chunks_mut(PIECE) {
+            self.read_at(piece.as_mut_bytes(), offset)?;
+            hash.update(piece.as_bytes());
+            finding = finding.and_then(|()| check(piece));
+            offset += size_of_val(piece) as u64;
         }
         if hash.digest() != entry.checksum.get() {
             return Err(ImageError::Checksum(name.to_owned()));
         }
-        Ok(records)
+        finding.map(|()| records)
     }
 
-    fn check_blocks(&self) -> Result<(), ImageError> {
-        for entry in &self.blocks {
+    fn check_blocks(&self, entries: &[BlockEntry]) -> Result<(), ImageError> {
+        for entry in entries {
             let end = entry.offset.get().checked_add(u64::from(entry.len.get()));
             let largest = block::HEADER_LEN + block::MAX_RUNS * 24 + block::MAX_PAGE_BLOCKS * 16 + block::MAX_RAW;
             let len = entry.len.get() as usize;
@@ -215,15 +213,22 @@ impl Image {
         Ok(())
     }
 
-    fn check_pages(&self) -> Result<(), ImageError> {
-        for entry in &self.page_map {
-            let class = entry.class().ok_or_else(|| value("page class", u64::from(entry.class), "0 to 4"))?;
-            let stored = matches!(class, Class::Data | Class::SameAs) && !entry.in_parent();
-            if stored && entry.block.get() as usize >= self.blocks.len() {
-                return Err(value("storage block of a page", u64::from(entry.block.get()), "one of the block table"));
-            }
+    fn check_pages(&self, entries: &[PageEntry]) -> Result<(), ImageError> {
+        let blocks = self.blocks.len() as u64;
+        let stored = |entry: &PageEntry| entry.class >= Class::SameAs as u8 && !entry.in_parent();
+        let fits = |entry: &PageEntry| {
+            (entry.class <= Class::Data as u8) & (!stored(entry) | (u64::from(entry.block.get()) < blocks))
+        };
+        // Without a branch for each of a million entries; which of them is wrong is for later.
+        if entries.iter().fold(true, |all, entry| all & fits(entry)) {
+            return Ok(());
         }
-        Ok(())
+        Err(match entries.iter().find(|entry| !fits(entry)) {
+            Some(entry) if entry.class().is_some() => {
+                value("storage block of a page", u64::from(entry.block.get()), "one of the block table")
+            }
+            other => value("page class", other.map_or(0, |entry| u64::from(entry.class)), "0 to 4"),
+        })
     }
 }
 
