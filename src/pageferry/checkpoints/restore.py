@@ -18,7 +18,7 @@ from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
-from pageferry.errors import RestoreError, UsageError
+from pageferry.errors import PageferryError, RestoreError, UsageError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
@@ -104,31 +104,34 @@ async def restore_guest(
     `QemuWorkload.start` raises; nothing is left behind then.
     """
     begin = time.monotonic()
-    image = ImageFile(path)
-    found = image.metadata
-    if found.kind != "qemu" or not found.restorable:
-        raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
-    state = image.state()
-    opened = time.monotonic()
-    workload = await QemuWorkload.start(
-        name, arguments, incoming=True, detach=detach, hugetlb=hugetlb, registry=registry
-    )
+    opening = asyncio.ensure_future(asyncio.to_thread(_open, path))  # QEMU takes longer to start than this
+    try:
+        workload = await QemuWorkload.start(
+            name, arguments, incoming=True, at_once=True, detach=detach, hugetlb=hugetlb, registry=registry
+        )
+    except BaseException:
+        (opened,) = await asyncio.gather(opening, return_exceptions=True)
+        if isinstance(opened, PageferryError):  # what is wrong with the image comes first
+            raise opened from None
+        raise
     started = time.monotonic()
     first: GuestPager | None = None
     try:
+        image, state, open_image = await opening
         restoring.compare(image, workload.regions)
         work = _work(image, workload, prefetch, eager)
         folder = (registry or Registry()).folder(name)
         # We serve until the process has started, which takes much longer than all that follows. QEMU gets ready for its
         # state meanwhile.
-        serving, listening = await asyncio.gather(
-            asyncio.to_thread(GuestPager, image, folder, work), workload.prepare_load(), return_exceptions=True
-        )
-        if isinstance(serving, BaseException):
-            raise serving
-        first = serving
-        if isinstance(listening, BaseException):
-            raise listening
+        making = asyncio.ensure_future(asyncio.to_thread(GuestPager, image, folder, work))
+        try:
+            await workload.prepare_load()
+            first = await asyncio.shield(making)
+        except BaseException:
+            await asyncio.wait({making})
+            if making.exception() is None:
+                first = making.result()
+            raise
         adopted = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
@@ -141,8 +144,8 @@ async def restore_guest(
     running = time.monotonic()
     times = TimeToRunning(
         total=(running - begin) * 1e3,
-        qemu_start=(started - opened) * 1e3,
-        open_image=(opened - begin) * 1e3,
+        qemu_start=(started - begin) * 1e3,
+        open_image=open_image * 1e3,
         adopt=(adopted - started) * 1e3,
         device_state=(loaded - adopted) * 1e3,
         resume=(running - loaded) * 1e3,
@@ -152,6 +155,16 @@ async def restore_guest(
     last = await asyncio.shield(hand_over(first))
     listener(TouchedEvent(windows=last.touched))
     return workload, _updated(_result(name, image, times), last)
+
+
+def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
+    """An image of a guest, the state in it, and the seconds that this took. Raises ImageError, UsageError."""
+    begin = time.monotonic()
+    image = ImageFile(path)
+    found = image.metadata
+    if found.kind != "qemu" or not found.restorable:
+        raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
+    return image, image.state(), time.monotonic() - begin
 
 
 async def hand_over(first: GuestPager) -> Status:

@@ -47,6 +47,7 @@ class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     qemu_start: float
     """From the start of QEMU until its monitor had answered and its memory was found."""
     open_image: float
+    """While QEMU starts; what of it takes longer than that is in `adopt`."""
     adopt: float
     """Until every access to missing memory came to the pager."""
     device_state: float

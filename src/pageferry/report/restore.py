@@ -65,8 +65,8 @@ class RestoreView(PlainView):
 def _rows(result: RestoreResult) -> list[tuple[str, str]]:
     parts = result.time_parts
     ran = (
-        f"{_ms(result.time_to_running)}: image {_ms(parts.open_image)}, adopt {_ms(parts.adopt)}, "
-        f"state {_ms(parts.device_state)}, resume {_ms(parts.resume)}; QEMU's start {_ms(parts.qemu_start)}"
+        f"{_ms(result.time_to_running)}: adopt {_ms(parts.adopt)}, state {_ms(parts.device_state)}, "
+        f"resume {_ms(parts.resume)}; QEMU's start {_ms(parts.qemu_start)}, the image {_ms(parts.open_image)} meanwhile"
     )
     state = f"{size(result.deferred)} to come" if result.status == "active" else "all memory is there"
     times = result.service_times

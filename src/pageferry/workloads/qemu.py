@@ -67,14 +67,16 @@ class QemuWorkload:
         arguments: Sequence[str],
         *,
         incoming: bool = False,
+        at_once: bool = False,
         detach: bool = True,
         hugetlb: bool = False,
         registry: Registry | None = None,
     ) -> Self:
         """Start a QEMU from the user's command line, program first, with its memory in a shared file.
 
-        `incoming`: the guest waits, paused, for `load_state`. `detach`: in a session of its own, with its output in the
-        log of its folder; else on our terminal. `hugetlb`: memory on hugetlbfs. A failure leaves nothing behind.
+        `incoming`: the guest waits, paused, for `load_state`, which comes `at_once`: the monitor is held for it.
+        `detach`: in a session of its own, with its output in the log of its folder; else on our terminal. `hugetlb`:
+        memory on hugetlbfs. A failure leaves nothing behind.
 
         Raises UsageError, UnsupportedError for what cannot be managed, NameInUse, WorkloadError with QEMU's words.
         """
@@ -87,7 +89,7 @@ class QemuWorkload:
             try:
                 workload = await cls._take_over(folder, path, child)
                 if incoming:
-                    await workload._await_state()
+                    await workload._await_state(at_once)
                 return workload
             except BaseException:
                 child.kill()
@@ -359,11 +361,11 @@ class QemuWorkload:
             self._loading.close()
             self._loading = None
 
-    async def _await_state(self) -> None:
+    async def _await_state(self, at_once: bool) -> None:
         """Be ready for `load_state`; until then the guest is worth nothing, and ends with this process."""
         self._control.have_will()
         self._control.bequeath([QUIT])
-        async with self._control.session() as monitor:
+        async with self._control.session(keep=at_once) as monitor:
             await self._control.prepare_state(monitor)
 
     def _last_words(self) -> str:

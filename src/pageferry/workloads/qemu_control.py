@@ -50,14 +50,18 @@ class QemuControl:
         return self._held
 
     @contextlib.asynccontextmanager
-    async def session(self) -> AsyncIterator[Monitor]:
-        """The monitor for a few commands: the one that is held, or one of their own."""
+    async def session(self, *, keep: bool = False) -> AsyncIterator[Monitor]:
+        """The monitor for a few commands: the one that is held, or one of their own, which `keep` holds after them."""
         await self._settled()
         if self._held is not None:
             yield self._held
-        else:
-            async with await Monitor.open(self._qmp_socket) as monitor:
-                yield monitor
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            monitor = await stack.enter_async_context(await Monitor.open(self._qmp_socket))
+            yield monitor
+            if keep:
+                self._held = monitor
+                stack.pop_all()
 
     async def note_status(self, monitor: Monitor) -> None:
         """Look whether the guest runs."""
