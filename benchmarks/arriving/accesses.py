@@ -6,6 +6,7 @@ server of its pages, over TCP connections of loopback.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -27,9 +28,11 @@ from pageferry._engine import (
     PageServer,
     PageSet,
     PeerSource,
+    Placer,
     Space,
     large_tmpfs,
 )
+from pageferry.migration import room
 
 FULL, SMALL = 512 << 20, 32 << 20
 ACCESSES = 2000
@@ -60,6 +63,9 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
         missing = PageSet(pages)
         missing.insert(0, pages)
         source, ours = Mapping(there, length), Mapping(here, length)
+        large = source.large_units()
+        # What a destination does before the source pauses.
+        asyncio.run(room.allocate(Placer([(ours, SMALL_PAGE, large)], []), [large]))
         server = PageServer([source], [missing], links[0][0], links[0][1:], "none", bandwidth=bandwidth or 0)
         server.start()
         userfault, _ = Space(process.pid).missing_faults(discards=True)
@@ -71,7 +77,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
             Pager.set_flags(flags, [missing])
             pager = Pager(
                 PeerSource(links[1][0], links[1][1:]),
-                [(ours, SMALL_PAGE, source.large_units())],
+                [(ours, SMALL_PAGE, large)],
                 [(Space(process.pid), address, length, 0, 0)],
                 {process.pid: userfault},
                 flags,

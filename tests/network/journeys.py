@@ -30,7 +30,7 @@ POINTS = {
     "destination": "accepted in-round state-received loaded promised commit-received decided resumed".split(),
 }
 """That every migration with rounds comes to (docs/protocol.md)."""
-ROUNDS = {"source": ("in-round", "between-rounds", "last-pages-sent"), "destination": ("in-round",)}
+ROUNDS: dict[str, tuple[str, ...]] = {"source": ("between-rounds", "last-pages-sent"), "destination": ()}
 LATE = {"source": ("missing-sent",), "destination": ("pager-begun",)}
 """What a post-copy comes to before Commit, instead of rounds."""
 PATIENCE = "3"

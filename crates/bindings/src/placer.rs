@@ -56,6 +56,10 @@ impl Placer {
         py.detach(|| self.inner.populate(region, &units)).map_err(errors::place)
     }
 
+    fn make_room(&self, py: Python<'_>, region: usize, units: Vec<usize>) {
+        py.detach(|| units.iter().for_each(|&unit| self.inner.make_room(region, unit)));
+    }
+
     fn finish(&self, py: Python<'_>, rest: bool) -> PyResult<()> {
         py.detach(|| self.inner.finish(rest)).map_err(errors::adopt)
     }

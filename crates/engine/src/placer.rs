@@ -104,7 +104,7 @@ impl Region {
 
     /// Whether a unit stands on a large page at the source. What is shorter than a large page cannot.
     fn is_large(&self, unit: usize) -> bool {
-        let fits = (unit + 1) * SLOTS <= self.target.mapping.pages();
+        let fits = unit < self.target.mapping.pages() / SLOTS;
         fits && self.target.large.get(unit).copied().unwrap_or(false)
     }
 
@@ -252,6 +252,13 @@ impl Placer {
                 self.allocate_large(region, unit);
             }
             region.begun.set(unit);
+        }
+    }
+
+    /// Allocates the large page of a unit that is large at the source, before its first page comes.
+    pub fn make_room(&self, region: usize, unit: usize) {
+        if let Some(found) = self.shared.regions.get(region).filter(|found| found.is_large(unit)) {
+            self.begin(found, unit);
         }
     }
 

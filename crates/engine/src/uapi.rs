@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// How long a call is tried again while an address space changes.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The shortest slice of CPU time that the scheduler knows, nanoseconds.
+const SLICE_NS: u64 = 100_000;
+
 pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
     (direction << 30) | ((size as u64) << 16) | (group << 8) | number
 }
@@ -197,6 +200,25 @@ pub unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     let fd = RawFd::try_from(result).map_err(|_| io::Error::other("descriptor out of range"))?;
     // SAFETY: by this function's contract the descriptor is valid and ours alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Has the calling thread scheduled in slices of 0.1 ms (`sched_setattr`, Linux 6.12; before that it changes nothing):
+/// among busy threads it gets the CPU sooner, and leaves it sooner to the others who have something urgent to do.
+pub fn short_slices() {
+    // SAFETY: takes no pointers. For process 0 it is about the calling thread alone.
+    let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    let attributes = libc::sched_attr {
+        size: u32::try_from(size_of::<libc::sched_attr>()).unwrap_or(0),
+        sched_policy: libc::SCHED_OTHER.cast_unsigned(),
+        sched_flags: 0,
+        sched_nice: nice,
+        sched_priority: 0,
+        sched_runtime: SLICE_NS,
+        sched_deadline: 0,
+        sched_period: 0,
+    };
+    // SAFETY: reads a structure that lives for the time of the call. Failing does no harm.
+    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }
 
 /// Turns -1 into the thread's errno.

@@ -28,7 +28,7 @@ from pageferry.errors import (
 from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
-from pageferry.migration import messages
+from pageferry.migration import messages, room
 from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import PageStream, Reception
@@ -183,6 +183,8 @@ class Destination:
 
     async def _open_placer(self, hello: messages.Hello) -> None:
         self.large = [await self._large_pages(number) for number in range(len(hello.regions))]
+        if hello.keep_large:
+            await self.channel.during(room.compact(self.memory.regions, self.large))
         self.placer = Placer(
             [
                 (mapping, region.page_size, units)
@@ -192,6 +194,8 @@ class Destination:
             hello.keep_large,
             POPULATE_WORKERS if hello.populate == "all" else 0,
         )
+        if hello.keep_large and hello.mode == "postcopy":
+            await self.channel.during(room.allocate(self.placer, self.large))
 
     def _compare(self, regions: list[messages.RegionInfo]) -> None:
         """Region by region, both sides must have the same."""

@@ -195,6 +195,8 @@ class Source:
         """Rounds, unless all is left for after the switch-over. `rest`: what has not been sent as it is now."""
         self.rest = self.memory.page_sets(full=True)
         if self.postcopy:
+            # A round of nothing: the workload runs on here until the destination has room.
+            await self._send_portion(self.memory.page_sets())
             return
         with self._heeding_switch():
             await self._copy_until_decided()

@@ -9,6 +9,7 @@ use super::blocks::{Blocks, Fetched};
 use super::memory::{LoadError, Scratch, WINDOW};
 use super::source::Source;
 use super::{Failure, Shared};
+use crate::SLOTS;
 
 /// Pauses of the background reader while accesses come in: it starts with the first and doubles it up to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
@@ -27,9 +28,9 @@ pub fn install_rest(shared: &Shared, jobs: &Receiver<Fetched>) {
 }
 
 /// Reads what nobody has asked for yet: first the working set, in its order, then the storage blocks, in theirs. A peer
-/// sends that by itself.
+/// sends that by itself: for its pages room is made.
 pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
-    let Source::Images(blocks) = &shared.memory.source else { return };
+    let Source::Images(blocks) = &shared.memory.source else { return make_room(shared) };
     let mut pace = Pace { shared, faults: 0, pause: Duration::ZERO };
     let mut scratch = Scratch::default();
     for &window in working_set {
@@ -55,6 +56,22 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
         }
     }
     rest(shared, blocks, &mut scratch);
+}
+
+/// Allocates the large pages that what is missing goes to: all of them will be needed, and an access to the first page of
+/// one waits for the kernel to clear all 512.
+fn make_room(shared: &Shared) {
+    for (number, (region, large)) in shared.memory.regions.iter().zip(&shared.large).enumerate() {
+        for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
+            let first = (region.base + unit * SLOTS).min(region.end());
+            if shared.stopping() {
+                return;
+            }
+            if shared.memory.flags.next(first, region.end().min(first + SLOTS)).is_some() {
+                shared.memory.placer.make_room(number, unit);
+            }
+        }
+    }
 }
 
 /// Pages that no storage block says it holds: patterns, and those that are the same as others. Then those that failed

@@ -10,7 +10,7 @@ use super::source::Brought;
 use super::{Failure, Shared};
 use crate::SMALL_PAGE;
 use crate::faults::Event;
-use crate::uapi::Userfault;
+use crate::uapi::{self, Userfault};
 
 /// How often a thread that waits looks whether it should end.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -30,6 +30,7 @@ impl Inbox {
 
 /// Serves the accesses of one address space until the pager ends.
 pub fn serve(shared: &Shared, inbox: &Inbox) {
+    uapi::short_slices();
     let (mut scratch, mut events) = (Scratch::default(), Vec::new());
     while !shared.stopping() {
         let Some(address) = next(shared, inbox, &mut events) else { continue };

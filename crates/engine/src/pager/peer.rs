@@ -13,6 +13,7 @@ use thiserror::Error;
 use super::Shared;
 use super::memory::{LoadError, Memory, Scratch};
 use super::source::{Brought, Source};
+use crate::uapi::short_slices;
 use crate::wire::{MAX_REQUEST, PeerSource, Request, WireError};
 
 /// Pages that are asked for at a time where nobody waits at an access: answers to those have none of them before them.
@@ -152,6 +153,7 @@ fn send(memory: &Memory, link: &PeerSource, (first, end): (usize, usize), page: 
 /// Installs what comes over one stream of a connection until it ends, or somebody ends it.
 pub fn receive(shared: &Shared, link: &PeerSource, stream: usize) {
     let Source::Peer(peer) = &shared.memory.source else { return };
+    short_slices();
     let mut scratch = Scratch::default();
     let mut buffer = Vec::new();
     let overdue = || peer.is_overdue(link.patience());

@@ -45,16 +45,25 @@ impl Limit {
         if urgent {
             return Ok(());
         }
-        loop {
-            let early = start.saturating_duration_since(Instant::now());
-            if early.is_zero() {
-                return Ok(());
-            }
-            if cancelled.load(Ordering::Relaxed) {
-                return Err(WireError::Cancelled);
-            }
-            std::thread::sleep(early.min(SLICE));
+        sleep_until(|| start, cancelled)
+    }
+
+    /// Waits until something may leave at once, whatever leaves meanwhile.
+    pub(super) fn wait_for_turn(&self, cancelled: &AtomicBool) -> Result<(), WireError> {
+        sleep_until(|| *self.due.lock().unwrap_or_else(PoisonError::into_inner), cancelled)
+    }
+}
+
+fn sleep_until(time: impl Fn() -> Instant, cancelled: &AtomicBool) -> Result<(), WireError> {
+    loop {
+        let early = time().saturating_duration_since(Instant::now());
+        if early.is_zero() {
+            return Ok(());
         }
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(WireError::Cancelled);
+        }
+        std::thread::sleep(early.min(SLICE));
     }
 }
 
@@ -199,6 +208,24 @@ mod tests {
         let mut adaptive = Adaptive::new(Codec::Lz4, false);
         assert_eq!(run(&mut adaptive, 2000, 1000, 1, 50), (1000, 0));
         assert_eq!(Adaptive::new(Codec::None, true).codec(), Codec::None);
+    }
+
+    #[test]
+    fn a_turn_comes_when_all_that_was_urgent_has_left() {
+        let (limit, cancelled, start) = (Limit::new(1 << 20), AtomicBool::new(false), Instant::now());
+        let urgent = || limit.wait(256 << 10, true, &cancelled).expect("it leaves at once");
+        urgent();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| limit.wait_for_turn(&cancelled).map(|()| start.elapsed()));
+            std::thread::sleep(Duration::from_millis(5));
+            urgent(); // while it waits
+            let waited = waiting.join().expect("no panic").expect("not cancelled");
+            assert!(waited + BURST >= Duration::from_millis(500), "{waited:?}");
+        });
+        limit.wait(1 << 30, true, &cancelled).expect("it leaves at once");
+        cancelled.store(true, Ordering::Relaxed);
+        assert!(matches!(limit.wait_for_turn(&cancelled), Err(WireError::Cancelled)));
+        assert!(Limit::new(0).wait_for_turn(&AtomicBool::new(false)).is_ok(), "no limit");
     }
 
     #[test]

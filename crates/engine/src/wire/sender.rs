@@ -107,6 +107,11 @@ impl Outgoing {
         Ok(())
     }
 
+    /// Waits until something may leave: what is taken up now leaves at once.
+    pub(super) fn turn(&self) -> Result<(), WireError> {
+        self.limit.wait_for_turn(&self.cancelled)
+    }
+
     /// Ends a round.
     pub(super) fn barrier(&mut self, round: u32, progress: &Progress) -> Result<(), WireError> {
         let built = self.builder.barrier(round, self.sequence);

@@ -16,6 +16,7 @@ use super::{POSTCOPY, Progress, WireError, at_least_one, on_all, tune};
 use crate::SLOTS;
 use crate::mapping::Mapping;
 use crate::pages::{AtomicBits, PageSet};
+use crate::uapi::short_slices;
 
 /// Pages of a block that is pushed: an access that comes meanwhile waits for no more than that.
 const PIECE: usize = 64;
@@ -161,6 +162,7 @@ impl Drop for PageServer {
 
 impl Shared {
     fn answer_all(&self, mut urgent: Outgoing) {
+        short_slices();
         let Err(error) = self.answer_each(&mut urgent);
         let everything = self.remaining.load(Ordering::Acquire) == 0;
         // When everything has been sent the peer may go.
@@ -203,7 +205,11 @@ impl Shared {
 
     fn push(&self, stream: &Mutex<Outgoing>) -> Result<(), WireError> {
         let mut out = stream.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some((region, pages)) = self.piece() {
+        short_slices();
+        loop {
+            // Answers count for the limit: after many of them a page that is taken and not sent would be nobody's for long.
+            out.turn()?;
+            let Some((region, pages)) = self.piece() else { break };
             for page in pages {
                 self.add(&mut out, region, page);
                 if out.is_full() {

@@ -1,0 +1,44 @@
+"""Room for large pages: what is free, and when compaction is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pageferry.host.compaction import free_large_pages, make_room
+
+BUDDYINFO = """\
+Node 0, zone      DMA      0      0      0      0      0      0      0      0      1      1      3
+Node 0, zone   Normal 135665  74051  33513  17048   4897   1388    538    197     90      5      2
+Node 1, zone   Normal      1      2      3      4      5      6      7      8      9      0      1
+"""
+FREE = 1 + 2 * 3 + 5 + 2 * 2 + 2 * 1
+
+
+@pytest.fixture
+def buddyinfo(tmp_path: Path) -> Path:
+    path = tmp_path / "buddyinfo"
+    path.write_text(BUDDYINFO)
+    return path
+
+
+def test_blocks_of_all_zones_and_nodes_are_counted(buddyinfo: Path) -> None:
+    assert free_large_pages(buddyinfo) == FREE
+
+
+def test_the_kernels_own_is_understood() -> None:
+    assert free_large_pages() >= 0
+
+
+@pytest.mark.parametrize(("wanted", "asked"), [(0, False), (FREE, False), (FREE + 1, True)])
+def test_compaction_is_asked_for_where_there_are_too_few(
+    buddyinfo: Path, tmp_path: Path, wanted: int, asked: bool
+) -> None:
+    compact = tmp_path / "compact_memory"
+    assert make_room(wanted, buddyinfo=buddyinfo, compact=compact) == FREE
+    assert compact.exists() == asked
+
+
+def test_who_may_not_compact_goes_on_without(buddyinfo: Path, tmp_path: Path) -> None:
+    assert make_room(FREE + 1, buddyinfo=buddyinfo, compact=tmp_path / "missing" / "compact_memory") == FREE
