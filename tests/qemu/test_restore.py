@@ -161,7 +161,6 @@ def test_a_pager_that_dies_at_its_work(
         monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
         with contextlib.suppress(RestoreError):  # some die before they can be asked
             await restored.start(image, eager=True)
-        restored.workload = await QemuWorkload.attach("restored")
         monkeypatch.delenv("PAGEFERRY_FAULT")
         if point in ("serving", "settled"):
             async with asyncio.timeout(60):
@@ -172,6 +171,8 @@ def test_a_pager_that_dies_at_its_work(
             async with asyncio.timeout(60):
                 while (restored.folder.path / deferred.RECORD).exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
+        # Not before: QEMU itself may wait for a page that nobody brings.
+        restored.workload = await QemuWorkload.attach("restored")
         await restored.arrived()
         await pageferry.checkpoint(restored.workload, tmp_path / "again")
         assert ImageFile(tmp_path / "again").verify() == []
