@@ -7,6 +7,7 @@
 //! * [`space`]: address spaces of other processes: adoption, and calls made on or in them.
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
+//! * `discards`: memory that is given back meanwhile.
 //! * [`activity`]: which small pages of large ones are accessed (S3).
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
 //! * [`image`]: files of storage blocks, in which any page is found at once.
@@ -20,6 +21,7 @@
 
 pub mod activity;
 pub mod block;
+mod discards;
 pub mod faults;
 pub mod image;
 pub mod ledger;

@@ -204,6 +204,13 @@ impl Mapping {
         Ok(units)
     }
 
+    /// Whether a page that is in memory has nothing but zeros; most others tell by their first word.
+    pub fn is_zero(&self, page: usize) -> bool {
+        let words = self.page(page).cast::<u64>();
+        // SAFETY: the words are those of one page within the mapping, by the check of `page`; others may write to them.
+        (0..SMALL_PAGE / size_of::<u64>()).all(|at| unsafe { words.add(at).read_volatile() } == 0)
+    }
+
     /// Maps a range that holds data.
     fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
         // SAFETY: within our own mapping; reading a range that holds data changes nothing.

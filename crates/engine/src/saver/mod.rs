@@ -31,12 +31,12 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use thiserror::Error;
 
 use crate::block::{Builder, Codec};
+use crate::discards::Discards;
 use crate::image::{Chain, Finished, ImageWriter, Sizes};
 use crate::space::AdoptError;
 use crate::trace::{Segment, Trace, Userfaults};
 
 mod classify;
-mod discards;
 mod follow;
 mod layout;
 mod output;
@@ -48,7 +48,6 @@ mod sweep;
 mod traps;
 
 use classify::{Classified, Classifier};
-use discards::Discards;
 use follow::Follow;
 use layout::Copied;
 use output::Written;

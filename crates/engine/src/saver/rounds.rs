@@ -109,11 +109,7 @@ impl Rounds {
     }
 
     fn discarded(&self) -> Result<bool, SaveError> {
-        let mut any = false;
-        while self.shared.discards.seen().map_err(SaveError::Memory)? {
-            any = true;
-        }
-        Ok(any)
+        self.shared.discards.seen().map_err(SaveError::Memory)
     }
 
     fn collect(&mut self) -> Result<(), SaveError> {

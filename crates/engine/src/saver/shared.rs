@@ -6,11 +6,11 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::SaveError;
-use super::discards::Discards;
 use super::follow::Follow;
 use super::layout::{Area, RELEASED, UNSAVED};
 use super::staging::Staging;
 use super::traps::{Armed, is_gone, within};
+use crate::discards::Discards;
 use crate::image::PageEntry;
 
 /// Counters of a save.
@@ -143,7 +143,8 @@ impl Shared {
                 self.each_mapping(region, start, last + len - start, true)?;
             }
         }
-        self.discards.forget()?;
+        // Their pages are holes at the instant, or were written to since and are saved as such.
+        self.discards.seen()?;
         self.begun.store(true, Ordering::Release);
         Ok(())
     }

@@ -77,19 +77,16 @@ impl Source {
         }
     }
 
-    /// Whether a page that is in memory has nothing but zeros; most others tell by their first word.
+    /// Whether a page that is in memory has nothing but zeros.
     pub(super) fn is_zero(&self, page: usize) -> io::Result<bool> {
-        let mapping = match self {
+        match self {
+            Self::Shared(mapping) => Ok(mapping.is_zero(page)),
             Self::Process(range) => {
                 let mut bytes = vec![0; SMALL_PAGE];
                 range.read(page * SMALL_PAGE, &mut bytes)?;
-                return Ok(crate::block::is_zero(&bytes));
+                Ok(crate::block::is_zero(&bytes))
             }
-            Self::Shared(mapping) => mapping,
-        };
-        let words = mapping.page(page).cast::<u64>();
-        // SAFETY: the words are those of one page within the mapping, by the check of `page`; others may write to them.
-        Ok((0..SMALL_PAGE / size_of::<u64>()).all(|at| unsafe { words.add(at).read_volatile() } == 0))
+        }
     }
 
     /// Copies whole pages from `start` on, which nobody writes to meanwhile.

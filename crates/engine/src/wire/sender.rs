@@ -1,14 +1,16 @@
 //! Pages of a round, from the mappings of the regions to the sockets.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::pace::{Adaptive, Limit};
 use super::socket::{Endpoint, Socket};
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::block::{Builder, Class, Codec};
+use crate::discards::Discards;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::{LARGE_PAGE, SMALL_PAGE};
@@ -39,6 +41,8 @@ pub struct BlockSender {
     progress: Progress,
     /// Per region, the pages that the peer holds contents of.
     held: Mutex<Vec<PageSet>>,
+    /// Of the regions, from the first pages on; none where they cannot be watched.
+    discards: OnceLock<Option<Discards>>,
 }
 
 /// One stream of blocks.
@@ -133,7 +137,13 @@ impl BlockSender {
             Ok(Mutex::new(Outgoing::new(socket, format, &limit, &cancelled)))
         };
         let streams = at_least_one(sockets.into_iter().map(Into::into).map(stream).collect::<io::Result<_>>()?)?;
-        Ok(Self { streams, cancelled, progress: Progress::default(), held: Mutex::default() })
+        Ok(Self {
+            streams,
+            cancelled,
+            progress: Progress::default(),
+            held: Mutex::default(),
+            discards: OnceLock::new(),
+        })
     }
 
     /// What has been sent so far.
@@ -148,11 +158,15 @@ impl BlockSender {
 
     /// Sends the pages of `sets` (one per region) over all streams, and with `barrier` the end of the round.
     ///
-    /// Pages that were sent before and have become holes are sent as such too: freeing a page is no write, so no trace
-    /// fires for it.
+    /// Pages that were sent before and have become holes since, or were holes and are zeros now, are sent as such too:
+    /// freeing a page is no write, so no trace fires for it.
     pub fn send(&self, regions: &[Arc<Mapping>], sets: &[PageSet], round: u32, barrier: bool) -> Result<(), WireError> {
+        // Before anything is read: what is discarded later is heard of by the next call.
+        let files = || regions.iter().map(|mapping| mapping.as_fd().as_raw_fd());
+        let discards = self.discards.get_or_init(|| Discards::watch(files()).ok());
+        let discarded = discards.as_ref().is_none_or(|discards| discards.seen().unwrap_or(true));
         let data = regions.iter().map(|mapping| data_pages(mapping)).collect::<io::Result<Vec<_>>>()?;
-        let sets = &self.with_freed(sets, &data);
+        let sets = &self.with_freed(regions, sets, &data, discarded);
         let shares: Vec<(usize, usize)> = sets
             .iter()
             .enumerate()
@@ -163,20 +177,36 @@ impl BlockSender {
         on_all(&self.streams, &self.cancelled, |stream| self.send_shares(stream, &round))
     }
 
-    /// The sets with what the peer holds and is a hole here now; from then on the peer holds what they leave it with.
-    fn with_freed(&self, sets: &[PageSet], data: &[PageSet]) -> Vec<PageSet> {
+    /// The sets with what the peer holds and is a hole here now, and if memory was `discarded`, what is zeros; from then
+    /// on the peer holds what they leave it with.
+    fn with_freed(
+        &self,
+        regions: &[Arc<Mapping>],
+        sets: &[PageSet],
+        data: &[PageSet],
+        discarded: bool,
+    ) -> Vec<PageSet> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let known = held.len();
         held.extend(data.iter().skip(known).map(|data| PageSet::new(data.pages())));
-        let grow = |((held, set), data): ((&mut PageSet, &PageSet), &PageSet)| {
+        let grow = |(((held, set), data), mapping): (((&mut PageSet, &PageSet), &PageSet), &Arc<Mapping>)| {
             let mut grown = held.clone();
             grown.subtract(data);
             grown.union(set);
+            if discarded {
+                let mut kept = held.clone();
+                kept.subtract(&grown);
+                let zeros = |page: &usize| mapping.is_zero(*page);
+                kept.runs()
+                    .flat_map(|(start, end)| start..end)
+                    .filter(zeros)
+                    .for_each(|page| grown.insert(page, page + 1));
+            }
             held.union(set);
             held.intersect(data);
             grown
         };
-        held.iter_mut().zip(sets).zip(data).map(grow).collect()
+        held.iter_mut().zip(sets).zip(data).zip(regions).map(grow).collect()
     }
 
     fn send_shares(&self, stream: &Mutex<Outgoing>, round: &Round<'_>) -> Result<(), WireError> {
