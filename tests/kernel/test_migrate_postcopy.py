@@ -6,6 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.moving import MIB
 from tests.kernel.programs import DEADLINE, Program, wait_until
+from tests.saved import check_ledger
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
 
@@ -136,25 +140,45 @@ def test_a_receiver_whose_link_goes_waits_until_the_source_comes_back() -> None:
         all_there(there)
 
 
-def test_what_needs_all_of_it_waits_for_all_of_it() -> None:
-    """A checkpoint, or a further migration, of a workload whose pages are still coming; `peek` needs only its own."""
+@contextmanager
+def arriving() -> Iterator[tuple[Program, Program, Program]]:
+    """A ledger here, its receiver, where it runs already, and the migration, which takes some seconds more."""
+    slowly = ("--mode", "postcopy", "--bandwidth", "24M")
     with (
         moving.ledger("here", size=64 * MIB) as here,
         moving.receiver("there") as there,
-        moving.migrating("here", moving.address_of(there), "--mode", "postcopy") as migration,
+        moving.migrating("here", moving.address_of(there), *slowly) as migration,
     ):
         moving.until(there, "received")
+        yield here, there, migration
+
+
+def test_it_is_looked_at_and_saved_while_it_arrives(tmp_path: Path) -> None:
+    """`peek` needs its own pages only, a checkpoint waits for all of them."""
+    with arriving() as (here, there, migration):
         peek = [sys.executable, "-m", "pageferry", "peek", "there", "0", "4096", "--output", "json"]
         seen = json.loads(subprocess.run(peek, check=True, timeout=DEADLINE, capture_output=True).stdout)
         assert set(seen["data"]) != {"0"}
-        with moving.receiver("further") as further:
-            with moving.migrating("there", moving.address_of(further)) as onward:
-                assert onward.wait() == 0
-            moving.until(further, "received")
-            moving.runs("further")
-            assert migration.wait() == 0
-            moving.ends_intact(here, "moved")
-            moving.until(there, "ledger")
-            further.process.terminate()
-            assert moving.until(further, "ledger")["intact"]
+        with Program("-m", "pageferry", "checkpoint", "there", str(tmp_path / "image")) as saver:
+            assert deferred("there") > 0
+            assert saver.wait() == 0
+        check_ledger(tmp_path / "image")
+        assert migration.wait() == 0
+        moving.ends_intact(here, "moved")
+        moving.runs("there")
+        all_there(there)
+
+
+def test_it_moves_on_while_it_arrives() -> None:
+    with arriving() as (here, there, migration), moving.receiver("further") as further:
+        with moving.migrating("there", moving.address_of(further)) as onward:
+            assert deferred("there") > 0
+            assert onward.wait() == 0
+        moving.until(further, "received")
+        moving.runs("further")
+        assert migration.wait() == 0
+        moving.ends_intact(here, "moved")
+        moving.until(there, "ledger")
+        further.process.terminate()
+        assert moving.until(further, "ledger")["intact"]
     assert Registry().entries() == {}

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from pageferry.checkpoints.image import ImageFile
 from tests.guest import travel
 from tests.guest.machines import GuestParts
 from tests.guest.travel import Traveller, travelling
@@ -17,6 +19,9 @@ from tests.kernel import moving
 from tests.kernel.programs import DEADLINE, Program, wait_until
 
 pytestmark = pytest.mark.usefixtures("root")
+
+SLOWLY = ("--mode", "postcopy", "--bandwidth", "16M")
+"""It takes some seconds to arrive."""
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +105,33 @@ def test_another_receiver_goes_on_where_one_was_killed(guest: Traveller) -> None
     assert travel.listed() == {guest.name: "running"}
     with Program(*resuming[:3], guest.name, "--resume") as nothing:
         assert nothing.wait() == 2
+
+
+def test_is_saved_while_it_arrives(guest: Traveller, tmp_path: Path) -> None:
+    """When all of its pages have come."""
+    guest.runs()
+    with guest.receiver() as there, guest.migrating(moving.address_of(there), *SLOWLY) as migration:
+        moving.until(there, "received")
+        with Program("-m", "pageferry", "checkpoint", guest.next_name, str(tmp_path / "image")) as saver:
+            assert migration.process.poll() is None, "nothing is left to wait for"
+            assert saver.wait() == 0
+        assert migration.wait() == 0
+        assert there.wait() == 0
+    guest.arrived()
+    guest.verifies_everything()
+    assert ImageFile(tmp_path / "image").verify() == []
+
+
+def test_moves_on_while_it_arrives(guest: Traveller) -> None:
+    guest.runs()
+    with guest.receiver() as there, guest.migrating(moving.address_of(there), *SLOWLY) as migration:
+        moving.until(there, "received")
+        guest.journeys += 1
+        with guest.receiver() as further, guest.migrating(moving.address_of(further)) as onward:
+            assert migration.process.poll() is None, "nothing is left to wait for"
+            assert onward.wait() == 0
+            assert further.wait() == 0
+        assert migration.wait() == 0
+        assert there.wait() == 0
+    guest.arrived()
+    guest.verifies_everything()

@@ -197,6 +197,34 @@ def test_both_die_while_it_moves(coming: Restored, image: Path, receiver: MakeRe
     asyncio.run(run())
 
 
+def test_the_pager_dies_when_it_is_paused(
+    coming: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
+) -> None:
+    """What is sent in the pause has come before: the move ends, or it fails and the guest runs on here, as ever."""
+
+    async def run() -> None:
+        await coming.start(image, prefetch=False)
+        with receiver("there") as there:
+            address = moving.address_of(there)
+            with moving.migrating("coming", address, fault="source.paused=stop") as migration:
+                async with at(migration):
+                    await coming.kill_pager()
+                code = await asyncio.to_thread(migration.wait)
+            assert code in (0, 32)
+            assert await asyncio.to_thread(there.wait) == (0 if code == 0 else 21)
+        if code == 0:
+            await serial("there").passes(2)
+            assert serial("there").bad == []
+            await (await QemuWorkload.attach("there")).discard()
+            return
+        await take_over(coming.folder)
+        await coming.serial.passes(2)
+        assert coming.serial.bad == []
+        await coming.end()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("victim", ["saver", "pager"])
 def test_somebody_dies_while_it_is_saved(coming: Restored, image: Path, tmp_path: Path, victim: str) -> None:
     async def run() -> None:

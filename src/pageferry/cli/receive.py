@@ -198,9 +198,11 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
         return ledger
 
     destination = _destination(args, reception, prepare, out)
-    async with _received(args, destination, out):
+    async with _received(args, destination, out) as finishing:
         with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
             await moved.wait()
+            # It may have moved on as soon as all of it was here: its source must hear of that, too.
+            await asyncio.wait({finishing}, timeout=args.patience)
     ledger = received[-1]
     ledger.stop()
     report = await asyncio.to_thread(ledger.verify)

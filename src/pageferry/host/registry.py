@@ -17,6 +17,7 @@ entry counts while its process lives (pid and start time); a dead one is pruned 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -158,8 +159,9 @@ class Folder:
 
     def forget(self, file_name: str) -> None:
         """Remove a durable record; nothing happens where there is none."""
-        (self.path / file_name).unlink(missing_ok=True)
-        _sync_folder(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / file_name).unlink()
+            _sync_folder(self.path)
 
 
 class Registry:

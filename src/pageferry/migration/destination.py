@@ -38,7 +38,7 @@ from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads import deferred
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Workload
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Faults, Workload
 from pageferry.workloads.deferred import Arriving
 from pageferry.workloads.memory import Memory
 
@@ -356,7 +356,7 @@ class Destination:
             else:
                 await self._populate_rest()
                 await asyncio.sleep(WATCH_FAULTS)
-            faults = self.workload.faults()
+            faults = self._faults_by_now()
             large = await off_loop(self.memory.large_units)
             await self.channel.send(
                 messages.Report(
@@ -377,6 +377,14 @@ class Destination:
             log.warning("the workload runs here; the source may not know it yet: %s", error)
         finally:
             await self.channel.close()
+
+    def _faults_by_now(self) -> Faults:
+        try:
+            return self.workload.faults()
+        except WorkloadDied:
+            if self.late is None:
+                raise
+            return self.faults  # all of it has come: it may have moved on, or ended
 
     async def _give_up(self, error: BaseException) -> None:
         """It stays at the source: decide so before anybody is told, then leave nothing behind."""

@@ -244,6 +244,8 @@ class LateMemory:
         return None
 
     def _look_at_workload(self) -> None:
+        if self.pager is not None and not self.pager.pending:
+            return  # it may go where it likes
         for pid, started in self.started.items():
             if proc.start_time(pid) != started:
                 raise WorkloadDied(f"{self.name} (process {pid}) has ended before all of its memory had come")
@@ -257,10 +259,15 @@ class LateMemory:
         self.complete = True
         self._counters, self._waits = self._pager.counters, self._pager.histogram
         await asyncio.to_thread(self._release)
-        if self.folder is not None:
+        # It may have moved on while it arrived, and its name be another's.
+        if self.folder is not None and self._is_recorded(self.folder):
             self.folder.forget(deferred.POSTCOPY)
             (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
         self.close()
+
+    def _is_recorded(self, folder: Folder) -> bool:
+        record = folder.load(deferred.POSTCOPY, Arriving)
+        return record is not None and record.migration == self.record.migration
 
     def _release(self) -> None:
         for pid, number in self.record.userfaults.items():
