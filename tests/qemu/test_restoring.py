@@ -14,6 +14,8 @@ import pytest
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
+from pageferry.sharing import api as sharing
+from pageferry.workloads import deferred
 from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.qmp import Monitor
 from tests.guest.machines import GuestParts
@@ -244,6 +246,37 @@ def test_somebody_dies_while_it_is_saved(coming: Restored, image: Path, tmp_path
         with saving(tmp_path / "again", "none") as saver:
             assert await asyncio.to_thread(saver.wait) == 0
         assert ImageFile(tmp_path / "again").verify() == []
+        await coming.end()
+
+    asyncio.run(run())
+
+
+def test_what_it_shares_is_found_by_signatures(coming: Restored, image: Path) -> None:
+    """Nothing comes for it, and it is what is found when all of it is there (S8, S9)."""
+
+    async def told(command: str) -> None:
+        async with await Monitor.open(coming.workload.qmp_socket) as monitor:
+            await monitor.execute(command)
+
+    async def run() -> None:
+        await coming.start(image, prefetch=False)
+        await told("stop")
+        before = await coming.status()
+        early = await sharing.find(["coming"])
+        after = await coming.status()
+        assert before is not None
+        assert after is not None
+        assert (after.loaded, after.bytes_read) == (before.loaded, before.bytes_read)
+        assert after.deferred > 0
+        await asyncio.to_thread(deferred.settle, coming.folder)
+        late = await sharing.find(["coming"])
+        assert {name: one.pages for name, one in early.classes.items()} == {
+            name: one.pages for name, one in late.classes.items()
+        }
+        assert early.classes["zero"].pages > 0
+        await told("cont")
+        await coming.serial.passes(1)
+        assert coming.serial.bad == []
         await coming.end()
 
     asyncio.run(run())
