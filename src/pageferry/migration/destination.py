@@ -226,10 +226,10 @@ class Destination:
         match await self.channel.receive_any():
             case messages.Round(number=number):
                 fault_point("destination.in-round")
-                if number > 1 and self._preparing is None:
+                await self.channel.during(off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel))
+                if self._preparing is None:
                     # The first round takes long; from now on the last one may be near.
                     self._preparing = asyncio.create_task(self.workload.prepare_load())
-                await self.channel.during(off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel))
                 await self.channel.send(messages.RoundDone(number=number))
             case messages.Hot(region=region, units=units):
                 self.hot[region] = [unit for unit, hot in enumerate(self._units(region, units)) if hot]
