@@ -14,12 +14,13 @@ from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.working_set import WorkingSet
-from pageferry.errors import ImageError, RestoreError, UnsupportedError, UsageError
+from pageferry.errors import UnsupportedError, UsageError
 from pageferry.workloads import deferred
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.pager_server import PagerServer
+from pageferry.workloads.settling import bring, bring_all
 
 log = getLogger(__name__)
 
@@ -101,18 +102,11 @@ class RestoredArena(Arena):
         if offset < 0 or length < 0 or offset + length > self.length:
             raise UsageError(f"{length} bytes at {offset} of an arena of {self.length}")
         first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
-        try:
-            self.pager.ensure(0, first, end - first)
-        except ValueError as error:
-            raise ImageError(f"{self.image.path}: {error}") from error
-        except OSError as error:
-            raise RestoreError(f"{self.image.path}: {error}") from error
+        bring(self.pager, first, end - first, str(self.image.path))
 
     def load(self) -> None:
         """Bring everything in, and wait until nothing traps any more. Raises ImageError."""
-        while not self.pager.finished:
-            self.ensure(0, self.length)
-            self.pager.wait(1.0)
+        bring_all(self.pager, self.length, str(self.image.path))
 
 
 def restore(

@@ -28,7 +28,7 @@ from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory
-from pageferry.workloads.settling import settled
+from pageferry.workloads.settling import bring, settled
 
 _HANDOVER = 1.0
 """Seconds within which one pager goes on for another."""
@@ -125,12 +125,8 @@ class _PagerHere:
 
     def ensure(self, region: int, first: int, count: int) -> None:
         """As of `Hold`."""
-        try:
-            self._pager.ensure(region, first, count)
-        except ValueError as error:
-            raise ImageError(str(error)) from error
-        except OSError as error:
-            raise RestoreError(str(error)) from error
+        assert region == 0, "an arena has one"
+        bring(self._pager, first, count)
 
     def cancel(self) -> None:
         """Nothing: an arena's image is a local file."""

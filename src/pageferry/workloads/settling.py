@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from pageferry._engine import Pager
-from pageferry.errors import ImageError
+from pageferry.errors import ImageError, RestoreError
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred, following
 from pageferry.workloads.base import SMALL_PAGE, Workload
@@ -33,11 +33,22 @@ async def settled(workload: Workload, *, traces: bool = True) -> None:
         await asyncio.to_thread(following.forget, workload)
 
 
-def bring_all(pager: Pager, length: int) -> None:
-    """Have all `length` bytes in memory that a pager of this process brings, and its traps gone. Raises ImageError."""
+def bring(pager: Pager, first: int, count: int, origin: str = "") -> None:
+    """Have `count` pages in memory that a pager of this process brings; `origin`: where from, for people.
+
+    Raises ImageError for a damaged one, RestoreError where there is nobody to bring it any more.
+    """
+    told = f"{origin}: " if origin else ""
+    try:
+        pager.ensure(0, first, count)
+    except ValueError as error:
+        raise ImageError(f"{told}{error}") from error
+    except OSError as error:
+        raise RestoreError(f"{told}{error}") from error
+
+
+def bring_all(pager: Pager, length: int, origin: str = "") -> None:
+    """Have all `length` bytes in memory, and the pager's traps gone. Raises as `bring`."""
     while not pager.finished:
-        try:
-            pager.ensure(0, 0, length // SMALL_PAGE)
-        except ValueError as error:
-            raise ImageError(str(error)) from error
+        bring(pager, 0, length // SMALL_PAGE, origin)
         pager.wait(1.0)
