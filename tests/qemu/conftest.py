@@ -24,6 +24,16 @@ def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
     return GuestParts(qemu, guest_kernel, checker_initrd)
 
 
+@pytest.fixture(scope="session")
+def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
+    """For modules whose subject is ours alone, and alike for all QEMUs: the newest there is."""
+    try:
+        newest: Path = request.getfixturevalue("qemu_10")
+    except pytest.skip.Exception:
+        newest = request.getfixturevalue("qemu_system")
+    return GuestParts(newest, guest_kernel, checker_initrd)
+
+
 @pytest.fixture
 def serial(tmp_path: Path) -> Callable[[str], Serial]:
     """Makes serial lines by name."""

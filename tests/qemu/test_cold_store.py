@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Callable
 
+import pytest
+
 from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
 from pageferry.largepages.api import Options, sample, undo
@@ -17,6 +19,12 @@ from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.targets import Target, open_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
+
+
+@pytest.fixture(scope="module")
+def parts(newest_parts: GuestParts) -> GuestParts:
+    """What goes to a store is the file's business."""
+    return newest_parts
 
 
 def test_a_guest_with_a_cold_store(

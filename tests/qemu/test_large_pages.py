@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
 from pageferry._engine import Space
 from pageferry.host.registry import Registry
 from pageferry.largepages.api import Options, sample
@@ -13,6 +15,12 @@ from pageferry.workloads.targets import workload_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.kernel.swap import swap_space
+
+
+@pytest.fixture(scope="module")
+def parts(newest_parts: GuestParts) -> GuestParts:
+    """What is sampled is the file's business."""
+    return newest_parts
 
 
 def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], registry: Registry) -> None:

@@ -25,13 +25,9 @@ SEVERAL_ROUNDS = ("--max-downtime", "1")
 
 
 @pytest.fixture(scope="module")
-def parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
-    """The newest QEMU there is: what is killed here is ours, and behaves alike for all of them."""
-    try:
-        newest: Path = request.getfixturevalue("qemu_10")
-    except pytest.skip.Exception:
-        newest = request.getfixturevalue("qemu_system")
-    return GuestParts(newest, guest_kernel, checker_initrd)
+def parts(newest_parts: GuestParts) -> GuestParts:
+    """What is killed here is ours."""
+    return newest_parts
 
 
 @pytest.fixture(scope="module")

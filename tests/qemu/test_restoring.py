@@ -29,6 +29,12 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
+def parts(newest_parts: GuestParts) -> GuestParts:
+    """What dies here is ours."""
+    return newest_parts
+
+
+@pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image of a guest at work."""
     return image_of_a_guest(parts, tmp_path_factory.mktemp("image"))

@@ -24,6 +24,12 @@ NAMES = ("twin-a", "twin-b")
 SerialMaker = Callable[[str], Serial]
 
 
+@pytest.fixture(scope="module")
+def parts(newest_parts: GuestParts) -> GuestParts:
+    """What is looked at is the file."""
+    return newest_parts
+
+
 def pages(region: Region) -> Iterator[bytes]:
     """Everything in the file that is no hole."""
     position, end = region.file_offset, region.file_offset + region.length
