@@ -42,3 +42,9 @@ def test_compaction_is_asked_for_where_there_are_too_few(
 
 def test_who_may_not_compact_goes_on_without(buddyinfo: Path, tmp_path: Path) -> None:
     assert make_room(FREE + 1, buddyinfo=buddyinfo, compact=tmp_path / "missing" / "compact_memory") == FREE
+
+
+def test_where_it_is_not_known_nothing_is_done(tmp_path: Path) -> None:
+    compact = tmp_path / "compact_memory"
+    assert make_room(1, buddyinfo=tmp_path / "missing", compact=compact) == 0
+    assert not compact.exists()
