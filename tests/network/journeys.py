@@ -99,7 +99,8 @@ class Journey:
         """Wait until the migration is at its point (True), or has ended without coming to it."""
 
         def held() -> bool:
-            return moving.state(self.held.process.pid) == "T"
+            process = self.held.process
+            return process.poll() is None and moving.state(process.pid) == "T"
 
         wait_until(
             lambda: self.migration.process.poll() is not None or held(), f"the stop of {self._stopping}", LONGEST
