@@ -278,8 +278,8 @@ def test_sharing_leaves_alone_what_is_in_a_store() -> None:
         assert after is not None
         assert found.deferred == 0
         assert any("cold store" in note for note in found.not_shareable)
-        # What the ledger itself has accessed meanwhile may have come.
-        assert after.loaded - before.loaded <= 16 * (after.missed - before.missed)
+        # What the ledger itself has accessed meanwhile may have come; the counters are not of one instant.
+        assert after.loaded - before.loaded <= 16 * (after.missed - before.missed + 8)
         for _ in range(3):
             asyncio.run(sharing.share(["cold"], threshold=1))
         assert record() is not None
