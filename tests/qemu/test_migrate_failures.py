@@ -155,6 +155,24 @@ def test_source_agent_killed_when_it_had_said_so(guest: Traveller) -> None:
     guest.verifies_everything()
 
 
+def test_a_receiver_does_not_wait_for_ever_to_be_asked(guest: Traveller) -> None:
+    """Its source was killed when it knew all; what it had not written down yet it learns from any receiver."""
+    with guest.receiver("--patience", "1") as there:
+        address = moving.address_of(there)
+        with guest.migrating(address, fault="source.answered=kill") as migration:
+            assert migration.wait() == -signal.SIGKILL
+        moving.until(there, "received")
+        assert there.wait() == 0
+    is_given_away(guest)
+    with guest.receiver("--listen", address, name=guest.other_name) as another:
+        moving.address_of(another)
+        settle(guest, owner="destination")
+        another.process.terminate()
+        ended(another, (143,))
+    guest.arrived()
+    guest.verifies_everything()
+
+
 def test_destination_qemu_killed_between_decision_and_cont(guest: Traveller, before: list[str]) -> None:
     """Nobody had told it to run, so the decision is withdrawn: the source has everything, and hears of it."""
     with guest.receiver(fault="destination.decided=stop") as there:

@@ -7,6 +7,7 @@ asks the same, hears that not all have come, and goes on sending them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from logging import getLogger
 from typing import Protocol
 
@@ -17,6 +18,9 @@ from pageferry.migration.connection import Reception
 from pageferry.migration.ownership import Verdict, Verdicts
 
 log = getLogger(__name__)
+
+SILENCES = 4
+"""Times its patience that a receiver waits for a source to ask that may know all there is to know."""
 
 
 class Arrivals(Protocol):
@@ -44,6 +48,18 @@ class Attendant:
         """From now on attend to everybody, in the background."""
         self.migration = migration
         self._task = asyncio.create_task(self._attend())
+
+    async def until_settled(self, patience: float) -> None:
+        """Wait until the source knows, or so long that it must have known, or died: what was decided is on disk."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SILENCES * patience):
+                await self.settled.wait()
+        if not self.settled.is_set():
+            log.warning(
+                "the source has not asked what became of the migration; if it ever does, any receiver at %s on this "
+                "host tells it",
+                self.reception.address,
+            )
 
     def close(self) -> None:
         """Attend to nobody any more."""

@@ -103,9 +103,9 @@ class Destination:
         return self.workload
 
     async def finish(self) -> None:
-        """`report`, then wait until the source knows that the workload runs here."""
+        """`report`, then wait until the source knows that the workload runs here, or does not ask any more."""
         await self.report()
-        await self.settled.wait()
+        await self.attendant.until_settled(self.patience)
 
     def close(self) -> None:
         """Attend to nobody any more."""

@@ -345,7 +345,7 @@ class Resumption:
                 self.late.verdicts.forget(self.late.record.migration)
             except PageferryError as error:
                 log.warning("all of %s is here; its source may not know it yet: %s", self.late.name, error)
-                await self.attendant.settled.wait()
+                await self.attendant.until_settled(self.late.patience)
             finally:
                 await channel.close()
         finally:
