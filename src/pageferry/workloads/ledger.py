@@ -213,5 +213,4 @@ class LedgerWorkload(LocalWorkload):
             "writes": self.writes(),
             "longest-stall-ns": longest,
             "stalls": histogram,
-            "large-pages": sum(self._mapped_again().large_units()),
         }

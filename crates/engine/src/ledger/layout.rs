@@ -114,6 +114,12 @@ impl Layout {
         Counters { words: self.page(1 + partition), tag: mix(MAGIC ^ mix(self.options.seed ^ partition as u64)) }
     }
 
+    /// The table entries from that of a body page on, as far as they stand on one page.
+    pub(super) fn entries(&self, number: usize) -> &[AtomicU64] {
+        assert!(number < self.pages, "body page {number} of {}", self.pages);
+        &self.page(self.table_page() + number / WORDS)[number % WORDS..]
+    }
+
     /// The table entry of a body page.
     pub(super) fn entry(&self, number: usize) -> &AtomicU64 {
         assert!(number < self.pages, "body page {number} of {}", self.pages);

@@ -127,13 +127,13 @@ pub(super) fn fingerprint(layout: &Layout) -> u64 {
 /// Of the table entries of a partition. The workload is paused meanwhile.
 fn table_hash(layout: &Layout, partition: usize) -> u64 {
     let (mut hash, mut words) = (Xxh3Default::new(), [0; WORDS]);
-    let Range { start, end } = written(layout, partition);
-    for first in (start..end).step_by(WORDS) {
-        let count = WORDS.min(end - first);
-        for (word, number) in words.iter_mut().zip(first..first + count) {
-            *word = layout.entry(number).load(Ordering::Acquire);
-        }
+    let Range { start: mut at, end } = written(layout, partition);
+    while at < end {
+        let entries = layout.entries(at);
+        let count = entries.len().min(end - at);
+        words.iter_mut().zip(&entries[..count]).for_each(|(word, entry)| *word = entry.load(Ordering::Acquire));
         hash.update(words[..count].as_bytes());
+        at += count;
     }
     hash.digest()
 }
