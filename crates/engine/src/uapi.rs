@@ -209,8 +209,9 @@ pub fn short_slices() {
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     let attributes = libc::sched_attr {
         size: u32::try_from(size_of::<libc::sched_attr>()).unwrap_or(0),
-        sched_policy: libc::SCHED_OTHER.cast_unsigned(),
-        sched_flags: 0,
+        sched_policy: 0,
+        // A thread of a real-time policy stays as it is.
+        sched_flags: u64::from(libc::SCHED_FLAG_KEEP_POLICY.cast_unsigned()),
         sched_nice: nice,
         sched_priority: 0,
         sched_runtime: SLICE_NS,
