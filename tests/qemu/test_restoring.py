@@ -277,10 +277,10 @@ def test_what_it_shares_is_found_by_signatures(coming: Restored, image: Path) ->
         assert after.deferred > 0
         await asyncio.to_thread(deferred.settle, coming.folder)
         late = await sharing.find(["coming"])
-        assert {name: one.pages for name, one in early.classes.items()} == {
-            name: one.pages for name, one in late.classes.items()
-        }
-        assert early.classes["zero"].pages > 0
+        found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
+        # Zeros are foreseen where there will be a large page; where the host has none, they stay holes.
+        assert found.pop("zero") >= expected.pop("zero") > 0
+        assert found == expected
         await told("cont")
         await coming.serial.passes(1)
         assert coming.serial.bad == []

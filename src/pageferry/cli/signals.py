@@ -50,7 +50,8 @@ class Interruption:
         first = self.received is None
         if first:
             self.received = signal.Signals(number)
-        if first and self._cancel is not None:
+        if self._cancel is not None:
             self._cancel()
-        else:
+        if not first or self._cancel is None:
+            # May be lost where the interpreter ignores exceptions (finalizers): the cancellation is not.
             raise KeyboardInterrupt
