@@ -60,6 +60,15 @@ def ended(receiver: Program, codes: tuple[int, ...] = (23,)) -> None:
     assert receiver.wait() in codes
 
 
+def settle_elsewhere(guest: Traveller, address: str, *, owner: str) -> None:
+    """The receiver is gone: another one at its address has the answer."""
+    with guest.receiver("--listen", address, name=guest.other_name) as another:
+        moving.address_of(another)
+        settle(guest, owner=owner)
+        another.process.terminate()
+        ended(another, (143,))
+
+
 @pytest.mark.parametrize("point", SOURCE)
 def test_source_agent_killed(guest: Traveller, before: list[str], point: str) -> None:
     with guest.receiver() as there:
@@ -88,11 +97,7 @@ def test_destination_agent_killed(guest: Traveller, before: list[str], point: st
         assert there.wait() == -signal.SIGKILL
     wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
     if code == 26:
-        with guest.receiver("--listen", address, name=guest.other_name) as another:
-            moving.address_of(another)
-            settle(guest, owner="source")
-            another.process.terminate()
-            ended(another, (143,))
+        settle_elsewhere(guest, address, owner="source")
     stays(guest, before)
 
 
@@ -164,11 +169,7 @@ def test_a_receiver_does_not_wait_for_ever_to_be_asked(guest: Traveller) -> None
         moving.until(there, "received")
         assert there.wait() == 0
     is_given_away(guest)
-    with guest.receiver("--listen", address, name=guest.other_name) as another:
-        moving.address_of(another)
-        settle(guest, owner="destination")
-        another.process.terminate()
-        ended(another, (143,))
+    settle_elsewhere(guest, address, owner="destination")
     guest.arrived()
     guest.verifies_everything()
 
@@ -196,11 +197,7 @@ def test_source_learns_of_a_withdrawn_decision_when_it_asks(guest: Traveller, be
         travel.kill(guest.next_name)
         there.process.send_signal(signal.SIGCONT)
         ended(there, (13,))
-    with guest.receiver("--listen", address, name=guest.other_name) as another:
-        moving.address_of(another)
-        settle(guest, owner="source")
-        another.process.terminate()
-        ended(another, (143,))
+    settle_elsewhere(guest, address, owner="source")
     stays(guest, before)
 
 
@@ -214,11 +211,7 @@ def test_destination_agent_killed_when_it_had_decided(guest: Traveller, point: s
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
     wait_until(lambda: travel.listed()[guest.next_name] == "running", "that it runs there")
-    with guest.receiver("--listen", address, name=guest.other_name) as another:
-        moving.address_of(another)
-        settle(guest, owner="destination")
-        another.process.terminate()
-        ended(another, (143,))
+    settle_elsewhere(guest, address, owner="destination")
     guest.arrived()
     guest.verifies_everything()
 
@@ -231,11 +224,7 @@ def test_destination_agent_killed_before_it_decided(guest: Traveller, before: li
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
     wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
-    with guest.receiver("--listen", address, name=guest.other_name) as another:
-        moving.address_of(another)
-        settle(guest, owner="source")
-        another.process.terminate()
-        ended(another, (143,))
+    settle_elsewhere(guest, address, owner="source")
     stays(guest, before)
 
 

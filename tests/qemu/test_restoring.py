@@ -74,6 +74,11 @@ async def moved(receiver: Program, migration: Program, serial: Serial, name: str
     await asyncio.to_thread(moving.until, migration, "migration")
     assert await asyncio.to_thread(migration.wait) == 0
     assert (await asyncio.to_thread(moving.until, receiver, "received"))["workload"] == name
+    await runs_there(serial, name)
+
+
+async def runs_there(serial: Serial, name: str) -> None:
+    """Every page of it is right; then it ends."""
     await serial.passes(2)
     assert serial.bad == []
     await (await QemuWorkload.attach(name)).discard()
@@ -221,9 +226,7 @@ def test_the_pager_dies_when_it_is_paused(
             assert code in (0, 32)
             assert await asyncio.to_thread(there.wait) == (0 if code == 0 else 21)
         if code == 0:
-            await serial("there").passes(2)
-            assert serial("there").bad == []
-            await (await QemuWorkload.attach("there")).discard()
+            await runs_there(serial("there"), "there")
             return
         await take_over(coming.folder)
         await coming.serial.passes(2)

@@ -13,14 +13,11 @@ from typing import Protocol
 
 from pageferry.errors import PageferryError, PeerRefused, ProtocolError, UsageError
 from pageferry.migration import messages
-from pageferry.migration.channel import Channel
+from pageferry.migration.channel import ANSWER, Channel
 from pageferry.migration.connection import Reception
 from pageferry.migration.ownership import Verdict, Verdicts
 
 log = getLogger(__name__)
-
-SILENCES = 4
-"""Times its patience that a receiver waits for a source to ask that may know all there is to know."""
 
 
 class Arrivals(Protocol):
@@ -52,7 +49,7 @@ class Attendant:
     async def until_settled(self, patience: float) -> None:
         """Wait until the source knows, or so long that it must have known, or died: what was decided is on disk."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SILENCES * patience):
+            async with asyncio.timeout(ANSWER * patience):
                 await self.settled.wait()
         if not self.settled.is_set():
             log.warning(

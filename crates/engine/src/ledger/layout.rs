@@ -122,8 +122,7 @@ impl Layout {
 
     /// The table entry of a body page.
     pub(super) fn entry(&self, number: usize) -> &AtomicU64 {
-        assert!(number < self.pages, "body page {number} of {}", self.pages);
-        &self.page(self.table_page() + number / WORDS)[number % WORDS]
+        &self.entries(number)[0]
     }
 
     /// A body page.
