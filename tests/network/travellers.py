@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,9 +114,10 @@ class GuestTraveller:
         self._journeys = 0
         self._hosts = {host.run_directory: host}
         words = ("-m", "pageferry", "run", name, "--detach", "--", *self._command(self.serial))
+        said = folder / f"{name}.stderr"
         try:
-            with host.program(*words, stderr=subprocess.DEVNULL) as starting:
-                assert starting.wait() == 0
+            with open(said, "wb") as stderr, host.program(*words, stderr=stderr) as starting:
+                assert starting.wait() == 0, said.read_text()
             asyncio.run(self.serial.ready())
         except BaseException:
             self.end()
