@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from pageferry.host.compaction import make_room
 from tests.guest import initrd
 
 CACHE = Path(__file__).parent.parent / ".cache"
 """Where `make system` puts what it fetches."""
+ROOM = 96
+"""Large pages that should be free for a test: what builds and caches leave is small pages all over."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +32,12 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFERRY_RUN_DIR", str(directory))
         yield directory
+
+
+@pytest.fixture(autouse=True)
+def room() -> None:
+    """Memory is compacted first where large pages are few. No promise: the host may have no memory to spare."""
+    make_room(ROOM)
 
 
 @pytest.fixture(scope="session")

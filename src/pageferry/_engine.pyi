@@ -788,7 +788,10 @@ class Ledger:
     def digest(self, *, threads: int = 0) -> int:
         """64-bit hash of everything ever written, as of a paused ledger."""
     def fingerprint(self) -> int:
-        """64-bit hash of header, counters and table: names the instant of a paused ledger without reading its pages."""
+        """64-bit hash of header and counters, which add up the table: names the instant of a paused ledger without
+        reading its pages."""
+    def table_agrees(self) -> bool:
+        """Whether the table of a paused ledger is the one that its counters have added up. Reads all of it."""
     def writes(self) -> list[int]:
         """Writes done per partition, filling included; of all partitions, whoever runs them."""
     def stalls(self, *, reset: bool = False) -> tuple[int, list[int]]:

@@ -214,6 +214,10 @@ impl Ledger {
         py.detach(|| self.inner.fingerprint())
     }
 
+    fn table_agrees(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.inner.table_agrees())
+    }
+
     fn writes(&self, py: Python<'_>) -> Vec<u64> {
         py.detach(|| self.inner.writes())
     }

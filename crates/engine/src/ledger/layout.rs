@@ -10,12 +10,12 @@ use zerocopy::IntoBytes;
 
 use super::LedgerError;
 use super::options::{Options, part};
-use super::page::{WORDS, Words, mix};
+use super::page::{GOLDEN, WORDS, Words, mix};
 use crate::mapping::Mapping;
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// magic, layout version, bytes, body pages, then the options, then a checksum over all of these
 const HEADER: usize = 4 + Options::WORDS;
 
@@ -34,6 +34,11 @@ impl Entry {
 
     pub(super) fn is_zeros(self) -> bool {
         self.0 & 1 == 1
+    }
+
+    /// A hash of this entry at its place: those of a table are added up, so a change of one is an addition.
+    pub(super) fn hash(self, number: usize) -> u64 {
+        mix((number as u64 + 1).wrapping_mul(GOLDEN).wrapping_add(self.0))
     }
 }
 
@@ -176,7 +181,7 @@ pub(super) struct Counters<'a> {
 
 impl Counters<'_> {
     pub(super) fn reset(&self) {
-        for (word, value) in self.words.iter().zip([self.tag, 0, 0, 0]) {
+        for (word, value) in self.words.iter().zip([self.tag, 0, 0, 0, 0]) {
             word.store(value, Ordering::Relaxed);
         }
     }
@@ -190,8 +195,15 @@ impl Counters<'_> {
         self.words[1].load(Ordering::Relaxed)
     }
 
-    /// Last step of an operation. Only the partition's own thread calls it, so load and store need not be one.
-    pub(super) fn count_write(&self) {
+    /// Sum of the hashes of the partition's table entries.
+    pub(super) fn table(&self) -> u64 {
+        self.words[4].load(Ordering::Relaxed)
+    }
+
+    /// Last step of an operation, which has changed the sum of the table by `change`. Only the partition's own thread
+    /// calls it, so load and store need not be one.
+    pub(super) fn count_write(&self, change: u64) {
+        self.words[4].store(self.table().wrapping_add(change), Ordering::Relaxed);
         self.words[1].store(self.writes().wrapping_add(1), Ordering::Release);
     }
 
@@ -213,7 +225,7 @@ impl Counters<'_> {
     }
 
     /// Everything they hold, for hashing.
-    pub(super) fn content(&self) -> [u64; 4] {
+    pub(super) fn content(&self) -> [u64; 5] {
         std::array::from_fn(|word| self.words[word].load(Ordering::Relaxed))
     }
 }

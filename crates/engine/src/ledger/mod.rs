@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! page 0            header: magic, layout version, sizes, options, checksum
-//! page 1 ..         one page of counters per partition (own cache lines): tag, writes, bad pages met, first of them
+//! page 1 ..         one page of counters per partition (own cache lines): tag, writes, bad pages met, first of them,
+//!                   sum of the hashes of its table entries
 //! then              table: one word per body page, version << 1 | "is zeros"
 //! then              body pages: checksum, number, version, seed, pseudo-random content of (seed, number, version),
 //!                   or nothing but zeros where the table says so
@@ -19,10 +20,11 @@
 //! # Why damage shows
 //!
 //! An operation reads a page and its table entry, writes the page with the next version, then the table entry, then
-//! the counter of writes. Threads are paused only between operations, so of a paused ledger all of this holds:
+//! the counters of writes and of the table. Threads are paused only between operations, so of a paused ledger all of this holds:
 //!
 //! 1. each page carries the number of its place, the version in the table, and a checksum over all of it (or is zeros);
-//! 2. the versions of a partition's pages add up to its counter of writes (filling a page is its write number 1);
+//! 2. the versions of a partition's pages add up to its counter of writes (filling a page is its write number 1), and
+//!    the hashes of its table entries to the sum beside it;
 //! 3. which page operation *n* of a partition writes, and with what, follows from (seed, partition, *n*): the whole
 //!    content is a function of the header and the counters.
 //!
@@ -248,9 +250,15 @@ impl Ledger {
         verify::digest(&self.layout, threads, cancel)
     }
 
-    /// A hash of the header, the counters and the table: names the paused instant without reading a body page.
+    /// A hash of the header and the counters, and so of the table that these add up: names the paused instant by a
+    /// handful of pages. Whether the table is the one that was added up says [`Ledger::table_agrees`].
     pub fn fingerprint(&self) -> u64 {
         verify::fingerprint(&self.layout)
+    }
+
+    /// Whether the table is the one that the counters have added up. Reads all of it.
+    pub fn table_agrees(&self) -> bool {
+        verify::table_agrees(&self.layout)
     }
 
     /// Where body page `number` lies in the mapping, bytes; `None` past the last.

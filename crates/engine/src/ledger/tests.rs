@@ -148,11 +148,12 @@ fn another_process_or_host_goes_on_from_it() {
     assert_eq!((next.fingerprint(), digest(&next)), (ledger.fingerprint(), digest(&ledger)));
     next.start(true).unwrap();
     assert_eq!(next.fingerprint(), ledger.fingerprint());
+    assert!(next.table_agrees());
     next.resume().unwrap();
     wait_for(&next, 1000);
     pause(&next);
     assert_ne!(next.fingerprint(), ledger.fingerprint());
-    assert!(verify(&next).intact());
+    assert!(next.table_agrees() && verify(&next).intact());
 }
 
 #[test]
@@ -291,6 +292,20 @@ fn a_page_stale_together_with_its_entry_shows() {
         layout.entry(number).store(Entry::new(entry.version() - 1, false).0, Ordering::Relaxed);
     });
     assert_eq!((report.lost + report.stale + report.torn, report.disagreeing), (0, 1));
+}
+
+#[test]
+fn entries_of_other_instants_whose_versions_add_up_show() {
+    let report = damaged(|layout, _| {
+        let number = with_content(layout);
+        for (number, change) in [(number, 1), (number + 1, -1)] {
+            let version = Entry(layout.entry(number).load(Ordering::Relaxed)).version().wrapping_add_signed(change);
+            put(layout, number, number, version);
+            layout.entry(number).store(Entry::new(version, false).0, Ordering::Relaxed);
+        }
+    });
+    assert_eq!((report.lost + report.stale + report.torn, report.disagreeing), (0, 1));
+    assert_eq!(report.versions, report.writes);
 }
 
 #[test]

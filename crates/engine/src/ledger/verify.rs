@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use zerocopy::IntoBytes;
 
 use super::LedgerError;
@@ -35,7 +35,7 @@ pub struct Report {
     pub versions: u64,
     /// Sum of all counters of writes.
     pub writes: u64,
-    /// Partitions whose versions do not add up to their counter, or whose counters are not theirs.
+    /// Partitions whose table does not add up to what their counters say, or whose counters are not theirs.
     pub disagreeing: usize,
     /// Whether the header is as it was.
     pub header: bool,
@@ -89,11 +89,12 @@ pub(super) fn verify(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Re
     }
     for partition in 0..layout.options.threads {
         let counters = layout.counters(partition);
-        let versions = versions(layout, partition);
-        report.versions = report.versions.wrapping_add(versions);
+        let table = Table::of(layout, partition);
+        report.versions = report.versions.wrapping_add(table.versions);
         report.writes = report.writes.wrapping_add(counters.writes());
         report.overwritten += counters.bad();
-        report.disagreeing += usize::from(!counters.intact() || versions != counters.writes());
+        let agrees = table.versions == counters.writes() && table.hash == counters.table();
+        report.disagreeing += usize::from(!counters.intact() || !agrees);
         if let Some(bad) = counters.first_bad().and_then(|number| usize::try_from(number).ok()) {
             report.first_bad = Some(report.first_bad.map_or(bad, |first| first.min(bad)));
         }
@@ -111,43 +112,51 @@ pub(super) fn digest(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Re
     };
     let parts = over_written_pages(layout, threads, cancel, hash_pages)?;
     let pages = parts.into_iter().fold(0, u64::wrapping_add);
-    Ok(xxh3_64([fingerprint(layout), pages].as_bytes()))
+    let tables = (0..layout.options.threads).map(|partition| Table::of(layout, partition).hash);
+    Ok(xxh3_64([fingerprint(layout), tables.fold(0, u64::wrapping_add), pages].as_bytes()))
 }
 
 pub(super) fn fingerprint(layout: &Layout) -> u64 {
     let mut parts = vec![u64::from(layout.header_intact())];
     parts.extend(layout.options.to_words());
-    for partition in 0..layout.options.threads {
-        parts.extend(layout.counters(partition).content());
-        parts.push(table_hash(layout, partition));
-    }
+    parts.extend((0..layout.options.threads).flat_map(|partition| layout.counters(partition).content()));
     xxh3_64(parts.as_bytes())
 }
 
-/// Of the table entries of a partition. The workload is paused meanwhile.
-fn table_hash(layout: &Layout, partition: usize) -> u64 {
-    let (mut hash, mut words) = (Xxh3Default::new(), [0; WORDS]);
-    let Range { start: mut at, end } = written(layout, partition);
-    while at < end {
-        let entries = layout.entries(at);
-        let count = entries.len().min(end - at);
-        words.iter_mut().zip(&entries[..count]).for_each(|(word, entry)| *word = entry.load(Ordering::Acquire));
-        hash.update(words[..count].as_bytes());
-        at += count;
+pub(super) fn table_agrees(layout: &Layout) -> bool {
+    let agrees = |partition| Table::of(layout, partition).hash == layout.counters(partition).table();
+    (0..layout.options.threads).all(agrees)
+}
+
+/// What the table entries of a partition add up to.
+#[derive(Default)]
+struct Table {
+    versions: u64,
+    hash: u64,
+}
+
+impl Table {
+    fn of(layout: &Layout, partition: usize) -> Self {
+        let mut sum = Self::default();
+        let Range { start: mut at, end } = written(layout, partition);
+        while at < end {
+            let entries = layout.entries(at);
+            let page = at..end.min(at + entries.len());
+            for (number, entry) in page.clone().zip(entries) {
+                let entry = Entry(entry.load(Ordering::Acquire));
+                sum.versions = sum.versions.wrapping_add(entry.version());
+                sum.hash = sum.hash.wrapping_add(entry.hash(number));
+            }
+            at = page.end;
+        }
+        sum
     }
-    hash.digest()
 }
 
 /// The body pages of a partition that were ever written.
 fn written(layout: &Layout, partition: usize) -> Range<usize> {
     let start = layout.partition(partition).start;
     start..start + layout.filled(partition)
-}
-
-fn versions(layout: &Layout, partition: usize) -> u64 {
-    written(layout, partition)
-        .map(|number| Entry(layout.entry(number).load(Ordering::Acquire)).version())
-        .fold(0, u64::wrapping_add)
 }
 
 /// Pages taken by a thread at a time.

@@ -41,7 +41,7 @@ impl<'a> Writer<'a> {
         let number = self.layout.partition(self.partition).start + index;
         let before = Entry(self.layout.entry(number).load(Ordering::Relaxed));
         load(self.layout.body(number), &mut self.found);
-        self.put(number, Entry::new(before.version() + 1, zeros));
+        self.put(number, Entry::new(before.version() + 1, zeros), before.hash(number));
         Written { number, before }
     }
 
@@ -53,8 +53,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Page, then table, then counter: see the module's documentation.
-    fn put(&mut self, number: usize, entry: Entry) {
+    /// Page, then table, then counters: see the module's documentation. `replaced`: what goes from the table's sum.
+    fn put(&mut self, number: usize, entry: Entry, replaced: u64) {
         if entry.is_zeros() {
             self.next.fill(0);
         } else {
@@ -63,7 +63,7 @@ impl<'a> Writer<'a> {
         }
         store(self.layout.body(number), &self.next);
         self.layout.entry(number).store(entry.0, Ordering::Release);
-        self.counters.count_write();
+        self.counters.count_write(entry.hash(number).wrapping_sub(replaced));
     }
 
     /// Writes every page that is to be filled, as version 1.
@@ -76,7 +76,7 @@ impl<'a> Writer<'a> {
                 return Err(LedgerError::Interrupted);
             }
             let chance = unit(mix(options.seed ^ mix(number as u64)));
-            self.put(number, Entry::new(1, chance < options.zero_fraction));
+            self.put(number, Entry::new(1, chance < options.zero_fraction), 0);
         }
         Ok(())
     }

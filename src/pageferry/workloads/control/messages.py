@@ -229,12 +229,13 @@ def _bounded(length: bytes) -> int:
     return bytes_ahead
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes | None:
+def _exactly(connection: socket.socket, count: int) -> bytearray | None:
     """`count` bytes, or None when the other side went away first."""
-    data = bytearray()
-    while len(data) < count:
-        piece = connection.recv(min(count - len(data), 1 << 20))
-        if not piece:
+    data = bytearray(count)
+    rest = memoryview(data)
+    while rest:
+        got = connection.recv_into(rest)
+        if not got:
             return None
-        data += piece
-    return bytes(data)
+        rest = rest[got:]
+    return data
