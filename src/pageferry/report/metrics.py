@@ -117,7 +117,12 @@ METRICS = (
         "estimate.idle",
     ),
     Metric(
-        "pageferry_large_pages_reclaimed_bytes", "counter", "Sent to swap.", ("large-pages",), "reclaimed", adds=True
+        "pageferry_large_pages_reclaimed_bytes",
+        "counter",
+        "Sent to swap, or to a store.",
+        ("large-pages",),
+        "reclaimed",
+        adds=True,
     ),
     Metric("pageferry_large_pages_sampled", "counter", "Looked at.", ("large-pages",), "estimate.sampled", adds=True),
     Metric(

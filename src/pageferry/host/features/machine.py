@@ -32,7 +32,7 @@ def _ksm() -> str:
     sharing = int(_ksm_value("pages_sharing"))
     found = f"{state}, {f'in use by others: {sharing} pages shared' if sharing else 'in use by nobody'}"
     if state != "running" and not os.access(KSM / "run", os.W_OK):
-        raise Unavailable(found, remedy=f"{AS_ROOT}, which may start it, or have it started; only for S9")
+        raise Unavailable(found, remedy=f"{AS_ROOT}, which may start it; only for S9")
     return found
 
 
