@@ -48,10 +48,6 @@ def save(workload: Any, path: Path, **options: Any) -> events.CheckpointResult:
     return asyncio.run(pageferry.checkpoint(workload, path, **options))
 
 
-def pages_of(path: Path) -> Any:
-    return np.frombuffer(memory_of(ImageFile(path)), dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
-
-
 def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:
     """An arena of random pages, and the same as pages of 512 words."""
     arena = Arena(pages * PAGE, large_pages=large_pages)

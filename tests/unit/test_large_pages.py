@@ -50,8 +50,6 @@ def test_every_page_has_its_turn_once() -> None:
         rounds.append(chosen)
     assert [len(chosen) for chosen in rounds] == [3, 3, 3, 1]
     assert sorted(page.address for chosen in rounds for page in chosen) == [page.address for page in candidates]
-    sampling.restart()
-    assert len(sampling.choose(candidates, 0.2)) == 3
 
 
 def test_samples_shrink_to_the_budget() -> None:

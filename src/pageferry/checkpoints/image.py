@@ -90,10 +90,7 @@ class ImageFile:
 
     def state(self) -> bytes:
         """The state of the workload; empty for memory alone. Raises ImageError."""
-        return self._section(metadata.STATE) or b""
-
-    def _section(self, kind: int) -> bytes | None:
-        return _checked(self.path, lambda: self.image.section(kind))
+        return self.section(metadata.STATE) or b""
 
     def section(self, kind: int) -> bytes | None:
         """Contents of a section (see `metadata`); None where there is none. Raises ImageError."""
@@ -136,7 +133,7 @@ class ImageFile:
         """
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
         kept = (metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS)
-        sections += [(kind, contents) for kind in kept if (contents := self._section(kind)) is not None]
+        sections += [(kind, contents) for kind in kept if (contents := self.section(kind)) is not None]
         regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
         with new_file(Path(path)) as descriptor:
             _checked(

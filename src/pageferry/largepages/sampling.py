@@ -38,10 +38,6 @@ class Sampling:
         count = min(math.ceil(self._fraction * len(candidates)), self._affordable(left[0], seconds), MOST)
         return self._apart(left, count)
 
-    def restart(self) -> None:
-        """Let every page have a turn again."""
-        self._seen.clear()
-
     def account(self, pages: Iterable[LargePage], cpu: float) -> None:
         """A round over these pages took so many seconds of CPU."""
         looked_at = list(pages)
