@@ -33,7 +33,7 @@ from pageferry.errors import CheckpointError, RestoreError, UnsupportedError, Us
 from pageferry.host import proc, processes
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
-from pageferry.host.smaps import smaps
+from pageferry.host.smaps import spare_mappings
 from pageferry.largepages.tracking import SLOTS, Activity, cold_runs
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
@@ -53,7 +53,6 @@ MOST_IMAGES = 64
 
 _SYS_MADVISE = 28
 _MADV_DONTFORK = 10
-_MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 Unit = tuple[int, int]
 """A large page: (number of the region, first page of it)."""
@@ -206,21 +205,16 @@ def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
 
 
 def _plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> _Plan:
-    """The cold pages of shared large pages, of as many as the processes can have mappings for."""
-    room = min((_room(pid) for pid in target.pids), default=0)
+    """The cold pages of shared large pages, of as many as the processes can have mappings for: each costs two."""
+    affordable = min((spare_mappings(pid) // 2 for pid in target.pids), default=0)
     cold: dict[Unit, list[tuple[int, int]]] = {}
     for activity in idle:
         area = activity.page.area
         runs = cold_runs(activity.touched) if activity.touched is not None else []
-        if area.region is not None and area.page_size == SMALL_PAGE and runs and len(cold) < room:
+        if area.region is not None and area.page_size == SMALL_PAGE and runs and len(cold) < affordable:
             first = (area.offset + activity.page.address - area.address) // SMALL_PAGE
             cold[area.region, first] = [(first + start, first + end) for start, end in runs]
     return _Plan(dict(sorted(cold.items())), memory.page_sets())
-
-
-def _room(pid: int) -> int:
-    """Large pages that a process can have broken and still have half of the mappings it may have: each costs two."""
-    return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0) // 2
 
 
 def _segments(workload: Workload, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:

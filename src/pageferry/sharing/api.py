@@ -10,6 +10,7 @@ import msgspec
 
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
+from pageferry.host.meminfo import available
 from pageferry.host.registry import Folder, Registry
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
@@ -90,7 +91,7 @@ async def _complete(target: Target) -> None:
 
 def _threshold(asked: int | None) -> int:
     if asked is None:
-        return policy.threshold(policy.free_memory())
+        return policy.threshold(available())
     if not 1 <= asked <= 512:
         raise UsageError(f"a threshold of {asked} pages: a large page has 512, give 1 to 512")
     return asked
