@@ -29,15 +29,23 @@ from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile, new_file
 from pageferry.checkpoints.pager_process import GuestPager
 from pageferry.checkpoints.restore import dismiss, hand_over
-from pageferry.errors import CheckpointError, RestoreError, UnsupportedError, UsageError, WorkloadError
+from pageferry.errors import (
+    CheckpointError,
+    NoSuchWorkload,
+    RestoreError,
+    UnsupportedError,
+    UsageError,
+    WorkloadError,
+)
 from pageferry.host import proc, processes
 from pageferry.host.faults import fault_point
-from pageferry.host.registry import Folder, Registry
+from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
 from pageferry.largepages.tracking import SLOTS, Activity, cold_runs
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
 from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.folders import folder_of
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target
@@ -183,7 +191,10 @@ async def bring_back(target: Target) -> int:
 
 
 def _folder(workload: Workload) -> Folder:
-    return Registry().folder(workload.name)
+    folder = folder_of(workload)
+    if folder is None:
+        raise NoSuchWorkload(f"{workload.name} has no name on this host, which a store goes by: register it under one")
+    return folder
 
 
 async def _record(folder: Folder) -> Deferred | None:

@@ -9,11 +9,11 @@ from pageferry.workloads.base import Workload
 
 def folder_of(workload: Workload) -> Folder | None:
     """The folder of a registered workload; None for one without a name on this host."""
-    registry = Registry()
     try:
+        registry = Registry()
         entry = registry.lookup(workload.name)
     except (UsageError, WorkloadError):
         return None
     # A workload without a name here may be called like another one that has it.
     pids = {segment.pid for region in workload.regions for segment in region.segments}
-    return registry.folder(workload.name) if entry.pid in pids else None
+    return Folder(registry, workload.name) if entry.pid in pids else None

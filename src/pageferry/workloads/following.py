@@ -20,8 +20,9 @@ import msgspec
 from pageferry._engine import Space
 from pageferry.errors import PageferryError
 from pageferry.host import proc
-from pageferry.host.registry import Folder, Registry
+from pageferry.host.registry import Folder
 from pageferry.workloads.base import Workload
+from pageferry.workloads.folders import folder_of
 from pageferry.workloads.memory import Memory, Segment
 
 RECORD = "trace.json"
@@ -201,23 +202,13 @@ def _key(workload: Workload) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _folder(workload: Workload) -> Folder | None:
-    """The workload's folder; None where it has none: another one may have its name."""
-    with contextlib.suppress(PageferryError):
-        registry = Registry()
-        pid = registry.lookup(workload.name).pid
-        if any(segment.pid == pid for region in workload.regions for segment in region.segments):
-            return Folder(registry, workload.name)
-    return None
-
-
 def _load(workload: Workload) -> LeftTrace | None:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     return _own.get(_key(workload)) if folder is None else folder.load(RECORD, LeftTrace)
 
 
 def _store(workload: Workload, record: LeftTrace) -> None:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     if folder is None:
         _own[_key(workload)] = record
     else:
@@ -225,7 +216,7 @@ def _store(workload: Workload, record: LeftTrace) -> None:
 
 
 def _remove(workload: Workload) -> None:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     if folder is None:
         _own.pop(_key(workload), None)
     else:
@@ -233,7 +224,7 @@ def _remove(workload: Workload) -> None:
 
 
 def _forks(workload: Workload) -> int:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     if folder is None:
         return _own_forks
     with contextlib.suppress(FileNotFoundError):
