@@ -160,6 +160,11 @@ class Status(Event, frozen=True, kw_only=True, tag="pager"):
     error: str | None = None
     """Why what was asked for could not be done."""
 
+    @property
+    def waiting(self) -> str | None:
+        """Why contents do not come, in a line: the link is gone, or a page cannot be had. None: they do."""
+        return self.paused or next(iter(self.failures), None)
+
 
 def is_restoring(folder: Folder) -> bool:
     """Whether contents of the workload's memory may still be to come."""

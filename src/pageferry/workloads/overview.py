@@ -94,7 +94,7 @@ def _look(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | No
     left, waiting = 0, None
     try:
         if (status := deferred.status(folder)) is not None:
-            left, waiting = status.deferred, "; ".join(status.failures[:1]) or None
+            left, waiting = status.deferred, status.waiting
     except RestoreError as error:
         waiting = str(error)
     running = jobs.running(folder.path)
