@@ -26,7 +26,7 @@ from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred, holding
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.deferred import Status
+from pageferry.workloads.deferred import PagerStatus
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel import moving
 from tests.kernel.images import ABSENT, DATA, PAGE, Maker
@@ -63,7 +63,7 @@ def restored(image: Path, name: str = "coming") -> Iterator[Program]:
         yield program
 
 
-def status(name: str = "coming") -> Status:
+def status(name: str = "coming") -> PagerStatus:
     found = deferred.status(Registry().folder(name))
     assert found is not None
     return found

@@ -24,7 +24,7 @@ from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Ask, Deferred, Status
+from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
 from pageferry.workloads.qemu import QemuWorkload
 
 _POLL = 0.2
@@ -167,7 +167,7 @@ def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
     return image, image.state(), time.monotonic() - begin
 
 
-async def hand_over(first: GuestPager) -> Status:
+async def hand_over(first: GuestPager) -> PagerStatus:
     """From our own pager to a process of its own. In between the guest waits, as after the death of a pager.
 
     Returns what ours has done.
@@ -191,7 +191,7 @@ async def hand_over(first: GuestPager) -> Status:
     return last
 
 
-async def take_over(folder: Folder, path: str | Path | None = None) -> Status | None:
+async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
     """Start another pager for a guest whose own has died; `path`: where the image is now.
 
     Returns how far the restore is. Raises UsageError when there is nothing to take over, RestoreError, ImageError.
@@ -219,7 +219,7 @@ async def _dismiss_failed(folder: Folder) -> None:
             await dismiss(folder, status)
 
 
-async def dismiss(folder: Folder, status: Status) -> None:
+async def dismiss(folder: Folder, status: PagerStatus) -> None:
     """Have the pager end that gave this status. Until another takes over, accesses to what is missing wait."""
     started = proc.start_time(status.pager)
     await asyncio.to_thread(deferred.ask, folder, Ask(what="stop"))
@@ -254,9 +254,9 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
     return msgspec.structs.replace(result, status="completed", deferred=0)
 
 
-def _last_words(folder: Folder, known: int) -> Status | None:
+def _last_words(folder: Folder, known: int) -> PagerStatus | None:
     """What the pager left when it had finished."""
-    status = folder.load(deferred.SUMMARY, Status)
+    status = folder.load(deferred.SUMMARY, PagerStatus)
     return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 
 
@@ -291,7 +291,7 @@ def _result(name: str, image: ImageFile, times: TimeToRunning) -> RestoreResult:
     )
 
 
-def _updated(before: RestoreResult, status: Status) -> RestoreResult:
+def _updated(before: RestoreResult, status: PagerStatus) -> RestoreResult:
     """What there was before a pager began, and what it has done."""
     faults = before.faults + status.faults
     longest = max(before.longest_us, status.longest * 1e6)

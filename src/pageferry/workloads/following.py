@@ -23,7 +23,7 @@ from pageferry.host import proc
 from pageferry.host.registry import Folder
 from pageferry.workloads.base import Workload
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.memory import Memory, Segment
+from pageferry.workloads.memory import EngineSegment, Memory
 
 RECORD = "trace.json"
 _FORKS = "forks"
@@ -67,7 +67,7 @@ class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
     """Id and digest of the image since which it tells; None while a checkpoint is under way."""
 
 
-def begin(workload: Workload, segments: Sequence[Segment]) -> dict[int, int]:
+def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, int]:
     """Make userfaultfds for the processes of `segments`; pid -> our descriptor, the caller's to close.
 
     They are on record before anything is registered with them: whoever dies, the next one can take them away.
@@ -92,7 +92,7 @@ def begin(workload: Workload, segments: Sequence[Segment]) -> dict[int, int]:
     return ours
 
 
-def take_up(workload: Workload, segments: Sequence[Segment], image: tuple[str, str]) -> dict[int, int]:
+def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> dict[int, int]:
     """The userfaultfds of a trace that tells what was written since `image` (id, digest); as `begin`.
 
     From now on the record counts for no image, until `leave`. Raises Unusable, with the reason.
@@ -122,7 +122,7 @@ def take_up(workload: Workload, segments: Sequence[Segment], image: tuple[str, s
     return ours
 
 
-def leave(workload: Workload, segments: Sequence[Segment], image: tuple[str, str]) -> bool:
+def leave(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> bool:
     """From now on the trace tells what is written since `image`; false, and it is gone, where it missed something."""
     record = _load(workload)
     # A process that came meanwhile has written without being traced.
@@ -178,7 +178,7 @@ def _close(descriptors: dict[int, Descriptor]) -> None:
                 Space(pid).call(_SYS_CLOSE, descriptor.number)
 
 
-def _places(segments: Sequence[Segment]) -> list[Place]:
+def _places(segments: Sequence[EngineSegment]) -> list[Place]:
     return sorted((Place(space.pid, *rest) for space, *rest in segments), key=lambda place: (place.pid, place.address))
 
 
