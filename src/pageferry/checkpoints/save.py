@@ -21,6 +21,7 @@ from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import on_thread
 from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
@@ -294,17 +295,9 @@ class Save:
         )
 
     async def _native(self, call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
-        """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled; `cancel` is
-        called then."""
-        task = asyncio.ensure_future(asyncio.to_thread(call))
+        """A call into the engine as by `on_thread`, with its errors as ours."""
         try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if cancel is not None:
-                cancel()
-            with contextlib.suppress(Exception):
-                await task
-            raise
+            return await on_thread(call, cancel)
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{self.workload.name} ended while it was saved: there is no image of it") from gone
         except PermissionError as denied:
