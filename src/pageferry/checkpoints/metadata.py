@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from pageferry.errors import ImageError
+from pageferry.workloads.base import Identity
+from pageferry.workloads.memory import Extent
 
 METADATA = 16
 """Section: `Metadata`, as MessagePack."""
@@ -58,6 +61,28 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     restorable: bool = True
     """False for memory without a state: it can be looked at, not run."""
     parent: Parent | None = None
+
+
+def describe(
+    workload: Identity,
+    regions: Sequence[Extent],
+    *,
+    created: float,
+    codec: Codec,
+    restorable: bool,
+    parent: Parent | None,
+) -> Metadata:
+    """What is to be said of an image of these regions of a workload."""
+    return Metadata(
+        kind=msgspec.convert(workload.kind, Kind),
+        name=workload.name,
+        details=workload.details,
+        regions=[RegionInfo(name=one.name, length=one.length, page_size=one.page_size) for one in regions],
+        created=created,
+        codec=codec,
+        restorable=restorable,
+        parent=parent,
+    )
 
 
 def encode(metadata: Metadata) -> bytes:

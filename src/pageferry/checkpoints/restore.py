@@ -119,19 +119,8 @@ async def restore_guest(
     try:
         image, state, open_image = await opening
         restoring.compare(image, workload.regions)
-        work = _work(image, workload, prefetch, eager)
         folder = (registry or Registry()).folder(name)
-        # We serve until the process has started, which takes much longer than all that follows. QEMU gets ready for its
-        # state meanwhile.
-        making = asyncio.ensure_future(asyncio.to_thread(GuestPager, image, folder, work))
-        try:
-            await workload.prepare_load()
-            first = await asyncio.shield(making)
-        except BaseException:
-            await asyncio.wait({making})
-            if making.exception() is None:
-                first = making.result()
-            raise
+        first = await _adopt(workload, image, folder, _work(image, workload, prefetch, eager))
         adopted = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
@@ -165,6 +154,22 @@ def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
     if found.kind != "qemu" or not found.restorable:
         raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
     return image, image.state(), time.monotonic() - begin
+
+
+async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work: Deferred) -> GuestPager:
+    """A pager of our own, while QEMU gets ready for its state; none is left where that fails.
+
+    We serve until the process that will has started, which takes much longer than all that follows.
+    """
+    making = asyncio.ensure_future(asyncio.to_thread(GuestPager, image, folder, work))
+    try:
+        await workload.prepare_load()
+        return await asyncio.shield(making)
+    except BaseException:
+        await asyncio.wait({making})
+        if making.exception() is None:
+            making.result().close()
+        raise
 
 
 async def hand_over(first: GuestPager) -> PagerStatus:

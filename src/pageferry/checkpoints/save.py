@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from pageferry._engine import Saver
 from pageferry.checkpoints import events, metadata
 from pageferry.checkpoints.image import ImageFile, new_file
@@ -280,14 +278,9 @@ class Save:
 
     def _metadata(self) -> metadata.Metadata:
         identity = self.workload.identity
-        return metadata.Metadata(
-            kind=msgspec.convert(identity.kind, metadata.Kind),
-            name=identity.name,
-            details=identity.details,
-            regions=[
-                metadata.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
-                for region in self.memory.regions
-            ],
+        return metadata.describe(
+            identity,
+            self.memory.regions,
             created=self.created,
             codec=self.options.codec,
             restorable=identity.kind != "process",

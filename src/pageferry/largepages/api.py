@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import available
@@ -50,7 +51,7 @@ class Options:
     """Where cold small pages of broken large pages go; None: nothing is broken."""
     store: Path | None = None
     """Folder for the store; None: the workload's own, in the run directory (which mostly is memory)."""
-    codec: Literal["none", "lz4", "zstd"] = "lz4"
+    codec: Codec = "lz4"
     """Of the store."""
     seed: int | None = None
     """Of the choice of samples."""

@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from pageferry._engine import PageSet, PageStore, Trace
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile, new_file
@@ -280,32 +278,22 @@ async def _write(
                     copied = await asyncio.to_thread(store.add, number, memory.mappings[number], pages)
                     pages.subtract(copied)
                     plan.kept[number].update(pages)
-            sections = [(metadata.METADATA, metadata.encode(_metadata(workload, memory, parent, codec)))]
+            about = metadata.describe(
+                workload.identity,
+                memory.regions,
+                created=time.time(),
+                codec=codec,
+                restorable=False,
+                parent=parent.as_parent() if parent is not None else None,
+            )
             chain = parent.chain if parent is not None else None
-            await asyncio.to_thread(store.finish, sections, chain)
+            await asyncio.to_thread(store.finish, [(metadata.METADATA, metadata.encode(about))], chain)
     except OSError as error:
         raise CheckpointError(
             f"the store {path} was not written: {error.strerror or error}; nothing of {folder.name} has changed: "
             f"free some space, or choose another folder with --store"
         ) from error
     return ImageFile(path)
-
-
-def _metadata(workload: Workload, memory: Memory, parent: ImageFile | None, codec: metadata.Codec) -> metadata.Metadata:
-    identity = workload.identity
-    return metadata.Metadata(
-        kind=msgspec.convert(identity.kind, metadata.Kind),
-        name=identity.name,
-        details=identity.details,
-        regions=[
-            metadata.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
-            for region in memory.regions
-        ],
-        created=time.time(),
-        codec=codec,
-        restorable=False,
-        parent=None if parent is None else parent.as_parent(),
-    )
 
 
 # -- letting it go
