@@ -23,7 +23,7 @@ from pageferry.host.blocking import on_thread
 from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.base import Workload
+from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
@@ -326,7 +326,7 @@ class Save:
 
     def _tell_progress(self) -> None:
         stats = self.saver.stats
-        total = self.present // 4096
+        total = self.present // SMALL_PAGE
         self.listener(
             events.SavingEvent(
                 done=min(stats["pages"], total), total=total, traps=stats["traps"], stored=stats["stored"]
@@ -373,7 +373,7 @@ class Save:
                 mean_us=stats["trap_time"] / 1e3 / max(stats["traps"], 1),
                 staging_waits=stats["staging_waits"],
             ),
-            compression=round(stats["data"] * 4096 / stats["stored"], 3) if stats["stored"] else 1.0,
+            compression=round(stats["data"] * SMALL_PAGE / stats["stored"], 3) if stats["stored"] else 1.0,
         )
 
 

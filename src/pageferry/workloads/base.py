@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-LARGE_PAGE = 2 << 20
-SMALL_PAGE = 4 << 10
+from pageferry import _engine
+
+SMALL_PAGE = _engine.SMALL_PAGE
+LARGE_PAGE = _engine.LARGE_PAGE
 
 
 @dataclass(frozen=True, slots=True)
