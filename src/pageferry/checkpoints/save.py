@@ -46,7 +46,9 @@ async def checkpoint(
     """Save a running workload to an image at `path`; it runs on. The image appears when it is complete.
 
     With `parent`, an earlier image of the same workload, only pages that differ from it are stored; the image needs it.
-    `options` are those of `Options`: mode, codec, bandwidth... `listener` is called with an event for every step.
+    `options` are those of `pageferry.checkpoints.options.Options`, which explains them: mode, codec, bandwidth (bytes
+    per second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant. `listener` is
+    called with an event for every step.
 
     Raises CheckpointError when no image was written (the disk is full, the path cannot be): the workload runs on.
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.

@@ -51,8 +51,9 @@ async def migrate(
 ) -> MigrationResult:
     """Move a running workload to the receiver at `address` (HOST:PORT); it runs there when this returns.
 
-    `options` are those of `Options`: max_downtime (seconds), codec, populate, large_pages... `listener` is called with
-    an event for every round.
+    `options` are those of `pageferry.migration.options.Options`, which explains them: mode, max_downtime (seconds),
+    max_rounds, auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second),
+    streams, patience (seconds), insecure, tls, tls_hostname. `listener` is called with an event for every round.
 
     Raises MigrationError when it did not work out: the workload runs on here then, as if nothing had happened; except
     for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver, and PostcopyPaused: it runs
