@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.measuring.bench import Results
 from benchmarks.measuring.statistics import median, values
 from benchmarks.measuring.tables import Target
 
-Results = dict[str, list[dict[str, Any]]]
 PEERS = ("precopy", "multifd")
 
 
