@@ -10,8 +10,6 @@ import mmap
 import os
 import random
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +23,13 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
 from pageferry.workloads import following
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
-from tests.saved import check_ledger, memory_of
+from pageferry.workloads.ledger import LedgerOptions
+from tests.saved import check_ledger, ledger, memory_of, save
 
 pytestmark = pytest.mark.kernel
 
 MIB = 1 << 20
 PAGE = 4096
-
-
-@contextmanager
-def ledger(size: int, options: LedgerOptions, **more: Any) -> Iterator[LedgerWorkload]:
-    workload = LedgerWorkload.create(size, options, exact=True, **more)
-    try:
-        yield workload
-    finally:
-        workload.stop()
-    assert workload.verify().intact
-
-
-def save(workload: Any, path: Path, **options: Any) -> events.CheckpointResult:
-    return asyncio.run(pageferry.checkpoint(workload, path, **options))
 
 
 def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:

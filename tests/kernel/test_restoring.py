@@ -18,7 +18,6 @@ import pytest
 import pageferry
 from pageferry._engine import PageSet, Space, Trace
 from pageferry.checkpoints.arenas import RestoredArena
-from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restoring import large_units
 from pageferry.cli.main import main
@@ -32,7 +31,7 @@ from tests.kernel import moving
 from tests.kernel.images import ABSENT, DATA, PAGE, Maker
 from tests.kernel.moving import MIB
 from tests.kernel.programs import Program
-from tests.saved import check_ledger
+from tests.saved import check_ledger, save
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
 
@@ -225,10 +224,6 @@ def test_a_heavy_writer_is_saved_too(images: dict[str, Path], tmp_path: Path) ->
 def words_of(arena: Arena) -> Any:
     """The arena as pages of 512 words."""
     return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
-
-
-def save(arena: Arena, path: Path, **options: Any) -> CheckpointResult:
-    return asyncio.run(pageferry.checkpoint(arena, path, **options))
 
 
 @pytest.mark.parametrize("based", [False, True])
