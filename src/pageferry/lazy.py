@@ -8,16 +8,13 @@ from importlib import import_module
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package.
-
-    `homes`: the module below the package that a name comes from; a name of the same name as its module is the module.
-    """
+    """`__getattr__` and `__dir__` for a package. `homes`: the module that each name comes from, or is."""
 
     def get(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = import_module(f"{package}.{homes[name]}")
-        value: object = module if homes[name] == name else getattr(module, name)
+        module = import_module(homes[name])
+        value: object = module if homes[name] == f"{package}.{name}" else getattr(module, name)
         vars(sys.modules[package])[name] = value
         return value
 

@@ -20,5 +20,12 @@ __all__ = ["Options", "SharingResult", "find", "share", "undo"]
 
 # The guard of KSM's switches, a process of its own, does without them.
 __getattr__, __dir__ = lazily(
-    __name__, {"Options": "scan", "SharingResult": "events", "find": "api", "share": "api", "undo": "api"}
+    __name__,
+    {
+        "Options": "pageferry.sharing.scan",
+        "SharingResult": "pageferry.sharing.events",
+        "find": "pageferry.sharing.api",
+        "share": "pageferry.sharing.api",
+        "undo": "pageferry.sharing.api",
+    },
 )
