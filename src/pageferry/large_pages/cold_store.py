@@ -39,7 +39,7 @@ from pageferry.host import proc, processes
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
-from pageferry.largepages.tracking import SLOTS, Activity, cold_runs
+from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
 from pageferry.workloads.deferred import Deferred

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 
-from pageferry.largepages.tracking import LargePage
+from pageferry.large_pages.tracking import LargePage
 from pageferry.workloads.base import LARGE_PAGE
 
 FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}

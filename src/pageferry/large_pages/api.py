@@ -14,10 +14,10 @@ from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import available
-from pageferry.largepages import cold_store, reclaim
-from pageferry.largepages.cold_store import Stored
-from pageferry.largepages.estimate import estimate
-from pageferry.largepages.events import (
+from pageferry.large_pages import cold_store, reclaim
+from pageferry.large_pages.cold_store import Stored
+from pageferry.large_pages.estimate import estimate
+from pageferry.large_pages.events import (
     BroughtBack,
     LargePagesResult,
     Overhead,
@@ -26,9 +26,9 @@ from pageferry.largepages.events import (
     SampleEvent,
     StoreFigures,
 )
-from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
-from pageferry.largepages.sampling import Sampling
-from pageferry.largepages.tracking import Activity, LargePage, Tracker
+from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
+from pageferry.large_pages.sampling import Sampling
+from pageferry.large_pages.tracking import Activity, LargePage, Tracker
 from pageferry.workloads import following
 from pageferry.workloads.targets import Target
 
