@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_other_names_are_refused(part: ModuleType) -> None:
     ("function", "options"),
     [(pageferry.migrate, migration.Options), (pageferry.checkpoint, checkpoints.Options)],
 )
-def test_all_options_are_named(function: object, options: type) -> None:
+def test_all_options_are_named(function: object, options: Any) -> None:
     text = inspect.getdoc(function) or ""
     assert [field.name for field in dataclasses.fields(options) if field.name not in text] == []
 

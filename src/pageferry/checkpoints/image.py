@@ -132,7 +132,7 @@ class ImageFile:
         Raises ImageError, OSError (disk full).
         """
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
-        kept = (metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS)
+        kept = (metadata.STATE, metadata.LARGE_UNITS)
         sections += [(kind, contents) for kind in kept if (contents := self.section(kind)) is not None]
         regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
         with new_file(Path(path)) as descriptor:
@@ -273,7 +273,7 @@ def _finding(link: Link, page: int | None, message: str) -> str:
 
 def _damaged_sections(link: Link) -> list[str]:
     found = []
-    for kind in (metadata.METADATA, metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS):
+    for kind in (metadata.METADATA, metadata.STATE, metadata.LARGE_UNITS):
         try:
             link.image.section(kind)
         except (ValueError, OSError) as error:

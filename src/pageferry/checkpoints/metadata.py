@@ -16,9 +16,7 @@ METADATA = 16
 """Section: `Metadata`, as MessagePack."""
 STATE = 17
 """Section: the workload's state, as its `save_state` gave it."""
-WORKING_SET = 18
-"""Section: pages in the order in which they were touched first after the last restore, as 32-bit numbers counted over
-all regions in units of page blocks."""
+# 18 is reserved: working sets are learnt by restores, and stand beside the image (`working_set`).
 LARGE_UNITS = 19
 """Section: one bit per 2 MiB unit of every region, the lowest of the first byte first; each region begins a byte."""
 

@@ -42,7 +42,7 @@ class Region:
     """A contiguous piece of a workload's memory that is backed by one shared file."""
 
     name: str
-    """Stable across hosts: QEMU's ramblock id, or the name an arena gave it."""
+    """Stable across hosts: QEMU's ramblock id, or `arena`; of any other process, the file that it maps."""
     length: int
     """Bytes."""
     fd: int
@@ -68,7 +68,7 @@ class Identity:
     """What a workload is, as told to a peer before anything is sent, so that a wrong destination can refuse."""
 
     kind: str
-    """`arena` or `qemu`."""
+    """`arena`, `qemu` or `process`."""
     name: str
     details: dict[str, Any] = field(default_factory=dict)
     """Kind-specific facts worth a check or a message (QEMU version, machine type...)."""

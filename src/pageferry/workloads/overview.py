@@ -45,9 +45,9 @@ class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     large: int | None
     """Of that, on large pages."""
     deferred: int
-    """Contents still to come from an image."""
+    """Contents still to come, from an image or another host."""
     waiting: str | None
-    """What its restore waits for."""
+    """Why they do not come."""
     dirty_rate: int | None
     """Modified per second, as a migration under way has found in its last round."""
     jobs: list[Job]
