@@ -17,7 +17,7 @@ from tests.kernel import moving
 from tests.kernel.moving import MIB
 from tests.kernel.programs import DEADLINE, Program
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 
 @pytest.fixture

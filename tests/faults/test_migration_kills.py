@@ -13,7 +13,7 @@ from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.programs import Program, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 BEFORE_COMMIT = "connected greeted set-up in-round between-rounds paused last-pages-sent state-sent ready".split()
 """Points of the source."""

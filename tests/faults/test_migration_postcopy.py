@@ -13,7 +13,7 @@ from tests.kernel import moving
 from tests.kernel.moving import MIB
 from tests.kernel.programs import Program
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 BEFORE_COMMIT = "set-up in-round between-rounds paused missing-sent state-sent ready".split()
 """Points of the source in hybrid mode."""

@@ -26,7 +26,7 @@ from tests.kernel import moving
 from tests.kernel.moving import MIB
 from tests.kernel.programs import DEADLINE, Program, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 AUTHORITY = Authority()
 

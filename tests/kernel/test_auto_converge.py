@@ -20,7 +20,7 @@ from tests.kernel import moving
 from tests.kernel.moving import MIB
 from tests.kernel.programs import Program, wait_until
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root", "quotas")]
+pytestmark = pytest.mark.usefixtures("root", "quotas")
 
 WILD: dict[str, Any] = {"size": 32 * MIB, "options": {"threads": 2}}
 """Writes all over its memory, as fast as it can."""

@@ -26,8 +26,6 @@ from pageferry.workloads.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions
 from tests.saved import check_ledger, ledger, memory_of, save
 
-pytestmark = pytest.mark.kernel
-
 MIB = 1 << 20
 PAGE = 4096
 

@@ -33,7 +33,7 @@ from tests.kernel.moving import MIB
 from tests.kernel.programs import Program
 from tests.saved import check_ledger, save
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 HERE = Path(__file__).parent
 CALM = LedgerOptions(threads=2, rate=4 * MIB, working_set=0.05, zero_fraction=0.2)
