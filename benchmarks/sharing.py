@@ -26,10 +26,11 @@ from benchmarks.measuring import machine  # noqa: E402
 from benchmarks.measuring.bench import Bench, Results, Setting  # noqa: E402
 from benchmarks.measuring.statistics import having, median_of, values  # noqa: E402
 from benchmarks.measuring.tables import Run, Target, at_least, at_most, table  # noqa: E402
-from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space, large_tmpfs  # noqa: E402
+from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space  # noqa: E402
 from pageferry.host.smaps import total  # noqa: E402
 from pageferry.sharing import api, ksm, ranges  # noqa: E402
 from pageferry.sharing.ranges import Range  # noqa: E402
+from pageferry.workloads.arena import memory_file  # noqa: E402
 from pageferry.workloads.targets import process_target  # noqa: E402
 
 PROCESSES = 2
@@ -98,10 +99,7 @@ def measure(line: str, mib: int) -> dict[str, Any]:
 
 def scan_rates(mib: int) -> Run:
     """GB per second of CPU over data, by one thread: in a shared file, in another process, and of a plain copy."""
-    directory = large_tmpfs((mib << 20) + LARGE_PAGE)
-    fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600, dir_fd=directory)
-    os.close(directory)
-    os.ftruncate(fd, mib << 20)
+    fd, _ = memory_file(mib << 20)
     mapping = Mapping(fd, mib << 20)
     memory = memoryview(mapping).cast("B")
     for at in range(0, mib << 20, LARGE_PAGE):
