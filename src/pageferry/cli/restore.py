@@ -8,7 +8,7 @@ from logging import getLogger
 
 from pageferry.checkpoints.restore import completed, restore_guest, take_over
 from pageferry.checkpoints.restore_events import RestoreResult
-from pageferry.cli.run import see_to_the_end
+from pageferry.cli.foreground import see_to_the_end
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.report.reporter import Reporter, open_reporter
