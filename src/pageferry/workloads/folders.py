@@ -5,10 +5,13 @@ from __future__ import annotations
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads.base import Workload
+from pageferry.workloads.lifecycle import LocalWorkload
 
 
 def folder_of(workload: Workload) -> Folder | None:
     """The folder of a registered workload; None for one without a name on this host."""
+    if isinstance(workload, LocalWorkload) and not workload.registered:
+        return None
     try:
         registry = Registry()
         entry = registry.lookup(workload.name)
