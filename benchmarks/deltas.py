@@ -47,7 +47,7 @@ def measure(setting: Setting) -> list[Run]:
     runs = []
     for _ in range(setting.repetitions):
         for name in (*PROGRAMS, "built-in workload"):
-            with _running(name, setting) as pid:
+            with _running(name) as pid:
                 early, late = _round(pid), _round(pid)
             changed = sorted(address for address in early.keys() & late.keys() if early[address] != late[address])
             for codec in CODECS:
@@ -85,7 +85,7 @@ def _pages(pid: int) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def _running(name: str, setting: Setting) -> Iterator[int]:
+def _running(name: str) -> Iterator[int]:
     if name not in PROGRAMS:
         with Ledger("resent", 64 << 20, LEDGER) as ledger:
             yield ledger.pid

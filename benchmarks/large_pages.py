@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measuring import machine
 from benchmarks.measuring.bench import Bench, Results, Setting
-from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.statistics import median, median_of, values
 from benchmarks.measuring.tables import Run, Target, at_least, at_most, table
 from benchmarks.sampling.reader import truth
 from pageferry._engine import LARGE_PAGE, Space
@@ -233,9 +233,9 @@ def judge(results: Results) -> list[Target]:
     lost = values([*results["slowdown"], *results["accuracy"]], "large-lost")
     return [
         at_least("large pages classified exactly", min(values(results["accuracy"], "right-percent")), 100, "%"),
-        at_most("slowdown, shared memory, 5 % sampled per second", median(values(at_5, "slowdown-percent")), 3, "%"),
+        at_most("slowdown, shared memory, 5 % sampled per second", median_of(at_5, "slowdown-percent"), 3, "%"),
         at_most("large mappings that did not come back", max(lost), 0, "", 0),
-        at_least("of the cold bytes reclaimed", median(values(results["store"], "reclaimed-percent")), 95, "%"),
+        at_least("of the cold bytes reclaimed", median_of(results["store"], "reclaimed-percent"), 95, "%"),
     ]
 
 

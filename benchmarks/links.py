@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.linking import loopback, networks
 from benchmarks.measuring import machine
 from benchmarks.measuring.bench import Bench, Results
-from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.statistics import having, median_of
 from benchmarks.measuring.tables import Column, Target, at_least, table
 
 LOOPBACK: tuple[Column, ...] = (
@@ -50,10 +50,8 @@ def render(results: Results) -> list[str]:
 def judge(results: Results) -> list[Target]:
     """What TLS may cost."""
     rates = {
-        key: median(
-            values([run for run in results["loopback"] if (run["link"], run["streams"]) == key], "first-round-mbps")
-        )
-        for key in {(run["link"], run["streams"]) for run in results["loopback"]}
+        (link, streams): median_of(having(results["loopback"], link=link, streams=streams), "first-round-mbps")
+        for link, streams in {(run["link"], run["streams"]) for run in results["loopback"]}
     }
     return [
         at_least(

@@ -24,12 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import machine  # noqa: E402
 from benchmarks.measuring.bench import Bench, Results, Setting  # noqa: E402
-from benchmarks.measuring.statistics import values  # noqa: E402
+from benchmarks.measuring.statistics import having, median_of, values  # noqa: E402
 from benchmarks.measuring.tables import Run, Target, at_least, at_most, table  # noqa: E402
-from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space, large_tmpfs  # noqa: E402
+from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space  # noqa: E402
 from pageferry.host.smaps import total  # noqa: E402
 from pageferry.sharing import api, ksm, ranges  # noqa: E402
 from pageferry.sharing.ranges import Range  # noqa: E402
+from pageferry.workloads.arena import memory_file  # noqa: E402
 from pageferry.workloads.targets import process_target  # noqa: E402
 
 PROCESSES = 2
@@ -98,10 +99,7 @@ def measure(line: str, mib: int) -> dict[str, Any]:
 
 def scan_rates(mib: int) -> Run:
     """GB per second of CPU over data, by one thread: in a shared file, in another process, and of a plain copy."""
-    directory = large_tmpfs((mib << 20) + LARGE_PAGE)
-    fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600, dir_fd=directory)
-    os.close(directory)
-    os.ftruncate(fd, mib << 20)
+    fd, _ = memory_file(mib << 20)
     mapping = Mapping(fd, mib << 20)
     memory = memoryview(mapping).cast("B")
     for at in range(0, mib << 20, LARGE_PAGE):
@@ -150,15 +148,13 @@ def size(setting: Setting) -> int:
 
 def judge(results: Results) -> list[Target]:
     """The targets of S9."""
-    alone, *ours = ([run for run in results["ksm"] if run["line"] == line] for line in LINES)
-    freed, broken = median(values(alone, "freed-mib")), median(values(alone, "broken"))
+    alone, *ours = (having(results["ksm"], line=line) for line in LINES)
+    freed, broken = median_of(alone, "freed-mib"), median_of(alone, "broken")
     fewer = [
-        broken / max(median(values(line, "broken")), 1)
-        for line in ours
-        if median(values(line, "freed-mib")) >= SAVING * freed
+        broken / max(median_of(line, "broken"), 1) for line in ours if median_of(line, "freed-mib") >= SAVING * freed
     ]
     errors = [abs(1 - part) * 100 for line in ours for part in values(line, "freed-of-estimate")]
-    slowest = min(median(values(results["rates"], name)) for name in ("file", "process"))
+    slowest = min(median_of(results["rates"], name) for name in ("file", "process"))
     return [
         at_least(
             "fewer large pages broken than by KSM alone, for 90 % of its saving", max(fewer, default=None), 3, "x"

@@ -12,8 +12,8 @@ from pageferry.checkpoints import events as checkpoint
 from pageferry.checkpoints import restore_events as restore
 from pageferry.errors import NotConverging
 from pageferry.events import Event, Latency
-from pageferry.largepages import events as large
-from pageferry.largepages.estimate import estimate
+from pageferry.large_pages import events as large
+from pageferry.large_pages.estimate import estimate
 from pageferry.migration import events as migration
 from pageferry.report.event_log import EventLog, header
 from pageferry.sharing import events as sharing

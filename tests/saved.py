@@ -1,18 +1,43 @@
-"""What an image holds, against what the workload knows about the instant that was saved."""
+"""Workloads that are saved, and what an image holds, against what they know about the instant that was saved."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pageferry
 from pageferry import _engine
+from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
 from pageferry.workloads.base import Region, Workload
+from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 
 SLICE = 8192
 """Pages read at once."""
+HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
+"""A writer that never rests, and pages of all kinds."""
+
+
+@contextmanager
+def ledger(size: int = 32 << 20, options: LedgerOptions = HEAVY, **more: Any) -> Iterator[LedgerWorkload]:
+    """A ledger of this process that runs; at the end nothing may be wrong with it."""
+    workload = LedgerWorkload.create(size, options, exact=True, **more)
+    try:
+        yield workload
+    finally:
+        workload.stop()
+    assert workload.verify().intact
+
+
+def save(workload: Any, path: Path, **options: Any) -> CheckpointResult:
+    """A checkpoint of it."""
+    return asyncio.run(pageferry.checkpoint(workload, path, **options))
 
 
 def memory_of(image: ImageFile) -> _engine.Mapping:

@@ -21,7 +21,6 @@ from typing import Any
 from benchmarks.measuring import machine
 from benchmarks.measuring.bench import Setting
 from pageferry._engine import (
-    LARGE_PAGE,
     SMALL_PAGE,
     Mapping,
     Pager,
@@ -30,9 +29,9 @@ from pageferry._engine import (
     PeerSource,
     Placer,
     Space,
-    large_tmpfs,
 )
 from pageferry.migration import room
+from pageferry.workloads.arena import memory_file
 
 FULL, SMALL = 512 << 20, 32 << 20
 ACCESSES = 2000
@@ -108,13 +107,8 @@ def _touch(process: subprocess.Popen[bytes], pages: list[int]) -> list[int]:
 @contextlib.contextmanager
 def _file(length: int) -> Iterator[int]:
     """A file on large pages."""
-    folder = large_tmpfs(length + LARGE_PAGE)
+    descriptor, _ = memory_file(length)
     try:
-        descriptor = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    finally:
-        os.close(folder)
-    try:
-        os.ftruncate(descriptor, length)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.arriving import accesses, guests, ledgers
 from benchmarks.measuring.bench import Results
-from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.statistics import having, median_of
 from benchmarks.measuring.tables import Column, Run, Target, at_most, rows, table
 
 WAITS: tuple[Column, ...] = (("access waits, median us", "p50-us", 0, 1), ("99 % us", "p99-us", 0, 1))
@@ -53,7 +53,7 @@ def render(results: Results) -> list[str]:
 
 def judge(results: Results) -> list[Target]:
     """All targets, in the order in which they are to be read."""
-    guest = [run for run in results["guests"] if run["line"] == "pageferry"]
+    guest = having(results["guests"], line="pageferry")
     theirs = next(run for run in results["guests"] if "ended" in run)
     ours = next(run for run in results["ledger"] if run["mode"] == "precopy")
     return [
@@ -71,10 +71,12 @@ def judge(results: Results) -> list[Target]:
             "ended" if ours["ended"] else f"gave up after {ours['rounds']} rounds",
             not ours["ended"],
         ),
-        at_most("downtime in post-copy, guest", _median(_of(guest, "postcopy"), "downtime-ms"), DOWNTIME, "ms"),
+        at_most(
+            "downtime in post-copy, guest", median_of(having(guest, mode="postcopy"), "downtime-ms"), DOWNTIME, "ms"
+        ),
         at_most(
             "downtime in post-copy, built-in workload",
-            _median(_of(results["ledger"], "postcopy"), "downtime-ms"),
+            median_of(having(results["ledger"], mode="postcopy"), "downtime-ms"),
             DOWNTIME,
             "ms",
         ),
@@ -83,15 +85,15 @@ def judge(results: Results) -> list[Target]:
 
 
 def _hybrid(what: str, runs: list[Run], once: float) -> Target:
-    total = _median(_of(runs, "hybrid"), "total-ms")
+    total = median_of(having(runs, mode="hybrid"), "total-ms")
     return at_most(f"{what}, against sending its memory once ({once:.1f} s)", total / once / 1e3, 2, "x", 2)
 
 
 def _accesses(runs: list[Run]) -> list[Target]:
     """Each way of pushing, against an access when there is no push."""
     idle, *pushed = accesses.METHODS
-    alone = _median([run for run in runs if run["method"] == idle], "p50-us")
-    found = {method: _median([run for run in runs if run["method"] == method], "p99-us") for method in pushed}
+    alone = median_of(having(runs, method=idle), "p50-us")
+    found = {method: median_of(having(runs, method=method), "p99-us") for method in pushed}
     return [
         at_most(f"99 % of accesses, {method}, against one while idle ({alone:.0f} us)", worst / alone, 5, "x")
         for method, worst in found.items()
@@ -110,11 +112,3 @@ def _over_time(runs: list[Run], by: tuple[str, ...]) -> str:
 
 def _tenths(rates: list[float]) -> list[float]:
     return [rates[min(number * len(rates) // SLICES, len(rates) - 1)] for number in range(SLICES)]
-
-
-def _of(runs: list[Run], mode: str) -> list[Run]:
-    return [run for run in runs if run["mode"] == mode]
-
-
-def _median(runs: list[Run], key: str) -> float:
-    return median(values(runs, key))

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL = ROOT / ".cache" / "guest" / "vmlinuz"
 QEMU = ROOT / ".cache" / "qemu-10" / "bin" / "qemu-system-x86_64"
+OWN_QEMU = Path("/usr/bin/qemu-system-x86_64")
+"""That of the machine's own release, which may be another."""
 CHECKER = ROOT / ".cache" / "guest" / "checker"
 
 
@@ -31,12 +33,17 @@ def about() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpus = (line.split(":")[1].strip() for line in lines if "model name" in line)
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
-    qemu = subprocess.run([QEMU, "--version"], check=True, capture_output=True, text=True).stdout
-    version = re.search(r"version (\S+)", qemu)
     return {
         "CPU": f"{os.cpu_count()} x {next(cpus, platform.machine())}",
         "memory": f"{memory:.0f} GiB",
         "kernel": platform.release(),
-        "QEMU": version[1] if version else qemu.strip(),
+        "QEMU": qemu_version(QEMU),
         "Python": platform.python_version(),
     }
+
+
+def qemu_version(program: Path) -> str:
+    """As it says itself, such as `10.0.2`."""
+    said = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+    version = re.search(r"version (\S+)", said)
+    return version[1] if version else said.strip()

@@ -6,15 +6,21 @@ import asyncio
 import itertools
 from typing import Any
 
+from benchmarks.measuring import machine
 from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.bench import Setting
+from benchmarks.moving import side_by_side
+from benchmarks.moving.guest import BUSY, Place
 from benchmarks.moving.ledger import Ledger
 from benchmarks.moving.pageferry_line import PageferryLine, expect, pageferry
 from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.opening import open_workload
+from tests.guest import initrd
 
 POPULATE = ("all", "hot", "none")
 LARGE_PAGES = ("keep", "ignore")
-ARENA = 512 << 20
+FULL, SMALL = 512 << 20, 64 << 20
+BALLAST = 1152 << 20
 SLOW = 14
 """Writes that take 2**14 ns (16 us) or longer count as slow: those that meet a page fault do, on a quiet machine."""
 WRITER = {"working_set": 0.1, "scatter": True, "zero_fraction": 0.1, "rate": 400 << 20}
@@ -26,20 +32,24 @@ def choices() -> list[tuple[str, str]]:
     return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
 
 
-def of_guest(line: PageferryLine, ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+def measure_guest(setting: Setting) -> list[dict[str, Any]]:
     """Move a guest with every combination."""
     runs = []
-    for populate, large in choices() * repetitions:
-        words = ("--populate", populate, "--large-pages", large)
-        runs.append({"populate": populate, "large-pages-option": large} | line.move(ballast, words=words))
-        line.rest()
+    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    line = PageferryLine("populate", place, machine.QEMU, BUSY)
+    with Ballast(side_by_side.BALLAST) as ballast, side_by_side.booted([(line, [])]):
+        ballast.hold()
+        for populate, large in choices() * setting.repetitions:
+            words = ("--populate", populate, "--large-pages", large)
+            runs.append({"populate": populate, "large-pages-option": large} | line.move(ballast, words=words))
+            line.rest()
     return runs
 
 
-def of_ledger(ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+def measure_ledger(setting: Setting) -> list[dict[str, Any]]:
     """Move the built-in workload with every combination."""
-    with Ledger("ledger", ARENA, WRITER) as ledger:
-        return [move(ledger, ballast, *choice) for choice in choices() * repetitions]
+    with Ballast(BALLAST) as ballast, Ledger("ledger", SMALL if setting.quick else FULL, WRITER) as ledger:
+        return [move(ledger, ballast, *choice) for choice in choices() * setting.repetitions]
 
 
 def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: tuple[str, ...] = ()) -> dict[str, Any]:

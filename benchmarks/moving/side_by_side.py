@@ -7,11 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import machine
 from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.bench import Setting
 from benchmarks.moving.guest import BUSY, IDLE, Line, Place
 from benchmarks.moving.pageferry_line import PageferryLine
 from benchmarks.peers.qemu import QemuLine
+from tests.guest import initrd
 
+BALLAST = 1280 << 20
+"""Bytes: a guest of 1 GiB that comes to be all in memory, and some."""
 BOOT = 90.0
 LOADS = {"busy": BUSY, "idle": IDLE}
 Method = tuple[str, dict[str, Any]]
@@ -20,32 +25,42 @@ TUNED: list[Method] = [("precopy", {}), ("multifd", {"multifd": True})]
 DEFAULT: Method = ("precopy, default bandwidth", {"default": True})
 
 
-def measure(place: Place, qemus: dict[str, Path], ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+def measure(setting: Setting) -> list[dict[str, Any]]:
     """All lines under both loads."""
+    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    with Ballast(BALLAST) as ballast:
+        return [run for load in LOADS for run in _under(load, place, ballast, setting.repetitions)]
+
+
+def _under(load: str, place: Place, ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
     runs = []
-    for load in LOADS:
-        with booted(_lines(place, qemus, load)) as lines:
-            ballast.hold()
-            for repetition in range(repetitions):
-                for line, methods in lines:
-                    for name, options in methods:
-                        run = line.move(ballast, **options)
-                        line.rest()
-                        runs.append({"load": load, "method": name, "repetition": repetition} | run)
-            runs += _as_shipped(lines, load, ballast)
-    return runs
+    with booted(_lines(place, load)) as lines:
+        ballast.hold()
+        for repetition in range(repetitions):
+            for line, methods in lines:
+                for name, options in methods:
+                    run = line.move(ballast, **options)
+                    line.rest()
+                    runs.append({"load": load, "method": name, "repetition": repetition} | run)
+        return runs + _as_shipped(lines, load, ballast)
 
 
-def _lines(place: Place, qemus: dict[str, Path], load: str) -> list[tuple[Line, list[Method]]]:
+def _lines(place: Place, load: str) -> list[tuple[Line, list[Method]]]:
     lines: list[tuple[Line, list[Method]]] = []
     words = LOADS[load]
-    for version, qemu in qemus.items():
+    for version, qemu in _qemus().items():
         lines.append((QemuLine(f"QEMU {version} {load}", place, qemu, words), TUNED))
         if load == "busy":
             shared = QemuLine(f"QEMU {version} {load} shared file", place, qemu, words, shared_file=True)
             lines.append((shared, TUNED))
         lines.append((PageferryLine(f"pageferry {version} {load}", place, qemu, words), [("pageferry", {})]))
     return lines
+
+
+def _qemus() -> dict[str, Path]:
+    """Those there are, by version: the machine's own, and the newest."""
+    found = [path for path in (machine.OWN_QEMU, machine.QEMU) if path.exists()]
+    return {".".join(machine.qemu_version(path).split(".")[:2]): path for path in found}
 
 
 def _as_shipped(lines: Sequence[tuple[Line, list[Method]]], load: str, ballast: Ballast) -> list[dict[str, Any]]:

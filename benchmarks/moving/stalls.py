@@ -8,17 +8,17 @@ import threading
 import time
 from typing import Any
 
+from benchmarks.measuring.bench import Setting
 from benchmarks.moving.ledger import Ledger
-from pageferry._engine import BlockSender, Trace
+from pageferry._engine import SMALL_PAGE, BlockSender, Trace
 from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.opening import open_workload
 
-SIZE = 256 << 20
+FULL, SMALL = 256 << 20, 64 << 20
 ROUND = 0.15
 """Seconds between two collections: about what sending the arena takes."""
 ROUNDS = 4
-SMALL_PAGE = 4096
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "everything, as fast as it can": {},
@@ -30,12 +30,12 @@ RELEASES = {"no trace": None, "4K": 0, "2M": 1, "auto 64": 64, "auto 256": 256, 
 """`release_after` of the trace."""
 
 
-def measure(repetitions: int) -> list[dict[str, Any]]:
+def measure(setting: Setting) -> list[dict[str, Any]]:
     """Every pattern with every granularity, in turn."""
     runs = []
     for pattern, options in PATTERNS.items():
-        with Ledger("stalls", SIZE, {"compressible": 0.0, **options}) as ledger:
-            runs += asyncio.run(_pattern(ledger, pattern, repetitions))
+        with Ledger("stalls", SMALL if setting.quick else FULL, {"compressible": 0.0, **options}) as ledger:
+            runs += asyncio.run(_pattern(ledger, pattern, setting.repetitions))
     return runs
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from benchmarks.measuring.tables import Column, Run, Target, table, verdict
-from benchmarks.moving.targets import Results
+from benchmarks.measuring.bench import Results
+from benchmarks.measuring.tables import Column, Run, table
 
 GUEST: tuple[Column, ...] = (
     ("total ms", "total-ms", 0, 1),
@@ -44,14 +41,9 @@ THROUGHPUT: tuple[Column, ...] = (
 )
 
 
-def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -> str:
+def render(results: Results) -> list[str]:
     """Everything."""
-    machine = ", ".join(f"{key}: {value}" for key, value in about.items())
-    parts = [
-        "<!-- Written by benchmarks/migrate.py. -->",
-        f"Median (least–most). {machine}.",
-        "### Targets",
-        verdict(targets),
+    return [
         "### One guest of 1 GiB, 200 MiB of it in use",
         table([run for run in results["guests"] if run["alive"]], ("load", "line", "method"), GUEST),
         "### An incompressible arena and iperf3",
@@ -63,7 +55,6 @@ def render(about: dict[str, Any], results: Results, targets: Sequence[Target]) -
         "### Write traces",
         table(results["stalls"], ("pattern", "granularity"), STALLS),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _populated(run: Run) -> Run:

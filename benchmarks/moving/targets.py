@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.bench import Results
+from benchmarks.measuring.statistics import having, median_of
 from benchmarks.measuring.tables import Target
 
-Results = dict[str, list[dict[str, Any]]]
 PEERS = ("precopy", "multifd")
 
 
@@ -17,7 +17,7 @@ def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ..
     for run in runs:
         if run["load"] == load and run["method"] in methods and run["alive"]:
             groups.setdefault(f"{run['line']}, {run['method']}", []).append(run)
-    return min((median(values(group, key)), name) for name, group in groups.items())
+    return min((median_of(group, key), name) for name, group in groups.items())
 
 
 def judge(results: Results) -> list[Target]:
@@ -29,16 +29,16 @@ def judge(results: Results) -> list[Target]:
             _at_most(guests, load, "total-ms", 0.2, "total time"),
             _at_most(guests, load, "stop-to-resume-ms", 1.0, "downtime (STOP to RESUME)"),
         ]
-    ratio = median(values(results["throughput"], "ratio"))
+    ratio = median_of(results["throughput"], "ratio")
     found.append(
         Target("incompressible arena, one stream, checksums", ">= 60 % of iperf3", f"{ratio:.0%}", ratio >= 0.6)
     )
-    ours = [run for run in guests if run["method"] == "pageferry"]
+    ours = having(guests, method="pageferry")
     kept = all(run["large-destination"] >= run["large-source"] for run in ours)
     words = ", ".join(sorted({f"{run['large-source']} -> {run['large-destination']}" for run in ours}))
     found.append(Target("large pages of the guest, source -> destination", "as many", words, kept))
     arena = [run for run in results["ledger"] if (run["populate"], run["large-pages-option"]) == ("all", "keep")]
-    faults = median(values(arena, "faults-first-second"))
+    faults = median_of(arena, "faults-first-second")
     found.append(Target("faults of the built-in workload in its first second", "<= 5", f"{faults:.0f}", faults <= 5))
     return found
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.measuring.ballast import Ballast
+from benchmarks.measuring.bench import Setting
 from benchmarks.moving.ledger import Ledger
 from benchmarks.moving.pageferry_line import Process, expect, pageferry
 from benchmarks.peers import iperf
 
-SIZE = 1 << 30
+FULL, SMALL = 1 << 30, 64 << 20
 
 
-def measure(ballast: Ballast, repetitions: int) -> list[dict[str, Any]]:
+def measure(setting: Setting) -> list[dict[str, Any]]:
     """Move one arena again and again, with iperf3 in between."""
     runs = []
-    with Ledger("arena", SIZE, {"rate": 1 << 20, "working_set": 0.01}) as ledger:
-        for _ in range(repetitions):
+    size = SMALL if setting.quick else FULL
+    with (
+        Ballast(size + (128 << 20)) as ballast,
+        Ledger("arena", size, {"rate": 1 << 20, "working_set": 0.01}) as ledger,
+    ):
+        for _ in range(setting.repetitions):
             ballast.hold()
             rate = iperf.one_stream()
             runs.append(_move(ledger, ballast) | {"iperf3-mbps": rate})

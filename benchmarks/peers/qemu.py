@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.moving.guest import MEMORY, Line, Place, Running
-from pageferry import _engine
+from pageferry.workloads.arena import memory_file
 
 BANDWIDTH = 10 << 30
 """Bytes per second: as good as no limit."""
@@ -91,11 +91,6 @@ class QemuLine(Line):
 
 
 def _shared_memory() -> tuple[tuple[str, ...], list[int]]:
-    folder = _engine.large_tmpfs(MEMORY + (2 << 20))
-    try:
-        file = os.open(f"/proc/self/fd/{folder}", os.O_TMPFILE | os.O_RDWR, 0o600)
-    finally:
-        os.close(folder)
-    os.ftruncate(file, MEMORY)
+    file, _ = memory_file(MEMORY)
     backend = f"memory-backend-file,id=ram0,size={MEMORY},share=on,align=2M,mem-path=/proc/self/fd/{file}"
     return ("-object", backend, "-machine", "memory-backend=ram0"), [file]

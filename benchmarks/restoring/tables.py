@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.measuring.bench import Results
-from benchmarks.measuring.statistics import median, values
+from benchmarks.measuring.statistics import having, median, median_of
 from benchmarks.measuring.tables import Column, Target, at_most, table
 
 GUEST: tuple[Column, ...] = (
@@ -52,7 +52,7 @@ def judge(results: Results) -> list[Target]:
         running.setdefault((run["line"], run["method"]), []).append(run["running-ms"])
     theirs, peer = min((median(found), method) for (line, method), found in running.items() if "mapped-ram" in method)
     ours = median(running["pageferry", "lazy"])
-    opened = [run for run in results["arenas"] if run["method"] == "lazy"]
+    opened = having(results["arenas"], method="lazy")
     return [
         Target(
             "guest running, against QEMU's fastest incoming",
@@ -60,6 +60,6 @@ def judge(results: Results) -> list[Target]:
             f"{ours:.1f} ms = {theirs / ours:.1f} times",
             theirs >= SOONER * ours,
         ),
-        at_most("service of a fault, against a bare loop", median(values(results["faults"], "ratio")), 1.3, "x", 2),
-        at_most(f"lazy arena of {opened[0]['GiB']:g} GiB usable", median(values(opened, "open-ms")), 20, "ms"),
+        at_most("service of a fault, against a bare loop", median_of(results["faults"], "ratio"), 1.3, "x", 2),
+        at_most(f"lazy arena of {opened[0]['GiB']:g} GiB usable", median_of(opened, "open-ms"), 20, "ms"),
     ]

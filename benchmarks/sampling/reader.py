@@ -15,7 +15,8 @@ import tempfile
 
 import numpy as np
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, large_tmpfs
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping
+from pageferry.workloads.arena import memory_file
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
 HOT = 0.75
@@ -30,8 +31,7 @@ def truth(unit: int) -> int:
 def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.uint64]], object]:
     """Memory on large pages; its address, as numbers, and what keeps it."""
     if kind == "shared":
-        folder = large_tmpfs(size + LARGE_PAGE)
-        mapping = _file(folder, size)
+        mapping = Mapping(memory_file(size)[0], size)
         return mapping.address, np.frombuffer(memoryview(mapping), dtype=np.uint64), mapping
     memory = mmap.mmap(-1, size + 2 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -40,12 +40,6 @@ def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype
     address = (start + LARGE_PAGE) // LARGE_PAGE * LARGE_PAGE
     first = (address - start) // 8
     return address, whole[first : first + size // 8], memory
-
-
-def _file(folder: int, size: int) -> Mapping:
-    descriptor = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600, dir_fd=folder)
-    os.ftruncate(descriptor, size)
-    return Mapping(descriptor, size)
 
 
 def indices(mode: str, size: int) -> list[np.ndarray[tuple[int], np.dtype[np.intp]]]:

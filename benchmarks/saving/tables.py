@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.measuring.bench import Results
-from benchmarks.measuring.statistics import median, values
-from benchmarks.measuring.tables import Column, Run, Target, at_least, at_most, table
+from benchmarks.measuring.statistics import having, median_of
+from benchmarks.measuring.tables import Column, Target, at_least, at_most, table
 
 PAUSE: tuple[Column, ...] = (("pause ms", "own-pause-ms", 1, 1), ("of it device state ms", "device-state-ms", 1, 1))
 SAVED: tuple[Column, ...] = (
@@ -45,35 +45,27 @@ def render(results: Results) -> list[str]:
 
 def judge(results: Results) -> list[Target]:
     """All targets, in the order in which they are to be read."""
-    lazy = _of(results["guests"], load="20 MiB/s", line="pageferry", method="lazy")
-    ledger = _of(results["ledger"], load="20 MiB/s", method="lazy")
-    first = _of(results["increments"], checkpoint="first")
-    second = _of(results["increments"], checkpoint="second, with parent")
+    lazy = having(results["guests"], load="20 MiB/s", line="pageferry", method="lazy")
+    ledger = having(results["ledger"], load="20 MiB/s", method="lazy")
+    first = having(results["increments"], checkpoint="first")
+    second = having(results["increments"], checkpoint="second, with parent")
     return [
-        at_most("pause of a 1 GiB guest, device state apart", _median(lazy, "beside-state-ms"), 5, "ms"),
-        at_most("pause of an arena, per GiB", _median(results["pause"], "pause-ms-per-gib"), 2, "ms", 2),
-        at_most("slowdown of a guest that writes 20 MiB/s", _median(lazy, "slowdown-percent"), 20, "%"),
-        at_most("slowdown of the built-in workload at 20 MiB/s", _median(ledger, "slowdown-percent"), 20, "%"),
-        at_least("mean write, guest", _median(lazy, "mean-write") / 1024, 256, "KiB", 0),
-        at_least("mean write, built-in workload", _median(ledger, "mean-write") / 1024, 256, "KiB", 0),
+        at_most("pause of a 1 GiB guest, device state apart", median_of(lazy, "beside-state-ms"), 5, "ms"),
+        at_most("pause of an arena, per GiB", median_of(results["pause"], "pause-ms-per-gib"), 2, "ms", 2),
+        at_most("slowdown of a guest that writes 20 MiB/s", median_of(lazy, "slowdown-percent"), 20, "%"),
+        at_most("slowdown of the built-in workload at 20 MiB/s", median_of(ledger, "slowdown-percent"), 20, "%"),
+        at_least("mean write, guest", median_of(lazy, "mean-write") / 1024, 256, "KiB", 0),
+        at_least("mean write, built-in workload", median_of(ledger, "mean-write") / 1024, 256, "KiB", 0),
         Target(
             "writes, guest",
-            f"fewer than one per page ({_median(lazy, 'data-pages'):,.0f})",
-            f"{_median(lazy, 'writes'):,.0f}",
-            _median(lazy, "writes") < _median(lazy, "data-pages"),
+            f"fewer than one per page ({median_of(lazy, 'data-pages'):,.0f})",
+            f"{median_of(lazy, 'writes'):,.0f}",
+            median_of(lazy, "writes") < median_of(lazy, "data-pages"),
         ),
         Target(
             "second checkpoint of a chain",
-            f"smaller than the first ({_median(first, 'bytes') / 2**20:.0f} MiB)",
-            f"{_median(second, 'bytes') / 2**20:.1f} MiB",
-            _median(second, "bytes") < _median(first, "bytes"),
+            f"smaller than the first ({median_of(first, 'bytes') / 2**20:.0f} MiB)",
+            f"{median_of(second, 'bytes') / 2**20:.1f} MiB",
+            median_of(second, "bytes") < median_of(first, "bytes"),
         ),
     ]
-
-
-def _of(runs: list[Run], **wanted: str) -> list[Run]:
-    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
-
-
-def _median(runs: list[Run], key: str) -> float:
-    return median(values(runs, key))

@@ -8,13 +8,18 @@
     await pageferry.checkpoint(arena, "table.img")          # saved while it is in use
     arena = pageferry.restore("table.img")                  # there at once; what is touched is read first
 
-Errors are those of `pageferry.errors`; the command `pageferry` does the same for QEMU guests.
+Where nobody has said how a migration ended (`errors.OutcomeUnknown`), `recover` asks the receiver, and `take_back` lets
+the arena run here again. `large_pages` says which large pages of a process are hardly used, and reclaims from those;
+`sharing` finds equal pages, and shares them where it pays. What is raised is in `errors`. The command `pageferry` does
+the same for QEMU guests.
 """
 
 from typing import TYPE_CHECKING
 
+from pageferry.lazy import lazily
+
 if TYPE_CHECKING:
-    from pageferry import large_pages, sharing
+    from pageferry import errors, large_pages, sharing
     from pageferry.checkpoints.arenas import restore
     from pageferry.checkpoints.save import checkpoint
     from pageferry.migration.api import migrate, receive, recover, take_back
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Arena",
     "checkpoint",
+    "errors",
     "large_pages",
     "migrate",
     "receive",
@@ -32,31 +38,18 @@ __all__ = [
     "take_back",
 ]
 
-_HOMES = {
-    "Arena": "workloads.arena",
-    "checkpoint": "checkpoints.save",
-    "migrate": "migration.api",
-    "receive": "migration.api",
-    "recover": "migration.api",
-    "restore": "checkpoints.arenas",
-    "take_back": "migration.api",
-}
-_PARTS = {"large_pages", "sharing"}
-"""Modules of their own."""
-
-
-def __getattr__(name: str) -> object:
-    # Imported when first asked for: a command, or a program that has only arenas, does not wait for the rest.
-    if name not in _HOMES and name not in _PARTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    if name in _PARTS:
-        return import_module(f"{__name__}.{name}")
-    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Arena": "pageferry.workloads.arena",
+        "checkpoint": "pageferry.checkpoints.save",
+        "errors": "pageferry.errors",
+        "large_pages": "pageferry.large_pages",
+        "migrate": "pageferry.migration.api",
+        "receive": "pageferry.migration.api",
+        "recover": "pageferry.migration.api",
+        "restore": "pageferry.checkpoints.arenas",
+        "sharing": "pageferry.sharing",
+        "take_back": "pageferry.migration.api",
+    },
+)

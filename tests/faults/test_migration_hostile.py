@@ -33,7 +33,7 @@ from tests.network.strangers import (
     open_stream,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 
 @pytest.fixture(autouse=True)

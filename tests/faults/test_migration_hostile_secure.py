@@ -19,7 +19,7 @@ from tests.kernel import moving
 from tests.kernel.programs import DEADLINE, Program
 from tests.network.strangers import IMPOSTORS, REFUSALS, WRONG, Peer, close_all, destination, hello
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 AUTHORITY = Authority()
 STRANGE = 60

@@ -22,8 +22,6 @@ from tests.network.hosts import Network
 from tests.network.journeys import DEEDS, Journey, mend, nothing_left, points
 from tests.network.travellers import GuestTraveller, LedgerTraveller, Traveller, ended, guest_parts
 
-pytestmark = pytest.mark.faults
-
 MODES = get_args(get_type_hints(Options)["mode"])
 NOT_BEFORE = "state-sent ready recorded committed commit-sent answered promised commit-received decided resumed".split()
 """Points at which the destination has promised to be ready, or is about to."""

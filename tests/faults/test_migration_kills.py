@@ -13,7 +13,7 @@ from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.programs import Program, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 BEFORE_COMMIT = "connected greeted set-up in-round between-rounds paused last-pages-sent state-sent ready".split()
 """Points of the source."""
@@ -36,10 +36,7 @@ def before(here: Program) -> list[str]:
 
 def runs_on(here: Program, before: list[str]) -> None:
     """As if nothing had happened."""
-    moving.runs("here")
-    assert moving.status("here") is Status.RUNNING
-    wait_until(lambda: moving.traces(here.process.pid) == 0, "the end of the traces")
-    wait_until(lambda: moving.descriptors(here.process.pid) == before, "the end of all connections")
+    moving.runs_on(here, before)
     mounts = Path(f"/proc/{here.process.pid}/mountinfo").read_text().splitlines()
     assert not [mount for mount in mounts if str(Registry().path) in mount]
 
@@ -51,8 +48,7 @@ def moves(here: Program, name: str) -> None:
             assert migration.wait() == 0
         assert there.json()["type"] == "received"
         moving.ends_intact(here, "moved")
-        there.process.terminate()
-        assert moving.until(there, "ledger")["intact"]
+        moving.is_intact(there)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +127,7 @@ def test_a_source_killed_after_commit_stays_paused_until_it_has_asked(
             assert moving.stands_still("here")
             settle("here", owner="destination")
             moving.ends_intact(here, "moved")
-            there.process.terminate()
-            assert moving.until(there, "ledger")["intact"]
+            moving.is_intact(there)
 
 
 def test_a_source_killed_between_record_and_commit_runs_on(here: Program, before: list[str]) -> None:
@@ -156,8 +151,7 @@ def test_a_destination_that_is_cut_off_after_commit_is_asked(here: Program, befo
         assert moving.stands_still("here")
         settle("here", owner="destination")
         moving.ends_intact(here, "moved")
-        there.process.terminate()
-        assert moving.until(there, "ledger")["intact"]
+        moving.is_intact(there)
 
 
 def test_a_source_in_doubt_asks_whoever_receives_on_that_host(here: Program, before: list[str]) -> None:

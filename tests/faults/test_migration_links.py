@@ -14,8 +14,6 @@ from tests.kernel.programs import Program
 from tests.network import hosts
 from tests.network.hosts import GIGABIT, Network
 
-pytestmark = pytest.mark.faults
-
 
 @pytest.fixture(autouse=True)
 def _possible() -> None:

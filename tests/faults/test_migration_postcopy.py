@@ -11,9 +11,9 @@ from pageferry.host.registry import Registry
 from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.moving import MIB
-from tests.kernel.programs import Program, wait_until
+from tests.kernel.programs import Program
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 BEFORE_COMMIT = "set-up in-round between-rounds paused missing-sent state-sent ready".split()
 """Points of the source in hybrid mode."""
@@ -33,14 +33,6 @@ def before(here: Program) -> list[str]:
     return moving.descriptors(here.process.pid)
 
 
-def runs_on(here: Program, before: list[str]) -> None:
-    """As if nothing had happened."""
-    moving.runs("here")
-    assert moving.status("here") is Status.RUNNING
-    wait_until(lambda: moving.traces(here.process.pid) == 0, "the end of the traces")
-    wait_until(lambda: moving.descriptors(here.process.pid) == before, "the end of all connections")
-
-
 def recovers(here: Program, there: Program) -> None:
     """The source sends the rest, and everything is at the destination then."""
     assert moving.status("here") is Status.COMMITTED
@@ -50,8 +42,7 @@ def recovers(here: Program, there: Program) -> None:
         assert recovery.wait() == 0
     moving.ends_intact(here, "moved")
     moving.runs("there")
-    there.process.terminate()
-    assert moving.until(there, "ledger")["intact"]
+    moving.is_intact(there)
     assert Registry().entries() == {}
 
 
@@ -68,7 +59,7 @@ def test_a_source_that_fails_before_commit_leaves_it_running(
         if point in ("state-sent", "ready"):
             there.process.terminate()  # it waits for a source that may be in doubt
         assert there.wait() in (23, 143, -signal.SIGTERM)
-    runs_on(here, before)
+    moving.runs_on(here, before)
     moving.ends_intact(here)
 
 
@@ -82,7 +73,7 @@ def test_a_destination_killed_before_commit_leaves_it_running(here: Program, bef
     if code == 26:
         with moving.migrating("here", "--take-back") as recovery:
             assert recovery.wait() == 0
-    runs_on(here, before)
+    moving.runs_on(here, before)
     moving.ends_intact(here)
 
 
@@ -100,8 +91,7 @@ def test_a_source_that_is_lost_after_commit_goes_on_later(here: Program, action:
             # It has been told that everything is there: the link is no loss any more.
             assert code == 0
             moving.ends_intact(here, "moved")
-            there.process.terminate()
-            assert moving.until(there, "ledger")["intact"]
+            moving.is_intact(there)
             return
         else:
             assert code == (26 if point == "commit-sent" else 28)

@@ -13,7 +13,7 @@ from pageferry.checkpoints.restore_events import RestoreResult
 from pageferry.host import proc, processes
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Status
+from pageferry.workloads.deferred import PagerStatus
 from pageferry.workloads.qemu import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
@@ -61,7 +61,7 @@ class Restored:
         if self.pager is not None:
             await processes.wait_for_end(*self.pager)
 
-    async def status(self) -> Status | None:
+    async def status(self) -> PagerStatus | None:
         """What its pager says."""
         status = await asyncio.to_thread(deferred.status, self.folder)
         if status is not None and (started := proc.start_time(status.pager)) is not None:

@@ -88,7 +88,7 @@ class Serial:
         await self._until(lambda: value(self.last or first) >= value(first) + count, timeout, "did not go on")
         last = self.last
         assert last is not None
-        if last.errors:
+        if last.errors or self.bad:
             raise GuestFailed("\n".join(self.bad))
         return last
 

@@ -166,6 +166,20 @@ def descriptors(pid: int) -> list[str]:
     return sorted(found)
 
 
+def runs_on(program: Program, before: list[str], name: str = "here") -> None:
+    """As if nothing had happened: it runs, and has nothing on it or open that it had not `before` (`descriptors`)."""
+    runs(name)
+    assert status(name) is Status.RUNNING
+    wait_until(lambda: traces(program.process.pid) == 0, "the end of the traces")
+    wait_until(lambda: descriptors(program.process.pid) == before, "the end of all connections")
+
+
+def is_intact(there: Program) -> None:
+    """End a receiver of a ledger; it must have every write that was ever made."""
+    there.process.terminate()
+    assert until(there, "ledger")["intact"]
+
+
 def ends_intact(program: Program, reason: str = "stopped") -> dict[str, Any]:
     """End a ledger's process; it must have every write that it ever made."""
     if reason == "stopped":

@@ -16,8 +16,6 @@ from pageferry.workloads.arena import Arena, memory_file
 from pageferry.workloads.base import Workload
 from pageferry.workloads.lifecycle import Status
 
-pytestmark = pytest.mark.kernel
-
 MIB = 1 << 20
 
 

@@ -17,8 +17,6 @@ from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.lifecycle import Status
 from tests.kernel.programs import Program, wait_until
 
-pytestmark = pytest.mark.kernel
-
 HERE = Path(__file__).parent
 
 

@@ -11,10 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,25 +24,9 @@ from pageferry.events import Event
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel.programs import Program, wait_until
-from tests.saved import check_ledger, memory_of
+from tests.saved import check_ledger, ledger, memory_of, save
 
 MIB = 1 << 20
-HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
-
-
-@contextmanager
-def ledger(size: int = 32 * MIB, options: LedgerOptions = HEAVY, **more: Any) -> Iterator[LedgerWorkload]:
-    """A ledger that runs; at the end nothing may be wrong with it."""
-    workload = LedgerWorkload.create(size, options, exact=True, **more)
-    try:
-        yield workload
-    finally:
-        workload.stop()
-    assert workload.verify().intact
-
-
-def save(workload: Any, path: Path, **options: Any) -> events.CheckpointResult:
-    return asyncio.run(pageferry.checkpoint(workload, path, **options))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -10,8 +10,6 @@ import mmap
 import os
 import random
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,11 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
 from pageferry.workloads import following
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
-from tests.saved import check_ledger, memory_of
-
-pytestmark = pytest.mark.kernel
+from pageferry.workloads.ledger import LedgerOptions
+from tests.saved import check_ledger, ledger, memory_of, save
 
 MIB = 1 << 20
 PAGE = 4096
-
-
-@contextmanager
-def ledger(size: int, options: LedgerOptions, **more: Any) -> Iterator[LedgerWorkload]:
-    workload = LedgerWorkload.create(size, options, exact=True, **more)
-    try:
-        yield workload
-    finally:
-        workload.stop()
-    assert workload.verify().intact
-
-
-def save(workload: Any, path: Path, **options: Any) -> events.CheckpointResult:
-    return asyncio.run(pageferry.checkpoint(workload, path, **options))
-
-
-def pages_of(path: Path) -> Any:
-    return np.frombuffer(memory_of(ImageFile(path)), dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
 
 
 def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:

@@ -27,7 +27,7 @@ from tests.kernel.moving import MIB, address_of, environment, receiver, stopped
 from tests.kernel.programs import Program, wait_until
 from tests.saved import check_ledger
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 SIZE = 64 * MIB
 OPTIONS = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1, "rate": 64 * MIB}

@@ -18,11 +18,11 @@ from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, Sampler, 
 from pageferry.cli.activity import HOT, hot_large_pages, shareable_pages
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps
-from pageferry.largepages import reclaim
-from pageferry.largepages.api import Options, sample
-from pageferry.largepages.events import LargePagesResult
-from pageferry.largepages.policy import Threshold
-from pageferry.largepages.tracking import Tracker
+from pageferry.large_pages import reclaim
+from pageferry.large_pages.api import Options, sample
+from pageferry.large_pages.events import LargePagesResult
+from pageferry.large_pages.policy import Threshold
+from pageferry.large_pages.tracking import Tracker
 from pageferry.workloads.targets import open_target, process_target
 from tests.kernel.backing import backing
 from tests.kernel.large import frames, large_mapped, only, while_doing

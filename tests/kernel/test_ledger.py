@@ -13,8 +13,6 @@ from pageferry import _engine
 from pageferry.workloads.arena import Arena
 from tests.kernel.programs import Program, wait_until
 
-pytestmark = pytest.mark.kernel
-
 MIB = 1 << 20
 PAGE = 4096
 

@@ -22,8 +22,6 @@ from pageferry.workloads.ledger import LedgerOptions, LedgerState, LedgerWorkloa
 from pageferry.workloads.lifecycle import Status
 from tests.kernel.programs import Program, wait_until
 
-pytestmark = pytest.mark.kernel
-
 MIB = 1 << 20
 OPTIONS = LedgerOptions(threads=3, zero_fraction=0.2, rate=64 * MIB)
 

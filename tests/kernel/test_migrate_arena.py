@@ -31,7 +31,7 @@ RUNS = list(
 )
 """Options of 20 moves, such that most pairs of options come together."""
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def options(codec: str, streams: int, populate: str, granularity: str, large: str) -> list[str]:

@@ -20,7 +20,7 @@ from tests.kernel.moving import MIB
 from tests.kernel.programs import DEADLINE, Program, wait_until
 from tests.saved import check_ledger
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def all_there(program: Program) -> dict[str, Any]:

@@ -24,8 +24,6 @@ from pageferry.errors import ImageError, UsageError
 from tests.kernel.images import DATA, PAGE, PATTERN, SAME_AS, ZERO, Maker
 from tests.kernel.programs import DEADLINE, Program
 
-pytestmark = pytest.mark.kernel
-
 MIB = 1 << 20
 
 

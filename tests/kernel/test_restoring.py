@@ -18,7 +18,6 @@ import pytest
 import pageferry
 from pageferry._engine import PageSet, Space, Trace
 from pageferry.checkpoints.arenas import RestoredArena
-from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restoring import large_units
 from pageferry.cli.main import main
@@ -26,15 +25,15 @@ from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred, holding
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.deferred import Status
+from pageferry.workloads.deferred import PagerStatus
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel import moving
 from tests.kernel.images import ABSENT, DATA, PAGE, Maker
 from tests.kernel.moving import MIB
 from tests.kernel.programs import Program
-from tests.saved import check_ledger
+from tests.saved import check_ledger, save
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 HERE = Path(__file__).parent
 CALM = LedgerOptions(threads=2, rate=4 * MIB, working_set=0.05, zero_fraction=0.2)
@@ -63,7 +62,7 @@ def restored(image: Path, name: str = "coming") -> Iterator[Program]:
         yield program
 
 
-def status(name: str = "coming") -> Status:
+def status(name: str = "coming") -> PagerStatus:
     found = deferred.status(Registry().folder(name))
     assert found is not None
     return found
@@ -225,10 +224,6 @@ def test_a_heavy_writer_is_saved_too(images: dict[str, Path], tmp_path: Path) ->
 def words_of(arena: Arena) -> Any:
     """The arena as pages of 512 words."""
     return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
-
-
-def save(arena: Arena, path: Path, **options: Any) -> CheckpointResult:
-    return asyncio.run(pageferry.checkpoint(arena, path, **options))
 
 
 @pytest.mark.parametrize("based", [False, True])

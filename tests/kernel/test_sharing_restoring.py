@@ -23,7 +23,7 @@ from tests.kernel.images import Maker
 from tests.kernel.lookalike import SLOTS, content, unique, worth
 from tests.kernel.programs import Program
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 NAME = "coming"
 

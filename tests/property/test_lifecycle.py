@@ -22,6 +22,7 @@ class Recorder:
     identity = Identity("arena", "recorder")
     regions = ()
     pager = None
+    registered = False
 
     def __init__(self) -> None:
         self.runs = True

@@ -11,8 +11,8 @@ import pytest
 
 from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
-from pageferry.largepages.api import Options, sample, undo
-from pageferry.largepages.events import Sample
+from pageferry.large_pages.api import Options, sample, undo
+from pageferry.large_pages.events import Sample
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.qemu import QemuWorkload

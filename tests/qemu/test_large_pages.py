@@ -9,7 +9,7 @@ import pytest
 
 from pageferry._engine import Space
 from pageferry.host.registry import Registry
-from pageferry.largepages.api import Options, sample
+from pageferry.large_pages.api import Options, sample
 from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.targets import workload_target
 from tests.guest.machines import GuestParts

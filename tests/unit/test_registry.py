@@ -14,6 +14,8 @@ import pytest
 from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import ArenaEntry, Claim, Folder, QemuEntry, Registry, default_run_directory
+from pageferry.workloads.arena import Arena
+from pageferry.workloads.folders import folder_of
 
 WORKLOAD_FILE = "workload.json"
 
@@ -197,3 +199,19 @@ def test_run_directory_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     with pytest.raises(UsageError, match="PAGEFERRY_RUN_DIR"):
         default_run_directory()
+
+
+def test_a_workload_without_a_name_has_no_folder(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else is called like it; nor does it need a run directory."""
+    monkeypatch.setenv("PAGEFERRY_RUN_DIR", str(registry.path))
+    nameless = Arena(4096).workload()
+    with Arena(4096, nameless.name, on_pause=lambda: None) as named:
+        assert folder_of(nameless) is None
+        found = folder_of(named.workload())
+        assert found is not None
+        assert found.path == registry.path / nameless.name
+    assert folder_of(named.workload()) is None
+    for variable in ("PAGEFERRY_RUN_DIR", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert folder_of(nameless) is None

@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.checkpoints.options import Codec, Mode
+from pageferry.checkpoints.metadata import Codec
+from pageferry.checkpoints.options import Mode
 from pageferry.events import Event
 
 

@@ -90,10 +90,7 @@ class ImageFile:
 
     def state(self) -> bytes:
         """The state of the workload; empty for memory alone. Raises ImageError."""
-        return self._section(metadata.STATE) or b""
-
-    def _section(self, kind: int) -> bytes | None:
-        return _checked(self.path, lambda: self.image.section(kind))
+        return self.section(metadata.STATE) or b""
 
     def section(self, kind: int) -> bytes | None:
         """Contents of a section (see `metadata`); None where there is none. Raises ImageError."""
@@ -135,8 +132,8 @@ class ImageFile:
         Raises ImageError, OSError (disk full).
         """
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
-        kept = (metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS)
-        sections += [(kind, contents) for kind in kept if (contents := self._section(kind)) is not None]
+        kept = (metadata.STATE, metadata.LARGE_UNITS)
+        sections += [(kind, contents) for kind in kept if (contents := self.section(kind)) is not None]
         regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
         with new_file(Path(path)) as descriptor:
             _checked(
@@ -276,7 +273,7 @@ def _finding(link: Link, page: int | None, message: str) -> str:
 
 def _damaged_sections(link: Link) -> list[str]:
     found = []
-    for kind in (metadata.METADATA, metadata.STATE, metadata.WORKING_SET, metadata.LARGE_UNITS):
+    for kind in (metadata.METADATA, metadata.STATE, metadata.LARGE_UNITS):
         try:
             link.image.section(kind)
         except (ValueError, OSError) as error:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from pageferry.errors import ImageError
+from pageferry.workloads.base import Identity
+from pageferry.workloads.memory import Extent
 
 METADATA = 16
 """Section: `Metadata`, as MessagePack."""
 STATE = 17
 """Section: the workload's state, as its `save_state` gave it."""
-WORKING_SET = 18
-"""Section: pages in the order in which they were touched first after the last restore, as 32-bit numbers counted over
-all regions in units of page blocks."""
+# 18 is reserved: working sets are learnt by restores, and stand beside the image (`working_set`).
 LARGE_UNITS = 19
 """Section: one bit per 2 MiB unit of every region, the lowest of the first byte first; each region begins a byte."""
 
@@ -58,6 +59,28 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     restorable: bool = True
     """False for memory without a state: it can be looked at, not run."""
     parent: Parent | None = None
+
+
+def describe(
+    workload: Identity,
+    regions: Sequence[Extent],
+    *,
+    created: float,
+    codec: Codec,
+    restorable: bool,
+    parent: Parent | None,
+) -> Metadata:
+    """What is to be said of an image of these regions of a workload."""
+    return Metadata(
+        kind=msgspec.convert(workload.kind, Kind),
+        name=workload.name,
+        details=workload.details,
+        regions=[RegionInfo(name=one.name, length=one.length, page_size=one.page_size) for one in regions],
+        created=created,
+        codec=codec,
+        restorable=restorable,
+        parent=parent,
+    )
 
 
 def encode(metadata: Metadata) -> bytes:

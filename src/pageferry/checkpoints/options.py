@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 
 Mode = Literal["lazy", "stop"]
-Codec = Literal["none", "lz4", "zstd"]
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -24,7 +24,7 @@ from pageferry.host import proc, processes
 from pageferry.host.processes import Outliving
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Ask, Deferred, Status
+from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
 from pageferry.workloads.qemu import QemuWorkload
 
 _POLL = 0.2
@@ -119,19 +119,8 @@ async def restore_guest(
     try:
         image, state, open_image = await opening
         restoring.compare(image, workload.regions)
-        work = _work(image, workload, prefetch, eager)
         folder = (registry or Registry()).folder(name)
-        # We serve until the process has started, which takes much longer than all that follows. QEMU gets ready for its
-        # state meanwhile.
-        making = asyncio.ensure_future(asyncio.to_thread(GuestPager, image, folder, work))
-        try:
-            await workload.prepare_load()
-            first = await asyncio.shield(making)
-        except BaseException:
-            await asyncio.wait({making})
-            if making.exception() is None:
-                first = making.result()
-            raise
+        first = await _adopt(workload, image, folder, _work(image, workload, prefetch, eager))
         adopted = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
@@ -167,7 +156,23 @@ def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
     return image, image.state(), time.monotonic() - begin
 
 
-async def hand_over(first: GuestPager) -> Status:
+async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work: Deferred) -> GuestPager:
+    """A pager of our own, while QEMU gets ready for its state; none is left where that fails.
+
+    We serve until the process that will has started, which takes much longer than all that follows.
+    """
+    making = asyncio.ensure_future(asyncio.to_thread(GuestPager, image, folder, work))
+    try:
+        await workload.prepare_load()
+        return await asyncio.shield(making)
+    except BaseException:
+        await asyncio.wait({making})
+        if making.exception() is None:
+            making.result().close()
+        raise
+
+
+async def hand_over(first: GuestPager) -> PagerStatus:
     """From our own pager to a process of its own. In between the guest waits, as after the death of a pager.
 
     Returns what ours has done.
@@ -191,7 +196,7 @@ async def hand_over(first: GuestPager) -> Status:
     return last
 
 
-async def take_over(folder: Folder, path: str | Path | None = None) -> Status | None:
+async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
     """Start another pager for a guest whose own has died; `path`: where the image is now.
 
     Returns how far the restore is. Raises UsageError when there is nothing to take over, RestoreError, ImageError.
@@ -219,7 +224,7 @@ async def _dismiss_failed(folder: Folder) -> None:
             await dismiss(folder, status)
 
 
-async def dismiss(folder: Folder, status: Status) -> None:
+async def dismiss(folder: Folder, status: PagerStatus) -> None:
     """Have the pager end that gave this status. Until another takes over, accesses to what is missing wait."""
     started = proc.start_time(status.pager)
     await asyncio.to_thread(deferred.ask, folder, Ask(what="stop"))
@@ -254,9 +259,9 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
     return msgspec.structs.replace(result, status="completed", deferred=0)
 
 
-def _last_words(folder: Folder, known: int) -> Status | None:
+def _last_words(folder: Folder, known: int) -> PagerStatus | None:
     """What the pager left when it had finished."""
-    status = folder.load(deferred.SUMMARY, Status)
+    status = folder.load(deferred.SUMMARY, PagerStatus)
     return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 
 
@@ -291,7 +296,7 @@ def _result(name: str, image: ImageFile, times: TimeToRunning) -> RestoreResult:
     )
 
 
-def _updated(before: RestoreResult, status: Status) -> RestoreResult:
+def _updated(before: RestoreResult, status: PagerStatus) -> RestoreResult:
     """What there was before a pager began, and what it has done."""
     faults = before.faults + status.faults
     longest = max(before.longest_us, status.longest * 1e6)

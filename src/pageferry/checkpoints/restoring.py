@@ -10,7 +10,7 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
 from pageferry.workloads.base import LARGE_PAGE, Region
 
-Target = tuple[Mapping, int, Sequence[bool]]
+PagerTarget = tuple[Mapping, int, Sequence[bool]]
 """(our mapping of a region's file, page size of the file, which 2 MiB units are to be large)"""
 
 
@@ -40,7 +40,7 @@ def compare(image: ImageFile, regions: Sequence[Region]) -> None:
         )
 
 
-def targets(image: ImageFile, regions: Sequence[Region]) -> list[Target]:
+def targets(image: ImageFile, regions: Sequence[Region]) -> list[PagerTarget]:
     """Where contents go, region by region. Raises RestoreError where the regions are not those that were saved."""
     compare(image, regions)
     return [

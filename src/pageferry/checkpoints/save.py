@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from pageferry._engine import Saver
 from pageferry.checkpoints import events, metadata
 from pageferry.checkpoints.image import ImageFile, new_file
@@ -21,10 +19,11 @@ from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import on_thread
 from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.base import Workload
+from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
@@ -47,7 +46,9 @@ async def checkpoint(
     """Save a running workload to an image at `path`; it runs on. The image appears when it is complete.
 
     With `parent`, an earlier image of the same workload, only pages that differ from it are stored; the image needs it.
-    `options` are those of `Options`: mode, codec, bandwidth... `listener` is called with an event for every step.
+    `options` are those of `pageferry.checkpoints.options.Options`, which explains them: mode, codec, bandwidth (bytes
+    per second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant. `listener` is
+    called with an event for every step.
 
     Raises CheckpointError when no image was written (the disk is full, the path cannot be): the workload runs on.
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
@@ -279,14 +280,9 @@ class Save:
 
     def _metadata(self) -> metadata.Metadata:
         identity = self.workload.identity
-        return metadata.Metadata(
-            kind=msgspec.convert(identity.kind, metadata.Kind),
-            name=identity.name,
-            details=identity.details,
-            regions=[
-                metadata.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
-                for region in self.memory.regions
-            ],
+        return metadata.describe(
+            identity,
+            self.memory.regions,
             created=self.created,
             codec=self.options.codec,
             restorable=identity.kind != "process",
@@ -294,17 +290,9 @@ class Save:
         )
 
     async def _native(self, call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
-        """A call into the engine on a thread, with its errors as ours. Waits for it even when cancelled; `cancel` is
-        called then."""
-        task = asyncio.ensure_future(asyncio.to_thread(call))
+        """A call into the engine as by `on_thread`, with its errors as ours."""
         try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if cancel is not None:
-                cancel()
-            with contextlib.suppress(Exception):
-                await task
-            raise
+            return await on_thread(call, cancel)
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{self.workload.name} ended while it was saved: there is no image of it") from gone
         except PermissionError as denied:
@@ -340,7 +328,7 @@ class Save:
 
     def _tell_progress(self) -> None:
         stats = self.saver.stats
-        total = self.present // 4096
+        total = self.present // SMALL_PAGE
         self.listener(
             events.SavingEvent(
                 done=min(stats["pages"], total), total=total, traps=stats["traps"], stored=stats["stored"]
@@ -387,7 +375,7 @@ class Save:
                 mean_us=stats["trap_time"] / 1e3 / max(stats["traps"], 1),
                 staging_waits=stats["staging_waits"],
             ),
-            compression=round(stats["data"] * 4096 / stats["stored"], 3) if stats["stored"] else 1.0,
+            compression=round(stats["data"] * SMALL_PAGE / stats["stored"], 3) if stats["stored"] else 1.0,
         )
 
 

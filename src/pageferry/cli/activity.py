@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pageferry.events import Listener, ignore
-from pageferry.largepages.api import Options, sample
-from pageferry.largepages.events import Sample
+from pageferry.large_pages.api import Options, sample
+from pageferry.large_pages.events import Sample
 from pageferry.sharing import scan
 from pageferry.workloads.targets import Target, open_target
 
@@ -27,7 +27,7 @@ async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> 
 
 
 async def shareable_pages(target: Target, listener: Listener = ignore) -> dict[tuple[int, int], int]:
-    """Small pages with an equal elsewhere in the target, per large page, as `largepages.api.sample` takes them."""
+    """Small pages with an equal elsewhere in the target, per large page, as `large_pages.api.sample` takes them."""
     findings = await scan.look([target], scan.Options(), listener)
     found: dict[tuple[int, int], int] = {}
     for unit in findings.units:

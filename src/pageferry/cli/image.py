@@ -16,6 +16,7 @@ from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
+from pageferry.workloads.base import SMALL_PAGE
 
 CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
 
@@ -110,7 +111,7 @@ def _info(args: argparse.Namespace) -> tuple[Event, int]:
     image, about = file.image, file.metadata
     regions, first = [], 0
     for region in about.regions:
-        pages = region.length // 4096
+        pages = region.length // SMALL_PAGE
         counts = dict(zip(CLASSES, image.count(first, pages), strict=True))
         regions.append(RegionSummary(region.name, region.length, counts))
         first += pages
@@ -150,9 +151,9 @@ def _diff(args: argparse.Namespace) -> tuple[Event, int]:
 def _named(file: ImageFile, start: int, end: int) -> tuple[str, int, int]:
     first = 0
     for region in file.metadata.regions:
-        pages = region.length // 4096
+        pages = region.length // SMALL_PAGE
         if start < first + pages:
-            return region.name, (start - first) * 4096, (end - start) * 4096
+            return region.name, (start - first) * SMALL_PAGE, (end - start) * SMALL_PAGE
         first += pages
     raise ImageError(f"page {start} is in no region")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from pageferry.cli.activity import shareable_pages
 from pageferry.cli.arguments import fraction, seconds
 from pageferry.errors import UsageError
-from pageferry.largepages.api import Options, sample, undo
-from pageferry.largepages.events import LargePagesResult
-from pageferry.largepages.policy import Threshold
+from pageferry.large_pages.api import Options, sample, undo
+from pageferry.large_pages.events import LargePagesResult
+from pageferry.large_pages.policy import Threshold
 from pageferry.report.large_pages import LargePagesView
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.workloads.targets import Target, open_target

@@ -68,8 +68,7 @@ async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
         return msgspec.structs.replace(info, waiting=str(error))
     if status is None:
         return info
-    waiting = status.paused or "; ".join(status.failures[:1]) or None
-    return msgspec.structs.replace(info, deferred=status.deferred, waiting=waiting)
+    return msgspec.structs.replace(info, deferred=status.deferred, waiting=status.waiting)
 
 
 async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:

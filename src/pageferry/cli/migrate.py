@@ -59,7 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `pageferry.migration.options.Options`."""
-    copying = parser.add_argument_group("copying")
+    _add_copying(parser.add_argument_group("copying"))
+    _add_arriving(parser.add_argument_group("at the destination"))
+    _add_link(parser.add_argument_group("link"))
+
+
+def _add_copying(copying: argparse._ArgumentGroup) -> None:
     copying.add_argument(
         "--mode",
         choices=("precopy", "postcopy", "hybrid"),
@@ -102,7 +107,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     copying.add_argument(
         "--streams", type=int, default=DEFAULTS.streams, metavar="N", help="parallel page streams (%(default)s)"
     )
-    arriving = parser.add_argument_group("at the destination")
+
+
+def _add_arriving(arriving: argparse._ArgumentGroup) -> None:
     arriving.add_argument(
         "--large-pages",
         choices=("keep", "ignore"),
@@ -116,7 +123,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="page-table entries made before it runs there: all, during the transfer; those of the pages modified "
         "during the migration; or none (%(default)s)",
     )
-    link = parser.add_argument_group("link")
+
+
+def _add_link(link: argparse._ArgumentGroup) -> None:
     link.add_argument(
         "--patience", type=float, default=DEFAULTS.patience, metavar="S", help="seconds of silence that end it (30)"
     )

@@ -11,7 +11,7 @@ from logging import getLogger
 import msgspec
 
 from pageferry.cli.arguments import size
-from pageferry.cli.run import see_to_the_end
+from pageferry.cli.foreground import see_to_the_end
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from logging import getLogger
 
 from pageferry.checkpoints.restore import completed, restore_guest, take_over
 from pageferry.checkpoints.restore_events import RestoreResult
+from pageferry.cli.foreground import see_to_the_end
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.report.reporter import Reporter, open_reporter
@@ -15,6 +17,8 @@ from pageferry.workloads.qemu import QemuWorkload
 
 TAKES_COMMAND = True
 WORKS_ON = "name"
+
+log = getLogger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +70,9 @@ async def _attend(args: argparse.Namespace, workload: QemuWorkload, result: Rest
     """Stay with the guest: report when its memory is there, and see it to its end."""
     arrival = asyncio.ensure_future(_report_arrival(args.name, result, reporter))
     try:
-        code = await workload.ended()
-    except asyncio.CancelledError:
-        await asyncio.shield(workload.discard())
-        raise
+        code = await see_to_the_end(workload)
     finally:
         arrival.cancel()
-    await workload.forget()
     if code:
         raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}")
     return 0
@@ -82,9 +82,7 @@ async def _report_arrival(name: str, result: RestoreResult, reporter: Reporter) 
     try:
         reporter.final(await completed(Registry().folder(name), result, reporter.event))
     except (RestoreError, WorkloadError) as error:
-        from logging import getLogger
-
-        getLogger(__name__).error("%s", error)
+        log.error("%s", error)
 
 
 async def _take_over(args: argparse.Namespace, reporter: Reporter) -> int:

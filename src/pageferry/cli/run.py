@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from logging import getLogger
 
+from pageferry.cli.foreground import see_to_the_end
 from pageferry.cli.list import describe
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.report.reporter import open_reporter
@@ -43,14 +43,3 @@ async def run(args: argparse.Namespace) -> int:
     if code := await see_to_the_end(workload):
         raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}")
     return 0
-
-
-async def see_to_the_end(workload: QemuWorkload) -> int | None:
-    """Wait for the end of a guest in the foreground, and forget it; when we are to end, it ends first."""
-    try:
-        code = await workload.ended()
-    except asyncio.CancelledError:
-        await asyncio.shield(workload.discard())
-        raise
-    await workload.forget()
-    return code

@@ -9,6 +9,7 @@ from pageferry.cli.activity import hot_large_pages
 from pageferry.cli.arguments import fraction, size
 from pageferry.errors import UsageError
 from pageferry.events import Event
+from pageferry.host.meminfo import available
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.sharing import SharingView
 from pageferry.sharing import api, policy
@@ -89,7 +90,7 @@ async def _watch(args: argparse.Namespace, out: Reporter) -> None:
     """A result for every look, until somebody ends it."""
     pace = policy.Pace()
     while True:
-        budget = args.budget or pace.budget(policy.free_memory())
+        budget = args.budget or pace.budget(available())
         out.event(await _once(args, budget, out))
         await asyncio.sleep(args.interval)
 

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pageferry._engine import LARGE_PAGE
 from pageferry.errors import UnsupportedError
-
-LARGE_PAGE = 2 << 20
 
 _FALLBACK = Path("/dev/shm")
 _HUGE_PAGE_COUNTS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")

@@ -9,6 +9,8 @@ from pathlib import Path
 from pageferry.errors import UnsupportedError, WorkloadDied
 from pageferry.host.proc import Mapping, parse_mapping
 
+_MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
+
 
 @dataclass(frozen=True, slots=True)
 class Smap:
@@ -29,18 +31,10 @@ class Smap:
 
 def smaps(pid: int) -> list[Smap]:
     """All mappings of a process, by address. Raises WorkloadDied, and UnsupportedError without the right to look."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps").read_text(errors="surrogateescape").splitlines()
-    except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
-    except PermissionError as refused:
-        raise UnsupportedError(
-            f"the memory of process {pid} may not be looked at: run as its user, or root"
-        ) from refused
     found: list[Smap] = []
     mapping: Mapping | None = None
     counts: dict[str, int] = {}
-    for line in lines:
+    for line in _lines(pid, "smaps"):
         name, _, rest = line.partition(":")
         if name == "VmFlags" and mapping is not None:  # the last line of a mapping
             found.append(Smap(mapping, counts, frozenset(rest.split())))
@@ -74,17 +68,27 @@ def rollup(pid: int) -> dict[str, int]:
 
     Raises WorkloadDied when the process is gone, UnsupportedError without the right to look.
     """
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
-    except PermissionError as refused:
-        raise UnsupportedError(
-            f"the memory of process {pid} may not be looked at: run as its user, or root"
-        ) from refused
+    lines = _lines(pid, "smaps_rollup")
     return {line.partition(":")[0]: int(line.split()[-2]) << 10 for line in lines if line.endswith(" kB")}
 
 
 def total(pid: int, name: str) -> int:
     """Bytes of one count of `rollup`; 0 where the kernel does not know it. Raises as that."""
     return rollup(pid).get(name, 0)
+
+
+def spare_mappings(pid: int) -> int:
+    """Mappings that a process can be given so that it still has half of those it may have. Raises as `smaps`."""
+    return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0)
+
+
+def _lines(pid: int, name: str) -> list[str]:
+    """Of a file in the process's folder, with paths of any encoding."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="surrogateescape").splitlines()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise WorkloadDied(f"process {pid} is gone") from gone
+    except PermissionError as refused:
+        raise UnsupportedError(
+            f"the memory of process {pid} may not be looked at: run as its user, or root"
+        ) from refused

@@ -21,6 +21,7 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.events import Listener, ignore
+from pageferry.host.meminfo import meminfo
 from pageferry.host.registry import Registry
 from pageferry.migration import messages
 from pageferry.migration.channel import Channel
@@ -50,8 +51,9 @@ async def migrate(
 ) -> MigrationResult:
     """Move a running workload to the receiver at `address` (HOST:PORT); it runs there when this returns.
 
-    `options` are those of `Options`: max_downtime (seconds), codec, populate, large_pages... `listener` is called with
-    an event for every round.
+    `options` are those of `pageferry.migration.options.Options`, which explains them: mode, max_downtime (seconds),
+    max_rounds, auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second),
+    streams, patience (seconds), insecure, tls, tls_hostname. `listener` is called with an event for every round.
 
     Raises MigrationError when it did not work out: the workload runs on here then, as if nothing had happened; except
     for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver, and PostcopyPaused: it runs
@@ -175,17 +177,10 @@ def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
     """A fresh, empty arena for what a source announces. Raises UsageError for what no arena can take."""
     if hello.kind != "arena" or len(hello.regions) != 1:
         raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; an arena is received here")
-    size, most = hello.regions[0].length, max_size or available_memory()
+    size, most = hello.regions[0].length, max_size or meminfo()["MemAvailable"]
     if size > most:
         raise UsageError(f"{hello.name} has {size >> 20} MiB, and at most {most >> 20} MiB are received here")
     return Arena(size)
-
-
-def available_memory() -> int:
-    """Bytes that could be allocated without swapping (MemAvailable of /proc/meminfo)."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) << 10
 
 
 async def recover(

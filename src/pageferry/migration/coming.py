@@ -78,10 +78,7 @@ async def bring_rest(hold: Hold, regions: Sequence[int]) -> None:
 def _of(pages: Sequence[PageSet], part: Part) -> PageSet:
     """Those pages of a part that are in the sets."""
     region, first, count = part
-    wanted = pages[region].copy()
-    wanted.remove(0, first)
-    wanted.remove(first + count, wanted.pages)
-    return wanted
+    return part_of(pages[region], first, count)
 
 
 async def _bring(hold: Hold, part: Part) -> None:

@@ -16,6 +16,7 @@ from pageferry.errors import (
     WorkloadDied,
     WorkloadError,
 )
+from pageferry.host.blocking import on_thread
 
 T = TypeVar("T")
 
@@ -24,21 +25,13 @@ Counters = tuple[int, int, int, int, int]
 
 
 async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
-    """Run a blocking call on a thread. When this coroutine is cancelled, `cancel` is called and the thread awaited:
-    nothing goes on behind our back.
+    """Run a blocking call as `on_thread` does.
 
     Raises ConnectionLost, ProtocolError, AuthenticationError, Cancelled, WorkloadDied, WorkloadError for what the
     engine raises.
     """
-    task = asyncio.ensure_future(asyncio.to_thread(call))
     try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if cancel is not None:
-            cancel()
-        with contextlib.suppress(Exception):
-            await task
-        raise
+        return await on_thread(call, cancel)
     except (OSError, ValueError) as error:
         raise translate(error) from error
 

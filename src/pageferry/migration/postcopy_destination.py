@@ -33,7 +33,7 @@ from pageferry.migration.ownership import Verdicts
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region
 from pageferry.workloads.deferred import Arriving
-from pageferry.workloads.memory import Segment, segments_of
+from pageferry.workloads.memory import EngineSegment, segments_of
 from pageferry.workloads.pager_server import PagerServer
 
 log = getLogger(__name__)
@@ -61,7 +61,7 @@ class LateMemory:
         self.record = record
         self.regions = tuple(regions)
         self.mappings = [Mapping(region.fd, region.length, region.file_offset) for region in self.regions]
-        self.segments: list[Segment] = segments_of(self.regions)
+        self.segments: list[EngineSegment] = segments_of(self.regions)
         self.spaces: dict[int, Space] = {space.pid: space for space, *_ in self.segments}
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         self.folder = folder

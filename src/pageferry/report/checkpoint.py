@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.checkpoints.events import ArmedEvent, CheckpointResult, InstantEvent, SavingEvent
-from pageferry.report.text import PlainView
-from pageferry.report.units import duration, rate, size
+from pageferry.report.text import PlainView, named_values
+from pageferry.report.units import ms, rate, size
 
 BAR = 32
 """Columns of the bar."""
@@ -28,10 +28,10 @@ class CheckpointView(PlainView):
             case ArmedEvent():
                 return (
                     f"{size(event.present)} of {size(event.memory)} in memory, {event.large_pages} large pages, "
-                    f"protected in {_ms(event.arm_ms)}"
+                    f"protected in {ms(event.arm_ms)}"
                 )
             case InstantEvent():
-                return f"paused for {_ms(event.downtime)}; saving while it runs"
+                return f"paused for {ms(event.downtime)}; saving while it runs"
             case SavingEvent():
                 return None
             case _:
@@ -55,16 +55,13 @@ class CheckpointView(PlainView):
         """The end of a checkpoint as a table."""
         if not isinstance(result, CheckpointResult):
             return super().result(result)
-        table = Table.grid(padding=(0, 2))
-        for name, value in _rows(result):
-            table.add_row(Text(name, style="bold"), Text(value))
-        return table
+        return named_values(_rows(result))
 
 
 def _rows(result: CheckpointResult) -> list[tuple[str, str]]:
     parts, pages, traps = result.downtime_parts, result.pages, result.trap_details
-    saving = f", saving {_ms(parts.save)}" if result.mode == "stop" else f", protecting {_ms(parts.protect)}"
-    downtime = f"stop {_ms(parts.stop)}, state {_ms(parts.device_state)}{saving}, resume {_ms(parts.resume)}"
+    saving = f", saving {ms(parts.save)}" if result.mode == "stop" else f", protecting {ms(parts.protect)}"
+    downtime = f"stop {ms(parts.stop)}, state {ms(parts.device_state)}{saving}, resume {ms(parts.resume)}"
     parent = f", {pages.in_parent} as in {result.parent}" if result.parent else ""
     speed = rate(result.memory / max(result.total_time / 1e3, 1e-9))
     classes = (
@@ -74,8 +71,8 @@ def _rows(result: CheckpointResult) -> list[tuple[str, str]]:
     written = f"{size(result.bytes_written)} in {result.writes} writes of {size(result.mean_write)}"
     rows = [
         ("checkpoint", f"{result.workload} {result.status}, in {result.image}"),
-        ("total time", f"{_ms(result.total_time)} for {size(result.memory)} ({speed})"),
-        ("downtime", f"{_ms(result.downtime)}: {downtime}"),
+        ("total time", f"{ms(result.total_time)} for {size(result.memory)} ({speed})"),
+        ("downtime", f"{ms(result.downtime)}: {downtime}"),
         ("pages", classes),
         ("image", f"{written}; data {result.compression:.2f}:1 by {result.codec}"),
     ]
@@ -91,7 +88,3 @@ def _changes(result: CheckpointResult) -> str:
     if result.tracking == "trace":
         return f"found by the trace since the parent: {result.written} pages written, {result.rounds} rounds"
     return f"found by comparing all pages: {result.tracking_note}"
-
-
-def _ms(milliseconds: float) -> str:
-    return duration(milliseconds / 1e3)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.report.text import PlainView
+from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import size
 
 
@@ -32,7 +32,6 @@ class ImageView(PlainView):
 
 
 def _summary(fields: dict[str, Any]) -> RenderableType:
-    grid = Table.grid(padding=(0, 2))
     blocks = f"{fields['blocks']} storage blocks, page blocks of {size(fields['page-block'])}, {fields['codec']}"
     rows = [
         ("image", f"{fields['path']} ({size(fields['length'])})"),
@@ -43,12 +42,10 @@ def _summary(fields: dict[str, Any]) -> RenderableType:
     ]
     if not fields["restorable"]:
         rows.append(("note", "memory only: it can be looked at, not restored"))
-    for name, value in rows:
-        grid.add_row(Text(name, style="bold"), Text(value))
     table = Table("region", "memory", *fields["regions"][0]["pages"], box=None)
     for region in fields["regions"]:
         table.add_row(region["name"], size(region["length"]), *(str(count) for count in region["pages"].values()))
-    return Group(grid, table)
+    return Group(named_values(rows), table)
 
 
 def _difference(fields: dict[str, Any]) -> RenderableType:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.largepages.events import BroughtBack, LargePagesResult, Sample, SampleEvent
+from pageferry.large_pages.events import BroughtBack, LargePagesResult, Sample, SampleEvent
 from pageferry.report.figures.base import thinned
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, size
@@ -24,7 +24,7 @@ BAR = 40
 
 
 class LargePagesView(PlainView):
-    """Shows events and results of `pageferry.largepages.events`."""
+    """Shows events and results of `pageferry.large_pages.events`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """A line per round, or per result when they are many."""

@@ -16,8 +16,8 @@ from pageferry.migration.events import (
     RoundEvent,
     SetupEvent,
 )
-from pageferry.report.text import PlainView
-from pageferry.report.units import duration, rate, size
+from pageferry.report.text import PlainView, named_values
+from pageferry.report.units import duration, ms, rate, size
 
 BAR = 32
 """Columns of the bar."""
@@ -67,10 +67,7 @@ class MigrationView(PlainView):
         """The end of a migration as a table."""
         if not isinstance(result, MigrationResult):
             return super().result(result)
-        table = Table.grid(padding=(0, 2))
-        for name, value in _rows(result):
-            table.add_row(Text(name, style="bold"), Text(value))
-        return table
+        return named_values(_rows(result))
 
 
 class DemoView(MigrationView):
@@ -103,19 +100,19 @@ def _bar(event: ProgressEvent) -> RenderableType:
 def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     parts, large, populated = result.downtime_parts, result.large_pages, result.populated
     downtime = (
-        f"{_ms(result.downtime)}: stop {_ms(parts.stop)}, last pages {_ms(parts.last_pages)}, "
-        f"state {_ms(parts.device_state)}, populate {_ms(parts.populate)}, resume {_ms(parts.resume)}"
+        f"{ms(result.downtime)}: stop {ms(parts.stop)}, last pages {ms(parts.last_pages)}, "
+        f"state {ms(parts.device_state)}, populate {ms(parts.populate)}, resume {ms(parts.resume)}"
     )
     transferred = (
         f"{size(result.transferred)} of {size(result.memory)} at {rate(result.mbps * 1e6 / 8)}: "
         f"{result.normal:,} pages, {result.duplicate:,} of zeros, {result.skipped:,} not in memory"
     )
-    trace = f"{result.trace.granularity}, installed in {_ms(result.trace.install_ms)}"
+    trace = f"{result.trace.granularity}, installed in {ms(result.trace.install_ms)}"
     kept = f"{large.source} at the source, {large.destination} at the destination"
-    mapped = f"{populated.large:,} large and {populated.small:,} small pages in {_ms(populated.work_ms)}"
+    mapped = f"{populated.large:,} large and {populated.small:,} small pages in {ms(populated.work_ms)}"
     rows = [
         ("migration", f"{result.workload} {result.status}, it runs at {result.peer}"),
-        ("total time", f"{_ms(result.total_time)} (set-up {_ms(result.setup_time)})"),
+        ("total time", f"{ms(result.total_time)} (set-up {ms(result.setup_time)})"),
         ("downtime", downtime),
         ("transferred", transferred),
         ("trace", f"{trace}; read {result.dirty_sync_count} times"),
@@ -126,7 +123,7 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
         rows.append(("auto-converge", f"slowed down by up to {result.cpu_throttle_percentage} % while it was copied"))
     if (late := result.postcopy) is not None:
         came = (
-            f"{late.pages:,} pages in {_ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} "
+            f"{late.pages:,} pages in {ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} "
             f"accesses waited {late.service_us:.0f} us on average, 99 % less than {late.waits.p99_us:.0f} us, "
             f"{late.waits.longest_us:.0f} us at most"
         )
@@ -134,7 +131,3 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     if (faults := result.faults_after_resume) is not None:
         rows.append(("faults in the first second", f"{faults.minor} minor, {faults.major} major"))
     return rows
-
-
-def _ms(milliseconds: float) -> str:
-    return duration(milliseconds / 1e3)

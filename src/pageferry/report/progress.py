@@ -14,7 +14,7 @@ from pageferry.checkpoints import restore_events as restore
 from pageferry.events import Event
 from pageferry.host import jobs
 from pageferry.host.registry import Registry
-from pageferry.largepages import events as large
+from pageferry.large_pages import events as large
 from pageferry.migration import events as migration
 from pageferry.sharing import events as sharing
 

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
-from pageferry.report.text import PlainView
-from pageferry.report.units import duration, size
+from pageferry.report.text import PlainView, named_values
+from pageferry.report.units import duration, ms, size
 
 BAR = 32
 """Columns of the bar."""
@@ -56,17 +56,14 @@ class RestoreView(PlainView):
         """The end of a restore as a table."""
         if not isinstance(result, RestoreResult):
             return super().result(result)
-        table = Table.grid(padding=(0, 2))
-        for name, value in _rows(result):
-            table.add_row(Text(name, style="bold"), Text(value))
-        return table
+        return named_values(_rows(result))
 
 
 def _rows(result: RestoreResult) -> list[tuple[str, str]]:
     parts = result.time_parts
     ran = (
-        f"{_ms(result.time_to_running)}: adopt {_ms(parts.adopt)}, state {_ms(parts.device_state)}, "
-        f"resume {_ms(parts.resume)}; QEMU's start {_ms(parts.qemu_start)}, the image {_ms(parts.open_image)} meanwhile"
+        f"{ms(result.time_to_running)}: adopt {ms(parts.adopt)}, state {ms(parts.device_state)}, "
+        f"resume {ms(parts.resume)}; QEMU's start {ms(parts.qemu_start)}, the image {ms(parts.open_image)} meanwhile"
     )
     state = f"{size(result.deferred)} to come" if result.status == "active" else "all memory is there"
     times = result.service_times
@@ -80,7 +77,3 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
         ("faults", faults),
         ("read", f"{size(result.bytes_read)} of {result.image}; {result.prefetched} pages before they were asked for"),
     ]
-
-
-def _ms(milliseconds: float) -> str:
-    return duration(milliseconds / 1e3)

@@ -8,9 +8,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pageferry.report.figures.base import thinned
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
-from pageferry.sharing.events import ApplyEvent, Point, ScanEvent, SharingResult
+from pageferry.sharing.events import ApplyEvent, ScanEvent, SharingResult
 
 BAR = 32
 """Columns of a bar."""
@@ -76,15 +77,10 @@ def _curve(result: SharingResult) -> Table:
         table.add_column(title, justify="right")
     table.add_column("")
     most = max(result.reclaimable, 1)
-    for point in _some(result.curve):
+    for point in thinned(result.curve, SHOWN):
         bar = "█" * round(BAR * point.reclaimable / most)
         table.add_row(str(point.large_pages), size(point.reclaimable), size(point.possible), bar)
     return table
-
-
-def _some(curve: list[Point]) -> list[Point]:
-    last = len(curve) - 1
-    return [curve[number] for number in sorted({round(last * step / (SHOWN - 1)) for step in range(SHOWN)})]
 
 
 def _how(result: SharingResult) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, Self
 
 import msgspec
@@ -36,6 +37,14 @@ class PlainView:
         for name, value in _fields(result).items():
             table.add_row(name, str(value))
         return table
+
+
+def named_values(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names in bold, and the values beside them."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
 
 
 class HumanReporter:

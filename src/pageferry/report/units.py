@@ -28,3 +28,8 @@ def duration(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.1f} {unit}"
     return f"{seconds * 1e6:.0f} us"
+
+
+def ms(milliseconds: float) -> str:
+    """As `duration`, of milliseconds."""
+    return duration(milliseconds / 1e3)

@@ -26,9 +26,9 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     resident: int | None
     """Bytes of the memory that are allocated, mapped or not; None while it is busy."""
     deferred: int = 0
-    """Bytes whose contents are still to come from an image."""
+    """Bytes whose contents are still to come, from an image or another host."""
     waiting: str | None = None
-    """What its restore waits for: a pager that is gone, or pages that cannot be had."""
+    """Why they do not come: a pager or a link that is gone, or pages that cannot be had."""
 
 
 class Listing(Event, frozen=True, tag="workloads"):

@@ -9,18 +9,23 @@
 
 from typing import TYPE_CHECKING
 
+from pageferry.lazy import lazily
+
 if TYPE_CHECKING:
     from pageferry.sharing.api import find, share, undo
+    from pageferry.sharing.events import SharingResult
+    from pageferry.sharing.scan import Options
 
-__all__ = ["find", "share", "undo"]
+__all__ = ["Options", "SharingResult", "find", "share", "undo"]
 
-
-def __getattr__(name: str) -> object:
-    # Imported when first asked for: the guard of KSM's switches, a process of its own, does without.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value: object = getattr(import_module(f"{__name__}.api"), name)
-    globals()[name] = value
-    return value
+# The guard of KSM's switches, a process of its own, does without them.
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Options": "pageferry.sharing.scan",
+        "SharingResult": "pageferry.sharing.events",
+        "find": "pageferry.sharing.api",
+        "share": "pageferry.sharing.api",
+        "undo": "pageferry.sharing.api",
+    },
+)

@@ -10,12 +10,14 @@ import msgspec
 
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
-from pageferry.host.registry import Folder, Registry
+from pageferry.host.meminfo import available
+from pageferry.host.registry import Registry
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import Options, look
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.folders import folder_of
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target, open_target
 
@@ -83,14 +85,15 @@ async def undo(names: Sequence[str]) -> int:
 async def _complete(target: Target) -> None:
     """Have all of it in memory that comes by itself; what is in a cold store stays there."""
     if target.workload is not None:
-        record = Folder(Registry(), target.workload.name).load(deferred.RECORD, Deferred)
+        folder = folder_of(target.workload)
+        record = folder.load(deferred.RECORD, Deferred) if folder is not None else None
         if record is None or record.cold is None:
             await settled(target.workload, traces=False)
 
 
 def _threshold(asked: int | None) -> int:
     if asked is None:
-        return policy.threshold(policy.free_memory())
+        return policy.threshold(available())
     if not 1 <= asked <= 512:
         raise UsageError(f"a threshold of {asked} pages: a large page has 512, give 1 to 512")
     return asked

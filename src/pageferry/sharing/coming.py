@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pageferry._engine import Pager, PagerFlags
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
-from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.folders import folder_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ def look(workload: Workload) -> Coming | None:
 
     Raises RestoreError where nobody can tell, ImageError when the image cannot be opened.
     """
-    found = deferred.coming(Folder(Registry(), workload.name))
+    folder = folder_of(workload)
+    found = deferred.coming(folder) if folder is not None else None
     if found is None:
         return None
     descriptor, path = found

@@ -28,13 +28,6 @@ def threshold(free: float) -> int:
     return round(LEAST + part * (MOST - LEAST))
 
 
-def free_memory() -> float:
-    """The part of the machine's memory that could be allocated without swapping (/proc/meminfo)."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) / int(fields["MemTotal"].split()[0])
-
-
 def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
     """Units worth anything: first those outside of large pages, then large pages by the pages they would give."""
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
-from pageferry.host.smaps import smaps
+from pageferry.host.smaps import smaps, spare_mappings
 from pageferry.workloads.base import LARGE_PAGE
 from pageferry.workloads.targets import Target
 
 MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE = 12, 13, 14, 15
 _MADVISE = 28  # of x86-64, the one architecture on which calls are made in other processes
-_MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,8 +72,7 @@ def affordable(pid: int, ranges: Sequence[Range]) -> Sequence[Range]:
 
     A range of its own costs two: the kernel cuts the mapping before and after it.
     """
-    allowed = int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid))
-    return ranges[: max(allowed // 2, 0)]
+    return ranges[: spare_mappings(pid) // 2]
 
 
 def pss(ranges: Sequence[Range]) -> int:

@@ -48,6 +48,11 @@ class ArenaControl:
         self._arena = arena
 
     @property
+    def registered(self) -> bool:
+        """Whether the arena has been given a name."""
+        return self._arena.name is not None
+
+    @property
     def identity(self) -> Identity:
         """An arena of that name."""
         return Identity("arena", self.name, self.details)

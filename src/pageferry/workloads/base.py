@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-LARGE_PAGE = 2 << 20
-SMALL_PAGE = 4 << 10
+from pageferry import _engine
+
+SMALL_PAGE = _engine.SMALL_PAGE
+LARGE_PAGE = _engine.LARGE_PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Region:
     """A contiguous piece of a workload's memory that is backed by one shared file."""
 
     name: str
-    """Stable across hosts: QEMU's ramblock id, or the name an arena gave it."""
+    """Stable across hosts: QEMU's ramblock id, or `arena`; of any other process, the file that it maps."""
     length: int
     """Bytes."""
     fd: int
@@ -66,7 +68,7 @@ class Identity:
     """What a workload is, as told to a peer before anything is sent, so that a wrong destination can refuse."""
 
     kind: str
-    """`arena` or `qemu`."""
+    """`arena`, `qemu` or `process`."""
     name: str
     details: dict[str, Any] = field(default_factory=dict)
     """Kind-specific facts worth a check or a message (QEMU version, machine type...)."""

@@ -10,7 +10,7 @@ A workload whose restore is under way, or which runs here before all of its page
 
 They go when everything is there, and a last one comes::
 
-    restored.json   what the pager said at its end: a Status, with what was touched
+    restored.json   what the pager said at its end: a PagerStatus, with what was touched
 
 Who reads the memory of a workload past its page tables asks `ensure` first. A migration or a checkpoint puts
 traces on its page tables, and holds the pager for that: see `holding`. Who needs them for himself asks for everything,
@@ -127,7 +127,7 @@ class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
     """Somebody else holds it."""
 
 
-class Status(Event, frozen=True, kw_only=True, tag="pager"):
+class PagerStatus(Event, frozen=True, kw_only=True, tag="pager"):
     """The answer to every other question."""
 
     image: str
@@ -160,13 +160,18 @@ class Status(Event, frozen=True, kw_only=True, tag="pager"):
     error: str | None = None
     """Why what was asked for could not be done."""
 
+    @property
+    def waiting(self) -> str | None:
+        """Why contents do not come, in a line: the link is gone, or a page cannot be had. None: they do."""
+        return self.paused or next(iter(self.failures), None)
+
 
 def is_restoring(folder: Folder) -> bool:
     """Whether contents of the workload's memory may still be to come."""
     return any((folder.path / name).exists() for name in (SOCKET, RECORD, POSTCOPY))
 
 
-def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> Status | None:
+def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> PagerStatus | None:
     """The pager's answer; None where there is no restore under way.
 
     Raises RestoreError when there is one and nobody answers, ImageError when the image cannot be read.
@@ -191,7 +196,7 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> St
     return status
 
 
-def check(status: Status) -> None:
+def check(status: PagerStatus) -> None:
     """Raises what the pager has to say of what it could not do: RestoreError, ImageError."""
     if status.error is not None:
         raise RestoreError(status.error) if status.paused is not None else ImageError(status.error)
@@ -211,7 +216,7 @@ def _is_over(folder: Folder, failed: Exception) -> bool:
     return isinstance(failed, ConnectionRefusedError) and not recorded
 
 
-def status(folder: Folder) -> Status | None:
+def status(folder: Folder) -> PagerStatus | None:
     """How far the restore of a workload is; None where there is none under way. Raises RestoreError."""
     return ask(folder, Ask(what="status"))
 
@@ -304,7 +309,7 @@ def _next_pager(folder: Folder) -> str:
     return f"an image; `pageferry restore --takeover {folder.name}`"
 
 
-def _exchange(path: Path, question: Ask, patience: float | None) -> Status:
+def _exchange(path: Path, question: Ask, patience: float | None) -> PagerStatus:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(patience)
         connection.connect(str(path))
@@ -313,4 +318,4 @@ def _exchange(path: Path, question: Ask, patience: float | None) -> Status:
             line = answers.readline()
     if not line:
         raise ConnectionResetError("it hung up")
-    return msgspec.json.decode(line, type=Status)
+    return msgspec.json.decode(line, type=PagerStatus)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads.base import Workload
+from pageferry.workloads.lifecycle import LocalWorkload
 
 
 def folder_of(workload: Workload) -> Folder | None:
     """The folder of a registered workload; None for one without a name on this host."""
-    registry = Registry()
+    if isinstance(workload, LocalWorkload) and not workload.registered:
+        return None
     try:
+        registry = Registry()
         entry = registry.lookup(workload.name)
     except (UsageError, WorkloadError):
         return None
     # A workload without a name here may be called like another one that has it.
     pids = {segment.pid for region in workload.regions for segment in region.segments}
-    return registry.folder(workload.name) if entry.pid in pids else None
+    return Folder(registry, workload.name) if entry.pid in pids else None

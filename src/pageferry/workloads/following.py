@@ -20,9 +20,10 @@ import msgspec
 from pageferry._engine import Space
 from pageferry.errors import PageferryError
 from pageferry.host import proc
-from pageferry.host.registry import Folder, Registry
+from pageferry.host.registry import Folder
 from pageferry.workloads.base import Workload
-from pageferry.workloads.memory import Memory, Segment
+from pageferry.workloads.folders import folder_of
+from pageferry.workloads.memory import EngineSegment, Memory
 
 RECORD = "trace.json"
 _FORKS = "forks"
@@ -66,7 +67,7 @@ class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
     """Id and digest of the image since which it tells; None while a checkpoint is under way."""
 
 
-def begin(workload: Workload, segments: Sequence[Segment]) -> dict[int, int]:
+def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, int]:
     """Make userfaultfds for the processes of `segments`; pid -> our descriptor, the caller's to close.
 
     They are on record before anything is registered with them: whoever dies, the next one can take them away.
@@ -91,7 +92,7 @@ def begin(workload: Workload, segments: Sequence[Segment]) -> dict[int, int]:
     return ours
 
 
-def take_up(workload: Workload, segments: Sequence[Segment], image: tuple[str, str]) -> dict[int, int]:
+def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> dict[int, int]:
     """The userfaultfds of a trace that tells what was written since `image` (id, digest); as `begin`.
 
     From now on the record counts for no image, until `leave`. Raises Unusable, with the reason.
@@ -121,7 +122,7 @@ def take_up(workload: Workload, segments: Sequence[Segment], image: tuple[str, s
     return ours
 
 
-def leave(workload: Workload, segments: Sequence[Segment], image: tuple[str, str]) -> bool:
+def leave(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> bool:
     """From now on the trace tells what is written since `image`; false, and it is gone, where it missed something."""
     record = _load(workload)
     # A process that came meanwhile has written without being traced.
@@ -177,7 +178,7 @@ def _close(descriptors: dict[int, Descriptor]) -> None:
                 Space(pid).call(_SYS_CLOSE, descriptor.number)
 
 
-def _places(segments: Sequence[Segment]) -> list[Place]:
+def _places(segments: Sequence[EngineSegment]) -> list[Place]:
     return sorted((Place(space.pid, *rest) for space, *rest in segments), key=lambda place: (place.pid, place.address))
 
 
@@ -201,23 +202,13 @@ def _key(workload: Workload) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _folder(workload: Workload) -> Folder | None:
-    """The workload's folder; None where it has none: another one may have its name."""
-    with contextlib.suppress(PageferryError):
-        registry = Registry()
-        pid = registry.lookup(workload.name).pid
-        if any(segment.pid == pid for region in workload.regions for segment in region.segments):
-            return Folder(registry, workload.name)
-    return None
-
-
 def _load(workload: Workload) -> LeftTrace | None:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     return _own.get(_key(workload)) if folder is None else folder.load(RECORD, LeftTrace)
 
 
 def _store(workload: Workload, record: LeftTrace) -> None:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     if folder is None:
         _own[_key(workload)] = record
     else:
@@ -225,7 +216,7 @@ def _store(workload: Workload, record: LeftTrace) -> None:
 
 
 def _remove(workload: Workload) -> None:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     if folder is None:
         _own.pop(_key(workload), None)
     else:
@@ -233,7 +224,7 @@ def _remove(workload: Workload) -> None:
 
 
 def _forks(workload: Workload) -> int:
-    folder = _folder(workload)
+    folder = folder_of(workload)
     if folder is None:
         return _own_forks
     with contextlib.suppress(FileNotFoundError):

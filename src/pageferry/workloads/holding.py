@@ -23,7 +23,7 @@ from pageferry.errors import ImageError, RestoreError, WorkloadError
 from pageferry.host.registry import Folder
 from pageferry.workloads import deferred
 from pageferry.workloads.base import Workload
-from pageferry.workloads.deferred import Ask, Deferred, HoldGiven, Status
+from pageferry.workloads.deferred import Ask, Deferred, HoldGiven, PagerStatus
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.memory import Memory
@@ -154,7 +154,7 @@ class _PagerElsewhere:
 
     def ensure(self, region: int, first: int, count: int) -> None:
         """As of `Hold`."""
-        self._line.ask(Ask(what="ensure", region=region, first=first, count=count), Status)
+        self._line.ask(Ask(what="ensure", region=region, first=first, count=count), PagerStatus)
 
     def cancel(self) -> None:
         """As of `Hold`."""
@@ -163,7 +163,7 @@ class _PagerElsewhere:
     def release(self) -> None:
         """As of `Hold`."""
         with contextlib.suppress(RestoreError, ImageError):  # it has ended, with its workload
-            self._line.ask(Ask(what="release"), Status)
+            self._line.ask(Ask(what="release"), PagerStatus)
         self._close()
 
     def _close(self) -> None:
@@ -190,7 +190,7 @@ class _Line:
             answer = msgspec.json.decode(line, type=kind)
         except (OSError, ValueError) as failed:
             raise deferred.gone(self.folder, failed) from failed
-        if isinstance(answer, Status):
+        if isinstance(answer, PagerStatus):
             deferred.check(answer)
         return answer
 

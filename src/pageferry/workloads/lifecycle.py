@@ -43,6 +43,10 @@ class Controlled(Protocol):
     name: str
 
     @property
+    def registered(self) -> bool:
+        """Whether it has that name on this host: others may be called so by chance."""
+
+    @property
     def identity(self) -> Identity:
         """As of `Workload`."""
 
@@ -169,6 +173,11 @@ class LocalWorkload:
         self._lifecycle = lifecycle
         self.name = lifecycle.workload.name
         self.regions = lifecycle.workload.regions
+
+    @property
+    def registered(self) -> bool:
+        """Whether it has its name on this host."""
+        return self._lifecycle.workload.registered
 
     @property
     def identity(self) -> Identity:

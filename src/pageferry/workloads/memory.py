@@ -10,8 +10,9 @@ from pageferry._engine import Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
 
-Segment = tuple[Space, int, int, int, int]
-"""(address space, address, length, number of the region, first page of the region) of a mapping of the workload."""
+EngineSegment = tuple[Space, int, int, int, int]
+"""A `workloads.base.Segment` as the engine takes it: (address space, address, length, number of the region, first page
+of the region)."""
 
 
 class Extent(Protocol):
@@ -114,12 +115,12 @@ def _collapse(space: Space, address: int, length: int) -> None:
         space.collapse(address, length)
 
 
-def segments_of(regions: Sequence[Region]) -> list[Segment]:
+def segments_of(regions: Sequence[Region]) -> list[EngineSegment]:
     """Where the regions are mapped. Raises ProcessLookupError, OSError."""
-    spaces: dict[int, Space] = {}
+    spaces = {pid: Space(pid) for pid in {segment.pid for region in regions for segment in region.segments}}
     return [
         (
-            spaces.setdefault(segment.pid, Space(segment.pid)) if segment.pid not in spaces else spaces[segment.pid],
+            spaces[segment.pid],
             segment.address,
             segment.length,
             number,

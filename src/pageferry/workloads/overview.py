@@ -45,9 +45,9 @@ class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     large: int | None
     """Of that, on large pages."""
     deferred: int
-    """Contents still to come from an image."""
+    """Contents still to come, from an image or another host."""
     waiting: str | None
-    """What its restore waits for."""
+    """Why they do not come."""
     dirty_rate: int | None
     """Modified per second, as a migration under way has found in its last round."""
     jobs: list[Job]
@@ -94,7 +94,7 @@ def _look(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | No
     left, waiting = 0, None
     try:
         if (status := deferred.status(folder)) is not None:
-            left, waiting = status.deferred, "; ".join(status.failures[:1]) or None
+            left, waiting = status.deferred, status.waiting
     except RestoreError as error:
         waiting = str(error)
     running = jobs.running(folder.path)

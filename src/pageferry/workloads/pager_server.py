@@ -14,7 +14,7 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, Status
+from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, PagerStatus
 
 Failure = tuple[int, int, bool, str]
 """As in `Pager.failures`."""
@@ -81,12 +81,12 @@ class PagerServer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
 
-    def status(self, error: str | None = None, touched: Sequence[int] = ()) -> Status:
+    def status(self, error: str | None = None, touched: Sequence[int] = ()) -> PagerStatus:
         """How far it is."""
         pager = self.pager
         faults, missed, loaded, prefetched, bytes_read, service, longest = pager.counters
         failures = pager.failures
-        return Status(
+        return PagerStatus(
             image=self.origin,
             pager=os.getpid(),
             deferred=pager.pending * SMALL_PAGE,
@@ -133,7 +133,7 @@ class PagerServer:
             hold.release()
             self._connections.discard(connection)
 
-    def _answer(self, line: bytes, hold: _Hold) -> Status | HoldGiven:
+    def _answer(self, line: bytes, hold: _Hold) -> PagerStatus | HoldGiven:
         try:
             question = msgspec.json.decode(line, type=Ask)
             if question.what == "hold":
@@ -144,7 +144,7 @@ class PagerServer:
         except (ValueError, OSError) as error:
             return self.status(f"{self.origin}: {error}")
 
-    def _do(self, question: Ask) -> Status:
+    def _do(self, question: Ask) -> PagerStatus:
         if self.paused is not None and question.what in ("ensure", "settle"):
             return self.status(f"contents that are still to come from {self.origin} cannot be had: {self.paused}")
         match question.what:

@@ -67,14 +67,12 @@ class ProcessWorkload:
 
         Raises UsageError for ranges that there are not, or our own process; WorkloadDied, WorkloadError.
         """
-        started = proc.start_time(pid)
-        if started is None:
+        if proc.start_time(pid) is None:
             raise WorkloadDied(f"there is no process {pid}")
         if pid == os.getpid():
             raise UsageError("this process cannot stop itself to be saved")
         self.name = f"{PREFIX}{pid}"
         self.pid = pid
-        self._started = started
         self._command = Path(f"/proc/{pid}/comm").read_text().strip()
         self.regions = tuple(_chosen(pid, ranges))
         self._pidfd = os.pidfd_open(pid)

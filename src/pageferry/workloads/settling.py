@@ -9,9 +9,9 @@ import asyncio
 
 from pageferry._engine import Pager
 from pageferry.errors import ImageError, RestoreError
-from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred, following
 from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 
 
@@ -26,8 +26,8 @@ async def settled(workload: Workload, *, traces: bool = True) -> None:
         pager, length = workload.pager, workload.regions[0].length
         await asyncio.to_thread(bring_all, pager, length)
     else:
-        folder = Folder(Registry(), workload.name)
-        if deferred.is_restoring(folder):
+        folder = folder_of(workload)
+        if folder is not None and deferred.is_restoring(folder):
             await asyncio.to_thread(deferred.settle, folder)
     if traces:
         await asyncio.to_thread(following.forget, workload)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pageferry.largepages.events import LargePagesResult, Sample, SampleEvent
+from pageferry.large_pages.events import LargePagesResult, Sample, SampleEvent
 from pageferry.report.charts import Bar, Series, Strip, bars, columns, heat
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import Fact, Figure, thinned

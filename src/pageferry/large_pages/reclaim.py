@@ -22,7 +22,7 @@ from pathlib import Path
 from pageferry.errors import UnsupportedError
 from pageferry.host.meminfo import meminfo
 from pageferry.host.smaps import total
-from pageferry.largepages.tracking import Activity, cold_runs
+from pageferry.large_pages.tracking import Activity, cold_runs
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.targets import Target
 

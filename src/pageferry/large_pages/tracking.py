@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import time
 from collections.abc import Sequence
@@ -248,7 +249,7 @@ class Tracker:
             return WorkloadDied(f"{name}: process {pid} is gone")
         if isinstance(error, PermissionError):
             return UnsupportedError(f"{name}: process {pid} may not be worked on ({error}): run as root")
-        if error.errno == 16:  # EBUSY
+        if error.errno == errno.EBUSY:
             return WorkloadError(f"{name}: memory of process {pid} is being worked on by another command ({error})")
         return WorkloadError(f"{name}: process {pid}: {error}")
 

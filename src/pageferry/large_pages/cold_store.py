@@ -22,22 +22,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from pageferry._engine import PageSet, PageStore, Trace
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile, new_file
 from pageferry.checkpoints.pager_process import GuestPager
 from pageferry.checkpoints.restore import dismiss, hand_over
-from pageferry.errors import CheckpointError, RestoreError, UnsupportedError, UsageError, WorkloadError
+from pageferry.errors import (
+    CheckpointError,
+    NoSuchWorkload,
+    RestoreError,
+    UnsupportedError,
+    UsageError,
+    WorkloadError,
+)
 from pageferry.host import proc, processes
 from pageferry.host.faults import fault_point
-from pageferry.host.registry import Folder, Registry
-from pageferry.host.smaps import smaps
-from pageferry.largepages.tracking import SLOTS, Activity, cold_runs
+from pageferry.host.registry import Folder
+from pageferry.host.smaps import spare_mappings
+from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
 from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.folders import folder_of
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target
@@ -53,7 +59,6 @@ MOST_IMAGES = 64
 
 _SYS_MADVISE = 28
 _MADV_DONTFORK = 10
-_MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 Unit = tuple[int, int]
 """A large page: (number of the region, first page of it)."""
@@ -184,7 +189,10 @@ async def bring_back(target: Target) -> int:
 
 
 def _folder(workload: Workload) -> Folder:
-    return Registry().folder(workload.name)
+    folder = folder_of(workload)
+    if folder is None:
+        raise NoSuchWorkload(f"{workload.name} has no name on this host, which a store goes by: register it under one")
+    return folder
 
 
 async def _record(folder: Folder) -> Deferred | None:
@@ -206,21 +214,16 @@ def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
 
 
 def _plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> _Plan:
-    """The cold pages of shared large pages, of as many as the processes can have mappings for."""
-    room = min((_room(pid) for pid in target.pids), default=0)
+    """The cold pages of shared large pages, of as many as the processes can have mappings for: each costs two."""
+    affordable = min((spare_mappings(pid) // 2 for pid in target.pids), default=0)
     cold: dict[Unit, list[tuple[int, int]]] = {}
     for activity in idle:
         area = activity.page.area
         runs = cold_runs(activity.touched) if activity.touched is not None else []
-        if area.region is not None and area.page_size == SMALL_PAGE and runs and len(cold) < room:
+        if area.region is not None and area.page_size == SMALL_PAGE and runs and len(cold) < affordable:
             first = (area.offset + activity.page.address - area.address) // SMALL_PAGE
             cold[area.region, first] = [(first + start, first + end) for start, end in runs]
     return _Plan(dict(sorted(cold.items())), memory.page_sets())
-
-
-def _room(pid: int) -> int:
-    """Large pages that a process can have broken and still have half of the mappings it may have: each costs two."""
-    return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0) // 2
 
 
 def _segments(workload: Workload, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:
@@ -275,32 +278,22 @@ async def _write(
                     copied = await asyncio.to_thread(store.add, number, memory.mappings[number], pages)
                     pages.subtract(copied)
                     plan.kept[number].update(pages)
-            sections = [(metadata.METADATA, metadata.encode(_metadata(workload, memory, parent, codec)))]
+            about = metadata.describe(
+                workload.identity,
+                memory.regions,
+                created=time.time(),
+                codec=codec,
+                restorable=False,
+                parent=parent.as_parent() if parent is not None else None,
+            )
             chain = parent.chain if parent is not None else None
-            await asyncio.to_thread(store.finish, sections, chain)
+            await asyncio.to_thread(store.finish, [(metadata.METADATA, metadata.encode(about))], chain)
     except OSError as error:
         raise CheckpointError(
             f"the store {path} was not written: {error.strerror or error}; nothing of {folder.name} has changed: "
             f"free some space, or choose another folder with --store"
         ) from error
     return ImageFile(path)
-
-
-def _metadata(workload: Workload, memory: Memory, parent: ImageFile | None, codec: metadata.Codec) -> metadata.Metadata:
-    identity = workload.identity
-    return metadata.Metadata(
-        kind=msgspec.convert(identity.kind, metadata.Kind),
-        name=identity.name,
-        details=identity.details,
-        regions=[
-            metadata.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
-            for region in memory.regions
-        ],
-        created=time.time(),
-        codec=codec,
-        restorable=False,
-        parent=None if parent is None else parent.as_parent(),
-    )
 
 
 # -- letting it go

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pageferry.largepages.tracking import SLOTS
+from pageferry.large_pages.tracking import SLOTS
 from pageferry.workloads.base import SMALL_PAGE
 
 _Z = 1.96

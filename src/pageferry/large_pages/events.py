@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from pageferry.events import Event
-from pageferry.largepages.estimate import Estimate
-from pageferry.largepages.policy import Decision
+from pageferry.large_pages.estimate import Estimate
+from pageferry.large_pages.policy import Decision
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 
-from pageferry.largepages.tracking import LargePage
+from pageferry.large_pages.tracking import LargePage
 from pageferry.workloads.base import LARGE_PAGE
 
 FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
@@ -37,10 +37,6 @@ class Sampling:
         self._random.shuffle(left)
         count = min(math.ceil(self._fraction * len(candidates)), self._affordable(left[0], seconds), MOST)
         return self._apart(left, count)
-
-    def restart(self) -> None:
-        """Let every page have a turn again."""
-        self._seen.clear()
 
     def account(self, pages: Iterable[LargePage], cpu: float) -> None:
         """A round over these pages took so many seconds of CPU."""

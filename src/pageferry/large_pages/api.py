@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import available
-from pageferry.largepages import cold_store, reclaim
-from pageferry.largepages.cold_store import Stored
-from pageferry.largepages.estimate import estimate
-from pageferry.largepages.events import (
+from pageferry.large_pages import cold_store, reclaim
+from pageferry.large_pages.cold_store import Stored
+from pageferry.large_pages.estimate import estimate
+from pageferry.large_pages.events import (
     BroughtBack,
     LargePagesResult,
     Overhead,
@@ -25,9 +26,9 @@ from pageferry.largepages.events import (
     SampleEvent,
     StoreFigures,
 )
-from pageferry.largepages.policy import Decision, Facts, Policy, Threshold
-from pageferry.largepages.sampling import Sampling
-from pageferry.largepages.tracking import Activity, LargePage, Tracker
+from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
+from pageferry.large_pages.sampling import Sampling
+from pageferry.large_pages.tracking import Activity, LargePage, Tracker
 from pageferry.workloads import following
 from pageferry.workloads.targets import Target
 
@@ -50,7 +51,7 @@ class Options:
     """Where cold small pages of broken large pages go; None: nothing is broken."""
     store: Path | None = None
     """Folder for the store; None: the workload's own, in the run directory (which mostly is memory)."""
-    codec: Literal["none", "lz4", "zstd"] = "lz4"
+    codec: Codec = "lz4"
     """Of the store."""
     seed: int | None = None
     """Of the choice of samples."""
@@ -89,26 +90,12 @@ async def sample(
         await cold_store.prepare(target)
     if target.workload is not None:
         await asyncio.to_thread(following.forget, target.workload)  # it would be in our way
-    tracker, sampling = Tracker(target), Sampling(options.sample, options.budget, options.seed)
+    tracker = Tracker(target)
     candidates = tracker.large_pages()
-    seen: list[Activity] = []
-    begin, done = time.monotonic(), 0
-    while done < options.rounds and (pages := sampling.choose(candidates, options.window)):
-        cpu = tracker.cpu
-        activities = await tracker.window(pages, options.window)
-        sampling.account(pages, tracker.cpu - cpu)
-        seen += activities
-        done += 1
-        listener(_event(done, activities, tracker.cpu - cpu))
+    begin = time.monotonic()
+    seen, rounds = await _look(tracker, candidates, options, listener)
     elapsed = time.monotonic() - begin
-    free = available()
-    shareable = sharing or {}
-    decisions = [
-        policy.decide(
-            Facts(activity=one.count, sharing=shareable.get((one.page.area.pid, one.page.address), 0), free=free)
-        )
-        for one in seen
-    ]
+    decisions = _decide(seen, policy, sharing or {})
     broken, reclaimed, store = 0, 0, None
     idle = [activity for activity, decision in zip(seen, decisions, strict=True) if decision == "break"]
     if options.reclaim == "swap":
@@ -119,7 +106,7 @@ async def sample(
     return LargePagesResult(
         target=target.name,
         window_ms=options.window * 1e3,
-        rounds=done,
+        rounds=rounds,
         regions=_regions(target, candidates, seen),
         samples=[_sample(activity, decision) for activity, decision in zip(seen, decisions, strict=True)],
         histogram=_histogram(seen),
@@ -132,6 +119,33 @@ async def sample(
         skipped=list(target.skipped),
         store=store,
     )
+
+
+async def _look(
+    tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
+) -> tuple[list[Activity], int]:
+    """What was seen, in how many rounds: fewer than wanted where every page has been looked at."""
+    sampling = Sampling(options.sample, options.budget, options.seed)
+    seen: list[Activity] = []
+    done = 0
+    while done < options.rounds and (pages := sampling.choose(candidates, options.window)):
+        cpu = tracker.cpu
+        activities = await tracker.window(pages, options.window)
+        sampling.account(pages, tracker.cpu - cpu)
+        seen += activities
+        done += 1
+        listener(_event(done, activities, tracker.cpu - cpu))
+    return seen, done
+
+
+def _decide(seen: Sequence[Activity], policy: Policy, sharing: Mapping[tuple[int, int], int]) -> list[Decision]:
+    free = available()
+    return [
+        policy.decide(
+            Facts(activity=one.count, sharing=sharing.get((one.page.area.pid, one.page.address), 0), free=free)
+        )
+        for one in seen
+    ]
 
 
 async def undo(target: Target) -> BroughtBack:

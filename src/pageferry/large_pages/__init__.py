@@ -1,0 +1,53 @@
+"""Large pages of running workloads and processes (S3): which are hardly used, and reclaim of those.
+
+::
+
+    with await pageferry.large_pages.open_target("pid:4711") as target:
+        found = await pageferry.large_pages.sample(target, pageferry.large_pages.Options(sample=0.1))
+        print(found.estimate.idle)
+"""
+
+from typing import TYPE_CHECKING
+
+from pageferry.lazy import lazily
+
+if TYPE_CHECKING:
+    from pageferry.large_pages.api import Options, sample, undo
+    from pageferry.large_pages.events import BroughtBack, LargePagesResult
+    from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
+    from pageferry.workloads.targets import Target, open_target, process_target, workload_target
+
+__all__ = [
+    "BroughtBack",
+    "Decision",
+    "Facts",
+    "LargePagesResult",
+    "Options",
+    "Policy",
+    "Target",
+    "Threshold",
+    "open_target",
+    "process_target",
+    "sample",
+    "undo",
+    "workload_target",
+]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "BroughtBack": "pageferry.large_pages.events",
+        "Decision": "pageferry.large_pages.policy",
+        "Facts": "pageferry.large_pages.policy",
+        "LargePagesResult": "pageferry.large_pages.events",
+        "Options": "pageferry.large_pages.api",
+        "Policy": "pageferry.large_pages.policy",
+        "Target": "pageferry.workloads.targets",
+        "Threshold": "pageferry.large_pages.policy",
+        "open_target": "pageferry.workloads.targets",
+        "process_target": "pageferry.workloads.targets",
+        "sample": "pageferry.large_pages.api",
+        "undo": "pageferry.large_pages.api",
+        "workload_target": "pageferry.workloads.targets",
+    },
+)

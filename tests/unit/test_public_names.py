@@ -1,0 +1,47 @@
+"""What a Python program finds in the package, and that it reads like a manual."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import pageferry
+from pageferry import large_pages, sharing
+from pageferry.checkpoints import options as checkpoints
+from pageferry.migration import options as migration
+
+PARTS = (pageferry, large_pages, sharing)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_name_is_there_is_shown_and_says_what_it_is(part: ModuleType) -> None:
+    for name in part.__all__:
+        assert name in dir(part)
+        assert name == "Decision" or inspect.getdoc(getattr(part, name)), name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_other_names_are_refused(part: ModuleType) -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        part.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(pageferry.migrate, migration.Options), (pageferry.checkpoint, checkpoints.Options)],
+)
+def test_all_options_are_named(function: object, options: Any) -> None:
+    text = inspect.getdoc(function) or ""
+    assert [field.name for field in dataclasses.fields(options) if field.name not in text] == []
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    program = "import sys, pageferry; pageferry.errors; print(*(name for name in sys.modules if 'migration' in name))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
