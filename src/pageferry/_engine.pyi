@@ -306,7 +306,7 @@ class Placer:
 
         ValueError for a region or unit that there is not.
         """
-    def make_room(self, region: int, units: Sequence[int]) -> None:
+    def allocate_ahead(self, region: int, units: Sequence[int]) -> None:
         """Allocate those of the 2 MiB units now that are large at the source, and have no large page here yet."""
     def finish(self, rest: bool) -> None:
         """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pageferry.host import processes
-from pageferry.host.compaction import make_room
+from pageferry.host.compaction import compact_memory
 from pageferry.host.registry import AnyEntry, Registry
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
@@ -55,7 +55,7 @@ def huge_pages(root: None) -> Iterator[None]:
     """Enough for two guests of 256 MiB; the kernel may find fewer."""
     before = int(HUGE_PAGES.read_text())
     wanted = before + 256
-    make_room(256)
+    compact_memory(256)
     HUGE_PAGES.write_text(str(wanted))
     try:
         if int(HUGE_PAGES.read_text()) < wanted:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.host.compaction import free_large_pages, make_room
+from pageferry.host.compaction import compact_memory, free_large_pages
 
 BUDDYINFO = """\
 Node 0, zone      DMA      0      0      0      0      0      0      0      0      1      1      3
@@ -36,15 +36,15 @@ def test_compaction_is_asked_for_where_there_are_too_few(
     buddyinfo: Path, tmp_path: Path, wanted: int, asked: bool
 ) -> None:
     compact = tmp_path / "compact_memory"
-    assert make_room(wanted, buddyinfo=buddyinfo, compact=compact) == FREE
+    assert compact_memory(wanted, buddyinfo=buddyinfo, compact=compact) == FREE
     assert compact.exists() == asked
 
 
 def test_who_may_not_compact_goes_on_without(buddyinfo: Path, tmp_path: Path) -> None:
-    assert make_room(FREE + 1, buddyinfo=buddyinfo, compact=tmp_path / "missing" / "compact_memory") == FREE
+    assert compact_memory(FREE + 1, buddyinfo=buddyinfo, compact=tmp_path / "missing" / "compact_memory") == FREE
 
 
 def test_where_it_is_not_known_nothing_is_done(tmp_path: Path) -> None:
     compact = tmp_path / "compact_memory"
-    assert make_room(1, buddyinfo=tmp_path / "missing", compact=compact) == 0
+    assert compact_memory(1, buddyinfo=tmp_path / "missing", compact=compact) == 0
     assert not compact.exists()

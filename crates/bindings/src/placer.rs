@@ -56,8 +56,8 @@ impl Placer {
         py.detach(|| self.inner.populate(region, &units)).map_err(errors::place)
     }
 
-    fn make_room(&self, py: Python<'_>, region: usize, units: Vec<usize>) {
-        py.detach(|| units.iter().for_each(|&unit| self.inner.make_room(region, unit)));
+    fn allocate_ahead(&self, py: Python<'_>, region: usize, units: Vec<usize>) {
+        py.detach(|| units.iter().for_each(|&unit| self.inner.allocate_ahead(region, unit)));
     }
 
     fn finish(&self, py: Python<'_>, rest: bool) -> PyResult<()> {

@@ -256,7 +256,7 @@ impl Placer {
     }
 
     /// Allocates the large page of a unit that is large at the source, before its first page comes.
-    pub fn make_room(&self, region: usize, unit: usize) {
+    pub fn allocate_ahead(&self, region: usize, unit: usize) {
         if let Some(found) = self.shared.regions.get(region).filter(|found| found.is_large(unit)) {
             self.begin(found, unit);
         }

@@ -28,7 +28,7 @@ def free_large_pages(buddyinfo: Path = BUDDYINFO) -> int:
     return free
 
 
-def make_room(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = COMPACT) -> int:
+def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = COMPACT) -> int:
     """Compact memory where the kernel has fewer large pages free than `wanted`; how many it has free then.
 
     One allocation by itself makes the kernel try, too, but not for long, and less after every failure: where memory is

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from pageferry._engine import Placer
-from pageferry.host.compaction import make_room
+from pageferry.host.compaction import compact_memory
 from pageferry.migration.native import off_loop
 from pageferry.workloads.base import SMALL_PAGE, Region
 
@@ -21,7 +21,7 @@ _PIECE = 32
 async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) -> None:
     """Have as many large pages free as the source has in use; those of hugetlbfs are reserved already."""
     wanted = sum(sum(units) for region, units in zip(regions, large, strict=True) if region.page_size == SMALL_PAGE)
-    await asyncio.to_thread(make_room, wanted)
+    await asyncio.to_thread(compact_memory, wanted)
 
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
@@ -33,4 +33,4 @@ async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
             if time.monotonic() > deadline:
                 return
             piece = chosen[start : start + _PIECE]
-            await off_loop(lambda: placer.make_room(region, piece))  # noqa: B023
+            await off_loop(lambda: placer.allocate_ahead(region, piece))  # noqa: B023

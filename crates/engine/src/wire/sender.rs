@@ -237,11 +237,11 @@ impl BlockSender {
         let mut at = first;
         for (start, end) in round.data[region].runs_in(first, last).chain(std::iter::once((last, last))) {
             if at < start {
-                self.make_room(out, region, round.number)?;
+                self.flush_full(out, region, round.number)?;
                 out.push_absent(at, start - at, &self.progress);
             }
             for page in start..end {
-                self.make_room(out, region, round.number)?;
+                self.flush_full(out, region, round.number)?;
                 out.push_page(&round.regions[region], page, &self.progress);
             }
             at = end;
@@ -249,7 +249,7 @@ impl BlockSender {
         Ok(())
     }
 
-    fn make_room(&self, out: &mut Outgoing, region: usize, round: u32) -> Result<(), WireError> {
+    fn flush_full(&self, out: &mut Outgoing, region: usize, round: u32) -> Result<(), WireError> {
         if out.is_full() { out.flush(region, round, &self.progress) } else { Ok(()) }
     }
 }
