@@ -146,9 +146,16 @@ impl Space {
     /// Refuses a process that merely got the number of one that ended. Once stopped by us it keeps its number.
     fn check_alive(&self) -> Result<(), AdoptError> {
         let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd that lives through the call.
-        let ended = check(unsafe { libc::poll(&raw mut poll, 1, 0) })?;
-        if ended == 0 { Ok(()) } else { Err(AdoptError::Gone(self.pid)) }
+        loop {
+            // SAFETY: one pollfd that lives through the call.
+            match check(unsafe { libc::poll(&raw mut poll, 1, 0) }) {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err(AdoptError::Gone(self.pid)),
+                // A signal of ours that came just now.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only
