@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use crate::uapi::{READ, UFFD, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl};
+use crate::uapi::{READ, UFFD, UFFDIO_CONTINUE, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl};
 
 /// `struct uffdio_poison`
 #[repr(C)]
@@ -19,9 +19,8 @@ struct UffdioPoison {
 }
 
 const UFFDIO_WAKE: u64 = ioc(READ, UFFD, 0x02, size_of::<UffdioRange>());
-const UFFDIO_CONTINUE: u64 = ioc(READ | WRITE, UFFD, 0x07, size_of::<UffdioContinue>());
 const UFFDIO_POISON: u64 = ioc(READ | WRITE, UFFD, 0x08, size_of::<UffdioPoison>());
-const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_CONTINUE == 0xc020_aa07 && UFFDIO_POISON == 0xc020_aa08);
+const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_POISON == 0xc020_aa08);
 
 const CONTINUE_MODE_WP: u64 = 2;
 const EVENT_PAGEFAULT: u8 = 0x12;

@@ -22,8 +22,8 @@ pub struct Mapping {
     hugetlb: Option<usize>,
 }
 
-// SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it, and all
-// access goes through raw pointers or volatile copies, never through Rust references to its bytes.
+// SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it. They do so
+// by raw pointers, volatile reads and atomics; by a reference to plain bytes only while nobody else uses these.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -214,7 +214,7 @@ impl Mapping {
     /// Maps a range that holds data.
     fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
         // SAFETY: within our own mapping; reading a range that holds data changes nothing.
-        check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, uapi::MADV_POPULATE_READ) }).map(drop)
+        check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, libc::MADV_POPULATE_READ) }).map(drop)
     }
 }
 
@@ -281,7 +281,7 @@ fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize
     scan(&pagemap, address, address + len, 0, uapi::PAGE_IS_PRESENT, |start, end| found(offset(start), offset(end)))
 }
 
-/// Reserves `len` bytes of address space at a 2 MiB boundary.
+/// Reserves `len` bytes, whole pages, of address space at a 2 MiB boundary.
 fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     let whole = len.checked_add(LARGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -299,7 +299,7 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
             libc::munmap(base, head);
         }
         if tail > 0 {
-            libc::munmap((aligned + len.next_multiple_of(SMALL_PAGE)) as *mut libc::c_void, tail);
+            libc::munmap((aligned + len) as *mut libc::c_void, tail);
         }
     }
     NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))

@@ -436,7 +436,7 @@ impl Segment {
 /// Allocates and maps, changing no byte. ENOMEM where there is no memory.
 fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
     // SAFETY: the callers, all in this file, give ranges within a mapping of ours.
-    check(unsafe { libc::madvise(start.cast(), len, uapi::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
+    check(unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
         // A full file system or pool: what would have been SIGBUS is EFAULT here.
         let full = error.raw_os_error() == Some(libc::EFAULT);
         if full { io::Error::from_raw_os_error(libc::ENOMEM) } else { error }

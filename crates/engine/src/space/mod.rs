@@ -161,7 +161,7 @@ impl Space {
     /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only
     /// mapped as one, the rest is copied to one. Works on the process from outside.
     pub fn collapse(&self, address: u64, len: u64) -> io::Result<()> {
-        self.advise(address, len, uapi::MADV_COLLAPSE)
+        self.advise(address, len, libc::MADV_COLLAPSE)
     }
 
     /// Advises on a range from outside: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE; others are EINVAL.
@@ -184,12 +184,12 @@ impl Space {
     /// As for [`Space::call`].
     pub fn unmap_pages(&self, address: u64, len: u64) -> Result<(), AdoptError> {
         if !self.is_own() {
-            let advice = uapi::MADV_DONTNEED_LOCKED.unsigned_abs();
+            let advice = libc::MADV_DONTNEED_LOCKED.unsigned_abs();
             return self.call(libc::SYS_madvise, [address, len, u64::from(advice), 0, 0, 0]).map(drop);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
         // SAFETY: of shared memory no byte changes, by this function's contract.
-        check(unsafe { libc::madvise(address as *mut libc::c_void, len, uapi::MADV_DONTNEED_LOCKED) })?;
+        check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_DONTNEED_LOCKED) })?;
         Ok(())
     }
 
