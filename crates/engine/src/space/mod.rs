@@ -166,6 +166,10 @@ impl Space {
 
     /// Advises on a range from outside: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE; others are EINVAL.
     pub fn advise(&self, address: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+        // Of others' memory the kernel takes no other advice; of our own, some kernels take any.
+        if !matches!(advice, libc::MADV_COLD | libc::MADV_PAGEOUT | libc::MADV_WILLNEED | libc::MADV_COLLAPSE) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         let range = libc::iovec {
             iov_base: address as *mut libc::c_void,
             iov_len: usize::try_from(len).map_err(io::Error::other)?,
