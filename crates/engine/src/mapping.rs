@@ -38,8 +38,8 @@ impl Mapping {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let file = file.try_clone_to_owned()?;
-        let base = map(file.as_fd(), len, offset, 0)?;
         let hugetlb = hugetlb_page(file.as_fd())?;
+        let base = map(file.as_fd(), len, offset, 0)?;
         Ok(Self { base, len, file, offset, hugetlb })
     }
 
