@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use thiserror::Error;
 
 use crate::block::Class;
-use crate::mapping::{Mapping, scan};
+use crate::mapping::Mapping;
 use crate::pages::AtomicBits;
 use crate::space::{AdoptError, Space};
 use crate::trace::Segment;
@@ -359,10 +359,7 @@ impl Shared {
     }
 
     fn is_large(&self, start: *mut u8) -> io::Result<bool> {
-        let (start, mut large) = (start as u64, false);
-        let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
-        scan(self.own.pagemap(), start, start + LARGE_PAGE as u64, 0, categories, |_, _| large = true)?;
-        Ok(large)
+        Ok(!self.own.large_mapped(start as u64, LARGE_PAGE as u64)?.is_empty())
     }
 
     /// Maps a complete unit in every process that maps it. Units that stand on small pages here are left to
@@ -370,8 +367,8 @@ impl Shared {
     fn populate_unit(&self, region: usize, unit: usize) {
         let (found, begin) = (&self.regions[region], Instant::now());
         let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
-        let small = found.target.page_size == LARGE_PAGE || end > found.target.mapping.pages();
-        let ready = !small && found.is_complete(unit) && !found.mapped[unit].load(Ordering::Acquire);
+        let piecewise = found.target.page_size == LARGE_PAGE || end > found.target.mapping.pages();
+        let ready = !piecewise && found.is_complete(unit) && !found.mapped[unit].load(Ordering::Acquire);
         if !ready || !self.is_large(found.target.mapping.page(start)).unwrap_or(false) {
             return;
         }

@@ -340,10 +340,6 @@ impl Memory {
 
     fn is_large(&self, region: usize, page: usize) -> bool {
         let start = self.regions[region].mapping.page(page) as u64;
-        let categories = crate::uapi::PAGE_IS_HUGE | crate::uapi::PAGE_IS_PRESENT;
-        let mut large = false;
-        let end = start + LARGE_PAGE as u64;
-        let scanned = crate::mapping::scan(self.placer.own().pagemap(), start, end, 0, categories, |_, _| large = true);
-        scanned.is_ok() && large
+        self.placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
     }
 }
