@@ -105,8 +105,8 @@ impl Userfault {
     }
 
     /// Maps pages of `page` bytes from the page cache and wakes who waits for them. Those that are mapped already, and
-    /// holes, are stepped over; while the address space changes nothing is mapped. Either way the access is tried again.
-    /// `protect`: write-protected, in a range that is registered for that.
+    /// holes, are stepped over; while the address space changes, or there is no memory for page tables, nothing is
+    /// mapped. Either way the access is tried again. `protect`: write-protected, in a range that is registered for that.
     pub fn resolve(&self, start: u64, len: u64, page: u64, protect: bool) -> io::Result<()> {
         let (mut at, end) = (start, start + len);
         let mode = if protect { CONTINUE_MODE_WP } else { 0 };
@@ -121,7 +121,7 @@ impl Userfault {
             match error.raw_os_error() {
                 Some(libc::EEXIST | libc::EFAULT) => at += page,
                 Some(libc::EAGAIN) if argument.mapped > 0 => {}
-                Some(libc::EAGAIN | libc::ENOENT) => return self.wake(start, len),
+                Some(libc::EAGAIN | libc::ENOENT | libc::ENOMEM) => return self.wake(start, len),
                 _ => return Err(error),
             }
             stepped = true;
