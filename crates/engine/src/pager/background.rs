@@ -48,7 +48,7 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
     let images = blocks.chain().images().to_vec();
     for (number, image) in images.iter().enumerate() {
         for block in 0..u32::try_from(image.blocks().len()).unwrap_or(u32::MAX) {
-            if shared.stopping() || shared.memory.flags.count() == 0 {
+            if shared.stopping() || !shared.memory.flags.any() {
                 return;
             }
             counted(shared, || shared.memory.load_block(blocks, (number, block), &mut scratch));

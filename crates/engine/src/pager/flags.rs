@@ -76,6 +76,11 @@ impl Flags {
         None
     }
 
+    /// Whether there is a page that has the flag.
+    pub fn any(&self) -> bool {
+        self.next(0, self.pages).is_some()
+    }
+
     /// The runs of pages of `[first, end)` without the flag.
     pub fn clear_runs(&self, first: usize, end: usize) -> Vec<(usize, usize)> {
         let (mut runs, mut at) = (Vec::new(), first);

@@ -362,7 +362,7 @@ impl Pager {
         pager.spawn("pf-fill", move || {
             background::fill(&shared, &set, everything);
             let unfinished =
-                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.count() > 0;
+                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.any();
             while !shared.stopping() && (unfinished() || !shared.may_end()) {
                 std::thread::sleep(if everything { SOON } else { LATER });
             }
