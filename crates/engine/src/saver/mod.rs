@@ -332,6 +332,10 @@ impl Saver {
     /// # Errors
     /// What went wrong first. The file is worth nothing then.
     pub fn finish(&mut self, sections: &[(u32, Vec<u8>)]) -> Result<Finished, SaveError> {
+        if self.start.is_some() && !self.shared.failed() {
+            // What nobody has written to would be missing, and would not be missed.
+            return Err(SaveError::Memory(io::Error::other("the end comes after `sweep`")));
+        }
         let (classified, written) = self.join()?;
         if let Some(error) = self.shared.error() {
             return Err(error);
