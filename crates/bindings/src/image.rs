@@ -158,21 +158,22 @@ impl ImageChain {
     }
 
     #[getter]
-    fn stored(&self) -> usize {
-        self.stored_pages().len()
+    fn stored(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.stored_pages().len())
     }
 
     fn verify(&self, py: Python<'_>, first: usize, count: usize, most: usize) -> Findings {
-        let stored = self.stored_pages();
-        let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
-        let findings = py.detach(|| image::verify(&self.inner, part, most));
+        let findings = py.detach(|| {
+            let stored = self.stored_pages();
+            let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
+            image::verify(&self.inner, part, most)
+        });
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
 
     fn verify_unused(&self, py: Python<'_>) -> Findings {
-        let stored = self.stored_pages();
         let Some(image) = self.inner.images().first() else { return Vec::new() };
-        let findings = py.detach(|| image::verify_unused(image, &stored));
+        let findings = py.detach(|| image::verify_unused(image, &self.stored_pages()));
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
 

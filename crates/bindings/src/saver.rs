@@ -104,6 +104,7 @@ pub struct Saver {
 }
 
 impl Saver {
+    /// Without the GIL: `prepare` calls Python, and who has the saver meanwhile needs it for that.
     fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
         work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -161,13 +162,13 @@ impl Saver {
     }
 
     #[getter]
-    fn arm_seconds(&self) -> f64 {
-        self.with(|saver| saver.arm_time().as_secs_f64())
+    fn arm_seconds(&self, py: Python<'_>) -> f64 {
+        py.detach(|| self.with(|saver| saver.arm_time().as_secs_f64()))
     }
 
     #[getter]
-    fn leaves_traces(&self) -> bool {
-        self.with(|saver| saver.leaves_traces())
+    fn leaves_traces(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.with(|saver| saver.leaves_traces()))
     }
 
     #[pyo3(signature = (bring = None))]
@@ -183,8 +184,8 @@ impl Saver {
         py.detach(|| self.with(saver::Saver::begin)).map(|time| time.as_secs_f64()).map_err(raised)
     }
 
-    fn sweep(&self) {
-        self.with(saver::Saver::sweep);
+    fn sweep(&self, py: Python<'_>) {
+        py.detach(|| self.with(saver::Saver::sweep));
     }
 
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
