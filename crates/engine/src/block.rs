@@ -407,12 +407,12 @@ fn header_checksum(header: &Header, table: &[u8]) -> u64 {
 }
 
 /// Checksum of stored bytes.
-pub fn checksum(bytes: &[u8]) -> u64 {
+fn checksum(bytes: &[u8]) -> u64 {
     xxh3_64(bytes)
 }
 
 /// Decompresses one verified page block into `out`, which has its raw length.
-pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
+fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
     if stored.len() == out.len() {
         out.copy_from_slice(stored);
         return Ok(());

@@ -15,7 +15,7 @@ use super::format::{
     MAX_SECTIONS, PageEntry, SectionEntry, VERSION, section,
 };
 use crate::SMALL_PAGE;
-use crate::block::{self, BlockError, Class, Codec, Header};
+use crate::block::{self, BlockError, Class, Header};
 use crate::mapping::prefer_large;
 
 /// Sections other than the page map are at most this long.
@@ -288,22 +288,10 @@ impl StoredBlock {
 
     /// Verifies page block `index` and decompresses it into `out`, which is resized to its data length.
     pub fn unpack(&self, index: usize, out: &mut Vec<u8>) -> Result<(), ImageError> {
-        let record = self.head.page_blocks.get(index);
-        let record = record.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
+        let end = self.ends.get(index).copied();
+        let end = end.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
         let start = if index == 0 { self.start } else { self.ends[index - 1] };
-        let stored = &self.bytes[start..self.ends[index]];
-        let region = self.head.region;
-        if block::checksum(stored) != record.checksum.get() {
-            let page = self.head.runs.iter().find(|run| run.class == Class::Data).map_or(0, |run| run.first as u64);
-            return Err(self.wrong(BlockError::PayloadChecksum { index, page, region }));
-        }
-        out.resize(record.raw_len.get() as usize, 0);
-        block::decompress(self.codec(), stored, out)
-            .map_err(|reason| self.wrong(BlockError::Decompress { index, region, reason }))
-    }
-
-    fn codec(&self) -> Codec {
-        self.head.codec
+        self.head.unpack(index, &self.bytes[start..end], out).map_err(|error| self.wrong(error))
     }
 }
 
