@@ -83,13 +83,8 @@ pub enum ImageError {
         error: BlockError,
     },
     /// The page is not in this image but in the one it builds on.
-    #[error("page {page} of region {region} is in the parent of this image, which was not given")]
-    InParent {
-        /// Number of the region.
-        region: usize,
-        /// Page of the region.
-        page: usize,
-    },
+    #[error("page {0} (of all regions) is in the parent of this image, which was not given")]
+    InParent(usize),
     /// The page is missing from memory, and no image of the chain says what it holds.
     #[error("page {0} (of all regions) is not in this image: it is not the one that it was left in")]
     NotStored(usize),

@@ -323,7 +323,7 @@ impl Chain {
                 return Ok((number, *entry));
             }
         }
-        Err(ImageError::InParent { region: 0, page })
+        Err(ImageError::InParent(page))
     }
 }
 
