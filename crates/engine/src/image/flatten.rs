@@ -86,7 +86,7 @@ impl<W: BorrowMut<ImageWriter>> Copier<W> {
 }
 
 /// Region of a page counted over all regions, and its number within the region.
-pub fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
+fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
     let mut rest = page;
     for (region, pages) in regions.iter().enumerate() {
         if rest < *pages {

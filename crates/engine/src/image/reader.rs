@@ -92,13 +92,9 @@ impl Image {
     }
 
     /// Bytes of the file.
+    #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
     pub fn len(&self) -> u64 {
         self.len
-    }
-
-    /// Whether it has no pages.
-    pub fn is_empty(&self) -> bool {
-        self.page_map.is_empty()
     }
 
     /// The page map of all regions, one after the other.
@@ -266,13 +262,9 @@ impl StoredBlock {
     }
 
     /// Bytes read from the file.
+    #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
     pub fn len(&self) -> usize {
         self.bytes.len()
-    }
-
-    /// Whether it has no bytes; never so.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
     }
 
     /// Number of pages with contents.
