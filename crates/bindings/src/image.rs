@@ -172,8 +172,7 @@ impl ImageChain {
     }
 
     fn verify_unused(&self, py: Python<'_>) -> Findings {
-        let Some(image) = self.inner.images().first() else { return Vec::new() };
-        let findings = py.detach(|| image::verify_unused(image, &self.stored_pages()));
+        let findings = py.detach(|| image::verify_unused(self.inner.nearest(), &self.stored_pages()));
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
 
@@ -194,7 +193,7 @@ impl ImageChain {
         let known = Codec::named(codec);
         let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
         let sizes = sizes(page_block, storage_block)?;
-        if regions.iter().sum::<usize>() != self.inner.images().first().map_or(0, |image| image.page_map().len()) {
+        if regions.iter().sum::<usize>() != self.inner.nearest().page_map().len() {
             return Err(PyValueError::new_err("the regions do not have as many pages as the page map"));
         }
         let file: OwnedFd = duplicate(fd)?;
@@ -214,7 +213,6 @@ impl ImageChain {
 impl ImageChain {
     fn stored_pages(&self) -> StoredPages {
         let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
-        let make = || self.inner.images().first().map_or_else(Vec::new, |image| image::stored_pages(image));
-        stored.get_or_insert_with(|| Arc::new(make())).clone()
+        stored.get_or_insert_with(|| Arc::new(image::stored_pages(self.inner.nearest()))).clone()
     }
 }

@@ -152,7 +152,7 @@ impl Saver {
         let regions: Vec<_> = regions.into_iter().map(region).collect();
         let parent = parent.map(|parent| parent.inner.clone());
         let pages: usize = regions.iter().map(|region| region.source.pages()).sum();
-        if parent.as_ref().is_some_and(|parent| parent.images()[0].page_map().len() != pages) {
+        if parent.as_ref().is_some_and(|parent| parent.nearest().page_map().len() != pages) {
             return Err(PyValueError::new_err("the parent has another number of pages"));
         }
         let segments = self::segments(segments);

@@ -292,13 +292,19 @@ impl StoredBlock {
 pub struct Chain(Vec<Arc<Image>>);
 
 impl Chain {
-    /// The images of a chain. All page maps must have the same length.
+    /// The images of a chain, at least one. All page maps must have the same length.
     pub fn new(images: Vec<Arc<Image>>) -> Result<Self, ImageError> {
-        let pages = images.first().map_or(0, |image| image.page_map.len());
+        let first = images.first().ok_or_else(|| value("number of images", 0, "at least 1"))?;
+        let pages = first.page_map.len();
         match images.iter().find(|image| image.page_map.len() != pages) {
             Some(other) => Err(value("pages of a parent", other.page_map.len() as u64, "those of the image")),
             None => Ok(Self(images)),
         }
+    }
+
+    /// The nearest image: its page map is that of the chain.
+    pub fn nearest(&self) -> &Image {
+        &self.0[0]
     }
 
     /// The images, the nearest first.

@@ -312,12 +312,12 @@ impl Pager {
         let flags = Flags::new(plan.flags, base);
         let source = match plan.from {
             Origin::Images(chain) => {
-                let image = chain.images().first().map_or(0, |image| image.page_map().len());
+                let image = chain.nearest().page_map().len();
                 if image != base {
                     return Err(PagerError::Regions { regions: base, image });
                 }
                 if plan.begin == Begin::Empty {
-                    mark(&chain, &flags, base);
+                    mark(&chain, &flags);
                 }
                 Source::Images(Blocks::new(chain))
             }
@@ -576,12 +576,10 @@ fn taken(link: Arc<PeerSource>) -> Result<Arc<PeerSource>, PagerError> {
 }
 
 /// Sets the flags of all pages that are not zeros.
-fn mark(chain: &Chain, flags: &Flags, pages: usize) {
-    let map = chain.images().first().map_or(&[][..], |image| image.page_map());
-    debug_assert_eq!(map.len(), pages, "checked by the caller");
+fn mark(chain: &Chain, flags: &Flags) {
     // Class and signature are right whichever image of the chain holds the contents.
     let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
-    for (index, entries) in map.chunks(64).enumerate() {
+    for (index, entries) in chain.nearest().page_map().chunks(64).enumerate() {
         flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
     }
 }

@@ -97,7 +97,7 @@ impl Classifier {
     ) -> Result<Self, SaveError> {
         let pages = shared.areas.iter().map(|area| area.source.pages()).sum();
         let entries = match &parent {
-            Some(parent) if as_parent => parent.images()[0].page_map().iter().map(inherited).collect(),
+            Some(parent) if as_parent => parent.nearest().page_map().iter().map(inherited).collect(),
             _ => vec![PageEntry::plain(Class::Absent, 0); pages],
         };
         let known = KnownPages::new().map_err(SaveError::Memory)?;

@@ -154,8 +154,7 @@ impl Rounds {
 
     /// Finds what is in memory, and pages that lost their contents without having been written to.
     fn look(&mut self) -> Result<(), SaveError> {
-        let page_map =
-            self.since.as_ref().and_then(|parent| parent.images().first()).map_or(&[][..], |image| image.page_map());
+        let page_map = self.since.as_ref().map_or(&[][..], |parent| parent.nearest().page_map());
         for (region, area) in self.shared.areas.iter().enumerate() {
             let mut present = PageSet::new(area.source.pages());
             for (start, end) in area.source.data_ranges().map_err(SaveError::Memory)? {
