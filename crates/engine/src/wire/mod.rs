@@ -106,16 +106,17 @@ fn on_all<S: Sync>(
     work: impl Fn(&S) -> Result<(), WireError> + Sync,
 ) -> Result<(), WireError> {
     let failure = Mutex::new(None);
-    let guarded = |stream: &S| {
-        if let Err(error) = work(stream) {
-            // First kept, then made known: what the others end with because of it must not come before it.
-            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            cancelled.store(true, Ordering::Release);
-        }
+    let fail = |error: WireError| {
+        // First kept, then made known: what the others end with because of it must not come before it.
+        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        cancelled.store(true, Ordering::Release);
     };
+    let guarded = |stream: &S| work(stream).unwrap_or_else(&fail);
     std::thread::scope(|scope| {
         for stream in streams.iter().skip(1) {
-            scope.spawn(|| guarded(stream));
+            if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, || guarded(stream)) {
+                fail(error.into());
+            }
         }
         streams.iter().take(1).for_each(&guarded);
     });
