@@ -18,8 +18,8 @@ use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::Mapping;
 use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, file_len};
 use pageferry_engine::placer::Target;
+use pageferry_engine::segment::Segment;
 use pageferry_engine::space::Space;
-use pageferry_engine::trace::Segment;
 use pageferry_engine::uapi::{REGISTER_MODE_MINOR, REGISTER_MODE_MISSING};
 
 const UNIT: usize = 64 << 10;

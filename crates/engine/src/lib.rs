@@ -5,6 +5,7 @@
 //! * [`uapi`]: kernel interfaces that the `libc` crate does not know yet.
 //! * [`mapping`]: shared mappings of the files that back a workload's memory.
 //! * [`space`]: address spaces of other processes: adoption, and calls made on or in them.
+//! * [`segment`]: where these map a workload's memory.
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
 //! * `discards`: memory that is given back meanwhile.
@@ -30,6 +31,7 @@ pub mod pager;
 pub mod pages;
 pub mod placer;
 pub mod saver;
+pub mod segment;
 pub mod sharing;
 pub mod space;
 pub mod trace;

@@ -17,8 +17,8 @@ use thiserror::Error;
 use crate::block::Class;
 use crate::mapping::Mapping;
 use crate::pages::AtomicBits;
+use crate::segment::Segment;
 use crate::space::{AdoptError, Space};
-use crate::trace::Segment;
 use crate::uapi::{self, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
@@ -408,28 +408,6 @@ impl Shared {
     }
 }
 
-impl Segment {
-    /// Pages of the region that are mapped here, as (first, end).
-    pub(crate) fn extent(&self) -> (usize, usize) {
-        (self.first_page, self.first_page + usize::try_from(self.len).unwrap_or(0) / SMALL_PAGE)
-    }
-
-    pub(crate) fn touches(&self, start: usize, end: usize) -> bool {
-        let (first, last) = self.extent();
-        first < end && start < last
-    }
-
-    /// Maps `[start, end)`, the pages of a large page, as one; false where that cannot be.
-    pub(crate) fn map_large(&self, start: usize, end: usize) -> bool {
-        let (first, last) = self.extent();
-        if start < first || last < end {
-            return false;
-        }
-        let address = self.address + ((start - first) * SMALL_PAGE) as u64;
-        address.is_multiple_of(LARGE_PAGE as u64) && self.space.collapse(address, LARGE_PAGE as u64).is_ok()
-    }
-}
-
 /// Allocates and maps, changing no byte. ENOMEM where there is no memory.
 fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
     // SAFETY: the callers, all in this file, give ranges within a mapping of ours.
@@ -459,15 +437,12 @@ fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, 
 /// Maps existing pages of `ranges` (in pages of the region) in one segment; returns the bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     let uffd = segment.space.userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS)?;
-    let (first, last) = segment.extent();
     let mut mapped = 0;
     uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MINOR)?;
     for &(start, end) in ranges {
-        let (start, end) = (start.max(first), end.min(last));
-        if start < end {
-            let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
+        if let Some((address, len)) = segment.part(start, end) {
             // What does not go is left to the first access.
-            mapped += uffd.map_existing(address, ((end - start) * SMALL_PAGE) as u64, page).unwrap_or(0);
+            mapped += uffd.map_existing(address, len, page).unwrap_or(0);
         }
     }
     uffd.unregister(segment.address, segment.len)?;

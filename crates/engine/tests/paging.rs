@@ -16,8 +16,8 @@ use pageferry_engine::mapping::{Mapping, duplicate};
 use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
+use pageferry_engine::segment::Segment;
 use pageferry_engine::space::Space;
-use pageferry_engine::trace::Segment;
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 
 const PAGES: usize = 2048;

@@ -12,7 +12,7 @@ use crate::image::ImageError;
 use crate::mapping::Mapping;
 use crate::pages::AtomicBits;
 use crate::placer::{PlaceError, Placer};
-use crate::trace::Segment;
+use crate::segment::Segment;
 use crate::uapi::Userfault;
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
@@ -254,11 +254,8 @@ impl Memory {
     fn map_run(&self, region: usize, start: usize, stop: usize, protect: bool) {
         let page = self.regions[region].page_size as u64;
         for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
-            let (first, last) = segment.extent();
-            let (start, stop) = (start.max(first), stop.min(last));
-            if start < stop {
-                let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
-                let _ = uffd.resolve(address, ((stop - start) * SMALL_PAGE) as u64, page, protect);
+            if let Some((address, len)) = segment.part(start, stop) {
+                let _ = uffd.resolve(address, len, page, protect);
             }
         }
     }

@@ -50,8 +50,8 @@ use crate::image::{Chain, ImageError, PageEntry};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::placer::{Placer, Target};
+use crate::segment::Segment;
 use crate::space::AdoptError;
-use crate::trace::Segment;
 use crate::uapi::{self, Userfault};
 use crate::wire::PeerSource;
 use crate::{SLOTS, SMALL_PAGE};
@@ -238,9 +238,9 @@ impl Shared {
         let part = |Watched { segment, .. }: &Watched| {
             let from = start.max(segment.address);
             let to = end.min(segment.address + segment.len);
-            let page = |address: u64| usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
-            let base = self.memory.regions[segment.region].base + segment.first_page;
-            (from < to).then(|| (base + page(from), base + page(to)))
+            let base = self.memory.regions[segment.region].base;
+            let pages = |(first, end)| (base + first, base + end);
+            (from < to).then(|| pages(segment.pages(from, to)))
         };
         ours.filter_map(part).collect()
     }
@@ -615,13 +615,13 @@ fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
 /// Not while registered: it would wait to be read as a discard. So the page may be mapped again before it is registered
 /// again, by a workload that runs; then it is tried again.
 fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
-    let base = memory.regions[segment.region].base + segment.first_page;
-    let page = |address: u64| base + usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
+    let base = memory.regions[segment.region].base;
     let (first, last) = (segment.address, segment.address + segment.len);
     for _ in 0..ATTEMPTS {
         let mut mapped = false;
         crate::mapping::scan(segment.space.pagemap(), first, last, 0, uapi::PAGE_IS_PRESENT, |start, end| {
-            mapped |= memory.flags.next(page(start), page(end)).is_some();
+            let (start, end) = segment.pages(start, end);
+            mapped |= memory.flags.next(base + start, base + end).is_some();
         })?;
         if !mapped {
             return Ok(());

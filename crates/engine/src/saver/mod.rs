@@ -33,8 +33,9 @@ use thiserror::Error;
 use crate::block::{Builder, Codec};
 use crate::discards::Discards;
 use crate::image::{Chain, Finished, ImageWriter, Sizes};
+use crate::segment::Segment;
 use crate::space::AdoptError;
-use crate::trace::{Segment, Trace, Userfaults};
+use crate::trace::{Trace, Userfaults};
 
 mod classify;
 mod follow;
