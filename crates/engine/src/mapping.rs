@@ -305,36 +305,36 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`.
-///
-/// `flags` are of `PM_SCAN_*`. Takes 512 runs at a time: with more, some kernels end the walk early and report twice.
+/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`. `flags` are
+/// of `PM_SCAN_*`.
 pub fn scan(
     pagemap: &File,
     start: u64,
     end: u64,
     flags: u64,
     categories: u64,
-    mut found: impl FnMut(u64, u64),
+    found: impl FnMut(u64, u64),
 ) -> io::Result<()> {
+    let what = PmScanArg { flags, category_mask: categories, return_mask: categories, ..Default::default() };
+    walk(pagemap, start, end, what, found)
+}
+
+/// As `scan`, for whatever pages an argument without a range asks for.
+///
+/// Takes 512 runs at a time: with more, some kernels end the walk early and report twice.
+pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
     let mut regions = [PageRegion::default(); 512];
     let mut at = start;
     while at < end {
-        let mut argument = PmScanArg {
-            flags,
-            start: at,
-            end,
-            category_mask: categories,
-            return_mask: categories,
-            ..Default::default()
-        };
+        let mut argument = PmScanArg { start: at, end, ..what };
         let count = uapi::pagemap_scan(pagemap, &mut argument, &mut regions)?;
         for region in &regions[..count] {
             found(region.start, region.end);
         }
-        at = argument.walk_end.max(at);
-        if count == 0 && argument.walk_end < end {
+        if argument.walk_end <= at {
             return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
         }
+        at = argument.walk_end;
     }
     Ok(())
 }
