@@ -4,16 +4,15 @@ use std::time::Duration;
 
 use pageferry_engine::mapping::{self, duplicate};
 use pageferry_engine::pager::{self, Begin, LoadError, Origin, PagerError, Plan};
-use pageferry_engine::placer::Target;
 use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use std::os::fd::AsFd;
 
 use crate::errors;
 use crate::image::{ImageChain, image_error};
-use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::peer::PeerSource;
+use crate::placer::{TargetTuple, targets};
 use crate::space::{self, SegmentTuple, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
@@ -59,7 +58,7 @@ impl Pager {
     fn new(
         py: Python<'_>,
         source: Source<'_>,
-        targets: Vec<(PyRef<'_, Mapping>, usize, Vec<bool>)>,
+        targets: Vec<TargetTuple<'_>>,
         segments: Vec<SegmentTuple<'_>>,
         userfaults: HashMap<i32, i32>,
         flags: i32,
@@ -80,12 +79,7 @@ impl Pager {
                 known.get(&pid).ok_or_else(|| PyKeyError::new_err(format!("no userfaultfd of process {pid}")))?;
             watched.push((segment, uffd.clone()));
         }
-        let target = |(mapping, page_size, large): (PyRef<'_, Mapping>, usize, Vec<bool>)| Target {
-            mapping: mapping.inner.clone(),
-            page_size,
-            large,
-        };
-        let targets: Vec<Target> = targets.into_iter().map(target).collect();
+        let targets = self::targets(targets);
         let pages = targets.iter().map(|target| target.mapping.pages()).sum();
         let file = duplicate(flags).map_err(errors::kernel)?;
         let flags = mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0).map_err(errors::kernel)?;

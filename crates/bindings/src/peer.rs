@@ -6,10 +6,10 @@ use pageferry_engine::pages::PageSet as Pages;
 use pageferry_engine::wire;
 use pyo3::prelude::*;
 
-use crate::errors;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
-use crate::wire::{Counters, Stream, codec, counters, endpoint, endpoints, patience};
+use crate::wire::{Counters, Stream, counters, endpoint, endpoints, patience};
+use crate::{blocks, errors};
 
 /// Page blocks, and what a storage block holds: small, for an access may wait behind one.
 const UNIT: usize = 16 * SMALL_PAGE;
@@ -39,7 +39,7 @@ impl PageServer {
     ) -> PyResult<Self> {
         let regions = regions.iter().map(|mapping| mapping.inner.clone()).collect();
         let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
-        let codec = self::codec(codec)?;
+        let codec = blocks::codec(codec)?;
         let format = wire::Format { codec, adaptive, bandwidth, unit: UNIT, capacity: CAPACITY };
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let patience = self::patience(patience)?;

@@ -126,11 +126,21 @@ pub enum Class {
 }
 
 impl Class {
+    /// The class of that number.
+    #[inline]
+    pub fn numbered(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Absent),
+            1 => Some(Self::Zero),
+            2 => Some(Self::Pattern),
+            3 => Some(Self::SameAs),
+            4 => Some(Self::Data),
+            _ => None,
+        }
+    }
+
     fn from_byte(byte: u8) -> Result<Self, BlockError> {
-        [Self::Absent, Self::Zero, Self::Pattern, Self::SameAs, Self::Data]
-            .into_iter()
-            .find(|class| *class as u8 == byte)
-            .ok_or_else(|| field("page class", byte, "0 (absent) to 4 (data)"))
+        Self::numbered(byte).ok_or_else(|| field("page class", byte, "0 (absent) to 4 (data)"))
     }
 }
 

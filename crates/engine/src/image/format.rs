@@ -201,14 +201,7 @@ impl PageEntry {
     /// The class, once it is known to be one.
     #[inline]
     pub fn class(&self) -> Option<Class> {
-        match self.class {
-            0 => Some(Class::Absent),
-            1 => Some(Class::Zero),
-            2 => Some(Class::Pattern),
-            3 => Some(Class::SameAs),
-            4 => Some(Class::Data),
-            _ => None,
-        }
+        Class::numbered(self.class)
     }
 
     /// A page without contents of its own: absent, zero or pattern.
