@@ -44,7 +44,7 @@ impl PageServer {
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let patience = self::patience(patience)?;
         let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, patience));
-        Ok(Self { inner: inner.map_err(invalid)? })
+        Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
     fn start(&self) -> PyResult<()> {
@@ -96,7 +96,7 @@ impl PeerSource {
     #[pyo3(signature = (urgent, streams, patience = 30.0))]
     fn new(urgent: Stream<'_>, streams: Vec<Stream<'_>>, patience: f64) -> PyResult<Self> {
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
-        let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(invalid)?;
+        let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(errors::argument)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -119,12 +119,4 @@ impl PeerSource {
     fn progress(&self) -> Counters {
         counters(self.inner.progress())
     }
-}
-
-/// InvalidInput is a wrong argument, whatever else is the kernel's.
-fn invalid(error: std::io::Error) -> PyErr {
-    if error.kind() == std::io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
-        return pyo3::exceptions::PyValueError::new_err(error.to_string());
-    }
-    errors::kernel(error)
 }

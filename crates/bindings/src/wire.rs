@@ -26,6 +26,7 @@ pub enum Stream<'py> {
 }
 
 pub fn endpoint(stream: Stream<'_>) -> PyResult<wire::Endpoint> {
+    let duplicate = |fd| duplicate(fd).map_err(errors::kernel);
     match stream {
         Stream::Plain(fd) => Ok(duplicate(fd)?.into()),
         Stream::Secure(fd, session) => Ok(wire::Endpoint { fd: duplicate(fd)?, session: Some(session.take()?) }),
@@ -67,8 +68,8 @@ impl BlockSender {
         let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
         let (unit, capacity) = (sizes.page_block, sizes.storage_block);
         let format = wire::Format { codec, adaptive, bandwidth, unit, capacity };
-        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?)?;
-        Ok(Self { inner })
+        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?);
+        Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
     #[pyo3(signature = (regions, pages, round, barrier = true))]
@@ -116,7 +117,8 @@ impl BlockReceiver {
     #[pyo3(signature = (sockets, placer, patience = 30.0))]
     fn new(sockets: Vec<Stream<'_>>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
         let (endpoints, patience) = (endpoints(sockets)?, self::patience(patience)?);
-        Ok(Self { inner: wire::BlockReceiver::new(endpoints, placer.inner.clone(), patience)? })
+        let inner = wire::BlockReceiver::new(endpoints, placer.inner.clone(), patience);
+        Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
     fn receive(&self, py: Python<'_>, round: u32) -> PyResult<()> {
