@@ -106,7 +106,7 @@ impl Userfault {
 
     /// Maps pages of `page` bytes from the page cache and wakes who waits for them. Those that are mapped already, and
     /// holes, are stepped over; while the address space changes, or there is no memory for page tables, nothing is
-    /// mapped. Either way the access is tried again. `protect`: write-protected, in a range that is registered for that.
+    /// mapped. Either way the access is tried again. `protect`: write-protected, in a range registered for that.
     pub fn resolve(&self, start: u64, len: u64, page: u64, protect: bool) -> io::Result<()> {
         let (mut at, end) = (start, start + len);
         let mode = if protect { CONTINUE_MODE_WP } else { 0 };

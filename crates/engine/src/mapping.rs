@@ -149,7 +149,7 @@ impl Mapping {
         Ok(found)
     }
 
-    /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for that.
+    /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for it.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
         let mut ranges = Vec::new();
@@ -185,8 +185,8 @@ impl Mapping {
 
     /// Which of the 2 MiB units stand on a large page: mapped by one page-middle-directory entry once touched.
     ///
-    /// Only what is in memory is touched (holes stay holes, and swapped pages in swap). Units are counted from the start of the mapping; a
-    /// last, shorter unit is never large.
+    /// Only what is in memory is touched (holes stay holes, and swapped pages in swap). Units are counted from the
+    /// start of the mapping; a last, shorter unit is never large.
     pub fn large_units(&self) -> io::Result<Vec<bool>> {
         let mut units = vec![false; self.len.div_ceil(LARGE_PAGE)];
         for (start, end) in self.resident_ranges()? {
@@ -305,8 +305,8 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`. `flags` are
-/// of `PM_SCAN_*`.
+/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`. `flags`
+/// are of `PM_SCAN_*`.
 pub fn scan(
     pagemap: &File,
     start: u64,

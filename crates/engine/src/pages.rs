@@ -202,7 +202,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// One bit per page, set by several threads.
+/// Bits that several threads set and clear.
 #[derive(Debug)]
 pub(crate) struct AtomicBits(Vec<AtomicU64>);
 
@@ -257,7 +257,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_like_a_set(pages in 1usize..1500, changes in prop::collection::vec((any::<bool>(), 0usize..1600, 0usize..700), 0..20)) {
+        fn behaves_like_a_set(
+            pages in 1usize..1500,
+            changes in prop::collection::vec((any::<bool>(), 0usize..1600, 0usize..700), 0..20),
+        ) {
             let (mut set, mut model) = (PageSet::new(pages), BTreeSet::new());
             for (add, start, len) in changes {
                 let range = start..(start + len).min(pages);
@@ -278,7 +281,8 @@ mod tests {
             prop_assert_eq!(units.iter().map(|&count| usize::from(count)).sum::<usize>(), model.len());
             prop_assert_eq!(PageSet::unpack(&set.pack(), pages), Ok(set.clone()));
             set.expand_to_units();
-            let expanded: BTreeSet<_> = model.iter().flat_map(|page| { let unit = page / SLOTS; unit * SLOTS..((unit + 1) * SLOTS).min(pages) }).collect();
+            let unit_of = |page: &usize| page / SLOTS * SLOTS..((page / SLOTS + 1) * SLOTS).min(pages);
+            let expanded: BTreeSet<_> = model.iter().flat_map(unit_of).collect();
             prop_assert_eq!(set.runs().flat_map(|(start, end)| start..end).collect::<BTreeSet<_>>(), expanded);
         }
     }

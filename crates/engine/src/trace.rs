@@ -181,8 +181,9 @@ impl Trace {
         })
     }
 
-    /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a pager
-    /// that is held ([`crate::pager::Pager::hold`]). They stay when this is dropped, and go when the pager is released.
+    /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a
+    /// pager that is held ([`crate::pager::Pager::hold`]). They stay when this is dropped, and go when the pager is
+    /// released.
     ///
     /// # Errors
     /// ENOENT where a part of a segment is not registered, or no userfaultfd is given for its process; ESRCH.

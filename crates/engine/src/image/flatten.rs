@@ -11,8 +11,8 @@ use crate::block::{Builder, Class, Codec};
 
 /// Copies all stored pages of a chain into a writer and returns the page map for it.
 ///
-/// `regions`: pages of each region, in order. Pages are copied in the order in which they stand in the chain, the oldest
-/// image first, so that what was written together stays together; a page that several share is copied once.
+/// `regions`: pages of each region, in order. Pages are copied in the order in which they stand in the chain, the
+/// oldest image first, so that what was written together stays together; a page that several share is copied once.
 pub fn flatten(
     chain: &Chain,
     writer: &mut ImageWriter,

@@ -80,7 +80,7 @@ pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
 /// Those that others need who put write traces on by it ([`Pager::hold`]).
 pub const TRACE_FEATURES: u64 = crate::trace::FEATURES;
 
-/// Why a pager could not begin.
+/// Why a pager could not begin, or could not do what it was asked to.
 #[derive(Debug, Error)]
 pub enum PagerError {
     /// The regions are not those of the image.
@@ -113,7 +113,7 @@ pub enum PagerError {
 pub enum Begin {
     /// Nothing that counts: the files are emptied, and the flags set as the image says.
     Empty,
-    /// Flags that somebody has set; the files hold the contents of all other pages. Segments without any are left alone.
+    /// Flags that somebody has set; the files hold all other pages. Segments without any are left alone.
     Kept,
     /// The work of a pager before: the flags hold, and faults that it had read are read again.
     TakenOver,
@@ -156,9 +156,9 @@ pub struct Plan {
     pub begin: Begin,
     /// Windows of 16 pages to be read first, in this order.
     pub working_set: Vec<u32>,
-    /// Whether to read at all before anybody asks, and whether at full speed.
+    /// Whether to read what nobody has asked for.
     pub background: bool,
-    /// Without giving way to demand.
+    /// Whether that goes on at full speed, without giving way to demand.
     pub eager: bool,
     /// Whether an access brings all of the storage block, after the pages around its own.
     pub whole_blocks: bool,

@@ -1,8 +1,8 @@
 //! Write traces that go on where a save ends (S2), so that the next one knows what was written since this instant.
 //!
 //! Memory is registered with one userfaultfd at a time, and one is synchronous or asynchronous for life: what the sweep
-//! has saved is handed over from the one to the other, a part of a region at a time. In between nothing is protected. So
-//! the sweep keeps what it copied of that part, and compares once the trace is on; what differs, and what traps have
+//! has saved is handed over from the one to the other, a part of a region at a time. In between nothing is protected.
+//! So the sweep keeps what it copied of that part, and compares once the trace is on; what differs, and what traps have
 //! saved, was written since the instant: its protection is taken off again, by which the trace reports it.
 
 use std::io;

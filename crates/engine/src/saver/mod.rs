@@ -1,10 +1,10 @@
 //! Saving memory as of one instant while the workload runs on (S4).
 //!
 //! ```text
-//!  workload ── write to a protected page ──▶ trap thread ──┐ copies the block, releases it
-//!                                                          ├──▶ staging slots ──▶ classifier ──▶ packers ──▶ writer
-//!  background sweep, over what nobody writes to ───────────┘    (bounded)        zero, pattern,  compress    few, large
-//!                                                                                duplicate, data             writes
+//! workload ── write to a protected page ──▶ trap thread ──┐ copies the block, releases it
+//!                                                         ├──▶ staging slots ──▶ classifier ──▶ packers ──▶ writer
+//! background sweep, over what nobody writes to ───────────┘    (bounded)        zero, pattern,  compress    few, large
+//!                                                                               duplicate, data             writes
 //! ```
 //!
 //! Protections are synchronous userfaultfd write protections. They are put on while the workload runs: traps that fire
@@ -15,8 +15,8 @@
 //! * a protection is only ever taken off a block that is saved;
 //! * pages that are holes when their block is copied were holes at the instant, or read as zeros since.
 //!
-//! With a trace that was on since the parent was saved, nothing of this is needed: see [`rounds`]. And where a trace shall
-//! be on from this instant, see [`follow`].
+//! With a trace that was on since the parent was saved, nothing of this is needed: see [`rounds`]. And where a trace
+//! shall be on from this instant, see [`follow`].
 //!
 //! We hold the only reference to the userfaultfd: if we die, every protection goes and every waiting thread runs on. An
 //! error (a full disk) or a cancellation takes all protections off at once.
@@ -83,7 +83,8 @@ pub enum SaveError {
     Memory(io::Error),
     /// The workload discarded memory, of which something may not have been saved yet.
     #[error(
-        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload paused"
+        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload \
+         paused"
     )]
     GivenBack,
     /// The trace since the parent cannot be used: save again, without it.
@@ -231,8 +232,9 @@ impl Saver {
         Ok(saver)
     }
 
-    /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else there
-    /// is nothing to be done. `bring` has pages of a region, (region, first, count), in memory before they are read.
+    /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else
+    /// there is nothing to be done. `bring` has pages of a region, (region, first, count), in memory before they are
+    /// read.
     pub fn prepare(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
         let begin = Instant::now();
         if let Some(rounds) = &mut self.rounds {

@@ -1,9 +1,10 @@
 //! Saving what a trace has seen since the parent image (S2, S4): the rest is as it is there, and is not read. Or, of
 //! memory whose contents are still to come (S8), everything as it comes, and then what a trace has seen since.
 //!
-//! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough is
-//! left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied is
-//! reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next one's.
+//! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough
+//! is left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied
+//! is reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next
+//! one's.
 //!
 //! A page that is discarded, and read again, is not reported: but it has nothing but zeros, or is not there, where the
 //! parent has something. All pages are looked at for that, mostly at one word each; and while that is worth something

@@ -40,7 +40,8 @@ pub enum AdoptError {
     Traced(libc::pid_t, String),
     /// It has a system-call filter that cannot be suspended.
     #[error(
-        "process {0} runs under a seccomp filter that this user may not suspend: run as root (CAP_SYS_ADMIN), or start it without the filter"
+        "process {0} runs under a seccomp filter that this user may not suspend: run as root (CAP_SYS_ADMIN), or start \
+         it without the filter"
     )]
     Seccomp(libc::pid_t),
     /// It did not stop.
@@ -54,12 +55,14 @@ pub enum AdoptError {
     NoVdso(libc::pid_t),
     /// Somebody else's userfaultfd is on it.
     #[error(
-        "memory of process {0} at {1:#x} is registered with another userfaultfd (a trace or a post-copy under way): end that first ({2})"
+        "memory of process {0} at {1:#x} is registered with another userfaultfd (a trace or a post-copy under way): \
+         end that first ({2})"
     )]
     Registered(libc::pid_t, u64, io::Error),
     /// Only its own accesses could be made to wait, not those of the kernel on its behalf.
     #[error(
-        "process {0} may not have system calls of its own wait for us: run it as root, or set vm.unprivileged_userfaultfd=1"
+        "process {0} may not have system calls of its own wait for us: run it as root, or set \
+         vm.unprivileged_userfaultfd=1"
     )]
     UserModeOnly(libc::pid_t),
     /// The call was made and failed.

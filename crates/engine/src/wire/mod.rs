@@ -4,8 +4,8 @@
 //! round; each ends its part with a barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has
 //! not moved a byte for a while.
 //!
-//! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes them
-//! over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
+//! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes
+//! them over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

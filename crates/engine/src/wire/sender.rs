@@ -177,8 +177,8 @@ impl BlockSender {
         on_all(&self.streams, &self.cancelled, |stream| self.send_shares(stream, &round))
     }
 
-    /// The sets with what the peer holds and is a hole here now, and if memory was `discarded`, what is zeros; from then
-    /// on the peer holds what they leave it with.
+    /// The sets with what the peer holds and is a hole here now, and if memory was `discarded`, what is zeros; from
+    /// then on the peer holds what they leave it with.
     fn with_freed(
         &self,
         regions: &[Arc<Mapping>],
