@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::SaveError;
-use super::layout::Copied;
+use super::area::Copied;
 use super::output::Full;
 use super::shared::Shared;
 use crate::SMALL_PAGE;

@@ -37,9 +37,9 @@ use crate::segment::Segment;
 use crate::space::AdoptError;
 use crate::trace::{Trace, Userfaults};
 
+mod area;
 mod classify;
 mod follow;
-mod layout;
 mod output;
 mod rounds;
 mod shared;
@@ -48,9 +48,9 @@ mod staging;
 mod sweep;
 mod traps;
 
+use area::Copied;
 use classify::{Classified, Classifier};
 use follow::Follow;
-use layout::Copied;
 use output::Written;
 use rounds::Rounds;
 use shared::Shared;
@@ -186,8 +186,8 @@ impl Saver {
     ) -> Result<Self, SaveError> {
         let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
         let image = ImageWriter::new(file, id, sizes).map_err(SaveError::Write)?;
-        let areas = layout::areas(regions, options.trap_block);
-        let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
+        let areas = area::areas(regions, options.trap_block);
+        let slot = areas.iter().map(|area| area.trap_block).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let leaves = matches!(traces, Traces::TakeUp(_));
         if leaves && parent.is_none() {

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::layout::{Area, Copied};
+use super::area::{Area, Copied};
 use super::shared::Shared;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
@@ -185,7 +185,7 @@ impl Rounds {
         for (region, area) in self.shared.areas.iter().enumerate() {
             let pages = area.source.pages();
             let set = std::mem::replace(&mut self.dirty[region], PageSet::new(pages));
-            let (per_block, mut at) = (area.unit / SMALL_PAGE, 0);
+            let (per_block, mut at) = (area.trap_block / SMALL_PAGE, 0);
             while let Some((page, _)) = set.runs_in(at, pages).next() {
                 let block = page / per_block;
                 at = (block + 1) * per_block;
@@ -209,7 +209,7 @@ impl Rounds {
         } else {
             staging.take(Origin::Sweep).ok_or_else(|| self.shared.error().unwrap_or(SaveError::Cancelled))?.0
         };
-        let page = block * area.unit / SMALL_PAGE;
+        let page = block * area.trap_block / SMALL_PAGE;
         let (mut there, mut absent) = (Vec::new(), Vec::new());
         for (start, end) in runs {
             self.split(region, (start, end), page, &mut there, &mut absent).map_err(SaveError::Memory)?;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::layout::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
+use super::area::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
 use super::shared::Shared;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
@@ -92,7 +92,7 @@ fn trap(shared: &Shared, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Cop
     let Some(armed) = shared.armed.iter().find(holds) else { return };
     let segment = &armed.segment;
     let area = &shared.areas[segment.region];
-    let block = (segment.first_page + segment.page_of(address)) * SMALL_PAGE / area.unit;
+    let block = (segment.first_page + segment.page_of(address)) * SMALL_PAGE / area.trap_block;
     if shared.release_before_instant(armed, block) {
         return;
     }
@@ -114,7 +114,7 @@ fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) ->
             let copied = area.copy(block, &mut slot);
             area.set(block, SAVED);
             let runs = copied.map_err(SaveError::Memory)?;
-            let page = block * area.unit / SMALL_PAGE;
+            let page = block * area.trap_block / SMALL_PAGE;
             let _ = slots.send(Copied { region, page, runs, absent: Vec::new(), slot, origin: Origin::Trap });
             return Ok(());
         }
