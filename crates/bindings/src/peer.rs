@@ -12,8 +12,8 @@ use crate::wire::{Counters, Stream, counters, endpoint, endpoints, patience};
 use crate::{blocks, errors};
 
 /// Page blocks, and what a storage block holds: small, for an access may wait behind one.
-const UNIT: usize = 16 * SMALL_PAGE;
-const CAPACITY: usize = 4 * UNIT;
+const PAGE_BLOCK: usize = 16 * SMALL_PAGE;
+const STORAGE_BLOCK: usize = 4 * PAGE_BLOCK;
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PageServer {
@@ -40,7 +40,7 @@ impl PageServer {
         let regions = regions.iter().map(|mapping| mapping.inner.clone()).collect();
         let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
         let codec = blocks::codec(codec)?;
-        let format = wire::Format { codec, adaptive, bandwidth, unit: UNIT, capacity: CAPACITY };
+        let format = wire::Format { codec, adaptive, bandwidth, page_block: PAGE_BLOCK, storage_block: STORAGE_BLOCK };
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let patience = self::patience(patience)?;
         let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, patience));

@@ -65,9 +65,8 @@ impl BlockSender {
         bandwidth: u64,
         adaptive: bool,
     ) -> PyResult<Self> {
-        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
-        let (unit, capacity) = (sizes.page_block, sizes.storage_block);
-        let format = wire::Format { codec, adaptive, bandwidth, unit, capacity };
+        blocks::sizes(page_block, storage_block)?;
+        let format = wire::Format { codec: blocks::codec(codec)?, adaptive, bandwidth, page_block, storage_block };
         let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?);
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }

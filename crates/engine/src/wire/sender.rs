@@ -28,9 +28,9 @@ pub struct Format {
     /// Most bytes per second, over all streams; 0: as fast as they go.
     pub bandwidth: u64,
     /// Data bytes of a page block.
-    pub unit: usize,
-    /// Data bytes of a storage block.
-    pub capacity: usize,
+    pub page_block: usize,
+    /// Most data bytes of a storage block.
+    pub storage_block: usize,
 }
 
 /// The sending end of page streams.
@@ -60,7 +60,7 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     pub(super) fn new(socket: Socket, format: Format, limit: &Arc<Limit>, cancelled: &Arc<AtomicBool>) -> Self {
-        let builder = Builder::new(format.codec, format.unit, format.capacity);
+        let builder = Builder::new(format.codec, format.page_block, format.storage_block);
         let adaptive = Adaptive::new(format.codec, format.adaptive);
         let (limit, cancelled) = (limit.clone(), cancelled.clone());
         Self { socket, builder, sequence: 0, adaptive, limit, urgent: false, cancelled }

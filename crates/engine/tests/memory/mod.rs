@@ -116,7 +116,7 @@ pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, patience: Dura
 }
 
 pub fn format(codec: Codec) -> Format {
-    Format { codec, adaptive: false, bandwidth: 0, unit: 4 * SMALL_PAGE, capacity: 32 * SMALL_PAGE }
+    Format { codec, adaptive: false, bandwidth: 0, page_block: 4 * SMALL_PAGE, storage_block: 32 * SMALL_PAGE }
 }
 
 /// Units of 2 MiB that a mapping has, the last one counted when it is shorter.
