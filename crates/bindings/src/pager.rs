@@ -1,12 +1,13 @@
 use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use pageferry_engine::mapping::{self, duplicate};
-use pageferry_engine::pager::{self, Begin, LoadError, Origin, PagerError, Plan};
+use pageferry_engine::mapping::duplicate;
+use pageferry_engine::pager::{self, Begin, Flags, LoadError, Origin, PagerError, Plan};
 use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
-use std::os::fd::AsFd;
 
 use crate::errors;
 use crate::image::{ImageChain, image_error};
@@ -31,6 +32,11 @@ fn load_error(error: &LoadError) -> PyErr {
         LoadError::Place(_) | LoadError::Ended => PyOSError::new_err(error.to_string()),
         LoadError::Lost(_) => PyConnectionResetError::new_err(error.to_string()),
     }
+}
+
+/// The flags of so many pages, in a file whose descriptor stays the caller's.
+pub fn open_flags(fd: i32, pages: usize) -> io::Result<Flags> {
+    Flags::open(duplicate(fd)?.as_fd(), pages)
 }
 
 /// (region, page of it, whether somebody waits for it, message)
@@ -81,8 +87,7 @@ impl Pager {
         }
         let targets = self::targets(targets);
         let pages = targets.iter().map(|target| target.mapping.pages()).sum();
-        let file = duplicate(flags).map_err(errors::kernel)?;
-        let flags = mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0).map_err(errors::kernel)?;
+        let flags = open_flags(flags, pages).map_err(errors::argument)?;
         let from = match source {
             Source::Images(chain) => Origin::Images(chain.inner.clone()),
             Source::Peer(peer) => Origin::Peer(peer.inner.clone()),
@@ -119,24 +124,23 @@ impl Pager {
         let sets: Vec<_> = missing.iter().map(|set| set.inner.clone()).collect();
         py.detach(|| {
             let pages = sets.iter().map(pageferry_engine::pages::PageSet::pages).sum();
-            let file = duplicate(flags)?;
-            let flags = pager::Flags::new(mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0)?, pages);
+            let flags = open_flags(flags, pages)?;
             sets.iter().fold(0, |base, set| {
                 flags.set_all(base, set);
                 base + set.pages()
             });
             Ok(())
         })
-        .map_err(errors::kernel)
+        .map_err(errors::argument)
     }
 
     #[getter]
-    fn pending(&self) -> usize {
-        self.inner.pending()
+    fn pending(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.inner.pending())
     }
 
-    fn missing(&self, region: usize) -> PyResult<PageSet> {
-        let inner = self.inner.missing(region);
+    fn missing(&self, py: Python<'_>, region: usize) -> PyResult<PageSet> {
+        let inner = py.detach(|| self.inner.missing(region));
         Ok(PageSet { inner: inner.ok_or_else(|| PyValueError::new_err(format!("region {region}")))? })
     }
 

@@ -81,13 +81,13 @@ impl PageSet {
     }
 
     fn pack<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.inner.pack())
+        PyBytes::new(py, &py.detach(|| self.inner.pack()))
     }
 
     #[staticmethod]
-    fn unpack(data: &[u8], pages: usize) -> PyResult<Self> {
-        let inner = pages::PageSet::unpack(data, pages).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        Ok(Self { inner })
+    fn unpack(py: Python<'_>, data: &[u8], pages: usize) -> PyResult<Self> {
+        let inner = py.detach(|| pages::PageSet::unpack(data, pages));
+        Ok(Self { inner: inner.map_err(|error| PyValueError::new_err(error.to_string()))? })
     }
 
     fn copy(&self) -> Self {

@@ -131,7 +131,7 @@ impl Scene {
             from: Origin::Images(image()),
             targets: vec![Target { mapping: self.ours.clone(), page_size: SMALL_PAGE, large: Vec::new() }],
             watched: vec![(segment, uffd)],
-            flags: Mapping::new(self.flags.as_fd(), file_len(PAGES), 0).expect("a mapping"),
+            flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
             working_set: Vec::new(),
             background,
@@ -306,8 +306,7 @@ fn what_is_evicted_comes_back() {
 fn a_page_that_was_never_stored_is_not_taken_for_zeros() {
     within_a_minute(|| {
         let scene = Scene::new();
-        let flags = Mapping::new(scene.flags.as_fd(), file_len(PAGES), 0).expect("a mapping");
-        Flags::new(flags, PAGES).set(NEVER_STORED);
+        Flags::open(scene.flags.as_fd(), PAGES).expect("flags").set(NEVER_STORED);
         let error = scene.begin(Begin::Kept, false).ensure(0, 0, 16).expect_err("it has no contents");
         assert!(error.to_string().contains("page 15"), "{error}");
     });

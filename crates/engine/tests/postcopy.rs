@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, TRACE_FEATURES, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
@@ -106,7 +106,7 @@ impl Scene {
             from: Origin::Peer(peer.clone()),
             targets: vec![Target { mapping: self.ours.clone(), page_size: self.page_size, large }],
             watched: vec![(segment, uffd)],
-            flags: Mapping::new(self.flags.as_fd(), self.flags.len(), 0).expect("a mapping"),
+            flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
             working_set: Vec::new(),
             background: true,

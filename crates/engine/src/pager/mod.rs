@@ -47,7 +47,6 @@ use source::Source;
 
 use crate::block::Class;
 use crate::image::{Chain, ImageError, PageEntry};
-use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::placer::{Placer, Target};
 use crate::segment::Segment;
@@ -150,8 +149,8 @@ pub struct Plan {
     pub targets: Vec<Target>,
     /// Where the workload maps them, and the userfaultfd of each of these address spaces.
     pub watched: Vec<(Segment, Arc<Userfault>)>,
-    /// A file of flags, [`file_len`] long.
-    pub flags: Mapping,
+    /// The flags of all pages of all regions.
+    pub flags: Flags,
     /// What is there already.
     pub begin: Begin,
     /// Windows of 16 pages to be read first, in this order.
@@ -309,7 +308,11 @@ impl Pager {
             regions.push(Region { mapping: target.mapping.clone(), page_size: target.page_size, base });
             base += target.mapping.pages();
         }
-        let flags = Flags::new(plan.flags, base);
+        let flags = plan.flags;
+        if flags.pages() != base {
+            let words = format!("flags of {} pages, and regions of {base}", flags.pages());
+            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
+        }
         let source = match plan.from {
             Origin::Images(chain) => {
                 let image = chain.nearest().page_map().len();
