@@ -25,6 +25,8 @@ mod flags;
 mod hold;
 mod memory;
 mod peer;
+mod plan;
+mod register;
 mod source;
 
 use std::io;
@@ -34,7 +36,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
-use thiserror::Error;
 
 use blocks::{Blocks, Fetched};
 use demand::Inbox;
@@ -43,14 +44,12 @@ use hold::Held;
 pub use memory::{Counters, LoadError};
 use memory::{Memory, Region, Scratch, Watched};
 use peer::Peer;
+pub use plan::{Begin, Failure, Origin, PagerError, Plan};
+use register::{mark, register};
 use source::Source;
 
-use crate::block::Class;
-use crate::image::{Chain, ImageError, PageEntry};
 use crate::pages::PageSet;
-use crate::placer::{Placer, Target};
-use crate::segment::Segment;
-use crate::space::AdoptError;
+use crate::placer::Placer;
 use crate::uapi::{self, Userfault};
 use crate::wire::PeerSource;
 use crate::{SLOTS, SMALL_PAGE};
@@ -63,8 +62,6 @@ const MAX_REST: usize = 32;
 const MANY: usize = 1024;
 /// Pages that are brought for others before it is looked whether all shall end.
 const MOST: usize = 4096;
-/// How often the mappings of pages to come are taken away from a workload that makes them again.
-const ATTEMPTS: usize = 4;
 /// How often one looks whether everything is there: where it is being brought, and where only accesses bring it.
 const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
@@ -78,94 +75,6 @@ pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
     | uapi::FEATURE_MINOR_HUGETLBFS;
 /// Those that others need who put write traces on by it ([`Pager::hold`]).
 pub const TRACE_FEATURES: u64 = crate::trace::FEATURES;
-
-/// Why a pager could not begin, or could not do what it was asked to.
-#[derive(Debug, Error)]
-pub enum PagerError {
-    /// The regions are not those of the image.
-    #[error("the regions have {regions} pages, the page map of the image has {image}")]
-    Regions {
-        /// Pages of the regions.
-        regions: usize,
-        /// Pages of the image.
-        image: usize,
-    },
-    /// The image is wrong.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// Mappings of pages that are still to come could not be taken away.
-    #[error("pages that are still to come are mapped by the workload: {0}")]
-    Mapped(#[from] AdoptError),
-    /// The workload maps them again and again.
-    #[error("pages that are still to come are mapped by the workload again and again: it must be paused")]
-    Running,
-    /// Contents do not come from a peer, or not over a connection of its own.
-    #[error("{0}")]
-    Peer(&'static str),
-    /// The kernel's words.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
-/// What a pager finds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Begin {
-    /// Nothing that counts: the files are emptied, and the flags set as the image says.
-    Empty,
-    /// Flags that somebody has set; the files hold all other pages. Segments without any are left alone.
-    Kept,
-    /// The work of a pager before: the flags hold, and faults that it had read are read again.
-    TakenOver,
-}
-
-/// A page that cannot be had.
-#[derive(Debug, Clone)]
-pub struct Failure {
-    /// Number of the region.
-    pub region: usize,
-    /// Page of the region.
-    pub page: usize,
-    /// Whether a thread of the workload waits for it.
-    pub accessed: bool,
-    /// What is wrong, and where.
-    pub message: String,
-}
-
-/// Where contents come from.
-#[derive(Debug)]
-pub enum Origin {
-    /// An image and those it builds on.
-    Images(Chain),
-    /// The source of a post-copy migration.
-    Peer(Arc<PeerSource>),
-}
-
-/// What a pager is to do.
-#[derive(Debug)]
-pub struct Plan {
-    /// Where contents come from.
-    pub from: Origin,
-    /// The regions; which units are large says where large pages are allocated.
-    pub targets: Vec<Target>,
-    /// Where the workload maps them, and the userfaultfd of each of these address spaces.
-    pub watched: Vec<(Segment, Arc<Userfault>)>,
-    /// The flags of all pages of all regions.
-    pub flags: Flags,
-    /// What is there already.
-    pub begin: Begin,
-    /// Windows of 16 pages to be read first, in this order.
-    pub working_set: Vec<u32>,
-    /// Whether to read what nobody has asked for.
-    pub background: bool,
-    /// Whether that goes on at full speed, without giving way to demand.
-    pub eager: bool,
-    /// Whether an access brings all of the storage block, after the pages around its own.
-    pub whole_blocks: bool,
-    /// Whether pages will be let go: until [`Pager::evicted`] it is not finished, even if nothing is missing.
-    pub evicting: bool,
-    /// Whether an access to a page that cannot be had ends in SIGBUS; else it waits.
-    pub fatal: bool,
-}
 
 #[derive(Debug)]
 struct Shared {
@@ -576,62 +485,4 @@ impl Drop for Pager {
 /// A connection that no other pager has.
 fn taken(link: Arc<PeerSource>) -> Result<Arc<PeerSource>, PagerError> {
     if link.take() { Ok(link) } else { Err(PagerError::Peer("another pager has this connection")) }
-}
-
-/// Sets the flags of all pages that are not zeros.
-fn mark(chain: &Chain, flags: &Flags) {
-    // Class and signature are right whichever image of the chain holds the contents.
-    let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
-    for (index, entries) in chain.nearest().page_map().chunks(64).enumerate() {
-        flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
-    }
-}
-
-/// From here on every access to a page that is not mapped comes to us.
-fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
-    for watched in &memory.watched {
-        let Watched { segment, uffd } = watched;
-        if begin == Begin::Kept && !memory.lacks_any(segment) {
-            continue;
-        }
-        if begin == Begin::TakenOver {
-            // Faults that the pager before us had read and not answered: they come again.
-            uffd.wake(segment.address, segment.len)?;
-        } else {
-            uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
-        }
-        if begin == Begin::Kept {
-            unmap_flagged(memory, watched)?;
-        }
-    }
-    if begin == Begin::Empty {
-        for region in &memory.regions {
-            // Whatever the workload has written before it was given its state, and mapped: it must trap as all else.
-            region.mapping.punch(0, region.mapping.len())?;
-        }
-    }
-    Ok(())
-}
-
-/// Takes the workload's mappings away where pages with the flag are mapped: old contents must not be seen any more.
-///
-/// Not while registered: it would wait to be read as a discard. So the page may be mapped again before it is registered
-/// again, by a workload that runs; then it is tried again.
-fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
-    let base = memory.regions[segment.region].base;
-    let (first, last) = (segment.address, segment.address + segment.len);
-    for _ in 0..ATTEMPTS {
-        let mut mapped = false;
-        crate::mapping::scan(segment.space.pagemap(), first, last, 0, uapi::PAGE_IS_PRESENT, |start, end| {
-            let (start, end) = segment.pages(start, end);
-            mapped |= memory.flags.next(base + start, base + end).is_some();
-        })?;
-        if !mapped {
-            return Ok(());
-        }
-        uffd.unregister(first, segment.len)?;
-        segment.space.unmap_pages(first, segment.len)?;
-        uffd.register(first, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
-    }
-    Err(PagerError::Running)
 }
