@@ -68,10 +68,6 @@ impl PageSet {
         Ok(())
     }
 
-    fn expand_to_units(&mut self) {
-        self.inner.expand_to_units();
-    }
-
     fn unit_counts(&self) -> Vec<u16> {
         self.inner.unit_counts()
     }
