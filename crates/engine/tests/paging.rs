@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -20,22 +20,13 @@ use pageferry_engine::segment::Segment;
 use pageferry_engine::space::Space;
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 
+mod memory;
+use memory::within_a_minute;
+
 const PAGES: usize = 2048;
 const STORAGE_BLOCK: usize = 256 << 10;
 /// A page of zeros that the image leaves out.
 const NEVER_STORED: usize = 15;
-
-fn within_a_minute(work: impl FnOnce() + Send + 'static) {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        work();
-        let _ = done.send(());
-    });
-    match finished.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        _ => worker.join().expect("it ends"),
-    }
-}
 
 fn memory_file(len: usize) -> OwnedFd {
     // SAFETY: the name is NUL-terminated; the descriptor is new.

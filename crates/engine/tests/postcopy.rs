@@ -4,8 +4,8 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,21 +21,9 @@ use pageferry_engine::wire::{Format, POSTCOPY, PageServer, PeerSource, Request, 
 use pageferry_engine::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 mod memory;
-use memory::{PATIENCE, contents, format, large_file, small_file};
+use memory::{PATIENCE, contents, format, large_file, small_file, within_a_minute};
 
 const PAGES: usize = 4 * SLOTS;
-
-fn within_a_minute(work: impl FnOnce() + Send + 'static) {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        work();
-        let _ = done.send(());
-    });
-    match finished.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        _ => worker.join().expect("it ends"),
-    }
-}
 
 /// What the source has: every sixteenth page is a hole, another sixteenth zeros.
 fn at_source(page: usize) -> u64 {
