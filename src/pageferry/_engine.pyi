@@ -47,8 +47,6 @@ class PageSet:
     def clear(self) -> None: ...
     def update(self, other: PageSet) -> None: ...
     def subtract(self, other: PageSet) -> None: ...
-    def expand_to_units(self) -> None:
-        """Grow every page to the 2 MiB unit it is in."""
     def unit_counts(self) -> list[int]:
         """How many pages of each 2 MiB unit are in the set."""
     def runs(self) -> list[tuple[int, int]]:
@@ -306,7 +304,7 @@ class Placer:
 
         ValueError for a region or unit that there is not.
         """
-    def make_room(self, region: int, units: Sequence[int]) -> None:
+    def allocate_ahead(self, region: int, units: Sequence[int]) -> None:
         """Allocate those of the 2 MiB units now that are large at the source, and have no large page here yet."""
     def finish(self, rest: bool) -> None:
         """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE.

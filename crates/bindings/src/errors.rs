@@ -20,6 +20,14 @@ pub fn kernel(error: io::Error) -> PyErr {
     PyOSError::new_err((number, text.to_owned()))
 }
 
+/// InvalidInput is a wrong argument, whatever else is the kernel's.
+pub fn argument(error: io::Error) -> PyErr {
+    if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
+        return PyValueError::new_err(error.to_string());
+    }
+    kernel(error)
+}
+
 pub fn adopt(error: AdoptError) -> PyErr {
     let message = error.to_string();
     match error {

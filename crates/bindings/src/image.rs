@@ -1,13 +1,13 @@
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_engine::SMALL_PAGE;
-use pageferry_engine::block::{self, Codec};
 use pageferry_engine::image::{self, ImageError, PageReader};
 use pageferry_engine::mapping::duplicate;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+
+use crate::{blocks, errors};
 
 pub fn image_error(error: ImageError) -> PyErr {
     let message = error.to_string();
@@ -17,19 +17,8 @@ pub fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-pub fn sizes(page_block: usize, storage_block: usize) -> PyResult<image::Sizes> {
-    let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
-    if !whole(page_block, SMALL_PAGE) || page_block > block::MAX_UNIT {
-        return Err(PyValueError::new_err(format!("page block of {page_block} bytes: 4 KiB to 1 MiB")));
-    }
-    if !whole(storage_block, page_block) || storage_block > block::MAX_RAW {
-        return Err(PyValueError::new_err(format!("storage block of {storage_block} bytes: up to 4 MiB")));
-    }
-    Ok(image::Sizes { page_block, storage_block })
-}
-
 /// (class, in parent, signature, storage block, place in it)
-type Entry = (u8, bool, u64, u32, u16);
+pub type Entry = (u8, bool, u64, u32, u16);
 /// Pages in the order of storage blocks.
 type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
 /// (page or None, message)
@@ -44,7 +33,7 @@ pub struct Image {
 impl Image {
     #[new]
     fn new(py: Python<'_>, fd: i32) -> PyResult<Self> {
-        let file = duplicate(fd)?;
+        let file = duplicate(fd).map_err(errors::kernel)?;
         let inner = py.detach(|| image::Image::open(file)).map_err(image_error)?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -158,21 +147,21 @@ impl ImageChain {
     }
 
     #[getter]
-    fn stored(&self) -> usize {
-        self.stored_pages().len()
+    fn stored(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.stored_pages().len())
     }
 
     fn verify(&self, py: Python<'_>, first: usize, count: usize, most: usize) -> Findings {
-        let stored = self.stored_pages();
-        let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
-        let findings = py.detach(|| image::verify(&self.inner, part, most));
+        let findings = py.detach(|| {
+            let stored = self.stored_pages();
+            let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
+            image::verify(&self.inner, part, most)
+        });
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
 
     fn verify_unused(&self, py: Python<'_>) -> Findings {
-        let stored = self.stored_pages();
-        let Some(image) = self.inner.images().first() else { return Vec::new() };
-        let findings = py.detach(|| image::verify_unused(image, &stored));
+        let findings = py.detach(|| image::verify_unused(self.inner.nearest(), &self.stored_pages()));
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
 
@@ -190,13 +179,11 @@ impl ImageChain {
         page_block: usize,
         storage_block: usize,
     ) -> PyResult<(u64, u64)> {
-        let known = Codec::named(codec);
-        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
-        let sizes = sizes(page_block, storage_block)?;
-        if regions.iter().sum::<usize>() != self.inner.images().first().map_or(0, |image| image.page_map().len()) {
+        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
+        if regions.iter().sum::<usize>() != self.inner.nearest().page_map().len() {
             return Err(PyValueError::new_err("the regions do not have as many pages as the page map"));
         }
-        let file: OwnedFd = duplicate(fd)?;
+        let file = duplicate(fd).map_err(errors::kernel)?;
         let written = py.detach(|| {
             let mut writer = image::ImageWriter::new(file, id, sizes)?;
             let map = image::flatten(&self.inner, &mut writer, codec, sizes, &regions)?;
@@ -213,7 +200,6 @@ impl ImageChain {
 impl ImageChain {
     fn stored_pages(&self) -> StoredPages {
         let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
-        let make = || self.inner.images().first().map_or_else(Vec::new, |image| image::stored_pages(image));
-        stored.get_or_insert_with(|| Arc::new(make())).clone()
+        stored.get_or_insert_with(|| Arc::new(image::stored_pages(self.inner.nearest()))).clone()
     }
 }

@@ -1,21 +1,20 @@
 use std::sync::{Mutex, PoisonError};
 
 use pageferry_engine::SMALL_PAGE;
-use pageferry_engine::block::{Builder, Class, Codec};
+use pageferry_engine::block::{Builder, Class};
 use pageferry_engine::image::{self, FLAG_IN_PARENT, PageEntry};
 use pageferry_engine::mapping::duplicate;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors;
-use crate::image::sizes;
-
-/// (class, in parent, signature, storage block, place in it)
-type Entry = (u8, bool, u64, u32, u16);
+use crate::image::Entry;
+use crate::{blocks, errors};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ImageWriter {
     inner: Mutex<Option<(image::ImageWriter, Builder)>>,
+    /// Pages that a storage block may hold.
+    most: usize,
 }
 
 impl ImageWriter {
@@ -31,18 +30,21 @@ impl ImageWriter {
     #[new]
     #[pyo3(signature = (fd, id, codec = "lz4", page_block = 65536, storage_block = 1048576))]
     fn new(fd: i32, id: [u8; 16], codec: &str, page_block: usize, storage_block: usize) -> PyResult<Self> {
-        let known = Codec::named(codec);
-        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
-        let sizes = sizes(page_block, storage_block)?;
+        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
         let file = duplicate(fd).map_err(errors::kernel)?;
         let writer = image::ImageWriter::new(file, id, sizes).map_err(errors::kernel)?;
-        Ok(Self { inner: Mutex::new(Some((writer, Builder::new(codec, page_block, storage_block)))) })
+        let inner = Mutex::new(Some((writer, Builder::new(codec, page_block, storage_block))));
+        Ok(Self { inner, most: storage_block / SMALL_PAGE })
     }
 
     /// Writes one storage block; returns its number.
     fn append(&self, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
         if let Some((page, _)) = pages.iter().find(|(_, contents)| contents.len() != SMALL_PAGE) {
             return Err(PyValueError::new_err(format!("page {page} is not of 4096 bytes")));
+        }
+        if pages.len() > self.most {
+            let count = pages.len();
+            return Err(PyValueError::new_err(format!("{count} pages in a storage block: up to {}", self.most)));
         }
         self.with(|writer, builder| {
             for (page, contents) in &pages {
@@ -59,9 +61,7 @@ impl ImageWriter {
     /// Writes page map and index; returns digest and length.
     fn finish(&self, py: Python<'_>, regions: usize, entries: Vec<Entry>) -> PyResult<(u64, u64)> {
         let class = |number: u8| {
-            let classes = [Class::Absent, Class::Zero, Class::Pattern, Class::SameAs, Class::Data];
-            let found = classes.into_iter().find(|class| *class as u8 == number);
-            found.ok_or_else(|| PyValueError::new_err(format!("page class {number}: 0 to 4")))
+            Class::numbered(number).ok_or_else(|| PyValueError::new_err(format!("page class {number}: 0 to 4")))
         };
         let entry = |(number, in_parent, signature, block, slot): Entry| -> PyResult<PageEntry> {
             let mut entry = PageEntry::stored(class(number)?, signature, block, slot);

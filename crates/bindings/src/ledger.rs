@@ -168,13 +168,14 @@ impl Ledger {
     }
 
     #[getter]
-    fn state(&self) -> String {
-        self.inner.state().to_string()
+    fn state(&self, py: Python<'_>) -> String {
+        // Who stops the threads meanwhile waits for them, and they, perhaps, for a page.
+        py.detach(|| self.inner.state()).to_string()
     }
 
     #[getter]
-    fn tids(&self) -> Vec<i32> {
-        self.inner.tids()
+    fn tids(&self, py: Python<'_>) -> Vec<i32> {
+        py.detach(|| self.inner.tids())
     }
 
     #[pyo3(signature = (*, paused = false))]
@@ -185,15 +186,15 @@ impl Ledger {
     fn pause(&self, py: Python<'_>) -> PyResult<()> {
         while !py.detach(|| self.inner.pause(SLICE)).map_err(raised)? {
             if let Err(signal) = py.check_signals() {
-                self.inner.resume().map_err(raised)?;
+                py.detach(|| self.inner.resume()).map_err(raised)?;
                 return Err(signal);
             }
         }
         Ok(())
     }
 
-    fn resume(&self) -> PyResult<()> {
-        self.inner.resume().map_err(raised)
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.resume()).map_err(raised)
     }
 
     fn stop(&self, py: Python<'_>) {

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod activity;
+mod blocks;
 mod errors;
 mod image;
 mod image_writer;

@@ -1,15 +1,14 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pageferry_engine::block::Codec;
 use pageferry_engine::image;
 use pageferry_engine::mapping::duplicate;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors;
-use crate::image::{ImageChain, image_error, sizes};
+use crate::image::{ImageChain, image_error};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
+use crate::{blocks, errors};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PageStore {
@@ -38,9 +37,7 @@ impl PageStore {
         page_block: usize,
         storage_block: usize,
     ) -> PyResult<Self> {
-        let known = Codec::named(codec);
-        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
-        let sizes = sizes(page_block, storage_block)?;
+        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
         let file = duplicate(fd).map_err(errors::kernel)?;
         let inner = image::PageStore::new(file, id, codec, sizes, &regions).map_err(errors::kernel)?;
         Ok(Self { inner: Mutex::new(Some(inner)) })

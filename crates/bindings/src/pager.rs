@@ -1,19 +1,19 @@
 use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use pageferry_engine::mapping::{self, duplicate};
-use pageferry_engine::pager::{self, Begin, LoadError, Origin, PagerError, Plan};
-use pageferry_engine::placer::Target;
+use pageferry_engine::mapping::duplicate;
+use pageferry_engine::pager::{self, Begin, Flags, LoadError, Origin, PagerError, Plan};
 use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
-use std::os::fd::AsFd;
 
 use crate::errors;
 use crate::image::{ImageChain, image_error};
-use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::peer::PeerSource;
+use crate::placer::{TargetTuple, targets};
 use crate::space::{self, SegmentTuple, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
@@ -32,6 +32,11 @@ fn load_error(error: &LoadError) -> PyErr {
         LoadError::Place(_) | LoadError::Ended => PyOSError::new_err(error.to_string()),
         LoadError::Lost(_) => PyConnectionResetError::new_err(error.to_string()),
     }
+}
+
+/// The flags of so many pages, in a file whose descriptor stays the caller's.
+pub fn open_flags(fd: i32, pages: usize) -> io::Result<Flags> {
+    Flags::open(duplicate(fd)?.as_fd(), pages)
 }
 
 /// (region, page of it, whether somebody waits for it, message)
@@ -59,7 +64,7 @@ impl Pager {
     fn new(
         py: Python<'_>,
         source: Source<'_>,
-        targets: Vec<(PyRef<'_, Mapping>, usize, Vec<bool>)>,
+        targets: Vec<TargetTuple<'_>>,
         segments: Vec<SegmentTuple<'_>>,
         userfaults: HashMap<i32, i32>,
         flags: i32,
@@ -80,15 +85,9 @@ impl Pager {
                 known.get(&pid).ok_or_else(|| PyKeyError::new_err(format!("no userfaultfd of process {pid}")))?;
             watched.push((segment, uffd.clone()));
         }
-        let target = |(mapping, page_size, large): (PyRef<'_, Mapping>, usize, Vec<bool>)| Target {
-            mapping: mapping.inner.clone(),
-            page_size,
-            large,
-        };
-        let targets: Vec<Target> = targets.into_iter().map(target).collect();
+        let targets = self::targets(targets);
         let pages = targets.iter().map(|target| target.mapping.pages()).sum();
-        let file = duplicate(flags).map_err(errors::kernel)?;
-        let flags = mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0).map_err(errors::kernel)?;
+        let flags = open_flags(flags, pages).map_err(errors::argument)?;
         let from = match source {
             Source::Images(chain) => Origin::Images(chain.inner.clone()),
             Source::Peer(peer) => Origin::Peer(peer.inner.clone()),
@@ -125,24 +124,23 @@ impl Pager {
         let sets: Vec<_> = missing.iter().map(|set| set.inner.clone()).collect();
         py.detach(|| {
             let pages = sets.iter().map(pageferry_engine::pages::PageSet::pages).sum();
-            let file = duplicate(flags)?;
-            let flags = pager::Flags::new(mapping::Mapping::new(file.as_fd(), pager::file_len(pages), 0)?, pages);
+            let flags = open_flags(flags, pages)?;
             sets.iter().fold(0, |base, set| {
                 flags.set_all(base, set);
                 base + set.pages()
             });
             Ok(())
         })
-        .map_err(errors::kernel)
+        .map_err(errors::argument)
     }
 
     #[getter]
-    fn pending(&self) -> usize {
-        self.inner.pending()
+    fn pending(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.inner.pending())
     }
 
-    fn missing(&self, region: usize) -> PyResult<PageSet> {
-        let inner = self.inner.missing(region);
+    fn missing(&self, py: Python<'_>, region: usize) -> PyResult<PageSet> {
+        let inner = py.detach(|| self.inner.missing(region));
         Ok(PageSet { inner: inner.ok_or_else(|| PyValueError::new_err(format!("region {region}")))? })
     }
 

@@ -68,10 +68,6 @@ impl PageSet {
         Ok(())
     }
 
-    fn expand_to_units(&mut self) {
-        self.inner.expand_to_units();
-    }
-
     fn unit_counts(&self) -> Vec<u16> {
         self.inner.unit_counts()
     }
@@ -81,13 +77,13 @@ impl PageSet {
     }
 
     fn pack<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.inner.pack())
+        PyBytes::new(py, &py.detach(|| self.inner.pack()))
     }
 
     #[staticmethod]
-    fn unpack(data: &[u8], pages: usize) -> PyResult<Self> {
-        let inner = pages::PageSet::unpack(data, pages).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        Ok(Self { inner })
+    fn unpack(py: Python<'_>, data: &[u8], pages: usize) -> PyResult<Self> {
+        let inner = py.detach(|| pages::PageSet::unpack(data, pages));
+        Ok(Self { inner: inner.map_err(|error| PyValueError::new_err(error.to_string()))? })
     }
 
     fn copy(&self) -> Self {

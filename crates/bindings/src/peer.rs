@@ -6,14 +6,14 @@ use pageferry_engine::pages::PageSet as Pages;
 use pageferry_engine::wire;
 use pyo3::prelude::*;
 
-use crate::errors;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
-use crate::wire::{Counters, Stream, codec, counters, endpoint, endpoints, patience};
+use crate::wire::{Counters, Stream, counters, endpoint, endpoints, patience};
+use crate::{blocks, errors};
 
 /// Page blocks, and what a storage block holds: small, for an access may wait behind one.
-const UNIT: usize = 16 * SMALL_PAGE;
-const CAPACITY: usize = 4 * UNIT;
+const PAGE_BLOCK: usize = 16 * SMALL_PAGE;
+const STORAGE_BLOCK: usize = 4 * PAGE_BLOCK;
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PageServer {
@@ -39,12 +39,12 @@ impl PageServer {
     ) -> PyResult<Self> {
         let regions = regions.iter().map(|mapping| mapping.inner.clone()).collect();
         let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
-        let codec = self::codec(codec)?;
-        let format = wire::Format { codec, adaptive, bandwidth, unit: UNIT, capacity: CAPACITY };
+        let codec = blocks::codec(codec)?;
+        let format = wire::Format { codec, adaptive, bandwidth, page_block: PAGE_BLOCK, storage_block: STORAGE_BLOCK };
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let patience = self::patience(patience)?;
         let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, patience));
-        Ok(Self { inner: inner.map_err(invalid)? })
+        Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
     fn start(&self) -> PyResult<()> {
@@ -96,7 +96,7 @@ impl PeerSource {
     #[pyo3(signature = (urgent, streams, patience = 30.0))]
     fn new(urgent: Stream<'_>, streams: Vec<Stream<'_>>, patience: f64) -> PyResult<Self> {
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
-        let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(invalid)?;
+        let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(errors::argument)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -119,12 +119,4 @@ impl PeerSource {
     fn progress(&self) -> Counters {
         counters(self.inner.progress())
     }
-}
-
-/// InvalidInput is a wrong argument, whatever else is the kernel's.
-fn invalid(error: std::io::Error) -> PyErr {
-    if error.kind() == std::io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
-        return pyo3::exceptions::PyValueError::new_err(error.to_string());
-    }
-    errors::kernel(error)
 }

@@ -8,6 +8,17 @@ use crate::errors;
 use crate::mapping::Mapping;
 use crate::space::{SegmentTuple, segments};
 
+/// A region at the destination as Python gives it: (mapping, page size, which units are large).
+pub type TargetTuple<'py> = (PyRef<'py, Mapping>, usize, Vec<bool>);
+
+pub fn targets(tuples: Vec<TargetTuple<'_>>) -> Vec<placer::Target> {
+    let target = |(mapping, page_size, large): TargetTuple<'_>| {
+        let mapping = mapping.inner.clone();
+        placer::Target { mapping, page_size, large }
+    };
+    tuples.into_iter().map(target).collect()
+}
+
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Placer {
     pub inner: Arc<placer::Placer>,
@@ -18,19 +29,13 @@ impl Placer {
     #[new]
     #[pyo3(signature = (targets, segments, keep_large = true, workers = 0))]
     fn new(
-        targets: Vec<(PyRef<'_, Mapping>, usize, Vec<bool>)>,
+        targets: Vec<TargetTuple<'_>>,
         segments: Vec<SegmentTuple<'_>>,
         keep_large: bool,
         workers: usize,
     ) -> PyResult<Self> {
-        let target = |(mapping, page_size, large): (PyRef<'_, Mapping>, usize, Vec<bool>)| placer::Target {
-            mapping: mapping.inner.clone(),
-            page_size,
-            large,
-        };
-        let targets = targets.into_iter().map(target).collect();
-        let inner =
-            placer::Placer::new(targets, self::segments(segments), keep_large, workers).map_err(errors::kernel)?;
+        let (targets, segments) = (self::targets(targets), self::segments(segments));
+        let inner = placer::Placer::new(targets, segments, keep_large, workers).map_err(errors::kernel)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -56,8 +61,8 @@ impl Placer {
         py.detach(|| self.inner.populate(region, &units)).map_err(errors::place)
     }
 
-    fn make_room(&self, py: Python<'_>, region: usize, units: Vec<usize>) {
-        py.detach(|| units.iter().for_each(|&unit| self.inner.make_room(region, unit)));
+    fn allocate_ahead(&self, py: Python<'_>, region: usize, units: Vec<usize>) {
+        py.detach(|| units.iter().for_each(|&unit| self.inner.allocate_ahead(region, unit)));
     }
 
     fn finish(&self, py: Python<'_>, rest: bool) -> PyResult<()> {

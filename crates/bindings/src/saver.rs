@@ -4,19 +4,20 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use pageferry_engine::block::{self, Codec};
+use pageferry_engine::image::Sizes;
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::saver::{self, Handle, Options, Region, SaveError, Source, Traces};
+use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 use pyo3::exceptions::{
     PyInterruptedError, PyLookupError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::errors;
 use crate::image::ImageChain;
 use crate::mapping::Mapping;
 use crate::space::{SegmentTuple, Space, segments, userfaults};
+use crate::{blocks, errors};
 
 fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
@@ -42,25 +43,6 @@ fn raised(error: SaveError) -> PyErr {
     }
 }
 
-fn checked(options: Options) -> PyResult<Options> {
-    let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
-    let wrong = |what: &str, value: usize| Err(PyValueError::new_err(format!("{what} of {value} bytes")));
-    match options {
-        Options { page_block, .. } if !whole(page_block, 4096) || page_block > block::MAX_UNIT => {
-            wrong("page block", page_block)
-        }
-        Options { storage_block, page_block, .. }
-            if !whole(storage_block, page_block) || storage_block > block::MAX_RAW =>
-        {
-            wrong("storage block", storage_block)
-        }
-        Options { trap_block, .. } if !trap_block.is_power_of_two() || !(4096..=2 << 20).contains(&trap_block) => {
-            wrong("trap block", trap_block)
-        }
-        options => Ok(options),
-    }
-}
-
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ProcessRange {
     inner: saver::ProcessRange,
@@ -70,7 +52,7 @@ pub struct ProcessRange {
 impl ProcessRange {
     #[new]
     fn new(space: PyRef<'_, Space>, address: u64, length: usize) -> PyResult<Self> {
-        if length == 0 || !length.is_multiple_of(4096) || !address.is_multiple_of(4096) {
+        if length == 0 || !length.is_multiple_of(SMALL_PAGE) || !address.is_multiple_of(SMALL_PAGE as u64) {
             return Err(PyValueError::new_err(format!("{length} bytes at {address:#x}: whole pages, at least one")));
         }
         Ok(Self { inner: saver::ProcessRange { space: space.inner.clone(), address, len: length } })
@@ -104,6 +86,7 @@ pub struct Saver {
 }
 
 impl Saver {
+    /// Without the GIL: `prepare` calls Python, and who has the saver meanwhile needs it for that.
     fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
         work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -113,9 +96,9 @@ impl Saver {
 impl Saver {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536, storage_block = 1_048_576,
-                        trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1, at_instant = 16_777_216,
-                        leave = None, take_up = None, borrow = None))]
+    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536,
+                        storage_block = 1_048_576, trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1,
+                        at_instant = 16_777_216, leave = None, take_up = None, borrow = None))]
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
@@ -135,10 +118,14 @@ impl Saver {
         take_up: Option<HashMap<i32, i32>>,
         borrow: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
-        let known = Codec::named(codec);
-        let codec = known.ok_or_else(|| PyValueError::new_err(format!("codec {codec}: choose none, lz4 or zstd")))?;
+        let (codec, Sizes { page_block, storage_block }) =
+            (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
+        if !trap_block.is_power_of_two() || !(SMALL_PAGE..=LARGE_PAGE).contains(&trap_block) {
+            return Err(PyValueError::new_err(format!(
+                "trap block of {trap_block} bytes: 4 KiB to 2 MiB, a power of two"
+            )));
+        }
         let options = Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers, at_instant };
-        let options = checked(options)?;
         let traces = match (leave, take_up, borrow) {
             (None, None, None) => Traces::Without,
             (Some(found), None, None) => Traces::Leave(userfaults(found)?),
@@ -151,7 +138,7 @@ impl Saver {
         let regions: Vec<_> = regions.into_iter().map(region).collect();
         let parent = parent.map(|parent| parent.inner.clone());
         let pages: usize = regions.iter().map(|region| region.source.pages()).sum();
-        if parent.as_ref().is_some_and(|parent| parent.images()[0].page_map().len() != pages) {
+        if parent.as_ref().is_some_and(|parent| parent.nearest().page_map().len() != pages) {
             return Err(PyValueError::new_err("the parent has another number of pages"));
         }
         let segments = self::segments(segments);
@@ -161,13 +148,13 @@ impl Saver {
     }
 
     #[getter]
-    fn arm_seconds(&self) -> f64 {
-        self.with(|saver| saver.arm_time().as_secs_f64())
+    fn arm_seconds(&self, py: Python<'_>) -> f64 {
+        py.detach(|| self.with(|saver| saver.arm_time().as_secs_f64()))
     }
 
     #[getter]
-    fn leaves_traces(&self) -> bool {
-        self.with(|saver| saver.leaves_traces())
+    fn leaves_traces(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.with(|saver| saver.leaves_traces()))
     }
 
     #[pyo3(signature = (bring = None))]
@@ -183,8 +170,8 @@ impl Saver {
         py.detach(|| self.with(saver::Saver::begin)).map(|time| time.as_secs_f64()).map_err(raised)
     }
 
-    fn sweep(&self) {
-        self.with(saver::Saver::sweep);
+    fn sweep(&self, py: Python<'_>) {
+        py.detach(|| self.with(saver::Saver::sweep));
     }
 
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {

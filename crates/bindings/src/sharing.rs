@@ -1,10 +1,8 @@
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry_engine::mapping::{self, duplicate};
-use pageferry_engine::pager::{Flags, file_len};
+use pageferry_engine::pager::Flags;
 use pageferry_engine::sharing;
 use pageferry_engine::sharing::{Deferred, Piece, SharedFile, Source};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -13,6 +11,7 @@ use pyo3::prelude::*;
 use crate::errors;
 use crate::image::Image;
 use crate::mapping::Mapping;
+use crate::pager::open_flags;
 use crate::space::Space;
 
 /// A piece as Python gives it: (number of the workload, mapping or space, position, length).
@@ -27,7 +26,6 @@ type DeferredTuple<'py> = (PyRef<'py, PagerFlags>, usize, Vec<bool>);
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PagerFlags {
     flags: Arc<Flags>,
-    pages: usize,
     image: Option<Arc<pageferry_engine::image::Image>>,
 }
 
@@ -40,17 +38,17 @@ impl PagerFlags {
         if image.as_ref().is_some_and(|image| image.page_map().len() != pages) {
             return Err(PyValueError::new_err(format!("flags of {pages} pages, and an image of others")));
         }
-        let file = duplicate(fd).map_err(errors::kernel)?;
-        let mapping = mapping::Mapping::new(file.as_fd(), file_len(pages), 0).map_err(errors::kernel)?;
-        Ok(Self { flags: Arc::new(Flags::new(mapping, pages)), pages, image })
+        let flags = open_flags(fd, pages).map_err(errors::argument)?;
+        Ok(Self { flags: Arc::new(flags), image })
     }
 }
 
 impl PagerFlags {
     /// The flags, if they are of so many pages from `base` on.
     fn within(&self, base: usize, pages: usize) -> PyResult<Arc<Flags>> {
-        let fits = base.checked_add(pages).is_some_and(|end| end <= self.pages);
-        let outside = || PyValueError::new_err(format!("{pages} pages from {base} on: the flags have {}", self.pages));
+        let fits = base.checked_add(pages).is_some_and(|end| end <= self.flags.pages());
+        let all = self.flags.pages();
+        let outside = || PyValueError::new_err(format!("{pages} pages from {base} on: the flags have {all}"));
         fits.then(|| self.flags.clone()).ok_or_else(outside)
     }
 }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pager::{FEATURES, TRACE_FEATURES};
+use pageferry_engine::segment::Segment;
 use pageferry_engine::space;
-use pageferry_engine::trace::{self, Segment, Userfaults};
+use pageferry_engine::trace::{self, Userfaults};
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 use pyo3::prelude::*;
 

@@ -1,18 +1,17 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use pageferry_engine::block::{self, Codec};
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pages::PageSet as Pages;
 use pageferry_engine::wire;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::placer::Placer;
 use crate::tls::TlsSession;
+use crate::{blocks, errors};
 
 pub fn patience(seconds: f64) -> PyResult<Duration> {
     let wrong = |_| PyValueError::new_err(format!("patience of {seconds} seconds"));
@@ -27,6 +26,7 @@ pub enum Stream<'py> {
 }
 
 pub fn endpoint(stream: Stream<'_>) -> PyResult<wire::Endpoint> {
+    let duplicate = |fd| duplicate(fd).map_err(errors::kernel);
     match stream {
         Stream::Plain(fd) => Ok(duplicate(fd)?.into()),
         Stream::Secure(fd, session) => Ok(wire::Endpoint { fd: duplicate(fd)?, session: Some(session.take()?) }),
@@ -44,10 +44,6 @@ pub fn counters(progress: &wire::Progress) -> Counters {
     let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     let (bytes, blocks) = (load(&progress.bytes), load(&progress.blocks));
     (bytes, blocks, load(&progress.data), load(&progress.zero), load(&progress.absent))
-}
-
-pub fn codec(name: &str) -> PyResult<Codec> {
-    Codec::named(name).ok_or_else(|| PyValueError::new_err(format!("codec {name}: choose none, lz4 or zstd")))
 }
 
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -69,17 +65,10 @@ impl BlockSender {
         bandwidth: u64,
         adaptive: bool,
     ) -> PyResult<Self> {
-        let whole = |value: usize, unit: usize| value > 0 && value.is_multiple_of(unit);
-        if !whole(page_block, pageferry_engine::SMALL_PAGE) || page_block > block::MAX_UNIT {
-            return Err(PyValueError::new_err(format!("page block of {page_block} bytes: 4 KiB to 1 MiB")));
-        }
-        if !whole(storage_block, page_block) || storage_block > block::MAX_RAW {
-            return Err(PyValueError::new_err(format!("storage block of {storage_block} bytes: up to 4 MiB")));
-        }
-        let (unit, capacity) = (page_block, storage_block);
-        let format = wire::Format { codec: self::codec(codec)?, adaptive, bandwidth, unit, capacity };
-        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?)?;
-        Ok(Self { inner })
+        blocks::sizes(page_block, storage_block)?;
+        let format = wire::Format { codec: blocks::codec(codec)?, adaptive, bandwidth, page_block, storage_block };
+        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?);
+        Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
     #[pyo3(signature = (regions, pages, round, barrier = true))]
@@ -127,7 +116,8 @@ impl BlockReceiver {
     #[pyo3(signature = (sockets, placer, patience = 30.0))]
     fn new(sockets: Vec<Stream<'_>>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
         let (endpoints, patience) = (endpoints(sockets)?, self::patience(patience)?);
-        Ok(Self { inner: wire::BlockReceiver::new(endpoints, placer.inner.clone(), patience)? })
+        let inner = wire::BlockReceiver::new(endpoints, placer.inner.clone(), patience);
+        Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
     fn receive(&self, py: Python<'_>, round: u32) -> PyResult<()> {

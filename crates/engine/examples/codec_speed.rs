@@ -1,4 +1,4 @@
-//! How fast a codec makes storage blocks of the data pages of an image: one thread, contents in memory, nothing written.
+//! How fast a codec makes storage blocks of an image's data pages: one thread, contents in memory, nothing written.
 //!
 //! `cargo run --release -p pageferry-engine --example codec_speed -- IMAGE CODEC`. Prints MiB of pages per second, and
 //! bytes of pages for each byte of payload. What a checkpoint does besides (finding zeros, patterns and equal pages,

@@ -16,10 +16,10 @@ use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::faults::Event;
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::Mapping;
-use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, file_len};
 use pageferry_engine::placer::Target;
+use pageferry_engine::segment::Segment;
 use pageferry_engine::space::Space;
-use pageferry_engine::trace::Segment;
 use pageferry_engine::uapi::{REGISTER_MODE_MINOR, REGISTER_MODE_MISSING};
 
 const UNIT: usize = 64 << 10;
@@ -88,7 +88,7 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         from: Origin::Images(chain.clone()),
         targets: vec![Target { mapping: ours, page_size: SMALL_PAGE, large: Vec::new() }],
         watched: vec![(segment, Arc::new(uffd))],
-        flags: Mapping::new(memory_file(file_len(PAGES))?.as_fd(), file_len(PAGES), 0)?,
+        flags: Flags::open(memory_file(file_len(PAGES))?.as_fd(), PAGES)?,
         begin: Begin::Empty,
         working_set: Vec::new(),
         background: false,

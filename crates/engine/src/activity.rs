@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::mapping::scan;
 use crate::space::{AdoptError, Space};
 use crate::uapi::{self, Userfault};
-use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
+use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE, trace};
 
 /// How often to try to get a large mapping back while something (a pin, the LRU) is in the way.
 const ATTEMPTS: usize = 5;
@@ -47,11 +47,7 @@ impl Sampler {
     /// # Errors
     /// When the process cannot be adopted.
     pub fn new(space: Arc<Space>) -> Result<Self, AdoptError> {
-        let features = uapi::FEATURE_PAGEFAULT_FLAG_WP
-            | uapi::FEATURE_WP_HUGETLBFS_SHMEM
-            | uapi::FEATURE_WP_UNPOPULATED
-            | uapi::FEATURE_WP_ASYNC;
-        let uffd = space.userfault(features)?;
+        let uffd = space.userfault(trace::FEATURES)?;
         Ok(Self { space, uffd, held: Mutex::default() })
     }
 

@@ -126,11 +126,21 @@ pub enum Class {
 }
 
 impl Class {
+    /// The class of that number.
+    #[inline]
+    pub fn numbered(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Absent),
+            1 => Some(Self::Zero),
+            2 => Some(Self::Pattern),
+            3 => Some(Self::SameAs),
+            4 => Some(Self::Data),
+            _ => None,
+        }
+    }
+
     fn from_byte(byte: u8) -> Result<Self, BlockError> {
-        [Self::Absent, Self::Zero, Self::Pattern, Self::SameAs, Self::Data]
-            .into_iter()
-            .find(|class| *class as u8 == byte)
-            .ok_or_else(|| field("page class", byte, "0 (absent) to 4 (data)"))
+        Self::numbered(byte).ok_or_else(|| field("page class", byte, "0 (absent) to 4 (data)"))
     }
 }
 
@@ -407,12 +417,12 @@ fn header_checksum(header: &Header, table: &[u8]) -> u64 {
 }
 
 /// Checksum of stored bytes.
-pub fn checksum(bytes: &[u8]) -> u64 {
+fn checksum(bytes: &[u8]) -> u64 {
     xxh3_64(bytes)
 }
 
 /// Decompresses one verified page block into `out`, which has its raw length.
-pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
+fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
     if stored.len() == out.len() {
         out.copy_from_slice(stored);
         return Ok(());
@@ -429,8 +439,8 @@ pub fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), Str
 #[derive(Debug)]
 pub struct Builder {
     codec: Codec,
-    unit: usize,
-    capacity: usize,
+    page_block: usize,
+    storage_block: usize,
     raw: Vec<u8>,
     runs: Vec<RunRecord>,
     packed: Vec<u8>,
@@ -447,18 +457,16 @@ pub struct Built<'a> {
 }
 
 impl Builder {
-    /// Blocks of up to `capacity` data bytes, compressed in page blocks of `unit` bytes.
+    /// Storage blocks of up to `storage_block` data bytes, compressed in page blocks of `page_block` bytes.
     ///
     /// # Panics
     /// When the sizes are no multiples of 4 KiB, or beyond [`MAX_UNIT`] and [`MAX_RAW`].
-    pub fn new(codec: Codec, unit: usize, capacity: usize) -> Self {
-        assert!(unit > 0 && unit.is_multiple_of(SMALL_PAGE) && unit <= MAX_UNIT, "page block of {unit} bytes");
-        assert!(
-            capacity > 0 && capacity.is_multiple_of(unit) && capacity <= MAX_RAW,
-            "storage block of {capacity} bytes"
-        );
-        let (raw, runs) = (Vec::with_capacity(capacity), Vec::with_capacity(MAX_RUNS));
-        Self { codec, unit, capacity, raw, runs, packed: Vec::new(), head: Vec::new() }
+    pub fn new(codec: Codec, page_block: usize, storage_block: usize) -> Self {
+        let fits = |len: usize, part: usize, most: usize| len > 0 && len.is_multiple_of(part) && len <= most;
+        assert!(fits(page_block, SMALL_PAGE, MAX_UNIT), "page block of {page_block} bytes");
+        assert!(fits(storage_block, page_block, MAX_RAW), "storage block of {storage_block} bytes");
+        let (raw, runs) = (Vec::with_capacity(storage_block), Vec::with_capacity(MAX_RUNS));
+        Self { codec, page_block, storage_block, raw, runs, packed: Vec::new(), head: Vec::new() }
     }
 
     /// Whether there is nothing to send.
@@ -468,7 +476,7 @@ impl Builder {
 
     /// Whether another page or run may not fit.
     pub fn is_full(&self) -> bool {
-        self.raw.len() + SMALL_PAGE > self.capacity || self.runs.len() >= MAX_RUNS
+        self.raw.len() + SMALL_PAGE > self.storage_block || self.runs.len() >= MAX_RUNS
     }
 
     /// Data bytes so far.
@@ -555,8 +563,8 @@ impl Builder {
             reserved: 0,
             region: U32::new(region),
             runs: U16::new(u16::try_from(self.runs.len()).unwrap_or(u16::MAX)),
-            page_blocks: U16::new(u16::try_from(raw_len.div_ceil(self.unit)).unwrap_or(u16::MAX)),
-            unit: U32::new(u32::try_from(self.unit).unwrap_or(0)),
+            page_blocks: U16::new(u16::try_from(raw_len.div_ceil(self.page_block)).unwrap_or(u16::MAX)),
+            unit: U32::new(u32::try_from(self.page_block).unwrap_or(0)),
             raw_len: U32::new(u32::try_from(raw_len).unwrap_or(u32::MAX)),
             stored_len: U32::new(u32::try_from(stored_len).unwrap_or(u32::MAX)),
             round: U32::new(round),
@@ -579,7 +587,7 @@ impl Builder {
     fn pack(&mut self) -> usize {
         let mut total = 0;
         self.packed.clear();
-        for raw in self.raw.chunks(self.unit) {
+        for raw in self.raw.chunks(self.page_block) {
             let stored = if self.codec == Codec::None {
                 raw
             } else {

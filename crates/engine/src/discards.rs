@@ -1,5 +1,6 @@
-//! Memory that is given back while it is saved or sent: a balloon punches a hole into the file. No trap and no trace tells
-//! of that, and a page that is read after it is one of zeros; but the file system tells that the file was changed.
+//! Memory that is given back while it is saved or sent: a balloon punches a hole into the file. No trap and no trace
+//! tells of that, and a page that is read after it is one of zeros; but the file system tells that the file was
+//! changed.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};

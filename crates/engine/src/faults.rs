@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use crate::uapi::{READ, UFFD, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl};
+use crate::uapi::{READ, UFFD, UFFDIO_CONTINUE, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl};
 
 /// `struct uffdio_poison`
 #[repr(C)]
@@ -19,9 +19,8 @@ struct UffdioPoison {
 }
 
 const UFFDIO_WAKE: u64 = ioc(READ, UFFD, 0x02, size_of::<UffdioRange>());
-const UFFDIO_CONTINUE: u64 = ioc(READ | WRITE, UFFD, 0x07, size_of::<UffdioContinue>());
 const UFFDIO_POISON: u64 = ioc(READ | WRITE, UFFD, 0x08, size_of::<UffdioPoison>());
-const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_CONTINUE == 0xc020_aa07 && UFFDIO_POISON == 0xc020_aa08);
+const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_POISON == 0xc020_aa08);
 
 const CONTINUE_MODE_WP: u64 = 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -106,8 +105,8 @@ impl Userfault {
     }
 
     /// Maps pages of `page` bytes from the page cache and wakes who waits for them. Those that are mapped already, and
-    /// holes, are stepped over; while the address space changes nothing is mapped. Either way the access is tried again.
-    /// `protect`: write-protected, in a range that is registered for that.
+    /// holes, are stepped over; while the address space changes, or there is no memory for page tables, nothing is
+    /// mapped. Either way the access is tried again. `protect`: write-protected, in a range registered for that.
     pub fn resolve(&self, start: u64, len: u64, page: u64, protect: bool) -> io::Result<()> {
         let (mut at, end) = (start, start + len);
         let mode = if protect { CONTINUE_MODE_WP } else { 0 };
@@ -122,7 +121,7 @@ impl Userfault {
             match error.raw_os_error() {
                 Some(libc::EEXIST | libc::EFAULT) => at += page,
                 Some(libc::EAGAIN) if argument.mapped > 0 => {}
-                Some(libc::EAGAIN | libc::ENOENT) => return self.wake(start, len),
+                Some(libc::EAGAIN | libc::ENOENT | libc::ENOMEM) => return self.wake(start, len),
                 _ => return Err(error),
             }
             stepped = true;

@@ -22,8 +22,8 @@ pub struct Mapping {
     hugetlb: Option<usize>,
 }
 
-// SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it, and all
-// access goes through raw pointers or volatile copies, never through Rust references to its bytes.
+// SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it. They do so
+// by raw pointers, volatile reads and atomics; by a reference to plain bytes only while nobody else uses these.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -38,8 +38,8 @@ impl Mapping {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let file = file.try_clone_to_owned()?;
-        let base = map(file.as_fd(), len, offset, 0)?;
         let hugetlb = hugetlb_page(file.as_fd())?;
+        let base = map(file.as_fd(), len, offset, 0)?;
         Ok(Self { base, len, file, offset, hugetlb })
     }
 
@@ -149,7 +149,7 @@ impl Mapping {
         Ok(found)
     }
 
-    /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for that.
+    /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for it.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
         let mut ranges = Vec::new();
@@ -185,8 +185,8 @@ impl Mapping {
 
     /// Which of the 2 MiB units stand on a large page: mapped by one page-middle-directory entry once touched.
     ///
-    /// Only what is in memory is touched (holes stay holes, and swapped pages in swap). Units are counted from the start of the mapping; a
-    /// last, shorter unit is never large.
+    /// Only what is in memory is touched (holes stay holes, and swapped pages in swap). Units are counted from the
+    /// start of the mapping; a last, shorter unit is never large.
     pub fn large_units(&self) -> io::Result<Vec<bool>> {
         let mut units = vec![false; self.len.div_ceil(LARGE_PAGE)];
         for (start, end) in self.resident_ranges()? {
@@ -214,7 +214,7 @@ impl Mapping {
     /// Maps a range that holds data.
     fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
         // SAFETY: within our own mapping; reading a range that holds data changes nothing.
-        check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, uapi::MADV_POPULATE_READ) }).map(drop)
+        check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, libc::MADV_POPULATE_READ) }).map(drop)
     }
 }
 
@@ -281,7 +281,7 @@ fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize
     scan(&pagemap, address, address + len, 0, uapi::PAGE_IS_PRESENT, |start, end| found(offset(start), offset(end)))
 }
 
-/// Reserves `len` bytes of address space at a 2 MiB boundary.
+/// Reserves `len` bytes, whole pages, of address space at a 2 MiB boundary.
 fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     let whole = len.checked_add(LARGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -299,42 +299,42 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
             libc::munmap(base, head);
         }
         if tail > 0 {
-            libc::munmap((aligned + len.next_multiple_of(SMALL_PAGE)) as *mut libc::c_void, tail);
+            libc::munmap((aligned + len) as *mut libc::c_void, tail);
         }
     }
     NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`.
-///
-/// `flags` are of `PM_SCAN_*`. Takes 512 runs at a time: with more, some kernels end the walk early and report twice.
+/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`. `flags`
+/// are of `PM_SCAN_*`.
 pub fn scan(
     pagemap: &File,
     start: u64,
     end: u64,
     flags: u64,
     categories: u64,
-    mut found: impl FnMut(u64, u64),
+    found: impl FnMut(u64, u64),
 ) -> io::Result<()> {
+    let what = PmScanArg { flags, category_mask: categories, return_mask: categories, ..Default::default() };
+    walk(pagemap, start, end, what, found)
+}
+
+/// As `scan`, for whatever pages an argument without a range asks for.
+///
+/// Takes 512 runs at a time: with more, some kernels end the walk early and report twice.
+pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
     let mut regions = [PageRegion::default(); 512];
     let mut at = start;
     while at < end {
-        let mut argument = PmScanArg {
-            flags,
-            start: at,
-            end,
-            category_mask: categories,
-            return_mask: categories,
-            ..Default::default()
-        };
+        let mut argument = PmScanArg { start: at, end, ..what };
         let count = uapi::pagemap_scan(pagemap, &mut argument, &mut regions)?;
         for region in &regions[..count] {
             found(region.start, region.end);
         }
-        at = argument.walk_end.max(at);
-        if count == 0 && argument.walk_end < end {
+        if argument.walk_end <= at {
             return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
         }
+        at = argument.walk_end;
     }
     Ok(())
 }

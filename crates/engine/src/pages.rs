@@ -109,11 +109,6 @@ impl PageSet {
         self.words.iter().map(|word| word.count_ones() as usize).sum()
     }
 
-    /// How many pages of `[start, end)` are in the set.
-    pub fn count_in(&self, start: usize, end: usize) -> usize {
-        Runs { set: self, at: start, end: end.min(self.pages) }.map(|(start, end)| end - start).sum()
-    }
-
     /// Whether nothing is in the set.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|&word| word == 0)
@@ -137,16 +132,6 @@ impl PageSet {
     /// Takes out all pages of another set over the same region.
     pub fn subtract(&mut self, other: &Self) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
-    }
-
-    /// Grows every page to its whole large page.
-    pub fn expand_to_units(&mut self) {
-        for unit in 0..self.pages.div_ceil(SLOTS) {
-            let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
-            if self.next(start, true).is_some_and(|page| page < end) {
-                self.insert(start, end);
-            }
-        }
     }
 
     /// For each 2 MiB unit: how many of its pages are in the set.
@@ -202,7 +187,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// One bit per page, set by several threads.
+/// Bits that several threads set and clear.
 #[derive(Debug)]
 pub(crate) struct AtomicBits(Vec<AtomicU64>);
 
@@ -257,7 +242,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_like_a_set(pages in 1usize..1500, changes in prop::collection::vec((any::<bool>(), 0usize..1600, 0usize..700), 0..20)) {
+        fn behaves_like_a_set(
+            pages in 1usize..1500,
+            changes in prop::collection::vec((any::<bool>(), 0usize..1600, 0usize..700), 0..20),
+        ) {
             let (mut set, mut model) = (PageSet::new(pages), BTreeSet::new());
             for (add, start, len) in changes {
                 let range = start..(start + len).min(pages);
@@ -273,13 +261,11 @@ mod tests {
             prop_assert_eq!(set.is_empty(), model.is_empty());
             prop_assert_eq!(set.runs().flat_map(|(start, end)| start..end).collect::<BTreeSet<_>>(), model.clone());
             prop_assert!(set.runs().zip(set.runs().skip(1)).all(|(a, b)| a.1 < b.0), "runs are maximal");
-            prop_assert_eq!(set.count_in(3, 900), model.range(3..900).count());
+            let within: usize = set.runs_in(3, 900).map(|(start, end)| end - start).sum();
+            prop_assert_eq!(within, model.range(3..900).count());
             let units = set.unit_counts();
             prop_assert_eq!(units.iter().map(|&count| usize::from(count)).sum::<usize>(), model.len());
             prop_assert_eq!(PageSet::unpack(&set.pack(), pages), Ok(set.clone()));
-            set.expand_to_units();
-            let expanded: BTreeSet<_> = model.iter().flat_map(|page| { let unit = page / SLOTS; unit * SLOTS..((unit + 1) * SLOTS).min(pages) }).collect();
-            prop_assert_eq!(set.runs().flat_map(|(start, end)| start..end).collect::<BTreeSet<_>>(), expanded);
         }
     }
 

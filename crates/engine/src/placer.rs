@@ -15,10 +15,10 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use thiserror::Error;
 
 use crate::block::Class;
-use crate::mapping::{Mapping, scan};
+use crate::mapping::Mapping;
 use crate::pages::AtomicBits;
+use crate::segment::Segment;
 use crate::space::{AdoptError, Space};
-use crate::trace::Segment;
 use crate::uapi::{self, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
@@ -256,7 +256,7 @@ impl Placer {
     }
 
     /// Allocates the large page of a unit that is large at the source, before its first page comes.
-    pub fn make_room(&self, region: usize, unit: usize) {
+    pub fn allocate_ahead(&self, region: usize, unit: usize) {
         if let Some(found) = self.shared.regions.get(region).filter(|found| found.is_large(unit)) {
             self.begin(found, unit);
         }
@@ -359,10 +359,7 @@ impl Shared {
     }
 
     fn is_large(&self, start: *mut u8) -> io::Result<bool> {
-        let (start, mut large) = (start as u64, false);
-        let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
-        scan(self.own.pagemap(), start, start + LARGE_PAGE as u64, 0, categories, |_, _| large = true)?;
-        Ok(large)
+        Ok(!self.own.large_mapped(start as u64, LARGE_PAGE as u64)?.is_empty())
     }
 
     /// Maps a complete unit in every process that maps it. Units that stand on small pages here are left to
@@ -370,8 +367,8 @@ impl Shared {
     fn populate_unit(&self, region: usize, unit: usize) {
         let (found, begin) = (&self.regions[region], Instant::now());
         let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
-        let small = found.target.page_size == LARGE_PAGE || end > found.target.mapping.pages();
-        let ready = !small && found.is_complete(unit) && !found.mapped[unit].load(Ordering::Acquire);
+        let piecewise = found.target.page_size == LARGE_PAGE || end > found.target.mapping.pages();
+        let ready = !piecewise && found.is_complete(unit) && !found.mapped[unit].load(Ordering::Acquire);
         if !ready || !self.is_large(found.target.mapping.page(start)).unwrap_or(false) {
             return;
         }
@@ -411,32 +408,10 @@ impl Shared {
     }
 }
 
-impl Segment {
-    /// Pages of the region that are mapped here, as (first, end).
-    pub(crate) fn extent(&self) -> (usize, usize) {
-        (self.first_page, self.first_page + usize::try_from(self.len).unwrap_or(0) / SMALL_PAGE)
-    }
-
-    pub(crate) fn touches(&self, start: usize, end: usize) -> bool {
-        let (first, last) = self.extent();
-        first < end && start < last
-    }
-
-    /// Maps `[start, end)`, the pages of a large page, as one; false where that cannot be.
-    pub(crate) fn map_large(&self, start: usize, end: usize) -> bool {
-        let (first, last) = self.extent();
-        if start < first || last < end {
-            return false;
-        }
-        let address = self.address + ((start - first) * SMALL_PAGE) as u64;
-        address.is_multiple_of(LARGE_PAGE as u64) && self.space.collapse(address, LARGE_PAGE as u64).is_ok()
-    }
-}
-
 /// Allocates and maps, changing no byte. ENOMEM where there is no memory.
 fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
     // SAFETY: the callers, all in this file, give ranges within a mapping of ours.
-    check(unsafe { libc::madvise(start.cast(), len, uapi::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
+    check(unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
         // A full file system or pool: what would have been SIGBUS is EFAULT here.
         let full = error.raw_os_error() == Some(libc::EFAULT);
         if full { io::Error::from_raw_os_error(libc::ENOMEM) } else { error }
@@ -462,15 +437,12 @@ fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, 
 /// Maps existing pages of `ranges` (in pages of the region) in one segment; returns the bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     let uffd = segment.space.userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS)?;
-    let (first, last) = segment.extent();
     let mut mapped = 0;
     uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MINOR)?;
     for &(start, end) in ranges {
-        let (start, end) = (start.max(first), end.min(last));
-        if start < end {
-            let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
+        if let Some((address, len)) = segment.part(start, end) {
             // What does not go is left to the first access.
-            mapped += uffd.map_existing(address, ((end - start) * SMALL_PAGE) as u64, page).unwrap_or(0);
+            mapped += uffd.map_existing(address, len, page).unwrap_or(0);
         }
     }
     uffd.unregister(segment.address, segment.len)?;

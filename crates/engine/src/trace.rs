@@ -24,9 +24,10 @@ use std::time::{Duration, Instant};
 
 use crate::mapping::scan;
 use crate::pages::PageSet;
-use crate::space::{AdoptError, Space};
+use crate::segment::{Segment, register_for_writes};
+use crate::space::AdoptError;
 use crate::uapi::{self, Userfault};
-use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
+use crate::{LARGE_PAGE, SLOTS};
 
 /// The features that a userfaultfd for traces needs.
 pub const FEATURES: u64 = uapi::FEATURE_PAGEFAULT_FLAG_WP
@@ -39,28 +40,6 @@ const POLL: Duration = Duration::from_millis(5);
 /// Most units of a segment that may be released at a time: each can split a mapping in two, and a process may have
 /// 65,530 of them (vm.max_map_count).
 const MAX_RELEASED: usize = 8192;
-
-/// A mapping of a part of a region in an address space.
-#[derive(Debug, Clone)]
-pub struct Segment {
-    /// Whose.
-    pub space: Arc<Space>,
-    /// Where, in that address space.
-    pub address: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Number of the region.
-    pub region: usize,
-    /// First page of the region that is mapped there.
-    pub first_page: usize,
-}
-
-impl Segment {
-    /// Pages of the region between two addresses of the segment.
-    fn pages(&self, start: u64, end: u64) -> (usize, usize) {
-        (self.first_page + page_of(self.address, start), self.first_page + page_of(self.address, end))
-    }
-}
 
 #[derive(Debug)]
 struct Armed {
@@ -166,21 +145,12 @@ impl Trace {
     /// # Errors
     /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
     pub fn install(segments: Vec<Segment>, large: &[Vec<bool>], release_after: usize) -> Result<Self, AdoptError> {
-        let mut armed: Vec<Armed> = Vec::with_capacity(segments.len());
-        for segment in segments {
-            let known = armed.iter().find(|other| other.segment.space.pid() == segment.space.pid());
-            let uffd = match known {
-                Some(other) => other.uffd.clone(),
-                None => Arc::new(segment.space.userfault(FEATURES)?),
-            };
-            uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
-                let taken = error.raw_os_error() == Some(libc::EBUSY);
-                let (pid, address) = (segment.space.pid(), segment.address);
-                if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
-            })?;
+        let arm = |(segment, uffd): (Segment, Arc<Userfault>)| {
             let large = large_units(&segment, large.get(segment.region));
-            armed.push(Armed { segment, uffd, large, released: Mutex::default(), gone: AtomicBool::new(false) });
-        }
+            Armed { segment, uffd, large, released: Mutex::default(), gone: AtomicBool::new(false) }
+        };
+        let registered = register_for_writes(segments, |space| space.userfault(FEATURES))?;
+        let armed: Vec<Armed> = registered.into_iter().map(arm).collect();
         let begin = Instant::now();
         for Armed { segment, uffd, .. } in &armed {
             uffd.write_protect(segment.address, segment.len, true)?;
@@ -211,8 +181,9 @@ impl Trace {
         })
     }
 
-    /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a pager
-    /// that is held ([`crate::pager::Pager::hold`]). They stay when this is dropped, and go when the pager is released.
+    /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a
+    /// pager that is held ([`crate::pager::Pager::hold`]). They stay when this is dropped, and go when the pager is
+    /// released.
     ///
     /// # Errors
     /// ENOENT where a part of a segment is not registered, or no userfaultfd is given for its process; ESRCH.
@@ -350,9 +321,8 @@ fn release_units(armed: &Armed, shared: &Shared, threshold: usize) -> io::Result
     }
     let mut released = armed.released();
     let mut fired = vec![0; armed.large.len()];
-    let address = armed.segment.address;
     armed.written(0, |start, end| {
-        let (first, last) = (page_of(address, start), page_of(address, end));
+        let (first, last) = (armed.segment.page_of(start), armed.segment.page_of(end));
         for (unit, count) in fired.iter_mut().enumerate().take(last.div_ceil(SLOTS)).skip(first / SLOTS) {
             *count += last.min((unit + 1) * SLOTS) - first.max(unit * SLOTS);
         }
@@ -366,8 +336,4 @@ fn release_units(armed: &Armed, shared: &Shared, threshold: usize) -> io::Result
         }
     }
     Ok(())
-}
-
-fn page_of(base: u64, address: u64) -> usize {
-    usize::try_from((address - base) / SMALL_PAGE as u64).unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! Kernel interfaces: userfaultfd, PAGEMAP_SCAN, MADV_COLLAPSE and the new mount calls.
+//! Kernel interfaces: userfaultfd and PAGEMAP_SCAN, and how system calls are made.
 //!
 //! Distributions' headers lag behind (WP_ASYNC and PAGEMAP_SCAN are of Linux 6.7, MOVE of 6.8), so the constants and
 //! structures stand here, with the ioctl numbers derived from them and asserted against the published values.
@@ -139,8 +139,6 @@ pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// Write protection of pages that are not there yet.
 pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-/// Accesses can be made to fail for good.
-pub const FEATURE_POISON: u64 = 1 << 14;
 /// Write-protect faults are resolved by the kernel and only recorded.
 pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
@@ -166,20 +164,11 @@ pub const PM_SCAN_WP_MATCHING: u64 = 1;
 /// Refuse ranges that are not under WP_ASYNC.
 pub const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
-/// `madvise`: put the range on large pages now (Linux 6.1).
-pub const MADV_COLLAPSE: i32 = 25;
-/// `madvise`: map what is there, reading (Linux 5.14).
-pub const MADV_POPULATE_READ: i32 = 22;
-/// `madvise`: map and allocate, writing (Linux 5.14).
-pub const MADV_POPULATE_WRITE: i32 = 23;
-/// `madvise`: unmap, locked or not; shared memory keeps its contents (Linux 5.18).
-pub const MADV_DONTNEED_LOCKED: i32 = 24;
-
 const UFFDIO_API: u64 = ioc(READ | WRITE, UFFD, 0x3f, size_of::<UffdioApi>());
 const UFFDIO_REGISTER: u64 = ioc(READ | WRITE, UFFD, 0x00, size_of::<UffdioRegister>());
 const UFFDIO_UNREGISTER: u64 = ioc(READ, UFFD, 0x01, size_of::<UffdioRange>());
 const UFFDIO_WRITEPROTECT: u64 = ioc(READ | WRITE, UFFD, 0x06, size_of::<UffdioWriteprotect>());
-const UFFDIO_CONTINUE: u64 = ioc(READ | WRITE, UFFD, 0x07, size_of::<UffdioContinue>());
+pub(crate) const UFFDIO_CONTINUE: u64 = ioc(READ | WRITE, UFFD, 0x07, size_of::<UffdioContinue>());
 const PAGEMAP_SCAN: u64 = ioc(READ | WRITE, b'f' as u64, 16, size_of::<PmScanArg>());
 
 const _: () = assert!(UFFDIO_API == 0xc018_aa3f);

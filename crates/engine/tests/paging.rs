@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -16,26 +16,17 @@ use pageferry_engine::mapping::{Mapping, duplicate};
 use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
+use pageferry_engine::segment::Segment;
 use pageferry_engine::space::Space;
-use pageferry_engine::trace::Segment;
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
+
+mod memory;
+use memory::within_a_minute;
 
 const PAGES: usize = 2048;
 const STORAGE_BLOCK: usize = 256 << 10;
 /// A page of zeros that the image leaves out.
 const NEVER_STORED: usize = 15;
-
-fn within_a_minute(work: impl FnOnce() + Send + 'static) {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        work();
-        let _ = done.send(());
-    });
-    match finished.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        _ => worker.join().expect("it ends"),
-    }
-}
 
 fn memory_file(len: usize) -> OwnedFd {
     // SAFETY: the name is NUL-terminated; the descriptor is new.
@@ -131,7 +122,7 @@ impl Scene {
             from: Origin::Images(image()),
             targets: vec![Target { mapping: self.ours.clone(), page_size: SMALL_PAGE, large: Vec::new() }],
             watched: vec![(segment, uffd)],
-            flags: Mapping::new(self.flags.as_fd(), file_len(PAGES), 0).expect("a mapping"),
+            flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
             working_set: Vec::new(),
             background,
@@ -306,8 +297,7 @@ fn what_is_evicted_comes_back() {
 fn a_page_that_was_never_stored_is_not_taken_for_zeros() {
     within_a_minute(|| {
         let scene = Scene::new();
-        let flags = Mapping::new(scene.flags.as_fd(), file_len(PAGES), 0).expect("a mapping");
-        Flags::new(flags, PAGES).set(NEVER_STORED);
+        Flags::open(scene.flags.as_fd(), PAGES).expect("flags").set(NEVER_STORED);
         let error = scene.begin(Begin::Kept, false).ensure(0, 0, 16).expect_err("it has no contents");
         assert!(error.to_string().contains("page 15"), "{error}");
     });

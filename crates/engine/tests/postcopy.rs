@@ -4,38 +4,26 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Origin, Pager, Plan, TRACE_FEATURES, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
+use pageferry_engine::segment::Segment;
 use pageferry_engine::space::Space;
-use pageferry_engine::trace::Segment;
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 use pageferry_engine::wire::{Format, POSTCOPY, PageServer, PeerSource, Request, WireError};
 use pageferry_engine::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 mod memory;
-use memory::{PATIENCE, contents, format, large_file, small_file};
+use memory::{PATIENCE, contents, format, large_file, small_file, within_a_minute};
 
 const PAGES: usize = 4 * SLOTS;
-
-fn within_a_minute(work: impl FnOnce() + Send + 'static) {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        work();
-        let _ = done.send(());
-    });
-    match finished.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        _ => worker.join().expect("it ends"),
-    }
-}
 
 /// What the source has: every sixteenth page is a hole, another sixteenth zeros.
 fn at_source(page: usize) -> u64 {
@@ -106,7 +94,7 @@ impl Scene {
             from: Origin::Peer(peer.clone()),
             targets: vec![Target { mapping: self.ours.clone(), page_size: self.page_size, large }],
             watched: vec![(segment, uffd)],
-            flags: Mapping::new(self.flags.as_fd(), self.flags.len(), 0).expect("a mapping"),
+            flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
             working_set: Vec::new(),
             background: true,
@@ -230,7 +218,7 @@ fn who_waits_for_one_window_asks_once() {
         assert_eq!((server.requests(), server.remaining()), (1, PAGES - 16));
         pager.ensure(0, 100, 700).expect("a range");
         let missing = pager.missing(0).expect("of the only region");
-        assert_eq!(missing.count_in(100, 800), 0);
+        assert!(missing.runs_in(100, 800).next().is_none());
         assert_eq!(missing.count(), server.remaining());
     });
 }
@@ -544,7 +532,7 @@ fn pages_of_hugetlbfs_come_whole() {
             scene.read(SLOTS + 9),
             if is_missing(SLOTS + 9) { at_source(SLOTS + 9) } else { at_destination(SLOTS + 9) }
         );
-        assert_eq!(pager.missing(0).expect("a region").count_in(SLOTS, 2 * SLOTS), 0);
+        assert!(pager.missing(0).expect("a region").runs_in(SLOTS, 2 * SLOTS).next().is_none());
         assert_eq!(server.requests(), 1);
         server.push().expect("all of it");
         assert!(pager.wait(Duration::from_secs(20), 0));

@@ -33,4 +33,4 @@ async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
             if time.monotonic() > deadline:
                 return
             piece = chosen[start : start + _PIECE]
-            await off_loop(lambda: placer.make_room(region, piece))  # noqa: B023
+            await off_loop(lambda: placer.allocate_ahead(region, piece))  # noqa: B023

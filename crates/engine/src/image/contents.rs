@@ -15,18 +15,12 @@ pub struct PageReader<'a> {
     block: Option<(usize, StoredBlock)>,
     unpacked: Option<(usize, u32, usize)>,
     contents: Vec<u8>,
-    bytes_read: u64,
 }
 
 impl<'a> PageReader<'a> {
     /// A reader of the pages of a chain.
     pub fn new(chain: &'a Chain) -> Self {
-        Self { chain, block: None, unpacked: None, contents: Vec::new(), bytes_read: 0 }
-    }
-
-    /// Bytes of storage blocks read so far.
-    pub fn bytes_read(&self) -> u64 {
-        self.bytes_read
+        Self { chain, block: None, unpacked: None, contents: Vec::new() }
     }
 
     /// Contents of a page, counted over all regions, into `out` (4 KiB). Absent pages read as zeros.
@@ -43,13 +37,15 @@ impl<'a> PageReader<'a> {
     /// Contents of a stored page of one image of the chain.
     pub fn stored(&mut self, image: usize, entry: &PageEntry) -> Result<&[u8], ImageError> {
         let number = entry.block.get();
-        if self.block.as_ref().is_none_or(|(of, block)| (*of, block.number()) != (image, number)) {
-            let block = self.chain.images()[image].read_block(number)?;
-            self.bytes_read += block.len() as u64;
-            self.block = Some((image, block));
-            self.unpacked = None;
-        }
-        let Some((_, block)) = &self.block else { return Err(ImageError::NoFooter) };
+        let kept = self.block.take().filter(|(of, block)| (*of, block.number()) == (image, number));
+        let kept = match kept {
+            Some(kept) => kept,
+            None => {
+                self.unpacked = None;
+                (image, self.chain.images()[image].read_block(number)?)
+            }
+        };
+        let (_, block) = self.block.insert(kept);
         let (index, within) = block.locate(usize::from(entry.slot.get()));
         if self.unpacked != Some((image, number, index)) {
             self.unpacked = None;

@@ -11,8 +11,8 @@ use crate::block::{Builder, Class, Codec};
 
 /// Copies all stored pages of a chain into a writer and returns the page map for it.
 ///
-/// `regions`: pages of each region, in order. Pages are copied in the order in which they stand in the chain, the oldest
-/// image first, so that what was written together stays together; a page that several share is copied once.
+/// `regions`: pages of each region, in order. Pages are copied in the order in which they stand in the chain, the
+/// oldest image first, so that what was written together stays together; a page that several share is copied once.
 pub fn flatten(
     chain: &Chain,
     writer: &mut ImageWriter,
@@ -86,7 +86,7 @@ impl<W: BorrowMut<ImageWriter>> Copier<W> {
 }
 
 /// Region of a page counted over all regions, and its number within the region.
-pub fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
+fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
     let mut rest = page;
     for (region, pages) in regions.iter().enumerate() {
         if rest < *pages {

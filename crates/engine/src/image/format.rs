@@ -83,13 +83,8 @@ pub enum ImageError {
         error: BlockError,
     },
     /// The page is not in this image but in the one it builds on.
-    #[error("page {page} of region {region} is in the parent of this image, which was not given")]
-    InParent {
-        /// Number of the region.
-        region: usize,
-        /// Page of the region.
-        page: usize,
-    },
+    #[error("page {0} (of all regions) is in the parent of this image, which was not given")]
+    InParent(usize),
     /// The page is missing from memory, and no image of the chain says what it holds.
     #[error("page {0} (of all regions) is not in this image: it is not the one that it was left in")]
     NotStored(usize),
@@ -206,14 +201,7 @@ impl PageEntry {
     /// The class, once it is known to be one.
     #[inline]
     pub fn class(&self) -> Option<Class> {
-        match self.class {
-            0 => Some(Class::Absent),
-            1 => Some(Class::Zero),
-            2 => Some(Class::Pattern),
-            3 => Some(Class::SameAs),
-            4 => Some(Class::Data),
-            _ => None,
-        }
+        Class::numbered(self.class)
     }
 
     /// A page without contents of its own: absent, zero or pattern.

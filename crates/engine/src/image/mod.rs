@@ -10,7 +10,7 @@ mod verify;
 mod writer;
 
 pub use contents::{PageReader, differences, fill, pattern};
-pub use flatten::{flatten, region_of};
+pub use flatten::flatten;
 pub use format::{BlockEntry, FLAG_IN_PARENT, ImageError, PageEntry, section};
 pub use known::KnownPages;
 pub use reader::{Chain, Image, StoredBlock};

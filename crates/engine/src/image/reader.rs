@@ -15,7 +15,7 @@ use super::format::{
     MAX_SECTIONS, PageEntry, SectionEntry, VERSION, section,
 };
 use crate::SMALL_PAGE;
-use crate::block::{self, BlockError, Class, Codec, Header};
+use crate::block::{self, BlockError, Class, Header};
 use crate::mapping::prefer_large;
 
 /// Sections other than the page map are at most this long.
@@ -92,13 +92,9 @@ impl Image {
     }
 
     /// Bytes of the file.
+    #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
     pub fn len(&self) -> u64 {
         self.len
-    }
-
-    /// Whether it has no pages.
-    pub fn is_empty(&self) -> bool {
-        self.page_map.is_empty()
     }
 
     /// The page map of all regions, one after the other.
@@ -266,13 +262,9 @@ impl StoredBlock {
     }
 
     /// Bytes read from the file.
+    #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
     pub fn len(&self) -> usize {
         self.bytes.len()
-    }
-
-    /// Whether it has no bytes; never so.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
     }
 
     /// Number of pages with contents.
@@ -288,22 +280,10 @@ impl StoredBlock {
 
     /// Verifies page block `index` and decompresses it into `out`, which is resized to its data length.
     pub fn unpack(&self, index: usize, out: &mut Vec<u8>) -> Result<(), ImageError> {
-        let record = self.head.page_blocks.get(index);
-        let record = record.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
+        let end = self.ends.get(index).copied();
+        let end = end.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
         let start = if index == 0 { self.start } else { self.ends[index - 1] };
-        let stored = &self.bytes[start..self.ends[index]];
-        let region = self.head.region;
-        if block::checksum(stored) != record.checksum.get() {
-            let page = self.head.runs.iter().find(|run| run.class == Class::Data).map_or(0, |run| run.first as u64);
-            return Err(self.wrong(BlockError::PayloadChecksum { index, page, region }));
-        }
-        out.resize(record.raw_len.get() as usize, 0);
-        block::decompress(self.codec(), stored, out)
-            .map_err(|reason| self.wrong(BlockError::Decompress { index, region, reason }))
-    }
-
-    fn codec(&self) -> Codec {
-        self.head.codec
+        self.head.unpack(index, &self.bytes[start..end], out).map_err(|error| self.wrong(error))
     }
 }
 
@@ -312,13 +292,19 @@ impl StoredBlock {
 pub struct Chain(Vec<Arc<Image>>);
 
 impl Chain {
-    /// The images of a chain. All page maps must have the same length.
+    /// The images of a chain, at least one. All page maps must have the same length.
     pub fn new(images: Vec<Arc<Image>>) -> Result<Self, ImageError> {
-        let pages = images.first().map_or(0, |image| image.page_map.len());
+        let first = images.first().ok_or_else(|| value("number of images", 0, "at least 1"))?;
+        let pages = first.page_map.len();
         match images.iter().find(|image| image.page_map.len() != pages) {
             Some(other) => Err(value("pages of a parent", other.page_map.len() as u64, "those of the image")),
             None => Ok(Self(images)),
         }
+    }
+
+    /// The nearest image: its page map is that of the chain.
+    pub fn nearest(&self) -> &Image {
+        &self.0[0]
     }
 
     /// The images, the nearest first.
@@ -335,7 +321,7 @@ impl Chain {
                 return Ok((number, *entry));
             }
         }
-        Err(ImageError::InParent { region: 0, page })
+        Err(ImageError::InParent(page))
     }
 }
 

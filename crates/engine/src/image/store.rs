@@ -63,8 +63,8 @@ impl PageStore {
             for (start, stop) in memory.data_within(first * SMALL_PAGE, end * SMALL_PAGE)? {
                 let (start, stop) = ((start / SMALL_PAGE).max(first), (stop / SMALL_PAGE).min(end));
                 for page in start..stop {
-                    // SAFETY: within the mapping, by the check above. The workload may write to it at the same time: then
-                    // the copy is of no use to anybody, and is known to be.
+                    // SAFETY: within the mapping, by the check above. The workload may write to it at the same time:
+                    // then the copy is of no use to anybody, and is known to be.
                     unsafe { std::ptr::copy_nonoverlapping(memory.page(page), contents.as_mut_ptr(), SMALL_PAGE) };
                     self.map[self.bases[region] + page] = self.entry(region, page, &contents)?;
                 }

@@ -120,16 +120,6 @@ impl ImageWriter {
         Ok(Finished { digest: footer.checksum.get(), len: self.len, writes: self.writes, blocks: blocks.len() })
     }
 
-    /// Bytes so far, those that are still to be written included.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether there is nothing in it yet; there always is a header.
-    pub fn is_empty(&self) -> bool {
-        false
-    }
-
     /// Write calls so far.
     pub fn writes(&self) -> u64 {
         self.writes

@@ -402,7 +402,10 @@ proptest! {
 
     /// The table is what a plain model of the operations says, for any options and any interleaving.
     #[test]
-    fn the_table_follows_from_the_counters(options in any_options(), order in prop::collection::vec(0..4_usize, 0..400)) {
+    fn the_table_follows_from_the_counters(
+        options in any_options(),
+        order in prop::collection::vec(0..4_usize, 0..400),
+    ) {
         let mapping = memory(64 * SMALL_PAGE);
         let ledger = create(&mapping, &options);
         let layout = &ledger.layout;

@@ -28,9 +28,9 @@ pub fn install_rest(shared: &Shared, jobs: &Receiver<Fetched>) {
 }
 
 /// Reads what nobody has asked for yet: first the working set, in its order, then the storage blocks, in theirs. A peer
-/// sends that by itself: for its pages room is made.
+/// sends that by itself: the large pages that it goes to are allocated.
 pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
-    let Source::Images(blocks) = &shared.memory.source else { return make_room(shared) };
+    let Source::Images(blocks) = &shared.memory.source else { return allocate_large_pages(shared) };
     let mut pace = Pace { shared, faults: 0, pause: Duration::ZERO };
     let mut scratch = Scratch::default();
     for &window in working_set {
@@ -48,7 +48,7 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
     let images = blocks.chain().images().to_vec();
     for (number, image) in images.iter().enumerate() {
         for block in 0..u32::try_from(image.blocks().len()).unwrap_or(u32::MAX) {
-            if shared.stopping() || shared.memory.flags.count() == 0 {
+            if shared.stopping() || !shared.memory.flags.any() {
                 return;
             }
             counted(shared, || shared.memory.load_block(blocks, (number, block), &mut scratch));
@@ -58,9 +58,9 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
     rest(shared, blocks, &mut scratch);
 }
 
-/// Allocates the large pages that what is missing goes to: all of them will be needed, and an access to the first page of
-/// one waits for the kernel to clear all 512.
-fn make_room(shared: &Shared) {
+/// Allocates the large pages that what is missing goes to: all of them will be needed, and an access to the first page
+/// of one waits for the kernel to clear all 512.
+fn allocate_large_pages(shared: &Shared) {
     for (number, (region, large)) in shared.memory.regions.iter().zip(&shared.large).enumerate() {
         for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
             let first = (region.base + unit * SLOTS).min(region.end());
@@ -68,7 +68,7 @@ fn make_room(shared: &Shared) {
                 return;
             }
             if shared.memory.flags.next(first, region.end().min(first + SLOTS)).is_some() {
-                shared.memory.placer.make_room(number, unit);
+                shared.memory.placer.allocate_ahead(number, unit);
             }
         }
     }

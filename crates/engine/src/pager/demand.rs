@@ -87,8 +87,13 @@ fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -
                 if new {
                     eprintln!("pageferry: page {} of region {region} cannot be read: {error}", page - base);
                 }
-                // There is nobody else to stop it: the access ends in SIGBUS, never in zeros.
-                let _ = inbox.uffd.poison(address, SMALL_PAGE as u64);
+                // There is nobody else to stop it: the access ends in SIGBUS, never in zeros. While a discard waits to
+                // be read that cannot be: it is tried again.
+                let len = memory.regions[region].page_size as u64;
+                let start = address / len * len;
+                if inbox.uffd.poison(start, len).is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {
+                    let _ = inbox.uffd.wake(start, len);
+                }
             }
             None
         }

@@ -65,13 +65,7 @@ fn units(pages: &PageSet) -> Vec<(usize, usize)> {
 /// Takes pages of a region out of the workload's page tables, and has every access to them come to us.
 fn trap(memory: &Memory, region: usize, first: usize, end: usize) -> Result<(), PagerError> {
     for Watched { segment, uffd } in memory.watched.iter().filter(|watched| watched.segment.region == region) {
-        let (from, to) = segment.extent();
-        let (start, stop) = (first.max(from), end.min(to));
-        if start >= stop {
-            continue;
-        }
-        let address = segment.address + ((start - from) * SMALL_PAGE) as u64;
-        let len = ((stop - start) * SMALL_PAGE) as u64;
+        let Some((address, len)) = segment.part(first, end) else { continue };
         // Registered memory (whose pages had been let go, and are all back) would report this as a discard, and wait
         // for that to be read.
         uffd.unregister(address, len)?;

@@ -1,5 +1,8 @@
 //! The needs-update flags (S8): one bit per page, set while memory does not hold the page's contents yet.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapping::Mapping;
@@ -20,13 +23,22 @@ pub fn file_len(pages: usize) -> usize {
 }
 
 impl Flags {
-    /// Flags for so many pages, in a mapping of a file that is [`file_len`] long.
+    /// Flags for so many pages, in a file that is [`file_len`] long.
     ///
-    /// # Panics
-    /// When the mapping is shorter.
-    pub fn new(mapping: Mapping, pages: usize) -> Self {
-        assert!(mapping.len() >= file_len(pages), "flags of {pages} pages in {} bytes", mapping.len());
-        Self { mapping, pages }
+    /// # Errors
+    /// InvalidInput for a file that is shorter, or what the kernel says.
+    pub fn open(file: BorrowedFd<'_>, pages: usize) -> io::Result<Self> {
+        let (found, len) = (File::from(file.try_clone_to_owned()?).metadata()?.len(), file_len(pages));
+        if found < len as u64 {
+            let words = format!("flags of {pages} pages in a file of {found} bytes, not of {len}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
+        }
+        Ok(Self { mapping: Mapping::new(file, len, 0)?, pages })
+    }
+
+    /// Pages that there are flags for.
+    pub fn pages(&self) -> usize {
+        self.pages
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
@@ -74,6 +86,11 @@ impl Flags {
             page = (page / 64 + 1) * 64;
         }
         None
+    }
+
+    /// Whether there is a page that has the flag.
+    pub fn any(&self) -> bool {
+        self.next(0, self.pages).is_some()
     }
 
     /// The runs of pages of `[first, end)` without the flag.

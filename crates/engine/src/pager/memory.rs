@@ -10,8 +10,9 @@ use super::flags::Flags;
 use super::source::{Brought, Source};
 use crate::image::ImageError;
 use crate::mapping::Mapping;
+use crate::pages::AtomicBits;
 use crate::placer::{PlaceError, Placer};
-use crate::trace::Segment;
+use crate::segment::Segment;
 use crate::uapi::Userfault;
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
@@ -130,13 +131,15 @@ pub struct Memory {
     pub source: Source,
     pub placer: Placer,
     pub counters: Counters,
-    /// Pages that somebody has taken upon himself to fill, or that were discarded: one bit each.
-    claims: Vec<AtomicU64>,
+    /// Pages that somebody has taken upon himself to fill, or that were discarded.
+    claims: AtomicBits,
     /// Held shared while contents are written, alone while removals are read or pages let go: contents never come after
     /// a removal.
     pub removing: RwLock<()>,
     /// Windows in the order of their first fault.
     pub touched: Mutex<Vec<u32>>,
+    /// Those that are in it: pages may go and come back for as long as the workload lives.
+    noted: AtomicBits,
     /// Whether contents that have come are mapped write-protected.
     pub protecting: AtomicBool,
 }
@@ -153,10 +156,10 @@ pub struct Scratch {
 impl Memory {
     pub fn new(regions: Vec<Region>, watched: Vec<Watched>, flags: Flags, source: Source, placer: Placer) -> Self {
         let pages = regions.last().map_or(0, Region::end);
-        let claims = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let (claims, noted) = (AtomicBits::new(pages), AtomicBits::new(pages.div_ceil(WINDOW)));
         let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
         let protecting = AtomicBool::new(false);
-        Self { regions, watched, flags, source, placer, counters, claims, removing, touched, protecting }
+        Self { regions, watched, flags, source, placer, counters, claims, removing, touched, noted, protecting }
     }
 
     /// Number of the region that a page is in.
@@ -210,13 +213,12 @@ impl Memory {
 
     /// Takes a page that needs its contents upon oneself; false: it has them, or somebody else is at it.
     fn claim(&self, page: usize) -> bool {
-        let mask = 1 << (page % 64);
-        self.flags.is_set(page) && self.claims[page / 64].fetch_or(mask, Ordering::AcqRel) & mask == 0
+        self.flags.is_set(page) && !self.claims.set(page)
     }
 
     /// A page has no contents any more, and may be claimed again. `removing` is held alone.
     pub fn lack(&self, page: usize) {
-        self.claims[page / 64].fetch_and(!(1 << (page % 64)), Ordering::AcqRel);
+        self.claims.take(page);
         self.flags.set(page);
     }
 
@@ -224,7 +226,7 @@ impl Memory {
     pub fn discard(&self, first: usize, end: usize) {
         let mut at = first;
         while let Some(page) = self.flags.next(at, end) {
-            self.claims[page / 64].fetch_or(1 << (page % 64), Ordering::AcqRel);
+            self.claims.set(page);
             self.flags.clear(page);
             at = page + 1;
         }
@@ -252,11 +254,8 @@ impl Memory {
     fn map_run(&self, region: usize, start: usize, stop: usize, protect: bool) {
         let page = self.regions[region].page_size as u64;
         for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
-            let (first, last) = segment.extent();
-            let (start, stop) = (start.max(first), stop.min(last));
-            if start < stop {
-                let address = segment.address + ((start - first) * SMALL_PAGE) as u64;
-                let _ = uffd.resolve(address, ((stop - start) * SMALL_PAGE) as u64, page, protect);
+            if let Some((address, len)) = segment.part(start, stop) {
+                let _ = uffd.resolve(address, len, page, protect);
             }
         }
     }
@@ -270,7 +269,9 @@ impl Memory {
             self.map_present(region, page)?;
             return Ok(Brought::All);
         }
-        if let Ok(window) = u32::try_from(page / WINDOW) {
+        if let Ok(window) = u32::try_from(page / WINDOW)
+            && !self.noted.set(page / WINDOW)
+        {
             self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(window);
         }
         self.counters.missed.fetch_add(1, Ordering::Relaxed);
@@ -340,10 +341,6 @@ impl Memory {
 
     fn is_large(&self, region: usize, page: usize) -> bool {
         let start = self.regions[region].mapping.page(page) as u64;
-        let categories = crate::uapi::PAGE_IS_HUGE | crate::uapi::PAGE_IS_PRESENT;
-        let mut large = false;
-        let end = start + LARGE_PAGE as u64;
-        let scanned = crate::mapping::scan(self.placer.own().pagemap(), start, end, 0, categories, |_, _| large = true);
-        scanned.is_ok() && large
+        self.placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
     }
 }

@@ -25,6 +25,8 @@ mod flags;
 mod hold;
 mod memory;
 mod peer;
+mod plan;
+mod register;
 mod source;
 
 use std::io;
@@ -34,7 +36,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
-use thiserror::Error;
 
 use blocks::{Blocks, Fetched};
 use demand::Inbox;
@@ -43,15 +44,12 @@ use hold::Held;
 pub use memory::{Counters, LoadError};
 use memory::{Memory, Region, Scratch, Watched};
 use peer::Peer;
+pub use plan::{Begin, Failure, Origin, PagerError, Plan};
+use register::{mark, register};
 use source::Source;
 
-use crate::block::Class;
-use crate::image::{Chain, ImageError, PageEntry};
-use crate::mapping::Mapping;
 use crate::pages::PageSet;
-use crate::placer::{Placer, Target};
-use crate::space::AdoptError;
-use crate::trace::Segment;
+use crate::placer::Placer;
 use crate::uapi::{self, Userfault};
 use crate::wire::PeerSource;
 use crate::{SLOTS, SMALL_PAGE};
@@ -64,8 +62,6 @@ const MAX_REST: usize = 32;
 const MANY: usize = 1024;
 /// Pages that are brought for others before it is looked whether all shall end.
 const MOST: usize = 4096;
-/// How often the mappings of pages to come are taken away from a workload that makes them again.
-const ATTEMPTS: usize = 4;
 /// How often one looks whether everything is there: where it is being brought, and where only accesses bring it.
 const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
@@ -79,94 +75,6 @@ pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
     | uapi::FEATURE_MINOR_HUGETLBFS;
 /// Those that others need who put write traces on by it ([`Pager::hold`]).
 pub const TRACE_FEATURES: u64 = crate::trace::FEATURES;
-
-/// Why a pager could not begin.
-#[derive(Debug, Error)]
-pub enum PagerError {
-    /// The regions are not those of the image.
-    #[error("the regions have {regions} pages, the page map of the image has {image}")]
-    Regions {
-        /// Pages of the regions.
-        regions: usize,
-        /// Pages of the image.
-        image: usize,
-    },
-    /// The image is wrong.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// Mappings of pages that are still to come could not be taken away.
-    #[error("pages that are still to come are mapped by the workload: {0}")]
-    Mapped(#[from] AdoptError),
-    /// The workload maps them again and again.
-    #[error("pages that are still to come are mapped by the workload again and again: it must be paused")]
-    Running,
-    /// Contents do not come from a peer, or not over a connection of its own.
-    #[error("{0}")]
-    Peer(&'static str),
-    /// The kernel's words.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
-/// What a pager finds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Begin {
-    /// Nothing that counts: the files are emptied, and the flags set as the image says.
-    Empty,
-    /// Flags that somebody has set; the files hold the contents of all other pages. Segments without any are left alone.
-    Kept,
-    /// The work of a pager before: the flags hold, and faults that it had read are read again.
-    TakenOver,
-}
-
-/// A page that cannot be had.
-#[derive(Debug, Clone)]
-pub struct Failure {
-    /// Number of the region.
-    pub region: usize,
-    /// Page of the region.
-    pub page: usize,
-    /// Whether a thread of the workload waits for it.
-    pub accessed: bool,
-    /// What is wrong, and where.
-    pub message: String,
-}
-
-/// Where contents come from.
-#[derive(Debug)]
-pub enum Origin {
-    /// An image and those it builds on.
-    Images(Chain),
-    /// The source of a post-copy migration.
-    Peer(Arc<PeerSource>),
-}
-
-/// What a pager is to do.
-#[derive(Debug)]
-pub struct Plan {
-    /// Where contents come from.
-    pub from: Origin,
-    /// The regions; which units are large says where large pages are allocated.
-    pub targets: Vec<Target>,
-    /// Where the workload maps them, and the userfaultfd of each of these address spaces.
-    pub watched: Vec<(Segment, Arc<Userfault>)>,
-    /// A file of flags, [`file_len`] long.
-    pub flags: Mapping,
-    /// What is there already.
-    pub begin: Begin,
-    /// Windows of 16 pages to be read first, in this order.
-    pub working_set: Vec<u32>,
-    /// Whether to read at all before anybody asks, and whether at full speed.
-    pub background: bool,
-    /// Without giving way to demand.
-    pub eager: bool,
-    /// Whether an access brings all of the storage block, after the pages around its own.
-    pub whole_blocks: bool,
-    /// Whether pages will be let go: until [`Pager::evicted`] it is not finished, even if nothing is missing.
-    pub evicting: bool,
-    /// Whether an access to a page that cannot be had ends in SIGBUS; else it waits.
-    pub fatal: bool,
-}
 
 #[derive(Debug)]
 struct Shared {
@@ -238,9 +146,9 @@ impl Shared {
         let part = |Watched { segment, .. }: &Watched| {
             let from = start.max(segment.address);
             let to = end.min(segment.address + segment.len);
-            let page = |address: u64| usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
-            let base = self.memory.regions[segment.region].base + segment.first_page;
-            (from < to).then(|| (base + page(from), base + page(to)))
+            let base = self.memory.regions[segment.region].base;
+            let pages = |(first, end)| (base + first, base + end);
+            (from < to).then(|| pages(segment.pages(from, to)))
         };
         ours.filter_map(part).collect()
     }
@@ -309,15 +217,19 @@ impl Pager {
             regions.push(Region { mapping: target.mapping.clone(), page_size: target.page_size, base });
             base += target.mapping.pages();
         }
-        let flags = Flags::new(plan.flags, base);
+        let flags = plan.flags;
+        if flags.pages() != base {
+            let words = format!("flags of {} pages, and regions of {base}", flags.pages());
+            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
+        }
         let source = match plan.from {
             Origin::Images(chain) => {
-                let image = chain.images().first().map_or(0, |image| image.page_map().len());
+                let image = chain.nearest().page_map().len();
                 if image != base {
                     return Err(PagerError::Regions { regions: base, image });
                 }
                 if plan.begin == Begin::Empty {
-                    mark(&chain, &flags, base);
+                    mark(&chain, &flags);
                 }
                 Source::Images(Blocks::new(chain))
             }
@@ -362,7 +274,7 @@ impl Pager {
         pager.spawn("pf-fill", move || {
             background::fill(&shared, &set, everything);
             let unfinished =
-                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.count() > 0;
+                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.any();
             while !shared.stopping() && (unfinished() || !shared.may_end()) {
                 std::thread::sleep(if everything { SOON } else { LATER });
             }
@@ -573,64 +485,4 @@ impl Drop for Pager {
 /// A connection that no other pager has.
 fn taken(link: Arc<PeerSource>) -> Result<Arc<PeerSource>, PagerError> {
     if link.take() { Ok(link) } else { Err(PagerError::Peer("another pager has this connection")) }
-}
-
-/// Sets the flags of all pages that are not zeros.
-fn mark(chain: &Chain, flags: &Flags, pages: usize) {
-    let map = chain.images().first().map_or(&[][..], |image| image.page_map());
-    debug_assert_eq!(map.len(), pages, "checked by the caller");
-    // Class and signature are right whichever image of the chain holds the contents.
-    let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
-    for (index, entries) in map.chunks(64).enumerate() {
-        flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
-    }
-}
-
-/// From here on every access to a page that is not mapped comes to us.
-fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
-    for watched in &memory.watched {
-        let Watched { segment, uffd } = watched;
-        if begin == Begin::Kept && !memory.lacks_any(segment) {
-            continue;
-        }
-        if begin == Begin::TakenOver {
-            // Faults that the pager before us had read and not answered: they come again.
-            uffd.wake(segment.address, segment.len)?;
-        } else {
-            uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
-        }
-        if begin == Begin::Kept {
-            unmap_flagged(memory, watched)?;
-        }
-    }
-    if begin == Begin::Empty {
-        for region in &memory.regions {
-            // Whatever the workload has written before it was given its state, and mapped: it must trap as all else.
-            region.mapping.punch(0, region.mapping.len())?;
-        }
-    }
-    Ok(())
-}
-
-/// Takes the workload's mappings away where pages with the flag are mapped: old contents must not be seen any more.
-///
-/// Not while registered: it would wait to be read as a discard. So the page may be mapped again before it is registered
-/// again, by a workload that runs; then it is tried again.
-fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
-    let base = memory.regions[segment.region].base + segment.first_page;
-    let page = |address: u64| base + usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
-    let (first, last) = (segment.address, segment.address + segment.len);
-    for _ in 0..ATTEMPTS {
-        let mut mapped = false;
-        crate::mapping::scan(segment.space.pagemap(), first, last, 0, uapi::PAGE_IS_PRESENT, |start, end| {
-            mapped |= memory.flags.next(page(start), page(end)).is_some();
-        })?;
-        if !mapped {
-            return Ok(());
-        }
-        uffd.unregister(first, segment.len)?;
-        segment.space.unmap_pages(first, segment.len)?;
-        uffd.register(first, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
-    }
-    Err(PagerError::Running)
 }

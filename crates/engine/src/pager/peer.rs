@@ -165,7 +165,7 @@ pub fn receive(shared: &Shared, link: &PeerSource, stream: usize) {
         Ok(installed?)
     });
     if let Err(error) = ended
-        && shared.memory.flags.next(0, shared.pages()).is_some()
+        && shared.memory.flags.any()
     {
         link.lose(&error);
     }

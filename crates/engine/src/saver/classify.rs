@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::SaveError;
-use super::layout::Copied;
+use super::area::Copied;
 use super::output::Full;
 use super::shared::Shared;
 use crate::SMALL_PAGE;
@@ -97,7 +97,7 @@ impl Classifier {
     ) -> Result<Self, SaveError> {
         let pages = shared.areas.iter().map(|area| area.source.pages()).sum();
         let entries = match &parent {
-            Some(parent) if as_parent => parent.images()[0].page_map().iter().map(inherited).collect(),
+            Some(parent) if as_parent => parent.nearest().page_map().iter().map(inherited).collect(),
             _ => vec![PageEntry::plain(Class::Absent, 0); pages],
         };
         let known = KnownPages::new().map_err(SaveError::Memory)?;

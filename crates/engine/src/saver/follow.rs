@@ -1,8 +1,8 @@
 //! Write traces that go on where a save ends (S2), so that the next one knows what was written since this instant.
 //!
 //! Memory is registered with one userfaultfd at a time, and one is synchronous or asynchronous for life: what the sweep
-//! has saved is handed over from the one to the other, a part of a region at a time. In between nothing is protected. So
-//! the sweep keeps what it copied of that part, and compares once the trace is on; what differs, and what traps have
+//! has saved is handed over from the one to the other, a part of a region at a time. In between nothing is protected.
+//! So the sweep keeps what it copied of that part, and compares once the trace is on; what differs, and what traps have
 //! saved, was written since the instant: its protection is taken off again, by which the trace reports it.
 
 use std::io;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::SaveError;
-use super::layout::Area;
+use super::area::Area;
 use super::shared::Shared;
 use super::traps::within;
 use crate::SMALL_PAGE;
@@ -136,7 +136,7 @@ impl Shared {
 fn written(area: &Area, from: usize, to: usize, kept: &Kept) -> io::Result<Vec<(usize, usize)>> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let mut now = vec![0; SMALL_PAGE];
-    let granule = if area.hugetlb { area.unit } else { SMALL_PAGE };
+    let granule = if area.hugetlb { area.trap_block } else { SMALL_PAGE };
     let data = if area.hugetlb { vec![(from, to)] } else { area.source.data_within(from, to)? };
     for at in data.into_iter().flat_map(|(start, end)| (start..end).step_by(SMALL_PAGE)) {
         if let Some(then) = kept.page(at) {

@@ -1,10 +1,10 @@
 //! Saving memory as of one instant while the workload runs on (S4).
 //!
 //! ```text
-//!  workload ── write to a protected page ──▶ trap thread ──┐ copies the block, releases it
-//!                                                          ├──▶ staging slots ──▶ classifier ──▶ packers ──▶ writer
-//!  background sweep, over what nobody writes to ───────────┘    (bounded)        zero, pattern,  compress    few, large
-//!                                                                                duplicate, data             writes
+//! workload ── write to a protected page ──▶ trap thread ──┐ copies the block, releases it
+//!                                                         ├──▶ staging slots ──▶ classifier ──▶ packers ──▶ writer
+//! background sweep, over what nobody writes to ───────────┘    (bounded)        zero, pattern,  compress    few, large
+//!                                                                               duplicate, data             writes
 //! ```
 //!
 //! Protections are synchronous userfaultfd write protections. They are put on while the workload runs: traps that fire
@@ -15,8 +15,8 @@
 //! * a protection is only ever taken off a block that is saved;
 //! * pages that are holes when their block is copied were holes at the instant, or read as zeros since.
 //!
-//! With a trace that was on since the parent was saved, nothing of this is needed: see [`rounds`]. And where a trace shall
-//! be on from this instant, see [`follow`].
+//! With a trace that was on since the parent was saved, nothing of this is needed: see [`rounds`]. And where a trace
+//! shall be on from this instant, see [`follow`].
 //!
 //! We hold the only reference to the userfaultfd: if we die, every protection goes and every waiting thread runs on. An
 //! error (a full disk) or a cancellation takes all protections off at once.
@@ -33,12 +33,13 @@ use thiserror::Error;
 use crate::block::{Builder, Codec};
 use crate::discards::Discards;
 use crate::image::{Chain, Finished, ImageWriter, Sizes};
+use crate::segment::Segment;
 use crate::space::AdoptError;
-use crate::trace::{Segment, Trace, Userfaults};
+use crate::trace::{Trace, Userfaults};
 
+mod area;
 mod classify;
 mod follow;
-mod layout;
 mod output;
 mod rounds;
 mod shared;
@@ -47,9 +48,9 @@ mod staging;
 mod sweep;
 mod traps;
 
+use area::Copied;
 use classify::{Classified, Classifier};
 use follow::Follow;
-use layout::Copied;
 use output::Written;
 use rounds::Rounds;
 use shared::Shared;
@@ -82,7 +83,8 @@ pub enum SaveError {
     Memory(io::Error),
     /// The workload discarded memory, of which something may not have been saved yet.
     #[error(
-        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload paused"
+        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload \
+         paused"
     )]
     GivenBack,
     /// The trace since the parent cannot be used: save again, without it.
@@ -184,8 +186,8 @@ impl Saver {
     ) -> Result<Self, SaveError> {
         let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
         let image = ImageWriter::new(file, id, sizes).map_err(SaveError::Write)?;
-        let areas = layout::areas(regions, options.trap_block);
-        let slot = areas.iter().map(|area| area.unit).max().unwrap_or(options.trap_block);
+        let areas = area::areas(regions, options.trap_block);
+        let slot = areas.iter().map(|area| area.trap_block).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let leaves = matches!(traces, Traces::TakeUp(_));
         if leaves && parent.is_none() {
@@ -230,8 +232,9 @@ impl Saver {
         Ok(saver)
     }
 
-    /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else there
-    /// is nothing to be done. `bring` has pages of a region, (region, first, count), in memory before they are read.
+    /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else
+    /// there is nothing to be done. `bring` has pages of a region, (region, first, count), in memory before they are
+    /// read.
     pub fn prepare(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
         let begin = Instant::now();
         if let Some(rounds) = &mut self.rounds {
@@ -332,6 +335,10 @@ impl Saver {
     /// # Errors
     /// What went wrong first. The file is worth nothing then.
     pub fn finish(&mut self, sections: &[(u32, Vec<u8>)]) -> Result<Finished, SaveError> {
+        if self.start.is_some() && !self.shared.failed() {
+            // What nobody has written to would be missing, and would not be missed.
+            return Err(SaveError::Memory(io::Error::other("the end comes after `sweep`")));
+        }
         let (classified, written) = self.join()?;
         if let Some(error) = self.shared.error() {
             return Err(error);

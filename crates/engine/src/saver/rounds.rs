@@ -1,9 +1,10 @@
 //! Saving what a trace has seen since the parent image (S2, S4): the rest is as it is there, and is not read. Or, of
 //! memory whose contents are still to come (S8), everything as it comes, and then what a trace has seen since.
 //!
-//! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough is
-//! left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied is
-//! reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next one's.
+//! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough
+//! is left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied
+//! is reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next
+//! one's.
 //!
 //! A page that is discarded, and read again, is not reported: but it has nothing but zeros, or is not there, where the
 //! parent has something. All pages are looked at for that, mostly at one word each; and while that is worth something
@@ -16,7 +17,7 @@ use std::sync::atomic::Ordering;
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::layout::{Area, Copied};
+use super::area::{Area, Copied};
 use super::shared::Shared;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
@@ -154,8 +155,7 @@ impl Rounds {
 
     /// Finds what is in memory, and pages that lost their contents without having been written to.
     fn look(&mut self) -> Result<(), SaveError> {
-        let page_map =
-            self.since.as_ref().and_then(|parent| parent.images().first()).map_or(&[][..], |image| image.page_map());
+        let page_map = self.since.as_ref().map_or(&[][..], |parent| parent.nearest().page_map());
         for (region, area) in self.shared.areas.iter().enumerate() {
             let mut present = PageSet::new(area.source.pages());
             for (start, end) in area.source.data_ranges().map_err(SaveError::Memory)? {
@@ -185,7 +185,7 @@ impl Rounds {
         for (region, area) in self.shared.areas.iter().enumerate() {
             let pages = area.source.pages();
             let set = std::mem::replace(&mut self.dirty[region], PageSet::new(pages));
-            let (per_block, mut at) = (area.unit / SMALL_PAGE, 0);
+            let (per_block, mut at) = (area.trap_block / SMALL_PAGE, 0);
             while let Some((page, _)) = set.runs_in(at, pages).next() {
                 let block = page / per_block;
                 at = (block + 1) * per_block;
@@ -209,7 +209,7 @@ impl Rounds {
         } else {
             staging.take(Origin::Sweep).ok_or_else(|| self.shared.error().unwrap_or(SaveError::Cancelled))?.0
         };
-        let page = block * area.unit / SMALL_PAGE;
+        let page = block * area.trap_block / SMALL_PAGE;
         let (mut there, mut absent) = (Vec::new(), Vec::new());
         for (start, end) in runs {
             self.split(region, (start, end), page, &mut there, &mut absent).map_err(SaveError::Memory)?;

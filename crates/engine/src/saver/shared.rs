@@ -6,8 +6,8 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::SaveError;
+use super::area::{Area, RELEASED, UNSAVED};
 use super::follow::Follow;
-use super::layout::{Area, RELEASED, UNSAVED};
 use super::staging::Staging;
 use super::traps::{Armed, is_gone, within};
 use crate::discards::Discards;

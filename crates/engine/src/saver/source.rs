@@ -1,14 +1,13 @@
 //! Where the contents of a region are read: in a shared file that we map too, or in the address space of a process.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use crate::SMALL_PAGE;
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, walk};
 use crate::space::Space;
-use crate::uapi::{PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PageRegion, PmScanArg, pagemap_scan};
+use crate::uapi::{PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PmScanArg};
 
 /// A region's contents.
 #[derive(Debug, Clone)]
@@ -107,20 +106,10 @@ impl Source {
 impl ProcessRange {
     fn data_within(&self, start: usize, end: usize) -> io::Result<Vec<(usize, usize)>> {
         let mut ranges = Vec::new();
-        let mut found = [PageRegion::default(); 512];
-        let (mut at, end) = (self.address + start as u64, self.address + end as u64);
+        let (start, end) = (self.address + start as u64, self.address + end as u64);
         let offset = |address: u64| usize::try_from(address - self.address).unwrap_or(usize::MAX);
-        while at < end {
-            let anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
-            let mut argument = PmScanArg { start: at, end, category_anyof_mask: anyof, ..Default::default() };
-            let pagemap: &File = self.space.pagemap();
-            let count = pagemap_scan(pagemap, &mut argument, &mut found)?;
-            ranges.extend(found[..count].iter().map(|part| (offset(part.start), offset(part.end))));
-            if argument.walk_end <= at {
-                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
-            }
-            at = argument.walk_end;
-        }
+        let what = PmScanArg { category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED, ..Default::default() };
+        walk(self.space.pagemap(), start, end, what, |start, end| ranges.push((offset(start), offset(end))))?;
         Ok(ranges)
     }
 

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
+use super::area::{Area, COPYING, Copied, SAVED, UNSAVED};
 use super::follow::Kept;
-use super::layout::{Area, COPYING, Copied, SAVED, UNSAVED};
 use super::shared::Shared;
 use super::staging::Origin;
 use crate::{LARGE_PAGE, SMALL_PAGE};
@@ -37,7 +37,7 @@ pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
 
 fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut Pace) -> Result<(), SaveError> {
     let area = &shared.areas[region];
-    let blocks_at_once = (LARGE_PAGE / area.unit).max(1);
+    let blocks_at_once = (LARGE_PAGE / area.trap_block).max(1);
     let mut kept = shared.follow.as_ref().map(|_| Kept::default());
     // On hugetlbfs what is there is found once: what comes later was not there at the instant.
     let known = if area.hugetlb { Some(area.source.data_ranges().map_err(SaveError::Memory)?) } else { None };

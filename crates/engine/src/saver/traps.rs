@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::layout::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
+use super::area::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
 use super::shared::Shared;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
 use crate::faults::Event;
+use crate::segment::{Segment, register_for_writes};
 use crate::space::AdoptError;
-use crate::trace::Segment;
 use crate::uapi::{self, Userfault};
 
 /// How long a handler looks for the next trap before it sleeps: waking up costs more than a whole trap.
@@ -32,21 +32,8 @@ pub(super) struct Armed {
 /// Registers segments, one userfaultfd per process. Nothing is protected yet.
 pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError> {
     let features = uapi::FEATURE_PAGEFAULT_FLAG_WP | uapi::FEATURE_WP_HUGETLBFS_SHMEM | uapi::FEATURE_WP_UNPOPULATED;
-    let mut armed: Vec<Armed> = Vec::with_capacity(segments.len());
-    for segment in segments {
-        let known = armed.iter().find(|other| other.segment.space.pid() == segment.space.pid());
-        let uffd = match known {
-            Some(other) => other.uffd.clone(),
-            None => Arc::new(segment.space.full_userfault(features)?),
-        };
-        uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_WP).map_err(|error| {
-            let taken = error.raw_os_error() == Some(libc::EBUSY);
-            let (pid, address) = (segment.space.pid(), segment.address);
-            if taken { AdoptError::Registered(pid, address, error) } else { error.into() }
-        })?;
-        armed.push(Armed { segment, uffd });
-    }
-    Ok(armed)
+    let registered = register_for_writes(segments, |space| space.full_userfault(features))?;
+    Ok(registered.into_iter().map(|(segment, uffd)| Armed { segment, uffd }).collect())
 }
 
 /// The userfaultfd of every process.
@@ -105,8 +92,7 @@ fn trap(shared: &Shared, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Cop
     let Some(armed) = shared.armed.iter().find(holds) else { return };
     let segment = &armed.segment;
     let area = &shared.areas[segment.region];
-    let page = segment.first_page + usize::try_from((address - segment.address) / SMALL_PAGE as u64).unwrap_or(0);
-    let block = page * SMALL_PAGE / area.unit;
+    let block = (segment.first_page + segment.page_of(address)) * SMALL_PAGE / area.trap_block;
     if shared.release_before_instant(armed, block) {
         return;
     }
@@ -128,7 +114,7 @@ fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) ->
             let copied = area.copy(block, &mut slot);
             area.set(block, SAVED);
             let runs = copied.map_err(SaveError::Memory)?;
-            let page = block * area.unit / SMALL_PAGE;
+            let page = block * area.trap_block / SMALL_PAGE;
             let _ = slots.send(Copied { region, page, runs, absent: Vec::new(), slot, origin: Origin::Trap });
             return Ok(());
         }
@@ -139,12 +125,9 @@ fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) ->
     Ok(())
 }
 
-/// Where a block lies in a segment, as (address, length); none of it may.
+/// Where bytes of a region, whole pages, lie in a segment, as (address, length); none of them may.
 pub(super) fn within(segment: &Segment, start: usize, len: usize) -> Option<(u64, u64)> {
-    let first = (segment.first_page * SMALL_PAGE) as u64;
-    let (start, end) = (start as u64, (start + len) as u64);
-    let (from, to) = (start.max(first), end.min(first + segment.len));
-    (from < to).then(|| (segment.address + (from - first), to - from))
+    segment.part(start / SMALL_PAGE, (start + len) / SMALL_PAGE)
 }
 
 /// Whether the error of a call on a userfaultfd means that its process has ended.

@@ -1,8 +1,8 @@
 //! Pages of zeros in a shared file, given back by making holes of them.
 //!
 //! Comparing a page and punching it out are two steps, and a write in between would be lost. So this is for memory that
-//! nobody writes to: of a workload that is *paused*. Write protection alone would not do: a device, or direct I/O of the
-//! workload, that has pinned a page writes to it past all page tables, and the page would be gone from the file.
+//! nobody writes to: of a workload that is *paused*. Write protection alone would not do: a device, or direct I/O of
+//! the workload, that has pinned a page writes to it past all page tables, and the page would be gone from the file.
 
 use std::io;
 use std::time::{Duration, Instant};

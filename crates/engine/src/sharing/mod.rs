@@ -2,8 +2,8 @@
 //!
 //! A [`Scan`] hashes the pages of several workloads, a slice at a time on several threads, so that whoever drives it
 //! can pace it; then it counts, per unit of 2 MiB, pages of zeros, of a pattern, and pages that have an equal, and says
-//! what sharing them would free. Hashes are hints: the kernel (KSM), or [`holes`] for zeros in shared files, compares
-//! contents under write protection before it frees anything.
+//! what sharing them would free. Hashes are hints: the kernel (KSM) compares contents under write protection before it
+//! frees anything, and [`holes`] those of zeros in shared files while their workload is paused.
 //!
 //! Memory is bounded: a page costs 24 bytes, and where that is more than allowed only contents whose hash has its
 //! lowest bits clear are kept, which keeps or drops *all* copies of a content. Counts are then scaled up.
@@ -151,13 +151,16 @@ impl Scan {
         }
         let cursor = AtomicUsize::new(start);
         let results = Mutex::new(Vec::new());
+        let look = || {
+            let found = self.look(&cursor, end);
+            results.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+        };
         std::thread::scope(|scope| {
-            for _ in 0..threads.max(1) {
-                scope.spawn(|| {
-                    let found = self.look(&cursor, end);
-                    results.lock().unwrap_or_else(PoisonError::into_inner).push(found);
-                });
+            for _ in 1..threads {
+                // Where there is no thread to be had the others do it all.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, look);
             }
+            look();
         });
         for found in results.into_inner().unwrap_or_else(PoisonError::into_inner) {
             let found = found?;

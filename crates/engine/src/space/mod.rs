@@ -146,19 +146,30 @@ impl Space {
     /// Refuses a process that merely got the number of one that ended. Once stopped by us it keeps its number.
     fn check_alive(&self) -> Result<(), AdoptError> {
         let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd that lives through the call.
-        let ended = check(unsafe { libc::poll(&raw mut poll, 1, 0) })?;
-        if ended == 0 { Ok(()) } else { Err(AdoptError::Gone(self.pid)) }
+        loop {
+            // SAFETY: one pollfd that lives through the call.
+            match check(unsafe { libc::poll(&raw mut poll, 1, 0) }) {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err(AdoptError::Gone(self.pid)),
+                // A signal of ours that came just now.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only
     /// mapped as one, the rest is copied to one. Works on the process from outside.
     pub fn collapse(&self, address: u64, len: u64) -> io::Result<()> {
-        self.advise(address, len, uapi::MADV_COLLAPSE)
+        self.advise(address, len, libc::MADV_COLLAPSE)
     }
 
     /// Advises on a range from outside: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE; others are EINVAL.
     pub fn advise(&self, address: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+        // Of others' memory the kernel takes no other advice; of our own, some kernels take any.
+        if !matches!(advice, libc::MADV_COLD | libc::MADV_PAGEOUT | libc::MADV_WILLNEED | libc::MADV_COLLAPSE) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         let range = libc::iovec {
             iov_base: address as *mut libc::c_void,
             iov_len: usize::try_from(len).map_err(io::Error::other)?,
@@ -177,12 +188,12 @@ impl Space {
     /// As for [`Space::call`].
     pub fn unmap_pages(&self, address: u64, len: u64) -> Result<(), AdoptError> {
         if !self.is_own() {
-            let advice = uapi::MADV_DONTNEED_LOCKED.unsigned_abs();
+            let advice = libc::MADV_DONTNEED_LOCKED.unsigned_abs();
             return self.call(libc::SYS_madvise, [address, len, u64::from(advice), 0, 0, 0]).map(drop);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
         // SAFETY: of shared memory no byte changes, by this function's contract.
-        check(unsafe { libc::madvise(address as *mut libc::c_void, len, uapi::MADV_DONTNEED_LOCKED) })?;
+        check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_DONTNEED_LOCKED) })?;
         Ok(())
     }
 

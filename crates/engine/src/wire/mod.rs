@@ -4,8 +4,8 @@
 //! round; each ends its part with a barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has
 //! not moved a byte for a while.
 //!
-//! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes them
-//! over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
+//! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes
+//! them over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -106,16 +106,17 @@ fn on_all<S: Sync>(
     work: impl Fn(&S) -> Result<(), WireError> + Sync,
 ) -> Result<(), WireError> {
     let failure = Mutex::new(None);
-    let guarded = |stream: &S| {
-        if let Err(error) = work(stream) {
-            // First kept, then made known: what the others end with because of it must not come before it.
-            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            cancelled.store(true, Ordering::Release);
-        }
+    let fail = |error: WireError| {
+        // First kept, then made known: what the others end with because of it must not come before it.
+        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        cancelled.store(true, Ordering::Release);
     };
+    let guarded = |stream: &S| work(stream).unwrap_or_else(&fail);
     std::thread::scope(|scope| {
         for stream in streams.iter().skip(1) {
-            scope.spawn(|| guarded(stream));
+            if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, || guarded(stream)) {
+                fail(error.into());
+            }
         }
         streams.iter().take(1).for_each(&guarded);
     });

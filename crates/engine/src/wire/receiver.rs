@@ -163,7 +163,8 @@ fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Resul
     for (index, record) in head.page_blocks.iter().enumerate() {
         let mut hash = Xxh3Default::new();
         rest.take(record.raw_len.get() as usize, |piece, len| {
-            // SAFETY: a piece of a slot that the placer gave out; nobody writes to it while we verify.
+            // SAFETY: a piece of a slot that the placer gave out. A source sends a page once in a round, so nobody
+            // writes to it while we verify; what one that sends it twice would spoil is the checksum.
             hash.update(unsafe { std::slice::from_raw_parts(piece, len) });
         });
         head.verify(index, hash.digest())?;

@@ -28,9 +28,9 @@ pub struct Format {
     /// Most bytes per second, over all streams; 0: as fast as they go.
     pub bandwidth: u64,
     /// Data bytes of a page block.
-    pub unit: usize,
-    /// Data bytes of a storage block.
-    pub capacity: usize,
+    pub page_block: usize,
+    /// Most data bytes of a storage block.
+    pub storage_block: usize,
 }
 
 /// The sending end of page streams.
@@ -60,7 +60,7 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     pub(super) fn new(socket: Socket, format: Format, limit: &Arc<Limit>, cancelled: &Arc<AtomicBool>) -> Self {
-        let builder = Builder::new(format.codec, format.unit, format.capacity);
+        let builder = Builder::new(format.codec, format.page_block, format.storage_block);
         let adaptive = Adaptive::new(format.codec, format.adaptive);
         let (limit, cancelled) = (limit.clone(), cancelled.clone());
         Self { socket, builder, sequence: 0, adaptive, limit, urgent: false, cancelled }
@@ -177,8 +177,8 @@ impl BlockSender {
         on_all(&self.streams, &self.cancelled, |stream| self.send_shares(stream, &round))
     }
 
-    /// The sets with what the peer holds and is a hole here now, and if memory was `discarded`, what is zeros; from then
-    /// on the peer holds what they leave it with.
+    /// The sets with what the peer holds and is a hole here now, and if memory was `discarded`, what is zeros; from
+    /// then on the peer holds what they leave it with.
     fn with_freed(
         &self,
         regions: &[Arc<Mapping>],
@@ -237,11 +237,11 @@ impl BlockSender {
         let mut at = first;
         for (start, end) in round.data[region].runs_in(first, last).chain(std::iter::once((last, last))) {
             if at < start {
-                self.make_room(out, region, round.number)?;
+                self.flush_full(out, region, round.number)?;
                 out.push_absent(at, start - at, &self.progress);
             }
             for page in start..end {
-                self.make_room(out, region, round.number)?;
+                self.flush_full(out, region, round.number)?;
                 out.push_page(&round.regions[region], page, &self.progress);
             }
             at = end;
@@ -249,7 +249,7 @@ impl BlockSender {
         Ok(())
     }
 
-    fn make_room(&self, out: &mut Outgoing, region: usize, round: u32) -> Result<(), WireError> {
+    fn flush_full(&self, out: &mut Outgoing, region: usize, round: u32) -> Result<(), WireError> {
         if out.is_full() { out.flush(region, round, &self.progress) } else { Ok(()) }
     }
 }

@@ -55,8 +55,8 @@ struct Shared {
 }
 
 impl PageServer {
-    /// For `missing` pages of `regions`, which nobody writes to any more; `urgent` is for requests and their answers, the
-    /// `streams` are for the push.
+    /// For `missing` pages of `regions`, which nobody writes to any more; `urgent` is for requests and their answers,
+    /// the `streams` are for the push.
     ///
     /// # Errors
     /// InvalidInput without any stream or for sets that do not fit, or what the kernel says about a socket or a region.
@@ -207,7 +207,7 @@ impl Shared {
         let mut out = stream.lock().unwrap_or_else(PoisonError::into_inner);
         short_slices();
         loop {
-            // Answers count for the limit: after many of them a page that is taken and not sent would be nobody's for long.
+            // Answers count for the limit: after many of them a page taken and not sent would be nobody's for long.
             out.turn()?;
             let Some((region, pages)) = self.piece() else { break };
             for page in pages {

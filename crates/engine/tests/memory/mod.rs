@@ -1,4 +1,4 @@
-//! Files to map and sockets to move their pages over, for the tests of wire and placer.
+//! Files to map, sockets to move their pages over, and a deadline, for the tests of wire, placer and pager.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::ffi::CStr;
@@ -6,7 +6,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use pageferry_engine::block::Codec;
@@ -17,6 +18,19 @@ use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
 /// Longer than anything here takes, and short enough to fail a test instead of hanging it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Does what may hang, on a thread of its own.
+pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
+    let (done, finished) = mpsc::channel();
+    let worker = thread::spawn(move || {
+        work();
+        let _ = done.send(());
+    });
+    match finished.recv_timeout(Duration::from_secs(60)) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
+        _ => worker.join().expect("it ends"),
+    }
+}
 
 /// A fresh file of small pages, all holes.
 pub fn small_file(pages: usize) -> Arc<Mapping> {
@@ -116,7 +130,7 @@ pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, patience: Dura
 }
 
 pub fn format(codec: Codec) -> Format {
-    Format { codec, adaptive: false, bandwidth: 0, unit: 4 * SMALL_PAGE, capacity: 32 * SMALL_PAGE }
+    Format { codec, adaptive: false, bandwidth: 0, page_block: 4 * SMALL_PAGE, storage_block: 32 * SMALL_PAGE }
 }
 
 /// Units of 2 MiB that a mapping has, the last one counted when it is shorter.

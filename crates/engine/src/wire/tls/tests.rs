@@ -100,7 +100,8 @@ proptest! {
     ) {
         let (source, receiver) = records();
         let wire = Wire::default();
-        let data: Vec<_> = parts.iter().enumerate().map(|(seed, &count)| noise(count, u8::try_from(seed).unwrap())).collect();
+        let part = |(seed, &count): (usize, &usize)| noise(count, u8::try_from(seed).unwrap());
+        let data: Vec<_> = parts.iter().enumerate().map(part).collect();
         for part in &data {
             let (head, payload) = part.split_at(part.len() / 4);
             write(&source, &wire, &[head, payload]);

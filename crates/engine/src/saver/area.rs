@@ -22,7 +22,7 @@ pub(super) const RELEASED: u8 = 3;
 pub(super) struct Area {
     pub(super) source: Source,
     /// Bytes of a block; the last one may be shorter.
-    pub(super) unit: usize,
+    pub(super) trap_block: usize,
     /// Number of its first page among the pages of all regions.
     pub(super) first_page: usize,
     /// hugetlbfs calls everything data.
@@ -44,14 +44,14 @@ pub(super) struct Copied {
     pub(super) origin: Origin,
 }
 
-/// Cuts regions into blocks of `unit` bytes, or of a page where that is larger.
-pub(super) fn areas(regions: Vec<Region>, unit: usize) -> Vec<Area> {
+/// Cuts regions into blocks of `trap_block` bytes, or of a page where that is larger.
+pub(super) fn areas(regions: Vec<Region>, trap_block: usize) -> Vec<Area> {
     let mut first_page = 0;
     let cut = |Region { source, page_size }: Region| {
-        let unit = unit.max(page_size);
-        let states = (0..source.len().div_ceil(unit)).map(|_| AtomicU8::new(UNSAVED)).collect();
+        let trap_block = trap_block.max(page_size);
+        let states = (0..source.len().div_ceil(trap_block)).map(|_| AtomicU8::new(UNSAVED)).collect();
         let pages = source.pages();
-        let area = Area { source, unit, first_page, hugetlb: page_size > SMALL_PAGE, states };
+        let area = Area { source, trap_block, first_page, hugetlb: page_size > SMALL_PAGE, states };
         first_page += pages;
         area
     };
@@ -65,8 +65,8 @@ impl Area {
 
     /// First byte and length of a block.
     pub(super) fn bounds(&self, block: usize) -> (usize, usize) {
-        let start = block * self.unit;
-        (start, self.unit.min(self.source.len() - start))
+        let start = block * self.trap_block;
+        (start, self.trap_block.min(self.source.len() - start))
     }
 
     pub(super) fn state(&self, block: usize) -> u8 {
