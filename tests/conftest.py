@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.host.compaction import make_room
+from pageferry.host.compaction import compact_memory
 from tests.guest import initrd
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -37,7 +37,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def room() -> None:
     """Memory is compacted first where large pages are few. No promise: the host may have no memory to spare."""
-    make_room(ROOM)
+    compact_memory(ROOM)
 
 
 @pytest.fixture(scope="session")

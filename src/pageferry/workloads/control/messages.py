@@ -222,7 +222,7 @@ def pieces(state: bytes) -> list[tuple[bytes, bool]]:
     return [(state[start : start + STATE_CHUNK], start + STATE_CHUNK >= len(state)) for start in starts]
 
 
-def _bounded(length: bytes) -> int:
+def _bounded(length: bytes | bytearray) -> int:
     bytes_ahead = int.from_bytes(length, "big")
     if bytes_ahead > MAX_MESSAGE:
         raise ValueError(f"a message of {bytes_ahead} bytes, the limit is {MAX_MESSAGE}")
