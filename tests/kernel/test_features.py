@@ -164,9 +164,9 @@ def test_ksm_is_as_sysfs_says(seen: Seen) -> None:
     if not machine.KSM.exists():
         assert not found.available
         return
-    running = (machine.KSM / "run").read_text().strip() == "1"
-    assert found.available == (running or seen.starts_ksm)
-    assert found.detail.startswith("running" if running else "stopped")
+    state = (machine.KSM / "run").read_text().strip()
+    assert found.available == (state == "0" and seen.starts_ksm)
+    assert found.detail.startswith("running" if state == "1" else "stopped")
     assert ("in use by nobody" in found.detail) == ((machine.KSM / "pages_sharing").read_text().strip() == "0")
 
 

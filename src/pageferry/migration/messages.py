@@ -5,19 +5,19 @@ message under `type`. Further connections to the same port carry storage blocks.
 
     source                                     destination
       │ ── Hello ───────────────────────────────▶ │  versions, workload, regions, how pages will come
-      │ ◀─────────────────────────────── Welcome ─ │  token for the page streams   (or Abort: reason)
-      │ ══ page streams connect with the token ══▶ │
+      │ ◀────────────────────────────── Welcome ─ │  token for the page streams   (or Abort: reason)
+      │ ══ page streams connect with the token ═▶ │
       │ ── LargePages, one per region ──────────▶ │  which 2 MiB units stand on large pages (S6)
       │ ── Round 1 ─────────────────────────────▶ │
       │ ══ storage blocks, barrier ═════════════▶ │
-      │ ◀───────────────────────────── RoundDone ─ │
+      │ ◀──────────────────────────── RoundDone ─ │
       │    ...more rounds; the last one after the workload has been paused...
       │ ── Hot, one per region ─────────────────▶ │  units modified during the migration (S1)
       │ ── State..., StateEnd ──────────────────▶ │  what is not memory; State may come during the last round
-      │ ◀─────────────────────────────── Ready ─── │  everything is here, loaded and populated
+      │ ◀────────────────────────────── Ready ─── │  everything is here, loaded and populated
       │ ── Commit ──────────────────────────────▶ │  ← from here the workload is the destination's
-      │ ◀─────────────────────────────── Running ─ │
-      │ ◀──────────────────────────────── Report ─ │  a second later: faults, large pages
+      │ ◀────────────────────────────── Running ─ │
+      │ ◀─────────────────────────────── Report ─ │  a second later: faults, large pages
       │ ── Done ────────────────────────────────▶ │  nobody will ask what became of it
 
 With post-copy the workload runs before its pages are there. Before StateEnd comes `Missing`, and after Running the
@@ -27,14 +27,14 @@ pages; a source whose link was lost goes on over a new one::
       │ ◀═ late connections: requests, pages ═══▶ │  from here on: loading the state may need some of them
       │    ...State, Ready, Commit, Running as above...
       │ ══ late connections: all other pages ═══▶ │
-      │ ◀─────────────────────────────── Arrived ─ │  every page is here: the source may forget them
+      │ ◀────────────────────────────── Arrived ─ │  every page is here: the source may forget them
       │ ◀──── Report ───── Done ────────────────▶ │
 
       │ ── Recover ─────────────────────────────▶ │
-      │ ◀─────────────────────────────── Outcome ─ │  the destination's, and not complete
+      │ ◀────────────────────────────── Outcome ─ │  the destination's, and not complete
       │ ── Serve ───────────────────────────────▶ │
-      │ ◀─────────────────────────────── Welcome ─ │  token for new late connections
-      │ ◀─────── Missing, one or more per region ─ │  what is still to come
+      │ ◀────────────────────────────── Welcome ─ │  token for new late connections
+      │ ◀────── Missing, one or more per region ─ │  what is still to come
       │    ...late connections, Arrived, Done as above...
 
 `Alive` goes both ways while something takes long. `Abort` goes both ways until Commit and ends the migration; the

@@ -31,7 +31,9 @@ def _ksm() -> str:
     state = {"0": "stopped", "1": "running", "2": "stopped, unmerging"}.get(_ksm_value("run"), "in an unknown state")
     sharing = int(_ksm_value("pages_sharing"))
     found = f"{state}, {f'in use by others: {sharing} pages shared' if sharing else 'in use by nobody'}"
-    if state != "running" and not os.access(KSM / "run", os.W_OK):
+    if state != "stopped":
+        raise Unavailable(found, remedy=f"write 0 to {KSM / 'run'} if nobody needs it any more; only for S9")
+    if not os.access(KSM / "run", os.W_OK):
         raise Unavailable(found, remedy=f"{AS_ROOT}, which may start it; only for S9")
     return found
 
