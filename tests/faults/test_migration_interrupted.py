@@ -161,7 +161,7 @@ def test_a_reader_that_goes_away_ends_the_migration(here: Program) -> None:
 def test_nobody_at_the_address_is_said_at_once(here: Program) -> None:
     command = [sys.executable, "-m", "pageferry", "migrate", "here"]
     for where, code, words in (
-        ("127.0.0.1:1", 23, "is `pageferry receive` running there?"),
+        ("127.0.0.1:1", 23, "run `pageferry receive` there"),
         ("192.0.2.1:7070", 2, "--insecure"),
         ("nowhere", 2, "give HOST:PORT"),
         ("127.0.0.1:99999", 2, "give HOST:PORT"),

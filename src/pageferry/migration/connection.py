@@ -137,7 +137,7 @@ async def _connect(address: Address, patience: float) -> socket.socket:
     except (OSError, TimeoutError) as error:
         connection.close()
         raise ConnectionLost(
-            f"no answer from {address} ({str(error) or 'timed out'}): is `pageferry receive` running there?"
+            f"nothing answers at the address {address} ({str(error) or 'timed out'}): run `pageferry receive` there"
         ) from error
     return connection
 
