@@ -60,13 +60,13 @@ impl Trace {
     }
 
     #[getter]
-    fn install_seconds(&self) -> PyResult<f64> {
-        self.with(|trace| trace.install_time().as_secs_f64())
+    fn install_seconds(&self, py: Python<'_>) -> PyResult<f64> {
+        py.detach(|| self.with(|trace| trace.install_time().as_secs_f64()))
     }
 
     #[getter]
-    fn released_units(&self) -> PyResult<u64> {
-        self.with(trace::Trace::released_units)
+    fn released_units(&self, py: Python<'_>) -> PyResult<u64> {
+        py.detach(|| self.with(trace::Trace::released_units))
     }
 
     fn collect(&self, py: Python<'_>, dirty: Vec<Py<PageSet>>) -> PyResult<()> {

@@ -285,6 +285,7 @@ fn parents_are_not_guessed() {
     write(&folder.file("other"), &[Page::Data(1)], Codec::None, None);
     let images = vec![alone.images()[0].clone(), Arc::new(open(&folder.file("other")).unwrap())];
     assert!(Chain::new(images).is_err(), "a parent of another size");
+    assert!(Chain::new(Vec::new()).is_err(), "no image at all");
 }
 
 #[test]

@@ -287,10 +287,21 @@ fn what_is_evicted_comes_back() {
             assert_eq!(scene.read(page, 9), expected(page, 9), "page {page}");
         }
         assert_eq!(scene.read(3, 7), 77);
+        let (mut noted, touched) = (pager.touched(), pager.touched().len());
+        noted.sort_unstable();
+        noted.dedup();
+        assert_eq!(noted.len(), touched, "each window once, however many of its pages were missed");
+        assert!(touched > 0);
         assert!(!pager.wait(Duration::from_millis(200), 0), "more may be let go");
         pager.evicted();
         assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
     });
+}
+
+#[test]
+fn a_file_of_flags_that_is_too_short_is_refused() {
+    let refused = Flags::open(memory_file(file_len(PAGES) - SMALL_PAGE).as_fd(), PAGES).expect_err("too short");
+    assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput, "{refused}");
 }
 
 #[test]
