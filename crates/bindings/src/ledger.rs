@@ -101,6 +101,13 @@ pub struct Ledger {
     inner: ledger::Ledger,
 }
 
+impl Drop for Ledger {
+    /// Threads are waited for without the GIL: one of them may wait for a page that Python has to bring.
+    fn drop(&mut self) {
+        Python::try_attach(|py| py.detach(|| self.inner.stop()));
+    }
+}
+
 #[pymethods]
 impl Ledger {
     #[staticmethod]

@@ -142,7 +142,7 @@ pub fn free_zeros(
 ) -> PyResult<(usize, usize)> {
     let mapping = mapping.get().inner.clone();
     let waiting = waiting.map(|(of, base)| of.within(base, mapping.pages()).map(|flags| (flags, base))).transpose()?;
-    let budget = Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));
+    let budget = Duration::try_from_secs_f64(seconds.clamp(0.0, 3600.0)).unwrap_or_default();
     py.detach(|| {
         let waiting = waiting.as_ref().map(|(flags, base)| (flags.as_ref(), *base));
         sharing::holes::free_zeros(&mapping, &ranges, budget, waiting)
