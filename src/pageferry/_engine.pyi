@@ -21,10 +21,13 @@ class Mapping:
 
     def __new__(cls, fd: int, length: int, offset: int = 0) -> Self: ...
     @property
-    def address(self) -> int: ...
+    def address(self) -> int:
+        """Where it is mapped."""
     @property
-    def length(self) -> int: ...
-    def fileno(self) -> int: ...
+    def length(self) -> int:
+        """Bytes."""
+    def fileno(self) -> int:
+        """Descriptor of the file, which stays the mapping's."""
     def data_ranges(self) -> list[tuple[int, int]]:
         """(start, end) of the parts that hold data (SEEK_DATA/SEEK_HOLE): reading anything else would allocate."""
     def large_units(self) -> list[bool]:

@@ -24,11 +24,13 @@ impl Mapping {
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    /// Where it is mapped.
     #[getter]
     fn address(&self) -> u64 {
         self.inner.address()
     }
 
+    /// Bytes.
     #[getter]
     fn length(&self) -> usize {
         self.inner.len()
@@ -38,14 +40,17 @@ impl Mapping {
         self.inner.len()
     }
 
+    /// Descriptor of the file, which stays the mapping's.
     fn fileno(&self) -> i32 {
         self.inner.file()
     }
 
+    /// (start, end) of the parts that hold data (SEEK_DATA/SEEK_HOLE): reading anything else would allocate.
     fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
         py.detach(|| self.inner.data_ranges()).map_err(errors::kernel)
     }
 
+    /// Which 2 MiB units stand on a large page; holes are left alone.
     fn large_units(&self, py: Python<'_>) -> PyResult<Vec<bool>> {
         py.detach(|| self.inner.large_units()).map_err(errors::kernel)
     }
