@@ -119,6 +119,29 @@ def test_a_destination_that_is_cut_off_after_commit_is_linked_again(here: Progra
         recovers(here, there)
 
 
+# A ledger that reads all of its memory before it goes on, as a hypervisor may read some.
+READS_FIRST = """
+import sys
+from pageferry.cli.main import main
+from pageferry.workloads.ledger import LedgerWorkload
+resume = LedgerWorkload._resume
+def read_and_resume(workload):
+    workload._view().digest()
+    resume(workload)
+LedgerWorkload._resume = read_and_resume
+sys.exit(main())
+"""
+
+
+def test_a_workload_that_needs_a_page_to_be_resumed_is_linked_again(here: Program) -> None:
+    """Until it has been resumed the source hears nothing: it must be let in before."""
+    words = ("receive", "there", "--workload", "demo", "--output", "json", *moving.HERE.listening)
+    with moving.HERE.program("-c", READS_FIRST, *words, fault="destination.decided=drop") as there:
+        with moving.migrating("here", moving.address_of(there), *MODE) as migration:
+            assert migration.wait() == 26
+        recovers(here, there)
+
+
 def test_a_destination_that_is_killed_takes_the_ledger_along(here: Program) -> None:
     """An arena lives and dies with its process. What is here stays as it was when it was given away."""
     with moving.receiver("there", fault="destination.resumed=kill") as there:

@@ -327,11 +327,12 @@ class Destination:
         self.faults = self.workload.faults()
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the source was told meanwhile that this migration is over")
+        # To resume may take a page that is missing, and its link may be lost by now: a source that asks may bring it.
+        self.attendant.arrivals = self.late
         fault_point("destination.decided")
         with self.times.measure("resume"):
             await self._resume()
         fault_point("destination.resumed")
-        self.attendant.arrivals = self.late
         with contextlib.suppress(MigrationError):
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))
 
@@ -341,6 +342,7 @@ class Destination:
             await self.workload.resume()
         except WorkloadDied as died:
             if died.never_ran:
+                self.attendant.arrivals = None
                 self.verdicts.withdraw(self.migration)
             raise
 
