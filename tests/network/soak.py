@@ -52,7 +52,6 @@ while True:
         pass
     time.sleep(0.0001)
 """
-UNTROUBLED = "nothing → "
 QUIET = 0.25
 """Part of the steps in which nothing is made to fail."""
 LONGEST_WAIT = 3.0
@@ -112,7 +111,8 @@ class Soak:
         self.folder = folder
         self.seed = seed
         self.parts = parts
-        self.results: collections.Counter[str] = collections.Counter()
+        self.results: collections.Counter[tuple[str, str]] = collections.Counter()
+        """How often what went wrong (nothing: an empty string) had which result."""
         self.travellers: dict[str, Traveller] = {}
         self._stack = contextlib.ExitStack()
 
@@ -137,18 +137,18 @@ class Soak:
         started = time.monotonic()
         result = self._travel(plan_)
         seconds = round(time.monotonic() - started, 1)
-        self._tell({"step": number, "result": result, "seconds": seconds, "said": self._said()})
-        self.results[f"{plan_.trouble} → {result}" if plan_.trouble else UNTROUBLED + result] += 1
+        self._tell({"step": number, "result": result, "seconds": seconds, "said": self.said()})
+        self.results[plan_.trouble, result] += 1
         return f"{number}: {plan_.who} over a {plan_.link} link, {_what(plan_)}: {result}"
+
+    def said(self) -> dict[str, str]:
+        """What the agents of the last step had to say."""
+        return {path.stem: said for path in (self.folder / "agents").glob("*.stderr") if (said := path.read_text())}
 
     def finish(self) -> None:
         """All memory, once more."""
         for traveller in self.travellers.values():
             traveller.verify()
-
-    def _said(self) -> dict[str, str]:
-        """What the agents of the last step had to say."""
-        return {path.stem: said for path in (self.folder / "agents").glob("*.stderr") if (said := path.read_text())}
 
     def _travel(self, plan_: Plan) -> str:
         traveller = self.travellers[plan_.who]
@@ -236,15 +236,14 @@ def main() -> int:
             soak.finish()
         except BaseException:
             print(f"step {number} failed: {plan(seed, number, list(soak.travellers))}", file=sys.stderr)
-            for path in sorted((folder / "agents").glob("*.stderr")):
-                print(f"{path.stem}: {path.read_text()}", file=sys.stderr)
+            for who, said in sorted(soak.said().items()):
+                print(f"{who}: {said}", file=sys.stderr)
             print(f"SOAK_SEED={seed} repeats the steps; everything is in {folder}", file=sys.stderr)
             raise
     print(f"{number} migrations, nothing lost (seed {seed})")
-    for what, count in sorted(soak.results.items()):
-        print(f"{count:5} {what}")
-    stayed = [what for what in soak.results if what.startswith(UNTROUBLED) and what != UNTROUBLED + "moved"]
-    return 1 if stayed else 0
+    for (trouble, result), count in sorted(soak.results.items()):
+        print(f"{count:5} {trouble or 'nothing'} → {result}")
+    return int(any(not trouble and result != "moved" for trouble, result in soak.results))
 
 
 if __name__ == "__main__":
