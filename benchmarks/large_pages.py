@@ -34,6 +34,7 @@ from benchmarks.measuring.statistics import median, median_of, values
 from benchmarks.measuring.tables import Run, Target, at_least, at_most, table
 from benchmarks.sampling.reader import truth
 from pageferry._engine import LARGE_PAGE, Space
+from pageferry.host.python import start_python
 from pageferry.large_pages import Options, open_target, process_target, sample, undo
 from pageferry.workloads.targets import Target as Memory
 
@@ -149,8 +150,7 @@ def ledger(mebibytes: int) -> Iterator[str]:
     name = f"bench-{os.getpid()}"
     options = {"threads": 1, "working_set": 0.25, "rate": 32 << 20, "compressible": 0.5}
     setup = json.dumps({"name": name, "size": mebibytes << 20, "options": options})
-    command = [sys.executable, "-m", "pageferry.workloads.ledger_process", setup]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start_python("pageferry.workloads.ledger_process", setup, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         try:

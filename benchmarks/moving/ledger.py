@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.moving.pageferry_line import Process, expect, pageferry
+from pageferry.host.python import start_python
 
 
 class Ledger:
@@ -21,8 +21,9 @@ class Ledger:
         self.address = ""
         self._next: Process | None = None
         words = json.dumps({"name": self.name, "size": size, "options": options, **setup})
-        program = (sys.executable, "-m", "pageferry.workloads.ledger_process", words)
-        self._owner: Process = subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True)
+        self._owner: Process = start_python(
+            "pageferry.workloads.ledger_process", words, stdout=subprocess.PIPE, start_new_session=True
+        )
         expect(self._owner, "ready")
 
     @property

@@ -2,6 +2,9 @@
 
 import sys
 
+if not sys.flags.safe_path:  # the current directory, which may belong to another user
+    del sys.path[0]
+
 from pageferry.cli.main import main
 
 sys.exit(main())

@@ -1,6 +1,6 @@
 """The pager of a guest: a small process that brings the contents of its memory, and outlives the command.
 
-Started as `python -m pageferry.checkpoints.pager_process IMAGE`. It says `Serving` on standard output when it has
+Started by `host.python` with the argument IMAGE. It says `Serving` on standard output when it has
 opened the image, takes one `Order` as a line of JSON on standard input, and says `Serving` again once every access to
 missing memory comes to it. It ends when everything is there, or with the guest. If it is killed the guest waits at
 the next page that is missing: the guest keeps a descriptor of the userfaultfd, and the record and the flags in its

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -21,7 +20,7 @@ from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, R
 from pageferry.errors import PageferryError, RestoreError, UsageError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host import proc, processes
-from pageferry.host.processes import Outliving
+from pageferry.host.python import start_python
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
@@ -35,8 +34,9 @@ class PagerProcess:
     """The process that will serve a guest."""
 
     def __init__(self, image: Path) -> None:
-        self._process: Outliving[bytes] = Outliving(
-            [sys.executable, "-m", "pageferry.checkpoints.pager_process", str(image)],
+        self._process = start_python(
+            "pageferry.checkpoints.pager_process",
+            str(image),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -6,8 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import os
-import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from subprocess import PIPE, Popen
 from typing import Any
 
@@ -16,6 +15,7 @@ import msgspec
 from pageferry.cli.arguments import size
 from pageferry.cli.migrate import add_options, options_of
 from pageferry.errors import WorkloadError
+from pageferry.host.python import start_python
 from pageferry.migration import api
 from pageferry.migration.events import MigrationResult
 from pageferry.report.migration import DemoView
@@ -101,7 +101,7 @@ def _setup(args: argparse.Namespace, name: str) -> Setup:
 @contextlib.asynccontextmanager
 async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
     """A Python process of ours, which ends with the block."""
-    process = _start((sys.executable, "-m", module, *arguments))
+    process = _start(module, *arguments)
     try:
         yield process
     finally:
@@ -109,10 +109,10 @@ async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
         await asyncio.shield(asyncio.to_thread(process.communicate))
 
 
-def _start(command: Sequence[str]) -> Popen[bytes]:
+def _start(module: str, *arguments: str) -> Popen[bytes]:
     # Not one of asyncio's: before Python 3.12 a thread of asyncio's waits for any change of such a child, and takes the
     # stop that adoption waits for. In a session of its own: Ctrl-C is for us, and we end it.
-    return Popen(command, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    return start_python(module, *arguments, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
 
 async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:

@@ -12,14 +12,13 @@ import os
 import re
 import secrets
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pageferry.errors import WorkloadDied, WorkloadError
-from pageferry.host import cpu_quota_guardian
+from pageferry.host.python import start_python
 
 PERIOD = 100_000
 """Microseconds over which a limit holds: the kernel's default."""
@@ -78,8 +77,10 @@ class CpuQuota:
         """The group that the processes are in, for people."""
         self._none = "-1" if version == 1 else undo["text"]
         self._version = version
-        self._guardian = subprocess.Popen(
-            [sys.executable, "-I", "-S", cpu_quota_guardian.__file__, json.dumps(undo)],
+        self._guardian = start_python(
+            "pageferry.host.cpu_quota_guardian",
+            json.dumps(undo),
+            script=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

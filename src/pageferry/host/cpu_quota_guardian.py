@@ -1,6 +1,6 @@
 """Ends a limit on CPU time when whoever has set it is done, or dies: `python cpu_quota_guardian.py UNDO`.
 
-A script in a session of its own, with nothing of pageferry imported. It waits for the end of its standard input, then
+A script in a separate session, with nothing of pageferry imported. It waits for the end of its standard input, then
 does what UNDO (JSON) says: move all processes of `group` to `parent` and remove it; or write `text` to `file`.
 """
 

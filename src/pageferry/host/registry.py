@@ -261,8 +261,9 @@ def default_run_directory() -> Path:
         return Path(given).absolute()
     if os.geteuid() == 0:
         return Path("/run/pageferry")
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(runtime) / "pageferry"
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if runtime.is_absolute():
+        return runtime / "pageferry"
     raise UsageError("no run directory: set XDG_RUNTIME_DIR, or PAGEFERRY_RUN_DIR to a folder of your own")
 
 

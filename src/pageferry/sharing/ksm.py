@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadError
+from pageferry.host.python import start_python
 
 FOLDER = Path("/sys/kernel/mm/ksm")
 SWITCHES = {
@@ -101,8 +101,10 @@ def _running() -> Iterator[None]:
     before = {name: _read(name).strip("[]") for name in SWITCHES if (FOLDER / name).exists()}
     if "advisor_mode" in before:
         before["advisor_mode"] = _chosen(_read("advisor_mode"))
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "pageferry.sharing.ksm_guard", str(FOLDER), json.dumps(before)],
+    guard = start_python(
+        "pageferry.sharing.ksm_guard",
+        str(FOLDER),
+        json.dumps(before),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

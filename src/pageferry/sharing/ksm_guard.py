@@ -1,6 +1,7 @@
-"""Puts the switches of KSM back when whoever set them is done, or dead: `python -m pageferry.sharing.ksm_guard`.
+"""Puts the switches of KSM back when whoever set them is done, or dead.
 
-Arguments: the folder of the switches, and their values as JSON. Says `ready`, and acts when its standard input ends.
+Started by `host.python`. Arguments: the folder of the switches, and their values as JSON. Says `ready`, and acts when
+its standard input ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A child process that runs a share of a ledger's partitions.
 
-`python -m pageferry.workloads.ledger_child FILE SIZE SOCKET`; the descriptors are inherited. Orders come over the
+Started by `host.python` with the arguments FILE SIZE SOCKET; the descriptors are inherited. Orders come over the
 socket; when it is closed the parent has ended, or wants us to.
 """
 

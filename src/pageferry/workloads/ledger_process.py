@@ -1,4 +1,4 @@
-"""A process of its own for the built-in workload: `python -m pageferry.workloads.ledger_process SETUP`.
+"""A separate process for the built-in workload, started by `host.python` with the argument SETUP.
 
 SETUP is a `Setup` as JSON. One line of JSON says that it runs and can be migrated by its name; on SIGTERM or SIGINT, or
 when it has moved away, a last line says what became of it, and the exit code is 0 if no write was lost::

@@ -6,11 +6,11 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from typing import Protocol
 
 from pageferry import _engine
 from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host.python import start_python
 from pageferry.workloads.ledger_orders import LARGEST_PACKET, Answer, Order, decode_answer, encode
 
 PATIENCE = 60.0
@@ -104,9 +104,10 @@ class ChildShare:
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders.settimeout(PATIENCE)
         arguments = [str(mapping.fileno()), str(mapping.length), str(theirs.fileno())]
-        command = [sys.executable, "-m", "pageferry.workloads.ledger_child", *arguments]
         with theirs:
-            self._process = subprocess.Popen(command, pass_fds=(mapping.fileno(), theirs.fileno()))
+            self._process = start_python(
+                "pageferry.workloads.ledger_child", *arguments, pass_fds=(mapping.fileno(), theirs.fileno())
+            )
         self.pid = self._process.pid
         self._do(Order("map"))
 

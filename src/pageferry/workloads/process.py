@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from pageferry._engine import ProcessRange, Space
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc
-from pageferry.workloads import process_guardian
+from pageferry.host.python import start_python
 from pageferry.workloads.base import SMALL_PAGE, Faults, Identity
 from pageferry.workloads.memory import Readable
 
@@ -162,8 +161,10 @@ class ProcessWorkload:
             self._pidfd = -1
 
     def _start_guardian(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", process_guardian.__file__, str(self._pidfd)],
+        return start_python(
+            "pageferry.workloads.process_guardian",
+            str(self._pidfd),
+            script=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

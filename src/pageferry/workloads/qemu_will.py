@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pageferry.host import processes
-from pageferry.workloads import qemu_guardian
+from pageferry.host.python import start_python
 from pageferry.workloads.base import Witness
 from pageferry.workloads.qmp import Command
 
 log = logging.getLogger(__name__)
 
-_guardians: list[processes.Outliving[str]] = []
+_guardians: list[processes.Outliving[bytes]] = []
 """Those that may still be at work, to be waited for when the next one is started."""
 
 
@@ -26,14 +25,14 @@ class LastWill:
 
     def __init__(self, qmp_socket: str) -> None:
         _guardians[:] = [guardian for guardian in _guardians if guardian.poll() is None]
-        # Isolated and without site-packages: it starts in a few milliseconds, and nothing can get in its way.
-        self._guardian = processes.Outliving(
-            [sys.executable, "-I", "-S", str(Path(qemu_guardian.__file__)), qmp_socket],
+        self._guardian = start_python(
+            "pageferry.workloads.qemu_guardian",
+            os.path.abspath(qmp_socket),
+            script=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            text=True,
         )
         _guardians.append(self._guardian)
 
@@ -54,7 +53,7 @@ class LastWill:
         if witness is not None:
             will["witness"] = [str(witness.path), witness.says]
         try:
-            self._guardian.stdin.write(json.dumps(will) + "\n")
+            self._guardian.stdin.write(json.dumps(will).encode() + b"\n")
             self._guardian.stdin.flush()
         except BrokenPipeError:
             log.warning("the guest's guardian is gone: if pageferry is killed now, the guest stays as it is")

@@ -1,0 +1,74 @@
+"""Python children of pageferry: the one place that starts them.
+
+`python -m` puts the current directory first on `sys.path`, so a child that is started in a folder of another user would
+import code from there. A child therefore runs isolated (`-I`: no current directory, no PYTHON* variables, no user
+site), in `/`, and without PYTHON* variables, which its own children would inherit. It finds pageferry and its
+dependencies where this process has found them: `run_module` adds those folders, behind the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pageferry.host import run_module
+from pageferry.host.processes import Outliving
+
+_DEPENDENCIES = ("msgspec", "qemu.qmp", "rich", "rich_argparse", "shtab", "prometheus_client")
+"""Packages whose folders a child is given, if this process has imported them."""
+
+
+def start_python(
+    module: str,
+    *arguments: str,
+    script: bool = False,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    pass_fds: Sequence[int] = (),
+    start_new_session: bool = False,
+) -> Outliving[bytes]:
+    """Start a module of pageferry as a process that imports nothing from the current directory.
+
+    `script`: the module uses the standard library alone; it is run as a file, without site-packages, and so starts in a
+    few milliseconds. Raises OSError if the process cannot be started.
+    """
+    return Outliving(
+        [sys.executable, *_words(module, script), *arguments],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=pass_fds,
+        start_new_session=start_new_session,
+        cwd="/",
+        env=_environment(),
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Variables of this process without PYTHON*; a relative run directory is made absolute."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    if given := kept.get("PAGEFERRY_RUN_DIR"):
+        kept["PAGEFERRY_RUN_DIR"] = os.path.abspath(given)
+    return kept
+
+
+def _words(module: str, script: bool) -> list[str]:
+    if script:
+        return ["-I", "-S", str(_root("pageferry").joinpath(*module.split(".")).with_suffix(".py"))]
+    return ["-I", run_module.__file__, json.dumps(_roots()), module]
+
+
+def _roots() -> list[str]:
+    """Absolute folders on `sys.path` that pageferry and its dependencies were imported from, pageferry's first."""
+    names = ["pageferry", *(name for name in _DEPENDENCIES if name in sys.modules)]
+    return list(dict.fromkeys(str(_root(name)) for name in names))
+
+
+def _root(name: str) -> Path:
+    file = sys.modules[name].__file__
+    assert file is not None
+    return Path(file).absolute().parents[name.count(".") + (Path(file).stem == "__init__")]

@@ -1,0 +1,218 @@
+"""Python children import nothing from the current directory: each is started in a folder that holds planted modules."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pageferry
+
+PACKAGE = Path(pageferry.__file__).parent
+PLANTED = ("msgspec", "pageferry", "qemu", "rich", "sitecustomize", "usercustomize", "logging", "asyncio")
+PLANT = """
+import os
+with open(os.environ["PLANTED_RAN"], "a") as ran:
+    ran.write(__name__ + " ")
+raise ImportError(__name__)
+"""
+OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu_process.py"}
+"""Files that start programs other than Python: QEMUs."""
+
+CHILDREN = {
+    "pageferry.checkpoints.pager_process": """
+        from pathlib import Path
+        import asyncio
+        from pageferry.checkpoints.restore import PagerProcess
+        from pageferry.errors import RestoreError
+        hostile()
+        pager = PagerProcess(Path("/no/image"))
+        try:
+            asyncio.run(pager.ready())
+        except RestoreError as error:
+            assert "/no/image" in str(error), error
+        pager.give_up()
+    """,
+    "pageferry.workloads.ledger_child": """
+        from pageferry import _engine
+        from pageferry.workloads.ledger_shares import ChildShare
+        import os
+        file = os.memfd_create("shares")
+        os.truncate(file, 1 << 21)
+        mapping = _engine.Mapping(file, 1 << 21)
+        hostile()
+        share = ChildShare(mapping)
+        share.stop()
+    """,
+    "pageferry.sharing.ksm_guard": """
+        from pathlib import Path
+        from pageferry.sharing import ksm
+        ksm.FOLDER = Path(os.environ["SWITCHES"])
+        (ksm.FOLDER / "run").write_text("0")
+        hostile()
+        with ksm._running():
+            assert (ksm.FOLDER / "run").read_text() == "1"
+        assert (ksm.FOLDER / "run").read_text() == "0"
+    """,
+    "pageferry.host.cpu_quota_guardian": """
+        from pageferry.host.cpu_quota import CpuQuota
+        from pageferry.errors import WorkloadError
+        import subprocess
+        sleeper = subprocess.Popen(["sleep", "60"])
+        hostile()
+        try:
+            CpuQuota([sleeper.pid]).close()
+        except WorkloadError as error:
+            print(error)
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+    """,
+    "pageferry.workloads.qemu_guardian": """
+        from pageferry.workloads.qemu_will import LastWill, _guardians
+        hostile()
+        will = LastWill("/no/socket")
+        will.write([])
+        will.close()
+        assert _guardians[-1].wait(30) == 0
+    """,
+    "pageferry.workloads.process_guardian": """
+        from pageferry.workloads.process import ProcessWorkload
+        import asyncio, subprocess
+        sleeper = subprocess.Popen(["sleep", "60"])
+        workload = ProcessWorkload(sleeper.pid, "stack")
+        hostile()
+        async def pause():
+            await workload.pause()
+            await workload.resume()
+        try:
+            asyncio.run(pause())
+        finally:
+            workload.close()
+            sleeper.kill()
+            sleeper.wait()
+    """,
+    "pageferry.workloads.ledger_process": """
+        import asyncio
+        from pageferry.cli.demo import _process, _expect
+        setup = '{"name": "planted", "size": 4194304}'
+        hostile()
+        async def ready():
+            async with _process("pageferry.workloads.ledger_process", setup) as process:
+                await _expect(process, "ready")
+        asyncio.run(ready())
+    """,
+    "pageferry": """
+        import asyncio
+        from pageferry.cli.demo import _process, _expect
+        hostile()
+        async def listening():
+            words = ("receive", "planted", "--workload", "demo", "--output", "json")
+            async with _process("pageferry", *words) as process:
+                await _expect(process, "listening")
+        asyncio.run(listening())
+    """,
+}
+"""By module of the child: a program that starts it after `hostile()` has made everything around it hostile."""
+
+HOSTILE = """
+import os
+def hostile():
+    os.chdir(os.environ["HOSTILE"])
+    os.environ["PYTHONPATH"] = os.environ["HOSTILE"]
+    os.environ["PYTHONSTARTUP"] = os.environ["HOSTILE"] + "/msgspec.py"
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with planted modules and packages."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in PLANTED:
+        (folder / f"{name}.py").write_text(PLANT)
+    (folder / "pageferry.py").unlink()
+    (folder / "pageferry").mkdir()
+    (folder / "pageferry" / "__init__.py").write_text(PLANT)
+    return folder
+
+
+@pytest.mark.parametrize("module", CHILDREN)
+def test_child_in_hostile_folder_imports_nothing_planted(module: str, hostile: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    switches = tmp_path / "switches"
+    switches.mkdir()
+    program = HOSTILE + "\n" + "\n".join(line.removeprefix("        ") for line in CHILDREN[module].splitlines())
+    places = {"HOSTILE": str(hostile), "PLANTED_RAN": str(ran), "SWITCHES": str(switches)}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], env=os.environ | places, capture_output=True, text=True, timeout=60
+    )
+    assert not ran.exists(), f"planted code ran: {ran.read_text()}"
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_command_in_hostile_folder_imports_nothing_planted(hostile: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (hostile / "pageferry" / "__init__.py").unlink()
+    (hostile / "pageferry").rmdir()
+    subprocess.run(
+        [sys.executable, "-m", "pageferry", "list"],
+        cwd=hostile,
+        env=os.environ | {"PLANTED_RAN": str(ran)},
+        check=True,
+        timeout=60,
+    )
+    assert not ran.exists()
+
+
+def test_child_gets_packages_of_this_process_from_elsewhere(tmp_path: Path) -> None:
+    """As with PYTHONPATH or packages of the user: a child has no site-packages that hold pageferry."""
+    root = tmp_path / "elsewhere"
+    root.mkdir()
+    (root / "pageferry").symlink_to(PACKAGE)
+    (root / "enum.py").write_text(PLANT)  # it must not replace the standard library's
+    program = (
+        f"import sys; sys.path.append({str(root)!r})\n"
+        "import msgspec, pageferry, subprocess\n"
+        f"pageferry.__file__ = {str(root / 'pageferry' / '__init__.py')!r}\n"
+        "from pageferry.host.python import start_python\n"
+        "child = start_python('pageferry', '--version', stdout=subprocess.PIPE)\n"
+        "print(child.communicate()[0].decode())\n"
+    )
+    places = {"PLANTED_RAN": str(tmp_path / "ran")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], env=os.environ | places, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("pageferry "), done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_python_child_is_started_by_one_function() -> None:
+    started: set[str] = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = str(path.relative_to(PACKAGE))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("executable", "_base_executable", "orig_argv"):
+                assert name == "host/python.py", f"{name}:{node.lineno} starts Python by itself"
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called == "start_python" and isinstance(node.args[0], ast.Constant):
+                    started.add(str(node.args[0].value))
+                if _starts_a_program(called):
+                    assert name in OTHER_PROGRAMS | {"host/python.py"}, f"{name}:{node.lineno}: {called}"
+    assert started | {"pageferry", "pageferry.workloads.ledger_process"} == set(CHILDREN)
+
+
+def _starts_a_program(called: str) -> bool:
+    last = called.split(".")[-1].split("[")[0]
+    return (
+        "subprocess." in called
+        or last in ("Popen", "Outliving", "execv", "execve", "execvp", "posix_spawn", "posix_spawnp", "system", "popen")
+        or "create_subprocess" in last
+        or "multiprocessing" in called
+        or last == "ProcessPoolExecutor"
+    )
