@@ -26,6 +26,11 @@ test: build system ## Run the tests of engine and package (PYTEST_ARGS="-k name"
 	cargo test --workspace --quiet
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
+.PHONY: test-full
+test-full: build system ## The same with every QEMU, on TCG and on KVM (two hours)
+	cargo test --workspace --quiet
+	GUESTS=all $(PYTHON) -m pytest $(PYTEST_ARGS)
+
 .PHONY: faults
 faults: build system ## Everything that can fail, at every point of a migration between two hosts (an hour)
 	FAULTS=all $(PYTHON) -m pytest tests/faults $(PYTEST_ARGS)

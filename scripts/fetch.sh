@@ -3,14 +3,18 @@
 #   guest/vmlinuz, guest/modules/    a kernel for guests and its virtio modules
 #   prometheus/usr/bin/prometheus    a Prometheus that reads metrics (its package would start a service)
 #   qemu-10/bin/qemu-system-x86_64   a QEMU beside the machine's own: from the backports of this Debian release
-# apt-get runs with sources and lists of its own, so the machine's are neither needed fresh nor changed.
+#   qemu-11/bin/qemu-system-x86_64   another, from a newer release, with the loader and all libraries that it needs
+# apt-get runs with separate sources and lists: the machine's need not be fresh, and are not changed. What was fetched
+# is moved to its place when it is complete.
 set -eu
 
 cache=$(mkdir -p "$1" && cd "$1" && pwd)
-work=$cache/apt
+newer=forky
+work=$(mktemp -d "$cache/apt.XXXXXX")
+trap 'rm -rf "$work"' EXIT
 release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 [ "$(dpkg --print-architecture 2>/dev/null)" = amd64 ] && [ -n "$release" ] && command -v apt-get >/dev/null || {
-    echo "missing: a guest kernel and QEMU 10 in $1: they are fetched on Debian for amd64 only" >&2
+    echo "missing: a guest kernel, QEMU 10 and QEMU 11 in $1: they are fetched on Debian for amd64 only" >&2
     exit 1
 }
 
@@ -20,11 +24,14 @@ mirror() {
         awk -v release="$release" '$2 == release && !/security/ { print $1; exit }'
 }
 
+# Read the package lists of suites $2...; $1: file that lists what is installed.
 prepare() {
+    installed=$1
+    shift
     uri=$(mirror)
-    rm -rf "$work"
+    rm -rf "$work/sources" "$work/lists" "$work/archives"
     mkdir -p "$work/sources" "$work/lists/partial" "$work/archives/partial"
-    for suite in "$release" "$release-backports"; do
+    for suite in "$@"; do
         echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${uri:-http://deb.debian.org/debian} $suite main"
     done >"$work/sources/debian.list"
     cat >"$work/apt.conf" <<CONF
@@ -33,6 +40,7 @@ Dir::Etc::SourceParts "$work/sources";
 Dir::Etc::Preferences "/dev/null";
 Dir::Etc::PreferencesParts "$work/sources";
 Dir::State::Lists "$work/lists";
+Dir::State::status "$installed";
 Dir::Cache::Archives "$work/archives";
 Dir::Cache::PkgCache "";
 Dir::Cache::SrcPkgCache "";
@@ -92,6 +100,27 @@ WRAPPER
     mv "$work/qemu" "$cache/qemu-10"
 }
 
+# Nothing counts as installed, so all that it depends on is fetched too: its libraries need a newer C library than the
+# machine's, and that needs its own loader. The modules are found by QEMU_MODULE_DIR.
+fetch_newer_qemu() {
+    private_apt -y --download-only --no-install-recommends install qemu-system-x86
+    unpack "$work/newer"
+    mkdir -p "$work/newer/bin"
+    cat >"$work/newer/bin/qemu-system-x86_64" <<'WRAPPER'
+#!/bin/sh
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+libraries=$root/usr/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="$libraries/qemu"
+exec "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries:$libraries/systemd" --argv0 "$0" \
+    "$root/usr/bin/qemu-system-x86_64" \
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"
+WRAPPER
+    chmod +x "$work/newer/bin/qemu-system-x86_64"
+    "$work/newer/bin/qemu-system-x86_64" -version >/dev/null
+    rm -rf "$cache/qemu-11"
+    mv "$work/newer" "$cache/qemu-11"
+}
+
 fetch_prometheus() {
     (cd "$work/archives" && private_apt download prometheus)
     unpack "$work/prometheus"
@@ -99,8 +128,19 @@ fetch_prometheus() {
     mv "$work/prometheus" "$cache/prometheus"
 }
 
-trap 'rm -rf "$work"' EXIT
-prepare
-[ -f "$cache/guest/vmlinuz" ] || { echo "fetching a guest kernel" >&2; fetch_kernel; }
-[ -x "$cache/qemu-10/bin/qemu-system-x86_64" ] || { echo "fetching QEMU from $release-backports" >&2; fetch_qemu; }
-[ -x "$cache/prometheus/usr/bin/prometheus" ] || { echo "fetching Prometheus" >&2; fetch_prometheus; }
+kernel=$cache/guest/vmlinuz
+backport=$cache/qemu-10/bin/qemu-system-x86_64
+newest=$cache/qemu-11/bin/qemu-system-x86_64
+prometheus=$cache/prometheus/usr/bin/prometheus
+[ -f "$kernel" ] && [ -x "$backport" ] && [ -x "$prometheus" ] || {
+    prepare /var/lib/dpkg/status "$release" "$release-backports"
+    [ -f "$kernel" ] || { echo "fetching a guest kernel" >&2; fetch_kernel; }
+    [ -x "$backport" ] || { echo "fetching QEMU from $release-backports" >&2; fetch_qemu; }
+    [ -x "$prometheus" ] || { echo "fetching Prometheus" >&2; fetch_prometheus; }
+}
+[ -x "$newest" ] || {
+    echo "fetching QEMU from $newer" >&2
+    : >"$work/installed"
+    prepare "$work/installed" "$newer"
+    fetch_newer_qemu
+}

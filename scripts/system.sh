@@ -11,7 +11,7 @@ need qemu-system-x86_64 qemu-system-x86 || complete=no
 need busybox busybox-static || complete=no
 need iperf3 iperf3 || complete=no
 
-for fetched in qemu-10/bin/qemu-system-x86_64 guest/vmlinuz prometheus/usr/bin/prometheus; do
+for fetched in qemu-11/bin/qemu-system-x86_64 qemu-10/bin/qemu-system-x86_64 guest/vmlinuz prometheus/usr/bin/prometheus; do
     [ -e $cache/$fetched ] || { scripts/fetch.sh $cache || complete=no; break; }
 done
 # The pages of reports are looked at in a browser. Only a test needs it.

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from pageferry.host.compaction import compact_memory
-from tests.guest import initrd
+from tests.guest import initrd, payload
+from tests.guest.machines import GuestParts
 
 CACHE = Path(__file__).parent.parent / ".cache"
 """Where `make system` puts what it fetches."""
+QEMUS = ["system", "10", "11"]
+"""From the oldest to the newest."""
 ROOM = 96
 """Large pages that should be free for a test: what builds and caches leave is small pages all over."""
 
@@ -23,6 +26,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (directory := item.path.parent.name) in ("kernel", "qemu", "faults", "use"):
             item.add_marker(directory)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Choose the QEMUs and accelerators of a test: all with GUESTS=all, or a part, so that a run stays short.
+
+    Tests of guests run with the two oldest QEMUs, with the newest too if they are marked `every_qemu`. Tests of the
+    payload run on KVM with the two newest, with all QEMUs if marked.
+    """
+    every = os.environ.get("GUESTS") == "all" or metafunc.definition.get_closest_marker("every_qemu") is not None
+    if "qemu" in metafunc.fixturenames:
+        metafunc.parametrize("qemu", QEMUS if every else QEMUS[:2], indirect=True, scope="session")
+    if "payload_parts" in metafunc.fixturenames:
+        accels = ["tcg", "kvm"] if os.environ.get("GUESTS") == "all" else ["kvm"]
+        kinds = [(accel, qemu) for accel in accels for qemu in (QEMUS if every else QEMUS[1:])]
+        names = ["-".join(kind) for kind in kinds]
+        metafunc.parametrize("payload_parts", kinds, ids=names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,11 +86,29 @@ def qemu_10() -> Path:
     return _fetched("qemu-10/bin/qemu-system-x86_64")
 
 
-@pytest.fixture(scope="session", params=["system", "10"])
+@pytest.fixture(scope="session")
+def qemu_11() -> Path:
+    """A QEMU of a later Debian release, with the loader and libraries of that release."""
+    return _fetched("qemu-11/bin/qemu-system-x86_64")
+
+
+@pytest.fixture(scope="session")
 def qemu(request: pytest.FixtureRequest) -> Path:
-    """Each QEMU in turn."""
-    path: Path = request.getfixturevalue("qemu_system" if request.param == "system" else "qemu_10")
+    """Each QEMU in turn; see `pytest_generate_tests`."""
+    path: Path = request.getfixturevalue(f"qemu_{request.param}")
     return path
+
+
+@pytest.fixture(scope="session")
+def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
+    """A guest without an operating system, for each accelerator and QEMU in turn; see `pytest_generate_tests`."""
+    accel, version = request.param
+    if (reason := payload.obstacle(accel)) is not None:
+        pytest.skip(reason)
+    if shutil.which("rustc") is None:
+        pytest.skip("no rustc to build the guest with")
+    qemu: Path = request.getfixturevalue(f"qemu_{version}")
+    return GuestParts(qemu, payload.build(CACHE / "guest/payload"), accel=accel)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.guest.compiler import compile_program
 
 CHECKER = Path(__file__).with_name("checker.rs")
 
@@ -27,7 +28,7 @@ def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
     Nothing is compiled again that has not changed. Raises FileNotFoundError where there is no rustc,
     CalledProcessError where it fails.
     """
-    program = _compile(folder)
+    program = compile_program(CHECKER, folder / "checker", "-Ctarget-feature=+crt-static", "-Cstrip=symbols")
     initrd = folder / f"checker-{len(modules)}.cpio"
     contents = [(f"{number}-{path.name}", path.read_bytes()) for number, path in enumerate(modules)]
     _write(initrd, archive(program.read_bytes(), contents))
@@ -41,17 +42,6 @@ def archive(init: bytes, modules: Sequence[tuple[str, bytes]] = ()) -> bytes:
     program = _entry("init", stat.S_IFREG | 0o755, init)
     loaded = [_entry(f"modules/{name}", stat.S_IFREG | 0o644, content) for name, content in modules]
     return b"".join([*folders, console, program, *loaded, _entry("TRAILER!!!", 0)])
-
-
-def _compile(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "checker"
-    if not program.exists() or program.stat().st_mtime < CHECKER.stat().st_mtime:
-        temporary = folder / f"checker.{os.getpid()}"
-        options = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cpanic=abort", "-Cstrip=symbols"]
-        subprocess.run(["rustc", *options, "-o", temporary, CHECKER], check=True)
-        temporary.rename(program)
-    return program
 
 
 def _write(path: Path, content: bytes) -> None:

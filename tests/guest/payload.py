@@ -1,0 +1,37 @@
+"""Builds the guest without an operating system, `payload.rs`, which runs on TCG and on KVM."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from tests.guest.compiler import compile_program
+
+SOURCE = Path(__file__).with_name("payload.rs")
+
+_CREATE_VM = 0xAE01
+_LINKED = ("-Crelocation-model=static", "-Clinker=ld", "-Clinker-flavor=ld", "-Clink-args=-static")
+_PLACED = ("-Clink-arg=-Ttext-segment=0x100000", "-Clink-args=-e start", "-Cstrip=symbols")
+
+
+def build(folder: Path) -> Path:
+    """Compile and link it to run at 1 MiB; return what QEMU takes as `-kernel`."""
+    return compile_program(SOURCE, folder / "payload", *_LINKED, *_PLACED)
+
+
+def obstacle(accel: str) -> str | None:
+    """Why an accelerator cannot be used here, or None."""
+    if accel != "kvm":
+        return None
+    try:
+        device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"/dev/kvm cannot be opened: {error.strerror}"
+    try:
+        os.close(fcntl.ioctl(device, _CREATE_VM, 0))
+    except OSError as error:
+        return f"KVM creates no virtual machine: {error.strerror}"
+    finally:
+        os.close(device)
+    return None

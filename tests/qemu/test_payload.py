@@ -1,0 +1,56 @@
+"""A guest without an operating system, which runs on KVM where an ordinary kernel cannot: moved and saved."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pageferry
+from pageferry.checkpoints.image import ImageFile
+from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu_prefault import VirtualMachine
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller, travelling
+
+pytestmark = pytest.mark.usefixtures("root")
+
+BUSY = "ferry.mib=32 ferry.writes=8"
+
+
+@pytest.fixture(scope="module")
+def guest(payload_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traveller]:
+    with travelling(payload_parts, tmp_path_factory.mktemp("guest"), memory="64M", checker=BUSY) as traveller:
+        yield traveller
+
+
+def test_payload_runs_on_the_accelerator_that_was_asked_for(guest: Traveller) -> None:
+    on_kvm = VirtualMachine.find(guest.pid) is not None
+    assert on_kvm == (guest.parts.accel == "kvm")
+    assert guest.qmp("query-kvm")["enabled"] == on_kvm
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy", "hybrid"])
+def test_payload_moves_there_and_back(guest: Traveller, mode: str) -> None:
+    for _ in range(2):
+        before = guest.runs()
+        assert guest.move("--mode", mode)["status"] == "completed"
+        after = guest.verifies_everything()
+        assert after.writes > before.writes
+    guest.untouched()
+
+
+@pytest.mark.parametrize("mode", ["stop", "lazy"])
+def test_payload_runs_on_after_a_checkpoint(guest: Traveller, tmp_path: Path, mode: str) -> None:
+    async def save() -> None:
+        workload = await QemuWorkload.attach(guest.name)
+        try:
+            await pageferry.checkpoint(workload, tmp_path / "image", mode=mode)
+        finally:
+            workload.close()
+
+    asyncio.run(save())
+    guest.verifies_everything()
+    assert ImageFile(tmp_path / "image").verify() == []

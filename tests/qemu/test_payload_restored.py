@@ -1,0 +1,50 @@
+"""A guest without an operating system, made of an image: on KVM too, its pages come when it accesses them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pageferry.checkpoints.restore import take_over
+from pageferry.host.registry import Registry
+from tests.guest.machines import GuestParts
+from tests.guest.restored import Restored, image_of_a_guest
+from tests.guest.serial import Serial
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+@pytest.fixture(scope="module")
+def image(payload_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_of_a_guest(payload_parts, tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture
+def restored(payload_parts: GuestParts, serial: Callable[[str], Serial], registry: Registry) -> Restored:
+    return Restored("restored", payload_parts, serial("restored"))
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
+def test_payload_is_restored_with_every_page(restored: Restored, image: Path, eager: bool) -> None:
+    async def run() -> None:
+        await restored.start(image, eager=eager)
+        await restored.serial.passes(2)
+        await restored.arrived()
+        await restored.serial.passes(2)
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_payload_waits_for_a_killed_pager_and_runs_with_the_next(restored: Restored, image: Path) -> None:
+    async def run() -> None:
+        await restored.start(image, prefetch=False)
+        await restored.kill_pager()
+        await take_over(restored.folder)
+        await restored.serial.passes(2)
+        await restored.end()
+
+    asyncio.run(run())
