@@ -548,6 +548,8 @@ class Image:
     that is not known; the message says which. The descriptor is duplicated."""
 
     def __new__(cls, fd: int) -> Image: ...
+    def fileno(self) -> int:
+        """The open file, which the image closes with itself."""
     @property
     def id(self) -> bytes: ...
     @property

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,47 @@ def test_another_pager_goes_on() -> None:
         taken = pageferry("restore", "cold", "--takeover")
         assert taken.returncode == 0, taken.stderr
         assert undo() > 0
+
+
+def test_takeover_with_another_image_is_refused(tmp_path: Path) -> None:
+    with ledger():
+        assert pageferry("checkpoint", "cold", str(tmp_path / "other")).returncode == 0
+        reclaim()
+        kill_pager()
+        refused = pageferry("restore", "cold", str(tmp_path / "other"), "--takeover")
+        assert refused.returncode == 32
+        assert "it is another image" in refused.stderr
+        assert pageferry("restore", "cold", "--takeover").returncode == 0
+        assert undo() > 0
+        wait_until(lambda: record() is None, "the end of the store")
+        assert (tmp_path / "other").exists()
+
+
+def test_takeover_with_another_image_in_place_of_the_store_is_refused(tmp_path: Path) -> None:
+    with ledger():
+        assert pageferry("checkpoint", "cold", str(tmp_path / "other")).returncode == 0
+        store = Path(reclaim("--store", str(tmp_path))["store"]["path"])
+        kill_pager()
+        store.rename(tmp_path / "kept")
+        (tmp_path / "other").rename(store)
+        refused = pageferry("restore", "cold", "--takeover")
+        assert refused.returncode == 32
+        assert "it is another image" in refused.stderr
+        assert pageferry("restore", "cold", str(tmp_path / "kept"), "--takeover").returncode == 0
+        assert undo() > 0
+        wait_until(lambda: record() is None, "the end of the store")
+        assert store.exists(), "an image of the user's took its place"
+
+
+def test_pager_of_a_cold_store_removes_no_copy_of_it(tmp_path: Path) -> None:
+    with ledger():
+        store = Path(reclaim("--store", str(tmp_path))["store"]["path"])
+        kill_pager()
+        shutil.copy(store, tmp_path / "copy")
+        assert pageferry("restore", "cold", str(tmp_path / "copy"), "--takeover").returncode == 0
+        assert undo() > 0
+        wait_until(lambda: not store.exists(), "the removal of the store")
+        assert (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handover"])

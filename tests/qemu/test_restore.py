@@ -16,7 +16,7 @@ import pytest
 import pageferry
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import completed, restore_guest, take_over
-from pageferry.checkpoints.restore_events import ProgressEvent, TouchedEvent
+from pageferry.checkpoints.restore_events import ProgressEvent, RunningEvent, TouchedEvent
 from pageferry.errors import RestoreError, UsageError
 from pageferry.events import Event
 from pageferry.host import proc, processes
@@ -185,6 +185,32 @@ async def _is_dead(restored: Restored) -> bool:
     except RestoreError:
         return True
     return False
+
+
+def test_image_replaced_during_a_restore_is_not_read(
+    guest: Make, parts: GuestParts, image: Path, tmp_path: Path
+) -> None:
+    """The pager process serves the file that the restore began with, and a later one refuses the file in its place."""
+    other = image_of_a_guest(parts, tmp_path)
+    path = Path(shutil.copy(image, tmp_path / "used"))
+
+    def replace(event: Event) -> None:
+        if isinstance(event, RunningEvent):
+            path.rename(tmp_path / "moved")
+            other.rename(path)
+
+    async def run() -> None:
+        restored = guest("restored")
+        restored.workload, _ = await restore_guest("restored", path, restored.command, prefetch=False, listener=replace)
+        await restored.serial.passes(2)
+        await restored.kill_pager()
+        with pytest.raises(RestoreError, match="it is another image"):
+            await take_over(restored.folder)
+        await take_over(restored.folder, tmp_path / "moved")
+        await restored.serial.passes(2)
+        await restored.end()
+
+    asyncio.run(run())
 
 
 def test_without_a_pager_the_guest_waits(guest: Make, image: Path) -> None:

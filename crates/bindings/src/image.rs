@@ -1,3 +1,4 @@
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry_engine::SMALL_PAGE;
@@ -36,6 +37,10 @@ impl Image {
         let file = duplicate(fd).map_err(errors::kernel)?;
         let inner = py.detach(|| image::Image::open(file)).map_err(image_error)?;
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    fn fileno(&self) -> i32 {
+        self.inner.file().as_raw_fd()
     }
 
     #[getter]

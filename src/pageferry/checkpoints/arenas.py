@@ -89,6 +89,7 @@ class RestoredArena(Arena):
             str(self.image.path),
             restoring.extents(self.image),
             flags=f"/proc/{os.getpid()}/fd/{self._flags}",
+            identity=self.image.identity,
         )
         threading.Thread(target=_answer, args=(self.pager, answers), name="pageferry-pager", daemon=True).start()
 

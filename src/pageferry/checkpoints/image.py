@@ -8,7 +8,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -21,6 +21,7 @@ from pageferry.checkpoints.metadata import Metadata, Parent
 from pageferry.errors import ImageError
 from pageferry.host.faults import fault_point
 from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.deferred import ImageIdentity
 
 MAX_CHAIN = 256
 """Images that may build on each other."""
@@ -49,6 +50,11 @@ class Link:
     image: Image
     metadata: Metadata
 
+    @property
+    def identity(self) -> ImageIdentity:
+        """Identity of the image."""
+        return ImageIdentity(id=self.image.id.hex(), digest=f"{self.image.digest:016x}")
+
 
 class ImageFile:
     """An image and the images it builds on. Opening it verifies everything but the contents of pages.
@@ -58,7 +64,29 @@ class ImageFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.links = list(_chain(Path(path)))
+        self._verify(list(_chain(open_link(Path(path)), _open_parent)))
+
+    @classmethod
+    def from_files(cls, files: Sequence[tuple[int, Path]]) -> Self:
+        """Use images that another process has opened: descriptor and path of each, child first.
+
+        No path is resolved: a file that has been replaced since then is not read. The descriptors are duplicated.
+        Raises ImageError as the constructor does.
+        """
+        parents = iter(files[1:])
+
+        def open_parent(child: Link, parent: Parent) -> Link:
+            descriptor, path = next(parents, (None, None))
+            if descriptor is None or path is None:
+                raise ImageError(f"{child.path}: its parent {parent.path} was not handed over")
+            return _checked_parent(child, parent, _link(descriptor, path))
+
+        self = cls.__new__(cls)
+        self._verify(list(_chain(_link(*files[0]), open_parent)))
+        return self
+
+    def _verify(self, links: list[Link]) -> None:
+        self.links = links
         self.chain = _checked(self.path, lambda: ImageChain([link.image for link in self.links]))
         expected = sum(region.length for region in self.metadata.regions) // SMALL_PAGE
         if self.pages != expected or self.links[0].image.regions != len(self.metadata.regions):
@@ -84,9 +112,14 @@ class ImageFile:
         """Small pages of all regions; page numbers are counted over all of them."""
         return self.image.pages
 
+    @property
+    def identity(self) -> ImageIdentity:
+        """Identity of the image, which determines its parents too."""
+        return self.links[0].identity
+
     def as_parent(self) -> Parent:
         """What an image that builds on this one says about it."""
-        return Parent(id=self.image.id.hex(), digest=f"{self.image.digest:016x}", path=str(self.path.absolute()))
+        return Parent(id=self.identity.id, digest=self.identity.digest, path=str(self.path.absolute()))
 
     def state(self) -> bytes:
         """The state of the workload; empty for memory alone. Raises ImageError."""
@@ -222,19 +255,24 @@ def open_link(path: Path) -> Link:
     except OSError as error:
         raise ImageError(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        image = _checked(path, lambda: Image(descriptor))
+        return _link(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def _link(descriptor: int, path: Path) -> Link:
+    """One image of an open file, which is duplicated. Raises ImageError."""
+    image = _checked(path, lambda: Image(descriptor))
     return Link(path, image, _checked(path, lambda: metadata.decode(image.section(metadata.METADATA))))
 
 
-def _chain(path: Path) -> Iterator[Link]:
+def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[Link]:
     """The image, its parent, and so on."""
-    link = open_link(path)
+    path = link.path
     seen = {link.image.id}
     yield link
     while (parent := link.metadata.parent) is not None:
-        link = _open_parent(link, parent)
+        link = open_parent(link, parent)
         if link.image.id in seen or len(seen) >= MAX_CHAIN:
             raise ImageError(f"{path}: its chain of parents does not end: {link.path} comes twice, or it is too long")
         seen.add(link.image.id)
@@ -248,9 +286,15 @@ def _open_parent(child: Link, parent: Parent) -> Link:
         raise ImageError(
             f"{child.path} builds on {parent.path}, which is not there: put that image beside it, under the same name"
         )
-    link = open_link(path)
-    if (link.image.id.hex(), f"{link.image.digest:016x}") != (parent.id, parent.digest):
-        raise ImageError(f"{path} is not the image that {child.path} was built on: it has been replaced or changed")
+    return _checked_parent(child, parent, open_link(path))
+
+
+def _checked_parent(child: Link, parent: Parent, link: Link) -> Link:
+    """The link, if it is the parent that the child names. Raises ImageError."""
+    if link.identity != ImageIdentity(id=parent.id, digest=parent.digest):
+        raise ImageError(
+            f"{link.path} is not the image that {child.path} was built on: it has been replaced or changed"
+        )
     return link
 
 

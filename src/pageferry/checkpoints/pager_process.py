@@ -1,7 +1,8 @@
 """The pager of a guest: a small process that brings the contents of its memory, and outlives the command.
 
-Started by `host.python` with the argument IMAGE. It says `Serving` on standard output when it has
-opened the image, takes one `Order` as a line of JSON on standard input, and says `Serving` again once every access to
+Started by `host.python` with the arguments FD:PATH..., the open files of the image and of its parents,
+so that it reads the very files that its caller has verified. It says `Serving` on standard output when it has
+read their indexes, takes one `Order` as a line of JSON on standard input, and says `Serving` again once every access to
 missing memory comes to it. It ends when everything is there, or with the guest. If it is killed the guest waits at
 the next page that is missing: the guest keeps a descriptor of the userfaultfd, and the record and the flags in its
 folder tell the next pager where to go on.
@@ -13,23 +14,25 @@ import contextlib
 import fcntl
 import logging
 import os
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
 from pageferry._engine import Pager, Space
 from pageferry.checkpoints import restoring
-from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.image import ImageFile, open_link
 from pageferry.checkpoints.working_set import WorkingSet
-from pageferry.errors import PageferryError, UsageError
+from pageferry.errors import ImageError, PageferryError, UsageError
 from pageferry.host import proc
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment
-from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.deferred import Deferred, OwnImage
 from pageferry.workloads.pager_server import PagerServer
 
 log = logging.getLogger("pageferry.checkpoints.pager")
@@ -84,7 +87,9 @@ class GuestPager:
         # does not outlive the machine.
         folder.store(deferred.RECORD, self.work, synced=False)
         socket_path = folder.socket_path(deferred.SOCKET)
-        self.server = PagerServer(socket_path, self.pager, str(image.path), restoring.extents(image))
+        self.server = PagerServer(
+            socket_path, self.pager, str(image.path), restoring.extents(image), identity=image.identity
+        )
 
     def _begin(self, taken_over: bool, evicting: bool) -> Pager:
         targets = restoring.targets(self.image, self.regions)
@@ -203,10 +208,24 @@ class GuestPager:
                         space.call(_SYS_MADVISE, segment.address, segment.length, _MADV_DOFORK)
 
     def _remove_store(self) -> None:
-        """A cold store is of no use to anybody when its pages are back, or their workload is gone."""
-        if self.work.cold is not None:
-            for link in self.image.links:
-                link.path.unlink(missing_ok=True)
+        """Remove the images that reclaim created, when their pages are back or their workload has ended.
+
+        A file that has taken the place of one of them stays.
+        """
+        for own in self.work.own:
+            if self._is_own(own):
+                Path(own.path).unlink(missing_ok=True)
+
+    def _is_own(self, own: OwnImage) -> bool:
+        """Whether the file at the path is that image: the one that is open, or one of its identity."""
+        try:
+            found = os.lstat(own.path)
+            opened = [os.fstat(link.image.fileno()) for link in self.image.links if link.identity == own.identity]
+            return any(os.path.samestat(found, one) for one in opened) or (
+                stat.S_ISREG(found.st_mode) and open_link(Path(own.path)).identity == own.identity
+            )
+        except (OSError, ImageError):
+            return False
 
 
 def _take_over(image: ImageFile, order: Order) -> GuestPager:
@@ -214,9 +233,20 @@ def _take_over(image: ImageFile, order: Order) -> GuestPager:
     work = folder.load(deferred.RECORD, Deferred)
     if work is None:
         raise UsageError(f"{order.name} is not being restored: all of its memory is there")
+    restoring.check_identity(image, work.identity, order.name)
     pager = GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
     pager.touched = order.touched
     return pager
+
+
+def _image(files: Sequence[str]) -> ImageFile:
+    """The image whose open files were handed over, as FD:PATH. Raises ImageError."""
+    opened = [(int(number), Path(path)) for number, _, path in (file.partition(":") for file in files)]
+    try:
+        return ImageFile.from_files(opened)
+    finally:
+        for number, _ in opened:
+            os.close(number)
 
 
 def _log_to(folder: Folder) -> None:
@@ -237,7 +267,7 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
         answers.flush()
 
     try:
-        image = ImageFile(sys.argv[1])
+        image = _image(sys.argv[1:])
         fault_point("pager.opened")
         answer(Serving())
         line = orders.readline()

@@ -31,12 +31,16 @@ _POLL = 0.2
 
 
 class PagerProcess:
-    """The process that will serve a guest."""
+    """The process that will serve a guest. It gets the open files of the image and of its parents, not their paths."""
 
-    def __init__(self, image: Path) -> None:
+    def __init__(self, image: ImageFile) -> None:
+        descriptors = [link.image.fileno() for link in image.links]
+        paths = [str(link.path.absolute()) for link in image.links]
+        files = [f"{descriptor}:{path}" for descriptor, path in zip(descriptors, paths, strict=True)]
         self._process = start_python(
             "pageferry.checkpoints.pager_process",
-            str(image),
+            *files,
+            pass_fds=descriptors,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -177,7 +181,7 @@ async def hand_over(first: GuestPager) -> PagerStatus:
 
     Returns what ours has done.
     """
-    pager = PagerProcess(first.image.path.absolute())
+    pager = PagerProcess(first.image)
     name, serving = first.folder.name, True
     try:
         await pager.ready()
@@ -199,14 +203,15 @@ async def hand_over(first: GuestPager) -> PagerStatus:
 async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
     """Start another pager for a guest whose own has died; `path`: where the image is now.
 
-    Returns how far the restore is. Raises UsageError when there is nothing to take over, RestoreError, ImageError.
+    Returns the progress of the restore. Raises UsageError when there is nothing to take over, RestoreError (another
+    image, or a failed pager), ImageError.
     """
     record = folder.load(deferred.RECORD, Deferred)
     if record is None:
         raise UsageError(f"{folder.name} is not being restored: all of its memory is there")
-    image = ImageFile(path if path is not None else record.image)
+    image = restoring.open_expected(path if path is not None else record.image, record.identity, folder.name)
     await _dismiss_failed(folder)
-    pager = PagerProcess(image.path.absolute())
+    pager = PagerProcess(image)
     try:
         await pager.ready()
         await pager.take_over(Order(name=folder.name))
@@ -269,6 +274,7 @@ def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool)
     regions = [deferred.record_of(region) for region in workload.regions]
     return Deferred(
         image=str(image.path.absolute()),
+        identity=image.identity,
         qmp_socket=workload.qmp_socket,
         regions=regions,
         userfaults={},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pageferry._engine import Mapping
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
 from pageferry.workloads.base import LARGE_PAGE, Region
+from pageferry.workloads.deferred import ImageIdentity
 
 PagerTarget = tuple[Mapping, int, Sequence[bool]]
 """(our mapping of a region's file, page size of the file, which 2 MiB units are to be large)"""
@@ -52,6 +54,25 @@ def targets(image: ImageFile, regions: Sequence[Region]) -> list[PagerTarget]:
 def extents(image: ImageFile) -> list[tuple[str, int]]:
     """Name and length of every region of an image."""
     return [(region.name, region.length) for region in image.metadata.regions]
+
+
+def open_expected(path: str | Path, identity: ImageIdentity, name: str) -> ImageFile:
+    """Open the image from which the memory of workload `name` is being restored.
+
+    Raises RestoreError where another image is at `path`, ImageError where the image cannot be used.
+    """
+    image = ImageFile(path)
+    check_identity(image, identity, name)
+    return image
+
+
+def check_identity(image: ImageFile, identity: ImageIdentity, name: str) -> None:
+    """Raise RestoreError unless the image is the one that the restore of workload `name` began with."""
+    if image.identity != identity:
+        raise RestoreError(
+            f"cannot restore the memory of {name} from {image.path}: it is another image (id {image.identity.id}) than "
+            f"the one that the restore began with (id {identity.id}); give that image, or a copy of it"
+        )
 
 
 def _describe(regions: list[tuple[str, int]]) -> str:

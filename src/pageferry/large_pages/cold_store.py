@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections import defaultdict
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pageferry._engine import PageSet, PageStore, Trace
-from pageferry.checkpoints import metadata
+from pageferry.checkpoints import metadata, restoring
 from pageferry.checkpoints.image import ImageFile, new_file
 from pageferry.checkpoints.pager_process import GuestPager
 from pageferry.checkpoints.restore import dismiss, hand_over
@@ -42,7 +43,7 @@ from pageferry.host.smaps import spare_mappings
 from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
-from pageferry.workloads.deferred import Deferred
+from pageferry.workloads.deferred import Deferred, OwnImage
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.settling import settled
@@ -207,9 +208,10 @@ def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
     """What a reclaim has left that was killed before anything was in its store only."""
     if record is None:
         (folder.path / deferred.FLAGS).unlink(missing_ok=True)
-    needed = {link.path for link in ImageFile(record.image).links} if record is not None else set()
-    for path in folder.path.glob(f"{folder.name}.cold-*.img"):
-        if path not in needed:
+    needed = {own.path for own in record.own} if record is not None else set()
+    created = re.compile(rf"{re.escape(folder.name)}\.cold-[0-9a-f]{{8}}\.img")
+    for path in folder.path.iterdir():
+        if created.fullmatch(path.name) and str(path) not in needed:
             path.unlink()
 
 
@@ -266,7 +268,7 @@ async def _write(
     codec: metadata.Codec,
 ) -> ImageFile:
     """Copy the cold pages to an image, which is complete and synced when this returns."""
-    parent = ImageFile(record.image) if record is not None else None
+    parent = restoring.open_expected(record.image, record.identity, folder.name) if record is not None else None
     if parent is not None and len(parent.links) >= MOST_IMAGES:
         raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with --undo first")
     path = (place or folder.path).absolute() / f"{folder.name}.cold-{secrets.token_hex(4)}.img"
@@ -389,8 +391,11 @@ def _work(workload: Workload, image: ImageFile, units: Sequence[Unit], record: D
     """What another pager needs to know."""
     cold = record.cold if record is not None and record.cold is not None else [[] for _ in workload.regions]
     added = [[(first * SMALL_PAGE, LARGE_PAGE) for region, first in units if region == n] for n in range(len(cold))]
+    created = OwnImage(path=str(image.path.absolute()), identity=image.identity)
     return Deferred(
-        image=str(image.path.absolute()),
+        image=created.path,
+        identity=created.identity,
+        own=[*(record.own if record is not None else []), created],
         qmp_socket=getattr(workload, "qmp_socket", None),
         regions=[deferred.record_of(region) for region in workload.regions],
         userfaults=record.userfaults if record is not None else {},

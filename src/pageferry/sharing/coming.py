@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from pageferry._engine import Pager, PagerFlags
 from pageferry.checkpoints import restoring
-from pageferry.checkpoints.image import ImageFile
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.folders import folder_of
@@ -32,18 +31,19 @@ class Coming:
 def look(workload: Workload) -> Coming | None:
     """What is still to come; None where everything is there. Nothing is loaded for it.
 
-    Raises RestoreError where nobody can tell, ImageError when the image cannot be opened.
+    Raises RestoreError where its pager has failed or another image has taken the place of the image, ImageError when
+    the image cannot be opened.
     """
     folder = folder_of(workload)
     found = deferred.coming(folder) if folder is not None else None
     if found is None:
         return None
-    descriptor, path = found
+    descriptor, source = found
     try:
         lengths = [region.length // SMALL_PAGE for region in workload.regions]
         if os.fstat(descriptor).st_size != Pager.flags_length(sum(lengths)):
             return None  # it is just being made: nothing has run on it yet
-        image = ImageFile(path) if path is not None else None
+        image = restoring.open_expected(*source, workload.name) if source is not None else None
         return Coming(
             flags=PagerFlags(descriptor, sum(lengths), image.image if image is not None else None),
             known=image is not None,

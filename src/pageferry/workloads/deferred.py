@@ -71,10 +71,29 @@ class RegionRecord(msgspec.Struct, frozen=True):
     segments: list[SegmentRecord]
 
 
+class ImageIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of an image: that of all copies of one file, and of no other image."""
+
+    id: str
+    """Random, 32 hexadecimal digits."""
+    digest: str
+    """Checksum of its footer, which covers its index and, by that, which image is its parent."""
+
+
+class OwnImage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that reclaim created: an image file of a cold store, to be removed with it."""
+
+    path: str
+    identity: ImageIdentity
+
+
 class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     """A restore under way, or memory of which a part is in a cold store."""
 
     image: str
+    """Path of the image when the restore began."""
+    identity: ImageIdentity
+    """Of that image: contents come from no other one."""
     qmp_socket: str | None
     regions: list[RegionRecord]
     userfaults: dict[int, int]
@@ -83,7 +102,9 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool
     cold: list[list[tuple[int, int]]] | None = None
     """Of a cold store (S3): the broken large pages per region, as (first byte, length); all else is in memory. Contents
-    come on access only, and the images go with the last of them."""
+    come on access only, and the images in `own` are removed with the last of them."""
+    own: list[OwnImage] = []
+    """Images that reclaim created for this cold store. A pager removes these and no other file."""
 
 
 class Arriving(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +154,8 @@ class PagerStatus(Event, frozen=True, kw_only=True, tag="pager"):
     image: str
     pager: int
     """Pid of the pager's process."""
+    identity: ImageIdentity | None = None
+    """Identity of the image; None where contents come from a peer."""
     deferred: int
     """Bytes whose contents are still to come."""
     finished: bool
@@ -221,20 +244,21 @@ def status(folder: Folder) -> PagerStatus | None:
     return ask(folder, Ask(what="status"))
 
 
-def coming(folder: Folder) -> tuple[int, str | None] | None:
-    """What tells which pages are still to come, and what they hold: the flags, and the image.
+def coming(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None] | None:
+    """Return the deferred bits of a workload, and the image that holds those pages; None where no page is deferred.
 
-    (descriptor of the flags, the caller's to close; path of the image, None where nothing tells: contents of another
-    host, or of a cold store, which do not come by themselves). None where everything is there. Raises RestoreError.
+    The bits are a descriptor, the caller's to close. The image is None where none is known: contents of another host,
+    or of a cold store, which are loaded on demand only. Raises RestoreError.
     """
     record = folder.load(RECORD, Deferred)
-    image = record.image if record is not None and record.cold is None else None
+    image = (record.image, record.identity) if record is not None and record.cold is None else None
     path = str(folder.path / FLAGS)
     if record is None and not (folder.path / POSTCOPY).exists():
         answer = status(folder)
         if answer is None or not answer.flags:
             return None
-        image, path = answer.image, answer.flags
+        image = (answer.image, answer.identity) if answer.identity is not None else None
+        path = answer.flags
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC), image
     except FileNotFoundError:  # it has just been finished

@@ -14,7 +14,7 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, PagerStatus
+from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, ImageIdentity, PagerStatus
 
 Failure = tuple[int, int, bool, str]
 """As in `Pager.failures`."""
@@ -48,17 +48,24 @@ class PagerServer:
     """Answers on a socket until it is closed, each client on a thread of its own.
 
     `origin`: what contents come from, for people; `regions`: name and length of each; `flags`: where the pager's flags
-    can be opened, if not in the workload's folder.
+    can be opened, if not in the workload's folder; `identity`: of the image that contents come from.
     """
 
     def __init__(
-        self, path: str | Path, pager: Pager, origin: str, regions: Sequence[tuple[str, int]], flags: str = ""
+        self,
+        path: str | Path,
+        pager: Pager,
+        origin: str,
+        regions: Sequence[tuple[str, int]],
+        flags: str = "",
+        identity: ImageIdentity | None = None,
     ) -> None:
         self.path = Path(path)
         self.pager = pager
         self.origin = origin
         self.regions = list(regions)
         self.flags = flags
+        self.identity = identity
         self.paused: str | None = None
         """Why nothing comes just now."""
         self.asked_to_stop = threading.Event()
@@ -89,6 +96,7 @@ class PagerServer:
         return PagerStatus(
             image=self.origin,
             pager=os.getpid(),
+            identity=self.identity,
             deferred=pager.pending * SMALL_PAGE,
             finished=pager.finished,
             faults=faults,

@@ -76,6 +76,11 @@ impl Image {
         Ok(image)
     }
 
+    /// The file, for another process that is to read the same image.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Random name of the image.
     pub fn id(&self) -> [u8; 16] {
         self.id
