@@ -36,9 +36,12 @@ pub fn adopt(error: AdoptError) -> PyErr {
         {
             PyOSError::new_err((error.raw_os_error(), message))
         }
-        AdoptError::NotPermitted(_) | AdoptError::Traced(..) | AdoptError::Seccomp(_) | AdoptError::UserModeOnly(_) => {
-            PyPermissionError::new_err(message)
-        }
+        AdoptError::NotPermitted(_)
+        | AdoptError::Traced(..)
+        | AdoptError::Seccomp(_)
+        | AdoptError::UserModeOnly(_)
+        | AdoptError::Code32(..)
+        | AdoptError::Sequence(..) => PyPermissionError::new_err(message),
         AdoptError::Gone(_) => PyProcessLookupError::new_err(message),
         _ => PyOSError::new_err(message),
     }

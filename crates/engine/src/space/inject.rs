@@ -4,6 +4,16 @@
 //! a `syscall` instruction of its own vdso with our arguments, and everything is put back. Other threads run on. A
 //! system call that the stop interrupted is restarted by the kernel, as after any signal.
 //!
+//! What a stop must not disturb:
+//!
+//! - *32-bit code.* The numbers of system calls are those of 64-bit code. A thread that is stopped in 32-bit code (all
+//!   code of a 32-bit process, some code of Wine) is refused before anything is changed, because there the same numbers
+//!   are other calls. An x32 process runs in 64-bit mode, where the number alone selects the call: it is not refused.
+//! - *Restarts.* `orig_rax` of the thread is put back with its other registers, so that the kernel restarts the call
+//!   that the stop interrupted, whichever instruction made it; our own calls leave its restart block alone.
+//! - *Restartable sequences.* See [`super::rseq`].
+//! - *Stacks.* Nothing is pushed, called or returned from: red zones, signal frames and shadow stacks stay as they are.
+//!
 //! A tracer is a thread: when it ends the kernel lets go of what it traced. So injection has a thread of its own, and a
 //! process that did not stop in time is not left to stop later, for as long as we live.
 
@@ -15,6 +25,8 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use super::rseq;
+
 /// How long a thread may take to stop. It stops at once unless it is in an uninterruptible sleep.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a call may take: to unmap a terabyte takes the kernel some time.
@@ -23,8 +35,10 @@ const CALL: Duration = Duration::from_secs(60);
 const OTHERS: Duration = Duration::from_secs(1);
 /// Signals by which the kernel reports what an instruction did.
 const FORCED: [libc::c_int; 6] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
-/// How often a process may become another program while we attach to it.
+/// How often a thread is stopped again that had become another program, or was in 32-bit code.
 const ATTEMPTS: usize = 20;
+/// Selector of 64-bit user code. No other one is 64-bit: neither the 32-bit one (0x23) nor any of a local table.
+const CODE_64: u64 = 0x33;
 /// The `syscall` instruction.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SIGSET_LEN: usize = size_of::<u64>();
@@ -53,6 +67,15 @@ pub enum AdoptError {
     /// No `syscall` instruction was found that could be executed.
     #[error("process {0} has no vdso to make a system call from (or starts one program after the other)")]
     NoVdso(libc::pid_t),
+    /// It was stopped in code in which the numbers of system calls are others.
+    #[error(
+        "process {0} runs 32-bit code (code selector {1:#x}): system calls can be made in 64-bit code only; manage a \
+         64-bit program"
+    )]
+    Code32(libc::pid_t, u64),
+    /// It was stopped in a restartable sequence that the kernel would not restart either.
+    #[error("process {0} is in a restartable sequence (rseq) that cannot be aborted: {1}")]
+    Sequence(libc::pid_t, &'static str),
     /// Somebody else's userfaultfd is on it.
     #[error(
         "memory of process {0} at {1:#x} is registered with another userfaultfd (a trace or a post-copy under way): \
@@ -110,46 +133,48 @@ pub struct Stopped {
 
 impl Stopped {
     fn attach(pid: libc::pid_t, patience: Duration) -> Result<Self, AdoptError> {
+        let mut last = AdoptError::NoVdso(pid);
         for _ in 0..ATTEMPTS {
-            let instruction = match find_syscall(pid) {
-                // Halfway between two programs there is nothing.
-                Err(AdoptError::NoVdso(_)) => {
+            match Self::attach_once(pid, patience) {
+                // Between two programs there is nothing, and what is in 32-bit code may be in 64-bit code soon.
+                Err(error @ (AdoptError::NoVdso(_) | AdoptError::Code32(..) | AdoptError::Sequence(..))) => {
+                    last = error;
                     std::thread::sleep(Duration::from_millis(1));
-                    continue;
                 }
-                found => found?,
-            };
-            let options = if has_seccomp(pid) { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-            seize(pid, options)?;
-            // From here on every way out must detach.
-            match Self::stop(pid, instruction, patience) {
-                Ok(Some(stopped)) => return Ok(stopped),
-                Ok(None) => detach(pid),
-                Err(error) => {
-                    detach(pid);
-                    return Err(error);
-                }
+                ended => return ended,
             }
         }
-        Err(AdoptError::NoVdso(pid))
+        Err(last)
     }
 
-    /// None: the process has become another program since the instruction was found.
-    fn stop(pid: libc::pid_t, instruction: u64, patience: Duration) -> Result<Option<Self>, AdoptError> {
+    fn attach_once(pid: libc::pid_t, patience: Duration) -> Result<Self, AdoptError> {
+        let instruction = find_syscall(pid)?;
+        let options = if has_seccomp(pid) { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+        seize(pid, options)?;
+        // From here on every way out must detach.
+        Self::stop(pid, instruction, patience).inspect_err(|_| detach(pid))
+    }
+
+    /// Stops a seized thread. Nothing of it is changed before all that could be refused is known.
+    fn stop(pid: libc::pid_t, instruction: u64, patience: Duration) -> Result<Self, AdoptError> {
         interrupt(pid)?;
-        if !is_syscall(pid, instruction) {
-            return Ok(None);
-        }
         let mut saved = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
         request(libc::PTRACE_GETREGS, pid, 0, saved.as_mut_ptr() as u64)?;
         // SAFETY: zeroed bytes are valid for these plain numbers, and the call filled them in.
-        let saved = unsafe { saved.assume_init() };
+        let mut saved = unsafe { saved.assume_init() };
+        if saved.cs != CODE_64 {
+            return Err(AdoptError::Code32(pid, saved.cs));
+        }
+        if !is_syscall(pid, instruction) {
+            return Err(AdoptError::NoVdso(pid)); // it has become another program since the instruction was found
+        }
+        rseq::abort(pid, &mut saved)?;
         let mut mask = 0u64;
         request(libc::PTRACE_GETSIGMASK, pid, SIGSET_LEN as u64, (&raw mut mask) as u64)?;
         // No handler of the program may run between our registers and its own. Signals that the kernel forces must stay
         // open: where they are blocked it resets the program's own disposition of them.
         set_mask(pid, FORCED.iter().fold(u64::MAX, |mask, signal| mask & !(1 << (signal - 1))))?;
-        Ok(Some(Self { pid, saved, mask, instruction, held: Cell::new(0), patience }))
+        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0), patience })
     }
 
     /// One system call.
@@ -258,8 +283,8 @@ fn set_mask(pid: libc::pid_t, mask: u64) -> io::Result<()> {
 }
 
 /// One `ptrace` call. `data` is a number, or the address of a structure of the request's type that outlives the call.
-fn request(request: libc::c_uint, pid: libc::pid_t, address: u64, data: u64) -> io::Result<()> {
-    // SAFETY: the callers, all in this file, pass addresses of live structures of the types that ptrace(2) gives.
+pub(super) fn request(request: libc::c_uint, pid: libc::pid_t, address: u64, data: u64) -> io::Result<()> {
+    // SAFETY: the callers, all in this module and `rseq`, pass addresses of live structures of the types that ptrace(2) gives.
     let result = unsafe { libc::ptrace(request, pid, address, data) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -273,11 +298,16 @@ fn by_kernel(pid: libc::pid_t) -> bool {
 
 /// Whether there is (still) a `syscall` instruction at an address of a stopped thread.
 fn is_syscall(pid: libc::pid_t, address: u64) -> bool {
+    peek(pid, address).is_ok_and(|word| word.to_le_bytes().starts_with(&SYSCALL))
+}
+
+/// The word at an address of a stopped thread.
+pub(super) fn peek(pid: libc::pid_t, address: u64) -> io::Result<u64> {
     let mut word = 0u64;
     // The system call itself, not the C library's wrapper, which returns the word.
     // SAFETY: the kernel writes one word to the last argument.
     let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKTEXT, pid, address, &raw mut word) };
-    result == 0 && word.to_le_bytes().starts_with(&SYSCALL)
+    if result == 0 { Ok(word) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Attaches to a thread. One that is traced may be so by another process of ours, which is done in a millisecond.

@@ -8,6 +8,7 @@ use crate::mapping::scan;
 use crate::uapi::{self, Userfault, check, owned};
 
 mod inject;
+mod rseq;
 
 pub use inject::AdoptError;
 
