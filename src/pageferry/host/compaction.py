@@ -6,6 +6,8 @@ import logging
 import threading
 from pathlib import Path
 
+from pageferry.host import proc
+
 BUDDYINFO = Path("/proc/buddyinfo")
 """Free blocks by zone and order (proc(5))."""
 COMPACT = Path("/proc/sys/vm/compact_memory")
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 def free_large_pages(buddyinfo: Path = BUDDYINFO) -> int:
     """Large pages that can be had without compaction: a free block of more than 2 MiB counts as several."""
     free = 0
-    for line in buddyinfo.read_text().splitlines():
-        _, *counts = line.partition(" zone ")[2].split()
+    for line in proc.lines(buddyinfo.read_bytes()):
+        _, *counts = line.partition(b" zone ")[2].split()
         free += sum(int(count) << order for order, count in enumerate(counts[_ORDER:]))
     return free
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.errors import WorkloadError
+from pageferry.host import proc
 from pageferry.host.python import start_python
 
 PERIOD = 100_000
@@ -33,7 +34,7 @@ class Mount:
     """A file system of control groups."""
 
     version: int
-    root: str
+    root: bytes
     """Group that it shows at its top."""
     point: Path
     controllers: frozenset[str]
@@ -42,17 +43,19 @@ class Mount:
 
 def mounts() -> Iterator[Mount]:
     """All of them (/proc/self/mountinfo)."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, after = line.split(" - ")
-        fields, (kind, _, options) = before.split(), after.split()
-        if kind in ("cgroup", "cgroup2"):
-            point = Path(_unescaped(fields[4]))
-            yield Mount(2 if kind == "cgroup2" else 1, _unescaped(fields[3]), point, frozenset(options.split(",")))
+    for line in proc.lines(Path("/proc/self/mountinfo").read_bytes()):
+        # The name of a device, between type and options, may be empty or a hyphen.
+        before, _, after = line.partition(b" - ")
+        fields, (kind, _, options) = before.split(b" "), after.split(b" ")
+        if kind in (b"cgroup", b"cgroup2"):
+            point = Path(os.fsdecode(_unescaped(fields[4])))
+            controllers = frozenset(os.fsdecode(options).split(","))
+            yield Mount(2 if kind == b"cgroup2" else 1, _unescaped(fields[3]), point, controllers)
 
 
-def _unescaped(path: str) -> str:
-    """Blanks and the like stand there in octal."""
-    return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path)
+def _unescaped(path: bytes) -> bytes:
+    """Undo the octal escapes of blanks, newlines and backslashes."""
+    return re.sub(rb"\\(\d{3})", lambda octal: bytes([int(octal[1], 8)]), path)
 
 
 class CpuQuota:
@@ -131,18 +134,17 @@ def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
 
 
 def _place(pid: int) -> tuple[int, Path]:
-    try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+    lines = proc.lines(proc.read(pid, "cgroup"))
     for mount in mounts():
+        root = Path(os.fsdecode(mount.root))
         for line in lines:
-            _, controllers, path = line.split(":", 2)
-            named = "cpu" in controllers.split(",") if mount.version == 1 else not controllers
-            shown = Path(path).is_relative_to(mount.root)
+            _, controllers, name = line.split(b":", 2)
+            path = Path(os.fsdecode(name))
+            named = b"cpu" in controllers.split(b",") if mount.version == 1 else not controllers
+            shown = path.is_relative_to(root)
             if not (named and shown) or (mount.version == 1 and "cpu" not in mount.controllers):
                 continue
-            group = mount.point / Path(path).relative_to(mount.root)
+            group = mount.point / path.relative_to(root)
             if mount.version == 1 or (group / "cpu.max").exists():
                 return mount.version, group
     raise WorkloadError("there is no control group with the cpu controller that it is in and that can be seen here")

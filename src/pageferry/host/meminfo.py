@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pageferry.host import proc
+
 
 def meminfo() -> dict[str, int]:
     """Bytes by the kernel's names; counts without a unit are left out."""
     found = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if rest.endswith(" kB"):
-            found[name] = int(rest.split()[0]) << 10
+    for line in proc.lines(Path("/proc/meminfo").read_bytes()):
+        name, _, rest = line.partition(b":")
+        if rest.endswith(b" kB"):
+            found[name.decode()] = int(rest.split()[0]) << 10
     return found
 
 

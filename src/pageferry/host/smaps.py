@@ -1,4 +1,4 @@
-"""What a process maps and how: the lines of /proc/PID/smaps (proc(5)), one record per mapping."""
+"""What a process maps and how: the lines of /proc/PID/smaps (proc(5)), one record per mapping; bytes, as in `proc`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pageferry.errors import UnsupportedError, WorkloadDied
+from pageferry.errors import UnsupportedError
+from pageferry.host import proc
 from pageferry.host.proc import Mapping, parse_mapping
 
 _MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
@@ -35,13 +36,15 @@ def smaps(pid: int) -> list[Smap]:
     mapping: Mapping | None = None
     counts: dict[str, int] = {}
     for line in _lines(pid, "smaps"):
-        name, _, rest = line.partition(":")
-        if name == "VmFlags" and mapping is not None:  # the last line of a mapping
-            found.append(Smap(mapping, counts, frozenset(rest.split())))
-        elif rest.endswith(" kB"):
-            counts[name] = int(rest.split()[0]) << 10
-        elif "-" in line.split(maxsplit=1)[0]:
-            mapping, counts = parse_mapping(line), {}
+        # The first line of a mapping ends with a path, which may look like any other line.
+        if (begun := parse_mapping(line)) is not None:
+            mapping, counts = begun, {}
+            continue
+        name, _, rest = line.partition(b":")
+        if name == b"VmFlags" and mapping is not None:  # the last line of a mapping
+            found.append(Smap(mapping, counts, frozenset(rest.decode().split())))
+        elif rest.endswith(b" kB"):
+            counts[name.decode()] = int(rest.split()[0]) << 10
     return found
 
 
@@ -50,10 +53,7 @@ def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
 
     Reads no more of smaps than that, since it is done often. Raises WorkloadDied when the process is gone.
     """
-    try:
-        text = Path(f"/proc/{pid}/smaps").read_bytes()
-    except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+    text = b"\n" + proc.read(pid, "smaps")
     counts, position = {}, 0
     for address in sorted(wanted):
         found = text.find(b"\n%08x-%08x " % (address, address + length), position)
@@ -69,7 +69,7 @@ def rollup(pid: int) -> dict[str, int]:
     Raises WorkloadDied when the process is gone, UnsupportedError without the right to look.
     """
     lines = _lines(pid, "smaps_rollup")
-    return {line.partition(":")[0]: int(line.split()[-2]) << 10 for line in lines if line.endswith(" kB")}
+    return {line.partition(b":")[0].decode(): int(line.split()[-2]) << 10 for line in lines if line.endswith(b" kB")}
 
 
 def total(pid: int, name: str) -> int:
@@ -82,12 +82,10 @@ def spare_mappings(pid: int) -> int:
     return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0)
 
 
-def _lines(pid: int, name: str) -> list[str]:
-    """Of a file in the process's folder, with paths of any encoding."""
+def _lines(pid: int, name: str) -> list[bytes]:
+    """Of a file in the process's folder."""
     try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="surrogateescape").splitlines()
-    except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+        return proc.lines(proc.read(pid, name))
     except PermissionError as refused:
         raise UnsupportedError(
             f"the memory of process {pid} may not be looked at: run as its user, or root"

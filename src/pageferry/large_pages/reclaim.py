@@ -20,6 +20,7 @@ import mmap
 from pathlib import Path
 
 from pageferry.errors import UnsupportedError
+from pageferry.host import proc
 from pageferry.host.meminfo import meminfo
 from pageferry.host.smaps import total
 from pageferry.large_pages.tracking import Activity, cold_runs
@@ -31,7 +32,7 @@ _MADV_COLD, _MADV_PAGEOUT, _MADV_POPULATE_READ = 20, 21, 22
 
 def check_swap() -> None:
     """Raises UnsupportedError where there is no swap to reclaim to."""
-    if len(Path("/proc/swaps").read_text().splitlines()) < 2:
+    if len(proc.lines(Path("/proc/swaps").read_bytes())) < 2:
         raise UnsupportedError("this host has no swap to reclaim to: add some (swapon), or leave --reclaim out")
     if meminfo()["SwapFree"] < LARGE_PAGE:
         raise UnsupportedError("swap is full: add some (swapon), or leave --reclaim out")

@@ -8,16 +8,15 @@ accesses; then the others with their mappings split, since getting those back co
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pageferry._engine import Sampler
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host import proc
 from pageferry.host.smaps import referenced
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.targets import Area, Target
@@ -272,12 +271,8 @@ class Tracker:
 
 @functools.cache
 def _damon_runs() -> bool:
-    """Whether a monitor of physical memory (kdamond) is at work."""
-    for comm in Path("/proc").glob("[0-9]*/comm"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            if comm.read_text().startswith("kdamond"):
-                return True
-    return False
+    """Whether a monitor of physical memory (the kernel thread kdamond) is running."""
+    return any(proc.kernel_thread(b"kdamond", pid) for pid in proc.pids())
 
 
 def _by_process(pages: list[LargePage]) -> dict[int, list[int]]:

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pageferry.errors import UnsupportedError, WorkloadError
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host import proc
 from pageferry.host.python import start_python
 
 FOLDER = Path("/sys/kernel/mm/ksm")
@@ -144,25 +145,23 @@ def _merged() -> int:
 
 def _users() -> Iterator[int]:
     """Processes that have offered memory to KSM (/proc/PID/ksm_stat, Linux 6.1)."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):
-                lines = (folder / "ksm_stat").read_text().replace(":", "").splitlines()
-                stat = dict(line.split(maxsplit=1) for line in lines)
-                if _offers(stat):
-                    yield int(folder.name)
+    for pid in proc.pids():
+        with contextlib.suppress(OSError, WorkloadDied):
+            lines = proc.lines(proc.read(pid, "ksm_stat"))
+            if _offers(dict(line.replace(b":", b"").split(maxsplit=1) for line in lines)):
+                yield pid
 
 
-def _offers(stat: dict[str, str]) -> bool:
-    if "ksm_mergeable" in stat:  # Linux 6.16
-        return "yes" in (stat["ksm_mergeable"], stat.get("ksm_merge_any"))
-    return int(stat.get("ksm_rmap_items", "0")) > 0
+def _offers(stat: dict[bytes, bytes]) -> bool:
+    if b"ksm_mergeable" in stat:  # Linux 6.16
+        return b"yes" in (stat[b"ksm_mergeable"], stat.get(b"ksm_merge_any"))
+    return int(stat.get(b"ksm_rmap_items", b"0")) > 0
 
 
 def _command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
+        return proc.command(pid)
+    except (OSError, WorkloadDied):
         return "gone"
 
 
@@ -170,19 +169,15 @@ def _ksmd_seconds() -> float:
     """CPU time of the kernel's thread so far."""
     global _ksmd
     if _ksmd is None:
-        _ksmd = next((int(path.name) for path in Path("/proc").iterdir() if _is_ksmd(path)), 0)
+        _ksmd = next((pid for pid in proc.pids() if proc.kernel_thread(b"ksmd", pid)), 0)
     try:
-        stat = Path(f"/proc/{_ksmd}/schedstat").read_text()
-    except OSError:
+        stat = proc.read(_ksmd, "schedstat")
+    except (OSError, WorkloadDied):
         return 0.0
     return int(stat.split()[0]) / 1e9
 
 
 _ksmd: int | None = None
-
-
-def _is_ksmd(path: Path) -> bool:
-    return path.name.isdecimal() and _command(int(path.name)) == "ksmd"
 
 
 def _read(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from pathlib import Path
 
 from pageferry.errors import WorkloadDied
 from pageferry.host import proc
@@ -14,9 +13,9 @@ from pageferry.workloads.base import Segment
 def descendants(pid: int) -> list[int]:
     """Living children of a process, their children and so on (proc(5), /proc/PID/stat field 4)."""
     children: defaultdict[int, list[int]] = defaultdict(list)
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and (parent := _parent(folder)) is not None:
-            children[parent].append(int(folder.name))
+    for child in proc.pids():
+        if (parent := proc.parent(child)) is not None:
+            children[parent].append(child)
     found = [pid]
     for ancestor in found:
         found.extend(children[ancestor])
@@ -57,11 +56,3 @@ def threads(pid: int) -> list[int]:
         return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except (FileNotFoundError, ProcessLookupError):
         return []
-
-
-def _parent(folder: Path) -> int | None:
-    try:
-        text = (folder / "stat").read_text()
-    except OSError:  # ended meanwhile
-        return None
-    return int(text[text.rindex(")") + 2 :].split()[1])

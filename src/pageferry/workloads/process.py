@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pageferry._engine import ProcessRange, Space
@@ -72,7 +71,7 @@ class ProcessWorkload:
             raise UsageError("this process cannot stop itself to be saved")
         self.name = f"{PREFIX}{pid}"
         self.pid = pid
-        self._command = Path(f"/proc/{pid}/comm").read_text().strip()
+        self._command = proc.command(pid)
         self.regions = tuple(_chosen(pid, ranges))
         self._pidfd = os.pidfd_open(pid)
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -192,11 +191,7 @@ class ProcessWorkload:
 
 
 def _stopped(pid: int) -> bool:
-    states = []
-    for thread in proc.threads(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            text = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
-            states.append(text[text.rindex(")") + 2])
+    states = proc.thread_states(pid)
     if all(state in "ZXx" for state in states):
         raise WorkloadDied(f"process {pid} has ended")
     return all(state in "TtZXx" for state in states)
@@ -234,13 +229,10 @@ def _matching(word: str, mappings: list[Range]) -> list[Range]:
 def _anonymous(pid: int) -> Iterator[Range]:
     """Private writable memory without a file behind it."""
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+        mappings = proc.mappings(pid)
     except PermissionError as denied:
         raise WorkloadError(f"the memory of process {pid} may not be read: run as root") from denied
-    for line in lines:
-        span, permissions, _, _, inode, *path = line.split(maxsplit=5)
-        if inode == "0" and permissions == "rw-p":
-            start, end = (int(part, 16) for part in span.split("-"))
-            yield Range(" ".join([span, *path]), start, end - start)
+    for one in mappings:
+        if one.inode == 0 and one.access == "rw-" and not one.shared:
+            span = f"{one.address:08x}-{one.end:08x}"
+            yield Range(" ".join([span, one.name]) if one.path else span, one.address, one.length)

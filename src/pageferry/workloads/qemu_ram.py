@@ -92,10 +92,10 @@ def _mappings_of(pid: int, path: str) -> list[proc.Mapping]:
     except OSError:
         found = None
     if found is not None and stat.S_ISDIR(found.st_mode):
-        beginning = path.rstrip("/") + "/qemu_back_mem."
+        beginning = os.fsencode(path.rstrip("/") + "/qemu_back_mem.")
         return [mapping for mapping in proc.file_mappings(pid) if mapping.path.startswith(beginning)]
     identity = None if found is None else (found.st_dev, found.st_ino)
-    paths = {path, f"{path} (deleted)"}
+    paths = {os.fsencode(path), os.fsencode(f"{path} (deleted)")}
     # Some file systems show another device in maps than in stat: there the path decides.
     return [
         mapping

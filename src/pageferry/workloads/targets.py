@@ -8,7 +8,6 @@ be looked at and shaped; it cannot be paused, saved or moved.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from pageferry.workloads.opening import open_workload
 
 Kind = Literal["shared", "anon"]
 
-_TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
-"""`f_type` of statfs(2)."""
 _NOT_OURS = ("[stack]", "[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
 """Mappings without a file that are the kernel's, or that calls made inside the process stand on."""
 
@@ -177,13 +174,13 @@ def process_target(pid: int) -> Target:
 def _is_anonymous(smap: Smap) -> bool:
     """Private memory of the process's own that may be advised upon."""
     mapping = smap.mapping
-    ours = mapping.inode == 0 and mapping.writable and not mapping.shared and mapping.path not in _NOT_OURS
+    ours = mapping.inode == 0 and mapping.writable and not mapping.shared and mapping.name not in _NOT_OURS
     return ours and not smap.flags & {"io", "pf", "ht"}  # devices', raw frames, hugetlb
 
 
 def _anonymous(pid: int, smap: Smap) -> Area:
     mapping = smap.mapping
-    return Area(pid, mapping.address, mapping.length, "anon", None, 0, SMALL_PAGE, mapping.path)
+    return Area(pid, mapping.address, mapping.length, "anon", None, 0, SMALL_PAGE, mapping.name)
 
 
 class _Files:
@@ -197,19 +194,17 @@ class _Files:
 
     def add(self, mapping: proc.Mapping) -> None:
         """A mapping of one more file, or of one that is known; files that are not in memory are passed over."""
-        identity = (mapping.device, mapping.inode)
+        identity = mapping.identity
         if identity not in self._mappings:
-            if not _may_be_in_memory(mapping):
+            if os.major(mapping.device):  # a file on a disk: tmpfs and hugetlbfs have no device
                 return
             try:
-                descriptor = proc.open_mapped_file(self.pid, mapping)
+                self._opened[identity] = proc.open_mapped_file(self.pid, mapping)
+            except proc.NotInMemory:
+                return
             except OSError as error:
-                self.skipped.append(f"{mapping.path or hex(mapping.address)}: {error.strerror}")
+                self.skipped.append(f"{mapping.name or hex(mapping.address)}: {error.strerror}")
                 return
-            if _file_system(descriptor) not in (_TMPFS, _HUGETLBFS):
-                os.close(descriptor)
-                return
-            self._opened[identity] = descriptor
         self._mappings.setdefault(identity, []).append(mapping)
 
     def regions(self) -> tuple[list[Region], list[Area]]:
@@ -236,9 +231,9 @@ class _Files:
         last = min(max(mapping.offset + mapping.length for mapping in mappings), size)
         segments = tuple(self._segments(mappings, first, last))
         if page_size not in (SMALL_PAGE, LARGE_PAGE) or not segments:
-            self.skipped.append(f"{mappings[0].path}: {page_size} byte pages, or nothing of it is mapped")
+            self.skipped.append(f"{mappings[0].name}: {page_size} byte pages, or nothing of it is mapped")
             return None
-        return Region(mappings[0].path, last - first, descriptor, first, page_size, segments)
+        return Region(mappings[0].name, last - first, descriptor, first, page_size, segments)
 
     def _segments(self, mappings: list[proc.Mapping], first: int, last: int) -> Iterator[Segment]:
         for mapping in mappings:
@@ -251,17 +246,3 @@ class _Files:
         for descriptor in self._opened.values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-
-
-def _may_be_in_memory(mapping: proc.Mapping) -> bool:
-    """Whether to open it at all: opening device files for writing may have effects. tmpfs has no device of its own."""
-    return os.major(mapping.device) == 0 and not mapping.path.startswith(("/dev/dri", "anon_inode:"))
-
-
-def _file_system(descriptor: int) -> int:
-    """`f_type` of statfs(2), which Python does not tell."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    status = (ctypes.c_long * 64)()
-    if libc.fstatfs(descriptor, status):
-        raise OSError(ctypes.get_errno(), "fstatfs")
-    return int(status[0])

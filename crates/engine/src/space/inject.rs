@@ -359,9 +359,10 @@ fn wait_stopped(pid: libc::pid_t, patience: Duration) -> Result<Stop, AdoptError
 }
 
 fn status_field(pid: libc::pid_t, field: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with(field))?;
-    Some(line[field.len()..].trim().to_owned())
+    // Bytes: the name of the process, on the first line, need not be UTF-8.
+    let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+    let value = status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(field.as_bytes()))?;
+    Some(String::from_utf8_lossy(value).trim().to_owned())
 }
 
 fn has_seccomp(pid: libc::pid_t) -> bool {
@@ -370,15 +371,12 @@ fn has_seccomp(pid: libc::pid_t) -> bool {
 
 /// Address of a `syscall` instruction in the vdso of a process.
 fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|error| match error.kind() {
+    let maps = fs::read(format!("/proc/{pid}/maps")).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => AdoptError::Gone(pid),
         io::ErrorKind::PermissionDenied => AdoptError::NotPermitted(pid),
         _ => error.into(),
     })?;
-    let range = maps.lines().find(|line| line.ends_with("[vdso]")).and_then(|line| line.split_whitespace().next());
-    let (start, end) = range.and_then(|range| range.split_once('-')).ok_or(AdoptError::NoVdso(pid))?;
-    let parse = |hex| u64::from_str_radix(hex, 16).map_err(|_| AdoptError::NoVdso(pid));
-    let (start, end) = (parse(start)?, parse(end)?);
+    let (start, end) = vdso_range(&maps).ok_or(AdoptError::NoVdso(pid))?;
     let mut text = vec![0; usize::try_from(end - start).unwrap_or(0).min(1 << 16)];
     let memory = File::open(format!("/proc/{pid}/mem")).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => AdoptError::NotPermitted(pid),
@@ -389,6 +387,22 @@ fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
     Ok(start + offset as u64)
 }
 
+/// Address range of the vdso in the contents of /proc/PID/maps. Paths of files hold any byte, and start with a slash.
+fn vdso_range(maps: &[u8]) -> Option<(u64, u64)> {
+    let fields = |line: &'_ [u8]| -> Option<(u64, u64)> {
+        let (head, name) = line.split_at_checked(line.len().checked_sub(b" [vdso]".len())?)?;
+        let mut fields = head.split(|&byte| byte == b' ').filter(|field| !field.is_empty());
+        let range = std::str::from_utf8(fields.next()?).ok()?;
+        // Range, permissions, offset, device, inode, and nothing but the name.
+        if name != b" [vdso]" || fields.nth(3)? != b"0" || fields.next().is_some() {
+            return None;
+        }
+        let (start, end) = range.split_once('-')?;
+        Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+    };
+    maps.split(|&byte| byte == b'\n').find_map(fields)
+}
+
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("system calls are injected on x86-64 only so far");
 
@@ -397,6 +411,14 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    #[test]
+    fn vdso_range_ignores_files_of_that_name() {
+        let maps = b"1000-2000 r-xp 00000000 00:01 7        /tmp/\xff [vdso]\n\
+            3000-4000 r-xp 00000000 00:00 0          [vdso]\n";
+        assert_eq!(vdso_range(maps), Some((0x3000, 0x4000)));
+        assert_eq!(vdso_range(b"1000-2000 r-xp 00000000 00:01 7 /tmp/[vdso]\n"), None);
+    }
 
     #[test]
     fn a_process_survives_a_call_that_does_not_come_back() {

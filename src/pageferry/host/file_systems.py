@@ -1,0 +1,43 @@
+"""Kinds of file systems (`f_type` of statfs(2), which Python does not report): which of them keep files in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+TMPFS, HUGETLBFS = 0x01021994, 0x958458F6
+"""Magic numbers of include/uapi/linux/magic.h; a memfd is on one of the two."""
+
+_NAMES = {
+    TMPFS: "tmpfs",
+    HUGETLBFS: "hugetlbfs",
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x2FC12FC1: "zfs",
+    0xF2F52010: "f2fs",
+    0x794C7630: "overlayfs",
+    0x65735546: "fuse",
+    0x6969: "nfs",
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def file_system(descriptor: int) -> int:
+    """Magic number of the file system of an open file, O_PATH included. Raises OSError."""
+    status = (ctypes.c_long * 64)()
+    if _libc.fstatfs(descriptor, status):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(status[0])
+
+
+def in_memory(descriptor: int) -> bool:
+    """Whether an open file lives in memory alone: on tmpfs or hugetlbfs, memfds included. Raises OSError."""
+    return file_system(descriptor) in (TMPFS, HUGETLBFS)
+
+
+def name_of(kind: int) -> str:
+    """Name of a file system by its magic number, or the number itself."""
+    return _NAMES.get(kind, f"a file system of type {kind:#x}")
