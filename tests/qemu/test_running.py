@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import pytest
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import Registry
-from pageferry.workloads import qemu_ram
 from pageferry.workloads.qemu import QemuWorkload
 from tests.guest.machines import GuestParts
 
@@ -167,99 +164,3 @@ def test_hugetlb_without_pages_says_how_many(parts: GuestParts, registry: Regist
         asyncio.run(QemuWorkload.start("web", parts.bare("-m", "2T"), hugetlb=True))
     with pytest.raises(UnsupportedError, match="multiples of 2 MiB"):
         asyncio.run(QemuWorkload.start("web", parts.bare("-m", "63M"), hugetlb=True))
-
-
-# -- adoption
-
-
-@pytest.fixture
-def foreign(parts: GuestParts, tmp_path: Path) -> Iterator[Any]:
-    """Starts QEMUs that are not ours, and ends them."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*options: str) -> str:
-        path = str(tmp_path / f"{len(started)}.sock")
-        started.append(subprocess.Popen(parts.bare(*options, "-qmp", f"unix:{path},server=on,wait=off")))
-        deadline = time.monotonic() + PATIENCE
-        while not os.path.exists(path) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return path
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def backend(name: str, path: Path, *more: str, size: str = "64M") -> str:
-    return ",".join([f"memory-backend-file,id={name},size={size},mem-path={path},share=on", *more])
-
-
-def test_adopted_guest_is_a_workload_like_any_other(foreign: Any, registry: Registry, tmp_path: Path) -> None:
-    memory = backend("ram0", tmp_path / "ram", "align=2M")
-    qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0")
-    assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
-    assert [one["name"] for one in listed()] == ["theirs"]
-
-    async def scenario() -> None:
-        guest = await QemuWorkload.attach("theirs")
-        (region,) = guest.regions
-        assert (region.name, region.length) == ("ram0", 64 << 20)
-        assert os.path.samestat(os.fstat(region.fd), os.stat(tmp_path / "ram"))
-        await guest.pause()
-        assert await guest.save_state()
-        await guest.resume()
-        assert await guest.running()
-        await guest.discard()
-
-    asyncio.run(scenario())
-    assert listed() == []
-
-
-def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: Registry, tmp_path: Path) -> None:
-    """Two backends, one of them with an unlinked file in a folder, as QEMU makes it."""
-    (tmp_path / "folder").mkdir()
-    nodes = [backend("n0", tmp_path / "ram", "align=2M"), backend("n1", tmp_path / "folder", "align=2M")]
-    options = [
-        word for number, node in enumerate(nodes) for word in ("-object", node, "-numa", f"node,memdev=n{number}")
-    ]
-    qmp = foreign("-m", "128M", *options)
-
-    async def scenario() -> None:
-        guest = await QemuWorkload.adopt("theirs", qmp)
-        assert sorted((region.name, region.length) for region in guest.regions) == [("n0", 64 << 20), ("n1", 64 << 20)]
-        assert len({os.fstat(region.fd).st_ino for region in guest.regions}) == 2
-        await guest.discard()
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("kind", ["none", "private", "memfd"])
-def test_guest_with_memory_of_its_own_is_not_adopted(foreign: Any, registry: Registry, kind: str) -> None:
-    backends = {"private": "memory-backend-ram,id=m,size=64M", "memfd": "memory-backend-memfd,id=m,size=64M,share=on"}
-    options = ("-object", backends[kind], "-machine", "memory-backend=m") if kind in backends else ()
-    qmp = foreign("-m", "64M", *options)
-    with pytest.raises(UnsupportedError, match="memory-backend-file,id=ram0,size=SIZE,share=on,align=2M"):
-        asyncio.run(QemuWorkload.adopt("theirs", qmp))
-    assert not (registry.path / "theirs").exists()
-
-
-def test_misaligned_memory_is_adopted_with_a_warning(
-    foreign: Any, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    memory = backend("ram0", tmp_path / "ram", size="66M")
-    qmp = foreign("-m", "66M", "-object", memory, "-machine", "memory-backend=ram0")
-
-    async def scenario() -> bool:
-        guest = await QemuWorkload.adopt("theirs", qmp)
-        misaligned = qemu_ram.misaligned(guest.regions[0])
-        await guest.discard()
-        return misaligned
-
-    assert asyncio.run(scenario()) == any("align=2M" in record.message for record in caplog.records)
-
-
-def test_what_is_no_monitor_is_not_adopted(registry: Registry, tmp_path: Path) -> None:
-    with pytest.raises(WorkloadError, match="no QEMU listens on"):
-        asyncio.run(QemuWorkload.adopt("theirs", str(tmp_path / "nothing")))
-    assert not (registry.path / "theirs").exists()

@@ -101,6 +101,17 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
+def namespace() -> str | None:
+    """The namespaces that give pids and start times their meaning; None where /proc is of another than ours."""
+    try:
+        numbers = status(int(os.readlink("/proc/self")))[b"NSpid"]
+    except FileNotFoundError:  # not visible there
+        return None
+    if len(numbers) != 1:  # the number in the namespace of /proc comes first, that in ours last
+        return None
+    return ",".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
+
+
 # -- processes and their threads ---------------------------------------------------------------------------------------
 
 
@@ -167,11 +178,6 @@ def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
         name, _, rest = line.partition(b":")
         found.setdefault(name, rest.split())
     return found
-
-
-def thread_group(thread: int) -> int:
-    """The pid of the process that a thread is of. Raises WorkloadDied when there is no such thread."""
-    return int(status(thread)[b"Tgid"][0])
 
 
 def users(pid: int) -> frozenset[int]:

@@ -1,13 +1,19 @@
 """Where the memory of a running QEMU guest is: its backends, the files behind them, and where QEMU maps those.
 
-QMP: `query-memdev` names the backends, `qom-get` their files; /proc/PID/maps says where the files are mapped.
+QMP: `query-memdev` names the backends, `qom-get` their files and offsets; /proc/PID/maps shows where the files are
+mapped. A backend is identified by the device and inode of its file. Where `mem-path` is a folder QEMU creates a file
+`qemu_back_mem.ID.XXXXXX` in it for each backend and unlinks it (`file_ram_open` of system/physmem.c). What two backends
+could both be is refused.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadError
@@ -19,17 +25,39 @@ _ADVICE = (
     "start QEMU by `pageferry run`, or with -object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,"
     "mem-path=FILE -machine memory-backend=ram0, FILE being on a tmpfs mounted with huge=always"
 )
+_IN_MEMORY = (
+    "guest memory must be on tmpfs or hugetlbfs: give a mem-path below /dev/shm, or with libvirt set "
+    'memory_backing_dir = "/dev/shm" in /etc/libvirt/qemu.conf, and start the guest again'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """A memory backend as the monitor describes it."""
+
+    name: str
+    size: int
+    """Bytes."""
+    path: str
+    """As it was given to QEMU: a file or a folder."""
+    offset: int
+    """Where in the file the memory starts, bytes."""
 
 
 async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
     """The guest's memory, with an open file each; the caller closes them.
 
-    Raises UnsupportedError where some of it is not in shared files, PermissionError where we may not open them.
+    Raises UnsupportedError where some of it is not in shared files of its own on tmpfs or hugetlbfs, PermissionError
+    where we may not open them, WorkloadError.
     """
+    backends = [await _describe(monitor, item) for item in await monitor.execute("query-memdev")]
+    mappings = [mapping for mapping in proc.file_mappings(pid) if mapping.shared and mapping.writable]
+    found = [(backend, _mappings_of(pid, backend, mappings)) for backend in backends]
+    _check_apart(found)
     regions: list[Region] = []
     try:
-        for backend in await monitor.execute("query-memdev"):
-            regions.append(await _open_region(monitor, pid, backend))  # noqa: PERF401  # those open are closed below
+        for backend, shown in found:
+            regions.append(_open_region(pid, backend, shown))  # those open are closed below
         await _check_completeness(monitor, sum(region.length for region in regions))
     except BaseException:
         for region in regions:
@@ -50,58 +78,72 @@ async def devices(monitor: Monitor) -> list[str]:
     return [kind.removeprefix("child<").removesuffix(">") for kind in types if kind.startswith("child<")]
 
 
-async def _open_region(monitor: Monitor, pid: int, backend: dict[str, object]) -> Region:
-    name, size = backend["id"], backend["size"]
-    assert isinstance(name, str)
+async def _describe(monitor: Monitor, backend: dict[str, object]) -> _Backend:
+    name, size = backend.get("id"), backend["size"]
+    if not isinstance(name, str):
+        raise UnsupportedError(f"guest memory is in a backend that has no id: {_ADVICE}")
     assert isinstance(size, int)
     if not backend.get("share"):
         raise UnsupportedError(f"guest memory in backend {name} is private: {_ADVICE}")
-    path, offset = await _file_of(monitor, name)
-    mappings = [mapping for mapping in _mappings_of(pid, path) if mapping.shared]
-    segments = tuple(_segments(pid, mappings, offset, size))
-    if sum(segment.length for segment in segments) < size:
-        raise WorkloadError(f"guest memory in backend {name} ({path}) is not found among the mappings of process {pid}")
-    descriptor = proc.open_mapped_file(pid, mappings[0])
+    properties = {item["name"] for item in await monitor.execute("qom-list", path=f"/objects/{name}")}
+    if "mem-path" not in properties:
+        raise UnsupportedError(f"guest memory in backend {name} is not in a file that has a path: {_ADVICE}")
+    path = await monitor.execute("qom-get", path=f"/objects/{name}", property="mem-path")
+    offset = 0
+    if "offset" in properties:  # since QEMU 8.1
+        offset = await monitor.execute("qom-get", path=f"/objects/{name}", property="offset")
+    return _Backend(name, size, path, offset)
+
+
+def _open_region(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) -> Region:
+    where = f"guest memory in backend {backend.name} ({backend.path})"
+    segments = tuple(_segments(pid, mappings, backend))
+    if not _covers(segments, backend.size):
+        raise WorkloadError(f"{where} is not among the shared, writable mappings of process {pid}: {_ADVICE}")
+    try:
+        descriptor = proc.open_mapped_file(pid, mappings[0])
+    except proc.NotInMemory as elsewhere:
+        raise UnsupportedError(f"{where} cannot be used: {elsewhere.strerror}; {_IN_MEMORY}") from elsewhere
+    except FileNotFoundError as replaced:
+        raise WorkloadError(f"{where} cannot be opened: {replaced.strerror}; try again") from replaced
     match os.fstatvfs(descriptor).f_bsize:
         case 4096 | 2097152 as page_size:
-            return Region(name, size, descriptor, offset, page_size, segments)
+            return Region(backend.name, backend.size, descriptor, backend.offset, page_size, segments)
         case other:
             os.close(descriptor)
-            raise UnsupportedError(f"guest memory in backend {name} has pages of {other} bytes: use 4 KiB or 2 MiB")
+            raise UnsupportedError(
+                f"guest memory in backend {backend.name} has pages of {other} bytes: use 4 KiB or 2 MiB"
+            )
 
 
-async def _file_of(monitor: Monitor, backend: str) -> tuple[str, int]:
-    """Path of a backend's file, as it was given to QEMU, and where in it the memory starts."""
-    properties = {item["name"] for item in await monitor.execute("qom-list", path=f"/objects/{backend}")}
-    if "mem-path" not in properties:
-        raise UnsupportedError(f"guest memory in backend {backend} is not in a file that has a path: {_ADVICE}")
-    path = await monitor.execute("qom-get", path=f"/objects/{backend}", property="mem-path")
-    offset = 0
-    if "offset" in properties:
-        offset = await monitor.execute("qom-get", path=f"/objects/{backend}", property="offset")
-    return path, offset
-
-
-def _mappings_of(pid: int, path: str) -> list[proc.Mapping]:
-    """The mappings of the file that process `pid` knew, when it opened it, by `path`; a folder stands for QEMU's
-    nameless files in it.
-    """
+def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) -> list[proc.Mapping]:
+    """The mappings of a backend's file, all of them of one file. Raises UnsupportedError where several could be it."""
+    path = backend.path
     seen = path.replace("/proc/self/", f"/proc/{pid}/") if path.startswith("/proc/self/") else _within(pid, path)
     try:
-        found = os.stat(seen)
+        status = os.stat(seen)
     except OSError:
-        found = None
-    if found is not None and stat.S_ISDIR(found.st_mode):
-        beginning = os.fsencode(path.rstrip("/") + "/qemu_back_mem.")
-        return [mapping for mapping in proc.file_mappings(pid) if mapping.path.startswith(beginning)]
-    identity = None if found is None else (found.st_dev, found.st_ino)
-    paths = {os.fsencode(path), os.fsencode(f"{path} (deleted)")}
-    # Some file systems show another device in maps than in stat: there the path decides.
-    return [
-        mapping
-        for mapping in proc.file_mappings(pid)
-        if (mapping.device, mapping.inode) == identity or mapping.path in paths
-    ]
+        status = None
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        found = [one for one in mappings if one.device == status.st_dev and _is_unlinked_file_of(backend.name, one)]
+    else:
+        found = [one for one in mappings if status is not None and one.identity == (status.st_dev, status.st_ino)]
+        if not found:  # the file has been removed since, or replaced: its old name is all there is
+            names = {os.fsencode(path), os.fsencode(f"{path} (deleted)")}
+            found = [one for one in mappings if one.path in names]
+    if len({one.identity for one in found}) > 1:
+        raise UnsupportedError(
+            f"cannot tell which of several mapped files holds guest memory in backend {backend.name} ({path}): give "
+            f"each memory backend a mem-path of its own that names a file, and start the guest again"
+        )
+    return found
+
+
+def _is_unlinked_file_of(backend: str, mapping: proc.Mapping) -> bool:
+    """Whether QEMU named the file of a mapping for this backend, in a folder: by its id, or its path among objects."""
+    name = re.escape(os.fsencode(backend))
+    pattern = rb"qemu_back_mem\.(?:_objects_)?" + name + rb"\.[A-Za-z0-9]{6}(?: \(deleted\))?"
+    return re.fullmatch(pattern, mapping.path.rpartition(b"/")[2]) is not None
 
 
 def _within(pid: int, path: str) -> str:
@@ -109,17 +151,42 @@ def _within(pid: int, path: str) -> str:
     return f"/proc/{pid}/{'root' if Path(path).is_absolute() else 'cwd/'}{path}"
 
 
-def _segments(pid: int, mappings: list[proc.Mapping], offset: int, size: int) -> Iterator[Segment]:
-    """The parts of the mappings that show the region, which lies at `offset` of the file."""
+def _segments(pid: int, mappings: Sequence[proc.Mapping], backend: _Backend) -> Iterator[Segment]:
+    """The parts of the mappings that show the backend, which lies at `offset` of the file."""
     for mapping in mappings:
-        first = max(mapping.offset, offset)
-        last = min(mapping.offset + mapping.length, offset + size)
+        first = max(mapping.offset, backend.offset)
+        last = min(mapping.offset + mapping.length, backend.offset + backend.size)
         if first < last:
             yield Segment(
                 pid=pid,
                 address=mapping.address + first - mapping.offset,
                 length=last - first,
-                offset=first - offset,
+                offset=first - backend.offset,
+            )
+
+
+def _covers(segments: Sequence[Segment], size: int) -> bool:
+    """Whether every byte of a backend is in a segment."""
+    end = 0
+    for segment in sorted(segments, key=lambda segment: segment.offset):
+        if segment.offset > end:
+            return False
+        end = max(end, segment.offset + segment.length)
+    return end >= size
+
+
+def _check_apart(found: Sequence[tuple[_Backend, list[proc.Mapping]]]) -> None:
+    """Raises UnsupportedError where two backends are the same bytes of one file."""
+    places = sorted(
+        (mappings[0].identity, backend.offset, backend.offset + backend.size, backend.name)
+        for backend, mappings in found
+        if mappings
+    )
+    for (file, _, end, name), (next_file, start, _, next_name) in pairwise(places):
+        if file == next_file and start < end:
+            raise UnsupportedError(
+                f"memory backends {name} and {next_name} are the same bytes of one file: give each a mem-path or an "
+                f"offset of its own, and start the guest again"
             )
 
 

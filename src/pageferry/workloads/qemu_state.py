@@ -4,10 +4,6 @@ With the capability `x-ignore-shared` QEMU leaves memory in shared files out of 
 (CPUs, devices, ROMs, video memory: about 1 MiB) goes through one end of a socket pair that QEMU is given (`getfd`), so
 that nothing is left behind by any failure. Checked with QEMU 7.2 and 10.0; newer ones ignore only files with a path,
 which ours has.
-
-QEMU's migration changes more than that: it releases the disks of the guest, and the run state becomes `postmigrate`,
-from which only `cont` leads back. A guest that is to run next bears that; the state of one that stays paused is saved
-by `qemu_snapshot`.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Coroutine
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
@@ -38,10 +34,6 @@ _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
 _CANCEL_PATIENCE = 5.0
-
-_LATE_ACTIVATION = "late-block-activate"
-"""Capability of an incoming QEMU: `cont` opens and locks the disks, not the end of the stream. Without it QEMU before
-10.0 holds the locks of shared disks before the source has committed, and the source cannot continue."""
 
 T = TypeVar("T")
 
@@ -73,39 +65,30 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
         return state
 
 
-class Settings(NamedTuple):
-    """Commands with which QEMU migrates device state alone, plainly and fast, and those that put its settings back."""
+async def prepare(monitor: Monitor) -> list[Command]:
+    """Have QEMU migrate device state alone, plainly and fast, until the commands that are returned are executed.
 
-    apply: list[Command]
-    undo: list[Command]
-
-
-async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
-    """Settings for saving, or with `incoming` for loading; nothing is changed yet.
-
-    Raises UnsupportedError if QEMU lacks a capability that is needed, WorkloadError.
+    Raises UnsupportedError where QEMU lacks what is needed, WorkloadError while it migrates for somebody else.
     """
     reported = await monitor.execute("query-migrate-capabilities")
     before = {item["capability"]: item["state"] for item in reported}
     if missing := [name for name in _NEEDED if name not in before]:
         raise UnsupportedError(f"this QEMU lacks the migration capability {', '.join(missing)}: use a newer one")
-    needed = {*_NEEDED, _LATE_ACTIVATION} if incoming else {*_NEEDED}
-    wanted = {name: name in needed or (state and name in _KEPT) for name, state in before.items()}
+    wanted = {name: name in _NEEDED or (state and name in _KEPT) for name, state in before.items()}
     changed = {name: state for name, state in wanted.items() if before[name] != state}
-    settings = Settings([], [])
+    undo = []
     if changed:
-        settings.apply.append(_set_capabilities(changed))
-        settings.undo.append(_set_capabilities({name: before[name] for name in changed}))
+        await monitor.run(_set_capabilities(changed))
+        undo.append(_set_capabilities({name: before[name] for name in changed}))
     bandwidth = (await monitor.execute("query-migrate-parameters"))["max-bandwidth"]
     if bandwidth != _UNLIMITED:
-        settings.apply.append(_set_bandwidth(_UNLIMITED))
-        settings.undo.append(_set_bandwidth(bandwidth))
-    return settings
+        await monitor.run(_set_bandwidth(_UNLIMITED))
+        undo.append(_set_bandwidth(bandwidth))
+    return undo
 
 
 async def save(monitor: Monitor) -> bytes:
-    """The migration stream of a guest that has been stopped, with the settings of `plan`. `cont` lets it run again,
-    also after a failure.
+    """The migration stream of a paused guest, after `prepare`. The guest is as before, whether this succeeds or not.
 
     Raises WorkloadError with QEMU's words when it cannot be saved, WorkloadDied.
     """
@@ -131,7 +114,7 @@ class Loading:
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> Self:
-        """For a QEMU started with `-incoming defer`, after `plan` was applied. Raises WorkloadError, WorkloadDied."""
+        """For a QEMU that was started with `-incoming defer`, after `prepare`. Raises WorkloadError, WorkloadDied."""
         with contextlib.ExitStack() as held:
             ours = held.enter_context(await _channel(monitor))
             events = held.enter_context(monitor.events("MIGRATION"))

@@ -17,6 +17,7 @@ from typing import Any, cast
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.workloads.qemu_peer import Peer, peer_of
 
 PATIENCE = 10.0
 """Seconds to wait for the greeting: a command that has the session open keeps it for less."""
@@ -54,10 +55,11 @@ class _Client(QMPClient):
 class Monitor:
     """An open session. Use `open`; close it, or use it as an asynchronous context manager."""
 
-    def __init__(self, client: _Client, path: str) -> None:
+    def __init__(self, client: _Client, path: str, peer: Peer) -> None:
         self._client = client
-        self._commands: frozenset[str] | None = None
         self.path = path
+        self.peer = peer
+        """The process that listens on the socket."""
 
     @classmethod
     async def open(cls, path: str, *, patience: float = PATIENCE) -> Monitor:
@@ -68,6 +70,7 @@ class Monitor:
         connection = await _connect(path, patience)
         client = _Client()
         try:
+            peer = peer_of(connection)
             async with asyncio.timeout(patience):
                 await client.connect(connection)
         except TimeoutError as late:
@@ -80,7 +83,7 @@ class Monitor:
             connection.close()
             raise WorkloadError(f"{path} is no QMP socket that answers ({wrong}): give one made with `-qmp`") from wrong
         client.expect_abandonment()
-        return cls(client, path)
+        return cls(client, path, peer)
 
     @property
     def qemu_version(self) -> str:
@@ -115,17 +118,6 @@ class Monitor:
         """Pass a copy of an open file to QEMU (`getfd`), which then knows it as `fd:NAME`."""
         self._client.send_fd_scm(descriptor)
         await self.execute("getfd", fdname=name)
-
-    async def add_descriptor(self, fdset: int, descriptor: int) -> None:
-        """Pass a copy of an open file to QEMU (`add-fd`), which can open it as `/dev/fdset/FDSET`."""
-        self._client.send_fd_scm(descriptor)
-        await self.execute("add-fd", fdset_id=fdset)
-
-    async def supports(self, command: str) -> bool:
-        """Whether this QEMU has a QMP command of that name."""
-        if self._commands is None:
-            self._commands = frozenset(one["name"] for one in await self.execute("query-commands"))
-        return command in self._commands
 
     @contextlib.contextmanager
     def events(self, name: str) -> Iterator[EventListener]:

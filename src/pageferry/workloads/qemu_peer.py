@@ -1,0 +1,122 @@
+"""The process that serves a QMP socket, from the socket's credentials: a monitor's own word is not trusted.
+
+Any process can serve QMP on a socket and name threads of another process as its vCPUs; a command run by root would then
+open the memory of that other process and end it. The kernel records which process called listen(2) and as which user
+(SO_PEERCRED, SO_PEERPIDFD). The guest's process must be that process, or one that it has started and given the socket
+to, as launchers do; it must run as the user that listens. A listener that is root may have dropped its privileges since
+(`-runas`). The vCPU threads must be threads of that process, by their ids in the PID namespace that it runs in, since
+those are the ids that QEMU knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host import proc
+from pageferry.workloads.mappers import descendants
+
+_SO_PEERPIDFD = 77
+"""Linux 6.5; asm-generic/socket.h."""
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+_CAP_SYS_PTRACE = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The listener of a Unix socket."""
+
+    pid: int | None
+    """In our PID namespace; 0: it has none there; None: the listener has exited."""
+    uid: int
+    """User that it ran as when it called listen(2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuThreads:
+    """A QEMU process and its vCPU threads, by their ids in our PID namespace."""
+
+    pid: int
+    vcpus: tuple[int, ...]
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """The listener that a connected Unix socket leads to."""
+    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    try:
+        descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as refused:
+        # A kernel without it: the number may have been reused since. Other errors: the listener has exited.
+        return Peer(pid if refused.errno == errno.ENOPROTOOPT else None, uid)
+    try:
+        return Peer(_pid_of(descriptor), uid)
+    finally:
+        os.close(descriptor)
+
+
+def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> QemuThreads:
+    """The process that serves the QMP socket at `path`, whose monitor reports these vCPU threads.
+
+    Raises UnsupportedError where the process is outside of our PID namespace, WorkloadError where the threads are not
+    its own or this user has no rights over it, WorkloadDied.
+    """
+    if peer.pid == 0:
+        raise UnsupportedError(
+            f"the process that serves {path} is outside of this PID namespace; run pageferry in the namespace of that "
+            f"QEMU, or in one above it"
+        )
+    _check_caller(peer, path)
+    if peer.pid is None or proc.start_time(peer.pid) is None:
+        raise WorkloadError(f"cannot trust {path}: the process that made it has exited; give a socket made with `-qmp`")
+    found = [threads for pid in (peer.pid, *descendants(peer.pid)) if (threads := _matching(pid, peer, vcpu_threads))]
+    match found:
+        case [only]:
+            return only
+        case []:
+            raise WorkloadError(
+                f"cannot trust {path}: its monitor reports vCPU threads that are not of process {peer.pid}, which "
+                f"serves it as user {peer.uid}, nor of a process of that user started by it; give the QMP socket of a "
+                f"QEMU"
+            )
+        case _:
+            names = ", ".join(str(one.pid) for one in found)
+            raise WorkloadError(
+                f"cannot tell which of the processes {names} serves {path}; give a socket of QEMU's own"
+            )
+
+
+def _matching(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> QemuThreads | None:
+    """The process with its vCPU threads, if it has all of them and runs as the user that listens."""
+    with contextlib.suppress(WorkloadDied):
+        if peer.uid != 0 and proc.users(pid) != {peer.uid}:
+            return None
+        ours = proc.inner_threads(pid)
+        if vcpu_threads and all(thread in ours for thread in vcpu_threads):
+            return QemuThreads(pid, tuple(ours[thread] for thread in vcpu_threads))
+    return None
+
+
+def _check_caller(peer: Peer, path: str) -> None:
+    """Raises WorkloadError where this process may not act for the user that listens, UnsupportedError."""
+    if proc.namespace() is None:
+        raise UnsupportedError("/proc is of another PID namespace than this process: mount proc(5) in its own")
+    capabilities = int(proc.status(os.getpid())[b"CapEff"][0], 16)
+    if os.geteuid() not in (0, peer.uid) and not capabilities & _CAP_SYS_PTRACE:
+        raise WorkloadError(
+            f"the process that serves {path} is of user {peer.uid}: run pageferry as that user, or as root"
+        )
+
+
+def _pid_of(pidfd: int) -> int | None:
+    """The pid behind a pidfd (`Pid` in /proc/PID/fdinfo/N); None where the process has exited."""
+    for line in proc.lines(proc.read(os.getpid(), f"fdinfo/{pidfd}")):
+        if line.startswith(b"Pid:"):
+            return pid if (pid := int(line.split()[1])) >= 0 else None
+    return None

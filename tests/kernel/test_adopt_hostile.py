@@ -1,0 +1,227 @@
+"""Adoption of what answers QMP without being the QEMU it pretends to be; files that change while they are opened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.errors import WorkloadError
+from pageferry.host import proc
+from pageferry.host.registry import Registry
+from pageferry.workloads.qemu import QemuWorkload
+
+PROGRAM = Path(__file__).with_name("fake_monitor.py")
+SIZE = 1 << 20
+NOBODY = 65534
+
+VICTIM = """
+import mmap, os, sys
+fd = os.memfd_create("secret")
+os.ftruncate(fd, 1 << 20)
+memory = mmap.mmap(fd, 1 << 20)
+memory[:6] = b"secret"
+print(fd, flush=True)
+sys.stdin.read()
+"""
+
+Start = Callable[..., tuple[str, int]]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder in memory that every user may write to."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def fake(folder: Path) -> Iterator[Start]:
+    """Starts monitors that are not QEMUs; returns the socket and the pid that serves it."""
+    started: list[tuple[subprocess.Popen[str], int | None]] = []
+
+    def start(*wrapper: str, **options: Any) -> tuple[str, int]:
+        path = str(folder / f"{len(started)}.sock")
+        command = [*wrapper, sys.executable, str(PROGRAM), path, json.dumps({"size": SIZE} | options)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        started.append((process, None if wrapper else os.pidfd_open(pid)))
+        return path, pid
+
+    yield start
+    for process, server in started:
+        if server is not None:
+            signal.pidfd_send_signal(server, signal.SIGKILL)
+            os.close(server)
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def victim() -> Iterator[tuple[int, int]]:
+    """A process of ours that maps a memfd: its pid, and the number of the descriptor."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", VICTIM], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        yield process.pid, int(process.stdout.readline())
+        process.kill()
+
+
+def adopt(path: str) -> int:
+    """Adopt, and return the pid that the workload is said to be."""
+
+    async def scenario() -> int:
+        workload = await QemuWorkload.adopt("theirs", path)
+        pid = workload.pid
+        workload.close()
+        Registry().remove("theirs")
+        return pid
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("root")
+def test_monitor_of_another_user_cannot_name_a_process_of_ours(fake: Start, victim: tuple[int, int]) -> None:
+    pid, descriptor = victim
+    path, _ = fake(uid=NOBODY, threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
+    with pytest.raises(WorkloadError, match=f"vCPU threads that are not of process .* as user {NOBODY}"):
+        adopt(path)
+    assert not (Registry().path / "theirs").exists()
+
+
+def test_monitor_of_our_user_cannot_name_a_process_that_it_did_not_start(fake: Start, victim: tuple[int, int]) -> None:
+    pid, descriptor = victim
+    path, _ = fake(threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
+    with pytest.raises(WorkloadError, match="vCPU threads that are not of process"):
+        adopt(path)
+
+
+def test_monitor_whose_listener_has_exited_is_not_trusted(fake: Start, folder: Path) -> None:
+    memory = ram_file(folder)
+    path, _ = fake(mem_path=memory, map="rw", server="orphan")
+    with pytest.raises(WorkloadError, match="the process that made it has exited"):
+        adopt(path)
+
+
+def test_monitor_passed_on_by_its_launcher_is_the_child_that_serves(fake: Start, folder: Path) -> None:
+    path, pid = fake(mem_path=ram_file(folder), map="rw", server="child")
+    assert adopt(path) == pid
+
+
+@pytest.mark.usefixtures("root")
+def test_process_of_another_user_is_adopted_by_root(fake: Start, folder: Path) -> None:
+    path, pid = fake(uid=NOBODY, mem_path=ram_file(folder), map="rw")
+    assert adopt(path) == pid
+
+
+@pytest.mark.usefixtures("root")
+def test_process_in_another_pid_namespace_is_adopted_by_its_pid_here(fake: Start, folder: Path) -> None:
+    """Its thread is number 1 there, which is another process here."""
+    path, inner = fake("unshare", "--pid", "--fork", "--kill-child", mem_path=ram_file(folder), map="rw")
+    assert inner == 1
+    pid = adopt(path)
+    assert proc.status(pid)[b"NSpid"] == [str(pid).encode(), b"1"]
+
+
+@pytest.mark.usefixtures("root")
+def test_process_outside_of_our_pid_namespace_is_refused(fake: Start, folder: Path) -> None:
+    path, _ = fake(mem_path=ram_file(folder), map="rw")
+    script = 'exec "$0" -m pageferry adopt theirs --qmp "$1"'
+    words = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script, sys.executable, path]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "outside of this PID namespace" in done.stderr
+
+
+@pytest.mark.usefixtures("root")
+def test_user_without_rights_is_refused_by_name(fake: Start, folder: Path) -> None:
+    path, _ = fake(mem_path=ram_file(folder), map="rw")
+    program = f"""
+import os, socket
+from pageferry.workloads import qemu_peer
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({path!r})
+os.setgid({NOBODY})
+os.setuid({NOBODY})
+qemu_peer.find_process(qemu_peer.peer_of(connection), [1], {path!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "is of user 0: run pageferry as that user, or as root" in done.stderr
+
+
+@pytest.mark.usefixtures("root")
+def test_file_that_a_process_may_only_read_is_not_guest_memory(fake: Start, folder: Path) -> None:
+    memory = ram_file(folder)
+    os.chmod(memory, 0o644)
+    path, _ = fake(uid=NOBODY, mem_path=memory, map="r")
+    with pytest.raises(WorkloadError, match="not among the shared, writable mappings"):
+        adopt(path)
+
+
+def ram_file(folder: Path) -> str:
+    """A file in memory."""
+    path = folder / "ram"
+    path.touch(mode=0o666)
+    path.chmod(0o666)
+    os.truncate(path, SIZE)
+    return str(path)
+
+
+# -- descriptors that change between a look and an open
+
+SWAPPER = """
+import mmap, os, sys
+source = os.memfd_create("ram")
+os.ftruncate(source, 1 << 20)
+memory = mmap.mmap(source, 1 << 20)
+source = os.dup2(source, 100)
+other = os.dup2(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 101)
+for number in range(3, 100):
+    try:
+        os.close(number)
+    except OSError:
+        pass
+print(flush=True)
+while True:
+    os.dup2(source, 50)
+    os.dup2(other, 50)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo"])
+def test_descriptor_that_changes_meanwhile_never_opens_another_file(folder: Path, kind: str) -> None:
+    target = folder / "other"
+    if kind == "fifo":
+        os.mkfifo(target, 0o600)
+    else:
+        target.write_bytes(b"secret")
+    with subprocess.Popen([sys.executable, "-c", SWAPPER, str(target)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            (mapping,) = [one for one in proc.file_mappings(process.pid) if one.shared and one.writable]
+            opened = {_identity(proc.open_mapped_file(process.pid, mapping)) for _ in range(12000)}
+        finally:
+            process.kill()
+    assert opened == {(mapping.device, mapping.inode)}
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    try:
+        status = os.fstat(descriptor)
+        return status.st_dev, status.st_ino
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,275 @@
+"""Adoption of QEMUs that another program has started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host import proc
+from pageferry.host.registry import Registry
+from pageferry.workloads import qemu_ram
+from pageferry.workloads.base import Region
+from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qmp import Monitor
+from tests.guest.machines import GuestParts
+
+PATIENCE = 60.0
+MIB = 1 << 20
+
+
+def pageferry(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "pageferry", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def listed() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in pageferry("list", "--output", "json").stdout.splitlines()]
+
+
+@pytest.fixture
+def ram() -> Iterator[Path]:
+    """A folder in memory."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    yield path
+    shutil.rmtree(path)
+
+
+async def answers(qmp: str) -> None:
+    """Wait until a QEMU has built its machine and mapped its memory: it serves its monitor then."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            async with await Monitor.open(qmp) as monitor:
+                await monitor.execute("query-status")
+            return
+        except WorkloadDied:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def foreign(parts: GuestParts, tmp_path: Path) -> Iterator[Any]:
+    """Starts QEMUs that are not ours, and ends them."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str, wrapper: Sequence[str] = ()) -> str:
+        path = str(tmp_path / f"{len(started)}.sock")
+        command = [*wrapper, *parts.bare(*options, "-qmp", f"unix:{path},server=on,wait=off")]
+        started.append(subprocess.Popen(command))
+        asyncio.run(answers(path))
+        return path
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def backend(name: str, path: Path, *more: str, size: str = "64M") -> str:
+    return ",".join([f"memory-backend-file,id={name},size={size},mem-path={path},share=on", *more])
+
+
+def test_adopted_guest_is_a_workload_like_any_other(foreign: Any, registry: Registry, ram: Path) -> None:
+    memory = backend("ram0", ram / "ram", "align=2M")
+    qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0")
+    assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
+    assert [one["name"] for one in listed()] == ["theirs"]
+
+    async def scenario() -> None:
+        guest = await QemuWorkload.attach("theirs")
+        (region,) = guest.regions
+        assert (region.name, region.length) == ("ram0", 64 << 20)
+        assert os.path.samestat(os.fstat(region.fd), os.stat(ram / "ram"))
+        await guest.pause()
+        assert await guest.save_state()
+        await guest.resume()
+        assert await guest.running()
+        await guest.discard()
+
+    asyncio.run(scenario())
+    assert listed() == []
+
+
+def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: Registry, ram: Path) -> None:
+    """Two backends, one of them with an unlinked file in a folder, as QEMU makes it."""
+    (ram / "folder").mkdir()
+    nodes = [backend("n0", ram / "ram", "align=2M"), backend("n1", ram / "folder", "align=2M")]
+    options = [
+        word for number, node in enumerate(nodes) for word in ("-object", node, "-numa", f"node,memdev=n{number}")
+    ]
+    qmp = foreign("-m", "128M", *options)
+
+    async def scenario() -> None:
+        guest = await QemuWorkload.adopt("theirs", qmp)
+        assert sorted((region.name, region.length) for region in guest.regions) == [("n0", 64 << 20), ("n1", 64 << 20)]
+        assert len({os.fstat(region.fd).st_ino for region in guest.regions}) == 2
+        await guest.discard()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["none", "private", "memfd"])
+def test_guest_with_memory_of_its_own_is_not_adopted(foreign: Any, registry: Registry, kind: str) -> None:
+    backends = {"private": "memory-backend-ram,id=m,size=64M", "memfd": "memory-backend-memfd,id=m,size=64M,share=on"}
+    options = ("-object", backends[kind], "-machine", "memory-backend=m") if kind in backends else ()
+    qmp = foreign("-m", "64M", *options)
+    with pytest.raises(UnsupportedError, match="memory-backend-file,id=ram0,size=SIZE,share=on,align=2M"):
+        asyncio.run(QemuWorkload.adopt("theirs", qmp))
+    assert not (registry.path / "theirs").exists()
+
+
+def test_misaligned_memory_is_adopted_with_a_warning(
+    foreign: Any, registry: Registry, ram: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = backend("ram0", ram / "ram", size="66M")
+    qmp = foreign("-m", "66M", "-object", memory, "-machine", "memory-backend=ram0")
+
+    async def scenario() -> bool:
+        guest = await QemuWorkload.adopt("theirs", qmp)
+        misaligned = qemu_ram.misaligned(guest.regions[0])
+        await guest.discard()
+        return misaligned
+
+    assert asyncio.run(scenario()) == any("align=2M" in record.message for record in caplog.records)
+
+
+def test_what_is_no_monitor_is_not_adopted(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="no QEMU listens on"):
+        asyncio.run(QemuWorkload.adopt("theirs", str(tmp_path / "nothing")))
+    assert not (registry.path / "theirs").exists()
+
+
+def numa(*backends: str) -> list[str]:
+    """Options of a guest with a node for each backend, named m0, m1..."""
+    nodes = [("-object", one, "-numa", f"node,memdev=m{number}") for number, one in enumerate(backends)]
+    return [word for node in nodes for word in node]
+
+
+def adopted(qmp: str) -> tuple[tuple[Region, ...], dict[str, bytes]]:
+    """The regions of an adopted guest, and by name what its process maps there; the guest is ended."""
+
+    async def scenario() -> tuple[tuple[Region, ...], dict[str, bytes]]:
+        guest = await QemuWorkload.adopt("theirs", qmp)
+        regions = guest.regions
+        places = {one.segments[0].address: one.name for one in regions}
+        mapped = [one for one in proc.file_mappings(guest.pid) if one.address in places]
+        inodes = {one.name: os.fstat(one.fd).st_ino for one in regions}
+        assert inodes == {places[one.address]: one.inode for one in mapped}
+        paths = {places[one.address]: os.fsencode(one.path) for one in mapped}
+        await guest.discard()
+        return regions, paths
+
+    return asyncio.run(scenario())
+
+
+def test_backends_with_one_folder_are_told_apart(foreign: Any, registry: Registry, ram: Path) -> None:
+    regions, paths = adopted(foreign("-m", "128M", *numa(backend("m0", ram), backend("m1", ram))))
+    assert {one.name: one.length for one in regions} == {"m0": 64 * MIB, "m1": 64 * MIB}
+    for name, path in paths.items():
+        assert f"/qemu_back_mem.{name}.".encode() in path
+
+
+def test_checkpoint_of_backends_with_one_folder_holds_both(foreign: Any, registry: Registry, ram: Path) -> None:
+    """Memory that differs between the nodes is not the same in the image."""
+    qmp = foreign("-m", "128M", "-S", *numa(backend("m0", ram), backend("m1", ram)))
+    assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
+    (pid,) = [one["pid"] for one in listed()]
+    for mapping in proc.file_mappings(pid):
+        if b"qemu_back_mem.m1." in os.fsencode(mapping.path):
+            descriptor = proc.open_mapped_file(pid, mapping)
+            os.pwrite(descriptor, b"node 1" * 1000, 8 * MIB)
+            os.close(descriptor)
+    saved = pageferry("checkpoint", "theirs", str(ram / "image"))
+    assert saved.returncode == 0, saved.stderr
+    info = json.loads(pageferry("image", "info", str(ram / "image"), "--output", "json").stdout)
+    assert pageferry("stop", "theirs").returncode == 0
+    pages = {one["name"]: one["pages"] for one in info["regions"]}
+    assert (pages["m0"]["data"], pages["m0"]["same-as"], pages["m1"]["data"]) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("offsets", [(0, 64 * MIB), (64 * MIB, 0), (2 * MIB, 128 * MIB)])
+def test_backends_in_one_file_are_told_apart_by_offset(
+    foreign: Any, registry: Registry, ram: Path, qemu: Path, offsets: tuple[int, int]
+) -> None:
+    if b"offset=<" not in subprocess.check_output([qemu, "-object", "memory-backend-file,help"]):
+        pytest.skip("this QEMU has no offset= for memory-backend-file")
+    (ram / "ram").touch()
+    os.truncate(ram / "ram", 192 * MIB)
+    backends = [backend(f"m{number}", ram / "ram", f"offset={offset}") for number, offset in enumerate(offsets)]
+    regions, _ = adopted(foreign("-m", "128M", *numa(*backends)))
+    assert {one.name: (one.file_offset, one.length) for one in regions} == {
+        f"m{number}": (offset, 64 * MIB) for number, offset in enumerate(offsets)
+    }
+    assert all(sum(segment.length for segment in one.segments) == one.length for one in regions)
+
+
+def test_backends_that_are_the_same_bytes_of_a_file_are_refused(foreign: Any, registry: Registry, ram: Path) -> None:
+    qmp = foreign("-m", "128M", *numa(backend("m0", ram / "ram"), backend("m1", ram / "ram")))
+    with pytest.raises(UnsupportedError, match="memory backends m0 and m1 are the same bytes of one file"):
+        asyncio.run(QemuWorkload.adopt("theirs", qmp))
+
+
+def test_backend_whose_file_was_replaced_is_found_by_the_name_it_had(
+    foreign: Any, registry: Registry, ram: Path
+) -> None:
+    qmp = foreign("-m", "64M", "-object", backend("m0", ram / "ram"), "-machine", "memory-backend=m0")
+    (ram / "ram").unlink()
+    (ram / "ram").touch()
+    regions, paths = adopted(qmp)
+    assert paths == {"m0": os.fsencode(ram / "ram (deleted)")}
+    assert [one.length for one in regions] == [64 * MIB]
+
+
+def test_backend_whose_removed_file_cannot_be_told_from_another_is_refused(
+    foreign: Any, registry: Registry, ram: Path
+) -> None:
+    """A removed `ram` and an existing `ram (deleted)` look the same."""
+    backends = backend("m0", ram / "ram"), backend("m1", ram / "ram (deleted)")
+    qmp = foreign("-m", "128M", *numa(*backends))
+    (ram / "ram").unlink()
+    with pytest.raises(UnsupportedError, match=r"cannot tell which of several mapped files .* in backend m0"):
+        asyncio.run(QemuWorkload.adopt("theirs", qmp))
+
+
+def test_memory_on_a_disk_is_refused_with_the_setting_that_cures_it(
+    foreign: Any, registry: Registry, tmp_path: Path
+) -> None:
+    kind = subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip()
+    if kind == "tmpfs":
+        pytest.skip("the folder for temporary files is on tmpfs")
+    qmp = foreign("-m", "64M", "-object", backend("ram0", tmp_path / "ram"), "-machine", "memory-backend=ram0")
+    with pytest.raises(UnsupportedError, match=r"it is on .*must be on tmpfs or hugetlbfs.*memory_backing_dir"):
+        asyncio.run(QemuWorkload.adopt("theirs", qmp))
+    assert not (registry.path / "theirs").exists()
+
+
+@pytest.mark.usefixtures("root")
+def test_guest_in_another_pid_namespace_is_a_workload(foreign: Any, registry: Registry, ram: Path) -> None:
+    memory = backend("ram0", ram / "ram", "align=2M")
+    options = ("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0", "-smp", "2")
+    qmp = foreign(*options, wrapper=("unshare", "--pid", "--mount-proc", "--fork", "--kill-child"))
+
+    async def scenario() -> None:
+        guest = await QemuWorkload.adopt("theirs", qmp)
+        assert proc.status(guest.pid)[b"NSpid"] == [str(guest.pid).encode(), b"1"]
+        assert guest.faults().minor > 0
+        guest.close()
+        guest = await QemuWorkload.attach("theirs")
+        await guest.pause()
+        assert await guest.save_state()
+        await guest.resume()
+        await guest.discard()
+
+    asyncio.run(scenario())
