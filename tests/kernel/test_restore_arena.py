@@ -235,7 +235,7 @@ def test_an_image_that_is_cut_off_under_way(tmp_path: Path) -> None:
 
 def test_what_is_no_image_of_an_arena(tmp_path: Path) -> None:
     (tmp_path / "no").write_bytes(bytes(5000))
-    with pytest.raises(ImageError, match="no pageferry image"):
+    with pytest.raises(ImageError, match="not a pageferry image"):
         pageferry.restore(tmp_path / "no")
     with pytest.raises(ImageError, match="cannot be opened"):
         pageferry.restore(tmp_path / "none")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -19,6 +16,7 @@ from pageferry._engine import Image, ImageChain
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.metadata import Metadata, Parent
 from pageferry.errors import ImageError
+from pageferry.host import files
 from pageferry.host.faults import fault_point
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.deferred import ImageIdentity
@@ -27,8 +25,6 @@ MAX_CHAIN = 256
 """Images that may build on each other."""
 SLICE = 8192
 """Pages that are looked at between two looks at the world (32 MiB)."""
-_NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
-"""What file systems and kernels without O_TMPFILE say; the folder is open, so it is not that."""
 MAX_FINDINGS = 20
 """Damaged pages that `verify` names; more of them say nothing new."""
 
@@ -177,81 +173,15 @@ class ImageFile:
             )
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[int]:
-    """A descriptor of a file that appears as `path` when the block ends without an error, replacing what was there.
-
-    Until then it has no name, so that nothing is left of it whoever dies; on file systems that know no such files
-    (O_TMPFILE) it is hidden, and the next one removes what somebody who died left there. Raises OSError.
-    """
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _remove_left_over(path.name, folder)
-        descriptor, temporary = _unpublished(path.name, folder)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-            _publish(descriptor, path.name, temporary, folder)
-        except BaseException:
-            if temporary is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=folder)
-            raise
-        finally:
-            os.close(descriptor)
-    finally:
-        os.close(folder)
-
-
-def _unpublished(name: str, folder: int) -> tuple[int, str | None]:
-    """A locked file without a name, or with a hidden one. The lock says that somebody is at it."""
-    while True:
-        temporary = None
-        try:
-            descriptor = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=folder)
-        except OSError as error:
-            if error.errno not in _NO_NAMELESS_FILES:
-                raise
-            temporary = f".{name}.{secrets.token_hex(4)}"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if temporary is None or os.fstat(descriptor).st_nlink:
-            return descriptor, temporary
-        os.close(descriptor)  # somebody took it for left over before it was locked
-
-
-def _publish(descriptor: int, name: str, temporary: str | None, folder: int) -> None:
-    """Give a file its name. A link does not replace, so a nameless one goes through a hidden name."""
-    if temporary is None:
-        temporary = f".{name}.{secrets.token_hex(4)}"
-        os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
-        fault_point("image.linked")
-    try:
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        os.unlink(temporary, dir_fd=folder)
-        raise
-    os.fsync(folder)
-
-
-def _remove_left_over(name: str, folder: int) -> None:
-    """Files that were to become `name`, of which the writer died."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
-    for found in filter(pattern.fullmatch, os.listdir(folder)):
-        with contextlib.suppress(OSError):  # gone, or somebody is at it
-            descriptor = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(found, dir_fd=folder)
-            finally:
-                os.close(descriptor)
+def new_file(path: Path) -> AbstractContextManager[int]:
+    """A descriptor of an image that appears as `path` when the block ends without an error. Raises OSError."""
+    return files.new_file(path, linked=lambda: fault_point("image.linked"))
 
 
 def open_link(path: Path) -> Link:
     """One image without its parents. Raises ImageError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = files.open_regular(path)
     except OSError as error:
         raise ImageError(f"{path} cannot be opened: {error.strerror}") from error
     try:
@@ -279,13 +209,25 @@ def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[
         yield link
 
 
+def beside(child: Path, parent: str | Path) -> Path:
+    """Where the parent of an image must be: in the folder of the child, under its own name.
+
+    The path in an image is not followed further: an image from another host could have any file opened.
+    """
+    return child.parent / Path(parent).name
+
+
 def _open_parent(child: Link, parent: Parent) -> Link:
-    beside = child.path.parent / Path(parent.path).name
-    path = beside if beside.exists() else Path(parent.path)
-    if not path.exists():
+    path = beside(child.path, parent.path)
+    try:
+        planted = os.lstat(path).st_uid not in (0, os.geteuid()) and path.is_symlink()
+    except (OSError, ValueError):
         raise ImageError(
-            f"{child.path} builds on {parent.path}, which is not there: put that image beside it, under the same name"
-        )
+            f"{child.path} builds on {path.name}, which is not beside it (it was {parent.path}): put that image, or a "
+            f"symbolic link to it, into {child.path.parent}"
+        ) from None
+    if planted:
+        raise ImageError(f"cannot open {path}: it is a symbolic link that another user has made; replace it")
     return _checked_parent(child, parent, open_link(path))
 
 

@@ -42,7 +42,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     digest: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
     """Checksum of its footer: another file of the same name is not taken for it."""
     path: Annotated[str, Meta(max_length=4096)]
-    """Where it was; beside the image, it is looked for there under the same file name first."""
+    """Where it was when the image was written. Only its file name is used: it must be beside the image."""
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,7 +27,7 @@ from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile, open_link
 from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import ImageError, PageferryError, UsageError
-from pageferry.host import proc
+from pageferry.host import files, proc
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
@@ -251,7 +251,7 @@ def _image(files: Sequence[str]) -> ImageFile:
 
 def _log_to(folder: Folder) -> None:
     """From here on nobody reads our standard error."""
-    descriptor = os.open(folder.path / deferred.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    descriptor = files.open_private(folder.path / deferred.LOG, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 

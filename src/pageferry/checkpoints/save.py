@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pageferry._engine import Saver
 from pageferry.checkpoints import events, metadata
-from pageferry.checkpoints.image import ImageFile, new_file
+from pageferry.checkpoints.image import ImageFile, beside, new_file
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
@@ -88,6 +88,12 @@ class Save:
         theirs = [(region.name, region.length) for region in parent.metadata.regions]
         if ours != theirs:
             raise UsageError(f"{parent.path} has regions {theirs}, {self.workload.name} has {ours}: no parent for it")
+        needed = beside(self.path, parent.path)
+        if not (needed.exists() and needed.samefile(parent.path)):
+            raise UsageError(
+                f"cannot write {self.path}: its parent {parent.path} is in another folder, and is looked for beside it "
+                f"alone; write to {parent.path.parent}, or put a symbolic link to the parent into {self.path.parent}"
+            )
         if self.path.exists() and any(self.path.samefile(link.path) for link in parent.links):
             raise UsageError(f"{self.path} would replace an image that it builds on: choose another name")
         self.parent = parent

@@ -7,8 +7,6 @@ prefetch sees only what the record lacks; that is kept apart, and what comes twi
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
@@ -16,12 +14,15 @@ from pathlib import Path
 import msgspec
 
 from pageferry.checkpoints.image import ImageFile
+from pageferry.host import files
 
 log = getLogger(__name__)
 
 VERSION = 1
 MAX_WINDOWS = 1 << 20
 """Of a record that is written or read: 64 GiB."""
+MAX_LENGTH = 16 << 20
+"""Bytes of a record that is read."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +73,7 @@ class WorkingSet:
     def _load(self) -> Record:
         empty = Record(version=VERSION, image=self._id, runs=0, windows=[], candidates=[])
         try:
-            found = msgspec.msgpack.decode(self.path.read_bytes(), type=Record)
+            found = msgspec.msgpack.decode(files.read_regular(self.path, MAX_LENGTH, follow=False), type=Record)
         except (OSError, msgspec.MsgspecError):
             return empty
         if (found.version, found.image) != (VERSION, self._id) or len(found.windows) > MAX_WINDOWS:
@@ -81,11 +82,7 @@ class WorkingSet:
         return msgspec.structs.replace(found, windows=usable)
 
     def _store(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(msgspec.msgpack.encode(self._record))
-            temporary.rename(self.path)
+            files.replace_file(self.path, msgspec.msgpack.encode(self._record))
         except OSError as error:
             log.info("the working set is not kept: %s cannot be written (%s)", self.path, error.strerror)
-            with contextlib.suppress(OSError):
-                temporary.unlink()

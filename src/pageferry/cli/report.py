@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from pageferry.errors import UsageError
+from pageferry.host import files
 from pageferry.report.event_log import Log
 from pageferry.report.reporter import open_reporter
 from pageferry.report.run import ReportResult, Run
@@ -38,11 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """Under another name first: nobody sees half a page."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        files.replace_file(path, text.encode(), mode=0o666)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(f"--html {path}: {error.strerror}") from error

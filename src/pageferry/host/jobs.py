@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.host import proc
+from pageferry.host import files, proc
 
 VERSION = 1
 _PREFIX = "job-"
@@ -46,10 +46,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 def write(folder: Path, job: Job) -> None:
     """Say how far we are. Nothing happens where the workload's folder is not there (yet, or any more)."""
-    temporary = folder / f".{_name(job.pid)}"
     with contextlib.suppress(OSError):
-        temporary.write_bytes(msgspec.json.encode(job))
-        temporary.rename(folder / _name(job.pid))
+        files.replace_file(folder / _name(job.pid), msgspec.json.encode(job))
 
 
 def remove(folder: Path, pid: int) -> None:
@@ -74,8 +72,7 @@ def running(folder: Path) -> list[Job]:
 
 def _read(path: Path) -> Job | None:
     try:
-        with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(MAX_LENGTH), type=Job)
+        return msgspec.json.decode(files.read_regular(path, MAX_LENGTH, follow=False), type=Job)
     except (OSError, msgspec.MsgspecError):
         return None  # it has just ended, or is of another pageferry
 

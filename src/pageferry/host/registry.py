@@ -31,7 +31,7 @@ from typing import TypeVar
 import msgspec
 
 from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
-from pageferry.host import proc
+from pageferry.host import files, proc
 
 VERSION = 1
 """Of the entries; one of another version is refused by name."""
@@ -41,6 +41,9 @@ LONGEST_SOCKET_PATH = 107
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENTRY_FILE = "workload.json"
+_REMEDY = "set PAGEFERRY_RUN_DIR to a folder of your own"
+MAX_RECORD = 64 << 20
+"""Bytes of a record that is read."""
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -118,7 +121,7 @@ class Folder:
 
         Raises WorkloadError, naming the process and its purpose, when another one is at it.
         """
-        with open(self.path / "busy", "a+", encoding="utf-8") as file:
+        with open(files.open_private(self.path / "busy", os.O_RDWR | os.O_APPEND), "r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as busy:
@@ -136,22 +139,13 @@ class Folder:
 
         Not `synced`: it outlives every process, and not the machine, after whose end nobody has a use for it.
         """
-        target = self.path / file_name
-        temporary = target.with_name(f".{file_name}.{os.getpid()}")
-        with open(temporary, "wb") as file:
-            file.write(msgspec.json.encode(record))
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.rename(target)
-        if synced:
-            _sync_folder(self.path)
+        files.replace_file(self.path / file_name, msgspec.json.encode(record), synced=synced)
 
     def load(self, file_name: str, kind: type[Record]) -> Record | None:
         """A durable record of this workload; None when there is none. Raises WorkloadError when it cannot be read."""
         path = self.path / file_name
         try:
-            return msgspec.json.decode(path.read_bytes(), type=kind)
+            return msgspec.json.decode(files.read_regular(path, MAX_RECORD, follow=False), type=kind)
         except FileNotFoundError:
             return None
         except msgspec.MsgspecError as wrong:
@@ -222,7 +216,8 @@ class Registry:
     def _read_living(self, folder: Folder) -> AnyEntry | None:
         """The entry of a living workload; the folder of a dead one, or without an entry, is removed. Lock held."""
         try:
-            entry: AnyEntry | None = msgspec.json.decode((folder.path / _ENTRY_FILE).read_bytes(), type=AnyEntry)
+            written = files.read_regular(folder.path / _ENTRY_FILE, MAX_RECORD, follow=False)
+            entry: AnyEntry | None = msgspec.json.decode(written, type=AnyEntry)
         except FileNotFoundError:
             entry = None
         except msgspec.MsgspecError as wrong:
@@ -239,9 +234,13 @@ class Registry:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the run directory among all pageferry processes; the lock goes with the process that holds it."""
+        """Alone with the run directory among all pageferry processes; the lock goes with the process that holds it.
+
+        Raises UsageError for a run directory that other users own or can write to.
+        """
         try:
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            files.check_private(self.path, _REMEDY)
+            descriptor = files.open_private(self.path / ".lock", os.O_RDWR)
         except FileNotFoundError:  # no run directory: nothing to be alone with
             yield
             return

@@ -271,7 +271,14 @@ async def _write(
     parent = restoring.open_expected(record.image, record.identity, folder.name) if record is not None else None
     if parent is not None and len(parent.links) >= MOST_IMAGES:
         raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with --undo first")
-    path = (place or folder.path).absolute() / f"{folder.name}.cold-{secrets.token_hex(4)}.img"
+    earlier = parent.path.parent if parent is not None else folder.path
+    where = (place or earlier).absolute()
+    if parent is not None and not (where.exists() and where.samefile(earlier)):
+        raise UsageError(
+            f"memory of {folder.name} is in a store in {earlier}: reclaim to that folder, or bring it back "
+            f"with undo first"
+        )
+    path = where / f"{folder.name}.cold-{secrets.token_hex(4)}.img"
     try:
         with new_file(path) as file:
             store = PageStore(file, secrets.token_bytes(16), [len(one) // SMALL_PAGE for one in memory.mappings], codec)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from enum import Enum
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry.errors import WorkloadError
+from pageferry.host import files
 from pageferry.migration.messages import Codec
 from pageferry.workloads.base import Witness
 
@@ -72,8 +72,9 @@ class Verdicts:
         """Note that this host takes part in a migration, before anything else is known of it."""
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.check_private(self._path, "remove it")
             self._prune()
-            self._begun(migration).touch()
+            os.close(files.open_private(self._begun(migration), os.O_WRONLY))
         except OSError as error:
             raise WorkloadError(f"decisions about migrations cannot be written to {self._path}: {error}") from error
 
@@ -87,9 +88,9 @@ class Verdicts:
         Raises WorkloadError when it cannot be written: then nothing has been decided.
         """
         target = self._verdict(migration)
-        temporary = self._path / f".{migration}.{threading.get_native_id()}"
         try:
-            with open(temporary, "w", encoding="ascii") as file:
+            descriptor, temporary = files.create_hidden(self._path, migration)
+            with open(descriptor, "w", encoding="ascii") as file:
                 file.write(verdict.value)
                 file.flush()
                 os.fsync(file.fileno())
@@ -112,14 +113,8 @@ class Verdicts:
         written: then the decision stands.
         """
         target = self._verdict(migration)
-        temporary = self._path / f".{migration}.{threading.get_native_id()}"
         try:
-            with open(temporary, "w", encoding="ascii") as file:
-                file.write(Verdict.ABORTED.value)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(target)
-            self._sync()
+            files.replace_file(target, Verdict.ABORTED.value.encode(), synced=True)
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be withdrawn in {target}: {error}") from error
 
@@ -129,9 +124,7 @@ class Verdicts:
         Raises WorkloadError when it cannot be written: then the source keeps them.
         """
         try:
-            with open(self._arrived(migration), "w", encoding="ascii") as file:
-                os.fsync(file.fileno())
-            self._sync()
+            files.replace_file(self._arrived(migration), b"", synced=True)
         except OSError as error:
             raise WorkloadError(f"that all pages have arrived cannot be written to {self._path}: {error}") from error
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pageferry._engine import TlsIdentity, TlsSession
 from pageferry.errors import AuthenticationError, UsageError
+from pageferry.host import files
 
 log = getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Trust:
             self._context.load_verify_locations(cadata=_read(folder / CA).decode("ascii", "replace"))
         if (folder / CRL).exists():
             with _complaining(folder / CRL):
+                _read(folder / CRL)  # refused here if it is not a file that can be read
                 self._context.load_verify_locations(folder / CRL)
             self._context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
 
@@ -237,16 +239,12 @@ def _identity(certificate: Path, key: Path) -> TlsIdentity:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE + 1)
+        return files.read_regular(path, MAX_FILE)
     except OSError as error:
         raise UsageError(
             f"{path}: {error.strerror}; a folder for --tls has {CA}, at the source {' and '.join(FILES['source'])}, at "
             f"the receiver {' and '.join(FILES['receiver'])}"
         ) from error
-    if len(data) > MAX_FILE:
-        raise UsageError(f"{path} is larger than {MAX_FILE >> 20} MiB")
-    return data
 
 
 class _complaining:

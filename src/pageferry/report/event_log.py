@@ -27,6 +27,7 @@ import msgspec
 
 from pageferry.errors import UsageError
 from pageferry.events import SCHEMA, Event
+from pageferry.host import files
 
 log = getLogger(__name__)
 
@@ -102,9 +103,8 @@ class EventLog:
 
     def __init__(self, path: Path | str, first: LogHeader, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin the file anew. Raises UsageError where it cannot be opened."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         try:
-            self._file: int | None = os.open(path, flags, 0o600)
+            self._file: int | None = files.create_log(Path(path))
         except OSError as error:
             raise UsageError(f"--log {path}: {error.strerror}") from error
         self._path = path
@@ -136,7 +136,7 @@ class EventLog:
         try:
             os.fsync(self._file)
         except OSError:
-            pass  # a pipe, or what has been said already
+            pass  # reported already
         finally:
             os.close(self._file)
             self._file = None
@@ -193,9 +193,7 @@ class Log:
     def read(cls, path: Path) -> Self:
         """Read a log. Raises UsageError for what is none, or is damaged elsewhere than at its end."""
         try:
-            if path.stat().st_size > MAX_LENGTH:
-                raise UsageError(f"{path} is longer than {MAX_LENGTH >> 20} MiB: no event log of ours is")
-            rows = path.read_bytes().split(b"\n")
+            rows = files.read_regular(path, MAX_LENGTH).split(b"\n")
         except OSError as error:
             raise UsageError(f"{path} cannot be read as an event log: {error.strerror}") from error
         # What stands after the last line feed was cut short; mostly it is nothing.

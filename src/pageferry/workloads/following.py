@@ -19,7 +19,7 @@ import msgspec
 
 from pageferry._engine import Space
 from pageferry.errors import PageferryError
-from pageferry.host import proc
+from pageferry.host import files, proc
 from pageferry.host.registry import Folder
 from pageferry.workloads.base import Workload
 from pageferry.workloads.folders import folder_of
@@ -237,7 +237,7 @@ def _before_fork() -> None:
     _own_forks += 1
     for folder in _noted:
         with contextlib.suppress(OSError):
-            descriptor = os.open(folder.path / _FORKS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            descriptor = files.open_private(folder.path / _FORKS, os.O_WRONLY | os.O_APPEND)
             os.write(descriptor, b".")
             os.close(descriptor)
 

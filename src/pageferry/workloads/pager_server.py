@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry._engine import Pager
+from pageferry.host import files
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, ImageIdentity, PagerStatus
 
@@ -72,8 +73,7 @@ class PagerServer:
         self._listener = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(FileNotFoundError):  # of a pager that died
             self.path.unlink()
-        self._listener.bind(str(self.path))
-        os.chmod(self.path, 0o600)
+        files.bind_private(self._listener, str(self.path))
         self._listener.listen(16)
         self._connections: set[socket.socket] = set()
         threading.Thread(target=self._accept, name="pageferry-pager", daemon=True).start()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from pageferry.errors import UsageError, WorkloadError
-from pageferry.host import proc, processes
+from pageferry.host import files, proc, processes
 from pageferry.workloads.qmp import Monitor
 
 _STARTUP_PATIENCE = 120.0
@@ -81,7 +82,7 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
     output: IO[bytes] | None = None
     try:
         if log is not None:
-            output = open(log, "ab")  # noqa: SIM115  # closed below, whatever happens
+            output = open(files.open_private(log, os.O_WRONLY | os.O_APPEND), "ab")  # noqa: SIM115  # closed below
         popen = processes.Outliving[bytes](
             command,
             stdin=None if log is None else subprocess.DEVNULL,

@@ -48,7 +48,7 @@ pub mod section {
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// It is no image.
-    #[error("this is no pageferry image: it begins with {0:02x?}")]
+    #[error("this is not a pageferry image")]
     Magic([u8; 8]),
     /// Written by something newer.
     #[error("image of version {0}; this release knows version {VERSION}: use the release that wrote it")]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from pageferry.errors import PageferryError
+from pageferry.host import files
 from pageferry.workloads.control import messages as wire
 from pageferry.workloads.lifecycle import Lifecycle
 
@@ -33,7 +34,7 @@ class ControlServer:
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _bind_private(self._listener, path)
+            files.bind_private(self._listener, path)
             self._listener.listen(MOST_CLIENTS)
         except BaseException:
             self._listener.close()
@@ -186,12 +187,6 @@ def _start(target: object, *arguments: object) -> threading.Thread:
     thread = threading.Thread(target=target, args=arguments, name=THREAD_NAME, daemon=True)
     thread.start()
     return thread
-
-
-def _bind_private(listener: socket.socket, path: str) -> None:
-    """Bind with mode 0600 from the start. The umask is the process's, so the mode is set on the unbound socket."""
-    os.fchmod(listener.fileno(), 0o600)
-    listener.bind(path)
 
 
 def _is_trusted(client: socket.socket) -> bool:

@@ -1,0 +1,203 @@
+"""Opening and creation of files in folders where other users may have planted something.
+
+Files that are read are opened without side effects first (O_PATH), checked, and then opened again through that
+descriptor: a FIFO or a device in place of a file is refused by name, and is never opened. Files that are written are
+new ones (no name, or a random hidden name with O_EXCL) and are published by rename or link, so that a symbolic link,
+a FIFO or a file of another user at a foreseeable name is neither followed nor written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pageferry.errors import UsageError
+
+PRIVATE = 0o600
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+"""Errors of file systems and kernels without O_TMPFILE; the folder is open, so they mean nothing else."""
+
+
+class SpecialFile(OSError):
+    """The path is not a regular file; `strerror` says what it is."""
+
+    def __init__(self, path: str | Path, mode: int) -> None:
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
+        super().__init__(errno.EINVAL, f"it is {kind}, and not a regular file", str(path))
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
+    """Open a regular file that exists; return the descriptor. Never blocks, and never opens a FIFO or a device.
+
+    `follow`: whether a symbolic link as the last part of the path is followed. Raises SpecialFile, OSError.
+    """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        mode = os.fstat(found).st_mode
+        if not stat.S_ISREG(mode):
+            raise SpecialFile(path, mode)
+        return os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC | os.O_NOCTTY)
+    finally:
+        os.close(found)
+
+
+def read_regular(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises SpecialFile, OSError (EFBIG: it is larger)."""
+    with open(open_regular(path, follow=follow), "rb") as file:
+        contents = file.read(limit + 1)
+    if len(contents) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return contents
+
+
+def open_private(path: str | Path, flags: int) -> int:
+    """Open a file in a private folder (see `check_private`), creating it with mode 0600. Raises OSError."""
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, PRIVATE)
+
+
+def create_hidden(folder: Path, name: str) -> tuple[int, Path]:
+    """A new private file in a folder, under a random name that begins with `.name.`. Raises OSError."""
+    path = folder / f".{name}.{secrets.token_hex(4)}"
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE), path
+
+
+def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bool = False) -> None:
+    """Write a file whole: readers see the old contents or the new. Raises OSError; then the old file is as it was."""
+    with new_file(path, mode=mode, synced=synced) as descriptor, open(os.dup(descriptor), "wb") as file:
+        file.write(contents)
+
+
+def create_log(path: Path) -> int:
+    """A new file for a log that its owner alone can read, for writing; an earlier file of that name is replaced.
+
+    Raises SpecialFile for anything but a regular file, OSError (EPERM: the earlier file is of another user).
+    """
+    with contextlib.suppress(FileNotFoundError):
+        earlier = os.lstat(path)
+        if not stat.S_ISREG(earlier.st_mode):
+            raise SpecialFile(path, earlier.st_mode)
+        if earlier.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, "it belongs to another user", str(path))
+    descriptor, temporary = create_hidden(path.parent, path.name)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+        temporary.rename(path)
+    except BaseException:
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def new_file(
+    path: Path, *, mode: int = PRIVATE, synced: bool = True, linked: Callable[[], None] = lambda: None
+) -> Iterator[int]:
+    """A descriptor of a file that appears as `path` when the block ends without an error, replacing an earlier one.
+
+    Until then the file has no name, so that nothing is left of it if its writer is killed. On file systems without
+    O_TMPFILE its name is hidden, and the next writer of `path` removes it. `synced`: it is durable when the block has
+    ended; `linked`: called when the file has its hidden name. Raises OSError.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _remove_left_over(path.name, folder)
+        descriptor, temporary = _unpublished(path.name, folder, mode)
+        try:
+            yield descriptor
+            if synced:
+                os.fsync(descriptor)
+            _publish(descriptor, path.name, temporary, folder, linked)
+            if synced:
+                os.fsync(folder)
+        except BaseException:
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
+            raise
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(folder)
+
+
+def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
+    """A locked file without a name, or with a hidden one. The lock says that its writer is alive."""
+    while True:
+        temporary = None
+        try:
+            descriptor = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in _NO_UNNAMED_FILES:
+                raise
+            temporary = f".{name}.{secrets.token_hex(4)}"
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, mode, dir_fd=folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary is None or os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)  # another writer removed it as left over before it was locked
+
+
+def _publish(descriptor: int, name: str, temporary: str | None, folder: int, linked: Callable[[], None]) -> None:
+    """Give a file its name. A link does not replace, so a nameless one goes through a hidden name."""
+    if temporary is None:
+        temporary = f".{name}.{secrets.token_hex(4)}"
+        os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
+        linked()
+    try:
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.unlink(temporary, dir_fd=folder)
+        raise
+
+
+def _remove_left_over(name: str, folder: int) -> None:
+    """Files that were to become `name`, of which the writer died."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
+    for found in filter(pattern.fullmatch, os.listdir(folder)):
+        with contextlib.suppress(OSError):  # removed, or its writer is alive
+            descriptor = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(found, dir_fd=folder)
+            finally:
+                os.close(descriptor)
+
+
+def check_private(folder: Path, remedy: str) -> None:
+    """Refuse a folder that other users own or can write to: they could plant sockets, records and links in it.
+
+    `remedy`: what the user can do, for the message. Raises UsageError, FileNotFoundError.
+    """
+    found = os.stat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"cannot use {folder}: it is not a folder; {remedy}")
+    if found.st_uid != os.geteuid():
+        raise UsageError(f"cannot use {folder}: it belongs to user {found.st_uid}, not {os.geteuid()}; {remedy}")
+    if found.st_mode & 0o022:
+        raise UsageError(f"cannot use {folder}: other users can write to it; chmod go-w it, or {remedy}")
+
+
+def bind_private(listener: socket.socket, path: str) -> None:
+    """Bind with mode 0600 from the start. The umask is the process's, so the mode is set on the unbound socket."""
+    os.fchmod(listener.fileno(), PRIVATE)
+    listener.bind(path)
