@@ -26,11 +26,17 @@ Every message says what happened, to what, and what to do about it. Where the ou
 only `OutcomeUnknown` leaves a workload that does not run.
 """
 
+from pageferry.printable import printable
+
 
 class PageferryError(Exception):
     """Base of all errors that pageferry raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message, without characters that a terminal would interpret: a part of it may come from a peer."""
+        return printable(super().__str__())
 
 
 class UsageError(PageferryError, ValueError):

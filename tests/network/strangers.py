@@ -144,7 +144,7 @@ REFUSALS: dict[str, Callable[[Peer], None]] = {
     "$.migration": lambda peer: peer.say(hello(migration="../../../../etc/passwd".ljust(32, "0"))),
     "matching regex": lambda peer: peer.say(hello(migration="0" * 32 + "\n")),
     "$.name": lambda peer: peer.say(hello(name="\x1b[2J")),
-    "Invalid value '?[2J'": lambda peer: peer.say_raw(type="\x1b[2J"),
+    "Invalid value '\\x1b[2J'": lambda peer: peer.say_raw(type="\x1b[2J"),
 }
 """What a source may not say first, and what it is told."""
 

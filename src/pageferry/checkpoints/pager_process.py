@@ -30,6 +30,7 @@ from pageferry.errors import ImageError, PageferryError, UsageError
 from pageferry.host import files, proc
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
+from pageferry.printable import PrintableFormatter
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.workloads.deferred import Deferred, OwnImage
@@ -258,7 +259,9 @@ def _log_to(folder: Folder) -> None:
 
 def main(orders: BinaryIO, answers: BinaryIO) -> int:
     """Carry out one order."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("pageferry").setLevel(logging.INFO)
     logging.getLogger("qemu").setLevel(logging.CRITICAL)
 

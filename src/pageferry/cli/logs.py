@@ -6,8 +6,10 @@ import logging
 import sys
 import time
 
+from pageferry.printable import PrintableFormatter
 
-class _Formatter(logging.Formatter):
+
+class _Formatter(PrintableFormatter):
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         if record.levelno <= logging.DEBUG:

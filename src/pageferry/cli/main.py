@@ -18,6 +18,7 @@ from pageferry.cli.parser import parse
 from pageferry.cli.signals import Interruption
 from pageferry.cli.telling import open_sinks
 from pageferry.errors import Cancelled, PageferryError
+from pageferry.printable import message, printable
 
 if TYPE_CHECKING:
     from pageferry.report.event_log import EventLog
@@ -64,7 +65,7 @@ def _end_of(error: BaseException, debug: bool, received: signal.Signals | None) 
     if isinstance(error, BrokenPipeError) and _reader_has_gone():
         raise error
     if debug:
-        traceback.print_exception(error)
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))
     if received is not None and isinstance(error, (KeyboardInterrupt, asyncio.CancelledError, Cancelled)):
         _complain(str(error) or "interrupted")
         return 128 + received
@@ -76,8 +77,8 @@ def _end_of(error: BaseException, debug: bool, received: signal.Signals | None) 
     return 1
 
 
-def _complain(message: str) -> None:
-    print(f"pageferry: {message}", file=sys.stderr)  # noqa: T201
+def _complain(text: str) -> None:
+    print(f"pageferry: {message(text)}", file=sys.stderr)  # noqa: T201
 
 
 def _reader_has_gone() -> bool:

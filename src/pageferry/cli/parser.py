@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from rich_argparse import RichHelpFormatter
 
+from pageferry import printable
 from pageferry.cli.verbs import VERBS
 from pageferry.errors import UsageError
 
@@ -30,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line: a usage of many would hide what is wrong."""
-        self.exit(UsageError.exit_code, f"{self.prog}: error: {message} (`{self.prog} --help` shows what it takes)\n")
+        text = f"{self.prog}: error: {message} (`{self.prog} --help` shows what it takes)"
+        self.exit(UsageError.exit_code, f"{printable.message(text)}\n")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

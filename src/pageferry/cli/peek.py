@@ -13,6 +13,7 @@ from pageferry.cli.arguments import size
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
+from pageferry.printable import printable_json
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region
 from pageferry.workloads.opening import open_workload
@@ -46,6 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 async def run(args: argparse.Namespace) -> int:
     """Look."""
+    if args.raw and sys.stdout.isatty():
+        raise UsageError("raw memory is not written to a terminal: redirect the output, or leave out --raw")
     workload = await open_workload(args.name)
     try:
         number, region = _region(workload.regions, args.region)
@@ -60,7 +63,7 @@ async def run(args: argparse.Namespace) -> int:
         sys.stdout.buffer.write(data)
     elif args.output == "json":
         found = Peeked(workload=args.name, region=region.name, offset=args.offset, length=args.length, data=data.hex())
-        sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
+        sys.stdout.write(printable_json(msgspec.json.encode(found)).decode() + "\n")
     else:
         sys.stdout.writelines(_lines(args.offset, data))
     return 0

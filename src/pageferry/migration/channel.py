@@ -147,7 +147,7 @@ class Channel:
             while True:
                 message = await self._read()
                 if isinstance(message, Abort):
-                    raise PeerRefused(f"the peer ended the migration: {_printable(message.reason)}")
+                    raise PeerRefused(f"the peer ended the migration: {message.reason}")
                 if not isinstance(message, Alive):
                     await self._inbox.put(message)
         except TimeoutError:  # ours, or the kernel's (TCP_USER_TIMEOUT)
@@ -170,7 +170,7 @@ class Channel:
             return messages.decode(body)
         except msgspec.MsgspecError as error:
             messages.check_version(messages.version_of(body))
-            raise ProtocolError(f"the peer sent a message that makes no sense: {_printable(str(error))}") from error
+            raise ProtocolError(f"the peer sent a message that makes no sense: {error}") from error
 
     async def _beat(self) -> None:
         sent = messages.encode(Alive())
@@ -178,8 +178,3 @@ class Channel:
             await asyncio.sleep(BEAT)
             with contextlib.suppress(OSError):
                 self._writer.write(sent)
-
-
-def _printable(text: str) -> str:
-    """Words of the peer, without anything that a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -28,6 +28,7 @@ import msgspec
 from pageferry.errors import UsageError
 from pageferry.events import SCHEMA, Event
 from pageferry.host import files
+from pageferry.printable import printable_json
 
 log = getLogger(__name__)
 
@@ -119,7 +120,7 @@ class EventLog:
         at = round((self._clock() - self._began) * 1e3, 3)
         fields: dict[str, Any] = msgspec.to_builtins(event)
         try:
-            _write(self._file, msgspec.json.encode({"at-ms": at, **fields}) + b"\n")
+            _write(self._file, printable_json(msgspec.json.encode({"at-ms": at, **fields})) + b"\n")
         except OSError as error:
             log.warning("%s cannot be written any more: %s", self._path, error.strerror)
             self._close()

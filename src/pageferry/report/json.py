@@ -8,6 +8,7 @@ from typing import BinaryIO, Self
 import msgspec
 
 from pageferry.events import Event
+from pageferry.printable import printable_json
 
 
 class JsonReporter:
@@ -18,7 +19,7 @@ class JsonReporter:
 
     def event(self, event: Event) -> None:
         """Write an event."""
-        self._stream.write(msgspec.json.encode(event) + b"\n")
+        self._stream.write(printable_json(msgspec.json.encode(event)) + b"\n")
         self._stream.flush()
 
     def final(self, result: Event) -> None:

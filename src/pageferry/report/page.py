@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from pageferry.printable import printable
 from pageferry.report.figures.base import Fact, Figure, shown
 from pageferry.report.run import Run, families, side_by_side
 from pageferry.report.units import duration
@@ -23,7 +24,7 @@ def page(runs: Sequence[Run]) -> str:
     body = "".join(_run(run, number) for number, run in enumerate(runs))
     numbers = {run.log.path: number for number, run in enumerate(runs)}
     comparisons = "".join(_comparison(family, numbers) for family in families(runs))
-    return (
+    return printable(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import msgspec
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from pageferry.events import Event
+from pageferry.printable import printable
 from pageferry.report.reporter import View
 
 WIDE = 500
@@ -91,13 +93,21 @@ class HumanReporter:
 
 
 class _Console(Console):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, markup=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does, with the text of every segment filtered; rich's own control codes are segments apart."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
     def on_broken_pipe(self) -> None:
         raise  # noqa: PLE0704  # called while the error is handled; what it means for the exit code is not rich's affair
 
 
 def _console(stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return _Console(stderr=stderr, width=None if stream.isatty() else WIDE, emoji=False)
+    return _Console(stderr=stderr, width=None if stream.isatty() else WIDE)
 
 
 def _fields(record: msgspec.Struct) -> dict[str, Any]:

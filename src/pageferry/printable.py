@@ -1,0 +1,56 @@
+"""The filter for text that leaves the program: a terminal must not interpret what peers, guests and images contain.
+
+Control characters (ESC and CSI begin terminal commands), invisible characters and those that change the direction of
+text are replaced by escapes such as `\\x1b`. Line feeds and tabs remain. In a message all lines but the first are
+indented, so that no part of a message looks like a message of pageferry. In JSON the same characters are written as
+`\\u009b`, which leaves the value as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 without tab and line feed, DEL, C1
+    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible, direction
+    "\ud800-\udfff"  # bytes of a file name that are not UTF-8
+    "\U000e0000-\U000e007f]"  # tags
+)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for every character that a terminal could interpret or hide."""
+    return _UNSAFE.sub(_escape, text)
+
+
+def message(text: str) -> str:
+    """The same for one message: lines after the first are indented by two blanks."""
+    return printable(text).replace("\n", "\n  ")
+
+
+def printable_json(line: bytes) -> bytes:
+    """A JSON document with escapes for the same characters; its values do not change."""
+    if line.isascii() and b"\x7f" not in line:  # the encoder has escaped C0
+        return line
+    return _UNSAFE.sub(_escape_json, line.decode()).encode()
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats records of any library as messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One filtered message."""
+        return message(super().format(record))
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _escape_json(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
