@@ -59,8 +59,15 @@ def test_a_log_that_cannot_be_opened_is_an_error_of_usage(tmp_path: Path, capsys
     assert "--log" in capsys.readouterr().err
 
 
-def test_a_command_outlives_a_log_that_is_full(caplog: pytest.LogCaptureFixture) -> None:
-    assert main(["lister", "--steps", "3", "--log", "/dev/full"]) == 0
+def test_a_command_outlives_a_log_that_is_full(tmp_path: Path) -> None:
+    words = ["lister", "--steps", "3", "--log", str(tmp_path / "log")]
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (64, -1));"
+        f"from tests.unit.verbs.command import main; sys.exit(main({words!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written any more: File too large" in done.stderr
 
 
 def test_secrets_and_command_lines_of_others_are_not_written_down() -> None:
