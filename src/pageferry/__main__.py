@@ -5,6 +5,6 @@ import sys
 if not sys.flags.safe_path:  # the current directory, which may belong to another user
     del sys.path[0]
 
-from pageferry.cli.main import main  # noqa: E402
+from pageferry.cli.main import main
 
 sys.exit(main())

@@ -40,6 +40,7 @@ KERNEL_FILES = {
     "workloads/mappers.py",
     "workloads/qemu_prefault.py",
     "workloads/process.py",
+    "workloads/qemu_disks.py",
 }
 """Files of the package that open nothing but interfaces of the kernel (/proc, /sys, unnamed files, pidfds)."""
 OTHERS = {

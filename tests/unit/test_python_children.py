@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
+from tests.kernel.images import Maker
 
 PACKAGE = Path(pageferry.__file__).parent
 PLANTED = ("msgspec", "pageferry", "qemu", "rich", "sitecustomize", "usercustomize", "logging", "asyncio")
@@ -25,16 +26,13 @@ OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu_process.py"}
 
 CHILDREN = {
     "pageferry.checkpoints.pager_process": """
-        from pathlib import Path
         import asyncio
+        from pageferry.checkpoints.image import ImageFile
         from pageferry.checkpoints.restore import PagerProcess
-        from pageferry.errors import RestoreError
+        image = ImageFile(os.environ["IMAGE"])
         hostile()
-        pager = PagerProcess(Path("/no/image"))
-        try:
-            asyncio.run(pager.ready())
-        except RestoreError as error:
-            assert "/no/image" in str(error), error
+        pager = PagerProcess(image)
+        asyncio.run(pager.ready())
         pager.give_up()
     """,
     "pageferry.workloads.ledger_child": """
@@ -148,6 +146,7 @@ def test_child_in_hostile_folder_imports_nothing_planted(module: str, hostile: P
     switches.mkdir()
     program = HOSTILE + "\n" + "\n".join(line.removeprefix("        ") for line in CHILDREN[module].splitlines())
     places = {"HOSTILE": str(hostile), "PLANTED_RAN": str(ran), "SWITCHES": str(switches)}
+    places["IMAGE"] = str(Maker(16).write(tmp_path / "image"))
     done = subprocess.run(
         [sys.executable, "-I", "-c", program], env=os.environ | places, capture_output=True, text=True, timeout=60
     )
