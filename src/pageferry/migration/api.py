@@ -30,14 +30,14 @@ from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
 from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
-from pageferry.migration.ownership import RECORD, Committed, Verdicts
+from pageferry.migration.ownership import RECORD, Committed, Verdicts, committed
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
 from pageferry.migration.trust import Trust
 from pageferry.workloads import following
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
-from pageferry.workloads.base import Workload
+from pageferry.workloads.base import Revertible, Workload
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.holding import Hold, held
 from pageferry.workloads.settling import settled
@@ -64,7 +64,7 @@ async def migrate(
     target = resolve(address, insecure=chosen.insecure, what="destination", trust=trust)
     moved = workload.workload() if isinstance(workload, Arena) else workload
     folder = folder_of(moved)
-    if folder is not None and folder.load(RECORD, Committed) is not None and not await moved.running():
+    if committed(folder) is not None and not await moved.running():
         raise WorkloadError(
             f"{moved.name} was given away by an earlier migration whose outcome is not known here: ask for it with "
             f"pageferry migrate {moved.name} --recover"
@@ -231,22 +231,25 @@ async def recover(
 
 
 async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
-    """Let it run here again. Only for who knows that the destination does not run it, and never will.
+    """Make it as it was here before the migration: running, or paused if its user had paused it. Only for a caller that
+    knows that the destination does not run it, and never will.
 
     `doubt` as for `recover`. Raises UsageError when it was not given away.
     """
     moved = workload.workload() if isinstance(workload, Arena) else workload
-    _in_doubt(moved, doubt)
-    await moved.resume()
+    record = _in_doubt(moved, doubt)
+    if isinstance(moved, Revertible):
+        await moved.revert(record.changes)
+    else:
+        await moved.resume()
     if (folder := folder_of(moved)) is not None:
         folder.forget(RECORD)
 
 
 def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
-    if doubt is not None and doubt.migration:
+    record = committed(folder_of(workload))
+    if doubt is not None and doubt.migration and (record is None or record.migration != doubt.migration):
         return Committed(migration=doubt.migration, peer=doubt.peer, hostname=doubt.hostname)
-    folder = folder_of(workload)
-    record = folder.load(RECORD, Committed) if folder is not None else None
     if record is None:
         raise UsageError(f"{workload.name} is in no doubt: no migration of it waits for an answer")
     return record

@@ -18,11 +18,13 @@ import os
 import time
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from pageferry.errors import WorkloadError
 from pageferry.host import files
+from pageferry.host.registry import Folder
 from pageferry.migration.messages import Codec
 from pageferry.workloads.base import Witness
 
@@ -30,9 +32,14 @@ RECORD = "migration.json"
 """File name of the source's record, in the folder of the workload."""
 
 
+VERSION = 2
+"""Version of the record. 1 had neither `version` nor `changes`."""
+
+
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
     """The source's record: this workload was given away, and the answer may still be out."""
 
+    version: int = 1
     migration: str
     """Random name of the migration, 32 hexadecimal digits."""
     peer: str
@@ -46,6 +53,18 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth: int = 0
     adaptive: bool = False
     """How they are sent: as in `Options`."""
+    changes: dict[str, Any] = {}
+    """How to make the workload as it was: see `workloads.base.Revertible`. Empty: nothing is known of it."""
+
+
+def committed(folder: Folder | None) -> Committed | None:
+    """The record in the folder of a workload; None if it was not given away. Raises WorkloadError."""
+    record = folder.load(RECORD, Committed) if folder is not None else None
+    if record is not None and record.version > VERSION:
+        raise WorkloadError(
+            f"unsupported version {record.version} of {RECORD}: expected up to {VERSION}; use a newer pageferry"
+        )
+    return record
 
 
 class Verdict(Enum):

@@ -26,7 +26,7 @@ from pageferry.errors import (
 from pageferry.events import Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
-from pageferry.migration import events, messages, postcopy_source, switch, telling
+from pageferry.migration import events, messages, ownership, postcopy_source, switch, telling
 from pageferry.migration.channel import Channel
 from pageferry.migration.coming import bring_rest, part_of, send_as_it_comes
 from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
@@ -39,7 +39,7 @@ from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
-from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload
 from pageferry.workloads.holding import Hold, large_units
 from pageferry.workloads.memory import Memory
 
@@ -528,6 +528,8 @@ class Source:
     def _record_commit(self) -> None:
         if self.folder is not None:
             record = Committed(
+                version=ownership.VERSION,
+                changes=self.workload.changes if isinstance(self.workload, Revertible) else {},
                 migration=self.migration,
                 peer=self.peer,
                 hostname=self.hostname,

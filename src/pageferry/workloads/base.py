@@ -149,3 +149,18 @@ class Workload(Protocol):
 
     def close(self) -> None:
         """Let go of files and sockets; the workload itself is left as it is."""
+
+
+@runtime_checkable
+class Revertible(Protocol):
+    """A workload whose settings are changed for a migration, and not put back by the death of the process that did it.
+
+    After `commit` another process undoes the changes, if the workload turns out to be still the source's.
+    """
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What has been changed so far, as data for the record of the commit."""
+
+    async def revert(self, changes: Mapping[str, Any]) -> None:
+        """Make the committed workload as it was before these changes: running, or paused if its user had paused it."""

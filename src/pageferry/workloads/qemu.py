@@ -16,12 +16,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
+
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc, processes, ram_files
 from pageferry.host.registry import Folder, QemuEntry, Registry
-from pageferry.workloads import qemu_command, qemu_peer, qemu_prefault, qemu_process, qemu_ram, qemu_state
+from pageferry.workloads import (
+    qemu_command,
+    qemu_disks,
+    qemu_peer,
+    qemu_prefault,
+    qemu_process,
+    qemu_ram,
+    qemu_snapshot,
+    qemu_state,
+)
 from pageferry.workloads.base import Faults, Identity, Region, Witness
-from pageferry.workloads.qemu_control import QUIT, QemuControl
+from pageferry.workloads.qemu_control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu_machine import Machine
 from pageferry.workloads.qemu_prefault import VirtualMachine
 from pageferry.workloads.qemu_process import QemuProcess
@@ -216,6 +227,10 @@ class QemuWorkload:
         """
         if witness is None:
             self._control.bequeath([])
+            if self._control.stays_paused:
+                # The destination opens the disks before this QEMU ends. Of a guest that ran `save_state` did this.
+                self._control.disks_released = True
+                await qemu_disks.release(await self._control.hold())
             return
         self._control.bequeath_to_owner(witness)
         # To be given a guest one must be alive: somebody who is being killed is still seen in /proc, but says nothing.
@@ -234,17 +249,41 @@ class QemuWorkload:
         self._control.bequeath_as_before()
         if not self._control.stays_paused:
             await self._continue(monitor)
+        elif self._control.disks_released:
+            await self._lock_disks(monitor)
         self._control.settle(monitor)
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What another process has to undo, by `revert`, if this one ends after `commit`."""
+        found: dict[str, Any] = msgspec.to_builtins(self._control.changes)
+        return found
+
+    async def revert(self, changes: Mapping[str, Any]) -> None:
+        """Make a committed guest as it was before the process that committed it changed it: running or paused, with
+        the migration settings of its user. Empty `changes` are those of an older release: the guest is resumed.
+
+        Raises WorkloadError for changes that cannot be read, and as `resume`.
+        """
+        if changes:
+            try:
+                self._control.take_over(msgspec.convert(changes, Changes))
+            except msgspec.ValidationError as wrong:
+                raise WorkloadError(f"cannot undo the changes of {self.name}: invalid record ({wrong})") from wrong
+        await self._control.hold()
+        self._control.have_will()
+        await self.resume()
+        await self._control.settled()
+
     async def save_state(self) -> bytes:
-        """The device state of the paused guest, by QEMU's own migration without memory.
+        """The device state of the paused guest, by QEMU's own migration or snapshot without memory.
 
         Raises WorkloadError with QEMU's words; the guest can be resumed then, and after success, too.
         """
+        was_running = not self._control.stays_paused
         async with self._control.session() as monitor:
             await self._control.prepare_state(monitor)
-            stream = await qemu_state.save(monitor)
-        was_running = not self._control.stays_paused
+            stream = await (qemu_state.save(monitor) if was_running else self._save_snapshot(monitor))
         return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
 
     async def prepare_load(self) -> None:
@@ -254,7 +293,7 @@ class QemuWorkload:
         """
         if self._loading is None:
             monitor = await self._control.hold()
-            await self._control.prepare_state(monitor)
+            await self._control.prepare_state(monitor, incoming=True)
             self._loading = await qemu_state.Loading.begin(monitor)
 
     async def load_state(self, state: bytes) -> None:
@@ -275,7 +314,7 @@ class QemuWorkload:
             await loading.finish(saved.stream)
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
-        self._control.stays_paused = not saved.was_running
+        self._control.stays_paused = self._control.disks_released = not saved.was_running
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `qemu_prefault`); bytes mapped.
@@ -361,6 +400,21 @@ class QemuWorkload:
                 f"{self.name} (process {self.pid}): {died}{self._last_words()}", never_ran=never_ran
             ) from died
 
+    async def _save_snapshot(self, monitor: Monitor) -> bytes:
+        snapshot = qemu_snapshot.Snapshot()
+        self._control.bequeath_as_before(first=snapshot.removal)
+        stream = await snapshot.save(monitor)
+        self._control.bequeath_as_before()
+        return stream
+
+    async def _lock_disks(self, monitor: Monitor) -> None:
+        try:
+            await qemu_disks.lock(monitor)
+        except WorkloadDied:
+            raise
+        except WorkloadError as failed:
+            log.warning("%s: its disks are not locked while it is paused: %s", self.name, failed)
+
     def _stop_loading(self) -> None:
         if self._loading is not None:
             self._loading.close()
@@ -371,7 +425,7 @@ class QemuWorkload:
         self._control.have_will()
         self._control.bequeath([QUIT])
         async with self._control.session(keep=at_once) as monitor:
-            await self._control.prepare_state(monitor)
+            await self._control.prepare_state(monitor, incoming=True)
 
     def _last_words(self) -> str:
         return f"; QEMU says:\n{said}" if (said := qemu_process.log_tail(self._folder.path / _LOG)) else ""

@@ -11,16 +11,29 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads import qemu_state
+from pageferry.workloads import qemu_disks, qemu_state
 from pageferry.workloads.base import Witness
 from pageferry.workloads.qemu_will import LastWill
 from pageferry.workloads.qmp import Command, Monitor
 
 QUIT: Command = {"execute": "quit"}
+_CONT: Command = {"execute": "cont"}
 
 log = logging.getLogger(__name__)
+
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a controller has changed of a guest, for the record of its commit: see `QemuWorkload.revert`."""
+
+    paused: bool
+    """The guest did not run before it was paused for this."""
+    undo: list[dict[str, Any]]
+    """QMP commands that put QEMU's migration settings back."""
 
 
 class QemuControl:
@@ -29,6 +42,8 @@ class QemuControl:
     def __init__(self, name: str, qmp_socket: str) -> None:
         self.stays_paused = False
         """The guest did not run to begin with, and is left so."""
+        self.disks_released = False
+        """The disks of a guest that stays paused are to be locked again before it is left: no `cont` does that."""
         self._name = name
         self._qmp_socket = qmp_socket
         self._held: Monitor | None = None
@@ -44,7 +59,7 @@ class QemuControl:
 
     async def hold(self) -> Monitor:
         """The monitor, kept from now on. Raises WorkloadError, WorkloadDied."""
-        await self._settled()
+        await self.settled()
         if self._held is None:
             self._held = await Monitor.open(self._qmp_socket)
         return self._held
@@ -52,7 +67,7 @@ class QemuControl:
     @contextlib.asynccontextmanager
     async def session(self, *, keep: bool = False) -> AsyncIterator[Monitor]:
         """The monitor for a few commands: the one that is held, or one of their own, which `keep` holds after them."""
-        await self._settled()
+        await self.settled()
         if self._held is not None:
             yield self._held
             return
@@ -67,12 +82,16 @@ class QemuControl:
         """Look whether the guest runs."""
         self.stays_paused = not (await monitor.execute("query-status"))["running"]
 
-    async def prepare_state(self, monitor: Monitor) -> None:
-        """Set QEMU's migration up for the device state alone; what it was before is put back in the end."""
+    async def prepare_state(self, monitor: Monitor, *, incoming: bool = False) -> None:
+        """Set QEMU's migration up for the device state alone; the settings of before are put back in the end."""
         if self._undo is None:
-            self._undo = await qemu_state.prepare(monitor)
+            settings = await qemu_state.plan(monitor, incoming=incoming)
+            self._undo = settings.undo
+            # First the will: if this process is killed between two commands, the guardian puts all of them back.
             if self._undo and self._held is monitor:
                 self.bequeath(self._undo)
+            for command in settings.apply:
+                await monitor.run(command)
 
     # -- what is to happen if we die -----------------------------------------------------------------------------------
 
@@ -86,9 +105,9 @@ class QemuControl:
         if self._will is not None:
             self._will.write(commands)
 
-    def bequeath_as_before(self) -> None:
-        """What makes a paused guest as it was before is the will."""
-        self.bequeath(self._as_before())
+    def bequeath_as_before(self, first: Sequence[Command] = ()) -> None:
+        """The will is what makes a paused guest as it was before, after the commands that come `first`."""
+        self.bequeath([*first, *self._as_before()])
 
     def bequeath_to_owner(self, witness: Witness) -> None:
         """The guest is as it was before where the witness says that it is ours, and ends where it does not."""
@@ -96,13 +115,26 @@ class QemuControl:
             self._will.write(self._as_before(), witness=witness, otherwise=[QUIT])
 
     def _as_before(self) -> list[Command]:
-        return [*([] if self.stays_paused else [{"execute": "cont"}]), *(self._undo or [])]
+        locked = [qemu_disks.LOCK] if self.disks_released else []
+        return [*(locked if self.stays_paused else [_CONT]), *(self._undo or [])]
+
+    # -- what another process undoes ---------------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> Changes:
+        """What this process has changed so far."""
+        return Changes(paused=self.stays_paused, undo=self._undo or [])
+
+    def take_over(self, changes: Changes) -> None:
+        """Answer for the changes of a process that has ended after `commit`."""
+        self.stays_paused = self.disks_released = changes.paused
+        self._undo = changes.undo
 
     # -- the end of it -------------------------------------------------------------------------------------------------
 
     def settle(self, monitor: Monitor) -> None:
         """The guest has been resumed. The settings are put back, and all is let go, while nobody waits for it."""
-        self.stays_paused = False
+        self.stays_paused = self.disks_released = False
         self.bequeath(self._undo or [])
         self._settling = asyncio.create_task(self._settle(monitor))
 
@@ -120,7 +152,8 @@ class QemuControl:
                 monitor.abandon()
             self._close_will()
 
-    async def _settled(self) -> None:
+    async def settled(self) -> None:
+        """Wait until the settings of a guest that was resumed are put back."""
         if self._settling is not None:
             settling, self._settling = self._settling, None
             await settling

@@ -4,6 +4,10 @@ With the capability `x-ignore-shared` QEMU leaves memory in shared files out of 
 (CPUs, devices, ROMs, video memory: about 1 MiB) goes through one end of a socket pair that QEMU is given (`getfd`), so
 that nothing is left behind by any failure. Checked with QEMU 7.2 and 10.0; newer ones ignore only files with a path,
 which ours has.
+
+QEMU's migration changes more than that: it releases the disks of the guest, and the run state becomes `postmigrate`,
+from which only `cont` leads back. A guest that is to run next bears that; the state of one that stays paused is saved
+by `qemu_snapshot`.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Coroutine
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
@@ -34,6 +38,10 @@ _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
 _CANCEL_PATIENCE = 5.0
+
+_LATE_ACTIVATION = "late-block-activate"
+"""Capability of an incoming QEMU: `cont` opens and locks the disks, not the end of the stream. Without it QEMU before
+10.0 holds the locks of shared disks before the source has committed, and the source cannot continue."""
 
 T = TypeVar("T")
 
@@ -65,30 +73,39 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
         return state
 
 
-async def prepare(monitor: Monitor) -> list[Command]:
-    """Have QEMU migrate device state alone, plainly and fast, until the commands that are returned are executed.
+class Settings(NamedTuple):
+    """Commands with which QEMU migrates device state alone, plainly and fast, and those that put its settings back."""
 
-    Raises UnsupportedError where QEMU lacks what is needed, WorkloadError while it migrates for somebody else.
+    apply: list[Command]
+    undo: list[Command]
+
+
+async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
+    """Settings for saving, or with `incoming` for loading; nothing is changed yet.
+
+    Raises UnsupportedError if QEMU lacks a capability that is needed, WorkloadError.
     """
     reported = await monitor.execute("query-migrate-capabilities")
     before = {item["capability"]: item["state"] for item in reported}
     if missing := [name for name in _NEEDED if name not in before]:
         raise UnsupportedError(f"this QEMU lacks the migration capability {', '.join(missing)}: use a newer one")
-    wanted = {name: name in _NEEDED or (state and name in _KEPT) for name, state in before.items()}
+    needed = {*_NEEDED, _LATE_ACTIVATION} if incoming else {*_NEEDED}
+    wanted = {name: name in needed or (state and name in _KEPT) for name, state in before.items()}
     changed = {name: state for name, state in wanted.items() if before[name] != state}
-    undo = []
+    settings = Settings([], [])
     if changed:
-        await monitor.run(_set_capabilities(changed))
-        undo.append(_set_capabilities({name: before[name] for name in changed}))
+        settings.apply.append(_set_capabilities(changed))
+        settings.undo.append(_set_capabilities({name: before[name] for name in changed}))
     bandwidth = (await monitor.execute("query-migrate-parameters"))["max-bandwidth"]
     if bandwidth != _UNLIMITED:
-        await monitor.run(_set_bandwidth(_UNLIMITED))
-        undo.append(_set_bandwidth(bandwidth))
-    return undo
+        settings.apply.append(_set_bandwidth(_UNLIMITED))
+        settings.undo.append(_set_bandwidth(bandwidth))
+    return settings
 
 
 async def save(monitor: Monitor) -> bytes:
-    """The migration stream of a paused guest, after `prepare`. The guest is as before, whether this succeeds or not.
+    """The migration stream of a guest that has been stopped, with the settings of `plan`. `cont` lets it run again,
+    also after a failure.
 
     Raises WorkloadError with QEMU's words when it cannot be saved, WorkloadDied.
     """
@@ -114,7 +131,7 @@ class Loading:
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> Self:
-        """For a QEMU that was started with `-incoming defer`, after `prepare`. Raises WorkloadError, WorkloadDied."""
+        """For a QEMU started with `-incoming defer`, after `plan` was applied. Raises WorkloadError, WorkloadDied."""
         with contextlib.ExitStack() as held:
             ours = held.enter_context(await _channel(monitor))
             events = held.enter_context(monitor.events("MIGRATION"))

@@ -57,6 +57,7 @@ class Monitor:
 
     def __init__(self, client: _Client, path: str, peer: Peer) -> None:
         self._client = client
+        self._commands: frozenset[str] | None = None
         self.path = path
         self.peer = peer
         """The process that listens on the socket."""
@@ -118,6 +119,17 @@ class Monitor:
         """Pass a copy of an open file to QEMU (`getfd`), which then knows it as `fd:NAME`."""
         self._client.send_fd_scm(descriptor)
         await self.execute("getfd", fdname=name)
+
+    async def add_descriptor(self, fdset: int, descriptor: int) -> None:
+        """Pass a copy of an open file to QEMU (`add-fd`), which can open it as `/dev/fdset/FDSET`."""
+        self._client.send_fd_scm(descriptor)
+        await self.execute("add-fd", fdset_id=fdset)
+
+    async def supports(self, command: str) -> bool:
+        """Whether this QEMU has a QMP command of that name."""
+        if self._commands is None:
+            self._commands = frozenset(one["name"] for one in await self.execute("query-commands"))
+        return command in self._commands
 
     @contextlib.contextmanager
     def events(self, name: str) -> Iterator[EventListener]:

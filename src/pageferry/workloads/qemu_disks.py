@@ -1,0 +1,78 @@
+"""The disks of a paused QEMU guest: released for another QEMU, and locked again, while no vCPU runs.
+
+QEMU calls a disk *active* while it may write to the image and holds the locks of its file. `cont` activates the disks
+of a guest that is to run. For one that stays paused there is `blockdev-set-active` from QEMU 10.0 on. Older ones
+activate a disk when it is exported (by an NBD server on a socket that no client can find: its name is removed first),
+and release all disks of a stopped guest with `xen-save-devices-state`, whose output is of no use here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import tempfile
+
+from pageferry.errors import WorkloadError
+from pageferry.workloads.qmp import Command, Monitor
+
+_SET_ACTIVE = "blockdev-set-active"
+LOCK: Command = {"execute": _SET_ACTIVE, "arguments": {"active": True}}
+"""`lock` as a single command, for the will of a guest: older QEMUs refuse it."""
+
+
+async def lock(monitor: Monitor) -> None:
+    """Activate all disks of a paused guest, which stays paused.
+
+    Raises WorkloadError with QEMU's words, for example if another process has a disk locked; WorkloadDied.
+    """
+    if await monitor.supports(_SET_ACTIVE):
+        await monitor.run(LOCK)
+    else:
+        await _export(monitor)
+
+
+async def release(monitor: Monitor) -> None:
+    """Deactivate all disks of a paused guest, so that another QEMU can lock them.
+
+    Raises WorkloadError with QEMU's words, WorkloadDied.
+    """
+    if await monitor.supports(_SET_ACTIVE):
+        await monitor.execute(_SET_ACTIVE, active=False)
+    else:
+        await _export(monitor)  # these QEMUs abort when a disk that is released already is released once more
+        await monitor.execute("xen-save-devices-state", filename="/dev/null", live=True)
+
+
+async def _export(monitor: Monitor) -> None:
+    nodes = [disk["inserted"]["node-name"] for disk in await monitor.execute("query-block") if "inserted" in disk]
+    if not nodes:
+        return
+    ours = await _start_server(monitor)
+    try:
+        for node in nodes:
+            await _export_node(monitor, node)
+    finally:
+        if ours:
+            await monitor.execute("nbd-server-stop")
+
+
+async def _export_node(monitor: Monitor, node: str) -> None:
+    name = f"pageferry-{secrets.token_hex(4)}"
+    await monitor.execute("block-export-add", type="nbd", id=name, name=name, node_name=node)
+    await monitor.execute("block-export-del", id=name, mode="hard")
+
+
+async def _start_server(monitor: Monitor) -> bool:
+    """Start an NBD server that no client can reach; False if QEMU has one already, which does as well."""
+    with socket.socket(socket.AF_UNIX) as listening, tempfile.TemporaryDirectory(prefix="pageferry-") as private:
+        listening.bind(f"{private}/nbd.sock")
+        listening.listen(1)
+        await monitor.give_descriptor("pageferry-nbd", listening.fileno())
+    try:
+        await monitor.execute("nbd-server-start", addr={"type": "fd", "data": {"str": "pageferry-nbd"}})
+    except WorkloadError as failed:
+        if "already" not in str(failed):
+            raise
+        await monitor.execute("closefd", fdname="pageferry-nbd")
+        return False
+    return True

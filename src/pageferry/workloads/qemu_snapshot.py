@@ -1,0 +1,134 @@
+"""The device state of a QEMU guest that stays paused, by an internal snapshot into a file in memory.
+
+QEMU's own migration would release the disks of the guest and leave it in the run state `postmigrate`, in which QEMU
+refuses to migrate it ever again before it has run. `snapshot-save` writes the same stream, and changes neither. It
+needs a qcow2 file to write to: here a memfd that QEMU gets as a descriptor, attached to no device and removed in the
+end. `x-ignore-shared` leaves memory in shared files out of this stream, too.
+
+Layout of qcow2 (numbers big endian): a header, a table of refcount blocks, a refcount block, a two-level table of
+clusters. The state is in the clusters behind those of the disk, found by the level-1 table of the snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import struct
+
+from pageferry.errors import UnsupportedError, WorkloadError
+from pageferry.workloads.qemu_state import LARGEST
+from pageferry.workloads.qmp import Command, Monitor
+
+_COMMAND = "snapshot-save"
+_TAG = "state"
+
+_CLUSTER_BITS = 16
+_CLUSTER = 1 << _CLUSTER_BITS
+_DISK = 1 << 20
+"""Bytes of the disk, which nothing is written to."""
+_LIMIT = LARGEST + (16 << 20)
+"""Bytes of the file: the largest state that we accept, and its tables."""
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+"""Magic, version, backing file (offset, length), cluster bits, size, encryption, level-1 entries and offset, refcount
+table (offset, clusters), snapshots (number, offset), features (incompatible, compatible, autoclear), refcount order,
+header length."""
+_SNAPSHOT = struct.Struct(">QIHHIIQII")
+"""Level-1 table (offset, entries), lengths of id and name, date, nanoseconds, clock, size of the state (32 bits),
+length of the extra data, which begin with the size of the state in 64 bits."""
+_OFFSET = 0x00FF_FFFF_FFFF_FE00
+"""Bits of a table entry that are an offset in the file."""
+
+
+class Snapshot:
+    """A snapshot of one paused guest, to be saved once."""
+
+    def __init__(self) -> None:
+        name = f"pageferry-{secrets.token_hex(4)}"
+        self._job, self._node, self._fdset = name, name, secrets.randbelow(1 << 30)
+
+    @property
+    def removal(self) -> list[Command]:
+        """Commands that remove everything that `save` has made in QEMU, wherever it was interrupted."""
+        return [
+            {"execute": "job-dismiss", "arguments": {"id": self._job}},
+            {"execute": "blockdev-del", "arguments": {"node-name": self._node}},
+            {"execute": "remove-fd", "arguments": {"fdset-id": self._fdset}},
+        ]
+
+    async def save(self, monitor: Monitor) -> bytes:
+        """The migration stream of a paused guest, with the settings of `qemu_state.plan`. Run state and disks of the
+        guest stay as they are.
+
+        Raises UnsupportedError if this QEMU has no `snapshot-save`, WorkloadError with QEMU's words, WorkloadDied.
+        """
+        if not await monitor.supports(_COMMAND):
+            raise UnsupportedError(
+                f"cannot save the state of a paused guest: this QEMU lacks {_COMMAND}; resume it first"
+            )
+        file = _new_file()
+        try:
+            try:
+                await self._write(monitor, file)
+            finally:
+                await asyncio.shield(self._remove(monitor))
+            return _state_in(file)
+        finally:
+            os.ftruncate(file, 0)  # QEMU may keep the descriptor, although it was removed, until the guest runs
+            os.close(file)
+
+    async def _write(self, monitor: Monitor, file: int) -> None:
+        await monitor.add_descriptor(self._fdset, file)
+        protocol = {"driver": "file", "filename": f"/dev/fdset/{self._fdset}"}
+        await monitor.execute("blockdev-add", driver="qcow2", node_name=self._node, file=protocol)
+        with monitor.events("JOB_STATUS_CHANGE") as changes:
+            await monitor.execute(_COMMAND, job_id=self._job, tag=_TAG, vmstate=self._node, devices=[self._node])
+            change = {"id": "", "status": ""}
+            while (change["id"], change["status"]) != (self._job, "concluded"):
+                change = await monitor.next_event(changes)
+        job = next(job for job in await monitor.execute("query-jobs") if job["id"] == self._job)
+        if "error" in job:
+            raise WorkloadError(f"QEMU could not save the device state: {job['error']}")
+
+    async def _remove(self, monitor: Monitor) -> None:
+        for command in self.removal:
+            with contextlib.suppress(WorkloadError):  # what `save` has not come to is not there
+                await monitor.run(command)
+
+
+def _new_file() -> int:
+    """An empty qcow2 file in memory that cannot grow beyond `_LIMIT`."""
+    file = os.memfd_create("pageferry-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, _LIMIT)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    table, block, level1 = (number * _CLUSTER for number in (1, 2, 3))
+    header = (b"QFI\xfb", 3, 0, 0, _CLUSTER_BITS, _DISK, 0, 1, level1, table, 1, 0, 0, 0, 0, 0, 4, _HEADER.size)
+    os.pwrite(file, _HEADER.pack(*header), 0)
+    os.pwrite(file, struct.pack(">Q", block), table)
+    os.pwrite(file, struct.pack(">4H", 1, 1, 1, 1), block)  # the four clusters up to here are in use
+    return file
+
+
+def _state_in(file: int) -> bytes:
+    """The state in the only snapshot of a file. Raises WorkloadError."""
+    snapshots, first = _HEADER.unpack(os.pread(file, _HEADER.size, 0))[11:13]
+    if snapshots != 1:
+        raise WorkloadError(f"QEMU has left {snapshots} snapshots instead of its device state")
+    offset, entries, *_, extra = _SNAPSHOT.unpack(os.pread(file, _SNAPSHOT.size, first))
+    if extra < 8:
+        raise WorkloadError("QEMU's snapshot has no size of its state")
+    (size,) = struct.unpack(">Q", os.pread(file, 8, first + _SNAPSHOT.size))
+    if size > LARGEST:
+        raise WorkloadError(
+            f"the device state is larger than {LARGEST >> 20} MiB: guest memory is in it, not in a shared file"
+        )
+    covered = _CLUSTER * _CLUSTER // 8  # bytes, by one level-2 table
+    level1 = struct.unpack(f">{entries}Q", os.pread(file, 8 * entries, offset))
+    state = bytearray()
+    for entry in level1[-(-_DISK // covered) :]:
+        for cluster in struct.unpack(f">{_CLUSTER // 8}Q", os.pread(file, _CLUSTER, entry & _OFFSET)):
+            if len(state) < size:
+                state += os.pread(file, _CLUSTER, cluster & _OFFSET)
+    return bytes(state[:size])

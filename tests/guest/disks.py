@@ -1,0 +1,35 @@
+"""A shared disk of test guests, and who has it locked."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+_WRITES, _SHARES_NO_WRITES = 101, 201
+"""Bytes of the file on which QEMU holds read locks while it may write, and while no other process may."""
+_GET_LOCK = 36
+"""F_OFD_GETLK of fcntl(2)."""
+_LOCK = struct.Struct("hhqqi4x")
+
+
+def new_disk(path: Path) -> tuple[str, str]:
+    """A raw disk of 1 MiB at `path`, and the option of a guest that has it."""
+    path.write_bytes(bytes(1 << 20))
+    return "-drive", f"file={path},format=raw,if=virtio,id=disk"
+
+
+def locked(path: Path) -> bool:
+    """Whether a QEMU has a disk locked as one that it writes to, and keeps all others from writing."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return all(_taken(descriptor, byte) for byte in (_WRITES, _SHARES_NO_WRITES))
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int, byte: int) -> bool:
+    asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    found: int = _LOCK.unpack(fcntl.fcntl(descriptor, _GET_LOCK, asked))[0]
+    return found != fcntl.F_UNLCK

@@ -1,0 +1,201 @@
+"""Guests that their user has paused, and shared disks: what an operation has changed of them is as it was before."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.disks import locked, new_disk
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller, travelling
+from tests.kernel import moving
+from tests.kernel.programs import DEADLINE, wait_until
+
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
+
+MARKER_AT = 32 << 20
+"""Byte of guest memory that no firmware writes to."""
+
+
+def bare(parts: GuestParts, folder: Path, *options: str) -> Any:
+    """A machine without a guest system, with a disk in `folder`."""
+    return travelling(parts, folder, *new_disk(folder / "disk"), *options, memory="64M", checker=None)
+
+
+def settings(guest: Traveller) -> tuple[Any, Any]:
+    """Those of QEMU's own migration."""
+    return guest.qmp("query-migrate-capabilities"), guest.qmp("query-migrate-parameters")
+
+
+def checkpoint(guest: Traveller, image: Path) -> None:
+    command = [sys.executable, "-m", "pageferry", "checkpoint", guest.name, str(image)]
+    subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True)
+
+
+def writes(guest: Traveller, disk: Path) -> None:
+    """Have QEMU write to the disk of a guest, as the guest would."""
+    before = disk.read_bytes()
+    pattern = (before[0] + 1) % 256
+    said = guest.qmp("human-monitor-command", command_line=f'qemu-io disk "write -P {pattern} 0 512"')
+    assert "error" not in str(said).lower()
+    assert disk.read_bytes()[:512] == bytes([pattern]) * 512
+
+
+def saves_memory(guest: Traveller, file: Path) -> None:
+    """QEMU's own migration of a guest to a file has guest memory in it."""
+    marker = os.urandom(4096)
+
+    async def mark() -> None:
+        workload = await QemuWorkload.attach(guest.name)
+        os.pwrite(workload.regions[0].fd, marker, workload.regions[0].file_offset + MARKER_AT)
+        workload.close()
+
+    asyncio.run(mark())
+    guest.qmp("migrate", uri=f"exec:cat >{file}")
+    wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration")
+    assert marker in file.read_bytes()
+
+
+def recover(guest: Traveller, *, owner: str) -> None:
+    with moving.migrating(guest.name, "--recover") as recovery:
+        assert moving.until(recovery, "recovery")["owner"] == owner
+        assert recovery.wait() == 0
+
+
+def test_checkpoints_of_a_paused_guest_leave_its_disks_locked(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        guest.qmp("stop")
+        before = guest.qmp("query-status"), settings(guest)
+        assert locked(tmp_path / "disk")
+        for _ in range(2):
+            checkpoint(guest, tmp_path / "image")
+            assert locked(tmp_path / "disk")
+        guest.alone()
+        assert (guest.qmp("query-status"), settings(guest)) == before
+        assert "pageferry-" not in str([guest.qmp("query-named-block-nodes"), guest.qmp("query-jobs")])
+        guest.qmp("cont")
+        writes(guest, tmp_path / "disk")
+        # QEMU closes removed descriptors at the end of a session, but only of a guest that runs.
+        wait_until(lambda: "/memfd" not in moving.descriptors(guest.pid), "the end of the snapshots' descriptors")
+
+
+def test_paused_guest_moves_with_its_disks_locked_at_the_destination(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        before = settings(guest)
+        guest.qmp("stop")
+        for _ in range(2):
+            checkpoint(guest, tmp_path / "image")
+            guest.move()
+            assert not guest.qmp("query-status")["running"]
+            assert locked(tmp_path / "disk")
+            assert settings(guest) == before
+        guest.qmp("cont")
+        writes(guest, tmp_path / "disk")
+        guest.move()
+        assert settings(guest) == before
+        writes(guest, tmp_path / "disk")
+
+
+@pytest.mark.parametrize("point", ["paused", "last-pages-sent", "state-sent"])
+def test_paused_guest_is_as_before_after_a_failed_migration(parts: GuestParts, tmp_path: Path, point: str) -> None:
+    with bare(parts, tmp_path) as guest:
+        guest.qmp("stop")
+        before = guest.qmp("query-status"), settings(guest)
+        with guest.receiver() as there:
+            fault = f"source.{point}=drop"
+            with guest.migrating(moving.address_of(there), fault=fault) as migration:
+                assert migration.wait() == 23
+            there.process.terminate()
+            there.wait()
+        guest.alone()
+        assert locked(tmp_path / "disk")
+        assert (guest.qmp("query-status"), settings(guest)) == before
+        guest.move()
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_recovered_guest_is_as_before_the_migration(parts: GuestParts, tmp_path: Path, paused: bool) -> None:
+    with bare(parts, tmp_path) as guest:
+        if paused:
+            guest.qmp("stop")
+        before = guest.qmp("query-status"), settings(guest)
+        with guest.receiver() as there:
+            with guest.migrating(moving.address_of(there), fault="source.committed=kill") as migration:
+                assert migration.wait() == -signal.SIGKILL
+            recover(guest, owner="source")
+            assert there.wait() == 23
+        guest.alone()
+        assert locked(tmp_path / "disk")
+        assert (guest.qmp("query-status"), settings(guest)) == before
+        saves_memory(guest, tmp_path / "stream")
+
+
+def test_guest_recovered_from_a_record_of_an_older_release_runs(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        with guest.receiver() as there:
+            with guest.migrating(moving.address_of(there), fault="source.committed=kill") as migration:
+                assert migration.wait() == -signal.SIGKILL
+            record = Path(os.environ["PAGEFERRY_RUN_DIR"]) / guest.name / "migration.json"
+            words = record.read_text()
+            old = {name: value for name, value in json.loads(words).items() if name != "changes"}
+            record.write_text(json.dumps({**old, "version": 3}))
+            with moving.migrating(guest.name, "--recover") as recovery:
+                assert recovery.wait() == 10
+            del old["version"]
+            record.write_text(json.dumps(old))
+            recover(guest, owner="source")
+            assert there.wait() == 23
+        assert guest.qmp("query-status")["running"]
+
+
+@pytest.mark.parametrize("point", ["set-up", "in-round", "paused", "last-pages-sent", "state-sent"])
+def test_link_cut_before_commit_leaves_a_shared_disk_to_the_source(
+    parts: GuestParts, tmp_path: Path, point: str
+) -> None:
+    with bare(parts, tmp_path) as guest:
+        with guest.receiver() as there:
+            with guest.migrating(moving.address_of(there), fault=f"source.{point}=drop") as migration:
+                assert migration.wait() == 23
+            assert guest.qmp("query-status")["running"]
+            writes(guest, tmp_path / "disk")
+            there.process.terminate()
+            there.wait()
+        assert locked(tmp_path / "disk")
+
+
+def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: GuestParts, tmp_path: Path) -> None:
+    """Its agent hangs, so that its QEMU is still there when the source gives up."""
+    with bare(parts, tmp_path) as guest:
+        with guest.receiver(fault="destination.loaded=stop") as there:
+            with guest.migrating(moving.address_of(there), "--patience", "2") as migration:
+                moving.stopped(there)
+                assert migration.wait() == 23
+            assert guest.qmp("query-status")["running"]
+            writes(guest, tmp_path / "disk")
+            there.process.send_signal(signal.SIGCONT)
+            there.wait()
+        writes(guest, tmp_path / "disk")
+
+
+def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        guest.qmp("stop")
+        checkpoint(guest, tmp_path / "image")
+        guest.qmp("quit")
+        wait_until(lambda: not locked(tmp_path / "disk"), "the end of the first QEMU")
+        words = ["restore", guest.next_name, str(tmp_path / "image"), "--detach", "--", *guest.command(guest.next_name)]
+        subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
+        guest.journeys += 1
+        assert not guest.qmp("query-status")["running"]
+        assert locked(tmp_path / "disk")
+        guest.qmp("cont")
+        writes(guest, tmp_path / "disk")
