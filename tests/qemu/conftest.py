@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from pageferry.host import processes
 from pageferry.host.compaction import compact_memory
 from pageferry.host.registry import AnyEntry, Registry
+from tests.conftest import CACHE
+from tests.guest import payload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
@@ -22,6 +25,14 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
     """What guests are made of, for each QEMU in turn."""
     return GuestParts(qemu, guest_kernel, checker_initrd)
+
+
+@pytest.fixture(scope="session")
+def payload_on_tcg(qemu: Path) -> GuestParts:
+    """A guest without an operating system, for each QEMU in turn: it runs after a second."""
+    if shutil.which("rustc") is None:
+        pytest.skip("no rustc to build the guest with")
+    return GuestParts(qemu, payload.build(CACHE / "guest/payload"))
 
 
 @pytest.fixture(scope="session")

@@ -104,8 +104,12 @@ def test_a_paused_guest_whose_migration_fails_stays_paused(guest: Traveller) -> 
         (("-machine", "q35"), ["the source has -machine pc-i440fx", "at the destination has pc-q35"]),
         (("-smp", "2"), ["the source has -smp 1", "at the destination has 2"]),
         (("-device", "virtio-balloon-pci"), ["the source has -device none", "has virtio-balloon-pci"]),
+        (("-cpu", "max"), ["the source has -cpu qemu64", "at the destination has max"]),
+        (("-cpu", "qemu64,-cx16"), ["the source has -cpu qemu64 with CPUID 1.ecx bit 13", "without them"]),
+        (("-cpu", "qemu64,+aes"), ["the source has -cpu qemu64 without CPUID 1.ecx bit 25", "with them"]),
+        (("-cpu", "qemu64,model=6"), ["the source has -cpu qemu64 with vendor", "model 107", "model 6"]),
     ],
-    ids=["memory", "machine", "cpus", "devices"],
+    ids=["memory", "machine", "cpus", "devices", "cpu", "cpu-flag-missing", "cpu-flag-added", "cpu-signature"],
 )
 def test_a_machine_that_is_another_one_is_refused_by_name(
     guest: Traveller, other: tuple[str, ...], words: list[str], tmp_path: Path

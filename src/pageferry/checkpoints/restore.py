@@ -17,7 +17,7 @@ from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
-from pageferry.errors import PageferryError, RestoreError, UsageError
+from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host import proc, processes
 from pageferry.host.python import start_python
@@ -122,7 +122,7 @@ async def restore_guest(
     first: GuestPager | None = None
     try:
         image, state, open_image = await opening
-        restoring.compare(image, workload.regions)
+        _compare(image, workload)
         folder = (registry or Registry()).folder(name)
         first = await _adopt(workload, image, folder, _work(image, workload, prefetch, eager))
         adopted = time.monotonic()
@@ -158,6 +158,15 @@ def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
     if found.kind != "qemu" or not found.restorable:
         raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
     return image, image.state(), time.monotonic() - begin
+
+
+def _compare(image: ImageFile, workload: QemuWorkload) -> None:
+    """Raises RestoreError if the machine or its memory is not what the image was taken of."""
+    try:
+        workload.check_image(image.metadata.details, str(image.path))
+    except WorkloadError as error:
+        raise RestoreError(f"cannot restore {workload.name}: {error}") from error
+    restoring.compare(image, workload.regions)
 
 
 async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work: Deferred) -> GuestPager:

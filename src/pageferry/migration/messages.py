@@ -76,6 +76,7 @@ SECURE_CONTROL_MAGIC = b"PFTLSC1\n"
 SECURE_STREAM_MAGIC = b"PFTLSP1\n"
 
 Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
+Detail = Annotated[str, Meta(max_length=16 << 10)] | int | bool
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Length = Annotated[int, Meta(gt=0, le=1 << 48, multiple_of=4096)]
 Migration = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -105,7 +106,7 @@ class Hello(Message, frozen=True):
     """Chosen at random by the source; names this migration in `Recover`."""
     kind: Name
     name: Name
-    details: dict[str, str | int | bool]
+    details: Annotated[dict[Name, Detail], Meta(max_length=64)]
     regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=64)]
     streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
     codec: Codec

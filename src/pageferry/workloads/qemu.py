@@ -163,15 +163,17 @@ class QemuWorkload:
 
     @property
     def identity(self) -> Identity:
-        """Kind, name, and the details `qemu` (its version), `machine` (type with version), `cpus` and `devices`."""
+        """Kind, name, and the details `qemu` (its version), `machine` (type with version), `cpus`, `devices`, and the
+        CPU: `cpu` (model), `cpu-signature`, `cpu-features`."""
         return Identity("qemu", self.name, self._machine.details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
-        """Raises WorkloadError where a guest whose identity has these details cannot be received here, saying why.
+        """Raises WorkloadError if a guest whose identity has these details cannot be received here, and says why."""
+        self._machine.check_source(details, "the source", f"{self.name} at the destination")
 
-        QEMU itself notices less: it takes a state that lacks some of its devices, and the guest never learns of them.
-        """
-        self._machine.check_source(self.name, details)
+    def check_image(self, details: Mapping[str, Any], path: str) -> None:
+        """The same for a guest whose identity is recorded in an image. Raises WorkloadError."""
+        self._machine.check_source(details, path, self.name)
 
     @property
     def pid(self) -> int:

@@ -1,14 +1,21 @@
-"""What a running QEMU is: its version, machine, vCPUs and devices, which do not change while it runs."""
+"""What a running QEMU is: its version, machine, CPU, number of vCPUs, and devices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any, Self
 
 from pageferry.errors import WorkloadError
 from pageferry.workloads import qemu_ram
+from pageferry.workloads.qemu_cpu import Cpu
 from pageferry.workloads.qmp import Monitor
+
+log = getLogger(__name__)
+
+MAX_SHOWN = 1000
+"""Characters of a description by a peer that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,7 @@ class Machine:
     vcpu_threads: tuple[int, ...]
     devices: tuple[str, ...]
     """Types of those that the user has added."""
+    cpu: Cpu
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
@@ -28,27 +36,35 @@ class Machine:
         cpus = await monitor.execute("query-cpus-fast")
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         devices = tuple(sorted(await qemu_ram.devices(monitor)))
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices)
+        cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
+        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
 
     @property
     def details(self) -> dict[str, Any]:
-        """For the other side of a migration: `qemu` (its version), `machine` (type with version), `cpus`, `devices`."""
+        """For the other side of a migration, and for an image: `qemu` (its version), `machine` (type with version),
+        `cpus`, `devices`, and those of the CPU."""
         return {
             "qemu": self.qemu_version,
             "machine": self.type,
             "cpus": len(self.vcpu_threads),
             "devices": ", ".join(self.devices),
+            **self.cpu.details,
         }
 
-    def check_source(self, name: str, theirs: Mapping[str, Any]) -> None:
-        """Raises WorkloadError where a guest with these details cannot be received by `name`, saying why.
+    def check_source(self, details: Mapping[str, Any], source: str, here: str) -> None:
+        """Raises WorkloadError if a guest with these details, of `source`, cannot run `here`, and says why.
 
-        QEMU itself notices less: it takes a state that lacks some of its devices, and the guest never learns of them.
+        QEMU itself notices less: it takes a state that lacks some of its devices, and compares no CPUs.
         """
+        for theirs, ours in self._differences(details):
+            raise WorkloadError(f"{source} has {theirs}, {here} has {ours}: start it with the same")
+        if "cpu-features" not in details:
+            log.warning("%s does not say which CPU it has: start %s with the same -cpu", source, here)
+
+    def _differences(self, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ours = self.details
         for detail, option in (("machine", "-machine"), ("cpus", "-smp"), ("devices", "-device")):
-            if detail in theirs and theirs[detail] != ours[detail]:
-                raise WorkloadError(
-                    f"the source has {option} {theirs[detail] or 'none'}, {name} at the destination has "
-                    f"{ours[detail] or 'none'}: start it with the same"
-                )
+            if detail in details and details[detail] != ours[detail]:
+                yield f"{option} {str(details[detail])[:MAX_SHOWN] or 'none'}", str(ours[detail] or "none")
+        if (cpu := self.cpu.mismatch(details)) is not None:
+            yield cpu

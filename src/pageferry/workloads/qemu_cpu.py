@@ -1,0 +1,125 @@
+"""The CPU that a guest sees: model, signature, and the feature words of CPUID, read from its running vCPUs.
+
+QEMU does not compare CPUs when it loads a state, and a guest whose instructions are missing dies at the first of them.
+So the CPU of a guest is in the first message of a migration and in every image, and is compared with the vCPUs that
+wait for the state, which QEMU has created already. The feature words (QOM property `feature-words`) reflect the flags
+of the command line, the defaults of the machine type, and what accelerator and host lack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pageferry.errors import WorkloadError
+from pageferry.workloads.qmp import Monitor
+
+_SIGNATURE = ("vendor", "family", "model", "stepping", "phys-bits")
+_OF_THE_HOST = frozenset({"host", "max"})
+"""Models whose features depend on host and QEMU, and not on the command line alone."""
+
+_MAX_LENGTH = 16 << 10
+_MAX_NAME = 200
+_MAX_SHOWN = 12
+_WORD = re.compile(r"([0-9a-f]{1,8}(?:\.[0-9a-f]{1,8})?\.e[abcd]x)=([0-9a-f]{1,8})")
+"""A feature word as text: leaf, subleaf if there are several, register, and the bits, all in hexadecimal."""
+
+Words = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The CPU of a guest."""
+
+    model: str
+    """As in `-cpu`, without flags, such as `qemu64`."""
+    signature: str
+    """Vendor, family, model, stepping, and bits of a physical address, separated by slashes."""
+    features: str
+    """Feature words of CPUID that are not zero; those of vCPUs that differ, separated by `;`."""
+
+    @classmethod
+    async def ask(cls, monitor: Monitor, paths: list[str]) -> Self:
+        """From the vCPUs at these QOM paths. Raises WorkloadError, WorkloadDied."""
+        kind = await _property(monitor, paths[0], "type")
+        signature = [str(await _property(monitor, paths[0], name)) for name in _SIGNATURE]
+        words = [_text(await _property(monitor, path, "feature-words")) for path in paths]
+        features = ";".join(dict.fromkeys(words))
+        return cls(str(kind).removesuffix("-x86_64-cpu"), "/".join(signature), features)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """For the identity of a workload."""
+        return {"cpu": self.model, "cpu-signature": self.signature, "cpu-features": self.features}
+
+    def mismatch(self, theirs: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Where a CPU with these details differs: what it has, and what this one has instead; None if it does not.
+
+        Raises WorkloadError if the details are invalid: they come from a peer or a file.
+        """
+        model, signature = theirs.get("cpu", self.model), theirs.get("cpu-signature", self.signature)
+        if model != self.model:
+            return f"-cpu {str(model)[:_MAX_NAME]}", self.model
+        if signature != self.signature:
+            return f"-cpu {model} with {_readable(signature)}", _readable(self.signature)
+        return self._feature_mismatch(theirs.get("cpu-features", ""))
+
+    def _feature_mismatch(self, text: Any) -> tuple[str, str] | None:
+        theirs, ours = _parse(text), _parse(self.features)
+        if not theirs or not ours:
+            return None
+        if len(theirs) != len(ours):
+            return f"{len(theirs)} kinds of vCPUs", str(len(ours))
+        for other, own in zip(theirs, ours, strict=True):
+            if lost := list(_bits(other, own)):
+                return f"-cpu {self.model} with {_list(lost)}", "the same model without them"
+            if self.model not in _OF_THE_HOST and (new := list(_bits(own, other))):
+                return f"-cpu {self.model} without {_list(new)}", "the same model with them"
+        return None
+
+
+async def _property(monitor: Monitor, path: str, name: str) -> Any:
+    return await monitor.execute("qom-get", path=path, property=name)
+
+
+def _text(words: list[dict[str, Any]]) -> str:
+    return " ".join(sorted(f"{_name(word)}={word['features']:x}" for word in words if word["features"]))
+
+
+def _name(word: Mapping[str, Any]) -> str:
+    subleaf = f".{word['cpuid-input-ecx']:x}" if "cpuid-input-ecx" in word else ""
+    return f"{word['cpuid-input-eax']:x}{subleaf}.{word['cpuid-register'].lower()}"
+
+
+def _parse(text: Any) -> list[Words]:
+    if not isinstance(text, str) or len(text) > _MAX_LENGTH:
+        raise WorkloadError(f"invalid cpu-features: expected a text of at most {_MAX_LENGTH} characters")
+    return [dict(map(_parse_word, part.split(" "))) for part in text.split(";") if part]
+
+
+def _parse_word(word: str) -> tuple[str, int]:
+    found = _WORD.fullmatch(word)
+    if found is None:
+        raise WorkloadError(f"invalid cpu-features: {word[:40]!r}, expected a word such as 7.0.ebx=21")
+    return found[1], int(found[2], 16)
+
+
+def _bits(words: Words, others: Words) -> Iterator[str]:
+    """Bits that are set in the first words and not in the others."""
+    for name, bits in words.items():
+        left = bits & ~others.get(name, 0)
+        yield from (f"CPUID {name} bit {bit}" for bit in range(32) if left >> bit & 1)
+
+
+def _list(bits: list[str]) -> str:
+    more = f" and {len(bits) - _MAX_SHOWN} more" if len(bits) > _MAX_SHOWN else ""
+    return ", ".join(bits[:_MAX_SHOWN]) + more
+
+
+def _readable(signature: Any) -> str:
+    values = str(signature)[:_MAX_NAME].split("/")
+    if len(values) != len(_SIGNATURE):
+        return repr(str(signature)[:_MAX_NAME])
+    return ", ".join(f"{name} {value}" for name, value in zip(_SIGNATURE, values, strict=True))

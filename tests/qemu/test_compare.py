@@ -1,0 +1,46 @@
+"""A guest is moved only where it finds the machine that it has: CPU, number of vCPUs, devices."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller, travelling
+from tests.kernel import moving
+
+pytestmark = [pytest.mark.usefixtures("root"), pytest.mark.every_qemu]
+
+MAX = ("-cpu", "max")
+
+
+@pytest.fixture(scope="module")
+def guest(payload_on_tcg: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traveller]:
+    with travelling(payload_on_tcg, tmp_path_factory.mktemp("guest"), *MAX, memory="64M") as traveller:
+        yield traveller
+
+
+def test_cpu_with_fewer_features_is_refused_and_the_source_runs_on(guest: Traveller) -> None:
+    command = [*guest.command(guest.next_name), "-cpu", "qemu64"]
+    with guest.receiver(command=command, stderr=subprocess.PIPE) as there:
+        address = moving.address_of(there)
+        with guest.migrating(address, fault="source.set-up=kill", stderr=subprocess.PIPE) as migration:
+            assert migration.process.stderr is not None
+            said = migration.process.stderr.read().decode()
+            assert migration.wait() == 21, said
+            migration.process.stderr.close()
+        there.process.terminate()
+        there.wait()
+        assert there.process.stderr is not None
+        there.process.stderr.close()
+    assert "-cpu max" in said
+    assert "qemu64" in said
+    guest.untouched()
+    guest.verifies_everything()
+
+
+def test_same_cpu_is_moved(guest: Traveller) -> None:
+    assert guest.move()["status"] == "completed"
+    guest.verifies_everything()
