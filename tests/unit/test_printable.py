@@ -22,6 +22,7 @@ from pageferry.errors import PageferryError, PeerRefused, UsageError, WorkloadEr
 from pageferry.events import Event
 from pageferry.report.event_log import EventLog, header
 from pageferry.report.text import HumanReporter, PlainView, _Console
+from pageferry.workloads.qemu_cpu import Cpu
 from pageferry.workloads.qemu_machine import Machine
 from tests.kernel import images
 from tests.kernel.images import Maker
@@ -107,9 +108,9 @@ def test_error_in_python_has_no_escapes() -> None:
 
 
 def test_details_of_a_source_that_does_not_fit_have_no_escapes() -> None:
-    machine = Machine("7.2.0", "pc", (1,), ())
+    machine = Machine("7.2.0", "pc", (1,), (), Cpu("qemu64", "", ""))
     with pytest.raises(WorkloadError, match="owned") as refused:
-        machine.check_source("web", {"machine": HOSTILE})
+        machine.check_source({"machine": HOSTILE}, "the source", "web")
     assert_clean(str(refused.value))
 
 
