@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -13,7 +15,7 @@ import pytest
 
 from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
 from pageferry.host import proc
-from pageferry.host.registry import ArenaEntry, Claim, Folder, QemuEntry, Registry, default_run_directory
+from pageferry.host.registry import ArenaEntry, Claim, Folder, QemuEntry, Registry, default_run_directory, identify
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.folders import folder_of
 
@@ -26,14 +28,12 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def entry_of_ours() -> QemuEntry:
-    started = proc.start_time(os.getpid())
-    assert started is not None
-    return QemuEntry(pid=os.getpid(), started=started, qmp_socket="/nowhere")
+    return QemuEntry(**identify(os.getpid()), qmp_socket="/nowhere")
 
 
 def entry_of_the_dead() -> QemuEntry:
     """A pid that was reused: ours, by a process that started at another time."""
-    return QemuEntry(pid=os.getpid(), started=1, qmp_socket="/nowhere")
+    return msgspec.structs.replace(entry_of_ours(), started=1)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".ram", "-x", "a/b", "a b", "x" * 65, "ä", "a\n"])
@@ -68,7 +68,7 @@ def test_released_name_is_free_again(registry: Registry) -> None:
 
 def test_entries_of_all_kinds_come_back(registry: Registry) -> None:
     guest = entry_of_ours()
-    arena = ArenaEntry(pid=guest.pid, started=guest.started, control_socket="/somewhere")
+    arena = ArenaEntry(**identify(os.getpid()), control_socket="/somewhere")
     registry.claim("guest").publish(guest)
     registry.claim("arena").publish(arena)
     assert Registry(registry.path).entries() == {"arena": arena, "guest": guest}
@@ -104,6 +104,100 @@ def test_zombie_counts_as_dead() -> None:
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert not proc.is_alive(child.pid, started)
+
+
+# -- what cannot be judged is left alone
+
+
+def other_namespace() -> QemuEntry:
+    return msgspec.structs.replace(entry_of_the_dead(), namespace="pid:[1],time:[1]")
+
+
+def test_entry_of_another_namespace_is_kept_and_not_worked_on(registry: Registry) -> None:
+    folder = registry.claim("web")
+    folder.publish(other_namespace())
+    folder.store("record.json", Note("kept"))
+    assert registry.entries() == {"web": other_namespace()}
+    with pytest.raises(WorkloadError, match=f"started in another PID namespace.* remove {folder.path} if it has ended"):
+        registry.lookup("web")
+    with pytest.raises(NameInUse, match="started in another PID namespace"):
+        registry.claim("web")
+    assert folder.load("record.json", Note) == Note("kept")
+
+
+def test_entry_of_an_earlier_boot_is_pruned(registry: Registry) -> None:
+    folder = registry.claim("web")
+    folder.publish(msgspec.structs.replace(entry_of_ours(), boot="another"))
+    assert registry.entries() == {}
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("namespace", ["", "pid:[1],time:[1]"])
+@pytest.mark.parametrize("age", [0, 1000])
+def test_entry_that_cannot_be_judged_is_pruned_once_its_socket_is_abandoned(
+    registry: Registry, tmp_path: Path, namespace: str, age: int
+) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        os.utime(path, (time.time() - age, time.time() - age))
+        listener.listen()
+        folder = registry.claim("web")
+        folder.publish(msgspec.structs.replace(entry_of_the_dead(), qmp_socket=path, namespace=namespace))
+        assert list(registry.entries()) == ["web"]
+    assert list(registry.entries()) == ([] if age else ["web"])
+    assert folder.path.exists() == (age == 0)
+
+
+def test_entry_of_an_older_version_is_understood(registry: Registry) -> None:
+    """Without boot id and namespace."""
+    path = registry.claim("web").path / WORKLOAD_FILE
+    entry = entry_of_ours()
+    path.write_text(f'{{"kind":"qemu","pid":{entry.pid},"started":{entry.started},"qmp_socket":"/x","version":1}}')
+    found = registry.lookup("web")
+    assert (found.pid, found.alive) == (os.getpid(), True)
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("options", [("--mount-proc",), ()])
+def test_command_in_another_pid_namespace_deletes_nothing(registry: Registry, options: tuple[str, ...]) -> None:
+    folder = registry.claim("web")
+    folder.publish(entry_of_ours())
+    folder.store("record.json", Note("kept"))
+    program = "from pathlib import Path; from pageferry.host.registry import Registry; import sys; "
+    program += "print(list(Registry(Path(sys.argv[1])).entries()))"
+    command = ["unshare", "--pid", "--fork", *options, sys.executable, "-c", program, str(registry.path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert folder.load("record.json", Note) == Note("kept")
+    assert done.stdout == "['web']\n"
+    assert registry.lookup("web") == entry_of_ours()
+
+
+def test_workload_whose_main_thread_has_exited_is_kept(registry: Registry) -> None:
+    program = """
+import ctypes, os, sys, threading, time
+from pathlib import Path
+from pageferry.host import proc
+from pageferry.host.registry import ArenaEntry, Claim, Registry
+folder = Registry(Path(sys.argv[1])).claim("web")
+claim = folder.load("workload.json", Claim)
+folder.publish(ArenaEntry(**{name: getattr(claim, name) for name in claim.__struct_fields__}, control_socket="/x"))
+threading.Thread(target=lambda: time.sleep(60)).start()
+print(flush=True)
+ctypes.CDLL(None).syscall(60, 0)  # exit of the main thread alone
+"""
+    command = [sys.executable, "-c", program, str(registry.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            while b") Z " not in Path(f"/proc/{child.pid}/stat").read_bytes():
+                pass
+            assert list(registry.entries()) == ["web"]
+        finally:
+            child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert registry.entries() == {}
 
 
 def test_only_one_of_many_claims_a_name(registry: Registry) -> None:

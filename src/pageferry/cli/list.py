@@ -44,20 +44,29 @@ async def run(args: argparse.Namespace) -> int:
 
 async def _look(name: str, entry: AnyEntry) -> WorkloadInfo | None:
     """What there is to say about a workload; None when it ends meanwhile."""
+    if not entry.alive:
+        return None if entry.liveness() is False else _unknown(name, entry)
     try:
         workload = await _open(name, entry)
     except (WorkloadDied, NoSuchWorkload):
         return None
     except WorkloadError:
-        kind = "qemu" if isinstance(entry, QemuEntry) else "arena"
-        info = WorkloadInfo(name=name, kind=kind, pid=entry.pid, status="busy", memory=None, resident=None)
-        return await _with_deferred(info)
+        return await _with_deferred(_without_memory(name, entry, "busy"))
     try:
         return await _with_deferred(await describe(workload))
     except WorkloadDied:
         return None
     finally:
         workload.close()
+
+
+def _unknown(name: str, entry: AnyEntry) -> WorkloadInfo:
+    return _without_memory(name, entry, "unknown")
+
+
+def _without_memory(name: str, entry: AnyEntry, status: str) -> WorkloadInfo:
+    kind = "qemu" if isinstance(entry, QemuEntry) else "arena"
+    return WorkloadInfo(name=name, kind=kind, pid=entry.pid, status=status, memory=None, resident=None)
 
 
 async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:

@@ -31,6 +31,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     pid: int
     started: int
     """`proc.start_time` of the process."""
+    namespace: str | None = None
+    """`proc.namespace` of which `pid` and `started` are; None in records of older versions."""
     verb: str
     begun: float
     """Seconds since 1970."""
@@ -58,11 +60,13 @@ def remove(folder: Path, pid: int) -> None:
 
 def running(folder: Path) -> list[Job]:
     """The verbs at work on a workload, those that began first first."""
-    found = []
+    found, namespace = [], proc.namespace()
     for path in folder.glob(f"{_PREFIX}*.json"):
         job = _read(path)
         if job is None or job.version != VERSION:
             continue
+        if job.namespace not in (None, namespace):
+            continue  # whether it runs cannot be judged from this namespace
         if proc.is_alive(job.pid, job.started):
             found.append(job)
         else:
@@ -85,4 +89,4 @@ def ours(verb: str, begun: float) -> Job:
     """A job of this process."""
     started = proc.start_time(os.getpid())
     assert started is not None
-    return Job(pid=os.getpid(), started=started, verb=verb, begun=begun)
+    return Job(pid=os.getpid(), started=started, namespace=proc.namespace(), verb=verb, begun=begun)

@@ -101,6 +101,11 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
+def boot_id() -> str:
+    """Random id that the kernel has had since the host was booted."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def namespace() -> str | None:
     """The namespaces that give pids and start times their meaning; None where /proc is of another than ours."""
     try:

@@ -12,7 +12,9 @@ its durable records::
         └── log                 what a detached QEMU says
 
 A name is *claimed* first, by the process that is about to start the workload, and *published* once there is one. An
-entry counts while its process lives (pid and start time); a dead one is pruned by whoever looks at it next.
+entry counts while its process lives: by pid and start time, which mean something only in one PID namespace and until
+the host is booted again. The next command that finds the process to have exited removes the folder. What a command
+cannot judge, because the workload was started in another PID namespace, it leaves alone.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ import fcntl
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
+from pageferry.errors import NameInUse, NoSuchWorkload, UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import files, proc
 
 VERSION = 1
@@ -44,6 +48,8 @@ _ENTRY_FILE = "workload.json"
 _REMEDY = "set PAGEFERRY_RUN_DIR to a folder of your own"
 MAX_RECORD = 64 << 20
 """Bytes of a record that is read."""
+_STARTUP = 120.0
+"""Seconds after which a program listens on a socket that it has made."""
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -54,12 +60,42 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
     pid: int
     started: int
     """`proc.start_time` of the process, so that a reused pid is not taken for it."""
+    boot: str = ""
+    """`proc.boot_id` of the host at that time; empty in entries of older versions."""
+    namespace: str = ""
+    """`proc.namespace` of which `pid` and `started` are; empty in entries of older versions."""
     version: int = VERSION
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
-        return proc.is_alive(self.pid, self.started)
+        """Whether the process is known to run."""
+        return self.liveness() is True
+
+    @property
+    def socket(self) -> str | None:
+        """Path of the socket on which the workload listens."""
+        return None
+
+    def liveness(self) -> bool | None:
+        """Whether the process still runs; None where this process cannot judge that."""
+        if self.boot and self.boot != proc.boot_id():
+            return False
+        if self.namespace and self.namespace == proc.namespace():
+            return proc.is_alive(self.pid, self.started)
+        if not self.namespace and proc.is_alive(self.pid, self.started):
+            return True
+        # In any namespace a socket refuses connections once its last listener has exited.
+        return False if self.socket is not None and _is_abandoned(self.socket) else None
+
+
+def identify(pid: int) -> dict[str, Any]:
+    """The fields of an `Entry` for a process. Raises WorkloadDied when it has exited, UnsupportedError."""
+    namespace, started = proc.namespace(), proc.start_time(pid)
+    if namespace is None:
+        raise UnsupportedError("/proc is of another PID namespace than this process: mount proc(5) in its own")
+    if started is None:
+        raise WorkloadDied(f"process {pid} has ended")
+    return {"pid": pid, "started": started, "boot": proc.boot_id(), "namespace": namespace}
 
 
 class Claim(Entry, frozen=True, kw_only=True, tag="claim"):
@@ -73,11 +109,21 @@ class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
     adopted: bool = False
     """Somebody else started it: the socket is theirs."""
 
+    @property
+    def socket(self) -> str | None:
+        """Its monitor."""
+        return self.qmp_socket
+
 
 class ArenaEntry(Entry, frozen=True, kw_only=True, tag="arena"):
     """A Python program with an arena."""
 
     control_socket: str
+
+    @property
+    def socket(self) -> str | None:
+        """Its control socket."""
+        return self.control_socket
 
 
 AnyEntry = Claim | QemuEntry | ArenaEntry
@@ -174,17 +220,20 @@ class Registry:
         folder = Folder(self, name)
         with self.locked():
             entry = self._read_living(folder)
+            if entry is not None and entry.liveness() is None:
+                raise NameInUse(_unknown(folder, "choose another name"))
             if entry is not None:
                 doing = "is being started by" if isinstance(entry, Claim) else "is"
                 raise NameInUse(f"{name} {doing} process {entry.pid}: choose another name, or `pageferry stop {name}`")
             folder.path.mkdir(mode=0o700)
-            started = proc.start_time(os.getpid())
-            assert started is not None
-            folder.store(_ENTRY_FILE, Claim(pid=os.getpid(), started=started))
+            folder.store(_ENTRY_FILE, Claim(**identify(os.getpid())))
         return folder
 
     def lookup(self, name: str) -> AnyEntry:
-        """The living workload of that name, or the claim on it. Raises UsageError for a bad name, NoSuchWorkload."""
+        """The living workload of that name, or the claim on it.
+
+        Raises UsageError for a bad name, NoSuchWorkload; WorkloadError where it cannot be judged from this process.
+        """
         _check_name(name)
         entry = None
         if self.path.is_dir():
@@ -192,6 +241,8 @@ class Registry:
                 entry = self._read_living(Folder(self, name))
         if entry is None:
             raise NoSuchWorkload(f"no workload named {name} in {self.path}: `pageferry list` shows those there are")
+        if entry.liveness() is None:
+            raise WorkloadError(_unknown(Folder(self, name), "run pageferry where it was started"))
         return entry
 
     def folder(self, name: str) -> Folder:
@@ -200,7 +251,9 @@ class Registry:
         return Folder(self, name)
 
     def entries(self) -> dict[str, AnyEntry]:
-        """The living workloads by name, without mere claims. An entry that cannot be read raises WorkloadError."""
+        """The workloads by name that run, or may (`Entry.liveness`), without mere claims. An entry that cannot be read
+        raises WorkloadError.
+        """
         if not self.path.is_dir():
             return {}
         names = sorted(entry.name for entry in self.path.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
@@ -214,7 +267,7 @@ class Registry:
         Folder(self, name).release()
 
     def _read_living(self, folder: Folder) -> AnyEntry | None:
-        """The entry of a living workload; the folder of a dead one, or without an entry, is removed. Lock held."""
+        """The entry of a workload that runs, or may; any other folder is removed. Lock held."""
         try:
             written = files.read_regular(folder.path / _ENTRY_FILE, MAX_RECORD, follow=False)
             entry: AnyEntry | None = msgspec.json.decode(written, type=AnyEntry)
@@ -227,7 +280,7 @@ class Registry:
                 f"{folder.path / _ENTRY_FILE} is of version {entry.version}, this pageferry knows {VERSION}: "
                 f"use the pageferry that wrote it"
             )
-        if entry is not None and entry.alive:
+        if entry is not None and entry.liveness() is not False:
             return entry
         shutil.rmtree(folder.path, ignore_errors=True)
         return None
@@ -272,6 +325,28 @@ def _check_name(name: str) -> None:
             f"{name!r} is no name for a workload: 1 to 64 letters, digits, dots, underscores or hyphens, "
             f"beginning with a letter or a digit"
         )
+
+
+def _unknown(folder: Folder, advice: str) -> str:
+    return (
+        f"cannot tell whether {folder.name} still runs: it was started in another PID namespace, or by an older "
+        f"pageferry; {advice}, or remove {folder.path} if it has ended"
+    )
+
+
+def _is_abandoned(path: str) -> bool:
+    """Whether a socket is there that nothing listens on any more."""
+    try:
+        if time.time() - os.stat(path).st_mtime < _STARTUP:
+            return False  # bind(2) comes before listen(2)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.setblocking(False)
+            connection.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # busy, or not in this mount namespace
+        pass
+    return False
 
 
 def _unreadable(path: Path, wrong: Exception) -> WorkloadError:

@@ -19,12 +19,15 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     kind: str
     """`qemu` or `arena`."""
     pid: int
+    """In the PID namespace in which it was started."""
     status: str
-    """`running`, `paused`, `committed` (it may be running elsewhere), `moved`; `busy`: another command works on it."""
+    """`running`, `paused`, `committed` (it may be running elsewhere), `moved`; `busy`: another command works on it;
+    `unknown`: it was started in another PID namespace, and cannot be worked on from this one.
+    """
     memory: int | None
-    """Bytes; None while it is busy."""
+    """Bytes; None while it is busy or unknown."""
     resident: int | None
-    """Bytes of the memory that are allocated, mapped or not; None while it is busy."""
+    """Bytes of the memory that are allocated, mapped or not; None while it is busy or unknown."""
     deferred: int = 0
     """Bytes whose contents are still to come, from an image or another host."""
     waiting: str | None = None

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, Self
 
 from pageferry import _engine
 from pageferry.errors import UsageError
-from pageferry.host import proc, registry
+from pageferry.host import registry
 from pageferry.workloads import deferred
 from pageferry.workloads.arena_control import ArenaControl, Callback
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
@@ -175,9 +175,7 @@ class Arena(_engine.Mapping):
         try:
             path = folder.socket_path("control.sock")
             self._server = ControlServer(self.lifecycle, path)
-            started = proc.start_time(os.getpid())
-            assert started is not None
-            folder.publish(registry.ArenaEntry(pid=os.getpid(), started=started, control_socket=path))
+            folder.publish(registry.ArenaEntry(**registry.identify(os.getpid()), control_socket=path))
         except BaseException:
             if self._server is not None:
                 self._server.close()

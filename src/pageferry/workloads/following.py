@@ -115,6 +115,8 @@ def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[
     try:
         for pid, descriptor in record.descriptors.items():
             ours[pid] = os.dup(descriptor.number) if pid == os.getpid() else Space(pid).descriptor(descriptor.number)
+            if os.fstat(ours[pid]).st_ino != descriptor.inode:
+                raise OSError("the process has replaced it")
     except OSError as gone:
         for number in ours.values():
             os.close(number)

@@ -83,9 +83,10 @@ def _host() -> HostMemory:
 def _look(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | None:
     memory, large = None, None
     try:
-        counts = smaps.rollup(entry.pid)
-        memory = counts["Rss"] + counts.get("Shared_Hugetlb", 0) + counts.get("Private_Hugetlb", 0)
-        large = sum(counts.get(kind, 0) for kind in _LARGE)
+        if entry.alive:  # or its pid may be another process's
+            counts = smaps.rollup(entry.pid)
+            memory = counts["Rss"] + counts.get("Shared_Hugetlb", 0) + counts.get("Private_Hugetlb", 0)
+            large = sum(counts.get(kind, 0) for kind in _LARGE)
     except WorkloadDied:
         return None
     except UnsupportedError:

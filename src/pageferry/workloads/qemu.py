@@ -20,7 +20,7 @@ import msgspec
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc, processes, ram_files
-from pageferry.host.registry import Folder, QemuEntry, Registry
+from pageferry.host.registry import Folder, QemuEntry, Registry, identify
 from pageferry.workloads import (
     qemu_command,
     qemu_disks,
@@ -459,10 +459,7 @@ def _launch(
 
 
 def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
-    started = proc.start_time(pid)
-    if started is None:
-        raise WorkloadDied(f"process {pid} has ended")
-    return QemuEntry(pid=pid, started=started, qmp_socket=qmp_socket, adopted=adopted)
+    return QemuEntry(**identify(pid), qmp_socket=qmp_socket, adopted=adopted)
 
 
 async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
