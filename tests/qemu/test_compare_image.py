@@ -62,7 +62,7 @@ def test_image_without_a_cpu_is_restored_with_a_warning(
     """Images of earlier releases do not record it."""
 
     def older(workload: QemuWorkload) -> Identity:
-        found = workload._machine.details
+        found = workload._seen.machine.details
         return Identity("qemu", workload.name, {name: found[name] for name in ("qemu", "machine", "cpus", "devices")})
 
     async def run() -> None:

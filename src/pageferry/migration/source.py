@@ -22,6 +22,7 @@ from pageferry.errors import (
     PageferryError,
     PeerRefused,
     ProtocolError,
+    WorkloadError,
 )
 from pageferry.events import Listener
 from pageferry.host.faults import fault_point
@@ -162,7 +163,7 @@ class Source:
             self.late = await connect_streams(self.channel, address, token, range(count, 2 * count + 1))
 
     def _hello(self) -> messages.Hello:
-        identity = self.workload.identity
+        self.identity = identity = self.workload.identity
         return messages.Hello(
             version=messages.VERSION,
             migration=self.migration,
@@ -324,12 +325,23 @@ class Source:
         with self.times.measure("stop"):
             await self.workload.pause()
         fault_point("source.paused")
+        self._check_identity()
         state = await (self._name_rest() if self.postcopy else self._send_rest())
         await self._send_state(state[messages.EARLY_STATE :])
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
         self.ready = await self.channel.receive(messages.Ready, self.options.patience)
         fault_point("source.ready")
+
+    def _check_identity(self) -> None:
+        """Raises WorkloadError if the workload is not what the destination was told, which has prepared for that."""
+        told, now = self.identity.details, self.workload.identity.details
+        if changed := [key for key in told if told[key] != now.get(key)]:
+            raise WorkloadError(
+                f"{self.workload.name} was reconfigured while it was moved: "
+                + "; ".join(f"{key} was {told[key] or 'none'}, is now {now.get(key) or 'none'}" for key in changed)
+                + ": try again with a destination that is configured the same way"
+            )
 
     async def _send_rest(self) -> bytes:
         """The last pages, while the state is saved; returns the state."""

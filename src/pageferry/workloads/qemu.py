@@ -28,6 +28,7 @@ from pageferry.workloads import (
     qemu_prefault,
     qemu_process,
     qemu_ram,
+    qemu_run_state,
     qemu_snapshot,
     qemu_state,
 )
@@ -36,6 +37,7 @@ from pageferry.workloads.qemu_control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu_machine import Machine
 from pageferry.workloads.qemu_prefault import VirtualMachine
 from pageferry.workloads.qemu_process import QemuProcess
+from pageferry.workloads.qemu_run_state import LastSeen
 from pageferry.workloads.qmp import PATIENCE, Monitor
 
 _QUIT_PATIENCE = 10.0
@@ -59,16 +61,18 @@ class QemuWorkload:
         machine: Machine,
         regions: tuple[Region, ...],
         child: QemuProcess | None,
+        *,
+        ran: bool,
     ) -> None:
         self.name = folder.name
         self._folder = folder
         self._entry = entry
-        self._machine = machine
         self._regions = regions
         self._child = child
         self._control = QemuControl(folder.name, entry.qmp_socket)
         self._loading: qemu_state.Loading | None = None
         """What waits for the device state."""
+        self._seen = LastSeen(folder.name, machine, ran=ran)
 
     # -- making one --------------------------------------------------------------------------------------------------
 
@@ -127,8 +131,9 @@ class QemuWorkload:
                     f"{entry.qmp_socket} is served by process {pid}, and {name} is process {entry.pid}: "
                     f"end the process that has taken the socket"
                 )
+            ran = await qemu_run_state.runs(monitor)
             regions = await _regions_of(monitor, entry.pid)
-        return cls(folder, entry, machine, regions, None)
+        return cls(folder, entry, machine, regions, None, ran=ran)
 
     @classmethod
     async def adopt(cls, name: str, qmp_socket: str, *, registry: Registry | None = None) -> Self:
@@ -149,15 +154,16 @@ class QemuWorkload:
         opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
         async with await opening as monitor:
             machine, pid = await _ask_machine(monitor)
-            for device in machine.devices:
+            for device, _ in machine.devices:
                 qemu_command.refuse_device(device)
+            ran = await qemu_run_state.runs(monitor)
             regions = await _regions_of(monitor, pid)
         for region in regions:
             if qemu_ram.misaligned(region):
                 log.warning("large pages are off for %s: start QEMU with align=2M for its memory", region.name)
         entry = _entry(pid, qmp_socket, adopted=child is None)
         folder.publish(entry)
-        return cls(folder, entry, machine, regions, child)
+        return cls(folder, entry, machine, regions, child, ran=ran)
 
     # -- the workload protocol -----------------------------------------------------------------------------------------
 
@@ -165,15 +171,15 @@ class QemuWorkload:
     def identity(self) -> Identity:
         """Kind, name, and the details `qemu` (its version), `machine` (type with version), `cpus`, `devices`, and the
         CPU: `cpu` (model), `cpu-signature`, `cpu-features`."""
-        return Identity("qemu", self.name, self._machine.details)
+        return Identity("qemu", self.name, self._seen.machine.details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
         """Raises WorkloadError if a guest whose identity has these details cannot be received here, and says why."""
-        self._machine.check_source(details, "the source", f"{self.name} at the destination")
+        self._seen.machine.check_source(details, "the source", f"{self.name} at the destination")
 
     def check_image(self, details: Mapping[str, Any], path: str) -> None:
         """The same for a guest whose identity is recorded in an image. Raises WorkloadError."""
-        self._machine.check_source(details, path, self.name)
+        self._seen.machine.check_source(details, path, self.name)
 
     @property
     def pid(self) -> int:
@@ -209,25 +215,34 @@ class QemuWorkload:
         monitor = await self._control.hold()
         self._control.have_will()
         await self._control.note_status(monitor)
+        self._seen.ran = self._seen.ran or not self._control.stays_paused
         await self._control.prepare_state(monitor)
 
     async def pause(self) -> None:
-        """Stop the vCPUs (QMP `stop`). A guest that does not run already is left so by `resume` too.
+        """Stop the vCPUs (QMP `stop`), and find out what the guest and its machine are now.
 
-        Until `commit` a guardian lets the guest run on if this process dies.
+        A guest that does not run already, also one that another client has paused meanwhile, is left so by `resume`
+        too. Until `commit` a guardian resumes the guest if this process dies.
+
+        Raises WorkloadError if the guest has ended since the last look and cannot run again without a reset.
         """
         await self.prepare_pause()
         monitor = await self._control.hold()
-        if not self._control.stays_paused:
-            self._control.bequeath_as_before()
-            await monitor.execute("stop")
+        self._control.bequeath_as_before()
+        ran = await self._seen.stop(monitor)
+        self._control.stays_paused = not ran
+        self._control.bequeath_as_before()
+        self._seen.check_not_ended(ran)
 
     async def commit(self, witness: Witness | None = None) -> None:
         """The guest may run elsewhere from now on: it stays paused, even if this process dies.
 
-        With a `witness` the guardian will look at it then: the guest runs on here, or ends. Raises WorkloadDied.
+        With a `witness` the guardian will read it then: the guest runs here, or ends. Raises WorkloadDied, and
+        WorkloadError if another client has changed the guest since its state was saved or loaded.
         """
+        monitor = await self._control.hold()
         if witness is None:
+            await self._seen.check_unchanged(monitor)
             self._control.bequeath([])
             if self._control.stays_paused:
                 # The destination opens the disks before this QEMU ends. Of a guest that ran `save_state` did this.
@@ -235,8 +250,8 @@ class QemuWorkload:
                 await qemu_disks.release(await self._control.hold())
             return
         self._control.bequeath_to_owner(witness)
-        # To be given a guest one must be alive: somebody who is being killed is still seen in /proc, but says nothing.
-        await (await self._control.hold()).execute("query-status")
+        # Also proves that QEMU lives: a process that is being killed is still seen in /proc, but does not answer.
+        await self._seen.check_unchanged(monitor)
 
     async def resume(self) -> None:
         """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
@@ -286,7 +301,8 @@ class QemuWorkload:
         async with self._control.session() as monitor:
             await self._control.prepare_state(monitor)
             stream = await (qemu_state.save(monitor) if was_running else self._save_snapshot(monitor))
-        return qemu_state.SavedState(machine=self._machine.type, was_running=was_running, stream=stream).encode()
+            await self._seen.saved(monitor)
+        return qemu_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` listen for its state, which saves some 5 ms in `load_state`.
@@ -301,12 +317,13 @@ class QemuWorkload:
     async def load_state(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`, which stays paused; until `commit` it ends with us.
 
-        Raises WorkloadError with QEMU's words where it does not fit this machine, WorkloadDied.
+        Raises WorkloadError with QEMU's words where it does not fit this machine, or if the guest could not run then;
+        WorkloadDied.
         """
         saved = qemu_state.SavedState.decode(state)
-        if saved.machine != self._machine.type:
+        if saved.machine != self._seen.machine.type:
             raise WorkloadError(
-                f"the state is of a {saved.machine} machine, {self.name} is a {self._machine.type}: "
+                f"the state is of a {saved.machine} machine, {self.name} is a {self._seen.machine.type}: "
                 f"start it with -machine {saved.machine}, and with the same devices"
             )
         try:
@@ -317,6 +334,7 @@ class QemuWorkload:
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
         self._control.stays_paused = self._control.disks_released = not saved.was_running
+        await self._seen.loaded(await self._control.hold(), was_running=saved.was_running)
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `qemu_prefault`); bytes mapped.
@@ -355,7 +373,7 @@ class QemuWorkload:
 
     def faults(self) -> Faults:
         """Page faults of the vCPU threads. Raises WorkloadDied when QEMU is gone."""
-        return Faults(*proc.thread_faults(self.pid, set(self._machine.vcpu_threads)))
+        return Faults(*proc.thread_faults(self.pid, set(self._seen.machine.vcpu_threads)))
 
     def close(self) -> None:
         """Let go of the guest: one that we have paused and not committed runs on, one that waits for its state ends."""

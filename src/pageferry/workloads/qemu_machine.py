@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any, Self
 
@@ -25,8 +26,8 @@ class Machine:
     qemu_version: str
     type: str
     vcpu_threads: tuple[int, ...]
-    devices: tuple[str, ...]
-    """Types of those that the user has added."""
+    devices: tuple[tuple[str, str], ...]
+    """Type and id of those that the user has added."""
     cpu: Cpu
 
     @classmethod
@@ -39,6 +40,29 @@ class Machine:
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
         return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
 
+    async def again(self, monitor: Monitor) -> Self:
+        """The machine now: other clients can add and remove devices and vCPUs."""
+        cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), qemu_ram.devices(monitor))
+        threads = tuple(cpu["thread-id"] for cpu in cpus)
+        return replace(self, vcpu_threads=threads, devices=tuple(sorted(devices)))
+
+    def check_unchanged(self, now: Self, name: str) -> None:
+        """Raises WorkloadError if the machine of `name` is another one now."""
+        if now != self:
+            raise WorkloadError(
+                f"{name} was reconfigured meanwhile: {self._described}, now {now._described}; do not add or remove "
+                f"devices or vCPUs until it has been moved or saved"
+            )
+
+    @property
+    def _described(self) -> str:
+        devices = ", ".join(f"{kind} {name}" for kind, name in self.devices)
+        return f"-smp {len(self.vcpu_threads)} -device {devices or 'none'}"
+
+    @property
+    def _device_types(self) -> str:
+        return ", ".join(kind for kind, _ in self.devices)
+
     @property
     def details(self) -> dict[str, Any]:
         """For the other side of a migration, and for an image: `qemu` (its version), `machine` (type with version),
@@ -47,7 +71,7 @@ class Machine:
             "qemu": self.qemu_version,
             "machine": self.type,
             "cpus": len(self.vcpu_threads),
-            "devices": ", ".join(self.devices),
+            "devices": self._device_types,
             **self.cpu.details,
         }
 

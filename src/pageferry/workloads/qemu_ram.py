@@ -8,6 +8,7 @@ could both be is refused.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import stat
@@ -71,11 +72,12 @@ def misaligned(region: Region) -> bool:
     return any((segment.address - segment.offset - region.file_offset) % LARGE_PAGE for segment in region.segments)
 
 
-async def devices(monitor: Monitor) -> list[str]:
-    """The types of all devices that are not part of the machine itself."""
-    folders = [await monitor.execute("qom-list", path=f"/machine/{name}") for name in ("peripheral", "peripheral-anon")]
-    types = [item["type"] for folder in folders for item in folder]
-    return [kind.removeprefix("child<").removesuffix(">") for kind in types if kind.startswith("child<")]
+async def devices(monitor: Monitor) -> list[tuple[str, str]]:
+    """Type and id of all devices that are not part of the machine itself."""
+    paths = ("/machine/peripheral", "/machine/peripheral-anon")
+    folders = await asyncio.gather(*(monitor.execute("qom-list", path=path) for path in paths))
+    items = [(item["type"], item["name"]) for folder in folders for item in folder]
+    return [(kind.removeprefix("child<").removesuffix(">"), name) for kind, name in items if kind.startswith("child<")]
 
 
 async def _describe(monitor: Monitor, backend: dict[str, object]) -> _Backend:

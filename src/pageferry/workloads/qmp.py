@@ -137,6 +137,12 @@ class Monitor:
         with self._client.listener(name) as listener:
             yield listener
 
+    def listen(self, *names: str) -> EventListener:
+        """Listen to these kinds of events until the session ends."""
+        listener = EventListener(names)
+        self._client.register_listener(listener)
+        return listener
+
     async def next_event(self, listener: EventListener) -> dict[str, Any]:
         """The data of the next event. Raises WorkloadDied when QEMU goes away instead."""
         waiting = asyncio.ensure_future(listener.get())

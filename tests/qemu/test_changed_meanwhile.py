@@ -1,0 +1,220 @@
+"""A guest that ends, restarts, or is changed by another client while it is moved: one of it stays, as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.workloads.qmp import Monitor
+from tests.guest import travel
+from tests.guest.machines import GuestParts
+from tests.guest.travel import Traveller
+from tests.kernel import moving
+from tests.kernel.programs import Program, wait_until
+
+pytestmark = pytest.mark.usefixtures("root")
+
+ALL = os.environ.get("FAULTS") == "all"
+RUNNING = ["source.between-rounds"] + ["source.greeted", "source.set-up", "source.in-round"] * ALL
+"""Points at which the guest runs."""
+PAUSED = ["source.ready"] + ["source.paused", "source.last-pages-sent", "source.state-sent", "source.recorded"] * ALL
+"""Points at which it is paused, and not yet given away."""
+THERE = ["destination.commit-received"] + ["destination.in-round", "destination.loaded", "destination.promised"] * ALL
+"""Points at which the destination has not decided yet."""
+
+MACHINE = ("-device", "piix3-usb-uhci", "-device", "usb-mouse,id=mouse", "-device", "pvpanic")
+STAYS = (*MACHINE, "-no-shutdown", "-no-reboot", "-action", "panic=pause")
+FAILED, REFUSED = 10, 21
+
+
+class Watched(Traveller):
+    """A guest with a second monitor, for a client that pageferry knows nothing of."""
+
+    def command(self, name: str) -> list[str]:
+        return [*super().command(name), "-qmp", f"unix:{self._other(name)},server=on,wait=off"]
+
+    def other(self, command: str, name: str | None = None, **arguments: Any) -> Any:
+        """What the second monitor answers."""
+
+        async def ask() -> Any:
+            async with await Monitor.open(str(self._other(name or self.name))) as monitor:
+                return await monitor.execute(command, **arguments)
+
+        return asyncio.run(ask())
+
+    @property
+    def run_state(self) -> str:
+        return str(self.other("query-status")["status"])
+
+    def _other(self, name: str) -> Path:
+        return self.folder / f"{name}.qmp"
+
+
+Start = Callable[..., Watched]
+
+
+@pytest.fixture
+def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
+    """Boots guests with these options."""
+    guests: list[Watched] = []
+
+    def boot(*options: str) -> Watched:
+        guest = Watched(payload_on_tcg, tmp_path, *options, memory="64M", checker="ferry.mib=16")
+        guests.append(guest)
+        guest.start()
+        return guest
+
+    yield boot
+    for guest in guests:
+        guest.end()
+
+
+def shut_down(guest: Watched) -> None:
+    """With -no-reboot a reset is a shutdown."""
+    guest.other("system_reset")
+
+
+def panic(guest: Watched) -> None:
+    guest.other("human-monitor-command", command_line="o/b 0x505 1")
+
+
+def add_device(guest: Watched) -> None:
+    guest.other("device_add", driver="usb-kbd", id="added")
+
+
+def remove_device(guest: Watched) -> None:
+    guest.other("device_del", id="mouse")
+
+
+@contextmanager
+def interrupted(guest: Watched, point: str, *options: str) -> Iterator[tuple[Program, Program]]:
+    """A migration that has stopped at a point, of the source or of the destination; continued after the block."""
+    source, there = (point, None) if point.startswith("source") else (None, point)
+    with guest.receiver(fault=f"{there}=stop" if there else None, detach=not there) as receiver:
+        address = moving.address_of(receiver)
+        with guest.migrating(address, *options, fault=f"{source}=stop" if source else None) as migration:
+            stopped = migration if source else receiver
+            moving.stopped(stopped)
+            yield migration, receiver
+            stopped.process.send_signal(signal.SIGCONT)
+            migration.wait()
+            receiver.wait()
+
+
+def stayed(guest: Watched, migration: Program, *codes: int) -> None:
+    """The migration has failed, and the only guest is where it was."""
+    assert migration.wait() in (codes or (FAILED,))
+    guest.alone()
+
+
+@pytest.mark.parametrize("point", RUNNING)
+@pytest.mark.parametrize(("end", "state"), [(shut_down, "shutdown"), (panic, "guest-panicked")])
+def test_guest_that_ends_stays_as_it_is(start: Start, point: str, end: Callable[[Watched], None], state: str) -> None:
+    guest = start(*STAYS)
+    with interrupted(guest, point) as (migration, _):
+        end(guest)
+        wait_until(lambda: guest.run_state == state, f"the run state {state}")
+    stayed(guest, migration)
+    assert guest.run_state == state
+
+
+def test_guest_that_ends_before_its_memory_is_sent_stays_as_it_is(start: Start) -> None:
+    guest = start(*STAYS)
+    with interrupted(guest, "source.set-up", "--mode", "postcopy") as (migration, _):
+        panic(guest)
+    stayed(guest, migration)
+    assert guest.run_state == "guest-panicked"
+
+
+def test_guest_that_has_ended_before_is_moved_as_it_is(start: Start) -> None:
+    guest = start(*STAYS)
+    panic(guest)
+    wait_until(lambda: guest.run_state == "guest-panicked", "the panic")
+    assert guest.move()["status"] == "completed"
+    assert guest.run_state == "guest-panicked"
+    assert travel.listed() == {guest.name: "paused"}
+
+
+@pytest.mark.parametrize("point", RUNNING)
+def test_guest_that_ends_with_its_qemu_leaves_no_copy(start: Start, point: str) -> None:
+    guest = start(*MACHINE, "-no-reboot")
+    pid = guest.pid
+    with interrupted(guest, point) as (migration, _):
+        shut_down(guest)
+        wait_until(lambda: moving.state(pid) == "Z" if Path(f"/proc/{pid}").exists() else True, "the end of QEMU")
+    assert migration.wait() == 13
+    wait_until(lambda: travel.around() == set(), "that nothing is left")
+
+
+@pytest.mark.parametrize("point", RUNNING)
+def test_guest_that_resets_is_moved(start: Start, point: str) -> None:
+    guest = start(*MACHINE)
+    with interrupted(guest, point) as (migration, _):
+        guest.other("system_reset")
+    assert migration.wait() == 0
+    guest.arrived()
+    guest.verifies_everything()
+
+
+@pytest.mark.parametrize("point", RUNNING)
+def test_guest_that_another_client_pauses_arrives_paused(start: Start, point: str) -> None:
+    guest = start(*MACHINE)
+    with interrupted(guest, point) as (migration, _):
+        guest.other("stop")
+    assert migration.wait() == 0
+    guest.arrived()
+    assert travel.listed() == {guest.name: "paused"}
+    guest.other("cont")
+    guest.verifies_everything()
+
+
+def test_paused_guest_that_another_client_resumes_arrives_running(start: Start) -> None:
+    guest = start(*MACHINE)
+    guest.other("stop")
+    with interrupted(guest, "source.between-rounds") as (migration, _):
+        guest.other("cont")
+    assert migration.wait() == 0
+    guest.arrived()
+    guest.verifies_everything()
+
+
+@pytest.mark.parametrize("point", RUNNING + PAUSED)
+@pytest.mark.parametrize("change", [add_device, remove_device])
+def test_guest_that_is_reconfigured_stays(start: Start, point: str, change: Callable[[Watched], None]) -> None:
+    guest = start(*MACHINE)
+    with interrupted(guest, point) as (migration, _):
+        change(guest)
+    stayed(guest, migration, FAILED, REFUSED)  # a state with a device too many does not load
+    guest.verifies_everything()
+    guest.untouched()
+
+
+@pytest.mark.parametrize("point", PAUSED)
+@pytest.mark.parametrize("command", ["cont", "system_reset"])
+def test_paused_guest_that_another_client_resumes_or_resets_stays(start: Start, point: str, command: str) -> None:
+    guest = start(*MACHINE)
+    with interrupted(guest, point) as (migration, _):
+        guest.other(command)
+    stayed(guest, migration)
+    guest.verifies_everything()
+    guest.untouched()
+
+
+@pytest.mark.parametrize("point", THERE)
+@pytest.mark.parametrize("command", ["cont", "system_reset"])
+def test_destination_that_another_client_changes_before_commit_is_not_used(
+    start: Start, point: str, command: str
+) -> None:
+    guest = start(*MACHINE)
+    with interrupted(guest, point) as (migration, _):
+        guest.other(command, guest.next_name)
+    stayed(guest, migration, REFUSED)
+    guest.verifies_everything()
+    guest.untouched()
