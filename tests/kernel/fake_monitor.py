@@ -2,7 +2,8 @@
 
 Usage: fake_monitor.py SOCKET OPTIONS, where OPTIONS is JSON: `uid` to listen as, `threads` to report (default: its
 own), `mem_path` and `size` of the one memory backend, `map` with the access (`r`, `rw`) by which it maps that file
-itself, `server` (`self`; `child`: started after listen(2), and the listener stays; `orphan`: the listener exits).
+itself, `server` (`self`; `child`: started after listen(2), and the listener stays; `orphan`: the listener exits),
+`replies` by command that replace the usual ones.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from typing import Any
 
 def answer(options: dict[str, Any], command: str, arguments: dict[str, Any]) -> Any:
     """What a QEMU would return."""
+    if command in options.get("replies", {}):
+        return options["replies"][command]
     match command:
         case "qom-get":
-            return {"type": "pc-i440fx-7.2-machine", "mem-path": options["mem_path"], "offset": 0}[
-                arguments["property"]
-            ]
+            known = {"type": "pc-i440fx-7.2-machine", "mem-path": options["mem_path"], "feature-words": []}
+            return known.get(arguments["property"], 0)
         case "qom-list":
             return [{"name": "mem-path", "type": "string"}] if arguments["path"].startswith("/objects/") else []
         case "query-cpus-fast":
-            return [{"thread-id": thread} for thread in options.get("threads", [os.getpid()])]
+            return [{"thread-id": thread, "qom-path": "/cpu"} for thread in options.get("threads", [os.getpid()])]
         case "query-memdev":
             return [{"id": "ram", "size": options["size"], "share": True}]
         case "query-memory-size-summary":

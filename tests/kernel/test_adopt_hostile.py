@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pageferry.errors import WorkloadError
+from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import Registry
 from pageferry.workloads.qemu import QemuWorkload
@@ -59,6 +59,8 @@ def fake(folder: Path) -> Iterator[Start]:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         started.append((process, None if wrapper else os.pidfd_open(pid)))
+        if options.get("server") == "orphan":
+            process.wait()
         return path, pid
 
     yield start
@@ -169,6 +171,26 @@ def test_file_that_a_process_may_only_read_is_not_guest_memory(fake: Start, fold
     path, _ = fake(uid=NOBODY, mem_path=memory, map="r")
     with pytest.raises(WorkloadError, match="not among the shared, writable mappings"):
         adopt(path)
+
+
+@pytest.mark.parametrize(
+    ("replies", "named"),
+    [
+        ({"human-monitor-command": "net0: index=0,type=vhost-vdpa,\r\n"}, "network vhost-vdpa"),
+        ({"human-monitor-command": "v: index=0,type=nic,x\r\n \\ n: index=0,type=vhost-user,"}, "network vhost-user"),
+        ({"query-named-block-nodes": [{"drv": "qcow2"}, {"drv": "nvme"}]}, "block driver nvme"),
+        ({"query-named-block-nodes": [{"drv": "virtio-blk-vhost-vdpa"}]}, "block driver virtio-blk-vhost-vdpa"),
+        ({"qom-list": [{"name": "c", "type": "child<cryptodev-vhost-user>"}]}, "object cryptodev-vhost-user"),
+        ({"qom-list": [{"name": "d", "type": "child<vhost-vdpa-device-pci>"}]}, "device vhost-vdpa-device-pci"),
+    ],
+)
+def test_what_writes_without_a_trace_is_refused_when_adopted(
+    fake: Start, folder: Path, replies: dict[str, Any], named: str
+) -> None:
+    path, _ = fake(mem_path=ram_file(folder), map="rw", replies=replies)
+    with pytest.raises(UnsupportedError, match=f"{named} cannot be used here: .* without a trace"):
+        adopt(path)
+    assert not (Registry().path / "theirs").exists()
 
 
 def ram_file(folder: Path) -> str:

@@ -19,7 +19,7 @@ import pytest
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import Registry
-from pageferry.workloads import qemu_ram
+from pageferry.workloads import qemu_ram, qemu_refused
 from pageferry.workloads.base import Region
 from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.qmp import Monitor
@@ -266,10 +266,46 @@ def test_guest_in_another_pid_namespace_is_a_workload(foreign: Any, registry: Re
         assert proc.status(guest.pid)[b"NSpid"] == [str(guest.pid).encode(), b"1"]
         assert guest.faults().minor > 0
         guest.close()
+        saved = await asyncio.to_thread(pageferry, "checkpoint", "theirs", str(ram / "image"))
+        assert saved.returncode == 0, saved.stderr
         guest = await QemuWorkload.attach("theirs")
         await guest.pause()
         assert await guest.save_state()
         await guest.resume()
+        await guest.discard()
+
+    asyncio.run(scenario())
+
+
+def test_devices_added_since_are_refused_by_the_next_pause(
+    foreign: Any, registry: Registry, ram: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has none of those that are refused: others stand for them."""
+    memory = backend("ram0", ram / "ram", "align=2M")
+    qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0", "-netdev", "user,id=n")
+
+    async def refused(kinds: dict[str, str], name: str) -> None:
+        guest = await QemuWorkload.attach("theirs")
+        with monkeypatch.context() as patch:
+            patch.setitem(kinds, name, "test")
+            with pytest.raises(UnsupportedError, match=f"{name} cannot be used here: test"):
+                await guest.prepare_pause()
+        guest.close()
+
+    async def scenario() -> None:
+        (await QemuWorkload.adopt("theirs", qmp)).close()
+        await refused(qemu_refused.NETWORKS, "user")
+        async with await Monitor.open(qmp) as monitor:
+            await monitor.execute("blockdev-add", driver="null-co", node_name="disk")
+            await monitor.execute("object-add", qom_type="rng-random", id="rng")
+            await monitor.execute("device_add", driver="virtio-rng-pci", rng="rng", id="device")
+        await refused(qemu_refused.BLOCK_DRIVERS, "null-co")
+        await refused(qemu_refused.OBJECTS, "rng-random")
+        await refused(qemu_refused.DEVICES, "virtio-rng-pci")
+        guest = await QemuWorkload.attach("theirs")
+        await guest.pause()
+        await guest.resume()
+        assert await guest.running()
         await guest.discard()
 
     asyncio.run(scenario())

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pageferry.errors import UnsupportedError, UsageError
+from pageferry.host import qemus
+from pageferry.workloads import qemu_options
 from pageferry.workloads.qemu_command import DEFAULT_RAM, parse, parse_size
 
 QEMU = "qemu-system-x86_64"
 SHARED = "memory-backend-file,id=mem,size=1G,mem-path=/dev/hugepages/x,share=on,align=2M"
+LIBVIRT_BACKEND = (
+    '{"qom-type":"memory-backend-file","id":"pc.ram","mem-path":"/dev/shm/x","share":true,"prealloc":false,'
+    '"x-use-canonical-path-for-ramblock-id":false,"size":1073741824,"align":2097152,"host-nodes":[0,1],'
+    '"policy":"bind"}'
+)
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -34,6 +44,9 @@ def ram(*options: str) -> int:
         (("-m", "1G", "-m", "2G"), 2 * GIB),
         (("-m", "2097153k"), 2097160 << 10),
         (("-name", "-m", "-append", "-m 5G", "-m", "1G"), GIB),
+        (("-perfmap", "-m", "4G"), 4 * GIB),
+        (("-jitdump", "-async-teardown", "-m", "4G"), 4 * GIB),
+        (("-shim", "-m", "-m", "4G"), 4 * GIB),
         (("disk.img", "-nographic", "-S", "-m", "1G"), GIB),
     ],
 )
@@ -77,6 +90,14 @@ def test_destination_waits_and_stays_paused() -> None:
             '{"qom-type":"memory-backend-file","id":"mem","size":1073741824,"mem-path":"/x","share":true,"align":2097152}',
             *("-machine", "memory-backend=mem"),
         ),
+        (
+            "-object",
+            LIBVIRT_BACKEND,
+            *("-machine", "memory-backend=pc.ram"),
+            *("-device", '{"driver":"virtio-blk-pci","num-queues":1,"bus":"pci.0","drive":"d","write-cache":"on"}'),
+            *("-blockdev", '{"driver":"qcow2","node-name":"d","file":{"driver":"file","filename":"x"},"backing":null}'),
+            *("-netdev", '{"type":"user","id":"n","hostfwd":[{"str":"tcp::1-:2"}],"ipv6":false,"net":1.5}'),
+        ),
     ],
 )
 def test_shared_memory_of_the_users_own_is_taken_as_it_is(options: tuple[str, ...]) -> None:
@@ -111,6 +132,29 @@ def test_memory_of_the_users_own_that_is_not_aligned_warns(align: str) -> None:
         (("-device", '{"driver":"vfio-pci","host":"0000:01:00.0"}'), "vfio-pci .* host"),
         (("-device", "vhost-user-fs-pci,chardev=c"), "vhost-user-fs-pci .* another process"),
         (("-netdev", "vhost-user,id=n,chardev=c"), "vhost-user"),
+        (("-netdev", '{"type":"vhost-user","id":"n","chardev":"c"}'), "network vhost-user .* another process"),
+        (("-netdev", "vhost-vdpa,vhostdev=/dev/vhost-vdpa-0,id=n"), "network vhost-vdpa .* device of the host"),
+        (("-nic", "vhost-vdpa,vhostdev=/dev/vhost-vdpa-0"), "network vhost-vdpa"),
+        (("-netdev", "passt,id=n,vhost-user=on"), "network passt,vhost-user=on .* another process"),
+        (("-device", "vhost-vdpa-device-pci,vhostdev=/dev/vhost-vdpa-0"), "vhost-vdpa-device-pci"),
+        (("-device", "vfio-user-pci,socket.path=/x"), "vfio-user-pci"),
+        (("-device", "vhost-scsi-pci,wwpn=naa.1"), "vhost-scsi-pci .* pinned pages"),
+        (("-device", "x-pci-proxy-dev,fd=3"), "x-pci-proxy-dev"),
+        (("-device", "pvrdma"), "pvrdma"),
+        (("-device", "ivshmem-plain,memdev=x"), "ivshmem-plain"),
+        (("-object", "cryptodev-vhost-user,id=c,chardev=d"), "cryptodev-vhost-user"),
+        (("-object", '{"qom-type":"sev-snp-guest","id":"s"}'), "sev-snp-guest .* confidential"),
+        (("-machine", "q35,confidential-guest-support=s"), "confidential-guest-support"),
+        (("-blockdev", "nvme,device=0000:01:00.0,namespace=1,node-name=d"), "driver nvme .* device of the host"),
+        (("-blockdev", '{"driver":"nvme","device":"0000:01:00.0","namespace":1}'), "block driver nvme"),
+        (("-blockdev", '{"driver":"qcow2","file":{"driver":"virtio-blk-vhost-vdpa","path":"/x"}}'), "vhost-vdpa"),
+        (("-blockdev", "driver=raw,file.driver=nvme-io_uring,file.path=/dev/ng0n1"), "nvme-io_uring"),
+        (("-drive", "file=nvme://0000:01:00.0/1,if=none"), "block driver nvme"),
+        (("-drive", "file.driver=nvme,file.device=0000:01:00.0"), "block driver nvme"),
+        (("-drive", 'file=json:{"driver":"raw",,"file":{"driver":"virtio-blk-vfio-pci"}}'), "virtio-blk-vfio-pci"),
+        (("-cdrom", "nvme://0000:01:00.0/1"), "block driver nvme"),
+        (("nvme://0000:01:00.0/1",), "block driver nvme"),
+        (("-readconfig", "guest.cfg"), "-readconfig cannot be used here: pageferry does not read that file"),
         (
             ("-object", "memory-backend-ram,id=mem,size=1G", "-machine", "memory-backend=mem"),
             "memory-backend-ram,id=mem",
@@ -138,12 +182,62 @@ def test_what_cannot_work_is_refused_by_name(options: tuple[str, ...], named: st
         (("-m", "-1G"), "is no size"),
         (("-m", "0"), "no memory at all"),
         (("-machine", "memory-backend=mem"), "backend mem, and there is no -object"),
-        (("-device", "{"), "is no JSON"),
+        (("-device", "{"), "is not JSON"),
+        (("-device", "{" * 100000), "is not JSON"),
+        (("-device", '{"driver":' * 100000), "is not JSON"),
+        (("-device", '{"size":' + "1" * 10000 + "}"), "is not JSON"),
+        (("-perfmap-of-tomorrow", "-m", "4G"), "-perfmap-of-tomorrow has a value: .* -help does not list it"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: tuple[str, ...], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         parse([QEMU, *options])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('{"driver":"e1000","bus":1,"rom":true,"x":false}', {"driver": "e1000", "bus": "1", "rom": "on", "x": "off"}),
+        ('{"a":{"b":[1,{"c":null}]}}', {"a.b.0": "1", "a.b.1.c": ""}),
+        ('{"size":18446744073709551615,"part":1.5}', {"size": "18446744073709551615", "part": "1.5"}),
+        ("first,k=v,flag", {"type": "first", "k": "v", "flag": "on"}),
+        ("k=a,,b,,,l=c", {"k": "a,b,", "l": "c"}),
+        ("k=,,,l", {"k": ",", "l": "on"}),
+    ],
+)
+def test_properties_of_an_option(value: str, expected: dict[str, str]) -> None:
+    assert qemu_options.properties(value, "type") == expected
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@given(st.sampled_from(["device", "object", "netdev", "blockdev"]), st.dictionaries(st.text(max_size=5), JSON))
+def test_any_json_is_understood(option: str, value: dict[str, object]) -> None:
+    parse([QEMU, f"-{option}", json.dumps(value), "-m", "1G"])
+
+
+@pytest.mark.parametrize("name", ["qemu_system", "qemu_10", "qemu_11"])
+def test_options_of_the_table_are_as_this_qemu_lists_them(request: pytest.FixtureRequest, name: str) -> None:
+    qemu: Path = request.getfixturevalue(name)
+    listed = {name: takes for name, takes in qemus._options_of(str(qemu)).items() if name != "M"}  # `as -machine`
+    assert len(listed) > 80
+    table = dict.fromkeys(qemu_options._FLAGS, False) | dict.fromkeys(qemu_options._WITH_VALUE, True)
+    assert {name: takes for name, takes in listed.items() if table.get(name) is not takes} == {}
+
+
+def test_option_of_another_qemu_is_looked_up_in_its_help(tmp_path: Path) -> None:
+    program = tmp_path / "qemu"
+    program.write_text(
+        "#!/bin/sh\necho '-new-flag       described'\necho '-new-long-option-name  described'\n"
+        "echo '-new-value file do'\necho '-new-long-value-name file'\necho '-bare'\n"
+    )
+    program.chmod(0o755)
+    options = ["-new-flag", "-new-long-option-name", "-bare", "-new-value", "-m", "-new-long-value-name", "-m"]
+    assert parse([str(program), *options, "-m", "4G"]).ram_size == 4 * GIB
 
 
 def test_nothing_to_run() -> None:

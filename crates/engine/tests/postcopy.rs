@@ -101,7 +101,6 @@ impl Scene {
             eager: false,
             whole_blocks: true,
             evicting: false,
-            checks_removals: false,
             fatal: false,
         })
         .expect("a pager")

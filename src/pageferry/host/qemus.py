@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -15,6 +16,9 @@ PROGRAM = "qemu-system-x86_64"
 
 _DEADLINE = 3.0
 _VERSION = re.compile(r"version (\S+)")
+_OPTION = re.compile(r"(?:-h or )?--?([A-Za-z][A-Za-z0-9_-]*)(?=\s|$)")
+_DESCRIPTION = 16
+"""Column of `-help` in which descriptions start."""
 
 
 class Qemu(msgspec.Struct, frozen=True, rename="kebab"):
@@ -33,7 +37,7 @@ class QemuSearch:
 
     def __init__(self, search_path: str | None = None) -> None:
         """`search_path` as in PATH, which is the default. Starts them; `results` waits for them."""
-        self._asked = [(path, _ask(path)) for path in find_qemus(search_path)]
+        self._asked = [(path, _ask(path, "-version")) for path in find_qemus(search_path)]
 
     def results(self) -> list[Qemu]:
         """Waits a few seconds for each at most."""
@@ -51,6 +55,33 @@ class QemuSearch:
                 asked.communicate()
 
 
+def option_takes_value(program: str, option: str) -> bool | None:
+    """Whether a value follows an option of a QEMU, by its `-help`; None where that does not list it."""
+    return _options_of(program).get(option)
+
+
+@functools.lru_cache
+def _options_of(program: str) -> dict[str, bool]:
+    """Whether each option takes a value. Descriptions start in column 16, or after two blanks."""
+    asked = _ask(program, "-help")
+    if isinstance(asked, OSError):
+        return {}
+    with asked:
+        try:
+            said, _ = asked.communicate(timeout=_DEADLINE)
+        except subprocess.TimeoutExpired:
+            asked.kill()
+            return {}
+    found = {}
+    for line in said.splitlines():
+        if (option := _OPTION.match(line)) is None:
+            continue
+        rest = line[option.end() :]
+        within = line[option.end() : _DESCRIPTION].strip() != ""
+        found[option[1]] = within if option.end() < _DESCRIPTION else bool(re.match(r" \S", rest))
+    return found
+
+
 def find_qemus(search_path: str | None = None) -> list[Path]:
     """Executable QEMUs in PATH, in the order of their precedence; links to the same program count once."""
     folders = (os.environ.get("PATH", os.defpath) if search_path is None else search_path).split(os.pathsep)
@@ -62,10 +93,10 @@ def find_qemus(search_path: str | None = None) -> list[Path]:
     return list(by_program.values())
 
 
-def _ask(path: Path) -> subprocess.Popen[str] | OSError:
+def _ask(path: Path | str, option: str) -> subprocess.Popen[str] | OSError:
     try:
         return subprocess.Popen(
-            [path, "-version"],
+            [path, option],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -28,6 +27,7 @@ from pageferry.workloads import (
     qemu_prefault,
     qemu_process,
     qemu_ram,
+    qemu_refused,
     qemu_run_state,
     qemu_snapshot,
     qemu_state,
@@ -154,8 +154,7 @@ class QemuWorkload:
         opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
         async with await opening as monitor:
             machine, pid = await _ask_machine(monitor)
-            for device, _ in machine.devices:
-                qemu_command.refuse_device(device)
+            await qemu_refused.refuse_running(monitor)
             ran = await qemu_run_state.runs(monitor)
             regions = await _regions_of(monitor, pid)
         for region in regions:
@@ -216,6 +215,7 @@ class QemuWorkload:
         self._control.have_will()
         await self._control.note_status(monitor)
         self._seen.ran = self._seen.ran or not self._control.stays_paused
+        await qemu_refused.refuse_running(monitor)  # devices may have been added since
         await self._control.prepare_state(monitor)
 
     async def pause(self) -> None:
@@ -373,7 +373,9 @@ class QemuWorkload:
 
     def faults(self) -> Faults:
         """Page faults of the vCPU threads. Raises WorkloadDied when QEMU is gone."""
-        return Faults(*proc.thread_faults(self.pid, set(self._seen.machine.vcpu_threads)))
+        ours = proc.inner_threads(self.pid)
+        vcpus = {ours[thread] for thread in self._seen.machine.vcpu_threads if thread in ours}
+        return Faults(*proc.thread_faults(self.pid, vcpus))
 
     def close(self) -> None:
         """Let go of the guest: one that we have paused and not committed runs on, one that waits for its state ends."""
@@ -481,10 +483,10 @@ def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
 
 
 async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
-    """The machine behind a monitor, its vCPU threads by their ids in our PID namespace, and the pid of its QEMU."""
-    machine = await Machine.ask(monitor)
-    found = await asyncio.to_thread(qemu_peer.find_process, monitor.peer, machine.vcpu_threads, monitor.path)
-    return dataclasses.replace(machine, vcpu_threads=found.vcpus), found.pid
+    """The machine behind a monitor, and the pid of its QEMU."""
+    threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
+    pid = await asyncio.to_thread(qemu_peer.find_process, monitor.peer, threads, monitor.path)
+    return await Machine.ask(monitor), pid
 
 
 async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:

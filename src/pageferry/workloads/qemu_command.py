@@ -9,19 +9,20 @@ the user's ``qemu-system-x86_64 -m 4G ...`` becomes::
         -qmp unix:RUN/NAME/qmp.sock,server=on,wait=off
 
 QEMU merges repeated `-machine` options. A backend of the user's own is taken as it is when it is a shared file; what
-cannot work (private memory, memory that another process writes to, hotplug, `-incoming`) is refused by name.
+cannot work (private memory, memory that is written to without a trace, hotplug, `-incoming`) is refused by name.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from pageferry.errors import UnsupportedError, UsageError
+from pageferry.workloads import qemu_refused
 from pageferry.workloads.base import LARGE_PAGE
+from pageferry.workloads.qemu_options import block_properties, options, properties
 
 BACKEND = "pageferry-ram"
 """Id of the memory backend that we add, and so the name of the region and of QEMU's ramblock."""
@@ -29,29 +30,18 @@ BACKEND = "pageferry-ram"
 DEFAULT_RAM = 128 << 20
 """QEMU's own, for the PC machines."""
 
-_FLAGS = frozenset(
-    """h help version S s nographic snapshot no-reboot no-shutdown nodefaults no-user-config enable-kvm daemonize
-    mem-prealloc full-screen no-acpi no-hpet no-fd-bootchk only-migratable preconfig win2k-hack alt-grab ctrl-grab
-    no-quit curses sdl usb singlestep one-insn-per-tb semihosting xen-attach xen-domid-restrict""".split()
-)
-"""Options of QEMU that take no value; all others take one."""
-
 _REFUSED_OPTIONS = {
     "incoming": "the guest would wait for somebody else's migration: remove it, or use `pageferry receive`",
     "daemonize": "use `pageferry run --detach`, which keeps the guest's output in a log",
     "preconfig": "the machine would not be built yet when we look at it: remove it",
+    "readconfig": "pageferry does not read that file: give the options in it on the command line",
     "mem-path": "guest memory gets a file of pageferry's own: remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
 }
 
-_REFUSED_DEVICES = {
-    "vfio-": "a device of the host writes to guest memory without a trace",
-    "vhost-user-": "another process writes to guest memory without a trace",
-    "pc-dimm": "hotplugged memory is not managed: give all of it with -m",
-    "nvdimm": "persistent memory is not managed: use a virtio-blk or virtio-scsi disk",
-    "virtio-mem": "hotplugged memory is not managed: give all of it with -m",
-    "virtio-pmem": "persistent memory is not managed: use a virtio-blk or virtio-scsi disk",
-}
-"""By the beginning of the driver's name."""
+_DISKS = frozenset("hda hdb hdc hdd cdrom fda fdb mtdblock pflash sd".split())
+"""Options whose value is the file of a disk."""
+
+_ON = frozenset(("on", "yes", "true", "y"))
 
 _USE_SHARED_FILE = "remove it, or make it `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on,align=2M`"
 
@@ -95,7 +85,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         raise UsageError(
             "no command line: give one after --, as in `pageferry run web -- qemu-system-x86_64 -m 4G ...`"
         )
-    given = list(_options(arguments))
+    given = list(options(arguments))
     for name, value in given:
         _refuse(name, value)
     memory = _merged(given, "m", "size")
@@ -119,74 +109,36 @@ def parse_size(text: str, what: str, *, bare: str = "M") -> int:
     return int(Decimal(number) * _UNITS[unit.upper() or bare])
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The options by name, without hyphens, and their values; `drive` for an argument that is a disk image."""
-    words = iter(arguments[1:])
-    for word in words:
-        if not word.startswith("-") or word == "-":
-            yield "drive", f"file={word}"
-            continue
-        name = word.removeprefix("-").removeprefix("-")
-        if name in _FLAGS:
-            yield name, ""
-            continue
-        value = next(words, None)
-        if value is None:
-            raise UsageError(f"QEMU option {word} comes last and has no value")
-        yield name, value
-
-
-def _properties(value: str, implied: str) -> dict[str, str]:
-    """The properties of an option value: `first,key=value,flag`, where `first` belongs to `implied`; or JSON."""
-    if value.startswith("{"):
-        return _json_properties(value)
-    result: dict[str, str] = {}
-    for position, part in enumerate(re.split(r"(?<!,),(?!,)", value)):
-        key, equals, text = part.replace(",,", ",").partition("=")
-        if equals:
-            result[key] = text
-        elif position == 0:
-            result[implied] = key
-        else:
-            result[key] = "on"
-    return result
-
-
-def _json_properties(value: str) -> dict[str, str]:
-    try:
-        decoded = json.loads(value)
-    except json.JSONDecodeError as wrong:
-        raise UsageError(f"{value!r} is no JSON ({wrong})") from wrong
-    return {key: {True: "on", False: "off"}.get(item, str(item)) for key, item in decoded.items()}
-
-
 def _merged(given: Sequence[tuple[str, str]], option: str, implied: str) -> dict[str, str]:
     """The properties of all uses of an option together, the later ones winning, as QEMU merges them."""
     result: dict[str, str] = {}
     for name, value in given:
         if name == option:
-            result |= _properties(value, implied)
+            result |= properties(value, implied)
     return result
 
 
 def _refuse(name: str, value: str) -> None:
+    """Raises UnsupportedError for an option with which a guest cannot be managed."""
     if name in _REFUSED_OPTIONS:
         raise UnsupportedError(f"-{name} cannot be used here: {_REFUSED_OPTIONS[name]}")
-    if name == "device":
-        refuse_device(_properties(value, "driver").get("driver", ""))
-    if name in ("chardev", "netdev") and "vhost-user" in _properties(value, "type").values():
-        raise UnsupportedError(f"-{name} {value} cannot be used here: {_REFUSED_DEVICES['vhost-user-']}")
-
-
-def refuse_device(driver: str) -> None:
-    """Raises UnsupportedError for a device with which a guest cannot be managed, saying why."""
-    for beginning, reason in _REFUSED_DEVICES.items():
-        if driver.startswith(beginning):
-            raise UnsupportedError(f"device {driver} cannot be used here: {reason}")
+    match name:
+        case "device":
+            qemu_refused.refuse_device(properties(value, "driver").get("driver", ""))
+        case "netdev" | "nic" | "net":
+            qemu_refused.refuse_network(properties(value, "type"))
+        case "object":
+            qemu_refused.refuse_object(properties(value, "qom-type").get("qom-type", ""))
+        case "blockdev" | "drive":
+            qemu_refused.refuse_block(block_properties(value, "driver" if name == "blockdev" else "file"))
+        case _ if name in _DISKS:
+            qemu_refused.refuse_block([("file", value)])
 
 
 def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
     for key in machine:
+        if key in ("confidential-guest-support", "memory-encryption"):
+            raise UnsupportedError(f"-machine {key} cannot be used here: {qemu_refused.CONFIDENTIAL}")
         if key.startswith("memory."):
             raise UnsupportedError(f"-machine {key} cannot be used here: give the size with -m")
     size = parse_size(memory["size"], "-m") if "size" in memory else DEFAULT_RAM
@@ -201,11 +153,11 @@ def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
 
 def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str]) -> list[dict[str, str]]:
     """The memory backends of the user's own that are guest memory, each found fit; empty when QEMU would choose."""
-    objects = [_properties(value, "qom-type") for name, value in given if name == "object"]
+    objects = [properties(value, "qom-type") for name, value in given if name == "object"]
     backends = {
         one["id"]: one for one in objects if one.get("qom-type", "").startswith("memory-backend-") and "id" in one
     }
-    nodes = [_properties(value, "type") for name, value in given if name == "numa"]
+    nodes = [properties(value, "type") for name, value in given if name == "numa"]
     used = [machine["memory-backend"]] if "memory-backend" in machine else []
     used += [node["memdev"] for node in nodes if "memdev" in node]
     for name in used:
@@ -224,9 +176,9 @@ def _check_backend(backend: Mapping[str, str]) -> None:
     kind, name = backend["qom-type"], backend["id"]
     if kind != "memory-backend-file":
         raise UnsupportedError(f"guest memory in {kind},id={name} is not in a file of a name: {_USE_SHARED_FILE}")
-    if backend.get("share") not in ("on", "yes", "true"):
+    if backend.get("share") not in _ON:
         raise UnsupportedError(f"guest memory in {kind},id={name} is private (no share=on): {_USE_SHARED_FILE}")
-    if backend.get("readonly", "off") in ("on", "yes", "true"):
+    if backend.get("readonly", "off") in _ON:
         raise UnsupportedError(f"guest memory in {kind},id={name} is read-only: remove readonly")
 
 

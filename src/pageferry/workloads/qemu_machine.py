@@ -26,6 +26,7 @@ class Machine:
     qemu_version: str
     type: str
     vcpu_threads: tuple[int, ...]
+    """By their ids in QEMU's PID namespace: see `proc.inner_threads`."""
     devices: tuple[tuple[str, str], ...]
     """Type and id of those that the user has added."""
     cpu: Cpu

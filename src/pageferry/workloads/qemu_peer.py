@@ -39,14 +39,6 @@ class Peer:
     """User that it ran as when it called listen(2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class QemuThreads:
-    """A QEMU process and its vCPU threads, by their ids in our PID namespace."""
-
-    pid: int
-    vcpus: tuple[int, ...]
-
-
 def peer_of(connection: socket.socket) -> Peer:
     """The listener that a connected Unix socket leads to."""
     pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
@@ -61,8 +53,8 @@ def peer_of(connection: socket.socket) -> Peer:
         os.close(descriptor)
 
 
-def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> QemuThreads:
-    """The process that serves the QMP socket at `path`, whose monitor reports these vCPU threads.
+def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
+    """The pid of the process that serves the QMP socket at `path`, whose monitor reports these vCPU threads.
 
     Raises UnsupportedError where the process is outside of our PID namespace, WorkloadError where the threads are not
     its own or this user has no rights over it, WorkloadDied.
@@ -75,7 +67,7 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> QemuThre
     _check_caller(peer, path)
     if peer.pid is None or proc.start_time(peer.pid) is None:
         raise WorkloadError(f"cannot trust {path}: the process that made it has exited; give a socket made with `-qmp`")
-    found = [threads for pid in (peer.pid, *descendants(peer.pid)) if (threads := _matching(pid, peer, vcpu_threads))]
+    found = [pid for pid in (peer.pid, *descendants(peer.pid)) if _matches(pid, peer, vcpu_threads)]
     match found:
         case [only]:
             return only
@@ -86,21 +78,19 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> QemuThre
                 f"QEMU"
             )
         case _:
-            names = ", ".join(str(one.pid) for one in found)
+            names = ", ".join(map(str, found))
             raise WorkloadError(
                 f"cannot tell which of the processes {names} serves {path}; give a socket of QEMU's own"
             )
 
 
-def _matching(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> QemuThreads | None:
-    """The process with its vCPU threads, if it has all of them and runs as the user that listens."""
+def _matches(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> bool:
+    """Whether a process has all of these threads, and runs as the user that listens."""
     with contextlib.suppress(WorkloadDied):
         if peer.uid != 0 and proc.users(pid) != {peer.uid}:
-            return None
-        ours = proc.inner_threads(pid)
-        if vcpu_threads and all(thread in ours for thread in vcpu_threads):
-            return QemuThreads(pid, tuple(ours[thread] for thread in vcpu_threads))
-    return None
+            return False
+        return bool(vcpu_threads) and proc.inner_threads(pid).keys() >= set(vcpu_threads)
+    return False
 
 
 def _check_caller(peer: Peer, path: str) -> None:

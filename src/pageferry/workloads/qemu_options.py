@@ -1,0 +1,120 @@
+"""The syntax of QEMU's command line: which words are options and values, and the properties that a value holds.
+
+Whether a value follows an option depends on the option, and newer QEMUs have more of them. Those of QEMU 7.2 to 11.1
+are known; for another one the QEMU itself is asked (`-help`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pageferry.errors import UsageError
+from pageferry.host import qemus
+
+_FLAGS = frozenset(
+    """S alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile
+    full-screen h help jitdump mem-prealloc no-acpi no-fd-bootchk no-hpet no-quit no-reboot no-shutdown no-user-config
+    nodefaults nographic old-param one-insn-per-tb only-migratable perfmap portrait preconfig s sdl semihosting
+    singlestep snapshot usb version win2k-hack xen-attach xen-domid-restrict""".split()
+)
+"""Options without a value."""
+
+_WITH_VALUE = frozenset(
+    """D L M accel acpitable action add-fd append audio audiodev bios blockdev boot cdrom chardev chroot compat cpu d
+    debugcon device dfilter display drive dtb dump-vmstate echr fda fdb fsdev fw_cfg g gdb global hda hdb hdc hdd icount
+    incoming initrd iscsi k kernel loadvm m machine mem-path mon monitor msg mtdblock name net netdev nic numa object
+    option-rom overcommit parallel pflash pidfile plugin prom-env qmp qmp-pretty qtest qtest-log readconfig rotate rtc
+    run-with runas sandbox sd seed semihosting-config serial set shim smbios smp spice tpmdev trace usbdevice uuid vga
+    virtfs vnc watchdog-action xen-domid""".split()
+)
+
+_PART = re.compile(r"(?:[^,]|,,)+")
+"""A property: `,,` is a comma in it."""
+
+
+def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The options by name, without hyphens, and their values; `drive` for an argument that is a disk image.
+
+    `arguments`: the program first. Raises UsageError for an option that neither we nor that program know, or that lacks
+    its value.
+    """
+    words = iter(arguments[1:])
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            yield "drive", f"file={word.replace(',', ',,')}"
+            continue
+        name = word.removeprefix("-").removeprefix("-")
+        if not _takes_value(arguments[0], name):
+            yield name, ""
+            continue
+        value = next(words, None)
+        if value is None:
+            raise UsageError(f"QEMU option {word} comes last and has no value")
+        yield name, value
+
+
+def properties(value: str, implied: str) -> dict[str, str]:
+    """The properties of an option value: `first,key=value,flag`, where `first` belongs to `implied`; or JSON.
+
+    What JSON nests is named as QEMU names it elsewhere: `file.driver`, `host-nodes.0`. Raises UsageError.
+    """
+    if value.startswith("{"):
+        return dict(_flat("", _decoded(value)))
+    result: dict[str, str] = {}
+    for part in _PART.finditer(value):
+        key, equals, text = part[0].replace(",,", ",").partition("=")
+        if equals:
+            result[key] = text
+        elif part.start() == 0:
+            result[implied] = key
+        else:
+            result[key] = "on"
+    return result
+
+
+def block_properties(value: str, implied: str) -> Iterator[tuple[str, str]]:
+    """As `properties`, of a disk: with what file names that are JSON (`json:{...}`) hold. Raises UsageError."""
+    for key, text in properties(value, implied).items():
+        yield key, text
+        if text.startswith("json:"):
+            yield from _flat(key, _decoded(text.removeprefix("json:")))
+
+
+def _takes_value(program: str, option: str) -> bool:
+    if option in _FLAGS or option in _WITH_VALUE:
+        return option in _WITH_VALUE
+    takes = qemus.option_takes_value(program, option)
+    if takes is None:
+        raise UsageError(
+            f"cannot tell whether QEMU option -{option} has a value: {program} -help does not list it; check the name"
+        )
+    return takes
+
+
+def _decoded(text: str) -> dict[str, Any]:
+    try:
+        decoded = json.loads(text)
+    except (ValueError, RecursionError) as wrong:
+        raise UsageError(f"{text!r} is not JSON ({wrong})") from wrong
+    if not isinstance(decoded, dict):
+        raise UsageError(f"{text!r} is not an object of JSON")
+    return decoded
+
+
+def _flat(key: str, item: Any) -> Iterator[tuple[str, str]]:
+    match item:
+        case dict():
+            for name, inner in item.items():
+                yield from _flat(f"{key}.{name}" if key else name, inner)
+        case list():
+            for number, inner in enumerate(item):
+                yield from _flat(f"{key}.{number}", inner)
+        case bool():
+            yield key, "on" if item else "off"
+        case None:
+            yield key, ""
+        case _:
+            yield key, str(item)

@@ -1,0 +1,118 @@
+"""Devices, back ends and block drivers of QEMU with which a guest cannot be managed: the one list of them.
+
+Most of them write to guest memory past the page tables of the QEMU process: a device of the host through pages that it
+has pinned, or another process through a mapping of its own. No write trace (S2) sees that. The names are those of QEMU
+7.2 to 11.1. A command line is checked before QEMU starts; a running QEMU is asked what it has, since devices can be
+added at any time and the file of a disk can name further drivers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from pageferry.errors import UnsupportedError
+from pageferry.workloads.qmp import Monitor
+
+HOST_DEVICE = "a device of the host writes to guest memory without a trace"
+OTHER_PROCESS = "another process writes to guest memory without a trace"
+KERNEL_TARGET = "the kernel writes to guest memory through pinned pages, without a trace"
+HOTPLUG = "hotplugged memory is not managed: give all of it with -m"
+PERSISTENT = "persistent memory is not managed: use a virtio-blk or virtio-scsi disk"
+CONFIDENTIAL = "the memory of a confidential guest cannot be read from outside"
+
+DEVICES = {
+    "vfio-": HOST_DEVICE,  # vfio-user-pci of 10.1 too, whose device is another process
+    "x-vfio-user-": OTHER_PROCESS,
+    "vhost-user-": OTHER_PROCESS,
+    "vhost-vdpa-": HOST_DEVICE,
+    "vhost-scsi": KERNEL_TARGET,
+    "x-pci-proxy-dev": OTHER_PROCESS,
+    "pvrdma": HOST_DEVICE,
+    "ivshmem": "its memory is shared with other processes and not managed",
+    "cxl-type3": "memory of a CXL device is not managed: give all of it with -m",
+    "pc-dimm": HOTPLUG,
+    "nvdimm": PERSISTENT,
+    "virtio-mem": HOTPLUG,
+    "virtio-pmem": PERSISTENT,
+}
+"""By the beginning of the type's name (`-device`)."""
+
+NETWORKS = {"vhost-user": OTHER_PROCESS, "vhost-vdpa": HOST_DEVICE}
+"""By type (`-netdev`, `-nic`)."""
+
+BLOCK_DRIVERS = {
+    "nvme": HOST_DEVICE,
+    "nvme-io_uring": HOST_DEVICE,
+    "virtio-blk-vfio-pci": HOST_DEVICE,
+    "virtio-blk-vhost-user": OTHER_PROCESS,
+    "virtio-blk-vhost-vdpa": HOST_DEVICE,
+}
+"""By name (`-blockdev`, `-drive`); the last four are those of libblkio."""
+
+OBJECTS = {
+    "cryptodev-vhost-user": OTHER_PROCESS,
+    "vhost-user-backend": OTHER_PROCESS,
+    "x-remote-object": OTHER_PROCESS,
+    "x-vfio-user-server": OTHER_PROCESS,
+    "sev-": CONFIDENTIAL,
+    "tdx-guest": CONFIDENTIAL,
+}
+"""By the beginning of the type's name (`-object`)."""
+
+_NETWORK = re.compile(r"\btype=([\w-]+)")
+_ON = frozenset(("on", "yes", "true", "y"))
+
+
+def refuse_device(driver: str) -> None:
+    """Raises UnsupportedError for a type of device with which a guest cannot be managed."""
+    _refuse(f"device {driver}", driver, DEVICES)
+
+
+def refuse_network(properties: Mapping[str, str]) -> None:
+    """Raises UnsupportedError for a network back end with which a guest cannot be managed."""
+    kind = properties.get("type", "")
+    if kind in NETWORKS:
+        raise UnsupportedError(f"network {kind} cannot be used here: {NETWORKS[kind]}")
+    if kind == "passt" and properties.get("vhost-user") in _ON:
+        raise UnsupportedError(f"network {kind},vhost-user=on cannot be used here: {OTHER_PROCESS}")
+
+
+def refuse_object(kind: str) -> None:
+    """Raises UnsupportedError for a type of object with which a guest cannot be managed."""
+    _refuse(f"object {kind}", kind, OBJECTS)
+
+
+def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
+    """Raises UnsupportedError where a disk, by its flat properties, uses a driver with which it cannot be managed."""
+    for key, value in properties:
+        named = value if key.rpartition(".")[2] in ("driver", "format") else ""
+        if value.startswith("nvme:"):
+            named = "nvme"
+        if named in BLOCK_DRIVERS:
+            raise UnsupportedError(f"block driver {named} cannot be used here: {BLOCK_DRIVERS[named]}")
+
+
+async def refuse_running(monitor: Monitor) -> None:
+    """Raises UnsupportedError where a running QEMU has any of them now."""
+    for folder in ("peripheral", "peripheral-anon"):
+        for kind in await _types(monitor, f"/machine/{folder}"):
+            refuse_device(kind)
+    for kind in await _types(monitor, "/objects"):
+        refuse_object(kind)
+    # QMP has no command for this.
+    for kind in _NETWORK.findall(await monitor.execute("human-monitor-command", command_line="info network")):
+        refuse_network({"type": kind})
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
+    refuse_block(("driver", node["drv"]) for node in nodes)
+
+
+async def _types(monitor: Monitor, folder: str) -> list[str]:
+    items = [item["type"] for item in await monitor.execute("qom-list", path=folder)]
+    return [kind.removeprefix("child<").removesuffix(">") for kind in items if kind.startswith("child<")]
+
+
+def _refuse(what: str, kind: str, reasons: Mapping[str, str]) -> None:
+    for beginning, reason in reasons.items():
+        if kind.startswith(beginning):
+            raise UnsupportedError(f"{what} cannot be used here: {reason}")
