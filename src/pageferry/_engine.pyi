@@ -174,7 +174,8 @@ class Pager:
     The files must be all holes, or mapped by nobody but us and `segments`: whatever they hold is thrown away, unless
     `taken_over`, or `kept`: then the caller has set the flags of the pages that are still to come (bit n of the file,
     little-endian, for page n of all regions), and all others are in the files. Where a page to come is mapped it is
-    unmapped; OSError where a workload that runs maps it again and again.
+    unmapped; OSError where a workload that runs maps it again and again. `checks_removals`: a removal that is reported
+    is a discard only if the file says so; without it each is one.
 
     Dropping it leaves the workload waiting at the next page that is missing.
     """
@@ -195,6 +196,7 @@ class Pager:
         fatal: bool = False,
         whole_blocks: bool = True,
         evicting: bool = False,
+        checks_removals: bool = False,
     ) -> Pager: ...
     @staticmethod
     def flags_length(pages: int) -> int: ...

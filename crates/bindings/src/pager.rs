@@ -59,7 +59,7 @@ impl Pager {
     #[new]
     #[pyo3(signature = (source, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
                         eager = false, taken_over = false, kept = false, fatal = false, whole_blocks = true,
-                        evicting = false))]
+                        evicting = false, checks_removals = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
         py: Python<'_>,
@@ -76,6 +76,7 @@ impl Pager {
         fatal: bool,
         whole_blocks: bool,
         evicting: bool,
+        checks_removals: bool,
     ) -> PyResult<Self> {
         let known = space::userfaults(userfaults)?;
         let mut watched = Vec::new();
@@ -108,6 +109,7 @@ impl Pager {
             eager,
             whole_blocks,
             evicting,
+            checks_removals,
             fatal,
         };
         let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;

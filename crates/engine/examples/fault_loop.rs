@@ -95,6 +95,7 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         eager: false,
         whole_blocks: true,
         evicting: false,
+        checks_removals: false,
         fatal: false,
     })?;
     let times = touch(&theirs);

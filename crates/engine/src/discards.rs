@@ -9,8 +9,8 @@ use crate::uapi::{check, owned};
 
 /// Watches files for changes that are not made through mappings (inotify, IN_MODIFY).
 ///
-/// A memfd does not tell what is done by the descriptor that it was made with: an arena's own program must not punch
-/// holes into it meanwhile.
+/// A memfd does not report what is done by the descriptor that `memfd_create` returned: arenas open theirs again, and map
+/// that. Of any other memfd, its own program must not punch holes into it during the operation.
 #[derive(Debug)]
 pub(crate) struct Discards(OwnedFd);
 

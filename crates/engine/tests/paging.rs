@@ -129,6 +129,7 @@ impl Scene {
             eager: true,
             whole_blocks: true,
             evicting,
+            checks_removals: false,
             fatal: false,
         })
         .expect("a pager")

@@ -101,6 +101,7 @@ impl Scene {
             eager: false,
             whole_blocks: true,
             evicting: false,
+            checks_removals: false,
             fatal: false,
         })
         .expect("a pager")

@@ -54,7 +54,15 @@ class RestoredArena(Arena):
         size = _size(image)
         file, large_pages_by = memory_file(size)
         try:
-            self = cls.from_file(file, size, state=state, on_pause=on_pause, on_resume=on_resume, on_moved=on_moved)
+            self = cls.from_file(
+                file,
+                size,
+                state=state,
+                on_pause=on_pause,
+                on_resume=on_resume,
+                on_moved=on_moved,
+                private=True,
+            )
             self.large_pages_by = large_pages_by
             self.image = image
             working_set = WorkingSet(image)
@@ -157,11 +165,11 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
 
 
 def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, eager: bool, prefetch: bool) -> Pager:
-    mapping = Mapping(arena.fileno(), arena.length)
+    mapping = Mapping(arena.descriptor, arena.length)
     target = (mapping, SMALL_PAGE, restoring.large_units(image)[0])
     space = Space()
     try:
-        userfault, _ = space.missing_faults()
+        userfault, _ = space.missing_faults(discards=True)
     except PermissionError as denied:
         raise UnsupportedError(
             "this user may not handle page faults: run as root, or write 1 to /proc/sys/vm/unprivileged_userfaultfd"
@@ -178,6 +186,7 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, ea
             background=prefetch,
             eager=eager,
             fatal=True,
+            checks_removals=True,
         )
     finally:
         os.close(userfault)

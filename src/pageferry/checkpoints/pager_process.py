@@ -118,6 +118,7 @@ class GuestPager:
                 kept=self.work.cold is not None,
                 whole_blocks=self.work.cold is None,
                 evicting=evicting,
+                checks_removals=self.work.qmp_socket is None,
             )
         finally:
             for descriptor in ours.values():

@@ -190,7 +190,7 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
 
     async def prepare(hello: messages.Hello) -> Workload:
         arena = api.arena_for(hello, args.max_size)
-        fresh = type(arena).from_file(arena.fileno(), arena.length)
+        fresh = type(arena).from_file(arena.descriptor, arena.length, private=True)
         late = hello.mode != "precopy"
         ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set), late=late)
         fresh.register(args.name)

@@ -121,6 +121,7 @@ async def prepare(target: Target) -> None:
             f"`pageferry adopt` manages a QEMU that runs; --reclaim swap takes any process"
         )
     folder = _folder(target.workload)
+    _check_descriptor(folder)
     record = folder.load(deferred.RECORD, Deferred)
     if record is None or record.cold is None:
         await settled(target.workload)
@@ -138,6 +139,7 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
     assert workload is not None
     folder = _folder(workload)
     with folder.exclusively("reclaim"):
+        _check_descriptor(folder)
         record = await _record(folder)
         _remove_orphans(folder, record)
         memory = Memory(workload)
@@ -187,6 +189,14 @@ async def bring_back(target: Target) -> int:
 
 
 # -- what to store
+
+
+def _check_descriptor(folder: Folder) -> None:
+    if deferred.is_handed_out(folder):
+        raise UnsupportedError(
+            f"{folder.name}: its program has taken the descriptor of its memory (`fileno()`), and a mapping made with "
+            f"that would read zeros for what is in a store; --reclaim swap has no such limit"
+        )
 
 
 def _folder(workload: Workload) -> Folder:
@@ -328,7 +338,7 @@ async def _let_go(
         await dismiss(folder, status)
     pager = await asyncio.to_thread(GuestPager, image, folder, work, record is not None, evicting=True)
     try:
-        await _batches(workload, memory, plan, trace, pager, done)
+        await _batches(workload, folder, memory, plan, trace, pager, done)
     except BaseException:
         with contextlib.suppress(RestoreError):
             await asyncio.shield(_leave(pager))
@@ -348,14 +358,18 @@ async def _leave(pager: GuestPager) -> None:
 
 
 async def _batches(
-    workload: Workload, memory: Memory, plan: _Plan, trace: Trace, pager: GuestPager, done: Stored
+    workload: Workload, folder: Folder, memory: Memory, plan: _Plan, trace: Trace, pager: GuestPager, done: Stored
 ) -> None:
-    """Pause after pause, until everything has been let go that was not written since it was copied."""
+    """Pause after pause, until everything has been let go that was not written since it was copied.
+
+    The record of the store is there by now: a program that takes the descriptor of its memory sees it, and has all
+    brought back, or its mark is seen here.
+    """
     numbers: defaultdict[Unit, list[int]] = defaultdict(list)
     for number, (unit, _) in enumerate(_segments(workload, plan.units)):
         numbers[unit].append(number)
     units, written, size = plan.units, memory.page_sets(), FIRST_BATCH
-    while units:
+    while units and not deferred.is_handed_out(folder):
         batch, units = units[:size], units[size:]
         await workload.prepare_pause()
         begin = time.monotonic()

@@ -134,13 +134,14 @@ async def receive(
             raise UsageError("an arena of a program is received with all of its memory: use --mode precopy")
         fresh = arena_for(hello, max_size)
         arena = Arena.from_file(
-            fresh.fileno(),
+            fresh.descriptor,
             fresh.length,
             name,
             state=state,
             on_pause=on_pause,
             on_resume=on_resume,
             on_moved=on_moved,
+            private=True,
         )
         received.append(arena)
         return arena.workload()

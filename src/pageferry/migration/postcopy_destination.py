@@ -125,6 +125,7 @@ class LateMemory:
                 self._flags,
                 kept=missing is not None,
                 taken_over=missing is None,
+                checks_removals=os.getpid() in self.spaces,
             )
         finally:
             for descriptor in ours.values():
@@ -134,7 +135,7 @@ class LateMemory:
         """Have a userfaultfd in every process; another one than ours keeps a copy, which outlives us."""
         numbers = {}
         for pid, space in self.spaces.items():
-            ours[pid], number = space.missing_faults(discards=pid != os.getpid())
+            ours[pid], number = space.missing_faults(discards=True)
             if number is not None:
                 numbers[pid] = number
         self.record = msgspec.structs.replace(self.record, userfaults=numbers)

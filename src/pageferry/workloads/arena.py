@@ -20,6 +20,7 @@ from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.control.server import ControlServer
 from pageferry.workloads.following import note_forks
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
+from pageferry.workloads.settling import bring_all
 
 
 class Stateful(Protocol):
@@ -68,7 +69,8 @@ class Arena(_engine.Mapping):
 
     The arena is a buffer of `len(arena)` bytes: `memoryview(arena)`, `numpy.frombuffer(arena, ...)`, `readinto`. Other
     processes may map it too (`multiprocessing` children that inherit it, `mmap.mmap(arena.fileno(), ...)`): those that
-    descend from this one and have it mapped when a migration begins are traced as well.
+    descend from this one and have it mapped when a migration begins are traced as well. See `fileno` for mappings of
+    memory whose contents are deferred.
 
     Raises UsageError for a size or name that cannot be, NameInUse, and OSError when memory cannot be had.
     """
@@ -78,6 +80,7 @@ class Arena(_engine.Mapping):
     `file`, as in the file that was given."""
     pager: _engine.Pager | None = None
     """What brings its contents, where they were not there from the start."""
+    _handed_out: bool = False
     received_state: bytes | None = None
     """State that came with a received arena and had no callback to go to."""
 
@@ -114,16 +117,19 @@ class Arena(_engine.Mapping):
         on_resume: Callback | None = None,
         on_moved: Callback | None = None,
         paused: bool = True,
+        private: bool = False,
     ) -> Self:
         """An arena over the first `size` bytes of a file that is there already: one that is, or will be, received.
 
         `file` is a descriptor of a shared memory file (`memory_file` makes one), open for reading and writing; it is
         duplicated. A `paused` arena waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
+        `private`: the file is used by this arena alone; otherwise it counts as handed out (see `fileno`).
         """
         if size <= 0 or size % SMALL_PAGE or size > os.fstat(file).st_size:
             raise UsageError(f"{size} bytes of a file of {os.fstat(file).st_size}: not a multiple of 4096 within it")
         self = super().__new__(cls, file, size)
         self.large_pages_by = "file"
+        self._handed_out = not private
         self._begin(name, state, on_pause, on_resume, on_moved, received=paused)
         return self
 
@@ -158,6 +164,31 @@ class Arena(_engine.Mapping):
         """`running`, `paused`, `committed` (paused, and maybe running elsewhere) or `moved`."""
         return self.lifecycle.status
 
+    @property
+    def descriptor(self) -> int:
+        """Descriptor of its memory, for the work of pageferry, which knows what is deferred; others take `fileno()`."""
+        return super().fileno()
+
+    def fileno(self) -> int:
+        """Descriptor of its memory: to map it at another place or in another process, to read and write it as a file.
+
+        Through another mapping, or the file, deferred contents would read as zeros, and no discard would be noticed. So
+        the first call waits until all contents are in memory (lazy restore, cold store), and from then on nothing of
+        the arena is sent to a cold store: that is refused by name. The same holds for the file given to `from_file`.
+        Descriptors that are taken by other ways (`/proc/PID/fd`, `pidfd_getfd`) are not known to pageferry.
+
+        Raises RestoreError when the contents cannot be loaded, ImageError when their image is damaged.
+        """
+        if not self._handed_out:
+            # The mark comes first: a store that is being filled looks at it before each page that leaves memory.
+            if self._folder is not None:
+                deferred.mark_handed_out(self._folder)
+                _bring_back(self._folder)
+            if self.pager is not None:
+                bring_all(self.pager, self.length)
+            self._handed_out = True
+        return super().fileno()
+
     def workload(self) -> LocalWorkload:
         """This arena as a `Workload`, to be migrated by this process."""
         return LocalWorkload(self.lifecycle)
@@ -173,6 +204,8 @@ class Arena(_engine.Mapping):
             raise UsageError(f"arena {name} needs on_pause: other processes may migrate it at any time")
         folder = registry.Registry().claim(name)
         try:
+            if self._handed_out:
+                deferred.mark_handed_out(folder)
             path = folder.socket_path("control.sock")
             self._server = ControlServer(self.lifecycle, path)
             folder.publish(registry.ArenaEntry(**registry.identify(os.getpid()), control_socket=path))
@@ -250,16 +283,25 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
             file = _tmpfs_file(size)
             large_pages_by = "tmpfs"
         except PermissionError:
-            file = os.memfd_create("arena")
+            file = _memfd()
             large_pages_by = "collapse"
     else:
-        file = os.memfd_create("arena")
+        file = _memfd()
     try:
         os.ftruncate(file, size)
     except BaseException:
         os.close(file)
         raise
     return file, large_pages_by
+
+
+def _memfd() -> int:
+    """A memfd that was opened again: the kernel reports holes that are punched by such a descriptor only."""
+    first = os.memfd_create("arena")
+    try:
+        return os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(first)
 
 
 def _tmpfs_file(size: int) -> int:

@@ -62,8 +62,8 @@ class ArenaControl:
         """The one region of an arena, and who maps it now."""
         arena = self._arena
         own = Segment(os.getpid(), arena.address, arena.length, 0)
-        segments = (own, *inherited_segments(arena.fileno(), arena.length))
-        return (Region("arena", arena.length, arena.fileno(), 0, SMALL_PAGE, segments),)
+        segments = (own, *inherited_segments(arena.descriptor, arena.length))
+        return (Region("arena", arena.length, arena.descriptor, 0, SMALL_PAGE, segments),)
 
     @property
     def pager(self) -> Pager | None:

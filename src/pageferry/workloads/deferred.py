@@ -8,7 +8,11 @@ A workload whose restore is under way, or which runs here before all of its page
     pager.sock      where its pager answers questions, one JSON object per line each way
     pager.log       what the pager has to say
 
-They go when everything is there, and a last one comes::
+The folder of an arena whose descriptor its program has taken, so that nothing of it may be deferred again, holds::
+
+    handed-out      an empty file
+
+The others go when everything is there, and a last one comes::
 
     restored.json   what the pager said at its end: a PagerStatus, with what was touched
 
@@ -40,6 +44,7 @@ FLAGS = "pager.flags"
 SOCKET = "pager.sock"
 SUMMARY = "restored.json"
 LOG = "pager.log"
+HANDED_OUT = "handed-out"
 
 _PATIENCE = 5.0
 """Seconds for an answer that takes no reading."""
@@ -273,6 +278,16 @@ def ensure(folder: Folder, region: int, first: int, count: int) -> None:
 def settle(folder: Folder) -> None:
     """Have everything in memory, and the workload's page tables to oneself. Raises RestoreError, ImageError."""
     ask(folder, Ask(what="settle"), None)
+
+
+def mark_handed_out(folder: Folder) -> None:
+    """From here on there may be mappings of the memory that no pager knows."""
+    (folder.path / HANDED_OUT).touch(mode=0o600)
+
+
+def is_handed_out(folder: Folder) -> bool:
+    """Whether there may be mappings of the memory that no pager knows: nothing of it may leave memory."""
+    return (folder.path / HANDED_OUT).exists()
 
 
 def record_of(region: Region) -> RegionRecord:

@@ -203,7 +203,7 @@ class LedgerWorkload(LocalWorkload):
         """
         if self._late:
             return self.arena
-        return _engine.Mapping(self.arena.fileno(), self.arena.length)
+        return _engine.Mapping(self.arena.descriptor, self.arena.length)
 
     def _report(self) -> dict[str, Any]:
         longest, histogram = self.stalls(reset=True)

@@ -103,10 +103,12 @@ class ChildShare:
         self.tids: list[int] = []
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders.settimeout(PATIENCE)
-        arguments = [str(mapping.fileno()), str(mapping.length), str(theirs.fileno())]
+        # Not handed out: the child maps it now, and is known to pageferry by its mapping.
+        memory = _engine.Mapping.fileno(mapping)
+        arguments = [str(memory), str(mapping.length), str(theirs.fileno())]
         with theirs:
             self._process = start_python(
-                "pageferry.workloads.ledger_child", *arguments, pass_fds=(mapping.fileno(), theirs.fileno())
+                "pageferry.workloads.ledger_child", *arguments, pass_fds=(memory, theirs.fileno())
             )
         self.pid = self._process.pid
         self._do(Order("map"))

@@ -55,15 +55,20 @@ fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> 
         // Removals go on once they have been read: then no contents may be on their way to those pages.
         let _alone = shared.memory.removing.write().unwrap_or_else(PoisonError::into_inner);
         events.clear();
+        shared.memory.take_reports();
         if inbox.uffd.read(events).is_err() {
             std::thread::sleep(PATIENCE);
         }
+        let mut removed = Vec::new();
         for event in events.iter() {
             match *event {
                 Event::Fault { address, protected: false } => waiting.push_back(address),
                 Event::Fault { .. } => {}
-                Event::Removal { start, end } => shared.discard(&inbox.uffd, start, end),
+                Event::Removal { start, end } => removed.extend(shared.pages_at(&inbox.uffd, start, end)),
             }
+        }
+        if !removed.is_empty() {
+            shared.memory.removed(removed);
         }
     }
     waiting.pop_front()

@@ -22,6 +22,7 @@ pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, P
     }
     // No contents come meanwhile: they would go to pages that are about to be punched out.
     let alone = memory.removing.write().unwrap_or_else(PoisonError::into_inner);
+    memory.decide(found.base, found.end());
     let units = units(pages);
     for &(first, end) in &units {
         // To take the traps off, if only to put them on again, would show holes as zeros if we died in between.
@@ -41,6 +42,7 @@ pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, P
             count += end - first;
         }
     }
+    memory.removals.forget_reports();
     drop(alone);
     for (first, end) in units {
         // What stays is in use: it should not have to fault.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::flags::Flags;
+use super::removals::Removals;
 use super::source::{Brought, Source};
 use crate::image::ImageError;
 use crate::mapping::Mapping;
@@ -136,6 +137,8 @@ pub struct Memory {
     /// Held shared while contents are written, alone while removals are read or pages let go: contents never come after
     /// a removal.
     pub removing: RwLock<()>,
+    /// Removals of deferred pages that may be discards.
+    pub removals: Removals,
     /// Windows in the order of their first fault.
     pub touched: Mutex<Vec<u32>>,
     /// Those that are in it: pages may go and come back for as long as the workload lives.
@@ -154,12 +157,32 @@ pub struct Scratch {
 }
 
 impl Memory {
-    pub fn new(regions: Vec<Region>, watched: Vec<Watched>, flags: Flags, source: Source, placer: Placer) -> Self {
+    pub fn new(
+        regions: Vec<Region>,
+        watched: Vec<Watched>,
+        flags: Flags,
+        source: Source,
+        placer: Placer,
+        removals: Removals,
+    ) -> Self {
         let pages = regions.last().map_or(0, Region::end);
         let (claims, noted) = (AtomicBits::new(pages), AtomicBits::new(pages.div_ceil(WINDOW)));
         let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
         let protecting = AtomicBool::new(false);
-        Self { regions, watched, flags, source, placer, counters, claims, removing, touched, noted, protecting }
+        Self {
+            regions,
+            watched,
+            flags,
+            source,
+            placer,
+            counters,
+            claims,
+            removing,
+            removals,
+            touched,
+            noted,
+            protecting,
+        }
     }
 
     /// Number of the region that a page is in.
@@ -194,6 +217,7 @@ impl Memory {
     fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<(), LoadError> {
         let first = run[0].0 - self.regions[region].base;
         let _no_removals = self.removing.read().unwrap_or_else(PoisonError::into_inner);
+        self.decide(run[0].0, run[0].0 + run.len());
         let slots = self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first, run.len())?;
         let mut done = 0;
         for (at, &(page, offset)) in run.iter().enumerate() {

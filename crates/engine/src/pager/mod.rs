@@ -27,6 +27,7 @@ mod memory;
 mod peer;
 mod plan;
 mod register;
+mod removals;
 mod source;
 
 use std::io;
@@ -46,6 +47,7 @@ use memory::{Memory, Region, Scratch, Watched};
 use peer::Peer;
 pub use plan::{Begin, Failure, Origin, PagerError, Plan};
 use register::{mark, register};
+use removals::Removals;
 use source::Source;
 
 use crate::pages::PageSet;
@@ -157,12 +159,6 @@ impl Shared {
         self.pages_at(uffd, address, address + SMALL_PAGE as u64).first().map(|&(first, _)| first)
     }
 
-    fn discard(&self, uffd: &Arc<Userfault>, start: u64, end: u64) {
-        for (first, end) in self.pages_at(uffd, start, end) {
-            self.memory.discard(first, end);
-        }
-    }
-
     /// Has all threads end.
     fn end(&self) {
         self.stop.store(true, Ordering::Release);
@@ -182,6 +178,7 @@ impl Shared {
     /// Everything is in memory: nothing traps any more, and large pages are mapped as such.
     fn finish(&self) {
         self.unregister();
+        self.memory.removals.close();
         // A peer goes on to the end of what it has begun to push, and is listened to: what it says is known.
         self.stop.store(true, Ordering::Release);
         for (number, region) in
@@ -242,8 +239,11 @@ impl Pager {
         let large = plan.targets.iter().map(|target| target.large.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
         let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
-        let memory = Memory::new(regions, watched, flags, source, placer);
+        let files = regions.iter().map(|region| region.mapping.file()).collect();
+        let removals = Removals::new(plan.checks_removals.then_some(files))?;
+        let memory = Memory::new(regions, watched, flags, source, placer, removals);
         register(&memory, plan.begin)?;
+        memory.removals.forget_reports();
         let (ask, jobs) = bounded(MAX_REST);
         let shared = Arc::new(Shared {
             memory,
@@ -276,6 +276,7 @@ impl Pager {
             let unfinished =
                 || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.any();
             while !shared.stopping() && (unfinished() || !shared.may_end()) {
+                shared.memory.take_reports();
                 std::thread::sleep(if everything { SOON } else { LATER });
             }
             if !shared.stopping() {

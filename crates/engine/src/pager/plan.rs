@@ -97,6 +97,8 @@ pub struct Plan {
     pub whole_blocks: bool,
     /// Whether pages will be let go: until [`super::Pager::evicted`] it is not finished, even if nothing is missing.
     pub evicting: bool,
+    /// Whether removals must be checked: those of a program, which may only unmap. QEMU's are discards.
+    pub checks_removals: bool,
     /// Whether an access to a page that cannot be had ends in SIGBUS; else it waits.
     pub fatal: bool,
 }
