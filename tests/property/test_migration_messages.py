@@ -16,6 +16,7 @@ from pageferry.migration.messages import AnyMessage, Message
 KINDS: list[type[Message]] = list(get_args(AnyMessage))
 
 counts = st.integers(0, 1 << 62)
+numbers = st.integers(0, 63)
 seconds = st.floats(0, 1e6)
 migrations = st.text("0123456789abcdef", min_size=32, max_size=32)
 names = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=256)
@@ -23,7 +24,7 @@ regions = st.builds(
     messages.RegionInfo,
     name=names,
     length=st.integers(1, 1 << 36).map(lambda pages: pages * 4096),
-    page_size=st.integers(4096, 1 << 30),
+    page_size=st.integers(1, 1 << 18).map(lambda pages: pages * 4096),
 )
 populated = st.builds(messages.Populated, large=counts, small=counts, failed=counts, seconds=seconds)
 FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
@@ -41,11 +42,11 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
         "mode": st.sampled_from(["precopy", "postcopy", "hybrid"]),
     },
     messages.Welcome: {"token": st.binary(min_size=16, max_size=16)},
-    messages.LargePages: {"region": counts, "units": st.binary()},
+    messages.LargePages: {"region": numbers, "units": st.binary()},
     messages.Round: {"number": st.integers(1, (1 << 31) - 1)},
-    messages.RoundDone: {"number": counts},
-    messages.Hot: {"region": counts, "units": st.binary()},
-    messages.Missing: {"region": counts, "data": st.binary(), "last": st.booleans()},
+    messages.RoundDone: {"number": st.integers(1, (1 << 31) - 1)},
+    messages.Hot: {"region": numbers, "units": st.binary()},
+    messages.Missing: {"region": numbers, "data": st.binary(), "last": st.booleans()},
     messages.State: {"data": st.binary(min_size=1)},
     messages.StateEnd: {
         "length": st.integers(0, messages.MAX_STATE),
@@ -57,7 +58,7 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     messages.Arrived: {"requests": counts, "service": seconds, "longest": seconds, "seconds": seconds}
     | {"waits": st.lists(counts, max_size=64)},
     messages.Report: dict.fromkeys(["minor_faults", "major_faults", "large_pages", "fallbacks"], counts)
-    | {"populated": populated, "units": st.lists(st.binary())},
+    | {"populated": populated, "units": st.lists(st.binary(), max_size=64)},
     messages.Done: {},
     messages.Alive: {},
     messages.Abort: {"reason": st.text(max_size=4096)},
@@ -123,6 +124,50 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused(message: Message,
             messages.decode(msgspec.msgpack.encode(wrong))
 
 
+def floats(fields: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where a message holds times."""
+    found = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found += floats(value, (*path, name))
+        elif isinstance(value, float):
+            found.append((*path, name))
+    return found
+
+
+@given(
+    everything.filter(lambda message: floats(msgspec.to_builtins(message))),
+    st.sampled_from([float("nan"), float("inf"), -float("inf"), -1.0, -5e-324, 1e300]),
+    st.data(),
+)
+def test_time_that_is_not_finite_negative_or_huge_is_refused(
+    message: Message, time: float, data: st.DataObject
+) -> None:
+    fields = msgspec.to_builtins(message, builtin_types=(bytes,))
+    *outer, name = data.draw(st.sampled_from(floats(fields)))
+    inner = fields
+    for key in outer:
+        inner = inner[key]
+    inner[name] = time
+    with pytest.raises(msgspec.ValidationError):
+        messages.decode(msgspec.msgpack.encode(fields))
+
+
+def lists(kind: Any) -> list[str]:
+    """The fields of a message without a bound of their length."""
+    return [
+        field.name
+        for field in msgspec.inspect.type_info(kind).fields
+        if isinstance(field.type, msgspec.inspect.ListType | msgspec.inspect.DictType | msgspec.inspect.BytesType)
+        and field.type.max_length is None
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_list_and_byte_string_is_bounded(kind: type[Message]) -> None:
+    assert lists(kind) == []
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -146,8 +191,11 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused(message: Message,
         {"codec": "gzip"},
         {"version": -1},
         {"details": {"key": [1]}},
+        {"details": {"key": "x" * (1 << 16)}},
+        {"details": {str(number): 1 for number in range(257)}},
+        {"regions": [{"name": "r", "length": 4096, "page_size": 4097}]},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:50],
 )
 def test_values_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
     good = {

@@ -78,6 +78,11 @@ SECURE_STREAM_MAGIC = b"PFTLSP1\n"
 Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
 Detail = Annotated[str, Meta(max_length=16 << 10)] | int | bool
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+"""A time. Not a number (NaN) and infinity are refused: arithmetic and output of the peer would fail on them."""
+RegionNumber = Annotated[int, Meta(ge=0, lt=64)]
+RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Units = Annotated[bytes, Meta(max_length=MAX_MESSAGE)]
 Length = Annotated[int, Meta(gt=0, le=1 << 48, multiple_of=4096)]
 Migration = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Codec = Literal["none", "lz4", "zstd"]
@@ -95,7 +100,7 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: Name
     length: Length
-    page_size: Annotated[int, Meta(ge=4096, le=1 << 30)]
+    page_size: Annotated[int, Meta(ge=4096, le=1 << 30, multiple_of=4096)]
 
 
 class Hello(Message, frozen=True):
@@ -127,33 +132,33 @@ class Welcome(Message, frozen=True):
 class LargePages(Message, frozen=True):
     """Which units of a region stand on large pages at the source: one bit each, the lowest of the first byte first."""
 
-    region: Count
-    units: bytes
+    region: RegionNumber
+    units: Units
 
 
 class Round(Message, frozen=True):
     """Storage blocks follow on the page streams, and a barrier on each."""
 
-    number: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    number: RoundNumber
 
 
 class RoundDone(Message, frozen=True):
     """Everything of the round has been verified and placed."""
 
-    number: Count
+    number: RoundNumber
 
 
 class Hot(Message, frozen=True):
     """Units of a region that were modified during the migration, as in `LargePages`."""
 
-    region: Count
-    units: bytes
+    region: RegionNumber
+    units: Units
 
 
 class Missing(Message, frozen=True):
     """Pages of a region whose contents are not at the destination: a piece of a packed page set, regions in order."""
 
-    region: Count
+    region: RegionNumber
     data: Annotated[bytes, Meta(max_length=MISSING_CHUNK)]
     last: bool
     """The set of this region is complete."""
@@ -180,16 +185,16 @@ class Populated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     small: Count
     failed: Count
     """Large pages that were left to the first access."""
-    seconds: float
+    seconds: Seconds
     """Work done for it, mostly hidden in the transfer."""
 
 
 class Ready(Message, frozen=True):
     """All pages and the state are here; nothing but Commit is missing. Times in seconds."""
 
-    load: float
+    load: Seconds
     """Loading the state."""
-    populate: float
+    populate: Seconds
     """Populating page tables after the last page came."""
     populated: Populated
 
@@ -201,7 +206,7 @@ class Commit(Message, frozen=True):
 class Running(Message, frozen=True):
     """It runs here."""
 
-    resume: float
+    resume: Seconds
     """Seconds it took to resume."""
 
 
@@ -210,13 +215,13 @@ class Arrived(Message, frozen=True):
 
     requests: Count
     """Accesses that had to wait for a page."""
-    service: float
+    service: Seconds
     """Seconds until they had it, all of them together."""
-    longest: float
+    longest: Seconds
     """Seconds of the longest."""
     waits: Annotated[list[Count], Meta(max_length=64)]
     """Histogram of them: number k of those that took less than 2^k us, and 2^(k-1) us or more."""
-    seconds: float
+    seconds: Seconds
     """From the first missing page to the last."""
 
 
@@ -229,7 +234,7 @@ class Report(Message, frozen=True):
     large_pages: Count
     fallbacks: Count
     populated: Populated
-    units: list[bytes]
+    units: Annotated[list[Units], Meta(max_length=64)]
     """Which units of each region stand on large pages there, as in `LargePages`."""
 
 
