@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from pageferry.host.registry import Registry
 from pageferry.migration import messages
+from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.moving import MIB
@@ -80,6 +83,51 @@ def test_a_question_about_a_migration_nobody_knows_decides_nothing(there: Progra
         peer.say(messages.Recover(version=messages.VERSION, migration="1" * 32))
         assert peer.hears() == messages.Outcome(owner="unknown", complete=False)
         assert peer.is_closed()
+    still_receives(there, address)
+
+
+def decided(migration: str) -> Verdicts:
+    """A migration that was decided for this host some time ago, and whose pages have not all arrived."""
+    verdicts = Verdicts(Registry().path)
+    verdicts.begin(migration)
+    assert verdicts.decide(migration, Verdict.COMMITTED) is Verdict.COMMITTED
+    return verdicts
+
+
+def test_source_of_an_old_migration_does_not_block_the_receiver(there: Program, address: str) -> None:
+    number = secrets.token_hex(16)
+    decided(number)
+    old = [Peer.connect(address) for _ in range(12)]
+    for peer in old:
+        peer.say(messages.Recover(version=messages.VERSION, migration=number))
+        assert peer.hears() == messages.Outcome(owner="destination", complete=False)
+        begin = time.monotonic()
+        first = Peer.connect(address)
+        first.say(messages.Recover(version=messages.VERSION, migration="1" * 32))
+        assert first.hears() == messages.Outcome(owner="unknown", complete=False)
+        assert time.monotonic() - begin < 3, "the receiver replied to the old source first"
+    still_receives(there, address)
+
+
+@pytest.mark.parametrize("owner", ["destination", "source"])
+def test_number_of_an_old_migration_is_refused_and_its_decision_stays(
+    there: Program, address: str, owner: messages.Owner
+) -> None:
+    number = secrets.token_hex(16)
+    verdicts = Verdicts(Registry().path)
+    verdicts.begin(number)
+    verdicts.decide(number, Verdict.COMMITTED if owner == "destination" else Verdict.ABORTED)
+    again = accepted(address, msgspec.structs.replace(hello(), migration=number))
+    answer = again.hears()
+    if isinstance(answer, messages.Welcome):  # it is taken for a new one
+        again.say(messages.Abort(reason="enough"))
+        assert there.wait() == 21
+        assert verdicts.knows(number), "the decision is forgotten"
+    assert isinstance(answer, messages.Abort)
+    assert "was used before" in answer.reason
+    asking = Peer.connect(address)
+    asking.say(messages.Recover(version=messages.VERSION, migration=number))
+    assert asking.hears() == messages.Outcome(owner=owner, complete=False)
     still_receives(there, address)
 
 

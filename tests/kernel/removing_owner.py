@@ -41,6 +41,7 @@ def main() -> None:
     name, pages = sys.argv[1], int(sys.argv[2])
     if os.environ.get("MEMORY") == "memfd":
         arenas._tmpfs_file = _denied
+    arena: pageferry.Arena
     if len(sys.argv) > 3:
         arena = pageferry.restore(sys.argv[3], name=name, prefetch=False, on_pause=lambda: None)
     else:

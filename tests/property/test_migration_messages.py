@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import pytest
@@ -157,7 +157,7 @@ def lists(kind: Any) -> list[str]:
     """The fields of a message without a bound of their length."""
     return [
         field.name
-        for field in msgspec.inspect.type_info(kind).fields
+        for field in cast("msgspec.inspect.StructType", msgspec.inspect.type_info(kind)).fields
         if isinstance(field.type, msgspec.inspect.ListType | msgspec.inspect.DictType | msgspec.inspect.BytesType)
         and field.type.max_length is None
     ]

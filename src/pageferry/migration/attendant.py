@@ -27,8 +27,12 @@ class Arrivals(Protocol):
         """The source is at the other end of this channel, and wants to go on. The channel is kept."""
 
 
+MAX_ASIDE = 8
+"""Connections that are attended to at the same time; of more, the oldest is closed."""
+
+
 class Attendant:
-    """Attends to connections of a reception, one after the other."""
+    """Attends to connections of a reception, several at the same time: none of them keeps a source waiting."""
 
     def __init__(self, reception: Reception, verdicts: Verdicts) -> None:
         self.reception = reception
@@ -40,6 +44,10 @@ class Attendant:
         self.settled = asyncio.Event()
         """Set once the source of it knows what became of it."""
         self._task: asyncio.Task[None] | None = None
+        self._aside: dict[asyncio.Task[None], Channel] = {}
+        """Connections that are attended to, the oldest first, but those of sources that send pages."""
+        self._links: set[asyncio.Task[None]] = set()
+        self._linking = asyncio.Lock()
 
     def begin(self, migration: str) -> None:
         """From now on attend to everybody, in the background."""
@@ -60,13 +68,30 @@ class Attendant:
 
     def close(self) -> None:
         """Attend to nobody any more."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, *self._aside, *self._links):
+            if task is not None:
+                task.cancel()
 
     async def _attend(self) -> None:
         while True:
-            channel, first = await self.reception.control()
-            if not await self.attend_to(channel, first):
+            self.attend_aside(*await self.reception.control())
+
+    def attend_aside(self, channel: Channel, first: messages.AnyMessage) -> None:
+        """Attend to a connection in a task of its own, and close it unless it is in use then."""
+        while len(self._aside) >= MAX_ASIDE:
+            oldest = next(iter(self._aside))
+            del self._aside[oldest]
+            oldest.cancel()
+        task = asyncio.create_task(self._until_attended(channel, first))
+        self._aside[task] = channel
+        task.add_done_callback(lambda done: self._aside.pop(done, None))
+
+    async def _until_attended(self, channel: Channel, first: messages.AnyMessage) -> None:
+        used = False
+        try:
+            used = await self.attend_to(channel, first)
+        finally:
+            if not used:
                 await channel.close()
 
     async def attend_to(self, channel: Channel, first: messages.AnyMessage) -> bool:
@@ -99,13 +124,22 @@ class Attendant:
         await channel.send(messages.Outcome(owner=owner, complete=complete))
         ours = migration == self.migration
         if ours and self.arrivals is not None and owner == "destination" and not complete:
-            await self.arrivals.relink(channel, self.reception)
+            await self._relink(self.arrivals, channel)
             return True
         if ours:
             self.settled.set()
         elif owner == "destination" and not complete:
             await self._refuse_pages(channel)
         return False
+
+    async def _relink(self, arrivals: Arrivals, channel: Channel) -> None:
+        """Take the pages of a source that came back; of several connections of it, one after the other."""
+        task = asyncio.current_task()
+        if task is not None and self._aside.pop(task, None) is not None:
+            self._links.add(task)
+            task.add_done_callback(self._links.discard)
+        async with self._linking:
+            await arrivals.relink(channel, self.reception)
 
     async def _refuse_pages(self, channel: Channel) -> None:
         """It is somebody else on this host whom its pages are for. A source that owes none says nothing, and goes."""

@@ -127,20 +127,29 @@ class Destination:
                 match first:
                     case messages.Hello() as hello:
                         messages.check_version(hello.version)
-                        self.workload = await self.prepare(hello)
+                        await self._prepare(hello)
                         channel.limit = messages.MAX_MESSAGE
                         return channel, hello
                     case _:
-                        await self.attendant.answer(channel, first)
+                        self.attendant.attend_aside(channel, first)
+                        continue
             except (PageferryError, OSError) as error:
                 log.warning("a source was refused: %s", error)
                 await channel.abort(str(error))
             await channel.close()
 
+    async def _prepare(self, hello: messages.Hello) -> None:
+        """Take part in the migration, or refuse it and leave no record of it."""
+        self.verdicts.begin(hello.migration)
+        try:
+            self.workload = await self.prepare(hello)
+        except BaseException:
+            self.verdicts.forget(hello.migration)
+            raise
+
     # -- receiving
 
     async def _receive(self, hello: messages.Hello) -> None:
-        self.verdicts.begin(hello.migration)
         fault_point("destination.accepted")
         self.memory = Memory(self.workload)
         self._compare(hello.regions)

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from pageferry.errors import WorkloadError
+from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import files
 from pageferry.host.registry import Folder
 from pageferry.migration.messages import Codec
@@ -88,14 +88,24 @@ class Verdicts:
         self._path = run_directory / ".verdicts"
 
     def begin(self, migration: str) -> None:
-        """Note that this host takes part in a migration, before anything else is known of it."""
+        """Record that this host takes part in a migration, before anything else is known of it.
+
+        Raises UsageError for a number that this host knows already: what was decided then must hold, and must not be
+        forgotten with another migration. WorkloadError when it cannot be written.
+        """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             files.check_private(self._path, "remove it")
             self._prune()
-            os.close(files.open_private(self._begun(migration), os.O_WRONLY))
+            self._begin(migration)
         except OSError as error:
             raise WorkloadError(f"decisions about migrations cannot be written to {self._path}: {error}") from error
+
+    def _begin(self, migration: str) -> None:
+        try:
+            os.close(files.open_private(self._begun(migration), os.O_WRONLY | os.O_EXCL))
+        except FileExistsError as known:
+            raise UsageError(f"the number of the migration, {migration}, was used before on this host") from known
 
     def knows(self, migration: str) -> bool:
         """Whether `begin` was called for it here."""
