@@ -90,6 +90,9 @@ class Verdicts:
     def begin(self, migration: str) -> None:
         """Record that this host takes part in a migration, before anything else is known of it.
 
+        Everything that is written about it later is written here already, under other names: after Commit a full
+        file system must not be what fails.
+
         Raises UsageError for a number that this host knows already: what was decided then must hold, and must not be
         forgotten with another migration. WorkloadError when it cannot be written.
         """
@@ -106,6 +109,14 @@ class Verdicts:
             os.close(files.open_private(self._begun(migration), os.O_WRONLY | os.O_EXCL))
         except FileExistsError as known:
             raise UsageError(f"the number of the migration, {migration}, was used before on this host") from known
+        try:
+            for verdict in Verdict:
+                files.replace_file(self._prepared(migration, verdict), verdict.value.encode(), synced=True)
+            for spare in (self._spare(migration), self._arriving(migration)):
+                files.replace_file(spare, b"", synced=True)
+        except OSError:
+            self.forget(migration)
+            raise
 
     def knows(self, migration: str) -> bool:
         """Whether `begin` was called for it here."""
@@ -116,20 +127,18 @@ class Verdicts:
 
         Raises WorkloadError when it cannot be written: then nothing has been decided.
         """
-        target = self._verdict(migration)
+        target, prepared = self._verdict(migration), self._prepared(migration, verdict)
         try:
-            descriptor, temporary = files.create_hidden(self._path, migration)
-            with open(descriptor, "w", encoding="ascii") as file:
-                file.write(verdict.value)
-                file.flush()
-                os.fsync(file.fileno())
+            if target.exists():
+                return Verdict(target.read_text(encoding="ascii"))
+            if not prepared.exists():  # an earlier release has begun this migration
+                files.replace_file(prepared, verdict.value.encode(), synced=True)
+            self._spare(migration).unlink(missing_ok=True)  # tmpfs counts a second name as a file
             try:
                 # A link fails where the name exists: the first one holds.
-                os.link(temporary, target)
+                os.link(prepared, target)
             except FileExistsError:
                 return Verdict(target.read_text(encoding="ascii"))
-            finally:
-                temporary.unlink()
             self._sync()
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be written to {target}: {error}") from error
@@ -143,7 +152,7 @@ class Verdicts:
         """
         target = self._verdict(migration)
         try:
-            files.replace_file(target, Verdict.ABORTED.value.encode(), synced=True)
+            self._publish(self._prepared(migration, Verdict.ABORTED), target, Verdict.ABORTED.value)
         except OSError as error:
             raise WorkloadError(f"the decision about the migration cannot be withdrawn in {target}: {error}") from error
 
@@ -153,7 +162,7 @@ class Verdicts:
         Raises WorkloadError when it cannot be written: then the source keeps them.
         """
         try:
-            files.replace_file(self._arrived(migration), b"", synced=True)
+            self._publish(self._arriving(migration), self._arrived(migration), "")
         except OSError as error:
             raise WorkloadError(f"that all pages have arrived cannot be written to {self._path}: {error}") from error
 
@@ -171,6 +180,17 @@ class Verdicts:
         self._begun(migration).unlink(missing_ok=True)
         self._verdict(migration).unlink(missing_ok=True)
         self._arrived(migration).unlink(missing_ok=True)
+        prepared = [self._prepared(migration, verdict) for verdict in Verdict]
+        for file in (*prepared, self._spare(migration), self._arriving(migration)):
+            file.unlink(missing_ok=True)
+
+    def _publish(self, prepared: Path, target: Path, contents: str) -> None:
+        """Give a prepared file its name, which needs no space on the file system."""
+        try:
+            prepared.rename(target)
+        except FileNotFoundError:  # an earlier release has begun this migration
+            files.replace_file(target, contents.encode(), synced=True)
+        self._sync()
 
     def _prune(self) -> None:
         oldest = time.time() - KEPT
@@ -187,6 +207,15 @@ class Verdicts:
 
     def _arrived(self, migration: str) -> Path:
         return self._path / f"{migration}.arrived"
+
+    def _prepared(self, migration: str, verdict: Verdict) -> Path:
+        return self._path / f"{migration}.{verdict.value}"
+
+    def _spare(self, migration: str) -> Path:
+        return self._path / f"{migration}.spare"
+
+    def _arriving(self, migration: str) -> Path:
+        return self._path / f"{migration}.arriving"
 
     def _sync(self) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
