@@ -52,9 +52,13 @@ class UnsupportedError(PageferryError):
 
 
 class WorkloadError(PageferryError):
-    """A workload cannot be managed, or did not do what it was told."""
+    """A workload cannot be managed, or did not do what it was told.
+
+    `never_ran`: it was to be resumed on this host, and is known not to have run for an instant.
+    """
 
     exit_code = 10
+    never_ran = False
 
 
 class NoSuchWorkload(WorkloadError, LookupError):
@@ -70,10 +74,7 @@ class NameInUse(WorkloadError):
 
 
 class WorkloadDied(WorkloadError):
-    """The workload ended while it was being worked on.
-
-    `never_ran`: it was about to run for the first time on this host, and is known not to have run for an instant.
-    """
+    """The workload ended while it was being worked on."""
 
     exit_code = 13
 

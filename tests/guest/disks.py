@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _WRITES, _SHARES_NO_WRITES = 101, 201
 """Bytes of the file on which QEMU holds read locks while it may write, and while no other process may."""
-_GET_LOCK = 36
-"""F_OFD_GETLK of fcntl(2)."""
+_GET_LOCK, _SET_LOCK = 36, 37
+"""F_OFD_GETLK and F_OFD_SETLK of fcntl(2)."""
 _LOCK = struct.Struct("hhqqi4x")
 
 
@@ -18,6 +20,18 @@ def new_disk(path: Path) -> tuple[str, str]:
     """A raw disk of 1 MiB at `path`, and the option of a guest that has it."""
     path.write_bytes(bytes(1 << 20))
     return "-drive", f"file={path},format=raw,if=virtio,id=disk"
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Lock a disk as a QEMU does that writes to it."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        for byte in (_WRITES, _SHARES_NO_WRITES):
+            fcntl.fcntl(descriptor, _SET_LOCK, _LOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def locked(path: Path) -> bool:

@@ -253,3 +253,15 @@ def test_whatever_is_given_is_passed_on_or_refused(words: list[str]) -> None:
         return
     managed = command.managed(ram_path="/x", qmp_socket="/qmp", incoming=False)
     assert managed[: len(words) + 1] == [QEMU, *words]
+
+
+@pytest.mark.parametrize(
+    ("options", "preallocates"),
+    [
+        ((), False),
+        (("-mem-prealloc",), True),
+        (("-object", f"{SHARED},prealloc=on", "-machine", "memory-backend=mem"), True),
+    ],
+)
+def test_preallocated_memory_is_recognised(options: tuple[str, ...], preallocates: bool) -> None:
+    assert parse([QEMU, *options]).preallocates is preallocates

@@ -10,12 +10,17 @@ import msgspec
 
 from pageferry.errors import NoSuchWorkload, RestoreError, WorkloadDied, WorkloadError
 from pageferry.host.registry import AnyEntry, ArenaEntry, Folder, QemuEntry, Registry
+from pageferry.migration.ownership import committed
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
 from pageferry.workloads import deferred
 from pageferry.workloads.base import Region
 from pageferry.workloads.control.client import RemoteArena
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu import MAY_RUN, MIGRATED, QemuWorkload
+
+_RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
+_PAUSED_BY_USER = frozenset({"paused", "prelaunch"})
+"""Run states of QEMU: of a guest that runs, or waits for its source; and after QMP `stop`, or with -S."""
 
 PATIENCE = 1.0
 """Seconds to wait for a workload that another command may be working on."""
@@ -92,18 +97,33 @@ async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:
 
 async def describe(workload: QemuWorkload | RemoteArena) -> WorkloadInfo:
     """What there is to say about an open workload. Raises WorkloadDied."""
+    reason = None
     if isinstance(workload, RemoteArena):
         status = str(await workload.status())
     else:
-        status = "running" if await workload.running() else "paused"
+        state = await workload.run_state()
+        status = "running" if state == "running" else "paused"
+        reason = _why_paused(workload.name, state)
     return WorkloadInfo(
         name=workload.name,
         kind=workload.identity.kind,
         pid=workload.pid,
         status=status,
+        reason=reason,
         memory=sum(region.length for region in workload.regions),
         resident=sum(map(_allocated, workload.regions)),
     )
+
+
+def _why_paused(name: str, state: str) -> str | None:
+    """Why a guest in this run state of QEMU does not run; None for one that runs, or that its user has paused."""
+    if state in _RUNS_OR_WAITS:
+        return None
+    if committed(Folder(Registry(), name)) is not None:
+        return f"handed over by a migration whose outcome is not known: pageferry migrate {name} --recover"
+    if state == MIGRATED:
+        return f"QEMU's own migration has completed, which pageferry did not start: {MAY_RUN}"
+    return None if state in _PAUSED_BY_USER else f"QEMU state {state}"
 
 
 def _allocated(region: Region) -> int:

@@ -41,10 +41,11 @@ class Listening(Event, frozen=True, tag="listening"):
 
 
 class Received(Event, frozen=True, tag="received"):
-    """The workload runs here."""
+    """The workload runs here, or is paused here because its user had paused it."""
 
     workload: str
     kind: str
+    paused: bool = False
 
 
 class Resumed(Event, frozen=True, tag="resumed"):
@@ -71,7 +72,7 @@ class ReceiveView(PlainView):
             case Listening():
                 return f"{event.workload} waits at {event.address}"
             case Received():
-                return f"{event.workload} runs here"
+                return f"{event.workload} {'is here, paused as before' if event.paused else 'runs here'}"
             case events.PostcopyEvent():
                 return postcopy_line(event) if event.status != "postcopy-active" else None
             case _:
@@ -137,7 +138,9 @@ async def run(args: argparse.Namespace) -> int:
             await reception.close()
 
 
-def _destination(args: argparse.Namespace, reception: Reception, prepare: Prepare, out: Reporter) -> Destination:
+def _destination(
+    args: argparse.Namespace, reception: Reception, prepare: Prepare, out: Reporter, guest: QemuWorkload | None = None
+) -> Destination:
     registry = Registry()
     return Destination(
         reception,
@@ -146,6 +149,7 @@ def _destination(args: argparse.Namespace, reception: Reception, prepare: Prepar
         args.patience,
         folder=lambda: registry.folder(args.name),
         listener=out.event,
+        ended=guest.died if guest is not None else None,
     )
 
 
@@ -165,11 +169,9 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
         if hello.kind != "qemu":
             raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; a QEMU guest is received here")
         guest.check_source(hello.details)
-        accepted.set()
         return guest
 
-    accepted = asyncio.Event()
-    destination = _destination(args, reception, prepare, out)
+    destination = _destination(args, reception, prepare, out, guest)
     try:
         async with _received(args, destination, out) as finishing:
             if args.detach:
@@ -178,7 +180,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
                 return 0
             return await see_to_the_end(guest) or 0
     except BaseException:
-        if not accepted.is_set():  # from then on the destination sees to the guest
+        if not destination.accepted:  # from then on the destination sees to the guest
             await asyncio.shield(guest.discard())
         raise
 
@@ -218,7 +220,7 @@ async def _received(
     out.event(Listening(args.name, str(destination.reception.address)))
     try:
         workload = await _run(destination)
-        out.event(Received(args.name, workload.identity.kind))
+        out.event(Received(args.name, workload.identity.kind, destination.stays_paused))
         _heed_cancellation()
         finishing = asyncio.create_task(destination.finish())
         try:

@@ -75,12 +75,20 @@ async def migrate(
     except WorkloadDied as died:
         raise WorkloadDied(f"{moved.name} has ended during its migration to {target}: {died}. Start it anew") from died
     except (AuthenticationError, ConnectionLost, PeerRefused, ProtocolError) as error:
-        raise type(error)(f"{error}. {moved.name} runs on here, and can be migrated again") from error
+        raise type(error)(f"{error}. {moved.name} {await _state_of(moved)} here, and can be migrated again") from error
     finally:
         if hold is not None:
             await asyncio.shield(asyncio.to_thread(hold.release))
         if isinstance(workload, Arena):
             moved.close()  # whoever asks what became of it later is another controller
+
+
+async def _state_of(workload: Workload) -> str:
+    """How a workload continues after a migration that failed, in words."""
+    with contextlib.suppress(WorkloadError):
+        if not await workload.running():
+            return "stays paused"
+    return "runs on"
 
 
 async def _page_tables(workload: Workload, options: Options) -> Hold | None:
@@ -176,7 +184,7 @@ def open_reception(
 
 def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
     """A fresh, empty arena for what a source announces. Raises UsageError for what no arena can take."""
-    if hello.kind != "arena" or len(hello.regions) != 1:
+    if hello.kind != "arena" or [region.name for region in hello.regions] != ["arena"]:
         raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; an arena is received here")
     size, most = hello.regions[0].length, max_size or meminfo()["MemAvailable"]
     if size > most:

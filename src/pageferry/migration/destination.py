@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from hashlib import blake2b
 from logging import getLogger
+from typing import NoReturn
 
 from pageferry._engine import BlockReceiver, Placer
 from pageferry.errors import (
@@ -38,7 +39,7 @@ from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads import deferred
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Faults, Workload
+from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Faults, Workload, stays_paused
 from pageferry.workloads.deferred import Arriving
 from pageferry.workloads.memory import Memory
 
@@ -56,7 +57,9 @@ Prepare = Callable[[messages.Hello], Awaitable[Workload]]
 class Destination:
     """Receives one workload. `prepare` is called for every source that asks, until one is accepted.
 
+    A source that is refused leaves the receiver listening; one that was accepted is the last, whatever its end.
     `folder`: where the records go of a workload whose pages are still to come; None for one without a name.
+    `ended`: raises WorkloadDied when the process ends that waits for the workload's state.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Destination:
         *,
         folder: Callable[[], Folder | None] = lambda: None,
         listener: Listener = ignore,
+        ended: Callable[[], Awaitable[NoReturn]] | None = None,
     ) -> None:
         self.reception = reception
         self.prepare = prepare
@@ -75,12 +79,17 @@ class Destination:
         self.patience = patience
         self.folder = folder
         self.listener = listener
+        self.ended = ended
+        self.accepted = False
+        """A source was accepted: from then on what `prepare` has made is discarded here if need be."""
         self.attendant = Attendant(reception, verdicts)
         self.times = Stopwatch()
         self.state = bytearray()
         self.digest = blake2b(digest_size=32)
         self.promised = False
         """Ready was sent: the source may commit at any moment, and may come and ask."""
+        self.stays_paused = False
+        """The workload's user had paused it."""
         self.late: LateMemory | None = None
         """Brings what is still missing when the workload runs here; None: nothing is."""
         self._preparing: asyncio.Task[None] | None = None
@@ -90,12 +99,15 @@ class Destination:
 
         Whoever else connects is attended to until `close`.
         """
-        self.channel, hello = await self._accept()
+        async with self._while_it_lives():
+            self.channel, hello = await self._accept()
+        self.accepted = True
         self.migration = hello.migration
         self.attendant.begin(hello.migration)
         try:
-            await self._receive(hello)
-            await self.channel.receive(messages.Commit)
+            async with self._while_it_lives():
+                await self._receive(hello)
+                await self.channel.receive(messages.Commit)
             await to_the_end(self._take_over())
         except BaseException as error:
             await to_the_end(self._give_up(error))
@@ -117,6 +129,26 @@ class Destination:
     def settled(self) -> asyncio.Event:
         """Set once the source knows what became of the migration."""
         return self.attendant.settled
+
+    @contextlib.asynccontextmanager
+    async def _while_it_lives(self) -> AsyncIterator[None]:
+        """Cancel the block when the process that waits for the state ends, and raise WorkloadDied instead."""
+        task = asyncio.current_task()
+        if self.ended is None or task is None:
+            yield
+            return
+        end = asyncio.ensure_future(self.ended())
+        end.add_done_callback(lambda ended: ended.cancelled() or task.cancel())
+        try:
+            yield
+            if end.done():
+                await asyncio.sleep(0)  # where the cancellation arrives that the callback has requested
+        except asyncio.CancelledError:
+            if not end.done() or task.uncancel() > 0:  # it is another's
+                raise
+            await end
+        finally:
+            end.cancel()
 
     # -- whoever connects
 
@@ -143,6 +175,7 @@ class Destination:
         self.verdicts.begin(hello.migration)
         try:
             self.workload = await self.prepare(hello)
+            self._compare(hello.regions)
         except BaseException:
             self.verdicts.forget(hello.migration)
             raise
@@ -152,7 +185,6 @@ class Destination:
     async def _receive(self, hello: messages.Hello) -> None:
         fault_point("destination.accepted")
         self.memory = Memory(self.workload)
-        self._compare(hello.regions)
         count = hello.streams
         with contextlib.ExitStack() as opened:  # the engine has duplicates
             streams = await self._streams(count if hello.mode == "precopy" else 2 * count + 1)
@@ -208,7 +240,7 @@ class Destination:
 
     def _compare(self, regions: list[messages.RegionInfo]) -> None:
         """Region by region, both sides must have the same."""
-        ours = [(region.name, region.length) for region in self.memory.regions]
+        ours = [(region.name, region.length) for region in self.workload.regions]
         theirs = [(region.name, region.length) for region in regions]
         if ours != theirs:
             raise WorkloadError(
@@ -334,6 +366,7 @@ class Destination:
         # First it must survive us, for once it is decided that it is ours it may not be lost any more.
         await self.workload.commit(self.verdicts.witness(self.migration))
         self.faults = self.workload.faults()
+        self.stays_paused = stays_paused(self.workload)
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the source was told meanwhile that this migration is over")
         # To resume may take a page that is missing, and its link may be lost by now: a source that asks may bring it.
@@ -346,11 +379,11 @@ class Destination:
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))
 
     async def _resume(self) -> None:
-        """Run it. One that has died before it could is given back: the source still has everything."""
+        """Run the workload. If it is known not to have run, the decision is withdrawn: the source has everything."""
         try:
             await self.workload.resume()
-        except WorkloadDied as died:
-            if died.never_ran:
+        except WorkloadError as failed:
+            if failed.never_ran:
                 self.attendant.arrivals = None
                 self.verdicts.withdraw(self.migration)
             raise

@@ -24,6 +24,8 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     """`running`, `paused`, `committed` (it may be running elsewhere), `moved`; `busy`: another command works on it;
     `unknown`: it was started in another PID namespace, and cannot be worked on from this one.
     """
+    reason: str | None = None
+    """Why it is paused, where its user did not pause it."""
     memory: int | None
     """Bytes; None while it is busy or unknown."""
     resident: int | None
@@ -53,8 +55,9 @@ class WorkloadsView(PlainView):
             assert isinstance(one, WorkloadInfo)
             sizes = (_size(one.memory), _size(one.resident), size(one.deferred) if one.deferred else "-")
             table.add_row(one.name, one.kind, str(one.pid), one.status, *sizes)
-            if one.waiting is not None:
-                table.add_row("", "", "", Text(one.waiting, style="bold red"))
+            for note in (one.reason, one.waiting):
+                if note is not None:
+                    table.add_row("", "", "", Text(note, style="bold red"))
         return table
 
 

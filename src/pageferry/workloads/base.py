@@ -164,3 +164,10 @@ class Revertible(Protocol):
 
     async def revert(self, changes: Mapping[str, Any]) -> None:
         """Make the committed workload as it was before these changes: running, or paused if its user had paused it."""
+
+
+def stays_paused(workload: object) -> bool:
+    """Whether `resume` leaves a workload paused, because its user had paused it. Known from `prepare_pause` or
+    `load_state` on, until `resume` is called.
+    """
+    return isinstance(workload, Revertible) and bool(workload.changes.get("paused"))

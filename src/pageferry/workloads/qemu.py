@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import msgspec
 
@@ -44,6 +44,12 @@ _QUIT_PATIENCE = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
 
 _LOG = "log"
+
+_NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
+
+MIGRATED = "postmigrate"
+"""Run state of a QEMU whose own migration has completed."""
+MAY_RUN = "it may run elsewhere; if it does not, QMP cont resumes it"
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +105,10 @@ class QemuWorkload:
         command = qemu_command.parse(arguments)
         for warning in command.warnings:
             log.warning("%s", warning)
+        if at_once and command.preallocates:
+            log.warning(
+                "%s: memory is not preallocated in a restored guest, and QEMU starts later: %s", name, _NO_PREALLOC
+            )
         folder = (registry or Registry()).claim(name)
         try:
             child, path = _launch(folder, command, incoming=incoming, detach=detach, hugetlb=hugetlb)
@@ -213,7 +223,9 @@ class QemuWorkload:
         """
         monitor = await self._control.hold()
         self._control.have_will()
-        await self._control.note_status(monitor)
+        known = self._control.prepared
+        if await self._control.note_status(monitor) == MIGRATED and not known:
+            log.warning("%s was paused by QEMU's own migration, which pageferry did not start: %s", self.name, MAY_RUN)
         self._seen.ran = self._seen.ran or not self._control.stays_paused
         await qemu_refused.refuse_running(monitor)  # devices may have been added since
         await self._control.prepare_state(monitor)
@@ -366,10 +378,14 @@ class QemuWorkload:
 
     async def running(self) -> bool:
         """Whether the vCPUs run. Raises WorkloadDied when QEMU is gone."""
+        return await self.run_state() == "running"
+
+    async def run_state(self) -> str:
+        """QEMU's name of what the guest does, such as `running`, `paused`, `postmigrate`. Raises WorkloadDied."""
         if not self._entry.alive:
             raise WorkloadDied(f"{self.name} (process {self.pid}) has ended{self._last_words()}")
         async with self._control.session() as monitor:
-            return bool((await monitor.execute("query-status"))["running"])
+            return str((await monitor.execute("query-status"))["status"])
 
     def faults(self) -> Faults:
         """Page faults of the vCPU threads. Raises WorkloadDied when QEMU is gone."""
@@ -393,6 +409,11 @@ class QemuWorkload:
             return await self._child.wait()
         await processes.wait_for_end(self.pid, self._entry.started)
         return None
+
+    async def died(self) -> NoReturn:
+        """Wait until QEMU has ended. Raises WorkloadDied then, with what it said."""
+        await self.ended()
+        raise WorkloadDied(f"{self.name} (process {self.pid}) ended while it waited for its source{self._last_words()}")
 
     async def forget(self) -> None:
         """After QEMU's end: close our files, and remove name, log and records."""
@@ -421,6 +442,9 @@ class QemuWorkload:
             raise WorkloadDied(
                 f"{self.name} (process {self.pid}): {died}{self._last_words()}", never_ran=never_ran
             ) from died
+        except WorkloadError as refused:  # for example because another process has a disk locked
+            refused.never_ran = True
+            raise
 
     async def _save_snapshot(self, monitor: Monitor) -> bytes:
         snapshot = qemu_snapshot.Snapshot()

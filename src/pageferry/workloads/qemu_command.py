@@ -61,6 +61,14 @@ class CommandLine:
     """False where the user has given guest memory a shared file already."""
     warnings: tuple[str, ...]
 
+    @property
+    def preallocates(self) -> bool:
+        """Whether QEMU allocates all of guest memory when it starts (`-mem-prealloc`, or `prealloc=on`)."""
+        return any(
+            name == "mem-prealloc" or (name == "object" and properties(value, "qom-type").get("prealloc") in _ON)
+            for name, value in options(self.arguments)
+        )
+
     def managed(self, *, ram_path: str | None, qmp_socket: str, incoming: bool) -> list[str]:
         """The command line to start: with guest memory in the file at `ram_path`, a monitor of ours on `qmp_socket`;
         `incoming`: waiting, paused, for a device state.

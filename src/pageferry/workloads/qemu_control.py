@@ -57,6 +57,11 @@ class QemuControl:
         """Pid of the process that acts if we die; None while there is no need for one."""
         return self._will.guardian if self._will is not None else None
 
+    @property
+    def prepared(self) -> bool:
+        """Whether QEMU's migration is set up by `prepare_state`."""
+        return self._undo is not None
+
     async def hold(self) -> Monitor:
         """The monitor, kept from now on. Raises WorkloadError, WorkloadDied."""
         await self.settled()
@@ -78,9 +83,11 @@ class QemuControl:
                 self._held = monitor
                 stack.pop_all()
 
-    async def note_status(self, monitor: Monitor) -> None:
-        """Look whether the guest runs."""
-        self.stays_paused = not (await monitor.execute("query-status"))["running"]
+    async def note_status(self, monitor: Monitor) -> str:
+        """Record whether the guest runs, and return QEMU's name of its run state."""
+        status = await monitor.execute("query-status")
+        self.stays_paused = not status["running"]
+        return str(status["status"])
 
     async def prepare_state(self, monitor: Monitor, *, incoming: bool = False) -> None:
         """Set QEMU's migration up for the device state alone; the settings of before are put back in the end."""
