@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pageferry.workloads.qemu import QemuWorkload
+from tests.guest import travel
 from tests.guest.disks import locked, new_disk
 from tests.guest.machines import GuestParts
 from tests.guest.travel import Traveller, travelling
@@ -63,6 +64,17 @@ def saves_memory(guest: Traveller, file: Path) -> None:
     guest.qmp("migrate", uri=f"exec:cat >{file}")
     wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration")
     assert marker in file.read_bytes()
+
+
+def said(*words: str, code: int = 0) -> str:
+    """What a command writes."""
+    command = [sys.executable, "-m", "pageferry", *words]
+    environment = {**os.environ, "COLUMNS": "300"}
+    done = subprocess.run(
+        command, timeout=DEADLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 def recover(guest: Traveller, *, owner: str) -> None:
@@ -184,6 +196,49 @@ def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: G
             there.process.send_signal(signal.SIGCONT)
             there.wait()
         writes(guest, tmp_path / "disk")
+
+
+def test_output_about_a_paused_guest_says_so(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with bare(newest_parts, tmp_path) as guest:
+        guest.qmp("stop")
+        image = str(tmp_path / "image")
+        assert "saving memory while it stays paused" in said("checkpoint", guest.name, image)
+        assert "image, paused" in said("checkpoint", guest.name, image)
+        assert "the guest was paused when it was saved" in said("image", "info", image)
+        with guest.receiver() as there:
+            moved = said("migrate", guest.name, moving.address_of(there))
+            assert "it is paused, as before, at" in moved
+            assert moving.until(there, "received")["paused"]
+            assert there.wait() == 0
+        guest.arrived()
+        guest.qmp("quit")
+        wait_until(lambda: not locked(tmp_path / "disk"), "the end of the first QEMU")
+        guest.journeys += 1
+        restored = said("restore", guest.name, image, "--detach", "--", *guest.command(guest.name))
+        assert "is paused, as it was saved" in restored
+        assert "runs" not in restored
+        wait_until(lambda: guest.name in travel.listed(), "the guest")
+        assert travel.listed()[guest.name] == "paused"
+
+
+def test_failed_migration_of_a_paused_guest_says_that_it_stays_paused(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with bare(newest_parts, tmp_path) as guest:
+        guest.qmp("stop")
+        refused = said("migrate", guest.name, "127.0.0.1:1", code=23)
+        assert "stays paused here" in refused
+        assert "runs on here" not in refused
+
+
+def test_guest_paused_by_a_migration_of_another_is_reported_as_such(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        guest.qmp("migrate", uri="exec:cat >/dev/null")
+        wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration")
+        assert "which pageferry did not start: it may run elsewhere" in " ".join(said("list").split())
+        assert "which pageferry did not start: it may run elsewhere" in said(
+            "checkpoint", guest.name, str(tmp_path / "i")
+        )
+        guest.qmp("cont")
+        assert "did not start" not in said("list")
 
 
 def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
 
 
 class InstantEvent(Event, frozen=True, kw_only=True, tag="instant"):
-    """The workload runs on; its memory is saved as of the pause."""
+    """The workload runs on, or stays paused if its user had paused it; its memory is saved as of this pause."""
 
     downtime: float
     """Milliseconds."""
+    paused: bool = False
+    """Whether it stays paused."""
 
 
 class SavingEvent(Event, frozen=True, kw_only=True, tag="saving"):
@@ -120,5 +122,7 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     traps: int
     """Writes of the workload that had to wait for their page block to be copied."""
     trap_details: TrapCount
+    paused: bool = False
+    """Whether its user had paused the workload: it stays so, and so does one that is restored from the image."""
     compression: float
     """Bytes of data pages for each byte in storage blocks; 1 where there are none."""

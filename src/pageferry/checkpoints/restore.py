@@ -23,6 +23,7 @@ from pageferry.host import proc, processes
 from pageferry.host.python import start_python
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
+from pageferry.workloads.base import stays_paused
 from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
 from pageferry.workloads.qemu import QemuWorkload
 
@@ -128,6 +129,7 @@ async def restore_guest(
         adopted = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
+        paused = stays_paused(workload)
         await workload.resume()
     except BaseException:
         if first is not None:
@@ -144,10 +146,11 @@ async def restore_guest(
         resume=(running - loaded) * 1e3,
     )
     ran = times.total - times.qemu_start
-    listener(RunningEvent(workload=name, time_to_running=ran, deferred=first.server.status().deferred))
+    left = first.server.status().deferred
+    listener(RunningEvent(workload=name, time_to_running=ran, deferred=left, paused=paused))
     last = await asyncio.shield(hand_over(first))
     listener(TouchedEvent(windows=last.touched))
-    return workload, _updated(_result(name, image, times), last)
+    return workload, _updated(_result(name, image, times, paused), last)
 
 
 def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
@@ -292,11 +295,12 @@ def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool)
     )
 
 
-def _result(name: str, image: ImageFile, times: TimeToRunning) -> RestoreResult:
+def _result(name: str, image: ImageFile, times: TimeToRunning, paused: bool) -> RestoreResult:
     return RestoreResult(
         status="active",
         workload=name,
         image=os.fspath(image.path.absolute()),
+        paused=paused,
         time_to_running=times.total - times.qemu_start,
         time_parts=times,
         memory=sum(region.length for region in image.metadata.regions),

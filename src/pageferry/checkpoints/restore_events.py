@@ -10,13 +10,14 @@ from pageferry.events import Event, Latency
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
-    """The guest runs; its memory arrives."""
+    """The guest runs, or is paused as it was when it was saved; its memory arrives."""
 
     workload: str
     time_to_running: float
     """Milliseconds, QEMU's own start apart."""
     deferred: int
     """Bytes whose contents are still to come."""
+    paused: bool = False
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
@@ -63,6 +64,8 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     status: Literal["active", "completed"]
     workload: str
     image: str
+    paused: bool = False
+    """Whether the guest was saved while its user had paused it: it is paused now, until its user resumes it."""
     time_to_running: float
     """From the command to the guest running, QEMU's own start apart."""
     time_parts: TimeToRunning

@@ -23,7 +23,7 @@ from pageferry.host.blocking import on_thread
 from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
-from pageferry.workloads.base import SMALL_PAGE, Workload
+from pageferry.workloads.base import SMALL_PAGE, Workload, stays_paused
 from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
@@ -75,6 +75,8 @@ class Save:
         self.spent: dict[str, float] = {}
         self.created = 0.0
         self.paused = False
+        self.stays_paused = False
+        """Its user had paused the workload."""
         self.hold: Hold | None = None
         """Of a workload whose memory is still coming."""
         self.tracking: Tracking | None = None
@@ -177,7 +179,7 @@ class Save:
                     self.saver.begin()  # here and now: a change of threads would take longer
                 await self._resume()
             fault_point("checkpoint.instant")
-            self.listener(events.InstantEvent(downtime=self._ms("downtime")))
+            self.listener(events.InstantEvent(downtime=self._ms("downtime"), paused=self.stays_paused))
             return await self._finish(state)
         finally:
             await asyncio.shield(asyncio.to_thread(self.saver.close))
@@ -252,6 +254,7 @@ class Save:
         # Before the instant: saving the state may itself write to memory (queues flushed by devices).
         with self._measure("state"):
             state = await self.workload.save_state()
+        self.stays_paused = stays_paused(self.workload)
         self.created = time.time()
         return state
 
@@ -351,6 +354,7 @@ class Save:
             digest=f"{digest:016x}",
             parent=str(self.parent.path) if self.parent is not None else None,
             mode=self.options.mode,
+            paused=self.stays_paused,
             tracking=self.means,
             tracking_note=self.note,
             tracked=self.tracked,

@@ -17,6 +17,7 @@ from pageferry.events import Event
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.qemu_state import SavedState
 
 CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
 
@@ -38,6 +39,8 @@ class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
     kind: str
     name: str
     restorable: bool
+    paused: bool
+    """Whether a guest had been paused by its user when it was saved: one that is restored is paused."""
     created: str
     """UTC, ISO 8601."""
     codec: str
@@ -122,6 +125,7 @@ def _info(args: argparse.Namespace) -> tuple[Event, int]:
         kind=about.kind,
         name=about.name,
         restorable=about.restorable,
+        paused=about.kind == "qemu" and not SavedState.decode(file.state()).was_running,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(about.created)),
         codec=about.codec,
         length=image.length,

@@ -9,6 +9,7 @@ from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.migration import api, switch
+from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
 from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
@@ -24,7 +25,9 @@ class Recovered(Event, frozen=True, tag="recovery"):
 
     workload: str
     owner: str
-    """`source` (it runs here again) or `destination` (it runs there)."""
+    """`source` (it is here again) or `destination` (it is there)."""
+    paused: bool | None = None
+    """Whether it is paused here, because its user had paused it; None: it is not here."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +174,7 @@ async def _settle(args: argparse.Namespace, workload: Workload) -> int:
     with folder.exclusively("a recovery"), open_reporter(args.output, MigrationView()) as out:
         if args.take_back:
             await api.take_back(workload)
-            owner = "source"
+            owner: Owner = "source"
         else:
             owner = await api.recover(
                 workload,
@@ -181,5 +184,6 @@ async def _settle(args: argparse.Namespace, workload: Workload) -> int:
                 tls_hostname=args.tls_hostname,
                 listener=out.event,
             )
-        out.final(Recovered(args.name, owner))
+        paused = not await workload.running() if owner == "source" else None
+        out.final(Recovered(args.name, owner, paused))
     return 0

@@ -167,6 +167,8 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     mode: Mode
     workload: str
     peer: str
+    paused: bool = False
+    """Whether its user had paused the workload: it is paused at the destination."""
     total_time: float
     setup_time: float
     downtime: float

@@ -40,7 +40,7 @@ from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.stopwatch import Stopwatch
 from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
-from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload
+from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload, stays_paused
 from pageferry.workloads.holding import Hold, large_units
 from pageferry.workloads.memory import Memory
 
@@ -89,6 +89,8 @@ class Source:
         self.touched = False
         """The workload has been paused, or prepared for it."""
         self.committed = False
+        self.stays_paused = False
+        """Its user had paused the workload."""
         self.postcopy = options.mode == "postcopy"
         """What has not been sent before the pause comes after the switch-over."""
         self.late: list[PageStream] = []
@@ -409,6 +411,7 @@ class Source:
 
     async def _commit(self) -> messages.Running:
         """Give the workload away: from the moment it is recorded, this side never runs it of its own accord."""
+        self.stays_paused = stays_paused(self.workload)
         self._record_commit()
         fault_point("source.recorded")
         await self.workload.commit()

@@ -99,6 +99,7 @@ def result_of(source: Source, running: messages.Running) -> events.MigrationResu
         mode=source.options.mode,
         workload=source.workload.name,
         peer=source.peer,
+        paused=source.stays_paused,
         total_time=times("total"),
         setup_time=times("setup"),
         downtime=times("downtime"),

@@ -31,6 +31,8 @@ class CheckpointView(PlainView):
                     f"protected in {ms(event.arm_ms)}"
                 )
             case InstantEvent():
+                if event.paused:
+                    return f"state saved in {ms(event.downtime)}; saving memory while it stays paused"
                 return f"paused for {ms(event.downtime)}; saving while it runs"
             case SavingEvent():
                 return None
@@ -70,7 +72,7 @@ def _rows(result: CheckpointResult) -> list[tuple[str, str]]:
     )
     written = f"{size(result.bytes_written)} in {result.writes} writes of {size(result.mean_write)}"
     rows = [
-        ("checkpoint", f"{result.workload} {result.status}, in {result.image}"),
+        ("checkpoint", f"{result.workload} {result.status}, in {result.image}{', paused' if result.paused else ''}"),
         ("total time", f"{ms(result.total_time)} for {size(result.memory)} ({speed})"),
         ("downtime", f"{ms(result.downtime)}: {downtime}"),
         ("pages", classes),

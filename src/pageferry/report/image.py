@@ -40,6 +40,8 @@ def _summary(fields: dict[str, Any]) -> RenderableType:
         ("blocks", blocks),
         ("parents", ", ".join(fields["parents"]) or "none"),
     ]
+    if fields["paused"]:
+        rows.append(("note", "the guest was paused when it was saved: one that is restored is paused"))
     if not fields["restorable"]:
         rows.append(("note", "memory only: it can be looked at, not restored"))
     table = Table("region", "memory", *fields["regions"][0]["pages"], box=None)

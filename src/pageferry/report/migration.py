@@ -97,6 +97,10 @@ def _bar(event: ProgressEvent) -> RenderableType:
     return bar
 
 
+def _is(paused: bool) -> str:
+    return "is paused, as before," if paused else "runs"
+
+
 def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     parts, large, populated = result.downtime_parts, result.large_pages, result.populated
     downtime = (
@@ -111,7 +115,7 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     kept = f"{large.source} at the source, {large.destination} at the destination"
     mapped = f"{populated.large:,} large and {populated.small:,} small pages in {ms(populated.work_ms)}"
     rows = [
-        ("migration", f"{result.workload} {result.status}, it runs at {result.peer}"),
+        ("migration", f"{result.workload} {result.status}, it {_is(result.paused)} at {result.peer}"),
         ("total time", f"{ms(result.total_time)} (set-up {ms(result.setup_time)})"),
         ("downtime", downtime),
         ("transferred", transferred),

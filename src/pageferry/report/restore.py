@@ -28,7 +28,8 @@ class RestoreView(PlainView):
         match event:
             case RunningEvent():
                 ran = duration(event.time_to_running / 1e3)
-                return f"{event.workload} runs after {ran}; {size(event.deferred)} are still to come"
+                state = "is paused, as it was saved," if event.paused else "runs"
+                return f"{event.workload} {state} after {ran}; {size(event.deferred)} are still to come"
             case ProgressEvent():
                 new = [failure for failure in event.failures if failure not in self._told]
                 self._told.update(new)
@@ -72,8 +73,8 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
         f"99 of 100 within {duration(times.p99_us / 1e6)}, the longest {duration(times.longest_us / 1e6)}"
     )
     return [
-        ("restore", f"{result.workload} runs, {state}"),
-        ("time to running", ran),
+        ("restore", f"{result.workload} {'is paused, as it was saved' if result.paused else 'runs'}, {state}"),
+        ("time to running" if not result.paused else "time to ready", ran),
         ("faults", faults),
         ("read", f"{size(result.bytes_read)} of {result.image}; {result.prefetched} pages before they were asked for"),
     ]
