@@ -98,9 +98,9 @@ def _decoded(text: str) -> dict[str, Any]:
     try:
         decoded = json.loads(text)
     except (ValueError, RecursionError) as wrong:
-        raise UsageError(f"{text!r} is not JSON ({wrong})") from wrong
+        raise UsageError(f"{text[:80]!r} is not JSON ({wrong})") from wrong
     if not isinstance(decoded, dict):
-        raise UsageError(f"{text!r} is not an object of JSON")
+        raise UsageError(f"{text[:80]!r} is not an object of JSON")
     return decoded
 
 
