@@ -205,6 +205,7 @@ class Destination:
         if not late:
             raise ProtocolError("the source announced pre-copy, and keeps pages back")
         await off_loop(lambda: self.placer.finish(False))
+        room.check_space(self.memory.regions, self.missing.sets)
         record = Arriving(
             migration=hello.migration,
             source=hello.name,

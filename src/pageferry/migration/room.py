@@ -1,12 +1,15 @@
-"""Room for large pages at the destination, made before the first page comes (S6)."""
+"""Room for memory at the destination: for large pages before the first page comes (S6), for all of it before Commit."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
-from pageferry._engine import Placer
+from pageferry._engine import PageSet, Placer
+from pageferry.errors import WorkloadError
 from pageferry.host.compaction import compact_memory
 from pageferry.migration.native import off_loop
 from pageferry.workloads.base import SMALL_PAGE, Region
@@ -34,3 +37,25 @@ async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
                 return
             piece = chosen[start : start + _PIECE]
             await off_loop(lambda: placer.allocate_ahead(region, piece))  # noqa: B023
+
+
+def check_space(regions: Sequence[Region], missing: Sequence[PageSet]) -> None:
+    """Raises WorkloadError if a file system is too small for the pages that come after the workload runs.
+
+    A file system of limited size would be full then, and the workload wait forever. What was allocated in advance
+    counts as room. hugetlbfs has reserved its pages when they were mapped.
+    """
+    needed: dict[int, int] = defaultdict(int)
+    files = {region.fd: os.fstat(region.fd) for region in regions if region.page_size == SMALL_PAGE}
+    limits = {found.st_dev: os.fstatvfs(fd) for fd, found in files.items()}
+    for region, pages in zip(regions, missing, strict=True):
+        if region.fd in files:
+            needed[files[region.fd].st_dev] += len(pages) * SMALL_PAGE
+    for device, limit in limits.items():
+        allocated = sum(found.st_blocks * 512 for found in files.values() if found.st_dev == device)
+        room = limit.f_bavail * limit.f_frsize + allocated
+        if limit.f_blocks and needed[device] > room:
+            raise WorkloadError(
+                f"the file system of the memory has room for {room >> 20} MiB, {needed[device] >> 20} MiB are to come: "
+                f"mount it with a larger size"
+            )
