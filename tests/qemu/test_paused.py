@@ -83,6 +83,7 @@ def recover(guest: Traveller, *, owner: str) -> None:
         assert recovery.wait() == 0
 
 
+@pytest.mark.every_qemu
 def test_checkpoints_of_a_paused_guest_leave_its_disks_locked(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         guest.qmp("stop")
@@ -100,6 +101,7 @@ def test_checkpoints_of_a_paused_guest_leave_its_disks_locked(parts: GuestParts,
         wait_until(lambda: "/memfd" not in moving.descriptors(guest.pid), "the end of the snapshots' descriptors")
 
 
+@pytest.mark.every_qemu
 def test_paused_guest_moves_with_its_disks_locked_at_the_destination(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         before = settings(guest)
@@ -134,6 +136,7 @@ def test_paused_guest_is_as_before_after_a_failed_migration(parts: GuestParts, t
         guest.move()
 
 
+@pytest.mark.every_qemu
 @pytest.mark.parametrize("paused", [True, False])
 def test_recovered_guest_is_as_before_the_migration(parts: GuestParts, tmp_path: Path, paused: bool) -> None:
     with bare(parts, tmp_path) as guest:
@@ -184,6 +187,7 @@ def test_link_cut_before_commit_leaves_a_shared_disk_to_the_source(
         assert locked(tmp_path / "disk")
 
 
+@pytest.mark.every_qemu
 def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: GuestParts, tmp_path: Path) -> None:
     """Its agent hangs, so that its QEMU is still there when the source gives up."""
     with bare(parts, tmp_path) as guest:
