@@ -354,13 +354,15 @@ class Saver:
         at_instant: int = 16777216,
         leave: dict[int, int] | None = None,
         take_up: dict[int, int] | None = None,
+        begin: dict[int, int] | None = None,
         borrow: dict[int, int] | None = None,
     ) -> Saver:
         """`bandwidth` limits the sweep over what nobody writes to, bytes per second; 0: as fast as it can.
 
         `leave`: pid -> userfaultfd (`Space.write_traces`) of every process: write traces by these are on from the
         instant on, and stay. `take_up`: such traces are on since `parent` was saved; only what they report is saved,
-        and at most about `at_instant` bytes of it are copied in the pause. `borrow`: those of a pager that is held
+        and at most about `at_instant` bytes of it are copied in the pause. `begin`: such traces are put on now, and
+        stay; everything is saved in rounds. `borrow`: those of a pager that is held
         (`Pager.hold`); everything is saved. LookupError, here, from `prepare` or `begin`: they cannot be used, save
         again without.
         """
@@ -370,10 +372,15 @@ class Saver:
     @property
     def arm_seconds(self) -> float:
         """How long it took to protect everything, or to save in rounds."""
-    def prepare(self, bring: Callable[[int, int, int], object] | None = None) -> None:
-        """With traces that are taken up or borrowed, before `begin`: save in rounds until little enough is left.
+    def prepare(
+        self,
+        bring: Callable[[int, int, int], object] | None = None,
+        drain: Callable[[], object] | None = None,
+    ) -> None:
+        """With traces that are taken up, begun or borrowed, before `begin`: save in rounds until little is left.
 
-        `bring`(region, first page, pages) has pages in memory before they are read; what it raises is raised here.
+        `bring`(region, first page, pages) has pages in memory before they are read; `drain`() returns when direct I/O
+        has ended that had begun before. What they raise is raised here.
         """
     def begin(self) -> float:
         """The instant: what memory holds now is saved. Returns how long it took, seconds."""

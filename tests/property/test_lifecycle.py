@@ -49,6 +49,10 @@ class Recorder:
         assert not self.runs
         self.discarded = True
 
+    @property
+    def direct_io(self) -> bool:
+        return False
+
     def faults(self) -> Faults:
         return Faults(0, 0)
 

@@ -98,7 +98,7 @@ impl Saver {
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536,
                         storage_block = 1_048_576, trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1,
-                        at_instant = 16_777_216, leave = None, take_up = None, borrow = None))]
+                        at_instant = 16_777_216, leave = None, take_up = None, begin = None, borrow = None))]
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
@@ -116,6 +116,7 @@ impl Saver {
         at_instant: usize,
         leave: Option<HashMap<i32, i32>>,
         take_up: Option<HashMap<i32, i32>>,
+        begin: Option<HashMap<i32, i32>>,
         borrow: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
         let (codec, Sizes { page_block, storage_block }) =
@@ -126,12 +127,13 @@ impl Saver {
             )));
         }
         let options = Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers, at_instant };
-        let traces = match (leave, take_up, borrow) {
-            (None, None, None) => Traces::Without,
-            (Some(found), None, None) => Traces::Leave(userfaults(found)?),
-            (None, Some(found), None) => Traces::TakeUp(userfaults(found)?),
-            (None, None, Some(found)) => Traces::Borrow(userfaults(found)?),
-            _ => return Err(PyValueError::new_err("traces are left, taken up or borrowed")),
+        let traces = match (leave, take_up, begin, borrow) {
+            (None, None, None, None) => Traces::Without,
+            (Some(found), None, None, None) => Traces::Leave(userfaults(found)?),
+            (None, Some(found), None, None) => Traces::TakeUp(userfaults(found)?),
+            (None, None, Some(found), None) => Traces::Begin(userfaults(found)?),
+            (None, None, None, Some(found)) => Traces::Borrow(userfaults(found)?),
+            _ => return Err(PyValueError::new_err("traces are left, taken up, begun or borrowed")),
         };
         let file = duplicate(fd).map_err(errors::kernel)?;
         let region = |(contents, page_size): (Contents<'_>, usize)| Region { source: contents.source(), page_size };
@@ -157,13 +159,18 @@ impl Saver {
         py.detach(|| self.with(|saver| saver.leaves_traces()))
     }
 
-    #[pyo3(signature = (bring = None))]
-    fn prepare(&self, py: Python<'_>, bring: Option<Py<PyAny>>) -> PyResult<()> {
+    #[pyo3(signature = (bring = None, drain = None))]
+    fn prepare(&self, py: Python<'_>, bring: Option<Py<PyAny>>, drain: Option<Py<PyAny>>) -> PyResult<()> {
         let bring = |region: usize, first: usize, count: usize| {
             let Some(call) = &bring else { return Ok(()) };
             Python::attach(|py| call.call1(py, (region, first, count))).map(drop).map_err(io::Error::other)
         };
-        py.detach(|| self.with(|saver| saver.prepare(&bring))).map_err(raised)
+        let drain = || {
+            let Some(call) = &drain else { return Ok(()) };
+            Python::attach(|py| call.call0(py)).map(drop).map_err(io::Error::other)
+        };
+        let prepare = || self.with(|saver| saver.prepare(&saver::Help { bring: &bring, drain: &drain }));
+        py.detach(prepare).map_err(raised)
     }
 
     fn begin(&self, py: Python<'_>) -> PyResult<f64> {

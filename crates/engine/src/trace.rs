@@ -195,6 +195,20 @@ impl Trace {
         Ok(trace)
     }
 
+    /// Puts traces on `segments`, which these userfaultfds are not registered with yet; they stay when this is dropped.
+    ///
+    /// # Errors
+    /// EBUSY where a segment is traced by another userfaultfd, ENOENT where none is given for its process; ESRCH.
+    pub fn begin_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
+        let begin = Instant::now();
+        let mut trace = Self::lent(segments, userfaults, |Segment { address, len, .. }, uffd| {
+            uffd.register(*address, *len, uapi::REGISTER_MODE_WP)?;
+            uffd.write_protect(*address, *len, true)
+        })?;
+        trace.install = begin.elapsed();
+        Ok(trace)
+    }
+
     /// Traces by userfaultfds that are somebody else's, after `each` segment has been seen to.
     fn lent(
         segments: Vec<Segment>,

@@ -49,6 +49,7 @@ class RestoredArena(Arena):
         on_pause: Callback | None = None,
         on_resume: Callback | None = None,
         on_moved: Callback | None = None,
+        direct_io: bool = True,
     ) -> Self:
         """See `restore`."""
         size = _size(image)
@@ -61,6 +62,7 @@ class RestoredArena(Arena):
                 on_pause=on_pause,
                 on_resume=on_resume,
                 on_moved=on_moved,
+                direct_io=direct_io,
                 private=True,
             )
             self.large_pages_by = large_pages_by
@@ -128,6 +130,7 @@ def restore(
     on_pause: Callback | None = None,
     on_resume: Callback | None = None,
     on_moved: Callback | None = None,
+    direct_io: bool = True,
 ) -> RestoredArena:
     """An arena with the contents of an image, usable at once: what is touched is read first, the rest meanwhile.
 
@@ -147,6 +150,7 @@ def restore(
         on_pause=on_pause,
         on_resume=on_resume,
         on_moved=on_moved,
+        direct_io=direct_io,
     )
 
 

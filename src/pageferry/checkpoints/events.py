@@ -103,6 +103,10 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     """Pages that the trace reported as written, counted once a round."""
     rounds: int
     """Rounds in which they were saved before the pause."""
+    drains: int = 0
+    """Short pauses before those rounds, in which direct I/O ended."""
+    drain_time: float = 0.0
+    """Milliseconds that the workload was paused for them."""
     mode: Mode
     codec: Codec
     total_time: float

@@ -9,6 +9,8 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.base import SMALL_PAGE, Workload, stays_paused
+from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
@@ -33,6 +36,8 @@ PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
 
 T = TypeVar("T")
+
+log = getLogger(__name__)
 
 
 async def checkpoint(
@@ -80,6 +85,7 @@ class Save:
         self.hold: Hold | None = None
         """Of a workload whose memory is still coming."""
         self.tracking: Tracking | None = None
+        self.drains: Drains | None = None
         self.tracked = False
         self.means: Means = "none"
         self.note = ""
@@ -125,12 +131,16 @@ class Save:
         if isinstance(self.workload, ProcessWorkload):
             self.memory = self.workload.memory()
         else:
+            pinned = await self._heed_registered_buffers()
             if self.options.mode == "lazy":
                 self.hold = await holding.held(self.workload)
             else:
                 await settled(self.workload, traces=False)
             self.memory = Memory(self.workload)
+            self.drains = Drains(self.workload)
             self.tracking = Tracking(self.workload, self.memory, self.parent, self.options, self.hold)
+            self.tracking.pinned = pinned
+            self.tracking.direct_io = await self.workload.does_direct_io()
             await self._native(self.tracking.take_up)
         self.large = await self._native(lambda: holding.large_units(self.memory, self.hold))
         self.present = self.memory.present() if self.hold is None else self.memory.size
@@ -175,6 +185,7 @@ class Save:
             with self._measure("downtime"):
                 await self._pause()
                 state = await self._save_state()
+                self._refuse_registered_buffers()
                 with self._measure("protect"):
                     self.saver.begin()  # here and now: a change of threads would take longer
                 await self._resume()
@@ -228,15 +239,43 @@ class Save:
 
     async def _prepare(self) -> None:
         """Where a trace tells what to save: rounds while the workload runs. What is still to come is brought first."""
-        hold, saver = self.hold, self.saver
+        hold, saver, loop = self.hold, self.saver, asyncio.get_running_loop()
+
+        def drain() -> None:
+            asyncio.run_coroutine_threadsafe(self._drain(), loop).result()
+
         if hold is None:
-            await self._native(saver.prepare)
+            await self._native(lambda: saver.prepare(drain=drain))
             return
         telling = asyncio.create_task(self._keep_telling())
         try:
-            await self._native(lambda: saver.prepare(_telling(hold)), cancel=hold.cancel)
+            await self._native(lambda: saver.prepare(_telling(hold), drain), cancel=hold.cancel)
         finally:
             telling.cancel()
+
+    async def _drain(self) -> None:
+        """A trace was installed or collected: before memory is read, wait for direct I/O that may be older."""
+        assert self.drains is not None
+        self.drains.due = True
+        await self.drains.drain_if_due()
+
+    async def _heed_registered_buffers(self) -> bool:
+        """Writes to memory that stays pinned are reported by no trace and stopped by no trap: save it paused."""
+        assert not isinstance(self.workload, ProcessWorkload)
+        regions = self.workload.regions
+        if not any(await self._native(lambda: registered_buffers(regions))):
+            return False
+        log.warning("%s is saved while paused: it has registered buffers with io_uring", self.workload.name)
+        self.options = replace(self.options, mode="stop", track=False)
+        return True
+
+    def _refuse_registered_buffers(self) -> None:
+        assert not isinstance(self.workload, ProcessWorkload)
+        if any(registered_buffers(self.workload.regions)):
+            raise WorkloadError(
+                f"{self.workload.name} has registered buffers in its memory with io_uring during the checkpoint: "
+                f"try again, or save it paused (--mode stop)"
+            )
 
     async def _keep_telling(self) -> None:
         while True:
@@ -357,6 +396,8 @@ class Save:
             paused=self.stays_paused,
             tracking=self.means,
             tracking_note=self.note,
+            drains=self.drains.count if self.drains is not None else 0,
+            drain_time=round(self.drains.seconds * 1e3, 3) if self.drains is not None else 0.0,
             tracked=self.tracked,
             written=stats["written"],
             rounds=stats["rounds"],

@@ -23,6 +23,7 @@ class Descriptors(TypedDict, total=False):
 
     leave: dict[int, int]
     take_up: dict[int, int]
+    begin: dict[int, int]
     borrow: dict[int, int]
 
 
@@ -40,6 +41,10 @@ class Tracking:
         self.means: Means = "none" if parent is None else "compare"
         self.note = ""
         self._hold = hold
+        self.direct_io = False
+        """The workload does direct I/O."""
+        self.pinned = False
+        """Memory stays pinned: no trace reports what is written there."""
         self._ours: dict[int, int] = {}
 
     def take_up(self) -> None:
@@ -47,6 +52,8 @@ class Tracking:
         if self._hold is not None:
             self.note = "its memory was still coming"
             self.leaves = False  # a trace by the userfaultfd of a pager goes with the pager
+        elif self.pinned:
+            self.note = "buffers in its memory are registered with io_uring"
         elif self.parent is not None:
             try:
                 self._ours = following.take_up(self.workload, self.memory.segments, _identity(self.parent))
@@ -61,6 +68,7 @@ class Tracking:
         """The trace cannot be used after all."""
         self.note, self.means = why, "none" if self.parent is None else "compare"
         self._hold = None
+        self.leaves = self.leaves and not self.direct_io  # it would be begun in rounds again
         self._let_go()
         following.forget(self.workload)
 
@@ -74,7 +82,9 @@ class Tracking:
             return {}
         self._ours = following.begin(self.workload, self.memory.segments)
         fault_point("checkpoint.trace-begun")
-        return {"leave": self._ours}
+        # Pages can be pinned while a trap is exchanged for a trace, which reports neither the pin nor what follows: for
+        # a workload that does direct I/O the trace is on before anything is read.
+        return {"begin": self._ours} if self.direct_io else {"leave": self._ours}
 
     def finish(self, image: tuple[str, str] | None) -> bool:
         """The image (id, digest) is there, or there is none. Returns whether a trace tells what is written since."""

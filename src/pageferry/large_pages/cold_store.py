@@ -44,6 +44,7 @@ from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
 from pageferry.workloads import deferred
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
 from pageferry.workloads.deferred import Deferred, OwnImage
+from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.settling import settled
@@ -94,7 +95,7 @@ class _Plan:
     cold: dict[Unit, list[tuple[int, int]]]
     """Of each large page, in order: runs of cold pages of the region, as (first, end)."""
     kept: list[PageSet]
-    """Per region, cold pages that stay: they were not in memory when they should have been copied."""
+    """Per region, cold pages that stay: they are pinned, or were not in memory when they should have been copied."""
     broken: set[Unit] = field(default_factory=set)
     """Those of which something has been let go."""
 
@@ -154,7 +155,7 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
         )
         try:
             done = Stored()
-            await _drain(workload, trace, memory, done)
+            await _drain(workload, trace, memory, plan, done)
             image = await _write(workload, folder, memory, plan, record, place, codec)
             done.path, done.length = str(image.path), image.image.length
             done.equal = image.image.count(0, image.pages)[3]
@@ -256,13 +257,19 @@ def _resident(memory: Memory) -> int:
 # -- storing it
 
 
-async def _drain(workload: Workload, trace: Trace, memory: Memory, done: Stored) -> None:
-    """Let I/O end that had begun before the traces were there, which would not see what it writes."""
+async def _drain(workload: Workload, trace: Trace, memory: Memory, plan: _Plan, done: Stored) -> None:
+    """Let I/O end that had begun before the traces were there, which would not see what it writes.
+
+    What stays pinned, in buffers registered with io_uring, is kept; a buffer that is registered later is reported by
+    the traces as written.
+    """
     await workload.prepare_pause()
     begin = time.monotonic()
     try:
         await workload.pause()
         trace.collect(memory.page_sets())
+        for kept, pinned in zip(plan.kept, registered_buffers(memory.regions), strict=True):
+            kept.update(pinned)
     finally:
         await workload.resume()
     done.pauses, done.longest_pause = 1, time.monotonic() - begin

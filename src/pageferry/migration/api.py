@@ -115,6 +115,7 @@ async def receive(
     on_pause: Callback | None = None,
     on_resume: Callback | None = None,
     on_moved: Callback | None = None,
+    direct_io: bool = True,
     max_size: int | None = None,
     listening: Callable[[str], object] | None = None,
     patience: float = 30.0,
@@ -149,6 +150,7 @@ async def receive(
             on_pause=on_pause,
             on_resume=on_resume,
             on_moved=on_moved,
+            direct_io=direct_io,
             private=True,
         )
         received.append(arena)

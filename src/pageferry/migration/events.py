@@ -160,6 +160,19 @@ class PostcopyCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """How long they waited."""
 
 
+class DirectIo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Direct I/O of the workload: what was done so that none of its writes is missed (S2)."""
+
+    drains: int = 0
+    """Short pauses in which requests ended, while the workload ran; 0: it does no direct I/O."""
+    time: float = 0.0
+    """Milliseconds that the workload was paused for them."""
+    longest: float = 0.0
+    """Milliseconds."""
+    pinned_pages: int = 0
+    """Pages sent in the pause because they lie in buffers registered with io_uring."""
+
+
 class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     """The end of a migration. Times in milliseconds, sizes in bytes."""
 
@@ -190,6 +203,7 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     faults_after_resume: FaultCount | None
     """None: the destination did not say."""
     trace: TraceCount
+    direct_io: DirectIo = DirectIo()
     cpu_throttle_percentage: int = 0
     """The most CPU time that was taken from the workload while it was copied, per cent (auto-converge)."""
     postcopy_requests: int = 0

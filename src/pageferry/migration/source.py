@@ -41,6 +41,7 @@ from pageferry.migration.stopwatch import Stopwatch
 from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload, stays_paused
+from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold, large_units
 from pageferry.workloads.memory import Memory
 
@@ -86,8 +87,12 @@ class Source:
         self.round = 0
         self.barriers = 0
         self.collections = 0
+        self.drains = Drains(workload)
+        self.pinned = 0
+        """Pages sent in the pause because they lie in buffers that stay pinned."""
         self.touched = False
         """The workload has been paused, or prepared for it."""
+        self.paused = False
         self.committed = False
         self.stays_paused = False
         """Its user had paused the workload."""
@@ -191,6 +196,7 @@ class Source:
         else:
             trace = await off_loop(lambda: Trace(self.memory.segments, userfaults=hold.userfaults))
         self.trace, self.install_seconds = trace, trace.install_seconds
+        self.drains.due = True
 
     # -- copying while the workload runs
 
@@ -230,6 +236,16 @@ class Source:
                 self.rest = pages
                 return
 
+    async def _drain(self) -> None:
+        """I/O that had pinned pages before the last collection ends before those pages are read."""
+        await self.channel.during(self.drains.drain_if_due())
+
+    async def _pinned(self) -> list[PageSet]:
+        """Pages in buffers that stay pinned: the trace does not report when they are written."""
+        pinned = await off_loop(lambda: registered_buffers(self.memory.regions))
+        self.pinned = _count(pinned)
+        return pinned
+
     async def _tighten_throttle(self) -> None:
         assert self.throttle is not None
         if not await self.throttle.tighten():
@@ -253,12 +269,14 @@ class Source:
         dirty, trace = self.memory.page_sets(), self.trace
         await off_loop(lambda: trace.collect(dirty))
         self.collections += 1
+        self.drains.due = not self.paused
         for hot, new in zip(self.hot, dirty, strict=True):
             hot.update(new)
         return dirty
 
     async def _send_round(self, pages: list[PageSet]) -> list[PageSet]:
         """Send these pages. Returns those that were left, because it is time to switch over."""
+        await self._drain()
         self.round += 1
         left, started = [region.copy() for region in pages], time.perf_counter()
         progress = asyncio.create_task(telling.tell_progress(self, self.round, _count(pages)))
@@ -326,6 +344,7 @@ class Source:
         self.times.start("downtime")
         with self.times.measure("stop"):
             await self.workload.pause()
+        self.paused, self.drains.due = True, False  # the pause has waited for all I/O
         fault_point("source.paused")
         self._check_identity()
         state = await (self._name_rest() if self.postcopy else self._send_rest())
@@ -351,7 +370,7 @@ class Source:
             saving = asyncio.create_task(self._save_state())
             try:
                 with self.times.measure("last pages"):
-                    await self._send_round(await self._collect())
+                    await self._send_round(_union(await self._collect(), await self._pinned()))
             finally:
                 state = await saving
         # Saving the state may itself have written to memory (queues flushed by devices).
@@ -372,7 +391,7 @@ class Source:
             # Nothing but what has been freed since it was sent: that the destination must not keep.
             with self.times.measure("last pages"):
                 await self._send_portion(self.memory.page_sets())
-            self.rest = _union(await self._collect(), self.rest)
+            self.rest = _union(_union(await self._collect(), self.rest), await self._pinned())
         missing = await off_loop(lambda: self.memory.data_of(self.rest))
         await send_missing(self.channel, missing)
         fault_point("source.missing-sent")
@@ -382,6 +401,8 @@ class Source:
 
     async def _prepare_pause(self) -> None:
         """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
+        if any(self.rest) and not self.postcopy:
+            await self._drain()
         preparing = asyncio.create_task(self.workload.prepare_pause())
         try:
             if self.coming and self.hold is not None:

@@ -137,6 +137,12 @@ def result_of(source: Source, running: messages.Running) -> events.MigrationResu
             install_ms=_ms(source.install_seconds),
             released_units=source.released_units,
         ),
+        direct_io=events.DirectIo(
+            drains=source.drains.count,
+            time=_ms(source.drains.seconds),
+            longest=_ms(source.drains.longest),
+            pinned_pages=source.pinned,
+        ),
         postcopy_requests=source.service.requests if source.service else 0,
         postcopy=_postcopy_count(source),
     )

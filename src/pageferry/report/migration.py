@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.migration.events import (
+    DirectIo,
     LargePagesEvent,
     MigrationResult,
     PostcopyEvent,
@@ -101,6 +102,11 @@ def _is(paused: bool) -> str:
     return "is paused, as before," if paused else "runs"
 
 
+def _direct_io(direct: DirectIo) -> str:
+    drained = f"{direct.drains} short pauses, {ms(direct.time)} in all, {ms(direct.longest)} the longest"
+    return drained + (f"; {direct.pinned_pages:,} pinned pages" if direct.pinned_pages else "")
+
+
 def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     parts, large, populated = result.downtime_parts, result.large_pages, result.populated
     downtime = (
@@ -125,6 +131,8 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     ]
     if result.cpu_throttle_percentage:
         rows.append(("auto-converge", f"slowed down by up to {result.cpu_throttle_percentage} % while it was copied"))
+    if (direct := result.direct_io).drains or direct.pinned_pages:
+        rows.append(("direct I/O", _direct_io(direct)))
     if (late := result.postcopy) is not None:
         came = (
             f"{late.pages:,} pages in {ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} "

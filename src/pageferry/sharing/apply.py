@@ -21,6 +21,8 @@ from pageferry.sharing import ksm, ranges
 from pageferry.sharing.events import ApplyEvent
 from pageferry.sharing.ranges import Range
 from pageferry.sharing.scan import Findings, Place, Unit
+from pageferry.workloads.base import LARGE_PAGE, Workload
+from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.targets import Area, Target
 
 PAUSE = 0.01
@@ -120,6 +122,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         try:
             await workload.pause()
             # Not on a thread: nothing may resume the workload meanwhile.
+            left = _unpinned(workload, place, left)
             done, _ = free_zeros(mapping, left, PAUSE, waiting)
         finally:
             await workload.resume()
@@ -127,6 +130,13 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         applied.pauses += 1
         left = left[done:]
     applied.freed += (before - os.fstat(mapping.fileno()).st_blocks) * 512
+
+
+def _unpinned(workload: Workload, place: Place, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without units that hold a registered buffer: a device would write to the page that was punched out."""
+    assert place.region is not None
+    counts = registered_buffers(workload.regions)[place.region].unit_counts()
+    return [(start, length) for start, length in left if not counts[start // LARGE_PAGE]]
 
 
 def _within(area: Area, unit: Unit) -> Range:

@@ -62,6 +62,9 @@ class Arena(_engine.Mapping):
         on_resume: called to let it go on, here (the migration failed) or at the destination (it did not).
         on_moved: called when the arena runs elsewhere for good; `on_pause` was the last callback before. Not called for
             a received arena that never came to run here.
+        direct_io: whether the program may have data read into the arena past the page tables: O_DIRECT, io_uring,
+            RDMA. If so, `on_pause` must return after such requests have ended, and is also called, with `on_resume`
+            right after it, once in each round of a migration. False saves these short pauses.
 
     Callbacks are called in threads of pageferry's, one at a time. Between `on_pause` and `on_resume` a write to the
     arena is a write that the destination never sees. Without `on_pause` the caller of `migrate` promises that nothing
@@ -94,6 +97,7 @@ class Arena(_engine.Mapping):
         on_pause: Callback | None = None,
         on_resume: Callback | None = None,
         on_moved: Callback | None = None,
+        direct_io: bool = True,
     ) -> Self:
         size = _rounded(size)
         file, large_pages_by = memory_file(size, large_pages)
@@ -103,6 +107,7 @@ class Arena(_engine.Mapping):
             os.close(file)
         self.large_pages_by = large_pages_by
         self._begin(name, state, on_pause, on_resume, on_moved, received=False)
+        self.control.does_direct_io = direct_io
         return self
 
     @classmethod
@@ -116,6 +121,7 @@ class Arena(_engine.Mapping):
         on_pause: Callback | None = None,
         on_resume: Callback | None = None,
         on_moved: Callback | None = None,
+        direct_io: bool = True,
         paused: bool = True,
         private: bool = False,
     ) -> Self:
@@ -131,6 +137,7 @@ class Arena(_engine.Mapping):
         self.large_pages_by = "file"
         self._handed_out = not private
         self._begin(name, state, on_pause, on_resume, on_moved, received=paused)
+        self.control.does_direct_io = direct_io
         return self
 
     def _begin(

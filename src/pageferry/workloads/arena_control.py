@@ -39,6 +39,8 @@ class ArenaControl:
         self.on_abandoned: Callback | None = None
         """Called instead of `on_moved` when a received arena never came to run here."""
         self.has_run = has_run
+        self.does_direct_io = True
+        """The program may have the kernel or a device write to the arena through pages that it pins (O_DIRECT)."""
         self.save: Callable[[], bytes] = lambda: arena.received_state or b""
         self.load: Callable[[bytes], object] = self._keep_state
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
@@ -69,6 +71,11 @@ class ArenaControl:
     def pager(self) -> Pager | None:
         """Of an arena that is restored."""
         return self._arena.pager
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether direct I/O is possible, and there is a callback that waits for it."""
+        return self.does_direct_io and self.on_pause is not None
 
     def pause(self) -> None:
         """Call `on_pause`."""

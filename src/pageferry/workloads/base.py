@@ -103,8 +103,19 @@ class Workload(Protocol):
     async def prepare_pause(self) -> None:
         """Do what can be done while it runs to make the pause that follows short. Undone by `resume` and `close`."""
 
+    async def does_direct_io(self) -> bool:
+        """Whether devices or the kernel may write to the regions through pages that they pin. Raises as `drain`."""
+
+    async def drain(self) -> float | None:
+        """Wait until direct I/O that has begun before this call has ended; the workload runs afterwards, as before.
+
+        Return the seconds that it was paused for; None where there is no direct I/O and nothing was done. Raises
+        WorkloadError where a request does not end, UnsupportedError where a device keeps memory pinned. Neither leaves
+        the workload paused for longer than the request lasts.
+        """
+
     async def pause(self) -> None:
-        """Stop every thread that can touch the regions. Returns when none will touch them any more."""
+        """Stop every thread that can touch the regions. Returns when none will touch them any more, nor any device."""
 
     async def resume(self) -> None:
         """Let the workload run. Also called after a failed migration, when `save_state` has been called already.

@@ -75,6 +75,7 @@ class LedgerWorkload(LocalWorkload):
         control.save, control.load = self._save, self._load
         control.threads = lambda: {share.pid: share.tids for share in self._shares}
         control.report = self._report
+        control.does_direct_io = False
         control.details = {"workload": "ledger", "processes": processes}
         try:
             for _ in range(processes - 1):

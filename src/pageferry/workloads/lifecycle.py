@@ -26,6 +26,7 @@ from typing import Protocol
 from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.workloads.base import Faults, Identity, Region, Witness
+from pageferry.workloads.direct_io import pause_briefly
 
 
 class Status(StrEnum):
@@ -57,6 +58,10 @@ class Controlled(Protocol):
     @property
     def pager(self) -> Pager | None:
         """As of `LocalWorkload`."""
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether direct I/O into the memory is possible, and `pause` waits for it."""
 
     def pause(self) -> None:
         """As of `Workload`."""
@@ -194,6 +199,16 @@ class LocalWorkload:
 
     async def prepare_load(self) -> None:
         """Nothing: there is nobody to be told."""
+
+    async def does_direct_io(self) -> bool:
+        """As the program says; False without a pause callback, which could not wait for it."""
+        return self._lifecycle.workload.direct_io
+
+    async def drain(self) -> float | None:
+        """Run the workload's pause and resume callbacks, unless it does no direct I/O."""
+        if self._lifecycle.status is not Status.RUNNING or not self._lifecycle.workload.direct_io:
+            return None
+        return await pause_briefly(self)
 
     async def pause(self) -> None:
         """Run the workload's pause callback. Raises what it raises, after the resume callback."""

@@ -11,9 +11,10 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import msgspec
 
@@ -22,6 +23,7 @@ from pageferry.host import proc, processes, ram_files
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
 from pageferry.workloads import (
     qemu_command,
+    qemu_direct_io,
     qemu_disks,
     qemu_peer,
     qemu_prefault,
@@ -33,6 +35,7 @@ from pageferry.workloads import (
     qemu_state,
 )
 from pageferry.workloads.base import Faults, Identity, Region, Witness
+from pageferry.workloads.direct_io import DRAIN_TIMEOUT, PAUSE_TIMEOUT
 from pageferry.workloads.qemu_control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu_machine import Machine
 from pageferry.workloads.qemu_prefault import VirtualMachine
@@ -52,6 +55,8 @@ MIGRATED = "postmigrate"
 MAY_RUN = "it may run elsewhere; if it does not, QMP cont resumes it"
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class QemuWorkload:
@@ -221,14 +226,9 @@ class QemuWorkload:
 
         Raises UnsupportedError where QEMU cannot save its state alone, WorkloadError.
         """
-        monitor = await self._control.hold()
-        self._control.have_will()
-        known = self._control.prepared
-        if await self._control.note_status(monitor) == MIGRATED and not known:
-            log.warning("%s was paused by QEMU's own migration, which pageferry did not start: %s", self.name, MAY_RUN)
-        self._seen.ran = self._seen.ran or not self._control.stays_paused
-        await qemu_refused.refuse_running(monitor)  # devices may have been added since
-        await self._control.prepare_state(monitor)
+        await self._prepare_pause()
+        files = await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name)
+        await qemu_direct_io.await_requests(self.pid, files, self.name)
 
     async def pause(self) -> None:
         """Stop the vCPUs (QMP `stop`), and find out what the guest and its machine are now.
@@ -238,13 +238,34 @@ class QemuWorkload:
 
         Raises WorkloadError if the guest has ended since the last look and cannot run again without a reset.
         """
-        await self.prepare_pause()
+        await self._prepare_pause()
         monitor = await self._control.hold()
         self._control.bequeath_as_before()
-        ran = await self._seen.stop(monitor)
+        ran = await self._bounded(self._seen.stop(monitor), PAUSE_TIMEOUT)
         self._control.stays_paused = not ran
         self._control.bequeath_as_before()
         self._seen.check_not_ended(ran)
+        qemu_direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
+
+    async def does_direct_io(self) -> bool:
+        """Whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError, WorkloadDied."""
+        return bool(await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name))
+
+    async def drain(self) -> float | None:
+        """Wait for the requests of disks that write to guest memory directly, in a short pause (`stop`, `cont`).
+
+        The only command of QEMU that is documented to wait for all requests is `stop`. A guardian lets the guest run
+        if this process exits meanwhile.
+        """
+        files = await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name)
+        async with self._control.session() as monitor:
+            await qemu_refused.refuse_running(monitor)
+            if not files:
+                return None
+            if not (await monitor.execute("query-status"))["running"]:
+                return 0.0
+            await qemu_direct_io.await_requests(self.pid, files, self.name)
+            return await self._to_the_end(self._stop_briefly(monitor))
 
     async def commit(self, witness: Witness | None = None) -> None:
         """The guest may run elsewhere from now on: it stays paused, even if this process dies.
@@ -270,6 +291,9 @@ class QemuWorkload:
 
         Raises WorkloadError where it does not run then; WorkloadDied, with `never_ran` where it cannot have heard this.
         """
+        if self._control.given_up:
+            log.warning("%s is paused until its disks answer; a guardian process resumes it then", self.name)
+            return
         monitor = await self._control.hold()
         if monitor.hung_up:  # nobody has been told to run it, and nobody is left who could
             raise WorkloadDied(
@@ -423,6 +447,52 @@ class QemuWorkload:
         self._folder.release()
 
     # -- the monitor ---------------------------------------------------------------------------------------------------
+
+    async def _prepare_pause(self) -> None:
+        monitor = await self._control.hold()
+        self._control.have_will()
+        known = self._control.prepared
+        if await self._control.note_status(monitor) == MIGRATED and not known:
+            log.warning("%s was paused by QEMU's own migration, which pageferry did not start: %s", self.name, MAY_RUN)
+        self._seen.ran = self._seen.ran or not self._control.stays_paused
+        await qemu_refused.refuse_running(monitor)  # devices may have been added since
+        await self._control.prepare_state(monitor)
+
+    async def _stop_briefly(self, monitor: Monitor) -> float:
+        """Stop the guest and continue it; the seconds between. A guest that another client has paused stays so."""
+        self._control.have_will()
+        self._control.bequeath([{"execute": "cont"}, *self._control.undo])
+        started, ran = time.perf_counter(), True
+        try:
+            with monitor.events("STOP") as stopped:
+                await self._bounded(monitor.execute("stop"), DRAIN_TIMEOUT)
+                ran = not stopped.empty()
+        finally:
+            if not self._control.given_up:
+                if ran:
+                    await self._continue(monitor)
+                self._control.bequeath(self._control.undo)
+        return time.perf_counter() - started
+
+    async def _bounded(self, stopping: Coroutine[Any, Any, T], timeout: float) -> T:
+        """A call that waits for all requests of the guest to its disks (QMP `stop`), and cannot be cut short."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await stopping
+        except TimeoutError as late:
+            self._control.give_up()
+            files = await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name)
+            disks = ", ".join(sorted(set(files.values()))) or "its disks"
+            raise WorkloadError(f"{qemu_direct_io.slow(self.name, disks, timeout)}. Until then it is paused") from late
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, float]) -> float:
+        """A cancellation waits until the guest runs again."""
+        task = asyncio.ensure_future(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait((task,))
+            raise
 
     async def _continue(self, monitor: Monitor) -> None:
         with monitor.events("RESUME") as resumed:

@@ -44,6 +44,8 @@ class QemuControl:
         """The guest did not run to begin with, and is left so."""
         self.disks_released = False
         """The disks of a guest that stays paused are to be locked again before it is left: no `cont` does that."""
+        self.given_up = False
+        """QEMU does not answer a command that we do not wait for any more; the guardian carries the will out."""
         self._name = name
         self._qmp_socket = qmp_socket
         self._held: Monitor | None = None
@@ -51,6 +53,16 @@ class QemuControl:
         self._undo: list[Command] | None = None
         """Commands that put QEMU's migration settings back; None while they are the user's."""
         self._settling: asyncio.Task[None] | None = None
+
+    @property
+    def undo(self) -> list[Command]:
+        """Commands that put QEMU's migration settings back."""
+        return self._undo or []
+
+    def give_up(self) -> None:
+        """Leave a QEMU that does not answer to the guardian, which carries the will out when it does."""
+        self.given_up = True
+        self.abandon()
 
     @property
     def guardian(self) -> int | None:

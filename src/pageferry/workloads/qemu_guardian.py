@@ -15,8 +15,8 @@ import sys
 import time
 from typing import IO, Any
 
-PATIENCE = 60.0
-"""Seconds to try for: the monitor may still be busy with whoever has it."""
+PATIENCE = 86400.0
+"""Seconds to try for: QEMU does not answer while it waits for a disk, or another client has the monitor."""
 
 _MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling"})
 

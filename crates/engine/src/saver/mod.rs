@@ -52,6 +52,7 @@ use area::Copied;
 use classify::{Classified, Classifier};
 use follow::Follow;
 use output::Written;
+pub use rounds::Help;
 use rounds::Rounds;
 use shared::Shared;
 pub use shared::Stats;
@@ -128,6 +129,9 @@ pub enum Traces {
     Leave(Userfaults),
     /// By these, on since the parent was saved, and from this instant on for the next.
     TakeUp(Userfaults),
+    /// By these, which are put on now, and stay on from this instant on: for workloads that do direct I/O, which could
+    /// pin a page while a synchronous trap is exchanged for a trace.
+    Begin(Userfaults),
     /// By these, which are those of a pager that is held: contents are still to come, and it stays so.
     Borrow(Userfaults),
 }
@@ -170,7 +174,7 @@ impl Saver {
     ///
     /// Without segments nothing is protected: then the workload must stay paused until the end.
     ///
-    /// With traces that are taken up, or borrowed, [`prepare`](Self::prepare) comes first.
+    /// With traces that are taken up, begun or borrowed, [`prepare`](Self::prepare) comes first.
     ///
     /// # Errors
     /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
@@ -189,13 +193,17 @@ impl Saver {
         let areas = area::areas(regions, options.trap_block);
         let slot = areas.iter().map(|area| area.trap_block).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
-        let leaves = matches!(traces, Traces::TakeUp(_));
-        if leaves && parent.is_none() {
+        let leaves = matches!(traces, Traces::TakeUp(_) | Traces::Begin(_));
+        let as_parent = matches!(traces, Traces::TakeUp(_));
+        if as_parent && parent.is_none() {
             return Err(SaveError::Untraceable("there is no parent"));
         }
         let (armed, follow, trace) = match traces {
             Traces::Without => (traps::register(segments)?, None, None),
             Traces::Leave(userfaults) => (traps::register(segments)?, Some(Follow::new(userfaults, areas.len())), None),
+            Traces::Begin(userfaults) => {
+                (Vec::new(), None, Some(Trace::begin_on(segments, &userfaults).map_err(trouble)?))
+            }
             Traces::Borrow(userfaults) => {
                 (Vec::new(), None, Some(Trace::put_on(segments, &userfaults).map_err(trouble)?))
             }
@@ -221,8 +229,8 @@ impl Saver {
         };
         let begin = Instant::now();
         if let Some(trace) = trace {
-            let since = parent.clone().filter(|_| leaves);
-            let slots = saver.spawn(image, parent, Pages::InRounds { as_parent: leaves }, options)?;
+            let since = parent.clone().filter(|_| as_parent);
+            let slots = saver.spawn(image, parent, Pages::InRounds { as_parent }, options)?;
             saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots, options.at_instant));
         } else {
             saver.spawn(image, parent, Pages::Swept, options)?;
@@ -233,12 +241,11 @@ impl Saver {
     }
 
     /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else
-    /// there is nothing to be done. `bring` has pages of a region, (region, first, count), in memory before they are
-    /// read.
-    pub fn prepare(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
+    /// there is nothing to be done.
+    pub fn prepare(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
         let begin = Instant::now();
         if let Some(rounds) = &mut self.rounds {
-            rounds.run(bring)?;
+            rounds.run(help)?;
         }
         self.arm_time += begin.elapsed();
         Ok(())

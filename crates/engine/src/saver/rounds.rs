@@ -6,6 +6,9 @@
 //! is reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next
 //! one's.
 //!
+//! A device that has pinned a page writes to it whatever is protected: between a collection and the reading of its pages
+//! such I/O has to end (docs/decisions/0012).
+//!
 //! A page that is discarded, and read again, is not reported: but it has nothing but zeros, or is not there, where the
 //! parent has something. All pages are looked at for that, mostly at one word each; and while that is worth something
 //! the file tells of discards.
@@ -49,6 +52,17 @@ pub(super) struct Rounds {
     saved: Vec<PageSet>,
     present: Vec<PageSet>,
     ready: bool,
+    /// Direct I/O may be in flight that pinned pages before the last collection: it ends before they are read.
+    due: bool,
+}
+
+/// What rounds need of their caller while the workload runs.
+#[expect(missing_debug_implementations, reason = "closures")]
+pub struct Help<'a> {
+    /// Has pages of a region, (region, first, count), in memory before they are read.
+    pub bring: &'a dyn Fn(usize, usize, usize) -> io::Result<()>,
+    /// Returns when direct I/O into the memory that had begun before the call has ended.
+    pub drain: &'a dyn Fn() -> io::Result<()>,
 }
 
 impl Rounds {
@@ -61,19 +75,21 @@ impl Rounds {
     ) -> Self {
         let empty = || shared.areas.iter().map(|area| PageSet::new(area.source.pages())).collect::<Vec<_>>();
         let (dirty, saved, present) = (empty(), empty(), empty());
-        Self { shared, trace, slots, most: most / SMALL_PAGE, since, dirty, saved, present, ready: false }
+        let due = since.is_none(); // the trace has just been installed
+        Self { shared, trace, slots, most: most / SMALL_PAGE, since, dirty, saved, present, ready: false, due }
     }
 
     /// While the workload runs: saves until little enough is left.
-    pub(super) fn run(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
+    pub(super) fn run(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
         if self.since.is_none() {
-            self.save_all(bring)?;
+            self.save_all(help)?;
         }
         self.collect()?;
         for _ in 0..ATTEMPTS {
             self.look()?;
             let mut left = self.count();
             while left > self.most {
+                self.drain(help)?;
                 self.save(false)?;
                 self.collect()?;
                 self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
@@ -101,6 +117,7 @@ impl Rounds {
         if !self.ready {
             return Err(SaveError::Memory(io::Error::other("the instant comes after `prepare`")));
         }
+        // The pause has waited for all direct I/O.
         self.collect()?;
         self.save(true)?;
         if self.discarded()? {
@@ -120,6 +137,7 @@ impl Rounds {
             Some(libc::ESRCH) => SaveError::Gone,
             _ => SaveError::Memory(error),
         })?;
+        self.due = true;
         self.shared.stats.written.fetch_add((self.count() - before) as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -128,14 +146,22 @@ impl Rounds {
         self.dirty.iter().map(PageSet::count).sum()
     }
 
+    fn drain(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
+        if std::mem::take(&mut self.due) {
+            (help.drain)().map_err(SaveError::Bring)?;
+        }
+        Ok(())
+    }
+
     /// The first round, of everything, as it comes.
-    fn save_all(&mut self, bring: &dyn Fn(usize, usize, usize) -> io::Result<()>) -> Result<(), SaveError> {
+    fn save_all(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
+        self.drain(help)?;
         for region in 0..self.shared.areas.len() {
             let area = &self.shared.areas[region];
             let (pages, hugetlb) = (area.source.pages(), area.hugetlb);
             for first in (0..pages).step_by(PORTION) {
                 let end = pages.min(first + PORTION);
-                bring(region, first, end - first).map_err(SaveError::Bring)?;
+                (help.bring)(region, first, end - first).map_err(SaveError::Bring)?;
                 let (from, to) = (first * SMALL_PAGE, end * SMALL_PAGE);
                 let source = &self.shared.areas[region].source;
                 let found = if hugetlb { source.data_ranges() } else { source.data_within(from, to) };

@@ -14,6 +14,7 @@ import msgspec
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.base import Faults, Identity, Region, Segment, Witness
 from pageferry.workloads.control import messages as wire
+from pageferry.workloads.direct_io import pause_briefly
 from pageferry.workloads.lifecycle import Status
 
 PATIENCE = 60.0
@@ -41,6 +42,7 @@ class RemoteArena:
             raise
         self.name = description.name
         self.pid = description.pid
+        self._direct_io = description.direct_io
         self._identity = Identity(description.kind, description.name, dict(description.details))
         self.regions = tuple(_region(*pair) for pair in zip(description.regions, files, strict=True))
 
@@ -73,6 +75,16 @@ class RemoteArena:
 
     async def prepare_load(self) -> None:
         """Nothing: the program is asked when there is a state."""
+
+    async def does_direct_io(self) -> bool:
+        """As the program says."""
+        return self._direct_io
+
+    async def drain(self) -> float | None:
+        """Run the program's pause and resume callbacks, unless it does no direct I/O into the arena."""
+        if not self._direct_io or not await self.running():
+            return None
+        return await pause_briefly(self)
 
     async def pause(self) -> None:
         """Have the program stop everything that writes. It runs on if we go away before `commit`."""

@@ -65,6 +65,8 @@ class Description(Message):
     name: str
     details: dict[str, str | int | bool]
     regions: Annotated[list[RegionInfo], Meta(max_length=MAX_REGIONS)]
+    direct_io: bool = True
+    """Whether direct I/O into the memory is possible, and Pause waits for it."""
 
 
 class Pause(Message):

@@ -169,6 +169,7 @@ class _Session:
             kind=identity.kind,
             name=identity.name,
             details=identity.details,
+            direct_io=workload.direct_io,
             regions=[
                 wire.RegionInfo(
                     region.name,

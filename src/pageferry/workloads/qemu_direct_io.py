@@ -1,0 +1,158 @@
+"""Direct I/O of QEMU guests: which disks do it, how long their requests have been in flight, and what is refused.
+
+What QEMU has open says it: files opened with O_DIRECT, block devices (their requests may be SG_IO), and files of file
+systems that read past the page cache whatever they are asked. QEMU's `stop` waits for all requests (`bdrv_drain_all`),
+and cannot be cut short. So requests are watched first: one that stays in flight is named, and the guest runs on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host import proc
+from pageferry.workloads.direct_io import DRAIN_TIMEOUT
+
+_SETTLE = 0.02
+"""Seconds between two looks at the requests in flight."""
+
+_PAGE_CACHE = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0xF2F52010,  # f2fs
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        0x958458F6,  # hugetlbfs
+        0x4D44,  # vfat
+        0x9660,  # isofs
+        0x73717368,  # squashfs
+        0x6969,  # nfs
+    }
+)
+"""File systems (statfs f_type) whose buffered reads copy from the page cache. Of all others it is not known."""
+
+_PINNED_FOR_GOOD = ("/dev/vfio/", "/dev/vhost-vdpa", "/dev/vhost-scsi", "/dev/infiniband/", "/dev/iommu")
+"""Devices that write to guest memory at any time, through pages that stay pinned; `qemu_refused` asks QEMU."""
+
+_PASSTHROUGH = ("/dev/sg", "/dev/bsg/", "/dev/ng")
+"""Character devices whose requests pin the memory that they transfer to."""
+_IO_CALLS = frozenset({"0", "1", "17", "18", "19", "20", "295", "296", "327", "328", "74", "75", "16"})
+"""read, write, pread, pwrite, readv, writev, preadv, pwritev, preadv2, pwritev2, fsync, fdatasync, ioctl (x86-64)."""
+
+_SWITCHES = (b"voluntary_ctxt_switches:", b"nonvoluntary_ctxt_switches:")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def direct_files(pid: int, name: str) -> dict[int, str]:
+    """What a QEMU may read past the page cache, by descriptor: path.
+
+    Raises as `refuse_pinning`.
+    """
+    refuse_pinning(pid, name)
+    found = {}
+    for number, path in _open_files(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # closed meanwhile
+            if _reads_directly(pid, number, path):
+                found[number] = path
+    return found
+
+
+def refuse_pinning(pid: int, name: str) -> None:
+    """Raises UnsupportedError for devices that keep guest memory pinned, WorkloadDied, WorkloadError."""
+    for _, path in _open_files(pid):
+        if path.startswith(_PINNED_FOR_GOOD):
+            raise UnsupportedError(
+                f"{name} has {path} open, a device that writes to guest memory without a trace: remove it first"
+            )
+
+
+async def await_requests(pid: int, files: dict[int, str], name: str, timeout: float = DRAIN_TIMEOUT) -> None:
+    """Wait until no request to these files has been in flight for longer than a moment; the guest runs.
+
+    Only requests of QEMU's threads are seen (`aio=threads`). Raises WorkloadError, naming the file, for one that lasts
+    longer than `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    before = _requests(pid, files)
+    while before:
+        await asyncio.sleep(_SETTLE)
+        now = _requests(pid, files)
+        if not (lasting := before & now):
+            return
+        if time.monotonic() > deadline:
+            path = files[next(iter(lasting))[2]]
+            raise WorkloadError(slow(name, path, timeout))
+        before = lasting
+
+
+def slow(name: str, path: str, timeout: float) -> str:
+    """Message about requests that do not end."""
+    return (
+        f"{name}: a request to {path} has been in flight for more than {timeout:g} s, and memory cannot be copied "
+        f"while it is; try again when the disk answers"
+    )
+
+
+def _open_files(pid: int) -> Iterator[tuple[int, str]]:
+    folder = Path(f"/proc/{pid}/fd")
+    try:
+        numbers = os.listdir(folder)
+    except (FileNotFoundError, ProcessLookupError) as ended:
+        raise WorkloadDied(f"process {pid} has ended") from ended
+    except PermissionError as denied:
+        raise WorkloadError(f"cannot list the files of process {pid}: permission denied; run as root") from denied
+    for number in numbers:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield int(number), os.readlink(folder / number)
+
+
+def _reads_directly(pid: int, number: int, path: str) -> bool:
+    mode = os.stat(f"/proc/{pid}/fd/{number}").st_mode
+    if stat.S_ISCHR(mode):
+        return path.startswith(_PASSTHROUGH)
+    if not stat.S_ISREG(mode):
+        return stat.S_ISBLK(mode)
+    flags = _flags(pid, number)
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        return False
+    return bool(flags & os.O_DIRECT) or _file_system(f"/proc/{pid}/fd/{number}") not in _PAGE_CACHE
+
+
+def _flags(pid: int, number: int) -> int:
+    text = Path(f"/proc/{pid}/fdinfo/{number}").read_bytes()
+    return next(int(line.split()[1], 8) for line in text.split(b"\n") if line.startswith(b"flags:"))
+
+
+def _file_system(path: str) -> int | None:
+    """The f_type of statfs(2); None where it cannot be read."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), buffer):
+        return None
+    return int.from_bytes(buffer.raw[:4], "little")
+
+
+def _requests(pid: int, files: dict[int, str]) -> set[tuple[int, int, int]]:
+    """(thread, number of its context switches, descriptor) of the I/O calls on these files that wait just now."""
+    found = set()
+    for thread in proc.threads(pid):
+        folder = Path(f"/proc/{pid}/task/{thread}")
+        with suppress(OSError):  # it has ended, or may not be looked at
+            words = (folder / "syscall").read_text().split()
+            if len(words) > 1 and words[0] in _IO_CALLS and (number := int(words[1], 16)) in files:
+                found.add((thread, _switches(folder), number))
+    return found
+
+
+def _switches(folder: Path) -> int:
+    lines = (folder / "status").read_bytes().split(b"\n")
+    return sum(int(line.split()[1]) for line in lines if line.startswith(_SWITCHES))

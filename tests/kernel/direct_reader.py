@@ -1,0 +1,95 @@
+"""A program with an arena into which a thread reads from a disk, past all page tables.
+
+`source NAME DISK MEANS`: on `read` it reads 64 KiB at 1 MiB of the disk, by MEANS: `thread` (O_DIRECT), `ring`
+(io_uring), `fixed` (io_uring, into a registered buffer). `on_pause` waits until no read is in flight.
+On `look` it says whether the buffer holds what the disk does, `fresh` or `stale`; on `clear` it fills it with zeros.
+`destination`: receives an arena, and looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+
+import pageferry
+from tests.slow_disk import HELD, contents
+from tests.uring import Ring
+
+SIZE = 8 << 20
+AT, LENGTH = 1 << 20, 64 << 10
+"""Of the buffer in the arena."""
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Reader:
+    def __init__(self, name: str, disk: str, means: str) -> None:
+        self.idle = threading.Condition()
+        self.reading = False
+        self.paused = False
+        self.arena = pageferry.Arena(SIZE, name, on_pause=self.pause, on_resume=self.resume)
+        view = memoryview(self.arena)
+        view[:] = b"S" * SIZE
+        self.target = view[AT : AT + LENGTH]
+        self.means = means
+        self.file = os.open(disk, os.O_RDONLY | os.O_DIRECT)
+        self.ring = Ring() if means != "thread" else None
+        if self.ring is not None and means == "fixed":
+            self.ring.register(self.arena.address + AT, LENGTH)
+
+    def start(self) -> None:
+        with self.idle:
+            self.idle.wait_for(lambda: not self.paused)
+            self.reading = True
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        if self.ring is None:
+            got = os.preadv(self.file, [self.target], HELD)
+        else:
+            got = self.ring.read(self.file, self.arena.address + AT, LENGTH, HELD, fixed=self.means == "fixed")
+        with self.idle:
+            self.reading = False
+            self.idle.notify_all()
+        say(f"read {got}")
+
+    def pause(self) -> None:
+        with self.idle:
+            self.paused = True
+            self.idle.wait_for(lambda: not self.reading)
+
+    def resume(self) -> None:
+        with self.idle:
+            self.paused = False
+            self.idle.notify_all()
+
+
+def is_fresh(memory: memoryview) -> str:
+    return "fresh" if memory[AT : AT + LENGTH] == contents(HELD, LENGTH) else "stale"
+
+
+def source(name: str, disk: str, means: str) -> None:
+    reader = Reader(name, disk, means)
+    say("ready")
+    for line in sys.stdin:
+        match line.strip():
+            case "read":
+                reader.start()
+            case "clear":
+                reader.target[:] = bytes(LENGTH)
+                say("cleared")
+            case "look":
+                say(is_fresh(memoryview(reader.arena)))
+
+
+async def destination() -> None:
+    arena = await pageferry.receive("127.0.0.1:0", listening=lambda address: say(address))
+    say(is_fresh(memoryview(arena)))
+
+
+if __name__ == "__main__":
+    source(*sys.argv[2:]) if sys.argv[1] == "source" else asyncio.run(destination())

@@ -1,0 +1,189 @@
+"""Arenas into which the kernel reads through pinned pages: no read is lost, whenever it began and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pageferry
+from pageferry.checkpoints.events import CheckpointResult
+from pageferry.checkpoints.image import ImageFile
+from pageferry.workloads.opening import open_workload
+from tests.kernel import moving
+from tests.kernel.direct_reader import AT, LENGTH
+from tests.kernel.programs import Program
+from tests.slow_disk import HELD, SlowDisk, contents, slow_disk
+
+pytestmark = pytest.mark.usefixtures("root")
+
+READER = "tests.kernel.direct_reader"
+MEANS = ["thread", "ring", "fixed"]
+
+
+@contextmanager
+def reading(tmp_path: Path, means: str) -> Iterator[tuple[Program, SlowDisk]]:
+    """A program with the arena `here`."""
+    with (
+        slow_disk(tmp_path / "mounted") as disk,
+        Program("-m", READER, "source", "here", str(disk.path), means) as program,
+    ):
+        assert program.line() == "ready"
+        yield program, disk
+
+
+def begin(program: Program, disk: SlowDisk) -> None:
+    """Have it read, and wait until the disk has the request."""
+    program.say("read")
+    disk.held()
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_a_read_that_begins_before_the_trace_is_there(tmp_path: Path, means: str) -> None:
+    with reading(tmp_path, means) as (program, disk), Program("-m", READER, "destination") as there:
+        begin(program, disk)
+        with moving.migrating("here", there.line()) as migration:
+            moving.until(migration, "setup")
+            time.sleep(0.5)
+            disk.answer()
+            result = moving.until(migration, "migration")
+            assert there.line() == "fresh"
+            assert result["direct-io"]["drains"] >= 1
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_a_read_that_begins_in_a_round(tmp_path: Path, means: str) -> None:
+    with reading(tmp_path, means) as (program, disk), Program("-m", READER, "destination") as there:
+        migration = moving.migrating("here", there.line(), fault="source.between-rounds=stop")
+        with migration:
+            moving.until(migration, "setup")
+            moving.stopped(migration)
+            begin(program, disk)
+            migration.process.send_signal(signal.SIGCONT)
+            time.sleep(0.5)
+            disk.answer()
+            moving.until(migration, "migration")
+            assert there.line() == "fresh"
+
+
+def test_a_read_into_a_registered_buffer_that_ends_before_the_pause(tmp_path: Path) -> None:
+    """The trace does not report it: the page was pinned long before."""
+    with reading(tmp_path, "fixed") as (program, disk), Program("-m", READER, "destination") as there:
+        migration = moving.migrating("here", there.line(), fault="source.between-rounds=stop")
+        with migration:
+            moving.until(migration, "setup")
+            moving.stopped(migration)
+            begin(program, disk)
+            disk.answer()
+            assert program.line().startswith("read ")
+            migration.process.send_signal(signal.SIGCONT)
+            result = moving.until(migration, "migration")
+            assert there.line() == "fresh"
+            assert result["direct-io"]["pinned-pages"] == 16
+
+
+def test_a_program_that_says_it_does_no_direct_io_is_paused_once(tmp_path: Path) -> None:
+    with moving.ledger("here") as program, moving.receiver("there") as there:
+        with moving.migrating("here", moving.address_of(there)) as migration:
+            assert moving.until(migration, "migration")["direct-io"]["drains"] == 0
+        assert moving.until(program, "ledger")["intact"]
+
+
+def saved(path: Path, after: Callable[[], None] | None = None, **options: Any) -> CheckpointResult:
+    """A checkpoint of the arena by this process; `after` is called half a second later."""
+
+    async def save() -> CheckpointResult:
+        arena = await open_workload("here")
+        try:
+            return await pageferry.checkpoint(arena, path, **options)
+        finally:
+            arena.close()
+
+    timer = threading.Timer(0.5, after) if after is not None else None
+    if timer is not None:
+        timer.start()
+    result = asyncio.run(save())
+    if timer is not None:
+        timer.join()
+    return result
+
+
+def buffer_in(path: Path) -> str:
+    image = ImageFile(path)
+    held = image.read(AT // 4096, LENGTH // 4096)
+    return "fresh" if held == contents(HELD, LENGTH) else "stale"
+
+
+@pytest.mark.parametrize("means", ["thread", "ring"])
+def test_a_checkpoint_in_rounds_while_a_read_is_in_flight(tmp_path: Path, means: str) -> None:
+    with reading(tmp_path, means) as (program, disk):
+        assert saved(tmp_path / "0", track=True).tracked
+        begin(program, disk)
+        result = saved(tmp_path / "1", disk.answer, parent=tmp_path / "0", at_instant=0)
+        assert (result.tracking, result.tracked) == ("trace", True), result.tracking_note
+        assert buffer_in(tmp_path / "1") == "fresh"
+        assert result.drains >= 1
+        after = saved(tmp_path / "2", parent=tmp_path / "1")
+        assert (after.tracking, buffer_in(tmp_path / "2")) == ("trace", "fresh")
+
+
+def test_a_first_checkpoint_with_a_trace_while_a_read_is_in_flight(tmp_path: Path) -> None:
+    with reading(tmp_path, "thread") as (program, disk):
+        begin(program, disk)
+        assert saved(tmp_path / "0", disk.answer, track=True).tracked
+        assert buffer_in(tmp_path / "0") == "fresh"
+
+
+def test_memory_that_stays_pinned_is_saved_while_it_is_paused(tmp_path: Path) -> None:
+    """By a chain: the trace since the parent does not report what was read into the registered buffer."""
+    with reading(tmp_path, "fixed") as (program, disk):
+        saved(tmp_path / "0", track=True)
+        begin(program, disk)
+        disk.answer()
+        assert program.line().startswith("read ")
+        result = saved(tmp_path / "1", parent=tmp_path / "0")
+        assert buffer_in(tmp_path / "1") == "fresh"
+        assert (result.mode, result.tracking, result.tracked) == ("stop", "compare", False)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_a_read_into_memory_that_is_being_reclaimed(tmp_path: Path, means: str) -> None:
+    with reading(tmp_path, means) as (program, disk):
+        if means != "fixed":  # in flight from before the first pause
+            begin(program, disk)
+        options = ("--sample", "100%", "--rounds", "1", "--budget", "0", "--window", "50ms")
+        timer = threading.Timer(0.5, disk.answer)
+        timer.start()
+        command("large-pages", "here", "--reclaim", "store", *options)
+        timer.join()
+        if means == "fixed":  # pinned for good: a read that begins afterwards
+            begin(program, disk)
+            disk.answer()
+        assert program.line().startswith("read ")
+        program.say("look")
+        assert program.line() == "fresh"
+
+
+def test_zeros_in_a_registered_buffer_stay(tmp_path: Path) -> None:
+    with reading(tmp_path, "fixed") as (program, disk):
+        program.say("clear")
+        assert program.line() == "cleared"
+        command("sharing", "here", "--apply", "--threshold", "1", "--break-hot")
+        begin(program, disk)
+        disk.answer()
+        assert program.line().startswith("read ")
+        program.say("look")
+        assert program.line() == "fresh"
+
+
+def command(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=60, capture_output=True)

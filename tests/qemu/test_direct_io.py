@@ -1,0 +1,207 @@
+"""Guests whose disk writes to memory past all page tables: no I/O in flight is lost, whenever it began and ended."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.host.registry import Registry
+from tests.guest import reader, travel
+from tests.guest.machines import GuestParts
+from tests.guest.travel import travelling
+from tests.kernel import moving
+from tests.kernel.programs import DEADLINE, Program, wait_until
+from tests.slow_disk import SlowDisk, slow_disk
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+class Reader:
+    """A guest that reads from a slow disk when it is told to; its serial line is a socket."""
+
+    def __init__(self, parts: GuestParts, folder: Path, disk: SlowDisk, options: str) -> None:
+        self._parts = parts
+        self._folder = folder
+        self._disk = disk
+        self._options = options
+        self._lines: dict[str, socket.socket] = {}
+        self._said: dict[str, str] = {}
+
+    def command(self, name: str) -> list[str]:
+        serial = ["-chardev", f"socket,id=s,path={self._path(name)},server=on,wait=off", "-serial", "chardev:s"]
+        drive = f"file={self._disk.path},format=raw,if=none,id=disk,file.locking=off,{self._options}"
+        disk = ["-drive", drive, "-device", "virtio-blk-pci,drive=disk,bootindex=0"]
+        return self._parts.bare("-m", "64M", *serial, *disk)
+
+    def start(self) -> None:
+        words = ["run", "here", "--detach", "--", *self.command("here")]
+        subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
+
+    def receiver(self) -> Program:
+        words = ["receive", "there", "--detach", "--output", "json", "--", *self.command("there")]
+        return Program("-m", "pageferry", *words)
+
+    def address_of(self, receiver: Program) -> str:
+        """Where it listens; what its guest prints is kept from now on."""
+        address = moving.address_of(receiver)
+        self._line("there")
+        return address
+
+    def reads(self, name: str = "here") -> None:
+        """Have it read, and wait until the disk has the request."""
+        self.say(name, b"r")
+        self._disk.held()
+
+    def say(self, name: str, byte: bytes) -> None:
+        self._line(name).sendall(byte)
+
+    def waits_for(self, name: str, text: str) -> None:
+        """Wait until it has printed this."""
+
+        def printed() -> bool:
+            return text in self.said(name)
+
+        wait_until(printed, f"{text!r} from {name}")
+
+    def said(self, name: str) -> str:
+        line = self._line(name)
+        try:
+            while data := line.recv(4096, socket.MSG_DONTWAIT):
+                self._said[name] = self._said.get(name, "") + data.decode()
+        except BlockingIOError:
+            pass
+        return self._said.get(name, "")
+
+    def verify(self, name: str) -> str:
+        """What it finds in its buffer: `fresh` or `stale`."""
+        before = self.said(name).count("\n")
+        self.say(name, b"v")
+        wait_until(lambda: self.said(name).count("\n") > before, f"a result from {name}")
+        return self.said(name).splitlines()[-1].split()[-1]
+
+    def end(self) -> None:
+        for line in self._lines.values():
+            line.close()
+        for name in list(Registry().entries()):
+            subprocess.run([sys.executable, "-m", "pageferry", "stop", "--kill", name], check=True, timeout=DEADLINE)
+
+    def _line(self, name: str) -> socket.socket:
+        if name not in self._lines:
+            self._lines[name] = socket.socket(socket.AF_UNIX)
+            self._lines[name].connect(str(self._path(name)))
+        return self._lines[name]
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.serial"
+
+
+OPTIONS = ["cache=none", "cache=none,aio=io_uring", "cache=none,aio=native", "cache=writeback"]
+"""The last without O_DIRECT: reads of this file system pin the reader's pages all the same."""
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextmanager
+def reading(parts: GuestParts, tmp_path: Path, options: str) -> Iterator[tuple[Reader, SlowDisk]]:
+    with slow_disk(tmp_path / "mounted", reader.boot_sector(tmp_path)) as disk:
+        guest = Reader(parts, tmp_path, disk, options)
+        try:
+            guest.start()
+            yield guest, disk
+        finally:
+            disk.delay(0)
+            guest.end()
+
+
+def migrate(address: str, *options: str, fault: str | None = None, **streams: Any) -> Program:
+    return moving.migrating("here", address, *options, fault=fault, **streams)
+
+
+def finish(migration: Program, there: Program) -> dict[str, Any]:
+    result = moving.until(migration, "migration")
+    assert migration.wait() == 0
+    assert there.json()["type"] == "received"
+    return result
+
+
+def test_a_read_that_begins_before_the_trace_is_there(parts: GuestParts, tmp_path: Path, options: str) -> None:
+    with reading(parts, tmp_path, options) as (guest, disk):
+        guest.reads()
+        with guest.receiver() as there, migrate(guest.address_of(there)) as migration:
+            moving.until(migration, "setup")
+            time.sleep(0.5)
+            disk.answer()
+            finish(migration, there)
+            assert guest.verify("there") == "fresh"
+
+
+def test_a_read_that_begins_in_a_round(parts: GuestParts, tmp_path: Path, options: str) -> None:
+    with reading(parts, tmp_path, options) as (guest, disk), guest.receiver() as there:
+        migration = migrate(guest.address_of(there), fault="source.between-rounds=stop")
+        with migration:
+            moving.until(migration, "setup")
+            moving.stopped(migration)
+            guest.reads()
+            migration.process.send_signal(signal.SIGCONT)
+            time.sleep(0.5)
+            disk.answer()
+            result = finish(migration, there)
+            assert guest.verify("there") == "fresh"
+            assert result["direct-io"]["drains"] >= 2
+
+
+def test_a_read_that_is_in_flight_at_the_switch_to_post_copy(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reading(newest_parts, tmp_path, "cache=none") as (guest, disk), guest.receiver() as there:
+        options = ("--mode", "hybrid", "--max-downtime", "0")
+        fault = "source.between-rounds=stop"
+        with migrate(guest.address_of(there), *options, fault=fault) as migration:
+            moving.until(migration, "setup")
+            moving.stopped(migration)
+            guest.reads()  # marked by the first collection, sent in round 2
+            migration.process.send_signal(signal.SIGCONT)
+            moving.until(migration, "round")
+            time.sleep(0.5)
+            switched = subprocess.run(
+                [sys.executable, "-m", "pageferry", "migrate", "here", "--switch"], timeout=DEADLINE
+            )
+            disk.answer()
+            assert switched.returncode == 0
+            finish(migration, there)
+            assert guest.verify("there") == "fresh"
+
+
+def test_a_disk_that_does_not_answer_ends_the_migration_by_name(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reading(newest_parts, tmp_path, "cache=none") as (guest, disk):
+        guest.reads()
+        with guest.receiver() as there:
+            with migrate(guest.address_of(there), stderr=subprocess.PIPE) as migration:
+                assert migration.wait() == 10
+                assert migration.process.stderr is not None
+                words = migration.process.stderr.read().decode()
+                migration.process.stderr.close()
+            assert f"a request to {disk.path} has been in flight for more than" in words
+            assert there.wait() != 0
+        assert travel.listed()["here"] == "running"  # it has never been paused for that disk
+        disk.answer()
+        guest.waits_for("here", "fresh")
+
+
+def test_a_guest_without_direct_io_is_never_drained(newest_parts: GuestParts, tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(8 << 20))
+    drive = f"file={image},format=raw,if=none,id=disk,cache=writeback"
+    options = ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+    with travelling(newest_parts, Path("/dev/shm"), *options, checker=None) as guest:
+        assert guest.move()["direct-io"] == {"drains": 0, "time": 0.0, "longest": 0.0, "pinned-pages": 0}

@@ -1,0 +1,27 @@
+"""Buffers registered with io_uring, as /proc/PID/fdinfo lists them: complete, or known to be incomplete."""
+
+from __future__ import annotations
+
+import pytest
+
+from pageferry.workloads.direct_io import parse_buffers
+
+HEAD = b"pos:\t0\nflags:\t02000002\nSqThread:\t-1\nUserFiles:\t0\n"
+TAIL = b"\nPollList:\nCqOverflowList:\n"
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (b"UserBufs:\t0", []),
+        (b"UserBufs:\t1\n    0: 0x7f0000001000/65536", [(0x7F0000001000, 65536)]),
+        (b"UserBufs:\t3\n    0: 0x1000/1\n    1: <none>\n   12: 0x5000/8192", [(0x1000, 1), (0x5000, 8192)]),
+    ],
+)
+def test_a_list_that_is_complete(listed: bytes, expected: list[tuple[int, int]]) -> None:
+    assert parse_buffers(HEAD + listed + TAIL) == expected
+
+
+@pytest.mark.parametrize("listed", [b"", b"UserBufs:\t1", b"UserBufs:\t2\n    0: 0x1000/1"])
+def test_a_list_that_the_kernel_has_left_out(listed: bytes) -> None:
+    assert parse_buffers(HEAD + listed + TAIL) is None
