@@ -46,6 +46,7 @@ class Program:
             "on_resume": self.resume,
             "on_moved": lambda: self.calls.append("moved"),
             "state": state,
+            "direct_io": False,
         }
 
     def load(self, state: bytes) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +16,17 @@ from typing import Any
 
 import pytest
 
+import pageferry
+from pageferry.checkpoints.events import CheckpointResult
+from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
+from pageferry.workloads.qemu import QemuWorkload
 from tests.guest import reader, travel
 from tests.guest.machines import GuestParts
 from tests.guest.travel import travelling
 from tests.kernel import moving
 from tests.kernel.programs import DEADLINE, Program, wait_until
-from tests.slow_disk import SlowDisk, slow_disk
+from tests.slow_disk import HELD, SlowDisk, contents, slow_disk
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -182,8 +188,12 @@ def test_a_read_that_is_in_flight_at_the_switch_to_post_copy(newest_parts: Guest
             assert guest.verify("there") == "fresh"
 
 
-def test_a_disk_that_does_not_answer_ends_the_migration_by_name(newest_parts: GuestParts, tmp_path: Path) -> None:
-    with reading(newest_parts, tmp_path, "cache=none") as (guest, disk):
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
+def test_a_disk_that_does_not_answer_ends_the_migration_by_name(
+    newest_parts: GuestParts, tmp_path: Path, seen: bool
+) -> None:
+    """Requests by io_uring cannot be seen from outside: for them the guest is stopped, and a guardian continues it."""
+    with reading(newest_parts, tmp_path, "cache=none" if seen else "cache=none,aio=io_uring") as (guest, disk):
         guest.reads()
         with guest.receiver() as there:
             with migrate(guest.address_of(there), stderr=subprocess.PIPE) as migration:
@@ -193,9 +203,37 @@ def test_a_disk_that_does_not_answer_ends_the_migration_by_name(newest_parts: Gu
                 migration.process.stderr.close()
             assert f"a request to {disk.path} has been in flight for more than" in words
             assert there.wait() != 0
-        assert travel.listed()["here"] == "running"  # it has never been paused for that disk
+        if seen:  # it has not been paused for that disk
+            assert travel.listed()["here"] == "running"
         disk.answer()
         guest.waits_for("here", "fresh")
+        wait_until(lambda: travel.listed()["here"] == "running", "that the guest runs")
+
+
+def test_a_checkpoint_in_rounds_while_a_read_is_in_flight(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reading(newest_parts, tmp_path, "cache=none") as (guest, disk):
+        assert saved(tmp_path / "0", track=True).tracked
+        guest.reads()
+        timer = threading.Timer(0.5, disk.answer)
+        timer.start()
+        result = saved(tmp_path / "1", parent=tmp_path / "0", at_instant=5 * 4096)
+        timer.join()
+        assert (result.tracking, result.tracked) == ("trace", True), result.tracking_note
+        assert result.rounds >= 1
+        pages = ImageFile(tmp_path / "1").read(reader.BUFFER // 4096, reader.LENGTH // 4096)
+        assert pages == contents(HELD, reader.LENGTH)
+        assert result.drains >= 1
+
+
+def saved(path: Path, **options: Any) -> CheckpointResult:
+    async def save() -> CheckpointResult:
+        guest = await QemuWorkload.attach("here")
+        try:
+            return await pageferry.checkpoint(guest, path, **options)
+        finally:
+            guest.close()
+
+    return asyncio.run(save())
 
 
 def test_a_guest_without_direct_io_is_never_drained(newest_parts: GuestParts, tmp_path: Path) -> None:
