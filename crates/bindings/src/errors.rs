@@ -39,7 +39,7 @@ pub fn adopt(error: AdoptError) -> PyErr {
         AdoptError::NotPermitted(_)
         | AdoptError::Traced(..)
         | AdoptError::Seccomp(_)
-        | AdoptError::UserModeOnly(_)
+        | AdoptError::NoFaults(..)
         | AdoptError::Code32(..)
         | AdoptError::Sequence(..) => PyPermissionError::new_err(message),
         AdoptError::Gone(_) => PyProcessLookupError::new_err(message),

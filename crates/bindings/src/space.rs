@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pager::{FEATURES, TRACE_FEATURES};
 use pageferry_engine::segment::Segment;
-use pageferry_engine::space;
+use pageferry_engine::space::{self, Faults};
 use pageferry_engine::trace::{self, Userfaults};
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 use pyo3::prelude::*;
@@ -43,12 +43,13 @@ impl Space {
     fn missing_faults(&self, py: Python<'_>, discards: bool) -> PyResult<(i32, Option<u64>)> {
         let features = FEATURES | if discards { FEATURE_EVENT_REMOVE } else { 0 };
         let (uffd, remote) =
-            py.detach(|| self.inner.kept_userfault(features, TRACE_FEATURES)).map_err(errors::adopt)?;
+            py.detach(|| self.inner.kept_userfault(features, TRACE_FEATURES, Faults::All)).map_err(errors::adopt)?;
         Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
     }
 
     fn write_traces(&self, py: Python<'_>) -> PyResult<(i32, Option<u64>)> {
-        let (uffd, remote) = py.detach(|| self.inner.kept_userfault(trace::FEATURES, 0)).map_err(errors::adopt)?;
+        let (uffd, remote) =
+            py.detach(|| self.inner.kept_userfault(trace::FEATURES, 0, Faults::Resolved)).map_err(errors::adopt)?;
         Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
     }
 

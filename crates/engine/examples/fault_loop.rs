@@ -19,7 +19,7 @@ use pageferry_engine::mapping::Mapping;
 use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, file_len};
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
-use pageferry_engine::space::Space;
+use pageferry_engine::space::{Faults, Space};
 use pageferry_engine::uapi::{REGISTER_MODE_MINOR, REGISTER_MODE_MISSING};
 
 const UNIT: usize = 64 << 10;
@@ -54,7 +54,7 @@ fn space() -> io::Result<Arc<Space>> {
 fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     let file = memory_file(LEN)?;
     let (ours, theirs) = (Mapping::new(file.as_fd(), LEN, 0)?, Mapping::new(file.as_fd(), LEN, 0)?);
-    let (uffd, _) = space()?.kept_userfault(FEATURES, 0)?;
+    let (uffd, _) = space()?.kept_userfault(FEATURES, 0, Faults::All)?;
     uffd.register(theirs.address(), LEN as u64, REGISTER_MODE_MISSING | REGISTER_MODE_MINOR)?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -82,7 +82,7 @@ fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
 fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     let file = memory_file(LEN)?;
     let (ours, theirs) = (Arc::new(Mapping::new(file.as_fd(), LEN, 0)?), Mapping::new(file.as_fd(), LEN, 0)?);
-    let (uffd, _) = space()?.kept_userfault(FEATURES, 0)?;
+    let (uffd, _) = space()?.kept_userfault(FEATURES, 0, Faults::All)?;
     let segment = Segment { space: space()?, address: theirs.address(), len: LEN as u64, region: 0, first_page: 0 };
     let pager = Pager::start(Plan {
         from: Origin::Images(chain.clone()),

@@ -436,7 +436,11 @@ fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, 
 
 /// Maps existing pages of `ranges` (in pages of the region) in one segment; returns the bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
-    let uffd = segment.space.userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS)?;
+    // For all faults: with one for user mode only, system calls of the workload would fail while it is registered.
+    let uffd = match segment.space.full_userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS) {
+        Err(AdoptError::NoFaults(..)) => return populate_read(segment, ranges),
+        made => made?,
+    };
     let mut mapped = 0;
     uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MINOR)?;
     for &(start, end) in ranges {
@@ -446,6 +450,18 @@ fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<
         }
     }
     uffd.unregister(segment.address, segment.len)?;
+    Ok(mapped)
+}
+
+/// As `map_small`, without a userfaultfd: by MADV_POPULATE_READ in the process, which reads no hole of `ranges`.
+fn populate_read(segment: &Segment, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
+    let mut mapped = 0;
+    for &(start, end) in ranges {
+        if let Some((address, len)) = segment.part(start, end) {
+            segment.space.populate_read(address, len)?;
+            mapped += len;
+        }
+    }
     Ok(mapped)
 }
 

@@ -3,6 +3,7 @@
 //! Distributions' headers lag behind (WP_ASYNC and PAGEMAP_SCAN are of Linux 6.7, MOVE of 6.8), so the constants and
 //! structures stand here, with the ioctl numbers derived from them and asserted against the published values.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -122,6 +123,13 @@ pub struct PageRegion {
 pub const UFFD_API: u64 = 0xaa;
 /// `userfaultfd(2)`: handle only faults from user mode (all that an unprivileged process may ask for).
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
+/// Flags of every userfaultfd.
+pub const UFFD_FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
+/// Creates a userfaultfd for all faults, whatever the caller's privileges: opening it is what is restricted.
+pub const UFFD_DEVICE: &CStr = c"/dev/userfaultfd";
+/// `ioctl(2)` of [`UFFD_DEVICE`]; the argument is the flags of `userfaultfd(2)`.
+pub const USERFAULTFD_IOC_NEW: u64 = ioc(0, UFFD, 0, 0);
+const _: () = assert!(USERFAULTFD_IOC_NEW == 0xaa00);
 
 /// Write-protect faults on anonymous memory.
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -230,23 +238,35 @@ pub(crate) unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T)
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// A userfaultfd of our own address space, without features yet. EPERM: see `vm.unprivileged_userfaultfd`.
+    /// A userfaultfd of our own address space, without features yet: for all faults where this process may have one,
+    /// otherwise for faults of user mode only.
+    ///
+    /// # Errors
+    /// EPERM or ENOSYS where this process may have none.
     pub fn own() -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        match Self::own_full() {
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                // SAFETY: the call takes no pointers, and the descriptor it returns is new.
-                unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY)) }.map(Self)
-            }
-            other => other,
-        }
+        Self::own_full().or_else(|error| {
+            // SAFETY: the call takes no pointers, and the descriptor it returns is new.
+            let limited = unsafe { owned(libc::syscall(libc::SYS_userfaultfd, UFFD_FLAGS | UFFD_USER_MODE_ONLY)) };
+            limited.map(Self).map_err(|_| error)
+        })
     }
 
-    /// As `own`, but never one that handles faults of user mode alone.
+    /// As `own`, but never for faults of user mode only: by the system call, or else by [`UFFD_DEVICE`].
+    ///
+    /// # Errors
+    /// Those of the system call.
     pub fn own_full() -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: the call takes no pointers, and the descriptor it returns is new.
-        unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags)) }.map(Self)
+        let made = unsafe { owned(libc::syscall(libc::SYS_userfaultfd, UFFD_FLAGS)) };
+        made.or_else(|error| Self::from_device().map_err(|_| error)).map(Self)
+    }
+
+    fn from_device() -> io::Result<OwnedFd> {
+        // SAFETY: a string with its NUL; the descriptor is new.
+        let device =
+            unsafe { owned(libc::c_long::from(libc::open(UFFD_DEVICE.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))) }?;
+        // SAFETY: the argument is a number; the descriptor is new.
+        unsafe { owned(libc::c_long::from(libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, UFFD_FLAGS))) }
     }
 
     /// Takes over a descriptor that was made in another process.

@@ -17,7 +17,7 @@ use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
-use pageferry_engine::space::Space;
+use pageferry_engine::space::{Faults, Space};
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 
 mod memory;
@@ -91,8 +91,9 @@ impl Scene {
         let file = memory_file(PAGES * SMALL_PAGE);
         let workload = Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping");
         let ours = Arc::new(Mapping::new(file.as_fd(), PAGES * SMALL_PAGE, 0).expect("a mapping"));
-        let (uffd, _) =
-            Self::space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, TRACE_FEATURES).expect("a userfaultfd");
+        let (uffd, _) = Self::space()
+            .kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, TRACE_FEATURES, Faults::All)
+            .expect("a userfaultfd");
         Self { workload, ours, flags: memory_file(file_len(PAGES)), uffd: uffd.into() }
     }
 

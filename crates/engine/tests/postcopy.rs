@@ -15,7 +15,7 @@ use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
-use pageferry_engine::space::Space;
+use pageferry_engine::space::{Faults, Space};
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 use pageferry_engine::wire::{Format, POSTCOPY, PageServer, PeerSource, Request, WireError};
 use pageferry_engine::{LARGE_PAGE, SLOTS, SMALL_PAGE};
@@ -67,7 +67,9 @@ impl Scene {
 
     fn on(source: Arc<Mapping>, ours: Arc<Mapping>, page_size: usize, missing: impl Fn(usize) -> bool) -> Arc<Self> {
         let workload = Mapping::new(ours.as_fd(), ours.len(), 0).expect("a mapping");
-        let (uffd, _) = space().kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, TRACE_FEATURES).expect("a userfaultfd");
+        let (uffd, _) = space()
+            .kept_userfault(FEATURES | FEATURE_EVENT_REMOVE, TRACE_FEATURES, Faults::All)
+            .expect("a userfaultfd");
         let flags = small_file(file_len(PAGES).div_ceil(SMALL_PAGE));
         let mut set = PageSet::new(PAGES);
         for page in 0..PAGES {

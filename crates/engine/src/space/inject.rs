@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::rseq;
+use crate::{SMALL_PAGE, uapi};
 
 /// How long a thread may take to stop. It stops at once unless it is in an uninterruptible sleep.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -42,6 +43,7 @@ const CODE_64: u64 = 0x33;
 /// The `syscall` instruction.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SIGSET_LEN: usize = size_of::<u64>();
+const PAGE: u64 = SMALL_PAGE as u64;
 
 /// Why no system call could be made in another process.
 #[derive(Debug, Error)]
@@ -82,12 +84,12 @@ pub enum AdoptError {
          end that first ({2})"
     )]
     Registered(libc::pid_t, u64, io::Error),
-    /// Only its own accesses could be made to wait, not those of the kernel on its behalf.
+    /// Page faults of its system calls, or any of its page faults, cannot be handled.
     #[error(
-        "process {0} may not have system calls of its own wait for us: run it as root, or set \
-         vm.unprivileged_userfaultfd=1"
+        "page faults of process {0} cannot be handled (userfaultfd: {1}); run it as root, set \
+         vm.unprivileged_userfaultfd=1, or give its user access to /dev/userfaultfd"
     )]
-    UserModeOnly(libc::pid_t),
+    NoFaults(libc::pid_t, io::Error),
     /// The call was made and failed.
     #[error("a system call made in the process failed: {0}")]
     Call(io::Error),
@@ -193,6 +195,34 @@ impl Stopped {
             Ok(errno @ 1..4096) => Err(AdoptError::Call(io::Error::from_raw_os_error(errno))),
             _ => Ok(registers.rax),
         }
+    }
+
+    /// Has the process create a userfaultfd by [`uapi::UFFD_DEVICE`], which it may open where its permissions allow.
+    ///
+    /// The path goes to a page that is mapped for it, so that no memory of the program is written to.
+    pub fn userfault_of_device(&self, flags: u64) -> Result<u64, AdoptError> {
+        let flags_of_map = u64::from((libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned());
+        let protection = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
+        let page = self.call(libc::SYS_mmap, [0, PAGE, protection, flags_of_map, u64::MAX, 0])?;
+        let made = self.poke(page, uapi::UFFD_DEVICE.to_bytes_with_nul()).map_err(AdoptError::from).and_then(|()| {
+            let mode = u64::from((libc::O_RDWR | libc::O_CLOEXEC).cast_unsigned());
+            let device = self.call(libc::SYS_openat, [0, page, mode, 0, 0, 0])?;
+            let made = self.call(libc::SYS_ioctl, [device, uapi::USERFAULTFD_IOC_NEW, flags, 0, 0, 0]);
+            self.call(libc::SYS_close, [device, 0, 0, 0, 0, 0])?;
+            made
+        });
+        self.call(libc::SYS_munmap, [page, PAGE, 0, 0, 0, 0])?;
+        made
+    }
+
+    /// Writes bytes to memory of the process, a word at a time; zeros follow them in the last word.
+    fn poke(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        for (at, word) in (address..).step_by(8).zip(bytes.chunks(8)) {
+            let mut padded = [0; 8];
+            padded[..word.len()].copy_from_slice(word);
+            request(libc::PTRACE_POKEDATA, self.pid, at, u64::from_le_bytes(padded))?;
+        }
+        Ok(())
     }
 
     /// Executes one instruction. A signal that comes first (SIGSTOP, or one that is open) is held back.

@@ -12,6 +12,16 @@ mod rseq;
 
 pub use inject::AdoptError;
 
+/// Faults that a userfaultfd is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Faults {
+    /// All that wait for us, those of system calls and of KVM too. One for faults of user mode only would not do: system
+    /// calls would fail (EFAULT) where the program's own accesses wait.
+    All,
+    /// Only faults that the kernel resolves itself (asynchronous write traces): one for user mode only will do.
+    Resolved,
+}
+
 /// The address space of a process, ours or another's.
 #[derive(Debug)]
 pub struct Space {
@@ -53,7 +63,7 @@ impl Space {
     /// the descriptor itself and closes it again once we hold a copy.
     pub fn userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
-            Userfault::own()?
+            Userfault::own().map_err(|error| self.refused(error))?
         } else {
             inject::on_stopped(self.pid, |stopped| self.userfault_in(stopped))?
         };
@@ -64,13 +74,13 @@ impl Space {
     /// As `userfault`, but never one for which system calls of the process fail (EFAULT) where its own accesses wait.
     ///
     /// # Errors
-    /// [`AdoptError::UserModeOnly`] where the process may not have such a one.
+    /// [`AdoptError::NoFaults`] where the process may not have such a userfaultfd.
     pub fn full_userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
-            Userfault::own_full().map_err(|error| self.user_mode_only(error))?
+            Userfault::own_full().map_err(|error| self.refused(error))?
         } else {
             inject::on_stopped(self.pid, |stopped| {
-                let (ours, remote) = self.make_userfault(stopped, false)?;
+                let (ours, remote) = self.make_userfault(stopped, Faults::All)?;
                 stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
                 Ok(ours)
             })?
@@ -79,24 +89,36 @@ impl Space {
         Ok(uffd)
     }
 
-    fn user_mode_only(&self, error: io::Error) -> AdoptError {
-        if error.raw_os_error() == Some(libc::EPERM) { AdoptError::UserModeOnly(self.pid) } else { error.into() }
+    fn refused(&self, error: io::Error) -> AdoptError {
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => AdoptError::NoFaults(self.pid, error),
+            _ => error.into(),
+        }
     }
 
     /// A userfaultfd of this address space with `features`, of which the process keeps its own copy (its number there
     /// is the second value; none for our own process): when we die, whoever waits for a page goes on waiting.
     ///
     /// `wanted`: features that it has where the kernel has all of them.
-    pub fn kept_userfault(&self, features: u64, wanted: u64) -> Result<(Userfault, Option<u64>), AdoptError> {
+    ///
+    /// # Errors
+    /// [`AdoptError::NoFaults`] where the process may not have one for these `faults`.
+    pub fn kept_userfault(
+        &self,
+        features: u64,
+        wanted: u64,
+        faults: Faults,
+    ) -> Result<(Userfault, Option<u64>), AdoptError> {
         // A refusal leaves it as it was.
         let enable = |uffd: &Userfault| uffd.enable(features | wanted).or_else(|_| uffd.enable(features));
         if self.is_own() {
-            let uffd = Userfault::own()?;
+            let made = if faults == Faults::All { Userfault::own_full() } else { Userfault::own() };
+            let uffd = made.map_err(|error| self.refused(error))?;
             enable(&uffd)?;
             return Ok((uffd, None));
         }
         inject::on_stopped(self.pid, |stopped| {
-            let (uffd, remote) = self.make_userfault(stopped, true)?;
+            let (uffd, remote) = self.make_userfault(stopped, faults)?;
             if let Err(error) = enable(&uffd) {
                 stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
                 return Err(error.into());
@@ -106,23 +128,29 @@ impl Space {
     }
 
     fn userfault_in(&self, stopped: &inject::Stopped) -> Result<Userfault, AdoptError> {
-        let (ours, remote) = self.make_userfault(stopped, true)?;
+        let (ours, remote) = self.make_userfault(stopped, Faults::Resolved)?;
         stopped.call(libc::SYS_close, [remote, 0, 0, 0, 0, 0])?;
         Ok(ours)
     }
 
-    /// Has the stopped process make a userfaultfd (if need be one of user mode only, where that `will_do`); our copy of
-    /// it, and its number there.
-    fn make_userfault(&self, stopped: &inject::Stopped, will_do: bool) -> Result<(Userfault, u64), AdoptError> {
+    /// Has the stopped process create a userfaultfd for these faults. Returns our copy of it, and its number there.
+    fn make_userfault(&self, stopped: &inject::Stopped, faults: Faults) -> Result<(Userfault, u64), AdoptError> {
         self.check_alive()?;
-        let flags = u64::try_from(libc::O_CLOEXEC | libc::O_NONBLOCK).unwrap_or(0);
-        let remote = match stopped.call(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]) {
-            Err(AdoptError::Call(error)) if !will_do => return Err(self.user_mode_only(error)),
-            Err(AdoptError::Call(error)) if error.raw_os_error() == Some(libc::EPERM) => {
-                stopped.call(libc::SYS_userfaultfd, [flags | uapi::UFFD_USER_MODE_ONLY as u64, 0, 0, 0, 0, 0])?
+        let flags = u64::from(uapi::UFFD_FLAGS.cast_unsigned());
+        let made = stopped.call(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]).or_else(|error| match error {
+            AdoptError::Call(error) => {
+                let limited = flags | u64::from(uapi::UFFD_USER_MODE_ONLY.cast_unsigned());
+                let other = match stopped.userfault_of_device(flags) {
+                    Err(AdoptError::Call(_)) if faults == Faults::Resolved => {
+                        stopped.call(libc::SYS_userfaultfd, [limited, 0, 0, 0, 0, 0])
+                    }
+                    other => other,
+                };
+                other.map_err(|other| if matches!(other, AdoptError::Call(_)) { self.refused(error) } else { other })
             }
-            other => other?,
-        };
+            error => Err(error),
+        });
+        let remote = made?;
         // SAFETY: takes no pointers; the descriptor is new.
         match unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), remote, 0)) } {
             Ok(ours) => Ok((Userfault::from_fd(ours), remote)),
@@ -195,6 +223,21 @@ impl Space {
         let len = usize::try_from(len).map_err(io::Error::other)?;
         // SAFETY: of shared memory no byte changes, by this function's contract.
         check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_DONTNEED_LOCKED) })?;
+        Ok(())
+    }
+
+    /// Maps the pages of a range of shared memory in the process, as if it had read them (MADV_POPULATE_READ).
+    ///
+    /// # Errors
+    /// As for [`Space::call`].
+    pub fn populate_read(&self, address: u64, len: u64) -> Result<(), AdoptError> {
+        if !self.is_own() {
+            let advice = u64::from(libc::MADV_POPULATE_READ.unsigned_abs());
+            return self.call(libc::SYS_madvise, [address, len, advice, 0, 0, 0]).map(drop);
+        }
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        // SAFETY: maps pages, changes no byte.
+        check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_POPULATE_READ) })?;
         Ok(())
     }
 
