@@ -12,13 +12,16 @@ from typing import Self
 
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints import restoring
+from pageferry.checkpoints.eager import load
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.working_set import WorkingSet
-from pageferry.errors import UnsupportedError, UsageError
-from pageferry.workloads import deferred
+from pageferry.errors import UsageError
+from pageferry.events import Listener, ignore
+from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.pager_server import PagerServer
 from pageferry.workloads.settling import bring, bring_all
 
@@ -50,6 +53,7 @@ class RestoredArena(Arena):
         on_resume: Callback | None = None,
         on_moved: Callback | None = None,
         direct_io: bool = True,
+        listener: Listener = ignore,
     ) -> Self:
         """See `restore`."""
         size = _size(image)
@@ -70,11 +74,15 @@ class RestoredArena(Arena):
             working_set = WorkingSet(image)
             self._flags = deferred.create_flags(None, Pager.flags_length(image.pages))
             weakref.finalize(self, os.close, self._flags)
-            self.pager = _pager(image, self, working_set.windows, eager=eager, prefetch=prefetch)
+            try:
+                self.pager = _pager(image, self, working_set.windows, eager=eager, prefetch=prefetch)
+            except CannotHandleFaults as refused:
+                self.pager = _loaded(image, self, str(refused), listener)
         finally:
             os.close(file)
-        _inherit(self, _MADV_DONTFORK)
-        _restoring.add(self)
+        if not self.pager.finished:
+            _inherit(self, _MADV_DONTFORK)
+            _restoring.add(self)
         # Of an arena nobody says when its first use is over: it is learnt when the arena goes, or the program.
         weakref.finalize(self, _learn, working_set, self.pager, prefetch, os.getpid())
         self.lifecycle.load_state(self, image.state())
@@ -131,15 +139,18 @@ def restore(
     on_resume: Callback | None = None,
     on_moved: Callback | None = None,
     direct_io: bool = True,
+    listener: Listener = ignore,
 ) -> RestoredArena:
     """An arena with the contents of an image, usable at once: what is touched is read first, the rest meanwhile.
+
+    Where this user may not handle page faults (of system calls, too), all contents are loaded before this returns, with
+    a warning in the log; `listener` is called with an EagerEvent, which has the reason, and with ProgressEvents.
 
     `eager`: the rest at full speed, without giving way to accesses; `prefetch=False`: nothing but what is touched.
     The others are those of `Arena`; the state that was saved is given to `state`, or kept in `received_state`. The
     image is only read, and may be restored any number of times at once; it must stay where it is until `deferred` is 0.
 
-    Raises ImageError when the image cannot be used, UsageError when it is of no arena, UnsupportedError when this user
-    may not handle page faults.
+    Raises ImageError when the image cannot be used, UsageError when it is not of an arena.
     """
     return RestoredArena.from_image(
         ImageFile(path),
@@ -151,6 +162,7 @@ def restore(
         on_resume=on_resume,
         on_moved=on_moved,
         direct_io=direct_io,
+        listener=listener,
     )
 
 
@@ -172,19 +184,14 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, ea
     mapping = Mapping(arena.descriptor, arena.length)
     target = (mapping, SMALL_PAGE, restoring.large_units(image)[0])
     space = Space()
-    try:
-        userfault, _ = space.missing_faults(discards=True)
-    except PermissionError as denied:
-        raise UnsupportedError(
-            "this user may not handle page faults: run as root, or write 1 to /proc/sys/vm/unprivileged_userfaultfd"
-        ) from denied
+    userfaults, _ = page_faults.userfaults({os.getpid(): space})
     try:
         segment = (space, arena.address, arena.length, 0, 0)
         return Pager(
             image.chain,
             [target],
             [segment],
-            {os.getpid(): userfault},
+            userfaults,
             arena._flags,
             working_set=working_set if prefetch else [],
             background=prefetch,
@@ -193,7 +200,14 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, ea
             checks_removals=True,
         )
     finally:
-        os.close(userfault)
+        os.close(userfaults[os.getpid()])
+
+
+def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Listener) -> Pager:
+    """Load all contents now. Raises ImageError."""
+    log.warning("%s: loading all %d MiB now, not on demand: %s", image.path, arena.length >> 20, reason)
+    mapping = Mapping(arena.descriptor, arena.length)
+    return load(image, [(mapping, SMALL_PAGE, restoring.large_units(image)[0])], reason, listener)
 
 
 def _answer(pager: Pager, answers: PagerServer) -> None:

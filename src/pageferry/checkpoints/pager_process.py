@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from pageferry._engine import Pager, Space
+from pageferry._engine import Pager
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile, open_link
 from pageferry.checkpoints.working_set import WorkingSet
@@ -31,7 +31,7 @@ from pageferry.host import files, proc
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.printable import PrintableFormatter
-from pageferry.workloads import deferred
+from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.workloads.deferred import Deferred, OwnImage
 from pageferry.workloads.pager_server import PagerServer
@@ -66,7 +66,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 class GuestPager:
     """Brings the memory of one guest. The first one only answers accesses: while the guest starts, nothing else counts.
 
-    Raises RestoreError, WorkloadError, UsageError (there is a pager that is alive).
+    Raises RestoreError, WorkloadError, UsageError (there is a pager that is alive), CannotHandleFaults: nothing of it
+    is left then.
     """
 
     def __init__(
@@ -75,14 +76,23 @@ class GuestPager:
         self.image = image
         self.folder = folder
         self.regions = [deferred.open_region(record) for record in work.regions]
-        self.spaces = {segment.pid: Space(segment.pid) for region in self.regions for segment in region.segments}
+        self.spaces = page_faults.open_spaces(segment.pid for region in self.regions for segment in region.segments)
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         length = Pager.flags_length(image.pages)
-        self.flags = deferred.open_flags(folder, length) if taken_over else deferred.create_flags(folder, length)
-        self.working_set = WorkingSet(image)
-        self.touched: list[int] = []
         self.work = work
-        self.pager = self._begin(taken_over, evicting)
+        ours = self._taken_over() if taken_over else self._adopt()
+        try:
+            self.flags = deferred.open_flags(folder, length) if taken_over else deferred.create_flags(folder, length)
+            self.working_set = WorkingSet(image)
+            self.touched: list[int] = []
+            self.pager = self._begin(ours, taken_over, evicting)
+        except BaseException:
+            if not taken_over:
+                page_faults.close(self.spaces, {}, self.work.userfaults)
+            raise
+        finally:
+            for descriptor in ours.values():
+                os.close(descriptor)
         fault_point("pager.registered")
         # Only now: flags without a pager that has set them say that everything is there. The guest waits for this, and
         # does not outlive the machine.
@@ -92,37 +102,26 @@ class GuestPager:
             socket_path, self.pager, str(image.path), restoring.extents(image), identity=image.identity
         )
 
-    def _begin(self, taken_over: bool, evicting: bool) -> Pager:
-        targets = restoring.targets(self.image, self.regions)
-        ours: dict[int, int] = {}
-        try:
-            if taken_over:
-                for pid, number in self.work.userfaults.items():
-                    ours[pid] = self.spaces[pid].descriptor(number)
-            else:
-                self._adopt(ours)
-            segments = [
-                (self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
-                for number, segment in self._watched()
-            ]
-            return Pager(
-                self.image.chain,
-                targets,
-                segments,
-                ours,
-                self.flags,
-                working_set=self.working_set.windows if self.work.prefetch and taken_over else [],
-                background=self.work.prefetch and taken_over,
-                eager=self.work.eager,
-                taken_over=taken_over,
-                kept=self.work.cold is not None,
-                whole_blocks=self.work.cold is None,
-                evicting=evicting,
-                checks_removals=self.work.qmp_socket is None,
-            )
-        finally:
-            for descriptor in ours.values():
-                os.close(descriptor)
+    def _begin(self, ours: dict[int, int], taken_over: bool, evicting: bool) -> Pager:
+        segments = [
+            (self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
+            for number, segment in self._watched()
+        ]
+        return Pager(
+            self.image.chain,
+            restoring.targets(self.image, self.regions),
+            segments,
+            ours,
+            self.flags,
+            working_set=self.working_set.windows if self.work.prefetch and taken_over else [],
+            background=self.work.prefetch and taken_over,
+            eager=self.work.eager,
+            taken_over=taken_over,
+            kept=self.work.cold is not None,
+            whole_blocks=self.work.cold is None,
+            evicting=evicting,
+            checks_removals=self.work.qmp_socket is None,
+        )
 
     def _watched(self) -> Iterator[tuple[int, Segment]]:
         """What comes to us, with the number of its region: every mapping, or of parts that are in a cold store."""
@@ -131,14 +130,16 @@ class GuestPager:
             for segment in region.segments:
                 yield from ((number, part) for part in segment.within(parts))
 
-    def _adopt(self, ours: dict[int, int]) -> None:
-        """Have a userfaultfd in every process."""
-        numbers = {}
-        for pid, space in self.spaces.items():
-            ours[pid], number = space.missing_faults(discards=True)
-            assert number is not None, "a guest is another process"
-            numbers[pid] = number
+    def _adopt(self) -> dict[int, int]:
+        """Create a userfaultfd in every process, and record it. Returns our descriptors of them."""
+        ours, numbers = page_faults.userfaults(self.spaces)
+        assert ours.keys() == numbers.keys(), "a guest is another process"
         self.work = msgspec.structs.replace(self.work, userfaults=numbers)
+        return ours
+
+    def _taken_over(self) -> dict[int, int]:
+        """Descriptors of the userfaultfds that the pager before has left in every process."""
+        return {pid: self.spaces[pid].descriptor(number) for pid, number in self.work.userfaults.items()}
 
     def run(self) -> None:
         """Until everything is there, or there is nobody left to need it."""

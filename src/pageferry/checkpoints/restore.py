@@ -13,7 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from pageferry._engine import Pager
 from pageferry.checkpoints import restoring
+from pageferry.checkpoints.eager import load_guest
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
@@ -25,6 +27,7 @@ from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.base import stays_paused
 from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
+from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.qemu import QemuWorkload
 
 _POLL = 0.2
@@ -102,8 +105,9 @@ async def restore_guest(
 ) -> tuple[QemuWorkload, RestoreResult]:
     """Start a QEMU from the user's command line, and let it go on where the image was taken, at once.
 
-    Its memory arrives on access, brought by a process of its own that outlives us; the result says how long it took
-    until the guest ran. `eager`: the background fill does not give way to accesses; `prefetch=False`: there is none.
+    Its memory is loaded on demand by a separate process that outlives us; the result has the time until the guest ran.
+    `eager`: the background fill does not give way to accesses; `prefetch=False`: there is none. Where page faults of
+    QEMU cannot be handled, all of it is loaded before the guest runs, and the result has the reason.
 
     Raises ImageError, UsageError (no image of a guest), RestoreError (it does not fit this guest), and what
     `QemuWorkload.start` raises; nothing is left behind then.
@@ -121,12 +125,19 @@ async def restore_guest(
         raise
     started = time.monotonic()
     first: GuestPager | None = None
+    reason: str | None = None
     try:
         image, state, open_image = await opening
         _compare(image, workload)
         folder = (registry or Registry()).folder(name)
-        first = await _adopt(workload, image, folder, _work(image, workload, prefetch, eager))
+        try:
+            first = await _adopt(workload, image, folder, _work(image, workload, prefetch, eager))
+        except CannotHandleFaults as refused:
+            reason = str(refused)
         adopted = time.monotonic()
+        if reason is not None:
+            filled = await load_guest(image, restoring.targets(image, workload.regions), reason, listener)
+        present = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
         paused = stays_paused(workload)
@@ -142,10 +153,14 @@ async def restore_guest(
         qemu_start=(started - begin) * 1e3,
         open_image=open_image * 1e3,
         adopt=(adopted - started) * 1e3,
-        device_state=(loaded - adopted) * 1e3,
+        load=(present - adopted) * 1e3,
+        device_state=(loaded - present) * 1e3,
         resume=(running - loaded) * 1e3,
     )
     ran = times.total - times.qemu_start
+    if first is None:
+        listener(RunningEvent(workload=name, time_to_running=ran, deferred=0, paused=paused))
+        return workload, _loaded(_result(name, image, times, paused), filled, reason)
     left = first.server.status().deferred
     listener(RunningEvent(workload=name, time_to_running=ran, deferred=left, paused=paused))
     last = await asyncio.shield(hand_over(first))
@@ -312,6 +327,14 @@ def _result(name: str, image: ImageFile, times: TimeToRunning, paused: bool) -> 
         service_us=0.0,
         longest_us=0.0,
         service_times=Latency.of([], 0.0),
+    )
+
+
+def _loaded(before: RestoreResult, pager: Pager, reason: str | None) -> RestoreResult:
+    """The result where a pager has loaded everything before the guest ran."""
+    _, _, _, prefetched, bytes_read, _, _ = pager.counters
+    return msgspec.structs.replace(
+        before, status="completed", prefetched=prefetched, bytes_read=bytes_read, eager_reason=reason
     )
 
 

@@ -20,6 +20,16 @@ class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
     paused: bool = False
 
 
+class EagerEvent(Event, frozen=True, kw_only=True, tag="restore-eager"):
+    """All contents are loaded before the workload runs, because they cannot be loaded on demand."""
+
+    image: str
+    length: int
+    """Bytes of memory in the image."""
+    reason: str
+    """Why page faults of the workload cannot be handled, and what to do about it."""
+
+
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
     """How far it is. Sent several times a second."""
 
@@ -51,6 +61,8 @@ class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """While QEMU starts; what of it takes longer than that is in `adopt`."""
     adopt: float
     """Until every access to missing memory came to the pager."""
+    load: float = 0.0
+    """Loading all contents, where they cannot be loaded on demand."""
     device_state: float
     resume: float
 
@@ -84,3 +96,5 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     """Mean time of the service of a fault, microseconds."""
     longest_us: float
     service_times: Latency
+    eager_reason: str | None = None
+    """Why all contents were loaded before the guest ran; None: they are loaded on demand."""

@@ -344,11 +344,20 @@ class Save:
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{self.workload.name} ended while it was saved: there is no image of it") from gone
         except PermissionError as denied:
-            raise WorkloadError(f"{self.workload.name} cannot be saved: {denied}") from denied
+            raise WorkloadError(f"{self.workload.name} cannot be saved: {denied}{self._slower_way()}") from denied
         except OSError as busy:
             if busy.errno != errno.EBUSY:
                 raise
             raise WorkloadError(f"{self.workload.name} cannot be saved: {busy.strerror}") from busy
+
+    def _slower_way(self) -> str:
+        """Advice for a user without the rights that a checkpoint of a running workload takes."""
+        if self.options.mode != "lazy":
+            return ""
+        return (
+            '; --mode stop (in Python mode="stop") saves it without that right, and keeps it paused until the image is '
+            "complete"
+        )
 
     # -- telling
 

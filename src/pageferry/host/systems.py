@@ -45,6 +45,10 @@ class System:
     """Best first."""
 
 
+_FAULTS = ("userfaultfd-kernel-faults",)
+"""Traps at which system calls and KVM wait, instead of failing."""
+_DEFERS = (*_FAULTS, "uffd-missing-shmem", "uffd-minor-shmem")
+
 _POPULATE = (
     Mechanism("MADV_COLLAPSE for large pages, UFFDIO_CONTINUE for small ones",
               ("madv-collapse-remote", "uffd-minor-shmem", *ADOPT)),
@@ -75,14 +79,19 @@ SYSTEMS = (
     )),
     System("S4", "Lazy checkpoint", True, (
         Mechanism("userfaultfd write traps that wait",
-                  ("userfaultfd-kernel-faults", "uffd-wp-sync", *ADOPT)),
+                  (*_FAULTS, "uffd-wp-sync", *ADOPT)),
+        Mechanism("userfaultfd write traps that wait, in arenas of the program itself only",
+                  (*_FAULTS, "uffd-wp-sync")),
+        Mechanism("none: a workload is paused while it is saved (--mode stop)"),
     )),
     System("S5", "Page tables populated during transmission", True, _POPULATE),
     System("S6", "Large pages stay whole: pages of zeros", True, _KEEP_LARGE),
     System("S7", "Large pages stay whole: pages sent again", True, _KEEP_LARGE),
     System("S8", "Deferred contents behind page metadata", True, (
         Mechanism("userfaultfd MISSING and MINOR traps",
-                  ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", *ADOPT)),
+                  (*_DEFERS, *ADOPT)),
+        Mechanism("userfaultfd MISSING and MINOR traps, in arenas of the program itself only", _DEFERS),
+        Mechanism("none: contents are loaded before a workload runs; no post-copy, no cold store"),
     )),
     System("S9", "Page sharing found inside large pages", True, (
         Mechanism("KSM on chosen large pages, MADV_MERGEABLE made in the process",
@@ -91,7 +100,10 @@ SYSTEMS = (
     )),
     System("S10", "Lazy restore", True, (
         Mechanism("userfaultfd MISSING and MINOR traps, POISON for what cannot be read",
-                  ("userfaultfd-kernel-faults", "uffd-missing-shmem", "uffd-minor-shmem", "uffd-poison", *ADOPT)),
+                  (*_DEFERS, "uffd-poison", *ADOPT)),
+        Mechanism("userfaultfd MISSING and MINOR traps; access to what cannot be read waits", (*_DEFERS, *ADOPT)),
+        Mechanism("userfaultfd MISSING and MINOR traps, in arenas of the program itself only", _DEFERS),
+        Mechanism("none: all contents are loaded before a workload runs"),
     )),
 )  # fmt: skip
 

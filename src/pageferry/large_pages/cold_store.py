@@ -41,12 +41,13 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
 from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
-from pageferry.workloads import deferred
+from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
 from pageferry.workloads.deferred import Deferred, OwnImage
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.memory import Memory
+from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target
 
@@ -123,6 +124,10 @@ async def prepare(target: Target) -> None:
         )
     folder = _folder(target.workload)
     _check_descriptor(folder)
+    try:
+        await asyncio.to_thread(page_faults.check, target.pids)
+    except CannotHandleFaults as refused:
+        raise UnsupportedError(f"cannot reclaim memory of {target.name} to a store: {refused}") from refused
     record = folder.load(deferred.RECORD, Deferred)
     if record is None or record.cold is None:
         await settled(target.workload)

@@ -23,6 +23,7 @@ from pageferry.errors import (
     PageferryError,
     PeerRefused,
     ProtocolError,
+    UnsupportedError,
     WorkloadDied,
     WorkloadError,
 )
@@ -38,10 +39,11 @@ from pageferry.migration.native import off_loop, to_the_end
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
 from pageferry.migration.stopwatch import Stopwatch
-from pageferry.workloads import deferred
+from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Faults, Workload, stays_paused
 from pageferry.workloads.deferred import Arriving
 from pageferry.workloads.memory import Memory
+from pageferry.workloads.page_faults import CannotHandleFaults
 
 log = getLogger(__name__)
 
@@ -176,6 +178,8 @@ class Destination:
         try:
             self.workload = await self.prepare(hello)
             self._compare(hello.regions)
+            if hello.mode != "precopy":
+                await self._check_page_faults()
         except BaseException:
             self.verdicts.forget(hello.migration)
             raise
@@ -238,6 +242,14 @@ class Destination:
         )
         if hello.keep_large and hello.mode == "postcopy":
             await self.channel.during(room.allocate(self.placer, self.large))
+
+    async def _check_page_faults(self) -> None:
+        """Post-copy loads pages on demand. Raises UnsupportedError, long before the source pauses the workload."""
+        pids = {segment.pid for region in self.workload.regions for segment in region.segments}
+        try:
+            await asyncio.to_thread(page_faults.check, pids)
+        except CannotHandleFaults as refused:
+            raise UnsupportedError(f"no post-copy to this destination: {refused}; or use --mode precopy") from refused
 
     def _compare(self, regions: list[messages.RegionInfo]) -> None:
         """Region by region, both sides must have the same."""

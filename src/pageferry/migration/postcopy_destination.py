@@ -18,7 +18,7 @@ from logging import getLogger
 import msgspec
 
 from pageferry._engine import Mapping, Pager, PageSet, PeerSource, Space
-from pageferry.errors import PageferryError, UnsupportedError, UsageError, WorkloadDied
+from pageferry.errors import PageferryError, UsageError, WorkloadDied
 from pageferry.events import Listener
 from pageferry.host import proc
 from pageferry.host.faults import fault_point
@@ -30,7 +30,7 @@ from pageferry.migration.connection import PageStream, Reception
 from pageferry.migration.missing import send_missing
 from pageferry.migration.native import off_loop
 from pageferry.migration.ownership import Verdicts
-from pageferry.workloads import deferred
+from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.base import SMALL_PAGE, Region
 from pageferry.workloads.deferred import Arriving
 from pageferry.workloads.memory import EngineSegment, segments_of
@@ -87,21 +87,14 @@ class LateMemory:
     async def begin(self, missing: Sequence[PageSet], late: Sequence[PageStream], channel: Channel) -> None:
         """From now on accesses to missing pages wait until these have come; nobody runs the workload yet.
 
-        `late`: connections, of which the first is for requests. Raises UnsupportedError where this user may not handle
-        page faults, WorkloadError.
+        `late`: connections, of which the first is for requests. Raises UnsupportedError, WorkloadError.
         """
         self._channel = channel
         self._linked.set()
         pages = sum(region.length for region in self.regions) // SMALL_PAGE
         self._flags = deferred.create_flags(self.folder, Pager.flags_length(pages))
         Pager.set_flags(self._flags, missing)
-        try:
-            await off_loop(lambda: self._start(late, missing))
-        except PermissionError as denied:
-            raise UnsupportedError(
-                "post-copy needs to handle page faults, which this user may not: run as root, or write 1 to "
-                "/proc/sys/vm/unprivileged_userfaultfd"
-            ) from denied
+        await off_loop(lambda: self._start(late, missing))
         if self.folder is not None:
             # Only now: flags without a pager that has set them say that everything is there.
             self.folder.store(deferred.POSTCOPY, self.record, synced=False)
@@ -112,7 +105,8 @@ class LateMemory:
         ours: dict[int, int] = {}
         try:
             if missing is not None:
-                self._adopt(ours)
+                ours, numbers = page_faults.userfaults(self.spaces)
+                self.record = msgspec.structs.replace(self.record, userfaults=numbers)
             else:
                 for pid, number in self.record.userfaults.items():
                     ours[pid] = self.spaces[pid].descriptor(number)
@@ -130,15 +124,6 @@ class LateMemory:
         finally:
             for descriptor in ours.values():
                 os.close(descriptor)
-
-    def _adopt(self, ours: dict[int, int]) -> None:
-        """Have a userfaultfd in every process; another one than ours keeps a copy, which outlives us."""
-        numbers = {}
-        for pid, space in self.spaces.items():
-            ours[pid], number = space.missing_faults(discards=True)
-            if number is not None:
-                numbers[pid] = number
-        self.record = msgspec.structs.replace(self.record, userfaults=numbers)
 
     def _peer(self, late: Sequence[PageStream]) -> PeerSource:
         urgent, *streams = [connection.handle for connection in late]

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
+from pageferry.checkpoints.restore_events import EagerEvent, ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import duration, ms, size
 
@@ -34,6 +34,8 @@ class RestoreView(PlainView):
                 new = [failure for failure in event.failures if failure not in self._told]
                 self._told.update(new)
                 return "\n".join(f"warning: {failure}" for failure in new) or None
+            case EagerEvent():
+                return f"loading all {size(event.length)} of {event.image} first, not on demand: {event.reason}"
             case TouchedEvent():
                 return None
             case _:
@@ -62,8 +64,9 @@ class RestoreView(PlainView):
 
 def _rows(result: RestoreResult) -> list[tuple[str, str]]:
     parts = result.time_parts
+    filled = f"load {ms(parts.load)}, " if result.eager_reason is not None else ""
     ran = (
-        f"{ms(result.time_to_running)}: adopt {ms(parts.adopt)}, state {ms(parts.device_state)}, "
+        f"{ms(result.time_to_running)}: adopt {ms(parts.adopt)}, {filled}state {ms(parts.device_state)}, "
         f"resume {ms(parts.resume)}; QEMU's start {ms(parts.qemu_start)}, the image {ms(parts.open_image)} meanwhile"
     )
     state = f"{size(result.deferred)} to come" if result.status == "active" else "all memory is there"
@@ -72,8 +75,10 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
         f"{result.faults}, {result.missed} of them to missing pages; {result.service_us:.0f} us each, "
         f"99 of 100 within {duration(times.p99_us / 1e6)}, the longest {duration(times.longest_us / 1e6)}"
     )
+    rows = [("loaded before it ran", result.eager_reason)] if result.eager_reason is not None else []
     return [
         ("restore", f"{result.workload} {'is paused, as it was saved' if result.paused else 'runs'}, {state}"),
+        *rows,
         ("time to running" if not result.paused else "time to ready", ran),
         ("faults", faults),
         ("read", f"{size(result.bytes_read)} of {result.image}; {result.prefetched} pages before they were asked for"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import time
 import weakref
@@ -279,6 +280,10 @@ def _rounded(size: int) -> int:
     return -(-size // SMALL_PAGE) * SMALL_PAGE
 
 
+_NO_MOUNT = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+"""Errors of users, and of sandboxes, that may mount no tmpfs."""
+
+
 def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]:
     """A fresh file of that size in memory (a descriptor, the caller's to close), and how it comes by large pages.
 
@@ -289,7 +294,9 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
         try:
             file = _tmpfs_file(size)
             large_pages_by = "tmpfs"
-        except PermissionError:
+        except OSError as refused:
+            if refused.errno not in _NO_MOUNT:
+                raise
             file = _memfd()
             large_pages_by = "collapse"
     else:

@@ -32,6 +32,9 @@ FEATURES = (
 )
 """Features of userfaultfd, by bit."""
 
+DEVICE = "/dev/userfaultfd"
+"""Gives a userfaultfd for all faults to each user that may open it."""
+
 MISSING, WP, MINOR = 1, 2, 4
 """Modes of a registration."""
 FAULT_WP, FAULT_MINOR = 2, 4
@@ -41,6 +44,7 @@ PAGE_IS_PRESENT, PAGE_IS_HUGE = 1 << 3, 1 << 6
 
 _SYS_USERFAULTFD = 323
 _USER_MODE_ONLY = 1
+_USERFAULTFD_IOC_NEW = 0xAA00
 _EVENT_PAGEFAULT = 0x12
 _FAULT_PATIENCE_MS = 3000
 
@@ -145,6 +149,15 @@ def shared_memory(length: int = LARGE_PAGE) -> _engine.Mapping:
         os.close(file)
 
 
+def _userfaultfd_of_device(flags: int) -> int:
+    """A userfaultfd by `DEVICE`. Raises OSError."""
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, flags)
+    finally:
+        os.close(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A fault that waits to be served."""
@@ -159,9 +172,11 @@ class Userfault:
     def __init__(self, *features: str, user_mode_only: bool | None = None) -> None:
         """`user_mode_only` None: only where the other kind is refused, as the engine has it."""
         self.user_mode_only = bool(user_mode_only)
+        self.by_device = False
+        """Whether it was created by `DEVICE`, because the system call is refused."""
         try:
             self.fd = self._open()
-        except PermissionError:
+        except OSError:
             if user_mode_only is not None:
                 raise
             self.user_mode_only = True
@@ -170,8 +185,18 @@ class Userfault:
         _, self.offered, _ = ioctl(self.fd, "UFFDIO_API", _UFFDIO_API, "=3Q", 0xAA, wanted, 0)
 
     def _open(self) -> int:
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | (_USER_MODE_ONLY if self.user_mode_only else 0)
-        return system_call("userfaultfd", _SYS_USERFAULTFD, flags)
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        if self.user_mode_only:
+            return system_call("userfaultfd", _SYS_USERFAULTFD, flags | _USER_MODE_ONLY)
+        try:
+            return system_call("userfaultfd", _SYS_USERFAULTFD, flags)
+        except OSError as refused:
+            try:
+                file = _userfaultfd_of_device(flags)
+            except OSError:
+                raise refused from None
+            self.by_device = True
+            return file
 
     def register(self, address: int, length: int, mode: int) -> None:
         """Trap the faults of `mode` in a range."""

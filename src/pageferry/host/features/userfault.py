@@ -14,7 +14,11 @@ from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, Fa
 from pageferry.host.features.probe import Probe, newer_kernel, unknown_to_kernel
 
 _PATTERN = bytes(range(256)) * (SMALL_PAGE // 256)
-_PRIVILEGE = "run as root (CAP_SYS_PTRACE), or set sysctl vm.unprivileged_userfaultfd=1"
+_PRIVILEGE = (
+    "run as root (CAP_SYS_PTRACE), set sysctl vm.unprivileged_userfaultfd=1, or give this user access to "
+    f"{kernel.DEVICE} (chgrp and chmod g+rw, by a udev rule); in a container, pass {kernel.DEVICE} through, or allow "
+    "userfaultfd by its seccomp profile"
+)
 
 
 def _userfaultfd() -> str:
@@ -22,7 +26,11 @@ def _userfaultfd() -> str:
     lacking = [name for bit, name in enumerate(kernel.FEATURES) if not uffd.offered >> bit & 1]
     faults = "faults of user mode only" if uffd.user_mode_only else "faults of user mode and of the kernel"
     features = f"without {', '.join(lacking)}" if lacking else f"all {len(kernel.FEATURES)} features"
-    return f"{faults}; {features}"
+    return f"{faults}{_by(uffd)}; {features}"
+
+
+def _by(uffd: Userfault) -> str:
+    return f", by {kernel.DEVICE}" if uffd.by_device else ""
 
 
 def _kernel_faults() -> str:
@@ -34,7 +42,7 @@ def _kernel_faults() -> str:
         lambda fault: uffd.copy(memory.address, _PATTERN),
     )
     expect(kernel.read_memory(memory.address, 8) == b"read(2)" + _PATTERN[7:8], "a system call's write went astray")
-    return "a system call waited for its page"
+    return f"a system call waited for its page{_by(uffd)}"
 
 
 def _write_async(address: int) -> str:

@@ -1,0 +1,76 @@
+"""Restores that load all contents before the workload runs, where its page faults cannot be handled (S10).
+
+The same pager as for a lazy restore, without an address space to watch: its background thread loads everything, and the
+workload does not run before that is done. So no access and no system call ever reaches a page that is not loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from pageferry._engine import Pager
+from pageferry.checkpoints.image import ImageFile
+from pageferry.checkpoints.restore_events import EagerEvent, ProgressEvent
+from pageferry.checkpoints.restoring import PagerTarget
+from pageferry.errors import ImageError
+from pageferry.events import Listener
+from pageferry.workloads import deferred
+from pageferry.workloads.base import SMALL_PAGE
+
+_POLL = 0.2
+"""Seconds between two progress events."""
+
+
+def load(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Pager:
+    """Load all contents of an image into files that nothing runs on yet; return the pager, which has finished.
+
+    `reason`: why contents are not loaded on demand. Raises ImageError for a page that cannot be read.
+    """
+    with _loading(image, targets, reason, listener) as pager:
+        while not pager.wait(_POLL):
+            _report(image, pager, listener)
+        _report(image, pager, listener)
+        return pager
+
+
+async def load_guest(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Pager:
+    """As `load`, from a coroutine; when it is cancelled, loading ends."""
+    with _loading(image, targets, reason, listener) as pager:
+        while not await asyncio.to_thread(pager.wait, _POLL):
+            _report(image, pager, listener)
+        _report(image, pager, listener)
+        return pager
+
+
+@contextlib.contextmanager
+def _loading(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Iterator[Pager]:
+    listener(EagerEvent(image=str(image.path), length=image.pages * SMALL_PAGE, reason=reason))
+    flags = deferred.create_flags(None, Pager.flags_length(image.pages))
+    try:
+        pager = Pager(image.chain, targets, [], {}, flags, eager=True)
+    finally:
+        os.close(flags)
+    try:
+        yield pager
+    finally:
+        pager.stop()
+
+
+def _report(image: ImageFile, pager: Pager, listener: Listener) -> None:
+    """Emit the progress. Raises ImageError for the first page that cannot be read."""
+    for _, page, _, message in pager.failures:
+        raise ImageError(f"page {page} (at byte {page * SMALL_PAGE}) cannot be read from {image.path}: {message}")
+    _, _, _, prefetched, bytes_read, _, _ = pager.counters
+    listener(
+        ProgressEvent(
+            deferred=pager.pending * SMALL_PAGE,
+            faults=0,
+            missed=0,
+            prefetched=prefetched,
+            bytes_read=bytes_read,
+            failures=[],
+        )
+    )

@@ -1,0 +1,34 @@
+"""A program that restores an arena and hands pages that it has not touched to a system call: `restoring_user IMAGE`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+
+import pageferry
+
+
+def main() -> None:
+    """Print what was deferred, the events, and a hash of the memory as a system call has read it."""
+    logging.basicConfig(level=logging.WARNING)
+    events: list[object] = []
+    if "listen" in sys.argv:
+        arena = pageferry.restore(sys.argv[1], listener=events.append)
+    else:
+        arena = pageferry.restore(sys.argv[1], prefetch=False)
+    deferred = arena.deferred
+    with open(sys.argv[2], "wb", buffering=0) as file:
+        view, done = memoryview(arena), 0
+        while done < len(view):
+            done += os.write(file.fileno(), view[done : done + 65536])
+    with open(sys.argv[2], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    kinds = sorted({type(event).__name__ for event in events})
+    print(json.dumps({"deferred": deferred, "hash": digest, "events": kinds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""A program that saves an arena while it runs, and says what it was told; then with the arena paused: FOLDER."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pageferry
+from pageferry.errors import PageferryError
+
+
+def main() -> None:
+    """Print the error of the first checkpoint, and the status of the second."""
+    folder = Path(sys.argv[1])
+    arena = pageferry.Arena(4 << 20)
+    memoryview(arena)[:5] = b"ferry"
+    error = None
+    try:
+        asyncio.run(pageferry.checkpoint(arena, folder / "lazy"))
+    except PageferryError as refused:
+        error = str(refused)
+    result = asyncio.run(pageferry.checkpoint(arena, folder / "stop", mode="stop"))
+    print(json.dumps({"error": error, "stop": result.status}))
+
+
+if __name__ == "__main__":
+    main()
