@@ -20,6 +20,7 @@ import pytest
 
 from pageferry import sharing
 from pageferry.checkpoints.image import ImageFile
+from pageferry.host.cpu_quota import mounts
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
@@ -226,6 +227,45 @@ def test_pager_of_a_cold_store_removes_no_copy_of_it(tmp_path: Path) -> None:
         assert undo() > 0
         wait_until(lambda: not store.exists(), "the removal of the store")
         assert (tmp_path / "copy").exists()
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A memory control group."""
+    for mount in mounts():
+        if mount.version == 2 or "memory" in mount.controllers:
+            made = mount.point / f"pageferry-test-{os.getpid()}"
+            try:
+                made.mkdir()
+            except OSError:
+                continue
+            yield made
+            members = made / "cgroup.procs"
+            wait_until(lambda members=members: not members.read_text(), "the end of all processes of the group")
+            made.rmdir()
+            return
+    pytest.skip("no control group can be made")
+
+
+def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
+    """Also one that takes over from another group: what it brings back is charged to the workload."""
+
+    def members() -> list[int]:
+        return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+
+    def pager() -> int:
+        status = deferred.status(Registry().folder("cold"))
+        assert status is not None
+        return status.pager
+
+    with ledger() as workload:
+        (group / "cgroup.procs").write_text(str(workload.process.pid))
+        reclaim()
+        assert pager() in members()
+        kill_pager()
+        assert pageferry("restore", "cold", "--takeover").returncode == 0
+        assert pager() in members()
+        undo()
 
 
 @pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handover"])

@@ -28,6 +28,7 @@ from pageferry.checkpoints.image import ImageFile, open_link
 from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import ImageError, PageferryError, UsageError
 from pageferry.host import files, proc
+from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.printable import PrintableFormatter
@@ -237,6 +238,8 @@ def _take_over(image: ImageFile, order: Order) -> GuestPager:
     if work is None:
         raise UsageError(f"{order.name} is not being restored: all of its memory is there")
     restoring.check_identity(image, work.identity, order.name)
+    for failure in join_groups_of(work.regions[0].segments[0].pid):
+        log.info("%s: memory is charged to the group of this pager: %s", order.name, failure)
     pager = GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
     pager.touched = order.touched
     return pager

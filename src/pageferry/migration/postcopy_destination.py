@@ -21,6 +21,7 @@ from pageferry._engine import Mapping, Pager, PageSet, PeerSource, Space
 from pageferry.errors import PageferryError, UsageError, WorkloadDied
 from pageferry.events import Listener
 from pageferry.host import proc
+from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import events, messages
@@ -313,6 +314,8 @@ class Resumption:
         record = folder.load(deferred.POSTCOPY, Arriving)
         if record is None:
             raise UsageError(f"{folder.name} waits for no migration: its memory is all there, or comes from an image")
+        for failure in join_groups_of(record.regions[0].segments[0].pid):
+            log.info("%s: memory is charged to the group of this receiver: %s", folder.name, failure)
         regions = [deferred.open_region(one) for one in record.regions]
         pages = sum(region.length for region in regions) // SMALL_PAGE
         flags = deferred.open_flags(folder, Pager.flags_length(pages))

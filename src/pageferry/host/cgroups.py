@@ -1,0 +1,51 @@
+"""Control groups of processes that write to memory of another one (memory is charged to the group of the writer)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pageferry.host import proc
+from pageferry.host.cpu_quota import Mount, mounts
+
+_V1 = {"memory", "name=systemd"}
+"""Controllers of version 1 that matter: who is charged, and whose session a process ends with."""
+
+
+def join_groups_of(pid: int) -> list[str]:
+    """Move this process to the control groups of another one. Return what did not work, as `GROUP: ERROR`.
+
+    From then on shared memory that this process allocates counts as that of the other one, and a login session that
+    ends does not end it. Takes root, or the right to write to both groups.
+    """
+    failures = []
+    ours, theirs = (proc.lines(proc.read(process, "cgroup")) for process in (os.getpid(), pid))
+    for mount in mounts():
+        group = _group(mount, theirs)
+        if group is not None and group != _group(mount, ours):
+            try:
+                _join(group)
+            except OSError as error:
+                failures.append(f"{group}: {error.strerror}")
+    return failures
+
+
+def _group(mount: Mount, lines: list[bytes]) -> Path | None:
+    """The folder of a process in a hierarchy; None for one that does not matter, or is not shown there."""
+    if mount.version == 1 and not mount.controllers & _V1:
+        return None
+    for line in lines:
+        _, controllers, name = line.split(b":", 2)
+        named = os.fsdecode(controllers) in mount.controllers if mount.version == 1 else not controllers
+        path, root = Path(os.fsdecode(name)), Path(os.fsdecode(mount.root))
+        if named and path.is_relative_to(root):
+            return mount.point / path.relative_to(root)
+    return None
+
+
+def _join(group: Path) -> None:
+    file = os.open(group / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(file, b"0")
+    finally:
+        os.close(file)
