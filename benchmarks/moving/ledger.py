@@ -8,7 +8,7 @@ import subprocess
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.moving.pageferry_line import Process, expect, pageferry
+from benchmarks.moving.pageferry_line import LISTEN, Process, expect, pageferry
 from pageferry.host.python import start_python
 
 
@@ -43,7 +43,7 @@ class Ledger:
 
     def prepare(self, through: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
         """Start the process that it is to move to; `through`: what starts that; `words`: further ones for it."""
-        receive = ("receive", self.next_name, "--workload", "demo", "--output", "json", *words)
+        receive = ("receive", self.next_name, *LISTEN, "--workload", "demo", "--output", "json", *words)
         self._next = pageferry(*receive, through=through)
         self.address = expect(self._next, "listening")["address"]
 

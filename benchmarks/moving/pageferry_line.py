@@ -13,6 +13,8 @@ from benchmarks.measuring.processes import cpu_seconds
 from benchmarks.moving.guest import Line, Running
 
 PAGEFERRY = Path(sys.executable).with_name("pageferry")
+LISTEN = ("--listen", "127.0.0.1:0")
+"""Of receivers: TCP, as QEMU's own migration beside it uses."""
 Process = subprocess.Popen[bytes]
 
 
@@ -51,7 +53,7 @@ class PageferryLine(Line):
             raise RuntimeError("pageferry run failed")
 
     def prepare(self, number: int, options: dict[str, Any]) -> None:
-        words = ("receive", self.name(number), "--detach", "--output", "json", "--", *self.command(number))
+        words = ("receive", self.name(number), *LISTEN, "--detach", "--output", "json", "--", *self.command(number))
         self._receiver = pageferry(*words, through=options.get("through", ()))
         self._address = expect(self._receiver, "listening")["address"]
 

@@ -175,7 +175,8 @@ def test_an_accepted_source_that_breaks_the_rules_ends_the_migration(reason: str
 
 
 def receiver_saying(stderr: Any) -> Program:
-    command = ("-m", "pageferry", "receive", "there", "--workload", "demo", "--output", "json", "--patience", "2")
+    words = (*moving.HERE.listening, "--patience", "2")
+    command = ("-m", "pageferry", "receive", "there", "--workload", "demo", "--output", "json", *words)
     return Program(*command, stderr=stderr)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from pageferry.errors import MigrationError
 from pageferry.migration import messages
-from pageferry.migration.connection import connect_control, connect_streams, resolve
+from pageferry.migration.addresses import resolve
+from pageferry.migration.connection import connect_control, connect_streams
 from pageferry.migration.trust import Trust
 from pageferry.workloads.lifecycle import Status
 from tests.certificates import Authority, hosts

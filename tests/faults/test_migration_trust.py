@@ -17,8 +17,9 @@ import pytest
 
 from pageferry.errors import ConnectionLost, PeerRefused
 from pageferry.migration import messages
+from pageferry.migration.addresses import Address, resolve
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Address, PageStream, connect_control, connect_stream, resolve
+from pageferry.migration.connection import PageStream, connect_control, connect_stream
 from pageferry.migration.trust import Trust
 from pageferry.workloads.lifecycle import Status
 from tests.certificates import CLIENT, DAY, SERVER, Authority, hosts
@@ -214,7 +215,8 @@ def saying(path: Path, *options: str) -> Iterator[tuple[Program, Path]]:
     """A receiver, and the file that holds its errors."""
     said = path / "receiver.stderr"
     with open(said, "w") as stderr:
-        command = ("-m", "pageferry", "receive", "there", "--workload", "demo", "--output", "json", *options)
+        words = (*moving.HERE.listening, *options)
+        command = ("-m", "pageferry", "receive", "there", "--workload", "demo", "--output", "json", *words)
         with Program(*command, stderr=stderr) as there:
             yield there, said
 

@@ -44,7 +44,7 @@ class Host:
     @property
     def listening(self) -> tuple[str, ...]:
         """Options of a receiver there."""
-        return ("--listen", f"{self.address}:0", *self.link) if self.address is not None else ()
+        return ("--listen", f"{self.address or '127.0.0.1'}:0", *self.link)
 
     def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
         """`python ARGUMENTS` there."""

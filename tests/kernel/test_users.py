@@ -15,7 +15,7 @@ import pytest
 
 from tests.kernel import users
 from tests.kernel.images import Maker
-from tests.kernel.moving import address_of, ends_intact, ledger, migrating, receiver, runs
+from tests.kernel.moving import address_of, ends_intact, ledger, migrating, receiver
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -145,5 +145,4 @@ def test_postcopy_is_refused_before_the_pause_by_a_destination_that_cannot_handl
         assert b"round" not in events
         assert "no post-copy to this destination" in refusal
         assert "--mode precopy" in refusal
-        runs("here", here)
         ends_intact(source)

@@ -26,6 +26,7 @@ SECRET = b"root:$6$secret\n" * 1000
 DEADLINE = 20
 KERNEL_FILES = {
     "host/check.py",
+    "host/cgroups.py",
     "host/compaction.py",
     "host/cpu_quota.py",
     "host/cpu_quota_guardian.py",
@@ -47,7 +48,7 @@ OTHERS = {
     "cli/main.py": "/dev/null",
     "checkpoints/pager_process.py": "a descriptor",
     "large_pages/tracking.py": "/proc",
-    "migration/connection.py": "sockets of the network",
+    "migration/sockets.py": "sockets of the network",
     "host/files.py": "the one that opens",
     "host/registry.py": "its own folders, to sync them",
     "migration/ownership.py": "a descriptor, its own folder, and a record in it",

@@ -40,7 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "access. If the link goes meanwhile it waits: see --recover."
     )
     parser.add_argument("name", metavar="NAME", help="workload to move (see `pageferry list`)")
-    parser.add_argument("address", metavar="HOST:PORT", nargs="?", help="where the receiver listens")
+    parser.add_argument(
+        "address", metavar="ADDRESS", nargs="?", help="where the receiver listens: unix:PATH or HOST:PORT"
+    )
     add_options(parser)
     parser.add_argument(
         "--switch",
@@ -160,7 +162,7 @@ async def run(args: argparse.Namespace) -> int:
         if args.recover or args.take_back:
             return await _settle(args, workload)
         if args.address is None:
-            raise UsageError("where to? Give HOST:PORT of a receiver, or --recover")
+            raise UsageError("where to? Give the address of a receiver (unix:PATH or HOST:PORT), or --recover")
         with folder.exclusively(f"a migration to {args.address}"), open_reporter(args.output, MigrationView()) as out:
             result = await api.migrate(workload, args.address, listener=out.event, **options_of(args))
             out.final(result)

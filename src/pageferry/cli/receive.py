@@ -88,7 +88,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "had come."
     )
     parser.add_argument("name", metavar="NAME", help="name of the workload on this host")
-    parser.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:0", help="(%(default)s: any free port)")
+    parser.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        help="wait at unix:PATH, for sources on this host, or at HOST:PORT, port 0 for any free one (default: a Unix "
+        "socket in the run directory; with --tls or --insecure 127.0.0.1:0)",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -126,7 +131,7 @@ async def run(args: argparse.Namespace) -> int:
         raise UsageError("give either --workload demo, or --resume, or a QEMU command line after --")
     with open_reporter(args.output, ReceiveView()) as out:
         reception = api.open_reception(
-            args.listen, args.patience, insecure=args.insecure, tls=args.tls, allow=args.allow
+            _address(args), args.patience, insecure=args.insecure, tls=args.tls, allow=args.allow
         )
         try:
             if args.resume:
@@ -136,6 +141,13 @@ async def run(args: argparse.Namespace) -> int:
             return await _receive_ledger(args, reception, out)
         finally:
             await reception.close()
+
+
+def _address(args: argparse.Namespace) -> str:
+    """Where to listen: on one host, where only this user and root can connect."""
+    if args.listen is not None:
+        return str(args.listen)
+    return "127.0.0.1:0" if args.tls or args.insecure else f"unix:{Registry().receiver_socket(args.name)}"
 
 
 def _destination(

@@ -245,6 +245,12 @@ class Registry:
             raise WorkloadError(_unknown(Folder(self, name), "run pageferry where it was started"))
         return entry
 
+    def receiver_socket(self, name: str) -> str:
+        """Where a receiver of a workload of that name listens by default. Raises UsageError for a bad name."""
+        _check_name(name)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return str(self.path / f".{name}.receive")
+
     def folder(self, name: str) -> Folder:
         """The folder of a workload that `lookup` knows, for its durable records. Raises as `lookup`."""
         self.lookup(name)

@@ -23,9 +23,10 @@ from pageferry.errors import (
 from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import meminfo
 from pageferry.host.registry import Registry
-from pageferry.migration import messages
+from pageferry.migration import messages, peer_users
+from pageferry.migration.addresses import Address, resolve
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Address, Reception, connect_control, resolve
+from pageferry.migration.connection import Reception, connect_control
 from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
 from pageferry.migration.messages import Owner
@@ -49,7 +50,7 @@ _reports: set[asyncio.Task[None]] = set()
 async def migrate(
     workload: Arena | Workload, address: str, *, listener: Listener = ignore, **options: Any
 ) -> MigrationResult:
-    """Move a running workload to the receiver at `address` (HOST:PORT); it runs there when this returns.
+    """Move a running workload to the receiver at `address` (unix:PATH, HOST:PORT); it runs there when this returns.
 
     `options` are those of `pageferry.migration.options.Options`, which explains them: mode, max_downtime (seconds),
     max_rounds, auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second),
@@ -123,7 +124,10 @@ async def receive(
     tls: str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
 ) -> Arena:
-    """Wait at `address` (HOST:PORT; port 0: any free one) for an arena, and return it when it runs here.
+    """Wait at `address` for an arena, and return it when it runs here.
+
+    `address`: unix:PATH, for sources on this host, or HOST:PORT (port 0: any free one). Without certificates a source
+    on this host is accepted only if it is a process of root or of our user.
 
     Name, state and callbacks are those of `Arena`; `on_resume` is called at the moment from which the arena is this
     process's. `listening` is called with the address once sources can connect. An arena larger than `max_size` bytes
@@ -217,7 +221,8 @@ async def recover(
     chosen = Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname or (record.hostname if tls else None))
     trust = chosen.trust()
     address = resolve(record.peer, insecure=insecure, what="peer", trust=trust)
-    async with _asked(address, record, moved.name, patience, trust) as (outcome, channel):
+    owners = peer_users.owners_of(segment.pid for region in moved.regions for segment in region.segments)
+    async with _asked(address, record, moved.name, patience, trust, owners) as (outcome, channel):
         if outcome.owner == "destination":
             if record.owes and not outcome.complete:
                 await serve_on(moved, record, channel, address, patience, listener)
@@ -268,7 +273,12 @@ def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
 
 @contextlib.asynccontextmanager
 async def _asked(
-    address: Address, record: Committed, name: str, patience: float, trust: Trust | None
+    address: Address,
+    record: Committed,
+    name: str,
+    patience: float,
+    trust: Trust | None,
+    owners: frozenset[int],
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
     """What the peer says became of a migration, and the connection to it."""
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
@@ -280,7 +290,7 @@ async def _asked(
     channel: Channel | None = None
     try:
         try:
-            channel = await connect_control(address, patience, trust)
+            channel = await connect_control(address, patience, trust, owners)
             await channel.send(messages.Recover(version=messages.VERSION, migration=record.migration))
             outcome = await channel.receive(messages.Outcome)
         except MigrationError as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from pageferry.errors import AuthenticationError, ConnectionLost, MigrationError, PeerRefused, ProtocolError
 from pageferry.migration import messages
+from pageferry.migration.addresses import Address
 from pageferry.migration.messages import Abort, Alive, AnyMessage, Message
 from pageferry.migration.trust import Peer
 
@@ -49,12 +50,25 @@ class Writer(Protocol):
 class Channel:
     """A control connection to a peer. `patience`: seconds of silence after which the peer counts as lost."""
 
-    def __init__(self, reader: Reader, writer: Writer, patience: float, peer: Peer | None = None) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        writer: Writer,
+        patience: float,
+        peer: Peer | None = None,
+        *,
+        address: Address | None = None,
+        owners: Collection[int] = frozenset(),
+    ) -> None:
         self._reader = reader
         self._writer = writer
         self.patience = patience
         self.peer = peer
         """Who it is, if the connection is secure."""
+        self.address = address
+        """Where it was connected to; None where the peer connected."""
+        self.owners = owners
+        """Users besides root that the peer may be of, if the connection is not secure."""
         self.limit = messages.MAX_MESSAGE
         """Largest message that is accepted from the peer, bytes."""
         self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(QUEUED)

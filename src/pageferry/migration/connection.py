@@ -1,22 +1,26 @@
-"""Connections of a migration: the control connection, and page streams on the same port; in the clear or under TLS."""
+"""Connections of a migration: the control connection, and page streams to the same address.
+
+Under TLS both ends show certificates; without, the kernel names the user of a peer on the same host (`peer_users`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from types import TracebackType
 from typing import Self
 
 from pageferry._engine import TlsSession
-from pageferry.errors import AuthenticationError, ConnectionLost, PageferryError, ProtocolError, UsageError
-from pageferry.migration import messages, secure
+from pageferry.errors import AuthenticationError, ConnectionLost, PageferryError, ProtocolError
+from pageferry.migration import messages, peer_users, secure
+from pageferry.migration.addresses import Address
 from pageferry.migration.channel import Channel
 from pageferry.migration.messages import AnyMessage
+from pageferry.migration.sockets import MAX_GREETINGS, Listener, connect, widen
 from pageferry.migration.trust import Trust
 
 log = getLogger(__name__)
@@ -31,30 +35,10 @@ RETRY = 0.1
 """Seconds until the next try after a connection could not be accepted."""
 GREETING = 5.0
 """Seconds that a connection has to say what it is."""
-MAX_GREETINGS = 64
-"""Connections that may be at it at once."""
+ACCEPTING = 0.005
+"""Seconds between two looks whether a connection has been accepted."""
 MAX_WAITING = 8
 """Sources that may wait for the receiver to turn to them; others are closed."""
-UNACKNOWLEDGED = 16 << 20
-"""Bytes of a page stream that may be under way: enough for 1 Gbit/s over 100 ms, or 10 Gbit/s over 10 ms."""
-UNSENT = 1 << 20
-"""Bytes of a page stream that may wait in the kernel. More would only be taken for sent, and keep a slow link from
-showing that it is alive."""
-SO_SNDBUFFORCE = 32
-"""Of socket(7); Python does not name it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """HOST:PORT, resolved."""
-
-    host: str
-    port: int
-    name: str = ""
-    """HOST as it was given."""
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,86 +67,53 @@ class PageStream:
         self.close()
 
 
-def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None) -> Address:
-    """The address of `HOST:PORT` or `[IPV6]:PORT`.
+async def connect_control(
+    address: Address, patience: float, trust: Trust | None = None, owners: Collection[int] | None = None
+) -> Channel:
+    """A control connection to a receiver, at the first address of its name that answers.
 
-    Plain TCP is neither encrypted nor authenticated, so other addresses than loopback need `trust` or `insecure`.
-    Raises UsageError.
+    `owners`: users besides root whose receiver may get the workload, without `trust` (default: our own). Raises
+    ConnectionLost, AuthenticationError.
     """
-    if insecure and trust is not None:
-        raise UsageError("either --tls or --insecure: with certificates nothing is sent in the clear")
-    host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"{what} {text!r}: give HOST:PORT, for example 127.0.0.1:7070")
-    host = host.strip("[]") or "127.0.0.1"
-    try:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise UsageError(f"{what} {text!r}: {error}") from error
-    address = str(found[0][4][0])
-    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback and not insecure and trust is None:
-        raise UsageError(
-            f"{what} {text}: memory would cross the network in the clear, readable and forgeable by anybody on the "
-            f"way; give certificates with --tls DIR, use a loopback address (through a tunnel), or --insecure where "
-            f"the network is yours alone"
-        )
-    return Address(address, int(port), host)
-
-
-def _tune(connection: socket.socket, patience: float) -> None:
-    """Small messages go at once; a dead peer is noticed by the kernel too."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))
-
-
-def _widen(connection: socket.socket) -> None:
-    """Let a long link be full: by itself the kernel stops at `net.ipv4.tcp_wmem`, 80 MB/s where it takes 50 ms."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
-    with contextlib.suppress(PermissionError):  # needs CAP_NET_ADMIN; SO_SNDBUF would often make it smaller
-        connection.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, UNACKNOWLEDGED)
-
-
-def _family(address: Address) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
-
-
-async def _connect(address: Address, patience: float) -> socket.socket:
-    connection = socket.socket(_family(address), socket.SOCK_STREAM)
-    connection.setblocking(False)
-    try:
-        async with asyncio.timeout(patience):
-            await asyncio.get_running_loop().sock_connect(connection, (address.host, address.port))
-        _tune(connection, patience)
-    except (OSError, TimeoutError) as error:
-        connection.close()
-        raise ConnectionLost(
-            f"nothing answers at the address {address} ({str(error) or 'timed out'}): run `pageferry receive` there"
-        ) from error
-    return connection
-
-
-async def connect_control(address: Address, patience: float, trust: Trust | None = None) -> Channel:
-    """A control connection to a receiver. Raises ConnectionLost, AuthenticationError."""
-    connection = await _connect(address, patience)
+    owners = peer_users.owners_of() if owners is None else owners
+    connection, address = await connect(address, patience)
     if trust is None:
-        reader, writer = await asyncio.open_connection(sock=connection)
+        await _authenticate(connection, owners, patience)
+        reader, writer = await _streams(connection)
         writer.write(messages.CONTROL_MAGIC)
-        return Channel(reader, writer, patience)
+        return Channel(reader, writer, patience, address=address, owners=owners)
     session = trust.control_session(address.name)
     await _shake_hands(connection, session, messages.SECURE_CONTROL_MAGIC, address, patience)
-    stream = secure.SecureStream(session, *await asyncio.open_connection(sock=connection))
+    stream = secure.SecureStream(session, *await _streams(connection))
     stream.write(messages.CONTROL_MAGIC)
-    return Channel(stream, stream, patience, session.peer())
+    return Channel(stream, stream, patience, session.peer(), address=address)
+
+
+async def _authenticate(connection: socket.socket, owners: Collection[int], patience: float) -> None:
+    """Have the kernel say whose process accepted a connection on this host. Raises AuthenticationError, ConnectionLost.
+
+    Before it is accepted no process has it.
+    """
+    try:
+        async with asyncio.timeout(patience):
+            while not peer_users.check_peer(connection, owners):  # noqa: ASYNC110  # the kernel reports it nowhere
+                await asyncio.sleep(ACCEPTING)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, OSError | TimeoutError):
+            raise ConnectionLost(f"the receiver does not accept connections ({str(error) or 'timed out'})") from error
+        raise
 
 
 async def connect_stream(control: Channel, address: Address, token: bytes, index: int) -> PageStream:
     """A page stream to the receiver at the other end of `control`, and no other. Raises ConnectionLost,
     AuthenticationError."""
-    connection = await _connect(address, control.patience)
+    connection, address = await connect(control.address or address, control.patience)
     greeting = messages.STREAM_MAGIC + token + index.to_bytes(INDEX_BYTES, "big")
     session = None if control.peer is None else control.peer.page_session()
-    if session is not None:
+    if session is None:
+        await _authenticate(connection, control.owners, control.patience)
+    else:
         await _shake_hands(connection, session, messages.SECURE_STREAM_MAGIC, address, control.patience)
         session.write(greeting)
         greeting = session.outgoing()
@@ -173,7 +124,7 @@ async def connect_stream(control: Channel, address: Address, token: bytes, index
         connection.close()
         raise ConnectionLost(f"page stream to {address}: {str(error) or 'timed out'}") from error
     connection.setblocking(True)
-    _widen(connection)
+    widen(connection)
     return PageStream(connection, session)
 
 
@@ -213,9 +164,9 @@ class Reception:
     def __init__(self, address: Address, patience: float = 30.0, trust: Trust | None = None) -> None:
         self._patience = patience
         self._trust = trust
-        self._socket = _listen(address)
-        host, port = self._socket.getsockname()[:2]
-        self.address = Address(host, port)
+        self._owners = peer_users.owners_of()
+        self._listener = Listener(address)
+        self.address = self._listener.address
         """Where it listens; the port is the one the kernel chose when 0 was asked for."""
         self._controls: asyncio.Queue[tuple[Channel, AnyMessage]] = asyncio.Queue(MAX_WAITING)
         self._expected: dict[bytes, _Expected] = {}
@@ -264,14 +215,14 @@ class Reception:
         for task in (self._task, *self._greeters):
             task.cancel()
         await asyncio.gather(self._task, *self._greeters, return_exceptions=True)
-        self._socket.close()
+        self._listener.close()
         while not self._controls.empty():
             await self._controls.get_nowait()[0].close()
 
     async def _accept(self) -> None:
         while True:
             try:
-                connection, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+                connection, _ = await asyncio.get_running_loop().sock_accept(self._listener.socket)
             except OSError as error:  # no descriptors left, or the peer gave up already
                 log.warning("a connection could not be accepted: %s", error)
                 await asyncio.sleep(RETRY)
@@ -286,9 +237,15 @@ class Reception:
 
     async def _greet(self, connection: socket.socket) -> None:
         kept = False
+        # First of all: the user of a peer that has gone again is not known any longer.
+        refusal = self._refusal(connection) if self._trust is None else None
         try:
             async with asyncio.timeout(GREETING):
-                kept = await self._greet_known(connection, await _read_exactly(connection, MAGIC_BYTES))
+                magic = await _read_exactly(connection, MAGIC_BYTES)
+                if refusal is None:
+                    kept = await self._greet_known(connection, magic)
+                elif magic == messages.CONTROL_MAGIC:
+                    await self._refuse(Channel(*await _streams(connection), self._patience), refusal)
         except AuthenticationError as error:
             log.warning("a source was refused: %s", error)
             await _linger(connection)
@@ -312,6 +269,14 @@ class Reception:
         elif magic == messages.SECURE_STREAM_MAGIC and trust is not None and self._expected:
             return await self._greet_secure_stream(connection, trust)
         return False
+
+    def _refusal(self, connection: socket.socket) -> AuthenticationError | None:
+        """Why a peer without a certificate may not hand over a workload; None if it may."""
+        try:
+            known = peer_users.check_peer(connection, self._owners)
+        except AuthenticationError as error:
+            return error
+        return None if known else AuthenticationError("the peer has closed the connection")
 
     def _keep(self, greeting: bytes, stream: PageStream) -> bool:
         """Keep a page stream for `streams`, if it is one that is expected."""
@@ -365,7 +330,10 @@ class Reception:
 
     async def _refuse(self, channel: Channel, error: AuthenticationError) -> None:
         log.warning("a source was refused: %s", error)
+        channel.limit = messages.MAX_FIRST
         await channel.abort(str(error))
+        with contextlib.suppress(PageferryError):  # to close with something of it unread would take the reason away
+            await channel.during(asyncio.sleep(LINGER))
         await channel.close()
 
     async def _greet_source(self, channel: Channel) -> None:
@@ -404,19 +372,6 @@ async def _linger(connection: socket.socket) -> None:
         async with asyncio.timeout(LINGER):
             while await asyncio.get_running_loop().sock_recv(connection, secure.PIECE):
                 pass
-
-
-def _listen(address: Address) -> socket.socket:
-    listener = socket.socket(_family(address), socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setblocking(False)
-    try:
-        listener.bind((address.host, address.port))
-        listener.listen(MAX_GREETINGS)
-    except OSError as error:
-        listener.close()
-        raise UsageError(f"cannot listen on {address}: {error.strerror}") from error
-    return listener
 
 
 async def _read_exactly(connection: socket.socket, count: int) -> bytes:

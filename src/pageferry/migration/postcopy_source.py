@@ -17,8 +17,9 @@ from pageferry.errors import PageferryError, PostcopyPaused
 from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
 from pageferry.migration import events, messages
+from pageferry.migration.addresses import Address
 from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Address, PageStream, connect_streams
+from pageferry.migration.connection import PageStream, connect_streams
 from pageferry.migration.missing import receive_missing
 from pageferry.migration.native import Counters, off_loop
 from pageferry.migration.ownership import Committed

@@ -27,10 +27,11 @@ from pageferry.errors import (
 from pageferry.events import Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
-from pageferry.migration import events, messages, ownership, postcopy_source, switch, telling
+from pageferry.migration import events, messages, ownership, peer_users, postcopy_source, switch, telling
+from pageferry.migration.addresses import Address
 from pageferry.migration.channel import Channel
 from pageferry.migration.coming import bring_rest, part_of, send_as_it_comes
-from pageferry.migration.connection import Address, PageStream, connect_control, connect_streams
+from pageferry.migration.connection import PageStream, connect_control, connect_streams
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
 from pageferry.migration.missing import send_missing
 from pageferry.migration.native import Counters, off_loop, to_the_end
@@ -135,7 +136,9 @@ class Source:
 
     async def _set_up(self, address: Address) -> None:
         self.memory = Memory(self.workload)
-        self.control = await connect_control(address, self.options.patience, self.trust)
+        owners = peer_users.owners_of(segment.pid for region in self.memory.regions for segment in region.segments)
+        self.control = await connect_control(address, self.options.patience, self.trust, owners)
+        self.peer = str(self.control.address)
         fault_point("source.connected")
         await self.channel.send(self._hello())
         fault_point("source.greeted")

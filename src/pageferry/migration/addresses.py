@@ -1,0 +1,91 @@
+"""Addresses of receivers: `unix:PATH` on one host, `HOST:PORT` otherwise."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass, replace
+
+from pageferry.errors import UsageError
+from pageferry.host.registry import LONGEST_SOCKET_PATH
+from pageferry.migration.trust import Trust
+
+UNIX = "unix:"
+MAX_ADDRESSES = 16
+"""Addresses of one name that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address that was resolved: of a Unix socket if it has a `path`, of TCP otherwise."""
+
+    host: str
+    port: int
+    name: str = ""
+    """HOST as it was given."""
+    others: tuple[str, ...] = ()
+    """Further addresses of that name, to be tried in this order."""
+    path: str = ""
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Of the socket."""
+        if self.path:
+            return socket.AF_UNIX
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+    @property
+    def each(self) -> list[Address]:
+        """One address for each that the name has."""
+        return [replace(self, host=host, others=()) for host in (self.host, *self.others)]
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"{UNIX}{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None) -> Address:
+    """The address of `unix:PATH`, `HOST:PORT` or `[IPV6]:PORT`.
+
+    Plain TCP is neither encrypted nor authenticated, so other addresses than loopback need `trust` or `insecure`.
+    Raises UsageError.
+    """
+    if insecure and trust is not None:
+        raise UsageError("either --tls or --insecure: with certificates nothing is sent in the clear")
+    if text.startswith(UNIX):
+        return _unix(text, what, trust)
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"{what} {text!r}: give HOST:PORT, for example 127.0.0.1:7070, or unix:PATH on one host")
+    host = host.strip("[]") or "127.0.0.1"
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{what} {text!r}: {error}") from error
+    addresses = list(dict.fromkeys(str(one[4][0]) for one in found))[:MAX_ADDRESSES]
+    if not all(map(is_loopback, addresses)) and not insecure and trust is None:
+        raise UsageError(
+            f"{what} {text}: memory would cross the network in the clear, readable and forgeable by anybody on the "
+            f"way; give certificates with --tls DIR, use a loopback address (through a tunnel), or --insecure where "
+            f"the network is yours alone"
+        )
+    return Address(addresses[0], int(port), host, tuple(addresses[1:]))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an IP address is of this host alone."""
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def _unix(text: str, what: str, trust: Trust | None) -> Address:
+    path = text.removeprefix(UNIX)
+    if not path or "\0" in path:
+        raise UsageError(f"{what} {text!r}: give unix:PATH with the path of a socket, for example unix:/run/web.sock")
+    if trust is not None:
+        raise UsageError(f"{what} {text!r}: --tls is for TCP; on a Unix socket the kernel names the peer's user")
+    path = os.path.abspath(path)
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise UsageError(f"{what} {text!r}: the path of a socket has at most {LONGEST_SOCKET_PATH} bytes")
+    return Address("", 0, path=path)

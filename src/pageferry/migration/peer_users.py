@@ -1,0 +1,105 @@
+"""The user of the process at the other end of a connection on this host.
+
+Without certificates a peer on the same host is authenticated by the kernel: on a Unix socket by SO_PEERCRED, on TCP by
+sock_diag(7), which has the owner of every socket of this network namespace. Only root, and a user that may act for the
+workload anyway, hands one over or gets one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Collection, Iterable
+
+from pageferry.errors import AuthenticationError
+from pageferry.migration.addresses import is_loopback
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLM_F_REQUEST = 20, 2, 1
+_ESTABLISHED, _LISTEN = 1, 10
+_HEADER = struct.Struct("=IHHII")
+"""struct nlmsghdr"""
+_REQUEST = struct.Struct("=BBBxI2s2s16s16sIII")
+"""struct inet_diag_req_v2"""
+_REPLY = struct.Struct("=BBBB2s2s16s16sIIIIIIII")
+"""struct inet_diag_msg"""
+_NO_COOKIE = 0xFFFFFFFF
+_TIMEOUT = 2.0
+
+
+def owners_of(pids: Iterable[int] = ()) -> frozenset[int]:
+    """Users that may act for a workload besides root: our own, and those of its processes."""
+    users = {os.geteuid()}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            users.add(os.stat(f"/proc/{pid}").st_uid)
+    return frozenset(users)
+
+
+def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
+    """Whether the process at the other end is known to be of root or of one of `owners`, or on another host.
+
+    False: it is on this host, and has not accepted the connection yet. Raises AuthenticationError for another user.
+    """
+    user = _unix_user(connection) if connection.family == socket.AF_UNIX else _tcp_user(connection)
+    if user is None:
+        return False
+    if user not in (0, -1, *owners):
+        raise AuthenticationError(
+            f"the peer is a process of user {user}; without certificates only root and user "
+            f"{', '.join(map(str, sorted(owners)))} may hand over or receive this workload: use one of these, or --tls"
+        )
+    return True
+
+
+def _unix_user(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _tcp_user(connection: socket.socket) -> int | None:
+    """User of the socket at the other end; -1: it is on another host, None: no process has it open yet.
+
+    Raises AuthenticationError where that cannot be determined.
+    """
+    ours, theirs = connection.getsockname(), connection.getpeername()
+    try:
+        state, user, inode = _diagnose(connection.family, theirs, ours)
+    except FileNotFoundError:
+        if not is_loopback(theirs[0]):
+            return -1
+        raise AuthenticationError("the peer has closed the connection, or is in another network namespace") from None
+    except OSError as error:
+        if not is_loopback(theirs[0]):
+            return -1
+        raise AuthenticationError(
+            f"the user of the peer cannot be determined ({error}): use a Unix socket (unix:PATH), or --tls"
+        ) from error
+    if inode and state != _LISTEN:
+        return user
+    if state != _ESTABLISHED:  # without an inode the user in the reply is 0, and means nothing
+        raise AuthenticationError("the peer has closed the connection")
+    return None
+
+
+def _diagnose(family: socket.AddressFamily, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int, int]:
+    """(state, user, inode) of the TCP socket between two addresses. Raises OSError, FileNotFoundError without one."""
+    ends = [socket.inet_pton(family, end[0].partition("%")[0]).ljust(16, b"\0") for end in (local, remote)]
+    ports = [end[1].to_bytes(2, "big") for end in (local, remote)]
+    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, *ports, *ends, 0, _NO_COOKIE, _NO_COOKIE)
+    header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(_TIMEOUT)
+        netlink.send(header + request)
+        reply = netlink.recv(8192)
+    kind = _HEADER.unpack_from(reply)[1]
+    if kind == _NLMSG_ERROR:
+        number = -struct.unpack_from("=i", reply, _HEADER.size)[0]
+        raise OSError(number or errno.EPROTO, os.strerror(number or errno.EPROTO))
+    fields = _REPLY.unpack_from(reply, _HEADER.size)
+    if fields[4:6] != tuple(ports):
+        raise FileNotFoundError(errno.ENOENT, "no such connection")
+    return fields[1], fields[14], fields[15]
