@@ -3,7 +3,8 @@
 ::
 
     PageferryError (1)
-    ├── UsageError (2)              the command line or the arguments make no sense together
+    ├── UsageError (2)              a value or a combination of values is invalid; also a ValueError
+    │   └── WrongType (2)           a value is of the wrong type; also a TypeError
     ├── UnsupportedError (3)        this kernel, user or QEMU cannot do what was asked
     ├── WorkloadError (10)          a workload cannot be managed, or did not do what it was told
     │   ├── NoSuchWorkload (11)     no workload of that name is registered here
@@ -24,6 +25,11 @@
 
 Every message says what happened, to what, and what to do about it. Where the outcome is unknown the class says so:
 only `OutcomeUnknown` leaves a workload that does not run.
+
+The class says which part failed, not which operation: the caller's values, the host, the workload, the peer or the
+link, an image. So `migrate` raises MigrationError for what the peer and the link do, and WorkloadError for what the
+workload does; so do `checkpoint` and `restore`. `except PageferryError` catches all that an operation raises on
+purpose. Values are checked before anything happens: after UsageError nothing has changed.
 """
 
 from pageferry.printable import printable
@@ -40,9 +46,13 @@ class PageferryError(Exception):
 
 
 class UsageError(PageferryError, ValueError):
-    """Arguments that make no sense, alone or together."""
+    """An argument is invalid, alone or together with another one. Nothing has changed."""
 
     exit_code = 2
+
+
+class WrongType(UsageError, TypeError):
+    """An argument of the wrong type, or one that does not exist."""
 
 
 class UnsupportedError(PageferryError):

@@ -18,7 +18,7 @@ def test_sizes_are_binary(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "G", "1X", "1.G", "1e9", "0x10", "1 2"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="invalid size"):
         parse_size(text)
 
 

@@ -10,6 +10,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Self
 
+from pageferry import values
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.eager import load
@@ -20,6 +21,7 @@ from pageferry.events import Listener, ignore
 from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.arena import Arena, State, memory_file
 from pageferry.workloads.arena_control import Callback
+from pageferry.workloads.arguments import check_arena
 from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.pager_server import PagerServer
@@ -118,7 +120,8 @@ class RestoredArena(Arena):
 
     def ensure(self, offset: int, length: int) -> None:
         """Bring part of the memory in, for who reads the file past this mapping. Raises ImageError, UsageError."""
-        if offset < 0 or length < 0 or offset + length > self.length:
+        values.count("offset", offset, 0, self.length)
+        if values.count("length", length, 0, self.length) > self.length - offset:
             raise UsageError(f"{length} bytes at {offset} of an arena of {self.length}")
         first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
         bring(self.pager, first, end - first, str(self.image.path))
@@ -152,8 +155,9 @@ def restore(
 
     Raises ImageError when the image cannot be used, UsageError when it is not of an arena.
     """
+    check_arena(name, state, on_pause, on_resume, on_moved, eager=eager, prefetch=prefetch)
     return RestoredArena.from_image(
-        ImageFile(path),
+        ImageFile(values.path("path", path)),
         name,
         eager=eager,
         prefetch=prefetch,

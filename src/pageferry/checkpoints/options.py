@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from pageferry import values
 from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 
@@ -15,7 +16,10 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a checkpoint, as `pageferry checkpoint` has them. Raises UsageError for values out of range."""
+    """Options of a checkpoint, as `pageferry checkpoint` has them.
+
+    Sizes and rates are numbers in the unit of the field, or texts such as `64K`. Raises UsageError.
+    """
 
     mode: Mode = "lazy"
     """Save while the workload runs (S4), or with the workload paused from beginning to end."""
@@ -41,21 +45,22 @@ class Options:
     """What may be copied in the pause where a trace says what was written; before it, there are rounds."""
 
     def __post_init__(self) -> None:
-        _check("bandwidth", self.bandwidth, 0, 1 << 50, "bytes per second")
-        _check("trap-block", self.trap_block, 4 * KIB, 2 * MIB, "bytes")
-        _check("page-block", self.page_block, 4 * KIB, 1 * MIB, "bytes")
-        _check("storage-block", self.storage_block, self.page_block, 4 * MIB, "bytes")
-        _check("staging", self.staging, 2 * self.trap_block, 1 << 40, "bytes")
-        _check("at-instant", self.at_instant, 0, 1 << 40, "bytes")
-        _check("packers", self.packers, 1, 64, "threads")
+        object.__setattr__(self, "bandwidth", values.rate("bandwidth", self.bandwidth))
+        self._check_size("trap_block", 4 * KIB, 2 * MIB)
+        self._check_size("page_block", 4 * KIB, 1 * MIB)
+        self._check_size("storage_block", self.page_block, 4 * MIB)
+        self._check_size("staging", 2 * self.trap_block, 1 << 40)
+        self._check_size("at_instant", 0, 1 << 40)
+        object.__setattr__(self, "packers", values.count("packers", self.packers, 1, 64))
+        values.choice("mode", self.mode, get_args(Mode))
+        values.choice("codec", self.codec, get_args(Codec))
+        values.optional(values.flag, "track", self.track)
         if self.trap_block & (self.trap_block - 1):
-            raise UsageError(f"trap-block of {self.trap_block} bytes: a power of two")
+            raise UsageError(f"invalid `trap_block` {self.trap_block}: expected a power of two")
         if self.track and self.mode != "lazy":
-            raise UsageError("a trace can be left by mode lazy only")
+            raise UsageError("`track` needs `mode` lazy: no other leaves a trace")
         if self.page_block % (4 * KIB) or self.storage_block % self.page_block:
             raise UsageError("page blocks are made of 4 KiB pages, storage blocks of page blocks")
 
-
-def _check(name: str, value: int, least: int, most: int, unit: str) -> None:
-    if not least <= value <= most:
-        raise UsageError(f"{name} of {value}: give {least} to {most} {unit}")
+    def _check_size(self, name: str, least: int, most: int) -> None:
+        object.__setattr__(self, name, values.size(name, getattr(self, name), least, most))

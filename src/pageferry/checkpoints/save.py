@@ -14,6 +14,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pageferry import values
 from pageferry._engine import Saver
 from pageferry.checkpoints import events, metadata
 from pageferry.checkpoints.image import ImageFile, beside, new_file
@@ -25,6 +26,7 @@ from pageferry.host.blocking import on_thread
 from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
+from pageferry.workloads.arguments import managed
 from pageferry.workloads.base import SMALL_PAGE, Workload, stays_paused
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold
@@ -58,12 +60,17 @@ async def checkpoint(
     Raises CheckpointError when no image was written (the disk is full, the path cannot be): the workload runs on.
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
-    saved = workload.workload() if isinstance(workload, Arena) else workload
-    if isinstance(saved, ProcessWorkload):
+    if isinstance(workload, ProcessWorkload):
         options["mode"] = "stop"  # nothing but being stopped keeps its memory as it is
-    save = Save(saved, Path(path), Options(**options), listener)
-    if parent is not None:
-        save.build_on(ImageFile(parent))
+    else:
+        managed(workload)
+    chosen = values.options(Options, options)
+    target, older = values.path("path", path), values.optional(values.path, "parent", parent)
+    values.function("listener", listener)
+    saved = workload.workload() if isinstance(workload, Arena) else workload
+    save = Save(saved, target, chosen, listener)
+    if older is not None:
+        save.build_on(ImageFile(older))
     return await save.run()
 
 

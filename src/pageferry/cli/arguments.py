@@ -1,43 +1,44 @@
-"""Types of arguments that several verbs take."""
+"""Types of arguments that several verbs take: the parsers of `pageferry.values`, as argparse wants them."""
 
 from __future__ import annotations
 
 import argparse
-import re
+from collections.abc import Callable
+from typing import TypeVar
 
-_SUFFIXES = {suffix: 1 << 10 * power for power, suffix in enumerate("BKMGT")}
+from pageferry import values
+from pageferry.errors import UsageError
 
-
-def size(text: str) -> int:
-    """Bytes from `512`, `64K`, `1.5G` or `2MiB`: binary units, as QEMU takes them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([BKMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number with K, M, G or T, like 512M or 1.5G")
-    return round(float(match[1]) * _SUFFIXES[match[2].upper() or "B"])
+T = TypeVar("T")
 
 
-def milliseconds(text: str) -> float:
-    """Seconds from a number of milliseconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds") from None
-    return value / 1e3
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """The parser, with its errors as argparse takes them: with the name of the option in front."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
-def fraction(text: str) -> float:
-    """A part of 1 from `5%` or `0.05`."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole: give one like 5% or 0.05") from None
-    return value
+def _integer(text: str) -> int:
+    if not text.isascii() or len(text) > 20 or not text.lstrip("+-").isdigit():
+        raise UsageError(f"invalid number {text!r}: expected an integer")
+    return int(text)
 
 
-def seconds(text: str) -> float:
-    """Seconds from `200ms`, `0.2s` or `0.2`."""
-    factor, digits = (1e-3, text[:-2]) if text.endswith("ms") else (1.0, text.removesuffix("s"))
-    try:
-        return float(digits) * factor
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: give one like 200ms or 1.5s") from None
+size = _argument(values.parse_size)
+"""Bytes from `512M`."""
+rate = _argument(values.parse_rate)
+"""Bytes per second from `100M` or `100M/s`."""
+fraction = _argument(values.parse_fraction)
+"""A part of 1 from `5%` or `0.05`."""
+seconds = _argument(values.parse_duration)
+"""Seconds from `200ms`, `1m`, or a number of seconds."""
+milliseconds = _argument(lambda text: values.parse_duration(text, 1e-3))
+"""Seconds from `300ms`, `1s`, or a number of milliseconds."""
+integer = _argument(_integer)
+"""An integer."""

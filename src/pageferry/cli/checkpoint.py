@@ -6,7 +6,7 @@ import argparse
 
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import checkpoint
-from pageferry.cli.arguments import size
+from pageferry.cli.arguments import rate, size
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.report.checkpoint import CheckpointView
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
     parser.add_argument(
         "--bandwidth",
-        type=size,
+        type=rate,
         default=DEFAULTS.bandwidth,
         metavar="SIZE",
         help="bytes per second to save of what is not written to meanwhile (no limit)",
@@ -72,6 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 async def run(args: argparse.Namespace) -> int:
     """Save the workload."""
+    Options(**_options(args))  # type: ignore[arg-type]  # before anything happens
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:
@@ -90,7 +91,11 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _options(args: argparse.Namespace) -> dict[str, object]:
+    return {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
+
+
 async def _save(args: argparse.Namespace, workload: Workload | ProcessWorkload) -> None:
-    options = {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
+    options = _options(args)
     with open_reporter(args.output, CheckpointView()) as reporter:
         reporter.final(await checkpoint(workload, args.image, parent=args.parent, listener=reporter.event, **options))

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from pageferry.cli.arguments import size
+from pageferry.cli.arguments import fraction, integer, rate, seconds, size
 from pageferry.cli.migrate import add_options, options_of
 from pageferry.errors import WorkloadError
 from pageferry.host.python import start_python
@@ -46,12 +46,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("workload")
     load.add_argument("--size", type=size, default=512 << 20, help="memory (512M)")
-    load.add_argument("--rate", type=size, default=20 << 20, help="bytes written per second (20M)")
-    load.add_argument("--working-set", type=float, default=0.3, metavar="PART", help="part written to (%(default)s)")
-    load.add_argument("--zeros", type=float, default=0.2, metavar="PART", help="pages that become zeros (%(default)s)")
-    load.add_argument("--threads", type=int, default=2, help="(%(default)s)")
-    load.add_argument("--processes", type=int, default=1, help="that share the threads (%(default)s)")
-    load.add_argument("--seconds", type=float, default=1.0, help="to write before and after the move (%(default)s)")
+    load.add_argument("--rate", type=rate, default=20 << 20, help="bytes written per second (20M)")
+    load.add_argument("--working-set", type=fraction, default=0.3, metavar="PART", help="part written to (%(default)s)")
+    load.add_argument(
+        "--zeros", type=fraction, default=0.2, metavar="PART", help="pages that become zeros (%(default)s)"
+    )
+    load.add_argument("--threads", type=integer, default=2, help="(%(default)s)")
+    load.add_argument("--processes", type=integer, default=1, help="that share the threads (%(default)s)")
+    load.add_argument(
+        "--seconds",
+        type=seconds,
+        default=1.0,
+        metavar="DURATION",
+        help="to write before and after the move; a number alone counts seconds (1s)",
+    )
     add_options(parser)
 
 

@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 
 from pageferry.cli.activity import shareable_pages
-from pageferry.cli.arguments import fraction, seconds
+from pageferry.cli.arguments import fraction, integer, seconds
 from pageferry.errors import UsageError
 from pageferry.large_pages.api import Options, sample, undo
 from pageferry.large_pages.events import LargePagesResult
@@ -33,9 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--sample", type=fraction, default=DEFAULTS.sample, metavar="PART", help="large pages per round, at most (5%%)"
     )
     looking.add_argument(
-        "--window", type=seconds, default=DEFAULTS.window, metavar="TIME", help="in which accesses count (200ms)"
+        "--window",
+        type=seconds,
+        default=DEFAULTS.window,
+        metavar="DURATION",
+        help="in which accesses count, such as 200ms or 1s; a number alone counts seconds (200ms)",
     )
-    looking.add_argument("--rounds", type=int, default=DEFAULTS.rounds, metavar="N", help="(%(default)s)")
+    looking.add_argument("--rounds", type=integer, default=DEFAULTS.rounds, metavar="N", help="(%(default)s)")
     looking.add_argument(
         "--budget",
         type=fraction,
@@ -47,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     acting = parser.add_argument_group("reclaiming")
     acting.add_argument(
         "--threshold",
-        type=int,
+        type=integer,
         default=Threshold().activity,
         metavar="N",
         help="break large pages with at most N of their 512 small pages accessed (%(default)s)",

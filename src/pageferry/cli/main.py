@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import select
 import signal
 import sys
@@ -49,7 +50,7 @@ def _run(words: list[str]) -> int:
             log = open_sinks(args, stack)
             code, ended_by = _run_verb(args, interruption), None
         except BaseException as error:
-            code, ended_by = _end_of(error, args.debug, interruption.received), error
+            code, ended_by = _end_of(error, args, interruption.received), error
         if log is not None:
             log.end(code, ended_by)
         return code
@@ -60,21 +61,30 @@ def _run_verb(args: argparse.Namespace, interruption: Interruption) -> int:
     return outcome if isinstance(outcome, int) else interruption.run(outcome)
 
 
-def _end_of(error: BaseException, debug: bool, received: signal.Signals | None) -> int:
+def _end_of(error: BaseException, args: argparse.Namespace, received: signal.Signals | None) -> int:
     """Say on stderr how a verb ended and return its exit code. Lets an error pass that is about our own stdout."""
     if isinstance(error, BrokenPipeError) and _reader_has_gone():
         raise error
-    if debug:
+    if args.debug:
         sys.stderr.write(printable("".join(traceback.format_exception(error))))
     if received is not None and isinstance(error, (KeyboardInterrupt, asyncio.CancelledError, Cancelled)):
         _complain(str(error) or "interrupted")
         return 128 + received
     if isinstance(error, PageferryError):
-        _complain(f"error: {error}")
+        _complain(f"error: {_with_options(str(error), args)}")
         return error.exit_code
-    hint = "" if debug else " (unexpected; --debug shows where it comes from)"
+    hint = "" if args.debug else " (unexpected; --debug shows where it comes from)"
     _complain(f"error: {type(error).__name__}: {error}{hint}")
     return 1
+
+
+def _with_options(text: str, args: argparse.Namespace) -> str:
+    """The text with `max_downtime` as --max-downtime: Python has parameters where the command line has options."""
+    return re.sub(r"`([a-z_]+)`", lambda name: _option(name[1]) if name[1] in vars(args) else name[0], text)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _complain(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pageferry.cli.arguments import milliseconds, size
+from pageferry.cli.arguments import integer, milliseconds, rate, seconds
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
@@ -81,11 +81,16 @@ def _add_copying(copying: argparse._ArgumentGroup) -> None:
         "--max-downtime",
         type=milliseconds,
         default=DEFAULTS.max_downtime,
-        metavar="MS",
-        help="switch over when the rest can be sent in so many milliseconds (default: 300)",
+        metavar="DURATION",
+        help="switch over when the rest can be sent in this time, such as 300ms or 1s; a number alone counts "
+        "milliseconds (default: 300ms)",
     )
     copying.add_argument(
-        "--max-rounds", type=int, default=DEFAULTS.max_rounds, metavar="N", help="give up after N rounds (%(default)s)"
+        "--max-rounds",
+        type=integer,
+        default=DEFAULTS.max_rounds,
+        metavar="N",
+        help="give up after N rounds (%(default)s)",
     )
     copying.add_argument(
         "--auto-converge",
@@ -104,13 +109,13 @@ def _add_copying(copying: argparse._ArgumentGroup) -> None:
     )
     copying.add_argument(
         "--bandwidth",
-        type=size,
+        type=rate,
         default=DEFAULTS.bandwidth,
         metavar="SIZE",
-        help="most bytes per second, over all page streams together (no limit)",
+        help="most bytes per second, over all page streams together, such as 100M (no limit)",
     )
     copying.add_argument(
-        "--streams", type=int, default=DEFAULTS.streams, metavar="N", help="parallel page streams (%(default)s)"
+        "--streams", type=integer, default=DEFAULTS.streams, metavar="N", help="parallel page streams (%(default)s)"
     )
 
 
@@ -132,7 +137,11 @@ def _add_arriving(arriving: argparse._ArgumentGroup) -> None:
 
 def _add_link(link: argparse._ArgumentGroup) -> None:
     link.add_argument(
-        "--patience", type=float, default=DEFAULTS.patience, metavar="S", help="seconds of silence that end it (30)"
+        "--patience",
+        type=seconds,
+        default=DEFAULTS.patience,
+        metavar="DURATION",
+        help="silence that ends it, such as 10s or 1m; a number alone counts seconds (30s)",
     )
     link.add_argument(
         "--tls",
@@ -153,6 +162,7 @@ def options_of(args: argparse.Namespace) -> dict[str, object]:
 
 async def run(args: argparse.Namespace) -> int:
     """Migrate, recover, take back, or tell a migration to switch over."""
+    Options(**options_of(args))  # type: ignore[arg-type]  # before anything happens
     if args.switch:
         switch.request(Registry().folder(args.name))
         return 0

@@ -6,11 +6,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 from rich_argparse import RichHelpFormatter
 
-from pageferry import printable
+from pageferry import printable, values
 from pageferry.cli.verbs import VERBS
 from pageferry.errors import UsageError
 
@@ -29,6 +30,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Of choices, verbs among them: name one that is like the word that was given."""
+        if action.choices is not None and value not in action.choices:
+            known = list(action.choices)
+            meant = values.suggestion(str(value), known)
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}, expected one of {', '.join(known)}{meant}"
+            )
+
     def error(self, message: str) -> NoReturn:
         """One line: a usage of many would hide what is wrong."""
         text = f"{self.prog}: error: {message} (`{self.prog} --help` shows what it takes)"
@@ -42,12 +52,26 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = build_parser(words)
     head, command = _split(words)
     args, unknown = parser.parse_known_args(head, defaults)
+    _check_separator(args, words)
     if unknown:
-        args.complain(f"unrecognized arguments: {' '.join(unknown)}")
+        args.complain(f"unrecognized arguments: {' '.join(unknown)}{_meant(args, unknown)}")
     if command and not args.takes_command:
         args.complain("it takes no command after --")
     args.command = command
     return args
+
+
+def _check_separator(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Report the command line of a QEMU that is not behind `--`."""
+    program = next((word for word in words if PurePath(word).name.startswith("qemu-system")), None)
+    if args.takes_command and program is not None and "--" not in words:
+        args.complain(f"-- is missing in front of {program}: everything after it is the command line of QEMU")
+
+
+def _meant(args: argparse.Namespace, unknown: Sequence[str]) -> str:
+    """Options of the verb that look like the unknown ones."""
+    known = args.complain.__self__._option_string_actions
+    return "".join(values.suggestion(word.split("=")[0], known) for word in unknown if word.startswith("--"))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

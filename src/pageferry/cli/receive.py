@@ -10,7 +10,8 @@ from logging import getLogger
 
 import msgspec
 
-from pageferry.cli.arguments import size
+from pageferry import values
+from pageferry.cli.arguments import seconds, size
 from pageferry.cli.foreground import see_to_the_end
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.events import Event
@@ -18,11 +19,13 @@ from pageferry.host.registry import Registry
 from pageferry.migration import api, events, messages
 from pageferry.migration.connection import Reception
 from pageferry.migration.destination import Destination, Prepare
+from pageferry.migration.options import patience
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
+from pageferry.workloads.arguments import MAX_ARENA
 from pageferry.workloads.base import Workload
 from pageferry.workloads.ledger import LedgerWorkload
 from pageferry.workloads.qemu import QemuWorkload
@@ -105,7 +108,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hugetlb", action="store_true", help="guest memory on hugetlbfs")
     parser.add_argument("--detach", action="store_true", help="end when the guest runs, and leave it running")
-    parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds of silence that end it (30)")
+    parser.add_argument(
+        "--patience",
+        type=seconds,
+        default=30.0,
+        metavar="DURATION",
+        help="silence that ends it, such as 10s or 1m; a number alone counts seconds (30s)",
+    )
     parser.add_argument(
         "--tls",
         metavar="DIR",
@@ -127,6 +136,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 async def run(args: argparse.Namespace) -> int:
     """Receive a workload, then stay until it ends."""
     command = args.command
+    patience(args.patience)
+    values.optional(values.size, "max_size", args.max_size, 1, MAX_ARENA)
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give either --workload demo, or --resume, or a QEMU command line after --")
     with open_reporter(args.output, ReceiveView()) as out:

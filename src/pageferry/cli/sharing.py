@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from pageferry.cli.activity import hot_large_pages
-from pageferry.cli.arguments import fraction, size
+from pageferry.cli.arguments import fraction, integer, seconds, size
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.meminfo import available
@@ -43,12 +43,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     choosing = parser.add_argument_group("choosing")
     choosing.add_argument(
         "--threshold",
-        type=int,
+        type=integer,
         metavar="N",
         help="break large pages of which at least N of the 512 pages can be shared (default: 256 when half of the "
         "memory of this host is free, down to 16)",
     )
-    choosing.add_argument("--most", type=int, metavar="N", help="break at most N large pages, the best ones")
+    choosing.add_argument("--most", type=integer, metavar="N", help="break at most N large pages, the best ones")
     choosing.add_argument(
         "--break-hot",
         action="store_true",
@@ -64,11 +64,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     looking = parser.add_argument_group("looking")
     looking.add_argument("--budget", type=fraction, metavar="P%", help="part of one CPU to use (default: all there is)")
     looking.add_argument("--memory", type=size, default=DEFAULTS.memory, metavar="SIZE", help="of its own (256M)")
-    looking.add_argument("--every", type=int, default=1, metavar="N", help="look at every Nth large page only")
-    looking.add_argument("--threads", type=int, default=0, metavar="N", help="(one for each CPU)")
+    looking.add_argument("--every", type=integer, default=1, metavar="N", help="look at every Nth large page only")
+    looking.add_argument("--threads", type=integer, default=0, metavar="N", help="(one for each CPU)")
     looking.add_argument("--watch", action="store_true", help="again and again, slowly; faster when memory is scarce")
     looking.add_argument(
-        "--interval", type=float, default=60.0, metavar="S", help="seconds between looks (%(default)s)"
+        "--interval",
+        type=seconds,
+        default=60.0,
+        metavar="DURATION",
+        help="time between looks, such as 30s or 1m; a number alone counts seconds (1m)",
     )
 
 

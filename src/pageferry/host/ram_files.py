@@ -81,11 +81,11 @@ def _fallback_file(size: int, refused: OSError) -> RamFile:
 
 def _hugetlb_file(size: int) -> RamFile:
     if size % LARGE_PAGE:
-        raise UnsupportedError(f"--hugetlb needs guest memory in multiples of 2 MiB, not {size} bytes: change -m")
+        raise UnsupportedError(f"`hugetlb` needs guest memory in multiples of 2 MiB, not {size} bytes: change -m")
     needed, available = size // LARGE_PAGE, _huge_pages_available()
     if available < needed:
         raise UnsupportedError(
-            f"--hugetlb needs {needed} free pages of 2 MiB, there are {available}: "
+            f"`hugetlb` needs {needed} free pages of 2 MiB, there are {available}: "
             f"add {needed - available} to /proc/sys/vm/nr_hugepages"
         )
     try:

@@ -34,7 +34,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pageferry.errors import NameInUse, NoSuchWorkload, UnsupportedError, UsageError, WorkloadDied, WorkloadError
+from pageferry.errors import (
+    NameInUse,
+    NoSuchWorkload,
+    UnsupportedError,
+    UsageError,
+    WorkloadDied,
+    WorkloadError,
+    WrongType,
+)
 from pageferry.host import files, proc
 
 VERSION = 1
@@ -215,7 +223,7 @@ class Registry:
 
         Raises UsageError for a bad name, NameInUse when a living workload (or claim) has it.
         """
-        _check_name(name)
+        check_name(name)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = Folder(self, name)
         with self.locked():
@@ -234,7 +242,7 @@ class Registry:
 
         Raises UsageError for a bad name, NoSuchWorkload; WorkloadError where it cannot be judged from this process.
         """
-        _check_name(name)
+        check_name(name)
         entry = None
         if self.path.is_dir():
             with self.locked():
@@ -247,7 +255,7 @@ class Registry:
 
     def receiver_socket(self, name: str) -> str:
         """Where a receiver of a workload of that name listens by default. Raises UsageError for a bad name."""
-        _check_name(name)
+        check_name(name)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return str(self.path / f".{name}.receive")
 
@@ -269,7 +277,7 @@ class Registry:
 
     def remove(self, name: str) -> None:
         """Forget a workload, dead or alive, with everything in its folder. Nothing happens where there is none."""
-        _check_name(name)
+        check_name(name)
         Folder(self, name).release()
 
     def _read_living(self, folder: Folder) -> AnyEntry | None:
@@ -325,7 +333,10 @@ def default_run_directory() -> Path:
     raise UsageError("no run directory: set XDG_RUNTIME_DIR, or PAGEFERRY_RUN_DIR to a folder of your own")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises UsageError for what cannot be the name of a workload, WrongType for what is not a text."""
+    if not isinstance(name, str):
+        raise WrongType(f"invalid `name` of type {type(name).__name__}: expected a text")
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} is no name for a workload: 1 to 64 letters, digits, dots, underscores or hyphens, "

@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from pageferry import values
 from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
@@ -27,7 +28,7 @@ from pageferry.large_pages.events import (
     StoreFigures,
 )
 from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
-from pageferry.large_pages.sampling import Sampling
+from pageferry.large_pages.sampling import Limit, Sampling
 from pageferry.large_pages.tracking import Activity, LargePage, Tracker
 from pageferry.workloads import following
 from pageferry.workloads.targets import Target
@@ -57,16 +58,20 @@ class Options:
     """Of the choice of samples."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sample <= 1:
-            raise UsageError(f"a sample of {self.sample:.0%}: give more than 0 and at most 100 %")
-        if not 0.001 <= self.window <= 60:
-            raise UsageError(f"a window of {self.window} s: give between 1 ms and 60 s")
-        if self.rounds < 1:
-            raise UsageError(f"{self.rounds} rounds")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise UsageError(f"a budget of {self.budget:.0%} of a CPU: give more than 0 and at most 100 %")
+        checked = {
+            "sample": values.fraction("sample", self.sample),
+            "window": values.duration("window", self.window, 1e-3, 60.0),
+            "rounds": values.count("rounds", self.rounds, 1, 1_000_000),
+            "budget": values.optional(values.fraction, "budget", self.budget),
+            "store": values.optional(values.path, "store", self.store),
+            "seed": values.optional(values.count, "seed", self.seed, 0, 1 << 63),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        values.optional(values.choice, "reclaim", self.reclaim, ("store", "swap"))
+        values.choice("codec", self.codec, get_args(Codec))
         if self.store is not None and (self.reclaim != "store" or not self.store.is_dir()):
-            raise UsageError(f"{self.store}: --store names a folder that exists, for --reclaim store")
+            raise UsageError(f"invalid `store` {self.store}: expected a folder that exists, with `reclaim` store")
 
 
 async def sample(
@@ -83,6 +88,12 @@ async def sample(
     Every mapping that was split is restored before this returns, or raises: UnsupportedError, WorkloadDied,
     WorkloadError; CheckpointError where a store cannot be written.
     """
+    values.instance("target", target, Target)
+    values.optional(values.instance, "options", options, Options)
+    values.optional(values.instance, "sharing", sharing, Mapping)
+    values.function("listener", listener)
+    if policy is not None:
+        values.function("policy", getattr(policy, "decide", None))
     options, policy = options or Options(), policy or Threshold()
     if options.reclaim == "swap":
         reclaim.check_swap()
@@ -93,7 +104,7 @@ async def sample(
     tracker = Tracker(target)
     candidates = tracker.large_pages()
     begin = time.monotonic()
-    seen, rounds = await _look(tracker, candidates, options, listener)
+    seen, rounds, limited_by = await _look(tracker, candidates, options, listener)
     elapsed = time.monotonic() - begin
     decisions = _decide(seen, policy, sharing or {})
     broken, reclaimed, store = 0, 0, None
@@ -118,13 +129,14 @@ async def sample(
         overhead=_overhead(tracker, seen, elapsed, options.budget),
         skipped=list(target.skipped),
         store=store,
+        limited_by=limited_by,
     )
 
 
 async def _look(
     tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
-) -> tuple[list[Activity], int]:
-    """What was seen, in how many rounds: fewer than wanted where every page has been looked at."""
+) -> tuple[list[Activity], int, Limit | None]:
+    """What was seen, in how many rounds (fewer where all pages have been sampled), and what made rounds smaller."""
     sampling = Sampling(options.sample, options.budget, options.seed)
     seen: list[Activity] = []
     done = 0
@@ -135,7 +147,7 @@ async def _look(
         seen += activities
         done += 1
         listener(_event(done, activities, tracker.cpu - cpu))
-    return seen, done
+    return seen, done, sampling.limited_by
 
 
 def _decide(seen: Sequence[Activity], policy: Policy, sharing: Mapping[tuple[int, int], int]) -> list[Decision]:
@@ -153,6 +165,7 @@ async def undo(target: Target) -> BroughtBack:
 
     Raises UsageError where there is none, RestoreError when its pager has died, ImageError when it is damaged.
     """
+    values.instance("target", target, Target)
     return BroughtBack(target=target.name, brought_back=await cold_store.bring_back(target))
 
 

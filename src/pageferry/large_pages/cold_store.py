@@ -120,7 +120,7 @@ async def prepare(target: Target) -> None:
     if target.workload is None:
         raise UnsupportedError(
             f"{target.name} is no managed workload: it cannot be paused, and a store needs short pauses. "
-            f"`pageferry adopt` manages a QEMU that runs; --reclaim swap takes any process"
+            f"`pageferry adopt` manages a QEMU that runs; `reclaim` swap takes any process"
         )
     folder = _folder(target.workload)
     _check_descriptor(folder)
@@ -292,13 +292,13 @@ async def _write(
     """Copy the cold pages to an image, which is complete and synced when this returns."""
     parent = restoring.open_expected(record.image, record.identity, folder.name) if record is not None else None
     if parent is not None and len(parent.links) >= MOST_IMAGES:
-        raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with --undo first")
+        raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with `undo` first")
     earlier = parent.path.parent if parent is not None else folder.path
     where = (place or earlier).absolute()
     if parent is not None and not (where.exists() and where.samefile(earlier)):
         raise UsageError(
             f"memory of {folder.name} is in a store in {earlier}: reclaim to that folder, or bring it back "
-            f"with undo first"
+            f"with `undo` first"
         )
     path = where / f"{folder.name}.cold-{secrets.token_hex(4)}.img"
     try:
@@ -322,7 +322,7 @@ async def _write(
     except OSError as error:
         raise CheckpointError(
             f"the store {path} was not written: {error.strerror or error}; nothing of {folder.name} has changed: "
-            f"free some space, or choose another folder with --store"
+            f"free some space, or choose another folder with `store`"
         ) from error
     return ImageFile(path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from pageferry.events import Event
@@ -107,6 +109,8 @@ class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     skipped: list[str]
     """Memory that was left out, and why."""
     store: StoreFigures | None = None
+    limited_by: Literal["budget", "mappings"] | None = None
+    """Why rounds were smaller than the sample asks for: the budget of CPU time, or the mappings of a process."""
 
 
 class BroughtBack(Event, frozen=True, kw_only=True, tag="large-pages-undo"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from pageferry import values
+
 Decision = Literal["break", "keep", "restore"]
 """`break`: its cold small pages are reclaimed. `keep`: it stays as it is. `restore`: it is hot, and gets back what it
 had if it was broken before."""
@@ -39,6 +41,12 @@ class Threshold:
     """Break a page, while memory is scarce, that could share so many."""
     scarce: float = 0.1
     """Memory is scarce when less than this part of it is available."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError."""
+        values.count("threshold", self.activity, 0, 512)
+        values.count("sharing", self.sharing, 0, 512)
+        values.number("scarce", self.scarce, 0.0, 1.0)
 
     def decide(self, facts: Facts) -> Decision:
         """Break what is idle; restore what is used in its greater part; leave the rest alone."""

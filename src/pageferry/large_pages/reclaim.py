@@ -33,9 +33,9 @@ _MADV_COLD, _MADV_PAGEOUT, _MADV_POPULATE_READ = 20, 21, 22
 def check_swap() -> None:
     """Raises UnsupportedError where there is no swap to reclaim to."""
     if len(proc.lines(Path("/proc/swaps").read_bytes())) < 2:
-        raise UnsupportedError("this host has no swap to reclaim to: add some (swapon), or leave --reclaim out")
+        raise UnsupportedError("this host has no swap to reclaim to: add some (swapon), or leave `reclaim` out")
     if meminfo()["SwapFree"] < LARGE_PAGE:
-        raise UnsupportedError("swap is full: add some (swapon), or leave --reclaim out")
+        raise UnsupportedError("swap is full: add some (swapon), or leave `reclaim` out")
 
 
 def to_swap(target: Target, idle: list[Activity]) -> tuple[int, int]:

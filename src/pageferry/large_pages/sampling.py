@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from pageferry.large_pages.tracking import LargePage
 from pageferry.workloads.base import LARGE_PAGE
 
 FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
 """Seconds of CPU per sampled page before anything has been measured: splitting, reading, restoring."""
+Limit = Literal["budget", "mappings"]
+
 MOST = 8192
 """Pages at a time: each of them is a mapping of its own for the window, and a process may have 65,530 of those."""
 
@@ -28,6 +31,8 @@ class Sampling:
         self._random = random.Random(seed)
         self._seen: set[LargePage] = set()
         self._cost: float | None = None
+        self.limited_by: Limit | None = None
+        """What made a round smaller than `fraction` asks for."""
 
     def choose(self, candidates: Sequence[LargePage], seconds: float) -> list[LargePage]:
         """The pages of the next round, which takes about so many seconds; none when every page has been looked at."""
@@ -35,7 +40,13 @@ class Sampling:
         if not left:
             return []
         self._random.shuffle(left)
-        count = min(math.ceil(self._fraction * len(candidates)), self._affordable(left[0], seconds), MOST)
+        wanted = min(math.ceil(self._fraction * len(candidates)), len(left))
+        affordable = self._affordable(left[0], seconds)
+        if affordable < min(wanted, MOST):
+            self.limited_by = "budget"
+        elif wanted > MOST:
+            self.limited_by = self.limited_by or "mappings"
+        count = min(wanted, affordable, MOST)
         return self._apart(left, count)
 
     def account(self, pages: Iterable[LargePage], cpu: float) -> None:

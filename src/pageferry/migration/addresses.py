@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass, replace
 
+from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.host.registry import LONGEST_SOCKET_PATH
 from pageferry.migration.trust import Trust
@@ -53,11 +54,11 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
     Raises UsageError.
     """
     if insecure and trust is not None:
-        raise UsageError("either --tls or --insecure: with certificates nothing is sent in the clear")
-    if text.startswith(UNIX):
+        raise UsageError("either `tls` or `insecure`: with certificates nothing is sent in the clear")
+    if values.text("address", text).startswith(UNIX):
         return _unix(text, what, trust)
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    if not separator or not (port.isascii() and port.isdigit() and len(port) < 6) or int(port) > 65535:
         raise UsageError(f"{what} {text!r}: give HOST:PORT, for example 127.0.0.1:7070, or unix:PATH on one host")
     host = host.strip("[]") or "127.0.0.1"
     try:
@@ -68,7 +69,7 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
     if not all(map(is_loopback, addresses)) and not insecure and trust is None:
         raise UsageError(
             f"{what} {text}: memory would cross the network in the clear, readable and forgeable by anybody on the "
-            f"way; give certificates with --tls DIR, use a loopback address (through a tunnel), or --insecure where "
+            f"way; give certificates with `tls` DIR, use a loopback address (through a tunnel), or `insecure` where "
             f"the network is yours alone"
         )
     return Address(addresses[0], int(port), host, tuple(addresses[1:]))
@@ -84,7 +85,7 @@ def _unix(text: str, what: str, trust: Trust | None) -> Address:
     if not path or "\0" in path:
         raise UsageError(f"{what} {text!r}: give unix:PATH with the path of a socket, for example unix:/run/web.sock")
     if trust is not None:
-        raise UsageError(f"{what} {text!r}: --tls is for TCP; on a Unix socket the kernel names the peer's user")
+        raise UsageError(f"{what} {text!r}: `tls` is for TCP; on a Unix socket the kernel names the peer's user")
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         raise UsageError(f"{what} {text!r}: the path of a socket has at most {LONGEST_SOCKET_PATH} bytes")

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from pageferry import values
 from pageferry.errors import (
     AuthenticationError,
     ConnectionLost,
@@ -31,6 +31,7 @@ from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
 from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
+from pageferry.migration.options import patience as options_patience
 from pageferry.migration.ownership import RECORD, Committed, Verdicts, committed
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
@@ -38,6 +39,7 @@ from pageferry.migration.trust import Trust
 from pageferry.workloads import following
 from pageferry.workloads.arena import Arena, State
 from pageferry.workloads.arena_control import Callback
+from pageferry.workloads.arguments import MAX_ARENA, check_arena, managed
 from pageferry.workloads.base import Revertible, Workload
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.holding import Hold, held
@@ -60,7 +62,9 @@ async def migrate(
     for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver, and PostcopyPaused: it runs
     there, and waits for pages that `recover` sends. UsageError for bad options.
     """
-    chosen = Options(**options)
+    managed(workload)
+    values.function("listener", listener)
+    chosen = values.options(Options, options)
     trust = chosen.trust()
     target = resolve(address, insecure=chosen.insecure, what="destination", trust=trust)
     moved = workload.workload() if isinstance(workload, Arena) else workload
@@ -136,6 +140,10 @@ async def receive(
     (docs/tls.md); then only sources with a certificate are let in, and if `allow` has names, only those with one of
     them. Raises MigrationError, UsageError.
     """
+    check_arena(name, state, on_pause, on_resume, on_moved)
+    most = values.optional(values.size, "max_size", max_size, 1, MAX_ARENA)
+    values.optional(values.function, "listening", listening)
+    patience = options_patience(patience)
     reception = open_reception(address, patience, insecure=insecure, tls=tls, allow=allow)
     if listening is not None:
         listening(str(reception.address))
@@ -144,8 +152,8 @@ async def receive(
 
     async def prepare(hello: messages.Hello) -> Workload:
         if hello.mode != "precopy":
-            raise UsageError("an arena of a program is received with all of its memory: use --mode precopy")
-        fresh = arena_for(hello, max_size)
+            raise UsageError("an arena of a program is received with all of its memory: use `mode` precopy")
+        fresh = arena_for(hello, most)
         arena = Arena.from_file(
             fresh.descriptor,
             fresh.length,
@@ -182,9 +190,11 @@ def open_reception(
     allow: Sequence[str],
 ) -> Reception:
     """Listen where, and to whom, the options of `receive` say. Raises UsageError."""
-    if allow and tls is None:
-        raise UsageError("--allow makes sense only with --tls: without certificates nobody knows who a source is")
-    trust = None if tls is None else Trust(Path(tls), "receiver", allow=allow)
+    values.flag("insecure", insecure)
+    folder, names = values.optional(values.path, "tls", tls), values.texts("allow", allow)
+    if names and folder is None:
+        raise UsageError("`allow` needs `tls`: without certificates a source has no name")
+    trust = None if folder is None else Trust(folder, "receiver", allow=names)
     return Reception(resolve(address, insecure=insecure, what="address to listen on", trust=trust), patience, trust)
 
 
@@ -216,6 +226,11 @@ async def recover(
     that the destination still waits for are sent first; PostcopyPaused when that does not work out. `insecure`, `tls`
     and `tls_hostname` (default: the name that the migration was sent to) are those of `Options`.
     """
+    managed(workload)
+    values.function("listener", listener)
+    values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
+    patience = options_patience(patience)
+    Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname)
     moved = workload.workload() if isinstance(workload, Arena) else workload
     record = _in_doubt(moved, doubt)
     chosen = Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname or (record.hostname if tls else None))
@@ -252,6 +267,8 @@ async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = N
 
     `doubt` as for `recover`. Raises UsageError when it was not given away.
     """
+    managed(workload)
+    values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
     moved = workload.workload() if isinstance(workload, Arena) else workload
     record = _in_doubt(moved, doubt)
     if isinstance(moved, Revertible):

@@ -323,9 +323,9 @@ class Reception:
         """One side speaks TLS, the other does not. In the clear: who speaks TLS takes it for what it is."""
         channel = Channel(*await _streams(connection), self._patience)
         if self._trust is None:
-            reason = "this receiver does not speak TLS: start it with --tls DIR, or migrate without"
+            reason = "this receiver does not speak TLS: start it with `tls` DIR, or migrate without"
         else:
-            reason = "this receiver accepts TLS only: migrate with --tls DIR"
+            reason = "this receiver accepts TLS only: migrate with `tls` DIR"
         await self._refuse(channel, AuthenticationError(reason))
 
     async def _refuse(self, channel: Channel, error: AuthenticationError) -> None:

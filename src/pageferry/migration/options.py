@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.migration.messages import MAX_STREAMS, Codec, Mode, Populate
 from pageferry.migration.trust import Trust
 
 Granularity = Literal["4K", "2M", "auto"]
+LargePages = Literal["keep", "ignore"]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": get_args(Mode),
+    "trace_granularity": get_args(Granularity),
+    "large_pages": get_args(LargePages),
+    "populate": get_args(Populate),
+    "codec": get_args(Codec),
+}
 
 AUTO_RELEASE = 256
 """`auto` releases a large page once so many of its 512 traces have fired. At half, no more than twice what was written
@@ -20,7 +29,11 @@ is sent; lower lines help fast writers, and can keep a migration from converging
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a migration, as `pageferry migrate` has them. Raises UsageError for values out of range."""
+    """Options of a migration, as `pageferry migrate` has them.
+
+    Durations, sizes and rates are numbers in the unit of the field, or texts such as `30ms` and `100M`. Raises
+    UsageError.
+    """
 
     mode: Mode = "precopy"
     """Which pages are there before the workload runs at the destination: all (`precopy`), none (`postcopy`: they come
@@ -33,7 +46,7 @@ class Options:
     """Take CPU time from the workload, in steps, where rounds get no further: a pre-copy that would give up ends."""
     trace_granularity: Granularity = "auto"
     """Unit of the write trace (S2): every small page, whole large pages, or as the workload writes."""
-    large_pages: Literal["keep", "ignore"] = "keep"
+    large_pages: LargePages = "keep"
     """Whether a large page of the source must be one at the destination (S6, S7)."""
     populate: Populate = "all"
     """Which page-table entries are made before the workload resumes: of all pages, during transmission (S5); of the
@@ -56,19 +69,29 @@ class Options:
     """The name that the receiver's certificate must have; None for the host of its address."""
 
     def __post_init__(self) -> None:
-        _check("max-downtime", self.max_downtime, 0.0, 3600.0, "seconds")
-        _check("max-rounds", self.max_rounds, 1, 10_000, "rounds")
-        _check("streams", self.streams, 1, MAX_STREAMS, "streams")
-        _check("bandwidth", self.bandwidth, 0, 1 << 50, "bytes per second")
-        _check("patience", self.patience, 0.1, 3600.0, "seconds")
+        checked = {
+            "max_downtime": values.duration("max_downtime", self.max_downtime, 0.0, 3600.0),
+            "max_rounds": values.count("max_rounds", self.max_rounds, 1, 10_000),
+            "bandwidth": values.rate("bandwidth", self.bandwidth),
+            "streams": values.count("streams", self.streams, 1, MAX_STREAMS),
+            "patience": patience(self.patience),
+            "tls": values.optional(values.path, "tls", self.tls),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        for name in ("auto_converge", "adaptive", "insecure"):
+            values.flag(name, getattr(self, name))
+        for name, choices in _CHOICES.items():
+            values.choice(name, getattr(self, name), choices)
+        values.optional(values.text, "tls_hostname", self.tls_hostname)
         if self.auto_converge and self.mode != "precopy":
-            raise UsageError(f"auto-converge is for pre-copy: with mode {self.mode} it ends whatever is modified")
+            raise UsageError(f"`auto_converge` is for pre-copy: with `mode` {self.mode} it ends whatever is modified")
+        if self.tls_hostname is not None and self.tls is None:
+            raise UsageError("`tls_hostname` needs `tls`: without certificates there is no name to compare")
 
     def trust(self) -> Trust | None:
         """Who we are and who is believed, if `tls` says so. Raises UsageError."""
         if self.tls is None:
-            if self.tls_hostname is not None:
-                raise UsageError("--tls-hostname makes sense only with --tls")
             return None
         return Trust(Path(self.tls), "source", hostname=self.tls_hostname)
 
@@ -78,6 +101,6 @@ class Options:
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 
-def _check(name: str, value: float, least: float, most: float, unit: str) -> None:
-    if not least <= value <= most:
-        raise UsageError(f"{name} of {value:g}: give {least:g} to {most:g} {unit}")
+def patience(value: object) -> float:
+    """Seconds of silence after which a peer counts as lost. Raises UsageError."""
+    return values.duration("patience", value, 0.1, 3600.0)

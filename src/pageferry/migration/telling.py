@@ -160,15 +160,23 @@ def _postcopy_count(source: Source) -> events.PostcopyCount | None:
     )
 
 
+OWN_LIMIT = 1.25
+"""The limit that the user set is the reason where it is at most this many times the rate that was reached."""
+
+
 def not_converging(source: Source, remaining: int, seconds: float) -> NotConverging:
     """Why it is given up, after a round of so many seconds that left so many bytes to send; and what to do."""
     expected = source.convergence.expected_downtime(remaining)
-    slower = "" if source.options.auto_converge else ", slow it down while it is copied: --auto-converge"
+    slower = "" if source.options.auto_converge else ", slow it down while it is copied with `auto_converge`"
+    rate = source.convergence.bandwidth
+    limit = source.options.bandwidth
+    own = 0 < limit <= OWN_LIMIT * rate
+    taken = f"`bandwidth` allows {limit / 2**20:.0f}" if own else f"{source.peer} takes {rate / 2**20:.0f}"
+    faster = "Raise `bandwidth`, allow" if own else "Allow"
     return NotConverging(
-        f"{source.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {source.peer} takes "
-        f"{source.convergence.bandwidth / 2**20:.0f} MiB/s: {source.convergence.rounds} rounds left {remaining >> 20} "
-        f"MiB to send. It runs on here. Allow --max-downtime {expected * 1e3:.0f} (ms){slower}, or let the rest "
-        f"come after the switch-over: --mode hybrid"
+        f"{source.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {taken} MiB/s: "
+        f"{source.convergence.rounds} rounds left {remaining >> 20} MiB to send. It runs on here. {faster} "
+        f"`max_downtime` {expected * 1e3:.0f}ms{slower}, or let the rest come after the switch-over with `mode` hybrid"
     )
 
 

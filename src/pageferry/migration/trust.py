@@ -89,7 +89,7 @@ class Trust:
         if self.allow and not self.allow.intersection(peer.names):
             raise AuthenticationError(
                 f"{peer} may not send workloads here: its certificate has none of the names that this receiver was "
-                f"given with --allow"
+                f"given with `allow`"
             )
 
 
@@ -190,8 +190,8 @@ _VERIFIED = {
     21: _AUTHORITY,
     23: "; issue a new one",
     26: "; a server's must be for server authentication, a client's for client authentication",
-    62: "; give a name that is in it with --tls-hostname, or issue one with this name",
-    64: "; give a name that is in it with --tls-hostname, or issue one with this address",
+    62: "; give a name that is in it with `tls_hostname`, or issue one with this name",
+    64: "; give a name that is in it with `tls_hostname`, or issue one with this address",
 }
 """By X509_V_ERR code."""
 _ALERTS = {
@@ -206,7 +206,7 @@ _ALERTS = {
     "PROTOCOL_VERSION": ": it does not speak TLS 1.3",
 }
 _REASONS = {
-    "WRONG_VERSION_NUMBER": "it does not speak TLS; give --tls on both sides",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; give `tls` on both sides",
     "HTTP_REQUEST": "it does not speak TLS",
     "UNSUPPORTED_PROTOCOL": "it does not speak TLS 1.3",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has shown no certificate",
@@ -242,7 +242,7 @@ def _read(path: Path) -> bytes:
         return files.read_regular(path, MAX_FILE)
     except OSError as error:
         raise UsageError(
-            f"{path}: {error.strerror}; a folder for --tls has {CA}, at the source {' and '.join(FILES['source'])}, at "
+            f"{path}: {error.strerror}; a folder for `tls` has {CA}, at the source {' and '.join(FILES['source'])}, at "
             f"the receiver {' and '.join(FILES['receiver'])}"
         ) from error
 

@@ -118,6 +118,9 @@ def _verdict(result: LargePagesResult) -> list[str]:
         f"overhead: {overhead.fraction:.2%} of a CPU, {duration(overhead.per_page_us / 1e6)} a page; "
         f"{result.restored} mappings restored" + (f", {result.not_restored} NOT" if result.not_restored else ""),
     ]
+    if result.limited_by is not None:
+        limits = {"budget": "--budget (0 lifts that)", "mappings": "the mappings that a process may have"}
+        lines.append(f"limited by {limits[result.limited_by]}: rounds were smaller than --sample asks for")
     if result.broken:
         where = "swap" if result.store is None else f"{result.store.path} ({size(result.store.bytes)})"
         lines.append(f"reclaimed: {size(result.reclaimed)} to {where}, {result.broken} large pages broken")

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
+from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.meminfo import available
@@ -30,6 +31,7 @@ async def find(
     `threshold`: pages that must be shareable in a large page for it to be worth breaking; None: by the memory that is
     free. Raises what `open_target` and `look` raise.
     """
+    _check(options, listener, threshold)
     async with _opened(names) as targets:
         findings = await look(targets, options or Options(), listener)
         return estimate.result(findings, _threshold(threshold))
@@ -53,6 +55,9 @@ async def share(
     target, address or byte of its region). A restore that is under way is completed first (S8). Raises also
     UnsupportedError where KSM is needed and in use.
     """
+    _check(options, listener, threshold)
+    values.optional(values.count, "most", most, 0, 1 << 40)
+    values.flag("beside_others", beside_others)
     async with _opened(names, "sharing") as targets:
         apply.check_possible(targets, beside_others)
         for target in targets:
@@ -91,17 +96,22 @@ async def _complete(target: Target) -> None:
             await settled(target.workload, traces=False)
 
 
+def _check(options: Options | None, listener: Listener, threshold: int | None) -> None:
+    values.optional(values.instance, "options", options, Options)
+    values.function("listener", listener)
+    values.optional(values.count, "threshold", threshold, 1, 512)
+
+
 def _threshold(asked: int | None) -> int:
     if asked is None:
         return policy.threshold(available())
-    if not 1 <= asked <= 512:
-        raise UsageError(f"a threshold of {asked} pages: a large page has 512, give 1 to 512")
     return asked
 
 
 @asynccontextmanager
 async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterator[list[Target]]:
     """The targets, kept from other commands while `work` is done on them."""
+    names = values.texts("names", names)
     if len(set(names)) != len(names) or not names:
         raise UsageError("name each workload once, and at least one")
     async with AsyncExitStack() as stack:

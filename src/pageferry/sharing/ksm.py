@@ -75,7 +75,7 @@ def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
         names = ", ".join(f"{pid} ({_command(pid)})" for pid in others[:4])
         raise UnsupportedError(
             f"KSM would also merge memory that other processes have offered to it: {names}. Name them too (pid:N); or, "
-            f"if equal pages of theirs and of these may be shared, add --beside-others"
+            f"if equal pages of theirs and of these may be shared, set `beside_others`"
         )
 
 

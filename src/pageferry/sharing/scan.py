@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pageferry import values
 from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
-from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.sharing import coming
 from pageferry.sharing.coming import Coming
 from pageferry.sharing.events import ScanEvent
@@ -47,10 +48,14 @@ class Options:
     """Part of one CPU that it may use (0.01: 1 %); None: as fast as it can."""
 
     def __post_init__(self) -> None:
-        if self.memory < 1 << 20 or self.every < 1 or self.threads < 0:
-            raise UsageError("a scan needs at least 1 MiB of memory, and looks at one of 1, 2, 3... large pages")
-        if self.budget is not None and not 0 < self.budget <= 64:
-            raise UsageError(f"a budget of {self.budget:.2%} of a CPU: give more than 0 %")
+        checked = {
+            "memory": values.size("memory", self.memory, 1 << 20, 1 << 50),
+            "every": values.count("every", self.every, 1, 1 << 40),
+            "threads": values.count("threads", self.threads, 0, 1024),
+            "budget": values.optional(values.fraction, "budget", self.budget, 64.0),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(slots=True)

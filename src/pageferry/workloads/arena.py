@@ -12,11 +12,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
-from pageferry import _engine
+from pageferry import _engine, values
 from pageferry.errors import UsageError
 from pageferry.host import registry
 from pageferry.workloads import deferred
 from pageferry.workloads.arena_control import ArenaControl, Callback
+from pageferry.workloads.arguments import MAX_ARENA, arena_size, check_arena
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.control.server import ControlServer
 from pageferry.workloads.following import note_forks
@@ -100,7 +101,8 @@ class Arena(_engine.Mapping):
         on_moved: Callback | None = None,
         direct_io: bool = True,
     ) -> Self:
-        size = _rounded(size)
+        check_arena(name, state, on_pause, on_resume, on_moved, large_pages=large_pages)
+        size = _rounded(arena_size(size))
         file, large_pages_by = memory_file(size, large_pages)
         try:
             self = super().__new__(cls, file, size)
@@ -132,7 +134,10 @@ class Arena(_engine.Mapping):
         duplicated. A `paused` arena waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
         `private`: the file is used by this arena alone; otherwise it counts as handed out (see `fileno`).
         """
-        if size <= 0 or size % SMALL_PAGE or size > os.fstat(file).st_size:
+        check_arena(name, state, on_pause, on_resume, on_moved, paused=paused)
+        values.count("file", file, 0, (1 << 31) - 1)
+        values.count("size", size, 1, MAX_ARENA)
+        if size % SMALL_PAGE or size > os.fstat(file).st_size:
             raise UsageError(f"{size} bytes of a file of {os.fstat(file).st_size}: not a multiple of 4096 within it")
         self = super().__new__(cls, file, size)
         self.large_pages_by = "file"
@@ -209,7 +214,7 @@ class Arena(_engine.Mapping):
         if self._folder is not None:
             raise UsageError(f"the arena is named {self._folder.name} already")
         if self.control.on_pause is None:
-            raise UsageError(f"arena {name} needs on_pause: other processes may migrate it at any time")
+            raise UsageError(f"arena {name} needs `on_pause`: other processes may migrate it at any time")
         folder = registry.Registry().claim(name)
         try:
             if self._handed_out:
@@ -275,8 +280,6 @@ class Arena(_engine.Mapping):
 
 
 def _rounded(size: int) -> int:
-    if size <= 0:
-        raise UsageError(f"an arena of {size} bytes: the size must be positive")
     return -(-size // SMALL_PAGE) * SMALL_PAGE
 
 

@@ -84,7 +84,7 @@ class ProcessWorkload:
         if not number.isdecimal():
             raise UsageError(f"{name} names no process: give pid: and a number")
         if ranges is None:
-            raise UsageError(f"which memory of {name}? Give --regions heap, stack, anon or START-END")
+            raise UsageError(f"which memory of {name}? Give `regions` heap, stack, anon or START-END")
         return cls(int(number), ranges)
 
     @property

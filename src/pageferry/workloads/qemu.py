@@ -553,7 +553,7 @@ def _launch(
     """Start QEMU with a memory file, and publish it already: it must not be lost if we are killed now."""
     qmp_socket = folder.socket_path("qmp.sock")
     if hugetlb and not command.needs_ram_file:
-        raise UsageError("--hugetlb is about memory that pageferry adds, and the command line has memory of its own")
+        raise UsageError("`hugetlb` is about memory that pageferry adds, and the command line has memory of its own")
     ram = None
     try:
         if command.needs_ram_file:

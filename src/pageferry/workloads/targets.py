@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pageferry import values
 from pageferry._engine import Space
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadDied
 from pageferry.host import proc
 from pageferry.host.smaps import Smap, smaps
+from pageferry.workloads.arguments import managed
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Segment, Workload
 from pageferry.workloads.opening import open_workload
 
@@ -121,9 +123,9 @@ async def open_target(text: str) -> Target:
 
     Raises UsageError, NoSuchWorkload, WorkloadDied, and UnsupportedError where its memory may not be looked at.
     """
-    if text.startswith("pid:"):
+    if values.text("text", text).startswith("pid:"):
         digits = text.removeprefix("pid:")
-        if not digits.isdecimal():
+        if not (digits.isascii() and digits.isdecimal()) or len(digits) > 10:
             raise UsageError(f"{text}: what stands after pid: is no number")
         return process_target(int(digits))
     workload = await open_workload(text)
@@ -132,6 +134,7 @@ async def open_target(text: str) -> Target:
 
 def workload_target(workload: Workload) -> Target:
     """A managed workload as a target, which closes it with itself."""
+    managed(workload)
     areas = [
         Area(
             pid=segment.pid,
@@ -152,7 +155,7 @@ def workload_target(workload: Workload) -> Target:
 
 def process_target(pid: int) -> Target:
     """Any process as a target. Raises NoSuchWorkload without one, UnsupportedError where it may not be looked at."""
-    if proc.start_time(pid) is None:
+    if proc.start_time(values.count("pid", pid, 1, (1 << 31) - 1)) is None:
         raise NoSuchWorkload(f"there is no process {pid}")
     files = _Files(pid)
     areas: list[Area] = []

@@ -1,0 +1,241 @@
+"""Checks and parsers of values that callers give: one for each kind, for Python and the command line alike.
+
+A value is a number in the documented unit, or a text such as `30ms`, `10s`, `1.5G` or `5%`. Every check takes the name
+of the parameter for its message and raises `UsageError`; for a value of the wrong type the error is a `WrongType`,
+which is a `TypeError` too. Names of parameters are in backticks in messages of the package: the command line shows
+them as options (`pageferry.cli.main`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pageferry.errors import UsageError, WrongType
+
+T = TypeVar("T")
+
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_BYTES = {suffix: 1 << 10 * power for power, suffix in enumerate("BKMGT")}
+_NUMBER = r"(\d+(?:\.\d+)?)\s*"
+DURATION = "a number with us, ms, s, m or h, such as 30ms, 10s or 1m"
+SIZE = "a number with K, M, G or T, such as 512M or 1.5G"
+FRACTION = "a percentage or a number up to 1, such as 5% or 0.05"
+
+
+# -- texts
+
+
+def parse_duration(text: str, unit: float = 1.0) -> float:
+    """Seconds from `30ms`, `10s`, `1m` or `2h`; `unit`: seconds that a number without a unit counts."""
+    match = re.fullmatch(_NUMBER + "(us|ms|s|min|m|h)?", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"invalid duration {text!r}: expected {DURATION}")
+    return float(match[1]) * (_SECONDS[match[2]] if match[2] else unit)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `512`, `64K`, `1.5G` or `2MiB`: binary units, as QEMU takes them."""
+    match = re.fullmatch(_NUMBER + "([BKMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None or len(match[1]) > 20:
+        raise UsageError(f"invalid size {text!r}: expected {SIZE}")
+    return round(float(match[1]) * _BYTES[match[2].upper() or "B"])
+
+
+def parse_rate(text: str) -> int:
+    """Bytes per second: a size, with or without `/s`."""
+    return parse_size(text.strip().removesuffix("/s"))
+
+
+def parse_fraction(text: str) -> float:
+    """A part of 1 from `5%` or `0.05`."""
+    match = re.fullmatch(_NUMBER + "(%?)", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"invalid fraction {text!r}: expected {FRACTION}")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+# -- values with a range
+
+
+def duration(name: str, value: object, least: float, most: float, unit: float = 1.0) -> float:
+    """Seconds, from a number of units (seconds unless `unit` says otherwise) or a text such as `30ms`."""
+    seconds = _parsed(name, value, lambda text: parse_duration(text, unit))
+    if seconds is None:
+        seconds = number(name, value, least / unit, most / unit) * unit
+    if not least <= seconds <= most:
+        raise UsageError(f"invalid `{name}` {value!r}: expected {_time(least)} to {_time(most)}")
+    return seconds
+
+
+def size(name: str, value: object, least: int, most: int) -> int:
+    """Bytes, from a number or a text such as `512M`."""
+    return _bytes(name, value, least, most, parse_size, "bytes")
+
+
+def rate(name: str, value: object, most: int = 1 << 50) -> int:
+    """Bytes per second, from a number or a text such as `100M` or `100M/s`; 0: no limit."""
+    return _bytes(name, value, 0, most, parse_rate, "bytes per second")
+
+
+def fraction(name: str, value: object, most: float = 1.0) -> float:
+    """A part above 0, from a number or a text such as `5%`."""
+    part = _parsed(name, value, parse_fraction)
+    if part is None:
+        part = number(name, value, 0.0, most)
+    if not 0 < part <= most:
+        raise UsageError(f"invalid `{name}` {value!r}: expected more than 0, and at most {most:.0%}")
+    return part
+
+
+def number(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> float:
+    """A real number in a range; NaN and booleans are refused."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a number")
+    try:
+        real = float(value)
+    except OverflowError:
+        real = math.inf
+    if not least <= real <= most or math.isinf(real):
+        raise UsageError(f"invalid `{name}` {_shown(value)}: expected {least:g} to {most:g}")
+    return real
+
+
+def count(name: str, value: object, least: int, most: int) -> int:
+    """An integer in a range; booleans are refused."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected an integer")
+    integer = operator.index(value)
+    if not least <= integer <= most:
+        raise UsageError(f"invalid `{name}` {_shown(value)}: expected {least} to {most}")
+    return integer
+
+
+# -- other kinds
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False, and nothing that only counts as one of them."""
+    if not isinstance(value, bool):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected True or False")
+    return value
+
+
+def choice(name: str, value: object, choices: Collection[str]) -> str:
+    """One of some words."""
+    if not isinstance(value, str):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected one of {', '.join(choices)}")
+    if value not in choices:
+        raise UsageError(
+            f"invalid `{name}` {value!r}: expected one of {', '.join(choices)}{suggestion(value, choices)}"
+        )
+    return value
+
+
+def text(name: str, value: object) -> str:
+    """A text that is not empty, without NUL characters."""
+    if not isinstance(value, str):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a text")
+    if not value or "\0" in value:
+        raise UsageError(f"invalid `{name}` {value!r}: it is empty, or has a NUL character")
+    return value
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """Several texts; a single one in their place is refused, for it would be taken for its characters."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected several texts")
+    return tuple(text(name, one) for one in value)
+
+
+def path(name: str, value: object) -> Path:
+    """A path, from a text or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path")
+    plain = os.fspath(value)
+    if not isinstance(plain, str):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path that is a text")
+    return Path(text(name, plain))
+
+
+def function(name: str, value: T) -> T:
+    """Anything that can be called."""
+    if not callable(value):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a function")
+    return value
+
+
+def instance(name: str, value: object, *kinds: type[T]) -> T:
+    """An object of one of some classes."""
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected {expected}")
+    return value
+
+
+def optional(check: Callable[..., T], name: str, value: object, *arguments: Any) -> T | None:
+    """None, or what `check` makes of the value."""
+    return None if value is None else check(name, value, *arguments)
+
+
+def options(kind: type[T], given: Mapping[str, Any]) -> T:
+    """A dataclass of options from keyword arguments. Raises WrongType for one that it does not have."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    for name in given:
+        if name not in known:
+            raise WrongType(f"unknown option `{name}`: expected {', '.join(known)}{suggestion(name, known)}")
+    return kind(**given)
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?` for a known word that is like this one, or nothing."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _bytes(name: str, value: object, least: int, most: int, parse: Callable[[str], int], unit: str) -> int:
+    found = _parsed(name, value, parse)
+    if found is None:
+        if isinstance(value, float) and value.is_integer():  # 1e9 is a number of bytes
+            value = int(value)
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise WrongType(f"invalid `{name}` {_shown(value)}: expected a whole number of {unit}, or {SIZE}")
+        found = operator.index(value)
+    if not least <= found <= most:
+        raise UsageError(f"invalid `{name}` {_shown(value)}: expected {least} to {most} {unit}")
+    return found
+
+
+def _parsed(name: str, value: object, parse: Callable[[str], T]) -> T | None:
+    """What a text stands for; None where the value is not a text."""
+    if not isinstance(value, str):
+        return None
+    try:
+        return parse(value)
+    except UsageError as error:
+        raise UsageError(f"`{name}`: {error}") from None
+
+
+def _shown(value: object) -> str:
+    """The value for a message, short whatever it is."""
+    try:
+        shown = repr(value)
+    except Exception:
+        return f"of type {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"of type {type(value).__name__}"
+
+
+def _time(seconds: float) -> str:
+    """A bound, in the unit that fits."""
+    for unit, factor in (("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:g}{unit}"
+    return f"{seconds:g}s"

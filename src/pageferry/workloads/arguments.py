@@ -1,0 +1,56 @@
+"""Arguments of arenas and of operations on workloads, checked before anything happens. Raises UsageError."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pageferry import values
+from pageferry.errors import UsageError, WrongType
+from pageferry.host.registry import check_name
+from pageferry.workloads.base import Workload
+
+if TYPE_CHECKING:
+    from pageferry.workloads.arena import Arena
+
+MAX_ARENA = 1 << 46
+"""Bytes: a quarter of the address space of a process."""
+
+
+def check_arena(
+    name: Any, state: object, on_pause: object, on_resume: object, on_moved: object, **flags: object
+) -> None:
+    """Check what `Arena`, `receive` and `restore` take alike; `flags`: further parameters that are True or False."""
+    if name is not None:
+        check_name(name)
+    check_state(state)
+    for parameter, callback in (("on_pause", on_pause), ("on_resume", on_resume), ("on_moved", on_moved)):
+        values.optional(values.function, parameter, callback)
+    for parameter, flag in flags.items():
+        values.flag(parameter, flag)
+    if name is not None and on_pause is None:
+        raise UsageError(f"arena {name} needs `on_pause`: other processes may migrate it at any time")
+
+
+def check_state(state: object) -> None:
+    """None, a pair of functions, or an object with `save_state` and `load_state`."""
+    pair = (
+        state if isinstance(state, tuple) else (getattr(state, "save_state", None), getattr(state, "load_state", None))
+    )
+    if state is not None and (len(pair) != 2 or not all(callable(one) for one in pair)):
+        raise WrongType("invalid `state`: expected a pair of functions (save, load), or an object with both methods")
+
+
+def arena_size(size: object) -> int:
+    """Bytes of an arena, from a number or a text such as `1G`."""
+    return values.size("size", size, 1, MAX_ARENA)
+
+
+def managed(workload: object) -> Arena | Workload:
+    """An arena, or a workload that can be migrated and saved."""
+    from pageferry.workloads.arena import Arena
+
+    if isinstance(workload, Arena):
+        return workload
+    if isinstance(workload, type) or not all(hasattr(workload, name) for name in ("identity", "regions", "resume")):
+        raise WrongType(f"invalid `workload` of type {type(workload).__name__}: expected an Arena")
+    return workload  # type: ignore[return-value]  # by its methods

@@ -1,0 +1,257 @@
+"""Values that callers give: each public function checks them first, Python and command line alike."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pageferry
+from pageferry import large_pages, sharing
+from pageferry.checkpoints.options import Options as CheckpointOptions
+from pageferry.cli.main import main
+from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
+from pageferry.migration.options import Options as MigrationOptions
+
+WRONG: list[Any] = [
+    object(),
+    b"x",
+    "no such word",
+    "\0",
+    "",
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    True,
+    1 << 80,
+    1e300,
+    "-5ms",
+    "nan",
+    "1e9",
+    [],
+    {"a": 1},
+    3 + 4j,
+    "٣",  # a digit that is not ASCII
+]
+"""Values that are wrong for most parameters."""
+
+
+def _path(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _fields(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+OPTIONS = {
+    "migration": MigrationOptions,
+    "checkpoint": CheckpointOptions,
+    "large_pages": large_pages.Options,
+    "sharing": sharing.Options,
+}
+PATHS = ("tls", "store", "tls_hostname")
+FLAGS = ("auto_converge", "adaptive", "insecure", "track")
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cls in OPTIONS.items() for name in _fields(cls)])
+def test_wrong_option_is_a_usage_error(kind: str, name: str, wrong: Any) -> None:
+    if name in PATHS and _path(wrong) and name != "store":
+        pytest.skip("a path or a name")
+    if name in FLAGS and wrong is True:
+        pytest.skip("a flag")
+    with pytest.raises(UsageError):
+        OPTIONS[kind](**{name: wrong})
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_option_that_does_not_exist_is_named(kind: str, tmp_path: Path) -> None:
+    arena = pageferry.Arena(4096)
+    calls: dict[str, Callable[[], Any]] = {
+        "migration": lambda: pageferry.migrate(arena, "127.0.0.1:1", mod="hybrid"),
+        "checkpoint": lambda: pageferry.checkpoint(arena, tmp_path / "image", mod="stop"),
+    }
+    if kind not in calls:
+        pytest.skip("a class")
+    with pytest.raises(UsageError, match=r"mod`.*did you mean 'mode'") as error:
+        asyncio.run(calls[kind]())
+    assert isinstance(error.value, TypeError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _call(function: Any, given: dict[str, Any]) -> None:
+    result = function(**given)
+    if inspect.isawaitable(result):
+        asyncio.run(_awaited(result))
+
+
+async def _awaited(result: Any) -> Any:
+    return await asyncio.wait_for(result, 20)
+
+
+def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Public functions with arguments that make them fail by a named error, quickly and without effect."""
+    arena = pageferry.Arena(4096)
+    return {
+        "Arena": (pageferry.Arena, {"size": -1}),
+        "migrate": (pageferry.migrate, {"workload": arena, "address": "127.0.0.1:1"}),
+        "receive": (pageferry.receive, {"address": "127.0.0.1:-1"}),
+        "recover": (pageferry.recover, {"workload": arena}),
+        "take_back": (pageferry.take_back, {"workload": arena}),
+        "checkpoint": (pageferry.checkpoint, {"workload": arena, "path": path / "none" / "image"}),
+        "restore": (pageferry.restore, {"path": path / "none"}),
+        "open_target": (large_pages.open_target, {"text": "no-such-workload"}),
+        "process_target": (large_pages.process_target, {"pid": (1 << 22) + 1}),
+        "workload_target": (large_pages.workload_target, {"workload": None}),
+        "sample": (large_pages.sample, {"target": None}),
+        "large_pages.undo": (large_pages.undo, {"target": None}),
+        "Threshold": (large_pages.Threshold, {"activity": -1}),
+        "find": (sharing.find, {"names": ["no-such-workload"]}),
+        "share": (sharing.share, {"names": ["no-such-workload"]}),
+        "sharing.undo": (sharing.undo, {"names": ["no-such-workload"]}),
+    }
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("name", list(_arguments(Path("/"))))
+def test_wrong_argument_ends_in_an_error_of_the_package(name: str, wrong: Any, tmp_path: Path) -> None:
+    """Each parameter in turn, as the signature has them: a new one is tested as it comes."""
+    function, base = _arguments(tmp_path)[name]
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.name == "path" and _path(wrong):
+            continue
+        with pytest.raises(PageferryError):
+            _call(function, base | {parameter.name: wrong})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_function_is_tested() -> None:
+    public = {name for name in pageferry.__all__ if callable(getattr(pageferry, name))}
+    public |= {name for name in large_pages.__all__ if inspect.isfunction(getattr(large_pages, name))} - {"undo"}
+    public |= {name for name in sharing.__all__ if inspect.isfunction(getattr(sharing, name))} - {"undo"}
+    assert public <= set(_arguments(Path("/")))
+
+
+@pytest.mark.parametrize("mode", ["Lazy", "stopp", None, 1])
+def test_checkpoint_with_unknown_mode_saves_nothing(mode: Any, tmp_path: Path) -> None:
+    paused: list[str] = []
+    arena = pageferry.Arena(1 << 20, on_pause=lambda: paused.append("paused"))
+    with pytest.raises(UsageError, match="mode"):
+        asyncio.run(pageferry.checkpoint(arena, tmp_path / "image", mode=mode))
+    assert paused == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- one parser
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30ms", 0.03), ("10s", 10), ("1m", 60), ("1min", 60), ("0.5 h", 1800), ("200us", 2e-4)]
+)
+def test_durations_are_the_same_in_python_and_on_the_command_line(text: str, seconds: float) -> None:
+    from pageferry.cli import arguments
+
+    assert MigrationOptions(max_downtime=text).max_downtime == pytest.approx(seconds)  # type: ignore[arg-type]
+    assert arguments.milliseconds(text) == arguments.seconds(text) == pytest.approx(seconds)
+
+
+def test_number_alone_has_the_documented_unit() -> None:
+    from pageferry.cli import arguments
+
+    assert MigrationOptions(max_downtime=0.3).max_downtime == arguments.milliseconds("300") == 0.3
+    assert MigrationOptions(patience=10).patience == arguments.seconds("10") == 10
+
+
+def test_sizes_and_rates_are_the_same_in_python_and_on_the_command_line() -> None:
+    from pageferry.cli import arguments
+
+    assert MigrationOptions(bandwidth="100M/s").bandwidth == arguments.rate("100M") == 100 << 20  # type: ignore[arg-type]
+    assert MigrationOptions(bandwidth=1e9).bandwidth == 10**9  # type: ignore[arg-type]
+    assert CheckpointOptions(staging="32MiB").staging == arguments.size("32M") == 32 << 20  # type: ignore[arg-type]
+    assert large_pages.Options(sample="5%", window="100ms").window == 0.1  # type: ignore[arg-type]
+    assert len(pageferry.Arena("1M")) == 1 << 20  # type: ignore[arg-type]
+
+
+# -- errors on the command line
+
+
+def _said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words) == UsageError.exit_code
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["migrat", "web", "h:1"], "did you mean 'migrate'?"),
+        (["checkpiont", "web", "x"], "did you mean 'checkpoint'?"),
+        (["migrate", "web", "h:1", "--max-downtimes", "3"], "did you mean '--max-downtime'?"),
+        (["migrate", "web", "h:1", "--mode", "postcoppy"], "did you mean 'postcopy'?"),
+        (["run", "web", "qemu-system-x86_64", "-m", "1G"], "-- is missing in front of qemu-system-x86_64"),
+        (["restore", "web", "x.img", "/usr/bin/qemu-system-x86_64"], "-- is missing in front of /usr/bin/qemu-system"),
+        (["receive", "web", "qemu-system-x86_64", "-m", "1G"], "-- is missing"),
+    ],
+)
+def test_mistyped_command_gets_a_hint(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hint in _said(words, capsys)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["migrate", "none", "127.0.0.1:1", "--max-downtime", "30ms", "--patience", "10s", "--bandwidth", "1G/s"],
+        ["large-pages", "none", "--window", "300ms"],
+        ["sharing", "none", "--interval", "1m"],
+    ],
+)
+def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
+    assert main(words) == 11  # there is no such workload
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["migrate", "none", "127.0.0.1:1", "--streams", "99"], "--streams"),
+        (["migrate", "none", "127.0.0.1:1", "--max-downtime", "2h"], "--max-downtime"),
+        (["migrate", "none", "127.0.0.1:1", "--tls-hostname", "x"], "--tls-hostname needs --tls"),
+        (["checkpoint", "none", "image", "--trap-block", "5K"], "--trap-block"),
+        (["receive", "none", "--workload", "demo", "--patience", "0"], "--patience"),
+        (["receive", "none", "--workload", "demo", "--allow", "x"], "--allow needs --tls"),
+        (["large-pages", "none", "--window", "300"], "--window"),
+        (["sharing", "none", "--every", "0"], "--every"),
+    ],
+)
+def test_option_out_of_range_is_named_as_it_was_given(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And before the workload is looked for: there is none of that name."""
+    assert named in _said(words, capsys)
+
+
+def test_errors_in_python_name_no_options(tmp_path: Path) -> None:
+    for call in (
+        lambda: MigrationOptions(tls_hostname="x"),
+        lambda: MigrationOptions(max_downtime=-1),
+        lambda: large_pages.Options(store=tmp_path),
+        lambda: asyncio.run(pageferry.receive("127.0.0.1:0", allow=["x"])),
+        lambda: asyncio.run(pageferry.migrate(pageferry.Arena(4096), "192.0.2.1:1")),
+    ):
+        with pytest.raises(UsageError) as error:
+            call()
+        assert " --" not in str(error.value)
+
+
+def test_error_tree_tells_what_failed() -> None:
+    assert not issubclass(WorkloadError, MigrationError)
+    assert issubclass(WorkloadError, PageferryError)
+    assert "which part failed, not which operation" in (pageferry.errors.__doc__ or "")
