@@ -23,12 +23,12 @@ demo: build system ## Move a running workload to another process and show that n
 
 .PHONY: test
 test: build system ## Run the tests of engine and package (PYTEST_ARGS="-k name" selects)
-	cargo test --workspace --quiet
+	cargo test --locked --workspace --quiet
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-full
 test-full: build system ## The same with every QEMU, on TCG and on KVM (two hours)
-	cargo test --workspace --quiet
+	cargo test --locked --workspace --quiet
 	GUESTS=all $(PYTHON) -m pytest $(PYTEST_ARGS)
 
 .PHONY: faults
@@ -47,7 +47,7 @@ lint: build ## Check format, types, stubs and import rules
 	$(PYTHON) -m mypy.stubtest --allowlist scripts/stubtest.allow --ignore-unused-allowlist pageferry._engine
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 
 .PHONY: build
 build: $(VENV)/.engine ## Make .venv and build the engine into it (release mode)
@@ -89,10 +89,11 @@ $(VENV)/.made:
 	scripts/venv.sh $(VENV)
 	@touch $@
 
-$(VENV)/.packages: $(VENV)/.made pyproject.toml scripts/packages.py
-	$(PYTHON) scripts/packages.py | xargs $(PYTHON) -m pip install --quiet
+$(VENV)/.packages: $(VENV)/.made requirements.lock requirements-source.lock
+	$(PYTHON) -m pip install --quiet --require-hashes --only-binary :all: -r requirements.lock
+	$(PYTHON) -m pip install --quiet --require-hashes --no-deps --no-build-isolation -r requirements-source.lock
 	@touch $@
 
 $(VENV)/.engine: $(VENV)/.packages $(ENGINE_SOURCES)
-	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --quiet
+	PIP_QUIET=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --locked --release --quiet
 	@touch $@

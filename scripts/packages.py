@@ -1,15 +1,22 @@
-"""Print what pip must install before the package can be built and checked: build, runtime and dev requirements."""
+"""Print the build, runtime and development requirements of pyproject.toml, one a line: the input of `lock.sh`.
 
+`packages.py source`: only those that the registry has without a wheel; otherwise all but those.
+"""
+
+import sys
 import tomllib
 from pathlib import Path
 
+SOURCE_ONLY = ("argparse-manpage",)
 
-def requirements() -> list[str]:
-    """Requirements of pyproject.toml, build tools first."""
+
+def requirements(source: bool) -> list[str]:
+    """Requirements, build tools first."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     development = project["project"]["optional-dependencies"]["dev"]
-    return [*project["build-system"]["requires"], *project["project"]["dependencies"], *development]
+    everything = [*project["build-system"]["requires"], *project["project"]["dependencies"], *development]
+    return [one for one in everything if one.startswith(SOURCE_ONLY) == source]
 
 
-for requirement in requirements():
-    print(f"'{requirement}'")
+for requirement in requirements("source" in sys.argv[1:]):
+    print(requirement)

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Write requirements.lock and requirements-source.lock: every package of development and CI with its version and hashes,
+# for Python 3.11 to 3.14; the second has those that are built here, with tools of the first.
+# Locked versions stay while pyproject.toml allows them; `scripts/lock.sh --upgrade` takes newer ones.
+set -eu
+cd "$(dirname "$0")/.."
+tools=$(mktemp -d)
+trap 'rm -rf "$tools"' EXIT
+python3 -m venv "$tools/venv"
+"$tools/venv/bin/pip" install --quiet 'uv>=0.9,<1'
+
+lock() {
+    output=$1
+    shift
+    "$tools/venv/bin/uv" pip compile "$tools/packages.in" --output-file "$output" --quiet "$@" \
+        --universal --python-version 3.11 --generate-hashes --no-annotate \
+        --no-emit-index-url --no-emit-find-links --custom-compile-command scripts/lock.sh
+}
+
+python3 scripts/packages.py >"$tools/packages.in"
+lock requirements.lock --only-binary :all: "$@"
+python3 scripts/packages.py source >"$tools/packages.in"
+lock requirements-source.lock --no-deps "$@"

@@ -1,0 +1,83 @@
+"""The lock of development and CI: every requirement, for every supported Python, with hashes; and upper bounds."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent.parent
+LOCKS = ("requirements.lock", "requirements-source.lock")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def declared() -> list[Requirement]:
+    project = PROJECT["project"]
+    groups = project["optional-dependencies"].values()
+    texts = [
+        *PROJECT["build-system"]["requires"],
+        *project["dependencies"],
+        *(one for group in groups for one in group),
+    ]
+    return [Requirement(text) for text in texts]
+
+
+def locked(python: str) -> dict[str, Requirement]:
+    """What pip installs with that Python on Linux, by name."""
+    environment: dict[str, Any] = {
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "sys_platform": "linux",
+        "platform_python_implementation": "CPython",
+        "implementation_name": "cpython",
+    }
+    found = {}
+    for name in LOCKS:
+        for line in re.findall(r"^[a-z].*(?= \\$)", (ROOT / name).read_text(), re.MULTILINE):
+            one = Requirement(line)
+            if one.marker is None or one.marker.evaluate(environment):
+                assert one.name not in found, f"{one.name} twice for Python {python}"
+                found[one.name] = one
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_locked_within_its_range(python: str) -> None:
+    versions = {name: next(iter(one.specifier)) for name, one in locked(python).items()}
+    for requirement in declared():
+        version = versions[canonicalize_name(requirement.name)]
+        assert version.operator == "=="
+        assert requirement.specifier.contains(version.version), requirement
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_locked_package_has_hashes_and_no_host(name: str) -> None:
+    text = (ROOT / name).read_text()
+    packages = re.split(r"\n(?=[a-z])", text)[1:]
+    assert packages
+    for package in packages:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", package), package
+    assert "://" not in text
+    assert "--index" not in text
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=str)
+def test_every_range_has_an_upper_bound(requirement: Requirement) -> None:
+    operators = {one.operator for one in requirement.specifier}
+    assert operators & {"<", "<=", "==", "~="}
+
+
+def test_make_installs_what_is_locked() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    installs = re.findall(r"pip install .*", makefile)
+    assert installs
+    assert all("--require-hashes" in line for line in installs)
+    builds = re.findall(r"^\t.*(?:cargo (?:test|clippy|build)|maturin).*", makefile, re.MULTILINE)
+    assert builds
+    assert all("--locked" in line for line in builds)
