@@ -38,9 +38,11 @@ KERNEL_FILES = {
     "sharing/ksm.py",
     "sharing/ksm_guard.py",
     "large_pages/reclaim.py",
+    "workloads/direct_io.py",
     "workloads/mappers.py",
     "workloads/qemu_prefault.py",
     "workloads/process.py",
+    "workloads/qemu_direct_io.py",
     "workloads/qemu_disks.py",
 }
 """Files of the package that open nothing but interfaces of the kernel (/proc, /sys, unnamed files, pidfds)."""

@@ -50,7 +50,7 @@ def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
     if user not in (0, -1, *owners):
         raise AuthenticationError(
             f"the peer is a process of user {user}; without certificates only root and user "
-            f"{', '.join(map(str, sorted(owners)))} may hand over or receive this workload: use one of these, or --tls"
+            f"{', '.join(map(str, sorted(owners)))} may hand over or receive this workload: use one of these, or `tls`"
         )
     return True
 
@@ -76,7 +76,7 @@ def _tcp_user(connection: socket.socket) -> int | None:
         if not is_loopback(theirs[0]):
             return -1
         raise AuthenticationError(
-            f"the user of the peer cannot be determined ({error}): use a Unix socket (unix:PATH), or --tls"
+            f"the user of the peer cannot be determined ({error}): use a Unix socket (unix:PATH), or `tls`"
         ) from error
     if inode and state != _LISTEN:
         return user
