@@ -44,6 +44,7 @@ def test_from_run_to_stop(parts: GuestParts, registry: Registry) -> None:
         "memory": 64 << 20,
         "resident": 0,
         "deferred": 0,
+        "reason": None,
         "waiting": None,
     }
     assert 0 < workload["resident"] <= 64 << 20
