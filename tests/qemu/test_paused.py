@@ -258,3 +258,34 @@ def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path:
         assert locked(tmp_path / "disk")
         guest.qmp("cont")
         writes(guest, tmp_path / "disk")
+
+
+KILLED_IN_SAVE = """
+import asyncio, os, signal, sys
+from pageferry.workloads import qemu_snapshot
+from pageferry.workloads.qemu import QemuWorkload
+
+async def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    qemu_snapshot.Snapshot._remove = die
+    workload = await QemuWorkload.attach(sys.argv[1])
+    await workload.pause()
+    await workload.save_state()
+
+asyncio.run(main())
+"""
+
+
+def test_guardian_removes_the_snapshot_of_a_controller_that_was_killed(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        guest.qmp("stop")
+        before = guest.qmp("query-status"), settings(guest), guest.qmp("query-named-block-nodes")
+        done = subprocess.run([sys.executable, "-c", KILLED_IN_SAVE, guest.name], check=False, timeout=DEADLINE)
+        assert done.returncode == -signal.SIGKILL
+        guest.alone()
+        assert (guest.qmp("query-status"), settings(guest), guest.qmp("query-named-block-nodes")) == before
+        assert guest.qmp("query-jobs") == []
+        assert locked(tmp_path / "disk")
+        checkpoint(guest, tmp_path / "image")
