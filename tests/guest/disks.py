@@ -1,4 +1,4 @@
-"""A shared disk of test guests, and who has it locked."""
+"""A shared disk of test guests, and whether a QEMU has it locked."""
 
 from __future__ import annotations
 

@@ -198,6 +198,7 @@ def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: G
             assert guest.qmp("query-status")["running"]
             writes(guest, tmp_path / "disk")
             there.process.send_signal(signal.SIGCONT)
+            there.process.terminate()  # it may have promised to be ready, and wait for the source to ask
             there.wait()
         writes(guest, tmp_path / "disk")
 

@@ -48,7 +48,7 @@ def test_receiver_ends_when_its_qemu_is_killed_in_a_round(newest_parts: GuestPar
 def test_receiver_waits_on_after_a_source_that_it_refused(
     newest_parts: GuestParts, tmp_path: Path, other: tuple[str, str]
 ) -> None:
-    """Whatever differs: memory, CPUs or devices."""
+    """Memory, CPUs or devices differ."""
     memory, options = (other[1], ()) if other[0] == "--memory" else ("64M", other)
     with (
         travelling(newest_parts, tmp_path, memory="64M", checker=None) as guest,

@@ -59,7 +59,8 @@ Prepare = Callable[[messages.Hello], Awaitable[Workload]]
 class Destination:
     """Receives one workload. `prepare` is called for every source that asks, until one is accepted.
 
-    A source that is refused leaves the receiver listening; one that was accepted is the last, whatever its end.
+    A source that is refused leaves the receiver listening. One that was accepted is the last, even if its migration
+    fails.
     `folder`: where the records go of a workload whose pages are still to come; None for one without a name.
     `ended`: raises WorkloadDied when the process ends that waits for the workload's state.
     """
