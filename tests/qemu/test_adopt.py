@@ -181,7 +181,27 @@ def test_backends_with_one_folder_are_told_apart(foreign: Any, registry: Registr
         assert f"/qemu_back_mem.{name}.".encode() in path
 
 
-def test_checkpoint_of_backends_with_one_folder_holds_both(foreign: Any, registry: Registry, ram: Path) -> None:
+def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> None:
+    """Restore the image into such a guest: each node has its own memory again."""
+    command = parts.bare("-m", "128M", "-S", *options)
+    restored = pageferry("restore", "again", str(ram / "image"), "--detach", "--", *command)
+    assert restored.returncode == 0, restored.stderr
+    deadline = time.monotonic() + PATIENCE
+    while listed()[0]["deferred"]:
+        assert time.monotonic() < deadline
+
+    async def contents() -> dict[str, bytes]:
+        guest = await QemuWorkload.attach("again")
+        found = {region.name: os.pread(region.fd, 6, 8 * MIB) for region in guest.regions}
+        await guest.discard()
+        return found
+
+    assert asyncio.run(contents()) == {"m0": bytes(6), "m1": b"node 1"}
+
+
+def test_checkpoint_of_backends_with_one_folder_holds_both(
+    foreign: Any, registry: Registry, ram: Path, parts: GuestParts
+) -> None:
     """Memory that differs between the nodes is not the same in the image."""
     qmp = foreign("-m", "128M", "-S", *numa(backend("m0", ram), backend("m1", ram)))
     assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
@@ -195,6 +215,7 @@ def test_checkpoint_of_backends_with_one_folder_holds_both(foreign: Any, registr
     assert saved.returncode == 0, saved.stderr
     info = json.loads(pageferry("image", "info", str(ram / "image"), "--output", "json").stdout)
     assert pageferry("stop", "theirs").returncode == 0
+    _check_restored(parts, ram, numa(backend("m0", ram), backend("m1", ram)))
     pages = {one["name"]: one["pages"] for one in info["regions"]}
     assert (pages["m0"]["data"], pages["m0"]["same-as"], pages["m1"]["data"]) == (0, 0, 2)
 
