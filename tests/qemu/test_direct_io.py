@@ -20,6 +20,7 @@ import pageferry
 from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
+from pageferry.migration import switch
 from pageferry.workloads.qemu import QemuWorkload
 from tests.guest import reader, travel
 from tests.guest.machines import GuestParts
@@ -179,11 +180,8 @@ def test_a_read_that_is_in_flight_at_the_switch_to_post_copy(newest_parts: Guest
             migration.process.send_signal(signal.SIGCONT)
             moving.until(migration, "round")
             time.sleep(0.5)
-            switched = subprocess.run(
-                [sys.executable, "-m", "pageferry", "migrate", "here", "--switch"], timeout=DEADLINE
-            )
+            switch.request(Registry().folder("here"))
             disk.answer()
-            assert switched.returncode == 0
             finish(migration, there)
             assert guest.verify("there") == "fresh"
 
