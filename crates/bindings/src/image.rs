@@ -35,7 +35,16 @@ impl Image {
     #[new]
     fn new(py: Python<'_>, fd: i32) -> PyResult<Self> {
         let file = duplicate(fd).map_err(errors::kernel)?;
-        let inner = py.detach(|| image::Image::open(file)).map_err(image_error)?;
+        let mut signal = None;
+        let mut wanted = || {
+            signal = Python::attach(|py| py.check_signals()).err();
+            signal.is_none()
+        };
+        let opened = py.detach(|| image::Image::open_while(file, &mut wanted));
+        if let Some(signal) = signal {
+            return Err(signal);
+        }
+        let inner = opened.map_err(image_error)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 

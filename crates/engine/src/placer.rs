@@ -198,6 +198,11 @@ impl Placer {
         if end > pages { Err(PlaceError::Pages { first, end, pages }) } else { Ok(found) }
     }
 
+    /// Whether there are such pages.
+    pub fn check(&self, region: u32, first: usize, count: usize) -> Result<(), PlaceError> {
+        self.region(region, first, count).map(drop)
+    }
+
     /// Where the bytes of data pages go: memory that is there, on large pages where the source has them.
     pub fn slots(&self, region: u32, first: usize, count: usize) -> Result<*mut u8, PlaceError> {
         let found = self.region(region, first, count)?;
@@ -288,6 +293,11 @@ impl Placer {
             // The workers live as long as the queue.
             let _ = queue.send((region, unit));
         }
+    }
+
+    /// Number of pages of all regions.
+    pub fn pages(&self) -> usize {
+        self.shared.regions.iter().map(|region| region.target.mapping.pages()).sum()
     }
 
     /// Our own address space, in which the targets are mapped.

@@ -110,6 +110,56 @@ fn pages_out_of_the_regions_are_refused() {
 }
 
 #[test]
+fn runs_that_overlap_are_refused() {
+    let run = |first, count, class| move |builder: &mut Builder| builder.push_run(first, count, class, 0);
+    for second in [run(0, PAGES, Class::Zero), run(3, 1, Class::Zero), run(0, 1, Class::Absent)] {
+        let ended = feed(&block(Codec::None, 0, 0, 0, |builder| {
+            builder.push_run(0, 4, Class::Absent, 0);
+            second(builder);
+        }));
+        assert!(matches!(ended, Err(WireError::Block(BlockError::Field { field: "page", .. }))), "{ended:?}");
+    }
+    let apart = block(Codec::None, 0, 0, 0, |builder| {
+        builder.push_run(4, 4, Class::Absent, 0);
+        builder.push_run(0, 4, Class::Zero, 0);
+    });
+    feed(&apart).expect("no page is in two runs");
+}
+
+#[test]
+fn more_pages_than_there_are_in_a_round_are_refused() {
+    let empty = |sequence| {
+        let mut builder = Builder::new(Codec::None, SMALL_PAGE, SMALL_PAGE);
+        builder.push_run(0, PAGES, Class::Absent, 0);
+        let built = builder.build(0, 0, sequence);
+        [built.head, built.payload].concat()
+    };
+    let ended = feed(&[empty(0), empty(1)].concat());
+    assert!(matches!(&ended, Err(WireError::Order(words)) if words.contains("16 pages in round 0")), "{ended:?}");
+}
+
+/// One run of 88 bytes on the wire may stand for all of a large region.
+#[test]
+fn a_long_run_is_cancelled_in_the_middle() {
+    let file = memory::small_file(1 << 24);
+    let placer = placer(vec![target(&file)]);
+    let (mut peer, ours) = UnixStream::pair().expect("sockets");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer.clone(), PATIENCE).expect("a receiver");
+    thread::scope(|scope| {
+        let receiving = scope.spawn(|| receiver.receive(0));
+        peer.write_all(&block(Codec::None, 0, 0, 0, |builder| builder.push_run(0, 1 << 24, Class::Absent, 0)))
+            .expect("a receiver that reads");
+        while placer.missing() == 1 << 24 {
+            thread::yield_now();
+        }
+        receiver.cancel();
+        let ended = receiving.join().expect("no panic");
+        assert!(matches!(ended, Err(WireError::Cancelled)), "{ended:?}");
+        assert!(placer.missing() > 0);
+    });
+}
+
+#[test]
 fn contents_by_reference_are_refused() {
     for class in [Class::Pattern, Class::SameAs] {
         let ended = feed(&block(Codec::None, 0, 0, 0, |builder| builder.push_run(0, 1, class, 1)));

@@ -88,6 +88,15 @@ pub enum ImageError {
     /// The page is missing from memory, and no image of the chain says what it holds.
     #[error("page {0} (of all regions) is not in this image: it is not the one that it was left in")]
     NotStored(usize),
+    /// Its sections are far longer than what the file holds of them.
+    #[error(
+        "a section of the image has {0} bytes of holes and {1} bytes of data: the file is damaged, or was copied with \
+         holes (copy it again with `cp --sparse=never`)"
+    )]
+    Holes(u64, u64),
+    /// The caller wants to stop.
+    #[error("the image was not opened: interrupted")]
+    Interrupted,
     /// The file changed or vanished.
     #[error("the image cannot be read: {0}")]
     Io(#[from] io::Error),

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -24,6 +24,14 @@ const MAX_SECTION: u64 = 1 << 30;
 /// Records of a table that are read at a time, and looked at while they are in the cache.
 const PIECE: usize = 8 << 10;
 
+/// Pieces after which it is checked whether the caller wants to stop.
+const PIECES: usize = 32;
+
+/// Bytes of holes that a section may have, whatever else it holds, and for each byte that the file holds of it. The page
+/// map costs no memory where it has holes; all others do.
+const HOLES: (u64, u64) = (64 << 20, 64);
+const MAP_HOLES: (u64, u64) = (1 << 30, 4096);
+
 /// An open image. Everything but storage blocks has been read and verified.
 #[derive(Debug)]
 pub struct Image {
@@ -41,6 +49,14 @@ pub struct Image {
 impl Image {
     /// Opens and verifies an image. Lengths are checked before anything is allocated.
     pub fn open(file: OwnedFd) -> Result<Self, ImageError> {
+        Self::open_while(file, &mut || true)
+    }
+
+    /// As `open`, as long as `wanted` says so: it is called every few megabytes.
+    ///
+    /// # Errors
+    /// [`ImageError::Interrupted`] once it is not wanted.
+    pub fn open_while(file: OwnedFd, wanted: &mut dyn FnMut() -> bool) -> Result<Self, ImageError> {
         let file = File::from(file);
         let len = file.metadata()?.len();
         let header = read_header(&file, len)?;
@@ -71,8 +87,9 @@ impl Image {
             blocks: Vec::new(),
             sections,
         };
-        image.blocks = image.table("block table", section::BLOCK_TABLE, |entries| image.check_blocks(entries))?;
-        image.page_map = image.table("page map", section::PAGE_MAP, |entries| image.check_pages(entries))?;
+        image.blocks =
+            image.table("block table", section::BLOCK_TABLE, wanted, |entries| image.check_blocks(entries))?;
+        image.page_map = image.table("page map", section::PAGE_MAP, wanted, |entries| image.check_pages(entries))?;
         Ok(image)
     }
 
@@ -121,6 +138,7 @@ impl Image {
     pub fn section(&self, kind: u32) -> Result<Option<Vec<u8>>, ImageError> {
         let Some(entry) = self.sections.iter().find(|entry| entry.kind.get() == kind) else { return Ok(None) };
         let len = usize::try_from(entry.len.get()).map_err(io::Error::other)?;
+        self.check_exists(entry, HOLES)?;
         let mut contents = vec![0; len];
         self.read_at(&mut contents, entry.offset.get())?;
         if xxh3_64(&contents) != entry.checksum.get() {
@@ -178,6 +196,7 @@ impl Image {
         &self,
         name: &'static str,
         kind: u32,
+        wanted: &mut dyn FnMut() -> bool,
         check: impl Fn(&[T]) -> Result<(), ImageError>,
     ) -> Result<Vec<T>, ImageError> {
         let entry = self.sections.iter().find(|entry| entry.kind.get() == kind);
@@ -186,20 +205,70 @@ impl Image {
         if !len.is_multiple_of(size_of::<T>()) {
             return Err(value("section length", entry.len.get(), "whole entries"));
         }
+        self.check_exists(entry, if kind == section::PAGE_MAP { MAP_HOLES } else { HOLES })?;
         let mut records =
             T::new_vec_zeroed(len / size_of::<T>()).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         prefer_large(&records);
+        let zeros =
+            T::new_vec_zeroed(PIECE.min(records.len())).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let (mut hash, mut offset, mut finding) = (Xxh3Default::new(), entry.offset.get(), Ok(()));
-        for piece in records.chunks_mut(PIECE) {
-            self.read_at(piece.as_mut_bytes(), offset)?;
+        let mut data = offset;
+        for (number, piece) in records.chunks_mut(PIECE).enumerate() {
+            if number % PIECES == 0 && !wanted() {
+                return Err(ImageError::Interrupted);
+            }
+            let end = offset + size_of_val(piece) as u64;
+            if data <= offset {
+                data = self.next_data(offset);
+            }
+            // Holes are zeros: what is allocated for them stays untouched, and so takes no memory.
+            let piece = if data < end {
+                self.read_at(piece.as_mut_bytes(), offset)?;
+                &*piece
+            } else {
+                &zeros[..piece.len()]
+            };
             hash.update(piece.as_bytes());
             finding = finding.and_then(|()| check(piece));
-            offset += size_of_val(piece) as u64;
+            offset = end;
         }
         if hash.digest() != entry.checksum.get() {
             return Err(ImageError::Checksum(name.to_owned()));
         }
         finding.map(|()| records)
+    }
+
+    /// Where the file holds bytes next, from `offset` on: a file system without holes holds them everywhere.
+    fn next_data(&self, offset: u64) -> u64 {
+        match self.seek(offset, libc::SEEK_DATA) {
+            Ok(data) => data,
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => u64::MAX, // a hole to the end
+            Err(_) => offset,
+        }
+    }
+
+    fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<u64> {
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: takes no pointers. The position of the file is used by nothing else.
+        let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, whence) };
+        u64::try_from(found).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Refuses a section that is hardly more than holes: it would take memory or time that no file stands for.
+    fn check_exists(&self, entry: &SectionEntry, (least, factor): (u64, u64)) -> Result<(), ImageError> {
+        let (mut at, end) = (entry.offset.get(), entry.offset.get() + entry.len.get());
+        let (mut data, mut holes) = (0u64, 0u64);
+        while at < end {
+            let start = self.next_data(at).min(end);
+            let stop =
+                self.seek(start, libc::SEEK_HOLE).unwrap_or(end).clamp(start, end).max(start + u64::from(start < end));
+            (data, holes) = (data + (stop - start), holes + (start - at));
+            at = stop;
+        }
+        if holes > least.saturating_add(data.saturating_mul(factor)) {
+            return Err(ImageError::Holes(holes, data));
+        }
+        Ok(())
     }
 
     fn check_blocks(&self, entries: &[BlockEntry]) -> Result<(), ImageError> {

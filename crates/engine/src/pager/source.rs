@@ -122,6 +122,11 @@ impl Memory {
         scratch.contents.resize(SMALL_PAGE, 0);
         let mut at = first;
         while at < end {
+            if let Source::Peer(peer) = &self.source
+                && peer.link().is_cancelled()
+            {
+                return Err(LoadError::Ended);
+            }
             scratch.wanted.clear();
             while let Some(page) = self.flags.next(at, end)
                 && scratch.wanted.len() < ZEROS

@@ -1,7 +1,7 @@
 //! Storage blocks from the sockets, through the placer into the regions.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,9 @@ use super::{Progress, WireError, at_least_one, on_all};
 use crate::SMALL_PAGE;
 use crate::block::{self, Class, Codec, Head, Header, Kind, Run};
 use crate::placer::Placer;
+
+/// Pages without bytes that are placed before it is checked whether all shall end: about a millisecond of work.
+const PIECE: usize = 1 << 15;
 
 /// The receiving end of page streams.
 #[derive(Debug)]
@@ -57,6 +60,7 @@ impl Incoming {
         self.table.resize(len, 0);
         self.socket.read(&mut self.table)?;
         let head = block::decode_head(&header, &self.table)?;
+        head.distinct_pages()?;
         let bytes = block::HEADER_LEN + len + head.stored_len;
         if head.round != round || head.sequence != self.sequence {
             let (got, at, expected) = (head.round, head.sequence, self.sequence);
@@ -113,15 +117,26 @@ impl BlockReceiver {
 
     /// Receives and places blocks until every stream has seen the barrier of `round`.
     pub fn receive(&self, round: u32) -> Result<(), WireError> {
-        on_all(&self.streams, &self.cancelled, |stream| self.receive_stream(stream, round))
+        let pages = AtomicUsize::new(0);
+        on_all(&self.streams, &self.cancelled, |stream| self.receive_stream(stream, round, &pages))
     }
 
-    fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32) -> Result<(), WireError> {
+    /// `pages`: those of the round that have come over all streams; a source sends each at most once.
+    fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32, pages: &AtomicUsize) -> Result<(), WireError> {
         let mut input = stream.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let head = input.head(round, &self.progress, |_| false)?;
             if head.kind == Kind::Barrier {
                 return Ok(());
+            }
+            let mut more = 0;
+            for run in &head.runs {
+                self.placer.check(head.region, run.first, run.count)?;
+                more += run.count;
+            }
+            let (sent, all) = (pages.fetch_add(more, Ordering::Relaxed) + more, self.placer.pages());
+            if sent > all {
+                return Err(WireError::Order(format!("{sent} pages in round {round} of a workload of {all}")));
             }
             self.read_pages(&mut input, &head)?;
         }
@@ -142,9 +157,20 @@ impl BlockReceiver {
         for run in &head.runs {
             match run.class {
                 Class::Data => self.placer.placed(head.region, run.first, run.count)?,
-                class => self.placer.place_empty(head.region, run.first, run.count, class)?,
+                class => self.place_empty(head.region, run, class)?,
             }
             self.progress.count(run.class, run.count);
+        }
+        Ok(())
+    }
+
+    fn place_empty(&self, region: u32, run: &Run, class: Class) -> Result<(), WireError> {
+        let end = run.first + run.count;
+        for first in (run.first..end).step_by(PIECE) {
+            if self.cancelled.load(Ordering::Relaxed) {
+                return Err(WireError::Cancelled);
+            }
+            self.placer.place_empty(region, first, PIECE.min(end - first), class)?;
         }
         Ok(())
     }
