@@ -682,6 +682,12 @@ def free_zeros(
     flags of a pager, and the first page of the mapping in them; what it is still to fill stays.
     """
 
+def end_on_truncation(code: int) -> None:
+    """Have this process end with a message and exit code `code` when it accesses memory whose file was truncated.
+
+    Such an access is a SIGBUS; others of them end the process as before.
+    """
+
 def large_tmpfs(size: int) -> int:
     """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.
 

@@ -48,6 +48,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<sharing::SharingScan>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<ledger::LedgerReport>()?;
+    module.add_function(wrap_pyfunction!(mapping::end_on_truncation, module)?)?;
     module.add_function(wrap_pyfunction!(mapping::large_tmpfs, module)?)?;
     module.add_function(wrap_pyfunction!(sharing::free_zeros, module)?)?;
     Ok(())

@@ -72,6 +72,11 @@ impl Mapping {
 }
 
 #[pyfunction]
+pub fn end_on_truncation(code: i32) -> PyResult<()> {
+    pageferry_engine::truncated::end_with(code).map_err(errors::kernel)
+}
+
+#[pyfunction]
 pub fn large_tmpfs(size: u64) -> PyResult<i32> {
     Ok(mapping::large_tmpfs(size).map_err(errors::kernel)?.into_raw_fd())
 }

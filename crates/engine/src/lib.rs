@@ -10,6 +10,7 @@
 //! * [`pages`]: sets of small pages, the currency of every flow.
 //! * [`trace`]: write traces over a workload's memory (S2).
 //! * `discards`: memory that is given back meanwhile.
+//! * [`truncated`]: memory files that become shorter.
 //! * [`activity`]: which small pages of large ones are accessed (S3).
 //! * [`block`]: storage blocks, the one form in which pages leave memory.
 //! * [`image`]: files of storage blocks, in which any page is found at once.
@@ -35,6 +36,7 @@ pub mod segment;
 pub mod sharing;
 pub mod space;
 pub mod trace;
+pub mod truncated;
 pub mod uapi;
 pub mod wire;
 

@@ -22,11 +22,11 @@ from typing import BinaryIO
 
 import msgspec
 
-from pageferry._engine import Pager
+from pageferry._engine import Pager, end_on_truncation
 from pageferry.checkpoints import restoring
 from pageferry.checkpoints.image import ImageFile, open_link
 from pageferry.checkpoints.working_set import WorkingSet
-from pageferry.errors import ImageError, PageferryError, UsageError
+from pageferry.errors import ImageError, PageferryError, UsageError, WorkloadError
 from pageferry.host import files, proc
 from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
@@ -275,6 +275,7 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
         answers.flush()
 
     try:
+        end_on_truncation(WorkloadError.exit_code)
         image = _image(sys.argv[1:])
         fault_point("pager.opened")
         answer(Serving())

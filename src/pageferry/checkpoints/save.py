@@ -325,6 +325,7 @@ class Save:
         self.saver.sweep()
         while not await self._native(lambda: self.saver.wait(PROGRESS_INTERVAL)):
             self._tell_progress()
+        self.memory.check_files()
         fault_point("checkpoint.saved")
         sections = [
             (metadata.METADATA, metadata.encode(self._metadata())),

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from pageferry._engine import end_on_truncation
 from pageferry.cli.logs import configure_logging
 from pageferry.cli.parser import parse
 from pageferry.cli.signals import Interruption
 from pageferry.cli.telling import open_sinks
-from pageferry.errors import Cancelled, PageferryError
+from pageferry.errors import Cancelled, PageferryError, WorkloadError
 from pageferry.printable import message, printable
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code; see docs/exit-codes.md."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a process of our own
+        end_on_truncation(WorkloadError.exit_code)
     try:
         code = _run(words)
         sys.stdout.flush()

@@ -351,10 +351,12 @@ class Source:
         fault_point("source.paused")
         self._check_identity()
         state = await (self._name_rest() if self.postcopy else self._send_rest())
+        self.memory.check_files()
         await self._send_state(state[messages.EARLY_STATE :])
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
         self.ready = await self.channel.receive(messages.Ready, self.options.patience)
+        self.memory.check_files()
         fault_point("source.ready")
 
     def _check_identity(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import fcntl
 import os
 import time
 import weakref
@@ -306,6 +307,8 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
         file = _memfd()
     try:
         os.ftruncate(file, size)
+        if large_pages_by != "tmpfs":  # whose files cannot be sealed
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     except BaseException:
         os.close(file)
         raise
@@ -314,7 +317,7 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
 
 def _memfd() -> int:
     """A memfd that was opened again: the kernel reports holes that are punched by such a descriptor only."""
-    first = os.memfd_create("arena")
+    first = os.memfd_create("arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         return os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -47,6 +48,9 @@ class Readable:
         """Of every region, where it can be read, and its page size."""
         return [(mapping, region.page_size) for mapping, region in zip(self.mappings, self.regions, strict=True)]
 
+    def check_files(self) -> None:
+        """Raises WorkloadError if a file of the memory is shorter than what is mapped: what was lost is not zeros."""
+
     def present(self) -> int:
         """Bytes that are in memory (or in the file's holes' neighbours: what SEEK_DATA calls data)."""
         return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
@@ -69,6 +73,18 @@ class Memory(Readable):
             raise WorkloadDied(f"{workload.name}: a process of it is gone") from gone
         except OSError as error:
             raise WorkloadError(f"{workload.name}: its memory cannot be mapped: {error}") from error
+        self.name = workload.name
+        self.check_files()
+
+    def check_files(self) -> None:
+        """As of `Readable`."""
+        for region in self.regions:
+            found, mapped = os.fstat(region.fd).st_size, region.file_offset + region.length
+            if found < mapped:
+                raise WorkloadError(
+                    f"{self.name}: the file of its memory ({region.name}) was truncated to {found} bytes, {mapped} are "
+                    f"mapped: start the workload again"
+                )
 
     def large_units(self) -> list[list[bool]]:
         """Per region, which 2 MiB units stand on large pages. Regions on hugetlbfs: those that hold data."""
