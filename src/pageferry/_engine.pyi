@@ -32,6 +32,9 @@ class Mapping:
         """(start, end) of the parts that hold data (SEEK_DATA/SEEK_HOLE): reading anything else would allocate."""
     def large_units(self) -> list[bool]:
         """Which 2 MiB units stand on a large page; holes are left alone."""
+    def close_memory(self) -> None:
+        """Make the mapping read-only. New buffers are read-only, a write to an old one ends the program with SIGSEGV,
+        after a message."""
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -816,3 +819,16 @@ class Ledger:
         """How long operations of this object's threads took: the longest, ns, and how many took 2**n to 2**(n+1) ns."""
     def page_offset(self, number: int) -> int:
         """Where body page `number` lies in the mapping."""
+
+def scan_mappers(
+    files: Sequence[tuple[int, int, int]],
+) -> tuple[list[tuple[int, int, int, int, int, bool]], list[tuple[int, int, int]], list[int], int]:
+    """Find the processes that map files or have them open for writing, in /proc, without the interpreter's lock.
+
+    `files`: (st_dev, st_ino, device as /proc/PID/maps shows it). Returns shared mappings (index of the file, process,
+    address, length, offset, writable), descriptors that are open for writing (index of the file, process, number),
+    processes that may not be looked into, and the number of those that were. Raises OSError.
+    """
+
+def own_mappings() -> list[tuple[int, int]]:
+    """(address, length) of every `Mapping` of this process."""

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pageferry.errors import WorkloadError
 from pageferry.workloads.base import Faults, Identity
 from pageferry.workloads.lifecycle import Lifecycle, Status
+from pageferry.workloads.mappers import Sharing
 
 CONTROLLERS = [object(), object(), object()]
 controllers = st.sampled_from(CONTROLLERS)
@@ -37,6 +38,17 @@ class Recorder:
     def resume(self) -> None:
         assert not self.discarded
         self.runs = True
+
+    sharing = Sharing()
+
+    def observed_by(self, pid: int) -> None:
+        pass
+
+    def check_mappers(self, regions: object) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
 
     def save_state(self) -> bytes:
         assert not self.runs

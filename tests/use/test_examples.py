@@ -11,9 +11,19 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.use.hosts import GUEST, ROOT, Host
 
 EXAMPLES = ROOT / "examples"
+
+
+def free_port() -> int:
+    """A port that no process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 PYTHON = shlex.quote(sys.executable)
 
 
@@ -23,6 +33,17 @@ def test_table_is_saved_and_reopened(hosts: tuple[Host, Host]) -> None:
         done = here.run(f"{PYTHON} {EXAMPLES / 'table.py'} {step} table.img")
         assert done.returncode == 0, done.stderr
     assert "every row is as it was saved" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["threads", "asyncio", "processes"])
+def test_counters_are_saved_and_moved_whole(kind: str, hosts: tuple[Host, Host]) -> None:
+    here, there = hosts
+    program, address = f"{PYTHON} -u {EXAMPLES / f'counters_{kind}.py'}", f"127.0.0.1:{free_port()}"
+    receiver = there.start(f"{program} receive {address}", "waits at")
+    done = here.run(f"{program} send {address} counters.img")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^saved: [1-9]\d* additions, whole$", done.stdout, re.MULTILINE), done.stdout
+    assert receiver.wait(30) == 0
 
 
 class Client(threading.Thread):

@@ -8,6 +8,7 @@ mod errors;
 mod image;
 mod image_writer;
 mod ledger;
+mod mappers;
 mod mapping;
 mod page_store;
 mod pager;
@@ -50,6 +51,8 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ledger::LedgerReport>()?;
     module.add_function(wrap_pyfunction!(mapping::end_on_truncation, module)?)?;
     module.add_function(wrap_pyfunction!(mapping::large_tmpfs, module)?)?;
+    module.add_function(wrap_pyfunction!(mappers::own_mappings, module)?)?;
+    module.add_function(wrap_pyfunction!(mappers::scan_mappers, module)?)?;
     module.add_function(wrap_pyfunction!(sharing::free_zeros, module)?)?;
     Ok(())
 }

@@ -55,16 +55,22 @@ impl Mapping {
         py.detach(|| self.inner.large_units()).map_err(errors::kernel)
     }
 
+    fn close_memory(&self) -> PyResult<()> {
+        self.inner.close().map_err(errors::kernel)
+    }
+
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         if view.is_null() {
             return Err(PyBufferError::new_err("no view to fill"));
         }
         let (base, len) = (slf.get().inner.base(), slf.get().inner.len());
         let len = ffi::Py_ssize_t::try_from(len).map_err(|_| PyBufferError::new_err("too large for a buffer"))?;
+        let closed = slf.get().inner.is_closed();
         let py = slf.py();
         let owner = slf.into_any().into_ptr();
+        let readonly = c_int::from(closed);
         // SAFETY: the view is CPython's to fill; the owner keeps the mapping alive until the buffer is released.
-        let result = unsafe { ffi::PyBuffer_FillInfo(view, owner, base.cast(), len, 0, flags) };
+        let result = unsafe { ffi::PyBuffer_FillInfo(view, owner, base.cast(), len, readonly, flags) };
         // SAFETY: FillInfo took its own reference; this one came from `into_ptr`.
         unsafe { ffi::Py_DECREF(owner) };
         if result < 0 { Err(PyErr::fetch(py)) } else { Ok(()) }

@@ -23,10 +23,12 @@
 
 pub mod activity;
 pub mod block;
+pub mod closed;
 mod discards;
 pub mod faults;
 pub mod image;
 pub mod ledger;
+pub mod mappers;
 pub mod mapping;
 pub mod pager;
 pub mod pages;

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::uapi::{self, PageRegion, PmScanArg, Userfault, check, owned};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
@@ -20,6 +22,26 @@ pub struct Mapping {
     offset: u64,
     /// Page size of hugetlbfs, when the file is on one.
     hugetlb: Option<usize>,
+    closed: AtomicBool,
+}
+
+/// (address, length) of every mapping of this process.
+static REGISTERED: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+
+/// (address, length) of every [`Mapping`] of this process: what else maps the same file was mapped by the program.
+pub fn registered() -> Vec<(u64, u64)> {
+    REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+fn register(address: u64, len: u64) {
+    REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).push((address, len));
+}
+
+fn unregister(address: u64) {
+    let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(at) = registered.iter().position(|(start, _)| *start == address) {
+        registered.swap_remove(at);
+    }
 }
 
 // SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it. They do so
@@ -40,7 +62,27 @@ impl Mapping {
         let file = file.try_clone_to_owned()?;
         let hugetlb = hugetlb_page(file.as_fd())?;
         let base = map(file.as_fd(), len, offset, 0)?;
-        Ok(Self { base, len, file, offset, hugetlb })
+        register(base.as_ptr() as u64, len as u64);
+        Ok(Self { base, len, file, offset, hugetlb, closed: AtomicBool::new(false) })
+    }
+
+    /// Makes the mapping read-only: the memory runs elsewhere, and a write to it would be lost. A later write ends the
+    /// program, with a message (see [`crate::closed`]).
+    ///
+    /// # Errors
+    /// What `mprotect` says.
+    pub fn close(&self) -> io::Result<()> {
+        crate::closed::watch(self.address() as usize, self.len);
+        // SAFETY: the range is our mapping. It stays mapped and readable; nobody holds a reference to bytes that are
+        // written through it.
+        check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len, libc::PROT_READ) })?;
+        self.closed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether [`close`](Self::close) has been called.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// First byte of the mapping.
@@ -226,6 +268,10 @@ impl AsFd for Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        unregister(self.address());
+        if self.is_closed() {
+            crate::closed::forget(self.address() as usize);
+        }
         // SAFETY: made by `new`, and nobody may use the base after the mapping is gone.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import threading
@@ -18,11 +19,12 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import interruptible
 from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.arena import Arena, State, memory_file
-from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.arguments import check_arena
 from pageferry.workloads.base import SMALL_PAGE
+from pageferry.workloads.callbacks import Callback, Plain
 from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.pager_server import PagerServer
 from pageferry.workloads.settling import bring, bring_all
@@ -52,9 +54,10 @@ class RestoredArena(Arena):
         prefetch: bool = True,
         state: State | None = None,
         on_pause: Callback | None = None,
-        on_resume: Callback | None = None,
-        on_moved: Callback | None = None,
+        on_resume: Plain | None = None,
+        on_moved: Plain | None = None,
         direct_io: bool = True,
+        loop: asyncio.AbstractEventLoop | None = None,
         listener: Listener = ignore,
     ) -> Self:
         """See `restore`."""
@@ -69,6 +72,7 @@ class RestoredArena(Arena):
                 on_resume=on_resume,
                 on_moved=on_moved,
                 direct_io=direct_io,
+                loop=loop,
                 private=True,
             )
             self.large_pages_by = large_pages_by
@@ -120,15 +124,16 @@ class RestoredArena(Arena):
 
     def ensure(self, offset: int, length: int) -> None:
         """Bring part of the memory in, for who reads the file past this mapping. Raises ImageError, UsageError."""
+        self.check_here()
         values.count("offset", offset, 0, self.length)
         if values.count("length", length, 0, self.length) > self.length - offset:
             raise UsageError(f"{length} bytes at {offset} of an arena of {self.length}")
         first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
-        bring(self.pager, first, end - first, str(self.image.path))
+        interruptible(lambda: bring(self.pager, first, end - first, str(self.image.path)))
 
     def load(self) -> None:
         """Bring everything in, and wait until nothing traps any more. Raises ImageError."""
-        bring_all(self.pager, self.length, str(self.image.path))
+        interruptible(lambda: bring_all(self.pager, self.length, str(self.image.path)))
 
 
 def restore(
@@ -139,9 +144,10 @@ def restore(
     prefetch: bool = True,
     state: State | None = None,
     on_pause: Callback | None = None,
-    on_resume: Callback | None = None,
-    on_moved: Callback | None = None,
+    on_resume: Plain | None = None,
+    on_moved: Plain | None = None,
     direct_io: bool = True,
+    loop: asyncio.AbstractEventLoop | None = None,
     listener: Listener = ignore,
 ) -> RestoredArena:
     """An arena with the contents of an image, usable at once: what is touched is read first, the rest meanwhile.
@@ -150,14 +156,16 @@ def restore(
     a warning in the log; `listener` is called with an EagerEvent, which has the reason, and with ProgressEvents.
 
     `eager`: the rest at full speed, without giving way to accesses; `prefetch=False`: nothing but what is touched.
-    The others are those of `Arena`; the state that was saved is given to `state`, or kept in `received_state`. The
+    The others are those of `Arena`. The state that was saved is given to `state`, or kept in `received_state`. The
     image is only read, and may be restored any number of times at once; it must stay where it is until `deferred` is 0.
+    This call blocks: a coroutine whose loop is to run coroutine callbacks makes it with `asyncio.to_thread`, and passes
+    the loop as `loop`.
 
     Raises ImageError when the image cannot be used, UsageError when it is not of an arena.
     """
     check_arena(name, state, on_pause, on_resume, on_moved, eager=eager, prefetch=prefetch)
     return RestoredArena.from_image(
-        ImageFile(values.path("path", path)),
+        interruptible(lambda: ImageFile(values.path("path", path))),
         name,
         eager=eager,
         prefetch=prefetch,
@@ -166,6 +174,7 @@ def restore(
         on_resume=on_resume,
         on_moved=on_moved,
         direct_io=direct_io,
+        loop=loop,
         listener=listener,
     )
 
@@ -238,7 +247,7 @@ def _before_fork() -> None:
     One that only executes a program does not come here.
     """
     for arena in list(_restoring):
-        arena.ensure(0, arena.length)
+        bring(arena.pager, 0, arena.length // SMALL_PAGE, str(arena.image.path))
         _inherit(arena, _MADV_DOFORK)
         _restoring.discard(arena)
 

@@ -22,6 +22,7 @@ from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, R
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host import proc, processes
+from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
@@ -32,6 +33,10 @@ from pageferry.workloads.qemu import QemuWorkload
 
 _POLL = 0.2
 """Seconds between two looks at how far it is."""
+
+
+_CLOSE_TIMEOUT = 0.3
+"""Seconds for a pager of this process to end after an error."""
 
 
 class PagerProcess:
@@ -58,7 +63,7 @@ class PagerProcess:
 
     async def ready(self) -> None:
         """Wait until it has the image open. Raises RestoreError, with its words, when it cannot."""
-        await asyncio.to_thread(self._answer)
+        await in_thread(self._answer)
 
     async def take_over(self, order: Order) -> None:
         """Have it serve, after `ready`. Raises RestoreError, with its words, when it does not."""
@@ -66,7 +71,7 @@ class PagerProcess:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(msgspec.json.encode(order) + b"\n")
             self._process.stdin.close()
-        await asyncio.to_thread(self._answer)
+        await in_thread(self._answer)
         for stream in (self._process.stdout, self._process.stderr):
             assert stream is not None
             stream.close()
@@ -113,11 +118,13 @@ async def restore_guest(
     `QemuWorkload.start` raises; nothing is left behind then.
     """
     begin = time.monotonic()
-    opening = asyncio.ensure_future(asyncio.to_thread(_open, path))  # QEMU takes longer to start than this
+    opening = asyncio.ensure_future(in_thread(_open, path))  # QEMU takes longer to start than this
     try:
         workload = await QemuWorkload.start(
             name, arguments, incoming=True, at_once=True, detach=detach, hugetlb=hugetlb, registry=registry
         )
+    except asyncio.CancelledError:
+        raise  # the image may be on a disk that does not answer
     except BaseException:
         (opened,) = await asyncio.gather(opening, return_exceptions=True)
         if isinstance(opened, PageferryError):  # what is wrong with the image comes first
@@ -143,9 +150,7 @@ async def restore_guest(
         paused = stays_paused(workload)
         await workload.resume()
     except BaseException:
-        if first is not None:
-            first.close()  # the file of the memory must be nobody's when the guest's end clears up after it
-        await asyncio.shield(workload.discard())
+        await asyncio.shield(_withdraw(workload, first))
         raise
     running = time.monotonic()
     times = TimeToRunning(
@@ -163,9 +168,22 @@ async def restore_guest(
         return workload, _loaded(_result(name, image, times, paused), filled, reason)
     left = first.server.status().deferred
     listener(RunningEvent(workload=name, time_to_running=ran, deferred=left, paused=paused))
-    last = await asyncio.shield(hand_over(first))
+    try:
+        last = await hand_over(first)
+    except asyncio.CancelledError:
+        await asyncio.shield(_withdraw(workload, first))
+        raise
     listener(TouchedEvent(windows=last.touched))
     return workload, _updated(_result(name, image, times, paused), last)
+
+
+async def _withdraw(workload: QemuWorkload, first: GuestPager | None) -> None:
+    """End a guest that was not restored. Its pager ends first, unless it waits for a disk that does not answer."""
+    if first is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await in_thread(first.close)
+    await workload.discard()
 
 
 def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
@@ -192,13 +210,13 @@ async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work:
 
     We serve until the process that will has started, which takes much longer than all that follows.
     """
-    making = asyncio.ensure_future(asyncio.to_thread(GuestPager, image, folder, work))
+    making = asyncio.ensure_future(in_thread(GuestPager, image, folder, work))
     try:
         await workload.prepare_load()
         return await asyncio.shield(making)
     except BaseException:
-        await asyncio.wait({making})
-        if making.exception() is None:
+        await asyncio.wait({making}, timeout=_CLOSE_TIMEOUT)
+        if making.done() and making.exception() is None:
             making.result().close()
         raise
 
@@ -215,12 +233,15 @@ async def hand_over(first: GuestPager) -> PagerStatus:
         touched = first.pager.touched
         last = first.server.status(touched=touched)
         serving = False
-        await asyncio.to_thread(first.close)
+        await in_thread(first.close)
         await pager.take_over(Order(name=name, touched=touched))
+    except asyncio.CancelledError:
+        pager.give_up()
+        raise
     except RestoreError as error:
         pager.give_up()
         if serving:
-            await asyncio.to_thread(first.close)  # or nobody could take over as long as we live
+            await in_thread(first.close)  # or nobody could take over as long as we live
         raise RestoreError(
             f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
         ) from error
@@ -245,13 +266,13 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStat
     except BaseException:
         pager.give_up()
         raise
-    return await asyncio.to_thread(deferred.status, folder)
+    return await in_thread(deferred.status, folder)
 
 
 async def _dismiss_failed(folder: Folder) -> None:
     """A pager that is alive but cannot read its image is told to go."""
     with contextlib.suppress(RestoreError):
-        status = await asyncio.to_thread(deferred.status, folder)
+        status = await in_thread(deferred.status, folder)
         if status is not None and status.failures:
             await dismiss(folder, status)
 
@@ -259,7 +280,7 @@ async def _dismiss_failed(folder: Folder) -> None:
 async def dismiss(folder: Folder, status: PagerStatus) -> None:
     """Have the pager end that gave this status. Until another takes over, accesses to what is missing wait."""
     started = proc.start_time(status.pager)
-    await asyncio.to_thread(deferred.ask, folder, Ask(what="stop"))
+    await in_thread(deferred.ask, folder, Ask(what="stop"))
     if started is not None:
         await processes.wait_for_end(status.pager, started)
 
@@ -268,7 +289,7 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
     """Wait until all memory has arrived; the result as of then. Raises RestoreError when the pager has died."""
     begun, known, finished = result, 0, False
     while not finished:
-        status = await asyncio.to_thread(deferred.ask, folder, Ask(what="touched", first=known))
+        status = await in_thread(deferred.ask, folder, Ask(what="touched", first=known))
         if status is None:
             status = _last_words(folder, known)
         if status is None:

@@ -22,12 +22,13 @@ from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
-from pageferry.host.blocking import on_thread
+from pageferry.host.blocking import beside_loop, in_thread, on_thread
 from pageferry.host.faults import fault_point
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.arguments import managed
 from pageferry.workloads.base import SMALL_PAGE, Workload, stays_paused
+from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold
 from pageferry.workloads.memory import Memory
@@ -67,8 +68,14 @@ async def checkpoint(
     chosen = values.options(Options, options)
     target, older = values.path("path", path), values.optional(values.path, "parent", parent)
     values.function("listener", listener)
-    saved = workload.workload() if isinstance(workload, Arena) else workload
-    save = Save(saved, target, chosen, listener)
+    check_listener("listener", listener)
+    if isinstance(workload, Arena):
+        workload.check_here()
+        arena = workload
+        return await beside_loop(
+            lambda heard: checkpoint(arena.workload(), target, parent=older, listener=heard, **options), listener
+        )
+    save = Save(workload, target, chosen, listener)
     if older is not None:
         save.build_on(ImageFile(older))
     return await save.run()
@@ -128,7 +135,8 @@ class Save:
             return self._result(*finished)
         finally:
             if self.tracking is not None:
-                await asyncio.shield(asyncio.to_thread(self.tracking.finish, None))
+                tracking, self.tracking = self.tracking, None
+                await asyncio.shield(in_thread(tracking.finish, None))
             await asyncio.shield(self._let_go())
             self.__dict__.pop("saver", None)  # and with them their mappings, which an error would keep for long
             self.__dict__.pop("memory", None)
@@ -144,6 +152,7 @@ class Save:
             else:
                 await settled(self.workload, traces=False)
             self.memory = Memory(self.workload)
+            await self.workload.check_mappers()
             self.drains = Drains(self.workload)
             self.tracking = Tracking(self.workload, self.memory, self.parent, self.options, self.hold)
             self.tracking.pinned = pinned
@@ -171,7 +180,7 @@ class Save:
         """The pager may end, and the trace that was put on by its userfaultfd goes."""
         if self.hold is not None:
             hold, self.hold = self.hold, None
-            await asyncio.to_thread(hold.release)
+            await in_thread(hold.release)
 
     async def _save_once(self, file: int) -> tuple[int, int, int, int]:
         await self.workload.prepare_pause()
@@ -188,6 +197,7 @@ class Save:
         self.saver = await self._native(lambda: self._open_saver(file, self.memory.segments))
         try:
             await self._prepare()
+            await self._check_mappers()
             self._tell_armed()
             with self._measure("downtime"):
                 await self._pause()
@@ -200,7 +210,7 @@ class Save:
             self.listener(events.InstantEvent(downtime=self._ms("downtime"), paused=self.stays_paused))
             return await self._finish(state)
         finally:
-            await asyncio.shield(asyncio.to_thread(self.saver.close))
+            await asyncio.shield(in_thread(self.saver.close))
 
     async def _stopped(self, file: int) -> tuple[int, int, int, int]:
         """The same with the workload paused all the time: nothing needs to be protected."""
@@ -215,7 +225,7 @@ class Save:
                     self.saver.begin()
                     finished = await self._finish(state)
             finally:
-                await asyncio.shield(asyncio.to_thread(self.saver.close))
+                await asyncio.shield(in_thread(self.saver.close))
             await self._resume()
         return finished
 
@@ -284,6 +294,11 @@ class Save:
                 f"try again, or save it paused (--mode stop)"
             )
 
+    async def _check_mappers(self) -> None:
+        """Look again, now that all known mappings are protected."""
+        if not isinstance(self.workload, ProcessWorkload):
+            await self.workload.check_mappers()
+
     async def _keep_telling(self) -> None:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL)
@@ -316,7 +331,7 @@ class Save:
         stays = self.hold is not None or (self.tracking is not None and self.tracking.leaves)
         if self.options.mode == "lazy" and not stays:
             # Under a trace that stays they cannot be large; what is still to come is mapped large when it is there.
-            await asyncio.to_thread(self.memory.restore_large_mappings, self.large)
+            await in_thread(self.memory.restore_large_mappings, self.large)
 
     # -- saving
 

@@ -15,6 +15,7 @@ import msgspec
 from pageferry.cli.arguments import fraction, integer, rate, seconds, size
 from pageferry.cli.migrate import add_options, options_of
 from pageferry.errors import WorkloadError
+from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.migration import api
 from pageferry.migration.events import MigrationResult
@@ -114,7 +115,7 @@ async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
         yield process
     finally:
         process.terminate()
-        await asyncio.shield(asyncio.to_thread(process.communicate))
+        await asyncio.shield(in_thread(process.communicate))
 
 
 def _start(module: str, *arguments: str) -> Popen[bytes]:
@@ -129,7 +130,7 @@ async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
     assert process.stderr is not None
     try:
         async with asyncio.timeout(PATIENCE):
-            while line := await asyncio.to_thread(process.stdout.readline):
+            while line := await in_thread(process.stdout.readline):
                 said: dict[str, Any] = msgspec.json.decode(line)
                 if said["type"] == kind:
                     return said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.cli.parser import shared_options
 from pageferry.errors import ImageError
 from pageferry.events import Event
+from pageferry.host.blocking import in_thread
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.base import SMALL_PAGE
@@ -103,7 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 async def run(args: argparse.Namespace) -> int:
     """Do it, off the event loop: Ctrl-C ends it between two slices."""
     work: Callable[[argparse.Namespace], tuple[Event, int]] = args.work
-    result, code = await asyncio.to_thread(work, args)
+    result, code = await in_thread(work, args)
     with open_reporter(args.output, ImageView()) as out:
         out.final(result)
     return code

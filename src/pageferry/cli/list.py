@@ -9,6 +9,7 @@ import os
 import msgspec
 
 from pageferry.errors import NoSuchWorkload, RestoreError, WorkloadDied, WorkloadError
+from pageferry.host.blocking import in_thread
 from pageferry.host.registry import AnyEntry, ArenaEntry, Folder, QemuEntry, Registry
 from pageferry.migration.ownership import committed
 from pageferry.report.reporter import open_reporter
@@ -77,7 +78,7 @@ def _without_memory(name: str, entry: AnyEntry, status: str) -> WorkloadInfo:
 async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
     """Completed by what is still to come of its memory."""
     try:
-        status = await asyncio.to_thread(deferred.status, Folder(Registry(), info.name))
+        status = await in_thread(deferred.status, Folder(Registry(), info.name))
     except RestoreError as error:
         return msgspec.structs.replace(info, waiting=str(error))
     if status is None:

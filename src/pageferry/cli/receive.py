@@ -15,6 +15,7 @@ from pageferry.cli.arguments import seconds, size
 from pageferry.cli.foreground import see_to_the_end
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.events import Event
+from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Registry
 from pageferry.migration import api, events, messages
 from pageferry.migration.connection import Reception
@@ -230,7 +231,7 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
             await asyncio.wait({finishing}, timeout=args.patience)
     ledger = received[-1]
     ledger.stop()
-    report = await asyncio.to_thread(ledger.verify)
+    report = await in_thread(ledger.verify)
     out.final(LedgerResult(args.name, report.intact, report.writes, report.checked))
     return 0 if report.intact else 1
 

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import signal
 
-from pageferry.errors import NoSuchWorkload, WorkloadError
+from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
 from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Claim, QemuEntry, Registry
 from pageferry.workloads.qemu import QemuWorkload
@@ -31,11 +31,27 @@ async def run(args: argparse.Namespace) -> int:
     if isinstance(entry, Claim):
         raise NoSuchWorkload(f"{args.name} is still being started by process {entry.pid}: end that, or wait")
     if isinstance(entry, QemuEntry) and not args.kill:
-        await (await QemuWorkload.attach(args.name, registry=registry)).discard()
+        await _quit(args.name, entry, registry)
     else:
         await _signal(args.name, entry, signal.SIGKILL if args.kill else signal.SIGTERM)
         registry.remove(args.name)
     return 0
+
+
+async def _quit(name: str, entry: QemuEntry, registry: Registry) -> None:
+    """End a guest by `quit`. Raises WorkloadError, which names --kill, where it does not answer or end."""
+    try:
+        guest = await QemuWorkload.attach(name, registry=registry)
+    except WorkloadDied:
+        raise
+    except WorkloadError as hangs:
+        raise WorkloadError(f"{hangs}. `pageferry stop --kill {name}` ends it without asking") from hangs
+    if not await guest.quit(PATIENCE):
+        guest.close()
+        raise WorkloadError(
+            f"{name} (process {entry.pid}) does not quit: `pageferry stop --kill {name}` ends it without asking"
+        )
+    await guest.forget()
 
 
 async def _signal(name: str, entry: AnyEntry, number: signal.Signals) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 
 from pageferry.cli.arguments import seconds
+from pageferry.host.blocking import in_thread
 from pageferry.report.reporter import open_reporter
 from pageferry.report.top import TopView
 from pageferry.workloads.overview import Overview, overview
@@ -29,11 +30,11 @@ async def run(args: argparse.Namespace) -> int:
     last: Overview | None = None
     with open_reporter(args.output, TopView()) as out:
         if args.once:
-            out.final(await asyncio.to_thread(overview))
+            out.final(await in_thread(overview))
             return 0
         try:
             while True:
-                last = await asyncio.to_thread(overview)
+                last = await in_thread(overview)
                 out.event(last)
                 await asyncio.sleep(max(args.interval, 0.1))
         finally:

@@ -1,18 +1,52 @@
-"""Blocking calls from coroutines, which go on behind nobody's back."""
+"""Blocking calls from coroutines, and coroutines beside a loop that may be blocked."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import TypeVar
+import inspect
+import threading
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar, copy_context
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from pageferry.host import tracebacks
+from pageferry.host.workers import Workers
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+Work = Callable[[Callable[[Any], object]], Coroutine[Any, Any, T]]
+"""Makes the coroutine of an operation; the argument is the listener for its events."""
+
+CALLER: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("caller", default=None)
+"""Event loop of the program that awaits an operation which runs beside it (`beside_loop`)."""
+
+
+def program_loop() -> asyncio.AbstractEventLoop | None:
+    """Event loop of the program: the one that awaits the operation, or else the one that runs this code."""
+    if (caller := CALLER.get()) is not None:
+        return caller
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+_pool = Workers("pageferry-call", 64)
+
+
+async def in_thread(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Run a call on a daemon thread. On cancellation the call continues, and its result is dropped.
+
+    As asyncio.to_thread, whose threads keep the process from ending while a call hangs.
+    """
+    return await asyncio.wrap_future(_pool.submit(lambda: call(*arguments, **options)))
 
 
 async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None = None) -> T:
-    """The result of a call on a thread. When this is cancelled, `cancel` is called, and the thread waited for."""
-    task = asyncio.ensure_future(asyncio.to_thread(call))
+    """Run a call on a daemon thread. On cancellation, call `cancel` and wait for the thread before raising."""
+    task = asyncio.ensure_future(in_thread(call))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -21,3 +55,115 @@ async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None =
         with contextlib.suppress(Exception):
             await task
         raise
+
+
+def interruptible(call: Callable[[], T]) -> T:
+    """Run a call on a daemon thread and wait for it so that a signal handler may raise: Ctrl-C ends the wait at once.
+
+    The call itself continues after an interrupt, and its result is dropped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()  # signal handlers run in the main thread only
+    return _pool.submit(call).result()
+
+
+async def beside_loop(work: Work[T], listen: Callable[[Any], object]) -> T:
+    """Run a coroutine on an event loop of a separate thread, so that nothing that blocks the caller's loop stops it.
+
+    `work` is given a listener for its events; `listen` is called with each of them on the caller's loop, in order and
+    before this returns. If it raises, the work is cancelled, and its error is raised. Cancellation cancels the work and
+    waits for its end. Tasks that the work leaves on its loop continue there after this has returned.
+    """
+    operation = _Operation(work, listen)
+    threading.Thread(target=copy_context().run, args=(operation.run,), name="pageferry-loop", daemon=True).start()
+    return await operation.outcome()
+
+
+class _Operation(Generic[T]):
+    """One coroutine on its own loop, and the loop that awaits it."""
+
+    def __init__(self, work: Work[T], listen: Callable[[Any], object]) -> None:
+        self._work = work
+        self._listen = listen
+        self._caller = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._caller.create_future()
+        self._lock = threading.Lock()
+        self._task: asyncio.Task[T] | None = None
+        self._cancelled = False
+        self._ended: asyncio.Task[T] | None = None
+        self._unheard: Exception | None = None
+        """First error of the listener."""
+
+    # -- on the caller's loop
+
+    async def outcome(self) -> T:
+        """Wait for the end of the work. Return its result, or raise its error."""
+        while not self._done.done():
+            try:
+                await asyncio.shield(self._done)
+            except asyncio.CancelledError:
+                self._cancel()
+        (ended, self._ended), (unheard, self._unheard) = (self._ended, None), (self._unheard, None)
+        try:
+            if ended is None:
+                raise RuntimeError("the event loop of the operation has ended early")
+            if unheard is not None and ended.cancelled():
+                raise unheard
+            if unheard is not None:
+                self._caller.call_exception_handler({"message": "a listener failed", "exception": unheard})
+            return ended.result()
+        except BaseException as error:
+            tracebacks.release(error)
+            raise
+        finally:
+            del ended, unheard  # an error that is kept keeps this frame
+
+    def _cancel(self) -> None:
+        with self._lock:
+            self._cancelled, task = True, self._task
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # its loop has just been closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def _hear(self, event: Any) -> None:
+        try:
+            result = self._listen(event)
+            if inspect.isawaitable(result):
+                if inspect.iscoroutine(result):
+                    result.close()
+                raise TypeError("the listener returned an awaitable, and is called without being awaited")
+        except Exception as error:
+            self._unheard = self._unheard or error
+            self._cancel()
+
+    def _finish(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
+
+    # -- in the other thread
+
+    def run(self) -> None:
+        """Run the work, and then what it has left on its loop."""
+        CALLER.set(self._caller)
+        try:
+            asyncio.run(self._supervise())
+        finally:
+            self._post(self._finish)
+
+    async def _supervise(self) -> None:
+        task = asyncio.ensure_future(self._work(lambda event: self._post(self._hear, event)))
+        with self._lock:
+            self._task = task
+            if self._cancelled:
+                task.cancel()
+        await asyncio.wait({task})
+        with self._lock:
+            self._ended, self._task = task, None
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:
+            self._post(self._finish)
+            await asyncio.wait(left)
+
+    def _post(self, call: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed: it waits no longer
+            self._caller.call_soon_threadsafe(call, *arguments)

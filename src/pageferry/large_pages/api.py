@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pageferry import values
 from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import in_thread
 from pageferry.host.meminfo import available
 from pageferry.large_pages import cold_store, reclaim
 from pageferry.large_pages.cold_store import Stored
@@ -100,7 +100,7 @@ async def sample(
     elif options.reclaim == "store":
         await cold_store.prepare(target)
     if target.workload is not None:
-        await asyncio.to_thread(following.forget, target.workload)  # it would be in our way
+        await in_thread(following.forget, target.workload)  # it would be in our way
     tracker = Tracker(target)
     candidates = tracker.large_pages()
     begin = time.monotonic()

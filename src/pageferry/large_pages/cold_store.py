@@ -37,6 +37,7 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.host import proc, processes
+from pageferry.host.blocking import in_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
@@ -168,7 +169,7 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
             await _let_go(target, workload, folder, memory, plan, trace, image, record, done)
             fault_point("reclaim.handed-over")
         finally:
-            await asyncio.to_thread(trace.remove)
+            await in_thread(trace.remove)
             _restore_mappings(target, memory, [unit for unit in plan.units if unit not in plan.broken])
         done.freed = before - _resident(memory)
         return done
@@ -184,11 +185,11 @@ async def bring_back(target: Target) -> int:
     folder = _folder(target.workload)
     with folder.exclusively("the end of reclaim"):
         record = folder.load(deferred.RECORD, Deferred)
-        status = await asyncio.to_thread(deferred.status, folder)
+        status = await in_thread(deferred.status, folder)
         if record is None or record.cold is None or status is None:
             raise UsageError(f"nothing of {folder.name} is in a store: there is nothing to undo")
         started = proc.start_time(status.pager)
-        await asyncio.to_thread(deferred.settle, folder)
+        await in_thread(deferred.settle, folder)
         if started is not None:  # it puts large pages together yet
             await processes.wait_for_end(status.pager, started)
         return status.deferred
@@ -215,7 +216,7 @@ def _folder(workload: Workload) -> Folder:
 async def _record(folder: Folder) -> Deferred | None:
     """What is in a store already. Its pager lives: whoever has waited for one should not wait for us."""
     record = folder.load(deferred.RECORD, Deferred)
-    if record is not None and await asyncio.to_thread(deferred.status, folder) is None:
+    if record is not None and await in_thread(deferred.status, folder) is None:
         return None  # everything has just come back
     return record
 
@@ -306,7 +307,7 @@ async def _write(
             store = PageStore(file, secrets.token_bytes(16), [len(one) // SMALL_PAGE for one in memory.mappings], codec)
             for first in range(0, len(plan.cold), COPIED_AT_A_TIME):
                 for number, pages in plan.pages(plan.units[first : first + COPIED_AT_A_TIME]).items():
-                    copied = await asyncio.to_thread(store.add, number, memory.mappings[number], pages)
+                    copied = await in_thread(store.add, number, memory.mappings[number], pages)
                     pages.subtract(copied)
                     plan.kept[number].update(pages)
             about = metadata.describe(
@@ -318,7 +319,7 @@ async def _write(
                 parent=parent.as_parent() if parent is not None else None,
             )
             chain = parent.chain if parent is not None else None
-            await asyncio.to_thread(store.finish, [(metadata.METADATA, metadata.encode(about))], chain)
+            await in_thread(store.finish, [(metadata.METADATA, metadata.encode(about))], chain)
     except OSError as error:
         raise CheckpointError(
             f"the store {path} was not written: {error.strerror or error}; nothing of {folder.name} has changed: "
@@ -345,10 +346,10 @@ async def _let_go(
     work = _work(workload, image, plan.units, record)
     if work.qmp_socket is None:
         _keep_from_children(target, work)
-    status = await asyncio.to_thread(deferred.status, folder) if record is not None else None
+    status = await in_thread(deferred.status, folder) if record is not None else None
     if status is not None:
         await dismiss(folder, status)
-    pager = await asyncio.to_thread(GuestPager, image, folder, work, record is not None, evicting=True)
+    pager = await in_thread(GuestPager, image, folder, work, record is not None, evicting=True)
     try:
         await _batches(workload, folder, memory, plan, trace, pager, done)
     except BaseException:
@@ -365,8 +366,8 @@ async def _leave(pager: GuestPager) -> None:
         await hand_over(pager)
     else:  # nothing was cold after all
         pager.pager.evicted()
-        await asyncio.to_thread(pager.run)
-        await asyncio.to_thread(pager.close)
+        await in_thread(pager.run)
+        await in_thread(pager.close)
 
 
 async def _batches(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from pageferry import values
 from pageferry.errors import (
@@ -21,6 +21,7 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import beside_loop, in_thread
 from pageferry.host.meminfo import meminfo
 from pageferry.host.registry import Registry
 from pageferry.migration import messages, peer_users
@@ -38,12 +39,15 @@ from pageferry.migration.source import Source
 from pageferry.migration.trust import Trust
 from pageferry.workloads import following
 from pageferry.workloads.arena import Arena, State
-from pageferry.workloads.arena_control import Callback
 from pageferry.workloads.arguments import MAX_ARENA, check_arena, managed
 from pageferry.workloads.base import Revertible, Workload
+from pageferry.workloads.callbacks import Callback, Plain, check_listener
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.holding import Hold, held
+from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.settling import settled
+
+T = TypeVar("T")
 
 _reports: set[asyncio.Task[None]] = set()
 """Under way; the event loop itself does not hold on to its tasks."""
@@ -64,10 +68,18 @@ async def migrate(
     """
     managed(workload)
     values.function("listener", listener)
+    check_listener("listener", listener)
     chosen = values.options(Options, options)
+    if isinstance(workload, Arena):
+        workload.check_here()
+        if len(asyncio.all_tasks()) > 1:
+            workload.check_lock()
+        return await _of_arena(
+            workload, lambda moved, heard: migrate(moved, address, listener=heard, **options), listener
+        )
+    moved = workload
     trust = chosen.trust()
     target = resolve(address, insecure=chosen.insecure, what="destination", trust=trust)
-    moved = workload.workload() if isinstance(workload, Arena) else workload
     folder = folder_of(moved)
     if committed(folder) is not None and not await moved.running():
         raise WorkloadError(
@@ -83,9 +95,22 @@ async def migrate(
         raise type(error)(f"{error}. {moved.name} {await _state_of(moved)} here, and can be migrated again") from error
     finally:
         if hold is not None:
-            await asyncio.shield(asyncio.to_thread(hold.release))
-        if isinstance(workload, Arena):
-            moved.close()  # whoever asks what became of it later is another controller
+            await asyncio.shield(in_thread(hold.release))
+
+
+async def _of_arena(
+    arena: Arena, work: Callable[[LocalWorkload, Listener], Coroutine[Any, Any, T]], listener: Listener = ignore
+) -> T:
+    """Run an operation on an arena beside the loop of its caller, as a controller of its own (see `lifecycle`)."""
+
+    async def run(heard: Listener) -> T:
+        workload = arena.workload()
+        try:
+            return await work(workload, heard)
+        finally:
+            workload.close()
+
+    return await beside_loop(run, listener)
 
 
 async def _state_of(workload: Workload) -> str:
@@ -104,10 +129,10 @@ async def _page_tables(workload: Workload, options: Options) -> Hold | None:
         return None
     hold = await held(workload)
     try:
-        await asyncio.to_thread(following.forget, workload)
+        await in_thread(following.forget, workload)
     except BaseException:
         if hold is not None:
-            await asyncio.shield(asyncio.to_thread(hold.release))
+            await asyncio.shield(in_thread(hold.release))
         raise
     return hold
 
@@ -118,9 +143,10 @@ async def receive(
     name: str | None = None,
     state: State | None = None,
     on_pause: Callback | None = None,
-    on_resume: Callback | None = None,
-    on_moved: Callback | None = None,
+    on_resume: Plain | None = None,
+    on_moved: Plain | None = None,
     direct_io: bool = True,
+    loop: asyncio.AbstractEventLoop | None = None,
     max_size: int | None = None,
     listening: Callable[[str], object] | None = None,
     patience: float = 30.0,
@@ -134,7 +160,8 @@ async def receive(
     on this host is accepted only if it is a process of root or of our user.
 
     Name, state and callbacks are those of `Arena`; `on_resume` is called at the moment from which the arena is this
-    process's. `listening` is called with the address once sources can connect. An arena larger than `max_size` bytes
+    process's; `loop` is by default the one that awaits this. `listening` is called with the address once sources can
+    connect. An arena larger than `max_size` bytes
     (default: the memory that is available) is refused, and so is one whose pages would come later: a thread of this
     program that waits for a page may hold what the rest of it needs to go on. `tls`: a folder of certificates
     (docs/tls.md); then only sources with a certificate are let in, and if `allow` has names, only those with one of
@@ -144,27 +171,41 @@ async def receive(
     most = values.optional(values.size, "max_size", max_size, 1, MAX_ARENA)
     values.optional(values.function, "listening", listening)
     patience = options_patience(patience)
-    reception = open_reception(address, patience, insecure=insecure, tls=tls, allow=allow)
-    if listening is not None:
-        listening(str(reception.address))
+    notify: Callable[[str], object] = listening or (lambda _: None)
+    check_listener("listening", notify)
 
-    received: list[Arena] = []
-
-    async def prepare(hello: messages.Hello) -> Workload:
-        if hello.mode != "precopy":
-            raise UsageError("an arena of a program is received with all of its memory: use `mode` precopy")
-        fresh = arena_for(hello, most)
-        arena = Arena.from_file(
-            fresh.descriptor,
-            fresh.length,
+    def make(file: int, size: int) -> Arena:
+        return Arena.from_file(
+            file,
+            size,
             name,
             state=state,
             on_pause=on_pause,
             on_resume=on_resume,
             on_moved=on_moved,
             direct_io=direct_io,
+            loop=loop,
             private=True,
         )
+
+    async def work(heard: Callable[[str], object]) -> Arena:
+        reception = open_reception(address, patience, insecure=insecure, tls=tls, allow=allow)
+        heard(str(reception.address))
+        return await _receive(reception, make, most, patience)
+
+    return await beside_loop(work, notify)
+
+
+async def _receive(
+    reception: Reception, make: Callable[[int, int], Arena], max_size: int | None, patience: float
+) -> Arena:
+    received: list[Arena] = []
+
+    async def prepare(hello: messages.Hello) -> Workload:
+        if hello.mode != "precopy":
+            raise UsageError("an arena of a program is received with all of its memory: use `mode` precopy")
+        fresh = arena_for(hello, max_size)
+        arena = make(fresh.descriptor, fresh.length)
         received.append(arena)
         return arena.workload()
 
@@ -228,10 +269,14 @@ async def recover(
     """
     managed(workload)
     values.function("listener", listener)
+    check_listener("listener", listener)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
     patience = options_patience(patience)
     Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname)
-    moved = workload.workload() if isinstance(workload, Arena) else workload
+    if isinstance(workload, Arena):
+        link: dict[str, Any] = {"patience": patience, "insecure": insecure, "tls": tls, "tls_hostname": tls_hostname}
+        return await _of_arena(workload, lambda moved, heard: recover(moved, doubt, listener=heard, **link), listener)
+    moved = workload
     record = _in_doubt(moved, doubt)
     chosen = Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname or (record.hostname if tls else None))
     trust = chosen.trust()
@@ -269,13 +314,15 @@ async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = N
     """
     managed(workload)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
-    moved = workload.workload() if isinstance(workload, Arena) else workload
-    record = _in_doubt(moved, doubt)
-    if isinstance(moved, Revertible):
-        await moved.revert(record.changes)
+    if isinstance(workload, Arena):
+        await _of_arena(workload, lambda moved, _: take_back(moved, doubt))
+        return
+    record = _in_doubt(workload, doubt)
+    if isinstance(workload, Revertible):
+        await workload.revert(record.changes)
     else:
-        await moved.resume()
-    if (folder := folder_of(moved)) is not None:
+        await workload.resume()
+    if (folder := folder_of(workload)) is not None:
         folder.forget(RECORD)
 
 

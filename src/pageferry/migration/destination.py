@@ -35,7 +35,7 @@ from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
 from pageferry.migration.connection import PageStream, Reception
 from pageferry.migration.missing import MissingPages
-from pageferry.migration.native import off_loop, to_the_end
+from pageferry.migration.native import off_loop, to_the_end, within_grace
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
 from pageferry.migration.stopwatch import Stopwatch
@@ -113,9 +113,16 @@ class Destination:
                 await self.channel.receive(messages.Commit)
             await to_the_end(self._take_over())
         except BaseException as error:
-            await to_the_end(self._give_up(error))
+            if not await within_grace(self._give_up(error), error):
+                log.warning("what was received does not answer, and is left behind")
+            self._release()
             raise
         return self.workload
+
+    def _release(self) -> None:
+        """End mappings and page streams now, not when this object is collected: an error may keep it."""
+        for name in ("memory", "receiver", "placer"):
+            self.__dict__.pop(name, None)
 
     async def finish(self) -> None:
         """`report`, then wait until the source knows that the workload runs here, or does not ask any more."""
@@ -435,6 +442,7 @@ class Destination:
             log.warning("the workload runs here; the source may not know it yet: %s", error)
         finally:
             await self.channel.close()
+            self._release()
 
     def _faults_by_now(self) -> Faults:
         try:

@@ -20,6 +20,9 @@ from pageferry.host.blocking import on_thread
 
 T = TypeVar("T")
 
+GRACE = 0.6
+"""Seconds for cleaning up after a cancellation: a command ends within a second of a signal."""
+
 Counters = tuple[int, int, int, int, int]
 """(bytes on the wire, storage blocks, data pages, zero pages, absent pages) of a page stream so far."""
 
@@ -46,6 +49,27 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((task,))
     return task.result()
+
+
+async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) -> bool:
+    """Clean up after an error. After a cancellation wait for at most GRACE seconds; return False if that was too short.
+
+    A workload that does not answer is left to what happens when this process ends: a guardian lets a guest run on, and
+    the kernel takes the traces away.
+    """
+    if not isinstance(error, asyncio.CancelledError):
+        await to_the_end(work)
+        return True
+    task = asyncio.ensure_future(work)
+    deadline = asyncio.get_running_loop().time() + GRACE
+    while not task.done() and (left := deadline - asyncio.get_running_loop().time()) > 0:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task,), timeout=left)
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    return False
 
 
 def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:

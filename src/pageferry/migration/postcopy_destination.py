@@ -21,6 +21,7 @@ from pageferry._engine import Mapping, Pager, PageSet, PeerSource, Space
 from pageferry.errors import PageferryError, UsageError, WorkloadDied
 from pageferry.events import Listener
 from pageferry.host import proc
+from pageferry.host.blocking import in_thread
 from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
@@ -245,7 +246,7 @@ class LateMemory:
         fault_point("destination.arrival-noted")
         self.complete = True
         self._counters, self._waits = self._pager.counters, self._pager.histogram
-        await asyncio.to_thread(self._release)
+        await in_thread(self._release)
         # It may have moved on while it arrived, and its name be another's.
         if self.folder is not None and self._is_recorded(self.folder):
             self.folder.forget(deferred.POSTCOPY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections import defaultdict
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 
 from pageferry._engine import PageSet, Placer
 from pageferry.errors import WorkloadError
+from pageferry.host.blocking import in_thread
 from pageferry.host.compaction import compact_memory
 from pageferry.migration.native import off_loop
 from pageferry.workloads.base import SMALL_PAGE, Region
@@ -24,7 +24,7 @@ _PIECE = 32
 async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) -> None:
     """Have as many large pages free as the source has in use; those of hugetlbfs are reserved already."""
     wanted = sum(sum(units) for region, units in zip(regions, large, strict=True) if region.page_size == SMALL_PAGE)
-    await asyncio.to_thread(compact_memory, wanted)
+    await in_thread(compact_memory, wanted)
 
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:

@@ -34,7 +34,7 @@ from pageferry.migration.coming import bring_rest, part_of, send_as_it_comes
 from pageferry.migration.connection import PageStream, connect_control, connect_streams
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
 from pageferry.migration.missing import send_missing
-from pageferry.migration.native import Counters, off_loop, to_the_end
+from pageferry.migration.native import GRACE, Counters, off_loop, to_the_end, within_grace
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
@@ -44,7 +44,7 @@ from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload, stays_paused
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold, large_units
-from pageferry.workloads.memory import Memory
+from pageferry.workloads.memory import Memory, close_to_writes
 
 log = getLogger(__name__)
 
@@ -118,13 +118,22 @@ class Source:
         self.peer = str(address)
         self.hostname = self.options.tls_hostname or address.name
         try:
+            return await self._run(address)
+        finally:
+            # Mappings and page streams end now, not when this object is collected: an error may keep it.
+            for name in ("memory", "sender", "service", "trace", "hold"):
+                self.__dict__.pop(name, None)
+
+    async def _run(self, address: Address) -> events.MigrationResult:
+        try:
             with self.times.measure("setup"):
                 await self._set_up(address)
             await self._copy_rounds()
             await self._switch_over()
-            running = await to_the_end(self._commit())
+            running = await self._commit_to_the_end()
         except BaseException as error:
-            await to_the_end(self._fail(error))
+            if not await within_grace(self._fail(error), error):
+                log.warning("%s does not answer, and is left to run on when this process ends", self.workload.name)
             raise
         await self._send_late_pages()
         # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
@@ -136,6 +145,7 @@ class Source:
 
     async def _set_up(self, address: Address) -> None:
         self.memory = Memory(self.workload)
+        await self.workload.check_mappers()
         owners = peer_users.owners_of(segment.pid for region in self.memory.regions for segment in region.segments)
         self.control = await connect_control(address, self.options.patience, self.trust, owners)
         self.peer = str(self.control.address)
@@ -340,6 +350,7 @@ class Source:
 
     async def _switch_over(self) -> None:
         """Pause, send the last pages (or which they are) and the state, and wait until the destination can run it."""
+        await self.workload.check_mappers()
         self.touched = True
         await self._prepare_pause()
         if self.throttle is not None:
@@ -435,6 +446,19 @@ class Source:
 
     # -- commit
 
+    async def _commit_to_the_end(self) -> messages.Running:
+        """Commit. After a cancellation the answer is waited for a moment only: then the outcome is unknown."""
+        task = asyncio.ensure_future(self._commit())
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((task,), timeout=GRACE)
+                if self.committed:
+                    task.cancel()
+        return task.result()
+
     async def _commit(self) -> messages.Running:
         """Give the workload away: from the moment it is recorded, this side never runs it of its own accord."""
         self.stays_paused = stays_paused(self.workload)
@@ -451,11 +475,11 @@ class Source:
             # It decides before it says so: the workload is ours.
             self.committed = False
             raise
-        except MigrationError as error:
+        except (MigrationError, asyncio.CancelledError) as error:
             ask = f"pageferry migrate {self.workload.name} --recover" if self.folder else "pageferry.recover"
             raise OutcomeUnknown(
-                f"{self.workload.name}: commit was sent to {self.peer} and no answer came ({error}). It stays paused "
-                f"here. Ask the peer with: {ask}",
+                f"{self.workload.name}: commit was sent to {self.peer} and no answer came ({_reason(error)}). It stays "
+                f"paused here. Ask the peer with: {ask}",
                 self.migration,
                 self.peer,
                 self.hostname,
@@ -504,6 +528,7 @@ class Source:
         try:
             await self._end_throttle()
             await self._remove_trace()
+            await off_loop(self._close_mappings)
             await self.workload.discard()
         except PageferryError as error:
             log.warning(
@@ -517,6 +542,17 @@ class Source:
             return False
         return True
 
+    def _close_mappings(self) -> None:
+        """Make an arena read-only in the other processes that map it: what they write is lost from now on."""
+        if self.workload.identity.kind != "arena":
+            return
+        owner, start, *_ = self.memory.segments[0]
+        for space, address, length, *_ in self.memory.segments:
+            if (space.pid, address) == (owner.pid, start):
+                continue  # which its own program closes
+            with contextlib.suppress(OSError):  # it has ended, or no longer maps it
+                close_to_writes(space, address, length)
+
     async def _fail(self, error: BaseException) -> None:
         """The migration ends: before commit, everything is put back, and the peer is told."""
         try:
@@ -524,6 +560,8 @@ class Source:
                 if self.service is not None:
                     self.service.close()
                 await self._give_back()
+            else:
+                await self._untrace()  # it is paused, and may be resumed by `take_back`
         finally:
             await self._end_throttle()
             if self.control is not None and not self.committed:
@@ -537,10 +575,13 @@ class Source:
                 await self.workload.resume()
             self._forget_commit()
         finally:
-            if self.trace is not None:
-                await self._remove_trace()
-                if self.hold is None:  # else its pager maps them, when everything is there
-                    await off_loop(lambda: self.memory.restore_large_mappings(self.large))
+            await self._untrace()
+
+    async def _untrace(self) -> None:
+        if self.trace is not None:
+            await self._remove_trace()
+            if self.hold is None:  # else its pager maps them, when everything is there
+                await off_loop(lambda: self.memory.restore_large_mappings(self.large))
 
     async def _end_throttle(self) -> None:
         if self.throttle is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -11,6 +10,7 @@ import msgspec
 from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import in_thread
 from pageferry.host.meminfo import available
 from pageferry.host.registry import Registry
 from pageferry.sharing import apply, estimate, policy, ranges
@@ -84,7 +84,7 @@ async def share(
 async def undo(names: Sequence[str]) -> int:
     """Take sharing back: merged pages are copied again, large pages allowed and made. Bytes that this was done for."""
     async with _opened(names, "the end of sharing") as targets:
-        return sum([await asyncio.to_thread(ranges.undo, target) for target in targets])
+        return sum([await in_thread(ranges.undo, target) for target in targets])
 
 
 async def _complete(target: Target) -> None:

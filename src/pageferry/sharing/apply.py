@@ -6,7 +6,6 @@ on one again, and with that undo the sharing (MADV_COLLAPSE even does so silentl
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pageferry._engine import SharingScan, free_zeros
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.events import Listener
+from pageferry.host.blocking import in_thread
 from pageferry.sharing import ksm, ranges
 from pageferry.sharing.events import ApplyEvent
 from pageferry.sharing.ranges import Range
@@ -70,7 +70,7 @@ async def apply(
             by_place[id(unit.place)].append(unit)
     for units in by_place.values():
         await _punch(units[0].place, units, applied, listener)
-    applied.broken = await asyncio.to_thread(_count_broken, findings)
+    applied.broken = await in_thread(_count_broken, findings)
     return applied
 
 
@@ -85,7 +85,7 @@ async def _merge(findings: Findings, units: Sequence[Unit], applied: Applied, li
         for (workload, pid), found in wanted.items():
             for one in ranges.affordable(pid, ranges.joined(found)):
                 marked.append((findings.targets[workload], one))
-                await asyncio.to_thread(ranges.advise, *marked[-1], ranges.NOHUGEPAGE, ranges.MERGEABLE)
+                await in_thread(ranges.advise, *marked[-1], ranges.NOHUGEPAGE, ranges.MERGEABLE)
         merging = [one for _, one in marked]
         listener(ApplyEvent("merging", f"{len(merging)} ranges, {sum(one.length for one in merging) >> 20} MiB"))
         before = ranges.pss(merging)
@@ -108,7 +108,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         if area.kind == "shared" and area.region == place.region:
             shown = [_within(area, unit) for unit in units]
             for one in ranges.affordable(area.pid, ranges.joined(one for one in shown if one.length > 0)):
-                await asyncio.to_thread(ranges.advise, target, one, ranges.NOHUGEPAGE)
+                await in_thread(ranges.advise, target, one, ranges.NOHUGEPAGE)
     left = [(unit.start, unit.length) for unit in units]
     waiting = None
     if place.coming is not None:  # a cold store

@@ -17,6 +17,7 @@ from typing import Literal
 from pageferry import values
 from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
+from pageferry.host.blocking import in_thread
 from pageferry.sharing import coming
 from pageferry.sharing.coming import Coming
 from pageferry.sharing.events import ScanEvent
@@ -164,9 +165,9 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
     try:
         pieces = [place.engine_piece() for place in places]
         deferred = {number: one for number, place in enumerate(places) if (one := place.engine_deferred()) is not None}
-        scan = await asyncio.to_thread(SharingScan, pieces, options.memory // PAGE_COST, options.every, deferred)
+        scan = await in_thread(SharingScan, pieces, options.memory // PAGE_COST, options.every, deferred)
         looked_at = await _run(scan, options, listener)
-        await asyncio.to_thread(scan.finish)
+        await in_thread(scan.finish)
         for target in targets:
             for pid in target.pids:
                 target.check_alive(pid)  # one without memory any more looks as if it had none
@@ -198,7 +199,7 @@ async def _run(scan: SharingScan, options: Options, listener: Callable[[ScanEven
         threads = 1
     while True:
         cpu = time.process_time()
-        step = await asyncio.to_thread(scan.step, SLICE, threads)
+        step = await in_thread(scan.step, SLICE, threads)
         if not step:
             return done
         done += step

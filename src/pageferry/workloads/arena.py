@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import errno
@@ -9,17 +10,19 @@ import fcntl
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from pageferry import _engine, values
-from pageferry.errors import UsageError
+from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import registry
-from pageferry.workloads import deferred
-from pageferry.workloads.arena_control import ArenaControl, Callback
+from pageferry.host.blocking import interruptible, program_loop
+from pageferry.workloads import callbacks, deferred
+from pageferry.workloads.arena_control import ArenaControl
 from pageferry.workloads.arguments import MAX_ARENA, arena_size, check_arena
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
+from pageferry.workloads.callbacks import Callback, Plain
 from pageferry.workloads.control.server import ControlServer
 from pageferry.workloads.following import note_forks
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
@@ -29,14 +32,14 @@ from pageferry.workloads.settling import bring_all
 class Stateful(Protocol):
     """An object whose state moves with an arena."""
 
-    def save_state(self) -> bytes:
+    def save_state(self) -> bytes | Awaitable[bytes]:
         """Called while the arena is paused at the source."""
 
     def load_state(self, state: bytes, /) -> object:
         """Called at the destination when all memory is there, before the resume callback."""
 
 
-State = Stateful | tuple[Callable[[], bytes], Callable[[bytes], object]]
+State = Stateful | tuple[Callable[[], bytes | Awaitable[bytes]], Callable[[bytes], object]]
 LargePagesBy = Literal["tmpfs", "collapse", "none", "file"]
 
 
@@ -60,23 +63,30 @@ class Arena(_engine.Mapping):
         large_pages: back the memory with 2 MiB pages where that is allowed; `large_pages_by` says how.
         state: what has to move besides the memory: a pair of callbacks (save() -> bytes, load(bytes)), or an object
             with `save_state` and `load_state`. Saved while paused, loaded at the destination before it resumes.
-        on_pause: called to stop everything that writes to the arena; when it returns, nothing may write any more. An
-            exception ends the migration, and the program goes on.
-        on_resume: called to let it go on, here (the migration failed) or at the destination (it did not).
-        on_moved: called when the arena runs elsewhere for good; `on_pause` was the last callback before. Not called for
-            a received arena that never came to run here.
+        on_pause: stops everything that writes to the arena, in all processes; no write may follow its return. An
+            exception ends the migration, and the program continues. Or a context manager (a lock), or a function
+            that returns one: entered to pause, left when the arena runs again and after `on_moved`.
+        on_resume: lets the writers continue, here (the migration failed) or at the destination.
+        on_moved: called when the arena runs elsewhere; `on_pause` was the last callback before. Not called for a
+            received arena that has never run here.
         direct_io: whether the program may have data read into the arena past the page tables: O_DIRECT, io_uring,
             RDMA. If so, `on_pause` must return after such requests have ended, and is also called, with `on_resume`
             right after it, once in each round of a migration. False saves these short pauses.
+        loop: event loop of the program, for coroutine callbacks (default: the loop that makes the arena; without one,
+            the loop that awaits `migrate` or `checkpoint`).
 
-    Callbacks are called in threads of pageferry's, one at a time. Between `on_pause` and `on_resume` a write to the
-    arena is a write that the destination never sees. Without `on_pause` the caller of `migrate` promises that nothing
-    writes from the last round on.
+    Callbacks are called one at a time. Coroutine functions and asynchronous context managers run on `loop`; plain
+    functions, and locks of `threading`, run in one thread that belongs to the arena. `migrate`, `checkpoint` and
+    `receive` work beside the loop that awaits them, so a coroutine that blocks it (`with lock:`) delays no pause.
+    Between `on_pause` and `on_resume` a write to the arena is lost. From `on_moved` on the memory is read-only in every
+    process that was traced, and keeps its last contents. New buffers are read-only, and methods raise WorkloadError. A
+    write through an older view ends its process with SIGSEGV, after a message, instead of being lost: a writer that
+    runs after a move checks `status` first. Without `on_pause` the caller of `migrate` promises
+    that nothing writes from the last round on.
 
     The arena is a buffer of `len(arena)` bytes: `memoryview(arena)`, `numpy.frombuffer(arena, ...)`, `readinto`. Other
-    processes may map it too (`multiprocessing` children that inherit it, `mmap.mmap(arena.fileno(), ...)`): those that
-    descend from this one and have it mapped when a migration begins are traced as well. See `fileno` for mappings of
-    memory whose contents are deferred.
+    processes may map it too (children that inherit it, `mmap.mmap(arena.fileno(), ...)`): those that have it mapped
+    when a migration begins are traced as well. `fileno` names the limits, and what it means for deferred contents.
 
     Raises UsageError for a size or name that cannot be, NameInUse, and OSError when memory cannot be had.
     """
@@ -98,9 +108,10 @@ class Arena(_engine.Mapping):
         large_pages: bool = True,
         state: State | None = None,
         on_pause: Callback | None = None,
-        on_resume: Callback | None = None,
-        on_moved: Callback | None = None,
+        on_resume: Plain | None = None,
+        on_moved: Plain | None = None,
         direct_io: bool = True,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
         check_arena(name, state, on_pause, on_resume, on_moved, large_pages=large_pages)
         size = _rounded(arena_size(size))
@@ -110,7 +121,7 @@ class Arena(_engine.Mapping):
         finally:
             os.close(file)
         self.large_pages_by = large_pages_by
-        self._begin(name, state, on_pause, on_resume, on_moved, received=False)
+        self._begin(name, state, on_pause, on_resume, on_moved, loop, received=False)
         self.control.does_direct_io = direct_io
         return self
 
@@ -123,9 +134,10 @@ class Arena(_engine.Mapping):
         *,
         state: State | None = None,
         on_pause: Callback | None = None,
-        on_resume: Callback | None = None,
-        on_moved: Callback | None = None,
+        on_resume: Plain | None = None,
+        on_moved: Plain | None = None,
         direct_io: bool = True,
+        loop: asyncio.AbstractEventLoop | None = None,
         paused: bool = True,
         private: bool = False,
     ) -> Self:
@@ -143,7 +155,7 @@ class Arena(_engine.Mapping):
         self = super().__new__(cls, file, size)
         self.large_pages_by = "file"
         self._handed_out = not private
-        self._begin(name, state, on_pause, on_resume, on_moved, received=paused)
+        self._begin(name, state, on_pause, on_resume, on_moved, loop, received=paused)
         self.control.does_direct_io = direct_io
         return self
 
@@ -152,14 +164,17 @@ class Arena(_engine.Mapping):
         name: str | None,
         state: State | None,
         on_pause: Callback | None,
-        on_resume: Callback | None,
-        on_moved: Callback | None,
+        on_resume: Plain | None,
+        on_moved: Plain | None,
+        loop: asyncio.AbstractEventLoop | None,
         *,
         received: bool,
     ) -> None:
-        self.control = ArenaControl(self, on_pause, on_resume, on_moved, has_run=not received)
+        self.control = ArenaControl(self, on_pause, on_resume, on_moved, not received, loop or program_loop())
         if state is not None:
             save, load = state if isinstance(state, tuple) else (state.save_state, state.load_state)
+            for callback in (save, load):
+                callbacks.check("a callback of state", callback)
             self.control.save, self.control.load = save, load
         self.lifecycle = Lifecycle(self.control, received)
         self._server: ControlServer | None = None
@@ -183,16 +198,29 @@ class Arena(_engine.Mapping):
         """Descriptor of its memory, for the work of pageferry, which knows what is deferred; others take `fileno()`."""
         return super().fileno()
 
+    @property
+    def handed_out(self) -> bool:
+        """Whether the program has called `fileno`, or has made the arena over a file of its own."""
+        return self._handed_out
+
     def fileno(self) -> int:
-        """Descriptor of its memory: to map it at another place or in another process, to read and write it as a file.
+        """Descriptor of the memory: to map it at another place or in another process, to read and write it as a file.
 
         Through another mapping, or the file, deferred contents would read as zeros, and no discard would be noticed. So
         the first call waits until all contents are in memory (lazy restore, cold store), and from then on nothing of
         the arena is sent to a cold store: that is refused by name. The same holds for the file given to `from_file`.
-        Descriptors that are taken by other ways (`/proc/PID/fd`, `pidfd_getfd`) are not known to pageferry.
 
-        Raises RestoreError when the contents cannot be loaded, ImageError when their image is damaged.
+        A process that maps the memory shared and writable is traced when a migration or a checkpoint begins. One that
+        has it open for writing without mapping it is refused. Not found: writes by system calls on the descriptor
+        (`os.pwrite`), descriptors in flight between two processes or registered with io_uring, mappings that exist only
+        between two scans (at the beginning and before the pause), and processes outside this PID namespace. After this
+        call, a user who may not look into all processes cannot migrate or save the arena. A descriptor that a process
+        of the same user takes by other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but does not count as this call.
+
+        Raises RestoreError when the contents cannot be loaded, ImageError when their image is damaged, WorkloadError
+        when the arena has moved.
         """
+        self.check_here()
         if not self._handed_out:
             # The mark comes first: a store that is being filled looks at it before each page that leaves memory.
             if self._folder is not None:
@@ -203,6 +231,13 @@ class Arena(_engine.Mapping):
             self._handed_out = True
         return super().fileno()
 
+    def pagers(self) -> list[int]:
+        """Processes of pageferry that bring contents of the memory from a store."""
+        if self._folder is None or not (self._folder.path / deferred.RECORD).exists():
+            return []
+        status = deferred.status(self._folder)
+        return [] if status is None else [status.pager]
+
     def workload(self) -> LocalWorkload:
         """This arena as a `Workload`, to be migrated by this process."""
         return LocalWorkload(self.lifecycle)
@@ -212,10 +247,18 @@ class Arena(_engine.Mapping):
 
         Raises UsageError without `on_pause`, when it has a name already or the name is none; NameInUse.
         """
+        self.check_here()
         if self._folder is not None:
             raise UsageError(f"the arena is named {self._folder.name} already")
         if self.control.on_pause is None:
             raise UsageError(f"arena {name} needs `on_pause`: other processes may migrate it at any time")
+        if (callback := self.control.needs_loop) is not None:
+            raise UsageError(
+                f"arena {name}: {callback} is a coroutine function, and other processes may migrate the arena at any "
+                f"time: make the arena in a coroutine of the event loop that is to run it, or pass that loop as `loop`"
+            )
+        if self.control.has_loop:
+            self.check_lock()
         folder = registry.Registry().claim(name)
         try:
             if self._handed_out:
@@ -235,6 +278,28 @@ class Arena(_engine.Mapping):
         self.control.moved = self._release
         atexit.register(self.close)
 
+    def check_here(self) -> None:
+        """Raise WorkloadError where the arena has moved, or has been given away."""
+        match self.status:
+            case Status.MOVED:
+                raise WorkloadError(
+                    f"{self.control.name} has moved to another process or host, and is closed here: use it there"
+                )
+            case Status.COMMITTED:
+                raise WorkloadError(
+                    f"{self.control.name} was given away by an earlier migration whose outcome is not known here: ask "
+                    f"for it with pageferry.recover, and pass the error of that migration"
+                )
+
+    def check_lock(self) -> None:
+        """Raise UsageError where coroutines of a loop may wait for a lock that is held for ever after a move."""
+        if self.control.keeps_lock:
+            raise UsageError(
+                "on_pause acquires a lock, and nothing releases it when the arena has moved: a coroutine that waits "
+                "for it would block its event loop for ever. Pass the lock itself as on_pause, or an on_moved that "
+                "releases it"
+            )
+
     def collapse(self) -> int:
         """Put what has been filled onto large pages, and say how many bytes now are (MADV_COLLAPSE).
 
@@ -243,6 +308,7 @@ class Arena(_engine.Mapping):
 
         Raises RestoreError, ImageError when that cannot be.
         """
+        self.check_here()
         if self._folder is not None:
             _bring_back(self._folder)
         space = _engine.Space()
@@ -342,7 +408,7 @@ def _bring_back(folder: registry.Folder) -> None:
     Raises RestoreError when the pager has died, ImageError when the store cannot be read.
     """
     if (folder.path / deferred.RECORD).exists():
-        deferred.settle(folder)
+        interruptible(lambda: deferred.settle(folder))
         while (folder.path / deferred.RECORD).exists():  # until the pager has let go of it
             time.sleep(0.005)
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.host import proc
+from pageferry.workloads import callbacks, mappers
 from pageferry.workloads.base import SMALL_PAGE, Faults, Identity, Region, Segment
-from pageferry.workloads.control.server import THREAD_NAME
-from pageferry.workloads.mappers import inherited_segments, threads
+from pageferry.workloads.callbacks import Callback, Callbacks, Plain
+from pageferry.workloads.mappers import threads
 
 if TYPE_CHECKING:
     from pageferry.workloads.arena import Arena
-
-Callback = Callable[[], object]
 
 
 class ArenaControl:
@@ -27,27 +27,34 @@ class ArenaControl:
         self,
         arena: Arena,
         on_pause: Callback | None,
-        on_resume: Callback | None,
-        on_moved: Callback | None,
+        on_resume: Plain | None,
+        on_moved: Plain | None,
         has_run: bool,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        for name, callback in (("on_pause", on_pause), ("on_resume", on_resume), ("on_moved", on_moved)):
+            if callback is not None:
+                callbacks.check(name, callback, gate=name == "on_pause")
         self.name = "arena"
         self.details: dict[str, str | int | bool] = {}
         self.on_pause = on_pause
         self.on_resume = on_resume
         self.on_moved = on_moved
-        self.on_abandoned: Callback | None = None
+        self.on_abandoned: Plain | None = None
         """Called instead of `on_moved` when a received arena never came to run here."""
         self.has_run = has_run
         self.does_direct_io = True
         """The program may have the kernel or a device write to the arena through pages that it pins (O_DIRECT)."""
-        self.save: Callable[[], bytes] = lambda: arena.received_state or b""
+        self.save: Callable[[], object] = lambda: arena.received_state or b""
         self.load: Callable[[bytes], object] = self._keep_state
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
-        self.moved: Callback = lambda: None
+        self.moved: Callable[[], object] = lambda: None
         """Called after either: the arena's own affairs."""
         self._arena = arena
+        self._callbacks = Callbacks(loop)
+        self._observers: set[tuple[int, int]] = set()
+        """(process, start time)"""
 
     @property
     def registered(self) -> bool:
@@ -61,11 +68,30 @@ class ArenaControl:
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """The one region of an arena, and who maps it now."""
+        """The one region of an arena, and the processes that map it now."""
         arena = self._arena
         own = Segment(os.getpid(), arena.address, arena.length, 0)
-        segments = (own, *inherited_segments(arena.descriptor, arena.length))
-        return (Region("arena", arena.length, arena.descriptor, 0, SMALL_PAGE, segments),)
+        found = mappers.find(arena.descriptor, arena.length, self.sharing)
+        return (Region("arena", arena.length, arena.descriptor, 0, SMALL_PAGE, (own, *found.segments)),)
+
+    @property
+    def sharing(self) -> mappers.Sharing:
+        """How the memory may have come to other processes."""
+        observers = [pid for pid, started in self._observers if proc.is_alive(pid, started)]
+        return mappers.Sharing(self._arena.handed_out, (*observers, *self._arena.pagers()))
+
+    def observed_by(self, pid: int) -> None:
+        """Note a process of pageferry that is given the memory."""
+        started = proc.start_time(pid)
+        if started is not None:
+            self._observers.add((pid, started))
+
+    def check_mappers(self, regions: Sequence[Region]) -> None:
+        """Raise WorkloadError, UnsupportedError for processes that can write to the memory and are not in `regions`."""
+        sharing = self.sharing
+        found = mappers.find(self._arena.descriptor, self._arena.length, sharing)
+        mappers.check(self.name, found, sharing)
+        mappers.check_again(self.name, [segment for region in regions for segment in region.segments], found)
 
     @property
     def pager(self) -> Pager | None:
@@ -77,36 +103,66 @@ class ArenaControl:
         """Whether direct I/O is possible, and there is a callback that waits for it."""
         return self.does_direct_io and self.on_pause is not None
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether an event loop of the program is known."""
+        return self._callbacks.loop is not None
+
+    @property
+    def needs_loop(self) -> str | None:
+        """Name of a callback that has to run on an event loop, if there is one and no loop is known."""
+        if self.has_loop:
+            return None
+        known: list[tuple[str, object]] = [("on_pause", self.on_pause), ("on_resume", self.on_resume)]
+        known += [("on_moved", self.on_moved), ("state", self.save), ("state", self.load)]
+        return next((name for name, callback in known if callbacks.needs_loop(callback)), None)
+
+    @property
+    def keeps_lock(self) -> bool:
+        """Whether a lock of `threading` that `on_pause` acquires is held for ever once the arena has moved."""
+        return self.on_moved is None and callbacks.acquires_lock(self.on_pause)
+
     def pause(self) -> None:
-        """Call `on_pause`."""
+        """Call or enter `on_pause`."""
         if self.on_pause is not None:
-            self.on_pause()
+            self._callbacks.enter("on_pause", self.on_pause)
 
     def resume(self) -> None:
-        """Call `on_resume`."""
+        """Call `on_resume`, then leave `on_pause` where that is a context manager."""
         self.has_run = True
         if self.on_resume is not None:
-            self.on_resume()
+            self._callbacks.call("on_resume", self.on_resume)
+        self._callbacks.exit()
+
+    def cancel(self) -> None:
+        """Cancel a coroutine callback that runs."""
+        self._callbacks.cancel()
 
     def save_state(self) -> bytes:
-        """Call the state callback, and see that it gives bytes."""
-        state: object = self.save()
+        """Call the state callback. Raises WorkloadError if it does not return bytes."""
+        state: object = self._callbacks.call("save of state", self.save)
         if not isinstance(state, bytes | bytearray | memoryview):
             raise WorkloadError(f"the state callback of {self.name} gave {type(state).__name__} instead of bytes")
         return bytes(state)
 
     def load_state(self, state: bytes) -> None:
         """Call the state callback, or keep the state for the program to look at."""
-        self.load(state)
+        self._callbacks.call("load of state", self.load, state)
 
     def discard(self) -> None:
-        """Call `on_moved`, if the arena has ever been this program's to run."""
+        """Call `on_moved` if the arena has run in this program, then leave `on_pause` as `resume` does.
+
+        The memory is closed to writes first: they would be lost.
+        """
+        if self.has_run:
+            self._arena.close_memory()
         callback = self.on_moved if self.has_run else self.on_abandoned
         try:
             if callback is not None:
-                callback()
+                self._callbacks.call("on_moved", callback)
         finally:
             self.moved()
+            self._callbacks.exit()
 
     def faults(self) -> Faults:
         """Of all processes that map the arena; threads that serve the control socket are not counted."""
@@ -120,7 +176,7 @@ class ArenaControl:
         self._arena.received_state = state
 
     def _all_threads(self) -> dict[int, list[int]]:
-        ours = {thread.native_id for thread in threading.enumerate() if thread.name == THREAD_NAME}
+        ours = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("pageferry-")}
         pids = {segment.pid for region in self.regions for segment in region.segments}
         found = {pid: [thread for thread in threads(pid) if thread not in ours] for pid in pids}
         return {pid: living for pid, living in found.items() if living}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pageferry import values
 from pageferry.errors import UsageError, WrongType
 from pageferry.host.registry import check_name
+from pageferry.workloads import callbacks
 from pageferry.workloads.base import Workload
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def check_arena(
         check_name(name)
     check_state(state)
     for parameter, callback in (("on_pause", on_pause), ("on_resume", on_resume), ("on_moved", on_moved)):
-        values.optional(values.function, parameter, callback)
+        if not (parameter == "on_pause" and callbacks.is_manager(callback)):
+            values.optional(values.function, parameter, callback)
     for parameter, flag in flags.items():
         values.flag(parameter, flag)
     if name is not None and on_pause is None:

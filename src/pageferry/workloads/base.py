@@ -100,6 +100,16 @@ class Workload(Protocol):
     def regions(self) -> tuple[Region, ...]:
         """The memory to be managed. Does not change while the workload is open."""
 
+    @property
+    def handed_out(self) -> bool:
+        """Whether a process may have got the memory, and lost it again, without being found by `check_mappers`."""
+
+    async def check_mappers(self) -> None:
+        """Look for processes that can write to the memory and that `regions` does not name.
+
+        Raises WorkloadError for one that is found, UnsupportedError where this user cannot look.
+        """
+
     async def prepare_pause(self) -> None:
         """Do what can be done while it runs to make the pause that follows short. Undone by `resume` and `close`."""
 

@@ -108,6 +108,8 @@ def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[
         raise Unusable("its memory is mapped elsewhere than when it was saved")
     if record.forks != _forks(workload):
         raise Unusable("the program has forked since")
+    if workload.handed_out:
+        raise Unusable("the descriptor of its memory was handed out: a process may have written without being traced")
     if not all(_is_there(pid, descriptor) for pid, descriptor in record.descriptors.items()):
         raise Unusable("the trace has gone with its userfaultfd")
     _store(workload, msgspec.structs.replace(record, image=None))

@@ -8,7 +8,6 @@ If the pager dies, whatever is asked of it fails; the next one takes the traces 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -20,6 +19,7 @@ import msgspec
 
 from pageferry._engine import Pager, Space
 from pageferry.errors import ImageError, RestoreError, WorkloadError
+from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder
 from pageferry.workloads import deferred
 from pageferry.workloads.base import Workload
@@ -61,7 +61,7 @@ async def held(workload: Workload) -> Hold | None:
 
     Raises RestoreError (its pager is gone), ImageError, WorkloadError (somebody else holds it).
     """
-    found = await asyncio.to_thread(_held, workload)
+    found = await in_thread(_held, workload)
     if found is None:
         await settled(workload, traces=False)
     return found

@@ -1,13 +1,114 @@
-"""Which processes map an arena: the program itself and those that descend from it."""
+"""Processes that can write to a workload's memory: found in /proc, and traced or refused.
+
+A process writes to memory that it maps shared and writable. One that only holds a descriptor that is open for writing
+may write by system calls or map the memory at any time; no trace sees that, so it is refused. What cannot be found: a
+descriptor in flight between two processes, one that is registered with io_uring, and processes outside our PID
+namespace. See docs/guide/python.md.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
-from pageferry.errors import WorkloadDied
+from pageferry import _engine
+from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
-from pageferry.workloads.base import Segment
+from pageferry.workloads.base import Region, Segment
+
+_CONFIRM = 0.02
+"""Seconds between two scans where the first found a process that may be about to execute another program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How the memory of an arena may have come to other processes."""
+
+    handed_out: bool = False
+    """The program has taken the descriptor (`fileno`): it may have given it to any process."""
+    observers: tuple[int, ...] = ()
+    """Processes of pageferry that have been given the memory, and do not write to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Processes that can write to one file."""
+
+    segments: tuple[Segment, ...]
+    """Shared, writable mappings of the program and of other processes, without those of pageferry."""
+    holders: tuple[int, ...]
+    """Processes that have it open for writing and do not map it."""
+    unreadable: tuple[int, ...]
+    """Processes that may not be looked into."""
+
+
+def find(file: int, length: int, sharing: Sharing) -> Found:
+    """Scan /proc for processes that can write to the first `length` bytes of a file.
+
+    Mappings that pageferry has made in this process are left out. A process that is found to share the file is looked
+    for a second time: between fork and exec a child has everything of its parent.
+    """
+    found = _scan(file, length, sharing)
+    if {segment.pid for segment in found.segments} - {os.getpid()} or found.holders:
+        time.sleep(_CONFIRM)
+        again = _scan(file, length, sharing)
+        holders = tuple(pid for pid in again.holders if pid in found.holders)
+        return replace(again, holders=holders)
+    return found
+
+
+def check(name: str, found: Found, sharing: Sharing) -> None:
+    """Raise WorkloadError for processes that cannot be traced, UnsupportedError where they cannot be looked for."""
+    if found.holders:
+        raise WorkloadError(
+            f"{name}: {_processes(found.holders)} has the memory open for writing and does not map it: what it writes "
+            f"is not traced. Have it map the memory or close the descriptor"
+        )
+    hidden = set(found.unreadable) - {1}  # no program gives its memory to init
+    if sharing.handed_out and (hidden or not os.path.exists("/proc/1")):
+        raise UnsupportedError(
+            f"{name}: its descriptor was handed out by fileno(), and this user may not look into all processes that "
+            f"may have got it ({len(hidden)} of them): run as root or with CAP_SYS_PTRACE, or share "
+            f"the memory by fork instead"
+        )
+
+
+def check_again(name: str, traced: Iterable[Segment], found: Found) -> None:
+    """Raise WorkloadError for a process that has mapped the memory since the traces were installed."""
+    known = list(traced)
+    new = sorted({segment.pid for segment in found.segments if not any(_shows(one, segment) for one in known)})
+    if new:
+        raise WorkloadError(
+            f"{name}: {_processes(new)} mapped the memory during the operation, and what it wrote is not known: try "
+            f"again, when it has mapped it"
+        )
+
+
+def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
+    """Raise WorkloadError where a process other than a guest's own, or pageferry's, maps the guest's memory.
+
+    Pausing the guest does not stop it. Processes that may not be looked into belong to other users, who cannot open
+    the file for writing unless its permissions allow that.
+    """
+    ids, own = [], set()
+    for region in regions:
+        status = os.fstat(region.fd)
+        pid, address = region.segments[0].pid, region.segments[0].address
+        own |= {segment.pid for segment in region.segments}
+        mapped = next((line.device for line in proc.file_mappings(pid) if line.address <= address < line.end), None)
+        ids.append((status.st_dev, status.st_ino, status.st_dev if mapped is None else mapped))
+    mappings, _, _, _ = _engine.scan_mappers(ids)
+    strangers = {pid for _, pid, _, _, _, writable in mappings if writable} - own - {os.getpid()}
+    strangers = {pid for pid in strangers if not _is_pageferry(pid)}
+    if strangers:
+        raise WorkloadError(
+            f"{name}: {_processes(sorted(strangers))} maps the guest's memory for writing, and a pause of the "
+            f"guest does not stop it: end it first"
+        )
 
 
 def descendants(pid: int) -> list[int]:
@@ -22,37 +123,54 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def inherited_segments(file: int, length: int) -> list[Segment]:
-    """Where processes that descend from this one map the first `length` bytes of a file, shared and writable."""
-    if not _has_children():
-        return []
-    status = os.fstat(file)
-    segments = []
-    for pid in descendants(os.getpid()):
-        try:
-            mappings = list(proc.file_mappings(pid))
-        except (WorkloadDied, PermissionError):  # ended meanwhile, or became another user's
-            continue
-        for mapping in mappings:
-            ours = (mapping.device, mapping.inode) == (status.st_dev, status.st_ino)
-            if ours and mapping.shared and mapping.writable and mapping.offset < length:
-                shown = min(mapping.length, length - mapping.offset)
-                segments.append(Segment(pid, mapping.address, shown, mapping.offset))
-    return segments
-
-
-def _has_children() -> bool:
-    """Whether this process has any: to look for them is slow where another thread of the program keeps the GIL busy."""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
-
-
 def threads(pid: int) -> list[int]:
     """The thread ids of a process; none when it has ended."""
     try:
         return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def _scan(file: int, length: int, sharing: Sharing) -> Found:
+    status = os.fstat(file)
+    mappings, writers, unreadable, _ = _engine.scan_mappers([(status.st_dev, status.st_ino, status.st_dev)])
+    known = {pid for _, pid, *_ in mappings} | {os.getpid(), *sharing.observers}
+    segments = [
+        Segment(pid, address, min(size, length - offset), offset)
+        for _, pid, address, size, offset, writable in mappings
+        if writable and offset < length and pid not in sharing.observers and not _is_ours(pid, address)
+    ]
+    holders = sorted({pid for _, pid, _ in writers} - known)
+    return Found(tuple(segments), tuple(holders), tuple(unreadable))
+
+
+def _is_ours(pid: int, address: int) -> bool:
+    """Whether pageferry has made the mapping in this process: the arena itself, or a view of its memory."""
+    if pid != os.getpid():
+        return False
+    return any(start <= address < start + length for start, length in _engine.own_mappings())
+
+
+def _is_pageferry(pid: int) -> bool:
+    """Whether a process has loaded pageferry's engine: it reads the memory for another command."""
+    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
+        return b"/_engine.abi3.so" in file.read()
+    return False
+
+
+def _shows(known: Segment, found: Segment) -> bool:
+    """Whether a mapping is (a part of) one that is known."""
+    within = known.address <= found.address and found.address + found.length <= known.address + known.length
+    return known.pid == found.pid and within
+
+
+def _processes(pids: Sequence[int]) -> str:
+    return ", ".join(f"process {pid} ({_name(pid)})" for pid in pids)
+
+
+def _name(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return file.read().decode(errors="replace").strip()
+    except OSError:
+        return "ended"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,6 +12,9 @@ from typing import Protocol
 from pageferry._engine import Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
+
+_SYS_MPROTECT = 10
+_libc = ctypes.CDLL(None, use_errno=True)
 
 EngineSegment = tuple[Space, int, int, int, int]
 """A `workloads.base.Segment` as the engine takes it: (address space, address, length, number of the region, first page
@@ -129,6 +134,15 @@ def _collapse(space: Space, address: int, length: int) -> None:
     # Not aligned, or gone: then the next access maps it small.
     with contextlib.suppress(OSError):
         space.collapse(address, length)
+
+
+def close_to_writes(space: Space, address: int, length: int) -> None:
+    """Make a mapping read-only. Raises OSError where the process has ended or does not map it."""
+    if space.pid != os.getpid():
+        space.call(_SYS_MPROTECT, address, length, mmap.PROT_READ)
+    elif _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.PROT_READ):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def segments_of(regions: Sequence[Region]) -> list[EngineSegment]:

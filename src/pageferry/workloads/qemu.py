@@ -20,8 +20,10 @@ import msgspec
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc, processes, ram_files
+from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
 from pageferry.workloads import (
+    mappers,
     qemu_command,
     qemu_direct_io,
     qemu_disks,
@@ -45,6 +47,9 @@ from pageferry.workloads.qmp import PATIENCE, Monitor
 
 _QUIT_PATIENCE = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
+
+_ANSWER_TIMEOUT = 0.5
+"""Seconds for QEMU to answer `quit`. It answers before it closes its disks."""
 
 _LOG = "log"
 
@@ -221,6 +226,15 @@ class QemuWorkload:
         """Guest memory, one region for each memory backend, named as QEMU's ramblocks."""
         return self._regions
 
+    @property
+    def handed_out(self) -> bool:
+        """False: a guest's file is not given to other processes."""
+        return False
+
+    async def check_mappers(self) -> None:
+        """Raise WorkloadError where another process maps the guest's memory for writing (see `mappers`)."""
+        await in_thread(lambda: mappers.refuse_strangers(self.name, self._regions))
+
     async def prepare_pause(self) -> None:
         """All of `pause` that can be done while the guest still runs, some 50 ms of work; `pause` does it if need be.
 
@@ -383,19 +397,29 @@ class QemuWorkload:
         async with self._control.session() as monitor:
             return await qemu_prefault.prefault(monitor, machine, self._regions, units)
 
-    async def discard(self) -> None:
-        """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
+    async def quit(self, answer: float = _ANSWER_TIMEOUT) -> bool:
+        """Have QEMU end (QMP `quit`). Return False if it does not answer in time, or has not ended 10 s after that."""
         self._control.bequeath([])
-        with contextlib.suppress(WorkloadError):
-            async with self._control.session() as monitor:
-                await monitor.run(QUIT)
-        self._stop_loading()
-        await self._control.let_go()
         try:
+            async with asyncio.timeout(answer), self._control.session() as monitor:
+                await monitor.run(QUIT)
+        except WorkloadError:
+            pass  # it has ended, or ends
+        except TimeoutError:
+            return False
+        self._stop_loading()
+        self._control.abandon()
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_QUIT_PATIENCE):
                 await processes.wait_for_end(self.pid, self._entry.started)
-        except TimeoutError:
+        return not self._entry.alive
+
+    async def discard(self) -> None:
+        """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
+        if not await self.quit():
             log.warning("%s (process %d) does not quit and is killed", self.name, self.pid)
+            self._stop_loading()
+            self._control.abandon()
             processes.send_signal(self.pid, self._entry.started, signal.SIGKILL)
             await processes.wait_for_end(self.pid, self._entry.started)
         await self.forget()
@@ -579,7 +603,7 @@ def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
 async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
     """The machine behind a monitor, and the pid of its QEMU."""
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
-    pid = await asyncio.to_thread(qemu_peer.find_process, monitor.peer, threads, monitor.path)
+    pid = await in_thread(qemu_peer.find_process, monitor.peer, threads, monitor.path)
     return await Machine.ask(monitor), pid
 
 

@@ -9,7 +9,6 @@ guest-physical memory is told by the monitor (`info mtree -f`); QMP has no comma
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -22,6 +21,7 @@ from typing import Self
 from pageferry import _engine
 from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Space
 from pageferry.errors import WorkloadDied
+from pageferry.host.blocking import in_thread
 from pageferry.workloads.base import Region
 from pageferry.workloads.qmp import Monitor
 
@@ -139,14 +139,14 @@ async def prefault(
 
     Raises OSError with the kernel's reason, WorkloadError.
     """
-    if not await asyncio.to_thread(lambda: machine.can_prefault):
+    if not await in_thread(lambda: machine.can_prefault):
         return 0
     mtree = await monitor.execute("human-monitor-command", command_line="info mtree -f")
     wanted: list[Range] = []
     for number, region in enumerate(regions):
         parts = _present(region) if units is None else _units(region, units.get(number, ()))
         wanted += guest_physical(parts, ram_ranges(mtree, region.name))
-    return await asyncio.to_thread(machine.prefault, wanted)
+    return await in_thread(machine.prefault, wanted)
 
 
 def _present(region: Region) -> list[Range]:

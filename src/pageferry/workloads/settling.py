@@ -5,10 +5,9 @@ Who only puts traces on need not wait for the restore: see `holding`.
 
 from __future__ import annotations
 
-import asyncio
-
 from pageferry._engine import Pager
 from pageferry.errors import ImageError, RestoreError
+from pageferry.host.blocking import in_thread
 from pageferry.workloads import deferred, following
 from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.folders import folder_of
@@ -24,13 +23,13 @@ async def settled(workload: Workload, *, traces: bool = True) -> None:
     """
     if isinstance(workload, LocalWorkload) and workload.pager is not None:
         pager, length = workload.pager, workload.regions[0].length
-        await asyncio.to_thread(bring_all, pager, length)
+        await in_thread(bring_all, pager, length)
     else:
         folder = folder_of(workload)
         if folder is not None and deferred.is_restoring(folder):
-            await asyncio.to_thread(deferred.settle, folder)
+            await in_thread(deferred.settle, folder)
     if traces:
-        await asyncio.to_thread(following.forget, workload)
+        await in_thread(following.forget, workload)
 
 
 def bring(pager: Pager, first: int, count: int, origin: str = "") -> None:

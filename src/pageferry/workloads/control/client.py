@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self, TypeVar
 
 import msgspec
 
 from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host.blocking import in_thread
 from pageferry.workloads.base import Faults, Identity, Region, Segment, Witness
 from pageferry.workloads.control import messages as wire
 from pageferry.workloads.direct_io import pause_briefly
@@ -20,6 +21,7 @@ from pageferry.workloads.lifecycle import Status
 PATIENCE = 60.0
 """Seconds to wait for an answer: pause and state callbacks are the program's own."""
 
+T = TypeVar("T")
 Wanted = TypeVar("Wanted", bound=wire.Message)
 
 
@@ -35,6 +37,8 @@ class RemoteArena:
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
+        self._cut = False
+        """A request was cancelled: the program may hang, and runs on as after the death of a client."""
         try:
             description, files = self._describe()
         except BaseException:
@@ -43,13 +47,14 @@ class RemoteArena:
         self.name = description.name
         self.pid = description.pid
         self._direct_io = description.direct_io
+        self.handed_out = description.handed_out
         self._identity = Identity(description.kind, description.name, dict(description.details))
         self.regions = tuple(_region(*pair) for pair in zip(description.regions, files, strict=True))
 
     @classmethod
     async def connect(cls, path: str) -> Self:
         """Connect to the control socket at `path`. Raises WorkloadDied when nobody serves it, WorkloadError."""
-        return await asyncio.to_thread(cls._connect, path)
+        return await in_thread(cls._connect, path)
 
     @classmethod
     def _connect(cls, path: str) -> Self:
@@ -69,6 +74,10 @@ class RemoteArena:
     def identity(self) -> Identity:
         """What this workload is, as its owner describes it."""
         return self._identity
+
+    async def check_mappers(self) -> None:
+        """As of `Workload`; the program looks."""
+        await self._do(wire.CheckMappers())
 
     async def prepare_pause(self) -> None:
         """Nothing: the program's callbacks are for the pause itself."""
@@ -92,11 +101,12 @@ class RemoteArena:
 
     async def resume(self) -> None:
         """Let the program go on."""
-        await self._do(wire.Resume())
+        if not self._cut:
+            await self._do(wire.Resume())
 
     async def save_state(self) -> bytes:
         """What the program wants to move besides its memory."""
-        return await asyncio.to_thread(self._save_state)
+        return await self._cancellable(self._save_state)
 
     async def load_state(self, state: bytes) -> None:
         """Give the program a state."""
@@ -122,7 +132,7 @@ class RemoteArena:
 
     async def status(self) -> Status:
         """Where the arena is in its life."""
-        return Status((await asyncio.to_thread(self._ask, wire.AskStatus(), wire.StatusIs)).status)
+        return Status((await in_thread(self._ask, wire.AskStatus(), wire.StatusIs)).status)
 
     def faults(self) -> Faults:
         """Page faults of the program's own threads."""
@@ -131,7 +141,7 @@ class RemoteArena:
 
     async def report(self) -> dict[str, object]:
         """What the program says about itself."""
-        return (await asyncio.to_thread(self._ask, wire.AskReport(), wire.ReportIs)).report
+        return (await in_thread(self._ask, wire.AskReport(), wire.ReportIs)).report
 
     def close(self) -> None:
         """Let go of socket and files. An arena that is paused and not committed runs on."""
@@ -140,7 +150,17 @@ class RemoteArena:
         self.regions = ()
 
     async def _do(self, request: wire.Request) -> None:
-        await asyncio.to_thread(self._ask, request, wire.Done)
+        await self._cancellable(lambda: self._ask(request, wire.Done))
+
+    async def _cancellable(self, call: Callable[[], T]) -> T:
+        """Run a request. On cancellation the connection is cut, which ends the thread that waits for the answer."""
+        try:
+            return await in_thread(call)
+        except asyncio.CancelledError:
+            self._cut = True
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            raise
 
     def _ask(self, request: wire.Request, wanted: type[Wanted]) -> Wanted:
         with self._lock:

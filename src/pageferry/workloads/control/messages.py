@@ -12,7 +12,7 @@ from msgspec import Meta
 from pageferry import errors
 from pageferry.errors import WorkloadError
 
-VERSION = 1
+VERSION = 2
 """Of the protocol; another one is refused by name."""
 
 MAX_MESSAGE = 4 << 20
@@ -67,6 +67,12 @@ class Description(Message):
     regions: Annotated[list[RegionInfo], Meta(max_length=MAX_REGIONS)]
     direct_io: bool = True
     """Whether direct I/O into the memory is possible, and Pause waits for it."""
+    handed_out: bool = True
+    """As `Workload.handed_out`."""
+
+
+class CheckMappers(Message):
+    """Which processes can write to the memory, other than those of the Description?"""
 
 
 class Pause(Message):
@@ -145,7 +151,19 @@ class Refused(Message):
     reason: str
 
 
-Request = Describe | Pause | Resume | SaveState | LoadState | Commit | Discard | AskStatus | AskFaults | AskReport
+Request = (
+    Describe
+    | CheckMappers
+    | Pause
+    | Resume
+    | SaveState
+    | LoadState
+    | Commit
+    | Discard
+    | AskStatus
+    | AskFaults
+    | AskReport
+)
 Answer = Description | Done | Refused | StateIs | StatusIs | FaultsAre | ReportIs
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,6 +13,7 @@ import msgspec
 
 from pageferry.errors import PageferryError
 from pageferry.host import files
+from pageferry.workloads.base import Region
 from pageferry.workloads.control import messages as wire
 from pageferry.workloads.lifecycle import Lifecycle
 
@@ -74,6 +75,7 @@ class ControlServer:
             return True
 
     def _serve(self, client: socket.socket) -> None:
+        self._lifecycle.workload.observed_by(_credentials(client)[0])
         session = _Session(self._lifecycle, client)
         try:
             session.run()
@@ -91,6 +93,8 @@ class _Session:
         self._lifecycle = lifecycle
         self._client = client
         self._state = bytearray()
+        self._regions: tuple[Region, ...] = ()
+        """As described."""
 
     def run(self) -> None:
         """Answer requests until the client goes away, or says something that is no request."""
@@ -111,7 +115,7 @@ class _Session:
             return
         for answer in answers:
             with_memory = isinstance(answer, wire.Description)
-            files = tuple(region.fd for region in self._lifecycle.workload.regions) if with_memory else ()
+            files = tuple(region.fd for region in self._regions) if with_memory else ()
             wire.send(self._client, answer, files)
 
     def _answers(self, request: wire.Request) -> Iterator[wire.Answer]:
@@ -136,8 +140,10 @@ class _Session:
                 self._act(request)
                 yield wire.Done()
 
-    def _act(self, request: wire.Pause | wire.Resume | wire.Commit | wire.Discard) -> None:
+    def _act(self, request: wire.CheckMappers | wire.Pause | wire.Resume | wire.Commit | wire.Discard) -> None:
         match request:
+            case wire.CheckMappers():
+                self._lifecycle.workload.check_mappers(self._regions)
             case wire.Pause():
                 self._lifecycle.pause(self)
             case wire.Resume():
@@ -162,6 +168,7 @@ class _Session:
                 f"use the pageferry that it was started with"
             )
         workload = self._lifecycle.workload
+        self._regions = workload.regions
         identity = workload.identity
         return wire.Description(
             version=wire.VERSION,
@@ -178,8 +185,9 @@ class _Session:
                     region.page_size,
                     [wire.SegmentInfo(part.pid, part.address, part.length, part.offset) for part in region.segments],
                 )
-                for region in workload.regions
+                for region in self._regions
             ],
+            handed_out=workload.sharing.handed_out,
         )
 
 
@@ -192,6 +200,11 @@ def _start(target: object, *arguments: object) -> threading.Thread:
 
 def _is_trusted(client: socket.socket) -> bool:
     """Whether the peer runs as our user, or as root."""
+    return _credentials(client)[1] in (0, os.geteuid())
+
+
+def _credentials(client: socket.socket) -> tuple[int, int]:
+    """Process and user of the peer."""
     credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid in (0, os.geteuid())
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid

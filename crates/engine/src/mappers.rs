@@ -1,0 +1,157 @@
+//! Processes that map a file or have it open for writing, found in /proc: every process of our PID namespace and those
+//! below it.
+//!
+//! Everything is read as bytes, in one pass, without help of the interpreter: a program that keeps its lock busy would
+//! otherwise make this take seconds.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// A file: its identity as stat reports it, and as the maps files of /proc show it. File systems with subvolumes show
+/// another device there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct FileId {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+    /// Device of a maps line, as `st_dev` encodes it.
+    pub mapped_device: u64,
+}
+
+/// A shared mapping of one of the files.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct FileMapping {
+    /// Index of the file.
+    pub file: usize,
+    /// Process.
+    pub pid: i32,
+    /// Start, bytes.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Offset in the file, bytes.
+    pub offset: u64,
+    /// Whether it may be written to through this mapping as it is now.
+    pub writable: bool,
+}
+
+/// What a scan of /proc has found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Shared mappings of the files.
+    pub mappings: Vec<FileMapping>,
+    /// (index of the file, process, number of a descriptor that is open for writing).
+    pub writers: Vec<(usize, i32, i32)>,
+    /// Processes with memory that the caller may not look into.
+    pub unreadable: Vec<i32>,
+    /// Processes that have been looked into.
+    pub read: usize,
+}
+
+/// Scans all processes for the files. A process that ends meanwhile is left out.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn scan(files: &[FileId]) -> io::Result<Found> {
+    let mut found = Found::default();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = std::str::from_utf8(name.as_bytes()).ok().and_then(|text| text.parse::<i32>().ok()) else {
+            continue;
+        };
+        let folder = Path::new("/proc").join(&name);
+        let mapped = maps(&folder, pid, files, &mut found);
+        let opened = descriptors(&folder, pid, files, &mut found);
+        match mapped.and(opened) {
+            Ok(()) => found.read += 1,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                if has_memory(&folder) {
+                    found.unreadable.push(pid);
+                }
+            }
+            Err(_) => {} // ended meanwhile
+        }
+    }
+    Ok(found)
+}
+
+fn maps(folder: &Path, pid: i32, files: &[FileId], found: &mut Found) -> io::Result<()> {
+    let text = fs::read(folder.join("maps"))?;
+    for line in text.split(|&byte| byte == b'\n') {
+        let Some(mapping) = parse(line) else { continue };
+        let same = |file: &FileId| (file.mapped_device, file.inode) == (mapping.device, mapping.inode);
+        if let (true, Some(file)) = (mapping.shared, files.iter().position(same)) {
+            found.mappings.push(FileMapping {
+                file,
+                pid,
+                address: mapping.start,
+                length: mapping.end - mapping.start,
+                offset: mapping.offset,
+                writable: mapping.writable,
+            });
+        }
+    }
+    Ok(())
+}
+
+struct Line {
+    start: u64,
+    end: u64,
+    offset: u64,
+    device: u64,
+    inode: u64,
+    shared: bool,
+    writable: bool,
+}
+
+/// A line of a maps file: `start-end rwxs offset major:minor inode path`. Only what is before the path is looked at.
+fn parse(line: &[u8]) -> Option<Line> {
+    let mut fields = line.split(|&byte| byte == b' ').filter(|field| !field.is_empty());
+    let mut text = || std::str::from_utf8(fields.next()?).ok();
+    let (start, end) = text()?.split_once('-')?;
+    let permissions = text()?.as_bytes();
+    let offset = text()?;
+    let (major, minor) = text()?.split_once(':')?;
+    let inode = text()?.parse().ok()?;
+    let number = |digits: &str| u64::from_str_radix(digits, 16).ok();
+    Some(Line {
+        start: number(start)?,
+        end: number(end)?,
+        offset: number(offset)?,
+        device: libc::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        inode,
+        shared: permissions.get(3) == Some(&b's'),
+        writable: permissions.get(1) == Some(&b'w'),
+    })
+}
+
+fn descriptors(folder: &Path, pid: i32, files: &[FileId], found: &mut Found) -> io::Result<()> {
+    for entry in fs::read_dir(folder.join("fd"))? {
+        let path = entry?.path();
+        let Ok(status) = fs::metadata(&path) else { continue }; // closed meanwhile
+        let same = |file: &FileId| (file.device, file.inode) == (status.dev(), status.ino());
+        let Some(file) = files.iter().position(same) else { continue };
+        // The permissions of the link are the mode in which it is open.
+        let open_for_writing = fs::symlink_metadata(&path).is_ok_and(|link| link.mode() & 0o200 != 0);
+        let number = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+        if let (true, Some(number)) = (open_for_writing, number) {
+            found.writers.push((file, pid, number));
+        }
+    }
+    Ok(())
+}
+
+/// Whether it is neither a kernel thread nor a zombie: those have no memory. Field 9 of stat (flags) has PF_KTHREAD.
+fn has_memory(folder: &Path) -> bool {
+    const KERNEL_THREAD: u64 = 0x0020_0000;
+    let Ok(text) = fs::read(folder.join("stat")) else { return false };
+    let Some(end) = text.iter().rposition(|&byte| byte == b')') else { return true };
+    let mut fields = text[end + 1..].split(|&byte| byte == b' ').filter(|field| !field.is_empty());
+    let state = fields.next();
+    let flags = fields.nth(5).and_then(|field| std::str::from_utf8(field).ok()?.parse::<u64>().ok());
+    !matches!(state, Some(b"Z" | b"X" | b"x")) && flags.is_none_or(|flags| flags & KERNEL_THREAD == 0)
+}

@@ -1,0 +1,90 @@
+"""Counters that several processes write to, saved and moved while they write.
+
+    python examples/counters_processes.py receive 127.0.0.1:7070
+    python examples/counters_processes.py send 127.0.0.1:7070 counters.img     # saves first, then moves
+
+Every worker maps the memory through the descriptor of the arena, and takes a lock of multiprocessing for each piece of
+work. `on_pause` acquires that lock, so that no worker is within a piece of work. The workers are traced like the
+program itself; after a move their mappings are read-only, so `on_moved` tells them to end before it releases the lock.
+
+Needs numpy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import multiprocessing
+import os
+import sys
+import time
+from typing import Any
+
+import numpy
+
+import pageferry
+
+ROWS, COLUMNS = 256, 1024
+SIZE = ROWS * COLUMNS * 8
+
+
+def view(memory: Any) -> numpy.ndarray:
+    """The counters: halves of rows that are equal between two pieces of work."""
+    return numpy.frombuffer(memory, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
+
+
+def check(arena: pageferry.Arena, name: str) -> None:
+    """Say whether every piece of work is there as a whole."""
+    table = view(arena)
+    whole = bool((table[:, 0] == table[:, 1]).all())
+    print(f"{name}: {table[:, 0].sum()} additions, {'whole' if whole else 'torn'}", flush=True)
+    if not whole:
+        raise SystemExit(1)
+
+
+def work(path: str, turn: Any, ready: Any, moved: Any, first: int) -> None:
+    """Count until the arena has moved: in a process of its own."""
+    file = os.open(path, os.O_RDWR)
+    table = view(mmap.mmap(file, SIZE))
+    os.close(file)
+    ready.release()
+    for number in range(first, sys.maxsize):
+        with turn:
+            if moved.is_set():
+                return
+            table[number % ROWS, 0] += 1
+            table[number % ROWS, 1] += 1
+
+
+def send(address: str, image: str) -> None:
+    """Count in two processes; save, then move."""
+    processes = multiprocessing.get_context("spawn")
+    turn, ready, moved = processes.Lock(), processes.Semaphore(0), processes.Event()
+
+    def end() -> None:
+        moved.set()
+        turn.release()
+
+    arena = pageferry.Arena(SIZE, on_pause=turn.acquire, on_resume=turn.release, on_moved=end)
+    path = f"/proc/{os.getpid()}/fd/{arena.fileno()}"
+    workers = [processes.Process(target=work, args=(path, turn, ready, moved, first)) for first in range(2)]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        ready.acquire()
+    time.sleep(0.2)
+    asyncio.run(pageferry.checkpoint(arena, image))
+    check(pageferry.restore(image), "saved")
+    asyncio.run(pageferry.migrate(arena, address))
+    for worker in workers:
+        worker.join()
+
+
+def receive(address: str) -> None:
+    """Take the counters over."""
+    arena = asyncio.run(pageferry.receive(address, listening=lambda where: print(f"waits at {where}", flush=True)))
+    check(arena, "received")
+
+
+if __name__ == "__main__":
+    {"send": send, "receive": receive}[sys.argv[1]](*sys.argv[2:])

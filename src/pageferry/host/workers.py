@@ -1,0 +1,92 @@
+"""Daemon threads for blocking calls: a call that hangs delays its caller, never the end of the process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_Jobs = SimpleQueue[Callable[[], None] | None]
+
+
+class Workers:
+    """Threads that run calls in the context of their submitter, at most `limit` at a time; one runs them in order.
+
+    A thread that is idle takes the next call. The threads end when this object is collected.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name = name
+        self._limit = limit
+        self._begin()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run a call on a thread."""
+        if self._pid != os.getpid():  # threads do not survive a fork
+            self._begin()
+        future: Future[T] = Future()
+        self._jobs.put(_job(future, call))
+        if not self._idle.acquire(blocking=False):
+            self._add_thread()
+        return future
+
+    def within(self) -> bool:
+        """Whether the calling thread is one of these."""
+        return threading.current_thread() in self._threads
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._jobs: _Jobs = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _end, self._jobs, self._threads).atexit = False
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            if len(self._threads) >= self._limit:
+                return
+            thread = threading.Thread(target=_work, args=(self._jobs, self._idle), name=self.name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+
+def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
+    context = copy_context()
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = context.run(call)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    return run
+
+
+def _work(jobs: _Jobs, idle: threading.Semaphore) -> None:
+    while True:
+        try:
+            job = jobs.get_nowait()
+        except Empty:
+            idle.release()
+            job = jobs.get()
+        if job is None:
+            return
+        job()
+        del job  # and with it what the call refers to
+
+
+def _end(jobs: _Jobs, threads: list[Any]) -> None:
+    for _ in threads:
+        jobs.put(None)

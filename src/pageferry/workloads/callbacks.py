@@ -1,0 +1,211 @@
+"""Callbacks of a program: plain functions, coroutine functions, and context managers (synchronous or asynchronous).
+
+Plain functions and context managers run in the calling thread, which is the arena's own. Coroutines and asynchronous
+context managers run on an event loop of the program, and the calling thread waits for them. Methods of asyncio's own
+objects (`asyncio.Lock.release`) run there too: those objects are not thread-safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+from pageferry.errors import WorkloadError
+from pageferry.host.blocking import CALLER
+
+Plain = Callable[[], object]
+Callback = Plain | AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
+
+START_TIMEOUT = 10.0
+"""Seconds for an event loop to begin a coroutine. A loop that takes longer is blocked."""
+
+_POLL = 0.5
+_ASYNCIO = (asyncio.Lock, asyncio.Event, asyncio.Condition, asyncio.Semaphore, asyncio.Queue)
+_THREADING = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore)
+_DECORATORS = (contextlib.ContextDecorator, contextlib.AsyncContextDecorator)
+_blocked: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("blocked", default=None)
+
+
+def check(name: str, callback: object, *, gate: bool = False) -> None:
+    """Raise TypeError for a callback that cannot be called. `gate`: a context manager is allowed."""
+    function = _underlying(callback)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(
+            f"{name} is a generator function, which does nothing when it is called: decorate it with "
+            f"contextlib.contextmanager or contextlib.asynccontextmanager"
+        )
+    if not callable(callback) and not (gate and is_manager(callback)):
+        expected = "a function, a coroutine function or a context manager" if gate else "a function"
+        raise TypeError(f"{name} is of type {type(callback).__name__}: expected {expected}")
+
+
+def check_listener(name: str, listener: object) -> None:
+    """Raise TypeError for a listener whose call would have to be awaited: the operation does not wait for it."""
+    check(name, listener)
+    if inspect.iscoroutinefunction(_underlying(listener)):
+        raise TypeError(
+            f"{name} is a coroutine function, and is called without being awaited: pass a plain function, such as "
+            f"asyncio.Queue.put_nowait"
+        )
+
+
+def needs_loop(callback: object) -> bool:
+    """Whether the callback has to run on an event loop, as far as that is known before the call."""
+    function = _underlying(callback)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(inspect.unwrap(function)):
+        return True
+    if isinstance(getattr(callback, "__self__", None), _ASYNCIO):
+        return True
+    return not callable(callback) and isinstance(callback, AbstractAsyncContextManager)
+
+
+def acquires_lock(callback: object) -> bool:
+    """Whether the callback is the `acquire` of a lock of `threading`."""
+    return getattr(callback, "__name__", "") == "acquire" and isinstance(
+        getattr(callback, "__self__", None), _THREADING
+    )
+
+
+@contextlib.contextmanager
+def blocking_loop() -> Iterator[None]:
+    """Mark the event loop of the calling thread as blocked until this ends: a callback that needs it is refused."""
+    try:
+        token = _blocked.set(asyncio.get_running_loop())
+    except RuntimeError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        _blocked.reset(token)
+
+
+class Callbacks:
+    """Runs callbacks; `loop`: of the program, for coroutines (None: that of the caller which awaits the operation)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        self._exits: list[Callable[[], object]] = []
+        """Of the context managers that have been entered."""
+        self._running: asyncio.Task[Any] | None = None
+
+    def call(self, name: str, callback: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function or a coroutine function. Return its result."""
+        if isinstance(getattr(callback, "__self__", None), _ASYNCIO):
+            return self._on_loop(name, functools.partial(_call, callback, *arguments))
+        result = callback(*arguments)
+        if not inspect.isawaitable(result):
+            return result
+        try:
+            return self._on_loop(name, lambda: _awaited(result))
+        except WorkloadError:
+            if inspect.iscoroutine(result):
+                result.close()  # where it has not begun
+            raise
+
+    def enter(self, name: str, callback: Callback) -> None:
+        """Call a function, or enter a context manager: the callback itself, or the one that the function returns."""
+        manager: object = callback
+        if not is_manager(callback) or (callable(callback) and not isinstance(callback, _DECORATORS)):
+            assert callable(callback)
+            manager = self.call(name, callback)
+        if isinstance(manager, AbstractAsyncContextManager):
+            entered = manager
+            self._on_loop(name, lambda: _awaited(entered.__aenter__()))
+            self._exits.append(lambda: self._on_loop(name, lambda: _awaited(entered.__aexit__(None, None, None))))
+        elif isinstance(manager, AbstractContextManager):
+            manager.__enter__()
+            self._exits.append(functools.partial(manager.__exit__, None, None, None))
+
+    def exit(self) -> None:
+        """Leave the context managers that have been entered."""
+        while self._exits:
+            self._exits.pop()()
+
+    def cancel(self) -> None:
+        """Cancel the coroutine that a call of another thread waits for."""
+        task = self._running
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # its loop has just been closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def _on_loop(self, name: str, make: Callable[[], Awaitable[Any]]) -> Any:
+        loop = self._usable_loop(name)
+        begun = threading.Event()
+        claimed = threading.Lock()  # by the coroutine that begins, or by the caller that waits no longer
+
+        async def run() -> Any:
+            if not claimed.acquire(blocking=False):
+                return None
+            self._running = asyncio.current_task()
+            begun.set()
+            return await make()
+
+        future = asyncio.run_coroutine_threadsafe(run(), loop)
+        try:
+            if not begun.wait(START_TIMEOUT) and claimed.acquire(blocking=False):
+                raise WorkloadError(
+                    f"{name} was not run: the program's event loop has been blocked for {START_TIMEOUT:g} s. If it "
+                    f"waits for a lock that on_pause holds, use asyncio.Lock in coroutines, or plain functions only"
+                )
+            return self._wait(name, future, loop)
+        finally:
+            self._running = None
+
+    def _wait(self, name: str, future: Future[Any], loop: asyncio.AbstractEventLoop) -> Any:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(_POLL)
+            if future.done():
+                return future.result()
+            if not loop.is_running():
+                raise WorkloadError(f"{name} did not finish: the program's event loop has ended")
+
+    def _usable_loop(self, name: str) -> asyncio.AbstractEventLoop:
+        loop = self.loop if self.loop is not None and self.loop.is_running() else CALLER.get()
+        if loop is None or not loop.is_running():
+            raise WorkloadError(
+                f"{name} is a coroutine, and there is no event loop to run it: make the arena in a coroutine, or pass "
+                f"its event loop as `loop`"
+            )
+        if loop is _blocked.get():
+            raise WorkloadError(
+                f"{name} is a coroutine, and its event loop is blocked by this call: make the call in a thread, with "
+                f"asyncio.to_thread, and pass the event loop as `loop`"
+            )
+        return loop
+
+
+def _call(callback: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
+    result = callback(*arguments)
+    return result if inspect.isawaitable(result) else _immediate(result)
+
+
+async def _immediate(result: Any) -> Any:
+    return result
+
+
+async def _awaited(work: Awaitable[Any]) -> Any:
+    return await work
+
+
+def is_manager(callback: object) -> bool:
+    """Whether it is a context manager, synchronous or asynchronous."""
+    return isinstance(callback, AbstractContextManager | AbstractAsyncContextManager)
+
+
+def _underlying(callback: object) -> Any:
+    """The function behind partial objects, bound methods and callable objects."""
+    while isinstance(callback, functools.partial):
+        callback = callback.func
+    if inspect.isroutine(callback) or inspect.isclass(callback):
+        return callback
+    return type(callback).__call__ if callable(callback) else callback

@@ -1,0 +1,143 @@
+"""Programs whose arena is saved or moved while tasks, threads or both write to it; every torn image is counted.
+
+Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. A piece of work adds 1 to both ends of the
+arena. The last line on standard output is `torn N of M`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+import pageferry
+
+SIZE = 16 << 20
+ROUNDS = 8
+RECEIVER = """
+import asyncio, numpy, pageferry
+async def main():
+    arena = await pageferry.receive("127.0.0.1:0", listening=lambda address: print(address, flush=True))
+    words = numpy.frombuffer(arena, numpy.int64)
+    print(int(words[0]) != int(words[-1]))
+asyncio.run(main())
+"""
+
+
+def work(words: np.ndarray[Any, Any]) -> None:
+    words[0] += 1
+    for _ in range(50):
+        pass
+    words[-1] += 1
+
+
+class Program:
+    """An arena and the way in which its writers are stopped."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.ended = False
+        self.lock: Any = asyncio.Lock() if kind.startswith("async") else threading.Lock()
+        if kind == "reentrant-lock":
+            self.lock = threading.RLock()
+        self.arena = pageferry.Arena(SIZE, **self.callbacks())
+        self.words = np.frombuffer(memoryview(self.arena), np.int64)
+        self.words[:] = 1
+
+    def callbacks(self) -> dict[str, Any]:
+        lock = self.lock
+
+        async def pause() -> None:
+            await asyncio.sleep(0)
+            await lock.acquire()
+
+        async def resume() -> None:
+            lock.release()
+
+        @contextlib.contextmanager
+        def gate() -> Iterator[None]:
+            with lock:
+                yield
+
+        @contextlib.asynccontextmanager
+        async def async_gate() -> AsyncIterator[None]:
+            async with lock:
+                yield
+
+        choices: dict[str, dict[str, Any]] = {
+            "methods": {"on_pause": lock.acquire, "on_resume": lock.release},
+            "async-methods": {"on_pause": lock.acquire, "on_resume": lock.release},
+            "async-functions": {"on_pause": pause, "on_resume": resume},
+            "lock": {"on_pause": lock},
+            "async-lock": {"on_pause": lock},
+            "reentrant-lock": {"on_pause": lock},
+            "gate": {"on_pause": gate},
+            "async-gate": {"on_pause": async_gate},
+            "threads": {"on_pause": lock.acquire, "on_resume": lock.release},
+        }
+        return choices[self.kind]
+
+    async def handler(self) -> None:
+        while not self.ended:
+            if isinstance(self.lock, asyncio.Lock):
+                async with self.lock:
+                    self.work()
+                    await asyncio.sleep(0)
+            else:
+                with self.lock:
+                    self.work()
+            await asyncio.sleep(0)
+
+    def thread(self) -> None:
+        while not self.ended:
+            with self.lock:
+                self.work()
+
+    def work(self) -> None:
+        if self.arena.status != "moved":
+            work(self.words)
+
+    async def run(self, operation: Callable[[pageferry.Arena], Any]) -> None:
+        if self.kind == "threads":
+            threads = [threading.Thread(target=self.thread, daemon=True) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            tasks = []
+        else:
+            tasks = [asyncio.create_task(self.handler()) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        torn = [await operation(self.arena) for _ in range(1 if operation is move else ROUNDS)]
+        self.ended = True
+        for task in tasks:
+            task.cancel()
+        print(f"torn {sum(torn)} of {len(torn)}", flush=True)
+
+
+async def save(arena: pageferry.Arena) -> bool:
+    image = os.path.join(sys.argv[3], "image")
+    await pageferry.checkpoint(arena, image)
+    words = np.frombuffer(memoryview(pageferry.restore(image)), np.int64)
+    return int(words[0]) != int(words[-1])
+
+
+async def move(arena: pageferry.Arena) -> bool:
+    receiver = await asyncio.create_subprocess_exec(sys.executable, "-c", RECEIVER, stdout=subprocess.PIPE)
+    assert receiver.stdout is not None
+    await pageferry.migrate(arena, (await receiver.stdout.readline()).decode().strip())
+    return (await receiver.stdout.readline()).strip() != b"False"
+
+
+async def main() -> None:
+    await Program(sys.argv[1]).run(move if sys.argv[2] == "migrate" else save)
+    os._exit(0)  # writers may be blocked for ever after a move
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,273 @@
+"""Processes that share the memory of an arena, however they came by it: traced, or refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pageferry
+from pageferry.errors import WorkloadError
+from pageferry.workloads.arena import Arena
+from pageferry.workloads.memory import Memory
+from tests.kernel import mapper, moving
+from tests.kernel.programs import Program, wait_until
+
+MIB = 1 << 20
+PROGRAM = f"{shlex.quote(sys.executable)} {shlex.quote(mapper.__file__)}"
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+class Writers:
+    """Other processes that write to an arena; stopped by SIGSTOP while it is paused."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.arena = Arena(2 * MIB, on_pause=self.pause, on_resume=self.resume)
+        memoryview(self.arena)[:] = os.urandom(2 * MIB)
+        self.files: list[Any] = []
+
+    def pause(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda pid=pid: moving.state(pid) == "T", "the stop")
+
+    def resume(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def run(self, command: str, *descriptors: int) -> int:
+        """Run a command in a shell of its own, which ends at once where the command is in the background."""
+        shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True, pass_fds=descriptors)
+        self.files.append(shell)
+        assert shell.stdout is not None
+        ready, _, _ = select.select([shell.stdout], [], [], 30)
+        assert ready, command
+        pid = int(shell.stdout.readline())
+        self.pids.append(pid)
+        return pid
+
+    def close(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for shell in self.files:
+            shell.kill()
+            shell.wait()
+            shell.stdout.close()
+
+
+@pytest.fixture
+def writers() -> Iterator[Writers]:
+    found = Writers()
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def fork(writers: Writers) -> None:
+    ready, end = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(end, 1)
+        mapper.write(writers.arena.fileno())
+    writers.pids.append(child)
+    os.close(end)
+    with open(ready) as lines:
+        lines.readline()
+
+
+def spawn(writers: Writers) -> None:
+    file = writers.arena.fileno()
+    writers.run(f"exec {PROGRAM} {file} write", file)
+
+
+def orphan(writers: Writers) -> None:
+    """A grandchild whose parent has ended."""
+    file = writers.arena.fileno()
+    writers.run(f"{PROGRAM} {file} write &", file)
+
+
+def received(writers: Writers) -> None:
+    """SCM_RIGHTS to a process that does not descend from the program."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/socket"
+        command = f"({PROGRAM} socket:{path} write &)"
+        shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True)
+        writers.files.append(shell)
+        wait_until(lambda: os.path.exists(path), "the socket")
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            socket.send_fds(connection, [b"memory"], [writers.arena.fileno()])
+        assert shell.stdout is not None
+        writers.pids.append(int(shell.stdout.readline()))
+
+
+def opened(writers: Writers) -> None:
+    """/proc/PID/fd/N, without the program's knowledge."""
+    number = next(name for name in os.listdir("/proc/self/fd") if _is_memory(writers.arena, name))
+    writers.run(f"{PROGRAM} /proc/{os.getpid()}/fd/{number} write &")
+
+
+def other_namespace(writers: Writers) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare program")
+    file = f"/proc/{os.getpid()}/fd/{writers.arena.fileno()}"
+    writers.run(f"exec unshare --pid --fork {PROGRAM} {file} write")
+    shell = writers.files[-1].pid
+    (child,) = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+    writers.pids[-1] = int(child)
+
+
+def _is_memory(arena: Arena, name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(f"/proc/self/fd/{name}"), os.fstat(arena.fileno()))
+    return False
+
+
+def is_one_snapshot(image: Path) -> bool:
+    """Whether every page is of one round, or of the one before from some page on."""
+    rounds = memoryview(pageferry.restore(image)).cast("Q")[:: mapper.PAGE_WORDS].tolist()
+    return rounds == sorted(rounds, reverse=True) and rounds[0] - rounds[-1] <= 1
+
+
+WAYS = [fork, spawn, orphan, received, opened, other_namespace]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_image_is_of_one_snapshot_point(way: Callable[[Writers], None], writers: Writers, tmp_path: Path) -> None:
+    way(writers)
+    asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image", bandwidth=4 * MIB))
+    assert is_one_snapshot(tmp_path / "image")
+
+
+@pytest.mark.parametrize("way", [orphan, opened])
+def test_migration_loses_no_write(way: Callable[[Writers], None], writers: Writers, tmp_path: Path) -> None:
+    way(writers)
+    script = (
+        "import asyncio, pageferry, sys\n"
+        "async def main():\n"
+        "    arena = await pageferry.receive('127.0.0.1:0', listening=lambda address: print(address, flush=True))\n"
+        "    await pageferry.checkpoint(arena, sys.argv[1])\n"
+        "asyncio.run(main())\n"
+    )
+    with Program("-c", script, str(tmp_path / "image")) as receiver:
+        asyncio.run(pageferry.migrate(writers.arena, receiver.line(), bandwidth=64 * MIB))
+        assert receiver.wait() == 0
+    assert is_one_snapshot(tmp_path / "image")
+    expected = memoryview(writers.arena).cast("Q")[:: mapper.PAGE_WORDS].tolist()
+    assert memoryview(pageferry.restore(tmp_path / "image")).cast("Q")[:: mapper.PAGE_WORDS].tolist() == expected
+
+
+def test_second_mapping_of_the_program_is_traced() -> None:
+    arena = Arena(MIB)
+    again = mmap.mmap(arena.fileno(), MIB)
+    (region,) = arena.workload().regions
+    assert len(region.segments) == 2
+    again.close()
+    assert len(arena.workload().regions[0].segments) == 1
+
+
+def test_views_of_pageferry_are_not_segments() -> None:
+    arena = Arena(MIB)
+    view = Memory(arena.workload())
+    assert len(arena.workload().regions[0].segments) == 1
+    del view
+
+
+def test_process_that_could_write_to_the_descriptor_is_refused(writers: Writers, tmp_path: Path) -> None:
+    file = writers.arena.fileno()
+    pid = writers.run(f"exec {PROGRAM} {file} hold", file)
+    with pytest.raises(WorkloadError, match=rf"process {pid} .*does not map it"):
+        asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image"))
+
+
+def test_reader_is_harmless(writers: Writers, tmp_path: Path) -> None:
+    file = writers.arena.fileno()
+    writers.run(f"exec {PROGRAM} {file} read", file)
+    writers.pids.clear()
+    assert len(writers.arena.workload().regions[0].segments) == 1
+    asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image"))
+
+
+def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> None:
+    """Before the pause: the arena runs on."""
+    listening = "listening=lambda address: print(address, flush=True)"
+    script = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:0', {listening}))"
+    with Program("-c", script) as receiver:
+        address = receiver.line()
+
+        async def main() -> None:
+            moving_on = asyncio.create_task(pageferry.migrate(writers.arena, address, bandwidth=MIB // 2, codec="none"))
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(spawn, writers)
+            await moving_on
+
+        with pytest.raises(WorkloadError, match=r"process \d+ .*mapped the memory during"):
+            asyncio.run(main())
+    assert writers.arena.status == "running"
+
+
+USER = """
+import asyncio, ctypes, os, sys
+import pageferry.checkpoints.save, pageferry.workloads.arena
+from pageferry.errors import UnsupportedError
+os.setgid(65534)
+os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or its own /proc files would be root's
+arena = pageferry.Arena(1 << 20)
+asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/kept", mode="stop"))
+arena.fileno()
+try:
+    asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/given", mode="stop"))
+except UnsupportedError as refused:
+    print(refused)
+"""
+
+
+def test_user_who_cannot_look_is_refused_once_the_descriptor_was_handed_out() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        environment = os.environ | {"PAGEFERRY_RUN_DIR": f"{folder}/run"}
+        done = subprocess.run([sys.executable, "-c", USER, folder], capture_output=True, timeout=60, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert b"run as root" in done.stdout
+        assert sorted(os.listdir(folder)) == ["kept"]
+
+
+def test_incremental_checkpoint_does_not_trust_a_trace_once_the_descriptor_was_handed_out(tmp_path: Path) -> None:
+    """A process may have mapped the memory, written and ended in between."""
+    arena = Arena(MIB)
+    memoryview(arena)[:5] = b"ferry"
+    asyncio.run(pageferry.checkpoint(arena, tmp_path / "0", track=True))
+    script = "import mmap, sys; memory = mmap.mmap(int(sys.argv[1]), 1 << 20); memory[8192:8197] = b'ferry'"
+    file = arena.fileno()
+    subprocess.run([sys.executable, "-c", script, str(file)], pass_fds=[file], check=True, timeout=60)
+    asyncio.run(pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0"))
+    assert bytes(memoryview(pageferry.restore(tmp_path / "1"))[8192:8197]) == b"ferry"
+
+
+def test_scan_is_short() -> None:
+    arena = Arena(MIB)
+    workload = arena.workload()
+    before = time.perf_counter()
+    for _ in range(10):
+        asyncio.run(workload.check_mappers())
+    assert (time.perf_counter() - before) / 10 < 0.5
