@@ -1,0 +1,174 @@
+"""Commands that hang end within a second of SIGTERM or SIGINT, whatever they wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pageferry
+from pageferry.host.blocking import interruptible
+from pageferry.host.registry import QemuEntry, Registry
+from pageferry.workloads.qemu import QemuWorkload
+from tests.guest.machines import GuestParts
+from tests.kernel.programs import Program, wait_until
+
+LIMIT = 2.0
+"""Seconds between a signal and the end: one, and one for a busy machine."""
+OWNER = """
+import sys, threading, pageferry
+arena = pageferry.Arena(1 << 20, "hanging", on_pause=threading.Event().wait)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> str:
+    """A program that takes every option of QEMU, and never opens a monitor."""
+    program = tmp_path / "qemu-that-hangs"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.fixture
+def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
+    """The pid of a QEMU that is stopped by the kernel, and answers nothing."""
+    workload = asyncio.run(QemuWorkload.start("still", newest_parts.bare("-m", "64M")))
+    os.kill(workload.pid, signal.SIGSTOP)
+    try:
+        yield workload.pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(workload.pid, signal.SIGKILL)
+        workload.close()
+        registry.remove("still")
+
+
+@pytest.fixture(scope="module")
+def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of a machine that has done nothing."""
+
+    async def make() -> Path:
+        path = tmp_path_factory.mktemp("image") / "image"
+        workload = await QemuWorkload.start("imaged", newest_parts.bare("-m", "64M"))
+        await pageferry.checkpoint(workload, path)
+        await workload.discard()
+        return path
+
+    return asyncio.run(make())
+
+
+def ends(command: Program, number: signal.Signals) -> None:
+    """The command hangs; it ends within the limit after the signal."""
+    time.sleep(1.5)
+    assert command.process.poll() is None
+    before = time.monotonic()
+    command.process.send_signal(number)
+    assert command.process.wait(30) == 128 + number
+    assert time.monotonic() - before < LIMIT
+
+
+def cli(*words: str) -> Program:
+    return Program("-m", "pageferry", *words)
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("verb", ["run", "receive"])
+def test_guest_that_does_not_start_delays_no_end(verb: str, number: signal.Signals, hanging: str) -> None:
+    with cli(verb, "unborn", "--", hanging, "-m", "64M") as command:
+        ends(command, number)
+    assert "unborn" not in Registry().entries()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_restore_of_a_guest_that_does_not_start_ends(image: Path, number: signal.Signals, hanging: str) -> None:
+    with cli("restore", "unborn", str(image), "--", hanging, "-m", "64M") as command:
+        ends(command, number)
+    assert "unborn" not in Registry().entries()
+
+
+def test_restore_whose_pager_does_not_answer_ends_with_its_guest(image: Path, newest_parts: GuestParts) -> None:
+    environment = os.environ | {"PAGEFERRY_FAULT": "pager.opened=stop"}
+    command = ["-m", "pageferry", "restore", "unserved", str(image), "--", *newest_parts.bare("-m", "64M")]
+    with Program(*command, env=environment) as restore:
+        ends(restore, signal.SIGTERM)
+    assert "unserved" not in Registry().entries()
+
+
+@pytest.mark.parametrize("words", [["checkpoint", "still", "IMAGE"], ["migrate", "still", "127.0.0.1:1"]])
+def test_guest_that_does_not_answer_delays_no_end(words: list[str], guest: int, tmp_path: Path) -> None:
+    with cli(*[str(tmp_path / "image") if word == "IMAGE" else word for word in words]) as command:
+        ends(command, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("verb", ["run", "receive"])
+def test_foreground_guest_that_stops_answering_is_killed(verb: str, newest_parts: GuestParts) -> None:
+    with cli(verb, "stuck", "--", *newest_parts.bare("-m", "64M")) as command:
+        wait_until(lambda: isinstance(Registry().entries().get("stuck"), QemuEntry), "the guest")
+        entry = Registry().lookup("stuck")
+        time.sleep(1)
+        os.kill(entry.pid, signal.SIGSTOP)
+        ends(command, signal.SIGTERM)
+    assert "stuck" not in Registry().entries()
+
+
+def test_destination_that_says_nothing_delays_no_end(newest_parts: GuestParts, registry: Registry) -> None:
+    workload = asyncio.run(QemuWorkload.start("silent", newest_parts.bare("-m", "64M")))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+            with cli("migrate", "silent", address) as command:
+                ends(command, signal.SIGTERM)
+    finally:
+        asyncio.run(workload.discard())
+
+
+@pytest.mark.parametrize("words", [["checkpoint", "hanging", "IMAGE"], ["migrate", "hanging", "ADDRESS"]])
+def test_callback_that_hangs_delays_no_end(words: list[str], tmp_path: Path) -> None:
+    listening = "listening=lambda address: print(address, flush=True)"
+    receiver = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:0', {listening}))"
+    with Program("-c", OWNER) as owner, Program("-c", receiver) as there:
+        assert owner.line() == "ready"
+        known = {"IMAGE": str(tmp_path / "image"), "ADDRESS": there.line()}
+        with cli(*[known.get(word, word) for word in words]) as command:
+            ends(command, signal.SIGTERM)
+
+
+def test_stop_names_kill_for_a_guest_that_does_not_answer(guest: int) -> None:
+    command = [sys.executable, "-m", "pageferry", "stop", "still"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 10
+    assert "pageferry stop --kill still" in done.stderr
+    assert subprocess.run([*command, "--kill"], timeout=60).returncode == 0
+
+
+def test_blocking_call_of_python_is_interrupted() -> None:
+    """The main thread waits for a call that hangs: Ctrl-C ends the wait."""
+    reader, writer = os.pipe()
+    try:
+        before = time.monotonic()
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(lambda: os.read(reader, 1))
+        assert time.monotonic() - before < LIMIT
+    finally:
+        os.write(writer, b".")
+        os.close(writer)
