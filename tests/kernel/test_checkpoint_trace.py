@@ -39,7 +39,7 @@ def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:
 
 def punch(arena: Arena, page: int, pages: int) -> None:
     hole = ("--punch-hole", "--offset", str(page * PAGE), "--length", str(pages * PAGE), "-n")
-    subprocess.run(["fallocate", *hole, f"/proc/{os.getpid()}/fd/{arena.fileno()}"], check=True)
+    subprocess.run(["fallocate", *hole, f"/proc/{os.getpid()}/fd/{arena.descriptor}"], check=True)
 
 
 def wp_registered(address: int) -> bool:
@@ -243,7 +243,7 @@ def _map_anew(arena: Arena, page: int, pages: int) -> None:
     shared_fixed = mmap.MAP_SHARED | 0x10
     access = mmap.PROT_READ | mmap.PROT_WRITE
     address = arena.address + page * PAGE
-    assert libc.mmap(address, pages * PAGE, access, shared_fixed, arena.fileno(), page * PAGE) == address
+    assert libc.mmap(address, pages * PAGE, access, shared_fixed, arena.descriptor, page * PAGE) == address
 
 
 def test_heavy_writers_are_right_whichever_way(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ class _Operation(Generic[T]):
         try:
             asyncio.run(self._supervise())
         finally:
+            del self._work  # and the arena that it refers to, before the caller continues
             self._post(self._finish)
 
     async def _supervise(self) -> None:

@@ -62,13 +62,16 @@ def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
     context = copy_context()
 
     def run() -> None:
+        nonlocal call
         if not future.set_running_or_notify_cancel():
             return
         try:
             result = context.run(call)
         except BaseException as error:
+            del call  # before the caller continues, which may rely on what it refers to being gone
             future.set_exception(error)
         else:
+            del call
             future.set_result(result)
 
     return run
