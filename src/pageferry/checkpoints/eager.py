@@ -6,7 +6,6 @@ workload does not run before that is done. So no access and no system call ever 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pageferry.checkpoints.restore_events import EagerEvent, ProgressEvent
 from pageferry.checkpoints.restoring import PagerTarget
 from pageferry.errors import ImageError
 from pageferry.events import Listener
+from pageferry.host.blocking import in_thread
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE
 
@@ -39,7 +39,7 @@ def load(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener
 async def load_guest(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Pager:
     """As `load`, from a coroutine; when it is cancelled, loading ends."""
     with _loading(image, targets, reason, listener) as pager:
-        while not await asyncio.to_thread(pager.wait, _POLL):
+        while not await in_thread(pager.wait, _POLL):
             _report(image, pager, listener)
         _report(image, pager, listener)
         return pager

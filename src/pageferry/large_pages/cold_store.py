@@ -126,7 +126,7 @@ async def prepare(target: Target) -> None:
     folder = _folder(target.workload)
     _check_descriptor(folder)
     try:
-        await asyncio.to_thread(page_faults.check, target.pids)
+        await in_thread(page_faults.check, target.pids)
     except CannotHandleFaults as refused:
         raise UnsupportedError(f"cannot reclaim memory of {target.name} to a store: {refused}") from refused
     record = folder.load(deferred.RECORD, Deferred)

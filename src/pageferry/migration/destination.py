@@ -28,6 +28,7 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import in_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.migration import messages, room
@@ -255,7 +256,7 @@ class Destination:
         """Post-copy loads pages on demand. Raises UnsupportedError, long before the source pauses the workload."""
         pids = {segment.pid for region in self.workload.regions for segment in region.segments}
         try:
-            await asyncio.to_thread(page_faults.check, pids)
+            await in_thread(page_faults.check, pids)
         except CannotHandleFaults as refused:
             raise UnsupportedError(f"no post-copy to this destination: {refused}; or use --mode precopy") from refused
 

@@ -241,7 +241,7 @@ class QemuWorkload:
         Raises UnsupportedError where QEMU cannot save its state alone, WorkloadError.
         """
         await self._prepare_pause()
-        files = await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name)
+        files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
         await qemu_direct_io.await_requests(self.pid, files, self.name)
 
     async def pause(self) -> None:
@@ -263,7 +263,7 @@ class QemuWorkload:
 
     async def does_direct_io(self) -> bool:
         """Whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError, WorkloadDied."""
-        return bool(await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name))
+        return bool(await in_thread(qemu_direct_io.direct_files, self.pid, self.name))
 
     async def drain(self) -> float | None:
         """Wait for the requests of disks that write to guest memory directly, in a short pause (`stop`, `cont`).
@@ -271,7 +271,7 @@ class QemuWorkload:
         The only command of QEMU that is documented to wait for all requests is `stop`. A guardian lets the guest run
         if this process exits meanwhile.
         """
-        files = await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name)
+        files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
         async with self._control.session() as monitor:
             await qemu_refused.refuse_running(monitor)
             if not files:
@@ -505,7 +505,7 @@ class QemuWorkload:
                 return await stopping
         except TimeoutError as late:
             self._control.give_up()
-            files = await asyncio.to_thread(qemu_direct_io.direct_files, self.pid, self.name)
+            files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
             disks = ", ".join(sorted(set(files.values()))) or "its disks"
             raise WorkloadError(f"{qemu_direct_io.slow(self.name, disks, timeout)}. Until then it is paused") from late
 
