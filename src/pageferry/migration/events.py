@@ -73,6 +73,9 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     """Bytes of memory modified per second."""
     cpu_throttle_percentage: int = 0
     """CPU time that was taken from the workload meanwhile, per cent (auto-converge)."""
+    switch_over: bool = False
+    """A round just before the pause, or in it: reported when the workload runs again. What was modified after it is in
+    the next round, and `remaining` is 0."""
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
@@ -186,6 +189,10 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     setup_time: float
     downtime: float
     downtime_parts: Downtime
+    phases: dict[str, float] = msgspec.field(default_factory=dict)
+    """Consecutive phases, which add up to `total-time`: setup, copy, prepare (for the pause), stop, last-pages (and the
+    state, saved meanwhile), load (wait until the destination is ready), hand-over (until it runs there), postcopy or
+    report. Those from stop to hand-over are the downtime."""
     transferred: int
     """Bytes on the wire, control messages and state left out."""
     memory: int

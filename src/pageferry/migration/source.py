@@ -108,6 +108,8 @@ class Source:
         self.install_seconds = 0.0
         self.released_units = 0
         self.report: messages.Report | None = None
+        self.unreported: list[events.RoundEvent] = []
+        """Rounds of the switch-over."""
 
     async def run(self, address: Address) -> events.MigrationResult:
         """Move the workload. On any error before commit it runs on here, as if nothing had happened.
@@ -126,8 +128,10 @@ class Source:
 
     async def _run(self, address: Address) -> events.MigrationResult:
         try:
+            self.times.phase("setup")
             with self.times.measure("setup"):
                 await self._set_up(address)
+            self.times.phase("copy")
             await self._copy_rounds()
             await self._switch_over()
             running = await self._commit_to_the_end()
@@ -135,6 +139,8 @@ class Source:
             if not await within_grace(self._fail(error), error):
                 log.warning("%s does not answer, and is left to run on when this process ends", self.workload.name)
             raise
+        for event in self.unreported:  # not in the pause: a listener may take its time
+            self.listener(event)
         await self._send_late_pages()
         # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
         await to_the_end(self._retire())
@@ -352,12 +358,15 @@ class Source:
         """Pause, send the last pages (or which they are) and the state, and wait until the destination can run it."""
         await self.workload.check_mappers()
         self.touched = True
+        self.times.phase("prepare")
         await self._prepare_pause()
         if self.throttle is not None:
             self.throttle.lift()
         self.times.start("downtime")
+        self.times.phase("stop")
         with self.times.measure("stop"):
             await self.workload.pause()
+        self.times.phase("last-pages")
         self.paused, self.drains.due = True, False  # the pause has waited for all I/O
         fault_point("source.paused")
         self._check_identity()
@@ -366,6 +375,7 @@ class Source:
         await self._send_state(state[messages.EARLY_STATE :])
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
+        self.times.phase("load")
         self.ready = await self.channel.receive(messages.Ready, self.options.patience)
         self.memory.check_files()
         fault_point("source.ready")
@@ -386,14 +396,14 @@ class Source:
             saving = asyncio.create_task(self._save_state())
             try:
                 with self.times.measure("last pages"):
-                    await self._send_round(_union(await self._collect(), await self._pinned()))
+                    await self._send_last(_union(await self._collect(), await self._pinned()))
             finally:
                 state = await saving
         # Saving the state may itself have written to memory (queues flushed by devices).
         last = await self._collect()
         if any(last):
             with self.times.measure("last pages"):
-                await self._send_round(last)
+                await self._send_last(last)
         fault_point("source.last-pages-sent")
         if self.options.populate == "hot":
             await self._send_hot()
@@ -425,9 +435,16 @@ class Source:
                 await self.channel.during(bring_rest(self.hold, [region.pages for region in self.rest]))
                 self.coming = False
             if any(self.rest) and not self.postcopy:
-                await self._send_round(self.rest)
+                await self._send_last(self.rest)
         finally:
             await preparing
+
+    async def _send_last(self, pages: list[PageSet]) -> None:
+        """A round of the switch-over: reported when the workload runs again, so that no listener prolongs the pause."""
+        before, started = self.sender.progress, time.perf_counter()
+        await self._send_round(pages)
+        seconds, none = time.perf_counter() - started, self.memory.page_sets()
+        self.unreported.append(telling.round_event(self, _count(pages), before, seconds, none))
 
     async def _save_state(self) -> bytes:
         """The state, of which a first part is on its way already: the peer will look at it after the last pages."""
@@ -461,6 +478,7 @@ class Source:
 
     async def _commit(self) -> messages.Running:
         """Give the workload away: from the moment it is recorded, this side never runs it of its own accord."""
+        self.times.phase("hand-over")
         self.stays_paused = stays_paused(self.workload)
         self._record_commit()
         fault_point("source.recorded")
@@ -486,6 +504,7 @@ class Source:
             ) from error
         fault_point("source.answered")
         self.times.stop("downtime")
+        self.times.phase("postcopy" if self.service is not None else "report")
         return running
 
     async def _send_late_pages(self) -> None:

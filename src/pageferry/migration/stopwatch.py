@@ -13,6 +13,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self._spent: dict[str, float] = {}
         self._running: dict[str, float] = {"total": time.perf_counter()}
+        self.phases: dict[str, float] = {}
+        """Seconds of consecutive phases, by name; together they are the total."""
+        self._phase: str | None = None
+        self._since = 0.0
 
     def start(self, name: str) -> None:
         """Start a span."""
@@ -22,8 +26,16 @@ class Stopwatch:
         """End a span."""
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - self._running.pop(name)
 
+    def phase(self, name: str) -> None:
+        """End the phase before and begin this one at the same instant: phases are consecutive and add up."""
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = name, now
+
     def stop_all(self) -> None:
         """End everything that runs."""
+        self.phase("")
         for name in tuple(self._running):
             self.stop(name)
 

@@ -49,20 +49,24 @@ async def tell_progress(source: Source, number: int, total: int) -> None:
 
 
 def tell_round(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
-    """A round that is over, of so many pages; `left`: what is to be sent after it."""
+    """Report a round that is over; see `round_event`."""
+    source.listener(round_event(source, pages, before, seconds, left))
+
+
+def round_event(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> events.RoundEvent:
+    """A round that is over, of `pages` pages; `left`: what is to be sent after it."""
     sent = source.sender.progress[0] - before[0]
     remaining = sum(map(len, left)) * SMALL_PAGE
-    source.listener(
-        events.RoundEvent(
-            round=source.round,
-            pages=pages,
-            sent=sent,
-            remaining=remaining,
-            ms=_ms(seconds),
-            mbps=round(sent * 8 / 1e6 / seconds, 1),
-            dirty_rate=round(remaining / seconds),
-            cpu_throttle_percentage=source.throttle.percentage if source.throttle else 0,
-        )
+    return events.RoundEvent(
+        round=source.round,
+        pages=pages,
+        sent=sent,
+        remaining=remaining,
+        ms=_ms(seconds),
+        mbps=round(sent * 8 / 1e6 / seconds, 1),
+        dirty_rate=round(remaining / seconds),
+        cpu_throttle_percentage=source.throttle.percentage if source.throttle else 0,
+        switch_over=source.touched,
     )
 
 
@@ -101,6 +105,7 @@ def result_of(source: Source, running: messages.Running) -> events.MigrationResu
         peer=source.peer,
         paused=source.stays_paused,
         total_time=times("total"),
+        phases={name: _ms(seconds) for name, seconds in source.times.phases.items()},
         setup_time=times("setup"),
         downtime=times("downtime"),
         downtime_parts=events.Downtime(

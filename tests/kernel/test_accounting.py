@@ -1,0 +1,47 @@
+"""Accounting of migrations: phases add up to the total, and rounds to what was transferred."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.kernel import moving
+from tests.kernel.moving import MIB
+
+pytestmark = pytest.mark.usefixtures("root")
+
+
+@pytest.mark.parametrize("words", [["--mode", "precopy"], ["--mode", "hybrid"], ["--mode", "postcopy"]], ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--bandwidth", "64M", "--codec", "lz4"]], ids=" ".join)
+def test_phases_and_rounds_of_a_migration_add_up(words: list[str], more: list[str]) -> None:
+    with moving.receiver("there") as there:
+        address = moving.address_of(there)
+        with (
+            moving.ledger("here", size=64 * MIB, options={"rate": 8 * MIB}) as here,
+            moving.migrating("here", address, *words, *more) as migration,
+        ):
+            lines = [json.loads(line) for line in _lines(migration)]
+            assert migration.wait() == 0
+            moving.ends_intact(here, "moved")
+    result = lines[-1]
+    phases = result["phases"]
+    assert sum(phases.values()) == pytest.approx(result["total-time"], rel=0.01)
+    pause = [phases[name] for name in ("stop", "last-pages", "load", "hand-over")]
+    assert sum(pause) == pytest.approx(result["downtime"], rel=0.01)
+    rounds = [line for line in lines if line["type"] == "round"]
+    if words[1] == "precopy":
+        assert sum(line["sent"] for line in rounds) == result["transferred"]
+        pages = sum(line["pages"] for line in rounds)
+        assert pages == result["normal"] + result["duplicate"] + result["skipped"]
+        assert any(line["switch-over"] for line in rounds)
+    numbers = [line["round"] for line in rounds]
+    assert numbers == sorted(set(numbers))
+
+
+def _lines(program: Any) -> list[str]:
+    found: list[str] = []
+    while not found or json.loads(found[-1])["type"] != "migration":
+        found.append(program.line())
+    return found
