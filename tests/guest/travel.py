@@ -100,10 +100,11 @@ class Traveller:
         fault: str | None = None,
         **streams: Any,
     ) -> Program:
-        """`pageferry receive` for its next journey, or another command line than its own."""
+        """`pageferry receive` for its next journey, or another command line than its own; over TCP, which faults cut."""
         name = name or self.next_name
         self._serial(name).path.unlink(missing_ok=True)
-        words = ["receive", name, *self.flags, *(["--detach"] if detach else []), "--output", "json", *options]
+        words = ["receive", name, *self.flags, *(["--detach"] if detach else []), "--output", "json"]
+        words += [*(() if "--listen" in options else ("--listen", "127.0.0.1:0")), *options]
         words += ["--", *(command or self.command(name))]
         return Program("-m", "pageferry", *words, env=moving.environment(fault), **streams)
 
