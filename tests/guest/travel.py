@@ -100,7 +100,7 @@ class Traveller:
         fault: str | None = None,
         **streams: Any,
     ) -> Program:
-        """`pageferry receive` for its next journey, or another command line than its own; over TCP, which faults cut."""
+        """`pageferry receive` for its next journey, or another command line than its own; by TCP, which faults cut."""
         name = name or self.next_name
         self._serial(name).path.unlink(missing_ok=True)
         words = ["receive", name, *self.flags, *(["--detach"] if detach else []), "--output", "json"]

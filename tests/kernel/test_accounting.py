@@ -1,14 +1,16 @@
-"""Accounting of migrations: phases add up to the total, and rounds to what was transferred."""
+"""Accounting: phases add up to the total, and rounds of a migration to what was transferred."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kernel import moving
 from tests.kernel.moving import MIB
+from tests.kernel.programs import Program
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -38,6 +40,26 @@ def test_phases_and_rounds_of_a_migration_add_up(words: list[str], more: list[st
         assert any(line["switch-over"] for line in rounds)
     numbers = [line["round"] for line in rounds]
     assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("mode", ["lazy", "stop"])
+def test_phases_of_a_checkpoint_add_up(mode: str, tmp_path: Path) -> None:
+    with moving.ledger("saved", size=64 * MIB, options={"rate": 8 * MIB}):
+        for words in ([], ["--parent", str(tmp_path / "first")]):
+            name = "next" if words else "first"
+            result = _checkpoint("saved", str(tmp_path / name), "--mode", mode, *words)
+            phases = result["phases"]
+            assert sum(phases.values()) == pytest.approx(result["total-time"], rel=0.01)
+            outside = ("set-up", "publish") if mode == "stop" else ("set-up", "arm", "save", "publish")
+            pause = sum(time for phase, time in phases.items() if phase not in outside)
+            assert pause == pytest.approx(result["downtime"], rel=0.01)
+
+
+def _checkpoint(*words: str) -> Any:
+    with Program("-m", "pageferry", "checkpoint", *words, "--output", "json") as saving:
+        result = moving.until(saving, "checkpoint")
+        assert saving.wait() == 0
+    return result
 
 
 def _lines(program: Any) -> list[str]:

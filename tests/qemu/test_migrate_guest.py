@@ -36,6 +36,7 @@ def test_moves_and_says_what_it_took(guest: Traveller) -> None:
     assert 0 < result["downtime"] < result["total-time"]
     assert 0 < result["setup-time"] < result["total-time"]
     assert result["downtime"] == result["downtime-parts"]["total"]
+    assert sum(result["phases"].values()) == pytest.approx(result["total-time"], rel=0.01)
     assert result["dirty-sync-count"] >= 2
     large = result["large-pages"]
     assert large["destination"] == large["source"] > 16

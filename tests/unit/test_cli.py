@@ -45,7 +45,10 @@ def test_verb_decides_exit_code() -> None:
     [
         ([], "pageferry: error: the following arguments are required: VERB (`pageferry --help` shows what it takes)"),
         (["no-such-verb"], "pageferry: error: argument VERB: invalid choice: 'no-such-verb', expected one of check, "),
-        (["--out", "json", "lister"], "pageferry: error: argument VERB: invalid choice: 'json', expected one of check, "),
+        (
+            ["--out", "json", "lister"],
+            "pageferry: error: argument VERB: invalid choice: 'json', expected one of check, ",
+        ),
         (["lister", "--no-such-option"], "pageferry lister: error: unrecognized arguments: --no-such-option ("),
         (["sleeper", "--", "true"], "pageferry sleeper: error: it takes no command after -- ("),
         (["image", "info", "x", "y"], "pageferry image info: error: unrecognized arguments: y ("),

@@ -1,6 +1,7 @@
 """Phrases that CONTRIBUTING keeps out do not come back."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -23,8 +24,8 @@ def test_no_file_has_more_hits_than_the_table_allows() -> None:
         ("There is no such file.", False),
     ],
 )
-def test_phrases_are_found_in_a_line(line: str, found: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    file = wording.Path(str(tmp_path)) / "sample.md"
+def test_phrases_are_found_in_a_line(line: str, found: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "sample.md"
     file.write_text(line + "\n")
     monkeypatch.setattr(wording, "ROOT", file.parent)
     assert any(wording.hits("sample.md")) is found

@@ -110,6 +110,10 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     mode: Mode
     codec: Codec
     total_time: float
+    phases: dict[str, float] = msgspec.field(default_factory=dict)
+    """Consecutive phases, which add up to `total-time`: set-up, arm (protect, and save in rounds), stop, state,
+    protect, resume, save, publish (huge mappings restored, image named). Those from stop to resume are the downtime; in
+    mode `stop`, arm and save are among them."""
     arm_time: float
     """Protecting everything, while the workload ran."""
     downtime: float

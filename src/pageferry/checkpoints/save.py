@@ -24,6 +24,7 @@ from pageferry.errors import CheckpointError, UsageError, WorkloadDied, Workload
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread, on_thread
 from pageferry.host.faults import fault_point
+from pageferry.host.stopwatch import Stopwatch
 from pageferry.workloads import holding
 from pageferry.workloads.arena import Arena
 from pageferry.workloads.arguments import managed
@@ -91,7 +92,7 @@ class Save:
         self.listener = listener
         self.id = secrets.token_bytes(16)
         self.parent: ImageFile | None = None
-        self.spent: dict[str, float] = {}
+        self.times = Stopwatch("set-up")
         self.created = 0.0
         self.paused = False
         self.stays_paused = False
@@ -125,8 +126,9 @@ class Save:
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder: give the name of a file for the image")
         try:
-            with self._measure("total"), _writing(self.path), new_file(self.path) as file:
+            with _writing(self.path), new_file(self.path) as file:
                 finished = await self._save(file)
+            self.times.stop_all()
             fault_point("checkpoint.published")
             if self.tracking is not None:
                 tracking, self.tracking = self.tracking, None
@@ -194,34 +196,39 @@ class Save:
 
     async def _lazily(self, file: int) -> tuple[int, int, int, int]:
         """Protect, pause for the state and the instant, and save while the workload runs."""
+        self.times.phase("arm")
         self.saver = await self._native(lambda: self._open_saver(file, self.memory.segments))
         try:
             await self._prepare()
             await self._check_mappers()
             self._tell_armed()
-            with self._measure("downtime"):
+            with self.times.measure("downtime"):
                 await self._pause()
                 state = await self._save_state()
                 self._refuse_registered_buffers()
-                with self._measure("protect"):
+                self.times.phase("protect")
+                with self.times.measure("protect"):
                     self.saver.begin()  # here and now: a change of threads would take longer
                 await self._resume()
+            self.times.phase("save")
             fault_point("checkpoint.instant")
-            self.listener(events.InstantEvent(downtime=self._ms("downtime"), paused=self.stays_paused))
+            self.listener(events.InstantEvent(downtime=self.times.milliseconds("downtime"), paused=self.stays_paused))
             return await self._finish(state)
         finally:
             await asyncio.shield(in_thread(self.saver.close))
 
     async def _stopped(self, file: int) -> tuple[int, int, int, int]:
         """The same with the workload paused all the time: nothing needs to be protected."""
-        with self._measure("downtime"):
+        with self.times.measure("downtime"):
             await self._pause()
             state = await self._save_state()
+            self.times.phase("arm")
             self.saver = await self._native(lambda: self._open_saver(file, self._traced_segments()))
             try:
                 await self._native(self.saver.prepare)
                 self._tell_armed()
-                with self._measure("save"):
+                self.times.phase("save")
+                with self.times.measure("save"):
                     self.saver.begin()
                     finished = await self._finish(state)
             finally:
@@ -307,25 +314,29 @@ class Save:
     # -- the pause
 
     async def _pause(self) -> None:
-        with self._measure("stop"):
+        self.times.phase("stop")
+        with self.times.measure("stop"):
             self.paused = True
             await self.workload.pause()
 
     async def _save_state(self) -> bytes:
-        # Before the instant: saving the state may itself write to memory (queues flushed by devices).
-        with self._measure("state"):
+        # Before memory is protected: saving the state may itself write to memory (queues flushed by devices).
+        self.times.phase("state")
+        with self.times.measure("state"):
             state = await self.workload.save_state()
         self.stays_paused = stays_paused(self.workload)
         self.created = time.time()
         return state
 
     async def _resume(self) -> None:
-        with self._measure("resume"):
+        self.times.phase("resume")
+        with self.times.measure("resume"):
             await self.workload.resume()
             self.paused = False
 
     async def _give_back(self) -> None:
         """Everything as it was: the workload runs, on its large mappings."""
+        self.times.phase("publish")
         if self.paused:
             await self.workload.resume()
         stays = self.hold is not None or (self.tracking is not None and self.tracking.leaves)
@@ -384,17 +395,6 @@ class Save:
 
     # -- telling
 
-    @contextlib.contextmanager
-    def _measure(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[name] = time.perf_counter() - start
-
-    def _ms(self, name: str) -> float:
-        return round(self.spent.get(name, 0.0) * 1e3, 3)
-
     def _tell_armed(self) -> None:
         fault_point("checkpoint.armed")
         self.listener(
@@ -434,16 +434,17 @@ class Save:
             written=stats["written"],
             rounds=stats["rounds"],
             codec=self.options.codec,
-            total_time=self._ms("total"),
+            total_time=self.times.milliseconds("total"),
+            phases=self.times.phase_milliseconds(),
             arm_time=round(self.saver.arm_seconds * 1e3, 3),
-            downtime=self._ms("downtime"),
+            downtime=self.times.milliseconds("downtime"),
             downtime_parts=events.Downtime(
-                total=self._ms("downtime"),
-                stop=self._ms("stop"),
-                device_state=self._ms("state"),
-                protect=self._ms("protect"),
-                save=self._ms("save"),
-                resume=self._ms("resume"),
+                total=self.times.milliseconds("downtime"),
+                stop=self.times.milliseconds("stop"),
+                device_state=self.times.milliseconds("state"),
+                protect=self.times.milliseconds("protect"),
+                save=self.times.milliseconds("save"),
+                resume=self.times.milliseconds("resume"),
             ),
             memory=self.memory.size,
             pages=events.PageCount(**{name: stats[name] for name in events.PageCount.__struct_fields__}),

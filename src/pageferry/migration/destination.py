@@ -31,6 +31,7 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
+from pageferry.host.stopwatch import Stopwatch
 from pageferry.migration import messages, room
 from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
@@ -39,7 +40,6 @@ from pageferry.migration.missing import MissingPages
 from pageferry.migration.native import off_loop, to_the_end, within_grace
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
-from pageferry.migration.stopwatch import Stopwatch
 from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Faults, Workload, stays_paused
 from pageferry.workloads.deferred import Arriving

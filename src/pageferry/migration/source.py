@@ -27,6 +27,7 @@ from pageferry.errors import (
 from pageferry.events import Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
+from pageferry.host.stopwatch import Stopwatch
 from pageferry.migration import events, messages, ownership, peer_users, postcopy_source, switch, telling
 from pageferry.migration.addresses import Address
 from pageferry.migration.channel import Channel
@@ -38,7 +39,6 @@ from pageferry.migration.native import GRACE, Counters, off_loop, to_the_end, wi
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
-from pageferry.migration.stopwatch import Stopwatch
 from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
 from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload, stays_paused
@@ -80,7 +80,7 @@ class Source:
         self.listener = listener
         self.folder = folder
         self.migration = secrets.token_hex(16)
-        self.times = Stopwatch()
+        self.times = Stopwatch("setup")
         budget = HYBRID_BUDGET if options.mode == "hybrid" else float("inf")
         throttles = len(STEPS) if options.auto_converge else 0
         self.convergence = Convergence(options.max_downtime, options.max_rounds, budget, throttles)
@@ -128,7 +128,6 @@ class Source:
 
     async def _run(self, address: Address) -> events.MigrationResult:
         try:
-            self.times.phase("setup")
             with self.times.measure("setup"):
                 await self._set_up(address)
             self.times.phase("copy")

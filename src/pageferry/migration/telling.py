@@ -105,7 +105,7 @@ def result_of(source: Source, running: messages.Running) -> events.MigrationResu
         peer=source.peer,
         paused=source.stays_paused,
         total_time=times("total"),
-        phases={name: _ms(seconds) for name, seconds in source.times.phases.items()},
+        phases=source.times.phase_milliseconds(),
         setup_time=times("setup"),
         downtime=times("downtime"),
         downtime_parts=events.Downtime(
