@@ -77,8 +77,11 @@ class ArenaControl:
     @property
     def sharing(self) -> mappers.Sharing:
         """How the memory may have come to other processes."""
-        observers = [pid for pid, started in self._observers if proc.is_alive(pid, started)]
-        return mappers.Sharing(self._arena.handed_out, (*observers, *self._arena.pagers()))
+        # A pager that has loaded everything removes its record first, and maps the memory until it exits.
+        for pager in self._arena.pagers():
+            self.observed_by(pager)
+        observers = tuple(pid for pid, started in self._observers if proc.is_alive(pid, started))
+        return mappers.Sharing(self._arena.handed_out, observers)
 
     def observed_by(self, pid: int) -> None:
         """Note a process of pageferry that is given the memory."""
