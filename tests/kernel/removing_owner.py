@@ -8,6 +8,7 @@ answer is the list of pages that hold something else afterwards, as [page, word]
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -33,7 +34,7 @@ def other(memory: object, pages: int) -> list[list[int]]:
 
 
 def _denied(size: int) -> int:
-    raise PermissionError
+    raise PermissionError(errno.EPERM, "no mounts")
 
 
 def main() -> None:
