@@ -295,11 +295,6 @@ impl Placer {
         }
     }
 
-    /// Number of pages of all regions.
-    pub fn pages(&self) -> usize {
-        self.shared.regions.iter().map(|region| region.target.mapping.pages()).sum()
-    }
-
     /// Our own address space, in which the targets are mapped.
     pub(crate) fn own(&self) -> &Space {
         &self.shared.own

@@ -1,7 +1,7 @@
 //! Storage blocks from the sockets, through the placer into the regions.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ impl Incoming {
         self.table.resize(len, 0);
         self.socket.read(&mut self.table)?;
         let head = block::decode_head(&header, &self.table)?;
-        head.distinct_pages()?;
+        head.check_distinct()?;
         let bytes = block::HEADER_LEN + len + head.stored_len;
         if head.round != round || head.sequence != self.sequence {
             let (got, at, expected) = (head.round, head.sequence, self.sequence);
@@ -117,27 +117,18 @@ impl BlockReceiver {
 
     /// Receives and places blocks until every stream has seen the barrier of `round`.
     pub fn receive(&self, round: u32) -> Result<(), WireError> {
-        let pages = AtomicUsize::new(0);
-        on_all(&self.streams, &self.cancelled, |stream| self.receive_stream(stream, round, &pages))
+        on_all(&self.streams, &self.cancelled, |stream| self.receive_stream(stream, round))
     }
 
-    /// `pages`: those of the round that have come over all streams; a source sends each at most once.
-    fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32, pages: &AtomicUsize) -> Result<(), WireError> {
+    fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32) -> Result<(), WireError> {
         let mut input = stream.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let head = input.head(round, &self.progress, |_| false)?;
             if head.kind == Kind::Barrier {
                 return Ok(());
             }
-            let mut more = 0;
-            for run in &head.runs {
-                self.placer.check(head.region, run.first, run.count)?;
-                more += run.count;
-            }
-            let (sent, all) = (pages.fetch_add(more, Ordering::Relaxed) + more, self.placer.pages());
-            if sent > all {
-                return Err(WireError::Order(format!("{sent} pages in round {round} of a workload of {all}")));
-            }
+            // All of a block is in the regions, or nothing of it is placed.
+            head.runs.iter().try_for_each(|run| self.placer.check(head.region, run.first, run.count))?;
             self.read_pages(&mut input, &head)?;
         }
     }
