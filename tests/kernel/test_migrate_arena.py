@@ -75,7 +75,8 @@ def test_moves_under_write_load_lose_nothing(moves: int, setup: dict[str, Any]) 
             with moving.migrating(f"move-{number - 1}", address, *options(*chosen)) as migration:
                 check_counts(moving.until(migration, "migration"), chosen[-1])
                 assert migration.wait() == 0
-            assert there.json() == {"type": "received", "workload": f"move-{number}", "kind": "arena"}
+            received = {"type": "received", "workload": f"move-{number}", "kind": "arena", "paused": False}
+            assert there.json() == received
             end = moving.until(here, "ledger")
             assert end["intact"], end
             assert end["writes"] > writes

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from pageferry import _engine, values
-from pageferry.errors import UsageError, WorkloadError
+from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host import registry
 from pageferry.host.blocking import interruptible, program_loop
 from pageferry.workloads import callbacks, deferred
@@ -235,8 +235,10 @@ class Arena(_engine.Mapping):
         """Processes of pageferry that bring contents of the memory from a store."""
         if self._folder is None or not (self._folder.path / deferred.RECORD).exists():
             return []
-        status = deferred.status(self._folder)
-        return [] if status is None else [status.pager]
+        with contextlib.suppress(RestoreError):  # it has been killed: what needs it reports that
+            status = deferred.status(self._folder)
+            return [] if status is None else [status.pager]
+        return []
 
     def workload(self) -> LocalWorkload:
         """This arena as a `Workload`, to be migrated by this process."""
