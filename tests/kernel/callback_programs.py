@@ -44,7 +44,7 @@ class Program:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.ended = False
-        self.lock: Any = asyncio.Lock() if kind.startswith("async") else threading.Lock()
+        self.lock: Any = asyncio.Lock() if kind.startswith("async-") else threading.Lock()
         if kind == "reentrant-lock":
             self.lock = threading.RLock()
         self.arena = pageferry.Arena(SIZE, **self.callbacks())
@@ -60,6 +60,9 @@ class Program:
 
         async def resume() -> None:
             lock.release()
+
+        async def pause_threads() -> None:
+            await asyncio.to_thread(lock.acquire)
 
         @contextlib.contextmanager
         def gate() -> Iterator[None]:
@@ -80,6 +83,7 @@ class Program:
             "reentrant-lock": {"on_pause": lock},
             "gate": {"on_pause": gate},
             "async-gate": {"on_pause": async_gate},
+            "threads-async": {"on_pause": pause_threads, "on_resume": resume},
             "threads": {"on_pause": lock.acquire, "on_resume": lock.release},
         }
         return choices[self.kind]
@@ -105,7 +109,7 @@ class Program:
             work(self.words)
 
     async def run(self, operation: Callable[[pageferry.Arena], Any]) -> None:
-        if self.kind == "threads":
+        if self.kind.startswith("threads"):
             threads = [threading.Thread(target=self.thread, daemon=True) for _ in range(2)]
             for thread in threads:
                 thread.start()

@@ -31,6 +31,7 @@ KINDS = [
     "gate",
     "async-gate",
     "threads",
+    "threads-async",
 ]
 
 pytestmark = pytest.mark.usefixtures("root")
