@@ -22,6 +22,7 @@ from pageferry.cli.main import main
 from pageferry.host.features import Feature, Probe, Unavailable, check_features
 
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 _CALLS = {"userfaultfd": 323, "unused": 1000}
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -65,6 +66,22 @@ def deny(calls: dict[int, int]) -> None:
     filter_ = struct.pack("@HP", len(program), ctypes.addressof(code))
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or _libc.prctl(_PR_SET_SECCOMP, 2, filter_, 0, 0):
         raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def hide_device() -> None:
+    """Give this process a /dev with the same character devices except userfaultfd: that of such a kernel."""
+    devices = {path: path.stat() for path in Path("/dev").iterdir() if path.is_char_device()}
+    _check(_libc.unshare(_CLONE_NEWNS))
+    _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+    _check(_libc.mount(b"none", b"/dev", b"tmpfs", 0, None))
+    for path, status in devices.items():
+        if path.name != "userfaultfd":
+            os.mknod(path, status.st_mode, status.st_rdev)
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _dies() -> str:
@@ -115,8 +132,10 @@ if __name__ == "__main__":
         case "features":
             features(int(words[0]) if words else None)
         case "denied":
-            pairs = (pair.split("=") for pair in words[0].split(","))
-            deny({_CALLS[call]: int(error) for call, error in pairs})
+            calls = dict(pair.split("=") for pair in words[0].split(","))
+            if "userfaultfd" in calls:
+                hide_device()
+            deny({_CALLS[call]: int(error) for call, error in calls.items()})
             sys.exit(main(words[1:]))
         case "misbehaving":
             misbehaving()
