@@ -169,9 +169,9 @@ WRONG: dict[str, tuple[int, list[messages.Message]]] = {
     "region 1 of 1": (22, [large_pages(), messages.Hot(region=1, units=b"")]),
     "was damaged on the way": (22, [large_pages(), messages.StateEnd(length=1, digest=DIGEST)]),
     "the source forgot 1024 pages": (22, [large_pages(), messages.StateEnd(length=0, digest=DIGEST)]),
-    "the peer ended the migration: mind?changed": (
+    "the peer ended the migration: mind\\x1bchanged": (
         21,
-        [large_pages(), messages.Abort(reason="mind\tchanged"), messages.Commit(), messages.Done()],
+        [large_pages(), messages.Abort(reason="mind\x1bchanged"), messages.Commit(), messages.Done()],
     ),
 }
 """What an accepted source may not say, and how it ends."""

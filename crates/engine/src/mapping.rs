@@ -72,7 +72,7 @@ impl Mapping {
     /// # Errors
     /// What `mprotect` says.
     pub fn close(&self) -> io::Result<()> {
-        crate::closed::watch(self.address() as usize, self.len);
+        crate::closed::watch(self.base.as_ptr().addr(), self.len);
         // SAFETY: the range is our mapping. It stays mapped and readable; nobody holds a reference to bytes that are
         // written through it.
         check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len, libc::PROT_READ) })?;
@@ -270,7 +270,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         unregister(self.address());
         if self.is_closed() {
-            crate::closed::forget(self.address() as usize);
+            crate::closed::forget(self.base.as_ptr().addr());
         }
         // SAFETY: made by `new`, and nobody may use the base after the mapping is gone.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
