@@ -187,7 +187,7 @@ def test_what_the_commands_tell_programs(here: Program) -> None:
     assert set(result) == {
         *("type status mode workload peer total-time setup-time downtime downtime-parts transferred memory").split(),
         *("normal duplicate skipped dirty-sync-count mbps large-pages populated faults-after-resume trace").split(),
-        *"postcopy-requests postcopy cpu-throttle-percentage".split(),
+        *"postcopy-requests postcopy cpu-throttle-percentage paused phases direct-io".split(),
     }
     assert set(result["downtime-parts"]) == set("total stop last-pages device-state populate resume".split())
     assert set(result["large-pages"]) == set("source destination fallbacks".split())

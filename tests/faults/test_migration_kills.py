@@ -80,7 +80,9 @@ def test_a_source_that_fails_before_commit_leaves_it_running(
 
 def settle(name: str, *, owner: str) -> None:
     with moving.migrating(name, "--recover") as recovery:
-        assert moving.until(recovery, "recovery") == {"type": "recovery", "workload": name, "owner": owner}
+        paused = False if owner == "source" else None
+        said = {"type": "recovery", "workload": name, "owner": owner, "paused": paused}
+        assert moving.until(recovery, "recovery") == said
         assert recovery.wait() == 0
 
 

@@ -38,7 +38,8 @@ def recovers(here: Program, there: Program) -> None:
     assert moving.status("here") is Status.COMMITTED
     assert moving.stands_still("here")
     with moving.migrating("here", "--recover") as recovery:
-        assert moving.until(recovery, "recovery") == {"type": "recovery", "workload": "here", "owner": "destination"}
+        said = {"type": "recovery", "workload": "here", "owner": "destination", "paused": None}
+        assert moving.until(recovery, "recovery") == said
         assert recovery.wait() == 0
     moving.ends_intact(here, "moved")
     moving.runs("there")

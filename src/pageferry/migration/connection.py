@@ -276,6 +276,8 @@ class Reception:
             known = peer_users.check_peer(connection, self._owners)
         except AuthenticationError as error:
             return error
+        except ConnectionResetError:
+            known = False
         return None if known else AuthenticationError("the peer has closed the connection")
 
     def _keep(self, greeting: bytes, stream: PageStream) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 from collections.abc import Collection, Iterable
@@ -42,7 +43,8 @@ def owners_of(pids: Iterable[int] = ()) -> frozenset[int]:
 def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
     """Whether the process at the other end is known to be of root or of one of `owners`, or on another host.
 
-    False: it is on this host, and has not accepted the connection yet. Raises AuthenticationError for another user.
+    False: it is on this host, and has not accepted the connection yet. Raises AuthenticationError for another user,
+    ConnectionResetError where the peer has closed the connection.
     """
     user = _unix_user(connection) if connection.family == socket.AF_UNIX else _tcp_user(connection)
     if user is None:
@@ -63,7 +65,7 @@ def _unix_user(connection: socket.socket) -> int:
 def _tcp_user(connection: socket.socket) -> int | None:
     """User of the socket at the other end; -1: it is on another host, None: no process has it open yet.
 
-    Raises AuthenticationError where that cannot be determined.
+    Raises AuthenticationError where that cannot be determined, ConnectionResetError.
     """
     ours, theirs = connection.getsockname(), connection.getpeername()
     try:
@@ -71,7 +73,9 @@ def _tcp_user(connection: socket.socket) -> int | None:
     except FileNotFoundError:
         if not is_loopback(theirs[0]):
             return -1
-        raise AuthenticationError("the peer has closed the connection, or is in another network namespace") from None
+        if _is_closed(connection):
+            raise ConnectionResetError("the peer has closed the connection") from None
+        raise AuthenticationError("the peer is in another network namespace of this host: use `tls`") from None
     except OSError as error:
         if not is_loopback(theirs[0]):
             return -1
@@ -81,8 +85,15 @@ def _tcp_user(connection: socket.socket) -> int | None:
     if inode and state != _LISTEN:
         return user
     if state != _ESTABLISHED:  # without an inode the user in the reply is 0, and means nothing
-        raise AuthenticationError("the peer has closed the connection")
+        raise ConnectionResetError("the peer has closed the connection")
     return None
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the peer has closed or reset the connection."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))  # POLLHUP and POLLERR are always reported
 
 
 def _diagnose(family: socket.AddressFamily, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int, int]:
