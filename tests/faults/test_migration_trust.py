@@ -204,7 +204,7 @@ def test_one_side_without_tls_is_told_so(victim: Program, tmp_path: Path) -> Non
         refused(tmp_path, moving.address_of(there), told)
         wait_until(lambda: told.there in said.read_text(), "the reason")
     with saying(tmp_path) as (there, said):
-        told = Case(27, "it does not speak TLS; give --tls on both sides", "start it with --tls DIR")
+        told = Case(27, "it does not speak TLS; give --tls on both sides", "start it with `tls` DIR")
         refused(tmp_path, moving.address_of(there), told, "--tls", str(source))
         wait_until(lambda: told.there in said.read_text(), "the reason")
     still_runs(victim)

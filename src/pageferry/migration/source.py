@@ -232,7 +232,7 @@ class Source:
         """Round 1 is everything, every further one what was modified since; until the rest is small enough."""
         pages = self.rest
         while True:
-            started = time.perf_counter()
+            started, drained = time.perf_counter(), self.times.seconds("drains")
             before = self.sender.progress
             left = await self._send_round(pages)
             if not any(left):
@@ -241,7 +241,8 @@ class Source:
             pages_sent = _count(pages) - _count(left)
             fault_point("source.between-rounds")
             pages = _union(await self._collect(), left)
-            seconds = time.perf_counter() - started
+            # The last pages, whose time is estimated by this, are sent without a drain.
+            seconds = time.perf_counter() - started - (self.times.seconds("drains") - drained)
             decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
             telling.tell_round(self, pages_sent, before, seconds, pages)
             if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
