@@ -27,7 +27,7 @@ def peek(arena: RestoredArena) -> dict[str, float]:
     begin = time.perf_counter()
     at = len(memoryview(arena)) // 2
     arena.ensure(at, SMALL_PAGE)
-    os.pread(arena.fileno(), SMALL_PAGE, at)
+    os.pread(arena.descriptor, SMALL_PAGE, at)
     return {"bytes-read": arena.pager.counters[4], "peek-ms": (time.perf_counter() - begin) * 1e3}
 
 
