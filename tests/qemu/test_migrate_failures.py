@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 SOURCE = "connected set-up in-round between-rounds paused last-pages-sent state-sent ready recorded".split()
 """Points before commit. What the destination has promised by the last three, it keeps until it is told otherwise."""
 DESTINATION = "accepted in-round state-received loaded promised".split()
-SEVERAL_ROUNDS = ("--max-downtime", "30")
+SEVERAL_ROUNDS = ("--max-downtime", "1")
 """Milliseconds: not to be reached at once."""
 
 

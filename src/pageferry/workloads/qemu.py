@@ -272,10 +272,10 @@ class QemuWorkload:
         if this process exits meanwhile.
         """
         files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
+        if not files:
+            return None  # nothing to wait for: the monitor is not opened in each round, and `pause` checks the devices
         async with self._control.session() as monitor:
             await qemu_refused.refuse_running(monitor)
-            if not files:
-                return None
             if not (await monitor.execute("query-status"))["running"]:
                 return 0.0
             await qemu_direct_io.await_requests(self.pid, files, self.name)
