@@ -15,6 +15,7 @@ from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import PagerStatus
 from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qmp import Monitor
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
@@ -22,14 +23,17 @@ OPTIONS = ("-smp", "2", "-device", "virtio-balloon-pci,id=balloon")
 BUSY = "ferry.mib=64 ferry.rate=3000"
 
 
-def image_of_a_guest(parts: GuestParts, folder: Path) -> Path:
-    """An image of a guest at work."""
+def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -> Path:
+    """An image of a guest at work, or of one that its user has paused."""
 
     async def make() -> Path:
         serial = Serial(folder / "serial")
         source = await QemuWorkload.start("source", parts.command(serial, *OPTIONS, checker=BUSY))
         await serial.ready()
         await serial.ticks(2)
+        if paused:
+            async with await Monitor.open(source.qmp_socket) as monitor:
+                await monitor.execute("stop")
         await pageferry.checkpoint(source, folder / "image")
         await source.discard()
         return folder / "image"
@@ -53,6 +57,11 @@ class Restored:
         self.workload, result = started
         await self.status()
         return result
+
+    async def run(self) -> None:
+        """Resume it, as its user would."""
+        async with await Monitor.open(self.workload.qmp_socket) as monitor:
+            await monitor.execute("cont")
 
     async def end(self) -> None:
         """End it, and wait for the end of its pager."""

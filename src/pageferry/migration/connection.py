@@ -120,9 +120,11 @@ async def connect_stream(control: Channel, address: Address, token: bytes, index
     try:
         async with asyncio.timeout(control.patience):
             await asyncio.get_running_loop().sock_sendall(connection, greeting)
-    except (OSError, TimeoutError) as error:
+    except BaseException as error:
         connection.close()
-        raise ConnectionLost(f"page stream to {address}: {str(error) or 'timed out'}") from error
+        if isinstance(error, OSError | TimeoutError):
+            raise ConnectionLost(f"page stream to {address}: {str(error) or 'timed out'}") from error
+        raise
     connection.setblocking(True)
     widen(connection)
     return PageStream(connection, session)
@@ -146,11 +148,16 @@ async def _shake_hands(
 
 
 async def connect_streams(control: Channel, address: Address, token: bytes, numbers: Sequence[int]) -> list[PageStream]:
-    """Page streams of these numbers, in order. Raises as `connect_stream`; none is left open then."""
-    with contextlib.ExitStack() as opened:
-        streams = [opened.enter_context(await connect_stream(control, address, token, index)) for index in numbers]
-        opened.pop_all()
-        return streams
+    """Page streams of these numbers, in order. Raises as `connect_stream`, or PeerRefused with the reason that the
+    receiver gives on `control`; no stream is left open then."""
+
+    async def connect_all() -> list[PageStream]:
+        with contextlib.ExitStack() as opened:
+            streams = [opened.enter_context(await connect_stream(control, address, token, index)) for index in numbers]
+            opened.pop_all()
+            return streams
+
+    return await control.during(connect_all())
 
 
 class Reception:
