@@ -61,7 +61,12 @@ PATHS = ("tls", "store", "tls_hostname")
 FLAGS = ("auto_converge", "adaptive", "insecure", "track")
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def _name(wrong: object) -> str:
+    """The same in every process, which the address of an object is not."""
+    return "object" if type(wrong) is object else repr(wrong)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=_name)
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cls in OPTIONS.items() for name in _fields(cls)])
 def test_wrong_option_is_a_usage_error(kind: str, name: str, wrong: Any) -> None:
     if name in PATHS and _path(wrong) and name != "store":
@@ -120,7 +125,7 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("wrong", WRONG, ids=_name)
 @pytest.mark.parametrize("name", list(_arguments(Path("/"))))
 def test_wrong_argument_ends_in_an_error_of_the_package(name: str, wrong: Any, tmp_path: Path) -> None:
     """Each parameter in turn, as the signature has them: a new one is tested as it comes."""
