@@ -43,7 +43,7 @@ def test_payload_waits_for_a_killed_pager_and_runs_with_the_next(
     restored: Restored, payload_parts: GuestParts, tmp_path: Path
 ) -> None:
     async def run() -> None:
-        # The guest runs only when its pager is dead: on KVM it accesses all of its memory in less time than a kill takes.
+        # The guest runs only when its pager is dead: on KVM it accesses all of its memory before a kill is done.
         await restored.start(image, prefetch=False)
         await restored.kill_pager()
         await restored.run()
