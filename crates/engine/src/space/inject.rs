@@ -85,10 +85,7 @@ pub enum AdoptError {
     )]
     Registered(libc::pid_t, u64, io::Error),
     /// Page faults of its system calls, or any of its page faults, cannot be handled.
-    #[error(
-        "page faults of process {0} cannot be handled (userfaultfd: {1}); run it as root, set \
-         vm.unprivileged_userfaultfd=1, or give its user access to /dev/userfaultfd"
-    )]
+    #[error("page faults of process {0} cannot be handled (userfaultfd: {1}); {remedy}", remedy = faults_remedy(.1))]
     NoFaults(libc::pid_t, io::Error),
     /// The call was made and failed.
     #[error("a system call made in the process failed: {0}")]
@@ -96,6 +93,14 @@ pub enum AdoptError {
     /// Anything else.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+/// What makes userfaultfd available after this error. Rights do not help where the system call does not exist.
+fn faults_remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOSYS) => "use a kernel with CONFIG_USERFAULTFD, or a seccomp profile that allows userfaultfd",
+        _ => "run it as root, set vm.unprivileged_userfaultfd=1, or give its user access to /dev/userfaultfd",
+    }
 }
 
 /// Does `work` on the stopped main thread of a process.
@@ -448,6 +453,14 @@ mod tests {
             3000-4000 r-xp 00000000 00:00 0          [vdso]\n";
         assert_eq!(vdso_range(maps), Some((0x3000, 0x4000)));
         assert_eq!(vdso_range(b"1000-2000 r-xp 00000000 00:01 7 /tmp/[vdso]\n"), None);
+    }
+
+    #[test]
+    fn missing_userfaultfd_is_not_blamed_on_rights() {
+        let message = |errno| AdoptError::NoFaults(1, io::Error::from_raw_os_error(errno)).to_string();
+        assert!(message(libc::ENOSYS).ends_with("allows userfaultfd"));
+        assert!(!message(libc::ENOSYS).contains("root"));
+        assert!(message(libc::EPERM).contains("run it as root"));
     }
 
     #[test]
