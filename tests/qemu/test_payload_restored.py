@@ -42,6 +42,8 @@ def test_payload_is_restored_with_every_page(restored: Restored, image: Path, ea
 def test_payload_waits_for_a_killed_pager_and_runs_with_the_next(
     restored: Restored, payload_parts: GuestParts, tmp_path: Path
 ) -> None:
+    image = image_of_a_guest(payload_parts, tmp_path, paused=True)
+
     async def run() -> None:
         # The guest runs only when its pager is dead: on KVM it accesses all of its memory before a kill is done.
         await restored.start(image, prefetch=False)
@@ -52,5 +54,4 @@ def test_payload_waits_for_a_killed_pager_and_runs_with_the_next(
         await restored.serial.passes(2)
         await restored.end()
 
-    image = image_of_a_guest(payload_parts, tmp_path, paused=True)
     asyncio.run(run())
