@@ -20,7 +20,7 @@ RATE = 12800
 """Pages per second, all over: 50 MiB/s."""
 LINK = 32 << 20
 """Bytes per second, that both are limited to."""
-PATIENCE = 4.0
+TIMEOUT = 4.0
 """Times that sending the memory once takes, after which QEMU's pre-copy is given up: it never does so itself."""
 SLICE = 0.25
 """Seconds of one reading of the throughput."""
@@ -61,7 +61,7 @@ class LateQemuLine(QemuLine):
             told = source.monitor.execute("query-migrate")
         return {
             "line": "QEMU",
-            "mode": f"precopy, given up after {PATIENCE:g} x",
+            "mode": f"precopy, given up after {TIMEOUT:g} x",
             "ended": told["status"] == "completed",
             "total-ms": (time.monotonic() - begin) * 1e3,
             "transferred": told["ram"]["transferred"],
@@ -85,7 +85,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
                 runs.append(_moved(ours, ballast, words=options) | {"line": "pageferry", "mode": mode})
                 ballast.hold()
                 runs.append(_moved(theirs, ballast, mode=mode) | {"line": "QEMU", "mode": mode})
-        runs.append(theirs.never_ends(PATIENCE * once(runs)))
+        runs.append(theirs.never_ends(TIMEOUT * once(runs)))
     return runs
 
 

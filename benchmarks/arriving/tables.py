@@ -59,7 +59,7 @@ def judge(results: Results) -> list[Target]:
     return [
         Target(
             "QEMU's pre-copy of a guest that writes faster than the link",
-            f"no end within {guests.PATIENCE:g} x of sending its memory once",
+            f"no end within {guests.TIMEOUT:g} x of sending its memory once",
             f"ended after {theirs['rounds']} rounds" if theirs["ended"] else f"{theirs['rounds']} rounds, and no end",
             not theirs["ended"],
         ),

@@ -39,9 +39,9 @@ class SerialLines:
         gaps = [(late - early) for early, late in itertools.pairwise(times) if late > start and early < end]
         return max(gaps, default=0.0)
 
-    def speaks(self, start: float, end: float, patience: float = 0.0) -> bool:
+    def speaks(self, start: float, end: float, timeout: float = 0.0) -> bool:
         """Whether a tick has come between two instants; if none has, so many seconds are waited for one."""
-        until = time.monotonic() + patience
+        until = time.monotonic() + timeout
         while not (spoken := any(start < at < end for at, _ in list(self.ticks))) and time.monotonic() < until:
             time.sleep(0.01)
             end = max(end, time.monotonic())

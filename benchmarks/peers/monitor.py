@@ -12,9 +12,9 @@ from typing import Any
 class Monitor:
     """A session; opened as soon as there is a socket."""
 
-    def __init__(self, path: Path, patience: float = 30.0) -> None:
+    def __init__(self, path: Path, timeout: float = 30.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while True:
             try:
                 self._socket.connect(str(path))
@@ -42,9 +42,9 @@ class Monitor:
                 return answer["return"]
             self._events.append(answer)
 
-    def wait(self, event: str, patience: float = 60.0, **data: Any) -> float:
+    def wait(self, event: str, timeout: float = 60.0, **data: Any) -> float:
         """When the next event of that name (with that data) happened, seconds since 1970. Forgets those before it."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while True:
             said = self._events.pop(0) if self._events else self._next(deadline)
             if said.get("event") == event and data.items() <= said.get("data", {}).items():

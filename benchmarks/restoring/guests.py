@@ -25,7 +25,7 @@ RATE, HOT = 5120, 5
 WATCHED = 4.0
 """Seconds that a guest is watched after it has been resumed, at least; in a hurry, less."""
 HURRIED = 2.0
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds in which memory must have come."""
 WINDOW, UTILISATION = 1.0, 0.8
 """Of the time to responsiveness, TTR(1 s, 80 %): see `responsive`."""
@@ -76,10 +76,10 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str, watch
     told = Told(pageferry("restore", name, str(image), "--output", "json", *options, "--", *line.command(line.hops)))
     try:
         running = Running.behind(line.monitor_path(line.hops))
-        first = told.wait("running", PATIENCE)
+        first = told.wait("running", TIMEOUT)
         assert first is not None
         resumed = _resumed(running)
-        restored = told.wait("restore", watched if "--no-prefetch" in options else PATIENCE)
+        restored = told.wait("restore", watched if "--no-prefetch" in options else TIMEOUT)
         time.sleep(max(resumed + watched - time.time(), 0))
         if restored is None:
             restored = told.wait("restore-progress", 0) or {}
@@ -151,10 +151,10 @@ class Told:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def wait(self, kind: str, patience: float) -> dict[str, Any] | None:
+    def wait(self, kind: str, timeout: float) -> dict[str, Any] | None:
         """The last line of that type, as soon as there is one."""
         with self._news:
-            self._news.wait_for(lambda: kind in self._last or not self._reader.is_alive(), patience)
+            self._news.wait_for(lambda: kind in self._last or not self._reader.is_alive(), timeout)
             return self._last.get(kind)
 
     def end(self) -> None:

@@ -47,7 +47,7 @@ def _close() -> Iterator[None]:
 
 @pytest.fixture
 def there() -> Iterator[Program]:
-    with moving.receiver("there", "--patience", "2") as program:
+    with moving.receiver("there", "--timeout", "2") as program:
         yield program
 
 
@@ -175,7 +175,7 @@ def test_an_accepted_source_that_breaks_the_rules_ends_the_migration(reason: str
 
 
 def receiver_saying(stderr: Any) -> Program:
-    words = (*moving.HERE.listening, "--patience", "2")
+    words = (*moving.HERE.listening, "--timeout", "2")
     command = ("-m", "pageferry", "receive", "there", "--workload", "demo", "--output", "json", *words)
     return Program(*command, stderr=stderr)
 
@@ -248,7 +248,7 @@ def test_a_destination_that_is_none_leaves_the_workload_running(here: Program, n
     code, behave = IMPOSTORS[number]
     with (
         destination(behave) as address,
-        moving.migrating("victim", address, "--patience", "1", "--codec", "zstd") as migration,
+        moving.migrating("victim", address, "--timeout", "1", "--codec", "zstd") as migration,
     ):
         # An answer that comes before its time is found when its time comes.
         assert migration.wait() == code
@@ -261,7 +261,7 @@ def test_a_destination_that_is_none_leaves_the_workload_running(here: Program, n
 def test_a_destination_that_only_lives_leaves_the_workload_running(here: Program, kind: type[messages.Message]) -> None:
     with (
         destination(goes_along_until(kind)) as address,
-        moving.migrating("victim", address, "--patience", "1") as migration,
+        moving.migrating("victim", address, "--timeout", "1") as migration,
     ):
         assert migration.wait() == 23
     moving.runs("victim")
@@ -272,7 +272,7 @@ def test_a_destination_that_only_lives_after_commit_leaves_it_paused_and_in_doub
     with moving.ledger("doubtful") as doubtful:
         with (
             destination(goes_along_until(messages.Commit)) as address,
-            moving.migrating("doubtful", address, "--patience", "1") as migration,
+            moving.migrating("doubtful", address, "--timeout", "1") as migration,
         ):
             assert migration.wait() == 26
         assert moving.status("doubtful") is Status.COMMITTED

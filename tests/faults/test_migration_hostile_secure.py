@@ -41,7 +41,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def there(folders: tuple[Path, Path]) -> Iterator[Program]:
-    with moving.receiver("there", "--patience", "2", "--tls", str(folders[1])) as program:
+    with moving.receiver("there", "--timeout", "2", "--tls", str(folders[1])) as program:
         yield program
 
 
@@ -96,7 +96,7 @@ def test_a_believed_source_that_breaks_the_rules_ends_the_migration(
     source, receiver = folders
     with (
         open(tmp_path / "stderr", "w+") as stderr,
-        moving.receiver("there", "--patience", "2", "--tls", str(receiver), stderr=stderr) as there,
+        moving.receiver("there", "--timeout", "2", "--tls", str(receiver), stderr=stderr) as there,
     ):
         asyncio.run(_say(moving.address_of(there), source, said))
         assert there.wait() == code
@@ -132,7 +132,7 @@ def test_a_believed_destination_that_is_none_leaves_the_workload_running(
     with moving.ledger("here") as here:
         with (
             destination(behave, tls=receiver) as address,
-            moving.migrating("here", address, "--patience", "1", "--tls", str(source)) as migration,
+            moving.migrating("here", address, "--timeout", "1", "--tls", str(source)) as migration,
         ):
             assert migration.wait() == code
         assert moving.status("here") is Status.RUNNING

@@ -216,9 +216,9 @@ def test_a_destination_that_says_no_after_commit_gives_it_back(here: Program, be
 
 @pytest.mark.parametrize("point", ["in-round", "paused", "state-sent"])
 def test_a_source_that_hangs_is_given_up_by_the_destination(here: Program, before: list[str], point: str) -> None:
-    with moving.receiver("there", "--patience", "1") as there:
+    with moving.receiver("there", "--timeout", "1") as there:
         address = moving.address_of(there)
-        with moving.migrating("here", address, "--patience", "1", fault=f"source.{point}=stop") as migration:
+        with moving.migrating("here", address, "--timeout", "1", fault=f"source.{point}=stop") as migration:
             moving.stopped(migration)
             if point == "state-sent":  # it was promised: the source may come and ask
                 with moving.migrating("here", "--recover") as recovery:
@@ -234,8 +234,8 @@ def test_a_source_that_hangs_is_given_up_by_the_destination(here: Program, befor
 
 @pytest.mark.parametrize("point", ["accepted", "in-round", "state-received"])
 def test_a_destination_that_hangs_is_given_up_by_the_source(here: Program, before: list[str], point: str) -> None:
-    with moving.receiver("there", "--patience", "1", fault=f"destination.{point}=stop") as there:
-        with moving.migrating("here", moving.address_of(there), "--patience", "1") as migration:
+    with moving.receiver("there", "--timeout", "1", fault=f"destination.{point}=stop") as there:
+        with moving.migrating("here", moving.address_of(there), "--timeout", "1") as migration:
             moving.stopped(there)
             assert migration.wait() == 23
         runs_on(here, before)

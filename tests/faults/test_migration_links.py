@@ -47,7 +47,7 @@ def test_a_long_fast_link(tmp_path: Path, streams: str) -> None:
     """1 Gbit/s, 50 ms there and back: what is told of the switch-over has its round trips in it."""
     with Network(tmp_path) as network:
         network.order(delay=0.025, rate=GIGABIT)
-        result = moved(network, "--patience", "5", "--streams", streams, size=64 * MIB)[-1]
+        result = moved(network, "--timeout", "5", "--streams", streams, size=64 * MIB)[-1]
     # The last round, Ready and Running take a round trip each.
     assert result["downtime"] >= 150
     assert result["downtime-parts"]["last-pages"] >= 50
@@ -58,17 +58,17 @@ def test_a_lossy_link(tmp_path: Path) -> None:
     with Network(tmp_path, segments=False) as network:
         network.order(delay=0.01, rate=GIGABIT / 10, loss=0.01)
         options = {"threads": 2, "rate": MIB}
-        result = moved(network, "--patience", "5", "--streams", "2", "--codec", "lz4", size=16 * MIB, options=options)[
+        result = moved(network, "--timeout", "5", "--streams", "2", "--codec", "lz4", size=16 * MIB, options=options)[
             -1
         ]
     assert result["memory"] == 16 * MIB
 
 
-def test_a_link_so_slow_that_a_full_buffer_takes_longer_than_patience_lasts(tmp_path: Path) -> None:
+def test_a_link_so_slow_that_a_full_buffer_takes_longer_than_the_timeout_lasts(tmp_path: Path) -> None:
     with Network(tmp_path) as network:
         network.order(rate=1 * MIB)
         options = {"threads": 2, "rate": MIB // 16}
-        said = moved(network, "--patience", "2", "--max-downtime", "2000", size=4 * MIB, options=options)
+        said = moved(network, "--timeout", "2", "--max-downtime", "2000", size=4 * MIB, options=options)
     # What waits in the kernel is not taken for sent: progress is told along the way, not at once.
     assert len([event for event in said if event["type"] == "progress"]) > 10
 

@@ -33,10 +33,10 @@ POINTS = {
 ROUNDS: dict[str, tuple[str, ...]] = {"source": ("between-rounds", "last-pages-sent"), "destination": ()}
 LATE = {"source": ("missing-sent",), "destination": ("pager-begun",)}
 """What a post-copy comes to before Commit, instead of rounds."""
-PATIENCE = "3"
+TIMEOUT = "3"
 """Seconds of silence for which these migrations wait; more than a busy machine makes anybody silent."""
 BLIP = 0.3
-"""Seconds of silence that end before anybody's patience does."""
+"""Seconds of silence that end before anybody's timeout does."""
 LONGEST = 120.0
 """Seconds that a migration may take."""
 ASKING = 8
@@ -68,7 +68,7 @@ class Journey:
         point, _, action = fault.partition("=")
         self._stopping = point if action == "stop" else ""
         at_source, at_destination = (fault if point.startswith(side) else None for side in ("source", "destination"))
-        words = ("--patience", PATIENCE)
+        words = ("--timeout", TIMEOUT)
         self.peer = traveller.receiver(target, *words, fault=at_destination, stderr=self._file("receive"))
         try:
             self.address = moving.address_of(self.peer)
@@ -161,7 +161,7 @@ class Journey:
 
     def recover(self, how: str = "--recover") -> tuple[int, Owner | None]:
         """`pageferry migrate --recover` or `--take-back`: its exit code, and the owner that it names."""
-        words = (how, "--patience", PATIENCE)
+        words = (how, "--timeout", TIMEOUT)
         with moving.migrating(self.traveller.name, *words, host=self.origin, stderr=self._file("recover")) as recovery:
             assert recovery.process.stdout is not None
             out, _ = recovery.process.communicate(timeout=60)

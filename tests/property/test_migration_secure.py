@@ -26,7 +26,7 @@ from tests.property.test_migration_messages import everything
 
 T = TypeVar("T")
 Pair = Callable[[], tuple[ControlSession, ControlSession]]
-PATIENCE = 30.0
+TIMEOUT = 30.0
 tries = settings(deadline=None, max_examples=50)
 """Each of them makes a connection."""
 
@@ -68,7 +68,7 @@ def sealed(session: ControlSession, *parts: bytes) -> bytes:
 
 async def _heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[AnyMessage], MigrationError]:
     reader = asyncio.StreamReader()
-    channel = Channel(SecureStream(session, reader, Sink()), Sink(), PATIENCE)  # type: ignore[arg-type]
+    channel = Channel(SecureStream(session, reader, Sink()), Sink(), TIMEOUT)  # type: ignore[arg-type]
     found = []
     for piece in pieces:
         reader.feed_data(piece)

@@ -25,13 +25,13 @@ from pageferry.workloads.qemu import QemuWorkload
 from pageferry.workloads.qmp import Monitor
 from tests.guest.machines import GuestParts
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 MIB = 1 << 20
 
 
 def pageferry(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "pageferry", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def listed() -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def ram() -> Iterator[Path]:
 
 async def answers(qmp: str) -> None:
     """Wait until a QEMU has built its machine and mapped its memory: it serves its monitor then."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while True:
         try:
             async with await Monitor.open(qmp) as monitor:
@@ -186,7 +186,7 @@ def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> Non
     command = parts.bare("-m", "128M", "-S", *options)
     restored = pageferry("restore", "again", str(ram / "image"), "--detach", "--", *command)
     assert restored.returncode == 0, restored.stderr
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while listed()[0]["deferred"]:
         assert time.monotonic() < deadline
 

@@ -169,7 +169,7 @@ def test_monitor_that_is_in_use_is_named(guest: Guest) -> None:
     async def scenario() -> None:
         async with await Monitor.open(guest.qmp_socket):
             with pytest.raises(WorkloadError, match="another client has its only session"):
-                await QemuWorkload.attach(NAME, patience=0.3)
+                await QemuWorkload.attach(NAME, timeout=0.3)
         (await QemuWorkload.attach(NAME)).close()
 
     asyncio.run(scenario())

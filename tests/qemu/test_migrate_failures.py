@@ -162,7 +162,7 @@ def test_source_agent_killed_when_it_had_said_so(guest: Traveller) -> None:
 
 def test_a_receiver_does_not_wait_for_ever_to_be_asked(guest: Traveller) -> None:
     """Its source was killed when it knew all; what it had not written down yet it learns from any receiver."""
-    with guest.receiver("--patience", "1") as there:
+    with guest.receiver("--timeout", "1") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.answered=kill") as migration:
             assert migration.wait() == -signal.SIGKILL

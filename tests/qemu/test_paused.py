@@ -192,7 +192,7 @@ def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: G
     """Its agent hangs, so that its QEMU is still there when the source gives up."""
     with bare(parts, tmp_path) as guest:
         with guest.receiver(fault="destination.loaded=stop") as there:
-            with guest.migrating(moving.address_of(there), "--patience", "2") as migration:
+            with guest.migrating(moving.address_of(there), "--timeout", "2") as migration:
                 moving.stopped(there)
                 assert migration.wait() == 23
             assert guest.qmp("query-status")["running"]

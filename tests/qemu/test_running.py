@@ -19,12 +19,12 @@ from pageferry.host.registry import Registry
 from pageferry.workloads.qemu import QemuWorkload
 from tests.guest.machines import GuestParts
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 def pageferry(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "pageferry", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def listed() -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def test_guest_in_the_foreground_ends_with_ctrl_c(parts: GuestParts, registry: R
     with start_in_foreground(parts) as command:
         (workload,) = listed()
         command.send_signal(signal.SIGINT)
-        _, errors = command.communicate(timeout=PATIENCE)
+        _, errors = command.communicate(timeout=TIMEOUT)
     assert command.returncode == 128 + signal.SIGINT
     assert "Traceback" not in errors
     assert proc.start_time(workload["pid"]) is None
@@ -112,7 +112,7 @@ def test_guest_in_the_foreground_that_ends_by_itself(
     with start_in_foreground(parts) as command:
         if not says:
             os.kill(listed()[0]["pid"], signal.SIGKILL)
-        output, errors = command.communicate(f"{says}\n", timeout=PATIENCE)
+        output, errors = command.communicate(f"{says}\n", timeout=TIMEOUT)
     assert "monitor" in output
     assert (command.returncode, "exit code -9" in errors) == (code, not says)
 

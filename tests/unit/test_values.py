@@ -174,7 +174,7 @@ def test_number_alone_has_the_documented_unit() -> None:
     from pageferry.cli import arguments
 
     assert MigrationOptions(max_downtime=0.3).max_downtime == arguments.milliseconds("300") == 0.3
-    assert MigrationOptions(patience=10).patience == arguments.seconds("10") == 10
+    assert MigrationOptions(timeout=10).timeout == arguments.seconds("10") == 10
 
 
 def test_sizes_and_rates_are_the_same_in_python_and_on_the_command_line() -> None:
@@ -214,7 +214,7 @@ def test_mistyped_command_gets_a_hint(words: list[str], hint: str, capsys: pytes
 @pytest.mark.parametrize(
     "words",
     [
-        ["migrate", "none", "127.0.0.1:1", "--max-downtime", "30ms", "--patience", "10s", "--bandwidth", "1G/s"],
+        ["migrate", "none", "127.0.0.1:1", "--max-downtime", "30ms", "--timeout", "10s", "--bandwidth", "1G/s"],
         ["large-pages", "none", "--window", "300ms"],
         ["sharing", "none", "--interval", "1m"],
     ],
@@ -230,7 +230,7 @@ def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
         (["migrate", "none", "127.0.0.1:1", "--max-downtime", "2h"], "--max-downtime"),
         (["migrate", "none", "127.0.0.1:1", "--tls-hostname", "x"], "--tls-hostname needs --tls"),
         (["checkpoint", "none", "image", "--trap-block", "5K"], "--trap-block"),
-        (["receive", "none", "--workload", "demo", "--patience", "0"], "--patience"),
+        (["receive", "none", "--workload", "demo", "--timeout", "0"], "--timeout"),
         (["receive", "none", "--workload", "demo", "--allow", "x"], "--allow needs --tls"),
         (["large-pages", "none", "--window", "300"], "--window"),
         (["sharing", "none", "--every", "0"], "--every"),

@@ -14,7 +14,7 @@ from pageferry.host import processes
 from pageferry.host.registry import Registry
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE = 100.0
+TIMEOUT = 100.0
 """Seconds for one command."""
 GUEST = "qemu-system-x86_64 -m 1G -accel kvm ..."
 
@@ -44,7 +44,7 @@ class Host:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
 
     def start(self, command: str, announcement: str) -> subprocess.Popen[str]:
@@ -61,7 +61,7 @@ class Host:
                 text=True,
             )
         self.waiting.append(process)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not re.search(announcement, log.read_text()):
             assert process.poll() is None, f"{command} ended: {log.read_text()}"
             assert time.monotonic() < deadline, f"{command} does not say {announcement!r}: {log.read_text()}"

@@ -9,7 +9,7 @@ import asyncio
 from pageferry.errors import PageferryError
 from pageferry.workloads.qmp import Monitor
 
-_PATIENCE = 3.0
+_TIMEOUT = 3.0
 """Seconds for the guest to stop."""
 
 
@@ -26,5 +26,5 @@ def stop_guest(qmp_socket: str) -> bool:
 
 
 async def _stop(qmp_socket: str) -> None:
-    async with asyncio.timeout(_PATIENCE), await Monitor.open(qmp_socket) as monitor:
+    async with asyncio.timeout(_TIMEOUT), await Monitor.open(qmp_socket) as monitor:
         await monitor.execute("stop")

@@ -25,7 +25,7 @@ from pageferry.workloads.ledger import LedgerOptions
 from pageferry.workloads.ledger_process import Setup
 from pageferry.workloads.opening import open_workload
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds for a process of ours to say the next thing."""
 
 
@@ -129,12 +129,12 @@ async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while line := await in_thread(process.stdout.readline):
                 said: dict[str, Any] = msgspec.json.decode(line)
                 if said["type"] == kind:
                     return said
     except TimeoutError as slow:
         process.kill()  # whoever waits for its next line is released
-        raise WorkloadError(f"a process of the demo has not said {kind!r} for {PATIENCE:.0f} s") from slow
+        raise WorkloadError(f"a process of the demo has not said {kind!r} for {TIMEOUT:.0f} s") from slow
     raise WorkloadError(f"a process of the demo ended: {process.stderr.read().decode().strip()}")

@@ -23,7 +23,7 @@ _RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
 _PAUSED_BY_USER = frozenset({"paused", "prelaunch"})
 """Run states of QEMU: of a guest that runs, or waits for its source; and after QMP `stop`, or with -S."""
 
-PATIENCE = 1.0
+TIMEOUT = 1.0
 """Seconds to wait for a workload that another command may be working on."""
 
 
@@ -89,7 +89,7 @@ async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
 async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:
     match entry:
         case QemuEntry():
-            return await QemuWorkload.attach(name, patience=PATIENCE)
+            return await QemuWorkload.attach(name, timeout=TIMEOUT)
         case ArenaEntry(control_socket=path):
             return await RemoteArena.connect(path)
         case _:

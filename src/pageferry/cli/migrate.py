@@ -137,9 +137,9 @@ def _add_arriving(arriving: argparse._ArgumentGroup) -> None:
 
 def _add_link(link: argparse._ArgumentGroup) -> None:
     link.add_argument(
-        "--patience",
+        "--timeout",
         type=seconds,
-        default=DEFAULTS.patience,
+        default=DEFAULTS.timeout,
         metavar="DURATION",
         help="silence that ends it, such as 10s or 1m; a number alone counts seconds (30s)",
     )
@@ -190,7 +190,7 @@ async def _settle(args: argparse.Namespace, workload: Workload) -> int:
         else:
             owner = await api.recover(
                 workload,
-                patience=args.patience,
+                timeout=args.timeout,
                 insecure=args.insecure,
                 tls=args.tls,
                 tls_hostname=args.tls_hostname,

@@ -20,7 +20,7 @@ from pageferry.host.registry import Registry
 from pageferry.migration import api, events, messages
 from pageferry.migration.connection import Reception
 from pageferry.migration.destination import Destination, Prepare
-from pageferry.migration.options import patience
+from pageferry.migration.options import timeout
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.report.migration import postcopy_line
@@ -110,7 +110,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hugetlb", action="store_true", help="guest memory on hugetlbfs")
     parser.add_argument("--detach", action="store_true", help="end when the guest runs, and leave it running")
     parser.add_argument(
-        "--patience",
+        "--timeout",
         type=seconds,
         default=30.0,
         metavar="DURATION",
@@ -137,13 +137,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 async def run(args: argparse.Namespace) -> int:
     """Receive a workload, then stay until it ends."""
     command = args.command
-    patience(args.patience)
+    timeout(args.timeout)
     values.optional(values.size, "max_size", args.max_size, 1, MAX_ARENA)
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give either --workload demo, or --resume, or a QEMU command line after --")
     with open_reporter(args.output, ReceiveView()) as out:
         reception = api.open_reception(
-            _address(args), args.patience, insecure=args.insecure, tls=args.tls, allow=args.allow
+            _address(args), args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow
         )
         try:
             if args.resume:
@@ -170,7 +170,7 @@ def _destination(
         reception,
         prepare,
         Verdicts(registry.path),
-        args.patience,
+        args.timeout,
         folder=lambda: registry.folder(args.name),
         listener=out.event,
         ended=guest.died if guest is not None else None,
@@ -179,7 +179,7 @@ def _destination(
 
 async def _resume(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:
     registry = Registry()
-    resumption = Resumption(registry.folder(args.name), reception, Verdicts(registry.path), args.patience, out.event)
+    resumption = Resumption(registry.folder(args.name), reception, Verdicts(registry.path), args.timeout, out.event)
     out.event(Listening(args.name, str(reception.address)))
     await resumption.run()
     out.final(Resumed(args.name))
@@ -228,7 +228,7 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
         with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
             await moved.wait()
             # It may have moved on as soon as all of it was here: its source must hear of that, too.
-            await asyncio.wait({finishing}, timeout=args.patience)
+            await asyncio.wait({finishing}, timeout=args.timeout)
     ledger = received[-1]
     ledger.stop()
     report = await in_thread(ledger.verify)

@@ -11,7 +11,7 @@ from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Claim, QemuEntry, Registry
 from pageferry.workloads.qemu import QemuWorkload
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 """Seconds for a program to end."""
 
 
@@ -46,7 +46,7 @@ async def _quit(name: str, entry: QemuEntry, registry: Registry) -> None:
         raise
     except WorkloadError as hangs:
         raise WorkloadError(f"{hangs}. `pageferry stop --kill {name}` ends it without asking") from hangs
-    if not await guest.quit(PATIENCE):
+    if not await guest.quit(TIMEOUT):
         guest.close()
         raise WorkloadError(
             f"{name} (process {entry.pid}) does not quit: `pageferry stop --kill {name}` ends it without asking"
@@ -57,10 +57,10 @@ async def _quit(name: str, entry: QemuEntry, registry: Registry) -> None:
 async def _signal(name: str, entry: AnyEntry, number: signal.Signals) -> None:
     processes.send_signal(entry.pid, entry.started, number)
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await processes.wait_for_end(entry.pid, entry.started)
     except TimeoutError as slow:
         raise WorkloadError(
-            f"{name} (process {entry.pid}) has not ended {PATIENCE:g} s after {number.name}: "
+            f"{name} (process {entry.pid}) has not ended {TIMEOUT:g} s after {number.name}: "
             f"`pageferry stop --kill {name}` ends it"
         ) from slow

@@ -15,7 +15,7 @@ COMPACT = Path("/proc/sys/vm/compact_memory")
 
 _ORDER = 9
 """Of a block of 2 MiB in small pages."""
-_PATIENCE = 2.0
+_TIMEOUT = 2.0
 """Seconds. On a host of a terabyte compaction takes longer, and goes on while its first large pages are used."""
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = 
     # Not to be waited for at the end of the program, which ends it.
     thread = threading.Thread(target=_compact, args=(compact,), name="pageferry-compaction", daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(_TIMEOUT)
     found = free_large_pages(buddyinfo)
     log.info("%d large pages were free, %d are wanted: after compaction it is %d", free, wanted, found)
     return found

@@ -25,7 +25,7 @@ PERIOD = 100_000
 """Microseconds over which a limit holds: the kernel's default."""
 LEAST = 1000
 """Microseconds of each period that the kernel leaves to any group."""
-PATIENCE = 10.0
+TIMEOUT = 10.0
 """Seconds that the guardian may take."""
 
 
@@ -116,7 +116,7 @@ class CpuQuota:
             self.lift()
         self._guardian.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            self._guardian.wait(PATIENCE)
+            self._guardian.wait(TIMEOUT)
 
     def _move(self, pids: Sequence[int]) -> None:
         self._limited.mkdir()

@@ -32,7 +32,7 @@ from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
 from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
-from pageferry.migration.options import patience as options_patience
+from pageferry.migration.options import timeout as options_timeout
 from pageferry.migration.ownership import RECORD, Committed, Verdicts, committed
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
@@ -60,7 +60,7 @@ async def migrate(
 
     `options` are those of `pageferry.migration.options.Options`, which explains them: mode, max_downtime (seconds),
     max_rounds, auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second),
-    streams, patience (seconds), insecure, tls, tls_hostname. `listener` is called with an event for every round.
+    streams, timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event for every round.
 
     Raises MigrationError when it did not work out: the workload runs on here then, as if nothing had happened; except
     for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver, and PostcopyPaused: it runs
@@ -149,7 +149,7 @@ async def receive(
     loop: asyncio.AbstractEventLoop | None = None,
     max_size: int | None = None,
     listening: Callable[[str], object] | None = None,
-    patience: float = 30.0,
+    timeout: float = 30.0,
     insecure: bool = False,
     tls: str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
@@ -170,7 +170,7 @@ async def receive(
     check_arena(name, state, on_pause, on_resume, on_moved)
     most = values.optional(values.size, "max_size", max_size, 1, MAX_ARENA)
     values.optional(values.function, "listening", listening)
-    patience = options_patience(patience)
+    timeout = options_timeout(timeout)
     notify: Callable[[str], object] = listening or (lambda _: None)
     check_listener("listening", notify)
 
@@ -189,15 +189,15 @@ async def receive(
         )
 
     async def work(heard: Callable[[str], object]) -> Arena:
-        reception = open_reception(address, patience, insecure=insecure, tls=tls, allow=allow)
+        reception = open_reception(address, timeout, insecure=insecure, tls=tls, allow=allow)
         heard(str(reception.address))
-        return await _receive(reception, make, most, patience)
+        return await _receive(reception, make, most, timeout)
 
     return await beside_loop(work, notify)
 
 
 async def _receive(
-    reception: Reception, make: Callable[[int, int], Arena], max_size: int | None, patience: float
+    reception: Reception, make: Callable[[int, int], Arena], max_size: int | None, timeout: float
 ) -> Arena:
     received: list[Arena] = []
 
@@ -209,7 +209,7 @@ async def _receive(
         received.append(arena)
         return arena.workload()
 
-    destination = Destination(reception, prepare, Verdicts(Registry().path), patience)
+    destination = Destination(reception, prepare, Verdicts(Registry().path), timeout)
     try:
         await destination.run()
     finally:
@@ -224,7 +224,7 @@ async def _receive(
 
 def open_reception(
     address: str,
-    patience: float,
+    timeout: float,
     *,
     insecure: bool,
     tls: str | os.PathLike[str] | None,
@@ -236,7 +236,7 @@ def open_reception(
     if names and folder is None:
         raise UsageError("`allow` needs `tls`: without certificates a source has no name")
     trust = None if folder is None else Trust(folder, "receiver", allow=names)
-    return Reception(resolve(address, insecure=insecure, what="address to listen on", trust=trust), patience, trust)
+    return Reception(resolve(address, insecure=insecure, what="address to listen on", trust=trust), timeout, trust)
 
 
 def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
@@ -253,7 +253,7 @@ async def recover(
     workload: Arena | Workload,
     doubt: OutcomeUnknown | None = None,
     *,
-    patience: float = 30.0,
+    timeout: float = 30.0,
     insecure: bool = False,
     tls: str | os.PathLike[str] | None = None,
     tls_hostname: str | None = None,
@@ -271,10 +271,10 @@ async def recover(
     values.function("listener", listener)
     check_listener("listener", listener)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
-    patience = options_patience(patience)
+    timeout = options_timeout(timeout)
     Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname)
     if isinstance(workload, Arena):
-        link: dict[str, Any] = {"patience": patience, "insecure": insecure, "tls": tls, "tls_hostname": tls_hostname}
+        link: dict[str, Any] = {"timeout": timeout, "insecure": insecure, "tls": tls, "tls_hostname": tls_hostname}
         return await _of_arena(workload, lambda moved, heard: recover(moved, doubt, listener=heard, **link), listener)
     moved = workload
     record = _in_doubt(moved, doubt)
@@ -282,10 +282,10 @@ async def recover(
     trust = chosen.trust()
     address = resolve(record.peer, insecure=insecure, what="peer", trust=trust)
     owners = peer_users.owners_of(segment.pid for region in moved.regions for segment in region.segments)
-    async with _asked(address, record, moved.name, patience, trust, owners) as (outcome, channel):
+    async with _asked(address, record, moved.name, timeout, trust, owners) as (outcome, channel):
         if outcome.owner == "destination":
             if record.owes and not outcome.complete:
-                await serve_on(moved, record, channel, address, patience, listener)
+                await serve_on(moved, record, channel, address, timeout, listener)
             await moved.discard()
             with contextlib.suppress(MigrationError):
                 await channel.send(messages.Done())
@@ -340,7 +340,7 @@ async def _asked(
     address: Address,
     record: Committed,
     name: str,
-    patience: float,
+    timeout: float,
     trust: Trust | None,
     owners: frozenset[int],
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
@@ -354,7 +354,7 @@ async def _asked(
     channel: Channel | None = None
     try:
         try:
-            channel = await connect_control(address, patience, trust, owners)
+            channel = await connect_control(address, timeout, trust, owners)
             await channel.send(messages.Recover(version=messages.VERSION, migration=record.migration))
             outcome = await channel.receive(messages.Outcome)
         except MigrationError as error:

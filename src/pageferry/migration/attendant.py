@@ -54,10 +54,10 @@ class Attendant:
         self.migration = migration
         self._task = asyncio.create_task(self._attend())
 
-    async def until_settled(self, patience: float) -> None:
+    async def until_settled(self, timeout: float) -> None:
         """Wait until the source knows, or so long that it must have known, or died: what was decided is on disk."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ANSWER * patience):
+            async with asyncio.timeout(ANSWER * timeout):
                 await self.settled.wait()
         if not self.settled.is_set():
             log.warning(

@@ -27,7 +27,7 @@ BEAT = 1.0
 QUEUED = 16
 """Messages that may wait to be looked at; a peer that sends more has to wait."""
 ANSWER = 4.0
-"""Times its patience that a side waits for what the peer has to say next, however alive that says it is."""
+"""Times its timeout that a side waits for what the peer has to say next, however alive that says it is."""
 LAST_WORDS = 0.5
 """Seconds to wait for the peer's reason after a connection failed."""
 
@@ -48,13 +48,13 @@ class Writer(Protocol):
 
 
 class Channel:
-    """A control connection to a peer. `patience`: seconds of silence after which the peer counts as lost."""
+    """A control connection to a peer. `timeout`: seconds of silence after which the peer counts as lost."""
 
     def __init__(
         self,
         reader: Reader,
         writer: Writer,
-        patience: float,
+        timeout: float,
         peer: Peer | None = None,
         *,
         address: Address | None = None,
@@ -62,7 +62,7 @@ class Channel:
     ) -> None:
         self._reader = reader
         self._writer = writer
-        self.patience = patience
+        self.timeout = timeout
         self.peer = peer
         """Who it is, if the connection is secure."""
         self.address = address
@@ -84,7 +84,7 @@ class Channel:
         """Send one message. Raises ConnectionLost."""
         try:
             self._writer.write(messages.encode(message))
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.timeout):
                 await self._writer.drain()
         except (OSError, TimeoutError) as error:
             raise await self._lost(f"the connection to the peer broke: {str(error) or type(error).__name__}") from error
@@ -138,7 +138,7 @@ class Channel:
 
     async def _next(self, what: str, within: float | None = None) -> AnyMessage:
         """The next message. Signs of life are not enough here: a paused workload may wait for it."""
-        seconds = ANSWER * self.patience if within is None else within
+        seconds = ANSWER * self.timeout if within is None else within
         try:
             async with asyncio.timeout(seconds):
                 return await self.during(self._inbox.get())
@@ -165,14 +165,14 @@ class Channel:
                 if not isinstance(message, Alive):
                     await self._inbox.put(message)
         except TimeoutError:  # ours, or the kernel's (TCP_USER_TIMEOUT)
-            self._fail(ConnectionLost(f"the peer has been silent for {self.patience:g} s"))
+            self._fail(ConnectionLost(f"the peer has been silent for {self.timeout:g} s"))
         except (EOFError, OSError) as error:
             self._fail(ConnectionLost(f"the peer closed the connection{f': {error}' if str(error) else ''}"))
         except MigrationError as error:
             self._fail(error)
 
     async def _read(self) -> AnyMessage:
-        async with asyncio.timeout(self.patience):
+        async with asyncio.timeout(self.timeout):
             try:
                 length = int.from_bytes(await self._reader.readexactly(4), "big")
                 if length > self.limit:

@@ -68,7 +68,7 @@ class PageStream:
 
 
 async def connect_control(
-    address: Address, patience: float, trust: Trust | None = None, owners: Collection[int] | None = None
+    address: Address, timeout: float, trust: Trust | None = None, owners: Collection[int] | None = None
 ) -> Channel:
     """A control connection to a receiver, at the first address of its name that answers.
 
@@ -76,26 +76,26 @@ async def connect_control(
     ConnectionLost, AuthenticationError.
     """
     owners = peer_users.owners_of() if owners is None else owners
-    connection, address = await connect(address, patience)
+    connection, address = await connect(address, timeout)
     if trust is None:
-        await _authenticate(connection, owners, patience)
+        await _authenticate(connection, owners, timeout)
         reader, writer = await _streams(connection)
         writer.write(messages.CONTROL_MAGIC)
-        return Channel(reader, writer, patience, address=address, owners=owners)
+        return Channel(reader, writer, timeout, address=address, owners=owners)
     session = trust.control_session(address.name)
-    await _shake_hands(connection, session, messages.SECURE_CONTROL_MAGIC, address, patience)
+    await _shake_hands(connection, session, messages.SECURE_CONTROL_MAGIC, address, timeout)
     stream = secure.SecureStream(session, *await _streams(connection))
     stream.write(messages.CONTROL_MAGIC)
-    return Channel(stream, stream, patience, session.peer(), address=address)
+    return Channel(stream, stream, timeout, session.peer(), address=address)
 
 
-async def _authenticate(connection: socket.socket, owners: Collection[int], patience: float) -> None:
+async def _authenticate(connection: socket.socket, owners: Collection[int], timeout: float) -> None:
     """Have the kernel say whose process accepted a connection on this host. Raises AuthenticationError, ConnectionLost.
 
     Before it is accepted no process has it.
     """
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             while not peer_users.check_peer(connection, owners):  # noqa: ASYNC110  # the kernel reports it nowhere
                 await asyncio.sleep(ACCEPTING)
     except BaseException as error:
@@ -108,17 +108,17 @@ async def _authenticate(connection: socket.socket, owners: Collection[int], pati
 async def connect_stream(control: Channel, address: Address, token: bytes, index: int) -> PageStream:
     """A page stream to the receiver at the other end of `control`, and no other. Raises ConnectionLost,
     AuthenticationError."""
-    connection, address = await connect(control.address or address, control.patience)
+    connection, address = await connect(control.address or address, control.timeout)
     greeting = messages.STREAM_MAGIC + token + index.to_bytes(INDEX_BYTES, "big")
     session = None if control.peer is None else control.peer.page_session()
     if session is None:
-        await _authenticate(connection, control.owners, control.patience)
+        await _authenticate(connection, control.owners, control.timeout)
     else:
-        await _shake_hands(connection, session, messages.SECURE_STREAM_MAGIC, address, control.patience)
+        await _shake_hands(connection, session, messages.SECURE_STREAM_MAGIC, address, control.timeout)
         session.write(greeting)
         greeting = session.outgoing()
     try:
-        async with asyncio.timeout(control.patience):
+        async with asyncio.timeout(control.timeout):
             await asyncio.get_running_loop().sock_sendall(connection, greeting)
     except BaseException as error:
         connection.close()
@@ -131,10 +131,10 @@ async def connect_stream(control: Channel, address: Address, token: bytes, index
 
 
 async def _shake_hands(
-    connection: socket.socket, session: secure.Session, magic: bytes, address: Address, patience: float
+    connection: socket.socket, session: secure.Session, magic: bytes, address: Address, timeout: float
 ) -> None:
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             await asyncio.get_running_loop().sock_sendall(connection, magic)
             await secure.shake_hands(connection, session)
     except BaseException as error:
@@ -164,12 +164,12 @@ class Reception:
     """A listening socket that tells control connections and page streams apart by how they begin.
 
     Every connection is greeted by a task of its own, so that one that says nothing keeps nobody else waiting; what
-    does not begin as it must within `GREETING` seconds is closed. `patience` is that of the control connections. With
+    does not begin as it must within `GREETING` seconds is closed. `timeout` is that of the control connections. With
     `trust` nothing is accepted in the clear, and without it nothing else.
     """
 
-    def __init__(self, address: Address, patience: float = 30.0, trust: Trust | None = None) -> None:
-        self._patience = patience
+    def __init__(self, address: Address, timeout: float = 30.0, trust: Trust | None = None) -> None:
+        self._timeout = timeout
         self._trust = trust
         self._owners = peer_users.owners_of()
         self._listener = Listener(address)
@@ -190,14 +190,14 @@ class Reception:
         certificate = None if control.peer is None else control.peer.certificate
         self._expected[token] = _Expected(asyncio.Queue(), certificate)
 
-    async def streams(self, token: bytes, count: int, patience: float) -> list[PageStream]:
+    async def streams(self, token: bytes, count: int, timeout: float) -> list[PageStream]:
         """All page streams that begin with the token, in their order. The token is used up then.
 
         Raises ConnectionLost when they do not all come, ProtocolError for a number twice or out of range.
         """
         found: dict[int, PageStream] = {}
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 while len(found) < count:
                     index, stream = await self._expected[token].queue.get()
                     if index >= count or index in found:
@@ -209,7 +209,7 @@ class Reception:
             for stream in found.values():
                 stream.close()
             if isinstance(error, TimeoutError):
-                raise ConnectionLost(f"{len(found)} of {count} page streams came within {patience:g} s") from error
+                raise ConnectionLost(f"{len(found)} of {count} page streams came within {timeout:g} s") from error
             raise
         finally:
             waiting = self._expected.pop(token).queue
@@ -252,7 +252,7 @@ class Reception:
                 if refusal is None:
                     kept = await self._greet_known(connection, magic)
                 elif magic == messages.CONTROL_MAGIC:
-                    await self._refuse(Channel(*await _streams(connection), self._patience), refusal)
+                    await self._refuse(Channel(*await _streams(connection), self._timeout), refusal)
         except AuthenticationError as error:
             log.warning("a source was refused: %s", error)
             await _linger(connection)
@@ -266,7 +266,7 @@ class Reception:
         """Whether it is a page stream that is kept. (A control connection has a descriptor of its own then.)"""
         trust = self._trust
         if magic == messages.CONTROL_MAGIC and trust is None:
-            await self._greet_source(Channel(*await _streams(connection), self._patience))
+            await self._greet_source(Channel(*await _streams(connection), self._timeout))
         elif magic == messages.SECURE_CONTROL_MAGIC and trust is not None:
             await self._greet_secure_source(connection, trust)
         elif magic in (messages.CONTROL_MAGIC, messages.SECURE_CONTROL_MAGIC):
@@ -320,7 +320,7 @@ class Reception:
             stream.close()
             raise
         peer = session.peer()
-        channel = Channel(stream, stream, self._patience, peer)
+        channel = Channel(stream, stream, self._timeout, peer)
         try:
             trust.let_in(peer)
         except AuthenticationError as error:
@@ -330,7 +330,7 @@ class Reception:
 
     async def _refuse_plainly(self, connection: socket.socket) -> None:
         """One side speaks TLS, the other does not. In the clear: who speaks TLS takes it for what it is."""
-        channel = Channel(*await _streams(connection), self._patience)
+        channel = Channel(*await _streams(connection), self._timeout)
         if self._trust is None:
             reason = "this receiver does not speak TLS: start it with `tls` DIR, or migrate without"
         else:

@@ -71,7 +71,7 @@ class Destination:
         reception: Reception,
         prepare: Prepare,
         verdicts: Verdicts,
-        patience: float = 30.0,
+        timeout: float = 30.0,
         *,
         folder: Callable[[], Folder | None] = lambda: None,
         listener: Listener = ignore,
@@ -80,7 +80,7 @@ class Destination:
         self.reception = reception
         self.prepare = prepare
         self.verdicts = verdicts
-        self.patience = patience
+        self.timeout = timeout
         self.folder = folder
         self.listener = listener
         self.ended = ended
@@ -128,7 +128,7 @@ class Destination:
     async def finish(self) -> None:
         """`report`, then wait until the source knows that the workload runs here, or does not ask any more."""
         await self.report()
-        await self.attendant.until_settled(self.patience)
+        await self.attendant.until_settled(self.timeout)
 
     def close(self) -> None:
         """Attend to nobody any more."""
@@ -205,7 +205,7 @@ class Destination:
                 opened.enter_context(stream)
             await self._open_placer(hello)
             handles = [stream.handle for stream in streams[:count]]
-            self.receiver = BlockReceiver(handles, self.placer, self.patience)
+            self.receiver = BlockReceiver(handles, self.placer, self.timeout)
             self.hot: dict[int, list[int]] = {}
             self.missing = MissingPages([region.length // SMALL_PAGE for region in hello.regions])
             while await self._step():
@@ -226,7 +226,7 @@ class Destination:
             large=[messages.pack_units(units) for units in self.large],
             userfaults={},
         )
-        self.late = LateMemory(record, self.memory.regions, self.folder(), self.verdicts, self.patience, self.listener)
+        self.late = LateMemory(record, self.memory.regions, self.folder(), self.verdicts, self.timeout, self.listener)
         await self.channel.during(self.late.begin(self.missing.sets, late, self.channel))
         fault_point("destination.pager-begun")
 
@@ -234,7 +234,7 @@ class Destination:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
         self.reception.expect(token, self.channel)
         await self.channel.send(messages.Welcome(token=token))
-        return await self.channel.during(self.reception.streams(token, count, self.patience))
+        return await self.channel.during(self.reception.streams(token, count, self.timeout))
 
     async def _open_placer(self, hello: messages.Hello) -> None:
         self.large = [await self._large_pages(number) for number in range(len(hello.regions))]

@@ -59,7 +59,7 @@ class Options:
     """Most bytes per second, over all page streams together; 0: no limit."""
     streams: int = 1
     """Parallel page streams."""
-    patience: float = 30.0
+    timeout: float = 30.0
     """Seconds of silence after which the peer counts as lost."""
     insecure: bool = False
     """Allow addresses other than loopback, in the clear."""
@@ -74,7 +74,7 @@ class Options:
             "max_rounds": values.count("max_rounds", self.max_rounds, 1, 10_000),
             "bandwidth": values.rate("bandwidth", self.bandwidth),
             "streams": values.count("streams", self.streams, 1, MAX_STREAMS),
-            "patience": patience(self.patience),
+            "timeout": timeout(self.timeout),
             "tls": values.optional(values.path, "tls", self.tls),
         }
         for name, value in checked.items():
@@ -101,6 +101,6 @@ class Options:
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 
-def patience(value: object) -> float:
+def timeout(value: object) -> float:
     """Seconds of silence after which a peer counts as lost. Raises UsageError."""
-    return values.duration("patience", value, 0.1, 3600.0)
+    return values.duration("timeout", value, 0.1, 3600.0)

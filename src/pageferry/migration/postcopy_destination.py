@@ -56,7 +56,7 @@ class LateMemory:
         regions: Sequence[Region],
         folder: Folder | None,
         verdicts: Verdicts,
-        patience: float,
+        timeout: float,
         listener: Listener,
         flags: int = -1,
     ) -> None:
@@ -68,7 +68,7 @@ class LateMemory:
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         self.folder = folder
         self.verdicts = verdicts
-        self.patience = patience
+        self.timeout = timeout
         self.listener = listener
         self.begun = time.monotonic()
         self.complete = False
@@ -129,7 +129,7 @@ class LateMemory:
 
     def _peer(self, late: Sequence[PageStream]) -> PeerSource:
         urgent, *streams = [connection.handle for connection in late]
-        return PeerSource(urgent, streams, patience=self.patience)
+        return PeerSource(urgent, streams, patience=self.timeout)
 
     def _targets(self) -> list[tuple[Mapping, int, list[bool]]]:
         return [
@@ -156,7 +156,7 @@ class LateMemory:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
         reception.expect(token, channel)
         await channel.send(messages.Welcome(token=token))
-        late = await channel.during(reception.streams(token, 1 + serve.streams, self.patience))
+        late = await channel.during(reception.streams(token, 1 + serve.streams, self.timeout))
         try:
             if self.pager is None:
                 await off_loop(lambda: self._start(late, None))
@@ -310,7 +310,7 @@ class Resumption:
     """
 
     def __init__(
-        self, folder: Folder, reception: Reception, verdicts: Verdicts, patience: float, listener: Listener
+        self, folder: Folder, reception: Reception, verdicts: Verdicts, timeout: float, listener: Listener
     ) -> None:
         record = folder.load(deferred.POSTCOPY, Arriving)
         if record is None:
@@ -320,7 +320,7 @@ class Resumption:
         regions = [deferred.open_region(one) for one in record.regions]
         pages = sum(region.length for region in regions) // SMALL_PAGE
         flags = deferred.open_flags(folder, Pager.flags_length(pages))
-        self.late = LateMemory(record, regions, folder, verdicts, patience, listener, flags)
+        self.late = LateMemory(record, regions, folder, verdicts, timeout, listener, flags)
         self.attendant = Attendant(reception, verdicts)
         self.attendant.arrivals = self.late
 
@@ -335,7 +335,7 @@ class Resumption:
                 self.late.verdicts.forget(self.late.record.migration)
             except PageferryError as error:
                 log.warning("all of %s is here; its source may not know it yet: %s", self.late.name, error)
-                await self.attendant.until_settled(self.late.patience)
+                await self.attendant.until_settled(self.late.timeout)
             finally:
                 await channel.close()
         finally:

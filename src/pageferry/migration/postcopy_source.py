@@ -55,7 +55,7 @@ class PageService:
         missing: Sequence[PageSet],
         late: Sequence[PageStream],
         sending: Sending,
-        patience: float,
+        timeout: float,
     ) -> None:
         self.pages = sum(map(len, missing))
         urgent, *streams = [connection.handle for connection in late]
@@ -66,7 +66,7 @@ class PageService:
             urgent,
             streams,
             sending.codec,
-            patience=patience,
+            patience=timeout,
             bandwidth=sending.bandwidth,
             adaptive=sending.adaptive,
         )
@@ -122,7 +122,7 @@ async def serve_on(
     record: Committed,
     channel: Channel,
     address: Address,
-    patience: float,
+    timeout: float,
     listener: Listener = ignore,
 ) -> messages.Arrived:
     """Send what the destination still misses, over new connections; it has just said that it does.
@@ -137,7 +137,7 @@ async def serve_on(
         welcome = await channel.receive(messages.Welcome)
         late = await connect_streams(channel, address, welcome.token, range(1 + record.streams))
         missing = await receive_missing(channel, [region.length // SMALL_PAGE for region in memory.regions])
-        service = PageService(memory, missing, late, record, patience)
+        service = PageService(memory, missing, late, record, timeout)
         listener(service.event("postcopy-recover"))
         service.start()
         fault_point("source.serves-again")

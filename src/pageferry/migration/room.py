@@ -14,7 +14,7 @@ from pageferry.host.compaction import compact_memory
 from pageferry.migration.native import off_loop
 from pageferry.workloads.base import SMALL_PAGE, Region
 
-_PATIENCE = 1.0
+_TIMEOUT = 1.0
 """Seconds that a post-copy migration waits for its large pages, while the workload runs at the source; the pager goes
 on with what is left."""
 _PIECE = 32
@@ -29,7 +29,7 @@ async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) ->
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
     """Allocate all large pages: the kernel clears each, and whoever comes to it first would wait for that."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     for region, units in enumerate(large):
         chosen = [unit for unit, is_large in enumerate(units) if is_large]
         for start in range(0, len(chosen), _PIECE):

@@ -48,7 +48,7 @@ from pageferry.workloads.memory import Memory, close_to_writes
 
 log = getLogger(__name__)
 
-REPORT_PATIENCE = 5.0
+REPORT_TIMEOUT = 5.0
 """Seconds to wait for the destination's report; the migration is complete without it."""
 PORTIONS = 8
 """A hybrid migration sends an eighth of the memory at a time: so soon it goes over to post-copy when it is told to, or
@@ -152,7 +152,7 @@ class Source:
         self.memory = Memory(self.workload)
         await self.workload.check_mappers()
         owners = peer_users.owners_of(segment.pid for region in self.memory.regions for segment in region.segments)
-        self.control = await connect_control(address, self.options.patience, self.trust, owners)
+        self.control = await connect_control(address, self.options.timeout, self.trust, owners)
         self.peer = str(self.control.address)
         fault_point("source.connected")
         await self.channel.send(self._hello())
@@ -177,7 +177,7 @@ class Source:
             self.sender = BlockSender(
                 [stream.handle for stream in streams],
                 chosen.codec,
-                patience=chosen.patience,
+                patience=chosen.timeout,
                 bandwidth=chosen.bandwidth,
                 adaptive=chosen.adaptive,
             )
@@ -376,7 +376,7 @@ class Source:
         await self.channel.send(messages.StateEnd(length=len(state), digest=blake2b(state, digest_size=32).digest()))
         fault_point("source.state-sent")
         self.times.phase("load")
-        self.ready = await self.channel.receive(messages.Ready, self.options.patience)
+        self.ready = await self.channel.receive(messages.Ready, self.options.timeout)
         self.memory.check_files()
         fault_point("source.ready")
 
@@ -421,7 +421,7 @@ class Source:
         missing = await off_loop(lambda: self.memory.data_of(self.rest))
         await send_missing(self.channel, missing)
         fault_point("source.missing-sent")
-        self.service = PageService(self.memory, missing, self.late, self.options, self.options.patience)
+        self.service = PageService(self.memory, missing, self.late, self.options, self.options.timeout)
         self.service.start()
         return state
 
@@ -536,7 +536,7 @@ class Source:
         """It runs elsewhere: nothing of it is needed here any more."""
         gone = await self._clear_away()
         with contextlib.suppress(MigrationError):
-            self.report = await self.channel.receive(messages.Report, REPORT_PATIENCE)
+            self.report = await self.channel.receive(messages.Report, REPORT_TIMEOUT)
         if gone:
             # Otherwise the record is still here, and somebody will ask: the peer must not forget its answer.
             with contextlib.suppress(MigrationError):

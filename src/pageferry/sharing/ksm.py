@@ -34,7 +34,7 @@ SWITCHES = {
 SETTLED, GAIN = 2, 1.01
 """So many full scans that merge hardly more (by less than 1 %) are the end: a page must look the same twice, and a
 large page whose pages equal each other is split in one scan and merged in the next."""
-MOST_SCANS, PATIENCE = 12, 300.0
+MOST_SCANS, TIMEOUT = 12, 300.0
 """Where the workload writes to merged pages as fast as they are merged, that never comes: scans, seconds."""
 
 
@@ -82,7 +82,7 @@ def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
 async def run_once() -> Run:
     """Run KSM until it finds hardly more to merge, and stop it."""
     with _running():
-        begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + PATIENCE
+        begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + TIMEOUT
         first = last = int(_read("full_scans"))
         merged, quiet = _merged(), 0
         while quiet < SETTLED and last - first < MOST_SCANS and time.monotonic() < deadline:

@@ -46,7 +46,7 @@ SUMMARY = "restored.json"
 LOG = "pager.log"
 HANDED_OUT = "handed-out"
 
-_PATIENCE = 5.0
+_TIMEOUT = 5.0
 """Seconds for an answer that takes no reading."""
 
 _HANDOVER = 1.0
@@ -199,7 +199,7 @@ def is_restoring(folder: Folder) -> bool:
     return any((folder.path / name).exists() for name in (SOCKET, RECORD, POSTCOPY))
 
 
-def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> PagerStatus | None:
+def ask(folder: Folder, question: Ask, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
     """The pager's answer; None where there is no restore under way.
 
     Raises RestoreError when there is one and nobody answers, ImageError when the image cannot be read.
@@ -209,7 +209,7 @@ def ask(folder: Folder, question: Ask, patience: float | None = _PATIENCE) -> Pa
     deadline = time.monotonic() + _HANDOVER
     while True:
         try:
-            status = _exchange(folder.path / SOCKET, question, patience)
+            status = _exchange(folder.path / SOCKET, question, timeout)
             break
         except (OSError, msgspec.MsgspecError) as failed:
             if not is_restoring(folder):  # it has just been finished
@@ -348,9 +348,9 @@ def _next_pager(folder: Folder) -> str:
     return f"an image; `pageferry restore --takeover {folder.name}`"
 
 
-def _exchange(path: Path, question: Ask, patience: float | None) -> PagerStatus:
+def _exchange(path: Path, question: Ask, timeout: float | None) -> PagerStatus:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(patience)
+        connection.settimeout(timeout)
         connection.connect(str(path))
         connection.sendall(msgspec.json.encode(question) + b"\n")
         with connection.makefile("rb") as answers:

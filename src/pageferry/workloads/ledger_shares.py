@@ -13,7 +13,7 @@ from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
 from pageferry.workloads.ledger_orders import LARGEST_PACKET, Answer, Order, decode_answer, encode
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds that a child may take to answer."""
 
 Stalls = tuple[int, list[int]]
@@ -102,7 +102,7 @@ class ChildShare:
     def __init__(self, mapping: _engine.Mapping) -> None:
         self.tids: list[int] = []
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._orders.settimeout(PATIENCE)
+        self._orders.settimeout(TIMEOUT)
         # Not handed out: the child maps it now, and is known to pageferry by its mapping.
         memory = _engine.Mapping.fileno(mapping)
         arguments = [str(memory), str(mapping.length), str(theirs.fileno())]
@@ -139,7 +139,7 @@ class ChildShare:
             self._do(Order("stop"))
         self._orders.close()
         try:
-            self._process.wait(PATIENCE)
+            self._process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -164,7 +164,7 @@ class ChildShare:
         try:
             data = self._orders.recv(LARGEST_PACKET)
         except TimeoutError as slow:
-            raise WorkloadError(f"ledger process {self.pid} has not answered for {PATIENCE:.0f} s") from slow
+            raise WorkloadError(f"ledger process {self.pid} has not answered for {TIMEOUT:.0f} s") from slow
         except OSError as gone:
             raise self._died() from gone
         if not data:

@@ -23,7 +23,7 @@ from pageferry.workloads.memory import Readable
 PREFIX = "pid:"
 """Names of processes: `pid:4711`."""
 MOST_REGIONS = 4096
-_STOP_PATIENCE = 5.0
+_STOP_TIMEOUT = 5.0
 """Seconds for all threads to stop; one in an uninterruptible sleep takes as long as that does."""
 
 
@@ -111,11 +111,11 @@ class ProcessWorkload:
         await self.prepare_pause()
         self._was_stopped = _stopped(self.pid)
         self._signal(signal.SIGSTOP)
-        end = time.monotonic() + _STOP_PATIENCE
+        end = time.monotonic() + _STOP_TIMEOUT
         while not _stopped(self.pid):
             if time.monotonic() > end:
                 await self.resume()
-                raise WorkloadError(f"{self.name} does not stop within {_STOP_PATIENCE:g} s: it waits in the kernel")
+                raise WorkloadError(f"{self.name} does not stop within {_STOP_TIMEOUT:g} s: it waits in the kernel")
             await asyncio.sleep(0.001)
 
     async def resume(self) -> None:

@@ -43,9 +43,9 @@ from pageferry.workloads.qemu_machine import Machine
 from pageferry.workloads.qemu_prefault import VirtualMachine
 from pageferry.workloads.qemu_process import QemuProcess
 from pageferry.workloads.qemu_run_state import LastSeen
-from pageferry.workloads.qmp import PATIENCE, Monitor
+from pageferry.workloads.qmp import TIMEOUT, Monitor
 
-_QUIT_PATIENCE = 10.0
+_QUIT_TIMEOUT = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
 
 _ANSWER_TIMEOUT = 0.5
@@ -135,8 +135,8 @@ class QemuWorkload:
             raise
 
     @classmethod
-    async def attach(cls, name: str, *, registry: Registry | None = None, patience: float = PATIENCE) -> Self:
-        """The guest of that name, whoever started it; `patience`: seconds to wait for its monitor.
+    async def attach(cls, name: str, *, registry: Registry | None = None, timeout: float = TIMEOUT) -> Self:
+        """The guest of that name, whoever started it; `timeout`: seconds to wait for its monitor.
 
         Raises NoSuchWorkload, also where the name is another kind of workload's; WorkloadError, WorkloadDied.
         """
@@ -144,7 +144,7 @@ class QemuWorkload:
         entry = folder.registry.lookup(name)
         if not isinstance(entry, QemuEntry):
             raise NoSuchWorkload(f"{name} is no QEMU guest (or still being started): `pageferry list` shows what is")
-        async with await Monitor.open(entry.qmp_socket, patience=patience) as monitor:
+        async with await Monitor.open(entry.qmp_socket, timeout=timeout) as monitor:
             machine, pid = await _ask_machine(monitor)
             if pid != entry.pid:
                 raise WorkloadError(
@@ -410,7 +410,7 @@ class QemuWorkload:
         self._stop_loading()
         self._control.abandon()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_QUIT_PATIENCE):
+            async with asyncio.timeout(_QUIT_TIMEOUT):
                 await processes.wait_for_end(self.pid, self._entry.started)
         return not self._entry.alive
 

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import IO, Any
 
-PATIENCE = 86400.0
+TIMEOUT = 86400.0
 """Seconds to try for: QEMU does not answer while it waits for a disk, or another client has the monitor."""
 
 _MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling"})
@@ -28,7 +28,7 @@ def main() -> None:
         if line.endswith("\n"):  # else it died while it wrote: the will before holds
             will = json.loads(line)
     commands = _decided(will)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while commands and time.monotonic() < deadline:
         try:
             _carry_out(sys.argv[1], commands, deadline)

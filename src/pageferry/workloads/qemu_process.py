@@ -13,7 +13,7 @@ from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import files, proc, processes
 from pageferry.workloads.qmp import Monitor
 
-_STARTUP_PATIENCE = 120.0
+_STARTUP_TIMEOUT = 120.0
 """Seconds until the monitor answers. Preallocated memory takes its time."""
 
 _LOG_TAIL = 2000
@@ -49,7 +49,7 @@ class QemuProcess:
 
         Raises WorkloadError, with what QEMU said, when it ends instead.
         """
-        deadline = asyncio.get_running_loop().time() + _STARTUP_PATIENCE
+        deadline = asyncio.get_running_loop().time() + _STARTUP_TIMEOUT
         while True:
             if (code := self.poll()) is not None:
                 raise WorkloadError(f"{self._program} ended at once with exit code {code}{self.last_words()}")

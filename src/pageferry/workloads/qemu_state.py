@@ -37,7 +37,7 @@ _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
 """Capabilities about what is migrated, not how: they stay as the user has set them."""
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
-_CANCEL_PATIENCE = 5.0
+_CANCEL_TIMEOUT = 5.0
 
 _LATE_ACTIVATION = "late-block-activate"
 """Capability of an incoming QEMU: `cont` opens and locks the disks, not the end of the stream. Without it QEMU before
@@ -223,7 +223,7 @@ async def _cancel(monitor: Monitor) -> None:
     """Wait until an outgoing migration that failed on our side has left QEMU."""
     with contextlib.suppress(WorkloadError, TimeoutError):
         await monitor.execute("migrate_cancel")
-        async with asyncio.timeout(_CANCEL_PATIENCE):
+        async with asyncio.timeout(_CANCEL_TIMEOUT):
             # Once our listener has gone this is the only way to hear of it.
             while (await monitor.execute("query-migrate")).get("status", "none") not in _ENDED | {"none"}:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -19,7 +19,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.workloads.qemu_peer import Peer, peer_of
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 """Seconds to wait for the greeting: a command that has the session open keeps it for less."""
 
 Command = dict[str, Any]
@@ -63,21 +63,21 @@ class Monitor:
         """The process that listens on the socket."""
 
     @classmethod
-    async def open(cls, path: str, *, patience: float = PATIENCE) -> Monitor:
-        """Connect to the socket at `path` and wait up to `patience` seconds for QEMU to answer.
+    async def open(cls, path: str, *, timeout: float = TIMEOUT) -> Monitor:
+        """Connect to the socket at `path` and wait up to `timeout` seconds for QEMU to answer.
 
         Raises WorkloadDied where nobody listens, WorkloadError where somebody else has the session, or it is no QMP.
         """
-        connection = await _connect(path, patience)
+        connection = await _connect(path, timeout)
         client = _Client()
         try:
             peer = peer_of(connection)
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 await client.connect(connection)
         except TimeoutError as late:
             connection.close()
             raise WorkloadError(
-                f"{path} did not answer in {patience:g} s: another client has its only session, or QEMU hangs; "
+                f"{path} did not answer in {timeout:g} s: another client has its only session, or QEMU hangs; "
                 f"try again, or end that client"
             ) from late
         except QMPError as wrong:
@@ -190,10 +190,10 @@ class Monitor:
         await self.close()
 
 
-async def _connect(path: str, patience: float) -> socket.socket:
+async def _connect(path: str, timeout: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
-    deadline = asyncio.get_running_loop().time() + patience
+    deadline = asyncio.get_running_loop().time() + timeout
     try:
         while True:
             try:

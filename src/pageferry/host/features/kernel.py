@@ -46,7 +46,7 @@ _SYS_USERFAULTFD = 323
 _USER_MODE_ONLY = 1
 _USERFAULTFD_IOC_NEW = 0xAA00
 _EVENT_PAGEFAULT = 0x12
-_FAULT_PATIENCE_MS = 3000
+_FAULT_TIMEOUT_MS = 3000
 
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
@@ -232,7 +232,7 @@ class Userfault:
         """The next fault. Raises Unavailable when none comes."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
-        if not poll.poll(_FAULT_PATIENCE_MS):
+        if not poll.poll(_FAULT_TIMEOUT_MS):
             raise Unavailable("an access that should have been trapped was not")
         event, _, _, _, flags, address, _ = struct.unpack("=BBHIQQQ", os.read(self.fd, 32))
         if event != _EVENT_PAGEFAULT:
@@ -244,7 +244,7 @@ class Userfault:
         pool = ThreadPoolExecutor(1)  # never joined: a fault that is not served would hold up the end
         future = pool.submit(access)
         server(self.wait())
-        return future.result(_FAULT_PATIENCE_MS / 1000)
+        return future.result(_FAULT_TIMEOUT_MS / 1000)
 
 
 def kernel_reads(address: int) -> None:

@@ -21,7 +21,7 @@ from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 _SYS_GETPPID, _SYS_PIDFD_OPEN, _SYS_PIDFD_GETFD = 110, 434, 438
-_PATIENCE = 4.0
+_TIMEOUT = 4.0
 
 
 class Neighbour:
@@ -62,7 +62,7 @@ def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
     def run() -> str:
         neighbour = Neighbour()
         # From a sibling of the neighbour, not from its parent.
-        (outcome,) = run_all([lambda: attempt(neighbour)], _PATIENCE, groups=False)
+        (outcome,) = run_all([lambda: attempt(neighbour)], _TIMEOUT, groups=False)
         neighbour.end()
         return outcome.detail_or_raise()
 

@@ -18,7 +18,7 @@ from pageferry.workloads.control import messages as wire
 from pageferry.workloads.direct_io import pause_briefly
 from pageferry.workloads.lifecycle import Status
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds to wait for an answer: pause and state callbacks are the program's own."""
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class RemoteArena:
     @classmethod
     def _connect(cls, path: str) -> Self:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(PATIENCE)
+        connection.settimeout(TIMEOUT)
         try:
             connection.connect(path)
         except PermissionError as denied:
@@ -200,7 +200,7 @@ class RemoteArena:
         except TimeoutError as slow:
             # An answer that comes later would be taken for that of another request.
             self._connection.close()
-            raise WorkloadError(f"the program at {self._path} has not answered for {PATIENCE:.0f} s") from slow
+            raise WorkloadError(f"the program at {self._path} has not answered for {TIMEOUT:.0f} s") from slow
         except (EOFError, OSError) as gone:
             raise WorkloadDied(f"the program at {self._path} is gone: {gone}") from gone
         except (ValueError, msgspec.MsgspecError) as wrong:
