@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,10 @@ QEMUS = ["system", "10", "11"]
 """From the oldest to the newest."""
 ROOM = 96
 """Large pages that should be free for a test: what builds and caches leave is small pages all over."""
+
+# Tests start thousands of programs. Each would compile the whole package again where the environment forbids byte code.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
