@@ -75,6 +75,10 @@ docs/events.md docs/metrics.md: docs/%.md: build
 manual: build ## Write man pages and shell completions from the parser
 	$(PYTHON) scripts/manual.py
 
+.PHONY: pictures
+pictures: build system ## Make the pictures of README from a run of the demo
+	$(PYTHON) scripts/pictures.py
+
 .PHONY: system
 system: ## Install or fetch what guests need (QEMU, busybox, iperf3, a guest kernel), and some tests (Chromium, Prometheus)
 	@scripts/system.sh

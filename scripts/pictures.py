@@ -1,0 +1,104 @@
+"""Make the pictures of README from a run of `pageferry demo`: its terminal as SVG, its report as PNG (needs Chromium).
+
+python scripts/pictures.py      write docs/pictures/demo.svg and docs/pictures/report.png
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "docs" / "pictures"
+COMMAND = "pageferry demo"
+COLUMNS = 124
+CHARACTER, LINE, MARGIN = 7.25, 18, 16
+"""Width of a character, height of a line, and margin, in pixels at a font size of 12."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+REPORT_SIZE = (960, 690)
+"""Width and height in pixels of the part of the report that is shown."""
+
+
+def terminal(command: str, output: str) -> str:
+    """Return an SVG of a terminal that shows a command after a prompt and its output."""
+    lines = [
+        f"$ {command}",
+        *(part for line in output.splitlines() for part in textwrap.wrap(line, COLUMNS, subsequent_indent="  ")),
+    ]
+    width = round(2 * MARGIN + max(map(len, lines)) * CHARACTER)
+    height = 2 * MARGIN + len(lines) * LINE
+    text = "\n".join(
+        f'<text x="{MARGIN}" y="{MARGIN + number * LINE + 13}"{_style(number)}>{_escape(line)}</text>'
+        for number, line in enumerate(lines)
+        if line
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img" aria-label="Output of {html.escape(command)}">\n'
+        f'<rect width="{width}" height="{height}" rx="8" fill="#1b1f24"/>\n'
+        '<g font-family="ui-monospace, DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="12" fill="#d6dbe1">\n'
+        f"{text}\n</g>\n</svg>\n"
+    )
+
+
+def _escape(line: str) -> str:
+    """Escape a line for SVG; spaces stay as wide as characters."""
+    return html.escape(line).replace(" ", "\u00a0")
+
+
+def _style(number: int) -> str:
+    return ' fill="#7ee787"' if number == 0 else ""
+
+
+def run_demo(log: Path) -> str:
+    """Run the demo with an event log and return its output, with the process id replaced by 4711."""
+    program = Path(sys.executable).parent / "pageferry"
+    done = subprocess.run(
+        [program, "demo", "--log", log],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "COLUMNS": str(COLUMNS)},
+    )
+    return re.sub(r"demo-\d+", "demo-4711", done.stdout)
+
+
+def photograph(page: Path, picture: Path) -> None:
+    """Write the upper part of an HTML page as PNG."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        sys.exit("cannot write the picture of the report: no Chromium in PATH; run `make system`")
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            [
+                *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+                *(f"--user-data-dir={profile}", f"--window-size={REPORT_SIZE[0]},{REPORT_SIZE[1]}"),
+                *(f"--screenshot={picture}", page.as_uri()),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+def main() -> None:
+    """Run the demo and write both pictures."""
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        log, page = Path(folder) / "demo.log", Path(folder) / "demo.html"
+        (PICTURES / "demo.svg").write_text(terminal(COMMAND, run_demo(log)))
+        program = Path(sys.executable).parent / "pageferry"
+        subprocess.run([program, "report", log, "--html", page], check=True, stdout=subprocess.DEVNULL)
+        photograph(page, PICTURES / "report.png")
+
+
+if __name__ == "__main__":
+    main()
