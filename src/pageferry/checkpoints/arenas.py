@@ -105,8 +105,9 @@ class RestoredArena(Arena):
     def register(self, name: str) -> None:
         """As of `Arena`; other processes can ask for contents that are still to come."""
         super().register(name)
-        assert self._folder is not None
-        socket_path = self._folder.socket_path(deferred.SOCKET)
+        assert self._named is not None
+        assert self._named.folder is not None
+        socket_path = self._named.folder.socket_path(deferred.SOCKET)
         answers = PagerServer(
             socket_path,
             self.pager,
@@ -115,6 +116,7 @@ class RestoredArena(Arena):
             flags=f"/proc/{os.getpid()}/fd/{self._flags}",
             identity=self.image.identity,
         )
+        self._named.closers.append(answers.close)
         threading.Thread(target=_answer, args=(self.pager, answers), name="pageferry-pager", daemon=True).start()
 
     @property
@@ -224,8 +226,8 @@ def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Liste
 
 
 def _answer(pager: Pager, answers: PagerServer) -> None:
-    """Let questions be answered as long as there is a reason to ask."""
-    while not pager.wait(60.0, len(pager.failures)):
+    """Close the server when all contents are present. The pager is not kept once the arena has given up its name."""
+    while not answers.closed.is_set() and not pager.wait(1.0, len(pager.failures)):
         pass
     answers.close()
 

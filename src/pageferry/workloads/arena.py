@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import errno
 import fcntl
 import os
-import time
 import weakref
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -17,14 +15,13 @@ from typing import Literal, Protocol, Self
 from pageferry import _engine, values
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host import registry
-from pageferry.host.blocking import interruptible, program_loop
+from pageferry.host.blocking import program_loop
 from pageferry.workloads import callbacks, deferred
 from pageferry.workloads.arena_control import ArenaControl
+from pageferry.workloads.arena_name import NamedArena, bring_back
 from pageferry.workloads.arguments import MAX_ARENA, arena_size, check_arena
 from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.callbacks import Callback, Plain
-from pageferry.workloads.control.server import ControlServer
-from pageferry.workloads.following import note_forks
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
 from pageferry.workloads.settling import bring_all
 
@@ -55,7 +52,8 @@ class Arena(_engine.Mapping):
 
     An arena without a name is migrated by the program itself, as above. One with a name is listed by `pageferry list`,
     and `pageferry migrate NAME host:port` in another process moves it at any time; that is why a named arena needs
-    `on_pause`. The name is this host's until `close()`, the end of the program, or until the arena has moved away.
+    `on_pause`. The name is this host's until `close()`, the end of the program, or until the arena has moved away. A
+    named arena that is collected without `close()` gives up its name and its memory, with a ResourceWarning.
 
     Parameters:
         size: bytes, rounded up to a multiple of 4096. Nothing is allocated before it is touched; reading counts.
@@ -97,6 +95,7 @@ class Arena(_engine.Mapping):
     pager: _engine.Pager | None = None
     """What brings its contents, where they were not there from the start."""
     _handed_out: bool = False
+    _named: NamedArena | None = None
     received_state: bytes | None = None
     """State that came with a received arena and had no callback to go to."""
 
@@ -177,9 +176,6 @@ class Arena(_engine.Mapping):
                 callbacks.check("a callback of state", callback)
             self.control.save, self.control.load = save, load
         self.lifecycle = Lifecycle(self.control, received)
-        self._server: ControlServer | None = None
-        self._folder: registry.Folder | None = None
-        self._owner = os.getpid()
         if name is not None:
             self.register(name)
 
@@ -225,7 +221,7 @@ class Arena(_engine.Mapping):
             # The mark comes first: a store that is being filled looks at it before each page that leaves memory.
             if self._folder is not None:
                 deferred.mark_handed_out(self._folder)
-                _bring_back(self._folder)
+                bring_back(self._folder)
             if self.pager is not None:
                 bring_all(self.pager, self.length)
             self._handed_out = True
@@ -242,7 +238,7 @@ class Arena(_engine.Mapping):
 
     def workload(self) -> LocalWorkload:
         """This arena as a `Workload`, to be migrated by this process."""
-        return LocalWorkload(self.lifecycle)
+        return LocalWorkload(self.lifecycle, self)
 
     def register(self, name: str) -> None:
         """Give the arena a name on this host, under which other processes may migrate it.
@@ -261,24 +257,10 @@ class Arena(_engine.Mapping):
             )
         if self.control.has_loop:
             self.check_lock()
-        folder = registry.Registry().claim(name)
-        try:
-            if self._handed_out:
-                deferred.mark_handed_out(folder)
-            path = folder.socket_path("control.sock")
-            self._server = ControlServer(self.lifecycle, path)
-            folder.publish(registry.ArenaEntry(**registry.identify(os.getpid()), control_socket=path))
-        except BaseException:
-            if self._server is not None:
-                self._server.close()
-            folder.release()
-            raise
-        self._folder = folder
-        note_forks(folder)
-        _named.add(self)
+        self._named = NamedArena(self, name)
+        _all_named.add(self)
         self.control.name = name
-        self.control.moved = self._release
-        atexit.register(self.close)
+        self.control.moved = self._named.release
 
     def check_here(self) -> None:
         """Raise WorkloadError where the arena has moved, or has been given away."""
@@ -312,7 +294,7 @@ class Arena(_engine.Mapping):
         """
         self.check_here()
         if self._folder is not None:
-            _bring_back(self._folder)
+            bring_back(self._folder)
         space = _engine.Space()
         for start, end in self.data_ranges():
             for unit in range(-(-start // LARGE_PAGE), end // LARGE_PAGE):
@@ -322,9 +304,12 @@ class Arena(_engine.Mapping):
 
     def close(self) -> None:
         """Give up the name and refuse further control. The memory stays as long as the object or a view of it does."""
-        self._release()
-        if self._server is not None:
-            self._server.close()
+        if self._named is not None:
+            self._named.close()
+
+    def __del__(self) -> None:
+        if self._named is not None:
+            self._named.abandon(self)
 
     def __enter__(self) -> Self:
         return self
@@ -338,14 +323,10 @@ class Arena(_engine.Mapping):
         name = f" {self.name}" if self.name else ""
         return f"<Arena{name}: {self.length >> 20} MiB, {self.status}>"
 
-    def _release(self) -> None:
-        folder, self._folder = self._folder, None
-        if folder is not None and os.getpid() == self._owner:  # a forked child has no say in it
-            _bring_back(folder)
-            atexit.unregister(self.close)
-            assert self._server is not None
-            self._server.stop_listening()
-            folder.release()
+    @property
+    def _folder(self) -> registry.Folder | None:
+        """Its folder, as long as it has a name."""
+        return None if self._named is None else self._named.folder
 
 
 def _rounded(size: int) -> int:
@@ -401,25 +382,14 @@ def _tmpfs_file(size: int) -> int:
         os.close(folder)
 
 
-_named: weakref.WeakSet[Arena] = weakref.WeakSet()
-
-
-def _bring_back(folder: registry.Folder) -> None:
-    """Have in memory what others have sent to a store, which is in the folder, and needs it for its pager.
-
-    Raises RestoreError when the pager has died, ImageError when the store cannot be read.
-    """
-    if (folder.path / deferred.RECORD).exists():
-        interruptible(lambda: deferred.settle(folder))
-        while (folder.path / deferred.RECORD).exists():  # until the pager has let go of it
-            time.sleep(0.005)
+_all_named: weakref.WeakSet[Arena] = weakref.WeakSet()
 
 
 def _before_fork() -> None:
     """A child has no pager: what is in a store comes back first (or is not mapped in the child)."""
-    for arena in list(_named):
-        if arena._folder is not None and os.getpid() == arena._owner:
-            _bring_back(arena._folder)
+    for arena in list(_all_named):
+        if arena._named is not None:
+            arena._named.bring_back()
 
 
 os.register_at_fork(before=_before_fork)

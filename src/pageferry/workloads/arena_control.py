@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -45,16 +46,23 @@ class ArenaControl:
         self.has_run = has_run
         self.does_direct_io = True
         """The program may have the kernel or a device write to the arena through pages that it pins (O_DIRECT)."""
-        self.save: Callable[[], object] = lambda: arena.received_state or b""
+        self.save: Callable[[], object] = self._received_state
         self.load: Callable[[bytes], object] = self._keep_state
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
         self.moved: Callable[[], object] = lambda: None
         """Called after either: the arena's own affairs."""
-        self._arena = arena
+        self._reference = weakref.ref(arena)
         self._callbacks = Callbacks(loop)
         self._observers: set[tuple[int, int]] = set()
         """(process, start time)"""
+
+    @property
+    def _arena(self) -> Arena:
+        """The arena. Callers refer to it; this object does not, so that dropping an arena frees it at once."""
+        arena = self._reference()
+        assert arena is not None
+        return arena
 
     @property
     def registered(self) -> bool:
@@ -174,6 +182,9 @@ class ArenaControl:
             more = proc.thread_faults(pid, thread_ids)
             minor, major = minor + more[0], major + more[1]
         return Faults(minor, major)
+
+    def _received_state(self) -> bytes:
+        return self._arena.received_state or b""
 
     def _keep_state(self, state: bytes) -> None:
         self._arena.received_state = state

@@ -220,8 +220,10 @@ class Lifecycle:
 class LocalWorkload:
     """A `Workload` of this process. Its calls run in the lifecycle's thread; the event loop is not blocked by them."""
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    def __init__(self, lifecycle: Lifecycle, memory: object = None) -> None:
+        """`memory`: object that owns the memory; it lives at least as long as this one."""
         self._lifecycle = lifecycle
+        self._memory = memory
         self._abandoned = False
         """A call was cancelled: the workload runs again as soon as its callback has ended."""
         self.name = lifecycle.workload.name

@@ -70,6 +70,7 @@ class PagerServer:
         self.paused: str | None = None
         """Why nothing comes just now."""
         self.asked_to_stop = threading.Event()
+        self.closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(FileNotFoundError):  # of a pager that died
             self.path.unlink()
@@ -80,6 +81,9 @@ class PagerServer:
 
     def close(self) -> None:
         """Answer nobody any more: what is being answered is the last that each client hears."""
+        if self.closed.is_set():  # a later workload may have a socket at this path
+            return
+        self.closed.set()
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)

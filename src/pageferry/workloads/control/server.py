@@ -7,7 +7,9 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import msgspec
 
@@ -23,14 +25,23 @@ THREAD_NAME = "pageferry-control"
 MOST_CLIENTS = 16
 
 
+class Owned(Protocol):
+    """A workload of this process."""
+
+    lifecycle: Lifecycle
+
+
 class ControlServer:
     """Serves the control socket at `path` for one workload, from daemon threads, until it is closed.
 
-    The socket is made with mode 0600. Every connection is a controller of its own (`workloads.lifecycle`).
+    The socket is made with mode 0600. Each connection is a separate controller (`workloads.lifecycle`). Only
+    connections keep the workload alive: the server itself refers to it weakly. `stopped` is called by the thread that
+    accepts connections when it ends.
     """
 
-    def __init__(self, lifecycle: Lifecycle, path: str) -> None:
-        self._lifecycle = lifecycle
+    def __init__(self, workload: Owned, path: str, stopped: Callable[[], object] = lambda: None) -> None:
+        self._workload = weakref.ref(workload)
+        self._stopped = stopped
         self._clients: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -61,11 +72,12 @@ class ControlServer:
                 try:
                     client, _ = self._listener.accept()
                 except OSError:  # shut down by close()
-                    return
+                    break
                 if _is_trusted(client) and self._add(client):
                     _start(self._serve, client)
                 else:
                     client.close()
+        self._stopped()
 
     def _add(self, client: socket.socket) -> bool:
         with self._lock:
@@ -75,15 +87,14 @@ class ControlServer:
             return True
 
     def _serve(self, client: socket.socket) -> None:
-        self._lifecycle.workload.observed_by(_credentials(client)[0])
-        session = _Session(self._lifecycle, client)
+        workload = self._workload()
         try:
-            session.run()
+            if workload is not None:
+                _control(workload.lifecycle, client)
         finally:
             with self._lock:
                 self._clients.discard(client)
             client.close()
-            self._lifecycle.lost(session)
 
 
 class _Session:
@@ -189,6 +200,16 @@ class _Session:
             ],
             handed_out=workload.sharing.handed_out,
         )
+
+
+def _control(lifecycle: Lifecycle, client: socket.socket) -> None:
+    """Serve one client until it disconnects."""
+    lifecycle.workload.observed_by(_credentials(client)[0])
+    session = _Session(lifecycle, client)
+    try:
+        session.run()
+    finally:
+        lifecycle.lost(session)
 
 
 def _start(target: object, *arguments: object) -> threading.Thread:

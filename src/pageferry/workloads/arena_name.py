@@ -1,0 +1,102 @@
+"""Name of an arena on this host: its folder in the run directory, and the control socket in that folder.
+
+A name must not keep its arena alive. The threads of the socket and the function that is registered with atexit refer
+to the arena weakly, or not at all. So an arena that its program drops is collected, named or not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pageferry.errors import ImageError, RestoreError
+from pageferry.host import registry
+from pageferry.host.blocking import interruptible
+from pageferry.workloads import deferred
+from pageferry.workloads.control.server import ControlServer
+from pageferry.workloads.following import note_forks
+
+if TYPE_CHECKING:
+    from pageferry.workloads.arena import Arena
+
+
+class NamedArena:
+    """The name of one arena, claimed by this process. Raises NameInUse, UsageError."""
+
+    def __init__(self, arena: Arena, name: str) -> None:
+        self._owner = os.getpid()
+        self._abandoned = False
+        self.closers: list[Callable[[], object]] = []
+        """Called when the name is given up."""
+        folder = registry.Registry().claim(name)
+        server: ControlServer | None = None
+        try:
+            if arena.handed_out:
+                deferred.mark_handed_out(folder)
+            path = folder.socket_path("control.sock")
+            self._server = server = ControlServer(arena, path, self._stopped)
+            folder.publish(registry.ArenaEntry(**registry.identify(os.getpid()), control_socket=path))
+        except BaseException:
+            if server is not None:
+                server.close()
+            folder.release()
+            raise
+        self.folder: registry.Folder | None = folder
+        """None once the name has been given up."""
+        note_forks(folder)
+        atexit.register(self.close)
+
+    def bring_back(self) -> None:
+        """Load contents that are in a store. A forked child does nothing. Raises RestoreError, ImageError."""
+        if self.folder is not None and os.getpid() == self._owner:
+            bring_back(self.folder)
+
+    def release(self) -> None:
+        """Give up the name: accept no more clients, and remove the folder. A forked child leaves the folder alone."""
+        folder, self.folder = self.folder, None
+        if folder is None or os.getpid() != self._owner:
+            return
+        bring_back(folder)
+        atexit.unregister(self.close)
+        self._server.stop_listening()
+        while self.closers:
+            self.closers.pop()()
+        folder.release()
+
+    def close(self) -> None:
+        """Give up the name, and disconnect the clients."""
+        self.release()
+        self._server.close()
+
+    def abandon(self, arena: Arena) -> None:
+        """The arena is being collected: warn if it still has its name, and have a thread give up the name.
+
+        The garbage collector runs anywhere, also while this very thread holds the lock of the run directory. So nothing
+        here may wait.
+        """
+        if self.folder is not None and os.getpid() == self._owner:
+            warnings.warn(f"unclosed {arena!r}: close it, or use it in a with statement", ResourceWarning, 2, arena)
+            self._abandoned = True
+            self._server.stop_listening()
+
+    def _stopped(self) -> None:
+        """In the thread of the server, which accepts no more clients."""
+        if self._abandoned:
+            with contextlib.suppress(RestoreError, ImageError):  # these contents are not needed: their arena is gone
+                self.close()
+
+
+def bring_back(folder: registry.Folder) -> None:
+    """Load all contents that other processes have sent to the store in the folder, whose pager needs the folder.
+
+    Raises RestoreError when the pager has exited, ImageError when the store cannot be read.
+    """
+    if (folder.path / deferred.RECORD).exists():
+        interruptible(lambda: deferred.settle(folder))
+        while (folder.path / deferred.RECORD).exists():  # the pager removes it last
+            time.sleep(0.005)

@@ -1,0 +1,164 @@
+"""Named arenas that their program drops without closing them: memory and name are given up, with a warning."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pageferry
+from pageferry.host.registry import ArenaEntry, Registry
+from pageferry.workloads.arena import Arena
+from pageferry.workloads.control.client import RemoteArena
+from tests.kernel.images import Maker
+from tests.kernel.programs import wait_until
+
+MIB = 1 << 20
+
+
+def nothing() -> None:
+    """A callback."""
+
+
+def mappings_of(inode: int) -> int:
+    """How often this process maps a file."""
+    lines = Path("/proc/self/maps").read_bytes().split(b"\n")
+    return sum(int(line.split()[4]) == inode for line in lines if line)
+
+
+def inode_of(arena: Arena) -> int:
+    return os.fstat(arena.descriptor).st_ino
+
+
+@contextmanager
+def warned(count: int = 1) -> Iterator[None]:
+    """Expect this number of warnings. None is kept: it would refer to the arena."""
+    found: list[str] = []
+
+    def note(message: Warning | str, category: type[Warning], *_: object) -> None:
+        found.append(f"{category.__name__}: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield
+    ours = [text for text in found if text.startswith("ResourceWarning: unclosed <Arena dropped")]
+    assert len(ours) == count, found
+
+
+def is_free(inode: int) -> None:
+    wait_until(lambda: mappings_of(inode) == 0, "no mapping is left")
+    wait_until(lambda: Registry().entries() == {}, "the name is free")
+
+
+def test_dropped_arena_is_freed_with_a_warning() -> None:
+    arena = Arena(4 * MIB, "dropped", on_pause=nothing)
+    inode = inode_of(arena)
+    memoryview(arena)[0] = 1
+    assert mappings_of(inode) == 1
+    with warned():
+        del arena
+    is_free(inode)
+    Arena(MIB, "dropped", on_pause=nothing).close()
+
+
+def test_arena_in_a_cycle_with_its_callbacks_is_freed_by_the_collector() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.arena = Arena(4 * MIB, "dropped", on_pause=self.pause)
+
+        def pause(self) -> None:
+            """Refers to the holder."""
+
+    inode = inode_of(Holder().arena)
+    with warned():
+        gc.collect()
+    is_free(inode)
+
+
+def test_arena_collected_while_the_run_directory_is_locked_waits_for_nothing() -> None:
+    arena = Arena(4 * MIB, "dropped", on_pause=nothing)
+    inode = inode_of(arena)
+    with warned(), Registry().locked():
+        del arena
+    is_free(inode)
+
+
+def test_views_keep_a_named_arena() -> None:
+    arena = Arena(4 * MIB, "dropped", on_pause=nothing)
+    inode = inode_of(arena)
+    words = np.frombuffer(arena, dtype=np.uint8)  # type: ignore[call-overload]
+    with warned(0):
+        del arena
+        gc.collect()
+    assert list(Registry().entries()) == ["dropped"]
+    words[5] = 1
+    with warned():
+        del words
+    is_free(inode)
+
+
+def test_client_keeps_the_arena_that_it_has_paused() -> None:
+    arena = Arena(4 * MIB, "dropped", on_pause=nothing)
+    inode = inode_of(arena)
+    entry = Registry().lookup("dropped")
+    assert isinstance(entry, ArenaEntry)
+
+    async def drop() -> None:
+        nonlocal arena
+        client = await RemoteArena.connect(entry.control_socket)
+        await client.pause()
+        with warned(0):
+            del arena
+            gc.collect()
+        assert not await client.running()
+        assert await client.save_state() == b""
+        client.close()
+
+    with warned():
+        asyncio.run(drop())
+        wait_until(lambda: mappings_of(inode) == 0, "no mapping is left")
+    is_free(inode)
+
+
+def test_dropped_arena_of_an_image_is_freed_before_all_is_loaded(tmp_path: Path) -> None:
+    path = Maker(2048).write(tmp_path / "image")
+    arena = pageferry.restore(path, "dropped", prefetch=False, on_pause=nothing)
+    inode = inode_of(arena)
+    assert arena.deferred > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        del arena
+        gc.collect()
+    is_free(inode)
+
+
+@pytest.mark.parametrize("end", ["arena.close()", "pass"], ids=["closed", "end-of-program"])
+def test_named_arena_is_not_warned_of(end: str) -> None:
+    program = f"import pageferry; arena = pageferry.Arena(4096, 'dropped', on_pause=lambda: None); {end}"
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "ResourceWarning" not in done.stderr
+    assert Registry().entries() == {}
+
+
+def test_forked_child_leaves_the_name_to_its_parent() -> None:
+    arena = Arena(4 * MIB, "dropped", on_pause=nothing)
+    child = os.fork()
+    if child == 0:
+        del arena
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(Registry().entries()) == ["dropped"]
+    arena.close()
