@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,12 @@ QEMUS = ["system", "10", "11"]
 """From the oldest to the newest."""
 ROOM = 96
 """Large pages that should be free for a test: what builds and caches leave is small pages all over."""
+ORDER = ["qemu", "faults", "kernel"]
+"""Directories whose tests take longest, the longest first."""
+CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "switches"}
+"""Fixtures that change settings of the machine: of KSM, of huge pages, of /dev/userfaultfd."""
+LOCK = Path(tempfile.gettempdir()) / "pageferry-tests.lock"
+"""Held by every test of every run on this machine."""
 
 # Tests start thousands of programs. Each would compile the whole package again where the environment forbids byte code.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -27,10 +35,27 @@ sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its directory, so that `-m "not qemu"` selects."""
+    """Mark every test with its directory, so that `-m "not qemu"` selects, and put the long ones first.
+
+    Tests that change settings of the machine run alone.
+    """
     for item in items:
         if (directory := item.path.parent.name) in ("kernel", "qemu", "faults", "use"):
             item.add_marker(directory)
+        if CHANGES_MACHINE & set(getattr(item, "fixturenames", ())) or "hugetlb" in item.name:
+            item.add_marker("alone")
+    items.sort(key=lambda item: ORDER.index(item.path.parent.name) if item.path.parent.name in ORDER else len(ORDER))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold the machine for a test: together with others, or alone. The wait does not count as time of the test."""
+    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    with open(f"{LOCK}.next", "ab") as next_turn, open(LOCK, "ab") as machine:
+        fcntl.flock(next_turn, fcntl.LOCK_EX)  # or tests that run together would keep one out that runs alone
+        fcntl.flock(machine, how)
+        fcntl.flock(next_turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -28,6 +28,9 @@ NOBODY = 65534
 CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_SYS_NICE = 19, 21, 23
 
 
+pytestmark = pytest.mark.alone
+
+
 def probing(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *words],
