@@ -72,7 +72,7 @@ def duration(name: str, value: object, least: float, most: float, unit: float = 
     if seconds is None:
         seconds = number(name, value, least / unit, most / unit) * unit
     if not least <= seconds <= most:
-        raise UsageError(f"invalid `{name}` {value!r}: expected {_time(least)} to {_time(most)}")
+        raise UsageError(f"invalid `{name}` {value!r}: expected {duration_text(least)} to {duration_text(most)}")
     return seconds
 
 
@@ -233,9 +233,17 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else f"of type {type(value).__name__}"
 
 
-def _time(seconds: float) -> str:
-    """A bound, in the unit that fits."""
+def duration_text(seconds: float) -> str:
+    """Return a duration as `parse_duration` takes it, in the largest unit of which it is a multiple of 1 or more."""
     for unit, factor in (("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
             return f"{seconds / factor:g}{unit}"
     return f"{seconds:g}s"
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as `parse_size` takes it, in the largest unit of which it is a whole multiple."""
+    for unit in "TGMK":
+        if count and count % _BYTES[unit] == 0:
+            return f"{count // _BYTES[unit]}{unit}"
+    return str(count)

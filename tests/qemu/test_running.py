@@ -90,7 +90,7 @@ def start_in_foreground(parts: GuestParts) -> subprocess.Popen[str]:
         [sys.executable, "-m", "pageferry", *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True
     )
     assert command.stderr is not None
-    assert command.stderr.readline().startswith("web runs as process")
+    assert command.stderr.readline().startswith("web: running as process")
     return command
 
 

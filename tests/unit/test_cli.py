@@ -43,14 +43,17 @@ def test_verb_decides_exit_code() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "pageferry: error: the following arguments are required: VERB (`pageferry --help` shows what it takes)"),
+        ([], "pageferry: error: the following arguments are required: VERB (see `pageferry --help`)"),
         (["no-such-verb"], "pageferry: error: argument VERB: invalid choice: 'no-such-verb', expected one of check, "),
         (
             ["--out", "json", "lister"],
             "pageferry: error: argument VERB: invalid choice: 'json', expected one of check, ",
         ),
         (["lister", "--no-such-option"], "pageferry lister: error: unrecognized arguments: --no-such-option ("),
-        (["sleeper", "--", "true"], "pageferry sleeper: error: it takes no command after -- ("),
+        (
+            ["sleeper", "--", "true"],
+            "pageferry sleeper: error: this verb does not take a command after --; remove it (",
+        ),
         (["image", "info", "x", "y"], "pageferry image info: error: unrecognized arguments: y ("),
     ],
 )

@@ -202,9 +202,9 @@ def _said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["checkpiont", "web", "x"], "did you mean 'checkpoint'?"),
         (["migrate", "web", "h:1", "--max-downtimes", "3"], "did you mean '--max-downtime'?"),
         (["migrate", "web", "h:1", "--mode", "postcoppy"], "did you mean 'postcopy'?"),
-        (["run", "web", "qemu-system-x86_64", "-m", "1G"], "-- is missing in front of qemu-system-x86_64"),
-        (["restore", "web", "x.img", "/usr/bin/qemu-system-x86_64"], "-- is missing in front of /usr/bin/qemu-system"),
-        (["receive", "web", "qemu-system-x86_64", "-m", "1G"], "-- is missing"),
+        (["run", "web", "qemu-system-x86_64", "-m", "1G"], "missing -- before qemu-system-x86_64"),
+        (["restore", "web", "x.img", "/usr/bin/qemu-system-x86_64"], "missing -- before /usr/bin/qemu-system"),
+        (["receive", "web", "qemu-system-x86_64", "-m", "1G"], "missing --"),
     ],
 )
 def test_mistyped_command_gets_a_hint(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:

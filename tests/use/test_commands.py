@@ -49,7 +49,7 @@ class Page:
         if " pid:4711" in command:
             command = command.replace("4711", str(self.some_process()))
         if "pageferry receive" in command:
-            self.receivers.append(host.start(command, "waits at"))
+            self.receivers.append(host.start(command, "listening on"))
             return
         for name in needed(command):
             host.provide(name)

@@ -1,1 +1,1 @@
-"""The command `pageferry`: one module per verb, imported when it is asked for."""
+"""The command `pageferry`: one module per verb, imported on first use."""

@@ -1,4 +1,4 @@
-"""What large pages say to sharing and the other way round: their activity (S3), and their equal pages (S9)."""
+"""Access activity of huge pages (S3) as input of sharing, and duplicate pages (S9) as input of reclaim."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pageferry.sharing import scan
 from pageferry.workloads.targets import Target, open_target
 
 HOT = 64
-"""Small pages accessed in a window that make a large page one to be left whole, though it could be shared in."""
+"""Minimum number of base pages accessed in a window for which sharing does not split a huge page."""
 LOOKING = Options(sample=0.25, rounds=4, budget=None)
-"""Every large page is looked at, a quarter of them at a time."""
+"""Samples every huge page: a quarter of them in each of four rounds."""
 
 
 async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> set[tuple[int, int]]:
-    """Large pages that are in use, as `sharing.api.share` takes them. Raises what `open_target` and `sample` raise."""
+    """Return the huge pages in use, in the form that `sharing.api.share` takes.
+
+    Raises the errors of `open_target` and `sample`.
+    """
     hot: set[tuple[int, int]] = set()
     for number, name in enumerate(names):
         with await open_target(name) as target:
@@ -27,7 +30,7 @@ async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> 
 
 
 async def shareable_pages(target: Target, listener: Listener = ignore) -> dict[tuple[int, int], int]:
-    """Small pages with an equal elsewhere in the target, per large page, as `large_pages.api.sample` takes them."""
+    """Count the base pages with a duplicate in the target, per huge page, as `large_pages.api.sample` takes them."""
     findings = await scan.look([target], scan.Options(), listener)
     found: dict[tuple[int, int], int] = {}
     for unit in findings.units:
@@ -42,7 +45,7 @@ async def shareable_pages(target: Target, listener: Listener = ignore) -> dict[t
 
 
 def _start(target: Target, found: Sample) -> int:
-    """Where the large page is in what the scan of sharing looks at: in its region, or in its process."""
+    """Return the address of the huge page as the sharing scan counts it: in its region, or in its process."""
     for area in target.areas:
         if area.pid == found.pid and area.address <= found.address < area.end:
             return found.address if area.region is None else area.offset + found.address - area.address

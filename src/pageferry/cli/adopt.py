@@ -1,4 +1,4 @@
-"""`pageferry adopt`: manage a QEMU guest that somebody else has started."""
+"""`pageferry adopt`: register a QEMU guest that is already running."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from pageferry.workloads.qemu import QemuWorkload
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Name, and where its monitor listens."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Manage a running QEMU that somebody else has started. Its memory must be in shared files: "
+        "Register a QEMU guest that was not started by pageferry. Its memory must be in shared files: "
         "-object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,mem-path=FILE -machine memory-backend=ram0."
     )
-    parser.add_argument("name", metavar="NAME", help="what to call the guest on this host")
+    parser.add_argument("name", metavar="NAME", help="name of the guest on this host")
     parser.add_argument(
-        "--qmp", metavar="SOCKET", required=True, help="a QMP unix socket of its own for us (-qmp unix:)"
+        "--qmp",
+        metavar="SOCKET",
+        required=True,
+        help="Unix socket of a QMP monitor that no other program uses (QEMU option -qmp unix:...)",
     )
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Register the guest and say what it is."""
+    """Register the guest and print its entry."""
     workload = await QemuWorkload.adopt(args.name, args.qmp)
     try:
         with open_reporter(args.output, WorkloadsView()) as reporter:

@@ -1,4 +1,4 @@
-"""Types of arguments that several verbs take: the parsers of `pageferry.values`, as argparse wants them."""
+"""Argument types of several verbs: the parsers of `pageferry.values`, adapted to argparse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """The parser, with its errors as argparse takes them: with the name of the option in front."""
+    """Return the parser with its errors converted: argparse prefixes them with the name of the option."""
 
     def parsed(text: str) -> T:
         try:
@@ -35,7 +35,7 @@ size = _argument(values.parse_size)
 rate = _argument(values.parse_rate)
 """Bytes per second from `100M` or `100M/s`."""
 fraction = _argument(values.parse_fraction)
-"""A part of 1 from `5%` or `0.05`."""
+"""A fraction of 1 from `5%` or `0.05`."""
 seconds = _argument(values.parse_duration)
 """Seconds from `200ms`, `1m`, or a number of seconds."""
 milliseconds = _argument(lambda text: values.parse_duration(text, 1e-3))

@@ -1,4 +1,4 @@
-"""`pageferry check`: what this kernel and this user allow, and what to do about what is missing."""
+"""`pageferry check`: test kernel features and permissions, and suggest remedies."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pageferry.report.reporter import open_reporter
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The description; there are no arguments."""
+    """Set the description; the verb has no arguments."""
     parser.description = (
-        "Tries every kernel feature that pageferry uses, on memory of its own, and says what works for this user, which"
-        " mechanism each system will use, and what to do about what is missing. Changes no setting of the machine."
-        " Exit code 0 when live migration can run here (of guests too, if there is a QEMU in PATH), 3 otherwise."
+        "Test every kernel feature that pageferry uses, on private memory. Print the features that this user can use, "
+        "the mechanism that each system will use, and a remedy for each missing feature. No setting of the host is "
+        "changed. The exit code is 0 if live migration can run here (of guests too, if a QEMU is in PATH), else 3."
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Report, then fail with UnsupportedError where the main job cannot run."""
+    """Print the report. Raises UnsupportedError if live migration cannot run on this host."""
     result = check()
     with open_reporter(args.output, CheckView()) as reporter:
         reporter.final(result)

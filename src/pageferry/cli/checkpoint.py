@@ -1,9 +1,10 @@
-"""`pageferry checkpoint`: save a workload of this host to an image, while it runs."""
+"""`pageferry checkpoint`: save a running workload to an image file."""
 
 from __future__ import annotations
 
 import argparse
 
+from pageferry import values
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import checkpoint
 from pageferry.cli.arguments import rate, size
@@ -20,59 +21,67 @@ DEFAULTS = Options()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Saves a running workload to an image: it is paused for milliseconds, for its state, and its memory as of that "
-        "moment is written while it runs on. The image appears when it is complete, or not at all."
+        "Save a running workload to an image file. The workload is paused for milliseconds to save its state; its "
+        "memory as of that snapshot point is written while it keeps running. IMAGE appears only when it is complete."
     )
-    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or pid:N")
-    parser.add_argument("image", metavar="IMAGE", help="file to write; one that is there is replaced")
+    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or a process as pid:N")
+    parser.add_argument("image", metavar="IMAGE", help="file to write; an existing file is replaced")
     parser.add_argument(
-        "--parent", metavar="IMAGE", help="an earlier image of it: only what differs is stored, and it is needed then"
+        "--parent",
+        metavar="IMAGE",
+        help="earlier image of the workload: store only pages that differ; a restore then needs both images",
     )
     parser.add_argument(
         "--track",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="leave a write trace, so that the next checkpoint with this one as its --parent reads only what was "
-        "written; until then the first write to each page costs a minor fault, and large pages are mapped small "
-        "(default: where this one has a --parent)",
+        help="leave a write trace installed, so that a later checkpoint with this image as its --parent reads only "
+        "written pages; until then the first write to each page costs a minor fault, and huge pages are mapped as base "
+        "pages (default: only with --parent)",
     )
     parser.add_argument(
         "--mode",
         choices=("lazy", "stop"),
         default=DEFAULTS.mode,
-        help="save while the workload runs, or pause it from beginning to end (%(default)s)",
+        help="save memory while the workload runs, or keep it paused until the checkpoint ends (default: %(default)s)",
     )
     parser.add_argument(
         "--regions",
         metavar="LIST",
-        help="memory of pid:N to save while it is stopped: heap, stack, anon, START-END, or several with commas; "
-        "such an image can be looked at, not restored",
+        help="memory of pid:N to save while the process is stopped: heap, stack, anon or START-END, separated by "
+        "commas; such an image can be inspected but not restored",
     )
-    parser.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
+    parser.add_argument(
+        "--codec",
+        choices=("none", "lz4", "zstd"),
+        default=DEFAULTS.codec,
+        help="compression of page blocks (default: %(default)s)",
+    )
     parser.add_argument(
         "--bandwidth",
         type=rate,
         default=DEFAULTS.bandwidth,
         metavar="SIZE",
-        help="bytes per second to save of what is not written to meanwhile (no limit)",
+        help="limit for saving pages that the workload does not write to, in bytes per second (default: unlimited)",
     )
     sizes = parser.add_argument_group("sizes")
     for name, what in (
-        ("trap_block", "copied at once when the workload writes to it"),
-        ("page_block", "compressed as one"),
-        ("storage_block", "read from the image as one"),
-        ("staging", "copies that wait to be compressed"),
+        ("trap_block", "block that is copied when the workload first writes to it"),
+        ("page_block", "unit of compression"),
+        ("storage_block", "unit of reads from the image"),
+        ("staging", "memory for copies that are not compressed yet"),
     ):
-        default = getattr(DEFAULTS, name)
+        default = values.size_text(getattr(DEFAULTS, name))
         flag = "--" + name.replace("_", "-")
-        sizes.add_argument(flag, type=size, default=default, metavar="SIZE", help=f"{what} ({default >> 10}K)")
+        text = f"{what} (default: %(default)s)"
+        sizes.add_argument(flag, type=size, default=default, metavar="SIZE", help=text)
 
 
 async def run(args: argparse.Namespace) -> int:
     """Save the workload."""
-    Options(**_options(args))  # type: ignore[arg-type]  # before anything happens
+    Options(**_options(args))  # type: ignore[arg-type]  # checked before anything happens
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:
@@ -81,7 +90,7 @@ async def run(args: argparse.Namespace) -> int:
             process.close()
         return 0
     if args.regions is not None:
-        raise UsageError("--regions is about processes (pid:N); of other workloads all memory is saved")
+        raise UsageError("--regions requires a process (pid:N): all memory of other workloads is saved")
     workload = await open_workload(args.name)
     try:
         with Registry().folder(args.name).exclusively(f"a checkpoint to {args.image}"):

@@ -1,4 +1,4 @@
-"""`pageferry demo`: the main job on the built-in workload, between two processes of this host."""
+"""`pageferry demo`: migrate the built-in workload between two processes of this host."""
 
 from __future__ import annotations
 
@@ -26,46 +26,63 @@ from pageferry.workloads.ledger_process import Setup
 from pageferry.workloads.opening import open_workload
 
 TIMEOUT = 30.0
-"""Seconds for a process of ours to say the next thing."""
+"""Seconds to wait for the next event of a child process."""
 
 
 class DemoResult(MigrationResult, frozen=True, kw_only=True, tag="demo"):
-    """A migration, and whether the workload has every write that it ever made."""
+    """Result of the migration, and of the verification of the memory of the workload."""
 
     intact: bool
+    """Whether no write is lost."""
     writes: int
     """Pages written before, during and after the migration."""
     checked: int
-    """Pages that were compared with what the workload had written down about them."""
+    """Pages compared with the records of the workload."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Starts a workload that writes to memory all the time, and keeps book of it; moves it to another process while "
-        "it writes; lets it run on there; then compares every page with the books. Takes a few seconds."
+        "Start a workload that writes to memory continuously and records every write. Migrate it to another process "
+        "while it writes, let it run there, and compare every page with the records. Takes a few seconds."
     )
     load = parser.add_argument_group("workload")
-    load.add_argument("--size", type=size, default=512 << 20, help="memory (512M)")
-    load.add_argument("--rate", type=rate, default=20 << 20, help="bytes written per second (20M)")
-    load.add_argument("--working-set", type=fraction, default=0.3, metavar="PART", help="part written to (%(default)s)")
+    load.add_argument("--size", type=size, default="512M", help="size of its memory (default: %(default)s)")
+    load.add_argument("--rate", type=rate, default="20M", help="bytes written per second (default: %(default)s)")
     load.add_argument(
-        "--zeros", type=fraction, default=0.2, metavar="PART", help="pages that become zeros (%(default)s)"
+        "--working-set",
+        type=fraction,
+        default=0.3,
+        metavar="FRACTION",
+        help="fraction of the memory that is written to (default: %(default)s)",
     )
-    load.add_argument("--threads", type=integer, default=2, help="(%(default)s)")
-    load.add_argument("--processes", type=integer, default=1, help="that share the threads (%(default)s)")
+    load.add_argument(
+        "--zeros",
+        type=fraction,
+        default=0.2,
+        metavar="FRACTION",
+        help="fraction of the writes that fill a page with zeros (default: %(default)s)",
+    )
+    load.add_argument("--threads", type=integer, default=2, metavar="N", help="writer threads (default: %(default)s)")
+    load.add_argument(
+        "--processes",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="processes that the threads are distributed over (default: %(default)s)",
+    )
     load.add_argument(
         "--seconds",
         type=seconds,
-        default=1.0,
+        default="1s",
         metavar="DURATION",
-        help="to write before and after the move; a number alone counts seconds (1s)",
+        help="time to write before and after the migration; a plain number is in seconds (default: %(default)s)",
     )
     add_options(parser)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Move the workload once and check it."""
+    """Migrate the workload once and verify its memory."""
     with open_reporter(args.output, DemoView()) as out:
         result = await _demonstrate(args, out)
         out.final(result)
@@ -109,7 +126,7 @@ def _setup(args: argparse.Namespace, name: str) -> Setup:
 
 @contextlib.asynccontextmanager
 async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
-    """A Python process of ours, which ends with the block."""
+    """Run a Python child process for the duration of the block."""
     process = _start(module, *arguments)
     try:
         yield process
@@ -119,22 +136,22 @@ async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
 
 
 def _start(module: str, *arguments: str) -> Popen[bytes]:
-    # Not one of asyncio's: before Python 3.12 a thread of asyncio's waits for any change of such a child, and takes the
-    # stop that adoption waits for. In a session of its own: Ctrl-C is for us, and we end it.
+    # Not asyncio.subprocess: before Python 3.12 its watcher thread waits for any state change of the child, and would
+    # consume the stop that adoption waits for. In a separate session the child does not receive Ctrl-C.
     return start_python(module, *arguments, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
 
 async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
-    """The next line of that type from a process. Raises WorkloadError, with what it said, when it ends instead."""
+    """Return the next event of this type from a process. Raises WorkloadError, with its stderr, if it exits."""
     assert process.stdout is not None
     assert process.stderr is not None
     try:
         async with asyncio.timeout(TIMEOUT):
             while line := await in_thread(process.stdout.readline):
-                said: dict[str, Any] = msgspec.json.decode(line)
-                if said["type"] == kind:
-                    return said
+                event: dict[str, Any] = msgspec.json.decode(line)
+                if event["type"] == kind:
+                    return event
     except TimeoutError as slow:
-        process.kill()  # whoever waits for its next line is released
-        raise WorkloadError(f"a process of the demo has not said {kind!r} for {TIMEOUT:.0f} s") from slow
-    raise WorkloadError(f"a process of the demo ended: {process.stderr.read().decode().strip()}")
+        process.kill()  # ends the thread that reads its next line
+        raise WorkloadError(f"no {kind!r} event from a process of the demo within {TIMEOUT:.0f} s") from slow
+    raise WorkloadError(f"a process of the demo exited: {process.stderr.read().decode().strip()}")

@@ -1,4 +1,4 @@
-"""Guests that stay in the foreground of a command, which ends with them: those of `run`, `receive` and `restore`."""
+"""Guests in the foreground of a command that ends with them: `run`, `receive` and `restore` without --detach."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import asyncio
 from pageferry.workloads.qemu import QemuWorkload
 
 
-async def see_to_the_end(workload: QemuWorkload) -> int | None:
-    """Wait for the end of a guest, and forget it; when we are to end, it ends first."""
+async def run_in_foreground(workload: QemuWorkload) -> int | None:
+    """Wait until the guest exits, remove its entry and return its exit code. On cancellation, end the guest first."""
     try:
         code = await workload.ended()
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""`pageferry image`: what is in an image, whether it is right, how two differ, and one out of a chain."""
+"""`pageferry image`: inspect, verify, compare or flatten images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
 
 
 class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
-    """A region and its pages by class."""
+    """Number of pages of a region by class."""
 
     name: str
     length: int
@@ -31,7 +31,7 @@ class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
-    """What `image info` says of an image."""
+    """Result of `image info`."""
 
     path: str
     id: str
@@ -40,22 +40,22 @@ class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
     name: str
     restorable: bool
     paused: bool
-    """Whether a guest had been paused by its user when it was saved: one that is restored is paused."""
+    """Whether the guest had been paused by its user when it was saved; a restored guest is then paused too."""
     created: str
     """UTC, ISO 8601."""
     codec: str
     length: int
-    """Bytes of the file."""
+    """Size of the file, bytes."""
     blocks: int
     page_block: int
     state: int
-    """Bytes."""
+    """Size of the device state, bytes."""
     regions: list[RegionSummary]
     parents: list[str]
 
 
 class Verification(Event, frozen=True, tag="image-verify"):
-    """What `image verify` says."""
+    """Result of `image verify`."""
 
     path: str
     intact: bool
@@ -63,7 +63,7 @@ class Verification(Event, frozen=True, tag="image-verify"):
 
 
 class Difference(Event, frozen=True, tag="image-diff"):
-    """What `image diff` says."""
+    """Result of `image diff`."""
 
     same: bool
     pages: int
@@ -74,34 +74,34 @@ class Difference(Event, frozen=True, tag="image-diff"):
 
 
 class Flattened(Event, frozen=True, tag="image-flatten"):
-    """What `image flatten` says."""
+    """Result of `image flatten`."""
 
     path: str
     length: int
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """What to do with which images."""
-    what = parser.add_subparsers(title="what", dest="what", required=True, metavar="WHAT")
+    """Add the operations and their arguments."""
+    operations = parser.add_subparsers(title="operations", dest="what", required=True, metavar="OPERATION")
     works = {
-        "info": (_info, "say what is in an image"),
-        "verify": (_verify, "read every byte of an image and its parents; exit 31 if one is wrong"),
-        "diff": (_diff, "compare two images: exit 0 the same, 1 different"),
-        "flatten": (_flatten, "write one image out of an incremental one and its parents"),
+        "info": (_info, "print the contents of an image by class of page"),
+        "verify": (_verify, "read and check every byte of an image and its parents; exit code 31 on damage"),
+        "diff": (_diff, "compare two images; exit code 0 if they are identical, 1 if they differ"),
+        "flatten": (_flatten, "merge an incremental image and its parents into one image"),
     }
     for name, (work, text) in works.items():
-        below = what.add_parser(name, help=text, description=f"{text.capitalize()}.", parents=[shared_options()])
-        below.set_defaults(work=work, complain=below.error)
-        below.add_argument("image", metavar="IMAGE", type=Path, help="as `pageferry checkpoint` writes it")
-    what.choices["diff"].add_argument("other", metavar="OTHER", type=Path, help="another one")
-    what.choices["flatten"].add_argument("target", metavar="TARGET", type=Path, help="file to write")
-    what.choices["flatten"].add_argument(
-        "--codec", choices=("none", "lz4", "zstd"), help="of the new image (as in the old one)"
+        below = operations.add_parser(name, help=text, description=f"{text.capitalize()}.", parents=[shared_options()])
+        below.set_defaults(work=work, usage_error=below.error)
+        below.add_argument("image", metavar="IMAGE", type=Path, help="image file written by `pageferry checkpoint`")
+    operations.choices["diff"].add_argument("other", metavar="OTHER", type=Path, help="image to compare with")
+    operations.choices["flatten"].add_argument("target", metavar="TARGET", type=Path, help="file to write")
+    operations.choices["flatten"].add_argument(
+        "--codec", choices=("none", "lz4", "zstd"), help="compression of the new image (default: that of IMAGE)"
     )
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Do it, off the event loop: Ctrl-C ends it between two slices."""
+    """Run the operation in a thread, so that Ctrl-C can end it between two slices."""
     work: Callable[[argparse.Namespace], tuple[Event, int]] = args.work
     result, code = await in_thread(work, args)
     with open_reporter(args.output, ImageView()) as out:
@@ -159,12 +159,12 @@ def _named(file: ImageFile, start: int, end: int) -> tuple[str, int, int]:
         if start < first + pages:
             return region.name, (start - first) * SMALL_PAGE, (end - start) * SMALL_PAGE
         first += pages
-    raise ImageError(f"page {start} is in no region")
+    raise ImageError(f"{file.path} is damaged: page {start} is outside all regions; take another checkpoint")
 
 
 def _flatten(args: argparse.Namespace) -> tuple[Event, int]:
     try:
         ImageFile(args.image).flatten(args.target, args.codec)
     except OSError as error:
-        raise ImageError(f"{args.target} cannot be written: {error.strerror}") from error
+        raise ImageError(f"cannot write {args.target}: {error.strerror}") from error
     return Flattened(str(args.target), args.target.stat().st_size), 0

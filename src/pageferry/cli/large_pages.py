@@ -1,4 +1,4 @@
-"""`pageferry large-pages`: how much of each large page a workload uses, and reclaim of what it does not."""
+"""`pageferry large-pages`: estimate how much of each huge page is used, and reclaim cold memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
+from pageferry import values
 from pageferry.cli.activity import shareable_pages
 from pageferry.cli.arguments import fraction, integer, seconds
 from pageferry.errors import UsageError
@@ -21,71 +22,86 @@ DEFAULTS = Options()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Looks at a sample of the large pages of a running workload, or of any process: for a short window their "
-        "mappings (never the pages themselves) are split, so that accesses to their small pages can be told apart, and "
-        "then put back. Says how many small pages of each were accessed, and estimates how much of all is idle."
+        "Sample the huge pages of a running workload or of any process. The mapping of each sampled page is split for "
+        "a short window, so that accesses to its base pages can be counted, and then restored. The huge page itself "
+        "stays intact. Print the number of base pages accessed per sample, and an estimate of the idle memory."
     )
-    parser.add_argument("target", metavar="NAME|pid:N", help="workload (see `pageferry list`), or any process")
-    looking = parser.add_argument_group("looking")
-    looking.add_argument(
-        "--sample", type=fraction, default=DEFAULTS.sample, metavar="PART", help="large pages per round, at most (5%%)"
+    parser.add_argument("target", metavar="NAME|pid:N", help="workload (see `pageferry list`) or any process")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--sample",
+        type=fraction,
+        default=DEFAULTS.sample,
+        metavar="FRACTION",
+        help="maximum fraction of the huge pages to sample per round (default: %(default)s)",
     )
-    looking.add_argument(
+    sampling.add_argument(
         "--window",
         type=seconds,
-        default=DEFAULTS.window,
+        default=values.duration_text(DEFAULTS.window),
         metavar="DURATION",
-        help="in which accesses count, such as 200ms or 1s; a number alone counts seconds (200ms)",
+        help="time during which accesses are counted, such as 200ms or 1s; a plain number is in seconds "
+        "(default: %(default)s)",
     )
-    looking.add_argument("--rounds", type=integer, default=DEFAULTS.rounds, metavar="N", help="(%(default)s)")
-    looking.add_argument(
+    sampling.add_argument(
+        "--rounds",
+        type=integer,
+        default=DEFAULTS.rounds,
+        metavar="N",
+        help="number of rounds, each with other samples (default: %(default)s)",
+    )
+    sampling.add_argument(
         "--budget",
         type=fraction,
         default=DEFAULTS.budget,
-        metavar="PART",
-        help="of a CPU, for looking: samples become smaller where it would not do; 0: no limit (1%%)",
+        metavar="FRACTION",
+        help="limit for sampling, as a fraction of one CPU; the number of samples is reduced to stay below it; 0: "
+        "unlimited (default: %(default)s)",
     )
-    looking.add_argument("--watch", action="store_true", help="look again and again, until interrupted")
+    sampling.add_argument("--watch", action="store_true", help="sample repeatedly until interrupted")
     acting = parser.add_argument_group("reclaiming")
     acting.add_argument(
         "--threshold",
         type=integer,
         default=Threshold().activity,
         metavar="N",
-        help="break large pages with at most N of their 512 small pages accessed (%(default)s)",
+        help="split huge pages of which at most N of the 512 base pages were accessed (default: %(default)s)",
     )
     acting.add_argument(
         "--sharing",
         action="store_true",
-        help="look for equal pages first (as `pageferry sharing` does): while memory is scarce, large pages that are "
-        "used more than a little are broken, too, if half of their pages have an equal elsewhere",
+        help="search for duplicate pages first (as `pageferry sharing` does): while memory is scarce, also split huge "
+        "pages above the threshold if half of their base pages have duplicates",
     )
     acting.add_argument(
         "--reclaim",
         choices=("store", "swap"),
-        help="break them, and send their cold small pages to swap, or (guests and arenas) to a compressed store from "
-        "which they come back on access",
+        help="split these pages and move their cold base pages to swap, or (guests and arenas) to a compressed store "
+        "from which they are reloaded on demand",
     )
     acting.add_argument(
         "--store",
         type=Path,
-        metavar="FOLDER",
-        help="where the store goes (the workload's folder in the run directory, which mostly is memory itself)",
+        metavar="DIR",
+        help="directory for the store (default: that of the workload in the run directory, usually a tmpfs)",
     )
     acting.add_argument(
-        "--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="of the store (%(default)s)"
+        "--codec",
+        choices=("none", "lz4", "zstd"),
+        default=DEFAULTS.codec,
+        help="compression of the store (default: %(default)s)",
     )
-    acting.add_argument("--undo", action="store_true", help="bring all back from the store, on large pages again")
+    acting.add_argument("--undo", action="store_true", help="reload all pages from the store, onto huge pages")
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Look, once or until interrupted; reclaim if wanted."""
+    """Sample once or until interrupted, and reclaim if requested."""
     if args.sharing and args.watch:
-        raise UsageError("--sharing is for one look: leave --watch out")
+        raise UsageError("--sharing cannot be combined with --watch: remove one of them")
     if args.undo and (args.watch or args.reclaim):
-        raise UsageError("--undo stands alone: leave --watch and --reclaim out")
+        raise UsageError("--undo cannot be combined with --watch or --reclaim: remove them")
     options, policy = _options(args), _policy(args)
     target = await open_target(args.target)
     with target, open_reporter(args.output, LargePagesView()) as out:
@@ -100,7 +116,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _watch(target: Target, options: Options, policy: Threshold, out: Reporter, *, show_last: bool) -> None:
-    """Result after result; on a terminal the last one stays when this is cancelled."""
+    """Print results until cancelled; on a terminal, the last result remains visible."""
     result: LargePagesResult | None = None
     try:
         while True:
@@ -126,5 +142,5 @@ def _options(args: argparse.Namespace) -> Options:
 
 def _policy(args: argparse.Namespace) -> Threshold:
     if not 0 <= args.threshold <= 512:
-        raise UsageError(f"a threshold of {args.threshold}: a large page has 512 small pages")
+        raise UsageError(f"invalid --threshold {args.threshold}: expected 0 to 512 base pages of a huge page")
     return Threshold(activity=args.threshold)

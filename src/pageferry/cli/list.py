@@ -1,4 +1,4 @@
-"""`pageferry list`: the workloads of this host."""
+"""`pageferry list`: list the workloads of this host."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from pageferry.workloads.qemu import MAY_RUN, MIGRATED, QemuWorkload
 
 _RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
 _PAUSED_BY_USER = frozenset({"paused", "prelaunch"})
-"""Run states of QEMU: of a guest that runs, or waits for its source; and after QMP `stop`, or with -S."""
+"""Run states of QEMU: running, or waiting for the source of a migration; and paused by QMP `stop` or by -S."""
 
 TIMEOUT = 1.0
-"""Seconds to wait for a workload that another command may be working on."""
+"""Seconds to wait for the monitor of a guest, which another command may be using."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """No arguments of its own."""
+    """Set the description; the verb has no arguments."""
     parser.description = (
-        "List the workloads of this host: those started by `pageferry run` or `pageferry receive`, those adopted, and "
-        "the named arenas of Python programs. With --output json, one object of type `workload` a line."
+        "List the workloads of this host: guests started by `pageferry run`, `receive` or `restore`, adopted guests, "
+        "and named arenas of Python programs. With --output json, print one object of type `workload` per line."
     )
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Look at every workload, all at the same time."""
-    looks = [_look(name, entry) for name, entry in Registry().entries().items()]
-    found = [info for info in await asyncio.gather(*looks) if info is not None]
+    """Query all workloads concurrently and print them."""
+    queries = [_query(name, entry) for name, entry in Registry().entries().items()]
+    found = [info for info in await asyncio.gather(*queries) if info is not None]
     with open_reporter(args.output, WorkloadsView()) as reporter:
         if args.output == "human":
             reporter.final(Listing(found))
@@ -48,8 +48,8 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _look(name: str, entry: AnyEntry) -> WorkloadInfo | None:
-    """What there is to say about a workload; None when it ends meanwhile."""
+async def _query(name: str, entry: AnyEntry) -> WorkloadInfo | None:
+    """Return the description of a registered workload; None if it has ended."""
     if not entry.alive:
         return None if entry.liveness() is False else _unknown(name, entry)
     try:
@@ -76,7 +76,7 @@ def _without_memory(name: str, entry: AnyEntry, status: str) -> WorkloadInfo:
 
 
 async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
-    """Completed by what is still to come of its memory."""
+    """Return the description with the deferred memory of the workload."""
     try:
         status = await in_thread(deferred.status, Folder(Registry(), info.name))
     except RestoreError as error:
@@ -93,11 +93,11 @@ async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:
         case ArenaEntry(control_socket=path):
             return await RemoteArena.connect(path)
         case _:
-            raise NoSuchWorkload(f"{name} is still being started")
+            raise NoSuchWorkload(f"cannot open {name}: it is still being started; retry when it runs")
 
 
 async def describe(workload: QemuWorkload | RemoteArena) -> WorkloadInfo:
-    """What there is to say about an open workload. Raises WorkloadDied."""
+    """Return the description of an open workload. Raises WorkloadDied."""
     reason = None
     if isinstance(workload, RemoteArena):
         status = str(await workload.status())
@@ -117,13 +117,13 @@ async def describe(workload: QemuWorkload | RemoteArena) -> WorkloadInfo:
 
 
 def _why_paused(name: str, state: str) -> str | None:
-    """Why a guest in this run state of QEMU does not run; None for one that runs, or that its user has paused."""
+    """Return why a guest in this run state of QEMU is paused; None if it runs, or was paused by its user."""
     if state in _RUNS_OR_WAITS:
         return None
     if committed(Folder(Registry(), name)) is not None:
-        return f"handed over by a migration whose outcome is not known: pageferry migrate {name} --recover"
+        return f"committed by a migration whose outcome is unknown; run `pageferry migrate {name} --recover`"
     if state == MIGRATED:
-        return f"QEMU's own migration has completed, which pageferry did not start: {MAY_RUN}"
+        return f"migrated by QEMU, not by pageferry: {MAY_RUN}"
     return None if state in _PAUSED_BY_USER else f"QEMU state {state}"
 
 

@@ -1,4 +1,4 @@
-"""Logs of the command line: short lines on stderr."""
+"""Logging of the command line: short lines on stderr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Formatter(PrintableFormatter):
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in the typeshed only
-    """Writes to what sys.stderr is at the moment: a live progress display puts itself there while it shows."""
+    """Handler that writes to the current sys.stderr, which a live progress display replaces while it is active."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -32,12 +32,12 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in t
 
 
 def configure_logging(debug: bool) -> None:
-    """Send our log to stderr from INFO on, everything with `debug`; other libraries' from WARNING on."""
+    """Log to stderr: pageferry from level INFO, other libraries from WARNING; with `debug`, all levels."""
     handler = _Handler()
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.getLogger("pageferry").setLevel(logging.DEBUG if debug else logging.INFO)
-    # The QMP library logs every failure that it raises too; we report what it raises.
+    # The QMP library logs every failure that it also raises; the exception is reported.
     logging.getLogger("qemu").setLevel(logging.DEBUG if debug else logging.CRITICAL)

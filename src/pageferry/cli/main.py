@@ -1,4 +1,4 @@
-"""Entry point of the command `pageferry`: parse, run the verb, end in the right exit code."""
+"""Entry point of the command `pageferry`: parse the arguments, run the verb, return the exit code."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: that of the process) and return its exit code; see docs/exit-codes.md."""
+    """Run the command line `argv` (default: that of the process). Return its exit code (docs/exit-codes.md)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:  # a process of our own
+    if argv is None:  # the process runs only this command
         end_on_truncation(WorkloadError.exit_code)
     try:
         code = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has enough (`| head`). What is still buffered must not complain at exit either.
+        # The reader has closed the pipe (`| head`). Discard buffered output, which would raise again at exit.
         _discard_stdout()
         return 128 + signal.SIGPIPE
     return code
@@ -65,24 +65,24 @@ def _run_verb(args: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _end_of(error: BaseException, args: argparse.Namespace, received: signal.Signals | None) -> int:
-    """Say on stderr how a verb ended and return its exit code. Lets an error pass that is about our own stdout."""
-    if isinstance(error, BrokenPipeError) and _reader_has_gone():
+    """Report on stderr how a verb ended, and return its exit code. Raises BrokenPipeError if stdout was closed."""
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         raise error
     if args.debug:
         sys.stderr.write(printable("".join(traceback.format_exception(error))))
     if received is not None and isinstance(error, (KeyboardInterrupt, asyncio.CancelledError, Cancelled)):
-        _complain(str(error) or "interrupted")
+        _print_error(str(error) or "interrupted")
         return 128 + received
     if isinstance(error, PageferryError):
-        _complain(f"error: {_with_options(str(error), args)}")
+        _print_error(f"error: {_with_options(str(error), args)}")
         return error.exit_code
-    hint = "" if args.debug else " (unexpected; --debug shows where it comes from)"
-    _complain(f"error: {type(error).__name__}: {error}{hint}")
+    hint = "" if args.debug else " (unexpected; --debug shows the traceback)"
+    _print_error(f"error: {type(error).__name__}: {error}{hint}")
     return 1
 
 
 def _with_options(text: str, args: argparse.Namespace) -> str:
-    """The text with `max_downtime` as --max-downtime: Python has parameters where the command line has options."""
+    """Replace `max_downtime` by --max-downtime: the library names parameters, the command line options."""
     return re.sub(r"`([a-z_]+)`", lambda name: _option(name[1]) if name[1] in vars(args) else name[0], text)
 
 
@@ -90,11 +90,11 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"pageferry: {message(text)}", file=sys.stderr)  # noqa: T201
 
 
-def _reader_has_gone() -> bool:
+def _stdout_is_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(state & select.POLLERR for _, state in poll.poll(0))

@@ -1,9 +1,10 @@
-"""`pageferry migrate`: move a workload of this host to a receiver."""
+"""`pageferry migrate`: migrate a running workload to a receiver."""
 
 from __future__ import annotations
 
 import argparse
 
+from pageferry import values
 from pageferry.cli.arguments import integer, milliseconds, rate, seconds
 from pageferry.errors import UsageError
 from pageferry.events import Event
@@ -21,52 +22,51 @@ DEFAULTS = Options()
 
 
 class Recovered(Event, frozen=True, tag="recovery"):
-    """What became of a migration that was in doubt."""
+    """Outcome of a migration that was pending recovery."""
 
     workload: str
     owner: str
-    """`source` (it is here again) or `destination` (it is there)."""
+    """`source` (the workload is on this host again) or `destination`."""
     paused: bool | None = None
-    """Whether it is paused here, because its user had paused it; None: it is not here."""
+    """Whether the workload is paused, because its user had paused it; None if the destination owns it."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Moves a running workload to `pageferry receive` on another host, while it runs: memory is copied in rounds, "
-        "each of what was modified in the one before, until the rest is small; then the workload is paused, the rest "
-        "and its state are sent, and it runs on at the other end. Any failure before that leaves it running here. With "
-        "--mode postcopy or hybrid it runs at the other end before all of its memory is there; the rest is brought on "
-        "access. If the link goes meanwhile it waits: see --recover."
+        "Migrate a running workload to `pageferry receive` on another host. Memory is copied in rounds; each round "
+        "sends the pages that were modified during the previous one. When few pages remain, the workload is paused, "
+        "these pages and its state are sent, and it resumes at the destination. Any failure before that leaves it "
+        "running at the source. With --mode postcopy or hybrid, it resumes before all of its memory is sent, and "
+        "the remaining pages are fetched on demand. If the connection is lost then, it waits for --recover."
     )
-    parser.add_argument("name", metavar="NAME", help="workload to move (see `pageferry list`)")
-    parser.add_argument(
-        "address", metavar="ADDRESS", nargs="?", help="where the receiver listens: unix:PATH or HOST:PORT"
-    )
+    parser.add_argument("name", metavar="NAME", help="workload to migrate (see `pageferry list`)")
+    parser.add_argument("address", metavar="ADDRESS", nargs="?", help="address of the receiver: unix:PATH or HOST:PORT")
     add_options(parser)
     parser.add_argument(
         "--switch",
         action="store_true",
-        help="tell a migration of it with --mode hybrid, which is under way, to go over to post-copy now",
+        help="switch a running migration of NAME with --mode hybrid to post-copy now",
     )
-    after = parser.add_argument_group("after a commit without an answer").add_mutually_exclusive_group()
+    after = parser.add_argument_group("recovery").add_mutually_exclusive_group()
     after.add_argument(
         "--recover",
         action="store_true",
-        help="ask the receiver what became of it, and act on that; in post-copy, send the pages that it waits for",
+        help="ask the receiver which side owns the workload, and complete or undo the migration; in post-copy, "
+        "send the remaining pages",
     )
     after.add_argument(
         "--take-back",
         action="store_true",
-        help="run it here again; only if you know that the receiver does not run it and never will",
+        help="resume the workload on this host; only if the receiver does not run it and never will",
     )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `pageferry.migration.options.Options`."""
+    """Add the options of `pageferry.migration.options.Options`."""
     _add_copying(parser.add_argument_group("copying"))
-    _add_arriving(parser.add_argument_group("at the destination"))
-    _add_link(parser.add_argument_group("link"))
+    _add_placement(parser.add_argument_group("memory at the destination"))
+    _add_connection(parser.add_argument_group("connection"))
 
 
 def _add_copying(copying: argparse._ArgumentGroup) -> None:
@@ -74,95 +74,107 @@ def _add_copying(copying: argparse._ArgumentGroup) -> None:
         "--mode",
         choices=("precopy", "postcopy", "hybrid"),
         default=DEFAULTS.mode,
-        help="what is copied before it runs at the other end: all, nothing, or all until that gets no further or "
-        "--switch is given (%(default)s)",
+        help="pages sent before the workload resumes at the destination: all (precopy), none (postcopy), or all until "
+        "the rounds stop converging or --switch is given (hybrid) (default: %(default)s)",
     )
     copying.add_argument(
         "--max-downtime",
         type=milliseconds,
-        default=DEFAULTS.max_downtime,
+        default=values.duration_text(DEFAULTS.max_downtime),
         metavar="DURATION",
-        help="switch over when the rest can be sent in this time, such as 300ms or 1s; a number alone counts "
-        "milliseconds (default: 300ms)",
+        help="switch over when the remaining pages can be sent in this time, such as 300ms or 1s; a plain number is in "
+        "milliseconds (default: %(default)s)",
     )
     copying.add_argument(
         "--max-rounds",
         type=integer,
         default=DEFAULTS.max_rounds,
         metavar="N",
-        help="give up after N rounds (%(default)s)",
+        help="fail if the workload cannot switch over after N rounds (default: %(default)s)",
     )
     copying.add_argument(
         "--auto-converge",
         action="store_true",
-        help="slow the workload down in steps where rounds get no further, by a limit on its CPU time (control groups)",
+        help="throttle the CPU time of the workload in steps while the rounds do not converge (control groups)",
     )
     copying.add_argument(
         "--trace-granularity",
         choices=("4K", "2M", "auto"),
         default=DEFAULTS.trace_granularity,
-        help="unit in which modified memory is traced: small pages, large pages, or as it is written (%(default)s)",
+        help="unit of the write trace: base pages, huge pages, or adapted to the writes (default: %(default)s)",
     )
-    copying.add_argument("--codec", choices=("none", "lz4", "zstd"), default=DEFAULTS.codec, help="(%(default)s)")
     copying.add_argument(
-        "--adaptive", action="store_true", help="leave the codec out for as long as the link is faster than it"
+        "--codec",
+        choices=("none", "lz4", "zstd"),
+        default=DEFAULTS.codec,
+        help="compression of page blocks (default: %(default)s)",
+    )
+    copying.add_argument(
+        "--adaptive", action="store_true", help="do not compress while the link is faster than --codec"
     )
     copying.add_argument(
         "--bandwidth",
         type=rate,
         default=DEFAULTS.bandwidth,
         metavar="SIZE",
-        help="most bytes per second, over all page streams together, such as 100M (no limit)",
+        help="limit for all page streams together, in bytes per second, such as 100M (default: unlimited)",
     )
     copying.add_argument(
-        "--streams", type=integer, default=DEFAULTS.streams, metavar="N", help="parallel page streams (%(default)s)"
+        "--streams",
+        type=integer,
+        default=DEFAULTS.streams,
+        metavar="N",
+        help="number of parallel page streams (default: %(default)s)",
     )
 
 
-def _add_arriving(arriving: argparse._ArgumentGroup) -> None:
-    arriving.add_argument(
+def _add_placement(placement: argparse._ArgumentGroup) -> None:
+    placement.add_argument(
         "--large-pages",
         choices=("keep", "ignore"),
         default=DEFAULTS.large_pages,
-        help="whether a large page here must be one there (%(default)s)",
+        help="preserve huge pages at the destination, or ignore them (default: %(default)s)",
     )
-    arriving.add_argument(
+    placement.add_argument(
         "--populate",
         choices=("all", "hot", "none"),
         default=DEFAULTS.populate,
-        help="page-table entries made before it runs there: all, during the transfer; those of the pages modified "
-        "during the migration; or none (%(default)s)",
+        help="page-table entries created before the workload resumes: of all pages, during the transfer; of the pages "
+        "modified during the migration (hot); or none (default: %(default)s)",
     )
 
 
-def _add_link(link: argparse._ArgumentGroup) -> None:
-    link.add_argument(
+def _add_connection(connection: argparse._ArgumentGroup) -> None:
+    connection.add_argument(
         "--timeout",
         type=seconds,
-        default=DEFAULTS.timeout,
+        default=values.duration_text(DEFAULTS.timeout),
         metavar="DURATION",
-        help="silence that ends it, such as 10s or 1m; a number alone counts seconds (30s)",
+        help="fail when the peer has been silent for DURATION, such as 30s or 1m; a plain number is in seconds "
+        "(default: %(default)s)",
     )
-    link.add_argument(
+    connection.add_argument(
         "--tls",
         metavar="DIR",
-        help="send everything under TLS 1.3, to a receiver that shows a certificate; DIR has ca-cert.pem, ca-crl.pem "
-        "(optional), client-cert.pem and client-key.pem, as for QEMU",
+        help="use TLS 1.3, and require a certificate of the receiver; DIR contains ca-cert.pem, ca-crl.pem (optional), "
+        "client-cert.pem and client-key.pem, as for QEMU",
     )
-    link.add_argument(
-        "--tls-hostname", metavar="NAME", help="name that the receiver's certificate must have (default: that of HOST)"
+    connection.add_argument(
+        "--tls-hostname", metavar="NAME", help="name to expect in the receiver's certificate (default: HOST)"
     )
-    link.add_argument("--insecure", action="store_true", help="allow addresses other than loopback, in the clear")
+    connection.add_argument(
+        "--insecure", action="store_true", help="allow unencrypted connections to addresses other than loopback"
+    )
 
 
 def options_of(args: argparse.Namespace) -> dict[str, object]:
-    """The keyword arguments of `Options` that `add_options` parsed."""
+    """Return the keyword arguments of `Options` from the options that `add_options` defines."""
     return {name: getattr(args, name) for name in Options.__dataclass_fields__}
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Migrate, recover, take back, or tell a migration to switch over."""
-    Options(**options_of(args))  # type: ignore[arg-type]  # before anything happens
+    """Migrate the workload, recover it, take it back, or switch a running migration to post-copy."""
+    Options(**options_of(args))  # type: ignore[arg-type]  # checked before anything happens
     if args.switch:
         switch.request(Registry().folder(args.name))
         return 0
@@ -170,9 +182,11 @@ async def run(args: argparse.Namespace) -> int:
     folder = Registry().folder(args.name)
     try:
         if args.recover or args.take_back:
-            return await _settle(args, workload)
+            return await _recover(args, workload)
         if args.address is None:
-            raise UsageError("where to? Give the address of a receiver (unix:PATH or HOST:PORT), or --recover")
+            raise UsageError(
+                "ADDRESS is missing: give the address of a receiver (unix:PATH or HOST:PORT), or --recover"
+            )
         with folder.exclusively(f"a migration to {args.address}"), open_reporter(args.output, MigrationView()) as out:
             result = await api.migrate(workload, args.address, listener=out.event, **options_of(args))
             out.final(result)
@@ -181,7 +195,7 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _settle(args: argparse.Namespace, workload: Workload) -> int:
+async def _recover(args: argparse.Namespace, workload: Workload) -> int:
     folder = Registry().folder(args.name)
     with folder.exclusively("a recovery"), open_reporter(args.output, MigrationView()) as out:
         if args.take_back:

@@ -1,4 +1,4 @@
-"""The parser of the whole command line, of which only the verbs that are asked for are imported."""
+"""The parser of the command line, which imports only the modules of verbs among its arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pageferry.errors import UsageError
 
 
 class HelpFormatter(RichHelpFormatter):
-    """Coloured help whose texts are taken literally: square brackets are ours, not rich's."""
+    """Coloured help without rich markup: square brackets are printed literally."""
 
     help_markup = False
     text_markup = False
@@ -25,13 +25,13 @@ class HelpFormatter(RichHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """What the command and all its verbs have in common: no abbreviations, they would freeze the names of options."""
+    """Parser of the command and of its verbs. Abbreviations are disabled: they would freeze the names of options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Of choices, verbs among them: name one that is like the word that was given."""
+        """Reject an invalid choice or verb, and suggest a similar one."""
         if action.choices is not None and value not in action.choices:
             known = list(action.choices)
             meant = values.suggestion(str(value), known)
@@ -40,42 +40,45 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """One line: a usage of many would hide what is wrong."""
-        text = f"{self.prog}: error: {message} (`{self.prog} --help` shows what it takes)"
+        """Report a usage error in one line: a long usage text would hide its cause."""
+        text = f"{self.prog}: error: {message} (see `{self.prog} --help`)"
         self.exit(UsageError.exit_code, f"{printable.message(text)}\n")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments on the command line `words`. Raises SystemExit after help, version, completion or a complaint."""
-    # Defaults of shared options come from here: given in parsers, those of the verb's would undo what came before it.
+    """Return the arguments of the command line `words`.
+
+    Raises SystemExit after help, version, completion or a usage error.
+    """
+    # Defaults of shared options are set here: those of a verb's parser would override options given before the verb.
     defaults = argparse.Namespace(output="human", log=None, debug=False, command=[])
     parser = build_parser(words)
     head, command = _split(words)
     args, unknown = parser.parse_known_args(head, defaults)
     _check_separator(args, words)
     if unknown:
-        args.complain(f"unrecognized arguments: {' '.join(unknown)}{_meant(args, unknown)}")
+        args.usage_error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args, unknown)}")
     if command and not args.takes_command:
-        args.complain("it takes no command after --")
+        args.usage_error("this verb does not take a command after --; remove it")
     args.command = command
     return args
 
 
 def _check_separator(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Report the command line of a QEMU that is not behind `--`."""
+    """Report a usage error if the command line of QEMU is not preceded by `--`."""
     program = next((word for word in words if PurePath(word).name.startswith("qemu-system")), None)
     if args.takes_command and program is not None and "--" not in words:
-        args.complain(f"-- is missing in front of {program}: everything after it is the command line of QEMU")
+        args.usage_error(f"missing -- before {program}: the command line of QEMU follows --")
 
 
 def _meant(args: argparse.Namespace, unknown: Sequence[str]) -> str:
-    """Options of the verb that look like the unknown ones."""
-    known = args.complain.__self__._option_string_actions
+    """Return suggestions for unknown options: similar options of the verb."""
+    known = args.usage_error.__self__._option_string_actions
     return "".join(values.suggestion(word.split("=")[0], known) for word in unknown if word.startswith("--"))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is for us, and the command line of another program after `--`, of which nothing is ours to interpret."""
+    """Split the words into those of pageferry and the command line of another program after `--`."""
     if "--" not in words:
         return list(words), []
     end = words.index("--")
@@ -83,10 +86,10 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def build_parser(words: Sequence[str]) -> Parser:
-    """The parser for the command line `words`.
+    """Return the parser for the command line `words`.
 
-    All verbs are listed, but only those whose name is among the words are imported and take arguments; one too many
-    (a workload called `list`) does no harm. Completion is about all of them.
+    All verbs are listed, but only modules of verbs among the words are imported and define their arguments. A workload
+    with the name of a verb imports one module too many, which is harmless. Completion imports all modules.
     """
     shared = shared_options()
     parser = Parser(prog="pageferry", description=_DESCRIPTION, epilog=_EPILOG, parents=[shared])
@@ -108,7 +111,7 @@ def build_parser(words: Sequence[str]) -> Parser:
                 run=module.run,
                 takes_command=getattr(module, "TAKES_COMMAND", False),
                 works_on=getattr(module, "WORKS_ON", None),
-                complain=below.error,
+                usage_error=below.error,
             )
             if hasattr(module, "WORKS_ON"):
                 _add_metrics(below)
@@ -117,28 +120,32 @@ def build_parser(words: Sequence[str]) -> Parser:
 
 def _add_metrics(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("metrics")
-    group.add_argument("--metrics", metavar="HOST:PORT", help="answer Prometheus there while it runs (docs/metrics.md)")
     group.add_argument(
-        "--metrics-insecure", action="store_true", help="allow addresses other than loopback for that, in the clear"
+        "--metrics",
+        metavar="HOST:PORT",
+        help="serve Prometheus metrics at this address while the command runs (docs/metrics.md)",
+    )
+    group.add_argument(
+        "--metrics-insecure", action="store_true", help="allow addresses other than loopback for --metrics, unencrypted"
     )
 
 
-_DESCRIPTION = "Moves, saves and shapes the memory of running workloads, from outside them."
-_EPILOG = "Exit codes: 0 done, 1 failure, 2 usage, 3-99 named failures (docs/exit-codes.md), 128+N ended by signal N."
+_DESCRIPTION = "Migrate, save and optimise the memory of running workloads from outside."
+_EPILOG = (
+    "Exit codes: 0 success, 1 failure, 2 usage error, 3-99 named errors (docs/exit-codes.md), 128+N ended by signal N."
+)
 
 
 def shared_options() -> Parser:
-    """The options of every verb, as a parent of its parser; in whichever place they are given, the last one holds."""
+    """Return the options of every verb, as a parent parser. They may precede or follow the verb; the last one wins."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
         "--output",
         choices=("human", "json"),
-        help="what stdout is for: text for people (default), or one JSON object per line",
+        help="format of stdout: human-readable text, or one JSON object per line (default: human)",
     )
-    shared.add_argument(
-        "--log", metavar="FILE", help="write down everything that is told, as JSON lines (`pageferry report` draws it)"
-    )
-    shared.add_argument("--debug", action="store_true", help="log more, and show where errors come from")
+    shared.add_argument("--log", metavar="FILE", help="write all events to FILE as JSON lines (see `pageferry report`)")
+    shared.add_argument("--debug", action="store_true", help="log debug messages, and print tracebacks of errors")
     return shared
 
 

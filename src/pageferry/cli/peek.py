@@ -1,4 +1,4 @@
-"""`pageferry peek`: look at the memory of a workload, also of one whose contents are still to come."""
+"""`pageferry peek`: print memory of a workload, loading it first if its contents are deferred."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from pageferry.workloads.base import SMALL_PAGE, Region
 from pageferry.workloads.opening import open_workload
 
 MAX_LENGTH = 64 << 20
+"""Maximum number of bytes to print."""
 
 
 class Peeked(Event, frozen=True, kw_only=True, tag="memory"):
-    """Bytes of a workload's memory."""
+    """Contents of a range of memory."""
 
     workload: str
     region: str
@@ -33,27 +34,32 @@ class Peeked(Event, frozen=True, kw_only=True, tag="memory"):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Prints memory of a running workload, by offset in its memory (as `pageferry list` counts it). Pages whose "
-        "contents are still to come from an image are read first, and only those."
+        "Print memory of a running workload, addressed by the offset in a region. Deferred pages of the range are "
+        "loaded first."
     )
-    parser.add_argument("name", metavar="NAME", help="workload to look at")
-    parser.add_argument("offset", metavar="OFFSET", type=_number, help="bytes from the start of the region; 0x... too")
-    parser.add_argument("length", metavar="LENGTH", type=size, help="how many bytes")
-    parser.add_argument("--region", metavar="REGION", help="which region (default: the first)")
-    parser.add_argument("--raw", action="store_true", help="write the bytes as they are")
+    parser.add_argument("name", metavar="NAME", help="workload to read (see `pageferry list`)")
+    parser.add_argument(
+        "offset",
+        metavar="OFFSET",
+        type=_number,
+        help="bytes from the start of the region, decimal or 0x..., or a size such as 1M",
+    )
+    parser.add_argument("length", metavar="LENGTH", type=size, help="number of bytes, such as 64 or 4K")
+    parser.add_argument("--region", metavar="REGION", help="name of the region (default: the first one)")
+    parser.add_argument("--raw", action="store_true", help="write the bytes unformatted")
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Look."""
+    """Print the memory."""
     if args.raw and sys.stdout.isatty():
-        raise UsageError("raw memory is not written to a terminal: redirect the output, or leave out --raw")
+        raise UsageError("cannot write raw memory to a terminal: redirect stdout, or remove --raw")
     workload = await open_workload(args.name)
     try:
         number, region = _region(workload.regions, args.region)
         if not 0 <= args.offset < args.offset + args.length <= region.length or args.length > MAX_LENGTH:
-            raise UsageError(f"{args.length} bytes at {args.offset} of {region.name}, which has {region.length}")
+            raise UsageError(_range_error(args, region))
         first, end = args.offset // SMALL_PAGE, -(-(args.offset + args.length) // SMALL_PAGE)
         deferred.ensure(Registry().folder(args.name), number, first, end - first)
         data = os.pread(region.fd, args.length, region.file_offset + args.offset)
@@ -69,11 +75,19 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _range_error(args: argparse.Namespace, region: Region) -> str:
+    return (
+        f"invalid range of {args.length} bytes at {args.offset}: {region.name} has {region.length} bytes, of which at "
+        f"most {MAX_LENGTH} can be printed at once"
+    )
+
+
 def _region(regions: tuple[Region, ...], name: str | None) -> tuple[int, Region]:
     for number, region in enumerate(regions):
         if name in (None, region.name):
             return number, region
-    raise UsageError(f"there is no region {name}: there are {', '.join(region.name for region in regions)}")
+    known = ", ".join(region.name for region in regions)
+    raise UsageError(f"invalid region {name!r}: expected one of {known}")
 
 
 def _lines(offset: int, data: bytes) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`pageferry receive`: wait for a workload, and run it from the moment it has arrived."""
+"""`pageferry receive`: wait for a migrating workload and run it on this host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from pageferry import values
 from pageferry.cli.arguments import seconds, size
-from pageferry.cli.foreground import see_to_the_end
+from pageferry.cli.foreground import run_in_foreground
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
@@ -20,7 +20,7 @@ from pageferry.host.registry import Registry
 from pageferry.migration import api, events, messages
 from pageferry.migration.connection import Reception
 from pageferry.migration.destination import Destination, Prepare
-from pageferry.migration.options import timeout
+from pageferry.migration.options import Options, timeout
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.report.migration import postcopy_line
@@ -38,14 +38,14 @@ WORKS_ON = "name"
 
 
 class Listening(Event, frozen=True, tag="listening"):
-    """Sources can connect."""
+    """The receiver accepts connections of sources."""
 
     workload: str
     address: str
 
 
 class Received(Event, frozen=True, tag="received"):
-    """The workload runs here, or is paused here because its user had paused it."""
+    """The workload runs on this host, or is paused because its user had paused it at the source."""
 
     workload: str
     kind: str
@@ -53,13 +53,13 @@ class Received(Event, frozen=True, tag="received"):
 
 
 class Resumed(Event, frozen=True, tag="resumed"):
-    """All of its memory is here."""
+    """All deferred memory of the workload has been received."""
 
     workload: str
 
 
 class LedgerResult(Event, frozen=True, tag="ledger"):
-    """What became of a built-in workload: whether every write that was ever made is there."""
+    """Verification of the memory of the built-in workload."""
 
     workload: str
     intact: bool
@@ -68,15 +68,15 @@ class LedgerResult(Event, frozen=True, tag="ledger"):
 
 
 class ReceiveView(PlainView):
-    """Lines instead of names and values."""
+    """One sentence per event."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """One line per event."""
+        """Return the sentence for an event; None for progress."""
         match event:
             case Listening():
-                return f"{event.workload} waits at {event.address}"
+                return f"{event.workload}: listening on {event.address}"
             case Received():
-                return f"{event.workload} {'is here, paused as before' if event.paused else 'runs here'}"
+                return f"{event.workload}: received, {'still paused' if event.paused else 'running'}"
             case events.PostcopyEvent():
                 return postcopy_line(event) if event.status != "postcopy-active" else None
             case _:
@@ -84,63 +84,72 @@ class ReceiveView(PlainView):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Waits for one workload that `pageferry migrate` sends, and runs it. A QEMU is started at once with the "
-        "command line given, and waits for its memory and state; it must be the same machine as at the source. With "
-        "--resume, goes on for a guest that runs here already and whose receiver was killed before all of its memory "
-        "had come."
+        "Wait for one workload from `pageferry migrate`, and run it on this host. QEMU is started immediately with the "
+        "given command line, and waits for memory and state; the machine must be the same as at the source. With "
+        "--resume, serve a post-copy guest of this host whose receiver was killed before all of its memory had been "
+        "received."
     )
     parser.add_argument("name", metavar="NAME", help="name of the workload on this host")
     parser.add_argument(
         "--listen",
         metavar="ADDRESS",
-        help="wait at unix:PATH, for sources on this host, or at HOST:PORT, port 0 for any free one (default: a Unix "
-        "socket in the run directory; with --tls or --insecure 127.0.0.1:0)",
+        help="listen on unix:PATH, for sources on this host, or on HOST:PORT, where port 0 selects a free port "
+        "(default: a Unix socket in the run directory; with --tls or --insecure 127.0.0.1:0)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="bring the rest of the memory of a guest that is here; then `pageferry migrate --recover` at its source",
+        help="receive the remaining memory of a guest that runs on this host; then run `pageferry migrate --recover` "
+        "at its source",
     )
-    parser.add_argument("--workload", choices=("demo",), help="receive the built-in workload instead of a QEMU")
+    parser.add_argument("--workload", choices=("demo",), help="receive the built-in workload instead of a QEMU guest")
     parser.add_argument(
-        "--max-size", type=size, metavar="SIZE", help="largest memory to accept (default: what is free)"
+        "--max-size",
+        type=size,
+        metavar="SIZE",
+        help="maximum size of the memory to accept (default: the available memory)",
     )
-    parser.add_argument("--hugetlb", action="store_true", help="guest memory on hugetlbfs")
-    parser.add_argument("--detach", action="store_true", help="end when the guest runs, and leave it running")
+    parser.add_argument("--hugetlb", action="store_true", help="place guest memory in reserved 2 MiB pages (hugetlbfs)")
+    parser.add_argument(
+        "--detach", action="store_true", help="return when the guest runs, and write its output to a log"
+    )
     parser.add_argument(
         "--timeout",
         type=seconds,
-        default=30.0,
+        default=values.duration_text(Options().timeout),
         metavar="DURATION",
-        help="silence that ends it, such as 10s or 1m; a number alone counts seconds (30s)",
+        help="fail when the peer has been silent for DURATION, such as 30s or 1m; a plain number is in seconds "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--tls",
         metavar="DIR",
-        help="receive under TLS 1.3 only, from sources that show a certificate; DIR has ca-cert.pem, ca-crl.pem "
-        "(optional), server-cert.pem and server-key.pem, as for QEMU",
+        help="use TLS 1.3, and require a certificate of the source; DIR contains ca-cert.pem, ca-crl.pem (optional), "
+        "server-cert.pem and server-key.pem, as for QEMU",
     )
     parser.add_argument(
         "--allow",
         metavar="NAME",
         action="append",
         default=[],
-        help="with --tls: let in sources whose certificate has this common or alternative name; may be given more than "
-        "once (default: all sources with a certificate of the authority in ca-cert.pem)",
+        help="with --tls: authorise sources whose certificate has this common or alternative name; can be repeated "
+        "(default: all sources with a certificate of the authority in ca-cert.pem)",
     )
-    parser.add_argument("--insecure", action="store_true", help="allow addresses other than loopback, in the clear")
+    parser.add_argument(
+        "--insecure", action="store_true", help="allow unencrypted connections to addresses other than loopback"
+    )
     parser.usage = "pageferry receive NAME [options] [-- QEMU ARGS...]"
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Receive a workload, then stay until it ends."""
+    """Receive a workload, and wait until it ends unless it is detached."""
     command = args.command
     timeout(args.timeout)
     values.optional(values.size, "max_size", args.max_size, 1, MAX_ARENA)
     if (args.workload is not None) + bool(command) + args.resume != 1:
-        raise UsageError("give either --workload demo, or --resume, or a QEMU command line after --")
+        raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
     with open_reporter(args.output, ReceiveView()) as out:
         reception = api.open_reception(
             _address(args), args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow
@@ -156,7 +165,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 def _address(args: argparse.Namespace) -> str:
-    """Where to listen: on one host, where only this user and root can connect."""
+    """Return the address to listen on: by default a socket to which only this user and root can connect."""
     if args.listen is not None:
         return str(args.listen)
     return "127.0.0.1:0" if args.tls or args.insecure else f"unix:{Registry().receiver_socket(args.name)}"
@@ -191,7 +200,9 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
 
     async def prepare(hello: messages.Hello) -> Workload:
         if hello.kind != "qemu":
-            raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; a QEMU guest is received here")
+            raise UsageError(
+                f"cannot receive {hello.name}: its kind is {hello.kind}, and this receiver expects a QEMU guest"
+            )
         guest.check_source(hello.details)
         return guest
 
@@ -202,9 +213,9 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
                 await finishing
                 guest.close()
                 return 0
-            return await see_to_the_end(guest) or 0
+            return await run_in_foreground(guest) or 0
     except BaseException:
-        if not destination.accepted:  # from then on the destination sees to the guest
+        if not destination.accepted:  # afterwards the destination ends the guest
             await asyncio.shield(guest.discard())
         raise
 
@@ -225,9 +236,9 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
 
     destination = _destination(args, reception, prepare, out)
     async with _received(args, destination, out) as finishing:
-        with contextlib.suppress(asyncio.CancelledError):  # asked to end: that is how it ends
+        with contextlib.suppress(asyncio.CancelledError):  # SIGTERM and Ctrl-C end the workload
             await moved.wait()
-            # It may have moved on as soon as all of it was here: its source must hear of that, too.
+            # The workload may have migrated on already; its source must still be informed of the end of this migration.
             await asyncio.wait({finishing}, timeout=args.timeout)
     ledger = received[-1]
     ledger.stop()
@@ -240,7 +251,10 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
 async def _received(
     args: argparse.Namespace, destination: Destination, out: Reporter
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """Receive; within the block the workload runs here. Gives the task that ends once the source knows that."""
+    """Receive the workload, which runs on this host within the block.
+
+    Yields the task that ends when the source has been informed.
+    """
     out.event(Listening(args.name, str(destination.reception.address)))
     try:
         workload = await _run(destination)
@@ -261,16 +275,18 @@ async def _run(destination: Destination) -> Workload:
         return await destination.run()
     except BaseException as error:
         if destination.promised and not destination.settled.is_set():
-            log.warning("the source may be in doubt: waiting for it to ask (Ctrl-C ends the wait)")
+            log.warning("the source may not know the outcome: waiting for it to recover (Ctrl-C ends the wait)")
             _heed_cancellation()
             await destination.settled.wait()
         if isinstance(error, ConnectionLost | PeerRefused | ProtocolError):
-            raise type(error)(f"{error}. The workload is left to its source, and nothing of it is here") from error
+            raise type(error)(
+                f"{error}. The workload remains at its source; this host has discarded its memory"
+            ) from error
         raise
 
 
 def _heed_cancellation() -> None:
-    """Whoever asked us to end while that could not be (see `to_the_end`) is heard at the next await."""
+    """Deliver a cancellation that was suppressed (see `to_the_end`) at the next await."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         task.cancel()

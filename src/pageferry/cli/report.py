@@ -1,4 +1,4 @@
-"""`pageferry report`: what runs did, drawn from their logs."""
+"""`pageferry report`: summarise event logs as text, JSON or one HTML page."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pageferry.report.runs import RunsView
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Logs, and where a page goes."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Draws what runs did, from the logs that --log FILE makes of any verb: in the terminal, as numbers for "
-        "programs, or as one HTML file that needs no network. Several runs are set side by side. The log of a command "
-        "that was killed is drawn as far as it goes."
+        "Summarise event logs, which any verb writes with --log FILE: as text, as JSON (--output json), or as one HTML "
+        "file that needs no network. Several runs are shown side by side. The log of a command that was killed is "
+        "shown up to its last complete line."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="an event log")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write the page there; one that is there is replaced")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write an HTML page; an existing file is replaced")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, draw and tell."""
+    """Read the logs, and print the report or write the page."""
     runs = [Run.of(Log.read(path)) for path in args.runs]
     if args.html is not None:
         from pageferry.report.page import page
@@ -41,4 +41,4 @@ def _write(path: Path, text: str) -> None:
     try:
         files.replace_file(path, text.encode(), mode=0o666)
     except OSError as error:
-        raise UsageError(f"--html {path}: {error.strerror}") from error
+        raise UsageError(f"cannot write --html {path}: {error.strerror}") from error

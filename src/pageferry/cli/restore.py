@@ -1,4 +1,4 @@
-"""`pageferry restore`: let a QEMU guest go on where an image was taken."""
+"""`pageferry restore`: start a QEMU guest from an image, loading its memory on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from logging import getLogger
 
 from pageferry.checkpoints.restore import completed, restore_guest, take_over
 from pageferry.checkpoints.restore_events import RestoreResult
-from pageferry.cli.foreground import see_to_the_end
+from pageferry.cli.foreground import run_in_foreground
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.report.reporter import Reporter, open_reporter
@@ -22,33 +22,35 @@ log = getLogger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Name, image, options, and after `--` the command line of QEMU."""
+    """Add the arguments of the verb; the command line of QEMU follows `--`."""
     parser.description = (
-        "Starts a QEMU that goes on where the image was taken. It runs at once; its memory is read on access, and in "
-        "the background. Without --detach it stays on the terminal, and Ctrl-C ends it. The image is only read, and "
-        "must stay where it is until `pageferry list` shows that nothing is deferred any more."
+        "Start a QEMU guest that continues from the snapshot point of an image. It runs immediately; its memory is "
+        "loaded on demand and in the background. Without --detach it stays attached to the terminal, and Ctrl-C ends "
+        "it. The image is opened read-only, and must stay in place until `pageferry list` shows no deferred memory."
     )
-    parser.add_argument("name", metavar="NAME", help="what to call the guest on this host")
-    parser.add_argument("image", metavar="IMAGE", nargs="?", help="image that `pageferry checkpoint` wrote")
-    parser.add_argument("--detach", action="store_true", help="return when the guest runs; its output goes to a log")
-    parser.add_argument("--hugetlb", action="store_true", help="guest memory in reserved 2 MiB pages (hugetlbfs)")
-    parser.add_argument("--eager", action="store_true", help="read in the background without giving way to accesses")
-    parser.add_argument("--no-prefetch", action="store_true", help="read nothing but what is accessed")
+    parser.add_argument("name", metavar="NAME", help="name of the guest on this host")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="image file written by `pageferry checkpoint`")
+    parser.add_argument(
+        "--detach", action="store_true", help="return when the guest runs, and write its output to a log"
+    )
+    parser.add_argument("--hugetlb", action="store_true", help="place guest memory in reserved 2 MiB pages (hugetlbfs)")
+    parser.add_argument("--eager", action="store_true", help="load in the background without yielding to page faults")
+    parser.add_argument("--no-prefetch", action="store_true", help="load pages only on demand")
     parser.add_argument(
         "--takeover",
         action="store_true",
-        help="serve a guest whose pager has died and that waits; IMAGE says where the image is now, if it has moved",
+        help="start another pager for a guest whose pager has exited; give IMAGE if the image has been moved",
     )
     parser.usage = "pageferry restore NAME IMAGE [options] -- QEMU ARGS..."
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Restore, or take over."""
+    """Restore the guest, or start another pager for it."""
     with open_reporter(args.output, RestoreView()) as reporter:
         if args.takeover:
             return await _take_over(args, reporter)
         if args.image is None or not args.command:
-            raise UsageError("give NAME, IMAGE and, after --, the QEMU command line, program first")
+            raise UsageError("IMAGE or the command line is missing: give NAME IMAGE -- QEMU ARGS...")
         workload, result = await restore_guest(
             args.name,
             args.image,
@@ -63,22 +65,24 @@ async def run(args: argparse.Namespace) -> int:
             reporter.final(result)
             workload.close()
             return 0
-        return await _attend(args, workload, result, reporter)
+        return await _run_in_foreground(args, workload, result, reporter)
 
 
-async def _attend(args: argparse.Namespace, workload: QemuWorkload, result: RestoreResult, reporter: Reporter) -> int:
-    """Stay with the guest: report when its memory is there, and see it to its end."""
-    arrival = asyncio.ensure_future(_report_arrival(args.name, result, reporter))
+async def _run_in_foreground(
+    args: argparse.Namespace, workload: QemuWorkload, result: RestoreResult, reporter: Reporter
+) -> int:
+    """Report when all memory is loaded, and wait until the guest exits."""
+    completion = asyncio.ensure_future(_report_completion(args.name, result, reporter))
     try:
-        code = await see_to_the_end(workload)
+        code = await run_in_foreground(workload)
     finally:
-        arrival.cancel()
+        completion.cancel()
     if code:
-        raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}")
+        raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}; see its output for the cause")
     return 0
 
 
-async def _report_arrival(name: str, result: RestoreResult, reporter: Reporter) -> None:
+async def _report_completion(name: str, result: RestoreResult, reporter: Reporter) -> None:
     try:
         reporter.final(await completed(Registry().folder(name), result, reporter.event))
     except (RestoreError, WorkloadError) as error:

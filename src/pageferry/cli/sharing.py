@@ -1,10 +1,11 @@
-"""`pageferry sharing`: how much memory equal pages take, inside large pages too, and sharing them where it pays."""
+"""`pageferry sharing`: find duplicate pages, inside huge pages too, and merge them where it pays off."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 
+from pageferry import values
 from pageferry.cli.activity import hot_large_pages
 from pageferry.cli.arguments import fraction, integer, seconds, size
 from pageferry.errors import UsageError
@@ -20,66 +21,99 @@ DEFAULTS = Options()
 
 
 class Undone(Event, frozen=True, tag="sharing-undone"):
-    """What `--undo` did."""
+    """Result of `--undo`."""
 
     workloads: list[str]
     bytes: int
-    """Of memory whose sharing has been taken back."""
+    """Size of the memory that is no longer shared, bytes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Looks for small pages whose content stands elsewhere too: pages of zeros, of one pattern, and equal pages, "
-        "within a workload and between those named. Says what sharing them would free, and how many large pages must "
-        "be broken for how much of it. With --apply, breaks those that are worth it, and shares: private memory by "
-        "KSM, on the chosen large pages alone; of the files of guests and arenas, zeros are given back. Workloads "
-        "share with each other only if they are named together: see the note on side channels in docs/systems/s9.md."
+        "Find base pages with duplicate contents: zero pages, pages of one pattern, and identical pages within "
+        "a workload and between the workloads named. Print the memory that merging them would free, as a function of "
+        "the number of huge pages that must be split. With --apply, split the huge pages that are worth it and merge: "
+        "KSM merges private memory of the chosen huge pages only; zero pages of the files of guests and arenas are "
+        "punched out. Workloads share pages with each other only if they are named together: see the note on side "
+        "channels in docs/systems/s9.md."
     )
-    parser.add_argument("names", metavar="NAME|pid:N", nargs="+", help="workloads (see `pageferry list`) or processes")
-    doing = parser.add_mutually_exclusive_group()
-    doing.add_argument("--apply", action="store_true", help="share; without it nothing is changed")
-    doing.add_argument("--undo", action="store_true", help="take sharing back, and allow large pages again")
-    choosing = parser.add_argument_group("choosing")
+    parser.add_argument(
+        "names", metavar="NAME|pid:N", nargs="+", help="workloads (see `pageferry list`) or processes (pid:N)"
+    )
+    acting = parser.add_mutually_exclusive_group()
+    acting.add_argument(
+        "--apply", action="store_true", help="merge duplicate pages; without this option, only print the estimate"
+    )
+    acting.add_argument("--undo", action="store_true", help="undo sharing, and allow huge pages again")
+    choosing = parser.add_argument_group("selection")
     choosing.add_argument(
         "--threshold",
         type=integer,
         metavar="N",
-        help="break large pages of which at least N of the 512 pages can be shared (default: 256 when half of the "
-        "memory of this host is free, down to 16)",
+        help="split huge pages of which at least N of the 512 base pages can be shared (default: 256 if at least half "
+        "of the host's memory is available, falling to 16 at one tenth)",
     )
-    choosing.add_argument("--most", type=integer, metavar="N", help="break at most N large pages, the best ones")
+    choosing.add_argument(
+        "--most", type=integer, metavar="N", help="split at most N huge pages, those with most duplicates"
+    )
     choosing.add_argument(
         "--break-hot",
         action="store_true",
-        help="break large pages that are in use, too; without this --apply looks first which are (as `pageferry "
-        "large-pages` does), and leaves those whole",
+        help="also split huge pages that are in use; by default, --apply samples the activity first (as `pageferry "
+        "large-pages` does) and leaves those intact",
     )
     choosing.add_argument(
         "--beside-others",
         action="store_true",
-        help="though other processes have offered memory to KSM (QEMU does, without mem-merge=off), which is then "
-        "merged with that of these",
+        help="use KSM even if other processes have mergeable memory (as QEMU has without mem-merge=off), which is then "
+        "merged with that of the workloads named",
     )
-    looking = parser.add_argument_group("looking")
-    looking.add_argument("--budget", type=fraction, metavar="P%", help="part of one CPU to use (default: all there is)")
-    looking.add_argument("--memory", type=size, default=DEFAULTS.memory, metavar="SIZE", help="of its own (256M)")
-    looking.add_argument("--every", type=integer, default=1, metavar="N", help="look at every Nth large page only")
-    looking.add_argument("--threads", type=integer, default=0, metavar="N", help="(one for each CPU)")
-    looking.add_argument("--watch", action="store_true", help="again and again, slowly; faster when memory is scarce")
-    looking.add_argument(
+    scanning = parser.add_argument_group("scanning")
+    scanning.add_argument(
+        "--budget",
+        type=fraction,
+        metavar="FRACTION",
+        help="limit for the scan, as a fraction of one CPU, such as 5%% or 0.05 (default: unlimited; with --watch "
+        "adapted to the available memory)",
+    )
+    scanning.add_argument(
+        "--memory",
+        type=size,
+        default=values.size_text(DEFAULTS.memory),
+        metavar="SIZE",
+        help="limit for the memory of the scan itself; beyond it, contents are sampled (default: %(default)s)",
+    )
+    scanning.add_argument(
+        "--every",
+        type=integer,
+        default=DEFAULTS.every,
+        metavar="N",
+        help="scan only every Nth unit of 2 MiB (default: %(default)s)",
+    )
+    scanning.add_argument(
+        "--threads",
+        type=integer,
+        default=DEFAULTS.threads,
+        metavar="N",
+        help="number of threads; 0: one per CPU (default: %(default)s)",
+    )
+    scanning.add_argument(
+        "--watch", action="store_true", help="scan repeatedly until interrupted, faster when memory is scarce"
+    )
+    scanning.add_argument(
         "--interval",
         type=seconds,
-        default=60.0,
+        default="60s",
         metavar="DURATION",
-        help="time between looks, such as 30s or 1m; a number alone counts seconds (1m)",
+        help="time between scans, such as 30s or 1m; a plain number is in seconds (default: %(default)s)",
     )
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Estimate, share or undo."""
+    """Estimate, merge or undo."""
     if args.undo and args.watch:
-        raise UsageError("--undo is done once: leave --watch out")
+        raise UsageError("--undo cannot be combined with --watch: remove one of them")
     with open_reporter(args.output, SharingView()) as out:
         if args.undo:
             out.final(Undone(args.names, await api.undo(args.names)))
@@ -91,7 +125,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _watch(args: argparse.Namespace, out: Reporter) -> None:
-    """A result for every look, until somebody ends it."""
+    """Print the result of each scan until cancelled."""
     pace = policy.Pace()
     while True:
         budget = args.budget or pace.budget(available())

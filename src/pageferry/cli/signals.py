@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a verb runs."""
+"""Handling of SIGINT and SIGTERM while a verb runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Self
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a cancellation, so that the verb can put things back before it ends.
+    """Context in which the first SIGINT or SIGTERM becomes a cancellation, so that the verb can undo its changes.
 
-    A coroutine started by `run` is cancelled as a task; ordinary code, and a coroutine that is asked a second time,
-    get KeyboardInterrupt.
+    A coroutine started by `run` is cancelled as a task. Synchronous code, and a coroutine at the second signal, receive
+    KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """The first signal that came."""
+        """First signal received, or None."""
         self._cancel: Callable[[], object] | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -32,14 +32,14 @@ class Interruption:
             signal.signal(number, handler)
 
     def run(self, coroutine: Coroutine[Any, Any, int]) -> int:
-        """Run a coroutine to its end. Raises asyncio.CancelledError when it let itself be cancelled."""
+        """Run a coroutine and return its result. Raises asyncio.CancelledError if a signal has cancelled it."""
         return asyncio.run(self._supervised(coroutine))
 
     async def _supervised(self, coroutine: Coroutine[Any, Any, int]) -> int:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        # From a signal handler only this call is sure to wake the loop.
+        # Only this call is guaranteed to wake the loop from a signal handler.
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         try:
             return await coroutine
@@ -53,5 +53,5 @@ class Interruption:
         if self._cancel is not None:
             self._cancel()
         if not first or self._cancel is None:
-            # May be lost where the interpreter ignores exceptions (finalizers): the cancellation is not.
+            # The interpreter may discard this exception (in finalizers), but not the cancellation.
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""`pageferry stop`: end a workload."""
+"""`pageferry stop`: stop a workload."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from pageferry.host.registry import AnyEntry, Claim, QemuEntry, Registry
 from pageferry.workloads.qemu import QemuWorkload
 
 TIMEOUT = 10.0
-"""Seconds for a program to end."""
+"""Seconds to wait for a program to exit."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Name, and how."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "End a workload: a QEMU guest by `quit`, as if its power was cut; the program of an arena by SIGTERM."
+        "Stop a workload: a QEMU guest by the monitor command `quit`, which equals a power cut; the program of an "
+        "arena by SIGTERM."
     )
-    parser.add_argument("name", metavar="NAME", help="the workload, as `pageferry list` shows it")
-    parser.add_argument("--kill", action="store_true", help="by SIGKILL, without asking: for one that does not answer")
+    parser.add_argument("name", metavar="NAME", help="workload to stop (see `pageferry list`)")
+    parser.add_argument("--kill", action="store_true", help="send SIGKILL, for a workload that does not respond")
 
 
 async def run(args: argparse.Namespace) -> int:
-    """End the workload and forget it."""
+    """Stop the workload and remove its entry."""
     registry = Registry()
     entry = registry.lookup(args.name)
     if isinstance(entry, Claim):
-        raise NoSuchWorkload(f"{args.name} is still being started by process {entry.pid}: end that, or wait")
+        raise NoSuchWorkload(
+            f"cannot stop {args.name}: process {entry.pid} is still starting it; wait, or end that process"
+        )
     if isinstance(entry, QemuEntry) and not args.kill:
         await _quit(args.name, entry, registry)
     else:
@@ -39,17 +42,18 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _quit(name: str, entry: QemuEntry, registry: Registry) -> None:
-    """End a guest by `quit`. Raises WorkloadError, which names --kill, where it does not answer or end."""
+    """Stop a guest by `quit`. Raises WorkloadError, which names --kill, if it does not respond or exit."""
     try:
         guest = await QemuWorkload.attach(name, registry=registry)
     except WorkloadDied:
         raise
-    except WorkloadError as hangs:
-        raise WorkloadError(f"{hangs}. `pageferry stop --kill {name}` ends it without asking") from hangs
+    except WorkloadError as error:
+        raise WorkloadError(f"{error}; to send SIGKILL, run `pageferry stop --kill {name}`") from error
     if not await guest.quit(TIMEOUT):
         guest.close()
         raise WorkloadError(
-            f"{name} (process {entry.pid}) does not quit: `pageferry stop --kill {name}` ends it without asking"
+            f"cannot stop {name}: process {entry.pid} has not exited {TIMEOUT:g} s after `quit`; to send SIGKILL, run "
+            f"`pageferry stop --kill {name}`"
         )
     await guest.forget()
 
@@ -61,6 +65,6 @@ async def _signal(name: str, entry: AnyEntry, number: signal.Signals) -> None:
             await processes.wait_for_end(entry.pid, entry.started)
     except TimeoutError as slow:
         raise WorkloadError(
-            f"{name} (process {entry.pid}) has not ended {TIMEOUT:g} s after {number.name}: "
-            f"`pageferry stop --kill {name}` ends it"
+            f"cannot stop {name}: process {entry.pid} has not exited {TIMEOUT:g} s after {number.name}; to send "
+            f"SIGKILL, run `pageferry stop --kill {name}`"
         ) from slow

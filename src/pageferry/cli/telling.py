@@ -1,4 +1,4 @@
-"""Who is told what a verb tells, beside stdout: its log, the record of its progress, and Prometheus."""
+"""Sinks of the events of a verb besides stdout: event log, progress record and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_sinks(args: argparse.Namespace, stack: ExitStack) -> EventLog | None:
-    """Whatever was asked for, open as long as the stack; the log is returned, for its end is not known here.
+    """Open the requested sinks until the stack is closed, and return the event log, if any: its caller ends it.
 
     Raises UsageError, UnsupportedError.
     """
@@ -56,6 +56,6 @@ def _workloads(args: argparse.Namespace) -> list[str]:
 
 
 def _subjects(args: argparse.Namespace) -> list[str]:
-    """What the verb works on: `WORKS_ON` of its module names the argument."""
+    """Return the workloads of the verb, from the argument that `WORKS_ON` of its module names."""
     value = getattr(args, args.works_on) if getattr(args, "works_on", None) else []
     return [value] if isinstance(value, str) else list(value)

@@ -1,4 +1,4 @@
-"""`pageferry top`: the workloads of this host, again and again."""
+"""`pageferry top`: show workloads and running operations, refreshed periodically."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from pageferry.workloads.overview import Overview, overview
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """How often, or once."""
+    """Add the arguments of the verb."""
     parser.description = (
-        "Shows the workloads of this host and what is done with them: memory that their processes map and how much of "
-        "it on large pages, contents still to come from an image, and verbs at work with how far they are. Nothing is "
-        "traced for it and nobody is disturbed: how fast memory is modified is shown while a migration finds out."
+        "Show the workloads of this host: the memory that their processes map, its share on huge pages, the deferred "
+        "memory, and the running operations with their progress. No memory is traced for this and no workload is "
+        "interrupted; the dirty rate is shown while a migration measures it."
     )
     parser.add_argument(
-        "--interval", type=seconds, default=2.0, metavar="TIME", help="between two looks, at least 100ms (2s)"
+        "--interval",
+        type=seconds,
+        default="2s",
+        metavar="DURATION",
+        help="time between refreshes, at least 100ms (default: %(default)s)",
     )
-    parser.add_argument("--once", action="store_true", help="look once and end")
+    parser.add_argument("--once", action="store_true", help="print the state once and exit")
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Look until interrupted, or once."""
+    """Show the workloads once, or until interrupted."""
     last: Overview | None = None
     with open_reporter(args.output, TopView()) as out:
         if args.once:

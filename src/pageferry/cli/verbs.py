@@ -2,16 +2,15 @@
 
 A verb is a module of two functions::
 
-    def configure(parser: argparse.ArgumentParser) -> None     its description and arguments
-    def run(args: argparse.Namespace) -> int                   the work; returns the exit code; may be `async def`
+    def configure(parser: argparse.ArgumentParser) -> None     sets the description and adds the arguments
+    def run(args: argparse.Namespace) -> int                   runs the verb, returns the exit code; may be `async def`
 
-A verb that starts another program says `TAKES_COMMAND = True` and finds what stands after `--` in `args.command`.
-One that may work for long says in `WORKS_ON` which argument names its workload, or workloads: it can be
-seen at work in `pageferry top`, and takes `--metrics`.
-Every verb has `args.output` (`human` or `json`), `args.log` and `args.debug` already; what it tells through
-`pageferry.report.reporter` is written to the log. An asynchronous `run` is cancelled by the
-first SIGINT or SIGTERM; in a synchronous one they raise KeyboardInterrupt. Errors of `pageferry.errors` that leave
-`run` are printed and end in their exit code.
+A verb that starts another program sets `TAKES_COMMAND = True`; `args.command` has the words after `--`. A long-running
+verb sets `WORKS_ON` to the name of the argument that has its workload or workloads: `pageferry top` shows it, and it
+takes `--metrics`. Every verb has `args.output` (`human` or `json`), `args.log` and `args.debug`; events that it emits
+through `pageferry.report.reporter` are written to the log. The first SIGINT or SIGTERM cancels an asynchronous `run`,
+and raises KeyboardInterrupt in a synchronous one. The command prints errors of `pageferry.errors` that `run` raises,
+and exits with their exit code.
 """
 
 from __future__ import annotations
@@ -21,30 +20,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A row of the table: what `--help` needs to know without importing the module."""
+    """Row of the table: what `--help` needs without importing the module."""
 
     module: str
     """Full name of the module."""
     help: str
-    """One line."""
+    """Summary, one sentence."""
 
 
 VERBS: dict[str, Verb] = {
-    "check": Verb("pageferry.cli.check", "Say what this kernel and this user allow, and what to do about the rest."),
-    "demo": Verb("pageferry.cli.demo", "Move the built-in workload between two processes, and check every write."),
-    "receive": Verb("pageferry.cli.receive", "Wait for a workload and run it here."),
-    "migrate": Verb("pageferry.cli.migrate", "Move a running workload to a receiver."),
-    "checkpoint": Verb("pageferry.cli.checkpoint", "Save a running workload to an image, while it runs."),
-    "restore": Verb("pageferry.cli.restore", "Let a QEMU guest go on where an image was taken, at once."),
-    "image": Verb("pageferry.cli.image", "Say what is in an image, verify, compare or flatten it."),
+    "check": Verb("pageferry.cli.check", "Check kernel features and permissions, and suggest remedies."),
+    "demo": Verb("pageferry.cli.demo", "Migrate a self-checking workload between two local processes."),
+    "receive": Verb("pageferry.cli.receive", "Wait for a migrating workload and run it on this host."),
+    "migrate": Verb("pageferry.cli.migrate", "Migrate a running workload to a receiver."),
+    "checkpoint": Verb("pageferry.cli.checkpoint", "Save a running workload to an image file."),
+    "restore": Verb("pageferry.cli.restore", "Start a QEMU guest from an image, loading its memory on demand."),
+    "image": Verb("pageferry.cli.image", "Inspect, verify, compare or flatten images."),
     "run": Verb("pageferry.cli.run", "Start a QEMU guest under management."),
-    "adopt": Verb("pageferry.cli.adopt", "Manage a QEMU guest that somebody else has started."),
-    "large-pages": Verb("pageferry.cli.large_pages", "Say which large pages are hardly used; reclaim from those."),
-    "sharing": Verb("pageferry.cli.sharing", "Say how much memory equal pages take, and share them where it pays."),
-    "report": Verb("pageferry.cli.report", "Draw what runs did, from their logs."),
+    "adopt": Verb("pageferry.cli.adopt", "Register a QEMU guest that is already running."),
+    "large-pages": Verb(
+        "pageferry.cli.large_pages", "Estimate how much of each huge page is used, and reclaim cold memory."
+    ),
+    "sharing": Verb("pageferry.cli.sharing", "Find duplicate pages, and merge them where it pays off."),
+    "report": Verb("pageferry.cli.report", "Summarise event logs as text, JSON or one HTML page."),
     "list": Verb("pageferry.cli.list", "List the workloads of this host."),
-    "top": Verb("pageferry.cli.top", "Show the workloads of this host and what is done with them, again and again."),
-    "peek": Verb("pageferry.cli.peek", "Look at the memory of a workload."),
-    "stop": Verb("pageferry.cli.stop", "End a workload."),
+    "top": Verb("pageferry.cli.top", "Show workloads and running operations, refreshed periodically."),
+    "peek": Verb("pageferry.cli.peek", "Print memory of a workload."),
+    "stop": Verb("pageferry.cli.stop", "Stop a workload."),
 }
-"""Name on the command line -> verb, in the order of the help."""
+"""Verbs by their name on the command line, in the order of `--help`."""
