@@ -1,0 +1,137 @@
+"""Print a random sample of the texts of this project, to be judged by a reader.
+
+    scripts/sample_texts.py [SEED] [COUNT]
+
+SEED: hexadecimal (default: the first 8 digits of the parent of HEAD). Texts are docstrings, comments, paragraphs of the
+documentation, messages of errors, and help of options. Each is printed with its kind, file and line. Files that other
+scripts generate are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+GENERATED = ("docs/events.md", "docs/metrics.md", "docs/results.md", "packaging/")
+COUNT = 120
+LEAST = 3
+"""Words that a text has at least: `# noqa` and names are no texts."""
+
+_ERROR = re.compile(r"(Error|Refused|Lost|Exception|Warning|NotConverging|Unsupported)$")
+_DIRECTIVE = re.compile(r"#\s*(noqa|type:|pragma|!)")
+_RUST = re.compile(r"^\s*(///|//!|//)(.*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and where it begins."""
+
+    kind: str
+    path: str
+    line: int
+    words: str
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Paths of the files under version control that match, without generated ones."""
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for path in listed.splitlines() if not path.startswith(GENERATED)]
+
+
+def python_texts(path: str, source: str) -> Iterator[Text]:
+    """Docstrings (those of fields too), messages of errors, help of options, and comments of a Python file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield Text("docstring", path, node.lineno, textwrap.dedent(node.value.value).strip())
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if _ERROR.search(name) and node.args and (words := _string(node.args[0])):
+                yield Text("error", path, node.lineno, words)
+            for keyword in node.keywords:
+                if keyword.arg in ("help", "description", "epilog") and (words := _string(keyword.value)):
+                    yield Text("help", path, keyword.value.lineno, words)
+    yield from python_comments(path, source)
+
+
+def python_comments(path: str, source: str) -> Iterator[Text]:
+    """Comments; those on lines that follow each other are one text."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token for token in tokens if token.type == tokenize.COMMENT and not _DIRECTIVE.match(token.string)]
+    found = [(*token.start, token.string.lstrip("# ")) for token in comments]
+    yield from _joined("comment", path, found)
+
+
+def rust_texts(path: str, source: str) -> Iterator[Text]:
+    """Doc comments and comments of a Rust file; those on lines that follow each other are one text."""
+    found = []
+    for number, line in enumerate(source.splitlines(), 1):
+        if matched := _RUST.match(line):
+            found.append((number, len(line) - len(line.lstrip()), matched[2].strip()))
+    yield from _joined("comment", path, found)
+
+
+def markdown_texts(path: str, source: str) -> Iterator[Text]:
+    """Paragraphs, list items and headings outside of code blocks and tables."""
+    outside = re.sub(r"^( *)```.*?^\1```", lambda match: "\n" * match[0].count("\n"), source, flags=re.S | re.M)
+    line = 1
+    for block in re.split(r"(\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) ))", outside):
+        if (words := block.strip()) and not words.startswith(("|", "<", "![", ":::", "---")):
+            yield Text("documentation", path, line + block[: block.index(words[0])].count("\n"), words)
+        line += block.count("\n")
+
+
+def _string(node: ast.expr) -> str:
+    """A literal or formatted string as it is written, with {} for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return ""
+
+
+def _joined(kind: str, path: str, found: list[tuple[int, int, str]]) -> Iterator[Text]:
+    run: list[tuple[int, int, str]] = []
+    for entry in [*found, (-1, -1, "")]:
+        if run and (entry[0] != run[-1][0] + 1 or entry[1] != run[-1][1]):
+            yield Text(kind, path, run[0][0], " ".join(words for _, _, words in run if words))
+            run = []
+        run.append(entry)
+
+
+def texts() -> list[Text]:
+    """All texts of the project, in a fixed order."""
+    readers = {"*.py": python_texts, "*.pyi": python_texts, "*.rs": rust_texts, "*.md": markdown_texts}
+    found = [
+        text
+        for pattern, read in readers.items()
+        for path in tracked(pattern)
+        for text in read(path, (ROOT / path).read_text())
+    ]
+    return sorted(
+        (text for text in found if len(text.words.split()) >= LEAST), key=lambda text: (text.path, text.line, text.kind)
+    )
+
+
+def main() -> None:
+    """Print the sample."""
+    parent = ["git", "rev-parse", "--short=8", "HEAD^"]
+    seed = sys.argv[1] if len(sys.argv) > 1 else subprocess.check_output(parent, cwd=ROOT, text=True).strip()[:8]
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else COUNT
+    found = texts()
+    print(f"{count} of {len(found)} texts, seed {seed}")
+    for number, text in enumerate(random.Random(int(seed, 16)).sample(found, count), 1):
+        print(f"\n[{number}] {text.kind}, {text.path}:{text.line}\n{textwrap.indent(text.words, '    ')}")
+
+
+if __name__ == "__main__":
+    main()
