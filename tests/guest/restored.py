@@ -11,11 +11,11 @@ import pageferry
 from pageferry.checkpoints.restore import restore_guest
 from pageferry.checkpoints.restore_events import RestoreResult
 from pageferry.host import proc, processes
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import PagerStatus
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 

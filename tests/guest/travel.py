@@ -16,9 +16,9 @@ from typing import Any
 
 from pageferry.errors import NoSuchWorkload
 from pageferry.host import processes
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import QemuEntry, Registry
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial, Tick
 from tests.kernel import moving

@@ -19,7 +19,7 @@ import pytest
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import Registry
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 PROGRAM = Path(__file__).with_name("fake_monitor.py")
 SIZE = 1 << 20
@@ -153,12 +153,12 @@ def test_user_without_rights_is_refused_by_name(fake: Start, folder: Path) -> No
     path, _ = fake(mem_path=ram_file(folder), map="rw")
     program = f"""
 import os, socket
-from pageferry.workloads import qemu_peer
+from pageferry.host import qmp_peer
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({path!r})
 os.setgid({NOBODY})
 os.setuid({NOBODY})
-qemu_peer.find_process(qemu_peer.peer_of(connection), [1], {path!r})
+qmp_peer.find_process(qmp_peer.peer_of(connection), [1], {path!r})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "is of user 0: run pageferry as that user, or as root" in done.stderr

@@ -9,7 +9,7 @@ import asyncio
 import sys
 
 from pageferry.host import proc
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 async def main(name: str, what: str) -> None:

@@ -18,11 +18,12 @@ import pytest
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
-from pageferry.workloads import qemu_ram, qemu_refused
 from pageferry.workloads.base import Region
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qemu import ram as qemu_ram
+from pageferry.workloads.qemu import unsupported
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 
 TIMEOUT = 60.0
@@ -315,14 +316,14 @@ def test_devices_added_since_are_refused_by_the_next_pause(
 
     async def scenario() -> None:
         (await QemuWorkload.adopt("theirs", qmp)).close()
-        await refused(qemu_refused.NETWORKS, "user")
+        await refused(unsupported.NETWORKS, "user")
         async with await Monitor.open(qmp) as monitor:
             await monitor.execute("blockdev-add", driver="null-co", node_name="disk")
             await monitor.execute("object-add", qom_type="rng-random", id="rng")
             await monitor.execute("device_add", driver="virtio-rng-pci", rng="rng", id="device")
-        await refused(qemu_refused.BLOCK_DRIVERS, "null-co")
-        await refused(qemu_refused.OBJECTS, "rng-random")
-        await refused(qemu_refused.DEVICES, "virtio-rng-pci")
+        await refused(unsupported.BLOCK_DRIVERS, "null-co")
+        await refused(unsupported.OBJECTS, "rng-random")
+        await refused(unsupported.DEVICES, "virtio-rng-pci")
         guest = await QemuWorkload.attach("theirs")
         await guest.pause()
         await guest.resume()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
 from tests.guest import travel
 from tests.guest.machines import GuestParts
 from tests.guest.travel import Traveller

@@ -17,7 +17,7 @@ from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.workloads.base import Workload
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.saved import Witness, digests_of_image

@@ -15,7 +15,7 @@ from pageferry.large_pages.api import Options, sample, undo
 from pageferry.large_pages.events import Sample
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.targets import Target, open_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial

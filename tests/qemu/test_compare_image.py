@@ -12,7 +12,7 @@ from pageferry.checkpoints.restore import restore_guest
 from pageferry.errors import RestoreError
 from pageferry.host.registry import Registry
 from pageferry.workloads.base import Identity
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 
 pytestmark = [pytest.mark.usefixtures("root"), pytest.mark.every_qemu]

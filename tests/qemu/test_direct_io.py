@@ -21,7 +21,7 @@ from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
 from pageferry.migration import switch
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest import reader, travel
 from tests.guest.machines import GuestParts
 from tests.guest.travel import travelling

@@ -16,11 +16,11 @@ import pytest
 
 from pageferry.errors import NameInUse, WorkloadError
 from pageferry.host import proc, processes
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
-from pageferry.workloads import qemu_ram, qemu_state
 from pageferry.workloads.base import LARGE_PAGE, Workload
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qemu import device_state, ram
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
@@ -84,7 +84,7 @@ def test_memory_is_one_mapped_file(guest: Guest) -> None:
     assert os.fstat(region.fd).st_nlink == 0
     # The checker has filled 64 MiB; most of the rest has never been touched.
     assert 64 << 20 < os.fstat(region.fd).st_blocks * 512 < 200 << 20
-    assert not qemu_ram.misaligned(region)
+    assert not ram.misaligned(region)
 
 
 @pytest.mark.usefixtures("root")
@@ -102,7 +102,7 @@ def test_state_is_saved_and_the_guest_runs_on(guest: Guest) -> None:
         for _ in range(2):
             await guest.workload.pause()
             assert not await guest.workload.running()
-            state = qemu_state.SavedState.decode(await guest.workload.save_state())
+            state = device_state.SavedState.decode(await guest.workload.save_state())
             assert 100_000 < len(state.stream) < 8 << 20
             assert state.was_running
             await guest.workload.resume()
@@ -118,7 +118,7 @@ def test_guest_runs_on_after_a_save_that_failed(guest: Guest, monkeypatch: pytes
     async def scenario() -> None:
         await guest.workload.pause()
         with monkeypatch.context() as patch:
-            patch.setattr(qemu_state, "LARGEST", 1000)
+            patch.setattr(device_state, "LARGEST", 1000)
             with pytest.raises(WorkloadError, match="guest memory is in it"):
                 await guest.workload.save_state()
         await guest.workload.resume()
@@ -136,7 +136,7 @@ def test_guest_that_its_user_has_stopped_stays_so(guest: Guest) -> None:
         async with await Monitor.open(guest.qmp_socket) as monitor:
             await monitor.execute("stop")
         await guest.workload.pause()
-        assert not qemu_state.SavedState.decode(await guest.workload.save_state()).was_running
+        assert not device_state.SavedState.decode(await guest.workload.save_state()).was_running
         await guest.workload.resume()
         assert not await guest.workload.running()
         async with await Monitor.open(guest.qmp_socket) as monitor:

@@ -8,8 +8,8 @@ import pytest
 
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.registry import Registry
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qemu_state import SavedState
+from pageferry.workloads.qemu.device_state import SavedState
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 
 BALLOON = ("-device", "virtio-balloon-pci")

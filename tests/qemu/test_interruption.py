@@ -19,7 +19,7 @@ import pytest
 import pageferry
 from pageferry.host.blocking import interruptible
 from pageferry.host.registry import QemuEntry, Registry
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.kernel.programs import Program, wait_until
 

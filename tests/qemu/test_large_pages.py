@@ -10,7 +10,7 @@ import pytest
 from pageferry._engine import Space
 from pageferry.host.registry import Registry
 from pageferry.large_pages.api import Options, sample
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.targets import workload_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest import travel
 from tests.guest.disks import locked, new_disk
 from tests.guest.machines import GuestParts
@@ -263,14 +263,14 @@ def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path:
 
 KILLED_IN_SAVE = """
 import asyncio, os, signal, sys
-from pageferry.workloads import qemu_snapshot
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu import snapshot
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 async def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 async def main():
-    qemu_snapshot.Snapshot._remove = die
+    snapshot.Snapshot._remove = die
     workload = await QemuWorkload.attach(sys.argv[1])
     await workload.pause()
     await workload.save_state()

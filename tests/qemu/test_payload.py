@@ -10,8 +10,8 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.image import ImageFile
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qemu_prefault import VirtualMachine
+from pageferry.workloads.qemu.guest import QemuWorkload
+from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
 from tests.guest.machines import GuestParts
 from tests.guest.travel import Traveller, travelling
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qemu_prefault import VirtualMachine, ram_ranges
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qemu.guest import QemuWorkload
+from pageferry.workloads.qemu.kvm_prefault import VirtualMachine, ram_ranges
 from tests.guest.machines import GuestParts
 from tests.qemu import kvm_owner
 

@@ -22,7 +22,7 @@ from pageferry.events import Event
 from pageferry.host import proc, processes
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
 from tests.guest.serial import Serial

@@ -13,11 +13,11 @@ import pytest
 
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import take_over
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
 from pageferry.sharing import api as sharing
 from pageferry.workloads import deferred
-from pageferry.workloads.qemu import QemuWorkload
-from pageferry.workloads.qmp import Monitor
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
 from tests.guest.serial import Serial

@@ -16,7 +16,7 @@ import pytest
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import Registry
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 
 TIMEOUT = 60.0

@@ -14,7 +14,7 @@ from pageferry.host.registry import Registry
 from pageferry.sharing import api
 from pageferry.sharing.scan import CLASSES
 from pageferry.workloads.base import Region
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.kernel.lookalike import worth

@@ -40,10 +40,10 @@ KERNEL_FILES = {
     "large_pages/reclaim.py",
     "workloads/direct_io.py",
     "workloads/mappers.py",
-    "workloads/qemu_prefault.py",
+    "workloads/qemu/kvm_prefault.py",
     "workloads/process.py",
-    "workloads/qemu_direct_io.py",
-    "workloads/qemu_disks.py",
+    "workloads/qemu/direct_io.py",
+    "workloads/qemu/disks.py",
 }
 """Files of the package that open nothing but interfaces of the kernel (/proc, /sys, unnamed files, pidfds)."""
 OTHERS = {
@@ -57,8 +57,8 @@ OTHERS = {
     "report/page.py": "a file of the package",
     "workloads/arena.py": "an unnamed file",
     "workloads/deferred.py": "files in the private folder of a workload",
-    "workloads/qemu_guardian.py": "a record, without the package",
-    "workloads/qemu_process.py": "a descriptor, and the log in the private folder of a workload",
+    "workloads/qemu/guardian.py": "a record, without the package",
+    "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",
 }
 
 

@@ -22,8 +22,8 @@ from pageferry.errors import PageferryError, PeerRefused, UsageError, WorkloadEr
 from pageferry.events import Event
 from pageferry.report.event_log import EventLog, header
 from pageferry.report.text import HumanReporter, PlainView, _Console
-from pageferry.workloads.qemu_cpu import Cpu
-from pageferry.workloads.qemu_machine import Machine
+from pageferry.workloads.qemu.cpu import Cpu
+from pageferry.workloads.qemu.machine import Machine
 from tests.kernel import images
 from tests.kernel.images import Maker
 from tests.logs import MAKERS

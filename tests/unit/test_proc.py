@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.host import proc, smaps
+from pageferry.host import proc, processes, smaps
 from pageferry.large_pages import tracking
-from pageferry.workloads import mappers
 from pageferry.workloads.process import ProcessWorkload
 
 LENGTH = 16 << 10
@@ -52,7 +51,7 @@ NAMES = [b"\xff\xfe\xfd", b"a) R 1 1 (b", b"a\x0bTgid:\t1", b"a\nTgid:\t1", b"a\
 @pytest.mark.parametrize("name", NAMES)
 def test_process_with_hostile_name_is_described_and_blocks_no_search(name: bytes) -> None:
     with process(name) as pid:
-        assert pid in mappers.descendants(os.getpid())
+        assert pid in processes.descendants(os.getpid())
         started = proc.start_time(pid)
         assert started is not None
         assert proc.is_alive(pid, started)

@@ -21,7 +21,7 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
     ran.write(__name__ + " ")
 raise ImportError(__name__)
 """
-OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu_process.py"}
+OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
 """Files that start programs other than Python: QEMUs."""
 
 CHILDREN = {
@@ -70,10 +70,10 @@ CHILDREN = {
             sleeper.kill()
             sleeper.wait()
     """,
-    "pageferry.workloads.qemu_guardian": """
-        from pageferry.workloads.qemu_will import LastWill, _guardians
+    "pageferry.workloads.qemu.guardian": """
+        from pageferry.workloads.qemu.cleanup_plan import CleanupPlan, _guardians
         hostile()
-        will = LastWill("/no/socket")
+        will = CleanupPlan("/no/socket")
         will.write([])
         will.close()
         assert _guardians[-1].wait(30) == 0

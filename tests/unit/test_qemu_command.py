@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pageferry.errors import UnsupportedError, UsageError
 from pageferry.host import qemus
-from pageferry.workloads import qemu_options
-from pageferry.workloads.qemu_command import DEFAULT_RAM, parse, parse_size
+from pageferry.workloads.qemu import option_syntax
+from pageferry.workloads.qemu.command_line import DEFAULT_RAM, parse, parse_size
 
 QEMU = "qemu-system-x86_64"
 SHARED = "memory-backend-file,id=mem,size=1G,mem-path=/dev/hugepages/x,share=on,align=2M"
@@ -206,7 +206,7 @@ def test_what_makes_no_sense_is_refused(options: tuple[str, ...], named: str) ->
     ],
 )
 def test_properties_of_an_option(value: str, expected: dict[str, str]) -> None:
-    assert qemu_options.properties(value, "type") == expected
+    assert option_syntax.properties(value, "type") == expected
 
 
 JSON = st.recursive(
@@ -225,7 +225,7 @@ def test_options_of_the_table_are_as_this_qemu_lists_them(request: pytest.Fixtur
     qemu: Path = request.getfixturevalue(name)
     listed = {name: takes for name, takes in qemus._options_of(str(qemu)).items() if name != "M"}  # `as -machine`
     assert len(listed) > 80
-    table = dict.fromkeys(qemu_options._FLAGS, False) | dict.fromkeys(qemu_options._WITH_VALUE, True)
+    table = dict.fromkeys(option_syntax._FLAGS, False) | dict.fromkeys(option_syntax._WITH_VALUE, True)
     assert {name: takes for name, takes in listed.items() if table.get(name) is not takes} == {}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads.qemu_cpu import Cpu
+from pageferry.workloads.qemu.cpu import Cpu
 
 SIGNATURE = "AuthenticAMD/15/107/1/40"
 FEATURES = "1.ecx=80002001 1.edx=78bfbfd 7.0.ebx=20"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pageferry.workloads.qemu_prefault import RamRange, guest_physical, ram_ranges
+from pageferry.workloads.qemu.kvm_prefault import RamRange, guest_physical, ram_ranges
 
 # QEMU 7.2, `-machine pc -m 5G -accel tcg`, cut; the words `kvm` are what a QEMU says under KVM.
 SAID = """\

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 
 from pageferry.errors import PageferryError
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
 
 _TIMEOUT = 3.0
 """Seconds for the guest to stop."""

@@ -29,7 +29,7 @@ from pageferry.workloads import deferred
 from pageferry.workloads.base import stays_paused
 from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
 from pageferry.workloads.page_faults import CannotHandleFaults
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 _POLL = 0.2
 """Seconds between two looks at how far it is."""

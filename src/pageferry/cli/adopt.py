@@ -7,7 +7,7 @@ import argparse
 from pageferry.cli.list import describe
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import WorkloadsView
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

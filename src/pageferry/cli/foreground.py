@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 async def run_in_foreground(workload: QemuWorkload) -> int | None:

@@ -17,7 +17,7 @@ from pageferry.host.blocking import in_thread
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.base import SMALL_PAGE
-from pageferry.workloads.qemu_state import SavedState
+from pageferry.workloads.qemu.device_state import SavedState
 
 CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
 

@@ -17,7 +17,7 @@ from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
 from pageferry.workloads import deferred
 from pageferry.workloads.base import Region
 from pageferry.workloads.control.client import RemoteArena
-from pageferry.workloads.qemu import MAY_RUN, MIGRATED, QemuWorkload
+from pageferry.workloads.qemu.guest import MAY_RUN, MIGRATED, QemuWorkload
 
 _RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
 _PAUSED_BY_USER = frozenset({"paused", "prelaunch"})

@@ -29,7 +29,7 @@ from pageferry.report.text import PlainView
 from pageferry.workloads.arguments import MAX_ARENA
 from pageferry.workloads.base import Workload
 from pageferry.workloads.ledger import LedgerWorkload
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.restore import RestoreView
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 TAKES_COMMAND = True
 WORKS_ON = "name"

@@ -10,7 +10,7 @@ from pageferry.cli.list import describe
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import WorkloadsView
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 TAKES_COMMAND = True
 

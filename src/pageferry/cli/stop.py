@@ -9,7 +9,7 @@ import signal
 from pageferry.errors import NoSuchWorkload, WorkloadDied, WorkloadError
 from pageferry.host import processes
 from pageferry.host.registry import AnyEntry, Claim, QemuEntry, Registry
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 TIMEOUT = 10.0
 """Seconds to wait for a program to exit."""

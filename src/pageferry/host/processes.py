@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import AnyStr
 
@@ -53,3 +54,15 @@ def _opened(pid: int, started: int) -> Iterator[int | None]:
         yield descriptor if proc.is_alive(pid, started) else None
     finally:
         os.close(descriptor)
+
+
+def descendants(pid: int) -> list[int]:
+    """Living children of a process, their children and so on (proc(5), /proc/PID/stat field 4)."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    for child in proc.pids():
+        if (parent := proc.parent(child)) is not None:
+            children[parent].append(child)
+    found = [pid]
+    for ancestor in found:
+        found.extend(children[ancestor])
+    return found[1:]

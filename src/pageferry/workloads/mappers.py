@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -109,18 +108,6 @@ def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
             f"{name}: {_processes(sorted(strangers))} maps the guest's memory for writing, and a pause of the "
             f"guest does not stop it: end it first"
         )
-
-
-def descendants(pid: int) -> list[int]:
-    """Living children of a process, their children and so on (proc(5), /proc/PID/stat field 4)."""
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    for child in proc.pids():
-        if (parent := proc.parent(child)) is not None:
-            children[parent].append(child)
-    found = [pid]
-    for ancestor in found:
-        found.extend(children[ancestor])
-    return found[1:]
 
 
 def threads(pid: int) -> list[int]:

@@ -6,7 +6,7 @@ from pageferry.errors import NoSuchWorkload
 from pageferry.host.registry import ArenaEntry, QemuEntry, Registry
 from pageferry.workloads.base import Workload
 from pageferry.workloads.control.client import RemoteArena
-from pageferry.workloads.qemu import QemuWorkload
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 async def open_workload(name: str) -> Workload:

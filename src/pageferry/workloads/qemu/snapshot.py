@@ -19,8 +19,8 @@ import secrets
 import struct
 
 from pageferry.errors import UnsupportedError, WorkloadError
-from pageferry.workloads.qemu_state import LARGEST
-from pageferry.workloads.qmp import Command, Monitor
+from pageferry.host.qmp import Command, Monitor
+from pageferry.workloads.qemu.device_state import LARGEST
 
 _COMMAND = "snapshot-save"
 _TAG = "state"
@@ -59,7 +59,7 @@ class Snapshot:
         ]
 
     async def save(self, monitor: Monitor) -> bytes:
-        """The migration stream of a paused guest, with the settings of `qemu_state.plan`. Run state and disks of the
+        """The migration stream of a paused guest, with the settings of `device_state.plan`. Run state and disks of the
         guest stay as they are.
 
         Raises UnsupportedError if this QEMU has no `snapshot-save`, WorkloadError with QEMU's words, WorkloadDied.

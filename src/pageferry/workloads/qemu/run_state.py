@@ -11,8 +11,8 @@ import asyncio
 from qemu.qmp import EventListener
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads.qemu_machine import Machine
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
+from pageferry.workloads.qemu.machine import Machine
 
 _ENDED = {
     "shutdown": "the guest has shut down",

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from pageferry.errors import UnsupportedError, UsageError
-from pageferry.workloads import qemu_refused
 from pageferry.workloads.base import LARGE_PAGE
-from pageferry.workloads.qemu_options import block_properties, options, properties
+from pageferry.workloads.qemu import unsupported
+from pageferry.workloads.qemu.option_syntax import block_properties, options, properties
 
 BACKEND = "pageferry-ram"
 """Id of the memory backend that we add, and so the name of the region and of QEMU's ramblock."""
@@ -132,21 +132,21 @@ def _refuse(name: str, value: str) -> None:
         raise UnsupportedError(f"-{name} cannot be used here: {_REFUSED_OPTIONS[name]}")
     match name:
         case "device":
-            qemu_refused.refuse_device(properties(value, "driver").get("driver", ""))
+            unsupported.refuse_device(properties(value, "driver").get("driver", ""))
         case "netdev" | "nic" | "net":
-            qemu_refused.refuse_network(properties(value, "type"))
+            unsupported.refuse_network(properties(value, "type"))
         case "object":
-            qemu_refused.refuse_object(properties(value, "qom-type").get("qom-type", ""))
+            unsupported.refuse_object(properties(value, "qom-type").get("qom-type", ""))
         case "blockdev" | "drive":
-            qemu_refused.refuse_block(block_properties(value, "driver" if name == "blockdev" else "file"))
+            unsupported.refuse_block(block_properties(value, "driver" if name == "blockdev" else "file"))
         case _ if name in _DISKS:
-            qemu_refused.refuse_block([("file", value)])
+            unsupported.refuse_block([("file", value)])
 
 
 def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
     for key in machine:
         if key in ("confidential-guest-support", "memory-encryption"):
-            raise UnsupportedError(f"-machine {key} cannot be used here: {qemu_refused.CONFIDENTIAL}")
+            raise UnsupportedError(f"-machine {key} cannot be used here: {unsupported.CONFIDENTIAL}")
         if key.startswith("memory."):
             raise UnsupportedError(f"-machine {key} cannot be used here: give the size with -m")
     size = parse_size(memory["size"], "-m") if "size" in memory else DEFAULT_RAM

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
-from pageferry.workloads.mappers import descendants
+from pageferry.host.processes import descendants
 
 _SO_PEERPIDFD = 77
 """Linux 6.5; asm-generic/socket.h."""

@@ -9,9 +9,9 @@ from logging import getLogger
 from typing import Any, Self
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads import qemu_ram
-from pageferry.workloads.qemu_cpu import Cpu
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
+from pageferry.workloads.qemu import ram
+from pageferry.workloads.qemu.cpu import Cpu
 
 log = getLogger(__name__)
 
@@ -37,13 +37,13 @@ class Machine:
         kind = await monitor.execute("qom-get", path="/machine", property="type")
         cpus = await monitor.execute("query-cpus-fast")
         threads = tuple(cpu["thread-id"] for cpu in cpus)
-        devices = tuple(sorted(await qemu_ram.devices(monitor)))
+        devices = tuple(sorted(await ram.devices(monitor)))
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
         return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
 
     async def again(self, monitor: Monitor) -> Self:
         """The machine now: other clients can add and remove devices and vCPUs."""
-        cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), qemu_ram.devices(monitor))
+        cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), ram.devices(monitor))
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         return replace(self, vcpu_threads=threads, devices=tuple(sorted(devices)))
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from pageferry.errors import UnsupportedError
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
 
 HOST_DEVICE = "a device of the host writes to guest memory without a trace"
 OTHER_PROCESS = "another process writes to guest memory without a trace"

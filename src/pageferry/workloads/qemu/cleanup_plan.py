@@ -1,4 +1,4 @@
-"""What is to happen to a QEMU guest if its controller, this process, is lost: see `qemu_guardian`."""
+"""What is to happen to a QEMU guest if its controller, this process, is lost: see `guardian`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from pageferry.host import processes
 from pageferry.host.python import start_python
+from pageferry.host.qmp import Command
 from pageferry.workloads.base import Witness
-from pageferry.workloads.qmp import Command
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +20,13 @@ _guardians: list[processes.Outliving[bytes]] = []
 """Those that may still be at work, to be waited for when the next one is started."""
 
 
-class LastWill:
+class CleanupPlan:
     """QMP commands that are carried out when this process dies, or closes the will."""
 
     def __init__(self, qmp_socket: str) -> None:
         _guardians[:] = [guardian for guardian in _guardians if guardian.poll() is None]
         self._guardian = start_python(
-            "pageferry.workloads.qemu_guardian",
+            "pageferry.workloads.qemu.guardian",
             os.path.abspath(qmp_socket),
             script=True,
             stdin=subprocess.PIPE,

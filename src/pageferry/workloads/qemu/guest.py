@@ -1,7 +1,7 @@
 """Unmodified QEMU guests as workloads: started under management, or adopted.
 
 Guest memory is a shared file that QEMU and pageferry both map; QMP does the rest: `stop` and `cont` pause and resume,
-QEMU's own migration saves and loads the device state (`qemu_state`).
+QEMU's own migration saves and loads the device state (`device_state`).
 """
 
 from __future__ import annotations
@@ -19,31 +19,23 @@ from typing import Any, NoReturn, Self, TypeVar
 import msgspec
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
-from pageferry.host import proc, processes, ram_files
+from pageferry.host import proc, processes, qmp_peer, ram_files
 from pageferry.host.blocking import in_thread
+from pageferry.host.qmp import TIMEOUT, Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
-from pageferry.workloads import (
-    mappers,
-    qemu_command,
-    qemu_direct_io,
-    qemu_disks,
-    qemu_peer,
-    qemu_prefault,
-    qemu_process,
-    qemu_ram,
-    qemu_refused,
-    qemu_run_state,
-    qemu_snapshot,
-    qemu_state,
-)
+from pageferry.workloads import mappers
 from pageferry.workloads.base import Faults, Identity, Region, Witness
 from pageferry.workloads.direct_io import DRAIN_TIMEOUT, PAUSE_TIMEOUT
-from pageferry.workloads.qemu_control import QUIT, Changes, QemuControl
-from pageferry.workloads.qemu_machine import Machine
-from pageferry.workloads.qemu_prefault import VirtualMachine
-from pageferry.workloads.qemu_process import QemuProcess
-from pageferry.workloads.qemu_run_state import LastSeen
-from pageferry.workloads.qmp import TIMEOUT, Monitor
+from pageferry.workloads.qemu import command_line, device_state, direct_io, kvm_prefault, process, unsupported
+from pageferry.workloads.qemu import disks as qemu_disks
+from pageferry.workloads.qemu import ram as qemu_ram
+from pageferry.workloads.qemu import run_state as qemu_run_state
+from pageferry.workloads.qemu import snapshot as qemu_snapshot
+from pageferry.workloads.qemu.control import QUIT, Changes, QemuControl
+from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
+from pageferry.workloads.qemu.machine import Machine
+from pageferry.workloads.qemu.process import QemuProcess
+from pageferry.workloads.qemu.run_state import LastSeen
 
 _QUIT_TIMEOUT = 10.0
 """Seconds for QEMU to end after `quit`: it closes its disks first."""
@@ -67,7 +59,7 @@ T = TypeVar("T")
 class QemuWorkload:
     """A QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, may be about one.
 
-    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`: see `qemu_control`.
+    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`: see `control`.
     """
 
     def __init__(
@@ -86,7 +78,7 @@ class QemuWorkload:
         self._regions = regions
         self._child = child
         self._control = QemuControl(folder.name, entry.qmp_socket)
-        self._loading: qemu_state.Loading | None = None
+        self._loading: device_state.Loading | None = None
         """What waits for the device state."""
         self._seen = LastSeen(folder.name, machine, ran=ran)
 
@@ -112,7 +104,7 @@ class QemuWorkload:
 
         Raises UsageError, UnsupportedError for what cannot be managed, NameInUse, WorkloadError with QEMU's words.
         """
-        command = qemu_command.parse(arguments)
+        command = command_line.parse(arguments)
         for warning in command.warnings:
             log.warning("%s", warning)
         if at_once and command.preallocates:
@@ -174,7 +166,7 @@ class QemuWorkload:
         opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
         async with await opening as monitor:
             machine, pid = await _ask_machine(monitor)
-            await qemu_refused.refuse_running(monitor)
+            await unsupported.refuse_running(monitor)
             ran = await qemu_run_state.runs(monitor)
             regions = await _regions_of(monitor, pid)
         for region in regions:
@@ -212,7 +204,7 @@ class QemuWorkload:
 
     @property
     def guardian(self) -> int | None:
-        """Pid of the process that acts if we die (see `qemu_guardian`); None while there is no need for one."""
+        """Pid of the process that acts if we die (see `guardian`); None while there is no need for one."""
         return self._control.guardian
 
     @property
@@ -241,8 +233,8 @@ class QemuWorkload:
         Raises UnsupportedError where QEMU cannot save its state alone, WorkloadError.
         """
         await self._prepare_pause()
-        files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
-        await qemu_direct_io.await_requests(self.pid, files, self.name)
+        files = await in_thread(direct_io.direct_files, self.pid, self.name)
+        await direct_io.await_requests(self.pid, files, self.name)
 
     async def pause(self) -> None:
         """Stop the vCPUs (QMP `stop`), and find out what the guest and its machine are now.
@@ -259,11 +251,11 @@ class QemuWorkload:
         self._control.stays_paused = not ran
         self._control.bequeath_as_before()
         self._seen.check_not_ended(ran)
-        qemu_direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
+        direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
 
     async def does_direct_io(self) -> bool:
         """Whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError, WorkloadDied."""
-        return bool(await in_thread(qemu_direct_io.direct_files, self.pid, self.name))
+        return bool(await in_thread(direct_io.direct_files, self.pid, self.name))
 
     async def drain(self) -> float | None:
         """Wait for the requests of disks that write to guest memory directly, in a short pause (`stop`, `cont`).
@@ -271,14 +263,14 @@ class QemuWorkload:
         The only command of QEMU that is documented to wait for all requests is `stop`. A guardian lets the guest run
         if this process exits meanwhile.
         """
-        files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
+        files = await in_thread(direct_io.direct_files, self.pid, self.name)
         if not files:
             return None  # nothing to wait for: the monitor is not opened in each round, and `pause` checks the devices
         async with self._control.session() as monitor:
-            await qemu_refused.refuse_running(monitor)
+            await unsupported.refuse_running(monitor)
             if not (await monitor.execute("query-status"))["running"]:
                 return 0.0
-            await qemu_direct_io.await_requests(self.pid, files, self.name)
+            await direct_io.await_requests(self.pid, files, self.name)
             return await self._to_the_end(self._stop_briefly(monitor))
 
     async def commit(self, witness: Witness | None = None) -> None:
@@ -350,9 +342,9 @@ class QemuWorkload:
         was_running = not self._control.stays_paused
         async with self._control.session() as monitor:
             await self._control.prepare_state(monitor)
-            stream = await (qemu_state.save(monitor) if was_running else self._save_snapshot(monitor))
+            stream = await (device_state.save(monitor) if was_running else self._save_snapshot(monitor))
             await self._seen.saved(monitor)
-        return qemu_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
+        return device_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` listen for its state, which saves some 5 ms in `load_state`.
@@ -362,7 +354,7 @@ class QemuWorkload:
         if self._loading is None:
             monitor = await self._control.hold()
             await self._control.prepare_state(monitor, incoming=True)
-            self._loading = await qemu_state.Loading.begin(monitor)
+            self._loading = await device_state.Loading.begin(monitor)
 
     async def load_state(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`, which stays paused; until `commit` it ends with us.
@@ -370,7 +362,7 @@ class QemuWorkload:
         Raises WorkloadError with QEMU's words where it does not fit this machine, or if the guest could not run then;
         WorkloadDied.
         """
-        saved = qemu_state.SavedState.decode(state)
+        saved = device_state.SavedState.decode(state)
         if saved.machine != self._seen.machine.type:
             raise WorkloadError(
                 f"the state is of a {saved.machine} machine, {self.name} is a {self._seen.machine.type}: "
@@ -387,7 +379,7 @@ class QemuWorkload:
         await self._seen.loaded(await self._control.hold(), was_running=saved.was_running)
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `qemu_prefault`); bytes mapped.
+        """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `kvm_prefault`); bytes mapped.
 
         Raises OSError with the kernel's reason, WorkloadError, WorkloadDied.
         """
@@ -395,7 +387,7 @@ class QemuWorkload:
         if machine is None:
             return 0
         async with self._control.session() as monitor:
-            return await qemu_prefault.prefault(monitor, machine, self._regions, units)
+            return await kvm_prefault.prefault(monitor, machine, self._regions, units)
 
     async def quit(self, answer: float = _ANSWER_TIMEOUT) -> bool:
         """Have QEMU end (QMP `quit`). Return False if it does not answer in time, or has not ended 10 s after that."""
@@ -479,7 +471,7 @@ class QemuWorkload:
         if await self._control.note_status(monitor) == MIGRATED and not known:
             log.warning("%s was paused by QEMU's own migration, which pageferry did not start: %s", self.name, MAY_RUN)
         self._seen.ran = self._seen.ran or not self._control.stays_paused
-        await qemu_refused.refuse_running(monitor)  # devices may have been added since
+        await unsupported.refuse_running(monitor)  # devices may have been added since
         await self._control.prepare_state(monitor)
 
     async def _stop_briefly(self, monitor: Monitor) -> float:
@@ -505,9 +497,9 @@ class QemuWorkload:
                 return await stopping
         except TimeoutError as late:
             self._control.give_up()
-            files = await in_thread(qemu_direct_io.direct_files, self.pid, self.name)
+            files = await in_thread(direct_io.direct_files, self.pid, self.name)
             disks = ", ".join(sorted(set(files.values()))) or "its disks"
-            raise WorkloadError(f"{qemu_direct_io.slow(self.name, disks, timeout)}. Until then it is paused") from late
+            raise WorkloadError(f"{direct_io.slow(self.name, disks, timeout)}. Until then it is paused") from late
 
     async def _to_the_end(self, work: Coroutine[Any, Any, float]) -> float:
         """A cancellation waits until the guest runs again."""
@@ -568,11 +560,11 @@ class QemuWorkload:
             await self._control.prepare_state(monitor, incoming=True)
 
     def _last_words(self) -> str:
-        return f"; QEMU says:\n{said}" if (said := qemu_process.log_tail(self._folder.path / _LOG)) else ""
+        return f"; QEMU says:\n{said}" if (said := process.log_tail(self._folder.path / _LOG)) else ""
 
 
 def _launch(
-    folder: Folder, command: qemu_command.CommandLine, *, incoming: bool, detach: bool, hugetlb: bool
+    folder: Folder, command: command_line.CommandLine, *, incoming: bool, detach: bool, hugetlb: bool
 ) -> tuple[QemuProcess, str]:
     """Start QEMU with a memory file, and publish it already: it must not be lost if we are killed now."""
     qmp_socket = folder.socket_path("qmp.sock")
@@ -587,7 +579,7 @@ def _launch(
         path = ram.inherited_path if ram is not None else None
         words = command.managed(ram_path=path, qmp_socket=qmp_socket, incoming=incoming)
         descriptors = [ram.fd] if ram is not None else []
-        child = qemu_process.launch(words, descriptors, folder.path / _LOG if detach else None)
+        child = process.launch(words, descriptors, folder.path / _LOG if detach else None)
     finally:
         if ram is not None:
             os.close(ram.fd)
@@ -603,7 +595,7 @@ def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
 async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
     """The machine behind a monitor, and the pid of its QEMU."""
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
-    pid = await in_thread(qemu_peer.find_process, monitor.peer, threads, monitor.path)
+    pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
     return await Machine.ask(monitor), pid
 
 

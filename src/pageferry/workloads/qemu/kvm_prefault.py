@@ -22,8 +22,8 @@ from pageferry import _engine
 from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Space
 from pageferry.errors import WorkloadDied
 from pageferry.host.blocking import in_thread
+from pageferry.host.qmp import Monitor
 from pageferry.workloads.base import Region
-from pageferry.workloads.qmp import Monitor
 
 _PIECE = 64 << 20
 """Bytes of one call, during which a thread of QEMU is stopped."""

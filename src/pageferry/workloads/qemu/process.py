@@ -11,7 +11,7 @@ from typing import IO
 
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import files, proc, processes
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
 
 _STARTUP_TIMEOUT = 120.0
 """Seconds until the monitor answers. Preallocated memory takes its time."""

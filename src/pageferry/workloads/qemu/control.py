@@ -1,7 +1,7 @@
 """What a controller of a QEMU guest holds on to: the monitor, a last will, and settings that are to be put back.
 
 The monitor is held from `hold` on until the guest has been resumed or let go, so that nobody slows the switch-over
-down; otherwise every `session` opens it for itself. While it is held a guardian (`qemu_guardian`) knows what is to
+down; otherwise every `session` opens it for itself. While it is held a guardian (`guardian`) knows what is to
 happen to the guest if this process dies.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads import qemu_disks, qemu_state
+from pageferry.host.qmp import Command, Monitor
 from pageferry.workloads.base import Witness
-from pageferry.workloads.qemu_will import LastWill
-from pageferry.workloads.qmp import Command, Monitor
+from pageferry.workloads.qemu import device_state, disks
+from pageferry.workloads.qemu.cleanup_plan import CleanupPlan
 
 QUIT: Command = {"execute": "quit"}
 _CONT: Command = {"execute": "cont"}
@@ -49,7 +49,7 @@ class QemuControl:
         self._name = name
         self._qmp_socket = qmp_socket
         self._held: Monitor | None = None
-        self._will: LastWill | None = None
+        self._will: CleanupPlan | None = None
         self._undo: list[Command] | None = None
         """Commands that put QEMU's migration settings back; None while they are the user's."""
         self._settling: asyncio.Task[None] | None = None
@@ -104,7 +104,7 @@ class QemuControl:
     async def prepare_state(self, monitor: Monitor, *, incoming: bool = False) -> None:
         """Set QEMU's migration up for the device state alone; the settings of before are put back in the end."""
         if self._undo is None:
-            settings = await qemu_state.plan(monitor, incoming=incoming)
+            settings = await device_state.plan(monitor, incoming=incoming)
             self._undo = settings.undo
             # First the will: if this process is killed between two commands, the guardian puts all of them back.
             if self._undo and self._held is monitor:
@@ -117,7 +117,7 @@ class QemuControl:
     def have_will(self) -> None:
         """From now on there is a guardian, whose will is empty."""
         if self._will is None:
-            self._will = LastWill(self._qmp_socket)
+            self._will = CleanupPlan(self._qmp_socket)
 
     def bequeath(self, commands: Sequence[Command]) -> None:
         """They are the will."""
@@ -134,7 +134,7 @@ class QemuControl:
             self._will.write(self._as_before(), witness=witness, otherwise=[QUIT])
 
     def _as_before(self) -> list[Command]:
-        locked = [qemu_disks.LOCK] if self.disks_released else []
+        locked = [disks.LOCK] if self.disks_released else []
         return [*(locked if self.stays_paused else [_CONT]), *(self._undo or [])]
 
     # -- what another process undoes ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import socket
 import tempfile
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads.qmp import Command, Monitor
+from pageferry.host.qmp import Command, Monitor
 
 _SET_ACTIVE = "blockdev-set-active"
 LOCK: Command = {"execute": _SET_ACTIVE, "arguments": {"active": True}}

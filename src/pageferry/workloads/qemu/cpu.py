@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads.qmp import Monitor
+from pageferry.host.qmp import Monitor
 
 _SIGNATURE = ("vendor", "family", "model", "stepping", "phys-bits")
 _OF_THE_HOST = frozenset({"host", "max"})

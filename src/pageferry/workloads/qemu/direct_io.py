@@ -41,7 +41,7 @@ _PAGE_CACHE = frozenset(
 """File systems (statfs f_type) whose buffered reads copy from the page cache. Of all others it is not known."""
 
 _PINNED_FOR_GOOD = ("/dev/vfio/", "/dev/vhost-vdpa", "/dev/vhost-scsi", "/dev/infiniband/", "/dev/iommu")
-"""Devices that write to guest memory at any time, through pages that stay pinned; `qemu_refused` asks QEMU."""
+"""Devices that write to guest memory at any time, through pages that stay pinned; `unsupported` asks QEMU."""
 
 _PASSTHROUGH = ("/dev/sg", "/dev/bsg/", "/dev/ng")
 """Character devices whose requests pin the memory that they transfer to."""

@@ -7,7 +7,7 @@ which ours has.
 
 QEMU's migration changes more than that: it releases the disks of the guest, and the run state becomes `postmigrate`,
 from which only `cont` leads back. A guest that is to run next bears that; the state of one that stays paused is saved
-by `qemu_snapshot`.
+by `snapshot`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from qemu.qmp import EventListener
 
 from pageferry.errors import UnsupportedError, WorkloadError
-from pageferry.workloads.qmp import Command, Monitor
+from pageferry.host.qmp import Command, Monitor
 
 LARGEST = 512 << 20
 """Bytes of a stream that we are willing to hold: one that is larger has guest memory in it."""

@@ -17,7 +17,7 @@ from typing import Any, cast
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 from pageferry.errors import WorkloadDied, WorkloadError
-from pageferry.workloads.qemu_peer import Peer, peer_of
+from pageferry.host.qmp_peer import Peer, peer_of
 
 TIMEOUT = 10.0
 """Seconds to wait for the greeting: a command that has the session open keeps it for less."""

@@ -1,7 +1,7 @@
 """The guardian: a small process that outlives a controller of a QEMU guest and carries out its last will.
 
 A controller that has paused a guest may be killed at any moment, and the guest must run on then. So the guardian,
-started as a script (`python qemu_guardian.py QMP_SOCKET`, with nothing of pageferry imported, in a session of its own),
+started as a script (`python guardian.py QMP_SOCKET`, with nothing of pageferry imported, in a session of its own),
 reads wills from its standard input, one JSON object a line, the last one holding. When the input ends, because the
 controller has closed it or has died, it carries the will out: the QMP commands `commands`; or `otherwise`, where there
 is a `witness` (path and text) and that file does not hold that text. An empty list leaves everything as it is.
