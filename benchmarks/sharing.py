@@ -30,7 +30,7 @@ from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space  # noqa: E
 from pageferry.host.smaps import total  # noqa: E402
 from pageferry.sharing import api, ksm, ranges  # noqa: E402
 from pageferry.sharing.ranges import Range  # noqa: E402
-from pageferry.workloads.arena import memory_file  # noqa: E402
+from pageferry.workloads.arena.arena import memory_file  # noqa: E402
 from pageferry.workloads.targets import process_target  # noqa: E402
 
 PROCESSES = 2

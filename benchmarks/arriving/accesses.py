@@ -31,7 +31,7 @@ from pageferry._engine import (
     Space,
 )
 from pageferry.migration import room
-from pageferry.workloads.arena import memory_file
+from pageferry.workloads.arena.arena import memory_file
 
 FULL, SMALL = 512 << 20, 32 << 20
 ACCESSES = 2000

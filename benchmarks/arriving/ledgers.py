@@ -19,7 +19,7 @@ from pageferry import _engine
 from pageferry._engine import Mapping
 from pageferry.errors import PageferryError
 from pageferry.workloads.base import Workload
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 256 << 20, 32 << 20
 LINK = 64 << 20

@@ -13,8 +13,8 @@ from benchmarks.moving import side_by_side
 from benchmarks.moving.guest import BUSY, Place
 from benchmarks.moving.ledger import Ledger
 from benchmarks.moving.pageferry_line import PageferryLine, expect, pageferry
-from pageferry.workloads.control.client import RemoteArena
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.arena.control_socket.client import RemoteArena
+from pageferry.workloads.open import open_workload
 from tests.guest import initrd
 
 POPULATE = ("all", "hot", "none")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.moving.guest import MEMORY, Line, Place, Running
-from pageferry.workloads.arena import memory_file
+from pageferry.workloads.arena.arena import memory_file
 
 BANDWIDTH = 10 << 30
 """Bytes per second: as good as no limit."""

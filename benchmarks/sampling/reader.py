@@ -16,7 +16,7 @@ import tempfile
 import numpy as np
 
 from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping
-from pageferry.workloads.arena import memory_file
+from pageferry.workloads.arena.arena import memory_file
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
 HOT = 0.75

@@ -12,8 +12,8 @@ from benchmarks.measuring.bench import Setting
 from benchmarks.moving.ledger import Ledger
 from benchmarks.moving.pageferry_line import expect, pageferry, reap
 from benchmarks.saving.guests import OURS, told_by
-from pageferry.workloads.control.client import RemoteArena
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.arena.control_socket.client import RemoteArena
+from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 1 << 30, 64 << 20
 CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}

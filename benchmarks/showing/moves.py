@@ -15,9 +15,9 @@ from benchmarks.moving.pageferry_line import PageferryLine
 from benchmarks.peers.qemu import QemuLine
 from benchmarks.showing.row import Row, Switches
 from pageferry._engine import LARGE_PAGE, Space
-from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.memory import Memory
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 from tests.guest import initrd
 
 FULL, SMALL = 512 << 20, 64 << 20

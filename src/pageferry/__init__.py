@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pageferry.checkpoints.arenas import restore
     from pageferry.checkpoints.save import checkpoint
     from pageferry.migration.api import migrate, receive, recover, take_back
-    from pageferry.workloads.arena import Arena
+    from pageferry.workloads.arena.arena import Arena
 
 __all__ = [
     "Arena",
@@ -41,7 +41,7 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "Arena": "pageferry.workloads.arena",
+        "Arena": "pageferry.workloads.arena.arena",
         "checkpoint": "pageferry.checkpoints.save",
         "errors": "pageferry.errors",
         "large_pages": "pageferry.large_pages",

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 
-from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.arena.control_socket.client import RemoteArena
 
 
 async def main() -> None:

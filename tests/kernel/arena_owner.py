@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 
 
 def say(line: str) -> None:

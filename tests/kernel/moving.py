@@ -13,7 +13,7 @@ from typing import Any
 
 from pageferry import _engine
 from pageferry.host.registry import ArenaEntry, Registry
-from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.lifecycle import Status
 from tests.kernel.programs import Program, wait_until
 

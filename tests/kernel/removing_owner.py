@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 import pageferry
-from pageferry.workloads import arena as arenas
+from pageferry.workloads.arena import arena as arenas
 
 PAGE = 4096
 MADVICE = {"unmap": 4, "remove": 9}

@@ -12,7 +12,7 @@ import pytest
 from pageferry import _engine
 from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
-from pageferry.workloads.arena import Arena, memory_file
+from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.base import Workload
 from pageferry.workloads.lifecycle import Status
 

@@ -12,8 +12,8 @@ import pytest
 from pageferry import _engine
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
+from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.base import Workload
-from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.lifecycle import Status
 from tests.kernel.programs import Program, wait_until
 

@@ -15,7 +15,7 @@ import pytest
 
 import pageferry
 from pageferry.errors import UsageError, WorkloadError
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.lifecycle import Status
 from tests.kernel.programs import wait_until
 
@@ -267,7 +267,7 @@ def test_named_arena_is_paused_on_its_loop(tmp_path: Path) -> None:
     script = (
         "import asyncio, sys\n"
         "from pageferry.checkpoints.save import checkpoint\n"
-        "from pageferry.workloads.opening import open_workload\n"
+        "from pageferry.workloads.open import open_workload\n"
         "async def main():\n"
         "    workload = await open_workload('gated')\n"
         "    await checkpoint(workload, sys.argv[1])\n"

@@ -21,7 +21,7 @@ from pageferry.checkpoints import events
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import CheckpointError, ImageError, UsageError, WorkloadError
 from pageferry.events import Event
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel.programs import Program, wait_until
 from tests.saved import check_ledger, ledger, memory_of, save

@@ -22,7 +22,7 @@ from pageferry.checkpoints import events
 from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
 from pageferry.workloads import following
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions
 from tests.saved import check_ledger, ledger, memory_of, save
 

@@ -24,7 +24,7 @@ from pageferry.host.cpu_quota import mounts
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 from tests.kernel.moving import MIB, address_of, environment, receiver, stopped
 from tests.kernel.programs import Program, wait_until
 from tests.saved import check_ledger

@@ -18,7 +18,7 @@ import pytest
 import pageferry
 from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 from tests.kernel import moving
 from tests.kernel.direct_reader import AT, LENGTH
 from tests.kernel.programs import Program

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from pageferry import _engine
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from tests.kernel.programs import Program, wait_until
 
 MIB = 1 << 20
@@ -152,7 +152,7 @@ def test_ctrl_c_ends_a_long_call() -> None:
     script = """
 import threading, time
 from pageferry import _engine
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 arena = Arena(64 << 30, large_pages=False)
 print("filling", flush=True)
 try:
@@ -176,7 +176,7 @@ def resident(pid: int) -> int:
 def test_the_program_can_end_with_threads_running() -> None:
     script = """
 from pageferry import _engine
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 ledger = _engine.Ledger.create(Arena(1 << 20), threads=2)
 ledger.start()
 print("started", flush=True)

@@ -23,7 +23,7 @@ import pytest
 
 import pageferry
 from pageferry.errors import WorkloadError
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.memory import Memory
 from tests.kernel import mapper, moving
 from tests.kernel.programs import Program, wait_until
@@ -227,7 +227,7 @@ def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> No
 
 USER = """
 import asyncio, ctypes, os, sys
-import pageferry.checkpoints.save, pageferry.workloads.arena
+import pageferry.checkpoints.save, pageferry.workloads.arena.arena
 from pageferry.errors import UnsupportedError
 os.setgid(65534)
 os.setuid(65534)

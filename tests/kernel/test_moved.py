@@ -18,7 +18,7 @@ import pytest
 import pageferry
 from pageferry.errors import MigrationError, OutcomeUnknown, PageferryError, WorkloadError
 from pageferry.host import proc
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.programs import Program

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.workloads.arena import memory_file
+from pageferry.workloads.arena.arena import memory_file
 from tests.kernel.moving import environment
 from tests.kernel.programs import Program
 from tests.kernel.test_cold_store import pageferry as command

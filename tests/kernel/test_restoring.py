@@ -24,7 +24,7 @@ from pageferry.cli.main import main
 from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.workloads import deferred, holding
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.deferred import PagerStatus
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel import moving

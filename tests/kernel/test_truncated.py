@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.workloads.arena import memory_file
+from pageferry.workloads.arena.arena import memory_file
 from tests.kernel.moving import address_of, environment, receiver, stopped
 from tests.kernel.programs import Program
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.kernel import moving

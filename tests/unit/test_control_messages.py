@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pageferry.errors import NameInUse, WorkloadDied, WorkloadError
-from pageferry.workloads.control import messages as wire
+from pageferry.workloads.arena.control_socket import protocol as wire
 
 Pair = tuple[socket.socket, socket.socket]
 

@@ -55,7 +55,7 @@ OTHERS = {
     "host/registry.py": "its own folders, to sync them",
     "migration/ownership.py": "a descriptor, its own folder, and a record in it",
     "report/page.py": "a file of the package",
-    "workloads/arena.py": "an unnamed file",
+    "workloads/arena/arena.py": "an unnamed file",
     "workloads/deferred.py": "files in the private folder of a workload",
     "workloads/qemu/guardian.py": "a record, without the package",
     "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",

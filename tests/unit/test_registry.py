@@ -16,7 +16,7 @@ import pytest
 from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.registry import ArenaEntry, Claim, Folder, QemuEntry, Registry, default_run_directory, identify
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.folders import folder_of
 
 WORKLOAD_FILE = "workload.json"

@@ -26,12 +26,12 @@ from pageferry.host.blocking import beside_loop, in_thread, on_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.workloads import holding
-from pageferry.workloads.arena import Arena
-from pageferry.workloads.arguments import managed
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.base import SMALL_PAGE, Workload, stays_paused
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold
+from pageferry.workloads.managed import managed
 from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
 from pageferry.workloads.settling import settled

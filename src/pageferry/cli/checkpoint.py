@@ -13,7 +13,7 @@ from pageferry.host.registry import Registry
 from pageferry.report.checkpoint import CheckpointView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.base import Workload
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 from pageferry.workloads.process import PREFIX, ProcessWorkload
 
 WORKS_ON = "name"

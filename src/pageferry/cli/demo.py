@@ -23,7 +23,7 @@ from pageferry.report.migration import DemoView
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.workloads.ledger import LedgerOptions
 from pageferry.workloads.ledger_process import Setup
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 
 TIMEOUT = 30.0
 """Seconds to wait for the next event of a child process."""

@@ -15,8 +15,8 @@ from pageferry.migration.ownership import committed
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
 from pageferry.workloads import deferred
+from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.base import Region
-from pageferry.workloads.control.client import RemoteArena
 from pageferry.workloads.qemu.guest import MAY_RUN, MIGRATED, QemuWorkload
 
 _RUNS_OR_WAITS = frozenset({"running", "inmigrate"})

@@ -15,7 +15,7 @@ from pageferry.migration.options import Options
 from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.base import Workload
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 
 WORKS_ON = "name"
 DEFAULTS = Options()

@@ -16,7 +16,7 @@ from pageferry.host.registry import Registry
 from pageferry.printable import printable_json
 from pageferry.workloads import deferred
 from pageferry.workloads.base import SMALL_PAGE, Region
-from pageferry.workloads.opening import open_workload
+from pageferry.workloads.open import open_workload
 
 MAX_LENGTH = 64 << 20
 """Maximum number of bytes to print."""

@@ -26,7 +26,7 @@ from pageferry.migration.postcopy_destination import Resumption
 from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
-from pageferry.workloads.arguments import MAX_ARENA
+from pageferry.workloads.arena.arguments import MAX_ARENA
 from pageferry.workloads.base import Workload
 from pageferry.workloads.ledger import LedgerWorkload
 from pageferry.workloads.qemu.guest import QemuWorkload

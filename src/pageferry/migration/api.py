@@ -38,13 +38,14 @@ from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
 from pageferry.migration.trust import Trust
 from pageferry.workloads import following
-from pageferry.workloads.arena import Arena, State
-from pageferry.workloads.arguments import MAX_ARENA, check_arena, managed
+from pageferry.workloads.arena.arena import Arena, State
+from pageferry.workloads.arena.arguments import MAX_ARENA, check_arena
 from pageferry.workloads.base import Revertible, Workload
 from pageferry.workloads.callbacks import Callback, Plain, check_listener
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.holding import Hold, held
 from pageferry.workloads.lifecycle import LocalWorkload
+from pageferry.workloads.managed import managed
 from pageferry.workloads.settling import settled
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import msgspec
 
 from pageferry import _engine
 from pageferry.errors import UsageError, WorkloadDied, WorkloadError
-from pageferry.workloads.arena import Arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger_shares import ChildShare, LocalShare, Share, Stalls
 from pageferry.workloads.lifecycle import LocalWorkload
 

@@ -1,4 +1,4 @@
-"""Messages of the control socket, and how they go over it. `pageferry.workloads.control` draws their order."""
+"""Messages of the control socket, and their framing. The package draws their order."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pageferry.workloads.callbacks import Callback, Callbacks, Plain
 from pageferry.workloads.mappers import threads
 
 if TYPE_CHECKING:
-    from pageferry.workloads.arena import Arena
+    from pageferry.workloads.arena.arena import Arena
 
 
 class ArenaControl:

@@ -13,8 +13,8 @@ import msgspec
 
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
+from pageferry.workloads.arena.control_socket import protocol as wire
 from pageferry.workloads.base import Faults, Identity, Region, Segment, Witness
-from pageferry.workloads.control import messages as wire
 from pageferry.workloads.direct_io import pause_briefly
 from pageferry.workloads.lifecycle import Status
 

@@ -18,11 +18,11 @@ from pageferry.errors import ImageError, RestoreError
 from pageferry.host import registry
 from pageferry.host.blocking import interruptible
 from pageferry.workloads import deferred
-from pageferry.workloads.control.server import ControlServer
+from pageferry.workloads.arena.control_socket.server import ControlServer
 from pageferry.workloads.following import note_forks
 
 if TYPE_CHECKING:
-    from pageferry.workloads.arena import Arena
+    from pageferry.workloads.arena.arena import Arena
 
 
 class NamedArena:

@@ -1,17 +1,13 @@
-"""Arguments of arenas and of operations on workloads, checked before anything happens. Raises UsageError."""
+"""Arguments of arenas, checked before anything happens. Raises UsageError."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pageferry import values
 from pageferry.errors import UsageError, WrongType
 from pageferry.host.registry import check_name
 from pageferry.workloads import callbacks
-from pageferry.workloads.base import Workload
-
-if TYPE_CHECKING:
-    from pageferry.workloads.arena import Arena
 
 MAX_ARENA = 1 << 46
 """Bytes: a quarter of the address space of a process."""
@@ -45,14 +41,3 @@ def check_state(state: object) -> None:
 def arena_size(size: object) -> int:
     """Bytes of an arena, from a number or a text such as `1G`."""
     return values.size("size", size, 1, MAX_ARENA)
-
-
-def managed(workload: object) -> Arena | Workload:
-    """An arena, or a workload that can be migrated and saved."""
-    from pageferry.workloads.arena import Arena
-
-    if isinstance(workload, Arena):
-        return workload
-    if isinstance(workload, type) or not all(hasattr(workload, name) for name in ("identity", "regions", "resume")):
-        raise WrongType(f"invalid `workload` of type {type(workload).__name__}: expected an Arena")
-    return workload  # type: ignore[return-value]  # by its methods

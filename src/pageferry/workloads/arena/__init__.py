@@ -1,0 +1,1 @@
+"""Arenas: memory of Python programs, as workloads."""
