@@ -15,8 +15,9 @@ import pageferry
 from pageferry import _engine
 from pageferry.checkpoints.events import CheckpointResult
 from pageferry.checkpoints.image import ImageFile
-from pageferry.workloads.base import Region, Workload
+from pageferry.memory.regions import Region
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
+from pageferry.workloads.protocols import Workload
 
 SLICE = 8192
 """Pages read at once."""

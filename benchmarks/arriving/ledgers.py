@@ -18,8 +18,8 @@ from benchmarks.moving.pageferry_line import expect, reap
 from pageferry import _engine
 from pageferry._engine import Mapping
 from pageferry.errors import PageferryError
-from pageferry.workloads.base import Workload
 from pageferry.workloads.open import open_workload
+from pageferry.workloads.protocols import Workload
 
 FULL, SMALL = 256 << 20, 32 << 20
 LINK = 64 << 20

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.measuring.bench import Setting
 from benchmarks.moving.ledger import Ledger
 from pageferry._engine import SMALL_PAGE, BlockSender, Trace
+from pageferry.memory.view import Memory
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.memory import Memory
 from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 256 << 20, 64 << 20

@@ -17,7 +17,7 @@ from statistics import median
 
 import pageferry
 from pageferry.checkpoints.arenas import RestoredArena
-from pageferry.workloads.base import SMALL_PAGE
+from pageferry.memory.regions import SMALL_PAGE
 
 ACCESSES = 200
 

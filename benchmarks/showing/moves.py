@@ -15,8 +15,8 @@ from benchmarks.moving.pageferry_line import PageferryLine
 from benchmarks.peers.qemu import QemuLine
 from benchmarks.showing.row import Row, Switches
 from pageferry._engine import LARGE_PAGE, Space
+from pageferry.memory.view import Memory
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.memory import Memory
 from pageferry.workloads.open import open_workload
 from tests.guest import initrd
 

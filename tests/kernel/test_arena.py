@@ -13,8 +13,8 @@ from pageferry import _engine
 from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.arena import Arena, memory_file
-from pageferry.workloads.base import Workload
 from pageferry.workloads.lifecycle import Status
+from pageferry.workloads.protocols import Workload
 
 MIB = 1 << 20
 

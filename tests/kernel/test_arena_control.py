@@ -13,8 +13,8 @@ from pageferry import _engine
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.base import Workload
 from pageferry.workloads.lifecycle import Status
+from pageferry.workloads.protocols import Workload
 from tests.kernel.programs import Program, wait_until
 
 HERE = Path(__file__).parent

@@ -322,7 +322,7 @@ def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_writte
 
 USER = """
 import asyncio, concurrent.futures.thread, ctypes, os, sys
-import pageferry.checkpoints.save, pageferry.workloads.memory, pageferry.workloads.mappers
+import pageferry.checkpoints.save, pageferry.memory.view, pageferry.memory.mappers
 from pageferry.errors import WorkloadError
 os.setgid(65534)
 os.setuid(65534)

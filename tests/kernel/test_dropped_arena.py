@@ -17,8 +17,8 @@ import pytest
 
 import pageferry
 from pageferry.host.registry import ArenaEntry, Registry
-from pageferry.workloads.arena import Arena
-from pageferry.workloads.control.client import RemoteArena
+from pageferry.workloads.arena.arena import Arena
+from pageferry.workloads.arena.control_socket.client import RemoteArena
 from tests.kernel.images import Maker
 from tests.kernel.programs import wait_until
 

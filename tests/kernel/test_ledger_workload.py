@@ -17,9 +17,9 @@ from pageferry.errors import UsageError, WorkloadDied, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.base import Workload
 from pageferry.workloads.ledger import LedgerOptions, LedgerState, LedgerWorkload
 from pageferry.workloads.lifecycle import Status
+from pageferry.workloads.protocols import Workload
 from tests.kernel.programs import Program, wait_until
 
 MIB = 1 << 20

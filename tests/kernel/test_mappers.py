@@ -23,8 +23,8 @@ import pytest
 
 import pageferry
 from pageferry.errors import WorkloadError
+from pageferry.memory.view import Memory
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.memory import Memory
 from tests.kernel import mapper, moving
 from tests.kernel.programs import Program, wait_until
 

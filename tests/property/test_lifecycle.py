@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pageferry.errors import WorkloadError
-from pageferry.workloads.base import Faults, Identity
+from pageferry.memory.mappers import Sharing
+from pageferry.memory.regions import Identity
 from pageferry.workloads.lifecycle import Lifecycle, Status
-from pageferry.workloads.mappers import Sharing
+from pageferry.workloads.protocols import Faults
 
 CONTROLLERS = [object(), object(), object()]
 controllers = st.sampled_from(CONTROLLERS)

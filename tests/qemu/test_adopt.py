@@ -20,7 +20,7 @@ from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
-from pageferry.workloads.base import Region
+from pageferry.memory.regions import Region
 from pageferry.workloads.qemu import ram as qemu_ram
 from pageferry.workloads.qemu import unsupported
 from pageferry.workloads.qemu.guest import QemuWorkload

@@ -16,7 +16,7 @@ from pageferry.checkpoints import events
 from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
 from pageferry.host.registry import Registry
-from pageferry.workloads.base import Workload
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial

@@ -11,7 +11,7 @@ import pageferry
 from pageferry.checkpoints.restore import restore_guest
 from pageferry.errors import RestoreError
 from pageferry.host.registry import Registry
-from pageferry.workloads.base import Identity
+from pageferry.memory.regions import Identity
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 

@@ -18,7 +18,8 @@ from pageferry.errors import NameInUse, WorkloadError
 from pageferry.host import proc, processes
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
-from pageferry.workloads.base import LARGE_PAGE, Workload
+from pageferry.memory.regions import LARGE_PAGE
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu import device_state, ram
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts

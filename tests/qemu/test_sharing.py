@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pageferry.host.registry import Registry
+from pageferry.memory.regions import Region
 from pageferry.sharing import api
 from pageferry.sharing.scan import CLASSES
-from pageferry.workloads.base import Region
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial

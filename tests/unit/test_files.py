@@ -39,7 +39,7 @@ KERNEL_FILES = {
     "sharing/ksm_guard.py",
     "large_pages/reclaim.py",
     "workloads/direct_io.py",
-    "workloads/mappers.py",
+    "memory/mappers.py",
     "workloads/qemu/kvm_prefault.py",
     "workloads/process.py",
     "workloads/qemu/direct_io.py",

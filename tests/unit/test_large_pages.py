@@ -18,8 +18,8 @@ from pageferry.large_pages.events import LargePagesResult, Overhead, RegionActiv
 from pageferry.large_pages.policy import Facts, Threshold
 from pageferry.large_pages.sampling import Sampling
 from pageferry.large_pages.tracking import LargePage
+from pageferry.memory.regions import LARGE_PAGE
 from pageferry.report.large_pages import LargePagesView
-from pageferry.workloads.base import LARGE_PAGE
 from pageferry.workloads.targets import Area, Kind
 
 COUNTS = st.lists(st.integers(0, 512), min_size=1, max_size=50)

@@ -20,10 +20,10 @@ from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import interruptible
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.arena.arena import Arena, State, memory_file
 from pageferry.workloads.arena.arguments import check_arena
-from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.callbacks import Callback, Plain
 from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.pager_server import PagerServer

@@ -17,8 +17,8 @@ from pageferry.checkpoints.restoring import PagerTarget
 from pageferry.errors import ImageError
 from pageferry.events import Listener
 from pageferry.host.blocking import in_thread
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred
-from pageferry.workloads.base import SMALL_PAGE
 
 _POLL = 0.2
 """Seconds between two progress events."""

@@ -18,7 +18,7 @@ from pageferry.checkpoints.metadata import Metadata, Parent
 from pageferry.errors import ImageError
 from pageferry.host import files
 from pageferry.host.faults import fault_point
-from pageferry.workloads.base import SMALL_PAGE
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred import ImageIdentity
 
 MAX_CHAIN = 256

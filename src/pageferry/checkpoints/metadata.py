@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from pageferry.errors import ImageError
-from pageferry.workloads.base import Identity
-from pageferry.workloads.memory import Extent
+from pageferry.memory.regions import Identity
+from pageferry.memory.view import Extent
 
 METADATA = 16
 """Section: `Metadata`, as MessagePack."""

@@ -31,9 +31,9 @@ from pageferry.host import files, proc
 from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.printable import PrintableFormatter
 from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.workloads.deferred import Deferred, OwnImage
 from pageferry.workloads.pager_server import PagerServer
 

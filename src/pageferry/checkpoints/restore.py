@@ -26,9 +26,9 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.host.registry import Folder, Registry
 from pageferry.workloads import deferred
-from pageferry.workloads.base import stays_paused
 from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
 from pageferry.workloads.page_faults import CannotHandleFaults
+from pageferry.workloads.protocols import stays_paused
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 _POLL = 0.2

@@ -9,7 +9,7 @@ from pageferry._engine import Mapping
 from pageferry.checkpoints import metadata
 from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
-from pageferry.workloads.base import LARGE_PAGE, Region
+from pageferry.memory.regions import LARGE_PAGE, Region
 from pageferry.workloads.deferred import ImageIdentity
 
 PagerTarget = tuple[Mapping, int, Sequence[bool]]

@@ -25,15 +25,16 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread, on_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.stopwatch import Stopwatch
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.memory.view import Memory
 from pageferry.workloads import holding
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.base import SMALL_PAGE, Workload, stays_paused
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold
 from pageferry.workloads.managed import managed
-from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
+from pageferry.workloads.protocols import Workload, stays_paused
 from pageferry.workloads.settling import settled
 
 PROGRESS_INTERVAL = 0.2

@@ -8,11 +8,11 @@ from typing import Literal, TypedDict
 from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.options import Options
 from pageferry.host.faults import fault_point
+from pageferry.memory.view import Memory
 from pageferry.workloads import following
-from pageferry.workloads.base import Workload
 from pageferry.workloads.following import Unusable
 from pageferry.workloads.holding import Hold
-from pageferry.workloads.memory import Memory
+from pageferry.workloads.protocols import Workload
 
 Means = Literal["trace", "compare", "none"]
 """How what the parent holds already was found; `none`: there is no parent."""

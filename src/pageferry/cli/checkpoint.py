@@ -12,9 +12,9 @@ from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.report.checkpoint import CheckpointView
 from pageferry.report.reporter import open_reporter
-from pageferry.workloads.base import Workload
 from pageferry.workloads.open import open_workload
 from pageferry.workloads.process import PREFIX, ProcessWorkload
+from pageferry.workloads.protocols import Workload
 
 WORKS_ON = "name"
 DEFAULTS = Options()

@@ -14,9 +14,9 @@ from pageferry.cli.parser import shared_options
 from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
-from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.qemu.device_state import SavedState
 
 CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")

@@ -11,12 +11,12 @@ import msgspec
 from pageferry.errors import NoSuchWorkload, RestoreError, WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import AnyEntry, ArenaEntry, Folder, QemuEntry, Registry
+from pageferry.memory.regions import Region
 from pageferry.migration.ownership import committed
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
 from pageferry.workloads import deferred
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.base import Region
 from pageferry.workloads.qemu.guest import MAY_RUN, MIGRATED, QemuWorkload
 
 _RUNS_OR_WAITS = frozenset({"running", "inmigrate"})

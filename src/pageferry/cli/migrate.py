@@ -14,8 +14,8 @@ from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
 from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
-from pageferry.workloads.base import Workload
 from pageferry.workloads.open import open_workload
+from pageferry.workloads.protocols import Workload
 
 WORKS_ON = "name"
 DEFAULTS = Options()

@@ -13,9 +13,9 @@ from pageferry.cli.arguments import size
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
+from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.printable import printable_json
 from pageferry.workloads import deferred
-from pageferry.workloads.base import SMALL_PAGE, Region
 from pageferry.workloads.open import open_workload
 
 MAX_LENGTH = 64 << 20

@@ -27,8 +27,8 @@ from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
 from pageferry.workloads.arena.arguments import MAX_ARENA
-from pageferry.workloads.base import Workload
 from pageferry.workloads.ledger import LedgerWorkload
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)

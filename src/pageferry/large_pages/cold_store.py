@@ -42,13 +42,14 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
 from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
+from pageferry.memory.view import Memory
 from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Segment, Workload
 from pageferry.workloads.deferred import Deferred, OwnImage
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.memory import Memory
 from pageferry.workloads.page_faults import CannotHandleFaults
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target
 

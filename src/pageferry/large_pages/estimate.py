@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pageferry.large_pages.tracking import SLOTS
-from pageferry.workloads.base import SMALL_PAGE
+from pageferry.memory.regions import SMALL_PAGE
 
 _Z = 1.96
 """Standard deviations of a 95 % interval."""

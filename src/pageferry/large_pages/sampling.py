@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pageferry.large_pages.tracking import LargePage
-from pageferry.workloads.base import LARGE_PAGE
+from pageferry.memory.regions import LARGE_PAGE
 
 FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
 """Seconds of CPU per sampled page before anything has been measured: splitting, reading, restoring."""

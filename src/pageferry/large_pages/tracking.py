@@ -18,7 +18,7 @@ from pageferry._engine import Sampler
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.smaps import referenced
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.targets import Area, Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE

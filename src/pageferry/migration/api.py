@@ -40,12 +40,12 @@ from pageferry.migration.trust import Trust
 from pageferry.workloads import following
 from pageferry.workloads.arena.arena import Arena, State
 from pageferry.workloads.arena.arguments import MAX_ARENA, check_arena
-from pageferry.workloads.base import Revertible, Workload
 from pageferry.workloads.callbacks import Callback, Plain, check_listener
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.holding import Hold, held
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.managed import managed
+from pageferry.workloads.protocols import Revertible, Workload
 from pageferry.workloads.settling import settled
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from functools import partial
 
 from pageferry._engine import BlockSender, Mapping, PageSet
 from pageferry.host.faults import fault_point
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration.native import off_loop
-from pageferry.workloads.base import SMALL_PAGE
 from pageferry.workloads.holding import Hold
 
 FIRST = (16 << 20) // SMALL_PAGE

@@ -32,6 +32,8 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
+from pageferry.memory.view import Memory
 from pageferry.migration import messages, room
 from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
@@ -41,10 +43,9 @@ from pageferry.migration.native import off_loop, to_the_end, within_grace
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
 from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Faults, Workload, stays_paused
 from pageferry.workloads.deferred import Arriving
-from pageferry.workloads.memory import Memory
 from pageferry.workloads.page_faults import CannotHandleFaults
+from pageferry.workloads.protocols import Faults, Workload, stays_paused
 
 log = getLogger(__name__)
 

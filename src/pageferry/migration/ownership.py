@@ -26,7 +26,7 @@ from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import files
 from pageferry.host.registry import Folder
 from pageferry.migration.messages import Codec
-from pageferry.workloads.base import Witness
+from pageferry.workloads.protocols import Witness
 
 RECORD = "migration.json"
 """File name of the source's record, in the folder of the workload."""
@@ -54,7 +54,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     adaptive: bool = False
     """How they are sent: as in `Options`."""
     changes: dict[str, Any] = {}
-    """How to make the workload as it was: see `workloads.base.Revertible`. Empty: nothing is known of it."""
+    """How to make the workload as it was: see `workloads.protocols.Revertible`. Empty: nothing is known of it."""
 
 
 def committed(folder: Folder | None) -> Committed | None:

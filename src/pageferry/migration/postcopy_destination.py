@@ -25,6 +25,8 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
+from pageferry.memory.regions import SMALL_PAGE, Region
+from pageferry.memory.view import EngineSegment, segments_of
 from pageferry.migration import events, messages
 from pageferry.migration.attendant import Attendant
 from pageferry.migration.channel import Channel
@@ -33,9 +35,7 @@ from pageferry.migration.missing import send_missing
 from pageferry.migration.native import off_loop
 from pageferry.migration.ownership import Verdicts
 from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.base import SMALL_PAGE, Region
 from pageferry.workloads.deferred import Arriving
-from pageferry.workloads.memory import EngineSegment, segments_of
 from pageferry.workloads.pager_server import PagerServer
 
 log = getLogger(__name__)

@@ -16,6 +16,8 @@ from pageferry._engine import PageServer, PageSet
 from pageferry.errors import PageferryError, PostcopyPaused
 from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.memory.view import Memory
 from pageferry.migration import events, messages
 from pageferry.migration.addresses import Address
 from pageferry.migration.channel import Channel
@@ -23,8 +25,7 @@ from pageferry.migration.connection import PageStream, connect_streams
 from pageferry.migration.missing import receive_missing
 from pageferry.migration.native import Counters, off_loop
 from pageferry.migration.ownership import Committed
-from pageferry.workloads.base import SMALL_PAGE, Workload
-from pageferry.workloads.memory import Memory
+from pageferry.workloads.protocols import Workload
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""

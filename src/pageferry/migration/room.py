@@ -11,8 +11,8 @@ from pageferry._engine import PageSet, Placer
 from pageferry.errors import WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.compaction import compact_memory
+from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.migration.native import off_loop
-from pageferry.workloads.base import SMALL_PAGE, Region
 
 _TIMEOUT = 1.0
 """Seconds that a post-copy migration waits for its large pages, while the workload runs at the source; the pager goes

@@ -28,6 +28,8 @@ from pageferry.events import Listener
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.memory.view import Memory, close_to_writes
 from pageferry.migration import events, messages, ownership, peer_users, postcopy_source, switch, telling
 from pageferry.migration.addresses import Address
 from pageferry.migration.channel import Channel
@@ -41,10 +43,9 @@ from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.throttle import STEPS, Throttle
 from pageferry.migration.trust import Trust
-from pageferry.workloads.base import SMALL_PAGE, Revertible, Workload, stays_paused
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold, large_units
-from pageferry.workloads.memory import Memory, close_to_writes
+from pageferry.workloads.protocols import Revertible, Workload, stays_paused
 
 log = getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from pageferry._engine import PageSet
 from pageferry.errors import NotConverging
 from pageferry.events import Latency
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration import events, messages
 from pageferry.migration.native import Counters
-from pageferry.workloads.base import SMALL_PAGE
 
 if TYPE_CHECKING:
     from pageferry.migration.source import Source

@@ -14,8 +14,8 @@ from logging import getLogger
 from pageferry.errors import PageferryError, WorkloadDied
 from pageferry.host import proc
 from pageferry.host.cpu_quota import CpuQuota
+from pageferry.memory.regions import Region
 from pageferry.migration.native import off_loop
-from pageferry.workloads.base import Region
 
 log = getLogger(__name__)
 

@@ -17,12 +17,13 @@ from pageferry._engine import SharingScan, free_zeros
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.events import Listener
 from pageferry.host.blocking import in_thread
+from pageferry.memory.regions import LARGE_PAGE
 from pageferry.sharing import ksm, ranges
 from pageferry.sharing.events import ApplyEvent
 from pageferry.sharing.ranges import Range
 from pageferry.sharing.scan import Findings, Place, Unit
-from pageferry.workloads.base import LARGE_PAGE, Workload
 from pageferry.workloads.direct_io import registered_buffers
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.targets import Area, Target
 
 PAUSE = 0.01

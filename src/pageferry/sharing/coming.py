@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from pageferry._engine import Pager, PagerFlags
 from pageferry.checkpoints import restoring
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred
-from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.folders import folder_of
+from pageferry.workloads.protocols import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.sharing import ksm, policy
 from pageferry.sharing.events import Class, Point, ScanReport, SharingResult
 from pageferry.sharing.scan import CLASSES, Findings, Place, Unit
-from pageferry.workloads.base import SMALL_PAGE
 
 POINTS = 64
 """Points of a curve at most."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps, spare_mappings
-from pageferry.workloads.base import LARGE_PAGE
+from pageferry.memory.regions import LARGE_PAGE
 from pageferry.workloads.targets import Target
 
 MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE = 12, 13, 14, 15

@@ -18,10 +18,10 @@ from pageferry import values
 from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.sharing import coming
 from pageferry.sharing.coming import Coming
 from pageferry.sharing.events import ScanEvent
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.targets import Area, Target
 
 SLICE = 64 << 20

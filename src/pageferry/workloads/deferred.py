@@ -36,7 +36,7 @@ from pageferry.errors import ImageError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Event
 from pageferry.host import proc
 from pageferry.host.registry import Folder
-from pageferry.workloads.base import Region, Segment
+from pageferry.memory.regions import Region, Segment
 
 RECORD = "restore.json"
 POSTCOPY = "postcopy.json"
@@ -58,7 +58,7 @@ MOST_TOUCHED = 16384
 
 
 class SegmentRecord(msgspec.Struct, frozen=True):
-    """As `workloads.base.Segment`."""
+    """As `memory.regions.Segment`."""
 
     pid: int
     address: int
@@ -67,7 +67,7 @@ class SegmentRecord(msgspec.Struct, frozen=True):
 
 
 class RegionRecord(msgspec.Struct, frozen=True):
-    """As `workloads.base.Region`, without its file: that is what is mapped at the segments."""
+    """As `memory.regions.Region`, without its file: that is what is mapped at the segments."""
 
     name: str
     length: int

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from pageferry._engine import PageSet
 from pageferry.errors import WorkloadError
-from pageferry.workloads.base import SMALL_PAGE, Region
+from pageferry.memory.regions import SMALL_PAGE, Region
 
 DRAIN_TIMEOUT = 10.0
 """Seconds that a drain may take. The workload may be paused for as long."""
@@ -35,7 +35,7 @@ _BUFFER = re.compile(rb" *\d+: (?:0x([0-9a-f]+)/(\d+)|<none>)")
 
 
 class Drainable(Protocol):
-    """As much of a workload as a drain needs; see `workloads.base.Workload`."""
+    """As much of a workload as a drain needs; see `workloads.protocols.Workload`."""
 
     async def drain(self) -> float | None:
         """As of `Workload`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
-from pageferry.workloads.base import Workload
 from pageferry.workloads.lifecycle import LocalWorkload
+from pageferry.workloads.protocols import Workload
 
 
 def folder_of(workload: Workload) -> Folder | None:

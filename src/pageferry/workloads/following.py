@@ -21,9 +21,9 @@ from pageferry._engine import Space
 from pageferry.errors import PageferryError
 from pageferry.host import files, proc
 from pageferry.host.registry import Folder
-from pageferry.workloads.base import Workload
+from pageferry.memory.view import EngineSegment, Memory
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.memory import EngineSegment, Memory
+from pageferry.workloads.protocols import Workload
 
 RECORD = "trace.json"
 _FORKS = "forks"

@@ -21,13 +21,13 @@ from pageferry._engine import Pager, Space
 from pageferry.errors import ImageError, RestoreError, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder
+from pageferry.memory.view import Memory
 from pageferry.workloads import deferred
-from pageferry.workloads.base import Workload
 from pageferry.workloads.deferred import Ask, Deferred, HoldGiven, PagerStatus
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
-from pageferry.workloads.memory import Memory
 from pageferry.workloads.process import ProcessMemory
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.settling import bring, settled
 
 _HANDOVER = 1.0

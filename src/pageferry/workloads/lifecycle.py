@@ -26,10 +26,11 @@ from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.host.blocking import CALLER, in_thread
 from pageferry.host.workers import Workers
-from pageferry.workloads.base import Faults, Identity, Region, Witness
+from pageferry.memory.mappers import Sharing
+from pageferry.memory.regions import Identity, Region
 from pageferry.workloads.callbacks import blocking_loop
 from pageferry.workloads.direct_io import pause_briefly
-from pageferry.workloads.mappers import Sharing
+from pageferry.workloads.protocols import Faults, Witness
 
 T = TypeVar("T")
 

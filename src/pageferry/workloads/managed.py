@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pageferry.errors import WrongType
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.base import Workload
+from pageferry.workloads.protocols import Workload
 
 
 def managed(workload: object) -> Arena | Workload:

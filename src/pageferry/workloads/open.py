@@ -5,7 +5,7 @@ from __future__ import annotations
 from pageferry.errors import NoSuchWorkload
 from pageferry.host.registry import ArenaEntry, QemuEntry, Registry
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.base import Workload
+from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 

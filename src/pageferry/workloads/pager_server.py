@@ -14,7 +14,7 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.host import files
-from pageferry.workloads.base import SMALL_PAGE
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, ImageIdentity, PagerStatus
 
 Failure = tuple[int, int, bool, str]

@@ -17,8 +17,9 @@ from pageferry._engine import ProcessRange, Space
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.python import start_python
-from pageferry.workloads.base import SMALL_PAGE, Faults, Identity
-from pageferry.workloads.memory import Readable
+from pageferry.memory.regions import SMALL_PAGE, Identity
+from pageferry.memory.view import Readable
+from pageferry.workloads.protocols import Faults
 
 PREFIX = "pid:"
 """Names of processes: `pid:4711`."""
@@ -39,7 +40,7 @@ class Range:
 
 
 class ProcessMemory(Readable):
-    """What a checkpoint needs to know about the memory of a process; as `workloads.memory.Memory`."""
+    """What a checkpoint needs to know about the memory of a process; as `memory.view.Memory`."""
 
     def __init__(self, pid: int, regions: tuple[Range, ...]) -> None:
         self.regions = regions

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pageferry._engine import Pager
 from pageferry.errors import ImageError, RestoreError
 from pageferry.host.blocking import in_thread
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred, following
-from pageferry.workloads.base import SMALL_PAGE, Workload
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
+from pageferry.workloads.protocols import Workload
 
 
 async def settled(workload: Workload, *, traces: bool = True) -> None:

@@ -18,9 +18,10 @@ from pageferry._engine import Space
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadDied
 from pageferry.host import proc
 from pageferry.host.smaps import Smap, smaps
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Segment, Workload
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region, Segment
 from pageferry.workloads.managed import managed
 from pageferry.workloads.open import open_workload
+from pageferry.workloads.protocols import Workload
 
 Kind = Literal["shared", "anon"]
 

@@ -16,11 +16,11 @@ from pageferry import _engine, values
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host import registry
 from pageferry.host.blocking import program_loop
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads import callbacks, deferred
 from pageferry.workloads.arena.arguments import MAX_ARENA, arena_size, check_arena
 from pageferry.workloads.arena.control import ArenaControl
 from pageferry.workloads.arena.name import NamedArena, bring_back
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.callbacks import Callback, Plain
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
 from pageferry.workloads.settling import bring_all

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
 from pageferry.host import proc
-from pageferry.workloads import callbacks, mappers
-from pageferry.workloads.base import SMALL_PAGE, Faults, Identity, Region, Segment
+from pageferry.memory import mappers
+from pageferry.memory.mappers import threads
+from pageferry.memory.regions import SMALL_PAGE, Identity, Region, Segment
+from pageferry.workloads import callbacks
 from pageferry.workloads.callbacks import Callback, Callbacks, Plain
-from pageferry.workloads.mappers import threads
+from pageferry.workloads.protocols import Faults
 
 if TYPE_CHECKING:
     from pageferry.workloads.arena.arena import Arena

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pageferry.host import processes
 from pageferry.host.python import start_python
 from pageferry.host.qmp import Command
-from pageferry.workloads.base import Witness
+from pageferry.workloads.protocols import Witness
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from pageferry.errors import UnsupportedError, UsageError
-from pageferry.workloads.base import LARGE_PAGE
+from pageferry.memory.regions import LARGE_PAGE
 from pageferry.workloads.qemu import unsupported
 from pageferry.workloads.qemu.option_syntax import block_properties, options, properties
 

@@ -17,7 +17,7 @@ import msgspec
 
 from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Command, Monitor
-from pageferry.workloads.base import Witness
+from pageferry.workloads.protocols import Witness
 from pageferry.workloads.qemu import device_state, disks
 from pageferry.workloads.qemu.cleanup_plan import CleanupPlan
 

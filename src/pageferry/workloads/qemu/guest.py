@@ -23,9 +23,10 @@ from pageferry.host import proc, processes, qmp_peer, ram_files
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import TIMEOUT, Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
-from pageferry.workloads import mappers
-from pageferry.workloads.base import Faults, Identity, Region, Witness
+from pageferry.memory import mappers
+from pageferry.memory.regions import Identity, Region
 from pageferry.workloads.direct_io import DRAIN_TIMEOUT, PAUSE_TIMEOUT
+from pageferry.workloads.protocols import Faults, Witness
 from pageferry.workloads.qemu import command_line, device_state, direct_io, kvm_prefault, process, unsupported
 from pageferry.workloads.qemu import disks as qemu_disks
 from pageferry.workloads.qemu import ram as qemu_ram

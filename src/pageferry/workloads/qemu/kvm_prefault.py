@@ -23,7 +23,7 @@ from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Space
 from pageferry.errors import WorkloadDied
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import Monitor
-from pageferry.workloads.base import Region
+from pageferry.memory.regions import Region
 
 _PIECE = 64 << 20
 """Bytes of one call, during which a thread of QEMU is stopped."""

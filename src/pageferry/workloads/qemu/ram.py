@@ -20,7 +20,7 @@ from pathlib import Path
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
 from pageferry.host.qmp import Monitor
-from pageferry.workloads.base import LARGE_PAGE, Region, Segment
+from pageferry.memory.regions import LARGE_PAGE, Region, Segment
 
 _ADVICE = (
     "start QEMU by `pageferry run`, or with -object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,"

@@ -13,10 +13,11 @@ import msgspec
 
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
+from pageferry.memory.regions import Identity, Region, Segment
 from pageferry.workloads.arena.control_socket import protocol as wire
-from pageferry.workloads.base import Faults, Identity, Region, Segment, Witness
 from pageferry.workloads.direct_io import pause_briefly
 from pageferry.workloads.lifecycle import Status
+from pageferry.workloads.protocols import Faults, Witness
 
 TIMEOUT = 60.0
 """Seconds to wait for an answer: pause and state callbacks are the program's own."""

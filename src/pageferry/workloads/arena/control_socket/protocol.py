@@ -38,7 +38,7 @@ class Describe(Message):
 
 
 class SegmentInfo(msgspec.Struct, forbid_unknown_fields=True):
-    """A `workloads.base.Segment`."""
+    """A `memory.regions.Segment`."""
 
     pid: Count
     address: Count
@@ -47,7 +47,7 @@ class SegmentInfo(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RegionInfo(msgspec.Struct, forbid_unknown_fields=True):
-    """A `workloads.base.Region`; its descriptor comes with the message, in the same order."""
+    """A `memory.regions.Region`; its descriptor comes with the message, in the same order."""
 
     name: str
     length: Count
@@ -124,7 +124,7 @@ class AskFaults(Message):
 
 
 class FaultsAre(Message):
-    """A `workloads.base.Faults`."""
+    """A `workloads.protocols.Faults`."""
 
     minor: Count
     major: Count

@@ -15,8 +15,8 @@ import msgspec
 
 from pageferry.errors import PageferryError
 from pageferry.host import files
+from pageferry.memory.regions import Region
 from pageferry.workloads.arena.control_socket import protocol as wire
-from pageferry.workloads.base import Region
 from pageferry.workloads.lifecycle import Lifecycle
 
 THREAD_NAME = "pageferry-control"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pageferry import _engine
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host import proc
-from pageferry.workloads.base import Region, Segment
+from pageferry.memory.regions import Region, Segment
 
 _CONFIRM = 0.02
 """Seconds between two scans where the first found a process that may be about to execute another program."""

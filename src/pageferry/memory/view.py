@@ -11,13 +11,13 @@ from typing import Protocol
 
 from pageferry._engine import Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
-from pageferry.workloads.base import LARGE_PAGE, SMALL_PAGE, Region, Workload
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region
 
 _SYS_MPROTECT = 10
 _libc = ctypes.CDLL(None, use_errno=True)
 
 EngineSegment = tuple[Space, int, int, int, int]
-"""A `workloads.base.Segment` as the engine takes it: (address space, address, length, number of the region, first page
+"""A `memory.regions.Segment` as the engine takes it: (address space, address, length, number of the region, first page
 of the region)."""
 
 
@@ -61,13 +61,25 @@ class Readable:
         return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
 
 
+class HasRegions(Protocol):
+    """A workload with its memory."""
+
+    @property
+    def name(self) -> str:
+        """Name of the workload, for messages."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Regions of its memory."""
+
+
 class Memory(Readable):
     """The regions of a workload, mapped into our own address space, page sets and segments to go with them.
 
     Raises WorkloadDied when a process of the workload is gone, WorkloadError when its memory cannot be mapped.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: HasRegions) -> None:
         self.regions: tuple[Region, ...] = workload.regions
         try:
             self.mappings: list[Mapping] = [

@@ -1,0 +1,1 @@
+"""Memory of workloads: regions, their mappings in processes, and our own view of them."""
