@@ -14,7 +14,7 @@ from typing import Any
 import pageferry
 from pageferry import _engine
 from pageferry.checkpoints.events import CheckpointResult
-from pageferry.checkpoints.image import ImageFile
+from pageferry.images.image import ImageFile
 from pageferry.memory.regions import Region
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from pageferry.workloads.protocols import Workload

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pageferry._engine import ImageWriter
-from pageferry.checkpoints import metadata
-from pageferry.checkpoints.image import new_file, open_link
-from pageferry.checkpoints.metadata import Metadata, Parent, RegionInfo
+from pageferry.images import metadata
+from pageferry.images.image import new_file, open_link
+from pageferry.images.metadata import Metadata, Parent, RegionInfo
 
 PAGE = 4096
 ABSENT, ZERO, PATTERN, SAME_AS, DATA = range(5)

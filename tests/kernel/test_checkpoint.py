@@ -18,9 +18,9 @@ import pytest
 import pageferry
 from pageferry import _engine
 from pageferry.checkpoints import events
-from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import CheckpointError, ImageError, UsageError, WorkloadError
 from pageferry.events import Event
+from pageferry.images.image import ImageFile
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel.programs import Program, wait_until

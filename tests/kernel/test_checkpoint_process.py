@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
+from pageferry.images.image import ImageFile
 from pageferry.workloads.process import ProcessWorkload
 from tests.kernel.programs import Program, wait_until
 

@@ -19,8 +19,8 @@ import pytest
 import pageferry
 from pageferry import _engine
 from pageferry.checkpoints import events
-from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
+from pageferry.images.image import ImageFile
 from pageferry.workloads import following
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from pageferry import sharing
-from pageferry.checkpoints.image import ImageFile
 from pageferry.host.cpu_quota import mounts
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.open import open_workload

@@ -17,7 +17,7 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.events import CheckpointResult
-from pageferry.checkpoints.image import ImageFile
+from pageferry.images.image import ImageFile
 from pageferry.workloads.open import open_workload
 from tests.kernel import moving
 from tests.kernel.direct_reader import AT, LENGTH

@@ -17,10 +17,10 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.arenas import RestoredArena
-from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
+from pageferry.images.image import ImageFile
+from pageferry.images.working_set import WorkingSet
 from tests.kernel.images import DATA, PAGE, PATTERN, SAME_AS, ZERO, Maker
 from tests.kernel.programs import DEADLINE, Program
 

@@ -18,11 +18,11 @@ import pytest
 import pageferry
 from pageferry._engine import PageSet, Space, Trace
 from pageferry.checkpoints.arenas import RestoredArena
-from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.restoring import large_units
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
+from pageferry.images.targets import large_units
 from pageferry.workloads import deferred, holding
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.deferred import PagerStatus

@@ -14,8 +14,8 @@ import pytest
 
 import pageferry
 from pageferry._engine import SMALL_PAGE, PagerFlags
-from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Folder, Registry
+from pageferry.images.image import ImageFile
 from pageferry.sharing import api
 from pageferry.sharing.events import SharingResult
 from pageferry.workloads import deferred

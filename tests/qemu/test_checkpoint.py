@@ -13,9 +13,9 @@ import pytest
 import pageferry
 from pageferry import errors
 from pageferry.checkpoints import events
-from pageferry.checkpoints.image import ImageFile
 from pageferry.events import Event
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
 from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts

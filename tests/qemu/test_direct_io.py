@@ -18,8 +18,8 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.events import CheckpointResult
-from pageferry.checkpoints.image import ImageFile
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
 from pageferry.migration import switch
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest import reader, travel

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.checkpoints.image import ImageFile
+from pageferry.images.image import ImageFile
 from tests.guest import travel
 from tests.guest.machines import GuestParts
 from tests.guest.travel import Traveller, travelling

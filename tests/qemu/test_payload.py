@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoints.image import ImageFile
+from pageferry.images.image import ImageFile
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
 from tests.guest.machines import GuestParts

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import completed, restore_guest, take_over
 from pageferry.checkpoints.restore_events import ProgressEvent, RunningEvent, TouchedEvent
 from pageferry.errors import RestoreError, UsageError
 from pageferry.events import Event
 from pageferry.host import proc, processes
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
 from pageferry.workloads import deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts

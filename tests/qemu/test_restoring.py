@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore import take_over
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
 from pageferry.sharing import api as sharing
 from pageferry.workloads import deferred
 from pageferry.workloads.qemu.guest import QemuWorkload

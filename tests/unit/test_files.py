@@ -14,11 +14,11 @@ import msgspec
 import pytest
 
 import pageferry
-from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
+from pageferry.images.working_set import WorkingSet
 from tests.kernel.images import Maker
 
 PACKAGE = Path(pageferry.__file__).parent
@@ -167,7 +167,7 @@ def test_working_set_that_is_no_file_is_not_opened(tmp_path: Path, kind: str) ->
     path = Maker(64).write(tmp_path / "image")
     _special(tmp_path / "image.ws", kind)
     program = (
-        "from pageferry.checkpoints.image import ImageFile; from pageferry.checkpoints.working_set import WorkingSet;"
+        "from pageferry.images.image import ImageFile; from pageferry.images.working_set import WorkingSet;"
         f"print(WorkingSet(ImageFile({str(path)!r})).windows)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
@@ -309,6 +309,6 @@ def _child_of(folder: Path, parent: Path, image: Path | None = None) -> Path:
 
 
 def _parent(**fields: Any) -> Any:
-    from pageferry.checkpoints.metadata import Parent
+    from pageferry.images.metadata import Parent
 
     return Parent(**fields)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pageferry.checkpoints.image import new_file as new_file
+from pageferry.images.image import new_file as new_file
 
 NAMES = ["nameless", "hidden"]
 

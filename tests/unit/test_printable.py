@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from pageferry.checkpoints.metadata import Metadata, RegionInfo
 from pageferry.cli.logs import configure_logging
 from pageferry.cli.main import main
 from pageferry.errors import PageferryError, PeerRefused, UsageError, WorkloadError
 from pageferry.events import Event
+from pageferry.images.metadata import Metadata, RegionInfo
 from pageferry.report.event_log import EventLog, header
 from pageferry.report.text import HumanReporter, PlainView, _Console
 from pageferry.workloads.qemu.cpu import Cpu

@@ -27,7 +27,7 @@ OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
 CHILDREN = {
     "pageferry.checkpoints.pager_process": """
         import asyncio
-        from pageferry.checkpoints.image import ImageFile
+        from pageferry.images.image import ImageFile
         from pageferry.checkpoints.restore import PagerProcess
         image = ImageFile(os.environ["IMAGE"])
         hostile()

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.working_set import WorkingSet
+from pageferry.images.image import ImageFile
+from pageferry.images.working_set import WorkingSet
 
 
 def image(path: Path, identity: bytes = b"one") -> ImageFile:

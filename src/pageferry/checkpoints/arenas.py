@@ -13,13 +13,13 @@ from typing import Self
 
 from pageferry import values
 from pageferry._engine import Mapping, Pager, Space
-from pageferry.checkpoints import restoring
 from pageferry.checkpoints.eager import load
-from pageferry.checkpoints.image import ImageFile
-from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import interruptible
+from pageferry.images import targets
+from pageferry.images.image import ImageFile
+from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred, page_faults
 from pageferry.workloads.arena.arena import Arena, State, memory_file
@@ -112,7 +112,7 @@ class RestoredArena(Arena):
             socket_path,
             self.pager,
             str(self.image.path),
-            restoring.extents(self.image),
+            targets.extents(self.image),
             flags=f"/proc/{os.getpid()}/fd/{self._flags}",
             identity=self.image.identity,
         )
@@ -197,7 +197,7 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
 
 def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, eager: bool, prefetch: bool) -> Pager:
     mapping = Mapping(arena.descriptor, arena.length)
-    target = (mapping, SMALL_PAGE, restoring.large_units(image)[0])
+    target = (mapping, SMALL_PAGE, targets.large_units(image)[0])
     space = Space()
     userfaults, _ = page_faults.userfaults({os.getpid(): space})
     try:
@@ -222,7 +222,7 @@ def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Liste
     """Load all contents now. Raises ImageError."""
     log.warning("%s: loading all %d MiB now, not on demand: %s", image.path, arena.length >> 20, reason)
     mapping = Mapping(arena.descriptor, arena.length)
-    return load(image, [(mapping, SMALL_PAGE, restoring.large_units(image)[0])], reason, listener)
+    return load(image, [(mapping, SMALL_PAGE, targets.large_units(image)[0])], reason, listener)
 
 
 def _answer(pager: Pager, answers: PagerServer) -> None:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator, Sequence
 
 from pageferry._engine import Pager
-from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.restore_events import EagerEvent, ProgressEvent
-from pageferry.checkpoints.restoring import PagerTarget
 from pageferry.errors import ImageError
 from pageferry.events import Listener
 from pageferry.host.blocking import in_thread
+from pageferry.images.image import ImageFile
+from pageferry.images.targets import PagerTarget
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.checkpoints.metadata import Codec
 from pageferry.checkpoints.options import Mode
 from pageferry.events import Event
+from pageferry.images.metadata import Codec
 
 
 class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):

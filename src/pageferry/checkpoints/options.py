@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pageferry import values
-from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
+from pageferry.images.metadata import Codec
 
 Mode = Literal["lazy", "stop"]
 

@@ -23,14 +23,14 @@ from typing import BinaryIO
 import msgspec
 
 from pageferry._engine import Pager, end_on_truncation
-from pageferry.checkpoints import restoring
-from pageferry.checkpoints.image import ImageFile, open_link
-from pageferry.checkpoints.working_set import WorkingSet
 from pageferry.errors import ImageError, PageferryError, UsageError, WorkloadError
 from pageferry.host import files, proc
 from pageferry.host.cgroups import join_groups_of
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder, Registry
+from pageferry.images import targets
+from pageferry.images.image import ImageFile, open_link
+from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.printable import PrintableFormatter
 from pageferry.workloads import deferred, page_faults
@@ -100,7 +100,7 @@ class GuestPager:
         folder.store(deferred.RECORD, self.work, synced=False)
         socket_path = folder.socket_path(deferred.SOCKET)
         self.server = PagerServer(
-            socket_path, self.pager, str(image.path), restoring.extents(image), identity=image.identity
+            socket_path, self.pager, str(image.path), targets.extents(image), identity=image.identity
         )
 
     def _begin(self, ours: dict[int, int], taken_over: bool, evicting: bool) -> Pager:
@@ -110,7 +110,7 @@ class GuestPager:
         ]
         return Pager(
             self.image.chain,
-            restoring.targets(self.image, self.regions),
+            targets.targets(self.image, self.regions),
             segments,
             ours,
             self.flags,
@@ -237,7 +237,7 @@ def _take_over(image: ImageFile, order: Order) -> GuestPager:
     work = folder.load(deferred.RECORD, Deferred)
     if work is None:
         raise UsageError(f"{order.name} is not being restored: all of its memory is there")
-    restoring.check_identity(image, work.identity, order.name)
+    targets.check_identity(image, work.identity, order.name)
     for failure in join_groups_of(work.regions[0].segments[0].pid):
         log.info("%s: memory is charged to the group of this pager: %s", order.name, failure)
     pager = GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)

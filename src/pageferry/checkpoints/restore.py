@@ -14,9 +14,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry._engine import Pager
-from pageferry.checkpoints import restoring
 from pageferry.checkpoints.eager import load_guest
-from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
@@ -25,6 +23,8 @@ from pageferry.host import proc, processes
 from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.host.registry import Folder, Registry
+from pageferry.images import targets
+from pageferry.images.image import ImageFile
 from pageferry.workloads import deferred
 from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
 from pageferry.workloads.page_faults import CannotHandleFaults
@@ -143,7 +143,7 @@ async def restore_guest(
             reason = str(refused)
         adopted = time.monotonic()
         if reason is not None:
-            filled = await load_guest(image, restoring.targets(image, workload.regions), reason, listener)
+            filled = await load_guest(image, targets.targets(image, workload.regions), reason, listener)
         present = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
@@ -202,7 +202,7 @@ def _compare(image: ImageFile, workload: QemuWorkload) -> None:
         workload.check_image(image.metadata.details, str(image.path))
     except WorkloadError as error:
         raise RestoreError(f"cannot restore {workload.name}: {error}") from error
-    restoring.compare(image, workload.regions)
+    targets.compare(image, workload.regions)
 
 
 async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work: Deferred) -> GuestPager:
@@ -257,7 +257,7 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStat
     record = folder.load(deferred.RECORD, Deferred)
     if record is None:
         raise UsageError(f"{folder.name} is not being restored: all of its memory is there")
-    image = restoring.open_expected(path if path is not None else record.image, record.identity, folder.name)
+    image = targets.open_expected(path if path is not None else record.image, record.identity, folder.name)
     await _dismiss_failed(folder)
     pager = PagerProcess(image)
     try:

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 from pageferry import values
 from pageferry._engine import Saver
-from pageferry.checkpoints import events, metadata
-from pageferry.checkpoints.image import ImageFile, beside, new_file
+from pageferry.checkpoints import events
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
@@ -25,6 +24,8 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread, on_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.stopwatch import Stopwatch
+from pageferry.images import metadata
+from pageferry.images.image import ImageFile, beside, new_file
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
 from pageferry.workloads import holding

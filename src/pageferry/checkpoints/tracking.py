@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Literal, TypedDict
 
-from pageferry.checkpoints.image import ImageFile
 from pageferry.checkpoints.options import Options
 from pageferry.host.faults import fault_point
+from pageferry.images.image import ImageFile
 from pageferry.memory.view import Memory
 from pageferry.workloads import following
 from pageferry.workloads.following import Unusable

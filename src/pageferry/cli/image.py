@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.checkpoints.image import ImageFile
 from pageferry.cli.parser import shared_options
 from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
+from pageferry.images.image import ImageFile
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pageferry import values
-from pageferry.checkpoints.metadata import Codec
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
 from pageferry.host.meminfo import available
+from pageferry.images.metadata import Codec
 from pageferry.large_pages import cold_store, reclaim
 from pageferry.large_pages.cold_store import Stored
 from pageferry.large_pages.estimate import estimate

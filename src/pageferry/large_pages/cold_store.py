@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pageferry._engine import PageSet, PageStore, Trace
-from pageferry.checkpoints import metadata, restoring
-from pageferry.checkpoints.image import ImageFile, new_file
 from pageferry.checkpoints.pager_process import GuestPager
 from pageferry.checkpoints.restore import dismiss, hand_over
 from pageferry.errors import (
@@ -41,6 +39,8 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
+from pageferry.images import metadata, targets
+from pageferry.images.image import ImageFile, new_file
 from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.memory.view import Memory
@@ -292,7 +292,7 @@ async def _write(
     codec: metadata.Codec,
 ) -> ImageFile:
     """Copy the cold pages to an image, which is complete and synced when this returns."""
-    parent = restoring.open_expected(record.image, record.identity, folder.name) if record is not None else None
+    parent = targets.open_expected(record.image, record.identity, folder.name) if record is not None else None
     if parent is not None and len(parent.links) >= MOST_IMAGES:
         raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with `undo` first")
     earlier = parent.path.parent if parent is not None else folder.path

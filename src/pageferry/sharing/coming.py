@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pageferry._engine import Pager, PagerFlags
-from pageferry.checkpoints import restoring
+from pageferry.images import targets
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import deferred
 from pageferry.workloads.folders import folder_of
@@ -44,12 +44,12 @@ def look(workload: Workload) -> Coming | None:
         lengths = [region.length // SMALL_PAGE for region in workload.regions]
         if os.fstat(descriptor).st_size != Pager.flags_length(sum(lengths)):
             return None  # it is just being made: nothing has run on it yet
-        image = restoring.open_expected(*source, workload.name) if source is not None else None
+        image = targets.open_expected(*source, workload.name) if source is not None else None
         return Coming(
             flags=PagerFlags(descriptor, sum(lengths), image.image if image is not None else None),
             known=image is not None,
             first_pages=list(itertools.accumulate(lengths, initial=0))[:-1],
-            large=restoring.large_units(image) if image is not None else [[] for _ in lengths],
+            large=targets.large_units(image) if image is not None else [[] for _ in lengths],
         )
     finally:
         os.close(descriptor)

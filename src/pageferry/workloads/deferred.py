@@ -36,6 +36,7 @@ from pageferry.errors import ImageError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Event
 from pageferry.host import proc
 from pageferry.host.registry import Folder
+from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import Region, Segment
 
 RECORD = "restore.json"
@@ -74,15 +75,6 @@ class RegionRecord(msgspec.Struct, frozen=True):
     file_offset: int
     page_size: int
     segments: list[SegmentRecord]
-
-
-class ImageIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """Identity of an image: that of all copies of one file, and of no other image."""
-
-    id: str
-    """Random, 32 hexadecimal digits."""
-    digest: str
-    """Checksum of its footer, which covers its index and, by that, which image is its parent."""
 
 
 class OwnImage(msgspec.Struct, frozen=True, kw_only=True):

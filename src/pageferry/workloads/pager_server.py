@@ -14,8 +14,9 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.host import files
+from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, ImageIdentity, PagerStatus
+from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, PagerStatus
 
 Failure = tuple[int, int, bool, str]
 """As in `Pager.failures`."""

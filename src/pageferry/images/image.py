@@ -13,13 +13,12 @@ from typing import Self, TypeVar
 import msgspec
 
 from pageferry._engine import Image, ImageChain
-from pageferry.checkpoints import metadata
-from pageferry.checkpoints.metadata import Metadata, Parent
 from pageferry.errors import ImageError
 from pageferry.host import files
 from pageferry.host.faults import fault_point
+from pageferry.images import metadata
+from pageferry.images.metadata import ImageIdentity, Metadata, Parent
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads.deferred import ImageIdentity
 
 MAX_CHAIN = 256
 """Images that may build on each other."""

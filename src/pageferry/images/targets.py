@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pageferry._engine import Mapping
-from pageferry.checkpoints import metadata
-from pageferry.checkpoints.image import ImageFile
 from pageferry.errors import ImageError, RestoreError
+from pageferry.images import metadata
+from pageferry.images.image import ImageFile
+from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import LARGE_PAGE, Region
-from pageferry.workloads.deferred import ImageIdentity
 
 PagerTarget = tuple[Mapping, int, Sequence[bool]]
 """(our mapping of a region's file, page size of the file, which 2 MiB units are to be large)"""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.checkpoints.image import ImageFile
 from pageferry.host import files
+from pageferry.images.image import ImageFile
 
 log = getLogger(__name__)
 

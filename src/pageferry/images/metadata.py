@@ -61,6 +61,15 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     parent: Parent | None = None
 
 
+class ImageIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of an image: that of all copies of one file, and of no other image."""
+
+    id: str
+    """Random, 32 hexadecimal digits."""
+    digest: str
+    """Checksum of its footer, which covers its index and, by that, which image is its parent."""
+
+
 def describe(
     workload: Identity,
     regions: Sequence[Extent],
