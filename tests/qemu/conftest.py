@@ -1,4 +1,4 @@
-"""Guests for the tests of this directory: each is booted for each QEMU that there is."""
+"""Fixtures for the guests of this directory. Each test runs once per available QEMU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 @pytest.fixture(scope="session")
 def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
-    """What guests are made of, for each QEMU in turn."""
+    """QEMU, kernel and initrd of a Linux guest, for each QEMU in turn."""
     return GuestParts(qemu, guest_kernel, checker_initrd)
 
 
 @pytest.fixture(scope="session")
 def payload_on_tcg(qemu: Path) -> GuestParts:
-    """A guest without an operating system, for each QEMU in turn: it runs after a second."""
+    """A guest without an operating system, under TCG, for each QEMU in turn. It boots within a second."""
     if shutil.which("rustc") is None:
         pytest.skip("no rustc to build the guest with")
     return GuestParts(qemu, payload.build(CACHE / "guest/payload"))
@@ -37,7 +37,7 @@ def payload_on_tcg(qemu: Path) -> GuestParts:
 
 @pytest.fixture(scope="session")
 def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
-    """For modules whose subject is ours alone, and alike for all QEMUs: the newest there is."""
+    """The newest available QEMU, for modules whose subject does not depend on the QEMU version."""
     try:
         newest: Path = request.getfixturevalue("qemu_10")
     except pytest.skip.Exception:
@@ -47,13 +47,13 @@ def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_ini
 
 @pytest.fixture
 def serial(tmp_path: Path) -> Callable[[str], Serial]:
-    """Makes serial lines by name."""
+    """Create serial lines by name."""
     return lambda name: Serial(tmp_path / f"{name}.serial")
 
 
 @pytest.fixture
 def registry() -> Iterator[Registry]:
-    """The registry of this session. What a test leaves behind in it is ended, and reported."""
+    """The registry of this test session. Workloads that a test leaves behind are killed and fail the test."""
     registry = Registry()
     yield registry
     left = registry.entries()
@@ -63,7 +63,7 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture
 def huge_pages(root: None) -> Iterator[None]:
-    """Enough for two guests of 256 MiB; the kernel may find fewer."""
+    """Reserve huge pages for two guests of 256 MiB; skip the test if the kernel finds fewer."""
     before = int(HUGE_PAGES.read_text())
     wanted = before + 256
     compact_memory(256)

@@ -1,6 +1,6 @@
-"""A controller that is going to be killed: pauses a guest, perhaps saves or commits it, and waits for its death.
+"""A controller to be killed by a test: pauses a guest, optionally saves or commits it, and waits.
 
-`python controller.py NAME pause|save|commit` prints pid and start time of the guest's guardian.
+`python controller.py NAME pause|save|commit` prints the pid and start time of the guest's guardian.
 """
 
 from __future__ import annotations

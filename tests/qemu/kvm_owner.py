@@ -1,7 +1,7 @@
-"""A process with a virtual machine under KVM that never runs: memory of 4 MiB at 1 MiB, and one vCPU.
+"""A process with a KVM virtual machine that never runs: 4 MiB of memory at 1 MiB, and one vCPU.
 
-Prints what KVM says of KVM_CAP_PRE_FAULT_MEMORY, then waits for its input to end. Exits with 3, and says why, where the
-machine cannot be made.
+Prints the value of KVM_CAP_PRE_FAULT_MEMORY and waits for the end of its input. If the virtual machine cannot be
+created, prints the error and exits with status 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adoption of QEMUs that another program has started."""
+"""Adoption of QEMU processes that another program has started."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def listed() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def ram() -> Iterator[Path]:
-    """A folder in memory."""
+    """A temporary directory on tmpfs."""
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
 
 
 async def answers(qmp: str) -> None:
-    """Wait until a QEMU has built its machine and mapped its memory: it serves its monitor then."""
+    """Wait until QEMU serves its monitor; its machine is built and its memory mapped by then."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
@@ -62,7 +62,7 @@ async def answers(qmp: str) -> None:
 
 @pytest.fixture
 def foreign(parts: GuestParts, tmp_path: Path) -> Iterator[Any]:
-    """Starts QEMUs that are not ours, and ends them."""
+    """Start QEMU processes that pageferry does not manage, and kill them after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str, wrapper: Sequence[str] = ()) -> str:
@@ -82,7 +82,7 @@ def backend(name: str, path: Path, *more: str, size: str = "64M") -> str:
     return ",".join([f"memory-backend-file,id={name},size={size},mem-path={path},share=on", *more])
 
 
-def test_adopted_guest_is_a_workload_like_any_other(foreign: Any, registry: Registry, ram: Path) -> None:
+def test_adopted_guest_can_be_paused_saved_and_resumed(foreign: Any, registry: Registry, ram: Path) -> None:
     memory = backend("ram0", ram / "ram", "align=2M")
     qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0")
     assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
@@ -104,7 +104,7 @@ def test_adopted_guest_is_a_workload_like_any_other(foreign: Any, registry: Regi
 
 
 def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: Registry, ram: Path) -> None:
-    """Two backends, one of them with an unlinked file in a folder, as QEMU makes it."""
+    """Two backends; the file of one is unlinked in a directory, as QEMU creates it."""
     (ram / "folder").mkdir()
     nodes = [backend("n0", ram / "ram", "align=2M"), backend("n1", ram / "folder", "align=2M")]
     options = [
@@ -122,7 +122,7 @@ def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: R
 
 
 @pytest.mark.parametrize("kind", ["none", "private", "memfd"])
-def test_guest_with_memory_of_its_own_is_not_adopted(foreign: Any, registry: Registry, kind: str) -> None:
+def test_adoption_of_guest_with_private_memory_is_refused(foreign: Any, registry: Registry, kind: str) -> None:
     backends = {"private": "memory-backend-ram,id=m,size=64M", "memfd": "memory-backend-memfd,id=m,size=64M,share=on"}
     options = ("-object", backends[kind], "-machine", "memory-backend=m") if kind in backends else ()
     qmp = foreign("-m", "64M", *options)
@@ -146,20 +146,20 @@ def test_misaligned_memory_is_adopted_with_a_warning(
     assert asyncio.run(scenario()) == any("align=2M" in record.message for record in caplog.records)
 
 
-def test_what_is_no_monitor_is_not_adopted(registry: Registry, tmp_path: Path) -> None:
+def test_adoption_without_a_monitor_is_refused(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match="no QEMU listens on"):
         asyncio.run(QemuWorkload.adopt("theirs", str(tmp_path / "nothing")))
     assert not (registry.path / "theirs").exists()
 
 
 def numa(*backends: str) -> list[str]:
-    """Options of a guest with a node for each backend, named m0, m1..."""
+    """QEMU options for one NUMA node per backend; the backends are named m0, m1, ..."""
     nodes = [("-object", one, "-numa", f"node,memdev=m{number}") for number, one in enumerate(backends)]
     return [word for node in nodes for word in node]
 
 
 def adopted(qmp: str) -> tuple[tuple[Region, ...], dict[str, bytes]]:
-    """The regions of an adopted guest, and by name what its process maps there; the guest is ended."""
+    """Adopt a guest and discard it. Return its regions, and the path of each region's mapping by region name."""
 
     async def scenario() -> tuple[tuple[Region, ...], dict[str, bytes]]:
         guest = await QemuWorkload.adopt("theirs", qmp)
@@ -175,7 +175,7 @@ def adopted(qmp: str) -> tuple[tuple[Region, ...], dict[str, bytes]]:
     return asyncio.run(scenario())
 
 
-def test_backends_with_one_folder_are_told_apart(foreign: Any, registry: Registry, ram: Path) -> None:
+def test_backends_in_the_same_directory_are_distinguished(foreign: Any, registry: Registry, ram: Path) -> None:
     regions, paths = adopted(foreign("-m", "128M", *numa(backend("m0", ram), backend("m1", ram))))
     assert {one.name: one.length for one in regions} == {"m0": 64 * MIB, "m1": 64 * MIB}
     for name, path in paths.items():
@@ -183,7 +183,7 @@ def test_backends_with_one_folder_are_told_apart(foreign: Any, registry: Registr
 
 
 def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> None:
-    """Restore the image into such a guest: each node has its own memory again."""
+    """Restore the image into a guest with these options, and check that each node has its own memory."""
     command = parts.bare("-m", "128M", "-S", *options)
     restored = pageferry("restore", "again", str(ram / "image"), "--detach", "--", *command)
     assert restored.returncode == 0, restored.stderr
@@ -200,10 +200,10 @@ def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> Non
     assert asyncio.run(contents()) == {"m0": bytes(6), "m1": b"node 1"}
 
 
-def test_checkpoint_of_backends_with_one_folder_holds_both(
+def test_checkpoint_of_backends_in_the_same_directory_contains_both(
     foreign: Any, registry: Registry, ram: Path, parts: GuestParts
 ) -> None:
-    """Memory that differs between the nodes is not the same in the image."""
+    """Data of one node is not recorded as a duplicate of the other's."""
     qmp = foreign("-m", "128M", "-S", *numa(backend("m0", ram), backend("m1", ram)))
     assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
     (pid,) = [one["pid"] for one in listed()]
@@ -222,7 +222,7 @@ def test_checkpoint_of_backends_with_one_folder_holds_both(
 
 
 @pytest.mark.parametrize("offsets", [(0, 64 * MIB), (64 * MIB, 0), (2 * MIB, 128 * MIB)])
-def test_backends_in_one_file_are_told_apart_by_offset(
+def test_backends_in_one_file_are_distinguished_by_offset(
     foreign: Any, registry: Registry, ram: Path, qemu: Path, offsets: tuple[int, int]
 ) -> None:
     if b"offset=<" not in subprocess.check_output([qemu, "-object", "memory-backend-file,help"]):
@@ -237,13 +237,13 @@ def test_backends_in_one_file_are_told_apart_by_offset(
     assert all(sum(segment.length for segment in one.segments) == one.length for one in regions)
 
 
-def test_backends_that_are_the_same_bytes_of_a_file_are_refused(foreign: Any, registry: Registry, ram: Path) -> None:
+def test_backends_with_the_same_range_of_a_file_are_refused(foreign: Any, registry: Registry, ram: Path) -> None:
     qmp = foreign("-m", "128M", *numa(backend("m0", ram / "ram"), backend("m1", ram / "ram")))
     with pytest.raises(UnsupportedError, match="memory backends m0 and m1 are the same bytes of one file"):
         asyncio.run(QemuWorkload.adopt("theirs", qmp))
 
 
-def test_backend_whose_file_was_replaced_is_found_by_the_name_it_had(
+def test_backend_whose_file_was_replaced_is_found_by_its_original_path(
     foreign: Any, registry: Registry, ram: Path
 ) -> None:
     qmp = foreign("-m", "64M", "-object", backend("m0", ram / "ram"), "-machine", "memory-backend=m0")
@@ -254,10 +254,8 @@ def test_backend_whose_file_was_replaced_is_found_by_the_name_it_had(
     assert [one.length for one in regions] == [64 * MIB]
 
 
-def test_backend_whose_removed_file_cannot_be_told_from_another_is_refused(
-    foreign: Any, registry: Registry, ram: Path
-) -> None:
-    """A removed `ram` and an existing `ram (deleted)` look the same."""
+def test_backend_whose_removed_file_is_ambiguous_is_refused(foreign: Any, registry: Registry, ram: Path) -> None:
+    """The kernel shows a removed `ram` and an existing `ram (deleted)` alike."""
     backends = backend("m0", ram / "ram"), backend("m1", ram / "ram (deleted)")
     qmp = foreign("-m", "128M", *numa(*backends))
     (ram / "ram").unlink()
@@ -265,7 +263,7 @@ def test_backend_whose_removed_file_cannot_be_told_from_another_is_refused(
         asyncio.run(QemuWorkload.adopt("theirs", qmp))
 
 
-def test_memory_on_a_disk_is_refused_with_the_setting_that_cures_it(
+def test_memory_on_a_disk_is_refused_with_the_setting_to_change(
     foreign: Any, registry: Registry, tmp_path: Path
 ) -> None:
     kind = subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip()
@@ -278,7 +276,7 @@ def test_memory_on_a_disk_is_refused_with_the_setting_that_cures_it(
 
 
 @pytest.mark.usefixtures("root")
-def test_guest_in_another_pid_namespace_is_a_workload(foreign: Any, registry: Registry, ram: Path) -> None:
+def test_guest_in_another_pid_namespace_can_be_saved(foreign: Any, registry: Registry, ram: Path) -> None:
     memory = backend("ram0", ram / "ram", "align=2M")
     options = ("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0", "-smp", "2")
     qmp = foreign(*options, wrapper=("unshare", "--pid", "--mount-proc", "--fork", "--kill-child"))
@@ -299,10 +297,10 @@ def test_guest_in_another_pid_namespace_is_a_workload(foreign: Any, registry: Re
     asyncio.run(scenario())
 
 
-def test_devices_added_since_are_refused_by_the_next_pause(
+def test_unsupported_devices_added_after_adoption_are_refused_at_the_next_pause(
     foreign: Any, registry: Registry, ram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host has none of those that are refused: others stand for them."""
+    """This host's QEMU may lack the devices that pageferry refuses; available devices are declared refused instead."""
     memory = backend("ram0", ram / "ram", "align=2M")
     qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0", "-netdev", "user,id=n")
 

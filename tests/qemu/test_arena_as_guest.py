@@ -1,4 +1,4 @@
-"""The memory of an arena as guest memory of a QEMU that the arena's program knows nothing of."""
+"""An arena whose memory QEMU maps as guest memory, without the knowledge of the program that owns the arena."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 pytestmark = pytest.mark.usefixtures("root")
 
 
-def test_virtual_machine_that_maps_an_arena_is_traced(payload_parts: GuestParts, tmp_path: Path) -> None:
+def test_writes_of_a_virtual_machine_that_maps_an_arena_are_traced(payload_parts: GuestParts, tmp_path: Path) -> None:
     arena = Arena(64 * MIB, on_pause=lambda: pause(), on_resume=lambda: os.kill(machine.pid, signal.SIGCONT))
     file = f"/proc/{os.getpid()}/fd/{arena.descriptor}"
     backend = ["-object", f"memory-backend-file,id=ram,size=64M,share=on,mem-path={file}"]

@@ -1,4 +1,4 @@
-"""The benchmarks work: small, and once. Their figures are nobody's business here."""
+"""The benchmarks run in their shortest form and report complete results. Their figures are not checked."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def quick(name: str, *options: str) -> dict[str, Any]:
-    """What a benchmark finds in a hurry."""
+    """Results of a benchmark, run with --quick."""
     return cast(dict[str, Any], json.loads(run("benchmarks/" + name + ".py", "--quick", *options)))
 
 
 def run(*command: str) -> str:
-    """What a program of ours prints."""
+    """Output of a Python program of this repository."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def shown(*options: str) -> list[dict[str, Any]]:
-    """Rows of the table of systems, in small."""
+    """Rows of the table of systems, from a run with --quick."""
     rows: list[dict[str, Any]] = json.loads(run("benchmarks/systems.py", "--quick", "--json", *options))
     return rows
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
-def test_checkpoints_are_measured_beside_their_peers() -> None:
+def test_checkpoint_benchmark_covers_all_methods() -> None:
     results = quick("checkpoint")
     ways = {(run["line"], run["method"]) for run in results["guests"]}
     assert {line for line, _ in ways} == {"pageferry", "QEMU"}
@@ -56,7 +56,7 @@ def test_checkpoints_are_measured_beside_their_peers() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
-def test_restores_are_measured_beside_their_peers() -> None:
+def test_restore_benchmark_covers_all_methods() -> None:
     results = quick("restore")
     ways = {(run["line"], run["method"]): run for run in results["guests"]}
     assert len(ways) == 7
@@ -72,7 +72,7 @@ def test_restores_are_measured_beside_their_peers() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
-def test_moves_before_pages_are_there_are_measured_beside_their_peers() -> None:
+def test_postcopy_benchmark_covers_all_modes() -> None:
     results = quick("postcopy")
     assert [run["method"] for run in results["accesses"]] == list(accesses.METHODS)
     guests = {(run["line"], run["mode"].split(",")[0]): run for run in results["guests"]}
@@ -89,7 +89,7 @@ def test_moves_before_pages_are_there_are_measured_beside_their_peers() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root")
-def test_links_are_measured() -> None:
+def test_links_benchmark_covers_all_links_and_methods() -> None:
     if reason := hosts.missing():
         pytest.skip(reason)
     results = quick("links")
@@ -106,24 +106,24 @@ def test_links_are_measured() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10")
-def test_differences_of_pages_are_measured() -> None:
+def test_deltas_benchmark_reports_savings_by_program() -> None:
     results = quick("deltas")["deltas"]
     saved = {run["program"]: run["delta"] < run["whole"] / 2 for run in results if run["codec"] == "zstd"}
     assert saved == {"database": True, "dictionary": True, "array": True, "text": False, "built-in workload": False}
 
 
 COUNTED = ("S3", "S5", "S6", "S7", "S8")
-"""Systems that are judged by what is counted, not by times."""
+"""Systems that are judged by counts, not by times."""
 
 
 def of_arenas(rows: list[dict[str, Any]]) -> dict[str, bool]:
-    """Which of the counted systems have reached their target."""
+    """Whether each system judged by counts has reached its target."""
     return {row["system"]: row["reached"] for row in rows if row["system"] in COUNTED}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("root", "qemu_10")
-def test_a_system_passes_with_its_mechanism_and_fails_without() -> None:
+def test_each_system_reaches_its_target_only_with_its_mechanism() -> None:
     chosen = [word for system in ("S3", "S5", "S6", "S8") for word in ("--only", system)]
     assert of_arenas(shown(*chosen)) == dict.fromkeys(COUNTED, True)
     off = [word for system in (*COUNTED, "S1", "S2", "S4") for word in ("--without", system)]
@@ -135,7 +135,7 @@ def test_a_system_passes_with_its_mechanism_and_fails_without() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
-def test_a_guest_is_shown_beside_its_peers() -> None:
+def test_table_of_systems_compares_guest_checkpoint_and_restore_with_peers() -> None:
     rows = shown("--only", "S10", "--without", "S4", "--without", "S10")
     saved = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
     assert set(saved) == {"S4", "S10"}
@@ -144,7 +144,7 @@ def test_a_guest_is_shown_beside_its_peers() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
-def test_a_moved_guest_is_shown_beside_its_peer() -> None:
+def test_table_of_systems_compares_guest_migration_with_its_peer() -> None:
     rows = shown("--only", "S1", "--without", "S7")
     moved = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
     assert set(moved) == {"S1", "S7"}
@@ -154,7 +154,7 @@ def test_a_moved_guest_is_shown_beside_its_peer() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10")
-def test_sizes_are_changed_one_at_a_time() -> None:
+def test_sizes_benchmark_measures_each_size() -> None:
     results = quick("sizes")["sizes"]
     assert len({run["load"] for run in results}) == 2
     for run in results:

@@ -1,4 +1,4 @@
-"""A guest that ends, restarts, or is changed by another client while it is moved: one of it stays, as it is."""
+"""Guests that exit, reset, panic or are changed by another QMP client during a migration."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("root")
 
 ALL = os.environ.get("FAULTS") == "all"
 RUNNING = ["source.between-rounds"] + ["source.greeted", "source.set-up", "source.in-round"] * ALL
-"""Points at which the guest runs."""
+"""Fault points at which the guest runs."""
 PAUSED = ["source.ready"] + ["source.paused", "source.last-pages-sent", "source.state-sent", "source.recorded"] * ALL
-"""Points at which it is paused, and not yet given away."""
+"""Fault points at which the guest is paused and the source has not committed."""
 THERE = ["destination.commit-received"] + ["destination.loaded", "destination.promised"] * ALL
-"""Points at which the destination has not decided yet."""
+"""Fault points at which the destination has not decided yet."""
 
 MACHINE = ("-device", "piix3-usb-uhci", "-device", "usb-mouse,id=mouse", "-device", "pvpanic")
 STAYS = (*MACHINE, "-no-shutdown", "-no-reboot", "-action", "panic=pause")
@@ -35,13 +35,13 @@ FAILED, DIED, REFUSED = 10, 13, 21
 
 
 class Watched(Traveller):
-    """A guest with a second monitor, for a client that pageferry knows nothing of."""
+    """A guest with a second monitor, used by a client that is independent of pageferry."""
 
     def command(self, name: str) -> list[str]:
         return [*super().command(name), "-qmp", f"unix:{self._other(name)},server=on,wait=off"]
 
     def other(self, command: str, name: str | None = None, **arguments: Any) -> Any:
-        """What the second monitor answers."""
+        """Reply of the second monitor to a command."""
 
         async def ask() -> Any:
             async with await Monitor.open(str(self._other(name or self.name))) as monitor:
@@ -62,7 +62,7 @@ Start = Callable[..., Watched]
 
 @pytest.fixture
 def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
-    """Boots guests with these options."""
+    """Boot guests with the given options, and end them after the test."""
     guests: list[Watched] = []
 
     def boot(*options: str) -> Watched:
@@ -77,7 +77,7 @@ def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
 
 
 def shut_down(guest: Watched) -> None:
-    """With -no-reboot a reset is a shutdown."""
+    """Shut the guest down: with -no-reboot, a reset is a shutdown."""
     guest.other("system_reset")
 
 
@@ -95,7 +95,7 @@ def remove_device(guest: Watched) -> None:
 
 @contextmanager
 def interrupted(guest: Watched, point: str, *options: str) -> Iterator[tuple[Program, Program]]:
-    """A migration that has stopped at a point, of the source or of the destination; continued after the block."""
+    """A migration that is stopped at a fault point of the source or the destination, and continues after the block."""
     source, there = (point, None) if point.startswith("source") else (None, point)
     with guest.receiver(fault=f"{there}=stop" if there else None, detach=not there) as receiver:
         address = moving.address_of(receiver)
@@ -109,14 +109,16 @@ def interrupted(guest: Watched, point: str, *options: str) -> Iterator[tuple[Pro
 
 
 def stayed(guest: Watched, migration: Program, *codes: int) -> None:
-    """The migration has failed, and the only guest is where it was."""
+    """Check that the migration has failed and that the source has the only copy of the guest."""
     assert migration.wait() in (codes or (FAILED,))
     guest.alone()
 
 
 @pytest.mark.parametrize("point", RUNNING)
 @pytest.mark.parametrize(("end", "state"), [(shut_down, "shutdown"), (panic, "guest-panicked")])
-def test_guest_that_ends_stays_as_it_is(start: Start, point: str, end: Callable[[Watched], None], state: str) -> None:
+def test_guest_that_ends_during_migration_stays_at_source(
+    start: Start, point: str, end: Callable[[Watched], None], state: str
+) -> None:
     guest = start(*STAYS)
     with interrupted(guest, point) as (migration, _):
         end(guest)
@@ -125,7 +127,7 @@ def test_guest_that_ends_stays_as_it_is(start: Start, point: str, end: Callable[
     assert guest.run_state == state
 
 
-def test_guest_that_ends_before_its_memory_is_sent_stays_as_it_is(start: Start) -> None:
+def test_guest_that_panics_before_postcopy_switchover_stays_at_source(start: Start) -> None:
     guest = start(*STAYS)
     with interrupted(guest, "source.set-up", "--mode", "postcopy") as (migration, _):
         panic(guest)
@@ -133,7 +135,7 @@ def test_guest_that_ends_before_its_memory_is_sent_stays_as_it_is(start: Start) 
     assert guest.run_state == "guest-panicked"
 
 
-def test_guest_that_has_ended_before_is_moved_as_it_is(start: Start) -> None:
+def test_guest_that_has_panicked_is_migrated_in_that_state(start: Start) -> None:
     guest = start(*STAYS)
     panic(guest)
     wait_until(lambda: guest.run_state == "guest-panicked", "the panic")
@@ -143,7 +145,7 @@ def test_guest_that_has_ended_before_is_moved_as_it_is(start: Start) -> None:
 
 
 @pytest.mark.parametrize("point", RUNNING)
-def test_guest_that_ends_with_its_qemu_leaves_no_copy(start: Start, point: str) -> None:
+def test_guest_whose_qemu_exits_during_migration_leaves_no_copy(start: Start, point: str) -> None:
     guest = start(*MACHINE, "-no-reboot")
     pid = guest.pid
     with interrupted(guest, point) as (migration, _):
@@ -154,7 +156,7 @@ def test_guest_that_ends_with_its_qemu_leaves_no_copy(start: Start, point: str) 
 
 
 @pytest.mark.parametrize("point", RUNNING)
-def test_guest_that_resets_is_moved(start: Start, point: str) -> None:
+def test_guest_that_resets_during_migration_is_migrated(start: Start, point: str) -> None:
     guest = start(*MACHINE)
     with interrupted(guest, point) as (migration, _):
         guest.other("system_reset")
@@ -164,7 +166,7 @@ def test_guest_that_resets_is_moved(start: Start, point: str) -> None:
 
 
 @pytest.mark.parametrize("point", RUNNING)
-def test_guest_that_another_client_pauses_arrives_paused(start: Start, point: str) -> None:
+def test_guest_paused_by_another_client_is_paused_at_destination(start: Start, point: str) -> None:
     guest = start(*MACHINE)
     with interrupted(guest, point) as (migration, _):
         guest.other("stop")
@@ -175,7 +177,7 @@ def test_guest_that_another_client_pauses_arrives_paused(start: Start, point: st
     guest.verifies_everything()
 
 
-def test_paused_guest_that_another_client_resumes_arrives_running(start: Start) -> None:
+def test_guest_resumed_by_another_client_runs_at_destination(start: Start) -> None:
     guest = start(*MACHINE)
     guest.other("stop")
     with interrupted(guest, "source.between-rounds") as (migration, _):
@@ -187,18 +189,22 @@ def test_paused_guest_that_another_client_resumes_arrives_running(start: Start) 
 
 @pytest.mark.parametrize("point", RUNNING + PAUSED)
 @pytest.mark.parametrize("change", [add_device, remove_device])
-def test_guest_that_is_reconfigured_stays(start: Start, point: str, change: Callable[[Watched], None]) -> None:
+def test_guest_whose_devices_change_during_migration_stays_at_source(
+    start: Start, point: str, change: Callable[[Watched], None]
+) -> None:
     guest = start(*MACHINE)
     with interrupted(guest, point) as (migration, _):
         change(guest)
-    stayed(guest, migration, FAILED, REFUSED)  # a state with a device too many does not load
+    stayed(guest, migration, FAILED, REFUSED)  # the destination refuses a state with an additional device
     guest.verifies_everything()
     guest.untouched()
 
 
 @pytest.mark.parametrize("point", PAUSED)
 @pytest.mark.parametrize("command", ["cont", "system_reset"])
-def test_paused_guest_that_another_client_resumes_or_resets_stays(start: Start, point: str, command: str) -> None:
+def test_guest_resumed_or_reset_by_another_client_in_the_pause_stays_at_source(
+    start: Start, point: str, command: str
+) -> None:
     guest = start(*MACHINE)
     with interrupted(guest, point) as (migration, _):
         guest.other(command)
@@ -209,9 +215,7 @@ def test_paused_guest_that_another_client_resumes_or_resets_stays(start: Start, 
 
 @pytest.mark.parametrize("point", THERE)
 @pytest.mark.parametrize("command", ["cont", "system_reset"])
-def test_destination_that_another_client_changes_before_commit_is_not_used(
-    start: Start, point: str, command: str
-) -> None:
+def test_destination_changed_by_another_client_before_commit_is_refused(start: Start, point: str, command: str) -> None:
     guest = start(*MACHINE)
     with interrupted(guest, point) as (migration, _):
         guest.other(command, guest.next_name)

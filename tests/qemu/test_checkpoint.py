@@ -1,4 +1,4 @@
-"""Checkpoints of guests: exact, and without harm to a guest that runs on (S4)."""
+"""Checkpoints of guests are exact and leave the guest running (S4)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUSY = "ferry.mib=64 ferry.rate=5000"
 
 
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
-    """Take a checkpoint, and compare the image with memory as it was in the pause."""
+    """Take a checkpoint, and compare the image with memory at the snapshot point."""
     witness = Witness(workload)
     result = await pageferry.checkpoint(cast(Workload, witness), path, **options)
     assert digests_of_image(ImageFile(path)) == witness.digests
@@ -37,7 +37,7 @@ async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.Che
 
 
 async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:
-    """A guest made of an image, by hand."""
+    """Start a guest from an image, without the product's restore."""
     image = ImageFile(path)
     workload = await QemuWorkload.start("restored", parts.command(serial, *options), incoming=True)
     (region,) = workload.regions
@@ -51,7 +51,7 @@ async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str)
 
 
 @pytest.mark.parametrize("mode", ["lazy", "stop"])
-def test_a_guest_is_saved_runs_on_and_comes_back(
+def test_checkpointed_guest_keeps_running_and_can_be_restored(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path, mode: str
 ) -> None:
     async def run() -> None:
@@ -74,7 +74,7 @@ def test_a_guest_is_saved_runs_on_and_comes_back(
 
 
 @pytest.mark.parametrize("track", [True, False])
-def test_a_chain_under_way(
+def test_chain_of_images_of_a_running_guest_can_be_restored(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path, track: bool
 ) -> None:
     async def run() -> None:
@@ -97,8 +97,10 @@ def test_a_chain_under_way(
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
-    """A trap copies a whole huge page; what the guest never touched stays a hole."""
+def test_checkpoint_of_memory_on_hugetlbfs(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
+) -> None:
+    """A trap copies a whole huge page; memory that the guest never touched stays a hole."""
 
     async def run() -> None:
         here = serial("source")
@@ -120,7 +122,9 @@ def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Re
     asyncio.run(run())
 
 
-def test_a_paused_guest_stays_paused(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
+def test_paused_guest_stays_paused_after_a_checkpoint(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
+) -> None:
     async def run() -> None:
         source = await QemuWorkload.start("source", parts.bare("-m", "64M", "-S"))
         await save(source, tmp_path / "image")
@@ -130,7 +134,7 @@ def test_a_paused_guest_stays_paused(parts: GuestParts, serial: MakeSerial, regi
     asyncio.run(run())
 
 
-def test_the_death_of_the_guest_voids_the_image(
+def test_no_image_is_left_if_the_guest_dies_during_a_checkpoint(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
 ) -> None:
     async def run() -> None:
@@ -150,7 +154,7 @@ def test_the_death_of_the_guest_voids_the_image(
     asyncio.run(run())
 
 
-def test_a_guest_that_ran_before_does_so_after_a_refusal(
+def test_guest_keeps_running_after_a_refused_checkpoint(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
 ) -> None:
     async def run() -> None:

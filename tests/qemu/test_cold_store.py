@@ -1,4 +1,4 @@
-"""Cold memory of a running guest goes to a store (S3) and comes back, while its checker checks all of its memory."""
+"""Cold memory of a running guest is evicted to a cold store (S3) and reloaded, while the guest verifies its memory."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.guest.serial import Serial
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """What goes to a store is the file's business."""
+    """The cold store does not depend on the QEMU version."""
     return newest_parts
 
 
-def test_a_guest_with_a_cold_store(
+def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
     parts: GuestParts, serial: Callable[[str], Serial], registry: Registry, root: None
 ) -> None:
     async def run() -> None:
@@ -43,7 +43,7 @@ def test_a_guest_with_a_cold_store(
                 assert result.broken > 10
                 assert result.store is not None
                 assert (result.store.pages + result.store.written) * 4096 == _cold(result.samples)
-                # The checker goes round all of its memory: some of it is back already.
+                # The checker verifies all of its memory in turn: a part is already reloaded.
                 assert result.reclaimed > 0.5 * _cold(result.samples)
                 assert before > _resident(target)
                 await line.passes(2)

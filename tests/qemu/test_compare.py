@@ -1,4 +1,4 @@
-"""A guest is moved only where it finds the machine that it has: CPU, number of vCPUs, devices."""
+"""A migration requires the CPU model of the source at the destination."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def guest(payload_on_tcg: GuestParts, tmp_path_factory: pytest.TempPathFactory) 
         yield traveller
 
 
-def test_cpu_with_fewer_features_is_refused_and_the_source_runs_on(guest: Traveller) -> None:
+def test_destination_cpu_with_fewer_features_is_refused(guest: Traveller) -> None:
     command = [*guest.command(guest.next_name), "-cpu", "qemu64"]
     with guest.receiver(command=command, stderr=subprocess.PIPE) as there:
         address = moving.address_of(there)
@@ -41,6 +41,6 @@ def test_cpu_with_fewer_features_is_refused_and_the_source_runs_on(guest: Travel
     guest.verifies_everything()
 
 
-def test_same_cpu_is_moved(guest: Traveller) -> None:
+def test_guest_is_migrated_to_the_same_cpu(guest: Traveller) -> None:
     assert guest.move()["status"] == "completed"
     guest.verifies_everything()

@@ -1,4 +1,4 @@
-"""A guest is restored only where it finds the machine of the image: CPU, number of vCPUs, devices."""
+"""A restore requires the machine of the image: CPU, number of vCPUs, devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX = ("-cpu", "max")
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a machine with a CPU of all features that has never run."""
+    """An image of a machine with `-cpu max` that has never run."""
     path = tmp_path_factory.mktemp("image") / "image"
 
     async def make() -> None:
@@ -45,7 +45,7 @@ def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["model", "flag", "cpus", "devices", "machine"],
 )
-def test_machine_that_differs_from_that_of_the_image_is_refused(
+def test_restore_into_a_different_machine_is_refused(
     parts: GuestParts, image: Path, registry: Registry, other: tuple[str, ...], words: str
 ) -> None:
     async def run() -> None:
@@ -56,10 +56,10 @@ def test_machine_that_differs_from_that_of_the_image_is_refused(
     asyncio.run(run())
 
 
-def test_image_without_a_cpu_is_restored_with_a_warning(
+def test_image_that_records_no_cpu_is_restored_with_a_warning(
     parts: GuestParts, tmp_path: Path, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Images of earlier releases do not record it."""
+    """Images of earlier releases do not record the CPU."""
 
     def older(workload: QemuWorkload) -> Identity:
         found = workload._seen.machine.details

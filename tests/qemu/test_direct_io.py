@@ -1,4 +1,4 @@
-"""Guests whose disk writes to memory past all page tables: no I/O in flight is lost, whenever it began and ended."""
+"""Guests whose disk I/O bypasses page tables: migrations and checkpoints lose no I/O in flight."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 class Reader:
-    """A guest that reads from a slow disk when it is told to; its serial line is a socket."""
+    """A guest that reads from a slow disk on request. Its serial line is a socket."""
 
     def __init__(self, parts: GuestParts, folder: Path, disk: SlowDisk, options: str) -> None:
         self._parts = parts
@@ -58,13 +58,13 @@ class Reader:
         return Program("-m", "pageferry", *words)
 
     def address_of(self, receiver: Program) -> str:
-        """Where it listens; what its guest prints is kept from now on."""
+        """Return the address on which a receiver listens. The output of its guest is recorded from now on."""
         address = moving.address_of(receiver)
         self._line("there")
         return address
 
     def reads(self, name: str = "here") -> None:
-        """Have it read, and wait until the disk has the request."""
+        """Request a read, and wait until the disk has received it."""
         self.say(name, b"r")
         self._disk.held()
 
@@ -72,7 +72,7 @@ class Reader:
         self._line(name).sendall(byte)
 
     def waits_for(self, name: str, text: str) -> None:
-        """Wait until it has printed this."""
+        """Wait until a guest has printed this text."""
 
         def printed() -> bool:
             return text in self.said(name)
@@ -89,7 +89,7 @@ class Reader:
         return self._said.get(name, "")
 
     def verify(self, name: str) -> str:
-        """What it finds in its buffer: `fresh` or `stale`."""
+        """Contents of the guest's read buffer: `fresh` or `stale`."""
         before = self.said(name).count("\n")
         self.say(name, b"v")
         wait_until(lambda: self.said(name).count("\n") > before, f"a result from {name}")
@@ -112,7 +112,7 @@ class Reader:
 
 
 OPTIONS = ["cache=none", "cache=none,aio=io_uring", "cache=none,aio=native", "cache=writeback"]
-"""The last without O_DIRECT: reads of this file system pin the reader's pages all the same."""
+"""The last option set does not use O_DIRECT, but reads of this file system pin the reader's pages too."""
 
 
 @pytest.fixture(params=OPTIONS)
@@ -143,7 +143,7 @@ def finish(migration: Program, there: Program) -> dict[str, Any]:
     return result
 
 
-def test_a_read_that_begins_before_the_trace_is_there(parts: GuestParts, tmp_path: Path, options: str) -> None:
+def test_read_started_before_the_trace_is_not_lost(parts: GuestParts, tmp_path: Path, options: str) -> None:
     with reading(parts, tmp_path, options) as (guest, disk):
         guest.reads()
         with guest.receiver() as there, migrate(guest.address_of(there)) as migration:
@@ -154,7 +154,7 @@ def test_a_read_that_begins_before_the_trace_is_there(parts: GuestParts, tmp_pat
             assert guest.verify("there") == "fresh"
 
 
-def test_a_read_that_begins_in_a_round(parts: GuestParts, tmp_path: Path, options: str) -> None:
+def test_read_started_between_rounds_is_not_lost(parts: GuestParts, tmp_path: Path, options: str) -> None:
     with reading(parts, tmp_path, options) as (guest, disk), guest.receiver() as there:
         migration = migrate(guest.address_of(there), fault="source.between-rounds=stop")
         with migration:
@@ -169,7 +169,7 @@ def test_a_read_that_begins_in_a_round(parts: GuestParts, tmp_path: Path, option
             assert result["direct-io"]["drains"] >= 2
 
 
-def test_a_read_that_is_in_flight_at_the_switch_to_post_copy(newest_parts: GuestParts, tmp_path: Path) -> None:
+def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: GuestParts, tmp_path: Path) -> None:
     with reading(newest_parts, tmp_path, "cache=none") as (guest, disk), guest.receiver() as there:
         options = ("--mode", "hybrid", "--max-downtime", "0")
         fault = "source.between-rounds=stop"
@@ -187,10 +187,10 @@ def test_a_read_that_is_in_flight_at_the_switch_to_post_copy(newest_parts: Guest
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
-def test_a_disk_that_does_not_answer_ends_the_migration_by_name(
+def test_migration_fails_and_names_a_disk_that_does_not_reply(
     newest_parts: GuestParts, tmp_path: Path, seen: bool
 ) -> None:
-    """Requests by io_uring cannot be seen from outside: for them the guest is stopped, and a guardian continues it."""
+    """Requests by io_uring are not visible from outside: the guest is paused for them, and a guardian resumes it."""
     with reading(newest_parts, tmp_path, "cache=none" if seen else "cache=none,aio=io_uring") as (guest, disk):
         guest.reads()
         with guest.receiver() as there:
@@ -201,14 +201,14 @@ def test_a_disk_that_does_not_answer_ends_the_migration_by_name(
                 migration.process.stderr.close()
             assert f"a request to {disk.path} has been in flight for more than" in words
             assert there.wait() != 0
-        if seen:  # it has not been paused for that disk
+        if seen:  # the guest has not been paused for that disk
             assert travel.listed()["here"] == "running"
         disk.answer()
         guest.waits_for("here", "fresh")
         wait_until(lambda: travel.listed()["here"] == "running", "that the guest runs")
 
 
-def test_a_checkpoint_in_rounds_while_a_read_is_in_flight(newest_parts: GuestParts, tmp_path: Path) -> None:
+def test_checkpoint_in_rounds_contains_a_read_in_flight(newest_parts: GuestParts, tmp_path: Path) -> None:
     with reading(newest_parts, tmp_path, "cache=none") as (guest, disk):
         assert saved(tmp_path / "0", track=True).tracked
         guest.reads()
@@ -234,7 +234,7 @@ def saved(path: Path, **options: Any) -> CheckpointResult:
     return asyncio.run(save())
 
 
-def test_a_guest_without_direct_io_is_never_drained(newest_parts: GuestParts, tmp_path: Path) -> None:
+def test_guest_without_direct_io_is_never_drained(newest_parts: GuestParts, tmp_path: Path) -> None:
     image = tmp_path / "disk.raw"
     image.write_bytes(bytes(8 << 20))
     drive = f"file={image},format=raw,if=none,id=disk,cache=writeback"

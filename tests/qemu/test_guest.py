@@ -1,4 +1,4 @@
-"""A real guest, booted once for each QEMU: paused, saved, let go, and what happens when its controller dies."""
+"""Pause, save, resume and release of a Linux guest, and the death of its controller."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTROLLER = Path(__file__).with_name("controller.py")
 
 @dataclass
 class Guest:
-    """The guest of this module."""
+    """The guest of this module, and its serial line."""
 
     workload: QemuWorkload
     serial: Serial
@@ -51,7 +51,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         return workload
 
     async def end() -> None:
-        # Opened anew: a test that failed may have left the other one in any state.
+        # Attach again: a failed test may have left the first connection in any state.
         await (await QemuWorkload.attach(NAME)).discard()
 
     workload = asyncio.run(boot())
@@ -69,7 +69,7 @@ async def settings(guest: Guest) -> tuple[Any, Any]:
         return capabilities, await monitor.execute("query-migrate-parameters")
 
 
-def test_is_a_workload(guest: Guest) -> None:
+def test_guest_implements_the_workload_protocol(guest: Guest) -> None:
     workload: Workload = guest.workload
     assert isinstance(workload, Workload)
     assert workload.identity.kind == "qemu"
@@ -83,7 +83,7 @@ def test_memory_is_one_mapped_file(guest: Guest) -> None:
     assert (region.name, region.length, region.page_size) == ("pageferry-ram", 256 << 20, 4096)
     assert (segment.pid, segment.length, segment.offset) == (guest.workload.pid, region.length, 0)
     assert os.fstat(region.fd).st_nlink == 0
-    # The checker has filled 64 MiB; most of the rest has never been touched.
+    # The checker has filled 64 MiB; most of the other memory has never been touched.
     assert 64 << 20 < os.fstat(region.fd).st_blocks * 512 < 200 << 20
     assert not ram.misaligned(region)
 
@@ -97,7 +97,7 @@ def test_memory_is_in_large_pages(guest: Guest) -> None:
     assert kib << 10 >= 16 * LARGE_PAGE
 
 
-def test_state_is_saved_and_the_guest_runs_on(guest: Guest) -> None:
+def test_guest_keeps_running_after_its_state_is_saved(guest: Guest) -> None:
     async def scenario() -> None:
         before = await settings(guest)
         for _ in range(2):
@@ -115,7 +115,7 @@ def test_state_is_saved_and_the_guest_runs_on(guest: Guest) -> None:
     asyncio.run(scenario())
 
 
-def test_guest_runs_on_after_a_save_that_failed(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guest_keeps_running_after_a_failed_save(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         await guest.workload.pause()
         with monkeypatch.context() as patch:
@@ -132,7 +132,7 @@ def test_guest_runs_on_after_a_save_that_failed(guest: Guest, monkeypatch: pytes
     asyncio.run(scenario())
 
 
-def test_guest_that_its_user_has_stopped_stays_so(guest: Guest) -> None:
+def test_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
     async def scenario() -> None:
         async with await Monitor.open(guest.qmp_socket) as monitor:
             await monitor.execute("stop")
@@ -148,8 +148,10 @@ def test_guest_that_its_user_has_stopped_stays_so(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize(("controller_does", "runs_on"), [("pause", True), ("save", True), ("commit", False)])
-def test_death_of_the_controller(guest: Guest, controller_does: str, runs_on: bool) -> None:
-    """Before commit the guest runs on when its controller is killed; from commit on it stays paused."""
+def test_guest_resumes_after_the_death_of_its_controller_unless_committed(
+    guest: Guest, controller_does: str, runs_on: bool
+) -> None:
+    """A guardian resumes the guest if its controller is killed before the commit; afterwards the guest stays paused."""
     command = [sys.executable, str(CONTROLLER), NAME, controller_does]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:
         assert controller.stdout is not None
@@ -166,7 +168,7 @@ def test_death_of_the_controller(guest: Guest, controller_does: str, runs_on: bo
     asyncio.run(scenario())
 
 
-def test_monitor_that_is_in_use_is_named(guest: Guest) -> None:
+def test_attach_fails_while_another_client_uses_the_monitor(guest: Guest) -> None:
     async def scenario() -> None:
         async with await Monitor.open(guest.qmp_socket):
             with pytest.raises(WorkloadError, match="another client has its only session"):
@@ -176,7 +178,7 @@ def test_monitor_that_is_in_use_is_named(guest: Guest) -> None:
     asyncio.run(scenario())
 
 
-def test_name_is_in_use(guest: Guest, parts: GuestParts) -> None:
+def test_second_guest_with_the_same_name_is_refused(guest: Guest, parts: GuestParts) -> None:
     with pytest.raises(NameInUse, match=f"{NAME} is process {guest.workload.pid}"):
         asyncio.run(QemuWorkload.start(NAME, parts.bare()))
     assert proc.start_time(guest.workload.pid) is not None

@@ -1,4 +1,4 @@
-"""Guests that wait for a device state: one that does not fit is refused, and one to which none comes ends."""
+"""Guests started to receive a device state: mismatched states are refused, abandoned guests end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.guest.machines import GuestParts
 BALLOON = ("-device", "virtio-balloon-pci")
 
 
-def test_state_that_does_not_fit_is_refused(parts: GuestParts, registry: Registry) -> None:
-    """By us where we can tell, else by QEMU, in its words; and nothing is left of the destination."""
+def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Registry) -> None:
+    """Pageferry refuses what it can detect; QEMU refuses the other states. No process of the destination is left."""
 
     async def scenario() -> None:
-        # It has never run: the state of one that has would need its memory to be copied too.
+        # The guest has never run; otherwise its memory would have to be copied too.
         source = await QemuWorkload.start("source", parts.bare("-m", "64M", "-S", *BALLOON))
         await source.pause()
         state = await source.save_state()
@@ -49,8 +49,8 @@ def test_state_that_does_not_fit_is_refused(parts: GuestParts, registry: Registr
     asyncio.run(scenario())
 
 
-def test_destination_that_is_let_go_ends(parts: GuestParts, registry: Registry) -> None:
-    """A guest that waits for its state is worth nothing once its receiver is gone: the guardian ends it."""
+def test_guest_without_state_ends_when_its_receiver_closes(parts: GuestParts, registry: Registry) -> None:
+    """The guardian kills a guest that waits for its state after its receiver has exited."""
 
     async def scenario() -> None:
         waiting = await QemuWorkload.start("waiting", parts.bare("-m", "64M"), incoming=True)

@@ -1,4 +1,4 @@
-"""Commands that hang end within a second of SIGTERM or SIGINT, whatever they wait for."""
+"""Commands that wait for an unresponsive process end within a second of SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CATCHES_SIGTERM = 1 << signal.SIGTERM - 1
 
 
 def limit() -> float:
-    """Seconds between a signal and the end: one, and more where more tasks than CPUs want to run."""
+    """Maximum seconds between the signal and the exit: 1, more if the machine is overloaded."""
     return 1.0 + 0.5 * os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.fixture
 def hanging(tmp_path: Path) -> str:
-    """A program that takes every option of QEMU, and never opens a monitor."""
+    """A program that accepts every option of QEMU and never opens a monitor."""
     program = tmp_path / "qemu-that-hangs"
     program.write_text("#!/bin/sh\nexec sleep 1000\n")
     program.chmod(0o755)
@@ -52,7 +52,7 @@ def hanging(tmp_path: Path) -> str:
 
 @pytest.fixture
 def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
-    """The pid of a QEMU that is stopped by the kernel, and answers nothing."""
+    """The pid of a QEMU process that is stopped by SIGSTOP and does not respond."""
     workload = asyncio.run(QemuWorkload.start("still", newest_parts.bare("-m", "64M")))
     os.kill(workload.pid, signal.SIGSTOP)
     try:
@@ -66,7 +66,7 @@ def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a machine that has done nothing."""
+    """An image of a machine without a boot device."""
 
     async def make() -> Path:
         path = tmp_path_factory.mktemp("image") / "image"
@@ -79,7 +79,7 @@ def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def ends(command: Program, number: signal.Signals) -> None:
-    """The command hangs; it ends within the limit after the signal."""
+    """Check that the command waits, and that it exits within the limit after the signal."""
     wait_until(lambda: caught(command.process.pid) & CATCHES_SIGTERM, "the handler of the signal")
     time.sleep(2)
     assert command.process.poll() is None
@@ -90,7 +90,7 @@ def ends(command: Program, number: signal.Signals) -> None:
 
 
 def caught(pid: int) -> int:
-    """The mask of signals that a process catches."""
+    """The mask of the signals that a process handles."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("SigCgt:")), 16)
 
@@ -104,20 +104,22 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("verb", ["run", "receive"])
-def test_guest_that_does_not_start_delays_no_end(verb: str, number: signal.Signals, hanging: str) -> None:
+def test_start_of_an_unresponsive_guest_is_interrupted(verb: str, number: signal.Signals, hanging: str) -> None:
     with cli(verb, "unborn", "--", hanging, "-m", "64M") as command:
         ends(command, number)
     assert "unborn" not in Registry().entries()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_restore_of_a_guest_that_does_not_start_ends(image: Path, number: signal.Signals, hanging: str) -> None:
+def test_restore_into_an_unresponsive_guest_is_interrupted(image: Path, number: signal.Signals, hanging: str) -> None:
     with cli("restore", "unborn", str(image), "--", hanging, "-m", "64M") as command:
         ends(command, number)
     assert "unborn" not in Registry().entries()
 
 
-def test_restore_whose_pager_does_not_answer_ends_with_its_guest(image: Path, newest_parts: GuestParts) -> None:
+def test_restore_with_an_unresponsive_pager_is_interrupted_and_its_guest_ends(
+    image: Path, newest_parts: GuestParts
+) -> None:
     environment = os.environ | {"PAGEFERRY_FAULT": "pager.opened=stop"}
     command = ["-m", "pageferry", "restore", "unserved", str(image), "--", *newest_parts.bare("-m", "64M")]
     with Program(*command, env=environment) as restore:
@@ -126,13 +128,13 @@ def test_restore_whose_pager_does_not_answer_ends_with_its_guest(image: Path, ne
 
 
 @pytest.mark.parametrize("words", [["checkpoint", "still", "IMAGE"], ["migrate", "still", "127.0.0.1:1"]])
-def test_guest_that_does_not_answer_delays_no_end(words: list[str], guest: int, tmp_path: Path) -> None:
+def test_operation_on_an_unresponsive_guest_is_interrupted(words: list[str], guest: int, tmp_path: Path) -> None:
     with cli(*[str(tmp_path / "image") if word == "IMAGE" else word for word in words]) as command:
         ends(command, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("verb", ["run", "receive"])
-def test_foreground_guest_that_stops_answering_is_killed(verb: str, newest_parts: GuestParts) -> None:
+def test_unresponsive_foreground_guest_is_killed_at_interruption(verb: str, newest_parts: GuestParts) -> None:
     with cli(verb, "stuck", "--", *newest_parts.bare("-m", "64M")) as command:
         wait_until(lambda: isinstance(Registry().entries().get("stuck"), QemuEntry), "the guest")
         entry = Registry().lookup("stuck")
@@ -142,7 +144,7 @@ def test_foreground_guest_that_stops_answering_is_killed(verb: str, newest_parts
     assert "stuck" not in Registry().entries()
 
 
-def test_destination_that_says_nothing_delays_no_end(newest_parts: GuestParts, registry: Registry) -> None:
+def test_migration_to_a_silent_destination_is_interrupted(newest_parts: GuestParts, registry: Registry) -> None:
     workload = asyncio.run(QemuWorkload.start("silent", newest_parts.bare("-m", "64M")))
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -154,7 +156,7 @@ def test_destination_that_says_nothing_delays_no_end(newest_parts: GuestParts, r
 
 
 @pytest.mark.parametrize("words", [["checkpoint", "hanging", "IMAGE"], ["migrate", "hanging", "ADDRESS"]])
-def test_callback_that_hangs_delays_no_end(words: list[str], tmp_path: Path) -> None:
+def test_operation_with_a_blocked_callback_is_interrupted(words: list[str], tmp_path: Path) -> None:
     listening = "listening=lambda address: print(address, flush=True)"
     receiver = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:0', {listening}))"
     with Program("-c", OWNER) as owner, Program("-c", receiver) as there:
@@ -164,7 +166,7 @@ def test_callback_that_hangs_delays_no_end(words: list[str], tmp_path: Path) -> 
             ends(command, signal.SIGTERM)
 
 
-def test_stop_names_kill_for_a_guest_that_does_not_answer(guest: int) -> None:
+def test_stop_of_an_unresponsive_guest_recommends_kill(guest: int) -> None:
     command = [sys.executable, "-m", "pageferry", "stop", "still"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 10
@@ -172,8 +174,8 @@ def test_stop_names_kill_for_a_guest_that_does_not_answer(guest: int) -> None:
     assert subprocess.run([*command, "--kill"], timeout=60).returncode == 0
 
 
-def test_blocking_call_of_python_is_interrupted() -> None:
-    """The main thread waits for a call that hangs: Ctrl-C ends the wait."""
+def test_blocking_python_call_is_interrupted() -> None:
+    """The main thread waits for a call that blocks; Ctrl-C ends the wait."""
     reader, writer = os.pipe()
     try:
         before = time.monotonic()

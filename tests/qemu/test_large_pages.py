@@ -1,4 +1,4 @@
-"""Large pages of a running guest (S3) are sampled, and put back, while its checker checks all of its memory."""
+"""Huge pages of a running guest are sampled and restored (S3), while the guest verifies its memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from tests.kernel.swap import swap_space
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """What is sampled is the file's business."""
+    """Sampling does not depend on the QEMU version."""
     return newest_parts
 
 
-def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], registry: Registry) -> None:
+def test_huge_pages_of_a_guest_are_sampled_and_restored(
+    parts: GuestParts, serial: Callable[[str], Serial], registry: Registry
+) -> None:
     async def run() -> None:
         line = serial("guest")
         workload = await QemuWorkload.start("guest", parts.command(line))
@@ -37,9 +39,9 @@ def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], 
                 options = Options(sample=0.5, budget=None, window=0.1, rounds=4)
                 result = await sample(target, options)
                 assert {one.address for one in result.samples} <= set(area.large_pages())
-                assert len(result.samples) == result.estimate.large_pages, "all have had their turn"
-                assert any(one.activity for one in result.samples), "the checker writes"
-                assert sum(not one.activity for one in result.samples) > 10, "and to 64 of 256 MiB"
+                assert len(result.samples) == result.estimate.large_pages, "every huge page has been sampled"
+                assert any(one.activity for one in result.samples), "the checker accesses some"
+                assert sum(not one.activity for one in result.samples) > 10, "the checker uses 64 of 256 MiB"
                 assert result.not_restored == 0
                 assert _size(space.large_mapped(area.address, area.length)) >= before
                 await line.passes(2)
@@ -50,10 +52,10 @@ def test_a_guest_is_sampled(parts: GuestParts, serial: Callable[[str], Serial], 
     asyncio.run(run())
 
 
-def test_cold_memory_of_a_guest_goes_to_swap(
+def test_cold_memory_of_a_guest_is_swapped_out(
     parts: GuestParts, serial: Callable[[str], Serial], registry: Registry, root: None
 ) -> None:
-    """Of the guest's own file, and its checker finds every byte as it was: pages come back by the kernel."""
+    """Memory of a private file is swapped out; the kernel swaps pages in on access, unchanged."""
 
     async def run() -> None:
         line = serial("guest")
@@ -64,7 +66,7 @@ def test_cold_memory_of_a_guest_goes_to_swap(
                 options = Options(sample=1.0, budget=None, window=0.2, rounds=1, reclaim="swap")
                 result = await sample(target, options)
             assert result.broken > 10
-            # What the guest uses at once is back before it is counted.
+            # Pages that the guest accesses are swapped in before they are counted.
             assert result.reclaimed > 0
             await line.passes(2)
         finally:

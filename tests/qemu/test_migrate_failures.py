@@ -1,4 +1,4 @@
-"""Agents and QEMUs killed at named points of a migration: the guest goes on where it belongs, and nothing leaks."""
+"""Commands and QEMU processes killed at fault points of a migration: exactly one side keeps the guest."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.kernel.programs import Program, wait_until
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 
 SOURCE = "connected set-up in-round between-rounds paused last-pages-sent state-sent ready recorded".split()
-"""Points before commit. What the destination has promised by the last three, it keeps until it is told otherwise."""
+"""Fault points before commit. At the last three the destination is prepared, and stays so until the source decides."""
 DESTINATION = "accepted in-round state-received loaded promised".split()
 SEVERAL_ROUNDS = ("--max-downtime", "1")
-"""Milliseconds: not to be reached at once."""
+"""A downtime limit, in milliseconds, that the first round does not reach."""
 
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """What is killed here is ours."""
+    """The killed commands do not depend on the QEMU version."""
     return newest_parts
 
 
@@ -38,13 +38,13 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def before(guest: Traveller) -> list[str]:
-    """What QEMU has open."""
+    """Descriptors that QEMU has open."""
     guest.alone()
     return moving.descriptors(guest.pid)
 
 
 def stays(guest: Traveller, before: list[str]) -> None:
-    """It runs on here as if nothing had happened, and nothing is left of the attempt."""
+    """Check that the guest keeps running at the source and that QEMU has the same open descriptors as before."""
     guest.runs()
     guest.untouched()
     wait_until(lambda: moving.descriptors(guest.pid) == before, "the end of all connections")
@@ -61,7 +61,7 @@ def ended(receiver: Program, codes: tuple[int, ...] = (23,)) -> None:
 
 
 def settle_elsewhere(guest: Traveller, address: str, *, owner: str) -> None:
-    """The receiver is gone: another one at its address has the answer."""
+    """Recover through another receiver at the address of the one that exited."""
     with guest.receiver("--listen", address, name=guest.other_name) as another:
         moving.address_of(another)
         settle(guest, owner=owner)
@@ -70,14 +70,16 @@ def settle_elsewhere(guest: Traveller, address: str, *, owner: str) -> None:
 
 
 @pytest.mark.parametrize("point", SOURCE)
-def test_source_agent_killed(guest: Traveller, before: list[str], point: str) -> None:
+def test_guest_stays_at_source_if_its_command_is_killed_before_commit(
+    guest: Traveller, before: list[str], point: str
+) -> None:
     with guest.receiver() as there:
         address = moving.address_of(there)
         with guest.migrating(address, *SEVERAL_ROUNDS, fault=f"source.{point}=kill") as migration:
             assert migration.wait() == -signal.SIGKILL
         guest.runs()
         if point in ("connected", "state-sent", "ready"):
-            # It waits for another source, or for one that may be in doubt; or it is about to end by itself.
+            # The receiver waits for another source, or for a recovery; or it is about to exit.
             there.process.terminate()
         if point == "recorded":
             settle(guest, owner="source")
@@ -86,13 +88,15 @@ def test_source_agent_killed(guest: Traveller, before: list[str], point: str) ->
 
 
 @pytest.mark.parametrize("point", DESTINATION)
-def test_destination_agent_killed(guest: Traveller, before: list[str], point: str) -> None:
-    """Whatever it had loaded or promised: it has not decided, so what it leaves behind ends."""
+def test_guest_stays_at_source_if_the_receiver_is_killed_before_its_decision(
+    guest: Traveller, before: list[str], point: str
+) -> None:
+    """The destination has not decided at any of these points, so its guest ends."""
     with guest.receiver(fault=f"destination.{point}=kill") as there:
         address = moving.address_of(there)
         with guest.migrating(address) as migration:
             code = migration.wait()
-            # Once it had promised, the source may have sent Commit.
+            # Once the destination was prepared, the source may have sent Commit.
             assert code in ((23, 26) if point == "promised" else (23,))
         assert there.wait() == -signal.SIGKILL
     wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
@@ -102,8 +106,10 @@ def test_destination_agent_killed(guest: Traveller, before: list[str], point: st
 
 
 @pytest.mark.parametrize("point", ["accepted", "in-round", "state-received", "loaded", "promised", "commit-received"])
-def test_destination_qemu_killed(guest: Traveller, before: list[str], point: str) -> None:
-    """The agent beside it notices, and says so: the guest has not run there, so it is the source's."""
+def test_guest_stays_at_source_if_the_destination_qemu_is_killed(
+    guest: Traveller, before: list[str], point: str
+) -> None:
+    """The receiver reports the death of its QEMU: the guest has not run there, so the source keeps it."""
     with guest.receiver(fault=f"destination.{point}=stop") as there:
         with guest.migrating(moving.address_of(there)) as migration:
             moving.stopped(there)
@@ -114,8 +120,8 @@ def test_destination_qemu_killed(guest: Traveller, before: list[str], point: str
     stays(guest, before)
 
 
-def test_guest_killed_between_two_rounds(parts: GuestParts, tmp_path: Path) -> None:
-    """Its end is told by name, and the destination lets go."""
+def test_migration_of_a_guest_killed_between_rounds_fails(parts: GuestParts, tmp_path: Path) -> None:
+    """The migration reports the death of the guest, and the destination ends its own."""
     with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare, bare.receiver() as there:
         fault = "source.between-rounds=stop"
         with bare.migrating(moving.address_of(there), fault=fault) as migration:
@@ -132,11 +138,13 @@ def test_guest_killed_between_two_rounds(parts: GuestParts, tmp_path: Path) -> N
 
 
 def is_given_away(guest: Traveller) -> None:
-    """The guest here is paused, given away."""
+    """Check that the guest at the source is paused."""
     assert travel.listed()[guest.name] == "paused"
 
 
-def test_source_agent_killed_before_it_could_say_so(guest: Traveller, before: list[str]) -> None:
+def test_guest_stays_at_source_if_its_command_is_killed_before_commit_is_sent(
+    guest: Traveller, before: list[str]
+) -> None:
     with guest.receiver() as there:
         with guest.migrating(moving.address_of(there), fault="source.committed=kill") as migration:
             assert migration.wait() == -signal.SIGKILL
@@ -146,7 +154,7 @@ def test_source_agent_killed_before_it_could_say_so(guest: Traveller, before: li
     stays(guest, before)
 
 
-def test_source_agent_killed_when_it_had_said_so(guest: Traveller) -> None:
+def test_guest_moves_if_the_source_command_is_killed_after_commit_is_sent(guest: Traveller) -> None:
     with guest.receiver() as there:
         with guest.migrating(moving.address_of(there), fault="source.commit-sent=kill") as migration:
             assert migration.wait() == -signal.SIGKILL
@@ -160,8 +168,8 @@ def test_source_agent_killed_when_it_had_said_so(guest: Traveller) -> None:
     guest.verifies_everything()
 
 
-def test_a_receiver_does_not_wait_for_ever_to_be_asked(guest: Traveller) -> None:
-    """Its source was killed when it knew all; what it had not written down yet it learns from any receiver."""
+def test_receiver_exits_after_its_timeout_without_a_recovery(guest: Traveller) -> None:
+    """The source is killed before it records the reply; any receiver on the host can repeat the reply."""
     with guest.receiver("--timeout", "1") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.answered=kill") as migration:
@@ -174,8 +182,10 @@ def test_a_receiver_does_not_wait_for_ever_to_be_asked(guest: Traveller) -> None
     guest.verifies_everything()
 
 
-def test_destination_qemu_killed_between_decision_and_cont(guest: Traveller, before: list[str]) -> None:
-    """Nobody had told it to run, so the decision is withdrawn: the source has everything, and hears of it."""
+def test_decision_is_withdrawn_if_the_destination_qemu_is_killed_before_cont(
+    guest: Traveller, before: list[str]
+) -> None:
+    """The guest has not run at the destination, so the decision is withdrawn and the source resumes it."""
     with guest.receiver(fault="destination.decided=stop") as there:
         with guest.migrating(moving.address_of(there)) as migration:
             moving.stopped(there)
@@ -187,7 +197,7 @@ def test_destination_qemu_killed_between_decision_and_cont(guest: Traveller, bef
     guest.move()
 
 
-def test_source_learns_of_a_withdrawn_decision_when_it_asks(guest: Traveller, before: list[str]) -> None:
+def test_recovery_reports_a_withdrawn_decision(guest: Traveller, before: list[str]) -> None:
     with guest.receiver(fault="destination.decided=stop") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.commit-sent=kill") as migration:
@@ -202,8 +212,8 @@ def test_source_learns_of_a_withdrawn_decision_when_it_asks(guest: Traveller, be
 
 
 @pytest.mark.parametrize("point", ["decided", "resumed"])
-def test_destination_agent_killed_when_it_had_decided(guest: Traveller, point: str) -> None:
-    """The guest is there, and runs, with nobody but the guardian to see to that."""
+def test_guest_runs_at_destination_if_the_receiver_is_killed_after_its_decision(guest: Traveller, point: str) -> None:
+    """The guardian resumes the guest at the destination after the receiver is killed."""
     with guest.receiver(fault=f"destination.{point}=kill") as there:
         address = moving.address_of(there)
         with guest.migrating(address) as migration:
@@ -216,7 +226,9 @@ def test_destination_agent_killed_when_it_had_decided(guest: Traveller, point: s
     guest.verifies_everything()
 
 
-def test_destination_agent_killed_before_it_decided(guest: Traveller, before: list[str]) -> None:
+def test_guest_stays_at_source_if_the_receiver_is_killed_on_receipt_of_commit(
+    guest: Traveller, before: list[str]
+) -> None:
     with guest.receiver(fault="destination.commit-received=kill") as there:
         address = moving.address_of(there)
         with guest.migrating(address) as migration:
@@ -232,7 +244,9 @@ def test_destination_agent_killed_before_it_decided(guest: Traveller, before: li
 
 
 @pytest.mark.parametrize("point", ["set-up", "in-round", "paused"])
-def test_interrupted_migration_leaves_the_guest_running(guest: Traveller, before: list[str], point: str) -> None:
+def test_interrupted_migration_leaves_the_guest_running_at_source(
+    guest: Traveller, before: list[str], point: str
+) -> None:
     with guest.receiver() as there:
         address = moving.address_of(there)
         with guest.migrating(address, *SEVERAL_ROUNDS, fault=f"source.{point}=stop") as migration:
@@ -244,7 +258,7 @@ def test_interrupted_migration_leaves_the_guest_running(guest: Traveller, before
     stays(guest, before)
 
 
-def test_interrupted_receiver_leaves_the_guest_at_its_source(guest: Traveller, before: list[str]) -> None:
+def test_interrupted_receiver_leaves_the_guest_running_at_source(guest: Traveller, before: list[str]) -> None:
     with guest.receiver(detach=False, fault="destination.in-round=stop") as there:
         with guest.migrating(moving.address_of(there)) as migration:
             moving.stopped(there)
@@ -255,7 +269,7 @@ def test_interrupted_receiver_leaves_the_guest_at_its_source(guest: Traveller, b
     stays(guest, before)
 
 
-def test_interrupted_receiver_to_which_nobody_came(guest: Traveller, before: list[str]) -> None:
+def test_interrupted_receiver_without_a_connection_leaves_no_guest(guest: Traveller, before: list[str]) -> None:
     with guest.receiver(detach=False) as there:
         moving.address_of(there)
         there.process.send_signal(signal.SIGINT)
@@ -269,7 +283,7 @@ def test_interrupted_receiver_to_which_nobody_came(guest: Traveller, before: lis
 def test_guest_received_in_the_foreground_ends_with_the_command(
     parts: GuestParts, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As one of `pageferry run` does."""
+    """As a guest started by `pageferry run` does."""
     with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare:
         with bare.receiver(detach=False) as there:
             with bare.migrating(moving.address_of(there)) as migration:

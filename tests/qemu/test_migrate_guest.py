@@ -1,4 +1,4 @@
-"""A real guest under write load, moved by the command line: once, ten times, with every option, and refused."""
+"""Migration of a Linux guest under write load with the command line, and refusals of different machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield traveller
 
 
-def test_moves_and_says_what_it_took(guest: Traveller) -> None:
+def test_migration_result_reports_pages_times_and_huge_pages(guest: Traveller) -> None:
     before = guest.runs()
     result = guest.move()
     after = guest.verifies_everything()
@@ -49,7 +49,7 @@ def test_moves_and_says_what_it_took(guest: Traveller) -> None:
     guest.untouched()
 
 
-def test_moves_on_and_on(guest: Traveller) -> None:
+def test_guest_is_migrated_ten_times(guest: Traveller) -> None:
     first = guest.runs()
     for _ in range(10):
         result = guest.move()
@@ -68,7 +68,7 @@ def test_moves_on_and_on(guest: Traveller) -> None:
         "--large-pages ignore --populate none --streams 3 --max-downtime 60000",
     ],
 )
-def test_moves_with_options(guest: Traveller, options: str) -> None:
+def test_guest_is_migrated_with_options(guest: Traveller, options: str) -> None:
     result = guest.move(*options.split())
     if "--codec" in options:
         assert result["transferred"] < result["normal"] * 4096
@@ -79,7 +79,7 @@ def test_moves_with_options(guest: Traveller, options: str) -> None:
     guest.verifies_everything()
 
 
-def test_stays_paused_if_its_user_has_paused_it(guest: Traveller) -> None:
+def test_guest_paused_by_its_user_is_paused_at_destination(guest: Traveller) -> None:
     guest.qmp("stop")
     guest.move()
     assert travel.listed() == {guest.name: "paused"}
@@ -87,7 +87,7 @@ def test_stays_paused_if_its_user_has_paused_it(guest: Traveller) -> None:
     guest.verifies_everything()
 
 
-def test_a_paused_guest_whose_migration_fails_stays_paused(guest: Traveller) -> None:
+def test_paused_guest_stays_paused_after_a_failed_migration(guest: Traveller) -> None:
     guest.qmp("stop")
     fault = "destination.in-round=kill"
     with guest.receiver(fault=fault) as there, guest.migrating(moving.address_of(there)) as migration:
@@ -112,7 +112,7 @@ def test_a_paused_guest_whose_migration_fails_stays_paused(guest: Traveller) -> 
     ],
     ids=["memory", "machine", "cpus", "devices", "cpu", "cpu-flag-missing", "cpu-flag-added", "cpu-signature"],
 )
-def test_a_machine_that_is_another_one_is_refused_by_name(
+def test_migration_to_a_different_machine_names_the_difference(
     guest: Traveller, other: tuple[str, ...], words: list[str], tmp_path: Path
 ) -> None:
     command = [*guest.command(guest.next_name), *other]

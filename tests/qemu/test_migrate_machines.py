@@ -1,4 +1,4 @@
-"""Guests of several kinds, moved by the command line: q35 with devices, much memory, hugetlbfs, a newer QEMU."""
+"""Migration of guests of several kinds: q35 with devices, a balloon, 4 GiB of memory, hugetlbfs, a newer QEMU."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Q35 = ("-machine", "q35", "-smp", "2", "-device", "virtio-balloon-pci", "-device
 
 
 def balloon(guest: Traveller, mib: int) -> None:
-    """Have the guest give back, or take, memory until it has so much."""
+    """Set the balloon so that the guest keeps `mib` MiB, and wait until it does."""
     guest.qmp("balloon", value=mib * MIB)
     wait_until(lambda: guest.qmp("query-balloon")["actual"] == mib * MIB, f"a balloon that leaves {mib} MiB")
 
 
-def test_q35_with_two_vcpus_devices_and_a_balloon_that_moves_too(parts: GuestParts, tmp_path: Path) -> None:
-    """The balloon is inflated before, further inflated between two rounds, and deflated at the other end."""
+def test_q35_guest_with_devices_and_balloon_is_migrated(parts: GuestParts, tmp_path: Path) -> None:
+    """The balloon is inflated before the migration and between two rounds, and deflated at the destination."""
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(MIB))
     network = ("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n")
@@ -51,7 +51,7 @@ def test_q35_with_two_vcpus_devices_and_a_balloon_that_moves_too(parts: GuestPar
 
 
 def test_untouched_memory_is_not_allocated(parts: GuestParts, tmp_path: Path) -> None:
-    """4 GiB in two guest-physical ranges, on both sides of the hole for PCI."""
+    """4 GiB in two guest-physical ranges, below and above the PCI hole."""
     with travelling(parts, tmp_path, memory="4G") as guest:
         result = guest.move()
         guest.verifies_everything()
@@ -63,8 +63,8 @@ def test_untouched_memory_is_not_allocated(parts: GuestParts, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> None:
-    """From there to another file of its kind, and on to ordinary large pages."""
+def test_migration_of_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> None:
+    """To another file on hugetlbfs, and then to transparent huge pages."""
     with travelling(parts, tmp_path, flags=["--hugetlb"]) as guest:
         for flags in (["--hugetlb"], []):
             guest.flags = flags
@@ -76,16 +76,16 @@ def test_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> None:
 
 @pytest.fixture
 def machine_type(qemu_system: Path) -> str:
-    """The newest i440fx that the older of both QEMUs knows."""
+    """The newest i440fx machine type that the older QEMU supports."""
     command = [str(qemu_system), "-machine", "help"]
     said = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
     return next(line.split()[0] for line in said.splitlines() if line.startswith("pc-i440fx-"))
 
 
-def test_a_guest_gets_a_newer_qemu_and_its_old_one_back(
+def test_guest_is_migrated_to_a_newer_qemu_and_back(
     qemu_system: Path, qemu_10: Path, guest_kernel: Path, checker_initrd: Path, machine_type: str, tmp_path: Path
 ) -> None:
-    """Without a reboot, where both know its machine type."""
+    """Both QEMU versions support the machine type of the guest."""
     old, new = (GuestParts(qemu, guest_kernel, checker_initrd) for qemu in (qemu_system, qemu_10))
     with travelling(old, tmp_path, "-machine", machine_type) as guest:
         versions = []

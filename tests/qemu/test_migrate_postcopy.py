@@ -1,4 +1,4 @@
-"""A real guest that runs at the destination before its memory is there; its own checker reads every page it wrote."""
+"""Post-copy and hybrid migration of Linux guests, interrupted, recovered, saved, and migrated again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.kernel.programs import DEADLINE, Program, wait_until
 pytestmark = pytest.mark.usefixtures("root")
 
 SLOWLY = ("--mode", "postcopy", "--bandwidth", "16M")
-"""It takes some seconds to arrive."""
+"""Options of a migration that takes some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def waiting(name: str) -> str | None:
-    """What `pageferry list` says that it waits for."""
+    """The stall reason that `pageferry list` prints for a workload."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     found = next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
@@ -42,14 +42,14 @@ def waiting(name: str) -> str | None:
     "options",
     ["--mode postcopy", "--mode postcopy --codec lz4 --streams 2", "--mode hybrid --max-downtime 0 --max-rounds 2"],
 )
-def test_moves_before_its_memory(guest: Traveller, options: str) -> None:
+def test_guest_is_migrated_by_postcopy_and_hybrid(guest: Traveller, options: str) -> None:
     before = guest.runs()
     result = guest.move(*options.split())
     after = guest.verifies_everything()
     assert after.writes > before.writes
     assert result["mode"] in options
     assert result["postcopy"]["pages"] > 0
-    if result["mode"] == "postcopy":  # after rounds there may be so little left that it comes before it is needed
+    if result["mode"] == "postcopy":  # after rounds, the few remaining pages may be received before they are accessed
         assert result["postcopy-requests"] > 0
     large = result["large-pages"]
     assert large["destination"] == large["source"] > 16
@@ -57,7 +57,7 @@ def test_moves_before_its_memory(guest: Traveller, options: str) -> None:
 
 
 def lost(guest: Traveller, there: Program) -> None:
-    """Migrate, and lose the link as soon as the guest runs there."""
+    """Migrate, and drop the connection as soon as the guest runs at the destination."""
     fault = "source.answered=drop"
     with guest.migrating(moving.address_of(there), "--mode", "postcopy", fault=fault) as migration:
         assert migration.wait() == 28
@@ -73,7 +73,7 @@ def recovers(guest: Traveller) -> None:
     guest.untouched()
 
 
-def test_waits_while_there_is_no_link(guest: Traveller) -> None:
+def test_guest_waits_for_a_lost_link_and_continues_after_recovery(guest: Traveller) -> None:
     guest.runs()
     with guest.receiver() as there:
         lost(guest, there)
@@ -82,8 +82,8 @@ def test_waits_while_there_is_no_link(guest: Traveller) -> None:
         assert there.wait() == 0
 
 
-def test_another_receiver_goes_on_where_one_was_killed(guest: Traveller) -> None:
-    """The guest keeps its userfaultfd, and the flags are a file: what is missing stays missing."""
+def test_second_receiver_continues_for_a_killed_one(guest: Traveller) -> None:
+    """The guest keeps its userfaultfd and the deferred bits are in a file, so missing pages stay missing."""
     guest.runs()
     with guest.receiver() as there:
         address = moving.address_of(there)
@@ -95,7 +95,7 @@ def test_another_receiver_goes_on_where_one_was_killed(guest: Traveller) -> None
         assert there.wait() == -signal.SIGKILL
     assert "--resume" in str(waiting(guest.next_name))
     with moving.migrating(guest.name, "--recover") as recovery:
-        assert recovery.wait() == 26  # nobody there
+        assert recovery.wait() == 26  # no receiver listens
     resuming = ("-m", "pageferry", "receive", guest.next_name, "--resume", "--output", "json", "--listen", address)
     with Program(*resuming) as there:
         moving.address_of(there)
@@ -107,13 +107,12 @@ def test_another_receiver_goes_on_where_one_was_killed(guest: Traveller) -> None
         assert nothing.wait() == 2
 
 
-def test_is_saved_while_it_arrives(guest: Traveller, tmp_path: Path) -> None:
-    """When all of its pages have come."""
+def test_checkpoint_during_postcopy_waits_for_all_pages(guest: Traveller, tmp_path: Path) -> None:
     guest.runs()
     with guest.receiver() as there, guest.migrating(moving.address_of(there), *SLOWLY) as migration:
         moving.until(there, "received")
         with Program("-m", "pageferry", "checkpoint", guest.next_name, str(tmp_path / "image")) as saver:
-            assert migration.process.poll() is None, "nothing is left to wait for"
+            assert migration.process.poll() is None, "the migration completed before the checkpoint began"
             assert saver.wait() == 0
         assert migration.wait() == 0
         assert there.wait() == 0
@@ -122,13 +121,13 @@ def test_is_saved_while_it_arrives(guest: Traveller, tmp_path: Path) -> None:
     assert ImageFile(tmp_path / "image").verify() == []
 
 
-def test_moves_on_while_it_arrives(guest: Traveller) -> None:
+def test_guest_is_migrated_again_during_postcopy(guest: Traveller) -> None:
     guest.runs()
     with guest.receiver() as there, guest.migrating(moving.address_of(there), *SLOWLY) as migration:
         moving.until(there, "received")
         guest.journeys += 1
         with guest.receiver() as further, guest.migrating(moving.address_of(further)) as onward:
-            assert migration.process.poll() is None, "nothing is left to wait for"
+            assert migration.process.poll() is None, "the first migration completed before the second began"
             assert onward.wait() == 0
             assert further.wait() == 0
         assert migration.wait() == 0

@@ -1,4 +1,4 @@
-"""Guests that their user has paused, and shared disks: what an operation has changed of them is as it was before."""
+"""Paused guests and shared disks: operations preserve the run state, disk locks and migration settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.kernel.programs import DEADLINE, wait_until
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 
 MARKER_AT = 32 << 20
-"""Byte of guest memory that no firmware writes to."""
+"""Offset in guest memory that firmware does not write to."""
 
 
 def bare(parts: GuestParts, folder: Path, *options: str) -> Any:
@@ -33,7 +33,7 @@ def bare(parts: GuestParts, folder: Path, *options: str) -> Any:
 
 
 def settings(guest: Traveller) -> tuple[Any, Any]:
-    """Those of QEMU's own migration."""
+    """Capabilities and parameters of QEMU's own migration."""
     return guest.qmp("query-migrate-capabilities"), guest.qmp("query-migrate-parameters")
 
 
@@ -43,7 +43,7 @@ def checkpoint(guest: Traveller, image: Path) -> None:
 
 
 def writes(guest: Traveller, disk: Path) -> None:
-    """Have QEMU write to the disk of a guest, as the guest would."""
+    """Write to the disk of a guest through QEMU, as the guest would."""
     before = disk.read_bytes()
     pattern = (before[0] + 1) % 256
     said = guest.qmp("human-monitor-command", command_line=f'qemu-io disk "write -P {pattern} 0 512"')
@@ -52,7 +52,7 @@ def writes(guest: Traveller, disk: Path) -> None:
 
 
 def saves_memory(guest: Traveller, file: Path) -> None:
-    """QEMU's own migration of a guest to a file has guest memory in it."""
+    """Check that a migration of a guest to a file by QEMU itself contains guest memory."""
     marker = os.urandom(4096)
 
     async def mark() -> None:
@@ -67,7 +67,7 @@ def saves_memory(guest: Traveller, file: Path) -> None:
 
 
 def said(*words: str, code: int = 0) -> str:
-    """What a command writes."""
+    """Output of a command, which must exit with `code`."""
     command = [sys.executable, "-m", "pageferry", *words]
     environment = {**os.environ, "COLUMNS": "300"}
     done = subprocess.run(
@@ -97,12 +97,12 @@ def test_checkpoints_of_a_paused_guest_leave_its_disks_locked(parts: GuestParts,
         assert "pageferry-" not in str([guest.qmp("query-named-block-nodes"), guest.qmp("query-jobs")])
         guest.qmp("cont")
         writes(guest, tmp_path / "disk")
-        # QEMU closes removed descriptors at the end of a session, but only of a guest that runs.
+        # QEMU closes removed descriptors at the end of a monitor session, but only while the guest runs.
         wait_until(lambda: "/memfd" not in moving.descriptors(guest.pid), "the end of the snapshots' descriptors")
 
 
 @pytest.mark.every_qemu
-def test_paused_guest_moves_with_its_disks_locked_at_the_destination(parts: GuestParts, tmp_path: Path) -> None:
+def test_migrated_paused_guest_has_its_disks_locked_at_the_destination(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         before = settings(guest)
         guest.qmp("stop")
@@ -120,7 +120,7 @@ def test_paused_guest_moves_with_its_disks_locked_at_the_destination(parts: Gues
 
 
 @pytest.mark.parametrize("point", ["paused", "last-pages-sent", "state-sent"])
-def test_paused_guest_is_as_before_after_a_failed_migration(parts: GuestParts, tmp_path: Path, point: str) -> None:
+def test_failed_migration_preserves_the_state_of_a_paused_guest(parts: GuestParts, tmp_path: Path, point: str) -> None:
     with bare(parts, tmp_path) as guest:
         guest.qmp("stop")
         before = guest.qmp("query-status"), settings(guest)
@@ -138,7 +138,7 @@ def test_paused_guest_is_as_before_after_a_failed_migration(parts: GuestParts, t
 
 @pytest.mark.every_qemu
 @pytest.mark.parametrize("paused", [True, False])
-def test_recovered_guest_is_as_before_the_migration(parts: GuestParts, tmp_path: Path, paused: bool) -> None:
+def test_recovery_restores_the_state_before_the_migration(parts: GuestParts, tmp_path: Path, paused: bool) -> None:
     with bare(parts, tmp_path) as guest:
         if paused:
             guest.qmp("stop")
@@ -154,7 +154,7 @@ def test_recovered_guest_is_as_before_the_migration(parts: GuestParts, tmp_path:
         saves_memory(guest, tmp_path / "stream")
 
 
-def test_guest_recovered_from_a_record_of_an_older_release_runs(parts: GuestParts, tmp_path: Path) -> None:
+def test_recovery_from_a_record_of_an_older_release_resumes_the_guest(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         with guest.receiver() as there:
             with guest.migrating(moving.address_of(there), fault="source.committed=kill") as migration:
@@ -173,7 +173,7 @@ def test_guest_recovered_from_a_record_of_an_older_release_runs(parts: GuestPart
 
 
 @pytest.mark.parametrize("point", ["set-up", "in-round", "paused", "last-pages-sent", "state-sent"])
-def test_link_cut_before_commit_leaves_a_shared_disk_to_the_source(
+def test_source_keeps_a_shared_disk_if_the_link_is_lost_before_commit(
     parts: GuestParts, tmp_path: Path, point: str
 ) -> None:
     with bare(parts, tmp_path) as guest:
@@ -188,8 +188,8 @@ def test_link_cut_before_commit_leaves_a_shared_disk_to_the_source(
 
 
 @pytest.mark.every_qemu
-def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: GuestParts, tmp_path: Path) -> None:
-    """Its agent hangs, so that its QEMU is still there when the source gives up."""
+def test_source_keeps_a_shared_disk_if_the_loaded_destination_hangs(parts: GuestParts, tmp_path: Path) -> None:
+    """The receiver is stopped, so that its QEMU still exists when the source reaches its timeout."""
     with bare(parts, tmp_path) as guest:
         with guest.receiver(fault="destination.loaded=stop") as there:
             with guest.migrating(moving.address_of(there), "--timeout", "2") as migration:
@@ -198,12 +198,12 @@ def test_destination_that_has_loaded_leaves_a_shared_disk_to_the_source(parts: G
             assert guest.qmp("query-status")["running"]
             writes(guest, tmp_path / "disk")
             there.process.send_signal(signal.SIGCONT)
-            there.process.terminate()  # it may have promised to be ready, and wait for the source to ask
+            there.process.terminate()  # the receiver may be prepared, and wait for a recovery
             there.wait()
         writes(guest, tmp_path / "disk")
 
 
-def test_output_about_a_paused_guest_says_so(newest_parts: GuestParts, tmp_path: Path) -> None:
+def test_output_reports_that_a_guest_is_paused(newest_parts: GuestParts, tmp_path: Path) -> None:
     with bare(newest_parts, tmp_path) as guest:
         guest.qmp("stop")
         image = str(tmp_path / "image")
@@ -226,7 +226,7 @@ def test_output_about_a_paused_guest_says_so(newest_parts: GuestParts, tmp_path:
         assert travel.listed()[guest.name] == "paused"
 
 
-def test_failed_migration_of_a_paused_guest_says_that_it_stays_paused(newest_parts: GuestParts, tmp_path: Path) -> None:
+def test_failed_migration_reports_that_a_paused_guest_stays_paused(newest_parts: GuestParts, tmp_path: Path) -> None:
     with bare(newest_parts, tmp_path) as guest:
         guest.qmp("stop")
         refused = said("migrate", guest.name, "127.0.0.1:1", code=23)
@@ -234,7 +234,7 @@ def test_failed_migration_of_a_paused_guest_says_that_it_stays_paused(newest_par
         assert "runs on here" not in refused
 
 
-def test_guest_paused_by_a_migration_of_another_is_reported_as_such(parts: GuestParts, tmp_path: Path) -> None:
+def test_guest_paused_by_a_migration_of_another_program_is_reported(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         guest.qmp("migrate", uri="exec:cat >/dev/null")
         wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration")
@@ -279,7 +279,7 @@ asyncio.run(main())
 """
 
 
-def test_guardian_removes_the_snapshot_of_a_controller_that_was_killed(parts: GuestParts, tmp_path: Path) -> None:
+def test_guardian_removes_the_snapshot_of_a_killed_controller(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         guest.qmp("stop")
         before = guest.qmp("query-status"), settings(guest), guest.qmp("query-named-block-nodes")

@@ -1,4 +1,4 @@
-"""A guest without an operating system, which runs on KVM where an ordinary kernel cannot: moved and saved."""
+"""Migration and checkpoint of a guest without an operating system, on KVM if the host has it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def guest(payload_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -
         yield traveller
 
 
-def test_payload_runs_on_the_accelerator_that_was_asked_for(guest: Traveller) -> None:
+def test_payload_runs_on_the_requested_accelerator(guest: Traveller) -> None:
     on_kvm = VirtualMachine.find(guest.pid) is not None
     assert on_kvm == (guest.parts.accel == "kvm")
     assert guest.qmp("query-kvm")["enabled"] == on_kvm
 
 
 @pytest.mark.parametrize("mode", ["precopy", "postcopy", "hybrid"])
-def test_payload_moves_there_and_back(guest: Traveller, mode: str) -> None:
+def test_payload_is_migrated_twice(guest: Traveller, mode: str) -> None:
     for _ in range(2):
         before = guest.runs()
         assert guest.move("--mode", mode)["status"] == "completed"
@@ -43,7 +43,7 @@ def test_payload_moves_there_and_back(guest: Traveller, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stop", "lazy"])
-def test_payload_runs_on_after_a_checkpoint(guest: Traveller, tmp_path: Path, mode: str) -> None:
+def test_payload_keeps_running_after_a_checkpoint(guest: Traveller, tmp_path: Path, mode: str) -> None:
     async def save() -> None:
         workload = await QemuWorkload.attach(guest.name)
         try:

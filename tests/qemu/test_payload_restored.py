@@ -1,4 +1,4 @@
-"""A guest without an operating system, made of an image: on KVM too, its pages come when it accesses them."""
+"""Restore of a guest without an operating system, with pages loaded on demand, on KVM if the host has it."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_payload_is_restored_with_every_page(restored: Restored, image: Path, ea
     asyncio.run(run())
 
 
-def test_payload_waits_for_a_killed_pager_and_runs_with_the_next(
+def test_payload_waits_for_a_killed_pager_and_continues_with_the_next(
     restored: Restored, payload_parts: GuestParts, tmp_path: Path
 ) -> None:
     image = image_of_a_guest(payload_parts, tmp_path, paused=True)
 
     async def run() -> None:
-        # The guest runs only when its pager is dead: on KVM it accesses all of its memory before a kill is done.
+        # The guest is resumed after the pager is killed: on KVM it would access all of its memory before the kill.
         await restored.start(image, prefetch=False)
         await restored.kill_pager()
         await restored.run()

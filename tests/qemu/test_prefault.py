@@ -1,4 +1,4 @@
-"""Where QEMUs really put RAM, and KVM's tables filled from outside, as far as this kernel can."""
+"""Guest-physical ranges of RAM in QEMU, and population of KVM's second-stage page tables from another process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize(("machine", "below"), [("pc", 3 * GIB), ("q35", 2 * GIB)])
-def test_memory_is_found_in_guest_physical_ranges(
+def test_guest_physical_ranges_of_memory_are_found(
     parts: GuestParts, registry: Registry, machine: str, below: int
 ) -> None:
     async def scenario() -> None:
@@ -35,9 +35,9 @@ def test_memory_is_found_in_guest_physical_ranges(
         assert all(one.address == one.offset and one.address < below for one in (low, *middle))
         assert middle[-1].offset + middle[-1].length == below
         assert (high.address, high.offset, high.length) == (4 * GIB, below, region.length - below)
-        # The rest of the first MiB shows video memory and ROMs.
+        # Video memory and ROMs take the other parts of the first MiB.
         assert 0 <= region.length - sum(one.length for one in ranges) <= 384 << 10
-        # No KVM: nothing to be filled.
+        # Without KVM there are no tables to populate.
         assert VirtualMachine.find(guest.pid) is None
         assert await guest.prefault() == 0
         await guest.discard()
@@ -47,7 +47,7 @@ def test_memory_is_found_in_guest_physical_ranges(
 
 @pytest.fixture
 def owner(root: None) -> Iterator[tuple[int, int]]:
-    """A process with a virtual machine, and what it was told of the capability."""
+    """Pid of a process with a virtual machine, and the value of KVM_CAP_PRE_FAULT_MEMORY in it."""
     command = [sys.executable, kvm_owner.__file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -58,7 +58,7 @@ def owner(root: None) -> Iterator[tuple[int, int]]:
         process.kill()
 
 
-def test_machine_of_a_process_is_found_and_asked(owner: tuple[int, int]) -> None:
+def test_virtual_machine_of_a_process_is_found(owner: tuple[int, int]) -> None:
     pid, capability = owner
     machine = VirtualMachine.find(pid)
     assert machine is not None
@@ -67,8 +67,8 @@ def test_machine_of_a_process_is_found_and_asked(owner: tuple[int, int]) -> None
     assert machine.can_prefault == (capability > 0)
 
 
-def test_tables_are_filled_in_the_process(owner: tuple[int, int]) -> None:
-    """And nothing is left in it, whether the kernel can or not."""
+def test_second_stage_tables_are_populated(owner: tuple[int, int]) -> None:
+    """The mappings of the process are unchanged, whether or not KVM supports it."""
     pid, capability = owner
     machine = VirtualMachine.find(pid)
     assert machine is not None
@@ -83,4 +83,4 @@ def test_tables_are_filled_in_the_process(owner: tuple[int, int]) -> None:
             machine.prefault(ranges)
     assert Path(f"/proc/{pid}/maps").read_text() == maps
     if not capability:
-        pytest.skip("KVM has no KVM_CAP_PRE_FAULT_MEMORY here: only the way to the kernel was tested")
+        pytest.skip("KVM lacks KVM_CAP_PRE_FAULT_MEMORY on this host: only the refusal was tested")

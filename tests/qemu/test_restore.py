@@ -1,4 +1,4 @@
-"""Guests from images: they run before their memory is there, and never see a wrong byte (S10, S8)."""
+"""Guests restored from images run before their memory is loaded, with correct contents (S10, S8)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ MakeSerial = Callable[[str], Serial]
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a guest at work."""
+    """An image of a running guest."""
     return image_of_a_guest(parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture
 def guest(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Callable[[str], Restored]:
-    """Makes guests by name."""
+    """Create guests to be restored, by name."""
     return lambda name: Restored(name, parts, serial(name))
 
 
@@ -46,7 +46,7 @@ Make = Callable[[str], Restored]
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_it_runs_and_every_page_is_right(guest: Make, image: Path, prefetch: bool) -> None:
+def test_restored_guest_runs_with_correct_pages(guest: Make, image: Path, prefetch: bool) -> None:
     async def run() -> None:
         restored = guest("restored")
         result = await restored.start(image, prefetch=prefetch)
@@ -62,7 +62,7 @@ def test_it_runs_and_every_page_is_right(guest: Make, image: Path, prefetch: boo
     asyncio.run(run())
 
 
-def test_when_all_is_there_nothing_is_left_of_the_pager(guest: Make, image: Path) -> None:
+def test_completed_restore_leaves_no_trace_of_the_pager(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, eager=True)
@@ -77,7 +77,7 @@ def test_when_all_is_there_nothing_is_left_of_the_pager(guest: Make, image: Path
 
 
 def _traps_of(pid: int) -> list[str]:
-    """What is left of a pager in a process: descriptors, registered mappings, large pages that are not mapped large."""
+    """Traces of a pager in a process: userfaultfds, registered mappings, huge pages that are mapped by PTEs."""
     folder = Path(f"/proc/{pid}")
     names = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
     left = [name for name in names if "userfaultfd" in name]
@@ -87,7 +87,7 @@ def _traps_of(pid: int) -> list[str]:
     return left + ([f"only {large} KiB are mapped as large pages"] if large < 65536 else [])
 
 
-def test_it_tells_how_it_goes(guest: Make, image: Path) -> None:
+def test_restore_reports_progress_faults_and_windows(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         begun = await restored.start(image)
@@ -108,7 +108,7 @@ def test_it_tells_how_it_goes(guest: Make, image: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_killed_pager_is_taken_over(guest: Make, image: Path) -> None:
+def test_another_pager_takes_over_from_a_killed_one(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
@@ -128,10 +128,10 @@ def test_a_killed_pager_is_taken_over(guest: Make, image: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["opened", "registered", "taken-over"])
-def test_a_pager_that_dies_while_it_takes_over(
+def test_pager_killed_during_a_takeover_can_be_replaced(
     guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    """The first, at the hand-over from the command, and one that takes over from a dead one."""
+    """Both the first takeover, from the command, and one from a killed pager."""
 
     async def run() -> None:
         restored = guest("restored")
@@ -150,13 +150,13 @@ def test_a_pager_that_dies_while_it_takes_over(
 
 
 @pytest.mark.parametrize("point", ["serving", "settled", "forgotten", "closed"])
-def test_a_pager_that_dies_at_its_work(
+def test_pager_killed_while_serving_can_be_replaced(
     guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
 ) -> None:
     async def run() -> None:
         restored = guest("restored")
         monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
-        with contextlib.suppress(RestoreError):  # some die before they can be asked
+        with contextlib.suppress(RestoreError):  # some are killed before they can reply
             await restored.start(image, eager=True)
         monkeypatch.delenv("PAGEFERRY_FAULT")
         if point in ("serving", "settled"):
@@ -168,7 +168,7 @@ def test_a_pager_that_dies_at_its_work(
             async with asyncio.timeout(60):
                 while (restored.folder.path / deferred.RECORD).exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-        # Not before: QEMU itself may wait for a page that nobody brings.
+        # Attach only now: QEMU itself may wait for a page while no pager serves it.
         restored.workload = await QemuWorkload.attach("restored")
         await restored.arrived()
         await pageferry.checkpoint(restored.workload, tmp_path / "again")
@@ -190,7 +190,7 @@ async def _is_dead(restored: Restored) -> bool:
 def test_image_replaced_during_a_restore_is_not_read(
     guest: Make, parts: GuestParts, image: Path, tmp_path: Path
 ) -> None:
-    """The pager process serves the file that the restore began with, and a later one refuses the file in its place."""
+    """The pager serves the file that the restore opened; a later pager refuses the file that replaced it."""
     other = image_of_a_guest(parts, tmp_path)
     path = Path(shutil.copy(image, tmp_path / "used"))
 
@@ -213,7 +213,7 @@ def test_image_replaced_during_a_restore_is_not_read(
     asyncio.run(run())
 
 
-def test_without_a_pager_the_guest_waits(guest: Make, image: Path) -> None:
+def test_guest_waits_while_its_pager_is_dead(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
@@ -226,7 +226,9 @@ def test_without_a_pager_the_guest_waits(guest: Make, image: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_damaged_image_stops_the_guest_and_a_good_one_lets_it_go_on(guest: Make, image: Path, tmp_path: Path) -> None:
+def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
+    guest: Make, image: Path, tmp_path: Path
+) -> None:
     async def run() -> None:
         bad = tmp_path / "bad"
         shutil.copy(image, bad)
@@ -246,7 +248,7 @@ def test_a_damaged_image_stops_the_guest_and_a_good_one_lets_it_go_on(guest: Mak
         assert status is not None
         assert "storage block" in status.failures[0]
         assert str(bad) in status.failures[0]
-        await asyncio.sleep(4)  # it is told to stop meanwhile
+        await asyncio.sleep(4)  # the request to pause the guest is sent in this time
         before = restored.serial.last
         await take_over(restored.folder, image)
         async with asyncio.timeout(20):
@@ -261,8 +263,10 @@ def test_a_damaged_image_stops_the_guest_and_a_good_one_lets_it_go_on(guest: Mak
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path) -> None:
-    """A fault brings a whole huge page; the image need not be of a guest that had them."""
+def test_restore_of_memory_on_hugetlbfs(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
+) -> None:
+    """A fault loads a whole huge page; the saved guest need not have used huge pages."""
 
     async def run() -> None:
         here, there = serial("source"), serial("restored")
@@ -280,7 +284,7 @@ def test_memory_on_hugetlbfs(parts: GuestParts, serial: MakeSerial, registry: Re
     asyncio.run(run())
 
 
-def test_three_clones_at_once(guest: Make, image: Path) -> None:
+def test_three_clones_of_an_image_run_at_the_same_time(guest: Make, image: Path) -> None:
     async def run() -> None:
         clones = [guest(f"clone{number}") for number in range(3)]
         await asyncio.gather(*(clone.start(image) for clone in clones))
@@ -291,7 +295,7 @@ def test_three_clones_at_once(guest: Make, image: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_checkpoint_while_restoring(guest: Make, image: Path, tmp_path: Path) -> None:
+def test_checkpoint_during_a_restore_is_complete(guest: Make, image: Path, tmp_path: Path) -> None:
     async def run() -> None:
         first, second = guest("first"), guest("second")
         await first.start(image, prefetch=False)
@@ -307,7 +311,7 @@ def test_a_checkpoint_while_restoring(guest: Make, image: Path, tmp_path: Path) 
     asyncio.run(run())
 
 
-def test_a_balloon_takes_pages_while_they_come(guest: Make, image: Path) -> None:
+def test_balloon_discards_pages_during_a_restore(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
@@ -322,7 +326,7 @@ def test_a_balloon_takes_pages_while_they_come(guest: Make, image: Path) -> None
 
 
 async def peek(name: str, page: int) -> bytes:
-    """A page of a guest, by the command."""
+    """Read a page of a guest with `pageferry peek`."""
     call = "import sys; from pageferry.cli.main import main; sys.exit(main())"
     words = [sys.executable, "-c", call, "peek", name, hex(page * 4096), "4K", "--raw"]
     command = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
@@ -331,11 +335,11 @@ async def peek(name: str, page: int) -> bytes:
     return out
 
 
-def test_memory_is_seen_right_before_it_is_there(guest: Make, image: Path) -> None:
+def test_peek_returns_the_contents_of_deferred_pages(guest: Make, image: Path) -> None:
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
-        # Where the kernel's text is nothing changes any more.
+        # The pages of the kernel's text do not change.
         saved = ImageFile(image)
         for page in range(6000, 8000, 250):
             assert await peek("restored", page) == saved.read(page, 1)
@@ -344,7 +348,7 @@ def test_memory_is_seen_right_before_it_is_there(guest: Make, image: Path) -> No
     asyncio.run(run())
 
 
-def test_the_working_set_is_learnt_and_read_first(guest: Make, image: Path, tmp_path: Path) -> None:
+def test_working_set_is_recorded_and_read_first(guest: Make, image: Path, tmp_path: Path) -> None:
     async def run() -> None:
         own = tmp_path / "own"
         shutil.copy(image, own)
@@ -362,7 +366,7 @@ def test_the_working_set_is_learnt_and_read_first(guest: Make, image: Path, tmp_
     asyncio.run(run())
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_left(
+def test_restore_into_mismatched_memory_is_refused_without_leftovers(
     guest: Make, image: Path, parts: GuestParts, serial: MakeSerial, registry: Registry
 ) -> None:
     async def run() -> None:

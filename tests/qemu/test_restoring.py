@@ -1,4 +1,4 @@
-"""Guests that are moved and saved while their restore is under way, and all that can die meanwhile (S8, S10)."""
+"""Migration, checkpoint and scan of guests during their restore, with processes killed at fault points (S8, S10)."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """What dies here is ours."""
+    """The killed processes do not depend on the QEMU version."""
     return newest_parts
 
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a guest at work."""
+    """An image of a running guest."""
     return image_of_a_guest(parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture
-def coming(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Restored:
-    """The guest, still to be restored."""
-    return Restored("coming", parts, serial("coming"))
+def restored(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Restored:
+    """A guest that is not restored yet."""
+    return Restored("restored", parts, serial("restored"))
 
 
 @pytest.fixture
 def receiver(parts: GuestParts, serial: MakeSerial) -> Callable[[str], Program]:
-    """Makes receivers for it, by the name that it has there."""
+    """Start receivers for the guest, by the name that it gets at the destination."""
 
     def make(name: str) -> Program:
         command = parts.command(serial(name), *OPTIONS)
@@ -63,14 +63,14 @@ MakeReceiver = Callable[[str], Program]
 
 @asynccontextmanager
 async def at(program: Program) -> AsyncIterator[None]:
-    """While it stands at its fault point; then it goes on."""
+    """Wait until the program has stopped at its fault point; continue it after the block."""
     await asyncio.to_thread(moving.stopped, program)
     yield
     os.kill(program.process.pid, signal.SIGCONT)
 
 
 async def moved(receiver: Program, migration: Program, serial: Serial, name: str) -> None:
-    """It runs there, and every page of it is right."""
+    """Check that the migration completes and that the guest runs at the destination with correct pages."""
     await asyncio.to_thread(moving.until, migration, "migration")
     assert await asyncio.to_thread(migration.wait) == 0
     assert (await asyncio.to_thread(moving.until, receiver, "received"))["workload"] == name
@@ -78,207 +78,213 @@ async def moved(receiver: Program, migration: Program, serial: Serial, name: str
 
 
 async def runs_there(serial: Serial, name: str) -> None:
-    """Every page of it is right; then it ends."""
+    """Check that all pages of the guest are correct, and end it."""
     await serial.passes(2)
     await (await QemuWorkload.attach(name)).discard()
 
 
-async def still_to_come(guest: Restored) -> int:
+async def bytes_deferred(guest: Restored) -> int:
     status = await guest.status()
     assert status is not None
     return status.deferred
 
 
 def saving(path: Path, fault: str) -> Program:
-    command = ("checkpoint", "coming", str(path), "--output", "json")
+    command = ("checkpoint", "restored", str(path), "--output", "json")
     return Program("-m", "pageferry", *command, env=moving.environment(fault))
 
 
-def test_it_moves_while_it_is_restored(
-    coming: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
+def test_migration_during_a_restore(
+    restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with receiver("there") as there:
             address = moving.address_of(there)
-            with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
+            with moving.migrating("restored", address, fault="source.part-sent=stop") as migration:
                 async with at(migration):
-                    assert await still_to_come(coming) > 0
+                    assert await bytes_deferred(restored) > 0
                 await moved(there, migration, serial("there"), "there")
-        assert coming.serial.bad == []
+        assert restored.serial.bad == []
 
     asyncio.run(run())
 
 
-def test_it_moves_while_its_restore_ends(
-    coming: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
+def test_migration_while_a_restore_completes(
+    restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """Everything comes at full speed: whether the pager is held, has ended, or is about to is a matter of luck."""
+    """Pages are loaded at full speed: the pager may be serving, have exited, or be about to exit."""
 
     async def run() -> None:
         with receiver("there") as there:
             address = moving.address_of(there)
-            await coming.start(image, eager=True)
-            with moving.migrating("coming", address) as migration:
+            await restored.start(image, eager=True)
+            with moving.migrating("restored", address) as migration:
                 await moved(there, migration, serial("there"), "there")
 
     asyncio.run(run())
 
 
-def test_it_moves_while_a_balloon_takes_pages(
-    coming: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
+def test_migration_during_a_restore_while_a_balloon_discards_pages(
+    restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with receiver("there") as there:
             address = moving.address_of(there)
-            with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
-                async with at(migration), await Monitor.open(coming.workload.qmp_socket) as monitor:
+            with moving.migrating("restored", address, fault="source.part-sent=stop") as migration:
+                async with at(migration), await Monitor.open(restored.workload.qmp_socket) as monitor:
                     await monitor.execute("balloon", value=160 * MIB)
-                    await coming.serial.ticks(3)
+                    await restored.serial.ticks(3)
                     await monitor.execute("balloon", value=256 * MIB)
                 await moved(there, migration, serial("there"), "there")
 
     asyncio.run(run())
 
 
-def test_it_is_saved_while_it_is_restored(coming: Restored, image: Path, tmp_path: Path) -> None:
+def test_checkpoint_during_a_restore(restored: Restored, image: Path, tmp_path: Path) -> None:
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with saving(tmp_path / "again", "checkpoint.part-brought=stop") as saver:
             async with at(saver):
-                assert await still_to_come(coming) > 0
-                await coming.serial.ticks(2)
+                assert await bytes_deferred(restored) > 0
+                await restored.serial.ticks(2)
             result = await asyncio.to_thread(moving.until, saver, "checkpoint")
             assert await asyncio.to_thread(saver.wait) == 0
         assert result["rounds"] >= 1
         assert ImageFile(tmp_path / "again").verify() == []
-        await coming.serial.passes(1)
-        await coming.end()
-        await coming.start(tmp_path / "again")
-        await coming.serial.passes(2)
-        await coming.end()
+        await restored.serial.passes(1)
+        await restored.end()
+        await restored.start(tmp_path / "again")
+        await restored.serial.passes(2)
+        await restored.end()
 
     asyncio.run(run())
 
 
-def test_the_pager_dies_while_it_moves(
-    coming: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
+def test_migration_fails_if_the_pager_is_killed_and_can_be_repeated(
+    restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """The move fails, the guest waits, and the next pager takes the traces off: then it can be moved."""
+    """The migration fails and the guest waits; the next pager removes the write traces, and a second migration
+    completes.
+    """
 
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with receiver("there") as there:
             address = moving.address_of(there)
-            with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
+            with moving.migrating("restored", address, fault="source.part-sent=stop") as migration:
                 async with at(migration):
-                    await coming.kill_pager()
+                    await restored.kill_pager()
                 assert await asyncio.to_thread(migration.wait) == 32
             assert await asyncio.to_thread(there.wait) == 21
-        await take_over(coming.folder)
-        await coming.serial.passes(1)
+        await take_over(restored.folder)
+        await restored.serial.passes(1)
         with receiver("again") as there:
             address = moving.address_of(there)
-            with moving.migrating("coming", address) as migration:
+            with moving.migrating("restored", address) as migration:
                 await moved(there, migration, serial("again"), "again")
 
     asyncio.run(run())
 
 
-def test_both_die_while_it_moves(coming: Restored, image: Path, receiver: MakeReceiver) -> None:
-    """What they leave is a guest that waits, under a trace; after a takeover it is restored, and nothing is left."""
+def test_restore_completes_after_migration_and_pager_are_killed(
+    restored: Restored, image: Path, receiver: MakeReceiver
+) -> None:
+    """The guest waits with a write trace installed; a takeover completes the restore and removes the trace."""
 
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with receiver("there") as there:
             address = moving.address_of(there)
-            with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
+            with moving.migrating("restored", address, fault="source.part-sent=stop") as migration:
                 await asyncio.to_thread(moving.stopped, migration)
-                await coming.kill_pager()
+                await restored.kill_pager()
                 migration.kill()
             assert await asyncio.to_thread(there.wait) == 23
-        await take_over(coming.folder)
-        await coming.serial.passes(2)
-        await coming.end()
+        await take_over(restored.folder)
+        await restored.serial.passes(2)
+        await restored.end()
 
     asyncio.run(run())
 
 
-def test_the_pager_dies_when_it_is_paused(
-    coming: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
+def test_pager_killed_in_the_pause_of_a_migration(
+    restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """What is sent in the pause has come before: the move ends, or it fails and the guest runs on here, as ever."""
+    """The pages sent in the pause are loaded before it: the migration completes, or the guest stays at the source."""
 
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with receiver("there") as there:
             address = moving.address_of(there)
-            with moving.migrating("coming", address, fault="source.paused=stop") as migration:
+            with moving.migrating("restored", address, fault="source.paused=stop") as migration:
                 async with at(migration):
-                    await coming.kill_pager()
+                    await restored.kill_pager()
                 code = await asyncio.to_thread(migration.wait)
             assert code in (0, 32)
             assert await asyncio.to_thread(there.wait) == (0 if code == 0 else 21)
         if code == 0:
             await runs_there(serial("there"), "there")
             return
-        await take_over(coming.folder)
-        await coming.serial.passes(2)
-        await coming.end()
+        await take_over(restored.folder)
+        await restored.serial.passes(2)
+        await restored.end()
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("victim", ["saver", "pager"])
-def test_somebody_dies_while_it_is_saved(coming: Restored, image: Path, tmp_path: Path, victim: str) -> None:
+def test_checkpoint_can_be_repeated_after_saver_or_pager_is_killed(
+    restored: Restored, image: Path, tmp_path: Path, victim: str
+) -> None:
     async def run() -> None:
-        await coming.start(image, prefetch=False)
+        await restored.start(image, prefetch=False)
         with saving(tmp_path / "again", "checkpoint.part-brought=stop") as saver:
             await asyncio.to_thread(moving.stopped, saver)
             if victim == "pager":
-                await coming.kill_pager()
+                await restored.kill_pager()
                 os.kill(saver.process.pid, signal.SIGCONT)
                 assert await asyncio.to_thread(saver.wait) == 32
-                await take_over(coming.folder)
+                await take_over(restored.folder)
             else:
                 saver.kill()
         assert not (tmp_path / "again").exists()
-        await coming.serial.passes(1)
+        await restored.serial.passes(1)
         with saving(tmp_path / "again", "none") as saver:
             assert await asyncio.to_thread(saver.wait) == 0
         assert ImageFile(tmp_path / "again").verify() == []
-        await coming.end()
+        await restored.end()
 
     asyncio.run(run())
 
 
-def test_what_it_shares_is_found_by_signatures(coming: Restored, image: Path) -> None:
-    """Nothing comes for it, and it is what is found when all of it is there (S8, S9)."""
+def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored, image: Path) -> None:
+    """The scan loads no pages, and finds the same as a scan of the complete guest (S8, S9)."""
 
-    async def told(command: str) -> None:
-        async with await Monitor.open(coming.workload.qmp_socket) as monitor:
+    async def execute(command: str) -> None:
+        async with await Monitor.open(restored.workload.qmp_socket) as monitor:
             await monitor.execute(command)
 
     async def run() -> None:
-        await coming.start(image, prefetch=False)
-        await told("stop")
-        await asyncio.sleep(1)  # the rest of storage blocks that it has accessed still comes
-        before = await coming.status()
-        early = await sharing.find(["coming"])
-        after = await coming.status()
+        await restored.start(image, prefetch=False)
+        await execute("stop")
+        await asyncio.sleep(1)  # remaining pages of accessed storage blocks are loaded in this time
+        before = await restored.status()
+        early = await sharing.find(["restored"])
+        after = await restored.status()
         assert before is not None
         assert after is not None
         assert (after.loaded, after.bytes_read) == (before.loaded, before.bytes_read)
         assert after.deferred > 0
-        await asyncio.to_thread(deferred.settle, coming.folder)
-        late = await sharing.find(["coming"])
+        await asyncio.to_thread(deferred.settle, restored.folder)
+        late = await sharing.find(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
-        # Zeros are foreseen where there will be a large page; where the host has none, they stay holes.
+        # Deferred zero pages count where a huge page will hold them; if the host has none, they stay holes.
         assert found.pop("zero") >= expected.pop("zero") > 0
         assert found == expected
-        await told("cont")
-        await coming.serial.passes(1)
-        await coming.end()
+        await execute("cont")
+        await restored.serial.passes(1)
+        await restored.end()
 
     asyncio.run(run())

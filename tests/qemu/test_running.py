@@ -1,4 +1,4 @@
-"""Starting, listing, adopting and ending guests, by the command line; and what is left behind when that fails."""
+"""Start, list and stop of guests with the command line, and cleanup after failed starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def listed() -> list[dict[str, Any]]:
     return [json.loads(line) for line in pageferry("list", "--output", "json").stdout.splitlines()]
 
 
-def test_from_run_to_stop(parts: GuestParts, registry: Registry) -> None:
+def test_run_list_and_stop(parts: GuestParts, registry: Registry) -> None:
     started = pageferry("run", "web", "--detach", "--output", "json", "--", *parts.bare("-m", "64M"))
     assert (started.returncode, started.stderr if os.geteuid() == 0 else "") == (0, "")
     (workload,) = listed()
@@ -67,10 +67,10 @@ def test_from_run_to_stop(parts: GuestParts, registry: Registry) -> None:
     assert listed() == []
 
 
-def test_guest_that_is_busy_is_listed_and_can_be_killed(parts: GuestParts, registry: Registry) -> None:
+def test_busy_guest_is_listed_and_can_be_killed(parts: GuestParts, registry: Registry) -> None:
     async def scenario() -> int:
         guest = await QemuWorkload.start("web", parts.bare("-m", "64M"))
-        await guest.pause()  # keeps the monitor
+        await guest.pause()  # the session with the monitor stays open
         (workload,) = await asyncio.to_thread(listed)
         assert (workload["status"], workload["memory"]) == ("busy", None)
         stopped = await asyncio.to_thread(pageferry, "stop", "--kill", "web")
@@ -83,7 +83,7 @@ def test_guest_that_is_busy_is_listed_and_can_be_killed(parts: GuestParts, regis
 
 
 def start_in_foreground(parts: GuestParts) -> subprocess.Popen[str]:
-    """`pageferry run` with QEMU's monitor on its terminal, once the guest is managed."""
+    """Start `pageferry run` with QEMU's monitor on its terminal, and wait until the guest is registered."""
     words = ["run", "web", "--", *parts.bare("-m", "64M", "-monitor", "stdio")]
     pipe = subprocess.PIPE
     command = subprocess.Popen(
@@ -94,7 +94,7 @@ def start_in_foreground(parts: GuestParts) -> subprocess.Popen[str]:
     return command
 
 
-def test_guest_in_the_foreground_ends_with_ctrl_c(parts: GuestParts, registry: Registry) -> None:
+def test_foreground_guest_ends_on_ctrl_c(parts: GuestParts, registry: Registry) -> None:
     with start_in_foreground(parts) as command:
         (workload,) = listed()
         command.send_signal(signal.SIGINT)
@@ -105,10 +105,10 @@ def test_guest_in_the_foreground_ends_with_ctrl_c(parts: GuestParts, registry: R
 
 
 @pytest.mark.parametrize(("says", "code"), [("quit", 0), ("", 10)])
-def test_guest_in_the_foreground_that_ends_by_itself(
+def test_foreground_command_reports_how_its_guest_ended(
     parts: GuestParts, registry: Registry, says: str, code: int
 ) -> None:
-    """QEMU has our terminal; its exit code is told, or that it was killed."""
+    """QEMU has the terminal of the command. The command exits with QEMU's exit code, or reports the signal."""
     with start_in_foreground(parts) as command:
         if not says:
             os.kill(listed()[0]["pid"], signal.SIGKILL)
@@ -118,21 +118,21 @@ def test_guest_in_the_foreground_that_ends_by_itself(
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_qemu_that_refuses_leaves_nothing(parts: GuestParts, registry: Registry, detach: bool) -> None:
+def test_failed_start_of_qemu_leaves_no_workload(parts: GuestParts, registry: Registry, detach: bool) -> None:
     with pytest.raises(WorkloadError, match="ended at once with exit code 1") as caught:
         asyncio.run(QemuWorkload.start("web", parts.bare("-device", "no-such-device"), detach=detach))
     assert ("'no-such-device' is not a valid device" in str(caught.value)) is detach
     assert not (registry.path / "web").exists()
 
 
-def test_program_that_is_not_there_leaves_nothing(registry: Registry) -> None:
+def test_start_of_a_missing_program_leaves_no_workload(registry: Registry) -> None:
     with pytest.raises(UsageError, match="cannot run /no/such/qemu"):
         asyncio.run(QemuWorkload.start("web", ["/no/such/qemu"]))
     assert not (registry.path / "web").exists()
 
 
-def test_start_that_is_cancelled_leaves_nothing(parts: GuestParts, registry: Registry, tmp_path: Path) -> None:
-    """A QEMU that waits for a client of its serial line answers nobody yet."""
+def test_cancelled_start_leaves_no_workload(parts: GuestParts, registry: Registry, tmp_path: Path) -> None:
+    """A QEMU that waits for a client of its serial line does not serve its monitor yet."""
     options = ["-chardev", f"socket,id=c,path={tmp_path}/serial,server=on,wait=on", "-serial", "chardev:c"]
 
     async def scenario() -> None:
@@ -147,7 +147,7 @@ def test_start_that_is_cancelled_leaves_nothing(parts: GuestParts, registry: Reg
     assert not (registry.path / "web").exists()
 
 
-def test_killed_guest_is_forgotten(parts: GuestParts, registry: Registry) -> None:
+def test_killed_guest_is_not_listed(parts: GuestParts, registry: Registry) -> None:
     async def scenario() -> None:
         guest = await QemuWorkload.start("web", parts.bare("-m", "64M"))
         os.kill(guest.pid, signal.SIGKILL)
@@ -160,7 +160,7 @@ def test_killed_guest_is_forgotten(parts: GuestParts, registry: Registry) -> Non
 
 
 @pytest.mark.usefixtures("root")
-def test_hugetlb_without_pages_says_how_many(parts: GuestParts, registry: Registry) -> None:
+def test_start_without_free_huge_pages_reports_how_many_to_add(parts: GuestParts, registry: Registry) -> None:
     with pytest.raises(UnsupportedError, match=r"needs 1048576 free pages of 2 MiB, there are \d+: add \d+ to"):
         asyncio.run(QemuWorkload.start("web", parts.bare("-m", "2T"), hugetlb=True))
     with pytest.raises(UnsupportedError, match="multiples of 2 MiB"):

@@ -1,4 +1,4 @@
-"""Two guests from one image: what is found is what plain Python finds in their RAM; zeros given back lose nothing."""
+"""Duplicates in the memory of two guests, compared with a scan in Python; discarded zero pages lose no contents."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SerialMaker = Callable[[str], Serial]
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """What is looked at is the file."""
+    """The scan reads memory files, which do not depend on the QEMU version."""
     return newest_parts
 
 
 def pages(region: Region) -> Iterator[bytes]:
-    """Everything in the file that is no hole."""
+    """The pages of a region's file that are not holes."""
     position, end = region.file_offset, region.file_offset + region.length
     while position < end:
         try:
@@ -45,7 +45,7 @@ def pages(region: Region) -> Iterator[bytes]:
 
 
 def numbered(contents: Iterator[bytes], known: dict[bytes, int]) -> list[int]:
-    """Contents as numbers, as `worth` takes them."""
+    """Contents as numbers, the form that `worth` expects."""
 
     def number(page: bytes) -> int:
         if page == page[:8] * (PAGE // 8):
@@ -57,7 +57,7 @@ def numbered(contents: Iterator[bytes], known: dict[bytes, int]) -> list[int]:
 
 @asynccontextmanager
 async def guests(parts: GuestParts, serial: SerialMaker) -> AsyncIterator[list[QemuWorkload]]:
-    """Both, running."""
+    """Two guests from the same kernel and initrd, both running."""
     started: list[QemuWorkload] = []
     lines = [serial(name) for name in NAMES]
     try:
@@ -76,12 +76,12 @@ async def guests(parts: GuestParts, serial: SerialMaker) -> AsyncIterator[list[Q
 
 
 @pytest.mark.usefixtures("root", "registry")
-def test_two_guests_from_one_image(parts: GuestParts, serial: SerialMaker) -> None:
+def test_duplicates_of_two_similar_guests_are_counted(parts: GuestParts, serial: SerialMaker) -> None:
     async def scenario() -> None:
         async with guests(parts, serial) as both:
             for guest in both:
                 await guest.pause()
-                await guest.commit()  # so that it stays paused when another session looks at it
+                await guest.commit()  # so that it stays paused while another session scans it
             known: dict[bytes, int] = {}
             contents = [numbered(pages(guest.regions[0]), known) for guest in both]
             blocks = allocated(both)
@@ -97,7 +97,7 @@ def test_two_guests_from_one_image(parts: GuestParts, serial: SerialMaker) -> No
             assert found.memory == sum(map(len, contents)) * PAGE
             assert found.possible == expected["zero"] * PAGE
             both[:] = [await QemuWorkload.attach(name) for name in NAMES]
-            assert allocated(both) == blocks, "looking allocates nothing"
+            assert allocated(both) == blocks, "the scan allocates no memory"
             for guest in both:
                 await guest.resume()
 
@@ -105,7 +105,7 @@ def test_two_guests_from_one_image(parts: GuestParts, serial: SerialMaker) -> No
 
 
 @pytest.mark.usefixtures("root", "registry")
-def test_zeros_of_running_guests_are_given_back(parts: GuestParts, serial: SerialMaker) -> None:
+def test_zero_pages_of_running_guests_are_discarded(parts: GuestParts, serial: SerialMaker) -> None:
     async def scenario() -> None:
         async with guests(parts, serial) as both:
             before = allocated(both)
@@ -126,5 +126,5 @@ def test_zeros_of_running_guests_are_given_back(parts: GuestParts, serial: Seria
 
 
 def allocated(both: list[QemuWorkload]) -> list[Any]:
-    """Bytes that the RAM files take."""
+    """Bytes allocated for each guest's memory file."""
     return [os.fstat(guest.regions[0].fd).st_blocks * 512 for guest in both]

@@ -1,4 +1,4 @@
-"""A destination whose file system is smaller than the guest's memory refuses before the guest is handed over."""
+"""Migration into a file system that is smaller than the guest's memory is refused before the commit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filed(Traveller):
-    """A guest with a memory file of the user."""
+    """A guest whose memory is in a file chosen by the user."""
 
     def in_file(self, path: Path, name: str) -> list[str]:
         backend = f"memory-backend-file,id=ram,size=64M,share=on,align=2M,mem-path={path}"
@@ -40,7 +40,7 @@ class Filed(Traveller):
         return self.in_file(Path(f"/dev/shm/pageferry-{self.folder.name}-{name}"), name)
 
 
-def test_postcopy_into_a_file_system_that_is_too_small_is_refused(
+def test_postcopy_into_a_too_small_file_system_is_refused(
     payload_on_tcg: GuestParts, tmp_path: Path, small: Path
 ) -> None:
     guest = Filed(payload_on_tcg, tmp_path, memory="64M", checker="ferry.mib=32")

@@ -1,4 +1,4 @@
-"""Guests from images for three kinds of users: on demand where that is allowed, loaded first where it is not."""
+"""Restores by three kinds of users: on demand if userfaultfd is permitted, loaded in full before the start if not."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DEVICE = Path("/dev/userfaultfd")
 
 @pytest.fixture(scope="module")
 def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a guest at work."""
+    """An image of a running guest."""
     return image_of_a_guest(newest_parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture
 def folder(image: Path) -> Iterator[Path]:
-    """A folder that every user may write to, with a copy of the image."""
+    """A directory that every user may write to, with a copy of the image."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         pytest.skip("any user may have a userfaultfd here")
     with tempfile.TemporaryDirectory() as made:
@@ -43,7 +43,7 @@ def folder(image: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def device() -> Iterator[None]:
-    """/dev/userfaultfd for every user."""
+    """Make /dev/userfaultfd accessible to every user."""
     if not DEVICE.exists():
         pytest.skip(f"no {DEVICE}")
     before = DEVICE.stat().st_mode
@@ -55,10 +55,10 @@ def device() -> Iterator[None]:
 
 
 def restored(kind: str, folder: Path, parts: GuestParts) -> list[dict[str, Any]]:
-    """Restore a guest as a user of this kind, let it check its memory, and end it; the events of the restore."""
+    """Restore a guest as this kind of user, let it verify its memory, and stop it. Return the events of the restore."""
     serial = Serial(folder / "serial")
     command = parts.command(serial, *OPTIONS)
-    if kind == "user":  # who may not suspend QEMU's own filter, so that this would be the reason
+    if kind == "user":  # only /dev/userfaultfd must be the reason, not the sandbox, which this user cannot suspend
         command[command.index("-sandbox") + 1] = "off"
     restore = ("restore", "web", str(folder / "image"), "--detach", "--output", "json", "--", *command)
     done = users.run(kind, folder, "-m", "pageferry", *restore)
@@ -72,7 +72,7 @@ def restored(kind: str, folder: Path, parts: GuestParts) -> list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("kind", users.KINDS)
-def test_guest_of_each_user_runs_from_an_image(newest_parts: GuestParts, folder: Path, kind: str) -> None:
+def test_each_kind_of_user_can_restore_a_guest(newest_parts: GuestParts, folder: Path, kind: str) -> None:
     events = restored(kind, folder, newest_parts)
     result = events[-1]
     assert result["type"] == "restore"
@@ -87,8 +87,10 @@ def test_guest_of_each_user_runs_from_an_image(newest_parts: GuestParts, folder:
         assert "/dev/userfaultfd" in str(result["eager-reason"])
 
 
-def test_device_makes_a_restore_of_an_ordinary_user_lazy(newest_parts: GuestParts, folder: Path, device: None) -> None:
-    """QEMU opens it, at our request: the userfaultfd must be of its memory."""
+def test_restore_by_an_ordinary_user_with_the_device_is_lazy(
+    newest_parts: GuestParts, folder: Path, device: None
+) -> None:
+    """QEMU opens the device on request, because the userfaultfd must belong to QEMU's address space."""
     result = restored("user", folder, newest_parts)[-1]
     assert result["eager-reason"] is None
     assert result["deferred"] > 0

@@ -1,4 +1,4 @@
-"""Receivers that wait: they end with their QEMU, and sources that are refused leave them waiting."""
+"""Receivers without a source: they end with their QEMU, and keep listening after they refuse a source."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_receiver_ends_when_its_qemu_is_killed_in_a_round(newest_parts: GuestPar
 
 
 @pytest.mark.parametrize("other", [("--memory", "128M"), ("-smp", "2"), ("-device", "virtio-rng-pci")])
-def test_receiver_waits_on_after_a_source_that_it_refused(
+def test_receiver_keeps_listening_after_it_refuses_a_source(
     newest_parts: GuestParts, tmp_path: Path, other: tuple[str, str]
 ) -> None:
     """Memory, CPUs or devices differ."""
@@ -67,8 +67,8 @@ def test_receiver_waits_on_after_a_source_that_it_refused(
         guest.alone()
 
 
-def test_guest_that_the_destination_cannot_resume_runs_at_its_source(parts: GuestParts, tmp_path: Path) -> None:
-    """Another process has locked its disk, so that QEMU refuses `cont`."""
+def test_guest_that_the_destination_cannot_resume_runs_at_source(parts: GuestParts, tmp_path: Path) -> None:
+    """Another process has locked the disk, so QEMU refuses `cont`."""
     options = new_disk(tmp_path / "disk")
     with (
         travelling(parts, tmp_path, *options, memory="64M", checker=None) as guest,
