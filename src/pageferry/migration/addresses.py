@@ -1,4 +1,4 @@
-"""Addresses of receivers: `unix:PATH` on one host, `HOST:PORT` otherwise."""
+"""Addresses of receivers: `unix:PATH` on the same host, otherwise `HOST:PORT`."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pageferry.migration.trust import Trust
 
 UNIX = "unix:"
 MAX_ADDRESSES = 16
-"""Addresses of one name that are tried."""
+"""Maximum number of addresses tried per host name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address that was resolved: of a Unix socket if it has a `path`, of TCP otherwise."""
+    """Resolved address: of a Unix socket if `path` is set, otherwise of a TCP socket."""
 
     host: str
     port: int
     name: str = ""
-    """HOST as it was given."""
+    """Host as given by the user."""
     others: tuple[str, ...] = ()
-    """Further addresses of that name, to be tried in this order."""
+    """Further addresses of that host, in the order in which they are tried."""
     path: str = ""
 
     @property
     def family(self) -> socket.AddressFamily:
-        """Of the socket."""
+        """Address family of the socket."""
         if self.path:
             return socket.AF_UNIX
         return socket.AF_INET6 if ":" in self.host else socket.AF_INET
 
     @property
     def each(self) -> list[Address]:
-        """One address for each that the name has."""
+        """Separate address for each IP address of the host."""
         return [replace(self, host=host, others=()) for host in (self.host, *self.others)]
 
     def __str__(self) -> str:
@@ -48,10 +48,10 @@ class Address:
 
 
 def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None) -> Address:
-    """The address of `unix:PATH`, `HOST:PORT` or `[IPV6]:PORT`.
+    """Resolve `unix:PATH`, `HOST:PORT` or `[IPV6]:PORT`.
 
-    Plain TCP is neither encrypted nor authenticated, so other addresses than loopback need `trust` or `insecure`.
-    Raises UsageError.
+    TCP without TLS is neither encrypted nor authenticated, so addresses other than loopback require `trust` or
+    `insecure`. Raises UsageError.
     """
     if insecure and trust is not None:
         raise UsageError("either `tls` or `insecure`: with certificates nothing is sent in the clear")
@@ -76,7 +76,7 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an IP address is of this host alone."""
+    """Return whether an IP address is a loopback address."""
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 

@@ -1,4 +1,4 @@
-"""Migration in a few calls: what `pageferry.migrate` and `pageferry.receive` are, and what the commands use."""
+"""Python API of migrations: `migrate`, `receive`, `recover` and `take_back`, which the commands use too."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ from pageferry.workloads.settling import settled
 T = TypeVar("T")
 
 _reports: set[asyncio.Task[None]] = set()
-"""Under way; the event loop itself does not hold on to its tasks."""
+"""Reports being sent. The event loop keeps only weak references to its tasks."""
 
 
 async def migrate(
     workload: Arena | Workload, address: str, *, listener: Listener = ignore, **options: Any
 ) -> MigrationResult:
-    """Move a running workload to the receiver at `address` (unix:PATH, HOST:PORT); it runs there when this returns.
+    """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT); on return it runs there.
 
-    `options` are those of `pageferry.migration.options.Options`, which explains them: mode, max_downtime (seconds),
-    max_rounds, auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second),
-    streams, timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event for every round.
+    `options` are the fields of `pageferry.migration.options.Options`: mode, max_downtime (seconds), max_rounds,
+    auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second), streams,
+    timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after every round.
 
-    Raises MigrationError when it did not work out: the workload runs on here then, as if nothing had happened; except
-    for OutcomeUnknown, which leaves it paused until `recover` has asked the receiver, and PostcopyPaused: it runs
-    there, and waits for pages that `recover` sends. UsageError for bad options.
+    Raises UsageError for invalid options, and MigrationError if the migration failed. The workload then keeps running
+    at the source, with two exceptions: after OutcomeUnknown it is paused until `recover` has asked the receiver; after
+    PostcopyPaused it runs at the destination and waits for pages that `recover` sends.
     """
     managed(workload)
     values.function("listener", listener)
@@ -102,7 +102,7 @@ async def migrate(
 async def _of_arena(
     arena: Arena, work: Callable[[LocalWorkload, Listener], Coroutine[Any, Any, T]], listener: Listener = ignore
 ) -> T:
-    """Run an operation on an arena beside the loop of its caller, as a controller of its own (see `lifecycle`)."""
+    """Run an operation on an arena outside its caller's event loop, as a separate controller (see `lifecycle`)."""
 
     async def run(heard: Listener) -> T:
         workload = arena.workload()
@@ -115,7 +115,7 @@ async def _of_arena(
 
 
 async def _state_of(workload: Workload) -> str:
-    """How a workload continues after a migration that failed, in words."""
+    """Describe the state of a workload after a failed migration."""
     with contextlib.suppress(WorkloadError):
         if not await workload.running():
             return "stays paused"
@@ -123,9 +123,9 @@ async def _state_of(workload: Workload) -> str:
 
 
 async def _page_tables(workload: Workload, options: Options) -> Hold | None:
-    """See to it that traces can be put on. A hold on the pager of a workload whose memory is still coming."""
+    """Ensure that write traces can be installed. Return the pager, acquired, of a workload with deferred memory."""
     if options.mode == "postcopy":
-        # Everything is asked for when it runs elsewhere: then it must be here.
+        # The destination may request any page once the workload runs there, so all pages must be loaded first.
         await settled(workload)
         return None
     hold = await held(workload)
@@ -155,18 +155,17 @@ async def receive(
     tls: str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
 ) -> Arena:
-    """Wait at `address` for an arena, and return it when it runs here.
+    """Listen at `address` for an arena, and return it when it runs in this process.
 
-    `address`: unix:PATH, for sources on this host, or HOST:PORT (port 0: any free one). Without certificates a source
-    on this host is accepted only if it is a process of root or of our user.
+    `address`: unix:PATH, for sources on this host, or HOST:PORT (port 0: any free port). Without certificates, a source
+    on this host is accepted only if its process belongs to root or to our user.
 
-    Name, state and callbacks are those of `Arena`; `on_resume` is called at the moment from which the arena is this
-    process's; `loop` is by default the one that awaits this. `listening` is called with the address once sources can
-    connect. An arena larger than `max_size` bytes
-    (default: the memory that is available) is refused, and so is one whose pages would come later: a thread of this
-    program that waits for a page may hold what the rest of it needs to go on. `tls`: a folder of certificates
-    (docs/tls.md); then only sources with a certificate are let in, and if `allow` has names, only those with one of
-    them. Raises MigrationError, UsageError.
+    Name, state and callbacks are those of `Arena`. `on_resume` is called when this process becomes the owner of the
+    arena; `loop` is by default the running event loop. `listening` is called with the address once sources can connect.
+    An arena larger than `max_size` bytes (default: the available memory) is rejected. So is a post-copy or hybrid
+    migration: a thread of this program that waits for a page may hold a lock that the other threads need. `tls`: a
+    directory of certificates (docs/tls.md); then only sources with a certificate are accepted, and if `allow` is not
+    empty, only those with a name in it. Raises MigrationError, UsageError.
     """
     check_arena(name, state, on_pause, on_resume, on_moved)
     most = values.optional(values.size, "max_size", max_size, 1, MAX_ARENA)
@@ -216,7 +215,7 @@ async def _receive(
     finally:
         destination.close()
         await reception.close()
-    # The arena is the caller's now; the source waits a moment for the report, and can do without.
+    # The caller owns the arena now. The source waits briefly for the report, and completes without it.
     report = asyncio.create_task(destination.report())
     _reports.add(report)
     report.add_done_callback(_reports.discard)
@@ -231,7 +230,7 @@ def open_reception(
     tls: str | os.PathLike[str] | None,
     allow: Sequence[str],
 ) -> Reception:
-    """Listen where, and to whom, the options of `receive` say. Raises UsageError."""
+    """Open a listener with the options of `receive`. Raises UsageError."""
     values.flag("insecure", insecure)
     folder, names = values.optional(values.path, "tls", tls), values.texts("allow", allow)
     if names and folder is None:
@@ -241,7 +240,7 @@ def open_reception(
 
 
 def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
-    """A fresh, empty arena for what a source announces. Raises UsageError for what no arena can take."""
+    """Create an empty arena for a Hello. Raises UsageError if the workload is not an arena or is too large."""
     if hello.kind != "arena" or [region.name for region in hello.regions] != ["arena"]:
         raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; an arena is received here")
     size, most = hello.regions[0].length, max_size or meminfo()["MemAvailable"]
@@ -260,13 +259,13 @@ async def recover(
     tls_hostname: str | None = None,
     listener: Listener = ignore,
 ) -> Owner:
-    """Ask the peer what became of a migration whose commit went unanswered, or of its link in post-copy; act on it.
+    """Resolve a migration whose outcome is unknown, or reconnect one that lost its link in post-copy.
 
-    `doubt`: the error that `migrate` raised; a workload that is registered by name has it on record. Returns
-    `destination` (it runs there; what was left here has been discarded) or `source` (it runs on here). Raises
-    UsageError when no migration is in doubt, OutcomeUnknown when the peer cannot be reached or knows nothing. Pages
-    that the destination still waits for are sent first; PostcopyPaused when that does not work out. `insecure`, `tls`
-    and `tls_hostname` (default: the name that the migration was sent to) are those of `Options`.
+    `doubt`: the error that `migrate` raised; not needed for a workload that is registered by name, which has a record.
+    Returns `destination` (the workload runs there, and its remains at the source have been discarded) or `source` (it
+    runs at the source). Raises UsageError if there is no such migration, OutcomeUnknown if the peer cannot be reached
+    or has no record of it. Pages that the destination lacks are sent first; raises PostcopyPaused if that fails.
+    `insecure`, `tls` and `tls_hostname` (default: the name that the migration was sent to) are those of `Options`.
     """
     managed(workload)
     values.function("listener", listener)
@@ -308,10 +307,11 @@ async def recover(
 
 
 async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
-    """Make it as it was here before the migration: running, or paused if its user had paused it. Only for a caller that
-    knows that the destination does not run it, and never will.
+    """Restore the workload at the source to its state before the migration: running, or paused if its user had paused
+    it.
 
-    `doubt` as for `recover`. Raises UsageError when it was not given away.
+    Only for a caller that knows that the destination does not run the workload and never will. `doubt` as for
+    `recover`. Raises UsageError if the workload was not handed over.
     """
     managed(workload)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
@@ -345,7 +345,7 @@ async def _asked(
     trust: Trust | None,
     owners: frozenset[int],
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
-    """What the peer says became of a migration, and the connection to it."""
+    """Ask the peer for the outcome of a migration; yield it and the connection."""
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
     if record.owes:
         again = (

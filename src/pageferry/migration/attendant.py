@@ -1,7 +1,7 @@
-"""Whoever connects to a receiver besides the source it receives from: answered, refused, or led on.
+"""Recovery server of a receiver: serves all connections other than that of the current source.
 
-A source that is in doubt asks who owns a workload; one that owes pages to a workload of ours, and whose link has gone,
-asks the same, hears that not all have come, and goes on sending them.
+A source that has committed without receiving a reply asks for the owner of the workload. A source that has lost its
+link in post-copy asks the same, learns that pages are missing, and continues to send them.
 """
 
 from __future__ import annotations
@@ -21,41 +21,43 @@ log = getLogger(__name__)
 
 
 class Arrivals(Protocol):
-    """What takes the pages of a source that comes back."""
+    """Receiver of the pages of a source that reconnects."""
 
     async def relink(self, channel: Channel, reception: Reception) -> None:
-        """The source is at the other end of this channel, and wants to go on. The channel is kept."""
+        """Continue with the source that is connected to `channel`. Takes over the channel."""
 
 
 MAX_ASIDE = 8
-"""Connections that are attended to at the same time; of more, the oldest is closed."""
+"""Maximum number of connections served at the same time; beyond it, the oldest is closed."""
 
 
 class Attendant:
-    """Attends to connections of a reception, several at the same time: none of them keeps a source waiting."""
+    """Serves the connections of a listener concurrently, so that none of them delays a source."""
 
     def __init__(self, reception: Reception, verdicts: Verdicts) -> None:
         self.reception = reception
         self.verdicts = verdicts
         self.migration: str | None = None
-        """The one that is received here."""
+        """Identifier of the migration that is being received."""
         self.arrivals: Arrivals | None = None
-        """What takes its pages, once it may run here before all of them have come."""
+        """Receiver of its missing pages, once the workload may run before it has all of them."""
         self.settled = asyncio.Event()
-        """Set once the source of it knows what became of it."""
+        """Set once the source of this migration knows the outcome."""
         self._task: asyncio.Task[None] | None = None
         self._aside: dict[asyncio.Task[None], Channel] = {}
-        """Connections that are attended to, the oldest first, but those of sources that send pages."""
+        """Tasks that serve a connection, oldest first, without those in `_links`."""
         self._links: set[asyncio.Task[None]] = set()
+        """Tasks that serve a source which sends pages."""
         self._linking = asyncio.Lock()
 
     def begin(self, migration: str) -> None:
-        """From now on attend to everybody, in the background."""
+        """Start to serve connections in the background."""
         self.migration = migration
         self._task = asyncio.create_task(self._attend())
 
     async def until_settled(self, timeout: float) -> None:
-        """Wait until the source knows, or so long that it must have known, or died: what was decided is on disk."""
+        """Wait until the source knows the outcome, or for the time after which it has either asked or exited. The
+        decision is on disk in any case."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER * timeout):
                 await self.settled.wait()
@@ -67,7 +69,7 @@ class Attendant:
             )
 
     def close(self) -> None:
-        """Attend to nobody any more."""
+        """Stop serving connections."""
         for task in (self._task, *self._aside, *self._links):
             if task is not None:
                 task.cancel()
@@ -77,7 +79,7 @@ class Attendant:
             self.attend_aside(*await self.reception.control())
 
     def attend_aside(self, channel: Channel, first: messages.AnyMessage) -> None:
-        """Attend to a connection in a task of its own, and close it unless it is in use then."""
+        """Serve a connection in a separate task, which closes it unless the connection has been taken over."""
         while len(self._aside) >= MAX_ASIDE:
             oldest = next(iter(self._aside))
             del self._aside[oldest]
@@ -95,7 +97,7 @@ class Attendant:
                 await channel.close()
 
     async def attend_to(self, channel: Channel, first: messages.AnyMessage) -> bool:
-        """Answer or refuse; True when the channel is in use from now on."""
+        """Reply to the first message, or refuse it. Return whether the channel has been taken over."""
         try:
             if isinstance(first, messages.Hello):
                 raise UsageError("this receiver receives another workload, or has done so already")
@@ -107,9 +109,9 @@ class Attendant:
             return False
 
     async def answer(self, channel: Channel, question: messages.AnyMessage) -> bool:
-        """Tell a source who owns the workload. Where nothing was decided it is decided now: for the source.
+        """Report the owner of a workload to its source. If nothing has been decided, decide for the source.
 
-        True when the source owes pages, and sends them over this channel's connections from now on.
+        Return whether the channel has been taken over by a source that sends missing pages.
         """
         if not isinstance(question, messages.Recover):
             raise ProtocolError(f"the peer began with {type(question).__name__}")
@@ -133,7 +135,7 @@ class Attendant:
         return False
 
     async def _relink(self, arrivals: Arrivals, channel: Channel) -> None:
-        """Take the pages of a source that came back; of several connections of it, one after the other."""
+        """Receive pages from a source that has reconnected. Its connections are served one after the other."""
         task = asyncio.current_task()
         if task is not None and self._aside.pop(task, None) is not None:
             self._links.add(task)
@@ -142,7 +144,8 @@ class Attendant:
             await arrivals.relink(channel, self.reception)
 
     async def _refuse_pages(self, channel: Channel) -> None:
-        """It is somebody else on this host whom its pages are for. A source that owes none says nothing, and goes."""
+        """Refuse pages of a workload that is received by another receiver of this host. A source without missing pages
+        sends nothing and closes the connection."""
         try:
             await channel.receive(messages.Serve)
         except PageferryError:

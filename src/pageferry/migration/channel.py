@@ -1,6 +1,6 @@
-"""The control connection: typed messages over a stream, with every wait bounded.
+"""Control connection: typed messages over a stream, with a timeout on every wait.
 
-A task reads all the time, so that an Abort or a lost link is noticed at once and ends whatever is under way: see
+A task reads continuously, so that an Abort or a lost link is noticed at once and ends the operation in progress: see
 `Channel.during`.
 """
 
@@ -23,23 +23,23 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 BEAT = 1.0
-"""Seconds between signs of life."""
+"""Seconds between keepalives."""
 QUEUED = 16
-"""Messages that may wait to be looked at; a peer that sends more has to wait."""
+"""Maximum number of received messages that are queued; beyond it, the peer is blocked."""
 ANSWER = 4.0
-"""Times its timeout that a side waits for what the peer has to say next, however alive that says it is."""
+"""Factor of the timeout that a side waits for the next expected message; keepalives do not extend it."""
 LAST_WORDS = 0.5
-"""Seconds to wait for the peer's reason after a connection failed."""
+"""Seconds to wait for the peer's reason after a connection has failed."""
 
 
 class Reader(Protocol):
-    """What is used of an asyncio.StreamReader."""
+    """Subset of asyncio.StreamReader that `Channel` uses."""
 
     async def readexactly(self, n: int, /) -> bytes: ...
 
 
 class Writer(Protocol):
-    """What is used of an asyncio.StreamWriter."""
+    """Subset of asyncio.StreamWriter that `Channel` uses."""
 
     def write(self, data: bytes, /) -> None: ...
     async def drain(self) -> None: ...
@@ -48,7 +48,7 @@ class Writer(Protocol):
 
 
 class Channel:
-    """A control connection to a peer. `timeout`: seconds of silence after which the peer counts as lost."""
+    """Control connection to a peer. `timeout`: seconds of silence after which the peer counts as lost."""
 
     def __init__(
         self,
@@ -64,20 +64,20 @@ class Channel:
         self._writer = writer
         self.timeout = timeout
         self.peer = peer
-        """Who it is, if the connection is secure."""
+        """Authenticated peer; None without TLS."""
         self.address = address
-        """Where it was connected to; None where the peer connected."""
+        """Address connected to; None if the peer has connected."""
         self.owners = owners
-        """Users besides root that the peer may be of, if the connection is not secure."""
+        """Users other than root that the peer process may belong to; used without TLS only."""
         self.limit = messages.MAX_MESSAGE
-        """Largest message that is accepted from the peer, bytes."""
+        """Maximum length of a message from the peer, bytes."""
         self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(QUEUED)
         self._failure: asyncio.Future[MigrationError] = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
 
     @property
     def failure(self) -> MigrationError | None:
-        """Why nothing comes any more; None while the connection is well."""
+        """Cause of the failure of the connection; None while it works."""
         return self._failure.result() if self._failure.done() else None
 
     async def send(self, message: Message) -> None:
@@ -90,9 +90,10 @@ class Channel:
             raise await self._lost(f"the connection to the peer broke: {str(error) or type(error).__name__}") from error
 
     async def receive(self, kind: type[M], within: float | None = None) -> M:
-        """The next message, which must be of this kind, and come within so many seconds (default: `ANSWER`).
+        """Return the next message, which must be of this kind and be received within `within` seconds (default:
+        `ANSWER` times the timeout).
 
-        Raises PeerRefused (it sent Abort), ProtocolError (it sent something else), ConnectionLost.
+        Raises PeerRefused (the peer sent Abort), ProtocolError (it sent another message), ConnectionLost.
         """
         message = await self._next(kind.__name__, within)
         if not isinstance(message, kind):
@@ -100,11 +101,11 @@ class Channel:
         return message
 
     async def receive_any(self) -> AnyMessage:
-        """The next message, whatever it is. Raises as `receive`."""
+        """Return the next message, of any kind. Raises as `receive`."""
         return await self._next("what comes next")
 
     async def during(self, work: Awaitable[T]) -> T:
-        """The result of `work`, unless the connection fails first: then `work` is cancelled and the failure raised."""
+        """Return the result of `work`. If the connection fails first, cancel `work` and raise the failure."""
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait((task, self._failure), return_when=asyncio.FIRST_COMPLETED)
@@ -123,7 +124,7 @@ class Channel:
             raise await self._lost(str(error)) from error
 
     async def abort(self, reason: str) -> None:
-        """Tell the peer that the migration is over, if it can still be told."""
+        """Send Abort to the peer, if the connection still works."""
         with contextlib.suppress(MigrationError):
             await self.send(Abort(reason=reason[:4096]))
 
@@ -137,7 +138,7 @@ class Channel:
                 await self._writer.wait_closed()
 
     async def _next(self, what: str, within: float | None = None) -> AnyMessage:
-        """The next message. Signs of life are not enough here: a paused workload may wait for it."""
+        """Return the next message. Keepalives do not extend the wait: a paused workload may depend on the message."""
         seconds = ANSWER * self.timeout if within is None else within
         try:
             async with asyncio.timeout(seconds):
@@ -146,7 +147,7 @@ class Channel:
             raise ConnectionLost(f"the peer is alive, and has not said {what} for {seconds:g} s") from slow
 
     async def _lost(self, reason: str) -> MigrationError:
-        """The failure to report: the peer's own reason, if one arrives within a moment."""
+        """Return the failure to report: the peer's reason if it is received within `LAST_WORDS` seconds."""
         await asyncio.wait((self._failure,), timeout=LAST_WORDS)
         if self._failure.done() and isinstance(self._failure.result(), PeerRefused | AuthenticationError):
             return self._failure.result()
@@ -164,7 +165,7 @@ class Channel:
                     raise PeerRefused(f"the peer ended the migration: {message.reason}")
                 if not isinstance(message, Alive):
                     await self._inbox.put(message)
-        except TimeoutError:  # ours, or the kernel's (TCP_USER_TIMEOUT)
+        except TimeoutError:  # from asyncio.timeout, or from the kernel (TCP_USER_TIMEOUT)
             self._fail(ConnectionLost(f"the peer has been silent for {self.timeout:g} s"))
         except (EOFError, OSError) as error:
             self._fail(ConnectionLost(f"the peer closed the connection{f': {error}' if str(error) else ''}"))

@@ -1,7 +1,7 @@
-"""Sending memory whose contents are still to come to the source itself: a restore is under way there (S8, S10).
+"""Sends memory that is still deferred at the source, where a restore is in progress (S8, S10).
 
-Pages are brought just ahead of being sent, a part at a time, so that the first ones are on their way when hardly any
-have come. Parts grow, because each costs a look at what is in memory.
+Pages are loaded one part ahead of sending, so that sending starts while almost all pages are deferred. Parts grow,
+because each costs a scan of the pages that are present.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pageferry.migration.native import off_loop
 from pageferry.workloads.holding import Hold
 
 FIRST = (16 << 20) // SMALL_PAGE
-"""Pages of the first part; each one has twice as many as the one before..."""
+"""Pages of the first part; each further part has twice as many as the part before."""
 MOST = 16
-"""...up to one part in so many of the whole."""
+"""Divisor that limits the parts: none is larger than all pages divided by this."""
 
 Part = tuple[int, int, int]
-"""(number of the region, first page, pages)"""
+"""(region number, first page, number of pages)"""
 
 
 async def send_as_it_comes(
     hold: Hold, sender: BlockSender, mappings: Sequence[Mapping], pages: Sequence[PageSet], number: int
 ) -> None:
-    """Send these pages (one set per region) as round `number`, while others are still being brought.
+    """Send these pages, one set per region, as round `number`, and load deferred pages ahead of sending them.
 
-    Raises what `BlockSender.send` does; RestoreError, ImageError when contents cannot be had.
+    Raises the errors of `BlockSender.send`, and RestoreError or ImageError if contents cannot be loaded.
     """
     none = [PageSet(region.pages) for region in pages]
     bringing: asyncio.Task[None] | None = None
@@ -50,7 +50,7 @@ async def send_as_it_comes(
 
 
 def part_of(region: PageSet, first: int, count: int) -> PageSet:
-    """The pages of a set that are among `count` from `first` on, or up to the end of the region."""
+    """Return the pages of a set that are among `count` pages from `first` on. The range may exceed the region."""
     part = region.copy()
     part.remove(0, first)
     part.remove(min(first + count, region.pages), region.pages)
@@ -58,7 +58,7 @@ def part_of(region: PageSet, first: int, count: int) -> PageSet:
 
 
 def parts(regions: Sequence[int]) -> Iterator[Part]:
-    """Regions of so many pages, cut into parts."""
+    """Cut regions, given by their number of pages, into parts."""
     size, most = FIRST, max(FIRST, sum(regions) // MOST)
     for region, pages in enumerate(regions):
         first = 0
@@ -70,13 +70,13 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
 
 
 async def bring_rest(hold: Hold, regions: Sequence[int]) -> None:
-    """Have all pages of regions of so many pages in memory, for who sends them when the workload runs elsewhere."""
+    """Load all pages of regions, given by their number of pages: post-copy needs them present."""
     for part in parts(regions):
         await _bring(hold, part)
 
 
 def _of(pages: Sequence[PageSet], part: Part) -> PageSet:
-    """Those pages of a part that are in the sets."""
+    """Return the pages of the sets that lie in a part."""
     region, first, count = part
     return part_of(pages[region], first, count)
 

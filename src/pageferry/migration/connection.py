@@ -1,6 +1,7 @@
 """Connections of a migration: the control connection, and page streams to the same address.
 
-Under TLS both ends show certificates; without, the kernel names the user of a peer on the same host (`peer_users`).
+With TLS, both sides present certificates. Without it, the kernel reports the user of a peer process on the same host
+(`peer_users`).
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ log = getLogger(__name__)
 INDEX_BYTES = 4
 MAGIC_BYTES = len(messages.CONTROL_MAGIC)
 GREETING_BYTES = messages.TOKEN_BYTES + INDEX_BYTES
-"""Of a page stream, after the magic."""
+"""Length of the greeting of a page stream, bytes: token and stream number, after the magic."""
 LINGER = 1.0
-"""Seconds for which a peer that was refused may go on sending before it must have read why."""
+"""Seconds for which a rejected peer can read the reason before the connection is closed."""
 RETRY = 0.1
-"""Seconds until the next try after a connection could not be accepted."""
+"""Seconds between attempts to accept connections after a failure."""
 GREETING = 5.0
-"""Seconds that a connection has to say what it is."""
+"""Seconds within which a connection has to identify its kind."""
 ACCEPTING = 0.005
-"""Seconds between two looks whether a connection has been accepted."""
+"""Interval in seconds at which to check whether the peer has accepted a connection."""
 MAX_WAITING = 8
-"""Sources that may wait for the receiver to turn to them; others are closed."""
+"""Maximum number of sources queued for the receiver; further ones are rejected."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageStream:
-    """A connected, blocking socket for the engine, and under TLS its session."""
+    """Connected, blocking socket for the engine, with its TLS session if there is one."""
 
     connection: socket.socket
     session: TlsSession | None = None
 
     @property
     def handle(self) -> int | tuple[int, TlsSession]:
-        """As the engine takes it, which duplicates the descriptor."""
+        """Descriptor, with the TLS session if there is one, for the engine; it duplicates the descriptor."""
         number = self.connection.fileno()
         return number if self.session is None else (number, self.session)
 
@@ -70,10 +71,10 @@ class PageStream:
 async def connect_control(
     address: Address, timeout: float, trust: Trust | None = None, owners: Collection[int] | None = None
 ) -> Channel:
-    """A control connection to a receiver, at the first address of its name that answers.
+    """Open a control connection to a receiver, at the first address of the host that accepts it.
 
-    `owners`: users besides root whose receiver may get the workload, without `trust` (default: our own). Raises
-    ConnectionLost, AuthenticationError.
+    `owners`: users other than root whose receiver may get the workload; used without `trust` (default: our user).
+    Raises ConnectionLost, AuthenticationError.
     """
     owners = peer_users.owners_of() if owners is None else owners
     connection, address = await connect(address, timeout)
@@ -90,9 +91,9 @@ async def connect_control(
 
 
 async def _authenticate(connection: socket.socket, owners: Collection[int], timeout: float) -> None:
-    """Have the kernel say whose process accepted a connection on this host. Raises AuthenticationError, ConnectionLost.
+    """Check the user of the process that accepts a connection on this host. Raises AuthenticationError, ConnectionLost.
 
-    Before it is accepted no process has it.
+    The socket belongs to a process only once it is accepted, so the check is repeated until then.
     """
     try:
         async with asyncio.timeout(timeout):
@@ -106,8 +107,7 @@ async def _authenticate(connection: socket.socket, owners: Collection[int], time
 
 
 async def connect_stream(control: Channel, address: Address, token: bytes, index: int) -> PageStream:
-    """A page stream to the receiver at the other end of `control`, and no other. Raises ConnectionLost,
-    AuthenticationError."""
+    """Open a page stream to the same receiver as `control`. Raises ConnectionLost, AuthenticationError."""
     connection, address = await connect(control.address or address, control.timeout)
     greeting = messages.STREAM_MAGIC + token + index.to_bytes(INDEX_BYTES, "big")
     session = None if control.peer is None else control.peer.page_session()
@@ -148,8 +148,8 @@ async def _shake_hands(
 
 
 async def connect_streams(control: Channel, address: Address, token: bytes, numbers: Sequence[int]) -> list[PageStream]:
-    """Page streams of these numbers, in order. Raises as `connect_stream`, or PeerRefused with the reason that the
-    receiver gives on `control`; no stream is left open then."""
+    """Open page streams with these numbers, in order. Raises as `connect_stream`, or PeerRefused with the reason that
+    the receiver sends on `control`; all streams are closed then."""
 
     async def connect_all() -> list[PageStream]:
         with contextlib.ExitStack() as opened:
@@ -161,11 +161,11 @@ async def connect_streams(control: Channel, address: Address, token: bytes, numb
 
 
 class Reception:
-    """A listening socket that tells control connections and page streams apart by how they begin.
+    """Listener of a receiver: accepts control connections and page streams, which it distinguishes by their magic.
 
-    Every connection is greeted by a task of its own, so that one that says nothing keeps nobody else waiting; what
-    does not begin as it must within `GREETING` seconds is closed. `timeout` is that of the control connections. With
-    `trust` nothing is accepted in the clear, and without it nothing else.
+    Each connection is greeted by a separate task, so that a silent one does not delay others. A connection without a
+    valid greeting within `GREETING` seconds is closed. `timeout` is that of the control connections. With `trust`, only
+    TLS connections are accepted, and without it only unencrypted ones.
     """
 
     def __init__(self, address: Address, timeout: float = 30.0, trust: Trust | None = None) -> None:
@@ -174,26 +174,26 @@ class Reception:
         self._owners = peer_users.owners_of()
         self._listener = Listener(address)
         self.address = self._listener.address
-        """Where it listens; the port is the one the kernel chose when 0 was asked for."""
+        """Address it listens on, with the port that the kernel has chosen if the port was 0."""
         self._controls: asyncio.Queue[tuple[Channel, AnyMessage]] = asyncio.Queue(MAX_WAITING)
         self._expected: dict[bytes, _Expected] = {}
         self._greeters: set[asyncio.Task[None]] = set()
         self._task = asyncio.create_task(self._accept())
 
     async def control(self) -> tuple[Channel, AnyMessage]:
-        """The next control connection, and the first message that came over it."""
+        """Return the next control connection with its first message."""
         return await self._controls.get()
 
     def expect(self, token: bytes, control: Channel) -> None:
-        """From now on, page streams that begin with this token are kept for `streams`; only those of the peer at the
-        other end of `control`, if that is secure."""
+        """Keep page streams that begin with this token, for `streams`. If `control` uses TLS, only those that present
+        the certificate of its peer."""
         certificate = None if control.peer is None else control.peer.certificate
         self._expected[token] = _Expected(asyncio.Queue(), certificate)
 
     async def streams(self, token: bytes, count: int, timeout: float) -> list[PageStream]:
-        """All page streams that begin with the token, in their order. The token is used up then.
+        """Return all page streams that begin with the token, ordered by number. The token is invalid afterwards.
 
-        Raises ConnectionLost when they do not all come, ProtocolError for a number twice or out of range.
+        Raises ConnectionLost if some are not connected in time, ProtocolError for a duplicate or invalid number.
         """
         found: dict[int, PageStream] = {}
         try:
@@ -218,7 +218,7 @@ class Reception:
         return [found[index] for index in range(count)]
 
     async def close(self) -> None:
-        """Stop listening; connections that were handed out live on."""
+        """Stop listening. Connections that were handed out stay open."""
         for task in (self._task, *self._greeters):
             task.cancel()
         await asyncio.gather(self._task, *self._greeters, return_exceptions=True)
@@ -244,7 +244,7 @@ class Reception:
 
     async def _greet(self, connection: socket.socket) -> None:
         kept = False
-        # First of all: the user of a peer that has gone again is not known any longer.
+        # Before reading: once the peer has closed its socket, its user cannot be determined.
         refusal = self._refusal(connection) if self._trust is None else None
         try:
             async with asyncio.timeout(GREETING):
@@ -263,7 +263,8 @@ class Reception:
                 connection.close()
 
     async def _greet_known(self, connection: socket.socket, magic: bytes) -> bool:
-        """Whether it is a page stream that is kept. (A control connection has a descriptor of its own then.)"""
+        """Greet a connection. Return whether it is a page stream that is kept; the channel of a control
+        connection has its own descriptor."""
         trust = self._trust
         if magic == messages.CONTROL_MAGIC and trust is None:
             await self._greet_source(Channel(*await _streams(connection), self._timeout))
@@ -278,7 +279,7 @@ class Reception:
         return False
 
     def _refusal(self, connection: socket.socket) -> AuthenticationError | None:
-        """Why a peer without a certificate may not hand over a workload; None if it may."""
+        """Return the error if a peer without a certificate may not hand over a workload, else None."""
         try:
             known = peer_users.check_peer(connection, self._owners)
         except AuthenticationError as error:
@@ -288,7 +289,7 @@ class Reception:
         return None if known else AuthenticationError("the peer has closed the connection")
 
     def _keep(self, greeting: bytes, stream: PageStream) -> bool:
-        """Keep a page stream for `streams`, if it is one that is expected."""
+        """Keep a page stream if its token is expected. Return whether it is."""
         expected = self._expected.get(greeting[: messages.TOKEN_BYTES])
         shown = None if stream.session is None else stream.session.peer_certificate
         if expected is None or expected.certificate != shown:
@@ -297,7 +298,7 @@ class Reception:
         return True
 
     async def _greet_secure_stream(self, connection: socket.socket, trust: Trust) -> bool:
-        """Only from peers that have an authenticated control connection and were told a token over it."""
+        """Accept a page stream whose peer presents the certificate of a control connection with an expected token."""
         accepted = {each.certificate for each in self._expected.values() if each.certificate is not None}
         session = trust.identity.accept(list(accepted))
         await secure.shake_hands(connection, session)
@@ -329,7 +330,8 @@ class Reception:
         await self._greet_source(channel)
 
     async def _refuse_plainly(self, connection: socket.socket) -> None:
-        """One side speaks TLS, the other does not. In the clear: who speaks TLS takes it for what it is."""
+        """Refuse a connection if only one side uses TLS. The refusal is unencrypted; a peer that uses TLS reports it as
+        such."""
         channel = Channel(*await _streams(connection), self._timeout)
         if self._trust is None:
             reason = "this receiver does not speak TLS: start it with `tls` DIR, or migrate without"
@@ -362,20 +364,20 @@ class Reception:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """Page streams with a token that was given to a source."""
+    """Page streams expected with a token."""
 
     queue: asyncio.Queue[tuple[int, PageStream]]
     certificate: bytes | None
-    """What they must show."""
+    """Certificate that they must present; None without TLS."""
 
 
 async def _streams(connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Over the descriptor of the socket, which has none from then on."""
+    """Open asyncio streams on the socket, taking over its descriptor."""
     return await asyncio.open_connection(sock=socket.socket(fileno=connection.detach()))
 
 
 async def _linger(connection: socket.socket) -> None:
-    """Let the peer read why: closing with something of it unread would take that away."""
+    """Wait until the peer has read the reason: closing a socket with unread input resets the connection."""
     with contextlib.suppress(OSError, TimeoutError):
         connection.shutdown(socket.SHUT_WR)
         async with asyncio.timeout(LINGER):

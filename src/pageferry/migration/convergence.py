@@ -1,4 +1,4 @@
-"""When to stop copying and switch over (S2): a policy of a few lines, apart from everything that moves bytes."""
+"""Convergence policy of pre-copy: decides after each round to continue, throttle, switch over or fail (S2)."""
 
 from __future__ import annotations
 
@@ -8,51 +8,55 @@ from enum import Enum
 SMOOTHING = 0.5
 """Weight of the newest round in the bandwidth estimate."""
 STALL_ROUNDS = 4
-"""So many rounds in a row without progress are a stall."""
+"""Number of consecutive rounds without progress that count as a stall."""
 HYBRID_BUDGET = 1.8
-"""With post-copy to fall back on, nothing is sent more than so many times on average. Less than twice, because a
-round may leave more than the one before it."""
+"""Budget of a hybrid migration: how often each byte may be sent on average before it switches to post-copy. Less than
+2, because a round may leave more than the previous one."""
 PROGRESS = 0.9
-"""A round makes progress when it leaves less than this part of the least that was ever left."""
+"""A round makes progress if it leaves less than this fraction of the lowest remainder so far."""
 
 
 class Decision(Enum):
-    """What comes after a round."""
+    """Next step after a round."""
 
     CONTINUE = "continue"
     SWITCH_OVER = "switch-over"
     THROTTLE = "throttle"
-    """Slow the workload down by a further step, and continue."""
+    """Apply the next throttle step, then continue."""
     STALLED = "stalled"
 
 
 @dataclass(slots=True)
 class Convergence:
-    """Looks at what each round left over.
+    """Decides after each round from the bytes it has left.
 
-    Switches over when the rest can be sent within `max_downtime` seconds at the bandwidth measured, and gives up when
-    `max_rounds` rounds have not brought it there, or when `STALL_ROUNDS` rounds in a row brought it no nearer.
+    Switches over if the remaining bytes can be sent within `max_downtime` seconds at the measured bandwidth. Reports a
+    stall after `max_rounds` rounds, or after `STALL_ROUNDS` consecutive rounds without progress.
     """
 
     max_downtime: float
-    """Seconds that sending the rest may take while the workload is paused."""
+    """Maximum expected time for sending the remaining bytes while the workload is paused, seconds."""
     max_rounds: int
     budget: float = float("inf")
-    """A further round is only begun where all that is sent stays below so many times what the first one sent, even if
-    everything of that round has to be sent once more. Otherwise that is a stall too."""
+    """Maximum bytes to send, as a multiple of the bytes of the first round. A round that could exceed it, if all of its
+    pages had to be sent again, is a stall."""
     throttles: int = 0
-    """So many times the workload can be slowed down: after each round that brought the rest no nearer."""
+    """Number of throttle steps left. One is applied after each round without progress."""
     bandwidth: float = 0.0
-    """Bytes of memory per second, smoothed. Counts memory covered, not bytes sent: zeros and compression help."""
+    """Smoothed bandwidth, bytes of memory per second. Counts the memory covered, not the bytes sent, so zero pages and
+    compression raise it."""
     rounds: int = 0
     stalled: int = 0
     least: float = field(default=float("inf"))
+    """Lowest number of bytes that a round has left so far."""
     first: int = 0
+    """Bytes of memory covered by the first round."""
     covered: int = 0
-    """Bytes of memory that the first round has sent, and all of them together."""
+    """Bytes of memory covered by all rounds together."""
 
     def after_round(self, covered: int, seconds: float, remaining: int) -> Decision:
-        """`covered` bytes of memory were sent in `seconds`; `remaining` bytes were modified meanwhile."""
+        """Decide after a round that covered `covered` bytes of memory in `seconds` and left `remaining` bytes to
+        send."""
         self.rounds += 1
         self._measure(covered, seconds)
         self.first = self.first or covered
@@ -70,13 +74,13 @@ class Convergence:
         return Decision.CONTINUE
 
     def is_hopeless(self, total: int, covered: int, seconds: float, again: int) -> bool:
-        """In the first round, of `total` bytes: whether what it will leave is certain to be a stall by then. `again`
-        bytes of the `covered` ones have been modified already, and that does not become less."""
+        """Return whether the first round, of `total` bytes, is certain to end in a stall. `again`: how many of the
+        `covered` bytes have been modified since they were sent; this number only grows."""
         left_in_time = again * seconds <= self.max_downtime * covered
         return not left_in_time and total + 2 * again > self.budget * total
 
     def expected_downtime(self, remaining: int) -> float:
-        """Seconds that sending `remaining` bytes of memory will take."""
+        """Return the expected time for sending `remaining` bytes of memory, seconds."""
         if remaining == 0:
             return 0.0
         return remaining / self.bandwidth if self.bandwidth else float("inf")

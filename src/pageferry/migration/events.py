@@ -1,4 +1,4 @@
-"""What a migration tells on the way and at its end. Names are those of QEMU's MigrationStats where it has one."""
+"""Events and result of a migration. Names are those of QEMU's MigrationStats where it has an equivalent."""
 
 from __future__ import annotations
 
@@ -15,44 +15,48 @@ PostcopyStatus = Literal["postcopy-active", "postcopy-paused", "postcopy-recover
 
 
 MAX_CELLS = 1024
-"""Of a map of large pages."""
+"""Maximum number of cells in a map of huge pages."""
 
 
 class SetupEvent(Event, frozen=True, kw_only=True, tag="setup"):
-    """Connected, traces installed."""
+    """The source is connected and the write traces are installed."""
 
     peer: str
+    """Address of the destination."""
     memory: int
-    """Bytes of all regions."""
+    """Size of all regions, bytes."""
     present: int
-    """Bytes of them that are in memory."""
+    """Memory that is present, bytes."""
     large_pages: int
+    """Number of huge pages."""
     install_ms: float
+    """Time for installing the write traces, milliseconds."""
 
 
 class LargeMap(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Where in a region large pages are: a line of cells, at most 1024 of them."""
+    """Distribution of huge pages in a region, as a line of at most 1024 cells."""
 
     region: str
     length: int
+    """Length of the region, bytes."""
     per_cell: int
-    """Units of 2 MiB that a cell stands for; the last one may stand for fewer."""
+    """2 MiB units per cell; the last cell may have fewer."""
     cells: list[int]
-    """Large pages in each."""
+    """Number of huge pages in each cell."""
 
     @classmethod
     def of(cls, region: str, length: int, units: Sequence[bool]) -> Self:
-        """From which units are large."""
+        """Make the map from one flag per unit."""
         per_cell = max(-(-len(units) // MAX_CELLS), 1)
         cells = [sum(units[start : start + per_cell]) for start in range(0, len(units), per_cell)]
         return cls(region=region, length=length, per_cell=per_cell, cells=cells)
 
 
 class LargePagesEvent(Event, frozen=True, kw_only=True, tag="large-page-map"):
-    """Where the workload's memory stands on large pages."""
+    """Distribution of huge pages in the workload's memory."""
 
     side: Literal["source", "destination"]
-    """`source`: when the migration begins; `destination`: a second after it has ended."""
+    """`source`: at the start of the migration; `destination`: a second after its end."""
     regions: list[LargeMap]
 
 
@@ -61,75 +65,82 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
 
     round: int
     pages: int
-    """Pages of the round, of all classes."""
+    """Pages sent, of all classes."""
     sent: int
     """Bytes on the wire."""
     remaining: int
-    """Bytes modified meanwhile, to be sent in the next round."""
+    """Memory modified during the round, to be sent in the next one, bytes."""
     ms: float
+    """Duration, milliseconds."""
     mbps: float
     """Megabits per second on the wire."""
     dirty_rate: int
     """Bytes of memory modified per second."""
     cpu_throttle_percentage: int = 0
-    """CPU time that was taken from the workload meanwhile, per cent (auto-converge)."""
+    """CPU time withheld from the workload during the round, per cent (auto-converge)."""
     switch_over: bool = False
-    """A round just before the pause, or in it: reported when the workload runs again. What was modified after it is in
-    the next round, and `remaining` is 0."""
+    """Whether the round was sent just before the pause or during it. Such rounds are reported when the workload runs
+    again; pages modified during one are in the next, and `remaining` is 0."""
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
-    """How far a round is. Sent several times a second."""
+    """Progress of a round. Sent several times a second."""
 
     round: int
     done: int
+    """Pages sent so far."""
     total: int
-    """Pages."""
+    """Pages of the round."""
     mbps: float
+    """Megabits per second on the wire."""
 
 
 class PostcopyEvent(Event, frozen=True, kw_only=True, tag="postcopy"):
-    """The workload runs at the destination, and its pages come; at either side. Sent several times a second."""
+    """Progress of post-copy, at the source or the destination. Sent several times a second."""
 
     status: PostcopyStatus
     remaining: int
-    """Bytes whose contents are still to come."""
+    """Deferred memory, bytes."""
     postcopy_requests: int
-    """Requests of the destination."""
+    """Number of requests from the destination."""
     mbps: float
     """Megabits per second on the wire; 0 at the destination."""
 
 
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Where the time went in which nobody ran the workload, milliseconds. `last_pages` and `device_state` overlap."""
+    """Parts of the downtime, milliseconds. `last_pages` and `device_state` overlap."""
 
     total: float
     stop: float
     last_pages: float
     device_state: float
-    """Saving it, and loading it at the destination."""
+    """Saving the device state, and loading it at the destination."""
     populate: float
     resume: float
 
 
 class LargePageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """2 MiB pages under the workload's memory."""
+    """Huge pages that back the workload's memory."""
 
     source: int
     destination: int
     fallbacks: int
-    """Large pages of the source for which the destination had none."""
+    """Huge pages of the source for which the destination had none free."""
 
 
 class PopulateCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Mappings made before the workload resumed (S1, S5)."""
+    """Page-table entries populated before the workload resumed (S1, S5)."""
 
     mode: str
+    """Value of `populate`."""
     large: int
+    """PMD mappings, of huge pages."""
     small: int
+    """PTE mappings, of base pages."""
     failed: int
+    """Huge pages whose mapping failed and is left to the first access."""
     work_ms: float
-    """Time of the prefault workers, hidden in the transfer except for `downtime.populate`."""
+    """Time of the populating threads, milliseconds; all but `downtime.populate` overlaps the transfer."""
 
 
 class FaultCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -140,80 +151,81 @@ class FaultCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class TraceCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """The write trace (S2)."""
+    """Statistics of the write trace (S2)."""
 
     granularity: str
     install_ms: float
+    """Time for installing it, milliseconds."""
     released_units: int
-    """2 MiB units that coarse traces released as a whole."""
+    """Number of 2 MiB units unprotected as a whole."""
 
 
 class PostcopyCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """What came after the workload had begun to run at the destination."""
+    """Statistics of the post-copy phase."""
 
     time: float
-    """Milliseconds from Running until every page was there."""
+    """Milliseconds from Running until every page was present."""
     pages: int
-    """Pages that were missing at the switch-over."""
+    """Number of pages missing at the switch-over."""
     faults: int
-    """Accesses that waited for a page."""
+    """Number of accesses that waited for a page."""
     service_us: float
-    """Microseconds that they waited on average."""
+    """Average waiting time of these accesses, microseconds."""
     waits: Latency
-    """How long they waited."""
+    """Distribution of the waiting times."""
 
 
 class DirectIo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Direct I/O of the workload: what was done so that none of its writes is missed (S2)."""
+    """Direct I/O of the workload, and the measures that keep its writes from being missed (S2)."""
 
     drains: int = 0
-    """Short pauses in which requests ended, while the workload ran; 0: it does no direct I/O."""
+    """Number of short pauses in which requests were completed while the workload ran; 0 if it does no direct I/O."""
     time: float = 0.0
-    """Milliseconds that the workload was paused for them."""
+    """Total duration of these pauses, milliseconds."""
     longest: float = 0.0
-    """Milliseconds."""
+    """Longest of these pauses, milliseconds."""
     pinned_pages: int = 0
-    """Pages sent in the pause because they lie in buffers registered with io_uring."""
+    """Pages sent during the pause because they belong to buffers registered with io_uring."""
 
 
 class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
-    """The end of a migration. Times in milliseconds, sizes in bytes."""
+    """Result of a migration. Times in milliseconds, sizes in bytes."""
 
     status: Status
     mode: Mode
     workload: str
     peer: str
     paused: bool = False
-    """Whether its user had paused the workload: it is paused at the destination."""
+    """Whether the workload is paused at the destination, because its user had paused it."""
     total_time: float
     setup_time: float
     downtime: float
     downtime_parts: Downtime
     phases: dict[str, float] = msgspec.field(default_factory=dict)
-    """Consecutive phases, which add up to `total-time`: setup, copy, prepare (for the pause), stop, last-pages (and the
-    state, saved meanwhile), load (wait until the destination is ready), hand-over (until it runs there), postcopy or
-    report. Those from stop to hand-over are the downtime."""
+    """Duration of the consecutive phases, which add up to `total-time`: setup, copy, prepare (for the pause), stop,
+    last-pages (with saving the state), load (until the destination is ready), hand-over (until the workload runs
+    there), and postcopy or report. The phases from stop to hand-over are the downtime."""
     transferred: int
-    """Bytes on the wire, control messages and state left out."""
+    """Bytes on the wire, without control messages and device state."""
     memory: int
     normal: int
     """Pages sent with their contents."""
     duplicate: int
     """Pages sent as zeros."""
     skipped: int
-    """Pages that are not in memory."""
+    """Pages that are not present."""
     dirty_sync_count: int
-    """Times the trace was collected."""
+    """Number of collections of the write trace."""
     mbps: float
     large_pages: LargePageCount
     populated: PopulateCount
     faults_after_resume: FaultCount | None
-    """None: the destination did not say."""
+    """None if the destination has not reported it."""
     trace: TraceCount
     direct_io: DirectIo = DirectIo()
     cpu_throttle_percentage: int = 0
-    """The most CPU time that was taken from the workload while it was copied, per cent (auto-converge)."""
+    """Maximum CPU time withheld from the workload during the migration, per cent (auto-converge)."""
     postcopy_requests: int = 0
-    """Pages that the destination asked for, because somebody waited for them."""
+    """Number of pages that the destination requested because an access waited for them."""
     postcopy: PostcopyCount | None = None
-    """None: every page was there before it ran."""
+    """None if every page was present before the workload resumed."""

@@ -1,46 +1,46 @@
-"""Control messages of a migration, and the order in which they go.
+"""Control messages of a migration, and their order.
 
-One TCP connection carries them, each as a 32-bit length (big endian) and a MessagePack map with the name of the
-message under `type`. Further connections to the same port carry storage blocks. `docs/protocol.md` explains it all::
+They are sent over one connection, each as a 32-bit length (big endian) and a MessagePack map with the name of the
+message under `type`. Further connections to the same address carry storage blocks. Specified in `docs/protocol.md`::
 
     source                                     destination
-      │ ── Hello ───────────────────────────────▶ │  versions, workload, regions, how pages will come
+      │ ── Hello ───────────────────────────────▶ │  versions, workload, regions, mode
       │ ◀────────────────────────────── Welcome ─ │  token for the page streams   (or Abort: reason)
       │ ══ page streams connect with the token ═▶ │
-      │ ── LargePages, one per region ──────────▶ │  which 2 MiB units stand on large pages (S6)
+      │ ── LargePages, one per region ──────────▶ │  2 MiB units that are backed by huge pages (S6)
       │ ── Round 1 ─────────────────────────────▶ │
       │ ══ storage blocks, barrier ═════════════▶ │
       │ ◀──────────────────────────── RoundDone ─ │
-      │    ...more rounds; the last one after the workload has been paused...
+      │    ...more rounds; the last ones after the workload has been paused...
       │ ── Hot, one per region ─────────────────▶ │  units modified during the migration (S1)
-      │ ── State..., StateEnd ──────────────────▶ │  what is not memory; State may come during the last round
-      │ ◀────────────────────────────── Ready ─── │  everything is here, loaded and populated
-      │ ── Commit ──────────────────────────────▶ │  ← from here the workload is the destination's
+      │ ── State..., StateEnd ──────────────────▶ │  device state; State may be sent during the last round
+      │ ◀────────────────────────────── Ready ─── │  everything is received, loaded and populated
+      │ ── Commit ──────────────────────────────▶ │  ← from here on, the destination owns the workload
       │ ◀────────────────────────────── Running ─ │
-      │ ◀─────────────────────────────── Report ─ │  a second later: faults, large pages
-      │ ── Done ────────────────────────────────▶ │  nobody will ask what became of it
+      │ ◀─────────────────────────────── Report ─ │  a second later: faults, huge pages
+      │ ── Done ────────────────────────────────▶ │  the source will not ask for the outcome
 
-With post-copy the workload runs before its pages are there. Before StateEnd comes `Missing`, and after Running the
-pages; a source whose link was lost goes on over a new one::
+In a post-copy migration, the workload runs before its pages are received. `Missing` precedes StateEnd, and the pages
+follow Running. A source that has lost the link continues over a new one::
 
-      │ ── Missing, one or more per region ─────▶ │  pages that come after Running, or when they are asked for
-      │ ◀═ late connections: requests, pages ═══▶ │  from here on: loading the state may need some of them
+      │ ── Missing, one or more per region ─────▶ │  pages that are sent after Running, or on request
+      │ ◀═ post-copy streams: requests, pages ══▶ │  from here on: loading the state may need some of them
       │    ...State, Ready, Commit, Running as above...
-      │ ══ late connections: all other pages ═══▶ │
-      │ ◀────────────────────────────── Arrived ─ │  every page is here: the source may forget them
+      │ ══ post-copy streams: all other pages ══▶ │
+      │ ◀────────────────────────────── Arrived ─ │  every page is received: the source may discard its copy
       │ ◀──── Report ───── Done ────────────────▶ │
 
       │ ── Recover ─────────────────────────────▶ │
-      │ ◀────────────────────────────── Outcome ─ │  the destination's, and not complete
+      │ ◀────────────────────────────── Outcome ─ │  owned by the destination, and not complete
       │ ── Serve ───────────────────────────────▶ │
-      │ ◀────────────────────────────── Welcome ─ │  token for new late connections
-      │ ◀────── Missing, one or more per region ─ │  what is still to come
-      │    ...late connections, Arrived, Done as above...
+      │ ◀────────────────────────────── Welcome ─ │  token for new post-copy streams
+      │ ◀────── Missing, one or more per region ─ │  pages that are still missing
+      │    ...post-copy streams, Arrived, Done as above...
 
-`Alive` goes both ways while something takes long. `Abort` goes both ways until Commit and ends the migration; the
-source runs on. After Commit only the destination may send it, once it has decided that it will not run the workload.
-A source that has committed and heard nothing asks later, on a new connection, with `Recover`, and is told by `Outcome`.
-Every message is bounded in size, and every wait in time.
+Both sides send `Alive` every second. Until Commit, either side may send `Abort`, which ends the migration and leaves
+the workload running at the source. After Commit, only the destination sends it, once it has decided not to run the
+workload. A source that has committed and received no reply connects again later and sends `Recover`; the reply is
+`Outcome`. Every message is bounded in size, and every wait in time.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ from msgspec import Meta
 from pageferry.errors import ProtocolError
 
 VERSION = 2
-"""Of the protocol. Peers of another version are refused by name."""
+"""Protocol version. A peer of another version is rejected with an error that names both versions."""
 
 MAX_MESSAGE = 4 << 20
-"""Largest control message, bytes."""
+"""Maximum length of a control message, bytes."""
 MAX_FIRST = 64 << 10
-"""Largest first message of a source, bytes: until it is accepted it may not make us keep more."""
+"""Maximum length of a connection's first message, bytes: bounds the memory used for peers not accepted yet."""
 MAX_STATE = 512 << 20
-"""Largest state, bytes."""
+"""Maximum length of the device state, bytes."""
 STATE_CHUNK = 1 << 20
-"""Bytes of state per message."""
+"""Bytes of device state per State message."""
 EARLY_STATE = 8 << 20
-"""Bytes of state that may be sent before the peer turns to them; it queues no more than a few messages."""
+"""Bytes of device state sent before the last round has ended. The peer queues only a few messages until then."""
 MISSING_CHUNK = 1 << 20
 """Bytes of a packed page set per message."""
 TOKEN_BYTES = 16
@@ -72,14 +72,14 @@ MAX_STREAMS = 16
 CONTROL_MAGIC = b"PFCTRL1\n"
 STREAM_MAGIC = b"PFPAGE1\n"
 SECURE_CONTROL_MAGIC = b"PFTLSC1\n"
-"""TLS follows, and in it what otherwise comes first."""
+"""A TLS handshake follows; inside the session, the plain magic."""
 SECURE_STREAM_MAGIC = b"PFTLSP1\n"
 
 Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
 Detail = Annotated[str, Meta(max_length=16 << 10)] | int | bool
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-"""A time. Not a number (NaN) and infinity are refused: arithmetic and output of the peer would fail on them."""
+"""Time in seconds. NaN and infinity are rejected: the peer could neither compute with them nor print them."""
 RegionNumber = Annotated[int, Meta(ge=0, lt=64)]
 RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 31)]
 Units = Annotated[bytes, Meta(max_length=MAX_MESSAGE)]
@@ -92,185 +92,222 @@ Mode = Literal["precopy", "postcopy", "hybrid"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Base of all messages; a field nobody knows is refused."""
+    """Base of all messages. Unknown fields are rejected."""
 
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A region as the source has it."""
+    """Memory region of the workload at the source."""
 
     name: Name
     length: Length
+    """Bytes."""
     page_size: Annotated[int, Meta(ge=4096, le=1 << 30, multiple_of=4096)]
+    """Page size of the backing file system, bytes: 4 KiB, or that of hugetlbfs."""
 
 
 class Hello(Message, frozen=True):
-    """What is to come. `version` is looked at before anything else."""
+    """Request to migrate a workload. First message of the source; the reply is Welcome, or Abort with the reason."""
 
     version: Count
+    """Protocol version of the source, checked before any other field."""
     migration: Migration
-    """Chosen at random by the source; names this migration in `Recover`."""
+    """Random identifier chosen by the source, 32 hexadecimal digits. `Recover` refers to the migration by it."""
     kind: Name
+    """Kind of workload, such as `arena`."""
     name: Name
+    """Name of the workload at the source."""
     details: Annotated[dict[Name, Detail], Meta(max_length=64)]
+    """Configuration of the workload that the destination has to match."""
     regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=64)]
     streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
+    """Number of page streams."""
     codec: Codec
+    """Compression of the storage blocks."""
     populate: Populate
+    """Page-table entries that the destination populates before Ready."""
     keep_large: bool
+    """Whether the destination backs the units of `LargePages` by huge pages."""
     mode: Mode
-    """Unless `precopy`, late connections come with the page streams, numbered after them: one for requests and their
-    answers, and as many as there are page streams for everything else."""
+    """Migration mode. In all modes but `precopy`, post-copy streams follow the page streams and are numbered after
+    them: one for requests and their replies, and one per page stream for all other pages."""
 
 
 class Welcome(Message, frozen=True):
-    """Go ahead."""
+    """Acceptance of a Hello or Serve, sent by the destination. The page streams (after Serve: post-copy streams)
+    follow."""
 
     token: Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
-    """First bytes of every page stream, so that nobody else's connection is taken for one."""
+    """Random bytes with which each of these streams begins, so that no other connection is taken for one."""
 
 
 class LargePages(Message, frozen=True):
-    """Which units of a region stand on large pages at the source: one bit each, the lowest of the first byte first."""
+    """Units of a region that are backed by huge pages at the source. Sent by the source before round 1, once per region
+    and in order."""
 
     region: RegionNumber
     units: Units
+    """Bitmap, one bit per 2 MiB unit, least significant bit first."""
 
 
 class Round(Message, frozen=True):
-    """Storage blocks follow on the page streams, and a barrier on each."""
+    """Start of a round. Sent by the source; storage blocks follow on the page streams, ended by a barrier on each, and
+    the reply is RoundDone."""
 
     number: RoundNumber
+    """Counts from 1."""
 
 
 class RoundDone(Message, frozen=True):
-    """Everything of the round has been verified and placed."""
+    """End of a round. Sent by the destination when all storage blocks of the round have been verified and placed."""
 
     number: RoundNumber
 
 
 class Hot(Message, frozen=True):
-    """Units of a region that were modified during the migration, as in `LargePages`."""
+    """Units of a region that were modified during the migration. Sent by the source after the last round, once per
+    region, if `populate` is `hot`."""
 
     region: RegionNumber
     units: Units
+    """Bitmap as in `LargePages`."""
 
 
 class Missing(Message, frozen=True):
-    """Pages of a region whose contents are not at the destination: a piece of a packed page set, regions in order."""
+    """Chunk of the set of pages that the destination lacks, for one region; regions in order. Sent by the source before
+    StateEnd (post-copy), and by the destination after Welcome when a source reconnects."""
 
     region: RegionNumber
     data: Annotated[bytes, Meta(max_length=MISSING_CHUNK)]
+    """Chunk of the packed page set."""
     last: bool
-    """The set of this region is complete."""
+    """Whether this chunk completes the set of the region."""
 
 
 class State(Message, frozen=True):
-    """A piece of the state, in order."""
+    """Chunk of the device state. Sent by the source, in order; StateEnd follows the last one."""
 
     data: Annotated[bytes, Meta(min_length=1, max_length=STATE_CHUNK)]
 
 
 class StateEnd(Message, frozen=True):
-    """The state is complete."""
+    """End of the device state. Sent by the source; the reply is Ready."""
 
     length: Annotated[int, Meta(ge=0, le=MAX_STATE)]
+    """Bytes of all State messages together."""
     digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    """BLAKE2b-256 of all of it."""
+    """BLAKE2b-256 of all State messages together."""
 
 
 class Populated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Mappings made in the workload's page tables before it resumed."""
+    """Page-table entries of the workload's processes that were populated before it resumed."""
 
     large: Count
+    """PMD mappings, of huge pages."""
     small: Count
+    """PTE mappings, of base pages."""
     failed: Count
-    """Large pages that were left to the first access."""
+    """Huge pages whose mapping failed and is left to the first access."""
     seconds: Seconds
-    """Work done for it, mostly hidden in the transfer."""
+    """Time spent by the populating threads, mostly during the transfer."""
 
 
 class Ready(Message, frozen=True):
-    """All pages and the state are here; nothing but Commit is missing. Times in seconds."""
+    """Promise of the destination to run the workload if Commit follows. All pages (in post-copy: all that are not
+    missing) and the device state are loaded."""
 
     load: Seconds
-    """Loading the state."""
+    """Seconds spent on loading the device state."""
     populate: Seconds
-    """Populating page tables after the last page came."""
+    """Seconds spent on populating page tables after the last page was received."""
     populated: Populated
 
 
 class Commit(Message, frozen=True):
-    """The workload is yours."""
+    """Transfer of ownership. Sent by the source, which never runs the workload on its own afterwards. The reply is
+    Running, or Abort if the destination has decided not to run the workload."""
 
 
 class Running(Message, frozen=True):
-    """It runs here."""
+    """Confirmation that the workload runs at the destination, which sends it after its decision is durable."""
 
     resume: Seconds
-    """Seconds it took to resume."""
+    """Seconds spent on resuming the workload."""
 
 
 class Arrived(Message, frozen=True):
-    """Every page that was missing is at the destination, and it has noted so: the source may forget its own."""
+    """Confirmation that the destination has received every missing page and recorded that durably. The source may
+    discard its copy. Sent in a post-copy migration, after Running."""
 
     requests: Count
-    """Accesses that had to wait for a page."""
+    """Number of accesses that waited for a page."""
     service: Seconds
-    """Seconds until they had it, all of them together."""
+    """Total waiting time of these accesses."""
     longest: Seconds
-    """Seconds of the longest."""
+    """Longest waiting time of an access."""
     waits: Annotated[list[Count], Meta(max_length=64)]
-    """Histogram of them: number k of those that took less than 2^k us, and 2^(k-1) us or more."""
+    """Histogram of the waiting times: bin k counts those of at least 2^(k-1) us and less than 2^k us."""
     seconds: Seconds
-    """From the first missing page to the last."""
+    """Seconds from the start of the post-copy phase until all pages were present."""
 
 
 class Report(Message, frozen=True):
-    """How it went at the destination."""
+    """Statistics of the destination. Sent a second after Running (in post-copy: after Arrived); the reply is Done."""
 
     minor_faults: Count
-    """Faults of the workload's own threads in the first second after it resumed."""
+    """Minor page faults of the workload's threads since it resumed."""
     major_faults: Count
+    """Major page faults of the workload's threads since it resumed."""
     large_pages: Count
+    """Number of huge pages that back the workload's memory."""
     fallbacks: Count
+    """Huge pages of the source for which the destination had none free."""
     populated: Populated
     units: Annotated[list[Units], Meta(max_length=64)]
-    """Which units of each region stand on large pages there, as in `LargePages`."""
+    """Units that are backed by huge pages at the destination: one bitmap per region, as in `LargePages`."""
 
 
 class Done(Message, frozen=True):
-    """The source knows that the destination runs the workload."""
+    """Acknowledgement that the source knows the outcome and will not ask for it. Last message; the destination may
+    delete its records of the migration."""
 
 
 class Alive(Message, frozen=True):
-    """Still at it."""
+    """Keepalive, sent by both sides every second."""
 
 
 class Abort(Message, frozen=True):
-    """The migration is over; the workload is the source's."""
+    """End of the migration, sent by either side before Commit and by the destination after it. The source owns the
+    workload."""
 
     reason: Annotated[str, Meta(max_length=4096)]
+    """Human-readable cause."""
 
 
 class Recover(Message, frozen=True):
-    """What became of this migration?"""
+    """Query for the outcome of a migration. First message of a source on a new connection; the reply is Outcome."""
 
     version: Count
+    """Protocol version of the source."""
     migration: Migration
+    """Identifier from `Hello`."""
 
 
 class Outcome(Message, frozen=True):
-    """Who owns the workload: once said it never changes."""
+    """Reply to Recover: the owner of the workload. An owner other than `unknown` never changes. Serve may follow if the
+    destination owns the workload and lacks pages."""
 
     owner: Owner
+    """`unknown` if this host has no record of the migration."""
     complete: bool
-    """Whether every page of it has arrived. Only then may a source that owes pages forget them."""
+    """Whether the destination has received every page. A source with missing pages may discard its copy only then."""
 
 
 class Serve(Message, frozen=True):
-    """The source has the pages that are missing, and wants to go on sending them."""
+    """Offer to send the missing pages. Sent by the source after an Outcome of `destination` that is not complete. The
+    reply is Welcome, followed by Missing."""
 
     streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
+    """Number of post-copy streams, not counting the one for requests."""
 
 
 AnyMessage = (
@@ -307,7 +344,7 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message: length, then body."""
+    """Return the frame of a message: length, then body. Raises ValueError if the body is too long."""
     body = _encoder.encode(message)
     if len(body) > MAX_MESSAGE:
         raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE}")
@@ -315,12 +352,12 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes) -> AnyMessage:
-    """A message from its body. Raises msgspec.MsgspecError for anything that is none."""
+    """Return the message of this body. Raises msgspec.MsgspecError if it is invalid."""
     return _decoder.decode(body)
 
 
 def version_of(body: bytes) -> int:
-    """The version that a message of any version speaks of, or ours: its other fields may be unknown to us."""
+    """Return the version in a message of any version, or ours if it contains none; other fields may be unknown."""
     try:
         return _version_decoder.decode(body).version
     except msgspec.MsgspecError:
@@ -328,7 +365,7 @@ def version_of(body: bytes) -> int:
 
 
 def check_version(version: int) -> None:
-    """Raises ProtocolError, naming both versions, for one that is not ours."""
+    """Raise ProtocolError, with both versions, if `version` is not ours."""
     if version != VERSION:
         raise ProtocolError(
             f"the peer speaks version {version} of the protocol, and we version {VERSION}: "
@@ -337,7 +374,7 @@ def check_version(version: int) -> None:
 
 
 def pack_units(units: list[bool]) -> bytes:
-    """Bits as in `LargePages`."""
+    """Pack a bitmap as in `LargePages`."""
     packed = bytearray((len(units) + 7) // 8)
     for number, unit in enumerate(units):
         packed[number // 8] |= unit << (number % 8)
@@ -345,7 +382,7 @@ def pack_units(units: list[bool]) -> bytes:
 
 
 def unpack_units(packed: bytes, count: int) -> list[bool]:
-    """`count` bits of what `pack_units` made. Raises ValueError when it holds another number of bytes."""
+    """Return `count` bits of a bitmap made by `pack_units`. Raises ValueError if it has another length."""
     if len(packed) != (count + 7) // 8:
         raise ValueError(f"{len(packed)} bytes for {count} units")
     return [bool(packed[number // 8] >> (number % 8) & 1) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Which pages are not at the destination, as a control connection carries it: packed page sets, piece by piece."""
+"""Transfer of the sets of missing pages over a control connection, packed and in chunks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pageferry.migration.channel import Channel
 from pageferry.migration.messages import MISSING_CHUNK, Missing
 
 PACKING = 256
-"""Bytes that a packed set may take besides its bitmap and a 256th of that: what its codec adds at the most."""
+"""Maximum overhead of a packed set besides its bitmap and a 256th of that, bytes."""
 
 
 class MissingPages:
-    """Sets of pages as they come; `pages`: of each region."""
+    """Page sets assembled from `Missing` messages. `pages`: number of pages of each region."""
 
     def __init__(self, pages: Sequence[int]) -> None:
         self._pages = list(pages)
@@ -23,11 +23,11 @@ class MissingPages:
 
     @property
     def complete(self) -> bool:
-        """Whether there is a set for each region."""
+        """Whether the sets of all regions have been received."""
         return len(self.sets) == len(self._pages)
 
     def add(self, message: Missing) -> None:
-        """The next piece. Raises ProtocolError for one that is out of place, too long, or no set of pages."""
+        """Add the next chunk. Raises ProtocolError if it is out of order, too long, or not a valid page set."""
         if self.complete or message.region != len(self.sets):
             raise ProtocolError(f"missing pages of region {message.region}, after {len(self.sets)} regions")
         pages = self._pages[message.region]
@@ -44,7 +44,7 @@ class MissingPages:
 
 
 async def send_missing(channel: Channel, sets: Sequence[PageSet]) -> None:
-    """Say which pages of each region are missing. Raises ConnectionLost."""
+    """Send the missing pages, one set per region. Raises ConnectionLost."""
     for region, pages in enumerate(sets):
         packed = pages.pack()
         for start in range(0, max(len(packed), 1), MISSING_CHUNK):
@@ -53,7 +53,7 @@ async def send_missing(channel: Channel, sets: Sequence[PageSet]) -> None:
 
 
 async def receive_missing(channel: Channel, pages: Sequence[int]) -> list[PageSet]:
-    """What `send_missing` says. Raises ProtocolError, ConnectionLost, PeerRefused."""
+    """Receive the sets that `send_missing` sends. Raises ProtocolError, ConnectionLost, PeerRefused."""
     missing = MissingPages(pages)
     while not missing.complete:
         missing.add(await channel.receive(Missing))

@@ -1,4 +1,4 @@
-"""Calls into the engine from coroutines: on a thread, cancellable, with its errors as ours."""
+"""Engine calls from coroutines: run in a thread, cancellable, with engine errors translated to pageferry's."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pageferry.host.blocking import on_thread
 T = TypeVar("T")
 
 GRACE = 0.6
-"""Seconds for cleaning up after a cancellation: a command ends within a second of a signal."""
+"""Seconds for cleaning up after a cancellation, so that a command ends within a second of a signal."""
 
 Counters = tuple[int, int, int, int, int]
-"""(bytes on the wire, storage blocks, data pages, zero pages, absent pages) of a page stream so far."""
+"""Counters of a page stream: (bytes on the wire, storage blocks, data pages, zero pages, absent pages)."""
 
 
 async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
-    """Run a blocking call as `on_thread` does.
+    """Run a blocking engine call in a thread, as `on_thread` does.
 
-    Raises ConnectionLost, ProtocolError, AuthenticationError, Cancelled, WorkloadDied, WorkloadError for what the
-    engine raises.
+    Raises ConnectionLost, ProtocolError, AuthenticationError, Cancelled, WorkloadDied or WorkloadError for the errors
+    of the engine.
     """
     try:
         return await on_thread(call, cancel)
@@ -40,9 +40,9 @@ async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = No
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which nobody can cut short: whoever cancels us meanwhile has to wait for it.
+    """Return the result of `work`, which a cancellation does not interrupt.
 
-    The cancellation is forgotten then: what `work` did cannot be undone, and its result says so.
+    The cancellation is dropped: the effects of `work` cannot be undone, and its result reports them.
     """
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -52,10 +52,11 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) -> bool:
-    """Clean up after an error. After a cancellation wait for at most GRACE seconds; return False if that was too short.
+    """Clean up after an error. After a cancellation, wait for at most GRACE seconds; return False if that was too
+    short.
 
-    A workload that does not answer is left to what happens when this process ends: a guardian lets a guest run on, and
-    the kernel takes the traces away.
+    A workload that does not respond is cleaned up when this process exits: the guardian resumes a guest, and the kernel
+    removes the write traces.
     """
     if not isinstance(error, asyncio.CancelledError):
         await to_the_end(work)
@@ -73,12 +74,12 @@ async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) 
 
 
 def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
-    """The error of ours that an error of the engine stands for."""
+    """Translate an error of the engine."""
     match error:
         case InterruptedError():
             return Cancelled("cancelled")
         case ConnectionError() | TimeoutError():
-            # With a number it is the kernel's, which does not say what it is about.
+            # An errno marks an error of the kernel, whose text does not name the connection.
             what = f"the page stream broke: {error.strerror}" if error.errno else str(error)
             return ConnectionLost(what)
         case PermissionError() if error.errno is None:

@@ -1,4 +1,4 @@
-"""What can be chosen about a migration."""
+"""Options of a migration."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 AUTO_RELEASE = 256
-"""`auto` releases a large page once so many of its 512 traces have fired. At half, no more than twice what was written
-is sent; lower lines help fast writers, and can keep a migration from converging (docs/benchmarks.md)."""
+"""`auto` releases a huge page once this many of its 512 traces have fired. At half, at most twice the written memory is
+sent; lower values help fast writers, but can keep a migration from converging (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a migration, as `pageferry migrate` has them.
+    """Options of a migration, as those of `pageferry migrate`.
 
-    Durations, sizes and rates are numbers in the unit of the field, or texts such as `30ms` and `100M`. Raises
+    Durations, sizes and rates are numbers in the unit of the field, or strings such as `30ms` and `100M`. Raises
     UsageError.
     """
 
     mode: Mode = "precopy"
-    """Which pages are there before the workload runs at the destination: all (`precopy`), none (`postcopy`: they come
-    on access), or all until copying gets no further, then the rest on access (`hybrid`)."""
+    """Pages that are present before the workload runs at the destination: all (`precopy`); none, they are fetched on
+    demand (`postcopy`); or all that were sent until the rounds stopped converging, the others on demand (`hybrid`)."""
     max_downtime: float = 0.3
-    """Seconds that the last pages may take while the workload is paused (S2)."""
+    """Maximum time for sending the last pages while the workload is paused, seconds (S2)."""
     max_rounds: int = 30
-    """Give up after so many rounds without reaching `max_downtime`."""
+    """Maximum number of rounds; the migration fails if they do not reach `max_downtime`."""
     auto_converge: bool = False
-    """Take CPU time from the workload, in steps, where rounds get no further: a pre-copy that would give up ends."""
+    """Withhold CPU time from the workload, in steps, while rounds do not converge, so that pre-copy completes."""
     trace_granularity: Granularity = "auto"
-    """Unit of the write trace (S2): every small page, whole large pages, or as the workload writes."""
+    """Unit of the write trace (S2): base pages, huge pages, or adapted to the workload's writes."""
     large_pages: LargePages = "keep"
-    """Whether a large page of the source must be one at the destination (S6, S7)."""
+    """Whether to back memory by huge pages at the destination where the source does (S6, S7)."""
     populate: Populate = "all"
-    """Which page-table entries are made before the workload resumes: of all pages, during transmission (S5); of the
-    pages modified during the migration (S1); or none."""
+    """Page-table entries to populate before the workload resumes: of all pages, during the transfer (S5); of the pages
+    modified during the migration (S1); or none."""
     codec: Codec = "none"
-    """Compression of page blocks."""
+    """Compression of storage blocks."""
     adaptive: bool = False
-    """Leave the codec out while the link is faster than it."""
+    """Send uncompressed while the link is faster than the codec."""
     bandwidth: int = 0
-    """Most bytes per second, over all page streams together; 0: no limit."""
+    """Limit for all page streams together, bytes per second; 0 for none."""
     streams: int = 1
-    """Parallel page streams."""
+    """Number of parallel page streams."""
     timeout: float = 30.0
     """Seconds of silence after which the peer counts as lost."""
     insecure: bool = False
-    """Allow addresses other than loopback, in the clear."""
+    """Allow addresses other than loopback without encryption."""
     tls: str | os.PathLike[str] | None = None
-    """Folder of certificates (`trust.Trust`): everything goes under TLS, between hosts that have shown who they are."""
+    """Directory of certificates (`trust.Trust`): use TLS with mutual authentication."""
     tls_hostname: str | None = None
-    """The name that the receiver's certificate must have; None for the host of its address."""
+    """Host name expected in the receiver's certificate; None for the host of its address."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -90,17 +90,18 @@ class Options:
             raise UsageError("`tls_hostname` needs `tls`: without certificates there is no name to compare")
 
     def trust(self) -> Trust | None:
-        """Who we are and who is believed, if `tls` says so. Raises UsageError."""
+        """Load our certificate and the trusted authority if `tls` is set. Raises UsageError."""
         if self.tls is None:
             return None
         return Trust(Path(self.tls), "source", hostname=self.tls_hostname)
 
     @property
     def release_after(self) -> int:
-        """The trace's `release_after` for the granularity chosen."""
+        """Value of the trace's `release_after` for the granularity: fired traces after which a huge page is released; 0
+        for never."""
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 
 def timeout(value: object) -> float:
-    """Seconds of silence after which a peer counts as lost. Raises UsageError."""
+    """Check a timeout: seconds of silence after which a peer counts as lost. Raises UsageError."""
     return values.duration("timeout", value, 0.1, 3600.0)

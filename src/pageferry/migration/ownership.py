@@ -1,14 +1,13 @@
-"""Who owns the workload: what each side writes down, durably, before it does what cannot be undone.
+"""Ownership of the workload: what each side persists before it takes a step that cannot be undone.
 
-1. The source records that it has committed before it sends Commit. From then on it never runs the workload of its own
-   accord.
-2. The destination decides once, for good: COMMITTED before it resumes the workload, ABORTED before it tells anybody
-   that it will not. Whichever is written first holds, whoever of its processes writes it (`Verdicts.decide`).
-   COMMITTED is withdrawn in one case: the workload's process has died, and nobody had told it to run yet.
+1. The source records that it has committed before it sends Commit. From then on it never runs the workload on its own.
+2. The destination decides once: COMMITTED before it resumes the workload, ABORTED before it reports that it will not.
+   The decision that is written first holds, regardless of the process that writes it (`Verdicts.decide`). COMMITTED is
+   withdrawn in one case: the process that was to run the workload exited before it was requested to.
+3. In post-copy, the source keeps every page until the destination has recorded that it has all of them, and has
+   reported this.
 
-3. In post-copy the source keeps every page until the destination has written down that all have arrived, and says so.
-
-So at any instant at most one side may run it, and whoever is left over can find out which: see `docs/protocol.md`.
+So at most one side can run the workload at any time, and the surviving side can find out which: see `docs/protocol.md`.
 """
 
 from __future__ import annotations
@@ -29,36 +28,38 @@ from pageferry.migration.messages import Codec
 from pageferry.workloads.protocols import Witness
 
 RECORD = "migration.json"
-"""File name of the source's record, in the folder of the workload."""
+"""File name of the source's record, in the directory of the workload."""
 
 
 VERSION = 2
-"""Version of the record. 1 had neither `version` nor `changes`."""
+"""Version of the record. Version 1 had neither `version` nor `changes`."""
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
-    """The source's record: this workload was given away, and the answer may still be out."""
+    """Record of the source that it has committed a workload, possibly without knowing the outcome."""
 
     version: int = 1
     migration: str
-    """Random name of the migration, 32 hexadecimal digits."""
+    """Identifier of the migration, 32 hexadecimal digits."""
     peer: str
-    """HOST:PORT of the destination."""
+    """Address of the destination."""
     hostname: str = ""
-    """The name that its certificate must have, under TLS."""
+    """Host name expected in the certificate of the destination, with TLS."""
     owes: bool = False
-    """Pages are only here: the workload may not be forgotten before the destination says that all have arrived."""
+    """Whether the source holds pages that the destination lacks; it must not discard them before the destination
+    reports that it has all."""
     streams: int = 1
     codec: Codec = "none"
     bandwidth: int = 0
     adaptive: bool = False
-    """How they are sent: as in `Options`."""
+    """With `streams`, `codec` and `bandwidth`: how the missing pages are sent, as in `Options`."""
     changes: dict[str, Any] = {}
-    """How to make the workload as it was: see `workloads.protocols.Revertible`. Empty: nothing is known of it."""
+    """Changes to undo before the workload runs at the source again: see `workloads.protocols.Revertible`. Empty if
+    unknown."""
 
 
 def committed(folder: Folder | None) -> Committed | None:
-    """The record in the folder of a workload; None if it was not given away. Raises WorkloadError."""
+    """Return the record in the directory of a workload, or None if there is none. Raises WorkloadError."""
     record = folder.load(RECORD, Committed) if folder is not None else None
     if record is not None and record.version > VERSION:
         raise WorkloadError(
@@ -68,33 +69,33 @@ def committed(folder: Folder | None) -> Committed | None:
 
 
 class Verdict(Enum):
-    """The destination's decision."""
+    """Decision of the destination about a migration."""
 
     COMMITTED = "committed"
-    """The workload is the destination's."""
+    """The destination owns the workload."""
     ABORTED = "aborted"
-    """The destination has given up its claim: the workload is the source's."""
+    """The destination has renounced the workload: the source owns it."""
 
 
 KEPT = 30 * 24 * 3600.0
-"""Seconds for which the decision about a migration is kept while its source has not been heard of. A source that asks
-later is told `unknown`, which is never wrong."""
+"""Seconds for which a decision is kept if its source has not acknowledged it. A source that asks later receives
+`unknown`, which is never wrong."""
 
 
 class Verdicts:
-    """Decisions of this host as a destination, one small file each; they outlive the processes that took them."""
+    """Decisions of this host as a destination, stored in small files that outlive the processes that took them."""
 
     def __init__(self, run_directory: Path) -> None:
         self._path = run_directory / ".verdicts"
 
     def begin(self, migration: str) -> None:
-        """Record that this host takes part in a migration, before anything else is known of it.
+        """Record that this host takes part in a migration, before anything else is stored about it.
 
-        Everything that is written about it later is written here already, under other names: after Commit a full
-        file system must not be what fails.
+        All later records are created here under other names, so that none of them needs space: after Commit, a full
+        file system must not cause a failure.
 
-        Raises UsageError for a number that this host knows already: what was decided then must hold, and must not be
-        forgotten with another migration. WorkloadError when it cannot be written.
+        Raises UsageError for an identifier that this host knows, because the earlier decision must hold and must not be
+        deleted with this migration; WorkloadError if the records cannot be written.
         """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,23 +120,23 @@ class Verdicts:
             raise
 
     def knows(self, migration: str) -> bool:
-        """Whether `begin` was called for it here."""
+        """Return whether `begin` was called for this migration."""
         return self._begun(migration).exists()
 
     def decide(self, migration: str, verdict: Verdict) -> Verdict:
-        """Decide, unless it has been decided already; returns what holds. Durable when this returns.
+        """Decide, unless a decision exists; return the decision that holds. It is durable on return.
 
-        Raises WorkloadError when it cannot be written: then nothing has been decided.
+        Raises WorkloadError if it cannot be written; nothing has been decided then.
         """
         target, prepared = self._verdict(migration), self._prepared(migration, verdict)
         try:
             if target.exists():
                 return Verdict(target.read_text(encoding="ascii"))
-            if not prepared.exists():  # an earlier release has begun this migration
+            if not prepared.exists():  # begun by an earlier release
                 files.replace_file(prepared, verdict.value.encode(), synced=True)
-            self._spare(migration).unlink(missing_ok=True)  # tmpfs counts a second name as a file
+            self._spare(migration).unlink(missing_ok=True)  # frees an inode: tmpfs counts a hard link as a file
             try:
-                # A link fails where the name exists: the first one holds.
+                # link(2) fails if the name exists, so the first decision holds.
                 os.link(prepared, target)
             except FileExistsError:
                 return Verdict(target.read_text(encoding="ascii"))
@@ -145,10 +146,10 @@ class Verdicts:
         return verdict
 
     def withdraw(self, migration: str) -> None:
-        """Turn a decision to run the workload into one not to: it was never run, and is not there to be run any more.
+        """Change COMMITTED to ABORTED, for a workload that was never run and whose process has exited.
 
-        Only for the process that decided, and before it has told anybody. Raises WorkloadError when it cannot be
-        written: then the decision stands.
+        Only for the process that decided, before it has reported the decision. Raises WorkloadError if it cannot be
+        written; the decision stands then.
         """
         target = self._verdict(migration)
         try:
@@ -157,9 +158,9 @@ class Verdicts:
             raise WorkloadError(f"the decision about the migration cannot be withdrawn in {target}: {error}") from error
 
     def arrive(self, migration: str) -> None:
-        """Note that every page of a workload that was missing when it began to run is here. Durable when this returns.
+        """Record that every missing page has been received. Durable on return.
 
-        Raises WorkloadError when it cannot be written: then the source keeps them.
+        Raises WorkloadError if it cannot be written; the source keeps the pages then.
         """
         try:
             self._publish(self._arriving(migration), self._arrived(migration), "")
@@ -167,16 +168,16 @@ class Verdicts:
             raise WorkloadError(f"that all pages have arrived cannot be written to {self._path}: {error}") from error
 
     def arrived(self, migration: str) -> bool:
-        """Whether `arrive` was called for it here."""
+        """Return whether `arrive` was called for this migration."""
         return self._arrived(migration).exists()
 
     def witness(self, migration: str) -> Witness:
-        """Where it can be seen that a migration was decided for this host."""
+        """Return the file and contents that prove the decision COMMITTED."""
         return Witness(self._verdict(migration), Verdict.COMMITTED.value)
 
     def forget(self, migration: str) -> None:
-        """The source knows what was decided, and will not ask."""
-        # In this order: a verdict alone would be forgotten, a beginning alone could be decided anew.
+        """Delete all records of a migration whose source knows the decision and will not ask."""
+        # `begun` first: a migration without it is unknown, but one without its decision could be decided again.
         self._begun(migration).unlink(missing_ok=True)
         self._verdict(migration).unlink(missing_ok=True)
         self._arrived(migration).unlink(missing_ok=True)
@@ -185,17 +186,17 @@ class Verdicts:
             file.unlink(missing_ok=True)
 
     def _publish(self, prepared: Path, target: Path, contents: str) -> None:
-        """Give a prepared file its name, which needs no space on the file system."""
+        """Rename a prepared file, which needs no space on the file system."""
         try:
             prepared.rename(target)
-        except FileNotFoundError:  # an earlier release has begun this migration
+        except FileNotFoundError:  # begun by an earlier release
             files.replace_file(target, contents.encode(), synced=True)
         self._sync()
 
     def _prune(self) -> None:
         oldest = time.time() - KEPT
         for file in self._path.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted it
                 if file.stat().st_mtime < oldest:
                     self.forget(file.stem)
 

@@ -1,8 +1,8 @@
-"""The user of the process at the other end of a connection on this host.
+"""User of the peer process of a connection on this host.
 
-Without certificates a peer on the same host is authenticated by the kernel: on a Unix socket by SO_PEERCRED, on TCP by
-sock_diag(7), which has the owner of every socket of this network namespace. Only root, and a user that may act for the
-workload anyway, hands one over or gets one.
+Without certificates, the kernel authenticates a peer on the same host: with SO_PEERCRED on a Unix socket, and for TCP
+with sock_diag(7), which reports the owner of every socket of this network namespace. Only root, and users that may act
+for the workload anyway, can hand over or receive it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _TIMEOUT = 2.0
 
 
 def owners_of(pids: Iterable[int] = ()) -> frozenset[int]:
-    """Users that may act for a workload besides root: our own, and those of its processes."""
+    """Return the users other than root that may act for a workload: our user, and those of its processes."""
     users = {os.geteuid()}
     for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has exited
             users.add(os.stat(f"/proc/{pid}").st_uid)
     return frozenset(users)
 
 
 def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
-    """Whether the process at the other end is known to be of root or of one of `owners`, or on another host.
+    """Return whether the peer process belongs to root or one of `owners`, or is on another host.
 
-    False: it is on this host, and has not accepted the connection yet. Raises AuthenticationError for another user,
-    ConnectionResetError where the peer has closed the connection.
+    False if it is on this host and has not accepted the connection yet. Raises AuthenticationError for another user,
+    ConnectionResetError if the peer has closed the connection.
     """
     user = _unix_user(connection) if connection.family == socket.AF_UNIX else _tcp_user(connection)
     if user is None:
@@ -63,9 +63,9 @@ def _unix_user(connection: socket.socket) -> int:
 
 
 def _tcp_user(connection: socket.socket) -> int | None:
-    """User of the socket at the other end; -1: it is on another host, None: no process has it open yet.
+    """Return the user of the peer's socket; -1 if it is on another host, None if no process has accepted it yet.
 
-    Raises AuthenticationError where that cannot be determined, ConnectionResetError.
+    Raises AuthenticationError if the user cannot be determined, ConnectionResetError.
     """
     ours, theirs = connection.getsockname(), connection.getpeername()
     try:
@@ -84,20 +84,21 @@ def _tcp_user(connection: socket.socket) -> int | None:
         ) from error
     if inode and state != _LISTEN:
         return user
-    if state != _ESTABLISHED:  # without an inode the user in the reply is 0, and means nothing
+    if state != _ESTABLISHED:  # without an inode, the user in the reply is 0 and has no meaning
         raise ConnectionResetError("the peer has closed the connection")
     return None
 
 
 def _is_closed(connection: socket.socket) -> bool:
-    """Whether the peer has closed or reset the connection."""
+    """Return whether the peer has closed or reset the connection."""
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     return bool(poll.poll(0))  # POLLHUP and POLLERR are always reported
 
 
 def _diagnose(family: socket.AddressFamily, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int, int]:
-    """(state, user, inode) of the TCP socket between two addresses. Raises OSError, FileNotFoundError without one."""
+    """Return (state, user, inode) of the TCP socket between two addresses. Raises OSError; FileNotFoundError if there
+    is none."""
     ends = [socket.inet_pton(family, end[0].partition("%")[0]).ljust(16, b"\0") for end in (local, remote)]
     ports = [end[1].to_bytes(2, "big") for end in (local, remote)]
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, *ports, *ends, 0, _NO_COOKIE, _NO_COOKIE)

@@ -1,8 +1,10 @@
-"""Post-copy at the destination: a workload runs before its pages are there, and a pager brings them from the source.
+"""Post-copy at the destination: the workload runs before its pages are received, and a pager fetches them from the
+source.
 
-Pages that are missing have a flag; an access to one waits, the pager asks the source for it, and the rest comes by
-itself. Flags and the userfaultfd of the workload outlive us (`workloads.deferred`), so that another process can go on
-where we were killed: `LateMemory.resume`. As long as there is no link the workload waits; it never sees a wrong byte.
+A deferred bitmap marks the missing pages. An access to one waits, the pager requests the page, and the source pushes
+all others. The bitmap and the workload's userfaultfd outlive this process (`workloads.deferred`), so that another one
+can take over if it is killed: see `Resumption`. While there is no link, the workload waits; it never reads wrong
+contents.
 """
 
 from __future__ import annotations
@@ -41,14 +43,15 @@ from pageferry.workloads.pager_server import PagerServer
 log = getLogger(__name__)
 
 LOOK = 0.05
-"""Seconds between two looks at the link and at the workload's life."""
+"""Interval of checks of the link and the workload, seconds."""
 TELL = 0.5
-"""Seconds between two events."""
+"""Interval of events, seconds."""
 _SYS_CLOSE = 3
 
 
 class LateMemory:
-    """Brings what is missing of one workload's memory. Made by `begin` or `resume`."""
+    """Fetches the missing pages of one workload. Start it with `begin`, or with `relink` for a workload that runs
+    already."""
 
     def __init__(
         self,
@@ -81,15 +84,15 @@ class LateMemory:
 
     @property
     def name(self) -> str:
-        """Of the workload."""
+        """Name of the workload."""
         return self.folder.name if self.folder is not None else self.record.source
 
     # -- the first link
 
     async def begin(self, missing: Sequence[PageSet], late: Sequence[PageStream], channel: Channel) -> None:
-        """From now on accesses to missing pages wait until these have come; nobody runs the workload yet.
+        """Make accesses to missing pages wait until these are received. The workload does not run yet.
 
-        `late`: connections, of which the first is for requests. Raises UnsupportedError, WorkloadError.
+        `late`: post-copy streams, the first one for requests. Raises UnsupportedError, WorkloadError.
         """
         self._channel = channel
         self._linked.set()
@@ -98,12 +101,13 @@ class LateMemory:
         Pager.set_flags(self._flags, missing)
         await off_loop(lambda: self._start(late, missing))
         if self.folder is not None:
-            # Only now: flags without a pager that has set them say that everything is there.
+            # Only now: a bitmap without a pager that has set it means that all pages are present.
             self.folder.store(deferred.POSTCOPY, self.record, synced=False)
         self._serve_questions()
 
     def _start(self, late: Sequence[PageStream], missing: Sequence[PageSet] | None) -> None:
-        """A pager over these connections: the first one of this memory with `missing`, else one that takes over."""
+        """Start a pager over these streams: the first one of this memory if `missing` is given, else one that takes
+        over."""
         ours: dict[int, int] = {}
         try:
             if missing is not None:
@@ -145,13 +149,14 @@ class LateMemory:
             self._server = PagerServer(path, self.pager, f"the source of {self.record.source}", extents)
 
     async def populate(self) -> None:
-        """Map what is here already, before the workload runs (S1, S5)."""
+        """Map the present pages before the workload runs (S1, S5)."""
         await off_loop(self._pager.populate)
 
     # -- further links
 
     async def relink(self, channel: Channel, reception: Reception) -> None:
-        """The source goes on over new connections, whatever became of the old ones. Raises MigrationError."""
+        """Continue with new connections of the source, regardless of the state of the old ones. Raises
+        MigrationError."""
         serve = await channel.receive(messages.Serve)
         token = secrets.token_bytes(messages.TOKEN_BYTES)
         reception.expect(token, channel)
@@ -180,12 +185,12 @@ class LateMemory:
         if before is not None:
             await before.close()
 
-    # -- until everything is there
+    # -- until all pages are present
 
     async def all_here(self) -> Channel:
-        """Wait until every page has come, over as many links as it takes; returns the channel of the last one.
+        """Wait until every page is present, over any number of links; return the channel of the last one.
 
-        Raises WorkloadDied when there is nobody left to need them.
+        Raises WorkloadDied if the workload has exited.
         """
         while True:
             await self._link()
@@ -208,7 +213,7 @@ class LateMemory:
                 )
 
     async def _link(self) -> None:
-        """Wait until there is one."""
+        """Wait until there is a link."""
         while not self._linked.is_set():
             self._look_at_workload()
             with contextlib.suppress(TimeoutError):
@@ -216,7 +221,7 @@ class LateMemory:
                     await self._linked.wait()
 
     async def _finished_or_lost(self, channel: Channel) -> str | None:
-        """None once everything is here; else why nothing comes any more."""
+        """Return None once all pages are present, else why the link was lost."""
         assert self.pager is not None
         pager, told = self.pager, 0.0
         while not await off_loop(lambda: pager.wait(LOOK, len(pager.failures))):
@@ -233,13 +238,13 @@ class LateMemory:
 
     def _look_at_workload(self) -> None:
         if self.pager is not None and not self.pager.pending:
-            return  # it may go where it likes
+            return  # it may have been migrated further
         for pid, started in self.started.items():
             if proc.start_time(pid) != started:
                 raise WorkloadDied(f"{self.name} (process {pid}) has ended before all of its memory had come")
 
     async def _finish(self) -> None:
-        """Everything is here: that is written down before anybody is told."""
+        """Complete the migration: record that all pages are present before reporting it."""
         fault_point("destination.all-here")
         self.seconds = time.monotonic() - self.begun
         self.verdicts.arrive(self.record.migration)
@@ -247,7 +252,7 @@ class LateMemory:
         self.complete = True
         self._counters, self._waits = self._pager.counters, self._pager.histogram
         await in_thread(self._release)
-        # It may have moved on while it arrived, and its name be another's.
+        # The workload may have been migrated further, and its name be in use by another one.
         if self.folder is not None and self._is_recorded(self.folder):
             self.folder.forget(deferred.POSTCOPY)
             (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
@@ -263,7 +268,7 @@ class LateMemory:
                 self.spaces[pid].call(_SYS_CLOSE, number)
 
     def arrived(self) -> messages.Arrived:
-        """What the source is told in the end."""
+        """Return the message that reports completion to the source."""
         faults, _, _, _, _, service, longest = self._counters
         return messages.Arrived(
             requests=faults, service=service, longest=longest, waits=self._waits, seconds=self.seconds
@@ -285,14 +290,14 @@ class LateMemory:
         return self.pager
 
     async def abandon(self) -> None:
-        """The workload stays at the source, and will never run on this memory: whoever loads its state must not wait
-        for pages that do not come any more."""
+        """Fail accesses to missing pages: the workload stays at the source, and the process that loads its state must
+        not wait for pages that are never sent."""
         if self.pager is not None:
             await off_loop(self.pager.abandon)
         self.close()
 
     def close(self) -> None:
-        """Bring nothing any more. What is missing stays missing, for whoever resumes."""
+        """Stop fetching. Missing pages stay missing, for a process that takes over."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -304,9 +309,9 @@ class LateMemory:
 
 
 class Resumption:
-    """Goes on for a workload that runs here and whose receiver was killed: `pageferry receive --resume`.
+    """Takes over for a workload that runs here and whose receiver was killed: `pageferry receive --resume`.
 
-    Raises UsageError where there is nothing to resume, or somebody at it; RestoreError, WorkloadError.
+    Raises UsageError if there is nothing to resume or another process does so already, RestoreError, WorkloadError.
     """
 
     def __init__(
@@ -325,7 +330,7 @@ class Resumption:
         self.attendant.arrivals = self.late
 
     async def run(self) -> None:
-        """Until the source knows that everything is here. Raises WorkloadDied when there is nobody to need it."""
+        """Fetch pages until the source knows that all are present. Raises WorkloadDied if the workload has exited."""
         self.attendant.begin(self.late.record.migration)
         try:
             channel = await self.late.all_here()

@@ -1,8 +1,8 @@
-"""Post-copy at the source: the pages that a workload needs where it runs now, and that are still here.
+"""Post-copy at the source: sends the pages that the workload, which runs at the destination, still lacks.
 
-The workload is paused here, so its memory is as it was when it was given away. Requests are answered on a connection of
-their own, at once; all other pages are pushed over the others, from the last requested page onward.
-They are kept until the destination has said `Arrived`. A link that goes before that is replaced by `serve_on`.
+The workload is paused here, so its memory is unchanged since the hand-over. Requests are served at once, on a separate
+connection; all other pages are pushed over the others, onwards from the last requested page. The source keeps all pages
+until the destination has sent `Arrived`. If the link is lost before, `serve_on` continues over a new one.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ PROGRESS_INTERVAL = 0.2
 
 
 class Sending(Protocol):
-    """How pages are sent: `Options`, or what is on record of them."""
+    """Parameters for sending pages: `Options`, or `Committed`."""
 
     @property
     def codec(self) -> messages.Codec:
-        """As of `Options`, like the others."""
+        """Compression of storage blocks."""
 
     @property
     def bandwidth(self) -> int:
-        """See there."""
+        """Bandwidth limit, bytes per second; 0 for none."""
 
     @property
     def adaptive(self) -> bool:
-        """See there."""
+        """Whether to send uncompressed while the link is faster than the codec."""
 
 
 class PageService:
-    """Sends the `missing` pages of a paused workload, over `late` connections: the first one is for requests."""
+    """Sends the `missing` pages of a paused workload over the `late` connections, the first of which is for
+    requests."""
 
     def __init__(
         self,
@@ -74,16 +75,16 @@ class PageService:
 
     @property
     def counters(self) -> Counters:
-        """What was sent so far."""
+        """Counters of the pages sent so far."""
         return self._server.progress
 
     @property
     def requests(self) -> int:
-        """Of the destination, so far."""
+        """Number of requests received from the destination."""
         return self._server.requests
 
     def event(self, status: events.PostcopyStatus, mbps: float = 0.0) -> events.PostcopyEvent:
-        """How far it is."""
+        """Return an event with the current progress."""
         return events.PostcopyEvent(
             status=status,
             remaining=self._server.remaining * SMALL_PAGE,
@@ -92,11 +93,11 @@ class PageService:
         )
 
     def start(self) -> None:
-        """Answer requests from now on, and nothing else: nobody runs the workload yet."""
+        """Start to serve requests. Pages are pushed only by `send_all`: the workload does not run yet."""
         self._server.start()
 
     async def send_all(self, channel: Channel, listener: Listener) -> messages.Arrived:
-        """Send the rest too, until the destination has everything. Raises MigrationError, WorkloadError."""
+        """Push the remaining pages until the destination has all. Raises MigrationError, WorkloadError."""
         telling = asyncio.create_task(self._tell(listener))
         try:
             await channel.during(off_loop(self._server.push, cancel=self._server.cancel))
@@ -107,7 +108,7 @@ class PageService:
             await asyncio.gather(telling, return_exceptions=True)
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop serving requests."""
         self._server.cancel()
 
     async def _tell(self, listener: Listener) -> None:
@@ -126,9 +127,9 @@ async def serve_on(
     timeout: float,
     listener: Listener = ignore,
 ) -> messages.Arrived:
-    """Send what the destination still misses, over new connections; it has just said that it does.
+    """Send the pages that the destination lacks over new connections, after it has reported that it lacks some.
 
-    Raises PostcopyPaused when that does not work out either: it can be tried again.
+    Raises PostcopyPaused if this fails; it can be repeated.
     """
     late: list[PageStream] = []
     service: PageService | None = None
@@ -155,7 +156,7 @@ async def serve_on(
 
 
 def paused(name: str, peer: str, error: BaseException) -> PostcopyPaused:
-    """What is to be said when the link has gone before all pages were sent."""
+    """Return the error for a link that is lost before all pages were sent."""
     return PostcopyPaused(
         f"{name} runs at {peer}, and waits there for the rest of its memory; it stays here, paused, with all of it "
         f"({str(error) or type(error).__name__}). Send the rest with: pageferry migrate {name} --recover"
