@@ -257,7 +257,7 @@ class Reception:
             log.warning("a source was refused: %s", error)
             await _linger(connection)
         except (OSError, EOFError, TimeoutError):
-            pass  # nobody we know
+            pass  # not a peer of a migration
         finally:
             if not kept:
                 connection.close()

@@ -1,8 +1,8 @@
-"""The destination of a migration: places pages while the workload runs elsewhere, then takes it over.
+"""Destination of a migration: places pages while the workload runs at the source, then takes it over.
 
-Read `Destination.run` first. Nobody uses the memory here until the source has committed, so pages are received in
-place and verified there; one that is wrong ends the migration, and the source runs on. In post-copy the workload is
-taken over before all pages are here: then `postcopy_destination` brings the rest.
+Start reading at `Destination.run`. No process uses the memory here before the source commits, so pages are received in
+place and verified there. An invalid page ends the migration, and the workload keeps running at the source. In
+post-copy, the workload is taken over before all pages are received, and `postcopy_destination` fetches the others.
 """
 
 from __future__ import annotations
@@ -50,21 +50,20 @@ from pageferry.workloads.protocols import Faults, Workload, stays_paused
 log = getLogger(__name__)
 
 POPULATE_WORKERS = 1
-"""Threads that map complete units while more pages come; mapping is far quicker than receiving."""
+"""Threads that map complete units during the transfer. One suffices: mapping is much faster than receiving."""
 WATCH_FAULTS = 1.0
-"""Seconds after the workload has resumed in which its faults are counted."""
+"""Seconds after the resume during which page faults of the workload are counted."""
 
 Prepare = Callable[[messages.Hello], Awaitable[Workload]]
-"""Makes or names the workload that is to be received; raises UsageError or WorkloadError to refuse."""
+"""Creates or looks up the workload to receive; raises UsageError or WorkloadError to refuse the source."""
 
 
 class Destination:
-    """Receives one workload. `prepare` is called for every source that asks, until one is accepted.
+    """Receives one workload. `prepare` is called for every source that connects, until one is accepted.
 
-    A source that is refused leaves the receiver listening. One that was accepted is the last, even if its migration
-    fails.
-    `folder`: where the records go of a workload whose pages are still to come; None for one without a name.
-    `ended`: raises WorkloadDied when the process ends that waits for the workload's state.
+    The receiver keeps listening after it has refused a source. It accepts one source only, even if that migration
+    fails. `folder`: returns the directory for records of post-copy; None for a workload without a name. `ended`: raises
+    WorkloadDied if the process that waits for the device state exits.
     """
 
     def __init__(
@@ -86,23 +85,23 @@ class Destination:
         self.listener = listener
         self.ended = ended
         self.accepted = False
-        """A source was accepted: from then on what `prepare` has made is discarded here if need be."""
+        """Whether a source was accepted. From then on, the workload that `prepare` has made is discarded on failure."""
         self.attendant = Attendant(reception, verdicts)
         self.times = Stopwatch()
         self.state = bytearray()
         self.digest = blake2b(digest_size=32)
         self.promised = False
-        """Ready was sent: the source may commit at any moment, and may come and ask."""
+        """Whether Ready was sent: the source may commit at any time, and may send Recover later."""
         self.stays_paused = False
-        """The workload's user had paused it."""
+        """Whether the workload is left paused, because its user had paused it."""
         self.late: LateMemory | None = None
-        """Brings what is still missing when the workload runs here; None: nothing is."""
+        """Pager of the missing pages, in post-copy."""
         self._preparing: asyncio.Task[None] | None = None
 
     async def run(self) -> Workload:
-        """Receive a workload; it runs here when this returns. Raises MigrationError when it stays at the source.
+        """Receive a workload; on return it runs here. Raises MigrationError if it stays at the source.
 
-        Whoever else connects is attended to until `close`.
+        Other connections are served until `close`.
         """
         async with self._while_it_lives():
             self.channel, hello = await self._accept()
@@ -122,17 +121,18 @@ class Destination:
         return self.workload
 
     def _release(self) -> None:
-        """End mappings and page streams now, not when this object is collected: an error may keep it."""
+        """Unmap memory and close page streams now, not when this object is collected: an exception may keep a
+        reference."""
         for name in ("memory", "receiver", "placer"):
             self.__dict__.pop(name, None)
 
     async def finish(self) -> None:
-        """`report`, then wait until the source knows that the workload runs here, or does not ask any more."""
+        """Send the report, then wait until the source knows that the workload runs here, or will not ask for it."""
         await self.report()
         await self.attendant.until_settled(self.timeout)
 
     def close(self) -> None:
-        """Attend to nobody any more."""
+        """Stop serving connections, and stop the pager."""
         self.attendant.close()
         if self.late is not None:
             self.late.close()
@@ -144,7 +144,7 @@ class Destination:
 
     @contextlib.asynccontextmanager
     async def _while_it_lives(self) -> AsyncIterator[None]:
-        """Cancel the block when the process that waits for the state ends, and raise WorkloadDied instead."""
+        """Raise WorkloadDied, by cancelling the block, if the process that waits for the device state exits."""
         task = asyncio.current_task()
         if self.ended is None or task is None:
             yield
@@ -154,15 +154,15 @@ class Destination:
         try:
             yield
             if end.done():
-                await asyncio.sleep(0)  # where the cancellation arrives that the callback has requested
+                await asyncio.sleep(0)  # raises the cancellation that the callback has requested
         except asyncio.CancelledError:
-            if not end.done() or task.uncancel() > 0:  # it is another's
+            if not end.done() or task.uncancel() > 0:  # cancelled by another task
                 raise
             await end
         finally:
             end.cancel()
 
-    # -- whoever connects
+    # -- accepting a source
 
     async def _accept(self) -> tuple[Channel, messages.Hello]:
         while True:
@@ -183,7 +183,7 @@ class Destination:
             await channel.close()
 
     async def _prepare(self, hello: messages.Hello) -> None:
-        """Take part in the migration, or refuse it and leave no record of it."""
+        """Prepare the workload for a migration, or refuse it and delete its record."""
         self.verdicts.begin(hello.migration)
         try:
             self.workload = await self.prepare(hello)
@@ -215,7 +215,7 @@ class Destination:
         await self._make_ready(hello)
 
     async def _await_late_pages(self, hello: messages.Hello, late: list[PageStream]) -> None:
-        """Post-copy: from here on nobody touches what is missing without waiting for it."""
+        """Start the pager (post-copy): from here on, accesses to missing pages wait until these are received."""
         if not late:
             raise ProtocolError("the source announced pre-copy, and keeps pages back")
         await off_loop(lambda: self.placer.finish(False))
@@ -254,7 +254,7 @@ class Destination:
             await self.channel.during(room.allocate(self.placer, self.large))
 
     async def _check_page_faults(self) -> None:
-        """Post-copy loads pages on demand. Raises UnsupportedError, long before the source pauses the workload."""
+        """Check that page faults can be handled, before the source pauses the workload. Raises UnsupportedError."""
         pids = {segment.pid for region in self.workload.regions for segment in region.segments}
         try:
             await in_thread(page_faults.check, pids)
@@ -262,7 +262,7 @@ class Destination:
             raise UnsupportedError(f"no post-copy to this destination: {refused}; or use --mode precopy") from refused
 
     def _compare(self, regions: list[messages.RegionInfo]) -> None:
-        """Region by region, both sides must have the same."""
+        """Compare the regions of both sides. Raises WorkloadError if they differ."""
         ours = [(region.name, region.length) for region in self.workload.regions]
         theirs = [(region.name, region.length) for region in regions]
         if ours != theirs:
@@ -286,13 +286,13 @@ class Destination:
             raise ProtocolError(f"units of region {number}: {error}") from error
 
     async def _step(self) -> bool:
-        """One message of the transfer; False after the last."""
+        """Handle one message of the transfer. Return False after the last one."""
         match await self.channel.receive_any():
             case messages.Round(number=number):
                 fault_point("destination.in-round")
                 await self.channel.during(off_loop(lambda: self.receiver.receive(number), cancel=self.receiver.cancel))
                 if self._preparing is None:
-                    # The first round takes long; from now on the last one may be near.
+                    # Not earlier: the first round takes long, and each later one may be the last.
                     self._preparing = asyncio.create_task(self.workload.prepare_load())
                 await self.channel.send(messages.RoundDone(number=number))
             case messages.Hot(region=region, units=units):
@@ -319,7 +319,7 @@ class Destination:
             raise ProtocolError(f"the source forgot {self.placer.missing} pages")
 
     async def _make_ready(self, hello: messages.Hello) -> None:
-        """Load the state and populate page tables, then promise to be ready."""
+        """Load the device state, populate page tables, and send Ready."""
         with self.times.measure("load"):
             await self.channel.during(self._load())
         with self.times.measure("populate"):
@@ -354,7 +354,7 @@ class Destination:
             await self._prefault(self.hot if mode == "hot" else None)
 
     def _whole_units(self) -> dict[int, list[int]]:
-        """Large pages of which nothing is missing."""
+        """Return the units, per region, that are backed by huge pages and lack no page."""
         missing = [pages.unit_counts() for pages in self.missing.sets]
         large = self.memory.large_units()
         return {
@@ -363,14 +363,14 @@ class Destination:
         }
 
     async def _prefault(self, units: dict[int, list[int]] | None) -> None:
-        """Those of the hypervisor. They wait for those of the process, which they are filled from."""
+        """Populate the hypervisor's page tables, which are filled from those of the process and so come after them."""
         try:
             await self.workload.prefault(units)
         except (PageferryError, OSError) as error:
             log.warning("the hypervisor's page tables are left to the first access: %s", error)
 
     async def _populate_rest(self) -> None:
-        """After `hot`, the other large pages, while the workload runs (S1)."""
+        """Populate the huge pages other than those in `hot`, while the workload runs (S1)."""
         placer = self.placer
         for region, hot in self.hot.items():
             units = range(-(-self.memory.regions[region].length // LARGE_PAGE))
@@ -384,15 +384,15 @@ class Destination:
     # -- taking over
 
     async def _take_over(self) -> None:
-        """The source has committed. Decide, then run it."""
+        """Decide and resume the workload, after the source has committed."""
         fault_point("destination.commit-received")
-        # First it must survive us, for once it is decided that it is ours it may not be lost any more.
+        # Before the decision: from then on the workload must survive the exit of this process.
         await self.workload.commit(self.verdicts.witness(self.migration))
         self.faults = self.workload.faults()
         self.stays_paused = stays_paused(self.workload)
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the source was told meanwhile that this migration is over")
-        # To resume may take a page that is missing, and its link may be lost by now: a source that asks may bring it.
+        # Resuming may access a missing page after the link is lost, so a reconnecting source is served from here on.
         self.attendant.arrivals = self.late
         fault_point("destination.decided")
         with self.times.measure("resume"):
@@ -402,7 +402,7 @@ class Destination:
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))
 
     async def _resume(self) -> None:
-        """Run the workload. If it is known not to have run, the decision is withdrawn: the source has everything."""
+        """Resume the workload. If it certainly has not run, withdraw the decision: the source still has everything."""
         try:
             await self.workload.resume()
         except WorkloadError as failed:
@@ -412,9 +412,9 @@ class Destination:
             raise
 
     async def report(self) -> None:
-        """After `run`: tell the source how it went, and learn whether it knows that the workload runs here.
+        """Send the statistics after `run`, and learn whether the source knows that the workload runs here.
 
-        In post-copy, bring the rest of its memory first, over as many links as it takes.
+        In post-copy, fetch the missing pages first, over any number of links.
         """
         try:
             if self.late is not None:
@@ -427,7 +427,7 @@ class Destination:
             large = await off_loop(self.memory.large_units)
             await self.channel.send(
                 messages.Report(
-                    # A thread that has ended meanwhile counts no more.
+                    # The faults of a thread that has exited since are no longer counted.
                     minor_faults=max(faults.minor - self.faults.minor, 0),
                     major_faults=max(faults.major - self.faults.major, 0),
                     large_pages=sum(map(sum, large)),
@@ -452,20 +452,20 @@ class Destination:
         except WorkloadDied:
             if self.late is None:
                 raise
-            return self.faults  # all of it has come: it may have moved on, or ended
+            return self.faults  # all pages were received: the workload may have moved on, or exited
 
     async def _give_up(self, error: BaseException) -> None:
-        """It stays at the source: decide so before anybody is told, then leave nothing behind."""
+        """Give up the workload: record the decision before it is reported, then discard what was received."""
         if hasattr(self, "receiver"):
             self.receiver.cancel()
         try:
             if self.verdicts.decide(self.migration, Verdict.ABORTED) is Verdict.COMMITTED:
-                return  # the failure is ours, and so is the workload
+                return  # the workload is ours; the failure does not change that
             await self.channel.abort(_reason(error))
             if isinstance(error, PeerRefused) or not self.promised:
                 self._settle()
             elif not isinstance(error, ConnectionLost):
-                # Told, but not for certain: who receives here next can tell it again.
+                # Reported, but not confirmed: the records are kept, so that any later receiver can report it again.
                 self.settled.set()
             if self._preparing is not None:
                 self._preparing.cancel()
@@ -478,7 +478,7 @@ class Destination:
             await self.channel.close()
 
     def _settle(self) -> None:
-        """The source knows: nobody will ask."""
+        """Delete the records: the source knows the outcome and will not ask."""
         self.verdicts.forget(self.migration)
         self.settled.set()
 

@@ -97,8 +97,8 @@ def _is_closed(connection: socket.socket) -> bool:
 
 
 def _diagnose(family: socket.AddressFamily, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int, int]:
-    """Return (state, user, inode) of the TCP socket between two addresses. Raises OSError; FileNotFoundError if there
-    is none."""
+    """Return (state, user, inode) of the TCP socket between two addresses. Raises OSError, FileNotFoundError if not
+    found."""
     ends = [socket.inet_pton(family, end[0].partition("%")[0]).ljust(16, b"\0") for end in (local, remote)]
     ports = [end[1].to_bytes(2, "big") for end in (local, remote)]
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, *ports, *ends, 0, _NO_COOKIE, _NO_COOKIE)

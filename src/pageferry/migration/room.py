@@ -1,4 +1,4 @@
-"""Room for memory at the destination: for large pages before the first page comes (S6), for all of it before Commit."""
+"""Preallocation at the destination: huge pages before the first page is received (S6), space before Commit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.migration.native import off_loop
 
 _TIMEOUT = 1.0
-"""Seconds that a post-copy migration waits for its large pages, while the workload runs at the source; the pager goes
-on with what is left."""
+"""Maximum time for allocating huge pages in post-copy, while the workload runs at the source, seconds. The pager
+allocates the others."""
 _PIECE = 32
-"""Large pages allocated at a time: some 10 ms."""
+"""Huge pages allocated per call, which takes about 10 ms."""
 
 
 async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) -> None:
-    """Have as many large pages free as the source has in use; those of hugetlbfs are reserved already."""
+    """Compact memory until as many huge pages are free as the source uses. Those of hugetlbfs are reserved already."""
     wanted = sum(sum(units) for region, units in zip(regions, large, strict=True) if region.page_size == SMALL_PAGE)
     await in_thread(compact_memory, wanted)
 
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
-    """Allocate all large pages: the kernel clears each, and whoever comes to it first would wait for that."""
+    """Allocate all huge pages: the kernel clears each of them, for which its first access would wait."""
     deadline = time.monotonic() + _TIMEOUT
     for region, units in enumerate(large):
         chosen = [unit for unit, is_large in enumerate(units) if is_large]
@@ -40,10 +40,10 @@ async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
 
 
 def check_space(regions: Sequence[Region], missing: Sequence[PageSet]) -> None:
-    """Raises WorkloadError if a file system is too small for the pages that come after the workload runs.
+    """Raise WorkloadError if a file system is too small for the missing pages.
 
-    A file system of limited size would be full then, and the workload wait forever. What was allocated in advance
-    counts as room. hugetlbfs has reserved its pages when they were mapped.
+    The workload would wait forever for space on a file system of limited size. Space allocated in advance counts as
+    free. hugetlbfs has reserved its pages when they were mapped.
     """
     needed: dict[int, int] = defaultdict(int)
     files = {region.fd: os.fstat(region.fd) for region in regions if region.page_size == SMALL_PAGE}

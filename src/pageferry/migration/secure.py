@@ -1,4 +1,4 @@
-"""TLS over asyncio: handshakes on sockets, and the streams of a control connection."""
+"""TLS over asyncio: handshakes on sockets, and the stream of a control connection."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pageferry.errors import AuthenticationError
 from pageferry.migration.trust import ControlSession
 
 PIECE = 1 << 14
-"""Bytes that are taken from a peer at a time."""
+"""Maximum number of bytes read from a peer at a time."""
 
 
 class Session(Protocol):
-    """What `ControlSession` and the engine's `TlsSession` have in common."""
+    """Common interface of `ControlSession` and the engine's `TlsSession`."""
 
     def feed(self, received: bytes) -> None: ...
     def outgoing(self) -> bytes: ...
@@ -24,9 +24,9 @@ class Session(Protocol):
 
 
 async def shake_hands(connection: socket.socket, session: Session) -> None:
-    """Take a session to the point where both ends have shown who they are. The caller bounds the time.
+    """Complete the handshake, after which both sides are authenticated. The caller limits the time.
 
-    Raises AuthenticationError (the peer has been told), EOFError, OSError.
+    Raises AuthenticationError (reported to the peer by an alert), EOFError, OSError.
     """
     loop = asyncio.get_running_loop()
     await _flush(connection, session)
@@ -38,7 +38,7 @@ async def shake_hands(connection: socket.socket, session: Session) -> None:
 
 
 async def feed(connection: socket.socket, session: Session, received: bytes) -> None:
-    """Give a session what came, and the peer what the session has to say to it. Raises as `shake_hands`."""
+    """Pass received bytes to a session and its output to the peer. Raises as `shake_hands`."""
     try:
         session.feed(received)
     except (AuthenticationError, PermissionError) as error:
@@ -56,7 +56,7 @@ async def _flush(connection: socket.socket, session: Session) -> None:
 
 
 class SecureStream:
-    """Reader and writer of a control connection in one, over those of the socket under it."""
+    """Reader and writer of a control connection over TLS, with the interface of asyncio's streams."""
 
     def __init__(self, session: ControlSession, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._session = session
@@ -65,7 +65,7 @@ class SecureStream:
         self._opened = bytearray()
 
     async def readexactly(self, count: int) -> bytes:
-        """As of a StreamReader. Raises AuthenticationError for what is not the peer's, or its reason to go."""
+        """See StreamReader. Raises AuthenticationError for invalid records and for alerts of the peer."""
         while len(self._opened) < count:
             try:
                 if opened := self._session.read():
@@ -84,22 +84,22 @@ class SecureStream:
         return taken
 
     def write(self, data: bytes) -> None:
-        """As of a StreamWriter."""
+        """See StreamWriter."""
         self._session.write(data)
         self._flush()
 
     async def drain(self) -> None:
-        """As of a StreamWriter."""
+        """See StreamWriter."""
         await self._writer.drain()
 
     def close(self) -> None:
-        """As of a StreamWriter."""
+        """See StreamWriter. Sends a close_notify alert first."""
         self._session.close()
         self._flush()
         self._writer.close()
 
     async def wait_closed(self) -> None:
-        """As of a StreamWriter."""
+        """See StreamWriter."""
         await self._writer.wait_closed()
 
     def _flush(self) -> None:

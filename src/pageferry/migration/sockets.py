@@ -1,4 +1,4 @@
-"""Sockets of a migration, of TCP or Unix: connecting to every address of a name, and listening."""
+"""TCP and Unix sockets of a migration: connecting to the addresses of a host, and listening."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from pageferry.host import files
 from pageferry.migration.addresses import Address
 
 MAX_GREETINGS = 64
-"""Connections that may be greeted at once, and that may wait for it."""
+"""Maximum number of connections being greeted, and length of the listen backlog."""
 UNACKNOWLEDGED = 16 << 20
-"""Bytes of a page stream that may be under way: enough for 1 Gbit/s over 100 ms, or 10 Gbit/s over 10 ms."""
+"""Send buffer of a page stream, bytes: enough for 1 Gbit/s over 100 ms, or 10 Gbit/s over 10 ms."""
 UNSENT = 1 << 20
-"""Bytes of a page stream that may wait in the kernel. More would only be taken for sent, and keep a slow link from
-showing that it is alive."""
+"""Maximum number of unsent bytes of a page stream in the kernel. A larger queue would count as sent, and hide that a
+slow link still makes progress."""
 SO_SNDBUFFORCE = 32
-"""Of socket(7); Python does not name it."""
+"""Socket option, see socket(7); missing in Python's socket module."""
 MIN_ATTEMPT = 0.5
-"""Seconds that each address of a name has at least, if as many are left."""
+"""Minimum time for each address of a host, seconds, as long as the total time lasts."""
 
 
 async def connect(address: Address, timeout: float) -> tuple[socket.socket, Address]:
-    """Connect to the first address that answers, in their order, within `timeout` seconds for all of them.
+    """Connect to the first address that accepts the connection, trying them in order, within `timeout` seconds in
+    total.
 
-    Raises ConnectionLost, which names each address and its error.
+    Raises ConnectionLost with each address and its error.
     """
     deadline = time.monotonic() + timeout
     each, failures = address.each, []
@@ -60,7 +61,7 @@ async def _connect(address: Address, seconds: float, timeout: float) -> socket.s
 
 
 def _tune(connection: socket.socket, timeout: float) -> None:
-    """Small messages go at once; a dead peer is noticed by the kernel too."""
+    """Disable Nagle's algorithm, and let the kernel detect a dead peer too."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -68,17 +69,18 @@ def _tune(connection: socket.socket, timeout: float) -> None:
 
 
 def widen(connection: socket.socket) -> None:
-    """Let a long link be full: by itself the kernel stops at `net.ipv4.tcp_wmem`, 80 MB/s where it takes 50 ms."""
+    """Enlarge the send buffer for links of high latency: autotuning stops at `net.ipv4.tcp_wmem`, which limits a link
+    of 50 ms to 80 MB/s."""
     buffered = UNSENT
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         buffered = UNACKNOWLEDGED
-    with contextlib.suppress(PermissionError):  # needs CAP_NET_ADMIN; SO_SNDBUF would often make it smaller
+    with contextlib.suppress(PermissionError):  # needs CAP_NET_ADMIN; SO_SNDBUF would often shrink the buffer
         connection.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, buffered)
 
 
 class Listener:
-    """A listening socket; that of a Unix socket has its path removed when it is closed. Raises UsageError."""
+    """Listening socket. That of a Unix socket removes its path when it is closed. Raises UsageError."""
 
     def __init__(self, address: Address) -> None:
         self.socket = socket.socket(address.family, socket.SOCK_STREAM)
@@ -110,7 +112,7 @@ class Listener:
         return address
 
     def close(self) -> None:
-        """Close the socket, and remove its file if it is still ours."""
+        """Close the socket, and remove its path if that is still our socket."""
         self.socket.close()
         if self._file is not None:
             with contextlib.suppress(OSError):

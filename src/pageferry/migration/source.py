@@ -1,8 +1,8 @@
-"""The source of a migration: rounds of copying while the workload runs, then the switch-over (S2).
+"""Source of a migration: rounds of copying while the workload runs, then the switch-over (S2).
 
-Read `Source.run` first; it is the whole flow. `messages` draws what goes over the wire, `ownership` says who may run
-the workload at which moment. In post-copy there are no rounds, in hybrid mode they may end early: then the pages that
-have not been sent stay here at the switch-over, and `postcopy_source` sends them when the workload runs elsewhere.
+`Source.run` is the whole sequence. `messages` specifies the protocol, `ownership` which side may run the workload. In
+post-copy there are no rounds, and in hybrid mode they may end early. Pages that have not been sent then remain at the
+source at the switch-over, and `postcopy_source` sends them while the workload runs at the destination.
 """
 
 from __future__ import annotations
@@ -52,16 +52,19 @@ log = getLogger(__name__)
 REPORT_TIMEOUT = 5.0
 """Seconds to wait for the destination's report; the migration is complete without it."""
 PORTIONS = 8
-"""A hybrid migration sends an eighth of the memory at a time: so soon it goes over to post-copy when it is told to, or
-when nothing else will do..."""
+"""A hybrid migration sends at most this fraction of the memory, an eighth, at a time, so that it can switch to
+post-copy soon after it is requested to or the rounds turn out not to converge."""
 LEAST, MOST = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
-"""...but not less than 16 MiB (each takes the time there and back), and not more than 256 MiB of a region."""
+"""Bounds of such a portion of a region, pages: 16 MiB, because each portion costs a round trip, and 256 MiB."""
 
 
 class Source:
-    """One migration of one workload. `folder`: where its durable records go; None for a workload without a name.
-    `trust`: who is believed to be the destination; None for a migration in the clear. `hold`: on the pager of a
-    workload whose memory is still coming; the caller's to release."""
+    """One migration of one workload.
+
+    `folder`: directory for its durable records; None for a workload without a name. `trust`: certificates that
+    authenticate the destination; None without TLS. `hold`: acquired pager of a workload with deferred memory, released
+    by the caller.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class Source:
         self.trust = trust
         self.hold = hold
         self.coming = hold is not None
-        """Not everything is in memory here."""
+        """Whether memory is deferred at the source."""
         self.listener = listener
         self.folder = folder
         self.migration = secrets.token_hex(16)
@@ -91,17 +94,17 @@ class Source:
         self.collections = 0
         self.drains = Drains(workload)
         self.pinned = 0
-        """Pages sent in the pause because they lie in buffers that stay pinned."""
+        """Number of pages sent during the pause because they belong to buffers that stay pinned."""
         self.touched = False
-        """The workload has been paused, or prepared for it."""
+        """Whether the workload has been paused, or prepared for it."""
         self.paused = False
         self.committed = False
         self.stays_paused = False
-        """Its user had paused the workload."""
+        """Whether the workload stays paused at the destination, because its user had paused it."""
         self.postcopy = options.mode == "postcopy"
-        """What has not been sent before the pause comes after the switch-over."""
+        """Whether pages that were not sent before the pause are sent after the switch-over."""
         self.late: list[PageStream] = []
-        """Connections for that."""
+        """Post-copy streams for these pages."""
         self.service: PageService | None = None
         self.arrived: messages.Arrived | None = None
         self.control: Channel | None = None
@@ -110,20 +113,20 @@ class Source:
         self.released_units = 0
         self.report: messages.Report | None = None
         self.unreported: list[events.RoundEvent] = []
-        """Rounds of the switch-over."""
+        """Rounds of the switch-over, reported after it."""
 
     async def run(self, address: Address) -> events.MigrationResult:
-        """Move the workload. On any error before commit it runs on here, as if nothing had happened.
+        """Migrate the workload. On any error before commit, it keeps running at the source.
 
-        Raises MigrationError (see `errors`). Only OutcomeUnknown leaves the workload paused, and PostcopyPaused, which
-        says that it runs elsewhere and waits for pages that are here.
+        Raises MigrationError (see `errors`). OutcomeUnknown leaves the workload paused. PostcopyPaused means that it
+        runs at the destination and waits for pages that are still at the source.
         """
         self.peer = str(address)
         self.hostname = self.options.tls_hostname or address.name
         try:
             return await self._run(address)
         finally:
-            # Mappings and page streams end now, not when this object is collected: an error may keep it.
+            # Unmap and close now, not when this object is collected: an exception may keep a reference to it.
             for name in ("memory", "sender", "service", "trace", "hold"):
                 self.__dict__.pop(name, None)
 
@@ -142,7 +145,7 @@ class Source:
         for event in self.unreported:  # not in the pause: a listener may take its time
             self.listener(event)
         await self._send_late_pages()
-        # It has moved: whoever cancels us now learns that, and waits until nothing of it is left here.
+        # The workload has moved: a cancellation from here on waits until its remains are removed, and is dropped.
         await to_the_end(self._retire())
         telling.tell_report(self)
         return telling.result_of(self, running)
@@ -208,7 +211,7 @@ class Source:
         )
 
     async def _install_trace(self) -> None:
-        """One helper thread installs the traces; nobody in the workload is stopped for it."""
+        """Install the write traces in a helper thread. The workload is not stopped."""
         if (hold := self.hold) is None:
             large = self.memory.collapsible(self.large)
             trace = await off_loop(lambda: Trace(self.memory.segments, self.options.release_after, large))
@@ -220,29 +223,30 @@ class Source:
     # -- copying while the workload runs
 
     async def _copy_rounds(self) -> None:
-        """Rounds, unless all is left for after the switch-over. `rest`: what has not been sent as it is now."""
+        """Run the rounds, except in post-copy. Sets `rest`, the pages whose current contents have not been sent."""
         self.rest = self.memory.page_sets(full=True)
         if self.postcopy:
-            # A round of nothing: the workload runs on here until the destination has room.
+            # An empty round: the workload keeps running here until the destination has allocated its huge pages.
             await self._send_portion(self.memory.page_sets())
             return
         with self._heeding_switch():
             await self._copy_until_decided()
 
     async def _copy_until_decided(self) -> None:
-        """Round 1 is everything, every further one what was modified since; until the rest is small enough."""
+        """Send all pages in round 1, and in each further round those modified since, until the policy decides to
+        stop."""
         pages = self.rest
         while True:
             started, drained = time.perf_counter(), self.times.seconds("drains")
             before = self.sender.progress
             left = await self._send_round(pages)
             if not any(left):
-                self.coming = False  # the first round is of everything
+                self.coming = False  # round 1 has loaded all pages
             covered = _covered(before, self.sender.progress)
             pages_sent = _count(pages) - _count(left)
             fault_point("source.between-rounds")
             pages = _union(await self._collect(), left)
-            # The last pages, whose time is estimated by this, are sent without a drain.
+            # Drains are excluded: this bandwidth estimates the time for the last pages, which are sent without one.
             seconds = time.perf_counter() - started - (self.times.seconds("drains") - drained)
             decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
             telling.tell_round(self, pages_sent, before, seconds, pages)
@@ -257,11 +261,12 @@ class Source:
                 return
 
     async def _drain(self) -> None:
-        """I/O that had pinned pages before the last collection ends before those pages are read."""
+        """Complete I/O that had pinned pages before the last collection, so that its writes are part of the data
+        sent."""
         await self.channel.during(self.drains.drain_if_due())
 
     async def _pinned(self) -> list[PageSet]:
-        """Pages in buffers that stay pinned: the trace does not report when they are written."""
+        """Return the pages in buffers that stay pinned: the trace does not report writes to them."""
         pinned = await off_loop(lambda: registered_buffers(self.memory.regions))
         self.pinned = _count(pinned)
         return pinned
@@ -274,7 +279,7 @@ class Source:
 
     @contextlib.contextmanager
     def _heeding_switch(self) -> Iterator[None]:
-        """In hybrid mode, `pageferry migrate --switch` is heard meanwhile."""
+        """Accept `pageferry migrate --switch` in hybrid mode."""
         with contextlib.ExitStack() as stack:
             if self.options.mode == "hybrid" and self.folder is not None:
                 stack.enter_context(switch.listening(self.folder))
@@ -284,7 +289,7 @@ class Source:
         return self.options.mode == "hybrid" and self.folder is not None and switch.requested(self.folder)
 
     async def _collect(self) -> list[PageSet]:
-        """What was modified since the last collection. Protected again before anybody reads it."""
+        """Return the pages modified since the last collection. They are protected again before they are read."""
         assert self.trace is not None
         dirty, trace = self.memory.page_sets(), self.trace
         await off_loop(lambda: trace.collect(dirty))
@@ -295,7 +300,7 @@ class Source:
         return dirty
 
     async def _send_round(self, pages: list[PageSet]) -> list[PageSet]:
-        """Send these pages. Returns those that were left, because it is time to switch over."""
+        """Send these pages. Return those not sent because the migration switches over early."""
         await self._drain()
         self.round += 1
         left, started = [region.copy() for region in pages], time.perf_counter()
@@ -315,7 +320,8 @@ class Source:
         return left
 
     async def _is_hopeless(self, left: list[PageSet], started: float) -> bool:
-        """Whether a hybrid migration need not wait for the end of its first round to know that it is a stall."""
+        """Return whether a hybrid migration is certain to stall after its first round, so that it need not complete
+        it."""
         if self.round > 1 or self.touched or self.trace is None:
             return False
         again, trace = self.memory.page_sets(), self.trace
@@ -326,7 +332,8 @@ class Source:
         return self.convergence.is_hopeless(total, total - _count(left), time.perf_counter() - started, _count(again))
 
     def _portions(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
-        """All at once; in hybrid mode, until the pause, so much at a time that it is soon gone over to post-copy."""
+        """Yield all pages at once; in hybrid mode, portions of them, so that switching to post-copy takes effect
+        soon."""
         if self.options.mode != "hybrid" or self.touched:
             yield pages
             return
@@ -356,7 +363,8 @@ class Source:
     # -- switch-over
 
     async def _switch_over(self) -> None:
-        """Pause, send the last pages (or which they are) and the state, and wait until the destination can run it."""
+        """Pause the workload, send the last pages (post-copy: their numbers) and the device state, and wait for
+        Ready."""
         await self.workload.check_mappers()
         self.touched = True
         self.times.phase("prepare")
@@ -368,7 +376,7 @@ class Source:
         with self.times.measure("stop"):
             await self.workload.pause()
         self.times.phase("last-pages")
-        self.paused, self.drains.due = True, False  # the pause has waited for all I/O
+        self.paused, self.drains.due = True, False  # pausing has completed all I/O
         fault_point("source.paused")
         self._check_identity()
         state = await (self._name_rest() if self.postcopy else self._send_rest())
@@ -382,7 +390,8 @@ class Source:
         fault_point("source.ready")
 
     def _check_identity(self) -> None:
-        """Raises WorkloadError if the workload is not what the destination was told, which has prepared for that."""
+        """Raise WorkloadError if the configuration of the workload has changed since Hello: the destination matches
+        that."""
         told, now = self.identity.details, self.workload.identity.details
         if changed := [key for key in told if told[key] != now.get(key)]:
             raise WorkloadError(
@@ -392,7 +401,7 @@ class Source:
             )
 
     async def _send_rest(self) -> bytes:
-        """The last pages, while the state is saved; returns the state."""
+        """Send the last pages while the device state is saved; return the state."""
         with self.times.measure("save"):
             saving = asyncio.create_task(self._save_state())
             try:
@@ -400,7 +409,7 @@ class Source:
                     await self._send_last(_union(await self._collect(), await self._pinned()))
             finally:
                 state = await saving
-        # Saving the state may itself have written to memory (queues flushed by devices).
+        # Saving the state may itself write to memory (devices flush their queues).
         last = await self._collect()
         if any(last):
             with self.times.measure("last pages"):
@@ -411,11 +420,11 @@ class Source:
         return state
 
     async def _name_rest(self) -> bytes:
-        """Post-copy: the state, and which pages are missing. From here on they can be asked for."""
+        """Save the device state and send the set of missing pages (post-copy), which can be requested from then on."""
         with self.times.measure("save"):
             state = await self._save_state()
         if self.trace is not None:
-            # Nothing but what has been freed since it was sent: that the destination must not keep.
+            # An empty round, for pages freed since they were sent: the destination must discard them.
             with self.times.measure("last pages"):
                 await self._send_portion(self.memory.page_sets())
             self.rest = _union(_union(await self._collect(), self.rest), await self._pinned())
@@ -427,7 +436,8 @@ class Source:
         return state
 
     async def _prepare_pause(self) -> None:
-        """While that takes its time, the rest is sent once more: only what is written meanwhile waits for the pause."""
+        """Prepare the pause, and send the remaining pages once more during it; only later writes are left for the
+        pause."""
         if any(self.rest) and not self.postcopy:
             await self._drain()
         preparing = asyncio.create_task(self.workload.prepare_pause())
@@ -441,14 +451,14 @@ class Source:
             await preparing
 
     async def _send_last(self, pages: list[PageSet]) -> None:
-        """A round of the switch-over: reported when the workload runs again, so that no listener prolongs the pause."""
+        """Send a round of the switch-over. It is reported after the resume, so that no listener prolongs the pause."""
         before, started = self.sender.progress, time.perf_counter()
         await self._send_round(pages)
         seconds, none = time.perf_counter() - started, self.memory.page_sets()
         self.unreported.append(telling.round_event(self, _count(pages), before, seconds, none))
 
     async def _save_state(self) -> bytes:
-        """The state, of which a first part is on its way already: the peer will look at it after the last pages."""
+        """Save the device state and send the beginning of it: the peer queues it until the last pages are received."""
         state = await self.workload.save_state()
         await self._send_state(state[: messages.EARLY_STATE])
         return state
@@ -465,7 +475,7 @@ class Source:
     # -- commit
 
     async def _commit_to_the_end(self) -> messages.Running:
-        """Commit. After a cancellation the answer is waited for a moment only: then the outcome is unknown."""
+        """Commit. After a cancellation, wait for the reply for GRACE seconds only; then the outcome is unknown."""
         task = asyncio.ensure_future(self._commit())
         while not task.done():
             try:
@@ -478,7 +488,7 @@ class Source:
         return task.result()
 
     async def _commit(self) -> messages.Running:
-        """Give the workload away: from the moment it is recorded, this side never runs it of its own accord."""
+        """Hand over the workload. Once this is recorded, the source never runs it on its own."""
         self.times.phase("hand-over")
         self.stays_paused = stays_paused(self.workload)
         self._record_commit()
@@ -491,7 +501,7 @@ class Source:
             fault_point("source.commit-sent")
             running = await self.channel.receive(messages.Running)
         except PeerRefused:
-            # It decides before it says so: the workload is ours.
+            # The destination decides before it refuses: the source owns the workload.
             self.committed = False
             raise
         except (MigrationError, asyncio.CancelledError) as error:
@@ -509,7 +519,7 @@ class Source:
         return running
 
     async def _send_late_pages(self) -> None:
-        """Post-copy: all that is missing there, in the background and when it is asked for."""
+        """Send the missing pages (post-copy), pushed in the background and on request."""
         if self.service is not None:
             try:
                 with self.times.measure("postcopy"):
@@ -524,7 +534,8 @@ class Source:
         self.times.stop_all()
 
     async def _keep_pages(self) -> None:
-        """The link is gone, or we are to end, and the destination does not have everything."""
+        """Keep the pages after the link was lost or the command cancelled: the destination does not have all of
+        them."""
         assert self.service is not None
         self.listener(self.service.event("postcopy-paused"))
         with contextlib.suppress(PageferryError):
@@ -534,12 +545,12 @@ class Source:
     # -- ends
 
     async def _retire(self) -> None:
-        """It runs elsewhere: nothing of it is needed here any more."""
+        """Remove the remains of the workload after it has moved, and end the connection."""
         gone = await self._clear_away()
         with contextlib.suppress(MigrationError):
             self.report = await self.channel.receive(messages.Report, REPORT_TIMEOUT)
         if gone:
-            # Otherwise the record is still here, and somebody will ask: the peer must not forget its answer.
+            # Otherwise the record remains and the source will send Recover, so the peer must keep its decision.
             with contextlib.suppress(MigrationError):
                 await self.channel.send(messages.Done())
         await self._disconnect()
@@ -563,25 +574,25 @@ class Source:
         return True
 
     def _close_mappings(self) -> None:
-        """Make an arena read-only in the other processes that map it: what they write is lost from now on."""
+        """Make an arena read-only in the other processes that map it: their writes would be lost."""
         if self.workload.identity.kind != "arena":
             return
         owner, start, *_ = self.memory.segments[0]
         for space, address, length, *_ in self.memory.segments:
             if (space.pid, address) == (owner.pid, start):
-                continue  # which its own program closes
-            with contextlib.suppress(OSError):  # it has ended, or no longer maps it
+                continue  # its own program closes this one
+            with contextlib.suppress(OSError):  # the process has exited, or no longer maps it
                 close_to_writes(space, address, length)
 
     async def _fail(self, error: BaseException) -> None:
-        """The migration ends: before commit, everything is put back, and the peer is told."""
+        """Clean up after an error: before commit, resume the workload at the source and send Abort."""
         try:
             if not self.committed:
                 if self.service is not None:
                     self.service.close()
                 await self._give_back()
             else:
-                await self._untrace()  # it is paused, and may be resumed by `take_back`
+                await self._untrace()  # `take_back` may resume it
         finally:
             await self._end_throttle()
             if self.control is not None and not self.committed:
@@ -589,7 +600,7 @@ class Source:
             await self._disconnect()
 
     async def _give_back(self) -> None:
-        """Everything as it was: the workload runs, without traces, on its large mappings."""
+        """Restore the previous state: the workload runs, without write traces, on PMD mappings."""
         try:
             if self.touched:
                 await self.workload.resume()
@@ -600,7 +611,7 @@ class Source:
     async def _untrace(self) -> None:
         if self.trace is not None:
             await self._remove_trace()
-            if self.hold is None:  # else its pager maps them, when everything is there
+            if self.hold is None:  # else the pager does so when nothing is deferred
                 await off_loop(lambda: self.memory.restore_large_mappings(self.large))
 
     async def _end_throttle(self) -> None:
@@ -623,7 +634,7 @@ class Source:
 
     @property
     def channel(self) -> Channel:
-        """The control connection, once there is one."""
+        """Control connection; requires `_set_up`."""
         assert self.control is not None
         return self.control
 
@@ -653,19 +664,19 @@ def _count(sets: list[PageSet]) -> int:
 
 
 def _union(sets: list[PageSet], others: list[PageSet]) -> list[PageSet]:
-    """The first sets, grown by the others."""
+    """Add the other sets to the first ones, which are returned."""
     for pages, more in zip(sets, others, strict=True):
         pages.update(more)
     return sets
 
 
 def _covered(before: Counters, after: Counters) -> int:
-    """Bytes of memory that blocks between two readings covered, holes left out: they take no time."""
+    """Return the bytes of memory covered between two readings, without holes, which take no time."""
     return (after[2] + after[3] - before[2] - before[3]) * SMALL_PAGE
 
 
 def _reason(error: BaseException) -> str:
-    """What the peer is told of an error of ours."""
+    """Return the reason for Abort."""
     if isinstance(error, asyncio.CancelledError):
         return "cancelled at the source"
     return str(error) or type(error).__name__

@@ -1,7 +1,7 @@
-"""`pageferry migrate --switch NAME`: telling a hybrid migration that is under way to go over to post-copy now.
+"""`pageferry migrate --switch NAME`: requests a running hybrid migration to switch to post-copy.
 
-The source publishes in the workload's folder that it can be told so; whoever wants it says so in the same record, which
-the source looks at between two portions of a round.
+The source stores a record in the directory of the workload while it accepts the request. The requesting process sets a
+field of this record, which the source polls between two portions of a round.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ RECORD = "switch.json"
 
 
 class Switch(msgspec.Struct, frozen=True, kw_only=True):
-    """A hybrid migration that copies."""
+    """Record of a hybrid migration that is copying."""
 
     pid: int
     started: int
-    """`proc.start_time` of the process that migrates."""
+    """Start time of the migrating process, as `proc.start_time`."""
     requested: bool = False
 
 
 @contextmanager
 def listening(folder: Folder) -> Iterator[None]:
-    """While this lasts the migration can be told to switch over: see `requested`."""
+    """Accept requests to switch over, see `requested`, within the block."""
     started = proc.start_time(os.getpid())
     assert started is not None
     folder.store(RECORD, Switch(pid=os.getpid(), started=started))
@@ -41,13 +41,13 @@ def listening(folder: Folder) -> Iterator[None]:
 
 
 def requested(folder: Folder) -> bool:
-    """Whether somebody has asked for it."""
+    """Return whether the switch-over was requested."""
     record = folder.load(RECORD, Switch)
     return record is not None and record.requested
 
 
 def request(folder: Folder) -> None:
-    """Ask for it. Raises UsageError where nobody would hear that."""
+    """Request the switch-over. Raises UsageError if no migration accepts it."""
     record = folder.load(RECORD, Switch)
     if record is None or not proc.is_alive(record.pid, record.started):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What a migration tells of itself at the source: events on the way, its result, and why it is given up."""
+"""Statistics of a migration at the source: its events, its result, and the error if it does not converge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROGRESS_INTERVAL = 0.2
 
 
 def tell_setup(source: Source) -> None:
-    """Where it goes, and what there is to move."""
+    """Report the setup: the peer, the size of the memory and its huge pages."""
     source.listener(
         events.SetupEvent(
             peer=source.peer,
@@ -37,7 +37,7 @@ def tell_setup(source: Source) -> None:
 
 
 async def tell_progress(source: Source, number: int, total: int) -> None:
-    """How far a round of `total` pages is, until this is cancelled."""
+    """Report the progress of a round of `total` pages until cancelled."""
     start, since = source.sender.progress, time.perf_counter()
     while True:
         await asyncio.sleep(PROGRESS_INTERVAL)
@@ -49,12 +49,12 @@ async def tell_progress(source: Source, number: int, total: int) -> None:
 
 
 def tell_round(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
-    """Report a round that is over; see `round_event`."""
+    """Report a completed round; see `round_event`."""
     source.listener(round_event(source, pages, before, seconds, left))
 
 
 def round_event(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> events.RoundEvent:
-    """A round that is over, of `pages` pages; `left`: what is to be sent after it."""
+    """Return the event of a completed round of `pages` pages. `left`: pages to send after it."""
     sent = source.sender.progress[0] - before[0]
     remaining = sum(map(len, left)) * SMALL_PAGE
     return events.RoundEvent(
@@ -71,7 +71,7 @@ def round_event(source: Source, pages: int, before: Counters, seconds: float, le
 
 
 def tell_report(source: Source) -> None:
-    """What the destination has found; maps that are not of our regions are left out."""
+    """Report the huge pages at the destination. Maps that do not match our regions are ignored."""
     if source.report is None or len(source.report.units) != len(source.memory.regions):
         return
     with contextlib.suppress(ValueError):
@@ -91,7 +91,7 @@ def _tell_large_pages(source: Source, side: Literal["source", "destination"], un
 
 
 def result_of(source: Source, running: messages.Running) -> events.MigrationResult:
-    """What is told of a migration that is complete."""
+    """Return the result of a completed migration."""
     times, ready, report = source.times.milliseconds, source.ready, source.report
     transferred, _, data, zero, absent = source.sender.progress
     if source.service is not None:
@@ -166,11 +166,12 @@ def _postcopy_count(source: Source) -> events.PostcopyCount | None:
 
 
 OWN_LIMIT = 1.25
-"""The limit that the user set is the reason where it is at most this many times the rate that was reached."""
+"""The user's bandwidth limit is reported as the cause if it is at most this many times the measured rate."""
 
 
 def not_converging(source: Source, remaining: int, seconds: float) -> NotConverging:
-    """Why it is given up, after a round of so many seconds that left so many bytes to send; and what to do."""
+    """Return the error for a migration that does not converge, after a round of `seconds` that left `remaining`
+    bytes."""
     expected = source.convergence.expected_downtime(remaining)
     slower = "" if source.options.auto_converge else ", slow it down while it is copied with `auto_converge`"
     rate = source.convergence.bandwidth
@@ -186,5 +187,5 @@ def not_converging(source: Source, remaining: int, seconds: float) -> NotConverg
 
 
 def _ms(seconds: float) -> float:
-    """Milliseconds, to the microsecond."""
+    """Convert to milliseconds, rounded to the microsecond."""
     return round(seconds * 1e3, 3)

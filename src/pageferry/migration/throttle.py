@@ -1,7 +1,7 @@
-"""Auto-converge: a workload that modifies memory faster than the link takes it gets less and less CPU time.
+"""CPU throttling of workloads that modify memory faster than it is sent (auto-converge, as in QEMU).
 
-For as long as pages are copied, and no longer: it is lifted before the pause, none of which waits for it.
-Named after QEMU's `auto-converge`; there the hypervisor makes its vCPUs sleep, here the kernel limits the processes.
+The limit applies only while pages are copied, and is removed before the pause. QEMU makes vCPUs sleep; here the kernel
+limits the CPU time of the processes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pageferry.migration.native import off_loop
 log = getLogger(__name__)
 
 STEPS = (20, 50, 80, 95, 99)
-"""Per cent that are taken from it, one step after each round that did not get further (`cpu-throttle-percentage`)."""
+"""Throttle percentages, in the order in which they are applied after rounds without progress."""
 
 
 class Throttle:
-    """Takes CPU time from the processes of a workload, compared with what they have used since this was made."""
+    """Limits the CPU time of a workload's processes, relative to their usage since this object was made."""
 
     def __init__(self, name: str, regions: Sequence[Region]) -> None:
         self._name = name
@@ -35,11 +35,12 @@ class Throttle:
         self._usual = 0.0
         self._quota: CpuQuota | None = None
         self.percentage = 0
-        """That is taken from it now."""
+        """Current throttle percentage."""
         self.highest = 0
+        """Highest throttle percentage so far."""
 
     async def tighten(self) -> bool:
-        """The next step; False when that is not possible, of which the user is told.
+        """Apply the next throttle step. Return False, after a warning, if no limit can be set.
 
         Raises WorkloadDied.
         """
@@ -62,14 +63,14 @@ class Throttle:
         return True
 
     def lift(self) -> None:
-        """It may run as fast as it likes again; takes microseconds."""
+        """Remove the limit. Takes microseconds."""
         if self._quota is not None:
-            with contextlib.suppress(OSError):  # with its processes the group may be gone
+            with contextlib.suppress(OSError):  # the group may have been removed with its processes
                 self._quota.lift()
         self.percentage = 0
 
     async def close(self) -> None:
-        """Lift it for good, and leave nothing of it."""
+        """Remove the limit permanently, with its control group and guardian."""
         quota, self._quota, self.percentage = self._quota, None, 0
         if quota is not None:
             await off_loop(quota.close)

@@ -1,7 +1,7 @@
-"""Who the two ends of a migration are: certificates in QEMU's folder layout, and who is let in.
+"""Authentication and authorisation of the two sides of a migration: certificates in QEMU's directory layout.
 
-Authorities, names, dates and revocations are checked on the control connection. What was accepted there is a `Peer`,
-and page streams are made with that peer only: the same certificate, and no other.
+Issuer, names, validity and revocation are checked on the control connection. The peer accepted there is a `Peer`, and
+page streams are opened to that peer only: they require the same certificate.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ FILES: dict[Role, tuple[str, str]] = {
     "source": ("client-cert.pem", "client-key.pem"),
     "receiver": ("server-cert.pem", "server-key.pem"),
 }
-"""Certificate and private key, as QEMU's tls-creds-x509 names them."""
+"""File names of certificate and private key, those of QEMU's tls-creds-x509."""
 MAX_FILE = 1 << 20
-"""Largest file of certificates that is read, bytes."""
+"""Maximum size of a certificate or key file, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of an authenticated control connection."""
+    """Peer of an authenticated control connection."""
 
     certificate: bytes
-    """DER."""
+    """Its certificate, DER."""
     names: tuple[str, ...]
-    """Common names and alternative names in it."""
+    """Common names and alternative names in the certificate."""
     identity: TlsIdentity
-    """Ours."""
+    """Our certificate and key."""
 
     def __str__(self) -> str:
         return " or ".join(self.names[:4]) or "a peer without a name"
 
     def page_session(self) -> TlsSession:
-        """The connecting end of a page stream to this peer, and nobody else."""
+        """Return the TLS session of a page stream to this peer; any other certificate is rejected."""
         return self.identity.connect(self.certificate)
 
 
 class Trust:
-    """Our certificate, and which peers are believed.
+    """Our certificate, and the rules by which peers are accepted.
 
-    `folder` holds ca-cert.pem, ca-crl.pem (optional; then certificates in it are refused), and at the receiver
-    server-cert.pem and server-key.pem, at the source client-cert.pem and client-key.pem. `hostname`: the name that the
-    receiver's certificate must have; None for the host that was connected to. `allow`: names of sources that are let
-    in; none for all that the authority has issued a certificate to.
+    `folder` contains ca-cert.pem, optionally ca-crl.pem (certificates in it are rejected), and server-cert.pem and
+    server-key.pem at the receiver, client-cert.pem and client-key.pem at the source. `hostname`: host name expected in
+    the receiver's certificate; None for the host that was connected to. `allow`: names of the sources that are
+    accepted; if empty, all with a certificate of the authority.
 
-    Raises UsageError for what is missing or does not fit together.
+    Raises UsageError for files that are missing or do not match.
     """
 
     def __init__(self, folder: Path, role: Role, *, hostname: str | None = None, allow: Sequence[str] = ()) -> None:
@@ -76,16 +76,16 @@ class Trust:
             self._context.load_verify_locations(cadata=_read(folder / CA).decode("ascii", "replace"))
         if (folder / CRL).exists():
             with _complaining(folder / CRL):
-                _read(folder / CRL)  # refused here if it is not a file that can be read
+                _read(folder / CRL)  # raises UsageError if it is not a readable file
                 self._context.load_verify_locations(folder / CRL)
             self._context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
 
     def control_session(self, host: str | None = None) -> ControlSession:
-        """Our end of a control connection; `host`: whom the source connects to."""
+        """Return our TLS session of a control connection. `host`: host that the source connects to."""
         return ControlSession(self, self._context, self.hostname or host)
 
     def let_in(self, peer: Peer) -> None:
-        """Raises AuthenticationError for a source that is not on the list."""
+        """Authorise a source. Raises AuthenticationError if it is not in `allow`."""
         if self.allow and not self.allow.intersection(peer.names):
             raise AuthenticationError(
                 f"{peer} may not send workloads here: its certificate has none of the names that this receiver was "
@@ -94,9 +94,9 @@ class Trust:
 
 
 class ControlSession:
-    """One end of the TLS connection under a control connection; like `TlsSession`, without input or output of its own.
+    """TLS session of a control connection: like `TlsSession`, it does no input or output itself.
 
-    Raises AuthenticationError for a peer that is not believed, does not believe us, or breaks the rules.
+    Raises AuthenticationError if either side rejects the other's certificate, or the peer violates the protocol.
     """
 
     def __init__(self, trust: Trust, context: ssl.SSLContext, host: str | None) -> None:
@@ -115,7 +115,7 @@ class ControlSession:
             self.feed(b"")
 
     def feed(self, received: bytes) -> None:
-        """Take in what came from the peer, and go on with the handshake as far as that lets us."""
+        """Process received bytes, and continue the handshake as far as they allow."""
         if received:
             self._incoming.write(received)
         if self.established:
@@ -129,11 +129,11 @@ class ControlSession:
             raise self._refusal(error) from error
 
     def outgoing(self) -> bytes:
-        """What is for the peer; after an error too."""
+        """Return the bytes to send to the peer. Needed after an error too: they contain the alert."""
         return self._outgoing.read()
 
     def read(self) -> bytes:
-        """What the peer said, as far as it is here; nothing may also mean that it needs more. Raises EOFError."""
+        """Return the data received so far; empty if more input is needed. Raises EOFError."""
         try:
             return self._object.read(1 << 16)
         except ssl.SSLWantReadError:
@@ -144,20 +144,20 @@ class ControlSession:
             raise self._refusal(error) from error
 
     def write(self, data: bytes) -> None:
-        """Seal it for the peer."""
+        """Encrypt data for the peer."""
         rest = memoryview(data)
         while rest:
             rest = rest[self._object.write(rest) :]
 
     def close(self) -> None:
-        """Say that nothing more will come."""
-        with contextlib.suppress(ssl.SSLError):  # it has not said so itself, and need not
+        """Send close_notify."""
+        with contextlib.suppress(ssl.SSLError):  # raised because the peer has not sent its own, which is not awaited
             self._object.unwrap()
 
     def peer(self) -> Peer:
-        """Who it is, once established."""
+        """Return the authenticated peer, once established."""
         certificate = self._object.getpeercert(binary_form=True)
-        assert certificate is not None  # both sides must have shown one
+        assert certificate is not None  # both sides must present one
         return Peer(certificate, _names(self._object.getpeercert() or {}), self._trust.identity)
 
     def _refusal(self, error: ssl.SSLError) -> AuthenticationError:
@@ -165,7 +165,7 @@ class ControlSession:
 
 
 def explain(error: ssl.SSLError, peer: str) -> str:
-    """What went wrong in a TLS connection to `peer`, and what to do about it."""
+    """Describe an error of the TLS connection to `peer`, and what to do about it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         advice = _VERIFIED.get(error.verify_code, "")
         return f"the certificate of {peer} is not accepted: {error.verify_message.rstrip('.')}{advice}"
@@ -193,7 +193,7 @@ _VERIFIED = {
     62: "; give a name that is in it with `tls_hostname`, or issue one with this name",
     64: "; give a name that is in it with `tls_hostname`, or issue one with this address",
 }
-"""By X509_V_ERR code."""
+"""Advice by X509_V_ERR code."""
 _ALERTS = {
     "UNKNOWN_CA": f": it does not accept our certificate{_AUTHORITY}",
     "DECRYPT_ERROR": f": it does not accept our certificate{_AUTHORITY}",
@@ -220,7 +220,7 @@ def _context(role: Role) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     context.hostname_checks_common_name = False
     if role == "receiver":
-        context.num_tickets = 0  # no session is resumed
+        context.num_tickets = 0  # sessions are not resumed
     return context
 
 
@@ -248,7 +248,7 @@ def _read(path: Path) -> bytes:
 
 
 class _complaining:
-    """Turns what the ssl module says of a file into a UsageError."""
+    """Converts an error of the ssl module about a file to a UsageError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -261,7 +261,7 @@ class _complaining:
 
 
 def _names(shown: dict[str, Any]) -> tuple[str, ...]:
-    """Of a certificate, as `SSLObject.getpeercert` has it."""
+    """Return the names in a certificate, as returned by `SSLObject.getpeercert`."""
     subject = [value for group in shown.get("subject", ()) for kind, value in group if kind == "commonName"]
     others = [value for kind, value in shown.get("subjectAltName", ()) if isinstance(value, str)]
     return tuple(dict.fromkeys(subject + others))
