@@ -207,12 +207,12 @@ def test_output_reports_that_a_guest_is_paused(newest_parts: GuestParts, tmp_pat
     with bare(newest_parts, tmp_path) as guest:
         guest.qmp("stop")
         image = str(tmp_path / "image")
-        assert "saving memory while it stays paused" in said("checkpoint", guest.name, image)
+        assert "saving memory of the paused workload" in said("checkpoint", guest.name, image)
         assert "image, paused" in said("checkpoint", guest.name, image)
         assert "the guest was paused when it was saved" in said("image", "info", image)
         with guest.receiver() as there:
             moved = said("migrate", guest.name, moving.address_of(there))
-            assert "it is paused, as before, at" in moved
+            assert "still paused at" in moved
             assert moving.until(there, "received")["paused"]
             assert there.wait() == 0
         guest.arrived()
@@ -220,8 +220,8 @@ def test_output_reports_that_a_guest_is_paused(newest_parts: GuestParts, tmp_pat
         wait_until(lambda: not locked(tmp_path / "disk"), "the end of the first QEMU")
         guest.journeys += 1
         restored = said("restore", guest.name, image, "--detach", "--", *guest.command(guest.name))
-        assert "is paused, as it was saved" in restored
-        assert "runs" not in restored
+        assert "paused, as it was saved" in restored
+        assert "running," not in restored
         wait_until(lambda: guest.name in travel.listed(), "the guest")
         assert travel.listed()[guest.name] == "paused"
 

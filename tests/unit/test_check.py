@@ -199,14 +199,14 @@ def test_tables_are_readable_without_colour() -> None:
         ["fallback", "yes"],
     )
     assert "better with large-tmpfs: large pages of a tmpfs with huge=always" in text
-    assert "live migration of arenas can run" in text
+    assert "live migration of arenas is possible" in text
     assert "apt install qemu-system-x86" in text
 
 
 def test_verdict_says_what_cannot_run() -> None:
     qemu = Qemu("/usr/bin/qemu-system-x86_64", True, "QEMU emulator version 7.2", "7.2")
-    assert "live migration of arenas and QEMU guests can run" in shown(a_check(with_all_but(), [qemu]))
-    assert "live migration cannot run here" in shown(a_check(with_all_but("adopt"), [qemu]))
+    assert "live migration of arenas and QEMU guests is possible" in shown(a_check(with_all_but(), [qemu]))
+    assert "live migration is not possible" in shown(a_check(with_all_but("adopt"), [qemu]))
 
 
 def test_names_are_whole_on_a_narrow_terminal() -> None:

@@ -67,7 +67,7 @@ def test_a_command_outlives_a_log_that_is_full(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "cannot be written any more: File too large" in done.stderr
+    assert "cannot write the event log: File too large" in done.stderr
 
 
 def test_secrets_and_command_lines_of_others_are_not_written_down() -> None:

@@ -154,5 +154,5 @@ def test_how_it_looks() -> None:
     assert f"0x200000 [█{' ' * 63}]   8 break" in text
     assert f"0x400000 [{'█' * 64}] 512 restore" in text
     assert f"0x600000 [{'-' * 32}{' ' * 32}] 256 restore" in text
-    assert "reclaimed: 1 MiB to swap, 1 large pages broken" in text
-    assert "left out: [x]: Permission denied" in text
+    assert "reclaimed: 1 MiB to swap, 1 huge pages split" in text
+    assert "skipped: [x]: Permission denied" in text

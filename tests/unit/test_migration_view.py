@@ -43,13 +43,13 @@ RESULT = events.MigrationResult(
     trace=events.TraceCount(granularity="auto", install_ms=1.5, released_units=0),
 )
 TABLE = """\
-migration                   web completed, it runs at [::1]:7070
+migration                   web completed, running at [::1]:7070
 total time                  1.2 s (set-up 12.3 ms)
 downtime                    15.2 ms: stop 500 us, last pages 3.2 ms, state 4.5 ms, populate 250 us, resume 125 us
-transferred                 210 MiB of 512 MiB at 168 MiB/s: 53,760 pages, 2,000 of zeros, 75,312 not in memory
-trace                       auto, installed in 1.5 ms; read 3 times
-large pages                 150 at the source, 148 at the destination, 2 could not be kept
-populated                   all: 148 large and 1,024 small pages in 8.0 ms
+transferred                 210 MiB of 512 MiB at 168 MiB/s: 53,760 pages, 2,000 zero pages, 75,312 not present
+trace                       auto, installed in 1.5 ms; collected 3 times
+huge pages                  150 at the source, 148 at the destination, 2 not preserved
+populated                   all: 148 huge and 1,024 base pages in 8.0 ms
 faults in the first second  7 minor, 0 major
 """
 
@@ -73,8 +73,8 @@ def stripped(text: str) -> str:
 def test_a_migration_in_a_log_is_a_line_per_round_and_a_table() -> None:
     data, progress = shown(MigrationView(), SETUP, PROGRESS, ROUND, PROGRESS, result=RESULT)
     assert progress == (
-        "to [::1]:7070: 300 MiB of 512 MiB in memory, 150 large pages, traces installed in 1.5 ms\n"
-        "round 1: 131,072 pages, 200 MiB in 500.0 ms (400 MiB/s), modified 20 MiB/s, 10 MiB left\n"
+        "to [::1]:7070: 300 MiB of 512 MiB present, 150 huge pages, write traces installed in 1.5 ms\n"
+        "round 1: 131,072 pages, 200 MiB in 500.0 ms (400 MiB/s), modified 20 MiB/s, 10 MiB remaining\n"
     )
     assert stripped(data) == TABLE
 
@@ -89,23 +89,23 @@ def test_post_copy_has_a_line_when_something_happens_and_a_row_in_the_table() ->
     told = [event("postcopy-active"), event("postcopy-paused"), event("postcopy-recover")]
     data, progress = shown(MigrationView(), *told, result=result)
     assert progress == (
-        "postcopy-paused: it runs at the destination, and waits for its pages\npostcopy-recover: linked again\n"
+        "postcopy-paused: the workload waits at the destination for deferred pages\npostcopy-recover: reconnected\n"
     )
     assert (
-        "post-copy                   2,560 pages in 750.0 ms, 1,234 requests; 1,234 accesses waited 150 us on average, "
-        "99 % less than 256 us, 2100 us at most\n"
+        "post-copy                   2,560 pages in 750.0 ms, 1,234 requests; 1,234 faults, mean 150 us, p99 256 us, "
+        "maximum 2100 us\n"
     ) in stripped(data)
     console = Console(file=io.StringIO(), width=100, color_system=None)
     console.print(MigrationView().live(event("postcopy-active")))
     shown_live = console.file.getvalue()  # type: ignore[attr-defined]
-    assert shown_live.strip() == "postcopy-active: 10 MiB still to come, 1,234 pages asked for"
+    assert shown_live.strip() == "postcopy-active: 10 MiB deferred, 1,234 pages requested"
 
 
-@pytest.mark.parametrize(("intact", "words"), [(True, "every one is there"), (False, "SOME ARE LOST")])
+@pytest.mark.parametrize(("intact", "words"), [(True, "no lost writes"), (False, "WRITES LOST")])
 def test_the_demo_says_whether_anything_was_lost(intact: bool, words: str) -> None:
     fields = {name: getattr(RESULT, name) for name in RESULT.__struct_fields__}
     data, _ = shown(DemoView(), result=DemoResult(**fields, intact=intact, writes=150000, checked=130813))
-    assert stripped(data) == TABLE + f"150,000 writes, 130,813 pages checked: {words}\n"
+    assert stripped(data) == TABLE + f"{words}: 150,000 writes, 130,813 pages verified\n"
 
 
 def test_a_terminal_shows_the_rounds_and_a_bar_for_the_one_under_way() -> None:

@@ -161,7 +161,7 @@ def test_people_get_tables_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixt
     html = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--html", str(html)]) == 0
     out = capsys.readouterr().out
-    for words in ("migrate web", "checkpoint web", "21.4 ms", "Where the pause went", str(html)):
+    for words in ("migrate web", "checkpoint web", "21.4 ms", "Downtime", str(html)):
         assert words in out
     assert html.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "page.html", "two"]
@@ -191,7 +191,7 @@ def test_the_log_of_a_killed_command_is_drawn_as_far_as_it_goes(
     assert main(["report", str(path)]) == 0
     out = capsys.readouterr().out
     assert "unfinished" in out
-    assert "left to send" in out
+    assert "remaining" in out
 
 
 def test_a_page_that_cannot_be_written_is_an_error_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,9 +102,9 @@ def shown(result: msgspec.Struct) -> str:
 
 def test_an_estimate_as_people_read_it() -> None:
     text = shown(RESULT)
-    assert "equal between workloads" in text
-    assert ["all", "300", "MiB"] in [line.split() for line in text.splitlines()]
-    assert "looked at 1 GiB in 500.0 ms (2 GiB/s)" in text
+    assert "duplicates between workloads" in text
+    assert ["total", "300", "MiB"] in [line.split() for line in text.splitlines()]
+    assert "scanned 1 GiB in 500.0 ms (2 GiB/s)" in text
     assert "note: pages of hugetlbfs" in text
     assert "freed" not in text
 
@@ -114,8 +114,8 @@ def test_a_result_as_people_read_it() -> None:
         RESULT, freed=5 << 20, estimated=5 << 20, large_pages_chosen=7, large_pages_broken=7, ksm_scans=5, pauses=0
     )
     text = " ".join(shown(done).split())
-    assert "freed 5 MiB (estimate 5 MiB), 7 large pages broken of 7 chosen" in text
-    assert "5 scans of KSM" in text
+    assert "freed 5 MiB (estimate 5 MiB), 7 huge pages split of 7 chosen" in text
+    assert "5 KSM scans" in text
     assert "pauses" not in text
     view = SharingView()
     assert view.line(ScanEvent(done=1, total=2)) is None

@@ -95,7 +95,7 @@ def test_progress_of_other_verbs(registry: Registry) -> None:
     progress = Progress("restore", ["web"])
     progress.event(RunningEvent(workload="web", time_to_running=1.0, deferred=400))
     progress.event(ProgressEvent(deferred=100, faults=1, missed=1, prefetched=1, bytes_read=1, failures=[]))
-    assert (progress.job.phase, progress.job.part) == ("arriving", 0.75)
+    assert (progress.job.phase, progress.job.part) == ("loading", 0.75)
 
 
 def test_top_shows_memory_and_work(

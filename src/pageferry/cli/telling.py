@@ -26,29 +26,29 @@ def open_sinks(args: argparse.Namespace, stack: ExitStack) -> EventLog | None:
 
 def _open_log(args: argparse.Namespace, stack: ExitStack) -> EventLog:
     from pageferry.report.event_log import EventLog, header
-    from pageferry.report.reporter import told_to
+    from pageferry.report.reporter import add_sink
 
     log = EventLog(args.log, header(args.verb, vars(args)))
-    stack.enter_context(told_to(log))
+    stack.enter_context(add_sink(log))
     return log
 
 
 def _open_metrics(args: argparse.Namespace, stack: ExitStack) -> None:
     from pageferry.report.metrics import Metrics, MetricsServer, address
-    from pageferry.report.reporter import told_to
+    from pageferry.report.reporter import add_sink
 
     host, port = address(args.metrics, insecure=args.metrics_insecure)
     metrics = Metrics(args.verb, ", ".join(_subjects(args)))
     server = MetricsServer(metrics, host, port)
     stack.callback(server.close)
-    stack.enter_context(told_to(metrics))
+    stack.enter_context(add_sink(metrics))
 
 
 def _open_progress(args: argparse.Namespace, names: list[str], stack: ExitStack) -> None:
     from pageferry.report.progress import Progress
-    from pageferry.report.reporter import told_to
+    from pageferry.report.reporter import add_sink
 
-    stack.enter_context(told_to(stack.enter_context(Progress(args.verb, names))))
+    stack.enter_context(add_sink(stack.enter_context(Progress(args.verb, names))))
 
 
 def _workloads(args: argparse.Namespace) -> list[str]:

@@ -1,1 +1,1 @@
-"""What commands tell: results on stdout, progress on stderr, for people or for programs."""
+"""Output of commands: results on stdout and progress on stderr, human-readable or as JSON."""

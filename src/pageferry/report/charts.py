@@ -1,7 +1,7 @@
-"""Charts as SVG text: pure functions of numbers. What is drawn can be pointed at, and its page has a table beside it.
+"""Charts as SVG text, as pure functions of numbers. Marks have tooltips, and the page has a table beside each.
 
-Axes begin at 0 unless their name says otherwise. Colours are numbers of the page's palette: 1 what was moved, 2 what is
-left, 3 what the workload does, 4 what is good, 5 other, 0 muted.
+Axes start at 0 unless they are named logarithmic. Colours are numbers of the page's palette: 1 transferred,
+2 remaining, 3 activity of the workload, 4 destination or duplicate, 5 other, 0 muted.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pageferry.report.svg import WIDTH, Format, Frame, binary_ticks, chart, elem
 
 Points = Sequence[tuple[float, float]]
 
-MOST_LABELS = 9
-"""Below an axis: more of them run into each other."""
+MAX_LABELS = 9
+"""Maximum number of labels below an axis; more would overlap."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values of one kind, and their colour."""
+    """Named values of one colour."""
 
     name: str
     colour: int
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line through points; with `area`, what is below it is tinted."""
+    """Line through points. `area`: tint the area below it. `steps`: draw horizontal steps."""
 
     name: str
     colour: int
@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar of its own; `note` stands behind it instead of its value."""
+    """Single bar. `note`: label to print after it instead of its value."""
 
     name: str
     value: float
@@ -49,7 +49,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """A row of cells from 0 (nothing) to 1 (full); `note` stands behind it."""
+    """Row of cells with values from 0 (empty) to 1 (full). `note`: label to print after it."""
 
     name: str
     cells: Sequence[float]
@@ -60,7 +60,7 @@ class Strip:
 def columns(
     label: str, names: Sequence[str], series: Sequence[Series], form: Format, axis: str, *, binary: bool = False
 ) -> str:
-    """Groups of upright bars, one group for each name."""
+    """Return a chart of grouped vertical bars, one group per name."""
     most = max((value for one in series for value in one.values), default=0)
     frame = Frame(max(len(names), 1), (binary_ticks if binary else ticks)(most))
     slot = frame.inner_width / max(len(names), 1)
@@ -83,7 +83,7 @@ def columns(
                     class_=f"f{one.colour}",
                 )
             )
-    for number in range(0, len(names), -(-len(names) // MOST_LABELS) or 1):
+    for number in range(0, len(names), -(-len(names) // MAX_LABELS) or 1):
         parts += [text(frame.left + slot * (number + 0.5), frame.base + 15, names[number], "middle", "tick")]
     parts += [frame.floor(), frame.x_name(axis)]
     return chart(frame.height, label, *parts)
@@ -99,7 +99,7 @@ def lines(
     binary: bool = False,
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Lines over an axis; `marks` are places on it with a word."""
+    """Return a line chart. `marks`: labelled positions on the x axis."""
     points = [point for one in drawn for point in one.points]
     most_x = max([x for x, _ in points] + [x for x, _ in marks], default=1) or 1
     frame = Frame(most_x, (binary_ticks if binary else ticks)(max((y for _, y in points), default=0)), top=22)
@@ -128,10 +128,10 @@ def _line(frame: Frame, line: Line, x_form: Format, y_form: Format) -> list[str]
     parts.append(element("path", d=path, class_=f"s{line.colour} line"))
     few = len(line.points) <= 30
     for x, y in line.points if few else line.points[:: -(-len(line.points) // 30)]:
-        told = f"{line.name}: {y_form(y)} at {x_form(x)}"
+        title = f"{line.name}: {y_form(y)} at {x_form(x)}"
         hidden = "" if few and not line.steps else " unseen"
         dot = f"f{line.colour}{hidden}"
-        parts.append(element("circle", title=told, cx=frame.x(x), cy=frame.y(y), r=3 if few else 6, class_=dot))
+        parts.append(element("circle", title=title, cx=frame.x(x), cy=frame.y(y), r=3 if few else 6, class_=dot))
     return parts
 
 
@@ -145,16 +145,16 @@ def _mark(frame: Frame, x: float, word: str) -> str:
 def histogram(
     label: str, edges: Sequence[str], counts: Sequence[int], axis: str, marks: Sequence[tuple[float, str]]
 ) -> str:
-    """Bars without gaps: `counts[k]` between `edges[k]` and `edges[k + 1]`; `marks` count in bins from the left."""
+    """Return a histogram: `counts[k]` between `edges[k]` and `edges[k + 1]`; `marks`: positions in bins."""
     frame = Frame(len(counts) or 1, ticks(max(counts, default=0)), top=12 + 11 * len(marks))
     parts = [frame.y_axis(lambda value: f"{value:,.0f}")]
     for number, count in enumerate(counts):
         left, top = frame.x(number), frame.y(count)
-        told = f"{edges[number]} to {edges[number + 1]}: {count:,}"
+        title = f"{edges[number]} to {edges[number + 1]}: {count:,}"
         parts.append(
             element(
                 "rect",
-                title=told,
+                title=title,
                 x=left + 0.75,
                 y=top,
                 width=max(frame.x(number + 1) - left - 1.5, 0.5),
@@ -162,7 +162,7 @@ def histogram(
                 class_="f1",
             )
         )
-    for number in range(0, len(edges), -(-len(edges) // MOST_LABELS)):
+    for number in range(0, len(edges), -(-len(edges) // MAX_LABELS)):
         parts += [text(frame.x(number), frame.base + 15, edges[number], "middle", "tick")]
     for row, (place, word) in enumerate(marks):
         x, y = frame.x(place), 10.0 + 11 * row
@@ -174,19 +174,19 @@ def histogram(
 
 
 def bars(label: str, rows: Sequence[Bar], form: Format) -> str:
-    """Lying bars, one below the other, each with its value."""
+    """Return a chart of horizontal bars with their values."""
     row_height, left, right = 24.0, 106.0, 72.0
     most = max((row.value for row in rows), default=0) or 1
     parts = []
     for number, row in enumerate(rows):
         y = 4 + number * row_height
         width = (WIDTH - left - right) * row.value / most
-        told = row.note or form(row.value)
+        title = row.note or form(row.value)
         parts.append(text(left - 8, y + 14, row.name, "end", "label"))
         parts.append(
             element(
                 "rect",
-                title=f"{row.name}: {told}",
+                title=f"{row.name}: {title}",
                 x=left,
                 y=y + 3,
                 width=max(width, 0.75 if row.value else 0),
@@ -195,12 +195,12 @@ def bars(label: str, rows: Sequence[Bar], form: Format) -> str:
                 class_=f"f{row.colour}",
             )
         )
-        parts.append(text(left + width + 6, y + 14, told, "start", "value"))
+        parts.append(text(left + width + 6, y + 14, title, "start", "value"))
     return chart(8 + len(rows) * row_height, label, *parts)
 
 
 def stack(label: str, parts: Sequence[Bar], form: Format) -> str:
-    """One bar of several parts that are a whole together."""
+    """Return one horizontal bar divided into parts."""
     whole = sum(part.value for part in parts) or 1
     drawn, x = [], 0.0
     for part in parts:
@@ -214,7 +214,7 @@ def stack(label: str, parts: Sequence[Bar], form: Format) -> str:
 
 
 def strips(label: str, rows: Sequence[Strip], left: str = "", right: str = "") -> str:
-    """Rows of cells, the fuller the darker; `left` and `right` are what the ends of the rows are."""
+    """Return rows of cells, darker for higher values. `left`, `right`: labels of the ends of the rows."""
     height, note = 30.0, 74.0 if any(row.note for row in rows) else 0.0
     space = WIDTH - note
     parts = []
@@ -231,7 +231,7 @@ def strips(label: str, rows: Sequence[Strip], left: str = "", right: str = "") -
 
 
 def heat(label: str, rows: Sequence[Strip], axis: str) -> str:
-    """Many thin rows of cells below each other, each with its name."""
+    """Return a heat map of thin named rows."""
     row_height, left, right = 13.0, 92.0, 34.0
     space = WIDTH - left - right
     parts = []
@@ -247,7 +247,7 @@ def heat(label: str, rows: Sequence[Strip], axis: str) -> str:
 
 
 def _cells(row: Strip, x: float, y: float, width: float, height: float) -> str:
-    """Runs of equal cells as one rectangle each."""
+    """Return one rectangle per run of identical cells."""
     parts, cell = [], width / max(len(row.cells), 1)
     start = 0
     for number in range(1, len(row.cells) + 1):
@@ -272,12 +272,12 @@ def _cells(row: Strip, x: float, y: float, width: float, height: float) -> str:
 
 
 def dots(label: str, points: Points, most: tuple[float, float], x_form: Format, y_form: Format, axis: str) -> str:
-    """Single points of a plane that reaches to `most`."""
+    """Return a scatter plot. `most`: upper ends of the x axis and the y axis."""
     frame = Frame(most[0] or 1, binary_ticks(most[1]))
     parts = [frame.y_axis(y_form), frame.floor(), frame.x_axis(ticks(most[0], 5), x_form, axis)]
     for x, y in points:
-        told = f"{x_form(x)}: {y_form(y)}"
+        title = f"{x_form(x)}: {y_form(y)}"
         parts.append(
-            element("rect", title=told, x=frame.x(x) - 1, y=frame.y(y) - 1, width=2.2, height=2.2, class_="f1")
+            element("rect", title=title, x=frame.x(x) - 1, y=frame.y(y) - 1, width=2.2, height=2.2, class_="f1")
         )
     return chart(frame.height, label, *parts)

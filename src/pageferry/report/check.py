@@ -1,4 +1,4 @@
-"""How `pageferry check` looks to a person: two tables and a verdict."""
+"""Human-readable output of `pageferry check`: features, systems, QEMU binaries and a summary."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _COLOURS = {"ok": "green", "fallback": "yellow", "unavailable": "red"}
 
 
 class CheckView(PlainView):
-    """Shows a `Check`."""
+    """View of a `Check`."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Features with remedies, systems with mechanisms, QEMUs, and the verdict."""
+        """Return the tables of features and systems, the QEMU binaries and the summary."""
         assert isinstance(result, Check)
-        return Group(_features(result.features), _systems(result.systems), *_qemus(result), Text(), _verdict(result))
+        return Group(_features(result.features), _systems(result.systems), *_qemus(result), Text(), _summary(result))
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("feature", "system", "status", "here"))
+        table.add_column(column, overflow="fold", no_wrap=column in ("feature", "system", "status", "available"))
     return table
 
 
 def _features(features: list[Feature]) -> RenderableType:
-    table = _table("feature", "here", "found")
+    table = _table("feature", "available", "detail")
     for feature in features:
         found = Text(feature.detail)
         if feature.remedy:
@@ -44,7 +44,7 @@ def _features(features: list[Feature]) -> RenderableType:
 
 
 def _systems(systems: list[SystemReport]) -> RenderableType:
-    table = _table("system", "status", "included", "what it is", "mechanism here")
+    table = _table("system", "status", "included", "description", "mechanism")
     for system in systems:
         mechanism = Text(system.mechanism or "none")
         if system.missing:
@@ -61,13 +61,16 @@ def _systems(systems: list[SystemReport]) -> RenderableType:
 
 def _qemus(result: Check) -> list[RenderableType]:
     if not result.qemu:
-        return [Text(), Text("No QEMU in PATH: guests need qemu-system-x86_64 (Debian: apt install qemu-system-x86).")]
+        return [
+            Text(),
+            Text("No QEMU in PATH: guests require qemu-system-x86_64 (Debian: apt install qemu-system-x86)."),
+        ]
     return [Text(), *(Text(f"{qemu.path}: {qemu.detail}", "" if qemu.usable else "red") for qemu in result.qemu)]
 
 
-def _verdict(result: Check) -> Text:
-    who = f"Linux {result.kernel}, user {result.user}"
+def _summary(result: Check) -> Text:
+    host = f"Linux {result.kernel}, user {result.user}"
     if not result.main_job:
-        return Text(f"{who}: live migration cannot run here.", style="red")
+        return Text(f"{host}: live migration is not possible.", style="red")
     moved = "arenas and QEMU guests" if any(qemu.usable for qemu in result.qemu) else "arenas"
-    return Text(f"{who}: live migration of {moved} can run.", style="green")
+    return Text(f"{host}: live migration of {moved} is possible.", style="green")

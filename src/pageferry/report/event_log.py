@@ -1,15 +1,15 @@
-"""Event logs: everything that a command told, as JSON lines in a file (`--log FILE`).
+"""Event logs: all events of a command as JSON lines in a file (`--log FILE`).
 
 ::
 
-    {"at-ms": 0.0, "type": "log", "schema": 1, "verb": "migrate", ...}        what was run, where and when
-    {"at-ms": 12.4, "type": "setup", ...}                                     events, as docs/events.md describes them
-    {"at-ms": 612.9, "type": "migration", "status": "completed", ...}         the result, if there is one
-    {"at-ms": 613.0, "type": "end", "exit-code": 0, ...}                      how the command ended
+    {"at-ms": 0.0, "type": "log", "schema": 1, "verb": "migrate", ...}        command, host and time
+    {"at-ms": 12.4, "type": "setup", ...}                                     events (docs/events.md)
+    {"at-ms": 612.9, "type": "migration", "status": "completed", ...}         result, if any
+    {"at-ms": 613.0, "type": "end", "exit-code": 0, ...}                      exit code and error
 
-`at-ms` counts from the first line, by a clock that is never set. Lines are handed to the kernel one by one, so that a
-command that is killed leaves all it has told, and they are synced at the end. A log without its last line is one of a
-command that was killed or still runs; a line that was cut short is passed over.
+`at-ms` is the time since the first line, by the monotonic clock. Each line is one write(2), so that the log of a killed
+command has all its events; the file is synced at the end. A log without an `end` line belongs to a command that was
+killed or is still running. An incomplete last line is ignored.
 """
 
 from __future__ import annotations
@@ -35,42 +35,42 @@ log = getLogger(__name__)
 Kind = TypeVar("Kind", bound=Event)
 
 MAX_LENGTH = 1 << 30
-"""Bytes of a log that is read."""
+"""Maximum size of a log, bytes."""
 OF_THE_PARSER = ("verb", "version", "completion", "takes_command", "works_on")
-"""What a namespace of arguments holds besides them."""
+"""Attributes of the namespace that are not arguments of the verb."""
 HIDDEN = ("pass", "secret", "token", "psk", "credential")
-"""An argument with such a name is not written down."""
+"""Arguments whose names contain one of these words are not recorded."""
 
 
 class LogHeader(Event, frozen=True, kw_only=True, tag="log"):
-    """The first line: what was run."""
+    """First line of a log: the command."""
 
     schema: int
-    """Version of everything that follows."""
+    """Version of the events that follow."""
     verb: str
     arguments: dict[str, Any]
-    """By name, with their defaults. Secrets are left out, and of another program's command line all but its name."""
+    """Arguments by name, with defaults and without secrets. A command line after `--` is reduced to its program."""
     pageferry: str
-    """Version."""
+    """Version of pageferry."""
     kernel: str
-    """Release of the host's."""
+    """Release of the kernel."""
     host: str
     pid: int
     started: str
-    """UTC, ISO 8601."""
+    """Start time, UTC, ISO 8601."""
 
 
 class LogEnd(Event, frozen=True, kw_only=True, tag="end"):
-    """The last line: how the command ended."""
+    """Last line of a log: exit code and error."""
 
     exit_code: int
     error: str | None = None
-    """Name of the error, one of docs/exit-codes.md or of Python."""
+    """Class of the error: one of docs/exit-codes.md, or a Python exception."""
     message: str | None = None
 
 
 def header(verb: str, arguments: Mapping[str, Any]) -> LogHeader:
-    """The header of a command that begins now."""
+    """Return the header of a command that starts now."""
     from importlib.metadata import version
 
     system = os.uname()
@@ -94,20 +94,20 @@ def _shown(name: str, value: Any) -> Any:
     if value is not None and any(word in name.lower() for word in HIDDEN):
         return "(hidden)"
     if name == "command" and value:
-        # The command line of a guest may hold passwords in many places.
+        # The command line of a guest can contain passwords in many places.
         return [value[0], f"({len(value) - 1} arguments)"]
     return value if isinstance(value, (str, int, float, list, type(None))) else str(value)
 
 
 class EventLog:
-    """Writes an event log. What cannot be written is said once and then left: no command fails for its log."""
+    """Writer of an event log. A write error is logged once and ends the log; the command continues."""
 
     def __init__(self, path: Path | str, first: LogHeader, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin the file anew. Raises UsageError where it cannot be opened."""
+        """Create or truncate the file. Raises UsageError if it cannot be opened."""
         try:
             self._file: int | None = files.create_log(Path(path))
         except OSError as error:
-            raise UsageError(f"--log {path}: {error.strerror}") from error
+            raise UsageError(f"cannot open --log {path}: {error.strerror}") from error
         self._path = path
         self._clock = clock
         self._began = clock()
@@ -122,11 +122,11 @@ class EventLog:
         try:
             _write(self._file, printable_json(msgspec.json.encode({"at-ms": at, **fields})) + b"\n")
         except OSError as error:
-            log.warning("%s cannot be written any more: %s", self._path, error.strerror)
+            log.warning("%s: cannot write the event log: %s; later events are lost", self._path, error.strerror)
             self._close()
 
     def end(self, exit_code: int, error: BaseException | None = None) -> None:
-        """Write how the command ended, and sync the file."""
+        """Write the end line, and sync the file."""
         name = type(error).__name__ if error is not None else None
         self.event(LogEnd(exit_code=exit_code, error=name, message=str(error) if error is not None else None))
         self._close()
@@ -150,38 +150,40 @@ def _write(file: int, line: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """An event of a log."""
+    """Event of a log."""
 
     at: float
-    """Milliseconds after the beginning."""
+    """Milliseconds since the first line."""
     tag: str
-    """What it is: `type` in the file."""
+    """Type of the event, `type` in the file."""
     fields: dict[str, Any]
-    """As written, with the names of docs/events.md."""
+    """Fields by their names in docs/events.md."""
 
     def to(self, kind: type[Kind]) -> Kind:
-        """The event as a record."""
+        """Return the event as a record. Raises msgspec.ValidationError."""
         return msgspec.convert({**self.fields, "type": kind.__struct_config__.tag}, kind)
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """An event log that has been read."""
+    """Contents of an event log."""
 
     path: Path
     header: LogHeader
     lines: list[Line]
-    """What was told, results too."""
+    """Events and results."""
     end: LogEnd | None
-    """None: the command was killed, or still runs."""
+    """None if the command was killed or is still running."""
     ended_at: float | None
-    """Milliseconds after the beginning."""
+    """Milliseconds since the first line."""
     cut: bool
-    """Whether the last line was cut short."""
+    """Whether the last line is incomplete."""
 
     def of(self, kind: type[Kind], *tags: str) -> list[tuple[float, Kind]]:
-        """Events of a kind, and when; `tags`: of these names instead of its own. Those of another shape are left out:
-        they were written by another pageferry."""
+        """Return the events of a kind with their times, milliseconds. `tags`: types to use instead of that of `kind`.
+
+        Events that do not match the record are omitted: another version of pageferry has written them.
+        """
         wanted = tags or (str(kind.__struct_config__.tag),)
         found = []
         for line in self.lines:
@@ -192,28 +194,29 @@ class Log:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a log. Raises UsageError for what is none, or is damaged elsewhere than at its end."""
+        """Read a log. Raises UsageError if the file is not an event log, or is damaged before its last line."""
         try:
             rows = files.read_regular(path, MAX_LENGTH).split(b"\n")
         except OSError as error:
-            raise UsageError(f"{path} cannot be read as an event log: {error.strerror}") from error
-        # What stands after the last line feed was cut short; mostly it is nothing.
+            raise UsageError(f"cannot read the event log {path}: {error.strerror}") from error
+        # Text after the last line feed is an incomplete line; usually there is none.
         cut = bool(rows.pop())
         if not rows or not rows[0].startswith(b'{"at-ms":'):
-            raise UsageError(f"{path} is no event log: any verb writes one with --log FILE")
+            raise UsageError(f"{path} is not an event log: use a file that a verb has written with --log FILE")
         lines = [_line(path, number, row) for number, row in enumerate(rows, 1)]
         if lines[0].tag != "log":
-            raise UsageError(f"{path} does not begin as an event log does: its first line is one of {lines[0].tag!r}")
+            raise UsageError(f"{path} is not an event log: the type of its first line is {lines[0].tag!r}, not 'log'")
         if (schema := lines[0].fields.get("schema")) != SCHEMA:
             raise UsageError(
-                f"{path} has events of schema {schema}, this pageferry knows {SCHEMA}: use the one it is of"
+                f"cannot read {path}: unsupported schema {schema}, this pageferry supports {SCHEMA}; use the "
+                f"version that has written it"
             )
         try:
             last = lines.pop() if lines[-1].tag == "end" else None
             end, ended_at = (last.to(LogEnd), last.at) if last is not None else (None, None)
             return cls(path, lines[0].to(LogHeader), lines[1:], end, ended_at, cut)
         except msgspec.ValidationError as wrong:
-            raise UsageError(f"{path}: its first or last line is damaged ({wrong})") from wrong
+            raise UsageError(f"cannot read {path}: its first or last line is damaged ({wrong})") from wrong
 
 
 def _line(path: Path, number: int, row: bytes) -> Line:
@@ -221,4 +224,4 @@ def _line(path: Path, number: int, row: bytes) -> Line:
         fields = msgspec.json.decode(row, type=dict[str, Any])
         return Line(float(fields.pop("at-ms")), str(fields.pop("type")), fields)
     except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as wrong:
-        raise UsageError(f"{path}, line {number}: no event ({wrong})") from wrong
+        raise UsageError(f"cannot read {path}: line {number} is not an event ({wrong})") from wrong

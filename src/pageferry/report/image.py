@@ -1,4 +1,4 @@
-"""How images look to a person."""
+"""Human-readable output of `pageferry image`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pageferry.report.units import size
 
 
 class ImageView(PlainView):
-    """Shows the results of `pageferry image`."""
+    """View of the results of `pageferry image`."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """A table, or a line and what was found."""
+        """Return the result as a table or as lines."""
         fields: dict[str, Any] = msgspec.to_builtins(result)
         match fields["type"]:
             case "image":
                 return _summary(fields)
             case "image-verify":
-                said = f"{fields['path']}: every byte is right" if fields["intact"] else "DAMAGED"
-                return Group(Text(said), *(Text(finding) for finding in fields["findings"]))
+                verdict = f"{fields['path']}: {'intact' if fields['intact'] else 'DAMAGED'}"
+                return Group(Text(verdict), *(Text(finding) for finding in fields["findings"]))
             case "image-diff":
                 return _difference(fields)
             case _:
@@ -41,9 +41,9 @@ def _summary(fields: dict[str, Any]) -> RenderableType:
         ("parents", ", ".join(fields["parents"]) or "none"),
     ]
     if fields["paused"]:
-        rows.append(("note", "the guest was paused when it was saved: one that is restored is paused"))
+        rows.append(("note", "the guest was paused when it was saved, and will be paused when it is restored"))
     if not fields["restorable"]:
-        rows.append(("note", "memory only: it can be looked at, not restored"))
+        rows.append(("note", "memory only: the image can be inspected but not restored"))
     table = Table("region", "memory", *fields["regions"][0]["pages"], box=None)
     for region in fields["regions"]:
         table.add_row(region["name"], size(region["length"]), *(str(count) for count in region["pages"].values()))
@@ -52,7 +52,7 @@ def _summary(fields: dict[str, Any]) -> RenderableType:
 
 def _difference(fields: dict[str, Any]) -> RenderableType:
     if fields["same"]:
-        return Text("the same")
-    lines = [Text(f"{fields['pages']} pages differ" + (", and the state" if fields["state-differs"] else ""))]
+        return Text("identical")
+    lines = [Text(f"{fields['pages']} pages differ" + (", and the device state" if fields["state-differs"] else ""))]
     lines += [Text(f"{region}: {size(length)} from byte {first}") for region, first, length in fields["runs"]]
     return Group(*lines)

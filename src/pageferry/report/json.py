@@ -1,4 +1,4 @@
-"""Output for programs: one JSON object per line on stdout."""
+"""JSON output: one object per line on stdout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pageferry.printable import printable_json
 
 
 class JsonReporter:
-    """Writes every event and the result as a line of its own, at once. The tag of a record (`type`) says what it is."""
+    """Reporter that writes and flushes each event and the result as one line; `type` is its kind."""
 
     def __init__(self, stream: BinaryIO | None = None) -> None:
         self._stream = stream or sys.stdout.buffer

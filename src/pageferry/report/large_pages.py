@@ -1,4 +1,4 @@
-"""How the activity of large pages looks to a person: regions, a histogram, a heat map and what follows from it."""
+"""Human-readable output of `pageferry large-pages`: regions, histogram, heat map and summary."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ SLOTS = 512
 BINS = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512")
 SHADES = " ░▒▓█"
 COLUMNS = 64
-"""Of the heat map: each stands for 8 small pages."""
+"""Width of the heat map; one column is 8 base pages."""
 ROWS = 24
-"""Of the heat map, at most."""
+"""Maximum number of rows of the heat map."""
 BAR = 40
 
 
 class LargePagesView(PlainView):
-    """Shows events and results of `pageferry.large_pages.events`."""
+    """View of `pageferry.large_pages.events`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """A line per round, or per result when they are many."""
+        """Return a line for a round, or for one of many results."""
         match event:
             case SampleEvent():
                 return (
-                    f"round {event.round}: {event.sampled} large pages, {event.idle} idle, "
-                    f"{event.mean:.1f} small pages accessed on average, {event.cpu_ms:.1f} ms of CPU"
+                    f"round {event.round}: {event.sampled} huge pages, {event.idle} idle, "
+                    f"{event.mean:.1f} base pages accessed on average, {event.cpu_ms:.1f} ms of CPU"
                 )
             case BroughtBack():
-                return f"{event.target}: {size(event.brought_back)} brought back from the store"
+                return f"{event.target}: {size(event.brought_back)} reloaded from the store"
             case LargePagesResult():
-                return "; ".join(_verdict(event))
+                return "; ".join(_summary(event))
             case _:
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """The whole picture while watching; a line otherwise."""
+        """Return the whole result with --watch; otherwise a line."""
         return self.result(event) if isinstance(event, LargePagesResult) else self.line(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Everything."""
+        """Return the tables, the heat map and the summary."""
         if isinstance(result, BroughtBack):
             return Text(self.line(result) or "")
         if not isinstance(result, LargePagesResult):
@@ -54,14 +54,14 @@ class LargePagesView(PlainView):
         parts: list[RenderableType] = [_regions(result)]
         if result.samples:
             parts += [Text(), _histogram(result.histogram), Text(), _heat_map(result.samples)]
-        parts += [Text(), *(Text(line) for line in _verdict(result))]
-        parts += [Text(f"left out: {reason}", style="yellow") for reason in result.skipped]
+        parts += [Text(), *(Text(line) for line in _summary(result))]
+        parts += [Text(f"skipped: {reason}", style="yellow") for reason in result.skipped]
         return Group(*parts)
 
 
 def _regions(result: LargePagesResult) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("region", "kind", "size", "large pages", "sampled", "idle", "accessed of 512"):
+    for name in ("region", "kind", "size", "huge pages", "sampled", "idle", "accessed of 512"):
         table.add_column(name, justify="left" if name in ("region", "kind") else "right", overflow="fold")
     for region in result.regions:
         table.add_row(
@@ -82,51 +82,51 @@ def _histogram(bins: list[int]) -> RenderableType:
     table.add_column(justify="right")
     for name, count in zip(BINS, bins, strict=True):
         table.add_row(name, str(count), Text("█" * -(-count * BAR // max(*bins, 1)), style="cyan"))
-    return Group(Text("small pages accessed per large page", style="bold"), table)
+    return Group(Text("base pages accessed per huge page", style="bold"), table)
 
 
 def _heat_map(samples: list[Sample]) -> RenderableType:
-    """A line per sampled page, its 512 small pages from left to right."""
+    """Return one row per sample, with the 512 base pages of a huge page from left to right."""
     table = Table.grid(padding=(0, 1))
     shown = thinned(sorted(samples, key=lambda sample: -sample.activity), ROWS)
     for sample in shown:
         table.add_row(Text(f"{sample.address:#x}"), _cells(sample), Text(f"{sample.activity:3}"), Text(sample.decision))
-    some = f" ({len(shown)} of {len(samples)}, from the most active to the least)"
-    title = "where in the page" + (some if len(shown) < len(samples) else "")
+    some = f" ({len(shown)} of {len(samples)}, by decreasing activity)"
+    title = "accesses within the huge page" + (some if len(shown) < len(samples) else "")
     return Group(Text(title, style="bold"), table)
 
 
 def _cells(sample: Sample) -> Text:
     if sample.touched is None:
         filled = "-" * -(-sample.activity * COLUMNS // SLOTS)
-        return Text(f"[{filled:{COLUMNS}}]", style="dim")  # how many, not where
+        return Text(f"[{filled:{COLUMNS}}]", style="dim")  # only the number of accessed pages is known
     bits, width = int(sample.touched, 16), SLOTS // COLUMNS
     counts = [(bits >> column * width & (1 << width) - 1).bit_count() for column in range(COLUMNS)]
     cells = "".join(SHADES[-(-count * (len(SHADES) - 1) // width)] for count in counts)
     return Text(f"[{cells}]", style="red" if sample.activity >= SLOTS // 2 else "")
 
 
-def _verdict(result: LargePagesResult) -> list[str]:
+def _summary(result: LargePagesResult) -> list[str]:
     found, overhead = result.estimate, result.overhead
     if not found.large_pages:
-        return [f"{result.target} maps no large pages"]
+        return [f"{result.target} maps no huge pages"]
     window = duration(result.window_ms / 1e3)
-    mean = f"{found.mean:.1f} ({found.low:.1f} to {found.high:.1f}) of 512 small pages accessed in {window}"
+    mean = f"{found.mean:.1f} ({found.low:.1f} to {found.high:.1f}) of 512 base pages accessed in {window}"
     lines = [
-        f"estimate for {found.large_pages} large pages from {found.sampled}: {mean}",
+        f"estimate for {found.large_pages} huge pages from {found.sampled} samples: {mean}",
         f"idle: {size(found.idle)} ({size(found.idle_low)} to {size(found.idle_high)})",
-        f"overhead: {overhead.fraction:.2%} of a CPU, {duration(overhead.per_page_us / 1e6)} a page; "
+        f"overhead: {overhead.fraction:.2%} of one CPU, {duration(overhead.per_page_us / 1e6)} per page; "
         f"{result.restored} mappings restored" + (f", {result.not_restored} NOT" if result.not_restored else ""),
     ]
     if result.limited_by is not None:
-        limits = {"budget": "--budget (0 lifts that)", "mappings": "the mappings that a process may have"}
-        lines.append(f"limited by {limits[result.limited_by]}: rounds were smaller than --sample asks for")
+        limits = {"budget": "--budget (0: unlimited)", "mappings": "the maximum number of mappings (vm.max_map_count)"}
+        lines.append(f"limited by {limits[result.limited_by]}: rounds had fewer samples than --sample requests")
     if result.broken:
         where = "swap" if result.store is None else f"{result.store.path} ({size(result.store.bytes)})"
-        lines.append(f"reclaimed: {size(result.reclaimed)} to {where}, {result.broken} large pages broken")
+        lines.append(f"reclaimed: {size(result.reclaimed)} to {where}, {result.broken} huge pages split")
     if result.store is not None and result.store.pauses:
         longest = duration(result.store.longest_pause_ms / 1e3)
-        lines.append(f"{result.store.pauses} pauses, the longest {longest}")
+        lines.append(f"{result.store.pauses} pauses of at most {longest}")
     if result.store is not None and result.store.equal:
-        lines.append(f"{result.store.equal} pages of the store equal others, and are stored once with them")
+        lines.append(f"{result.store.equal} pages of the store are duplicates, and are stored once")
     return lines

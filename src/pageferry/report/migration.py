@@ -1,4 +1,4 @@
-"""How a migration looks to a person: a bar while a round goes on, a line per round, and a table at the end."""
+"""Human-readable output of a migration: a progress bar, a line per round, and a table of the result."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import duration, ms, rate, size
 
 BAR = 32
-"""Columns of the bar."""
+"""Width of the progress bar, columns."""
 
 
 class MigrationView(PlainView):
-    """Shows events of `pageferry.migration.events`."""
+    """View of `pageferry.migration.events`."""
 
     def __init__(self) -> None:
         self._rounds: list[str] = []
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """A line per phase and round; nothing for mere progress."""
+        """Return a line for a phase or round; None for progress."""
         match event:
             case SetupEvent():
                 return (
-                    f"to {event.peer}: {size(event.present)} of {size(event.memory)} in memory, "
-                    f"{event.large_pages} large pages, traces installed in {event.install_ms:.1f} ms"
+                    f"to {event.peer}: {size(event.present)} of {size(event.memory)} present, "
+                    f"{event.large_pages} huge pages, write traces installed in {event.install_ms:.1f} ms"
                 )
             case RoundEvent():
                 return (
                     f"round {event.round}: {event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
-                    f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, {size(event.remaining)} left"
-                    + (f", slowed down by {event.cpu_throttle_percentage} %" if event.cpu_throttle_percentage else "")
+                    f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, "
+                    f"{size(event.remaining)} remaining"
+                    + (f", throttled by {event.cpu_throttle_percentage} %" if event.cpu_throttle_percentage else "")
                 )
             case ProgressEvent() | LargePagesEvent():
                 return None
@@ -52,7 +53,7 @@ class MigrationView(PlainView):
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """The rounds so far, and a bar for the one under way."""
+        """Return the completed rounds, and a progress bar for the current one."""
         shown = Table.grid()
         if (line := self.line(event)) is not None:
             self._rounds.append(line)
@@ -65,30 +66,30 @@ class MigrationView(PlainView):
         return shown
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """The end of a migration as a table."""
+        """Return the result as a table."""
         if not isinstance(result, MigrationResult):
             return super().result(result)
         return named_values(_rows(result))
 
 
 class DemoView(MigrationView):
-    """A migration, and at the end what matters most: whether anything was lost."""
+    """View of a migration of the built-in workload, and of the verification of its memory."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """The table of the migration, and the verdict."""
+        """Return the table of the migration, and whether writes were lost."""
         intact, writes, checked = (getattr(result, name) for name in ("intact", "writes", "checked"))
-        verdict = "every one is there" if intact else "SOME ARE LOST"
-        line = f"{writes:,} writes, {checked:,} pages checked: {verdict}"
+        verdict = "no lost writes" if intact else "WRITES LOST"
+        line = f"{verdict}: {writes:,} writes, {checked:,} pages verified"
         return Group(super().result(result), Text(line, style="bold green" if intact else "bold red"))
 
 
 def postcopy_line(event: PostcopyEvent) -> str:
-    """How far the pages are of a workload that runs at the destination already."""
+    """Return the state and progress of a post-copy migration as a line."""
     if event.status == "postcopy-paused":
-        return "postcopy-paused: it runs at the destination, and waits for its pages"
+        return "postcopy-paused: the workload waits at the destination for deferred pages"
     if event.status == "postcopy-recover":
-        return "postcopy-recover: linked again"
-    return f"{event.status}: {size(event.remaining)} still to come, {event.postcopy_requests:,} pages asked for"
+        return "postcopy-recover: reconnected"
+    return f"{event.status}: {size(event.remaining)} deferred, {event.postcopy_requests:,} pages requested"
 
 
 def _bar(event: ProgressEvent) -> RenderableType:
@@ -98,12 +99,12 @@ def _bar(event: ProgressEvent) -> RenderableType:
     return bar
 
 
-def _is(paused: bool) -> str:
-    return "is paused, as before," if paused else "runs"
+def _state(paused: bool) -> str:
+    return "still paused" if paused else "running"
 
 
 def _direct_io(direct: DirectIo) -> str:
-    drained = f"{direct.drains} short pauses, {ms(direct.time)} in all, {ms(direct.longest)} the longest"
+    drained = f"{direct.drains} short pauses, {ms(direct.time)} in total, at most {ms(direct.longest)}"
     return drained + (f"; {direct.pinned_pages:,} pinned pages" if direct.pinned_pages else "")
 
 
@@ -115,31 +116,30 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
     )
     transferred = (
         f"{size(result.transferred)} of {size(result.memory)} at {rate(result.mbps * 1e6 / 8)}: "
-        f"{result.normal:,} pages, {result.duplicate:,} of zeros, {result.skipped:,} not in memory"
+        f"{result.normal:,} pages, {result.duplicate:,} zero pages, {result.skipped:,} not present"
     )
     trace = f"{result.trace.granularity}, installed in {ms(result.trace.install_ms)}"
     kept = f"{large.source} at the source, {large.destination} at the destination"
-    mapped = f"{populated.large:,} large and {populated.small:,} small pages in {ms(populated.work_ms)}"
+    mapped = f"{populated.large:,} huge and {populated.small:,} base pages in {ms(populated.work_ms)}"
     rows = [
-        ("migration", f"{result.workload} {result.status}, it {_is(result.paused)} at {result.peer}"),
+        ("migration", f"{result.workload} {result.status}, {_state(result.paused)} at {result.peer}"),
         ("total time", f"{ms(result.total_time)} (set-up {ms(result.setup_time)})"),
         ("downtime", downtime),
         ("transferred", transferred),
-        ("trace", f"{trace}; read {result.dirty_sync_count} times"),
-        ("large pages", kept + (f", {large.fallbacks} could not be kept" if large.fallbacks else "")),
+        ("trace", f"{trace}; collected {result.dirty_sync_count} times"),
+        ("huge pages", kept + (f", {large.fallbacks} not preserved" if large.fallbacks else "")),
         ("populated", f"{populated.mode}: {mapped}"),
     ]
     if result.cpu_throttle_percentage:
-        rows.append(("auto-converge", f"slowed down by up to {result.cpu_throttle_percentage} % while it was copied"))
+        rows.append(("auto-converge", f"throttled by up to {result.cpu_throttle_percentage} %"))
     if (direct := result.direct_io).drains or direct.pinned_pages:
         rows.append(("direct I/O", _direct_io(direct)))
     if (late := result.postcopy) is not None:
-        came = (
-            f"{late.pages:,} pages in {ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} "
-            f"accesses waited {late.service_us:.0f} us on average, 99 % less than {late.waits.p99_us:.0f} us, "
-            f"{late.waits.longest_us:.0f} us at most"
+        fetched = (
+            f"{late.pages:,} pages in {ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} faults, "
+            f"mean {late.service_us:.0f} us, p99 {late.waits.p99_us:.0f} us, maximum {late.waits.longest_us:.0f} us"
         )
-        rows.append(("post-copy", came))
+        rows.append(("post-copy", fetched))
     if (faults := result.faults_after_resume) is not None:
         rows.append(("faults in the first second", f"{faults.minor} minor, {faults.major} major"))
     return rows

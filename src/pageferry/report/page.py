@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no scripts. Light and dark, phone and paper."""
+"""A report as one self-contained HTML file without scripts, for light and dark displays, phones and paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole file."""
+    """Return the text of the file."""
     titles = ", ".join(run.title for run in runs)
     style = (files(__package__) / "page.css").read_text(encoding="utf-8")
     several = " several" if len(runs) > 1 else ""
@@ -49,28 +49,32 @@ def _comparison(runs: Sequence[Run], numbers: dict[Path, int]) -> str:
     return (
         '<section class="comparison"><h2>Side by side</h2><div class="scroll"><table>'
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p>Axes below are each run's own: compare by the numbers.</p></section>\n"
+        "<p>Each chart below has its own scale: compare the numbers.</p></section>\n"
     )
 
 
 def _run(run: Run, number: int) -> str:
     header = run.log.header
-    begun = header.started.replace("T", " ").replace("Z", " UTC")
+    started = header.started.replace("T", " ").replace("Z", " UTC")
     where = (f"took {duration(run.took / 1e3)}", header.host, f"Linux {header.kernel}", f"pageferry {header.pageferry}")
-    meta = " · ".join((f'<time datetime="{escape(header.started)}">{escape(begun)}</time>', *map(escape, where)))
+    meta = " · ".join((f'<time datetime="{escape(header.started)}">{escape(started)}</time>', *map(escape, where)))
     message = f'<p class="message {run.outcome}">{escape(run.message)}</p>' if run.message else ""
     verb = f'<p class="verb">{escape(header.verb)}</p>' if run.subject else ""
     leads = "".join(_lead(fact) for fact in run.facts if fact.lead)
     rest = "".join(_fact(fact) for fact in run.facts if not fact.lead and fact.value is not None)
     figures = "".join(_figure(figure, number) for figure in run.figures)
-    nothing = "" if run.facts or run.figures else "<p>This log holds nothing that is drawn: see its lines.</p>"
+    nothing = "" if run.facts or run.figures else "<p>This log has no events that a chart is made from.</p>"
     return (
         f'<article id="run-{number}">\n<header>{verb}'
         f'<h1>{escape(run.subject or header.verb)} <span class="badge {run.outcome}">{MARKS[run.outcome]}</span></h1>'
         f'<p class="meta">{meta}</p></header>\n{message}{nothing}'
         + (f'<dl class="leads">{leads}</dl>\n' if leads else "")
         + f'<div class="figures">{figures}</div>\n'
-        + (f'<section class="rest"><h2>Also measured</h2><dl class="facts">{rest}</dl></section>\n' if rest else "")
+        + (
+            f'<section class="rest"><h2>Further measurements</h2><dl class="facts">{rest}</dl></section>\n'
+            if rest
+            else ""
+        )
         + f"{_arguments(run)}</article>\n"
     )
 
@@ -117,6 +121,4 @@ def _table(figure: Figure) -> str:
 def _arguments(run: Run) -> str:
     given = {name: value for name, value in run.log.header.arguments.items() if value not in (None, [], "", False)}
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in given.items())
-    return (
-        f'<details class="arguments"><summary>Options it was run with</summary><dl class="facts">{rows}</dl></details>'
-    )
+    return f'<details class="arguments"><summary>Command line</summary><dl class="facts">{rows}</dl></details>'

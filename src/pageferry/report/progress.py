@@ -1,4 +1,4 @@
-"""How far a command is, from what it tells: a record for `pageferry top` (see `host.jobs`)."""
+"""Progress record of a running command for `pageferry top`, made from its events (see `host.jobs`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pageferry.migration import events as migration
 from pageferry.sharing import events as sharing
 
 INTERVAL = 0.2
-"""Seconds between two records, at least."""
+"""Minimum time between two updates of the record within a phase, seconds."""
 
 PHASES = {
     "setup": "copying",
@@ -31,11 +31,11 @@ PHASES = {
     "sharing": "watching",
     "restore": "running",
 }
-"""What begins with an event, by its type."""
+"""Phase that starts with an event, by the type of the event."""
 
 
 class Progress:
-    """A sink of events that keeps the record of this command in the folders of the workloads it works on."""
+    """Sink that keeps the progress record of this command in the directories of its workloads."""
 
     def __init__(self, verb: str, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         registry = Registry()
@@ -56,7 +56,7 @@ class Progress:
             jobs.remove(folder, self.job.pid)
 
     def event(self, event: Event) -> None:
-        """Take in what was told."""
+        """Update the record from an event."""
         changes = self._changes(event)
         if not changes:
             return
@@ -85,14 +85,14 @@ class Progress:
                 return {"phase": "saving", "part": _part(event.done, event.total)}
             case restore.RunningEvent():
                 self._most = event.deferred
-                return {"phase": "arriving", "part": 0.0}
+                return {"phase": "loading", "part": 0.0}
             case restore.ProgressEvent():
                 self._most = max(self._most, event.deferred)
-                return {"phase": "arriving", "part": 1 - _part(event.deferred, self._most)}
+                return {"phase": "loading", "part": 1 - _part(event.deferred, self._most)}
             case large.SampleEvent():
-                return {"phase": f"look {event.round}"}
+                return {"phase": f"sampling {event.round}"}
             case sharing.ScanEvent():
-                return {"phase": "looking", "part": _part(event.done, event.total)}
+                return {"phase": "scanning", "part": _part(event.done, event.total)}
             case sharing.ApplyEvent():
                 return {"phase": event.step, "part": None}
             case _:

@@ -1,4 +1,4 @@
-"""The two things that a command tells: events while it works, and one result at the end."""
+"""Output of a command: events while it runs, and one result at the end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """Where a command sends what it has to tell. A context manager: leaving it ends a live display."""
+    """Receiver of the events and the result of a command. Leaving its context ends a live display."""
 
     def event(self, event: Event) -> None:
-        """Something happened on the way (a round ended, a phase began)."""
+        """Emit an event, such as the end of a round."""
 
     def final(self, result: Event) -> None:
-        """The result; at most one, after the last event."""
+        """Emit the result: at most one, after the last event."""
 
     def __enter__(self) -> Self: ...
 
@@ -32,31 +32,31 @@ class Reporter(Protocol):
 
 
 class View(Protocol):
-    """How the events and the result of a command look to a person."""
+    """Human-readable form of the events and the result of a command."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """An event as a line, for a log file; None: not worth one."""
+        """Return an event as a line of text; None to omit it."""
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """The display on a terminal from this event on, replacing the one before; None: it stays as it is."""
+        """Return the live display after this event; None to leave the display unchanged."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """The result, on stdout."""
+        """Return the result as printed on stdout."""
 
 
 class Sink(Protocol):
-    """Who else is told everything that a command tells: its event log."""
+    """Further receiver of all events and the result, such as an event log."""
 
     def event(self, event: Event) -> None:
-        """An event, or the result."""
+        """Receive an event or the result."""
 
 
 _SINKS: ContextVar[tuple[Sink, ...]] = ContextVar("sinks", default=())
 
 
 @contextmanager
-def told_to(sink: Sink) -> Iterator[None]:
-    """Within the block every reporter that is opened tells this one too."""
+def add_sink(sink: Sink) -> Iterator[None]:
+    """Pass the events of every reporter opened within the block to this sink too."""
     token = _SINKS.set((*_SINKS.get(), sink))
     try:
         yield
@@ -65,14 +65,14 @@ def told_to(sink: Sink) -> Iterator[None]:
 
 
 def open_reporter(output: str, view: View | None = None) -> Reporter:
-    """The reporter for `--output`: `json`, or `human`, which shows things by `view` (default: names and values)."""
+    """Return the reporter for `--output`: `json`, or `human` with a view (default: names and values)."""
     reporter = _for_stdout(output, view)
     sinks = _SINKS.get()
-    return _Telling(reporter, sinks) if sinks else reporter
+    return _WithSinks(reporter, sinks) if sinks else reporter
 
 
-class _Telling:
-    """A reporter that tells sinks too, and those first: what is written down must not wait for a slow terminal."""
+class _WithSinks:
+    """Reporter that passes events to sinks first, so that the event log does not wait for a slow terminal."""
 
     def __init__(self, reporter: Reporter, sinks: tuple[Sink, ...]) -> None:
         self._reporter = reporter

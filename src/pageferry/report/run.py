@@ -1,4 +1,4 @@
-"""One run as a report sees it: what was run, how it ended, what it comes down to, and what can be drawn of it."""
+"""One run of a report: its command, outcome, facts and figures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pageferry.report.figures.base import Cell, Fact, Figure
 
 KINDS = (migration, checkpoint, restore, large_pages, sharing)
 NAMES = ("name", "target", "names", "image")
-"""Arguments that say what a verb was about, the first that is there."""
+"""Arguments that name the subject of a verb; the first one present is used."""
 
 Outcome = Literal["done", "failed", "interrupted", "unfinished"]
 
 
 class FactRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A fact for programs."""
+    """Fact in JSON output."""
 
     name: str
     value: float | str | None
@@ -32,44 +32,44 @@ class FactRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FigureRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of a figure."""
+    """Numbers of a figure in JSON output."""
 
     name: str
     title: str
     columns: list[tuple[str, str]]
-    """(name, unit) of each, units as in facts."""
+    """Name and unit of each column; units as in facts."""
     rows: list[list[float | str | None]]
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """A run for programs."""
+    """Run in JSON output."""
 
     path: str
     verb: str
     subject: str
-    """What it was about: a workload, a process, an image."""
+    """Workload, process or image that the command worked on."""
     started: str
     outcome: Outcome
-    """`unfinished`: killed, or still running."""
+    """`unfinished`: killed or still running."""
     exit_code: int | None
     message: str | None
     took_ms: float
-    """Until the last line of the log."""
+    """Milliseconds from the first to the last line of the log."""
     facts: list[FactRecord]
     figures: list[FigureRecord]
 
 
 class ReportResult(Event, frozen=True, kw_only=True, tag="report"):
-    """What `pageferry report` says."""
+    """Result of `pageferry report`."""
 
     runs: list[RunRecord]
     html: str | None
-    """The page that was written."""
+    """Path of the page, if --html was given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A log, and what is made of it."""
+    """A log with its facts and figures."""
 
     log: Log
     facts: list[Fact]
@@ -77,17 +77,17 @@ class Run:
 
     @classmethod
     def of(cls, log: Log) -> Run:
-        """Look at everything that a log holds. Raises UsageError where that makes no sense."""
+        """Return the run of a log. Raises UsageError if its events contradict each other."""
         try:
             facts = [fact for kind in KINDS for fact in kind.facts(log)]
             return cls(log, facts, [figure for kind in KINDS for figure in kind.figures(log)])
         except (ArithmeticError, LookupError, TypeError, ValueError) as wrong:
-            # Types have been checked; numbers that contradict each other show here.
-            raise UsageError(f"{log.path} holds events that make no sense ({wrong})") from wrong
+            # Types have been checked; contradictory numbers cause these exceptions.
+            raise UsageError(f"cannot report {log.path}: its events are inconsistent ({wrong})") from wrong
 
     @property
     def subject(self) -> str:
-        """What it was about."""
+        """Workload, process or image that the command worked on; empty if there is none."""
         given: Any = next(
             (self.log.header.arguments.get(name) for name in NAMES if self.log.header.arguments.get(name)), ""
         )
@@ -95,12 +95,12 @@ class Run:
 
     @property
     def title(self) -> str:
-        """`migrate web`."""
+        """Verb and subject, such as `migrate web`."""
         return f"{self.log.header.verb} {self.subject}".strip()
 
     @property
     def outcome(self) -> Outcome:
-        """How it ended."""
+        """Outcome of the command."""
         end = self.log.end
         if end is None:
             return "unfinished"
@@ -110,10 +110,10 @@ class Run:
 
     @property
     def message(self) -> str | None:
-        """Why it did not end well."""
+        """Reason why the command failed or has no end; None if it succeeded."""
         end = self.log.end
         if end is None:
-            return "The log has no end: the command was killed, or still runs."
+            return "The log has no end line: the command was killed or is still running."
         if not end.exit_code:
             return None
         if self.outcome == "interrupted":
@@ -123,14 +123,14 @@ class Run:
 
     @property
     def took(self) -> float:
-        """Milliseconds until the last line."""
+        """Milliseconds from the first to the last line."""
         lines = self.log.lines
         if self.log.ended_at is not None:
             return self.log.ended_at
         return lines[-1].at if lines else 0.0
 
     def record(self) -> RunRecord:
-        """For programs."""
+        """Return the run for JSON output."""
         header, end = self.log.header, self.log.end
         return RunRecord(
             path=str(self.log.path),
@@ -162,7 +162,7 @@ def _signal(number: int) -> str:
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of the same kind, of which there are several, in the order in which they were given."""
+    """Return the groups of two or more runs of the same verb, in the order given. `demo` counts as `migrate`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         verb = run.log.header.verb
@@ -171,7 +171,7 @@ def families(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def side_by_side(runs: Sequence[Run]) -> list[tuple[Fact, list[Cell]]]:
-    """Facts that more than one run has, with the value of each run, in the order of their first appearance."""
+    """Return the facts that two or more runs have, with the value of each run, in order of first appearance."""
     found: dict[tuple[str, str], Fact] = {}
     for run in runs:
         for fact in run.facts:

@@ -1,4 +1,4 @@
-"""How runs look in a terminal: what they come down to, and the numbers of each figure with a bar."""
+"""Human-readable output of `pageferry report`: facts, and the numbers of each figure with bars."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from pageferry.report.text import PlainView
 from pageferry.report.units import duration
 
 BAR = 24
-"""Columns of the longest bar."""
-MOST_ROWS = 12
+"""Width of the longest bar, columns."""
+MAX_ROWS = 12
+"""Maximum number of rows of a figure."""
 STYLES = {"done": "bold green", "failed": "bold red", "interrupted": "bold yellow", "unfinished": "bold yellow"}
 
 
 class RunsView(PlainView):
-    """Shows runs; the record of them is for programs."""
+    """View of runs. The result record is for JSON output."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """All runs, one after the other, and a comparison of several."""
+        """Return all runs in order, and a comparison of runs of the same verb."""
         if not isinstance(result, ReportResult):
             return super().result(result)
         parts: list[RenderableType] = []
@@ -46,7 +47,7 @@ def _head(run: Run) -> RenderableType:
         Text(run.title, style="bold underline"),
         Text.assemble(
             (run.outcome, STYLES[run.outcome]),
-            f" after {duration(run.took / 1e3)}; begun {header.started} on "
+            f" after {duration(run.took / 1e3)}; started {header.started} on "
             f"{header.host}, Linux {header.kernel}, pageferry {header.pageferry}",
         ),
     ]
@@ -72,10 +73,10 @@ def _figure(figure: Figure) -> list[RenderableType]:
     table.add_column("")
     numbers = [float(row[barred] or 0) for row in figure.rows] if barred is not None else []
     most = max(numbers, default=0) or 1
-    for row, number in zip(thinned(figure.rows, MOST_ROWS), thinned(numbers, MOST_ROWS), strict=False):
+    for row, number in zip(thinned(figure.rows, MAX_ROWS), thinned(numbers, MAX_ROWS), strict=False):
         cells = [Text(shown(value, unit)) for value, (_, unit) in zip(row, figure.columns, strict=True)]
         table.add_row(*cells, Text("█" * round(BAR * number / most), style="cyan"))
-    more = f" ({len(figure.rows)} in all)" if len(figure.rows) > MOST_ROWS else ""
+    more = f" ({MAX_ROWS} of {len(figure.rows)} rows)" if len(figure.rows) > MAX_ROWS else ""
     return [Text(), Text(f"{figure.title}{more}", style="bold"), table]
 
 

@@ -1,6 +1,6 @@
-"""Pieces of SVG as text: elements, axes and scales that all charts use.
+"""SVG text: elements, axes and scales shared by all charts.
 
-Colours are CSS variables of the page (`--c1` and so on), so that a chart is right in light and in dark.
+Colours are CSS variables of the page (`--c1` and so on), so that charts follow its light or dark palette.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 400
-"""Of every chart, in its own units: text of 11 is still readable on a phone of 390 pixels."""
+"""Width of every chart in user units: text of size 11 remains readable on a display of 390 pixels."""
 
 Format = Callable[[float], str]
 
 
 def element(name: str, content: str = "", title: str | None = None, **attributes: float | str | None) -> str:
-    """An element. Underscores in names of attributes stand for hyphens; `title` is what a pointer brings up."""
+    """Return an element. Underscores in names of attributes become hyphens; `title` is the tooltip."""
     pairs = (
         f' {key.rstrip("_").replace("_", "-")}="{_value(value)}"'
         for key, value in attributes.items()
@@ -28,12 +28,12 @@ def element(name: str, content: str = "", title: str | None = None, **attributes
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", class_: str | None = None) -> str:
-    """A line of text; `y` is its baseline."""
+    """Return a line of text with its baseline at `y`."""
     return element("text", escape(content), x=x, y=y, text_anchor=anchor, class_=class_)
 
 
 def chart(height: float, label: str, *content: str) -> str:
-    """The whole picture; `label` says in words what is to be seen."""
+    """Return the svg element of a chart; `label` describes it for screen readers."""
     box = f"0 0 {WIDTH} {_value(height)}"
     return element("svg", "".join(content), role="img", aria_label=label, viewBox=box, width=WIDTH, height=height)
 
@@ -45,7 +45,7 @@ def _value(value: float | str) -> str:
 
 
 def ticks(most: float, count: int = 4, steps: Sequence[float] = (1, 2, 5, 10)) -> list[float]:
-    """Round numbers from 0 to `most` or just above it, about `count` of them."""
+    """Return about `count` round numbers from 0 to the first one that is not less than `most`."""
     if not most > 1e-300 or not math.isfinite(most):
         return [0.0, 1.0]
     rough = most / count
@@ -55,14 +55,14 @@ def ticks(most: float, count: int = 4, steps: Sequence[float] = (1, 2, 5, 10)) -
 
 
 def binary_ticks(most: float, count: int = 4) -> list[float]:
-    """Ticks for bytes: round numbers of the binary unit that fits."""
+    """Return ticks for bytes: round numbers of a binary unit."""
     unit = 1024.0 ** max(int(math.log(max(most, 1), 1024) + 1e-9), 0)
     return [tick * unit for tick in ticks(most / unit, count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The plane of a chart: where its axes are, and how far they reach. Both begin at 0."""
+    """Plot area of a chart: position and range of its axes, both of which start at 0."""
 
     most_x: float
     ticks_y: Sequence[float]
@@ -74,24 +74,24 @@ class Frame:
 
     @property
     def inner_width(self) -> float:
-        """Between the axis and the right edge."""
+        """Width of the plot area."""
         return WIDTH - self.left - self.right
 
     @property
     def base(self) -> float:
-        """Where 0 is, from the top."""
+        """Position of the x axis, from the top."""
         return self.height - self.bottom
 
     def x(self, value: float) -> float:
-        """Where a value is, from the left."""
+        """Return the position of a value, from the left."""
         return self.left + self.inner_width * value / (self.most_x or 1)
 
     def y(self, value: float) -> float:
-        """Where a value is, from the top."""
+        """Return the position of a value, from the top."""
         return self.base - (self.base - self.top) * value / (self.ticks_y[-1] or 1)
 
     def y_axis(self, form: Format) -> str:
-        """Lines across the plane, each with its value."""
+        """Return grid lines with their values."""
         parts = []
         for tick in self.ticks_y:
             y = self.y(tick)
@@ -100,7 +100,7 @@ class Frame:
         return "".join(parts)
 
     def x_axis(self, ticks_x: Iterable[float], form: Format, name: str) -> str:
-        """Values below the plane, and what they are of."""
+        """Return tick marks with their values, and the name of the axis."""
         parts = []
         for tick in ticks_x:
             if tick > self.most_x * 1.0001:
@@ -112,9 +112,9 @@ class Frame:
         return "".join(parts)
 
     def x_name(self, name: str) -> str:
-        """What the values below the plane are of."""
+        """Return the name of the x axis."""
         return text(self.left + self.inner_width / 2, self.height - 3, name, "middle", "name")
 
     def floor(self) -> str:
-        """The line at 0."""
+        """Return the line of the x axis."""
         return element("line", x1=self.left, x2=WIDTH - self.right, y1=self.base, y2=self.base, class_="axis")

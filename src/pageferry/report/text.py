@@ -1,4 +1,4 @@
-"""Output for people: the result on stdout; progress on stderr, live on a terminal and a line per event elsewhere."""
+"""Human-readable output: the result on stdout; progress on stderr, live on a terminal, else a line per event."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pageferry.printable import printable
 from pageferry.report.reporter import View
 
 WIDE = 500
-"""Columns of a file or a pipe: nothing is folded or cut there."""
+"""Width for files and pipes, columns: wide enough that no line is folded or cut."""
 
 
 class PlainView:
-    """Shows anything by the names of its fields. Views of particular commands derive from it."""
+    """View of any record as names and values of its fields. Views of commands derive from it."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """`kind: name value, name value`."""
+        """Return `kind: name value, name value`."""
         fields = ", ".join(f"{name} {value}" for name, value in _fields(event).items())
         return f"{type(event).__name__.lower()}: {fields}"
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """The same line."""
+        """Return the line of the event."""
         return self.line(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """A table of names and values."""
+        """Return a table of names and values."""
         table = Table.grid(padding=(0, 2))
         for name, value in _fields(result).items():
             table.add_row(name, str(value))
@@ -42,7 +42,7 @@ class PlainView:
 
 
 def named_values(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names in bold, and the values beside them."""
+    """Return a table of bold names and their values."""
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
@@ -50,7 +50,7 @@ def named_values(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 class HumanReporter:
-    """Shows events and result as a view makes them."""
+    """Reporter that prints the events and the result of a view."""
 
     def __init__(self, view: View, data: Console | None = None, progress: Console | None = None) -> None:
         self._view = view
@@ -59,7 +59,7 @@ class HumanReporter:
         self._live: Live | None = None
 
     def event(self, event: Event) -> None:
-        """Update the live display, or write a line where there is no terminal."""
+        """Update the live display; without a terminal, print a line."""
         if self._progress.is_terminal:
             self._show(self._view.live(event))
         elif (line := self._view.line(event)) is not None:
@@ -80,7 +80,7 @@ class HumanReporter:
         if content is None:
             return
         if isinstance(content, str):
-            content = Text(content)  # taken literally: no markup, no highlighted numbers
+            content = Text(content)  # literal: no markup, no highlighted numbers
         if self._live is None:
             self._live = Live(content, console=self._progress, transient=True, redirect_stdout=False)
             self._live.start()
@@ -97,12 +97,12 @@ class _Console(Console):
         super().__init__(emoji=False, markup=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does, with the text of every segment filtered; rich's own control codes are segments apart."""
+        """Render with the text of every segment filtered; control codes of rich are separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704  # called while the error is handled; what it means for the exit code is not rich's affair
+        raise  # noqa: PLE0704  # called in an exception handler; the caller sets the exit code, not rich
 
 
 def _console(stderr: bool) -> Console:

@@ -1,4 +1,4 @@
-"""How `pageferry top` looks: the host in a line, and a table of its workloads and of what is done with them."""
+"""Human-readable output of `pageferry top`: a line for the host, a table of workloads and operations."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from pageferry.report.units import duration, rate, size
 from pageferry.workloads.overview import HostMemory, Overview, WorkloadMemory
 
 BAR = 16
-"""Columns of a bar."""
+"""Width of a bar, columns."""
 
 
 class TopView(PlainView):
-    """Shows `workloads.overview.Overview`."""
+    """View of `workloads.overview.Overview`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """A line for each workload, for a file."""
+        """Return a line per workload."""
         if not isinstance(event, Overview):
             return super().line(event)
         clock = time.strftime("%H:%M:%S", time.localtime(event.time))
         return "\n".join(f"{clock} {_words(one)}" for one in event.workloads) or f"{clock} no workloads"
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Everything."""
+        """Return the whole display."""
         return self.result(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Everything."""
+        """Return the whole display."""
         if not isinstance(result, Overview):
             return super().result(result)
         return Group(_host(result.host), Text(), _table(result))
@@ -44,17 +44,17 @@ def _host(host: HostMemory) -> RenderableType:
     used = host.total - host.available
     row = Table.grid(padding=(0, 1))
     swap = f", swap {size(host.swap - host.swap_free)} of {size(host.swap)}" if host.swap else ", no swap"
-    told = f"{size(used)} of {size(host.total)} in use, {size(host.large)} on large pages{swap}"
-    row.add_row(Text("host", style="bold"), ProgressBar(total=host.total, completed=used, width=BAR), Text(told))
+    usage = f"{size(used)} of {size(host.total)} in use, {size(host.large)} on huge pages{swap}"
+    row.add_row(Text("host", style="bold"), ProgressBar(total=host.total, completed=used, width=BAR), Text(usage))
     return row
 
 
 def _table(now: Overview) -> RenderableType:
     if not now.workloads:
-        return Text("no workloads: `pageferry run`, `receive` or `adopt` makes some")
+        return Text("no workloads: start one with `pageferry run`, `receive`, `restore` or `adopt`")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("NAME", "KIND", "PID", "MAPPED", "LARGE", "DEFERRED", "MODIFIED", "AT WORK"):
-        table.add_column(name, justify="left" if name in ("NAME", "KIND", "AT WORK") else "right", no_wrap=True)
+    for name in ("NAME", "KIND", "PID", "MAPPED", "HUGE", "DEFERRED", "DIRTIED", "OPERATION"):
+        table.add_column(name, justify="left" if name in ("NAME", "KIND", "OPERATION") else "right", no_wrap=True)
     for one in now.workloads:
         table.add_row(
             Text(one.name),
@@ -84,18 +84,18 @@ def _jobs(jobs: list[Job], now: float) -> RenderableType:
 
 
 def _words_of(job: Job, now: float) -> str:
-    told = [f"{job.part:.0%}"] if job.part is not None else []
-    told += [rate(job.rate)] if job.rate is not None else []
-    return ", ".join([*told, duration(max(now - job.begun, 0))])
+    words = [f"{job.part:.0%}"] if job.part is not None else []
+    words += [rate(job.rate)] if job.rate is not None else []
+    return ", ".join([*words, duration(max(now - job.begun, 0))])
 
 
 def _words(one: WorkloadMemory) -> str:
-    told = [f"{one.name} ({one.kind}, {one.pid}): {_or_dash(one.memory)}"]
+    words = [f"{one.name} ({one.kind}, {one.pid}): {_or_dash(one.memory)}"]
     if one.large is not None:
-        told.append(f"{size(one.large)} on large pages")
+        words.append(f"{size(one.large)} on huge pages")
     if one.deferred:
-        told.append(f"{size(one.deferred)} deferred")
+        words.append(f"{size(one.deferred)} deferred")
     if one.dirty_rate is not None:
-        told.append(f"{rate(one.dirty_rate)} modified")
-    told += [f"{job.verb}: {job.phase}" + (f" {job.part:.0%}" if job.part is not None else "") for job in one.jobs]
-    return ", ".join([*told, *([one.waiting] if one.waiting else [])])
+        words.append(f"{rate(one.dirty_rate)} dirtied")
+    words += [f"{job.verb}: {job.phase}" + (f" {job.part:.0%}" if job.part is not None else "") for job in one.jobs]
+    return ", ".join([*words, *([one.waiting] if one.waiting else [])])

@@ -1,26 +1,26 @@
-"""Numbers as people read them: sizes in binary units, times in the unit that fits."""
+"""Human-readable numbers: sizes in binary units, times in the largest suitable unit."""
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def size(count: float) -> str:
-    """A number of bytes: `0 B`, `1.5 KiB`, `203 MiB`."""
+    """Format a number of bytes: `0 B`, `1.5 KiB`, `203 MiB`."""
     unit = 0
     while abs(count) >= 1024 and unit < len(_BINARY) - 1:
         count /= 1024
         unit += 1
-    # Three digits say enough, and whole numbers are said without a point.
+    # Three significant digits; whole numbers without a decimal point.
     digits = 0 if unit == 0 or abs(count) >= 99.95 or count == int(count) else 1
     return f"{count:.{digits}f} {_BINARY[unit]}"
 
 
 def rate(bytes_per_second: float) -> str:
-    """Bytes per second: `850 MiB/s`."""
+    """Format bytes per second: `850 MiB/s`."""
     return f"{size(bytes_per_second)}/s"
 
 
 def duration(seconds: float) -> str:
-    """A time: `120 us`, `3.4 ms`, `12.0 s`, `2 min 05 s`."""
+    """Format seconds: `120 us`, `3.4 ms`, `12.0 s`, `2 min 05 s`."""
     if seconds >= 60:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest:02} s"
@@ -31,5 +31,5 @@ def duration(seconds: float) -> str:
 
 
 def ms(milliseconds: float) -> str:
-    """As `duration`, of milliseconds."""
+    """Format milliseconds, as `duration` does seconds."""
     return duration(milliseconds / 1e3)

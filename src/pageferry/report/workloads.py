@@ -1,4 +1,4 @@
-"""What `pageferry list` and its like say about workloads."""
+"""Output of verbs that describe workloads: `list`, `run` and `adopt`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pageferry.report.units import size
 
 
 class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
-    """One workload at one moment."""
+    """Description of a workload."""
 
     name: str
     kind: str
     """`qemu` or `arena`."""
     pid: int
-    """In the PID namespace in which it was started."""
+    """Process id in the PID namespace in which the workload was started."""
     status: str
-    """`running`, `paused`, `committed` (it may be running elsewhere), `moved`; `busy`: another command works on it;
-    `unknown`: it was started in another PID namespace, and cannot be worked on from this one.
+    """`running`, `paused`, `committed` (the destination may own it), `moved`; `busy`: in use by another command;
+    `unknown`: started in another PID namespace, and not accessible from this one.
     """
     reason: str | None = None
-    """Why it is paused, where its user did not pause it."""
+    """Reason why it is paused, unless its user has paused it."""
     memory: int | None
-    """Bytes; None while it is busy or unknown."""
+    """Size of the memory, bytes; None if it is busy or unknown."""
     resident: int | None
-    """Bytes of the memory that are allocated, mapped or not; None while it is busy or unknown."""
+    """Allocated bytes of the memory, mapped or not; None if it is busy or unknown."""
     deferred: int = 0
-    """Bytes whose contents are still to come, from an image or another host."""
+    """Deferred bytes, to be loaded from an image or fetched from another host."""
     waiting: str | None = None
-    """Why they do not come: a pager or a link that is gone, or pages that cannot be had."""
+    """Reason why deferred bytes are not loaded: no pager, no connection, or unreadable pages."""
 
 
 class Listing(Event, frozen=True, tag="workloads"):
@@ -43,10 +43,10 @@ class Listing(Event, frozen=True, tag="workloads"):
 
 
 class WorkloadsView(PlainView):
-    """A table, one line a workload."""
+    """View as a table with one row per workload."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """The table of a `Listing`, or of a single `WorkloadInfo`."""
+        """Return the table of a `Listing` or of a single `WorkloadInfo`."""
         workloads = result.workloads if isinstance(result, Listing) else [result]
         table = Table("NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT", "DEFERRED", box=None, pad_edge=False)
         for column in (2, 4, 5, 6):

@@ -1,1 +1,1 @@
-"""What reports draw: one module for each kind of run, each making facts and figures of an event log."""
+"""Facts and figures of reports: one module per kind of run, which derives both from an event log."""

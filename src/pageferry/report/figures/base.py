@@ -1,4 +1,4 @@
-"""Facts and figures: what a report has to say, whether it is drawn, printed or read by a program."""
+"""Facts and figures: the contents of a report, independent of its output format."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ FORMS: dict[Unit, Callable[[Any], str]] = {
     "part": lambda value: f"{value:.1%}",
     "text": str,
 }
-"""How a value of a unit is written."""
+"""Formatter of each unit."""
 
 
 def shown(value: Cell, unit: Unit) -> str:
-    """A value as people read it."""
+    """Format a value; a dash for None."""
     return "–" if value is None else FORMS[unit](value)
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing that a run comes down to."""
+    """Key figure of a run."""
 
     name: str
     value: Cell
     unit: Unit = "text"
     lead: bool = False
-    """Whether it is one of the few that are shown large."""
+    """Whether the fact is shown prominently."""
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A picture, and the table of what it shows."""
+    """Chart with the table of its numbers."""
 
     name: str
-    """For programs: the same in every run that has it."""
+    """Identifier, the same in all runs."""
     title: str
     caption: str
-    """How to read it, in a sentence or two."""
+    """Explanation, one or two sentences."""
     svg: str
     columns: Sequence[tuple[str, Unit]]
     rows: Sequence[Sequence[Cell]]
     legend: Sequence[tuple[int, str]] = field(default_factory=tuple)
-    """Colours of the palette and what they stand for."""
+    """Colours of the palette with their meanings."""
 
 
 def time_axis(most: float) -> Callable[[float], str]:
-    """How seconds are written on an axis that reaches to `most`: all in one unit."""
+    """Return the formatter for an axis of up to `most` seconds, with one unit for all ticks."""
     factor, unit = (1.0, "s") if most >= 1 else (1e3, "ms")
     return lambda value: f"{value * factor:g} {unit}" if value else "0"
 
 
 def thinned(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, evenly spread, the last one among them."""
+    """Return at most `most` rows, evenly spaced, including the last one."""
     if len(rows) <= most:
         return list(rows)
     last = len(rows) - 1

@@ -1,4 +1,4 @@
-"""Activity of large pages drawn: where they are used, how much, and what is idle."""
+"""Figures of huge pages: activity, idle memory and access patterns."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from pageferry.report.units import duration, size
 
 SLOTS = 512
 CELLS = 64
-MOST_ROWS = 32
+MAX_ROWS = 32
+"""Maximum number of rows of the heat map."""
 BINS = ("0", "1", "2–3", "4–7", "8–15", "16–31", "32–63", "64–127", "128–255", "256–511", "512")
 
 
 def facts(log: Log) -> list[Fact]:
-    """What it comes down to."""
+    """Return the facts of the sampling."""
     results = log.of(LargePagesResult)
     if not results:
         return [Fact("rounds", len(log.of(SampleEvent)), "count", lead=True)] if log.of(SampleEvent) else []
     result = results[-1][1]
     found = result.estimate
-    told = [
-        Fact("large pages", found.large_pages, "count", lead=True, note=f"{found.sampled:,} looked at"),
+    facts = [
+        Fact("huge pages", found.large_pages, "count", lead=True, note=f"{found.sampled:,} sampled"),
         Fact("idle", found.idle, "bytes", lead=True, note=f"{size(found.idle_low)} to {size(found.idle_high)}"),
         Fact(
-            "used per large page", f"{found.mean:.1f} of 512", lead=True, note=f"in {duration(result.window_ms / 1e3)}"
+            "used per huge page", f"{found.mean:.1f} of 512", lead=True, note=f"in {duration(result.window_ms / 1e3)}"
         ),
-        Fact("cost", result.overhead.fraction, "part", note="of one CPU"),
-        Fact("faults for it", result.overhead.faults, "count"),
+        Fact("CPU use", result.overhead.fraction, "part", note="of one CPU"),
+        Fact("faults caused", result.overhead.faults, "count"),
         Fact("mappings restored", result.restored, "count"),
         Fact("target", result.target),
     ]
     if result.broken:
-        told.insert(3, Fact("reclaimed", result.reclaimed, "bytes", lead=True, note=f"{result.broken} broken"))
+        facts.insert(3, Fact("reclaimed", result.reclaimed, "bytes", lead=True, note=f"{result.broken} split"))
     if result.not_restored:
-        told.insert(0, Fact("mappings NOT restored", result.not_restored, "count", lead=True))
-    return told
+        facts.insert(0, Fact("mappings NOT restored", result.not_restored, "count", lead=True))
+    return facts
 
 
 def figures(log: Log) -> list[Figure]:
-    """All there is to draw: of a watch, the last look."""
+    """Return the figures of the last result."""
     results = log.of(LargePagesResult)
     if not results or not results[-1][1].samples:
         return []
@@ -52,42 +53,42 @@ def _histogram(result: LargePagesResult) -> list[Figure]:
     return [
         Figure(
             "activity",
-            "How much of a large page is used",
-            "Large pages that were looked at, by how many of their 512 small pages were accessed in the window. On the "
-            "left are those that waste most.",
+            "Use of huge pages",
+            "Sampled huge pages by the number of their 512 base pages accessed in the window. Those on the left "
+            "waste the most memory.",
             columns(
-                "Large pages by small pages accessed",
+                "Huge pages by base pages accessed",
                 BINS,
-                [Series("large pages", 1, result.histogram)],
+                [Series("huge pages", 1, result.histogram)],
                 lambda value: f"{value:,.0f}",
-                "small pages accessed, of 512",
+                "base pages accessed, of 512",
             ),
-            (("small pages accessed", "text"), ("large pages", "count")),
+            (("base pages accessed", "text"), ("huge pages", "count")),
             list(zip(BINS, result.histogram, strict=True)),
-            ((1, "large pages looked at"),),
+            ((1, "huge pages sampled"),),
         )
     ]
 
 
 def _heat_map(result: LargePagesResult) -> list[Figure]:
-    """Samples from the most active one to the least, as many as there is room for."""
-    chosen = thinned(sorted(result.samples, key=lambda sample: -sample.activity), MOST_ROWS)
+    """Return a heat map of at most MAX_ROWS samples, by decreasing activity."""
+    chosen = thinned(sorted(result.samples, key=lambda sample: -sample.activity), MAX_ROWS)
     if not any(sample.activity for sample in chosen):
         return []
     rows = [Strip(f"{sample.address:#x}", _cells(sample), f"{sample.activity}", 3) for sample in chosen]
     without = sum(sample.touched is None for sample in chosen)
-    caption = "A row for each large page, its 512 small pages from left to right: the stronger the colour, the more "
-    caption += "were accessed. The number is how many."
+    caption = "One row per huge page, with its 512 base pages from left to right: a stronger colour means more "
+    caption += "accessed pages. The number of accessed pages is on the right."
     if without:
-        caption += f" Of {without} (private memory) only the number is known: their rows are evenly shaded."
+        caption += f" For {without} pages of private memory, only the number is known: their rows are shaded evenly."
     if len(chosen) < len(result.samples):
-        caption += f" {len(chosen)} of {len(result.samples):,}, from the most active to the least."
+        caption += f" Shown are {len(chosen)} of {len(result.samples):,} samples, by decreasing activity."
     return [
         Figure(
             "heat-map",
-            "Where in its pages it is active",
+            "Accesses within huge pages",
             caption,
-            heat("Accessed parts of large pages", rows, "place in the large page"),
+            heat("Accessed parts of huge pages", rows, "position in the huge page"),
             (("address", "text"), ("region", "text"), ("accessed of 512", "count"), ("decision", "text")),
             [(f"{one.address:#x}", one.region or "(anonymous)", one.activity, one.decision) for one in chosen],
             ((3, "accessed"),),
@@ -110,10 +111,10 @@ def _regions(result: LargePagesResult) -> list[Figure]:
     return [
         Figure(
             "regions",
-            "By region",
-            "Small pages accessed in an average large page of each region.",
+            "Use by region",
+            "Mean number of base pages accessed per huge page of each region.",
             bars("Activity by region", drawn, lambda value: f"{value:.0f}"),
-            (("region", "text"), ("kind", "text"), ("size", "bytes"), ("large pages", "count"), ("idle", "count")),
+            (("region", "text"), ("kind", "text"), ("size", "bytes"), ("huge pages", "count"), ("idle", "count")),
             [(one.name or "(anonymous)", one.kind, one.bytes, one.large_pages, one.idle) for one in result.regions],
             ((1, "accessed, of 512"),),
         )

@@ -1,4 +1,4 @@
-"""How long accesses waited for a pager: the same picture for a restore and after a switch-over."""
+"""Figure of the service times of page faults, of a restore and of post-copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pageferry.report.units import duration
 
 
 def latency(times: Latency) -> list[Figure]:
-    """How long accesses waited, as a histogram."""
+    """Return the histogram of service times; empty if there were no faults."""
     filled = [number for number, count in enumerate(times.bins) if count]
     if not filled:
         return []
@@ -20,25 +20,25 @@ def latency(times: Latency) -> list[Figure]:
     edges = [_edge(power) for power in range(first - 1, last + 1)]
     marks = [
         (_place(value, first, last), f"{name}: {duration(value / 1e6)}")
-        for name, value in (("half", times.p50_us), ("90 %", times.p90_us), ("99 %", times.p99_us))
+        for name, value in (("p50", times.p50_us), ("p90", times.p90_us), ("p99", times.p99_us))
     ]
     rows = [(edges[number], edges[number + 1], count) for number, count in enumerate(counts)]
     return [
         Figure(
             "latency",
-            "How long accesses waited",
-            "Accesses by the time that the pager took for them; each bar is twice as long a time as the one before, so "
-            "the axis is logarithmic. Marked: within which time half, 90 % and 99 % were served (upper ends of bars).",
-            histogram("Accesses by time of service", edges, counts, "time, logarithmic", marks),
-            (("from", "text"), ("to", "text"), ("accesses", "count")),
+            "Service times of faults",
+            "Page faults by the time in which the pager served them, on a logarithmic axis: each bar covers twice the "
+            "time of the previous one. The marks are percentiles, rounded up to the end of a bar.",
+            histogram("Page faults by service time", edges, counts, "time, logarithmic", marks),
+            (("from", "text"), ("to", "text"), ("faults", "count")),
             rows,
-            ((1, "accesses"),),
+            ((1, "faults"),),
         )
     ]
 
 
 def _edge(power: int) -> str:
-    """The upper end of bin number `power`."""
+    """Return the label of the upper end of bin number `power`."""
     if power < 0:
         return "0"
     micros = 1 << power
@@ -49,6 +49,6 @@ def _edge(power: int) -> str:
 
 
 def _place(value: float, first: int, last: int) -> float:
-    """Bins from the left: values are upper ends of bins, or the longest time within the last."""
+    """Return the position in bins from the left. Values are upper ends of bins, or the maximum within the last bin."""
     power = math.log2(max(value, 1))
     return min(max(power - (first - 1), 0), last - first + 1)

@@ -1,4 +1,4 @@
-"""A migration drawn: rounds, speeds, downtime, large pages before and after."""
+"""Figures of a migration: rounds, rates, downtime, post-copy and huge pages before and after."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axi
 from pageferry.report.figures.latency import latency
 from pageferry.report.units import duration, rate, size
 
-MOST_ROWS = 40
+MAX_ROWS = 40
+"""Maximum number of rows of a table."""
 RESULTS = ("migration", "demo")
 
 
 def result_of(log: Log) -> MigrationResult | None:
-    """The result, of whichever verb."""
+    """Return the result of `migrate` or `demo`, if the log has one."""
     found = log.of(MigrationResult, *RESULTS)
     return found[-1][1] if found else None
 
 
 def facts(log: Log) -> list[Fact]:
-    """What it comes down to; without a result, how far it has come."""
+    """Return the facts of a migration; without a result, those of its progress."""
     result, rounds = result_of(log), log.of(RoundEvent)
     if result is None:
         return _unfinished(log)
     large, faults = result.large_pages, result.faults_after_resume
     kept = f"{large.destination} of {large.source}"
-    told = [
-        Fact("downtime", result.downtime, "ms", lead=True, note="nobody ran the workload"),
+    facts = [
+        Fact("downtime", result.downtime, "ms", lead=True, note="the workload was paused"),
         Fact("total time", result.total_time, "ms", lead=True),
         Fact("transferred", result.transferred, "bytes", lead=True, note=f"memory: {size(result.memory)}"),
-        Fact("large pages kept", kept, lead=bool(large.source)),
+        Fact("huge pages preserved", kept, lead=bool(large.source)),
         Fact("throughput", result.mbps * 1e6 / 8, "bytes/s"),
         Fact("rounds", len(rounds), "count"),
         Fact("mode", result.mode),
@@ -38,39 +39,39 @@ def facts(log: Log) -> list[Fact]:
         Fact("set-up", result.setup_time, "ms"),
         Fact("write trace", result.trace.granularity, note=f"installed in {duration(result.trace.install_ms / 1e3)}"),
         Fact("pages sent", result.normal, "count"),
-        Fact("pages of zeros", result.duplicate, "count"),
+        Fact("zero pages", result.duplicate, "count"),
     ]
     if (late := result.postcopy) is not None:
-        after = f"{late.pages:,} pages after it ran there"
-        told.insert(2, Fact("all pages there", late.time, "ms", lead=True, note=after))
-        told.append(Fact("accesses that waited", late.faults, "count", note=f"{result.postcopy_requests:,} requests"))
-        told.append(Fact("99 of 100 within", late.waits.p99_us, "us", note="of accesses that waited"))
+        after = f"{late.pages:,} pages after the switch-over"
+        facts.insert(2, Fact("post-copy phase", late.time, "ms", lead=True, note=after))
+        facts.append(Fact("deferred faults", late.faults, "count", note=f"{result.postcopy_requests:,} requests"))
+        facts.append(Fact("p99 of service times", late.waits.p99_us, "us"))
     if faults is not None:
-        told.append(Fact("faults in the first second", faults.minor + faults.major, "count"))
+        facts.append(Fact("faults in the first second", faults.minor + faults.major, "count"))
     for line in log.lines:
         if line.tag == "demo":
-            told.insert(0, Fact("every write is there", "yes" if line.fields.get("intact") else "NO", lead=True))
-    return told
+            facts.insert(0, Fact("lost writes", "none" if line.fields.get("intact") else "SOME", lead=True))
+    return facts
 
 
 def _unfinished(log: Log) -> list[Fact]:
     setup, rounds = log.of(SetupEvent), log.of(RoundEvent)
     if not setup:
         return []
-    begun = setup[0][1]
+    start = setup[0][1]
     sent = sum(event.sent for _, event in rounds)
-    told = [
+    facts = [
         Fact("rounds", len(rounds), "count", lead=True),
-        Fact("sent", sent, "bytes", lead=True, note=f"in memory: {size(begun.present)}"),
-        Fact("peer", begun.peer),
+        Fact("sent", sent, "bytes", lead=True, note=f"present: {size(start.present)}"),
+        Fact("peer", start.peer),
     ]
     if rounds:
-        told.insert(1, Fact("left to send", rounds[-1][1].remaining, "bytes", lead=True))
-    return told
+        facts.insert(1, Fact("remaining", rounds[-1][1].remaining, "bytes", lead=True))
+    return facts
 
 
 def figures(log: Log) -> list[Figure]:
-    """All there is to draw."""
+    """Return the figures of a migration."""
     result = result_of(log)
     waits = latency(result.postcopy.waits) if result is not None and result.postcopy is not None else []
     return [*_rounds(log), *_downtime(result), *_postcopy(log), *waits, *_large_pages(log)]
@@ -83,18 +84,18 @@ def _rounds(log: Log) -> list[Figure]:
     names = [str(event.round) for event in rounds]
     sent, left = [event.sent for event in rounds], [event.remaining for event in rounds]
     amounts = columns(
-        f"Bytes sent and bytes modified meanwhile, in {len(rounds)} rounds",
+        f"Bytes sent and bytes modified in {len(rounds)} rounds",
         names,
-        [Series("sent", 1, sent), Series("modified meanwhile", 2, left)],
+        [Series("sent", 1, sent), Series("modified", 2, left)],
         size,
         "round",
         binary=True,
     )
     speed = [event.mbps * 1e6 / 8 for event in rounds]
     speeds = columns(
-        f"Speed of the link and of the workload's writes, in {len(rounds)} rounds",
+        f"Send rate and dirty rate in {len(rounds)} rounds",
         names,
-        [Series("on the wire", 1, speed), Series("modified by the workload", 3, [one.dirty_rate for one in rounds])],
+        [Series("send rate", 1, speed), Series("dirty rate", 3, [one.dirty_rate for one in rounds])],
         rate,
         "round",
         binary=True,
@@ -103,27 +104,27 @@ def _rounds(log: Log) -> list[Figure]:
         Figure(
             "rounds",
             "Rounds",
-            "What each round sent over the wire, and how much memory was modified meanwhile and had to be sent again.",
+            "Bytes that each round sent, and memory that was modified during the round and had to be sent again.",
             amounts,
             (
                 ("round", "count"),
                 ("pages", "count"),
                 ("sent", "bytes"),
-                ("modified meanwhile", "bytes"),
+                ("modified", "bytes"),
                 ("time", "ms"),
             ),
             [(one.round, one.pages, one.sent, one.remaining, one.ms) for one in rounds],
-            ((1, "sent"), (2, "modified meanwhile")),
+            ((1, "sent"), (2, "modified")),
         ),
         Figure(
             "speeds",
-            "Speed against dirty rate",
-            "Rounds become smaller as long as memory is sent faster than it is modified. On the wire pages are "
-            "compressed; modified memory is counted as it is.",
+            "Send rate and dirty rate",
+            "Rounds become smaller while memory is sent faster than it is modified. The send rate counts compressed "
+            "bytes; the dirty rate counts uncompressed memory.",
             speeds,
-            (("round", "count"), ("on the wire", "bytes/s"), ("modified by the workload", "bytes/s")),
+            (("round", "count"), ("send rate", "bytes/s"), ("dirty rate", "bytes/s")),
             [(one.round, value, one.dirty_rate) for one, value in zip(rounds, speed, strict=True)],
-            ((1, "on the wire"), (3, "modified by the workload")),
+            ((1, "send rate"), (3, "dirty rate")),
         ),
     ]
 
@@ -143,38 +144,38 @@ def _downtime(result: MigrationResult | None) -> list[Figure]:
     return [
         Figure(
             "downtime",
-            "Where the pause went",
-            "All in which nobody ran the workload, and its parts. Last pages and device state go at the same time, and "
-            "the way of messages is in no part, so the parts are no sum.",
+            "Downtime",
+            "Time for which the workload was paused, and its parts. Last pages and device state are sent concurrently, "
+            "and message latency is not part of any of them, so the parts do not add up to the total.",
             bars(f"The downtime of {duration(parts.total / 1e3)} and its parts", drawn, FORMS["ms"]),
             (("part", "text"), ("time", "ms")),
             [("downtime", parts.total), *named],
-            ((3, "all of it"), (1, "a part")),
+            ((3, "total"), (1, "part")),
         )
     ]
 
 
 def _postcopy(log: Log) -> list[Figure]:
-    told = log.of(PostcopyEvent)
-    if len(told) < 2:
+    events = log.of(PostcopyEvent)
+    if len(events) < 2:
         return []
-    drawn = [(at / 1e3, float(one.remaining)) for at, one in told]
+    drawn = [(at / 1e3, float(one.remaining)) for at, one in events]
     return [
         Figure(
             "postcopy",
-            "After the switch-over",
-            "Memory that the destination, where the workload runs already, still has to get. Accesses to it wait.",
+            "Post-copy",
+            "Memory that the destination has not received yet while the workload runs there. Accesses to it wait.",
             lines(
-                "Memory still to come over time",
-                [Line("still to come", 2, drawn, area=True)],
+                "Deferred memory over time",
+                [Line("deferred", 2, drawn, area=True)],
                 time_axis(drawn[-1][0]),
                 size,
-                "time since the command began",
+                "time since the start of the command",
                 binary=True,
             ),
-            (("time", "ms"), ("still to come", "bytes"), ("requests", "count")),
-            thinned([(at, one.remaining, one.postcopy_requests) for at, one in told], MOST_ROWS),
-            ((2, "still to come"),),
+            (("time", "ms"), ("deferred", "bytes"), ("requests", "count")),
+            thinned([(at, one.remaining, one.postcopy_requests) for at, one in events], MAX_ROWS),
+            ((2, "deferred"),),
         )
     ]
 
@@ -201,11 +202,17 @@ def _large_pages(log: Log) -> list[Figure]:
     return [
         Figure(
             "large-pages",
-            "Large pages, before and after",
-            "Where memory stands on pages of 2 MiB: at the source when the migration began, at the destination a "
-            "second after. The stronger the colour, the more; what is empty is small pages, or not in memory.",
-            strips("Maps of large pages", strip, "first byte", "last byte"),
-            (("region", "text"), ("side", "text"), ("2 MiB units", "count"), ("large", "count"), ("part", "part")),
+            "Huge pages before and after",
+            "Memory backed by pages of 2 MiB: at the source at the start of the migration, at the destination one "
+            "second after its end. A stronger colour means more huge pages; empty cells are base pages or not present.",
+            strips("Maps of huge pages", strip, "first byte", "last byte"),
+            (
+                ("region", "text"),
+                ("side", "text"),
+                ("2 MiB units", "count"),
+                ("huge pages", "count"),
+                ("fraction", "part"),
+            ),
             rows,
             ((1, "source"), (4, "destination")),
         )

@@ -1,4 +1,4 @@
-"""A restore drawn: how memory arrived, how long accesses waited, and what was touched first."""
+"""Figures of a restore: time to running, loading of memory, service times and working set."""
 
 from __future__ import annotations
 
@@ -10,38 +10,42 @@ from pageferry.report.figures.latency import latency
 from pageferry.report.units import duration, size
 
 WINDOW = 16 * 4096
-MOST_DOTS = 2000
-MOST_ROWS = 40
+MAX_DOTS = 2000
+"""Maximum number of points of the scatter plot."""
+MAX_ROWS = 40
+"""Maximum number of rows of a table."""
 
 
 def facts(log: Log) -> list[Fact]:
-    """What it comes down to."""
+    """Return the facts of a restore."""
     results, running = log.of(RestoreResult), log.of(RunningEvent)
     if not results:
         return [Fact("time to running", running[0][1].time_to_running, "ms", lead=True)] if running else []
     at, result = results[-1]
     times = result.service_times
-    told = [
-        Fact("time to running", result.time_to_running, "ms", lead=True, note="QEMU's own start apart"),
-        Fact("accesses that waited", result.faults, "count", lead=True),
-        Fact("99 of 100 within", times.p99_us, "us", lead=True, note=f"longest: {duration(times.longest_us / 1e6)}"),
+    facts = [
+        Fact("time to running", result.time_to_running, "ms", lead=True, note="without the start of QEMU"),
+        Fact("faults", result.faults, "count", lead=True),
+        Fact(
+            "p99 of service times", times.p99_us, "us", lead=True, note=f"maximum: {duration(times.longest_us / 1e6)}"
+        ),
         Fact("memory", result.memory, "bytes"),
-        Fact("to missing pages", result.missed, "count", note="of the accesses that waited"),
-        Fact("read ahead", result.prefetched * 4096, "bytes", note="before it was asked for"),
+        Fact("faults on deferred pages", result.missed, "count"),
+        Fact("prefetched", result.prefetched * 4096, "bytes", note="loaded before their first access"),
         Fact("read from the image", result.bytes_read, "bytes"),
         Fact("image", result.image),
     ]
     if result.status == "completed":
-        told.insert(1, Fact("all memory there", at, "ms", lead=True, note="after the command began"))
+        facts.insert(1, Fact("all memory loaded", at, "ms", lead=True, note="since the start of the command"))
     else:
-        told.insert(1, Fact("still to come", result.deferred, "bytes", lead=True))
-    return told
+        facts.insert(1, Fact("deferred", result.deferred, "bytes", lead=True))
+    return facts
 
 
 def figures(log: Log) -> list[Figure]:
-    """All there is to draw."""
+    """Return the figures of a restore."""
     results = log.of(RestoreResult)
-    drawn = [*_arrival(log), *_working_set(log)]
+    drawn = [*_loading(log), *_working_set(log)]
     if results:
         result = results[-1][1]
         drawn = [*_running(result), *drawn, *latency(result.service_times)]
@@ -55,49 +59,49 @@ def _running(result: RestoreResult) -> list[Figure]:
         ("device state", parts.device_state),
         ("resume", parts.resume),
     ]
-    beside = [("QEMU's start", parts.qemu_start), ("open the image", parts.open_image)]
+    concurrent = [("start of QEMU", parts.qemu_start), ("open the image", parts.open_image)]
     drawn = [
-        Bar("until it ran", result.time_to_running, 3),
+        Bar("time to running", result.time_to_running, 3),
         *(Bar(name, value) for name, value in named),
-        *(Bar(name, value, 0) for name, value in beside),
+        *(Bar(name, value, 0) for name, value in concurrent),
     ]
     return [
         Figure(
             "running",
-            "Until it ran",
-            "From the command to the guest running. The start of QEMU itself, and the opening of the image meanwhile, "
-            "are shown apart: they are not counted.",
-            bars("Time until the guest ran and its parts", drawn, FORMS["ms"]),
+            "Time to running",
+            "Time from the command until the guest runs. The start of QEMU, during which the image is opened, is shown "
+            "separately and not counted.",
+            bars("Time to running and its parts", drawn, FORMS["ms"]),
             (("part", "text"), ("time", "ms")),
-            [("until it ran", result.time_to_running), *named, *beside],
-            ((3, "all of it"), (1, "a part"), (0, "not counted")),
+            [("time to running", result.time_to_running), *named, *concurrent],
+            ((3, "total"), (1, "part"), (0, "not counted")),
         )
     ]
 
 
-def _arrival(log: Log) -> list[Figure]:
-    running, told = log.of(RunningEvent), log.of(ProgressEvent)
-    if not running or not told:
+def _loading(log: Log) -> list[Figure]:
+    running, events = log.of(RunningEvent), log.of(ProgressEvent)
+    if not running or not events:
         return []
-    begun, first = running[0]
-    left = [(begun / 1e3, float(first.deferred)), *((at / 1e3, float(one.deferred)) for at, one in told)]
+    start, first = running[0]
+    left = [(start / 1e3, float(first.deferred)), *((at / 1e3, float(one.deferred)) for at, one in events)]
     return [
         Figure(
             "arrival",
-            "How memory arrived",
-            "What is still to come from the image while the guest runs already.",
+            "Loading",
+            "Memory that has not been loaded from the image yet while the guest runs.",
             lines(
-                "Memory still to come over time",
-                [Line("still to come", 2, left, area=True)],
+                "Deferred memory over time",
+                [Line("deferred", 2, left, area=True)],
                 time_axis(left[-1][0]),
                 size,
-                "time since the command began",
+                "time since the start of the command",
                 binary=True,
-                marks=[(begun / 1e3, "it runs")],
+                marks=[(start / 1e3, "running")],
             ),
-            (("time", "ms"), ("still to come", "bytes"), ("accesses that waited", "count"), ("read", "bytes")),
-            thinned([(at, one.deferred, one.faults, one.bytes_read) for at, one in told], MOST_ROWS),
-            ((2, "still to come"),),
+            (("time", "ms"), ("deferred", "bytes"), ("faults", "count"), ("read", "bytes")),
+            thinned([(at, one.deferred, one.faults, one.bytes_read) for at, one in events], MAX_ROWS),
+            ((2, "deferred"),),
         )
     ]
 
@@ -109,24 +113,24 @@ def _working_set(log: Log) -> list[Figure]:
         return []
     order = [(number + 1, window * WINDOW) for number, window in enumerate(seen)]
     memory = results[-1][1].memory if results else max(seen) * WINDOW
-    shown = thinned(order, MOST_DOTS)
-    left_out = f" One of {len(order) / len(shown):.0f} is drawn." if len(shown) < len(order) else ""
+    shown = thinned(order, MAX_DOTS)
+    thinning = f" One of {len(order) / len(shown):.0f} is shown." if len(shown) < len(order) else ""
     return [
         Figure(
             "working-set",
-            "What was touched first",
-            f"{len(order):,} windows of 64 KiB ({size(len(order) * WINDOW)}) that the guest missed, in the order in "
-            f"which it did. A line that rises is memory walked through; a cloud is random access.{left_out}",
+            "Order of first accesses",
+            f"{len(order):,} windows of 64 KiB ({size(len(order) * WINDOW)}) in the order in which the guest first "
+            f"faulted on them. A rising line is sequential access, a cloud is random access.{thinning}",
             dots(
-                "Places in memory in the order of their first access",
+                "Windows of memory in the order of their first access",
                 shown,
                 (len(order), memory),
                 lambda value: f"{value:,.0f}",
                 size,
                 "order of first access",
             ),
-            (("order", "count"), ("place", "bytes")),
-            thinned(order, MOST_ROWS),
+            (("order", "count"), ("offset", "bytes")),
+            thinned(order, MAX_ROWS),
             ((1, "a window of 64 KiB"),),
         )
     ]

@@ -1,4 +1,4 @@
-"""Equal pages drawn: what they are, and what breaking how many large pages would free."""
+"""Figures of duplicate pages: classes, and memory freed by the number of huge pages split."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ from pageferry.report.figures.base import Fact, Figure, thinned
 from pageferry.report.units import duration, rate, size
 from pageferry.sharing.events import SharingResult
 
-TITLES = {"zero": "zeros", "pattern": "one pattern", "inside": "equal within", "across": "equal between"}
-MOST_ROWS = 40
+TITLES = {"zero": "zero", "pattern": "one pattern", "inside": "within workloads", "across": "between workloads"}
+MAX_ROWS = 40
+"""Maximum number of rows of a table."""
 
 
 def facts(log: Log) -> list[Fact]:
-    """What it comes down to."""
+    """Return the facts of the last result."""
     results = log.of(SharingResult)
     if not results:
         return []
     result = results[-1][1]
     speed = result.scan.looked_at / max(result.scan.ms / 1e3, 1e-9)
-    told = [
-        Fact("reclaimable", result.reclaimable, "bytes", lead=True, note=f"in memory: {size(result.memory)}"),
+    facts = [
+        Fact("reclaimable", result.reclaimable, "bytes", lead=True, note=f"present: {size(result.memory)}"),
         Fact("possible here", result.possible, "bytes", lead=True),
-        Fact("large pages", result.large_pages, "count", lead=True),
+        Fact("huge pages", result.large_pages, "count", lead=True),
         Fact("already shared", result.already_shared, "bytes"),
-        Fact("looked at", result.scan.looked_at, "bytes", note=f"in {duration(result.scan.ms / 1e3)}, {rate(speed)}"),
-        Fact("worth breaking from", result.threshold, "count", note="of 512 shareable"),
+        Fact("scanned", result.scan.looked_at, "bytes", note=f"in {duration(result.scan.ms / 1e3)}, {rate(speed)}"),
+        Fact("threshold", result.threshold, "count", note="shareable of 512 base pages"),
         Fact("workloads", ", ".join(result.workloads)),
     ]
     if result.freed is not None:
-        told.insert(0, Fact("freed", result.freed, "bytes", lead=True, note=f"estimate: {size(result.estimated or 0)}"))
-        told.append(Fact("large pages broken", result.large_pages_broken, "count"))
-    return told
+        facts.insert(
+            0, Fact("freed", result.freed, "bytes", lead=True, note=f"estimate: {size(result.estimated or 0)}")
+        )
+        facts.append(Fact("huge pages split", result.large_pages_broken, "count"))
+    return facts
 
 
 def figures(log: Log) -> list[Figure]:
-    """All there is to draw: of a watch, the last look."""
+    """Return the figures of the last result."""
     results = log.of(SharingResult)
     if not results:
         return []
@@ -52,19 +55,19 @@ def _curve(result: SharingResult) -> list[Figure]:
     return [
         Figure(
             "curve",
-            "What breaking large pages would free",
-            "The best large pages are broken first: where the line is steep a few of them free much, where it is flat "
-            "they are better left whole. At 0 stands what can be had without breaking any.",
+            "Memory freed by splitting huge pages",
+            "Huge pages with most duplicates are split first: where the line is steep, a few of them free much memory; "
+            "where it is flat, splitting does not pay off. The value at 0 is freed without splitting any.",
             lines(
-                "Memory freed by the number of large pages broken",
+                "Memory freed by the number of huge pages split",
                 [Line("if all could be shared", 2, every, area=True), Line("possible here", 1, possible)],
                 lambda value: f"{value:,.0f}",
                 size,
-                "large pages broken",
+                "huge pages split",
                 binary=True,
             ),
-            (("large pages broken", "count"), ("if all could be shared", "bytes"), ("possible here", "bytes")),
-            thinned([(one.large_pages, one.reclaimable, one.possible) for one in result.curve], MOST_ROWS),
+            (("huge pages split", "count"), ("if all could be shared", "bytes"), ("possible here", "bytes")),
+            thinned([(one.large_pages, one.reclaimable, one.possible) for one in result.curve], MAX_ROWS),
             ((2, "if all could be shared"), (1, "possible here")),
         )
     ]
@@ -75,10 +78,11 @@ def _classes(result: SharingResult) -> list[Figure]:
     return [
         Figure(
             "classes",
-            "What is there twice",
-            "Memory that sharing would free, by what the pages are: equal within one workload, or between several.",
+            "Duplicates by class",
+            "Memory that merging would free: zero pages, pages of one pattern, and duplicates within one workload or "
+            "between several.",
             bars("Reclaimable memory by class", drawn, size),
-            (("pages of", "text"), ("found", "count"), ("reclaimable", "bytes")),
+            (("class", "text"), ("pages", "count"), ("reclaimable", "bytes")),
             [(TITLES.get(name, name), found.pages, found.reclaimable) for name, found in result.classes.items()],
             ((1, "reclaimable"),),
         )
