@@ -1,4 +1,4 @@
-"""Authorities and certificates for tests, in the folder layout that `--tls` takes."""
+"""Certificate authorities and certificates for tests, in the folder layout of `--tls`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEM = serialization.Encoding.PEM
 
 
 def new_key(kind: str = "P-256") -> Key:
-    """A private key of a kind that certificates have in practice."""
+    """Return a private key of an algorithm in common use."""
     match kind:
         case "RSA":
             return rsa.generate_private_key(65537, 2048)
@@ -33,7 +33,7 @@ def new_key(kind: str = "P-256") -> Key:
 
 
 class Authority:
-    """Issues certificates, and takes them back."""
+    """Issues and revokes certificates."""
 
     def __init__(self, name: str = "authority") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -45,7 +45,7 @@ class Authority:
         self.certificate = builder.sign(self._key, hashes.SHA256())
 
     def folder(self, path: Path) -> Path:
-        """A new folder with this authority's own certificate."""
+        """Return a new folder with the certificate of this authority."""
         path.mkdir()
         (path / "ca-cert.pem").write_bytes(self.certificate.public_bytes(PEM))
         return path
@@ -62,7 +62,10 @@ class Authority:
         ends: datetime.timedelta = DAY,
         key: str = "P-256",
     ) -> x509.Certificate:
-        """A certificate and its key as `ROLE-cert.pem` and `ROLE-key.pem`. `also`: DNS names and addresses."""
+        """Write a certificate and its key to `ROLE-cert.pem` and `ROLE-key.pem`.
+
+        `also`: additional DNS names and addresses.
+        """
         private = new_key(key)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(subject, private.public_key(), begins, ends)
@@ -79,7 +82,7 @@ class Authority:
         return certificate
 
     def revoke(self, folder: Path, *certificates: x509.Certificate, ends: datetime.timedelta = DAY) -> None:
-        """A list of certificates that do not hold any more, as `ca-crl.pem`."""
+        """Write the revocation list `ca-crl.pem`."""
         now = datetime.datetime.now(datetime.UTC)
         builder = x509.CertificateRevocationListBuilder().issuer_name(self._name)
         builder = builder.last_update(now - DAY).next_update(now + ends)
@@ -109,7 +112,7 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def hosts(path: Path, authority: Authority | None = None, *, source: str = "source.example") -> tuple[Path, Path]:
-    """Folders of a source and a receiver on this machine that believe each other."""
+    """Return credential folders of a source and a receiver on this machine that authenticate each other."""
     path.mkdir(exist_ok=True)
     authority = authority or Authority()
     here, there = authority.folder(path / "source"), authority.folder(path / "receiver")

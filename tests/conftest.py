@@ -1,4 +1,4 @@
-"""What all tests share: a run directory of their own, and the things that guests are made of."""
+"""Shared fixtures: a separate run directory, and the parts of which guests are made."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from tests.guest import initrd, payload
 from tests.guest.machines import GuestParts
 
 CACHE = Path(__file__).parent.parent / ".cache"
-"""Where `make system` puts what it fetches."""
+"""Folder to which `make system` downloads."""
 QEMUS = ["system", "10", "11"]
-"""From the oldest to the newest."""
+"""From oldest to newest."""
 ROOM = 96
-"""Large pages that should be free for a test: what builds and caches leave is small pages all over."""
+"""Free huge pages wanted before a test; builds and caches fragment memory."""
 ORDER = ["qemu", "faults", "kernel"]
-"""Directories whose tests take longest, the longest first."""
+"""Directories with the slowest tests, slowest first."""
 CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "switches"}
-"""Fixtures that change settings of the machine: of KSM, of huge pages, of /dev/userfaultfd."""
+"""Fixtures that change machine-wide settings: KSM, huge pages, /dev/userfaultfd."""
 LOCK = Path(tempfile.gettempdir()) / "pageferry-tests.lock"
-"""Held by every test of every run on this machine."""
+"""Lock file held by every test of every run on this machine."""
 
-# Tests start thousands of programs. Each would compile the whole package again where the environment forbids byte code.
+# Tests start thousands of programs. Without byte code each would compile the whole package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its directory, so that `-m "not qemu"` selects, and put the long ones first.
+    """Mark each test with its directory, for `-m "not qemu"`, and run slow directories first.
 
-    Tests that change settings of the machine run alone.
+    Tests that change machine-wide settings run alone.
     """
     for item in items:
         if (directory := item.path.parent.name) in ("kernel", "qemu", "faults", "use"):
@@ -49,20 +49,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hold the machine for a test: together with others, or alone. The wait does not count as time of the test."""
+    """Hold the machine lock during a test: shared, or exclusive for tests that run alone. The wait is not test time."""
     how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
     with open(f"{LOCK}.next", "ab") as next_turn, open(LOCK, "ab") as machine:
-        fcntl.flock(next_turn, fcntl.LOCK_EX)  # or tests that run together would keep one out that runs alone
+        fcntl.flock(next_turn, fcntl.LOCK_EX)  # otherwise shared holders could starve an exclusive one
         fcntl.flock(machine, how)
         fcntl.flock(next_turn, fcntl.LOCK_UN)
         return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Choose the QEMUs and accelerators of a test: all with GUESTS=all, or a part, so that a run stays short.
+    """Choose the QEMUs and accelerators of a test.
 
-    Tests of guests run with the two oldest QEMUs, with the newest too if they are marked `every_qemu`. Tests of the
-    payload run on KVM with the two newest, with all QEMUs if marked.
+    GUESTS=all selects all of them, otherwise a subset keeps the run short. Tests of guests run with the two oldest
+    QEMUs; those marked `every_qemu` also with the newest. Tests of the payload run on KVM with the two newest QEMUs;
+    those marked `every_qemu` with all.
     """
     every = os.environ.get("GUESTS") == "all" or metafunc.definition.get_closest_marker("every_qemu") is not None
     if "qemu" in metafunc.fixturenames:
@@ -76,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A registry of workloads for this session, also for child processes: /run/pageferry is never touched."""
+    """Use a separate run directory for this session and its child processes; never touch /run/pageferry."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFERRY_RUN_DIR", str(directory))
@@ -85,25 +86,25 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def room() -> None:
-    """Memory is compacted first where large pages are few. No promise: the host may have no memory to spare."""
+    """Compact memory if few huge pages are free. Best effort: the host may not have enough free memory."""
     compact_memory(ROOM)
 
 
 @pytest.fixture(scope="session")
 def guest_kernel() -> Path:
-    """A Linux kernel image for guests."""
+    """Return the path of a Linux kernel image for guests."""
     return _fetched("guest/vmlinuz")
 
 
 @pytest.fixture(scope="session")
 def guest_modules() -> Path:
-    """Directory with the virtio modules (`virtio_balloon.ko` and what it needs) of that kernel."""
+    """Return the folder with the virtio modules (`virtio_balloon.ko` and its dependencies) of that kernel."""
     return _fetched("guest/modules")
 
 
 @pytest.fixture(scope="session")
 def qemu_system() -> Path:
-    """The QEMU that the machine has in PATH."""
+    """Return the QEMU in PATH."""
     found = shutil.which("qemu-system-x86_64")
     if found is None:
         pytest.skip("no qemu-system-x86_64 in PATH (`make system` as root installs it)")
@@ -112,26 +113,26 @@ def qemu_system() -> Path:
 
 @pytest.fixture(scope="session")
 def qemu_10() -> Path:
-    """A newer QEMU than the machine's, from Debian backports."""
+    """Return a newer QEMU, from Debian backports."""
     return _fetched("qemu-10/bin/qemu-system-x86_64")
 
 
 @pytest.fixture(scope="session")
 def qemu_11() -> Path:
-    """A QEMU of a later Debian release, with the loader and libraries of that release."""
+    """Return a QEMU of a later Debian release, with the loader and libraries of that release."""
     return _fetched("qemu-11/bin/qemu-system-x86_64")
 
 
 @pytest.fixture(scope="session")
 def qemu(request: pytest.FixtureRequest) -> Path:
-    """Each QEMU in turn; see `pytest_generate_tests`."""
+    """Return each selected QEMU; see `pytest_generate_tests`."""
     path: Path = request.getfixturevalue(f"qemu_{request.param}")
     return path
 
 
 @pytest.fixture(scope="session")
 def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
-    """A guest without an operating system, for each accelerator and QEMU in turn; see `pytest_generate_tests`."""
+    """Return a guest without an operating system, for each selected accelerator and QEMU; see `pytest_generate_tests`."""
     accel, version = request.param
     if (reason := payload.obstacle(accel)) is not None:
         pytest.skip(reason)
@@ -143,14 +144,14 @@ def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
 
 @pytest.fixture(scope="session")
 def root() -> None:
-    """For tests that need privileges."""
+    """Skip the test without root privileges."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
 
 
 @pytest.fixture(scope="session")
 def checker_initrd(guest_modules: Path) -> Path:
-    """The initrd with the checker and the balloon's modules."""
+    """Return the initrd with the checker and the balloon modules."""
     if shutil.which("rustc") is None:
         pytest.skip("no rustc to build the guest's checker with")
     modules = [guest_modules / f"{name}.ko" for name in initrd.BALLOON_MODULES]

@@ -23,7 +23,7 @@ Told = Iterable[tuple[float, Event]]
 
 
 def written(path: Path, verb: str, arguments: dict[str, object], told: Told, error: Exception | None = None) -> None:
-    """A log with these events at these seconds."""
+    """Return a log with these events at these seconds."""
     now = 0.0
     log = EventLog(path, header(verb, arguments), lambda: now)
     for at, event in told:
@@ -70,7 +70,7 @@ def _rounds() -> list[tuple[float, Event]]:
 
 
 def _migrated() -> migration.MigrationResult:
-    """The end of a migration."""
+    """Return the result of a migration."""
     parts = migration.Downtime(total=21.4, stop=0.6, last_pages=5.2, device_state=9.1, populate=0.4, resume=0.3)
     return migration.MigrationResult(
         status="completed",
@@ -96,7 +96,7 @@ def _migrated() -> migration.MigrationResult:
 
 
 def migrate(path: Path) -> None:
-    """A migration that went well."""
+    """Return the log of a successful migration."""
     told = _rounds()
     after = [migration.LargeMap.of("ram0", 1024 * MIB, [unit % 7 < 5 and unit != 14 for unit in range(512)])]
     told.append((2.7, migration.LargePagesEvent(side="destination", regions=after)))
@@ -105,7 +105,7 @@ def migrate(path: Path) -> None:
 
 
 def postcopy(path: Path) -> None:
-    """A migration that ran before its pages were there."""
+    """Return the log of a post-copy migration."""
     told = _rounds()[:3]
     for step in range(12):
         left = 90 * MIB * (11 - step) // 11
@@ -122,13 +122,13 @@ def postcopy(path: Path) -> None:
 
 
 def failed(path: Path) -> None:
-    """A migration that did not converge."""
+    """Return the log of a migration that did not converge."""
     error = NotConverging("web modifies 900 MiB/s and the link takes <400> MiB/s & no more")
     written(path, "migrate", {"name": "web", "address": "[::1]:7070"}, _rounds(), error)
 
 
 def save(path: Path) -> None:
-    """A lazy checkpoint."""
+    """Return the log of a lazy checkpoint."""
     told: list[tuple[float, Event]] = [
         (0.02, checkpoint.ArmedEvent(memory=1024 * MIB, present=700 * MIB, large_pages=350, arm_ms=3.0)),
         (0.03, checkpoint.InstantEvent(downtime=3.4)),
@@ -178,7 +178,7 @@ def save(path: Path) -> None:
 
 
 def bring(path: Path) -> None:
-    """A lazy restore that has come to its end."""
+    """Return the log of a complete lazy restore."""
     chance = random.Random(3)
     memory, left, missed = 1024 * MIB, 800 * MIB, 60
     told: list[tuple[float, Event]] = [
@@ -232,7 +232,7 @@ def bring(path: Path) -> None:
 
 
 def look(path: Path) -> None:
-    """A look at large pages: some with places, one without."""
+    """Return the log of a sampling of huge pages: some with page maps, one without."""
     chance = random.Random(5)
     samples = []
     for number in range(60):
@@ -280,7 +280,7 @@ def look(path: Path) -> None:
 
 
 def share(path: Path) -> None:
-    """A scan for equal pages."""
+    """Return the log of a scan for identical pages."""
     curve, free = [], 40 * MIB
     for number in range(200):
         curve.append(sharing.Point(number, free, free * 2 // 3))

@@ -1,4 +1,4 @@
-"""Workloads that are saved, and what an image holds, against what they know about the instant that was saved."""
+"""Workloads that are saved, and checks of an image against the workload's state at the snapshot point."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pageferry.workloads.protocols import Workload
 SLICE = 8192
 """Pages read at once."""
 HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
-"""A writer that never rests, and pages of all kinds."""
+"""Options of a ledger with an unlimited write rate and pages of all classes."""
 
 
 @contextmanager
 def ledger(size: int = 32 << 20, options: LedgerOptions = HEAVY, **more: Any) -> Iterator[LedgerWorkload]:
-    """A ledger of this process that runs; at the end nothing may be wrong with it."""
+    """Run a ledger in this process, and check that it is intact at the end."""
     workload = LedgerWorkload.create(size, options, exact=True, **more)
     try:
         yield workload
@@ -37,12 +37,12 @@ def ledger(size: int = 32 << 20, options: LedgerOptions = HEAVY, **more: Any) ->
 
 
 def save(workload: Any, path: Path, **options: Any) -> CheckpointResult:
-    """A checkpoint of it."""
+    """Save a checkpoint of the workload."""
     return asyncio.run(pageferry.checkpoint(workload, path, **options))
 
 
 def memory_of(image: ImageFile) -> _engine.Mapping:
-    """The memory of an image with one region, as a fresh mapping; what is absent stays a hole."""
+    """Return the memory of an image with one region as a new mapping; absent pages remain holes."""
     length = image.pages * 4096
     file = os.memfd_create("image")
     try:
@@ -60,7 +60,7 @@ def memory_of(image: ImageFile) -> _engine.Mapping:
 
 
 def check_ledger(path: Path) -> ImageFile:
-    """The image of a ledger holds exactly the memory of the instant of its state."""
+    """Check that the image of a ledger holds exactly the memory of the snapshot point."""
     image = ImageFile(path)
     state = json.loads(image.state())
     ledger = _engine.Ledger.attach(memory_of(image), threads=0)
@@ -74,17 +74,17 @@ def check_ledger(path: Path) -> ImageFile:
 
 
 def digests_of_image(image: ImageFile) -> list[bytes]:
-    """A digest of every stretch of `SLICE` pages."""
+    """Return a digest of each slice of `SLICE` pages."""
     starts = range(0, image.pages, SLICE)
     return [_digest(image.read(first, min(SLICE, image.pages - first))) for first in starts]
 
 
 def digests_of_memory(regions: tuple[Region, ...]) -> list[bytes]:
-    """The same of the memory itself, holes read as the zeros that they are."""
+    """Return the same digests of the memory itself, with holes read as zeros."""
     (region,) = regions
     size = SLICE * 4096
     starts = range(0, region.length, size)
-    # Through the file, not through a mapping: holes stay holes.
+    # By pread(2), not through a mapping, so that holes remain holes.
     return [_digest(os.pread(region.fd, min(size, region.length - at), region.file_offset + at)) for at in starts]
 
 
@@ -93,7 +93,7 @@ def _digest(data: bytes) -> bytes:
 
 
 class Witness:
-    """A workload, of which the memory is looked at in the moment that is saved."""
+    """A workload whose memory is digested at the snapshot point."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload

@@ -1,9 +1,9 @@
-"""A disk that answers reads when it is told to: a FUSE file system with one file, read past the page cache.
+"""A disk that completes reads on request: a FUSE file system with one file, read without the page cache.
 
-The kernel pins the pages of a reader for as long as the request is in flight, as it does for `O_DIRECT` on any disk.
-Reads below `HELD` are answered at once. All others are held; the file system prints `held OFFSET LENGTH` for each, and
-obeys the lines of its standard input: `answer` (all that are held), `delay SECONDS` (from now on each is answered
-after so long) and `hold` (the default).
+The kernel pins the pages of a reader while its request is in flight, as it does for `O_DIRECT` on any disk. Reads below
+`HELD` complete immediately. All others are held; the file system prints `held OFFSET LENGTH` for each. Its standard
+input has commands: `answer` (complete all held reads), `delay SECONDS` (complete later reads after that time) and
+`hold` (the default).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.kernel.programs import Program
 
 SIZE: Final = 8 << 20
 HELD: Final = 1 << 20
-"""Reads from this offset on are held."""
+"""Offset from which reads are held."""
 SECTOR: Final = 512
 NAME: Final = "disk"
 
@@ -62,31 +62,31 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def contents(offset: int, length: int) -> bytes:
-    """What the disk holds: 16 bytes again and again that name the sector."""
+    """Return contents of the disk: 16 bytes, repeated, that hold the sector number."""
     first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
     data = b"".join(b"disk%012x" % sector * (SECTOR // 16) for sector in range(first, last))
     return data[offset - first * SECTOR :][:length]
 
 
 class SlowDisk:
-    """The disk, served by a process of its own."""
+    """The disk, served by a separate process."""
 
     def __init__(self, folder: Path, program: Program) -> None:
         self.path = folder / NAME
         self._program = program
 
     def held(self) -> tuple[int, int]:
-        """Wait for the next read that is held: offset and length."""
+        """Wait for the next held read; return its offset and length."""
         word, offset, length = self._program.line().split()
         assert word == "held"
         return int(offset), int(length)
 
     def answer(self) -> None:
-        """Answer all reads that are held."""
+        """Complete all held reads."""
         self._program.say("answer")
 
     def delay(self, seconds: float) -> None:
-        """Answer each read after so long from now on."""
+        """Complete each later read after `seconds`."""
         self._program.say(f"delay {seconds}")
 
     def hold(self) -> None:
@@ -96,18 +96,18 @@ class SlowDisk:
 
 @contextmanager
 def slow_disk(folder: Path, boot_sector: bytes = b"") -> Iterator[SlowDisk]:
-    """Mount the disk in `folder`, which is made for it."""
+    """Mount the disk on `folder`, which is created."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("no /dev/fuse")
     folder.mkdir()
     (folder.parent / "boot").write_bytes(boot_sector)
     with Program("-m", "tests.slow_disk", str(folder), str(folder.parent / "boot")) as program:
         if (said := program.line()) != "mounted":
-            pytest.skip(f"no FUSE file system can be mounted: {said}")
+            pytest.skip(f"cannot mount a FUSE file system: {said}")
         try:
             yield SlowDisk(folder, program)
         finally:
-            program.kill()  # every request fails then, and no process waits for the disk any more
+            program.kill()  # every pending request fails, so that no process keeps waiting for the disk
             _libc.umount2(os.fsencode(folder), _MNT_DETACH)
 
 
@@ -188,7 +188,7 @@ class _Server:
         self._reply(unique, contents(offset, length))
 
     def _reply(self, unique: int, data: bytes = b"", error: int = 0) -> None:
-        with contextlib.suppress(OSError):  # the reader has been killed meanwhile
+        with contextlib.suppress(OSError):  # the reader has been killed
             os.write(self._device, struct.pack("<IiQ", 16 + len(data), -error, unique) + data)
 
 

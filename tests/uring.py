@@ -1,4 +1,4 @@
-"""As much of io_uring as tests of reads need: one ring, reads with and without registered buffers."""
+"""Minimal io_uring bindings for tests: one ring, reads with and without registered buffers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _call(number: int, *arguments: object) -> int:
 
 
 class Ring:
-    """A ring. Raises OSError where the kernel or a policy has none."""
+    """An io_uring. Raises OSError if the kernel or a policy does not allow one."""
 
     def __init__(self) -> None:
         parameters = ctypes.create_string_buffer(120)
@@ -40,12 +40,15 @@ class Ring:
         self._sqes = mmap.mmap(self._fd, 64 * _ENTRIES, mmap.MAP_SHARED, offset=_SQES)
 
     def register(self, address: int, length: int) -> None:
-        """Pin a buffer, which gets number 0."""
+        """Register (pin) a buffer, as number 0."""
         vector = struct.pack("<QQ", address, length)
         _call(_REGISTER, self._fd, _REGISTER_BUFFERS, vector, 1)
 
     def read(self, file: int, address: int, length: int, offset: int, *, fixed: bool) -> int:
-        """Read, and wait for it; `fixed`: into the registered buffer. The number of bytes, or a negative errno."""
+        """Read and wait for completion; `fixed`: into the registered buffer.
+
+        Return the byte count, or a negative errno.
+        """
         opcode = _READ_FIXED if fixed else _READ
         entry = struct.pack("<BBHiQQIIQHHi", opcode, 0, 0, file, offset, address, length, 0, 1, 0, 0, 0)
         tail = self._word(self._sq_tail)

@@ -1,4 +1,4 @@
-"""A controlling process that stops half-way, to be killed: arguments are a control socket and calls to make."""
+"""A controlling process that stops midway, to be killed. Arguments: a control socket, and the calls to make."""
 
 from __future__ import annotations
 

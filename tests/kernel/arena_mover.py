@@ -1,8 +1,8 @@
-"""Programs that use `pageferry.migrate` and `pageferry.receive` as their users do; told what to do on standard input.
+"""Programs that use `pageferry.migrate` and `pageferry.receive` from Python; controlled through standard input.
 
-`source SIZE WORDS...`: writing (a thread writes all the time), sparse (three pages of it are touched), memfd (no large
-pages), collapsed (put on large pages), stateful (state callbacks), named (registered as `mover`).
-`destination WORDS...`: stateful; small (takes at most 16 MiB).
+`source SIZE WORDS...`: writing (a thread writes continuously), sparse (three pages are touched), memfd (no huge pages),
+collapsed (into huge pages), stateful (state callbacks), named (registered as `mover`).
+`destination WORDS...`: stateful; small (accepts at most 16 MiB).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def say(what: object) -> None:
 
 
 class Program:
-    """What both have: callbacks, which say that they were called, and a state."""
+    """Callbacks, which report each call, and a state; common to source and destination."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -106,7 +106,7 @@ class Source(Program):
                 self.may_run.wait()
             where = random.integers(0, self.words.size, 4)
             self.words[where] += 1
-            time.sleep(1e-5)  # nobody else in this program would have much of the interpreter
+            time.sleep(1e-5)  # yields the GIL to the other threads
 
     async def migrate(self, address: str) -> None:
         try:
@@ -118,7 +118,7 @@ class Source(Program):
         say(self.had(self.arena))
 
     async def migrate_briefly(self, address: str) -> None:
-        """Give up when a line comes, as a program does that waits no longer."""
+        """Cancel the migration when a line is read, as a program with a timeout would."""
         try:
             async with asyncio.timeout(None) as limit:
                 telling = asyncio.create_task(self.give_up(limit))

@@ -1,6 +1,6 @@
-"""A program with a named arena: a thread counts in it, and callbacks say on standard output that they were called.
+"""A program with a named arena: a thread increments a counter in it; callbacks report each call on standard output.
 
-Argument: the name. On standard input `read` makes it print the counter, `fork` makes a child that maps the arena too.
+Argument: the name. On standard input, `read` prints the counter, `fork` starts a child that maps the arena too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def idle() -> None:
 
 
 class Counter:
-    """Counts in the first word of the arena until paused."""
+    """Increments the first word of the arena until paused."""
 
     def __init__(self, name: str) -> None:
         self.may_run = threading.Event()

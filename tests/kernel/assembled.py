@@ -1,4 +1,4 @@
-"""Programs in assembly: without a C library, in 32-bit or 64-bit code, running until they are killed."""
+"""Programs in assembly, 32-bit or 64-bit, without a C library; they run until killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 BOARD = 0x10000000
-"""Where a program that maps its standard input (`MAP_BOARD`) has the counters."""
+"""Address of the shared counters in a program that maps its standard input (`MAP_BOARD`)."""
 DEADLINE = 20.0
 
 MAP_BOARD = f"""
@@ -45,7 +45,7 @@ class Program:
         self._words[word] = value
 
     def passes(self, word: int, value: int, seconds: float = DEADLINE) -> bool:
-        """Whether a counter comes to more than `value` in time."""
+        """Return whether a counter exceeds `value` before the deadline."""
         deadline = time.monotonic() + seconds
         while self[word] <= value:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -56,7 +56,7 @@ class Program:
 
 @contextmanager
 def running(source: str, folder: Path, bits: int = 64) -> Iterator[Program]:
-    """Assemble and start a program. Skips the test where there is no assembler or the kernel runs no such program."""
+    """Assemble and start a program. Skip the test without an assembler, or if the kernel cannot run such a program."""
     if shutil.which("as") is None or shutil.which("ld") is None:
         pytest.skip("no assembler and linker (binutils)")
     path = folder / f"program{bits}"
@@ -69,7 +69,7 @@ def running(source: str, folder: Path, bits: int = 64) -> Iterator[Program]:
     try:
         process = subprocess.Popen([str(path)], stdin=memory, cwd=folder)
     except OSError as refused:
-        pytest.skip(f"this kernel runs no {bits}-bit programs ({refused})")
+        pytest.skip(f"this kernel cannot run {bits}-bit programs ({refused})")
     finally:
         os.close(memory)
     try:

@@ -1,4 +1,4 @@
-"""Files that stand behind memory: on small pages, on large ones, on hugetlbfs."""
+"""Files that back memory: with base pages, huge pages, or hugetlbfs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("small", "large", "hugetlb")
 
 @contextmanager
 def backing(kind: str, length: int, files: int = 1) -> Iterator[list[int]]:
-    """Descriptors of fresh files of that length. Skips the test where the kind cannot be had."""
+    """Yield descriptors of new files of `length` bytes. Skip the test if the kind is unavailable."""
     opened = []
     with _pool(files * length // LARGE_PAGE if kind == "hugetlb" else 0):
         try:
@@ -51,7 +51,7 @@ def _on_tmpfs(length: int) -> int:
 
 @contextmanager
 def _pool(pages: int) -> Iterator[None]:
-    """Raise the pool of reserved large pages by so many, and put it back."""
+    """Reserve additional hugetlb pages, and restore the size of the pool afterwards."""
     if not pages:
         yield
         return

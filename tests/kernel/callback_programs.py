@@ -1,6 +1,6 @@
-"""Programs whose arena is saved or moved while tasks, threads or both write to it; every torn image is counted.
+"""Programs whose arena is saved or moved while tasks or threads write to it; counts torn images.
 
-Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. A piece of work adds 1 to both ends of the
+Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. Each unit of work adds 1 to both ends of the
 arena. The last line on standard output is `torn N of M`.
 """
 
@@ -41,7 +41,7 @@ def work(words: np.ndarray[Any, Any]) -> None:
 
 
 class Program:
-    """An arena and the way in which its writers are stopped."""
+    """An arena and the callbacks that stop its writers."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -101,7 +101,7 @@ class Program:
             else:
                 with self.lock:
                     self.work()
-            # A loop that never waits keeps the GIL, and a checkpoint needs it about a thousand times.
+            # A loop that never waits keeps the GIL, which a checkpoint needs about a thousand times.
             await asyncio.sleep(0 if piece % BURST else 0.001)
 
     def thread(self) -> None:
@@ -145,7 +145,7 @@ async def move(arena: pageferry.Arena) -> bool:
 
 async def main() -> None:
     await Program(sys.argv[1]).run(move if sys.argv[2] == "migrate" else save)
-    os._exit(0)  # writers may be blocked for ever after a move
+    os._exit(0)  # after a move, writers may be blocked forever
 
 
 if __name__ == "__main__":

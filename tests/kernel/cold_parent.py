@@ -1,4 +1,4 @@
-"""An arena whose pages are sent to a store from outside, and whose program touches some of it, or forks then."""
+"""An arena that another process evicts to a cold store; the program then touches parts of it, or forks."""
 
 import json
 import os

@@ -1,9 +1,9 @@
-"""A program with an arena into which a thread reads from a disk, past all page tables.
+"""A program with an arena into which a thread reads from a disk by direct I/O, which bypasses page tables.
 
-`source NAME DISK MEANS`: on `read` it reads 64 KiB at 1 MiB of the disk, by MEANS: `thread` (O_DIRECT), `ring`
-(io_uring), `fixed` (io_uring, into a registered buffer). `on_pause` waits until no read is in flight.
-On `look` it says whether the buffer holds what the disk does, `fresh` or `stale`; on `clear` it fills it with zeros.
-`destination`: receives an arena, and looks.
+`source NAME DISK MEANS`: on `read` it reads 64 KiB at offset 1 MiB of the disk, by MEANS: `thread` (O_DIRECT), `ring`
+(io_uring), `fixed` (io_uring, into a registered buffer). `on_pause` waits until no read is in flight. On `look` it
+prints `fresh` if the buffer has the contents of the disk, otherwise `stale`; on `clear` it fills the buffer with zeros.
+`destination`: receives an arena and checks the buffer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.uring import Ring
 
 SIZE = 8 << 20
 AT, LENGTH = 1 << 20, 64 << 10
-"""Of the buffer in the arena."""
+"""Offset and length of the buffer in the arena."""
 
 
 def say(line: str) -> None:

@@ -1,9 +1,9 @@
-"""A process that serves QMP and is not a QEMU: it reports the threads and the memory that it was told to.
+"""A QMP server that is not a QEMU: reports the threads and the memory given in its options.
 
-Usage: fake_monitor.py SOCKET OPTIONS, where OPTIONS is JSON: `uid` to listen as, `threads` to report (default: its
-own), `mem_path` and `size` of the one memory backend, `map` with the access (`r`, `rw`) by which it maps that file
-itself, `server` (`self`; `child`: started after listen(2), and the listener stays; `orphan`: the listener exits),
-`replies` by command that replace the usual ones.
+Usage: fake_monitor.py SOCKET OPTIONS, where OPTIONS is JSON: `uid` to listen as; `threads` to report (default: its
+own); `mem_path` and `size` of the only memory backend; `map`, the access (`r`, `rw`) of its mapping of that file;
+`server` (`self`; `child`: started after listen(2), and the listener stays; `orphan`: the listener exits); `replies` by
+command, in place of the default replies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def answer(options: dict[str, Any], command: str, arguments: dict[str, Any]) -> Any:
-    """What a QEMU would return."""
+    """Return the reply of a QEMU."""
     if command in options.get("replies", {}):
         return options["replies"][command]
     match command:
@@ -44,7 +44,7 @@ def answer(options: dict[str, Any], command: str, arguments: dict[str, Any]) -> 
 
 
 def serve(connection: socket.socket, options: dict[str, Any]) -> None:
-    """One client."""
+    """Serve one client."""
     with connection, connection.makefile("rwb", buffering=0) as stream:
         version = {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""}
         stream.write(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\r\n")
@@ -62,7 +62,7 @@ def serve(connection: socket.socket, options: dict[str, Any]) -> None:
 
 
 def main(path: str, options: dict[str, Any]) -> None:
-    """Serve until killed. Prints the pid that serves."""
+    """Serve until killed. Print the pid of the serving process."""
     uid = options.get("uid", os.getuid())
     os.setgid(uid)
     os.setuid(uid)

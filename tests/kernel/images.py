@@ -1,4 +1,4 @@
-"""Images made by hand, page by page, with every class of page."""
+"""Images written page by page, with every class of page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ABSENT, ZERO, PATTERN, SAME_AS, DATA = range(5)
 
 @dataclass
 class Maker:
-    """Writes an arena image of `pages` pages; `contents` is what a restore must show."""
+    """Writes an arena image of `pages` pages; `contents` is the expected result of a restore."""
 
     pages: int
     seed: int = 1
@@ -44,10 +44,10 @@ class Maker:
                 self.contents[page] = 1 + page
             elif kind == DATA:
                 self.contents[page] = generator.integers(1, 1 << 62, PAGE // 8, dtype=np.uint64)
-                self.contents[page, 64:] = page  # something to compress
+                self.contents[page, 64:] = page  # compressible
 
     def build_on(self, parent: Maker, path: Path, share: float = 0.5) -> None:
-        """Let a part of the pages be those of another image."""
+        """Take some of the pages from a parent image."""
         self.parent = path
         for page in np.random.default_rng(self.seed).choice(self.pages, int(self.pages * share), replace=False):
             self.inherited[page] = True
@@ -55,7 +55,7 @@ class Maker:
             self.classes[page] = parent.classes[page]
 
     def write(self, path: Path, large: bool = False) -> Path:
-        """Write the image; pages are laid out in a random order."""
+        """Write the image, with pages in random order."""
         order = np.random.default_rng(self.seed).permutation(self.pages).tolist()
         data = [page for page in order if self.classes[page] == DATA and not self.inherited[page]]
         entries = [(kind, inherited, 0, 0, 0) for kind, inherited in zip(self.classes, self.inherited, strict=True)]

@@ -1,4 +1,4 @@
-"""Memory on large pages, and what the kernel says of it."""
+"""Memory backed by huge pages, and its state as reported by the kernel."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 def large_mapped(pid: int, address: int, length: int) -> set[int]:
-    """Addresses that are mapped as large pages."""
+    """Return the addresses of the huge pages that are mapped by PMDs."""
     runs = Space(pid).large_mapped(address, length)
     return {at for start, end in runs for at in range(start, end, LARGE_PAGE)}
 
 
 def frames(pid: int, address: int, pages: int) -> list[int]:
-    """Page frame numbers (0: not mapped), as root only may know them."""
+    """Return page frame numbers (0: not mapped). Requires root."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
         pagemap.seek(address // 4096 * 8)
         words = pagemap.read(pages * 8)
@@ -30,14 +30,14 @@ def frames(pid: int, address: int, pages: int) -> list[int]:
 
 
 def only(pid: int, address: int) -> Target:
-    """A process as a target, of which nothing but the mapping at that address is looked at."""
+    """Yield a process as a target, restricted to the mapping at that address."""
     target = process_target(pid)
     target.areas = tuple(area for area in target.areas if area.address <= address < area.end)
     return target
 
 
 async def while_doing(access: Callable[[], object], work: Awaitable[T]) -> T:
-    """`work`, during every pause of which `access` is called at least once."""
+    """Run `work`, and call `access` at least once during each of its pauses."""
 
     async def repeat() -> None:
         while True:

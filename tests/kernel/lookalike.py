@@ -1,7 +1,8 @@
-"""Memory of which the content of every page is known, in a process of its own, and what sharing it is worth.
+"""A process whose pages have known contents, and the expected results of sharing them.
 
-A page's content is a number: 0 zeros, below zero one repeated word, above zero random bytes of that seed. `Lookalike`
-starts a process with private memory on large pages; `python -m tests.kernel.lookalike PAGES` is the process.
+The contents of a page are given by a number: 0 for zeros, negative for a repeated word, positive for random bytes with
+that seed. `Lookalike` starts a process with private memory on huge pages; `python -m tests.kernel.lookalike PAGES` is
+that process.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ SLOTS = LARGE_PAGE // SMALL_PAGE
 
 
 def content(number: int) -> bytes:
-    """The page of that number."""
+    """Return the contents of the page with that number."""
     if number <= 0:
         return (-number).to_bytes(8, "little") * (SMALL_PAGE // 8)
     return random.Random(number).randbytes(SMALL_PAGE)
 
 
 def unique(number: int) -> int:
-    """A content that no other page has."""
+    """Return contents that no other page has."""
     return 1_000_000 + number
 
 
 def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of pages by workload, given by their numbers: how many are of each class, and how many sharing would free."""
+    """Return the number of pages by class, and the number that sharing would free.
+
+    `workloads`: page numbers by workload.
+    """
     pages, freed = Counter(dict.fromkeys(("zero", "pattern", "inside", "across"), 0)), Counter[str]()
     places: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for workload, numbers in enumerate(workloads):
@@ -60,7 +64,7 @@ def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str,
 
 
 class Lookalike(Program):
-    """The process, with so many pages of private memory from `address` on."""
+    """The process, with `pages` pages of private memory at `address`."""
 
     def __init__(self, pages: int) -> None:
         super().__init__("-m", "tests.kernel.lookalike", str(pages))
@@ -71,7 +75,7 @@ class Lookalike(Program):
         return self.process.pid
 
     def order(self, name: str, *arguments: Any) -> Any:
-        """Have it done; what it returned."""
+        """Execute an order in the process, and return its result."""
         self.say(json.dumps([name, *arguments]))
         return self.json()
 
@@ -90,17 +94,17 @@ class _Memory:
         self.writes = 0
 
     def fill(self, numbers: list[int]) -> None:
-        """Give all pages their content."""
+        """Fill all pages with their contents."""
         self.numbers = numbers
         for page, number in enumerate(numbers):
             self._put(page, number)
 
     def check(self) -> list[int]:
-        """Pages that hold anything else than what was put there last."""
+        """Return the pages whose contents differ from the last write."""
         return [page for page, number in enumerate(self.numbers) if self._at(page) != content(number)]
 
     def hammer(self, numbers: list[int], seed: int) -> None:
-        """Put these contents into pages at random, on a thread, until `rest`."""
+        """Start a thread that writes these contents to random pages until `rest`."""
         choice = random.Random(seed)
 
         def work() -> None:
@@ -115,7 +119,7 @@ class _Memory:
         self.thread.start()
 
     def rest(self) -> int:
-        """End the writes; how many there were."""
+        """Stop the thread, and return the number of writes."""
         assert self.thread is not None
         self.stop.set()
         self.thread.join()
@@ -131,7 +135,7 @@ class _Memory:
 
 
 def main() -> None:
-    """Do what standard input says."""
+    """Execute the orders read from standard input."""
     memory = _Memory(int(sys.argv[1]))
     orders: dict[str, Callable[..., Any]] = {
         name: getattr(memory, name) for name in ("fill", "check", "hammer", "rest")

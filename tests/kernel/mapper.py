@@ -1,8 +1,8 @@
 """A process that shares the memory of an arena: `mapper.py SOURCE HOW`.
 
 SOURCE: the number of an inherited descriptor, a path to open, or `socket:PATH`, where a descriptor is received. HOW:
-`write` maps it and writes round after round: the number of the round to the first word of each page, in order; `read`
-maps it read-only; `hold` only keeps the descriptor. Prints its pid when it is ready.
+`write` maps it and writes the number of each round to the first word of every page, in order; `read` maps it read-only;
+`hold` only keeps the descriptor. Prints its pid when ready.
 """
 
 from __future__ import annotations

@@ -22,32 +22,32 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where programs run: by default among ourselves; otherwise see `tests.network.hosts`."""
+    """Host on which programs run: this one by default; others see `tests.network.hosts`."""
 
     within: tuple[str, ...] = ()
-    """Command that runs another one there."""
+    """Command prefix that runs another command on the host."""
     run_directory: Path | None = None
-    """None: that of the tests."""
+    """Run directory; None: that of the tests."""
     address: str | None = None
-    """None: loopback."""
+    """IP address; None: loopback."""
 
     @property
     def registry(self) -> Registry:
-        """The workloads there."""
+        """The registry of workloads on the host."""
         return Registry(self.run_directory)
 
     @property
     def link(self) -> tuple[str, ...]:
-        """Options of a migration that goes to such a host, or comes from one."""
+        """Options of a migration to or from the host."""
         return ("--insecure",) if self.address is not None else ()
 
     @property
     def listening(self) -> tuple[str, ...]:
-        """Options of a receiver there."""
+        """Options of a receiver on the host."""
         return ("--listen", f"{self.address or '127.0.0.1'}:0", *self.link)
 
     def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
-        """`python ARGUMENTS` there."""
+        """Start `python ARGUMENTS` on the host."""
         return Program(*arguments, within=self.within, env=environment(fault, self), **options)
 
 
@@ -55,14 +55,14 @@ HERE = Host()
 
 
 def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
-    """Of a process that is to fail at a point: `POINT=ACTION`."""
+    """Return the environment of a process with a fault point: `POINT=ACTION`."""
     directory = {"PAGEFERRY_RUN_DIR": str(host.run_directory)} if host.run_directory is not None else {}
     return {**os.environ, **directory, **({"PAGEFERRY_FAULT": fault} if fault else {})}
 
 
 @contextmanager
 def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
-    """A ledger in a process of its own."""
+    """Run a ledger in a separate process."""
     setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}} | setup
     with host.program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"
@@ -70,25 +70,25 @@ def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
 
 
 def receiver(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
-    """`pageferry receive --workload demo`, which says where it listens."""
+    """Start `pageferry receive --workload demo`."""
     command = ("-m", "pageferry", "receive", name, "--workload", "demo", "--output", "json")
     return host.program(*command, *host.listening, *options, **streams)
 
 
 def address_of(program: Program) -> str:
-    """Where a receiver listens."""
+    """Return the address on which a receiver listens."""
     said = program.json()
     assert said["type"] == "listening"
     return str(said["address"])
 
 
 def migrating(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
-    """`pageferry migrate`."""
+    """Start `pageferry migrate`."""
     return host.program("-m", "pageferry", "migrate", name, *options, *host.link, "--output", "json", **streams)
 
 
 def until(program: Program, kind: str) -> dict[str, Any]:
-    """The next line of that type."""
+    """Return the next line of that type."""
     while True:
         said: dict[str, Any] = program.json()
         if said["type"] == kind:
@@ -101,7 +101,7 @@ def stopped(program: Program) -> None:
 
 
 def state(pid: int) -> str:
-    """The letter that proc(5) has for it; `T` is stopped."""
+    """Return the process state of proc(5); `T` is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
@@ -112,7 +112,7 @@ async def _connected(name: str, host: Host) -> RemoteArena:
 
 
 def status(name: str, host: Host = HERE) -> Status:
-    """Where an arena is in its life."""
+    """Return the lifecycle status of an arena."""
 
     async def ask() -> Status:
         arena = await _connected(name, host)
@@ -125,7 +125,7 @@ def status(name: str, host: Host = HERE) -> Status:
 
 
 def writes(name: str, host: Host = HERE) -> int:
-    """Pages that a ledger has written so far, read from its memory: its threads are not asked."""
+    """Return the number of writes of a ledger, read from its memory, independently of its threads."""
 
     async def read() -> int:
         arena = await _connected(name, host)
@@ -140,34 +140,34 @@ def writes(name: str, host: Host = HERE) -> int:
 
 
 def runs(name: str, host: Host = HERE) -> None:
-    """It writes."""
+    """Wait until the ledger writes."""
     before = writes(name, host)
     wait_until(lambda: writes(name, host) > before, f"a write of {name}")
 
 
 def stands_still(name: str, host: Host = HERE) -> bool:
-    """It does not write, as far as one can tell in a while."""
+    """Return whether the ledger does not write during 30 samples."""
     before = writes(name, host)
     return all(writes(name, host) == before for _ in range(30))
 
 
 def traces(pid: int) -> int:
-    """Mappings of a process that are registered with a userfaultfd (`uw`, `um`, `ui` in smaps)."""
+    """Return the number of mappings registered with a userfaultfd (`uw`, `um`, `ui` in smaps)."""
     flags = [line.split()[1:] for line in Path(f"/proc/{pid}/smaps").read_text().splitlines() if "VmFlags" in line]
     return sum(bool({"uw", "um", "ui"} & set(found)) for found in flags)
 
 
 def descriptors(pid: int) -> list[str]:
-    """What a process has open, without the numbers of sockets and pipes that change."""
+    """Return the targets of the open descriptors, without the numbers of sockets and pipes."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
+        with suppress(FileNotFoundError):  # closed since the listing
             found.append(os.readlink(entry).split(":")[0])
     return sorted(found)
 
 
 def runs_on(program: Program, before: list[str], name: str = "here") -> None:
-    """As if nothing had happened: it runs, and has nothing on it or open that it had not `before` (`descriptors`)."""
+    """Check that a ledger runs, without traces and with the same descriptors as `before` (see `descriptors`)."""
     runs(name)
     assert status(name) is Status.RUNNING
     wait_until(lambda: traces(program.process.pid) == 0, "the end of the traces")
@@ -175,13 +175,13 @@ def runs_on(program: Program, before: list[str], name: str = "here") -> None:
 
 
 def is_intact(there: Program) -> None:
-    """End a receiver of a ledger; it must have every write that was ever made."""
+    """Stop the receiver of a ledger, and check that no write was lost."""
     there.process.terminate()
     assert until(there, "ledger")["intact"]
 
 
 def ends_intact(program: Program, reason: str = "stopped") -> dict[str, Any]:
-    """End a ledger's process; it must have every write that it ever made."""
+    """Stop the process of a ledger, and check that no write was lost."""
     if reason == "stopped":
         program.process.terminate()
     end: dict[str, Any] = program.json()

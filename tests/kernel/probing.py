@@ -1,8 +1,8 @@
-"""Processes that probe: as an ordinary user, with system calls denied, or with probes that misbehave.
+"""Processes that probe features: as an ordinary user, with denied system calls, or with misbehaving probes.
 
-python -m tests.kernel.probing features [USER]      check_features() as this user or that one; with its rights, as JSON
+python -m tests.kernel.probing features [USER]      check_features() as this or another user, with its rights, as JSON
 python -m tests.kernel.probing denied CALL=ERRNO,... ARGUMENTS...     pageferry ARGUMENTS without those system calls
-python -m tests.kernel.probing misbehaving          probes that hang, die, fail and lie about their answer
+python -m tests.kernel.probing misbehaving          probes that hang, crash, fail or return invalid results
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Seen(msgspec.Struct):
-    """What a process found, and what it may do."""
+    """Features that a process found, and its privileges."""
 
     features: dict[str, Feature]
     capabilities: int
@@ -38,12 +38,12 @@ class Seen(msgspec.Struct):
 
 
 def features(user: int | None) -> None:
-    check_features()  # imports whatever is imported late: the next user may not be able to read it
+    check_features()  # loads lazily imported modules, which the next user may not be able to read
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        # A process that a user starts can be traced by that user; one that changed its user cannot, unless it says so.
+        # A process that changed its user is not dumpable, so its user may not trace it; undo that.
         _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     status = Path("/proc/self/status").read_text().splitlines()
     seen = Seen(
@@ -56,11 +56,11 @@ def features(user: int | None) -> None:
 
 
 def deny(calls: dict[int, int]) -> None:
-    """Have system calls fail with an errno, by a seccomp filter: what such a kernel would say."""
-    program = [struct.pack("=HBBI", 0x20, 0, 0, 0)]  # load the number of the call
+    """Make system calls fail with an errno, by a seccomp filter, as on a kernel without them."""
+    program = [struct.pack("=HBBI", 0x20, 0, 0, 0)]  # load the system call number
     for number, error in calls.items():
-        program.append(struct.pack("=HBBI", 0x15, 0, 1, number))  # equal, or skip one
-        program.append(struct.pack("=HBBI", 0x06, 0, 0, 0x00050000 | error))  # fail with it
+        program.append(struct.pack("=HBBI", 0x15, 0, 1, number))  # skip the next instruction unless equal
+        program.append(struct.pack("=HBBI", 0x06, 0, 0, 0x00050000 | error))  # return the errno
     program.append(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))  # allow
     code = ctypes.create_string_buffer(b"".join(program))
     filter_ = struct.pack("@HP", len(program), ctypes.addressof(code))
@@ -69,7 +69,7 @@ def deny(calls: dict[int, int]) -> None:
 
 
 def hide_device() -> None:
-    """Give this process a /dev with the same character devices except userfaultfd: that of such a kernel."""
+    """Give this process a /dev with the same character devices except userfaultfd."""
     devices = {path: path.stat() for path in Path("/dev").iterdir() if path.is_char_device()}
     _check(_libc.unshare(_CLONE_NEWNS))
     _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))

@@ -1,4 +1,4 @@
-"""Programs in processes of their own that say what they do, line by line; every wait has a deadline."""
+"""Programs in separate processes that report line by line; every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 DEADLINE = 30.0
-"""Seconds; far more than anything here takes."""
+"""Timeout in seconds, well above the duration of any step."""
 
 
 class Program:
     """`python ARGUMENTS`, whose standard output is read line by line. Killed at the end of the `with` block.
 
-    `within`: a command that runs another one elsewhere, in the same process.
+    `within`: a command prefix that executes another command elsewhere, in the same process.
     """
 
     def __init__(self, *arguments: str, within: Sequence[str] = (), **options: Any) -> None:
@@ -28,7 +28,7 @@ class Program:
         self._rest = b""
 
     def line(self) -> str:
-        """The next line. Raises AssertionError when it does not come in time, or the program ends."""
+        """Return the next line. Raises AssertionError on a timeout, or if the program ends."""
         assert self.process.stdout is not None
         end = time.monotonic() + DEADLINE
         while b"\n" not in self._rest:
@@ -41,22 +41,22 @@ class Program:
         return line.decode()
 
     def json(self) -> Any:
-        """The next line, decoded."""
+        """Return the next line, decoded from JSON."""
         return json.loads(self.line())
 
     def say(self, line: str) -> None:
-        """Send it a line."""
+        """Send a line."""
         assert self.process.stdin is not None
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
     def kill(self) -> None:
-        """Kill -9, and wait for the end."""
+        """Send SIGKILL, and wait for the exit."""
         self.process.kill()
         self.process.wait(DEADLINE)
 
     def wait(self) -> int:
-        """Its exit code, once it ends."""
+        """Wait for the exit, and return the exit code."""
         return self.process.wait(DEADLINE)
 
     def __enter__(self) -> Self:
@@ -72,8 +72,8 @@ class Program:
 
 
 def wait_until(condition: Any, what: str, deadline: float = DEADLINE) -> None:
-    """Wait for something that another process or thread brings about."""
+    """Wait until a condition that another process or thread causes is true."""
     end = time.monotonic() + deadline
     while not condition():
-        assert time.monotonic() < end, f"{what} did not come about"
+        assert time.monotonic() < end, f"timed out waiting for {what}"
         time.sleep(0.005)

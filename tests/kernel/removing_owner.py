@@ -1,8 +1,8 @@
 """A program that removes parts of its arena and maps it again: `removing_owner NAME PAGES [IMAGE]`.
 
-Each page holds its number plus one, 512 times. Standard input orders `CALL FIRST COUNT`, several with `;` between; the
-answer is the list of pages that hold something else afterwards, as [page, word]: `unmap` (MADV_DONTNEED), `remove`
-(MADV_REMOVE), `punch` (by the descriptor), `look` (no call), `again` (looks at another mapping).
+Each page holds its number plus one, 512 times. Standard input has orders `CALL FIRST COUNT`, several separated by `;`.
+The reply lists the pages with other contents afterwards, as [page, word]. Calls: `unmap` (MADV_DONTNEED), `remove`
+(MADV_REMOVE), `punch` (through the descriptor), `look` (none), `again` (none; reads another mapping).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 
 def other(memory: object, pages: int) -> list[list[int]]:
-    """The pages that do not hold what was written at first."""
+    """Return the pages whose contents differ from those written initially."""
     words = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
     wrong = np.flatnonzero((words != np.arange(1, pages + 1, dtype=np.uint64)[:, None]).any(axis=1))
     return [[int(page), int(words[page, 0])] for page in wrong]
@@ -38,7 +38,7 @@ def _denied(size: int) -> int:
 
 
 def main() -> None:
-    """Do what standard input says."""
+    """Execute the orders read from standard input."""
     name, pages = sys.argv[1], int(sys.argv[2])
     if os.environ.get("MEMORY") == "memfd":
         arenas._tmpfs_file = _denied

@@ -1,7 +1,7 @@
-"""A ledger that goes on where its image was taken, and reads its memory on access alone: `restored_ledger IMAGE NAME`.
+"""A ledger restored from an image, which loads memory on demand only: `restored_ledger IMAGE NAME`.
 
-It says `ready`. On standard input `load` makes it bring everything, and say so. At SIGTERM, or when it has moved away,
-a last line says what became of it.
+It prints `ready`. On standard input, `load` loads all memory and is acknowledged. After SIGTERM, or after it has moved
+away, the last line reports the result.
 """
 
 from __future__ import annotations

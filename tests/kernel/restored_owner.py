@@ -1,6 +1,6 @@
-"""A program with an arena from an image, none of which comes before it is touched: `restored_owner IMAGE NAME`.
+"""A program with an arena restored from an image on demand, without prefetch: `restored_owner IMAGE NAME`.
 
-Standard input orders: `touch PAGE`, `load` (bring everything in), `check` (a hash of all of it).
+Standard input has orders: `touch PAGE`, `load` (load all memory), `check` (print a hash of all memory).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pageferry
 
 
 def main() -> None:
-    """Do what standard input says."""
+    """Execute the orders read from standard input."""
     arena = pageferry.restore(sys.argv[1], name=sys.argv[2], prefetch=False, on_pause=lambda: None)
     memory = memoryview(arena)
     os.write(1, json.dumps(arena.deferred).encode() + b"\n")

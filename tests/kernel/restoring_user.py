@@ -1,4 +1,4 @@
-"""A program that restores an arena and hands pages that it has not touched to a system call: `restoring_user IMAGE`."""
+"""A program that restores an arena and passes untouched pages to a system call: `restoring_user IMAGE`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pageferry
 
 
 def main() -> None:
-    """Print what was deferred, the events, and a hash of the memory as a system call has read it."""
+    """Print the deferred bytes, the events, and a hash of the memory as read by a system call."""
     logging.basicConfig(level=logging.WARNING)
     events: list[object] = []
     if "listen" in sys.argv:

@@ -1,4 +1,4 @@
-"""A program that saves an arena while it runs, and says what it was told; then with the arena paused: FOLDER."""
+"""A program that saves an arena while it runs, reports the error, then saves it paused: `saving_user FOLDER`."""
 
 from __future__ import annotations
 

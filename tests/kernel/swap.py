@@ -1,4 +1,4 @@
-"""Swap in compressed memory, for the time of a test."""
+"""Swap space in compressed memory, for the duration of a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def swap_space(length: int) -> Iterator[None]:
-    """A zram device of so many bytes is swap, and gone afterwards. Skips where there can be none."""
+    """Use a zram device of `size` bytes as swap. Skip the test if that is impossible."""
     control = Path("/sys/class/zram-control")
     if not control.exists():
         pytest.skip("no zram")

@@ -1,6 +1,6 @@
-"""A process whose memory is traced, placed and populated from outside: it does what it is told, page by page.
+"""A process whose memory is traced, placed and populated from outside; it executes orders page by page.
 
-`Target` starts it and gives it orders; `python -m tests.kernel.target` is the process.
+`Target` starts it and sends orders; `python -m tests.kernel.target` is the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.kernel.programs import Program
 
 
 class Target(Program):
-    """The process, with some of our descriptors in it under the same numbers."""
+    """The process, which inherits some of our descriptors under the same numbers."""
 
     def __init__(self, *descriptors: int) -> None:
         super().__init__("-m", "tests.kernel.target", pass_fds=descriptors)
@@ -31,7 +31,7 @@ class Target(Program):
         return self.process.pid
 
     def order(self, name: str, *arguments: Any) -> Any:
-        """Have it done; what it returned."""
+        """Execute an order in the process, and return its result."""
         self.say(json.dumps([name, *arguments]))
         return self.json()
 
@@ -43,7 +43,7 @@ _samplers: list[Sampler] = []
 
 
 def _map(fd: int, length: int) -> int:
-    """Map a descriptor; its address."""
+    """Map a descriptor, and return the address."""
     _mappings.append(Mapping(fd, length))
     return _mappings[-1].address
 
@@ -54,11 +54,11 @@ def _write(address: int, pages: list[int], byte: int) -> None:
 
 
 def _touch(address: int, pages: int, write: bool) -> int:
-    """Read or write one byte of each page; the faults, minor and major, that this took."""
+    """Read or write one byte of each page, and return the number of page faults, minor and major."""
     step: Callable[[int, int, int], object] = ctypes.memset if write else _read
     scratch = ctypes.create_string_buffer(1)
     places = [address + page * SMALL_PAGE for page in range(pages)]
-    for _ in range(pages):  # whatever the interpreter needs for it is there afterwards
+    for _ in range(pages):  # touches the interpreter's own pages first
         step(ctypes.addressof(scratch), 1, 1)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -78,11 +78,11 @@ def _trace(pid: int, address: int, length: int) -> None:
 
 
 def _anonymous(length: int) -> int:
-    """Private memory on large pages, filled with ones; its address, at a 2 MiB boundary."""
+    """Map private memory on huge pages, filled with ones, and return its address, aligned to 2 MiB."""
     memory = mmap.mmap(-1, length + 2 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    # Space on both sides: the kernel would merge it with a neighbour of the same kind.
+    # Keep a gap on both sides: the kernel would merge adjacent mappings of the same kind.
     address = (start + LARGE_PAGE) // LARGE_PAGE * LARGE_PAGE
     ctypes.memset(address, 1, length)
     _memories.append(memory)
@@ -95,17 +95,17 @@ def _read_pages(address: int, pages: list[int]) -> None:
 
 
 def _peek(address: int, pages: list[int]) -> list[int]:
-    """Of each page the byte that `write` writes."""
+    """Return the byte of each page that `write` writes."""
     return [_read(address + page * SMALL_PAGE + 7, 0, 1)[0] for page in pages]
 
 
 def _sum(address: int, length: int) -> int:
-    """All bytes: what is lost shows in it."""
+    """Return the sum of all bytes, which changes if any is lost."""
     return sum(ctypes.string_at(address, length))
 
 
 def _split(pid: int, pages: list[int], shared: bool) -> None:
-    """Split large mappings of another process, and leave it at that."""
+    """Split the PMD mappings of another process, and keep them split."""
     sampler = Sampler(Space(pid))
     sampler.hold(pages)
     sampler.split(pages, shared)
@@ -113,14 +113,14 @@ def _split(pid: int, pages: list[int], shared: bool) -> None:
 
 
 def _call(name: str, address: int, length: int) -> None:
-    """munmap or mlock."""
+    """Call munmap or mlock."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(length)):
         raise OSError(ctypes.get_errno(), name)
 
 
 def _discard(address: int, length: int) -> None:
-    """madvise(MADV_DONTNEED): unmap, which leaves the file as it is."""
+    """Call madvise(MADV_DONTNEED), which unmaps the pages and keeps the contents of the file."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), 4):
         raise OSError(ctypes.get_errno(), "madvise")
@@ -142,7 +142,7 @@ _ORDERS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Do what standard input says."""
+    """Execute the orders read from standard input."""
     os.write(1, b"ready\n")
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -35,7 +35,7 @@ def quotas() -> None:
         try:
             CpuQuota([process.process.pid]).close()
         except WorkloadError as error:
-            pytest.skip(f"no limits on CPU time here: {error}")
+            pytest.skip(f"CPU time cannot be limited: {error}")
 
 
 def spinner() -> Program:

@@ -152,7 +152,7 @@ def test_holes_are_not_filled(tmp_path: Path) -> None:
 def test_large_pages_are_mapped_as_such_again(tmp_path: Path) -> None:
     with ledger(32 * MIB) as workload:
         if not any(workload.arena.large_units()):
-            pytest.skip("no large pages to be had")
+            pytest.skip("no huge pages available")
         save(workload, tmp_path / "image")
         large = int(_smaps(workload.arena.address, "ShmemPmdMapped"))
         assert large >= 28 * MIB >> 10

@@ -244,7 +244,7 @@ def group() -> Iterator[Path]:
             wait_until(lambda members=members: not members.read_text(), "the end of all processes of the group")
             made.rmdir()
             return
-    pytest.skip("no control group can be made")
+    pytest.skip("cannot create a control group")
 
 
 def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:

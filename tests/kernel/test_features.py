@@ -145,7 +145,7 @@ def test_hugetlb_pool_with_a_page_is_found(root: None) -> None:
     size.write_text(str(before + 1))
     try:
         if int(size.read_text()) == before:
-            pytest.skip("no 2 MiB page can be had")
+            pytest.skip("no 2 MiB page available")
         found = msgspec.json.decode(probing("features").stdout, type=Seen).features["hugetlb"]
         assert found.available
         assert f" of {before + 1} pages" in found.detail

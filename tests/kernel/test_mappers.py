@@ -128,7 +128,7 @@ def opened(writers: Writers) -> None:
 
 def other_namespace(writers: Writers) -> None:
     if shutil.which("unshare") is None:
-        pytest.skip("there is no unshare program")
+        pytest.skip("no unshare program")
     file = f"/proc/{os.getpid()}/fd/{writers.arena.fileno()}"
     writers.run(f"exec unshare --pid --fork {PROGRAM} {file} write")
     shell = writers.files[-1].pid

@@ -193,7 +193,7 @@ def test_64_bit_process_partly_in_32_bit_code_is_called_in_64_bit_code(tmp_path:
 def test_32_bit_call_of_64_bit_code_is_restarted(tmp_path: Path) -> None:
     with running(COMPAT_SLEEP, tmp_path) as program:
         if not program.passes(0, 2) or program[1]:
-            pytest.skip("this kernel takes no 32-bit system calls")
+            pytest.skip("this kernel does not support 32-bit system calls")
         for _ in range(100):
             assert Space(program.pid).call(GETPID) == program.pid
         assert program.passes(0, program[0] + 2)

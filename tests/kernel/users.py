@@ -1,7 +1,7 @@
-"""Commands as the users that pageferry has: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`, as root.
+"""Run a command as one of three kinds of user: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`, as root.
 
-KIND is `root`; `user`, an ordinary one without any capability; or `sandbox`: uid 0 as in a container, with the default
-capabilities of one, a seccomp filter that refuses userfaultfd and all that works on other processes, and its own /dev.
+KIND is `root`; `user`, an ordinary user without capabilities; or `sandbox`: uid 0 as in a container, with the default
+capabilities of one, a seccomp filter that denies userfaultfd and all access to other processes, and a private /dev.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def python() -> str:
-    """A Python that every user may execute. Skips the test without one."""
+    """Return a Python that every user may execute. Skip the test without one."""
     for found in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")):
         if found is not None and _works(found):
             return found
@@ -48,7 +48,7 @@ def python() -> str:
 
 
 def _works(path: str) -> bool:
-    """Whether an ordinary user may execute it, and it has the version of this one, whose packages it is to import."""
+    """Return whether an ordinary user may execute it, and its version is ours, whose packages it imports."""
     command = [path, "-I", "-c", f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"]
     with contextlib.suppress(PermissionError):
         return (
@@ -58,12 +58,12 @@ def _works(path: str) -> bool:
 
 
 def host(kind: str, folder: Path) -> Host:
-    """Where programs run as users of this kind, with a run directory in a folder."""
+    """Return the host for programs of this kind of user, with a run directory in a folder."""
     return Host((sys.executable, "-m", "tests.kernel.users", kind), folder / "run")
 
 
 def run(kind: str, folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run Python as a user of this kind, to its end."""
+    """Run Python as a user of this kind, and wait for it."""
     here = host(kind, folder)
     command = [*here.within, sys.executable, *arguments]
     return subprocess.run(
@@ -96,7 +96,7 @@ def _own_dev() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Become the user, and run a Python that the user may execute, with the packages of this one."""
+    """Become the user, and run a Python that this user may execute, with our packages."""
     kind, _, *words = arguments
     found = python()
     packages = [

@@ -83,7 +83,7 @@ def test_progress_on_a_terminal_is_live_and_leaves_the_result() -> None:
     try:
         ours, theirs = pty.openpty()
     except OSError as error:
-        pytest.skip(f"no pseudo-terminal to be had: {error}")
+        pytest.skip(f"cannot open a pseudo-terminal: {error}")
     command = [*COMMAND, "lister", "--steps", "3"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen(
