@@ -132,7 +132,7 @@ def qemu(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
-    """Return a guest without an operating system, for each selected accelerator and QEMU; see `pytest_generate_tests`."""
+    """Return a guest without an operating system, per accelerator and QEMU; see `pytest_generate_tests`."""
     accel, version = request.param
     if (reason := payload.obstacle(accel)) is not None:
         pytest.skip(reason)

@@ -56,12 +56,12 @@ def _pool(pages: int) -> Iterator[None]:
         yield
         return
     if not os.access(_POOL, os.W_OK):
-        pytest.skip("the pool of hugetlb pages can be raised by root only")
+        pytest.skip("only root can enlarge the hugetlb pool")
     before = _POOL.read_text()
     try:
         _POOL.write_text(str(int(before) + pages))
         if int(_POOL.read_text()) < int(before) + pages:
-            pytest.skip("there is not enough contiguous memory for hugetlb pages")
+            pytest.skip("not enough contiguous memory for hugetlb pages")
         yield
     finally:
         _POOL.write_text(before)

@@ -1,4 +1,4 @@
-"""Accounting: phases add up to the total, and rounds of a migration to what was transferred."""
+"""Accounting: phases sum up to the total, and rounds of a migration to the transferred bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.mark.parametrize("words", [["--mode", "precopy"], ["--mode", "hybrid"], ["--mode", "postcopy"]], ids=" ".join)
 @pytest.mark.parametrize("more", [[], ["--bandwidth", "64M", "--codec", "lz4"]], ids=" ".join)
-def test_phases_and_rounds_of_a_migration_add_up(words: list[str], more: list[str]) -> None:
+def test_migration_phases_and_rounds_sum_to_totals(words: list[str], more: list[str]) -> None:
     with moving.receiver("there") as there:
         address = moving.address_of(there)
         with (
@@ -43,7 +43,7 @@ def test_phases_and_rounds_of_a_migration_add_up(words: list[str], more: list[st
 
 
 @pytest.mark.parametrize("mode", ["lazy", "stop"])
-def test_phases_of_a_checkpoint_add_up(mode: str, tmp_path: Path) -> None:
+def test_checkpoint_phases_sum_to_total(mode: str, tmp_path: Path) -> None:
     with moving.ledger("saved", size=64 * MIB, options={"rate": 8 * MIB}):
         for words in ([], ["--parent", str(tmp_path / "first")]):
             name = "next" if words else "first"

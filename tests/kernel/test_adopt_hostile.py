@@ -1,4 +1,4 @@
-"""Adoption of what answers QMP without being the QEMU it pretends to be; files that change while they are opened."""
+"""Adoption of QMP servers that pretend to be a QEMU, and of files that change while they are opened."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Start = Callable[..., tuple[str, int]]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder in memory that every user may write to."""
+    """Yield a folder in memory that every user may write to."""
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     path.chmod(0o777)
     yield path
@@ -49,7 +49,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def fake(folder: Path) -> Iterator[Start]:
-    """Starts monitors that are not QEMUs; returns the socket and the pid that serves it."""
+    """Return a function that starts fake monitors; it returns the socket and the pid that serves it."""
     started: list[tuple[subprocess.Popen[str], int | None]] = []
 
     def start(*wrapper: str, **options: Any) -> tuple[str, int]:
@@ -74,7 +74,7 @@ def fake(folder: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def victim() -> Iterator[tuple[int, int]]:
-    """A process of ours that maps a memfd: its pid, and the number of the descriptor."""
+    """Yield a process of our user that maps a memfd: its pid and the number of the descriptor."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", VICTIM], stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
@@ -83,7 +83,7 @@ def victim() -> Iterator[tuple[int, int]]:
 
 
 def adopt(path: str) -> int:
-    """Adopt, and return the pid that the workload is said to be."""
+    """Adopt, and return the pid of the workload."""
 
     async def scenario() -> int:
         workload = await QemuWorkload.adopt("theirs", path)
@@ -96,7 +96,7 @@ def adopt(path: str) -> int:
 
 
 @pytest.mark.usefixtures("root")
-def test_monitor_of_another_user_cannot_name_a_process_of_ours(fake: Start, victim: tuple[int, int]) -> None:
+def test_monitor_of_another_user_cannot_name_our_process(fake: Start, victim: tuple[int, int]) -> None:
     pid, descriptor = victim
     path, _ = fake(uid=NOBODY, threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
     with pytest.raises(WorkloadError, match=f"vCPU threads that are not of process .* as user {NOBODY}"):
@@ -104,7 +104,7 @@ def test_monitor_of_another_user_cannot_name_a_process_of_ours(fake: Start, vict
     assert not (Registry().path / "theirs").exists()
 
 
-def test_monitor_of_our_user_cannot_name_a_process_that_it_did_not_start(fake: Start, victim: tuple[int, int]) -> None:
+def test_monitor_of_our_user_cannot_name_a_process_it_did_not_start(fake: Start, victim: tuple[int, int]) -> None:
     pid, descriptor = victim
     path, _ = fake(threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
     with pytest.raises(WorkloadError, match="vCPU threads that are not of process"):
@@ -118,7 +118,7 @@ def test_monitor_whose_listener_has_exited_is_not_trusted(fake: Start, folder: P
         adopt(path)
 
 
-def test_monitor_passed_on_by_its_launcher_is_the_child_that_serves(fake: Start, folder: Path) -> None:
+def test_monitor_socket_inherited_from_launcher_identifies_the_serving_child(fake: Start, folder: Path) -> None:
     path, pid = fake(mem_path=ram_file(folder), map="rw", server="child")
     assert adopt(path) == pid
 
@@ -130,8 +130,8 @@ def test_process_of_another_user_is_adopted_by_root(fake: Start, folder: Path) -
 
 
 @pytest.mark.usefixtures("root")
-def test_process_in_another_pid_namespace_is_adopted_by_its_pid_here(fake: Start, folder: Path) -> None:
-    """Its thread is number 1 there, which is another process here."""
+def test_process_in_child_pid_namespace_is_adopted_by_its_pid_in_ours(fake: Start, folder: Path) -> None:
+    """Its thread has id 1 in that namespace, which names another process in ours."""
     path, inner = fake("unshare", "--pid", "--fork", "--kill-child", mem_path=ram_file(folder), map="rw")
     assert inner == 1
     pid = adopt(path)
@@ -139,7 +139,7 @@ def test_process_in_another_pid_namespace_is_adopted_by_its_pid_here(fake: Start
 
 
 @pytest.mark.usefixtures("root")
-def test_process_outside_of_our_pid_namespace_is_refused(fake: Start, folder: Path) -> None:
+def test_process_outside_our_pid_namespace_is_refused(fake: Start, folder: Path) -> None:
     path, _ = fake(mem_path=ram_file(folder), map="rw")
     script = 'exec "$0" -m pageferry adopt theirs --qmp "$1"'
     words = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script, sys.executable, path]
@@ -149,7 +149,7 @@ def test_process_outside_of_our_pid_namespace_is_refused(fake: Start, folder: Pa
 
 
 @pytest.mark.usefixtures("root")
-def test_user_without_rights_is_refused_by_name(fake: Start, folder: Path) -> None:
+def test_user_without_privileges_gets_named_error(fake: Start, folder: Path) -> None:
     path, _ = fake(mem_path=ram_file(folder), map="rw")
     program = f"""
 import os, socket
@@ -165,7 +165,7 @@ qmp_peer.find_process(qmp_peer.peer_of(connection), [1], {path!r})
 
 
 @pytest.mark.usefixtures("root")
-def test_file_that_a_process_may_only_read_is_not_guest_memory(fake: Start, folder: Path) -> None:
+def test_read_only_mapping_is_not_guest_memory(fake: Start, folder: Path) -> None:
     memory = ram_file(folder)
     os.chmod(memory, 0o644)
     path, _ = fake(uid=NOBODY, mem_path=memory, map="r")
@@ -184,7 +184,7 @@ def test_file_that_a_process_may_only_read_is_not_guest_memory(fake: Start, fold
         ({"qom-list": [{"name": "d", "type": "child<vhost-vdpa-device-pci>"}]}, "device vhost-vdpa-device-pci"),
     ],
 )
-def test_what_writes_without_a_trace_is_refused_when_adopted(
+def test_adopted_guest_with_untraceable_writer_is_refused(
     fake: Start, folder: Path, replies: dict[str, Any], named: str
 ) -> None:
     path, _ = fake(mem_path=ram_file(folder), map="rw", replies=replies)
@@ -194,7 +194,7 @@ def test_what_writes_without_a_trace_is_refused_when_adopted(
 
 
 def ram_file(folder: Path) -> str:
-    """A file in memory."""
+    """Yield a file in memory."""
     path = folder / "ram"
     path.touch(mode=0o666)
     path.chmod(0o666)
@@ -202,7 +202,7 @@ def ram_file(folder: Path) -> str:
     return str(path)
 
 
-# -- descriptors that change between a look and an open
+# -- descriptors replaced between stat and open
 
 SWAPPER = """
 import mmap, os, sys
@@ -224,7 +224,7 @@ while True:
 
 
 @pytest.mark.parametrize("kind", ["file", "fifo"])
-def test_descriptor_that_changes_meanwhile_never_opens_another_file(folder: Path, kind: str) -> None:
+def test_descriptor_replaced_during_open_never_opens_another_file(folder: Path, kind: str) -> None:
     target = folder / "other"
     if kind == "fifo":
         os.mkfifo(target, 0o600)

@@ -1,4 +1,4 @@
-"""Arenas in one process: buffers over a shared file, with large pages where the kernel gives them."""
+"""Arenas in one process: buffers over a shared file, with huge pages if available."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MIB = 1 << 20
 
 
 def nothing() -> None:
-    """A callback."""
+    """Do nothing, as a callback."""
 
 
-def test_it_is_a_writable_buffer() -> None:
+def test_arena_is_a_writable_buffer() -> None:
     arena = Arena(3 * MIB)
     words = np.frombuffer(arena, dtype=np.uint32)  # type: ignore[call-overload] # numpy's stub lists buffers by name
     words[:] = np.arange(words.size, dtype=np.uint32)
@@ -33,7 +33,7 @@ def test_it_is_a_writable_buffer() -> None:
     assert arena.address % (2 * MIB) == 0
 
 
-def test_a_view_outlives_the_name_and_the_object() -> None:
+def test_view_outlives_name_and_arena() -> None:
     arena = Arena(MIB)
     view = memoryview(arena)
     arena.close()
@@ -51,7 +51,7 @@ def test_sizes_are_rounded_up() -> None:
         Arena(-4096)
 
 
-def test_nothing_is_allocated_before_it_is_touched() -> None:
+def test_memory_is_allocated_on_first_touch() -> None:
     arena = Arena(1 << 40)
     assert arena.data_ranges() == []
     memoryview(arena)[1 << 39] = 1
@@ -61,14 +61,14 @@ def test_nothing_is_allocated_before_it_is_touched() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_as_root_large_pages_come_at_first_touch() -> None:
+def test_root_gets_large_pages_on_first_touch() -> None:
     arena = Arena(8 * MIB)
     assert arena.large_pages_by == "tmpfs"
     memoryview(arena)[3 * MIB] = 1
     assert arena.large_units() == [False, True, False, False]
 
 
-def test_a_memfd_can_be_collapsed() -> None:
+def test_memfd_arena_can_be_collapsed() -> None:
     arena = Arena(6 * MIB, large_pages=False)
     assert arena.large_pages_by == "none"
     memoryview(arena)[: 4 * MIB] = bytes(4 * MIB)
@@ -77,7 +77,7 @@ def test_a_memfd_can_be_collapsed() -> None:
     assert arena.large_units() == [True, True, False]
 
 
-def test_over_a_file_that_is_there() -> None:
+def test_arena_over_existing_file_keeps_its_contents() -> None:
     file, _ = memory_file(4 * MIB)
     os.pwrite(file, b"received", MIB)
     arena = Arena.from_file(file, 4 * MIB)
@@ -91,7 +91,7 @@ def test_over_a_file_that_is_there() -> None:
     assert arena.status is Status.RUNNING
 
 
-def test_a_file_that_is_too_short_is_refused() -> None:
+def test_file_that_is_too_short_is_refused() -> None:
     file, _ = memory_file(MIB)
     for size in (2 * MIB, 0, 100):
         with pytest.raises(UsageError):
@@ -99,7 +99,7 @@ def test_a_file_that_is_too_short_is_refused() -> None:
     os.close(file)
 
 
-def test_its_names_are_unique_and_given_back() -> None:
+def test_names_are_unique_and_released_on_close() -> None:
     with Arena(MIB, "unique", on_pause=nothing) as arena:
         entry = Registry().lookup("unique")
         assert isinstance(entry, ArenaEntry)
@@ -116,7 +116,7 @@ def test_its_names_are_unique_and_given_back() -> None:
     arena.close()
 
 
-def test_a_named_arena_must_be_able_to_pause() -> None:
+def test_named_arena_requires_on_pause() -> None:
     with pytest.raises(UsageError, match="on_pause"):
         Arena(MIB, "restless")
 
@@ -150,7 +150,7 @@ def test_callbacks_are_called_in_order() -> None:
     assert arena.status is Status.MOVED
 
 
-def test_a_received_arena_that_never_ran_has_not_moved() -> None:
+def test_received_arena_that_never_ran_is_not_reported_as_moved() -> None:
     calls: list[str] = []
     file, _ = memory_file(MIB)
     arenas = [Arena.from_file(file, MIB, on_moved=lambda: calls.append("moved")) for _ in range(2)]
@@ -168,7 +168,7 @@ def test_a_received_arena_that_never_ran_has_not_moved() -> None:
     assert calls == ["moved"]
 
 
-def test_a_failing_pause_lets_it_run_on() -> None:
+def test_failing_on_pause_leaves_arena_running() -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
@@ -179,7 +179,7 @@ def test_a_failing_pause_lets_it_run_on() -> None:
     assert (arena.status, calls) == (Status.RUNNING, ["resume"])
 
 
-def test_a_state_that_is_not_bytes_is_refused() -> None:
+def test_state_that_is_not_bytes_is_refused() -> None:
     arena = Arena(MIB, state=(lambda: "text", nothing))  # type: ignore[arg-type,return-value]
     workload = arena.workload()
     asyncio.run(workload.pause())
@@ -187,7 +187,7 @@ def test_a_state_that_is_not_bytes_is_refused() -> None:
         asyncio.run(workload.save_state())
 
 
-def test_its_region_is_what_it_maps() -> None:
+def test_region_describes_the_mapping() -> None:
     arena = Arena(4 * MIB)
     (region,) = arena.workload().regions
     (segment,) = region.segments

@@ -1,4 +1,4 @@
-"""Named arenas, controlled by other processes: however those end, the program has exactly one owner."""
+"""Named arenas controlled by other processes; however those end, the program has exactly one owner."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def counter(owner: Program) -> int:
 
 
 def counts(owner: Program) -> bool:
-    """Whether the program writes: its counter moves on within a while, or not."""
+    """Return whether the program writes: whether its counter increases before the deadline."""
     before = counter(owner)
     try:
         wait_until(lambda: counter(owner) > before + 10, "counting")
@@ -57,7 +57,7 @@ def stands_still(owner: Program) -> bool:
     return all(counter(owner) == before for _ in range(100))
 
 
-def test_a_whole_move(owner: Program) -> None:
+def test_controlled_arena_moves(owner: Program) -> None:
     async def move() -> None:
         arena = await RemoteArena.connect(control_socket())
         assert isinstance(arena, Workload)
@@ -87,7 +87,7 @@ def test_a_whole_move(owner: Program) -> None:
     assert stands_still(owner)
 
 
-def test_a_client_killed_while_paused_lets_it_run_on(owner: Program) -> None:
+def test_client_killed_while_paused_resumes_arena(owner: Program) -> None:
     with client("pause") as killed:
         assert killed.line() == "done"
         assert owner.line() == "paused"
@@ -96,7 +96,7 @@ def test_a_client_killed_while_paused_lets_it_run_on(owner: Program) -> None:
     assert counts(owner)
 
 
-def test_a_client_that_closes_while_paused_lets_it_run_on(owner: Program) -> None:
+def test_client_that_closes_while_paused_resumes_arena(owner: Program) -> None:
     async def close() -> None:
         arena = await RemoteArena.connect(control_socket())
         await arena.pause()
@@ -107,7 +107,7 @@ def test_a_client_that_closes_while_paused_lets_it_run_on(owner: Program) -> Non
     assert counts(owner)
 
 
-def test_a_client_killed_after_commit_leaves_it_paused(owner: Program) -> None:
+def test_client_killed_after_commit_leaves_arena_paused(owner: Program) -> None:
     with client("pause", "commit") as killed:
         assert killed.line() == "done"
         assert owner.line() == "paused"
@@ -128,7 +128,7 @@ def test_a_client_killed_after_commit_leaves_it_paused(owner: Program) -> None:
     assert counts(owner)
 
 
-def test_only_one_client_controls(owner: Program) -> None:
+def test_paused_arena_refuses_other_clients(owner: Program) -> None:
     async def interfere() -> None:
         first, second = [await RemoteArena.connect(control_socket()) for _ in range(2)]
         await first.pause()
@@ -144,7 +144,7 @@ def test_only_one_client_controls(owner: Program) -> None:
     assert (owner.line(), owner.line()) == ("paused", "resumed")
 
 
-def test_a_callback_that_fails_is_the_clients_to_know(owner: Program) -> None:
+def test_failing_callback_is_reported_to_client(owner: Program) -> None:
     owner.say("fail")
     assert owner.line() == "failing"
 
@@ -160,7 +160,7 @@ def test_a_callback_that_fails_is_the_clients_to_know(owner: Program) -> None:
     assert counts(owner)
 
 
-def test_a_program_that_dies_is_noticed(owner: Program) -> None:
+def test_killed_program_is_reported_as_died(owner: Program) -> None:
     async def die() -> None:
         arena = await RemoteArena.connect(control_socket())
         await arena.pause()
@@ -174,12 +174,12 @@ def test_a_program_that_dies_is_noticed(owner: Program) -> None:
     asyncio.run(die())
 
 
-def test_nobody_at_the_socket_is_an_error(tmp_path: Path) -> None:
+def test_connecting_to_missing_socket_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WorkloadDied):
         asyncio.run(RemoteArena.connect(str(tmp_path / "none")))
 
 
-def test_children_that_inherit_the_arena_are_in_its_regions(owner: Program) -> None:
+def test_forked_children_are_in_regions(owner: Program) -> None:
     owner.say("fork")
     child = int(owner.line())
 
@@ -193,7 +193,7 @@ def test_children_that_inherit_the_arena_are_in_its_regions(owner: Program) -> N
 
 
 @pytest.mark.usefixtures("owner", "root")
-def test_other_users_are_turned_away() -> None:
+def test_other_users_are_refused() -> None:
     path = Path(control_socket())
     script = f"""
 import os, socket

@@ -1,4 +1,4 @@
-"""Workloads that write faster than they can be sent are slowed down, for as long as that is needed and no longer."""
+"""Throttling of workloads that dirty memory faster than the link (--auto-converge), and its removal afterwards."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.kernel.programs import Program, wait_until
 pytestmark = pytest.mark.usefixtures("root", "quotas")
 
 WILD: dict[str, Any] = {"size": 32 * MIB, "options": {"threads": 2}}
-"""Writes all over its memory, as fast as it can."""
+"""A ledger that writes to all of its memory at full speed."""
 SLOW = ("--bandwidth", "100M", "--max-downtime", "50")
 AUTO = ("--auto-converge", *SLOW)
 
 
 @pytest.fixture(scope="module")
 def quotas() -> None:
-    """Skips where nobody can be limited."""
+    """Skip the tests if no CPU limit can be set."""
     with spinner() as process:
         try:
             CpuQuota([process.process.pid]).close()
@@ -43,13 +43,13 @@ def spinner() -> Program:
 
 
 def groups(pid: int) -> list[str]:
-    """Those of a process that matter here; others may be moved by others."""
+    """Return the control groups of a process that limit CPU time; other ones may change independently."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     return [line for line in lines if {"cpu", ""} & set(line.split(":")[1].split(","))]
 
 
 def left_over() -> list[Path]:
-    """Groups of ours, wherever they are."""
+    """Return the control groups created by pageferry, in all hierarchies."""
     return [group for mount in mounts() for group in mount.point.rglob("pageferry-*")]
 
 
@@ -59,7 +59,7 @@ def _nothing_left() -> Iterator[None]:
     wait_until(lambda: not left_over(), "the end of all limits")
 
 
-def test_a_pre_copy_ends_that_would_have_given_up() -> None:
+def test_throttled_precopy_converges() -> None:
     with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
         before = groups(here.process.pid)
         with moving.migrating("here", moving.address_of(there), *AUTO) as migration:
@@ -83,8 +83,8 @@ def test_a_pre_copy_ends_that_would_have_given_up() -> None:
 
 
 @pytest.mark.parametrize("fault", ["source.throttled=kill", "source.paused=kill", ""])
-def test_whatever_happens_it_runs_on_at_full_speed(fault: str) -> None:
-    """The agent is killed, or gives up; nobody but the guardian is left to undo it."""
+def test_limit_is_removed_after_failed_migration(fault: str) -> None:
+    """The agent is killed, or gives up; only the guardian can remove the limit."""
     with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
         pid, before = here.process.pid, groups(here.process.pid)
         options = AUTO if fault else (*AUTO, "--max-rounds", "3")
@@ -96,7 +96,7 @@ def test_whatever_happens_it_runs_on_at_full_speed(fault: str) -> None:
         moving.ends_intact(here)
 
 
-def test_a_workload_that_converges_is_left_alone() -> None:
+def test_converging_workload_is_not_throttled() -> None:
     with moving.ledger("here") as here, moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), "--auto-converge") as migration:
             assert moving.until(migration, "migration")["cpu-throttle-percentage"] == 0
@@ -104,7 +104,7 @@ def test_a_workload_that_converges_is_left_alone() -> None:
         moving.ends_intact(here, "moved")
 
 
-def test_processes_get_what_they_are_left_and_all_of_it_afterwards() -> None:
+def test_quota_limits_cpu_time_until_closed() -> None:
     with spinner() as one, spinner() as other:
         pids = [one.process.pid, other.process.pid]
         before = list(map(groups, pids))
@@ -112,7 +112,7 @@ def test_processes_get_what_they_are_left_and_all_of_it_afterwards() -> None:
         quota.limit(0.1)
         used = sum(map(proc.cpu_seconds, pids))
         subprocess.run([sys.executable, "-c", "import time; time.sleep(2)"], check=True, timeout=60)
-        # 0.2 s, and what they had of the period before.
+        # 0.2 s, and the remainder of the period before the limit.
         assert sum(map(proc.cpu_seconds, pids)) - used < 0.6
         quota.close()
         assert list(map(groups, pids)) == before
@@ -120,7 +120,7 @@ def test_processes_get_what_they_are_left_and_all_of_it_afterwards() -> None:
         wait_until(lambda: sum(map(proc.cpu_seconds, pids)) > used + 0.6, "more CPU time than the limit left")
 
 
-def test_what_cannot_be_limited_is_said() -> None:
+def test_quota_of_own_or_exited_process_is_refused() -> None:
     with pytest.raises(WorkloadError, match="in the process that is to limit it"):
         CpuQuota([os.getpid()])
     with spinner() as gone:
@@ -129,6 +129,6 @@ def test_what_cannot_be_limited_is_said() -> None:
             CpuQuota([gone.process.pid])
 
 
-def test_it_is_for_pre_copy() -> None:
+def test_auto_converge_requires_precopy() -> None:
     with moving.ledger("here"), moving.migrating("here", "127.0.0.1:1", *AUTO, "--mode", "hybrid") as migration:
         assert migration.wait() == 2

@@ -1,4 +1,4 @@
-"""Callbacks of an arena: plain functions, coroutine functions and context managers, none of which can deadlock."""
+"""Callbacks of an arena: functions, coroutine functions and context managers; none can cause a deadlock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 def torn(kind: str, operation: str, folder: Path) -> str:
-    """The last line of a program that ends within 30 s."""
+    """Run a program for at most 30 s, and return its last line of output."""
     program = [sys.executable, "-m", "tests.kernel.callback_programs", kind, operation, str(folder)]
     done = subprocess.run(program, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -55,8 +55,8 @@ def test_migration_under_writes_is_not_torn(kind: str, tmp_path: Path) -> None:
     assert torn(kind, "migrate", tmp_path) == "torn 0 of 1"
 
 
-def test_lock_that_a_move_would_keep_is_refused() -> None:
-    """Coroutines would wait for it, and block the loop that awaits the migration."""
+def test_lock_held_after_a_move_is_refused() -> None:
+    """Coroutines would wait for the lock, and block the loop that awaits the migration."""
     turn = threading.Lock()
 
     async def main() -> None:
@@ -121,7 +121,7 @@ def test_restore_that_blocks_the_loop_of_its_callbacks_is_refused(tmp_path: Path
 
 
 def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock of `threading` in plain `on_pause`, and a coroutine that cannot run because a handler waits for it."""
+    """Plain `on_pause` takes a `threading` lock; a handler that waits for it blocks the loop of a coroutine callback."""
     monkeypatch.setattr("pageferry.workloads.callbacks.START_TIMEOUT", 0.5)
     turn = threading.Lock()
     paused, waits = threading.Event(), threading.Event()
@@ -152,7 +152,7 @@ def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, mon
 
 
 def test_hanging_pause_does_not_delay_cancellation(tmp_path: Path) -> None:
-    """A plain function cannot be ended: the arena runs again when it returns."""
+    """A plain function cannot be cancelled: the arena resumes when it returns."""
     begun, end, calls = threading.Event(), threading.Event(), []
 
     def pause() -> None:
@@ -198,7 +198,7 @@ def test_hanging_coroutine_callback_is_cancelled(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_callbacks_that_would_do_nothing_are_refused() -> None:
+def test_invalid_callbacks_are_refused() -> None:
     def generator() -> Iterator[None]:
         yield
 
@@ -218,7 +218,7 @@ def test_named_arena_with_coroutine_callbacks_needs_a_loop() -> None:
 
 
 async def _listen(_: Any) -> None:
-    """A listener that would have to be awaited."""
+    """Listen with a coroutine function, which is invalid."""
 
 
 def _listen_later(event: Any) -> Any:
@@ -226,14 +226,14 @@ def _listen_later(event: Any) -> Any:
 
 
 @pytest.mark.parametrize("listener", [_listen, _listen_later])
-def test_listener_that_would_have_to_be_awaited_is_refused(listener: Any, tmp_path: Path) -> None:
+def test_coroutine_listener_is_refused(listener: Any, tmp_path: Path) -> None:
     arena = Arena(MIB)
     calls: list[Callable[[], Coroutine[Any, Any, Any]]] = [
         lambda: pageferry.checkpoint(arena, tmp_path / "image", listener=listener),
         lambda: pageferry.migrate(arena, "127.0.0.1:1", listener=listener),
         lambda: pageferry.receive("127.0.0.1:0", listening=listener),
     ]
-    if listener is not _listen:  # seen at the first event only: there is none before a connection
+    if listener is not _listen:  # checked at the first event only: there is none before a connection
         del calls[1]
     for call in calls:
         with pytest.raises(TypeError, match="awaited"):
@@ -263,7 +263,7 @@ def test_error_of_a_listener_ends_the_operation(tmp_path: Path) -> None:
 
 
 def test_named_arena_is_paused_on_its_loop(tmp_path: Path) -> None:
-    """By another process, through the control socket."""
+    """Pause from another process, through the control socket."""
     script = (
         "import asyncio, sys\n"
         "from pageferry.checkpoints.save import checkpoint\n"

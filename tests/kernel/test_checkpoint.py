@@ -1,4 +1,4 @@
-"""Checkpoints of arenas: the image is the memory of the instant, however heavily it is written to meanwhile (S4)."""
+"""Checkpoints of arenas: the image holds the memory of the snapshot point, at any write rate (S4)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
-def test_the_image_is_of_one_instant(tmp_path: Path, codec: str, processes: int) -> None:
+def test_image_holds_memory_of_the_snapshot_point(tmp_path: Path, codec: str, processes: int) -> None:
     with ledger(processes=processes) as workload:
         before = workload.writes()
         result = save(workload, tmp_path / "image", codec=codec)
-        wait_until(lambda: workload.writes() > before + 1000, "running on")
+        wait_until(lambda: workload.writes() > before + 1000, "a running workload")
     image = check_ledger(tmp_path / "image")
     pages = result.pages
     assert sum(getattr(pages, name) for name in pages.__struct_fields__) == image.pages
@@ -46,7 +46,7 @@ def test_the_image_is_of_one_instant(tmp_path: Path, codec: str, processes: int)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_the_sizes(tmp_path: Path, seed: int) -> None:
+def test_image_is_consistent_for_random_sizes(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     page_block = chance.choice([4096, 16384, 65536, 12288])
     options = LedgerOptions(
@@ -74,15 +74,15 @@ def test_whatever_the_sizes(tmp_path: Path, seed: int) -> None:
     check_ledger(tmp_path / "child")
 
 
-def test_traps_save_what_is_written_first(tmp_path: Path) -> None:
-    """With a slow sweep the workload meets unsaved memory all the time."""
+def test_traps_save_pages_before_they_are_written(tmp_path: Path) -> None:
+    """A slow sweep makes the workload write to unsaved memory continually."""
     with ledger(16 * MIB) as workload:
         result = save(workload, tmp_path / "image", bandwidth=64 * MIB)
         assert result.traps > 0
     check_ledger(tmp_path / "image")
 
 
-def test_a_chain_of_incrementals(tmp_path: Path) -> None:
+def test_chain_of_incremental_checkpoints_is_consistent(tmp_path: Path) -> None:
     options = LedgerOptions(threads=2, working_set=0.1, rate=8 * MIB)
     with ledger(16 * MIB, options) as workload:
         images = [tmp_path / f"image{number}" for number in range(10)]
@@ -97,8 +97,8 @@ def test_a_chain_of_incrementals(tmp_path: Path) -> None:
     check_ledger(tmp_path / "flat")
 
 
-def test_a_damaged_parent_is_not_relied_upon(tmp_path: Path) -> None:
-    """What cannot be read in the parent is stored in the child."""
+def test_damaged_pages_of_parent_are_stored_again(tmp_path: Path) -> None:
+    """Pages that cannot be read from the parent are stored in the child."""
     with ledger(8 * MIB, LedgerOptions(working_set=0.01)) as workload:
         first = save(workload, tmp_path / "parent", codec="none")
         with open(tmp_path / "parent", "r+b") as file:
@@ -111,17 +111,17 @@ def test_a_damaged_parent_is_not_relied_upon(tmp_path: Path) -> None:
     assert _engine.Ledger.attach(memory_of(image), threads=0).digest() == state["digest"]
 
 
-def test_nothing_runs_in_mode_stop(tmp_path: Path) -> None:
+def test_mode_stop_keeps_workload_paused(tmp_path: Path) -> None:
     with ledger() as workload:
         result = save(workload, tmp_path / "image", mode="stop")
         assert result.traps == 0
         assert result.downtime_parts.save > 0
         writes = workload.writes()
-        wait_until(lambda: workload.writes() > writes, "running on")
+        wait_until(lambda: workload.writes() > writes, "a running workload")
     check_ledger(tmp_path / "image")
 
 
-def test_plain_pages_have_no_bytes(tmp_path: Path) -> None:
+def test_zero_pattern_and_duplicate_pages_are_not_stored(tmp_path: Path) -> None:
     arena = Arena(64 * MIB)
     view = memoryview(arena)
     page = os.urandom(4096)
@@ -139,7 +139,7 @@ def test_plain_pages_have_no_bytes(tmp_path: Path) -> None:
     assert image.image.entries(8192, 1)[0][0] == 3
 
 
-def test_holes_are_not_filled(tmp_path: Path) -> None:
+def test_checkpoint_does_not_fill_holes(tmp_path: Path) -> None:
     arena = Arena(256 * MIB, large_pages=False)
     memoryview(arena)[100 * MIB : 100 * MIB + 8192] = os.urandom(8192)
     before = os.fstat(arena.fileno()).st_blocks
@@ -149,7 +149,7 @@ def test_holes_are_not_filled(tmp_path: Path) -> None:
     assert os.stat(tmp_path / "image").st_size < 2 * MIB
 
 
-def test_large_pages_are_mapped_as_such_again(tmp_path: Path) -> None:
+def test_large_pages_are_mapped_by_pmds_after_checkpoint(tmp_path: Path) -> None:
     with ledger(32 * MIB) as workload:
         if not any(workload.arena.large_units()):
             pytest.skip("no huge pages available")
@@ -167,7 +167,7 @@ def _smaps(address: int, field: str) -> str:
     raise AssertionError(f"nothing is mapped at {address:x}")
 
 
-def test_an_image_replaces_another_only_when_it_is_complete(tmp_path: Path) -> None:
+def test_image_is_replaced_only_by_a_complete_image(tmp_path: Path) -> None:
     path = tmp_path / "image"
     with ledger(8 * MIB) as workload:
         first = save(workload, path)
@@ -180,7 +180,7 @@ def test_an_image_replaces_another_only_when_it_is_complete(tmp_path: Path) -> N
     check_ledger(path)
 
 
-def test_parents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_missing_and_mismatched_parents_are_refused(tmp_path: Path) -> None:
     with ledger(8 * MIB) as workload:
         with pytest.raises(ImageError):
             save(workload, tmp_path / "image", parent=tmp_path / "none")
@@ -194,12 +194,12 @@ def test_parents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     "options",
     [{"trap_block": 5000}, {"trap_block": 12288}, {"page_block": 5000}, {"storage_block": 100}, {"staging": 1}],
 )
-def test_sizes_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, int]) -> None:
+def test_invalid_sizes_are_refused(tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         save(Arena(MIB), tmp_path / "image", **options)
 
 
-def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_concurrent_checkpoint_is_refused_and_the_first_completes(tmp_path: Path) -> None:
     async def both(workload: LedgerWorkload) -> None:
         begun = asyncio.Event()
 
@@ -221,7 +221,7 @@ def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["first"]
 
 
-def test_by_the_command(tmp_path: Path) -> None:
+def test_checkpoint_command_saves_chain_and_reports_json(tmp_path: Path) -> None:
     setup = {"name": "saved", "size": 16 * MIB, "options": {"threads": 2}, "exact": True}
     with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
         program.json()
@@ -255,8 +255,8 @@ def test_by_the_command(tmp_path: Path) -> None:
     check_ledger(tmp_path / "child")
 
 
-def test_who_holds_the_gil_may_trap(tmp_path: Path) -> None:
-    """Nobody who serves a trap needs the GIL, which the thread that waits in it holds."""
+def test_thread_that_holds_the_gil_may_trap(tmp_path: Path) -> None:
+    """The threads that serve traps do not need the GIL, which the trapped thread holds."""
     arena = Arena(32 * MIB)
     view = memoryview(arena)
     view[:] = os.urandom(32 * MIB)
@@ -299,8 +299,8 @@ def test_who_holds_the_gil_may_trap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("then_written", [False, True])
-def test_memory_that_is_given_back_under_way_ends_it(tmp_path: Path, then_written: bool) -> None:
-    """Its contents of the instant are lost, and no trap tells."""
+def test_discard_during_checkpoint_is_an_error(tmp_path: Path, then_written: bool) -> None:
+    """The contents at the snapshot point are lost, and a discard does not trap."""
     arena = Arena(16 * MIB, large_pages=False)
     memoryview(arena)[:] = os.urandom(16 * MIB)
 
@@ -337,13 +337,13 @@ asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/stop", mode="stop"))
 """
 
 
-def test_a_user_whose_system_calls_would_fail_is_refused(root: None) -> None:
+def test_lazy_checkpoint_is_refused_to_user_without_kernel_faults(root: None) -> None:
     switch = Path("/proc/sys/vm/unprivileged_userfaultfd")
     if switch.read_text().strip() != "0":
-        pytest.skip("any user may have a userfaultfd here")
+        pytest.skip("every user may create a userfaultfd on this host")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        # What the program needs is imported before it becomes somebody who may not read this checkout.
+        # Import the dependencies before the user changes to one that may not read this checkout.
         environment = os.environ | {"PAGEFERRY_RUN_DIR": f"{folder}/run"}
         done = subprocess.run([sys.executable, "-c", USER, folder], capture_output=True, timeout=60, env=environment)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Memory of any process, saved while it is stopped: it can be looked at, not restored."""
+"""Checkpoints of the memory of any process, saved while it is stopped; the image can be read, not restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ while True:
 
 @pytest.fixture
 def holder() -> Iterator[tuple[Program, int]]:
-    """A program that writes a counter to two places, and the address of its memory."""
+    """Run a program that writes a counter to two places; yield it and the address of its memory."""
     with Program("-c", HOLDER) as program:
         yield program, int(program.line(), 16)
 
@@ -43,7 +43,7 @@ def ticks(pid: int) -> int:
     return int(fields[11])
 
 
-def test_a_range_is_saved_of_one_instant(holder: tuple[Program, int], tmp_path: Path) -> None:
+def test_range_is_saved_at_one_snapshot_point(holder: tuple[Program, int], tmp_path: Path) -> None:
     program, address = holder
     pid = program.process.pid
     workload = ProcessWorkload(pid, f"{address:x}-{address + (8 << 20):x}")
@@ -57,10 +57,10 @@ def test_a_range_is_saved_of_one_instant(holder: tuple[Program, int], tmp_path: 
     first, second = (int.from_bytes(image.read(page, 1)[:8], "little") for page in (0, 1024))
     assert first - second in (0, 1)
     before = ticks(pid)
-    wait_until(lambda: ticks(pid) > before, "running on")
+    wait_until(lambda: ticks(pid) > before, "a running workload")
 
 
-def test_parts_are_found_by_name(holder: tuple[Program, int], tmp_path: Path) -> None:
+def test_regions_are_selected_by_name(holder: tuple[Program, int], tmp_path: Path) -> None:
     pid = str(holder[0].process.pid)
     command = [sys.executable, "-m", "pageferry", "checkpoint", f"pid:{pid}", str(tmp_path / "image")]
     subprocess.run([*command, "--regions", "heap,stack"], check=True, timeout=60, capture_output=True)
@@ -74,12 +74,12 @@ def test_parts_are_found_by_name(holder: tuple[Program, int], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("ranges", ["", "nowhere", "1-2", "2000-1000", "heap,,stack"])
-def test_parts_that_there_are_not_are_refused(holder: tuple[Program, int], ranges: str) -> None:
+def test_unknown_regions_are_refused(holder: tuple[Program, int], ranges: str) -> None:
     with pytest.raises(UsageError):
         ProcessWorkload(holder[0].process.pid, ranges)
 
 
-def test_itself_and_the_dead_are_refused() -> None:
+def test_own_and_exited_process_are_refused() -> None:
     with pytest.raises(UsageError):
         ProcessWorkload(os.getpid(), "heap")
     child = subprocess.Popen(["true"])
@@ -88,7 +88,7 @@ def test_itself_and_the_dead_are_refused() -> None:
         ProcessWorkload(child.pid, "heap")
 
 
-def test_it_is_not_moved(holder: tuple[Program, int]) -> None:
+def test_process_cannot_be_migrated(holder: tuple[Program, int]) -> None:
     workload = ProcessWorkload(holder[0].process.pid, "heap")
     for call in (workload.load_state(b""), workload.commit(), workload.discard()):
         with pytest.raises(UnsupportedError):
@@ -96,7 +96,7 @@ def test_it_is_not_moved(holder: tuple[Program, int]) -> None:
     workload.close()
 
 
-def test_one_that_was_stopped_stays_so(holder: tuple[Program, int], tmp_path: Path) -> None:
+def test_stopped_process_stays_stopped(holder: tuple[Program, int], tmp_path: Path) -> None:
     pid = holder[0].process.pid
     os.kill(pid, signal.SIGSTOP)
     workload = ProcessWorkload(pid, "heap")
@@ -106,7 +106,7 @@ def test_one_that_was_stopped_stays_so(holder: tuple[Program, int], tmp_path: Pa
     workload.close()
 
 
-def test_it_runs_on_when_the_saver_is_killed(holder: tuple[Program, int], tmp_path: Path) -> None:
+def test_process_resumes_when_saver_is_killed(holder: tuple[Program, int], tmp_path: Path) -> None:
     pid = holder[0].process.pid
     command = ("-m", "pageferry", "checkpoint", f"pid:{pid}", str(tmp_path / "image"), "--regions", "anon")
     with Program(*command, "--output", "json", "--bandwidth", "4K") as saver:
@@ -114,5 +114,5 @@ def test_it_runs_on_when_the_saver_is_killed(holder: tuple[Program, int], tmp_pa
         time.sleep(0.1)
         saver.kill()
     before = ticks(pid)
-    wait_until(lambda: ticks(pid) > before, "running on")
+    wait_until(lambda: ticks(pid) > before, "a running workload")
     assert os.listdir(tmp_path) == []

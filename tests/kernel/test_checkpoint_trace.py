@@ -1,4 +1,4 @@
-"""Checkpoints that save what the trace since their parent reports: the same as by comparing, never less (S4, S2)."""
+"""Incremental checkpoints by the trace since the parent: same contents as by comparison with the parent (S4, S2)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAGE = 4096
 
 
 def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:
-    """An arena of random pages, and the same as pages of 512 words."""
+    """Return an arena of random pages, and a view of it as pages of 512 words."""
     arena = Arena(pages * PAGE, large_pages=large_pages)
     memoryview(arena)[:] = os.urandom(pages * PAGE)
     return arena, np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
@@ -43,7 +43,7 @@ def punch(arena: Arena, page: int, pages: int) -> None:
 
 
 def wp_registered(address: int) -> bool:
-    """Whether a mapping of ours is registered for write protection (smaps, VmFlags uw)."""
+    """Return whether the mapping at an address is registered for write protection (smaps, VmFlags uw)."""
     with open("/proc/self/smaps") as smaps:
         inside = False
         for line in smaps:
@@ -57,7 +57,7 @@ def wp_registered(address: int) -> bool:
 
 @pytest.mark.parametrize("large_pages", [False, True])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_chain_under_a_heavy_writer(tmp_path: Path, processes: int, large_pages: bool) -> None:
+def test_traced_chain_under_a_heavy_writer_is_consistent(tmp_path: Path, processes: int, large_pages: bool) -> None:
     options = LedgerOptions(threads=2, zero_fraction=0.2, compressible=0.4, working_set=0.3)
     with ledger(16 * MIB, options, processes=processes, large_pages=large_pages) as workload:
         images = [tmp_path / f"image{number}" for number in range(10)]
@@ -74,7 +74,7 @@ def test_a_chain_under_a_heavy_writer(tmp_path: Path, processes: int, large_page
 
 
 @pytest.mark.parametrize("end", ["no-track", "large-pages"])
-def test_large_mappings_are_back_when_the_trace_goes(tmp_path: Path, end: str) -> None:
+def test_large_mappings_are_restored_with_removal_of_the_trace(tmp_path: Path, end: str) -> None:
     arena, words = filled(large_pages=True)
     space = _engine.Space()
     whole = [(arena.address, arena.address + arena.length)]
@@ -91,8 +91,10 @@ def test_large_mappings_are_back_when_the_trace_goes(tmp_path: Path, end: str) -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_same_as_by_comparing(tmp_path: Path, seed: int) -> None:
-    """One image by the trace and one by comparing, of the same instant: the same contents, class by class."""
+def test_traced_and_compared_images_are_identical(tmp_path: Path, seed: int) -> None:
+    """Save one image by the trace and one by comparison at the same snapshot point: pages have the same contents and
+    class.
+    """
     chance = random.Random(seed)
     arena, words = filled(large_pages=seed % 2 == 1)
     save(arena, tmp_path / "0", track=True)
@@ -117,7 +119,7 @@ def test_the_same_as_by_comparing(tmp_path: Path, seed: int) -> None:
     assert traced.pages.in_parent == compared.pages.in_parent
 
 
-def test_only_what_was_written_is_stored(tmp_path: Path) -> None:
+def test_only_written_pages_are_stored(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[17, 5] = 1
@@ -130,8 +132,8 @@ def test_only_what_was_written_is_stored(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "2"))) == memoryview(arena)
 
 
-def test_what_is_given_back_is_found(tmp_path: Path) -> None:
-    """A hole, a hole that is read again (no trace tells of that), and one that is written again."""
+def test_discarded_pages_are_found(tmp_path: Path) -> None:
+    """A hole, a hole that is read again (which traces do not report), and a hole that is written again."""
     arena, words = filled()
     words[40] = 9  # a pattern
     save(arena, tmp_path / "0", track=True)
@@ -143,7 +145,7 @@ def test_what_is_given_back_is_found(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 
 
-def test_a_first_incremental_compares_and_leaves_a_trace(tmp_path: Path) -> None:
+def test_first_incremental_compares_and_leaves_a_trace(tmp_path: Path) -> None:
     arena, words = filled()
     assert not save(arena, tmp_path / "0").tracked
     assert not wp_registered(arena.address)
@@ -155,7 +157,7 @@ def test_a_first_incremental_compares_and_leaves_a_trace(tmp_path: Path) -> None
     assert save(arena, tmp_path / "2", parent=tmp_path / "1").tracking == "trace"
 
 
-def test_another_parent_is_compared_with(tmp_path: Path) -> None:
+def test_trace_is_not_used_for_another_parent(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[5] = 1
@@ -168,7 +170,7 @@ def test_another_parent_is_compared_with(tmp_path: Path) -> None:
     assert save(arena, tmp_path / "3", parent=tmp_path / "2").tracking == "trace"
 
 
-def test_it_can_be_done_without(tmp_path: Path) -> None:
+def test_track_false_leaves_no_trace(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     result = save(arena, tmp_path / "1", parent=tmp_path / "0", track=False)
@@ -179,7 +181,7 @@ def test_it_can_be_done_without(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "2"))) == memoryview(arena)
 
 
-def test_memory_that_is_traced_by_somebody_else_meanwhile(tmp_path: Path) -> None:
+def test_memory_traced_by_another_userfaultfd_is_refused(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     following.forget(arena.workload())
@@ -192,13 +194,13 @@ def test_memory_that_is_traced_by_somebody_else_meanwhile(tmp_path: Path) -> Non
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 
 
-def test_a_descriptor_that_is_not_ours_any_more(tmp_path: Path) -> None:
+def test_reused_descriptor_number_is_left_alone(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     (record,) = (one for key, one in following._own.items() if key == following._key(arena.workload()))
     number = record.descriptors[os.getpid()].number
     os.close(number)
-    os.dup2(0, number)  # somebody else's now
+    os.dup2(0, number)  # now another file
     words[5] = 1
     result = save(arena, tmp_path / "1", parent=tmp_path / "0")
     assert result.tracking == "compare"
@@ -208,8 +210,8 @@ def test_a_descriptor_that_is_not_ours_any_more(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 
 
-def test_a_program_that_has_forked(tmp_path: Path) -> None:
-    """What a child wrote that is gone again was not traced."""
+def test_trace_is_not_used_after_fork(tmp_path: Path) -> None:
+    """Writes of a child that has exited were not traced."""
     arena, _ = filled()
     save(arena, tmp_path / "0", track=True)
     if (child := os.fork()) == 0:
@@ -221,8 +223,8 @@ def test_a_program_that_has_forked(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 
 
-def test_memory_that_was_mapped_anew(tmp_path: Path) -> None:
-    """At the same address, the same part of the same file: nothing tells but that it is not traced."""
+def test_trace_is_not_used_after_memory_was_mapped_again(tmp_path: Path) -> None:
+    """The new mapping is the same except for the missing trace: same address, same part of the same file."""
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     _map_anew(arena, 100, 8)
@@ -246,8 +248,8 @@ def _map_anew(arena: Arena, page: int, pages: int) -> None:
     assert libc.mmap(address, pages * PAGE, access, shared_fixed, arena.descriptor, page * PAGE) == address
 
 
-def test_heavy_writers_are_right_whichever_way(tmp_path: Path) -> None:
-    """With nothing allowed in the pause it goes by chance; the image is of one instant all the same."""
+def test_image_of_heavy_writer_is_consistent_with_or_without_rounds(tmp_path: Path) -> None:
+    """With `at_instant=0` timing decides on the number of rounds; the image is consistent regardless."""
     with ledger(8 * MIB, LedgerOptions(threads=3)) as workload:
         save(workload, tmp_path / "0", track=True)
         for number in range(1, 6):
@@ -256,8 +258,8 @@ def test_heavy_writers_are_right_whichever_way(tmp_path: Path) -> None:
             check_ledger(tmp_path / str(number))
 
 
-def test_in_rounds(tmp_path: Path) -> None:
-    """More is written than may be copied in the pause: most is saved before it."""
+def test_pages_beyond_the_pause_budget_are_saved_in_rounds(tmp_path: Path) -> None:
+    """More pages were written than may be copied in the pause: most are saved before it."""
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[:3000] += 1
@@ -266,7 +268,7 @@ def test_in_rounds(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 
 
-def test_with_the_workload_paused(tmp_path: Path) -> None:
+def test_mode_stop_uses_the_trace(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[5, 3] = 1
@@ -275,7 +277,7 @@ def test_with_the_workload_paused(tmp_path: Path) -> None:
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 
 
-def test_traces_go_with_their_arenas(tmp_path: Path) -> None:
+def test_traces_are_closed_with_their_arenas(tmp_path: Path) -> None:
     def descriptors() -> int:
         links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
         return sum(os.path.islink(link) and os.readlink(link) == "anon_inode:[userfaultfd]" for link in links)
@@ -288,10 +290,10 @@ def test_traces_go_with_their_arenas(tmp_path: Path) -> None:
         counts.append(descriptors())
         del arena
         gc.collect()
-    assert counts[1] == counts[2]  # the first may have tidied up after other tests
+    assert counts[1] == counts[2]  # the first may release descriptors of earlier tests
 
 
-def test_what_does_not_end_leaves_no_trace(tmp_path: Path) -> None:
+def test_cancelled_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[5] = 1

@@ -1,4 +1,4 @@
-"""Cold pages in a store (S3): they leave memory, come back on access or all together, and no write is ever lost."""
+"""The cold store (S3): evicted pages leave memory and are reloaded on demand or all together; no write is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pageferry(*arguments: str, fault: str | None = None) -> subprocess.Completed
 
 
 def reclaim(*options: str) -> dict[str, Any]:
-    """Send what is cold to a store; what was said at the end."""
+    """Evict cold pages to a store; return the result."""
     done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, *options)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -50,14 +50,14 @@ def reclaim(*options: str) -> dict[str, Any]:
 
 
 def undo() -> int:
-    """Bring all back; the bytes that were in the store."""
+    """Reload all pages; return the number of bytes that were in the store."""
     done = pageferry("large-pages", "cold", "--undo")
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout)["brought-back"])
 
 
 def resident() -> int:
-    """Bytes of the arena's file that are in memory."""
+    """Return the resident bytes of the arena's file."""
 
     async def look() -> int:
         workload = await open_workload("cold")
@@ -74,7 +74,7 @@ def record() -> Deferred | None:
 
 
 def traps(pid: int) -> int:
-    """Mappings of a process that are registered with a userfaultfd."""
+    """Return the number of mappings of a process that are registered with a userfaultfd."""
     return sum(
         bool({"um", "uw", "ui"} & set(line.split()[1:]))
         for line in Path(f"/proc/{pid}/smaps").read_text().splitlines()
@@ -90,7 +90,7 @@ def kill_pager() -> None:
 
 @contextmanager
 def ledger(**setup: Any) -> Iterator[Program]:
-    """A ledger on large pages, which must be intact at the end and have written all the time."""
+    """Run a ledger on huge pages, and check at the end that it is intact."""
     setup = {"name": "cold", "size": SIZE, "exact": True, "options": OPTIONS} | setup
     with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
         program.json()
@@ -102,14 +102,14 @@ def ledger(**setup: Any) -> Iterator[Program]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_is_cold_leaves_memory_and_comes_back(processes: int) -> None:
+def test_cold_pages_are_evicted_and_reloaded(processes: int) -> None:
     with ledger(processes=processes) as workload:
         before = resident()
         done = reclaim()
         cold = sum(512 - sample["activity"] for sample in done["samples"] if sample["activity"] <= 64) * 4096
         assert done["broken"] >= 20
         assert done["reclaimed"] >= 0.95 * cold
-        assert before - resident() >= 0.9 * done["reclaimed"], "the workload itself says so"
+        assert before - resident() >= 0.9 * done["reclaimed"], "resident memory must decrease"
         assert done["store"]["pages"] * 4096 >= done["reclaimed"]
         assert undo() >= 0.5 * done["reclaimed"]
         assert resident() >= 0.99 * before
@@ -121,14 +121,14 @@ def test_what_is_cold_leaves_memory_and_comes_back(processes: int) -> None:
         assert "nothing to undo" in again.stderr
 
 
-def test_large_mappings_come_back_with_the_pages() -> None:
+def test_large_mappings_are_restored_with_the_pages() -> None:
     with ledger():
         whole = len(reclaim("--threshold", "0")["samples"])
         undo()
         assert len(reclaim("--threshold", "0")["samples"]) >= 0.9 * whole
 
 
-def test_a_second_reclaim_builds_on_the_first(tmp_path: Path) -> None:
+def test_second_reclaim_builds_on_the_first(tmp_path: Path) -> None:
     half = ("--sample", "50%", "--store", str(tmp_path))
     with ledger():
         first, second = reclaim(*half), reclaim(*half)
@@ -143,7 +143,7 @@ def test_a_second_reclaim_builds_on_the_first(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == []
 
 
-def test_a_workload_that_hammers_all_pages_loses_no_write() -> None:
+def test_heavy_writer_loses_no_write() -> None:
     hammering = {"threads": 2, "zero_fraction": 0.2, "working_set": 1.0, "rate": None}
     with ledger(options=hammering):
         for _ in range(3):
@@ -153,7 +153,7 @@ def test_a_workload_that_hammers_all_pages_loses_no_write() -> None:
                 pageferry("large-pages", "cold", "--undo")
 
 
-def test_it_can_be_saved_and_looked_at(tmp_path: Path) -> None:
+def test_workload_with_cold_store_can_be_saved_and_peeked(tmp_path: Path) -> None:
     with ledger():
         reclaim()
         assert pageferry("peek", "cold", "0", "4096").returncode == 0
@@ -166,7 +166,7 @@ def test_it_can_be_saved_and_looked_at(tmp_path: Path) -> None:
         check_ledger(tmp_path / "image")
 
 
-def test_it_can_be_migrated() -> None:
+def test_workload_with_cold_store_can_be_migrated() -> None:
     setup = {"name": "cold", "size": SIZE, "options": OPTIONS}
     with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as workload:
         workload.json()
@@ -178,11 +178,13 @@ def test_it_can_be_migrated() -> None:
             there.process.send_signal(signal.SIGTERM)
 
 
-def test_another_pager_goes_on() -> None:
+def test_another_pager_takes_over() -> None:
     with ledger():
         reclaim()
         kill_pager()
-        wait_until(lambda: pageferry("large-pages", "cold", "--undo").returncode == 32, "a pager that is missed")
+        wait_until(
+            lambda: pageferry("large-pages", "cold", "--undo").returncode == 32, "the missing pager to be noticed"
+        )
         taken = pageferry("restore", "cold", "--takeover")
         assert taken.returncode == 0, taken.stderr
         assert undo() > 0
@@ -215,10 +217,10 @@ def test_takeover_with_another_image_in_place_of_the_store_is_refused(tmp_path: 
         assert pageferry("restore", "cold", str(tmp_path / "kept"), "--takeover").returncode == 0
         assert undo() > 0
         wait_until(lambda: record() is None, "the end of the store")
-        assert store.exists(), "an image of the user's took its place"
+        assert store.exists(), "removed an image of the user"
 
 
-def test_pager_of_a_cold_store_removes_no_copy_of_it(tmp_path: Path) -> None:
+def test_pager_does_not_remove_a_copy_of_the_store(tmp_path: Path) -> None:
     with ledger():
         store = Path(reclaim("--store", str(tmp_path))["store"]["path"])
         kill_pager()
@@ -231,7 +233,7 @@ def test_pager_of_a_cold_store_removes_no_copy_of_it(tmp_path: Path) -> None:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A memory control group."""
+    """Yield a memory control group."""
     for mount in mounts():
         if mount.version == 2 or "memory" in mount.controllers:
             made = mount.point / f"pageferry-test-{os.getpid()}"
@@ -248,7 +250,7 @@ def group() -> Iterator[Path]:
 
 
 def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
-    """Also one that takes over from another group: what it brings back is charged to the workload."""
+    """So does one that takes over from another group: reloaded pages are charged to the workload."""
 
     def members() -> list[int]:
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
@@ -269,22 +271,22 @@ def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handover"])
-def test_killed_at_a_point(point: str) -> None:
+def test_reclaim_killed_at_fault_point_loses_no_write(point: str) -> None:
     with ledger():
         done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, fault=f"reclaim.{point}=kill")
         assert done.returncode == -9
         if record() is not None:
             taken = pageferry("restore", "cold", "--takeover")
             assert taken.returncode == 0, taken.stderr
-            # 2: the pager has brought everything meanwhile, and there is nothing to undo.
+            # Exit code 2: the pager has already reloaded everything.
             wait_until(lambda: pageferry("large-pages", "cold", "--undo").returncode in (0, 2), "the end of the store")
-        reclaim()  # of what is still mapped as large pages
+        reclaim()  # evicts the units that are still huge pages
         orphans = set(Registry().folder("cold").path.glob("*.img"))
         kept = record()
         assert orphans == ({link.path for link in ImageFile(kept.image).links} if kept else set())
 
 
-def test_killed_at_any_moment() -> None:
+def test_reclaim_killed_at_random_time_loses_no_write() -> None:
     chance = random.Random(7)
     with ledger():
         for _ in range(5):
@@ -298,7 +300,7 @@ def test_killed_at_any_moment() -> None:
         wait_until(lambda: record() is None, "the end of the store")
 
 
-def test_a_damaged_store_is_told_and_never_zeros() -> None:
+def test_damaged_store_is_an_error_and_never_zeros() -> None:
     with ledger(options=OPTIONS | {"rate": MIB}) as workload:
         reclaim()
         kept = record()
@@ -316,8 +318,8 @@ def test_a_damaged_store_is_told_and_never_zeros() -> None:
         assert workload.process.poll() is None
 
 
-def test_a_large_page_that_has_gone_whole_is_not_mapped_whole_when_its_first_page_is_back() -> None:
-    """It stands on a large page again then, which is empty but for that page."""
+def test_partly_reloaded_large_page_is_not_mapped_by_a_pmd() -> None:
+    """Its first page is reloaded into a new huge page whose other pages are empty."""
     reclaiming = ("large-pages", "cold", "--reclaim", "store", *EVERYTHING)
     with Program(str(Path(__file__).with_name("cold_parent.py"))) as parent:
         parent.json()
@@ -331,7 +333,7 @@ def test_a_large_page_that_has_gone_whole_is_not_mapped_whole_when_its_first_pag
         assert parent.json() == {"right": True}
 
 
-def test_a_child_that_is_forked_has_no_zeros_for_pages() -> None:
+def test_forked_child_reads_evicted_pages() -> None:
     with Program(str(Path(__file__).with_name("cold_parent.py"))) as parent:
         parent.json()
         reclaim()
@@ -339,7 +341,7 @@ def test_a_child_that_is_forked_has_no_zeros_for_pages() -> None:
         assert parent.json() == {"right": True}
 
 
-def test_no_store_for_any_process_and_none_where_it_cannot_be_written(tmp_path: Path) -> None:
+def test_store_for_unmanaged_process_or_unwritable_folder_is_refused(tmp_path: Path) -> None:
     with ledger() as workload:
         stranger = pageferry("large-pages", f"pid:{workload.process.pid}", "--reclaim", "store", *EVERYTHING)
         assert stranger.returncode == 3
@@ -348,8 +350,8 @@ def test_no_store_for_any_process_and_none_where_it_cannot_be_written(tmp_path: 
         assert missing.returncode == 2
 
 
-def test_sharing_leaves_alone_what_is_in_a_store() -> None:
-    """It is not looked at, does not come, and zeros are given back beside it."""
+def test_sharing_skips_pages_in_the_cold_store() -> None:
+    """Stored pages are neither scanned nor loaded; zero pages beside them are discarded."""
     with ledger():
         reclaim()
         folder = Registry().folder("cold")
@@ -360,7 +362,7 @@ def test_sharing_leaves_alone_what_is_in_a_store() -> None:
         assert after is not None
         assert found.deferred == 0
         assert any("cold store" in note for note in found.not_shareable)
-        # What the ledger itself has accessed meanwhile may have come; the counters are not of one instant.
+        # The ledger's own accesses may have reloaded pages; the counters are not read at one point in time.
         assert after.loaded - before.loaded <= 16 * (after.missed - before.missed + 8)
         for _ in range(3):
             asyncio.run(sharing.share(["cold"], threshold=1))
@@ -381,8 +383,10 @@ for line in sys.stdin:
 """
 
 
-def test_equal_cold_pages_are_stored_once() -> None:
-    """Of 8,192 pages that have 50 contents between them, the store holds 50; each comes back as it was, and apart."""
+def test_duplicate_cold_pages_are_stored_once() -> None:
+    """For 8,192 pages with 50 different contents the store holds 50 pages; each is reloaded correctly into separate
+    memory.
+    """
     with Program("-c", TWINS) as program:
         assert program.line() == "ready"
         program.say("hash")
@@ -391,7 +395,7 @@ def test_equal_cold_pages_are_stored_once() -> None:
         stored = done["store"]
         assert (done["broken"], stored["pages"], stored["equal"]) == (16, 8192, 8192 - 50)
         assert stored["bytes"] < 8192 * (16 + 4) + 50 * 4096 + 64 * 1024, (
-            "the page map, and 50 pages that do not compress"
+            "more than the page map and 50 incompressible pages"
         )
         assert before - resident() == done["reclaimed"] == 32 * MIB
         program.say("hash")

@@ -1,4 +1,4 @@
-"""Arenas into which the kernel reads through pinned pages: no read is lost, whenever it began and ended."""
+"""Arenas into which the kernel reads through pinned pages (direct I/O): no read is lost, at any time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEANS = ["thread", "ring", "fixed"]
 
 @contextmanager
 def reading(tmp_path: Path, means: str) -> Iterator[tuple[Program, SlowDisk]]:
-    """A program with the arena `here`."""
+    """Yield a program with the arena `here`."""
     with (
         slow_disk(tmp_path / "mounted") as disk,
         Program("-m", READER, "source", "here", str(disk.path), means) as program,
@@ -42,13 +42,13 @@ def reading(tmp_path: Path, means: str) -> Iterator[tuple[Program, SlowDisk]]:
 
 
 def begin(program: Program, disk: SlowDisk) -> None:
-    """Have it read, and wait until the disk has the request."""
+    """Start a read, and wait until the disk has the request."""
     program.say("read")
     disk.held()
 
 
 @pytest.mark.parametrize("means", MEANS)
-def test_a_read_that_begins_before_the_trace_is_there(tmp_path: Path, means: str) -> None:
+def test_read_started_before_the_trace_is_not_lost(tmp_path: Path, means: str) -> None:
     with reading(tmp_path, means) as (program, disk), Program("-m", READER, "destination") as there:
         begin(program, disk)
         with moving.migrating("here", there.line()) as migration:
@@ -61,7 +61,7 @@ def test_a_read_that_begins_before_the_trace_is_there(tmp_path: Path, means: str
 
 
 @pytest.mark.parametrize("means", MEANS)
-def test_a_read_that_begins_in_a_round(tmp_path: Path, means: str) -> None:
+def test_read_started_during_a_round_is_not_lost(tmp_path: Path, means: str) -> None:
     with reading(tmp_path, means) as (program, disk), Program("-m", READER, "destination") as there:
         migration = moving.migrating("here", there.line(), fault="source.between-rounds=stop")
         with migration:
@@ -75,8 +75,8 @@ def test_a_read_that_begins_in_a_round(tmp_path: Path, means: str) -> None:
             assert there.line() == "fresh"
 
 
-def test_a_read_into_a_registered_buffer_that_ends_before_the_pause(tmp_path: Path) -> None:
-    """The trace does not report it: the page was pinned long before."""
+def test_read_into_registered_buffer_before_the_pause_is_not_lost(tmp_path: Path) -> None:
+    """The trace does not report the read, because the page was pinned before the trace was installed."""
     with reading(tmp_path, "fixed") as (program, disk), Program("-m", READER, "destination") as there:
         migration = moving.migrating("here", there.line(), fault="source.between-rounds=stop")
         with migration:
@@ -91,7 +91,7 @@ def test_a_read_into_a_registered_buffer_that_ends_before_the_pause(tmp_path: Pa
             assert result["direct-io"]["pinned-pages"] == 16
 
 
-def test_a_program_that_says_it_does_no_direct_io_is_paused_once(tmp_path: Path) -> None:
+def test_program_declared_without_direct_io_is_paused_once(tmp_path: Path) -> None:
     with moving.ledger("here") as program, moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there)) as migration:
             assert moving.until(migration, "migration")["direct-io"]["drains"] == 0
@@ -99,7 +99,7 @@ def test_a_program_that_says_it_does_no_direct_io_is_paused_once(tmp_path: Path)
 
 
 def saved(path: Path, after: Callable[[], None] | None = None, **options: Any) -> CheckpointResult:
-    """A checkpoint of the arena by this process; `after` is called half a second later."""
+    """Return a checkpoint of the arena by this process; `after` is called half a second later."""
 
     async def save() -> CheckpointResult:
         arena = await open_workload("here")
@@ -124,7 +124,7 @@ def buffer_in(path: Path) -> str:
 
 
 @pytest.mark.parametrize("means", ["thread", "ring"])
-def test_a_checkpoint_in_rounds_while_a_read_is_in_flight(tmp_path: Path, means: str) -> None:
+def test_checkpoint_in_rounds_during_a_read_is_consistent(tmp_path: Path, means: str) -> None:
     with reading(tmp_path, means) as (program, disk):
         assert saved(tmp_path / "0", track=True).tracked
         begin(program, disk)
@@ -136,15 +136,15 @@ def test_a_checkpoint_in_rounds_while_a_read_is_in_flight(tmp_path: Path, means:
         assert (after.tracking, buffer_in(tmp_path / "2")) == ("trace", "fresh")
 
 
-def test_a_first_checkpoint_with_a_trace_while_a_read_is_in_flight(tmp_path: Path) -> None:
+def test_first_traced_checkpoint_during_a_read_is_consistent(tmp_path: Path) -> None:
     with reading(tmp_path, "thread") as (program, disk):
         begin(program, disk)
         assert saved(tmp_path / "0", disk.answer, track=True).tracked
         assert buffer_in(tmp_path / "0") == "fresh"
 
 
-def test_memory_that_stays_pinned_is_saved_while_it_is_paused(tmp_path: Path) -> None:
-    """By a chain: the trace since the parent does not report what was read into the registered buffer."""
+def test_pinned_memory_is_saved_during_the_pause(tmp_path: Path) -> None:
+    """An incremental checkpoint: the trace since the parent does not report reads into the registered buffer."""
     with reading(tmp_path, "fixed") as (program, disk):
         saved(tmp_path / "0", track=True)
         begin(program, disk)
@@ -156,16 +156,16 @@ def test_memory_that_stays_pinned_is_saved_while_it_is_paused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("means", MEANS)
-def test_a_read_into_memory_that_is_being_reclaimed(tmp_path: Path, means: str) -> None:
+def test_read_into_memory_during_reclaim_is_not_lost(tmp_path: Path, means: str) -> None:
     with reading(tmp_path, means) as (program, disk):
-        if means != "fixed":  # in flight from before the first pause
+        if means != "fixed":  # in flight since before the first pause
             begin(program, disk)
         options = ("--sample", "100%", "--rounds", "1", "--budget", "0", "--window", "50ms")
         timer = threading.Timer(0.5, disk.answer)
         timer.start()
         command("large-pages", "here", "--reclaim", "store", *options)
         timer.join()
-        if means == "fixed":  # pinned for good: a read that begins afterwards
+        if means == "fixed":  # pinned permanently: a read that starts later
             begin(program, disk)
             disk.answer()
         assert program.line().startswith("read ")
@@ -173,7 +173,7 @@ def test_a_read_into_memory_that_is_being_reclaimed(tmp_path: Path, means: str) 
         assert program.line() == "fresh"
 
 
-def test_zeros_in_a_registered_buffer_stay(tmp_path: Path) -> None:
+def test_zeros_in_registered_buffer_are_not_discarded(tmp_path: Path) -> None:
     with reading(tmp_path, "fixed") as (program, disk):
         program.say("clear")
         assert program.line() == "cleared"

@@ -1,4 +1,4 @@
-"""Named arenas that their program drops without closing them: memory and name are given up, with a warning."""
+"""Named arenas that the program drops without closing: memory and name are released, with a warning."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MIB = 1 << 20
 
 
 def nothing() -> None:
-    """A callback."""
+    """Do nothing, as a callback."""
 
 
 def mappings_of(inode: int) -> int:
-    """How often this process maps a file."""
+    """Return how often this process maps a file."""
     lines = Path("/proc/self/maps").read_bytes().split(b"\n")
     return sum(int(line.split()[4]) == inode for line in lines if line)
 
@@ -41,7 +41,7 @@ def inode_of(arena: Arena) -> int:
 
 @contextmanager
 def warned(count: int = 1) -> Iterator[None]:
-    """Expect this number of warnings. None is kept: it would refer to the arena."""
+    """Expect this number of warnings. None is kept, because it would refer to the arena."""
     found: list[str] = []
 
     def note(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -77,7 +77,7 @@ def test_arena_in_a_cycle_with_its_callbacks_is_freed_by_the_collector() -> None
             self.arena = Arena(4 * MIB, "dropped", on_pause=self.pause)
 
         def pause(self) -> None:
-            """Refers to the holder."""
+            """Refer to the holder."""
 
     inode = inode_of(Holder().arena)
     with warned():
@@ -85,7 +85,7 @@ def test_arena_in_a_cycle_with_its_callbacks_is_freed_by_the_collector() -> None
     is_free(inode)
 
 
-def test_arena_collected_while_the_run_directory_is_locked_waits_for_nothing() -> None:
+def test_collecting_arena_does_not_wait_for_run_directory_lock() -> None:
     arena = Arena(4 * MIB, "dropped", on_pause=nothing)
     inode = inode_of(arena)
     with warned(), Registry().locked():
@@ -130,7 +130,7 @@ def test_client_keeps_the_arena_that_it_has_paused() -> None:
     is_free(inode)
 
 
-def test_dropped_arena_of_an_image_is_freed_before_all_is_loaded(tmp_path: Path) -> None:
+def test_dropped_arena_of_an_image_is_freed_while_pages_are_deferred(tmp_path: Path) -> None:
     path = Maker(2048).write(tmp_path / "image")
     arena = pageferry.restore(path, "dropped", prefetch=False, on_pause=nothing)
     inode = inode_of(arena)
@@ -143,7 +143,7 @@ def test_dropped_arena_of_an_image_is_freed_before_all_is_loaded(tmp_path: Path)
 
 
 @pytest.mark.parametrize("end", ["arena.close()", "pass"], ids=["closed", "end-of-program"])
-def test_named_arena_is_not_warned_of(end: str) -> None:
+def test_closed_arena_causes_no_warning(end: str) -> None:
     program = f"import pageferry; arena = pageferry.Arena(4096, 'dropped', on_pause=lambda: None); {end}"
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True, timeout=60

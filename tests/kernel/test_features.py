@@ -1,4 +1,4 @@
-"""What probes find, against what the kernel says of itself elsewhere."""
+"""Feature probes, compared with other kernel interfaces that report the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def probing(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module", params=["self", "nobody"])
 def seen(request: pytest.FixtureRequest) -> Seen:
-    """What this user finds, and what one without any rights does."""
+    """Return the features that this user has, and those of a user without privileges."""
     if request.param == "nobody" and os.geteuid() != 0:
         pytest.skip("only root can become another user")
     ended = probing("features", *([str(NOBODY)] if request.param == "nobody" else []))
@@ -56,7 +56,7 @@ def has(seen: Seen, capability: int) -> bool:
     return bool(seen.capabilities >> capability & 1)
 
 
-def test_every_feature_is_reported_and_only_what_is_missing_has_a_remedy(seen: Seen) -> None:
+def test_every_feature_is_reported_and_only_missing_ones_have_a_remedy(seen: Seen) -> None:
     assert list(seen.features) == [probe.name for probe in PROBES]
     for name, feature in seen.features.items():
         assert feature.detail
@@ -64,7 +64,7 @@ def test_every_feature_is_reported_and_only_what_is_missing_has_a_remedy(seen: S
         assert (feature.remedy is None) == feature.available
 
 
-def test_privileges_decide_what_only_root_may_do(seen: Seen) -> None:
+def test_features_for_root_need_privileges(seen: Seen) -> None:
     unprivileged_faults = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
     expected = {
         "userfaultfd-kernel-faults": has(seen, CAP_SYS_PTRACE) or unprivileged_faults,
@@ -79,15 +79,15 @@ def test_privileges_decide_what_only_root_may_do(seen: Seen) -> None:
             assert "run as root" in (seen.features[name].remedy or "")
 
 
-def test_userfaultfd_says_whose_faults_it_handles(seen: Seen) -> None:
+def test_userfaultfd_detail_names_the_faults_it_handles(seen: Seen) -> None:
     found = seen.features["userfaultfd"]
     assert found.available == Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
     assert ("user mode only" in found.detail) == (not seen.features["userfaultfd-kernel-faults"].available)
 
 
-def test_userfaultfd_does_what_its_feature_bits_promise(seen: Seen) -> None:
+def test_userfaultfd_features_match_feature_bits(seen: Seen) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    file = libc.syscall(323, os.O_CLOEXEC | 1)  # faults of user mode only
+    file = libc.syscall(323, os.O_CLOEXEC | 1)  # handles faults of user mode only
     if file == -1:
         pytest.skip("no userfaultfd")
     handshake = bytearray(struct.pack("=3Q", 0xAA, 0, 0))
@@ -108,7 +108,7 @@ def test_userfaultfd_does_what_its_feature_bits_promise(seen: Seen) -> None:
     }
 
 
-def test_processes_can_be_worked_on_by_who_may_trace_them(seen: Seen) -> None:
+def test_process_access_matches_ptrace_permission(seen: Seen) -> None:
     yama = processes.YAMA.read_text().strip() if processes.YAMA.exists() else "0"
     may = yama == "0" or (yama != "3" and has(seen, CAP_SYS_PTRACE))
     if Path("/proc/self/status").read_text().split("Seccomp:")[1].split()[0] != "0":
@@ -118,7 +118,7 @@ def test_processes_can_be_worked_on_by_who_may_trace_them(seen: Seen) -> None:
     assert seen.features["adopt"].available == (may and seen.features["uffd-wp-async-shmem"].available)
 
 
-def test_large_page_modes_are_those_of_sysfs(seen: Seen) -> None:
+def test_large_page_modes_match_sysfs(seen: Seen) -> None:
     thp, shmem = seen.features["thp"], seen.features["shmem-thp"]
     for feature, switch in ((thp, "enabled"), (shmem, "shmem_enabled")):
         current = re.search(r"\[(\w+)\]", (pages.THP / switch).read_text())
@@ -130,7 +130,7 @@ def test_large_page_modes_are_those_of_sysfs(seen: Seen) -> None:
             assert feature.available
 
 
-def test_hugetlb_pool_is_that_of_meminfo(seen: Seen) -> None:
+def test_hugetlb_pool_matches_meminfo(seen: Seen) -> None:
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = int(meminfo["HugePages_Total"]), int(meminfo["HugePages_Free"])
     assert seen.features["hugetlb"].detail.startswith(f"{free} of {total} pages of 2 MiB free")
@@ -139,7 +139,7 @@ def test_hugetlb_pool_is_that_of_meminfo(seen: Seen) -> None:
     assert seen.features["hugetlb"].available == (free - reserved + surplus > 0)
 
 
-def test_hugetlb_pool_with_a_page_is_found(root: None) -> None:
+def test_hugetlb_pool_with_one_page_is_found(root: None) -> None:
     size = pages.HUGETLB / "nr_hugepages"
     before = int(size.read_text())
     size.write_text(str(before + 1))
@@ -162,7 +162,7 @@ def test_kvm_needs_its_device(seen: Seen) -> None:
     assert kvm.available or not ahead.available
 
 
-def test_ksm_is_as_sysfs_says(seen: Seen) -> None:
+def test_ksm_matches_sysfs(seen: Seen) -> None:
     found = seen.features["ksm"]
     if not machine.KSM.exists():
         assert not found.available
@@ -173,7 +173,7 @@ def test_ksm_is_as_sysfs_says(seen: Seen) -> None:
     assert ("in use by nobody" in found.detail) == ((machine.KSM / "pages_sharing").read_text().strip() == "0")
 
 
-def test_cgroup_v2_is_as_mounted(seen: Seen) -> None:
+def test_cgroup_v2_matches_mounts(seen: Seen) -> None:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     unified = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
     usable = [root for root in unified if "memory" in (root / "cgroup.controllers").read_text().split()]
@@ -182,7 +182,7 @@ def test_cgroup_v2_is_as_mounted(seen: Seen) -> None:
         assert str(unified[0]) in seen.features["cgroup-v2"].detail
 
 
-def test_no_switch_of_the_machine_is_changed() -> None:
+def test_probes_change_no_machine_wide_setting() -> None:
     switches = [*Path("/sys/kernel/mm").glob("transparent_hugepage/*enabled"), pages.HUGETLB / "nr_hugepages"]
     switches += [machine.KSM / "run", Path("/proc/sys/vm/unprivileged_userfaultfd")]
     before = {path: path.read_text() for path in switches if path.exists()}
@@ -192,7 +192,7 @@ def test_no_switch_of_the_machine_is_changed() -> None:
     assert Path("/proc/self/mounts").read_text() == mounts
 
 
-def test_pagemap_scan_agrees_with_pagemap() -> None:
+def test_pagemap_scan_matches_pagemap() -> None:
     memory = Anonymous(LARGE_PAGE)
     kernel.madvise(memory.address, LARGE_PAGE, 15, "MADV_NOHUGEPAGE")
     for page in (0, 1, 7, 100, 511):
@@ -207,7 +207,7 @@ def test_pagemap_scan_agrees_with_pagemap() -> None:
 
 
 def large_bytes(address: int) -> int:
-    """AnonHugePages of the mapping at an address, from smaps."""
+    """Return AnonHugePages, from smaps, of the mapping at an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -217,9 +217,9 @@ def large_bytes(address: int) -> int:
     raise LookupError(hex(address))
 
 
-def test_large_pages_are_those_of_smaps() -> None:
+def test_large_pages_match_smaps() -> None:
     if pages.mode("enabled") == "never":
-        pytest.skip("transparent huge pages are off")
+        pytest.skip("transparent huge pages are disabled")
     memory = Anonymous(LARGE_PAGE)
     kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
     kernel.write_memory(memory.address, b"x")
@@ -230,7 +230,7 @@ def test_large_pages_are_those_of_smaps() -> None:
 
 @pytest.fixture(scope="module")
 def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Feature], int]:
-    """What is said of probes that misbehave; the pid of a child that one of them left behind."""
+    """Return the results of misbehaving probes, and the pid of a child left behind by one of them."""
     file = tmp_path_factory.mktemp("misbehaving") / "child"
     ended = probing("misbehaving", CHILD_FILE=str(file))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -254,11 +254,11 @@ def test_probe_that_misbehaves_is_reported_as_such(
     assert misbehaving[0][probe] == Feature(probe, False, detail, remedy)
 
 
-def test_probe_beside_those_that_misbehave_is_heard(misbehaving: tuple[dict[str, Feature], int]) -> None:
+def test_probe_beside_misbehaving_ones_is_reported(misbehaving: tuple[dict[str, Feature], int]) -> None:
     assert misbehaving[0]["writes"] == Feature("writes", True, "wrote")
 
 
-def test_what_a_hanging_probe_started_ends_with_it(misbehaving: tuple[dict[str, Feature], int]) -> None:
+def test_children_of_a_hanging_probe_are_killed_with_it(misbehaving: tuple[dict[str, Feature], int]) -> None:
     status = Path(f"/proc/{misbehaving[1]}/stat")
     assert not status.exists() or status.read_text().rsplit(")")[1].split()[0] == "Z"
 
@@ -285,7 +285,7 @@ def test_kernel_without_userfaultfd_cannot_do_the_main_job() -> None:
     }
 
 
-def test_filtered_processes_cannot_be_adopted_and_only_guests_need_that(tmp_path: Path) -> None:
+def test_denied_process_access_affects_guests_only(tmp_path: Path) -> None:
     code, report, _ = check_denied("unused=1", "")
     found = {feature["name"]: feature for feature in report["features"]}
     assert not found["adopt"]["available"]

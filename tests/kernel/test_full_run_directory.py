@@ -1,4 +1,4 @@
-"""A run directory that is full after a migration has begun: what must be decided after Commit still is."""
+"""A run directory that fills up during a migration: decisions after Commit are still recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIGRATION = "0" * 32
 
 @pytest.fixture
 def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
-    """Decisions on a small file system of which nothing is left once `fill` was called."""
+    """Yield decisions on a small file system, which `fill` exhausts."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=40,mode=700", "tmpfs", tmp_path], capture_output=True
     )
@@ -31,7 +31,7 @@ def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
 
 
 def fill(folder: Path) -> None:
-    """Use all bytes, then all files."""
+    """Use all bytes, then all inodes."""
     with contextlib.suppress(OSError), open(folder / "bytes", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -43,7 +43,7 @@ def fill(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("verdict", list(Verdict))
-def test_decision_is_taken_on_a_full_file_system(full: tuple[Verdicts, Path], verdict: Verdict) -> None:
+def test_decision_is_recorded_on_full_file_system(full: tuple[Verdicts, Path], verdict: Verdict) -> None:
     verdicts, folder = full
     verdicts.begin(MIGRATION)
     fill(folder)
@@ -52,7 +52,7 @@ def test_decision_is_taken_on_a_full_file_system(full: tuple[Verdicts, Path], ve
         assert verdicts.decide(MIGRATION, later) is verdict
 
 
-def test_decision_is_withdrawn_on_a_full_file_system(full: tuple[Verdicts, Path]) -> None:
+def test_decision_is_withdrawn_on_full_file_system(full: tuple[Verdicts, Path]) -> None:
     verdicts, folder = full
     verdicts.begin(MIGRATION)
     verdicts.decide(MIGRATION, Verdict.COMMITTED)
@@ -61,7 +61,7 @@ def test_decision_is_withdrawn_on_a_full_file_system(full: tuple[Verdicts, Path]
     assert verdicts.decide(MIGRATION, Verdict.COMMITTED) is Verdict.ABORTED
 
 
-def test_arrival_is_noted_on_a_full_file_system(full: tuple[Verdicts, Path]) -> None:
+def test_arrival_is_recorded_on_full_file_system(full: tuple[Verdicts, Path]) -> None:
     verdicts, folder = full
     verdicts.begin(MIGRATION)
     verdicts.decide(MIGRATION, Verdict.COMMITTED)
@@ -70,7 +70,7 @@ def test_arrival_is_noted_on_a_full_file_system(full: tuple[Verdicts, Path]) -> 
     assert verdicts.arrived(MIGRATION)
 
 
-def test_nothing_is_left_of_a_migration_that_is_forgotten(full: tuple[Verdicts, Path]) -> None:
+def test_forgotten_migration_leaves_no_files(full: tuple[Verdicts, Path]) -> None:
     verdicts, folder = full
     verdicts.begin(MIGRATION)
     verdicts.decide(MIGRATION, Verdict.COMMITTED)

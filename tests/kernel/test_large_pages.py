@@ -1,4 +1,4 @@
-"""Activity of large pages (S3): known patterns are found as they are, nothing is lost, and all mappings come back."""
+"""Activity of huge pages (S3): known access patterns are measured, no write is lost, and all mappings are restored."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ LENGTH = UNITS * LARGE_PAGE
 PATTERNS: dict[int, set[int]] = {
     0: set(range(SLOTS)),  # dense
     1: set(range(0, SLOTS, 8)),  # sparse
-    2: {77},  # one page, not the one that the mark is on
-    3: {0, 511},  # the first, which it is on, and the last
+    2: {77},  # one page, not that of the mark
+    3: {0, 511},  # the first, which has the mark, and the last
     4: set(),  # cold
     5: set(range(100, 300)),
 }
@@ -45,14 +45,14 @@ PATTERNS: dict[int, set[int]] = {
 
 @dataclasses.dataclass
 class Memory:
-    """Memory of another process, all of it on large pages."""
+    """Memory of another process, all of it on huge pages."""
 
     owner: Target
     address: int
     kind: str
 
     def access(self) -> None:
-        """Read some pages and write others, as PATTERNS has it."""
+        """Read some pages and write others, as in PATTERNS."""
         pages = [unit * SLOTS + slot for unit, slots in PATTERNS.items() for slot in slots]
         self.owner.order("read", self.address, pages[::2])
         self.owner.order("write", self.address, pages[1::2], 1)
@@ -79,17 +79,17 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
             address = owner.order("anonymous", LENGTH)
         found = Memory(owner, address, request.param)
         if len(found.large()) < UNITS:
-            pytest.skip("there is not enough contiguous memory for large pages")
+            pytest.skip("not enough contiguous memory for huge pages")
         yield found
 
 
-def test_known_patterns_of_another_process(memory: Memory) -> None:
+def test_known_access_patterns_are_measured(memory: Memory) -> None:
     async def look() -> dict[int, tuple[int, int | None]]:
         with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
             pages = [page for page in tracker.large_pages() if memory.address <= page.address < memory.address + LENGTH]
             assert len(pages) == UNITS
             found = {}
-            for half in (pages[::2], pages[1::2]):  # no two adjacent ones
+            for half in (pages[::2], pages[1::2]):  # no two adjacent pages
                 for activity in await while_doing(memory.access, tracker.window(half, 0.02)):
                     unit = (activity.page.address - memory.address) // LARGE_PAGE
                     found[unit] = (activity.count, activity.touched)
@@ -105,7 +105,7 @@ def test_known_patterns_of_another_process(memory: Memory) -> None:
     assert "uw" not in memory.flags()
 
 
-def test_sharing_is_told_which_are_in_use(memory: Memory) -> None:
+def test_sharing_spares_large_pages_in_use(memory: Memory) -> None:
     hot = asyncio.run(while_doing(memory.access, hot_large_pages([f"pid:{memory.owner.pid}"])))
     with process_target(memory.owner.pid) as target:
         (area,) = [area for area in target.areas if area.address <= memory.address < area.end]
@@ -114,19 +114,19 @@ def test_sharing_is_told_which_are_in_use(memory: Memory) -> None:
     assert ours == {unit for unit, slots in PATTERNS.items() if len(slots) >= HOT}
 
 
-def test_reclaim_is_told_what_can_be_shared(memory: Memory) -> None:
+def test_reclaim_knows_shareable_pages(memory: Memory) -> None:
     async def look() -> dict[tuple[int, int], int]:
         with only(memory.owner.pid, memory.address) as target:
             return await shareable_pages(target)
 
     found = asyncio.run(look())
     counts = {found.get((memory.owner.pid, memory.address + unit * LARGE_PAGE)) for unit in range(UNITS)}
-    # All pages are alike, and none of zeros: private memory can be shared, files only where they are zeros.
+    # All pages have the same contents, not zeros: private memory can be shared, files only if zero.
     assert counts == ({SLOTS} if memory.kind == "anon" else {0})
 
 
-def test_the_page_stays_whole_where_it_is(root: None) -> None:
-    """Shared memory: the very same frames are mapped before, during and after."""
+def test_sampling_keeps_shared_frames(root: None) -> None:
+    """For shared memory: the same frames are mapped before, during and after."""
     with backing("large", LENGTH) as (fd,), Target(fd) as owner:
         address = owner.order("map", fd, LENGTH)
         owner.order("write", address, list(range(LENGTH // SMALL_PAGE)), 1)
@@ -144,7 +144,7 @@ def test_the_page_stays_whole_where_it_is(root: None) -> None:
         assert address in large_mapped(owner.pid, address, LENGTH)
 
 
-def test_private_memory_is_counted_in_the_same_frames_until_it_is_restored(root: None) -> None:
+def test_sampling_keeps_private_frames_until_restored(root: None) -> None:
     with Target() as owner:
         address = owner.order("anonymous", LENGTH)
         before = frames(owner.pid, address, SLOTS)
@@ -158,7 +158,7 @@ def test_private_memory_is_counted_in_the_same_frames_until_it_is_restored(root:
         assert sampler.restore() == []
 
 
-def test_a_page_that_two_processes_map_is_as_active_as_both_make_it() -> None:
+def test_activity_includes_all_processes_that_map_a_page() -> None:
     with backing("large", LENGTH) as (fd,), Target(fd) as one, Target(fd) as other:
         places = [(owner, owner.order("map", fd, LENGTH)) for owner in (one, other)]
         for owner, address in places:
@@ -187,7 +187,7 @@ def test_a_page_that_two_processes_map_is_as_active_as_both_make_it() -> None:
             assert len(large_mapped(owner.pid, address, LENGTH)) == UNITS
 
 
-def test_a_result_for_all_of_a_process(memory: Memory) -> None:
+def test_result_covers_all_memory_of_a_process(memory: Memory) -> None:
     async def look() -> None:
         with only(memory.owner.pid, memory.address) as target:
             options = Options(sample=1.0, budget=None, window=0.02, rounds=4)
@@ -204,7 +204,7 @@ def test_a_result_for_all_of_a_process(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("window", [0.001, 0.02])
-def test_no_write_is_lost_while_everything_is_sampled(window: float) -> None:
+def test_no_write_is_lost_during_sampling(window: float) -> None:
     length = 16 * LARGE_PAGE
     with backing("large", length) as (fd,):
         mapping = Mapping(fd, length)
@@ -226,7 +226,7 @@ def test_no_write_is_lost_while_everything_is_sampled(window: float) -> None:
         assert restored == 20 * 16
 
 
-def test_a_cancelled_window_restores(memory: Memory) -> None:
+def test_cancelled_window_restores_mappings(memory: Memory) -> None:
     async def look() -> None:
         with only(memory.owner.pid, memory.address) as target:
             tracker = Tracker(target)
@@ -243,8 +243,8 @@ def test_a_cancelled_window_restores(memory: Memory) -> None:
     assert len(memory.large()) == UNITS
 
 
-def test_the_sampled_runs_on_when_the_sampler_is_killed(memory: Memory) -> None:
-    """Protections go with it. The mappings stay small, the memory is as it was, and can be sampled again."""
+def test_sampled_process_survives_killed_sampler(memory: Memory) -> None:
+    """The protections are removed with it. The memory is intact, mapped by PTEs, and can be sampled again."""
     shared = memory.kind == "shared"
     content = memory.owner.order("sum", memory.address, LENGTH)
     pages = [memory.address, memory.address + 2 * LARGE_PAGE]
@@ -260,7 +260,7 @@ def test_the_sampled_runs_on_when_the_sampler_is_killed(memory: Memory) -> None:
     assert len(memory.large()) == UNITS
 
 
-def test_memory_that_another_command_holds_is_refused_by_name(memory: Memory) -> None:
+def test_memory_held_by_another_command_is_refused(memory: Memory) -> None:
     other = Sampler(Space(memory.owner.pid))
     with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
         other.hold([memory.address + 2 * LARGE_PAGE])
@@ -272,7 +272,7 @@ def test_memory_that_another_command_holds_is_refused_by_name(memory: Memory) ->
     assert "uw" not in memory.flags()
 
 
-def test_a_process_that_ends_in_the_window(memory: Memory) -> None:
+def test_process_that_exits_during_the_window_is_an_error(memory: Memory) -> None:
     async def look() -> None:
         with only(memory.owner.pid, memory.address) as target:
             tracker = Tracker(target)
@@ -288,7 +288,7 @@ def test_a_process_that_ends_in_the_window(memory: Memory) -> None:
     asyncio.run(look())
 
 
-def test_what_is_unmapped_meanwhile_is_left_out(memory: Memory) -> None:
+def test_memory_unmapped_during_the_window_is_left_out(memory: Memory) -> None:
     with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
         pages = [page for page in tracker.large_pages() if page.address >= memory.address][::2]
         memory.owner.order("call", "munmap", memory.address + 2 * LARGE_PAGE, LARGE_PAGE)
@@ -299,7 +299,7 @@ def test_what_is_unmapped_meanwhile_is_left_out(memory: Memory) -> None:
     assert len(memory.large()) == UNITS - 1
 
 
-def test_locked_memory_is_no_error(memory: Memory, root: None) -> None:
+def test_locked_memory_is_sampled(memory: Memory, root: None) -> None:
     memory.owner.order("call", "mlock", memory.address, LENGTH)
     with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
         pages = [page for page in tracker.large_pages() if page.address >= memory.address][::2]
@@ -310,7 +310,7 @@ def test_locked_memory_is_no_error(memory: Memory, root: None) -> None:
     assert len(memory.large()) == UNITS
 
 
-def test_watching_until_interrupted(memory: Memory) -> None:
+def test_watch_runs_until_interrupted(memory: Memory) -> None:
     words = ("--watch", "--window", "20ms", "--output", "json", "--sample", "100%", "--budget", "0")
     with Program("-m", "pageferry", "large-pages", f"pid:{memory.owner.pid}", *words) as watching:
         while watching.json()["type"] != "large-pages":
@@ -322,7 +322,7 @@ def test_watching_until_interrupted(memory: Memory) -> None:
     assert len(memory.large()) == UNITS
 
 
-def test_targets() -> None:
+def test_targets_are_parsed() -> None:
     with pytest.raises(UsageError, match="no number"):
         asyncio.run(open_target("pid:x"))
     with backing("large", LENGTH) as (fd,):
@@ -337,7 +337,7 @@ def test_targets() -> None:
             assert not any("stack" in area.name or "vdso" in area.name for area in target.areas)
 
 
-def test_the_command(memory: Memory) -> None:
+def test_command_reports_json(memory: Memory) -> None:
     done = command(
         f"pid:{memory.owner.pid}", "--sample", "100%", "--window", "20ms", "--output", "json", "--budget", "0"
     )
@@ -345,13 +345,13 @@ def test_the_command(memory: Memory) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["type"] == "large-pages"
     samples = {one["address"]: one["activity"] for one in result["samples"]}
-    assert {samples[memory.address + unit * LARGE_PAGE] for unit in range(UNITS)} == {0}, "nobody accesses it"
+    assert {samples[memory.address + unit * LARGE_PAGE] for unit in range(UNITS)} == {0}, "no process accesses it"
     assert result["restored"] >= (UNITS if memory.kind == "shared" else 0)
     assert len(memory.large()) == UNITS
     assert "idle" in command(f"pid:{memory.owner.pid}", "--window", "20ms").stdout
 
 
-def test_what_the_command_refuses() -> None:
+def test_command_refuses_invalid_options() -> None:
     me = f"pid:{os.getpid()}"
     assert (command(me, "--reclaim", "store").returncode, command("pid:0x1").returncode) == (3, 2)
     assert command(me, "--sample", "0").returncode == 2
@@ -372,8 +372,8 @@ def test_reclaim_to_swap_needs_swap() -> None:
         reclaim.check_swap()
 
 
-def test_cold_small_pages_go_to_swap_and_come_back(memory: Memory, swap: None) -> None:
-    """Those of large pages below the threshold; others stay whole; every byte is there afterwards."""
+def test_cold_pages_are_swapped_out_and_in(memory: Memory, swap: None) -> None:
+    """Those of huge pages below the threshold; others stay whole, and no contents change."""
     content = memory.owner.order("sum", memory.address, LENGTH)
     for slot in (0, 100, 511):
         memory.owner.order("write", memory.address, [unit * SLOTS + slot for unit in range(UNITS)], 1)
@@ -393,7 +393,7 @@ def test_cold_small_pages_go_to_swap_and_come_back(memory: Memory, swap: None) -
     assert memory.owner.order("sum", memory.address, LENGTH) == content
 
 
-def test_no_write_is_lost_while_memory_is_reclaimed(swap: None) -> None:
+def test_no_write_is_lost_during_reclaim(swap: None) -> None:
     length = 16 * LARGE_PAGE
     with backing("large", length) as (fd,):
         mapping = Mapping(fd, length)
@@ -418,6 +418,6 @@ def test_no_write_is_lost_while_memory_is_reclaimed(swap: None) -> None:
 
 @pytest.fixture
 def swap(root: None) -> Iterator[None]:
-    """Swap, for the time of a test."""
+    """Use swap space during a test."""
     with swap_space(64 << 20):
         yield

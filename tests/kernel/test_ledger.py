@@ -1,4 +1,4 @@
-"""The ledger through its binding: threads that write, and damage that shows."""
+"""The ledger through its Python binding: threads that write, and detection of damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_and_pause(ledger: _engine.Ledger, writes: int = 2000) -> None:
     assert ledger.state == "paused"
 
 
-def test_it_writes_and_stays_intact() -> None:
+def test_ledger_writes_and_stays_intact() -> None:
     ledger = _engine.Ledger.create(Arena(8 * MIB), threads=2, zero_fraction=0.3)
     for _ in range(5):
         run_and_pause(ledger)
@@ -44,7 +44,7 @@ def test_it_writes_and_stays_intact() -> None:
     assert ledger.stalls() == (0, [0] * len(histogram))
 
 
-def test_its_options_are_in_memory() -> None:
+def test_options_are_stored_in_memory() -> None:
     options = {
         "threads": 3,
         "seed": 2**64 - 1,
@@ -63,7 +63,7 @@ def test_its_options_are_in_memory() -> None:
     assert found.fingerprint() == made.fingerprint()
 
 
-def test_threads_are_real() -> None:
+def test_threads_write_concurrently() -> None:
     ledger = _engine.Ledger.create(Arena(MIB), threads=3)
     assert ledger.tids == []
     ledger.start(paused=True)
@@ -72,7 +72,7 @@ def test_threads_are_real() -> None:
     assert (ledger.tids, ledger.state) == ([], "stopped")
 
 
-def test_calls_that_make_no_sense_are_refused() -> None:
+def test_invalid_calls_are_refused() -> None:
     arena = Arena(MIB)
     with pytest.raises(ValueError, match="no ledger"):
         _engine.Ledger.attach(arena)
@@ -98,7 +98,7 @@ def test_calls_that_make_no_sense_are_refused() -> None:
         ("torn", lambda page, other: page[:-1] + bytes([page[-1] ^ 1])),
     ],
 )
-def test_planted_damage_shows(kind: str, damage: Callable[[bytes, bytes], bytes]) -> None:
+def test_damage_is_detected(kind: str, damage: Callable[[bytes, bytes], bytes]) -> None:
     arena = Arena(4 * MIB)
     ledger = _engine.Ledger.create(arena, threads=2)
     run_and_pause(ledger)
@@ -112,7 +112,7 @@ def test_planted_damage_shows(kind: str, damage: Callable[[bytes, bytes], bytes]
     assert ledger.digest() != before
 
 
-def test_a_page_of_an_earlier_instant_shows() -> None:
+def test_stale_page_is_detected() -> None:
     arena = Arena(MIB)
     ledger = _engine.Ledger.create(arena)
     memory = memoryview(arena)
@@ -128,7 +128,7 @@ def test_a_page_of_an_earlier_instant_shows() -> None:
     assert (report.stale, report.overwritten, report.first_bad, report.intact) == (0, 1, 7, False)
 
 
-def test_what_is_not_filled_is_not_allocated() -> None:
+def test_unfilled_memory_is_not_allocated() -> None:
     arena = Arena(256 * MIB, large_pages=False)
     ledger = _engine.Ledger.create(arena, threads=4, fill=0.1)
     run_and_pause(ledger)
@@ -140,15 +140,15 @@ def test_what_is_not_filled_is_not_allocated() -> None:
 
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(("fraction", "large"), [(None, 16), (1.0, 16), (0.25, 4), (0.0, 0)])
-def test_a_part_of_the_memory_may_stand_on_large_pages(fraction: float | None, large: int) -> None:
+def test_large_fraction_limits_large_pages(fraction: float | None, large: int) -> None:
     arena = Arena(32 * MIB)
     ledger = _engine.Ledger.create(arena, large_fraction=fraction)
     assert ledger.verify().intact
-    # A second mapping: the units of ours that may not be large are not mapped as such.
+    # A second mapping, because units of the arena's own mapping that must stay base pages are not mapped by PMDs.
     assert sum(_engine.Mapping(arena.fileno(), arena.length).large_units()) == large
 
 
-def test_ctrl_c_ends_a_long_call() -> None:
+def test_keyboard_interrupt_ends_a_long_call() -> None:
     script = """
 import threading, time
 from pageferry import _engine
@@ -173,7 +173,7 @@ def resident(pid: int) -> int:
         return int(statm.read().split()[1]) * PAGE
 
 
-def test_the_program_can_end_with_threads_running() -> None:
+def test_program_exits_with_threads_running() -> None:
     script = """
 from pageferry import _engine
 from pageferry.workloads.arena.arena import Arena

@@ -1,4 +1,4 @@
-"""The built-in workload as a whole: its own process, its children, and a destination that takes it up."""
+"""The built-in workload: its process, its child processes, and a destination that receives it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def controlled(name: str) -> AsyncIterator[RemoteArena]:
 
 
 def received(source: RemoteArena, processes: int = 1, **options: Any) -> LedgerWorkload:
-    """What a destination would have after the last round: a copy of the memory, in an arena that waits."""
+    """Return the state of a destination after the last round: a copy of the memory, in an arena that is paused."""
     (region,) = source.regions
     file, _ = memory_file(region.length)
     try:
@@ -62,7 +62,7 @@ def copy(source: int, destination: int, length: int) -> None:
     memoryview(_engine.Mapping(destination, length))[:] = memoryview(_engine.Mapping(source, length))
 
 
-def test_in_one_process_it_is_a_workload() -> None:
+def test_ledger_in_this_process_is_a_workload() -> None:
     workload = LedgerWorkload.create(8 * MIB, OPTIONS, name="inside")
     assert isinstance(workload, Workload)
     assert isinstance(Registry().lookup("inside"), ArenaEntry)
@@ -82,7 +82,7 @@ def test_in_one_process_it_is_a_workload() -> None:
     assert "inside" not in Registry().entries()
 
 
-def test_setups_that_cannot_be_are_refused() -> None:
+def test_invalid_setups_are_refused() -> None:
     with pytest.raises(UsageError, match="working_set"):
         LedgerWorkload.create(8 * MIB, LedgerOptions(working_set=-1))
     with pytest.raises(UsageError, match="2 threads cannot be shared out to 3"):
@@ -92,7 +92,7 @@ def test_setups_that_cannot_be_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("here", "there"), [(1, 1), (3, 2)])
-def test_it_moves_out_of_its_process(here: int, there: int) -> None:
+def test_ledger_moves_between_processes(here: int, there: int) -> None:
     async def move(program: Program) -> None:
         async with controlled("moving") as source:
             assert len(source.regions[0].segments) == here
@@ -117,7 +117,7 @@ def test_it_moves_out_of_its_process(here: int, there: int) -> None:
         asyncio.run(move(program))
 
 
-def test_it_is_told_to_end() -> None:
+def test_signals_stop_the_ledger() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with ledger_process("ending", processes=2) as program:
             program.process.send_signal(number)
@@ -126,7 +126,7 @@ def test_it_is_told_to_end() -> None:
             assert program.wait() == 0
 
 
-def test_damage_done_from_outside_shows_at_the_end() -> None:
+def test_damage_by_another_process_is_reported_at_the_end() -> None:
     async def damage() -> None:
         async with controlled("damaged") as arena:
             await arena.pause()
@@ -144,7 +144,7 @@ def test_damage_done_from_outside_shows_at_the_end() -> None:
         assert program.wait() == 1
 
 
-def test_memory_of_another_instant_is_refused() -> None:
+def test_state_of_another_snapshot_point_is_refused() -> None:
     async def refuse() -> None:
         async with controlled("instants") as source:
             await source.pause()
@@ -164,10 +164,10 @@ def test_memory_of_another_instant_is_refused() -> None:
         asyncio.run(refuse())
 
 
-def test_one_that_never_came_to_run_leaves_nothing_behind() -> None:
+def test_discarded_destination_leaves_no_process_or_name() -> None:
     async def give_up() -> None:
         async with controlled("staying") as source:
-            destination = received(source, 2, on_moved=lambda: pytest.fail("it was never here"))
+            destination = received(source, 2, on_moved=lambda: pytest.fail("the arena never ran at the destination"))
             destination.arena.register("never-ran")
             child = destination.regions[0].segments[1].pid
             await destination.discard()
@@ -179,7 +179,7 @@ def test_one_that_never_came_to_run_leaves_nothing_behind() -> None:
         asyncio.run(give_up())
 
 
-def test_with_a_digest_one_wrong_byte_is_refused() -> None:
+def test_digest_detects_one_wrong_byte() -> None:
     async def refuse() -> None:
         async with controlled("digested") as source:
             await source.pause()
@@ -195,7 +195,7 @@ def test_with_a_digest_one_wrong_byte_is_refused() -> None:
 
 
 @pytest.mark.parametrize("state", [b"", b"{}", b"not json", bytes(100)])
-def test_states_that_are_none_are_refused(state: bytes) -> None:
+def test_malformed_states_are_refused(state: bytes) -> None:
     file, _ = memory_file(4 * MIB)
     workload = LedgerWorkload(Arena.from_file(file, 4 * MIB))
     os.close(file)
@@ -203,7 +203,7 @@ def test_states_that_are_none_are_refused(state: bytes) -> None:
         asyncio.run(workload.load_state(state))
 
 
-def test_a_state_without_its_memory_is_refused() -> None:
+def test_state_without_its_memory_is_refused() -> None:
     file, _ = memory_file(4 * MIB)
     workload = LedgerWorkload(Arena.from_file(file, 4 * MIB))
     os.close(file)
@@ -213,7 +213,7 @@ def test_a_state_without_its_memory_is_refused() -> None:
         asyncio.run(workload.load_state(state))
 
 
-def test_a_child_that_dies_is_reported_and_the_others_go_on() -> None:
+def test_killed_child_is_reported_and_others_continue() -> None:
     async def fail() -> None:
         async with controlled("bereaved") as arena:
             with pytest.raises(WorkloadDied, match="is gone"):
@@ -222,7 +222,10 @@ def test_a_child_that_dies_is_reported_and_the_others_go_on() -> None:
             (region,) = arena.regions
             ledger = _engine.Ledger.attach(_engine.Mapping(region.fd, region.length), threads=0)
             before = ledger.writes()
-            wait_until(lambda: sum(w > b for w, b in zip(ledger.writes(), before, strict=True)) == 2, "going on")
+            wait_until(
+                lambda: sum(w > b for w, b in zip(ledger.writes(), before, strict=True)) == 2,
+                "writes of the other children",
+            )
 
     with ledger_process("bereaved", processes=3) as program:
         child = next(pid for pid in asyncio.run(_pids("bereaved")) if pid != program.process.pid)
@@ -230,7 +233,7 @@ def test_a_child_that_dies_is_reported_and_the_others_go_on() -> None:
         asyncio.run(fail())
 
 
-def test_children_end_with_their_parent() -> None:
+def test_children_exit_with_their_parent() -> None:
     with ledger_process("orphans", processes=3) as program:
         pids = asyncio.run(_pids("orphans"))
         assert len(pids) == 3
@@ -244,7 +247,7 @@ async def _pids(name: str) -> list[int]:
 
 
 def _lives(pid: int) -> bool:
-    """Whether it is there and no zombie: who adopts orphans here may be slow to wait for them."""
+    """Return whether the process exists and is not a zombie, which the reaper of orphans may be slow to collect."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
@@ -252,7 +255,7 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def test_its_report_counts_and_starts_anew() -> None:
+def test_report_counts_since_the_last_report() -> None:
     async def ask() -> None:
         async with controlled("reporting") as arena:
             first = await arena.report()

@@ -1,4 +1,4 @@
-"""Processes that share the memory of an arena, however they came by it: traced, or refused by name."""
+"""Processes that share the memory of an arena in any way: traced, or refused by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Writers:
             os.kill(pid, signal.SIGCONT)
 
     def run(self, command: str, *descriptors: int) -> int:
-        """Run a command in a shell of its own, which ends at once where the command is in the background."""
+        """Run a command in a separate shell, which exits at once if the command runs in the background."""
         shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True, pass_fds=descriptors)
         self.files.append(shell)
         assert shell.stdout is not None
@@ -100,13 +100,13 @@ def spawn(writers: Writers) -> None:
 
 
 def orphan(writers: Writers) -> None:
-    """A grandchild whose parent has ended."""
+    """Start a grandchild whose parent has exited."""
     file = writers.arena.fileno()
     writers.run(f"{PROGRAM} {file} write &", file)
 
 
 def received(writers: Writers) -> None:
-    """SCM_RIGHTS to a process that does not descend from the program."""
+    """Pass the descriptor (SCM_RIGHTS) to a process that does not descend from the program."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/socket"
         command = f"({PROGRAM} socket:{path} write &)"
@@ -121,7 +121,7 @@ def received(writers: Writers) -> None:
 
 
 def opened(writers: Writers) -> None:
-    """/proc/PID/fd/N, without the program's knowledge."""
+    """Open /proc/PID/fd/N without the program's knowledge."""
     number = next(name for name in os.listdir("/proc/self/fd") if _is_memory(writers.arena, name))
     writers.run(f"{PROGRAM} /proc/{os.getpid()}/fd/{number} write &")
 
@@ -143,7 +143,7 @@ def _is_memory(arena: Arena, name: str) -> bool:
 
 
 def is_one_snapshot(image: Path) -> bool:
-    """Whether every page is of one round, or of the one before from some page on."""
+    """Return whether every page is of one round, or of the previous round from some page onwards."""
     rounds = memoryview(pageferry.restore(image)).cast("Q")[:: mapper.PAGE_WORDS].tolist()
     return rounds == sorted(rounds, reverse=True) and rounds[0] - rounds[-1] <= 1
 
@@ -199,7 +199,7 @@ def test_process_that_could_write_to_the_descriptor_is_refused(writers: Writers,
         asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image"))
 
 
-def test_reader_is_harmless(writers: Writers, tmp_path: Path) -> None:
+def test_read_only_mapping_is_not_refused(writers: Writers, tmp_path: Path) -> None:
     file = writers.arena.fileno()
     writers.run(f"exec {PROGRAM} {file} read", file)
     writers.pids.clear()
@@ -208,7 +208,7 @@ def test_reader_is_harmless(writers: Writers, tmp_path: Path) -> None:
 
 
 def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> None:
-    """Before the pause: the arena runs on."""
+    """Before the pause: the arena keeps running."""
     listening = "listening=lambda address: print(address, flush=True)"
     script = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:0', {listening}))"
     with Program("-c", script) as receiver:
@@ -242,7 +242,7 @@ except UnsupportedError as refused:
 """
 
 
-def test_user_who_cannot_look_is_refused_once_the_descriptor_was_handed_out() -> None:
+def test_user_who_cannot_scan_processes_is_refused_after_descriptor_was_handed_out() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         environment = os.environ | {"PAGEFERRY_RUN_DIR": f"{folder}/run"}
@@ -252,8 +252,8 @@ def test_user_who_cannot_look_is_refused_once_the_descriptor_was_handed_out() ->
         assert sorted(os.listdir(folder)) == ["kept"]
 
 
-def test_incremental_checkpoint_does_not_trust_a_trace_once_the_descriptor_was_handed_out(tmp_path: Path) -> None:
-    """A process may have mapped the memory, written and ended in between."""
+def test_trace_is_not_used_after_descriptor_was_handed_out(tmp_path: Path) -> None:
+    """A process may have mapped the memory, written to it and exited in between."""
     arena = Arena(MIB)
     memoryview(arena)[:5] = b"ferry"
     asyncio.run(pageferry.checkpoint(arena, tmp_path / "0", track=True))

@@ -1,4 +1,4 @@
-"""Arenas that move between processes while they are written to, by the commands and by the Python interface."""
+"""Arenas that move between processes under writes, by the commands and by the Python interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNS = list(
         20,
     )
 )
-"""Options of 20 moves, such that most pairs of options come together."""
+"""Options of 20 moves that cover most pairs of options."""
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -43,7 +43,7 @@ def options(codec: str, streams: int, populate: str, granularity: str, large: st
 
 def check_counts(result: dict[str, Any], large: str) -> None:
     assert (result["type"], result["status"], result["mode"]) == ("migration", "completed", "precopy")
-    # Every page goes at least once, as one of three classes.
+    # Every page is sent at least once, as one of three classes.
     assert result["normal"] + result["duplicate"] + result["skipped"] >= result["memory"] // 4096
     counts = result["large-pages"]
     if large == "keep":
@@ -66,7 +66,7 @@ def check_counts(result: dict[str, Any], large: str) -> None:
     ],
     ids=["mixed page sizes", "out of three processes"],
 )
-def test_moves_under_write_load_lose_nothing(moves: int, setup: dict[str, Any]) -> None:
+def test_moves_under_write_load_lose_no_write(moves: int, setup: dict[str, Any]) -> None:
     with ExitStack() as programs:
         here, writes = programs.enter_context(moving.ledger("move-0", size=64 * MIB, **setup)), 0
         for number, chosen in enumerate(RUNS[:moves], 1):
@@ -88,8 +88,8 @@ def test_moves_under_write_load_lose_nothing(moves: int, setup: dict[str, Any]) 
         assert (end["intact"], end["writes"] > writes) == (True, True)
 
 
-def test_a_limit_holds() -> None:
-    """In bytes per second of all streams together."""
+def test_bandwidth_limit_is_kept() -> None:
+    """The limit applies to all streams together, in bytes per second."""
     with (
         moving.ledger("limited", size=32 * MIB, options={"threads": 1, "rate": MIB}) as here,
         moving.receiver("slow") as there,
@@ -98,7 +98,7 @@ def test_a_limit_holds() -> None:
         with moving.migrating("limited", moving.address_of(there), *chosen) as migration:
             result = moving.until(migration, "migration")
             assert migration.wait() == 0
-        # Three blocks of 512 KiB may be the last ones, one of each stream.
+        # The last three blocks of 512 KiB, one per stream, may be early.
         assert result["total-time"] / 1000 >= (result["transferred"] - 3 * MIB / 2) / (16 * MIB) - 0.05
         assert moving.until(here, "ledger")["intact"]
 
@@ -107,7 +107,7 @@ def test_a_limit_holds() -> None:
 
 
 def source(size: int, *how: str) -> Program:
-    """A program with an arena, of which each word in `how` says something; see `arena_mover`."""
+    """Start a program with an arena; for the words in `how` see `arena_mover`."""
     return Program(str(HERE / "arena_mover.py"), "source", str(size), *how)
 
 
@@ -116,14 +116,14 @@ def destination(*how: str, fault: str | None = None) -> Program:
 
 
 def move(here: Program, there: Program) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Move an arena between two programs: the result, what the source had, what the destination has."""
+    """Move an arena between two programs; return the result, and the contents at source and destination."""
     here.say(f"migrate {there.json()['address']}")
     return here.json(), here.json(), there.json()
 
 
 @pytest.mark.parametrize("size", [4096, 5 * MIB + 12288, 16 * MIB])
 @pytest.mark.parametrize("how", [("writing",), ("writing", "stateful", "collapsed"), ("memfd", "writing")])
-def test_a_program_moves_its_own_arena(size: int, how: tuple[str, ...]) -> None:
+def test_program_moves_its_own_arena(size: int, how: tuple[str, ...]) -> None:
     with source(size, *how) as here, destination("stateful" if "stateful" in how else "stateless") as there:
         result, had, has = move(here, there)
         assert result["status"] == "completed"
@@ -134,14 +134,14 @@ def test_a_program_moves_its_own_arena(size: int, how: tuple[str, ...]) -> None:
         assert there.json() == {"written": True}
 
 
-def test_an_arena_nobody_wrote_to_moves_and_stays_empty() -> None:
+def test_untouched_arena_moves_and_stays_empty() -> None:
     with source(64 * MIB) as here, destination("stateless") as there:
         result, _, has = move(here, there)
         assert (result["normal"], result["duplicate"], result["skipped"]) == (0, 0, 64 * MIB // 4096)
         assert (has["allocated"], has["calls"]) == (0, ["resumed"])
 
 
-def test_a_sparse_arena_is_not_allocated_at_the_destination() -> None:
+def test_sparse_arena_is_not_allocated_at_the_destination() -> None:
     with source(4 << 30, "sparse") as here, destination("stateless") as there:
         result, had, has = move(here, there)
         assert had["digest"] == has["digest"]
@@ -149,7 +149,7 @@ def test_a_sparse_arena_is_not_allocated_at_the_destination() -> None:
         assert 0 < has["allocated"] <= 4 * 2 * MIB
 
 
-def test_an_arena_that_is_too_large_is_refused_and_the_next_is_received() -> None:
+def test_oversized_arena_is_refused_and_the_next_is_received() -> None:
     with destination("stateless", "small") as there:
         address = there.json()["address"]
         with source(32 * MIB, "writing") as large:
@@ -163,7 +163,7 @@ def test_an_arena_that_is_too_large_is_refused_and_the_next_is_received() -> Non
             assert small.json()["digest"] == there.json()["digest"]
 
 
-def test_a_named_arena_is_moved_by_the_command() -> None:
+def test_named_arena_is_moved_by_the_command() -> None:
     with source(8 * MIB, "writing", "stateful", "named") as here, destination("stateful") as there:
         with moving.migrating("mover", there.json()["address"], "--codec", "lz4") as migration:
             assert moving.until(migration, "migration")["workload"] == "mover"
@@ -175,7 +175,7 @@ def test_a_named_arena_is_moved_by_the_command() -> None:
         assert "mover" not in Registry().entries()
 
 
-def test_nothing_is_left_open_in_a_program_whose_migrations_fail() -> None:
+def test_failed_migrations_leave_no_descriptors_open() -> None:
     with source(8 * MIB, "writing") as here:
         here.say("descriptors")
         before = here.json()
@@ -189,7 +189,7 @@ def test_nothing_is_left_open_in_a_program_whose_migrations_fail() -> None:
 
 
 @pytest.mark.parametrize(("point", "calls"), [("in-round", []), ("state-received", ["paused", "resumed"])])
-def test_a_program_may_give_a_migration_up(point: str, calls: list[str]) -> None:
+def test_program_may_cancel_a_migration(point: str, calls: list[str]) -> None:
     with (
         source(8 * MIB, "writing") as here,
         destination("stateless", fault=f"destination.{point}=stop") as there,

@@ -1,4 +1,4 @@
-"""A ledger that runs at the destination before its pages are there: it loses nothing, however they come."""
+"""Post-copy and hybrid migration of a ledger, which runs at the destination before its pages are present."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 def all_there(program: Program) -> dict[str, Any]:
-    """End a receiver once all pages have come; it must have every write."""
+    """Stop a receiver once all pages are present, and check that no write was lost."""
     wait_until(lambda: deferred("there") == 0, "all pages")
     program.process.terminate()
     end = moving.until(program, "ledger")
@@ -33,19 +33,19 @@ def all_there(program: Program) -> dict[str, Any]:
 
 
 def listed(name: str) -> dict[str, Any]:
-    """What `pageferry list` says of a workload."""
+    """Return the entry of a workload in `pageferry list`."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     return next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
 
 
 def deferred(name: str) -> int:
-    """Bytes whose contents are still to come."""
+    """Return the number of deferred bytes."""
     return int(listed(name)["deferred"])
 
 
 def moves(*options: str, setup: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Move a ledger, and check it at the other end; what `migrate` says."""
+    """Move a ledger, and check it at the destination; return the result of `migrate`."""
     with moving.ledger("here", **(setup or {})) as here, moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), *options) as migration:
             result = moving.until(migration, "migration")
@@ -61,12 +61,12 @@ BUSY = {"options": {"threads": 2, "rate": None, "zero_fraction": 0.2, "compressi
 
 
 @pytest.mark.parametrize("options", ["", "--streams 3 --codec lz4", "--codec zstd --large-pages ignore"])
-def test_post_copy_copies_nothing_before_it_runs(options: str) -> None:
+def test_postcopy_sends_no_page_before_the_switch_over(options: str) -> None:
     result = moves("--mode", "postcopy", *options.split(), setup=BUSY)
     assert (result["mode"], result["status"], result["dirty-sync-count"]) == ("postcopy", "completed", 0)
     late = result["postcopy"]
     assert 0 < late["pages"] <= result["memory"] // 4096
-    # Each page goes once, or is asked for while it is under way already.
+    # Each page is sent once, or also on request while it is in transit.
     assert late["pages"] <= result["normal"] + result["duplicate"] <= late["pages"] + result["postcopy-requests"] * 16
     assert 0 < result["postcopy-requests"] <= late["pages"]
     assert 0 < late["time"] < result["total-time"]
@@ -74,8 +74,8 @@ def test_post_copy_copies_nothing_before_it_runs(options: str) -> None:
         assert result["large-pages"]["destination"] == result["large-pages"]["source"]
 
 
-def test_hybrid_ends_although_it_writes_faster_than_it_can_be_sent() -> None:
-    """No rest is small enough; so the rest comes after the switch-over, and little is sent twice."""
+def test_hybrid_completes_although_workload_writes_faster_than_the_link() -> None:
+    """The remaining pages never fit the downtime: they follow after the switch-over, and few are sent twice."""
     result = moves("--mode", "hybrid", "--max-downtime", "0", setup=BUSY)
     assert result["mode"] == "hybrid"
     assert result["dirty-sync-count"] >= 2
@@ -83,20 +83,20 @@ def test_hybrid_ends_although_it_writes_faster_than_it_can_be_sent() -> None:
     assert result["normal"] + result["duplicate"] <= 2.5 * result["memory"] // 4096
 
 
-def test_hybrid_does_not_send_everything_first_when_that_is_of_no_use() -> None:
-    """All of it is written to again and again while the first half is sent."""
+def test_hybrid_switches_over_early_in_a_futile_first_round() -> None:
+    """All memory is written to repeatedly while its first half is sent."""
     result = moves("--mode", "hybrid", "--bandwidth", "16M", setup=BUSY)
     late, memory = result["postcopy"]["pages"], result["memory"] // 4096
     assert late > 0.7 * memory
     assert result["normal"] + result["duplicate"] <= 1.8 * memory
 
 
-def test_hybrid_is_pre_copy_where_that_gets_there() -> None:
+def test_hybrid_stays_precopy_if_it_converges() -> None:
     result = moves("--mode", "hybrid", setup={"options": {"threads": 2, "rate": MIB}})
     assert (result["mode"], result["postcopy"], result["postcopy-requests"]) == ("hybrid", None, 0)
 
 
-def test_hybrid_switches_over_when_it_is_told_to() -> None:
+def test_hybrid_switches_over_on_request() -> None:
     with moving.ledger("here", options={"threads": 2, "rate": MIB}) as here, moving.receiver("there") as there:
         address = moving.address_of(there)
         fault = "source.between-rounds=stop"
@@ -111,13 +111,13 @@ def test_hybrid_switches_over_when_it_is_told_to() -> None:
         all_there(there)
 
 
-def test_only_a_hybrid_migration_can_be_told_to_switch_over() -> None:
+def test_switch_request_without_hybrid_migration_is_refused() -> None:
     with moving.ledger("here"), moving.migrating("here", "--switch") as nobody:
         assert nobody.wait() == 2
 
 
-def test_a_receiver_whose_link_goes_waits_until_the_source_comes_back() -> None:
-    """Nothing is lost, nothing becomes zeros, and what has arrived is not sent again."""
+def test_receiver_waits_for_the_source_after_a_lost_link() -> None:
+    """No write is lost, no page becomes zeros, and received pages are not sent again."""
     with moving.ledger("here", size=64 * MIB, options=BUSY["options"]) as here, moving.receiver("there") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address, "--mode", "postcopy", fault="source.answered=drop") as migration:
@@ -142,7 +142,7 @@ def test_a_receiver_whose_link_goes_waits_until_the_source_comes_back() -> None:
 
 @contextmanager
 def arriving() -> Iterator[tuple[Program, Program, Program]]:
-    """A ledger here, its receiver, where it runs already, and the migration, which takes some seconds more."""
+    """Yield a ledger, its receiver, in which it already runs, and the migration, which takes some more seconds."""
     slowly = ("--mode", "postcopy", "--bandwidth", "24M")
     with (
         moving.ledger("here", size=64 * MIB) as here,
@@ -153,8 +153,8 @@ def arriving() -> Iterator[tuple[Program, Program, Program]]:
         yield here, there, migration
 
 
-def test_it_is_looked_at_and_saved_while_it_arrives(tmp_path: Path) -> None:
-    """`peek` needs its own pages only, a checkpoint waits for all of them."""
+def test_workload_can_be_peeked_and_saved_during_postcopy(tmp_path: Path) -> None:
+    """`peek` needs only the pages it reads; a checkpoint waits for all of them."""
     with arriving() as (here, there, migration):
         peek = [sys.executable, "-m", "pageferry", "peek", "there", "0", "4096", "--output", "json"]
         seen = json.loads(subprocess.run(peek, check=True, timeout=DEADLINE, capture_output=True).stdout)
@@ -169,7 +169,7 @@ def test_it_is_looked_at_and_saved_while_it_arrives(tmp_path: Path) -> None:
         all_there(there)
 
 
-def test_it_moves_on_while_it_arrives() -> None:
+def test_workload_can_be_migrated_again_during_postcopy() -> None:
     with arriving() as (here, there, migration), moving.receiver("further") as further:
         with moving.migrating("there", moving.address_of(further)) as onward:
             assert deferred("there") > 0

@@ -1,4 +1,4 @@
-"""An arena that has moved is closed to writes; a failed operation leaves nothing that only its error keeps."""
+"""Arenas that have moved refuse writes; failed operations release all resources, even while their error is kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @contextmanager
 def receiver(point: str = "") -> Iterator[str]:
-    """The address of a process that receives an arena, and dies at a point."""
+    """Yield the address of a process that receives an arena, and is killed at a fault point."""
     with Program("-c", RECEIVER, point) as program:
         yield program.line()
         if point:
@@ -79,7 +79,7 @@ def test_late_write_ends_the_program_with_a_message() -> None:
     assert "a write to an arena that has moved" in done.stderr
 
 
-def test_late_write_of_another_process_ends_it() -> None:
+def test_late_write_of_another_process_ends_that_process() -> None:
     arena = filled()
     go, start = os.pipe()
     child = os.fork()
@@ -102,7 +102,7 @@ def test_new_buffers_are_read_only() -> None:
         memoryview(arena)[0] = 1
 
 
-def test_every_use_is_refused(tmp_path: Path) -> None:
+def test_every_use_of_a_moved_arena_is_refused(tmp_path: Path) -> None:
     arena = moved()
     calls = [
         lambda: asyncio.run(pageferry.migrate(arena, "127.0.0.1:1")),
@@ -116,17 +116,17 @@ def test_every_use_is_refused(tmp_path: Path) -> None:
             call()
 
 
-# -- what an error keeps
+# -- resources kept by an error
 
 
 def kept(arena: Arena) -> tuple[int, int, int]:
-    """Mappings of the arena's memory, mappings with a trace, and descriptors of this process."""
+    """Return the numbers of mappings of the arena, of mappings with a trace, and of descriptors of this process."""
     status = os.fstat(arena.fileno())
     mapped = [(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())]
     return mapped.count((status.st_dev, status.st_ino)), moving.traces(os.getpid()), len(os.listdir("/proc/self/fd"))
 
 
-def test_failed_migration_keeps_nothing_while_its_error_lives() -> None:
+def test_failed_migration_keeps_no_resources_while_its_error_is_kept() -> None:
     arena = filled()
     gc.collect()
     before = kept(arena)
@@ -137,7 +137,7 @@ def test_failed_migration_keeps_nothing_while_its_error_lives() -> None:
         assert asyncio.run(pageferry.migrate(arena, address)).status == "completed"
 
 
-def test_arena_that_was_taken_back_is_free_while_the_doubt_lives(tmp_path: Path) -> None:
+def test_arena_taken_back_keeps_no_resources_while_the_error_is_kept(tmp_path: Path) -> None:
     arena = filled()
     gc.collect()
     before = kept(arena)
@@ -148,13 +148,13 @@ def test_arena_that_was_taken_back_is_free_while_the_doubt_lives(tmp_path: Path)
     asyncio.run(pageferry.take_back(arena, doubt.value))
     after = kept(arena)
     assert after[:2] == before[:2]
-    assert after[2] <= before[2]  # descriptors of earlier tests may have gone
+    assert after[2] <= before[2]  # descriptors of earlier tests may be closed
     assert asyncio.run(pageferry.checkpoint(arena, tmp_path / "image")).status == "completed"
     with receiver() as address:
         assert asyncio.run(pageferry.migrate(arena, address)).status == "completed"
 
 
-def test_failed_checkpoint_keeps_nothing_while_its_error_lives(tmp_path: Path) -> None:
+def test_failed_checkpoint_keeps_no_resources_while_its_error_is_kept(tmp_path: Path) -> None:
     def fail() -> bytes:
         raise ZeroDivisionError
 
@@ -167,7 +167,7 @@ def test_failed_checkpoint_keeps_nothing_while_its_error_lives(tmp_path: Path) -
         assert kept(arena) == before, failed
 
 
-def test_failed_receiver_keeps_no_connection_while_its_error_lives() -> None:
+def test_failed_receiver_keeps_no_connection_while_its_error_is_kept() -> None:
     arena = filled()
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))

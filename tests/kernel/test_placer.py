@@ -1,6 +1,6 @@
-"""Population (S1, S5): what is complete is mapped before the workload runs, what is not complete never is.
+"""Population (S1, S5): complete units are mapped before the workload runs, incomplete ones never.
 
-`Target.order("touch", ...)` counts the faults of the process that maps the memory.
+`Target.order("touch", ...)` counts the page faults of the process that maps the memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Move:
         return self.source.length // SMALL_PAGE
 
     def send(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """One round of these pages."""
+        """Send these pages in one round."""
         pages = PageSet(self.pages)
         for start, end in ranges:
             pages.insert(start, end)
@@ -90,9 +90,8 @@ def test_no_fault_is_left_after_population(kind: str, workers: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_are_populated_where_they_have_memory(kind: str) -> None:
-    """In large pages they do. Zeros that stand on small pages are holes at the destination: what remains of them is
-    one fault each."""
+def test_zeros_with_memory_are_populated(kind: str) -> None:
+    """Zeros in huge pages have memory. Zeros in base pages are holes at the destination and cost one fault each."""
     with moving(kind, zeros=True) as move:
         move.send([(0, PAGES)])
         move.placer.finish(True)
@@ -100,7 +99,7 @@ def test_zeros_are_populated_where_they_have_memory(kind: str) -> None:
 
 
 def test_without_population_every_page_is_a_fault() -> None:
-    """What the other tests count is there to be counted."""
+    """Control: the faults that the other tests expect to be absent occur without population."""
     with moving("small", workers=0) as move:
         move.send([(0, PAGES)])
         move.placer.finish(False)
@@ -108,19 +107,19 @@ def test_without_population_every_page_is_a_fault() -> None:
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_a_unit_with_a_missing_slot_is_not_mapped(kind: str) -> None:
+def test_unit_with_a_missing_slot_is_not_mapped(kind: str) -> None:
     with moving(kind) as move:
         move.send([(0, SLOTS - 1), (SLOTS, PAGES)])
         assert move.placer.missing == 1
         move.placer.populate(0, list(range(6)))
         move.placer.finish(True)
-        # The first unit is not there at all; one fault may bring in several small pages.
+        # The first unit is not mapped at all; one fault may map several base pages.
         assert move.faults(SLOTS, write=False) > 0
         assert move.placer.populated[0] == (5 if kind == "large" else 0)
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_content_that_changes_after_population_is_seen(kind: str) -> None:
+def test_pages_received_after_population_are_visible(kind: str) -> None:
     with moving(kind) as move:
         move.send([(0, PAGES)])
         move.placer.finish(True)
@@ -131,7 +130,7 @@ def test_content_that_changes_after_population_is_seen(kind: str) -> None:
             move.send([(page, page + 1) for page in range(0, PAGES, 5)])
         memory.release()
         assert bytes(memoryview(move.copy)) == bytes(memoryview(move.source))
-        assert move.faults() == 0, "the mapped pages are the same ones"
+        assert move.faults() == 0, "mapped pages must not be replaced"
 
 
 def test_rounds_overwrite_while_workers_populate() -> None:
@@ -155,7 +154,7 @@ def test_modified_units_are_populated_on_demand() -> None:
         move.placer.populate(0, [0, 2])
         assert move.placer.populated[:3] == (2, 0, 0)
         assert move.faults(SLOTS) == 0
-        assert move.faults() == 4, "one fault for each of the other large pages"
+        assert move.faults() == 4, "expected one fault per remaining huge page"
 
 
 def test_holes_are_not_populated() -> None:
@@ -166,8 +165,8 @@ def test_holes_are_not_populated() -> None:
         assert move.copy.data_ranges() == [(0, LARGE_PAGE), (4 * LARGE_PAGE, LENGTH)]
 
 
-def test_a_workload_that_maps_a_part_is_populated_in_it() -> None:
-    """A segment that ends within a unit: the whole units as large pages, the rest as small ones."""
+def test_partly_mapped_region_is_populated_where_mapped() -> None:
+    """In a segment that ends within a unit, whole units are populated as huge pages, the remainder as base pages."""
     with backing("large", LENGTH, 2) as (source, copy), Target(copy) as target:
         move = Move(source, copy, target, 0)
         length = LENGTH - LARGE_PAGE // 2
@@ -185,7 +184,7 @@ def test_a_workload_that_maps_a_part_is_populated_in_it() -> None:
             end.close()
 
 
-def test_what_is_not_there_is_refused() -> None:
+def test_unknown_regions_and_units_are_refused() -> None:
     with backing("small", LENGTH) as (fd,):
         mapping = Mapping(fd, LENGTH)
         placer = Placer([(mapping, SMALL_PAGE, [])], [])

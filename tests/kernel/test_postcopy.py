@@ -1,6 +1,6 @@
-"""Pages that come from a peer when they are accessed: a process, its pager here, and the server of its pages.
+"""Pages fetched from a peer on demand: a process, its pager, and the server of its pages.
 
-Only the process accesses what is missing, and every wait for it has a deadline.
+Only the process accesses missing pages, and every wait for it has a deadline.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _OLD, _KEPT = 0xEE, 0x11
 
 
 def content(page: int) -> int:
-    """What the source has: the byte of a page."""
+    """Return the byte that the source has for a page."""
     return page % 200 + 20
 
 
 @contextlib.contextmanager
 def connections(streams: int = 2) -> Iterator[tuple[list[int], list[int]]]:
-    """Both ends of TCP connections over loopback, as descriptors: the first is the urgent one."""
+    """Yield both ends of TCP connections over loopback, as descriptors; the first is the urgent one."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams + 1)]
@@ -52,7 +52,7 @@ def connections(streams: int = 2) -> Iterator[tuple[list[int], list[int]]]:
 
 @dataclass
 class Scene:
-    """A process whose memory is partly at a source, and all that a pager for it needs."""
+    """A process whose memory is partly at a source, and the arguments of a pager for it."""
 
     target: Target
     kind: str
@@ -114,7 +114,7 @@ class Scene:
 
 @contextlib.contextmanager
 def scene(kind: str, every: int = 1) -> Iterator[Scene]:
-    """Of the second to last 2 MiB, runs of pages are missing."""
+    """Yield a scene in which runs of pages are missing, except in the first unit of 2 MiB."""
     with backing(kind, LENGTH, 2) as (there, here), Target(here) as target:
         missing = PageSet(PAGES)
         for start in range(PAGES // 4, PAGES, 16 * every):
@@ -137,13 +137,13 @@ def shuffled(seed: int) -> list[int]:
 def lost(source: PeerSource | PageServer) -> str:
     end = time.monotonic() + DEADLINE
     while source.lost is None:
-        assert time.monotonic() < end, "the connection holds"
+        assert time.monotonic() < end, "the connection was not lost"
         time.sleep(0.01)
     return source.lost
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_process_reads_what_its_peer_has(kind: str) -> None:
+def test_process_reads_pages_of_its_peer(kind: str) -> None:
     with scene(kind) as made, connections() as (ours, theirs):
         source, server = PeerSource(ours[0], ours[1:]), made.server(theirs)
         server.start()
@@ -163,12 +163,12 @@ def test_a_process_reads_what_its_peer_has(kind: str) -> None:
         made.check()
         if kind == "large":
             assert Space(made.target.pid).large_mapped(made.address, LENGTH) == [(made.address, made.address + LENGTH)]
-        # A page that an access waited for may have come twice: by the push, and as the answer.
+        # A page that an access waited for may be received twice: pushed, and as the reply to a request.
         assert len(made.missing) <= source.progress[2] <= len(made.missing) + server.requests
 
 
 @pytest.mark.parametrize("kind", ["small", "hugetlb"])
-def test_a_lost_connection_and_another_one(kind: str) -> None:
+def test_pager_reconnects_after_a_lost_connection(kind: str) -> None:
     with scene(kind) as made, connections() as (ours, theirs), connections(1) as (more, other):
         source = PeerSource(ours[0], ours[1:])
         pager = made.pager(source)
@@ -196,7 +196,7 @@ def test_a_lost_connection_and_another_one(kind: str) -> None:
 
 
 def test_another_pager_takes_over() -> None:
-    """The process holds its userfaultfd itself: what it waits for, the next pager brings."""
+    """The process itself holds its userfaultfd, so that the next pager resolves pending faults."""
     with scene("small") as made, connections() as (ours, theirs), connections(1) as (more, other):
         pager = made.pager(PeerSource(ours[0], ours[1:]))
         server = made.server(theirs)
@@ -223,7 +223,7 @@ def test_another_pager_takes_over() -> None:
         made.check()
 
 
-def test_a_server_is_cancelled_and_told_of_nonsense() -> None:
+def test_server_can_be_cancelled_and_refuses_malformed_requests() -> None:
     with scene("small", 8) as made, connections(1) as (ours, theirs), connections(1) as (more, other):
         server = made.server(theirs)
         server.start()
@@ -239,7 +239,7 @@ def test_a_server_is_cancelled_and_told_of_nonsense() -> None:
         assert ours
 
 
-def test_arguments_that_are_wrong() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with scene("small", 8) as made, connections(1) as (ours, theirs):
         with pytest.raises(ValueError, match="one set of pages for each region"):
             PageServer([made.source], [PageSet(PAGES + 1)], theirs[0], theirs[1:])

@@ -1,4 +1,4 @@
-"""Parts of an arena are removed, or mapped again, while their contents are deferred (S3, S8, S10)."""
+"""Removal and repeated mapping of parts of an arena while their contents are deferred (S3, S8, S10)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def owner(*arguments: object, memory: str = "tmpfs") -> Iterator[Program]:
 
 @contextmanager
 def stored() -> Iterator[Program]:
-    """An arena of which nearly all is in a cold store."""
+    """Yield an arena most of which is in a cold store."""
     with owner(PAGES) as program:
         reclaim()
         assert record() is not None
@@ -89,9 +89,9 @@ def test_restored_arena_keeps_unmapped_and_loses_removed_pages(image: Path, memo
         check_removals(program)
 
 
-def test_removals_in_sequence_are_told_apart(image: Path) -> None:
+def test_removals_in_sequence_are_distinguished(image: Path) -> None:
     with restored(image, "tmpfs") as program:
-        # No access in between: all of it is deferred until the answer to the last one.
+        # No access in between: all pages are deferred until the reply to the last order.
         calls = [("unmap", 0, 200), ("unmap", 200, 300), ("remove", 500, 8), ("unmap", 600, 1), ("remove", 700, 9)]
         program.say(";".join(f"{call} {first} {count}" for call, first, count in calls))
         assert program.json() == zeros(500, 8) + zeros(700, 9)

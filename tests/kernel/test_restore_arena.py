@@ -1,4 +1,4 @@
-"""Arenas from images: right whatever is touched first, by whom, and however the image was laid out (S10, S8)."""
+"""Restore of arenas from images: correct for any order and origin of accesses and any layout of the image (S10, S8)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MIB = 1 << 20
 
 
 def words(arena: pageferry.Arena) -> Any:
-    """The arena as pages of 512 words."""
+    """Return the arena as pages of 512 words."""
     return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
 
 
 def in_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run what could hang or die in a process of its own."""
+    """Run a script that could hang or crash in a separate process."""
     setup = "import sys\nimport numpy as np\nimport pageferry\narena = pageferry.restore(sys.argv[1], prefetch=False)\n"
     setup += "words = np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)\n"
     command = [sys.executable, "-c", setup + code, *map(str, arguments)]
@@ -42,7 +42,7 @@ def in_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(("codec", "storage_block"), [("none", 65536), ("lz4", MIB), ("zstd", 4 * MIB)])
-def test_every_class_of_page(tmp_path: Path, prefetch: bool, codec: str, storage_block: int) -> None:
+def test_every_class_of_page_is_restored(tmp_path: Path, prefetch: bool, codec: str, storage_block: int) -> None:
     made = Maker(3000, codec=codec, storage_block=storage_block)
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=prefetch)
     assert arena.received_state == b"state"
@@ -55,7 +55,7 @@ def test_every_class_of_page(tmp_path: Path, prefetch: bool, codec: str, storage
     assert (view == made.contents).all()
 
 
-def test_without_prefetch_nothing_is_read_but_what_is_touched(tmp_path: Path) -> None:
+def test_without_prefetch_only_touched_pages_are_read(tmp_path: Path) -> None:
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     assert arena.deferred == 4096 * PAGE
@@ -63,7 +63,7 @@ def test_without_prefetch_nothing_is_read_but_what_is_touched(tmp_path: Path) ->
     assert 4000 * PAGE < arena.deferred < 4096 * PAGE
 
 
-def test_it_is_collapsed_when_all_of_it_is_there(tmp_path: Path) -> None:
+def test_arena_is_collapsed_once_all_pages_are_loaded(tmp_path: Path) -> None:
     made = Maker(4096, classes=[DATA] * 4096)
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     assert (words(arena)[17] == made.contents[17]).all()
@@ -71,14 +71,14 @@ def test_it_is_collapsed_when_all_of_it_is_there(tmp_path: Path) -> None:
     assert (words(arena) == made.contents).all()
 
 
-def test_what_costs_no_reading_reads_nothing(tmp_path: Path) -> None:
+def test_pages_without_stored_bytes_are_not_read(tmp_path: Path) -> None:
     made = Maker(512, classes=[DATA] + [PATTERN, ZERO] * 255 + [PATTERN])
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     assert (words(arena)[1:] == made.contents[1:]).all()
     assert arena.pager.counters[4] == 0
 
 
-def test_the_working_set_is_learnt_and_read_first(tmp_path: Path) -> None:
+def test_working_set_is_recorded_and_prefetched_first(tmp_path: Path) -> None:
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     path = made.write(tmp_path / "image")
     first = in_child("words[160, 0]; words[3200, 0]; words[32, 0]", path)
@@ -88,12 +88,12 @@ def test_the_working_set_is_learnt_and_read_first(tmp_path: Path) -> None:
     arena.load()
     assert (words(arena) == made.contents).all()
     del arena
-    # What another run without prefetch does not touch is not of the set.
+    # Pages that a run without prefetch does not touch are not in the working set.
     assert in_child("words[3200, 0]; words[48, 0]", path).returncode == 0
     assert WorkingSet(ImageFile(path)).windows == [200]
 
 
-def test_same_pages_are_read_once_and_are_apart(tmp_path: Path) -> None:
+def test_duplicate_pages_are_read_once_into_separate_memory(tmp_path: Path) -> None:
     made = Maker(512, classes=[DATA] + [SAME_AS] * 511)
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     view = words(arena)
@@ -102,7 +102,7 @@ def test_same_pages_are_read_once_and_are_apart(tmp_path: Path) -> None:
     assert (view[0] == made.contents[0]).all()
 
 
-def test_a_chain(tmp_path: Path) -> None:
+def test_chain_of_images_is_restored(tmp_path: Path) -> None:
     parent = Maker(2000, seed=1)
     path = parent.write(tmp_path / "0")
     for number in range(1, 5):
@@ -115,7 +115,7 @@ def test_a_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_large_pages_come_back_large(tmp_path: Path) -> None:
+def test_large_pages_are_restored_as_large_pages(tmp_path: Path) -> None:
     made = Maker(4096, classes=[DATA] * 4096)
     arena = pageferry.restore(made.write(tmp_path / "image", large=True))
     arena.load()
@@ -124,7 +124,7 @@ def test_large_pages_come_back_large(tmp_path: Path) -> None:
     assert (words(arena) == made.contents).all()
 
 
-def test_writes_are_kept_while_contents_come(tmp_path: Path) -> None:
+def test_writes_are_kept_while_pages_are_loaded(tmp_path: Path) -> None:
     made = Maker(8192, classes=[DATA] * 8192)
     path = made.write(tmp_path / "image")
     for seed in range(5):
@@ -137,8 +137,8 @@ def test_writes_are_kept_while_contents_come(tmp_path: Path) -> None:
         assert (view == expected).all()
 
 
-def test_many_threads_on_the_same_pages(tmp_path: Path) -> None:
-    """Each thread writes its own word of every page, in its own order, and none is lost."""
+def test_concurrent_writes_to_the_same_pages_are_kept(tmp_path: Path) -> None:
+    """Each thread writes its own word of every page, in its own order, and no write is lost."""
     made = Maker(2048, classes=[DATA] * 2048)
     arena = pageferry.restore(made.write(tmp_path / "image"))
     view, expected = words(arena), made.contents.copy()
@@ -156,7 +156,7 @@ def test_many_threads_on_the_same_pages(tmp_path: Path) -> None:
     assert (view == expected).all()
 
 
-def test_a_thread_that_misses_with_the_gil_held_does_not_lock_up(tmp_path: Path) -> None:
+def test_fault_with_the_gil_held_does_not_deadlock(tmp_path: Path) -> None:
     """Scalar access through numpy holds the GIL while the kernel waits for the pager."""
     path = Maker(4096, classes=[DATA] * 4096).write(tmp_path / "image")
     code = """
@@ -175,7 +175,7 @@ print(arena.deferred)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
-def test_clones_have_their_own_memory(tmp_path: Path) -> None:
+def test_clones_have_separate_memory(tmp_path: Path) -> None:
     made = Maker(2048)
     path = made.write(tmp_path / "image")
     clones = [pageferry.restore(path) for _ in range(3)]
@@ -186,7 +186,7 @@ def test_clones_have_their_own_memory(tmp_path: Path) -> None:
         assert (words(clone)[:, 1:] == made.contents[:, 1:]).all()
 
 
-def test_a_forked_child_sees_everything(tmp_path: Path) -> None:
+def test_forked_child_reads_all_pages(tmp_path: Path) -> None:
     made = Maker(1024)
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     view = words(arena)
@@ -197,19 +197,19 @@ def test_a_forked_child_sees_everything(tmp_path: Path) -> None:
 
 
 def _smaps(address: int, field: str) -> int:
-    """A field of the mapping at an address, KiB."""
+    """Return a field of the mapping at an address, in KiB."""
     entry = Path("/proc/self/smaps").read_text().split(f"\n{address:x}-")[1]
     return int(entry.split(f"\n{field}:")[1].split()[0])
 
 
 def damage(path: Path, pattern: bytes) -> None:
-    """Flip a bit of what is stored of one page."""
+    """Flip a bit in the stored bytes of a page."""
     contents = bytearray(path.read_bytes())
     contents[contents.index(pattern)] ^= 1
     path.write_bytes(contents)
 
 
-def test_a_damaged_page_is_never_zeros(tmp_path: Path) -> None:
+def test_damaged_page_is_an_error_and_never_zeros(tmp_path: Path) -> None:
     made = Maker(64, classes=[DATA] * 64, codec="none", storage_block=65536)
     path = made.write(tmp_path / "image")
     damage(path, made.contents[33].tobytes())
@@ -225,7 +225,7 @@ def test_a_damaged_page_is_never_zeros(tmp_path: Path) -> None:
         arena.load()
 
 
-def test_an_image_that_is_cut_off_under_way(tmp_path: Path) -> None:
+def test_image_truncated_during_restore_is_an_error(tmp_path: Path) -> None:
     made = Maker(512, classes=[DATA] * 512, codec="none", storage_block=65536)
     path = made.write(tmp_path / "image")
     done = in_child("import os; os.truncate(sys.argv[1], 8192); print(words[33, 0])", path)
@@ -233,7 +233,7 @@ def test_an_image_that_is_cut_off_under_way(tmp_path: Path) -> None:
     assert "cannot be read" in done.stderr
 
 
-def test_what_is_no_image_of_an_arena(tmp_path: Path) -> None:
+def test_invalid_images_and_ranges_are_refused(tmp_path: Path) -> None:
     (tmp_path / "no").write_bytes(bytes(5000))
     with pytest.raises(ImageError, match="not a pageferry image"):
         pageferry.restore(tmp_path / "no")
@@ -262,7 +262,7 @@ for line in sys.stdin:
 """
 
 
-def test_others_see_a_named_arena_before_it_is_there(tmp_path: Path, capfdbinary: Any) -> None:
+def test_other_processes_read_deferred_pages_of_a_named_arena(tmp_path: Path, capfdbinary: Any) -> None:
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     with Program("-c", OWNER, str(made.write(tmp_path / "image")), "coming") as owner:
         before = int(owner.line())
@@ -286,7 +286,7 @@ def test_peek_outside_of_memory_is_refused(tmp_path: Path) -> None:
         assert main(["peek", "small", "0", "16", "--region", "other"]) == 2
 
 
-def test_an_arena_moves_while_it_is_restored(tmp_path: Path) -> None:
+def test_arena_can_be_migrated_during_restore(tmp_path: Path) -> None:
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     mover = str(Path(__file__).parent / "arena_mover.py")
     with (

@@ -1,4 +1,4 @@
-"""Moves and checkpoints of workloads whose restore is under way: none waits for its end, and none misses a byte."""
+"""Migrations and checkpoints during a lazy restore: they do not wait for its end, and lose no contents."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of ledgers at work."""
+    """Return images of running ledgers."""
     folder = tmp_path_factory.mktemp("images")
     made = {}
     for name, options in {"calm": CALM, "heavy": HEAVY}.items():
@@ -55,7 +55,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def restored(image: Path, name: str = "coming") -> Iterator[Program]:
-    """A ledger of which nothing comes but what it touches."""
+    """Run a restored ledger whose memory is loaded on demand only."""
     with Program(str(HERE / "restored_ledger.py"), str(image), name, env=moving.environment(None)) as program:
         said = program.json()
         assert (said["type"], said["deferred"] > 64 * MIB) == ("ready", True)
@@ -74,12 +74,12 @@ def saving(path: Path, name: str = "coming", fault: str | None = None) -> Progra
 
 
 def resumed(program: Program) -> None:
-    """Let it go on after it has stopped itself."""
+    """Continue a process that has stopped itself."""
     os.kill(program.process.pid, signal.SIGCONT)
 
 
 def ends(here: Program, reason: str = "stopped") -> None:
-    """It has every write that it ever made."""
+    """Stop a ledger, and check that no write was lost."""
     if reason == "stopped":
         here.process.terminate()
     end = moving.until(here, "ledger")
@@ -87,43 +87,43 @@ def ends(here: Program, reason: str = "stopped") -> None:
 
 
 def comes_to_an_end(here: Program) -> None:
-    """All comes, and then nothing is left of the pager or of traces."""
+    """Load all pages, and check that the pager has finished and no trace is left."""
     here.say("load")
     assert here.json() == {"deferred": 0, "finished": True}
     assert moving.traces(here.process.pid) == 0
 
 
-# -- moves
+# -- migrations
 
 
 def arrives(there: Program) -> None:
-    """It runs there, and has every write that it ever made, here or there."""
+    """Check that the ledger runs at the destination and has lost no write."""
     assert there.json()["type"] == "received"
     there.process.terminate()
     end = moving.until(there, "ledger")
     assert end["intact"], end
 
 
-def test_pages_are_sent_while_others_are_still_to_come(images: dict[str, Path]) -> None:
+def test_pages_are_sent_while_others_are_deferred(images: dict[str, Path]) -> None:
     with restored(images["calm"]) as here, moving.receiver("there") as there:
         address = moving.address_of(there)
         with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
             moving.stopped(migration)
-            # One part has been sent, and the next one is on its way into memory.
+            # One chunk has been sent, and the next one is being loaded.
             assert status().deferred > 32 * MIB
             resumed(migration)
             result = moving.until(migration, "migration")
             assert migration.wait() == 0
         assert result["normal"] + result["duplicate"] + result["skipped"] >= 96 * MIB // PAGE
-        # What comes does not count as written: it is not sent again.
+        # Loaded pages do not count as written and are not sent again.
         assert result["normal"] < 1.5 * 96 * MIB // PAGE
         assert result["large-pages"]["source"] >= 10
         ends(here, "moved")
         arrives(there)
 
 
-def test_a_hybrid_move_that_is_told_to_switch_over(images: dict[str, Path]) -> None:
-    """What it has not sent is brought before the pause, and sent after it."""
+def test_hybrid_migration_during_restore_switches_over_on_request(images: dict[str, Path]) -> None:
+    """Pages that were not sent yet are loaded before the pause, and sent after it."""
     with restored(images["calm"]) as here, moving.receiver("there") as there:
         chosen = ("--mode", "hybrid", "--bandwidth", "64M")
         address = moving.address_of(there)
@@ -139,7 +139,7 @@ def test_a_hybrid_move_that_is_told_to_switch_over(images: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("point", ["set-up", "part-sent", "between-rounds", "paused", "ready"])
-def test_a_mover_that_dies(images: dict[str, Path], point: str) -> None:
+def test_killed_migration_leaves_restore_intact(images: dict[str, Path], point: str) -> None:
     with restored(images["calm"]) as here:
         with (
             moving.receiver("there") as there,
@@ -147,7 +147,8 @@ def test_a_mover_that_dies(images: dict[str, Path], point: str) -> None:
         ):
             assert migration.wait() == -signal.SIGKILL
         moving.runs("coming")
-        # It has been let go: the next one can have it, and goes on where the restore is by now.
+        # The userfaultfd was released: the next migration can acquire it, and continues from the current state of the
+        # restore.
         with moving.receiver("again") as again:
             with moving.migrating("coming", moving.address_of(again)) as migration:
                 moving.until(migration, "migration")
@@ -156,7 +157,7 @@ def test_a_mover_that_dies(images: dict[str, Path], point: str) -> None:
             arrives(again)
 
 
-def test_a_move_that_fails_leaves_a_restore_under_way(images: dict[str, Path]) -> None:
+def test_failed_migration_leaves_restore_running(images: dict[str, Path]) -> None:
     with restored(images["calm"]) as here:
         with (
             moving.receiver("there") as there,
@@ -175,7 +176,7 @@ def test_a_move_that_fails_leaves_a_restore_under_way(images: dict[str, Path]) -
 # -- checkpoints
 
 
-def test_a_checkpoint_begins_before_all_is_there(images: dict[str, Path], tmp_path: Path) -> None:
+def test_checkpoint_starts_while_pages_are_deferred(images: dict[str, Path], tmp_path: Path) -> None:
     with restored(images["calm"]) as here:
         with saving(tmp_path / "image", fault="checkpoint.part-brought=stop") as saver:
             moving.stopped(saver)
@@ -184,7 +185,7 @@ def test_a_checkpoint_begins_before_all_is_there(images: dict[str, Path], tmp_pa
             resumed(saver)
             result = moving.until(saver, "checkpoint")
             assert saver.wait() == 0
-        # By rounds while it ran, with traces that cost it no trap.
+        # In rounds while it ran, by traces that cause no traps.
         assert result["rounds"] >= 1
         assert result["traps"] == 0
         assert result["tracking-note"] == "its memory was still coming"
@@ -197,7 +198,7 @@ def test_a_checkpoint_begins_before_all_is_there(images: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize("point", ["part-brought", "armed", "instant", "saved"])
-def test_a_saver_that_dies(images: dict[str, Path], tmp_path: Path, point: str) -> None:
+def test_killed_checkpoint_leaves_restore_intact(images: dict[str, Path], tmp_path: Path, point: str) -> None:
     with restored(images["calm"]) as here:
         with saving(tmp_path / "image", fault=f"checkpoint.{point}=kill") as saver:
             assert saver.wait() == -signal.SIGKILL
@@ -210,8 +211,8 @@ def test_a_saver_that_dies(images: dict[str, Path], tmp_path: Path, point: str) 
         ends(here)
 
 
-def test_a_heavy_writer_is_saved_too(images: dict[str, Path], tmp_path: Path) -> None:
-    """It writes so much that rounds do not help: then all has come, and it is saved as any other."""
+def test_heavy_writer_is_saved_during_restore(images: dict[str, Path], tmp_path: Path) -> None:
+    """The write rate is too high for rounds: all pages are loaded first, then saved as usual."""
     with restored(images["heavy"]) as here:
         for number in range(3):
             with saving(tmp_path / f"{number}") as saver:
@@ -222,13 +223,13 @@ def test_a_heavy_writer_is_saved_too(images: dict[str, Path], tmp_path: Path) ->
 
 
 def words_of(arena: Arena) -> Any:
-    """The arena as pages of 512 words."""
+    """Return the arena as pages of 512 words."""
     return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
 
 
 @pytest.mark.parametrize("based", [False, True])
-def test_every_class_of_page(tmp_path: Path, based: bool) -> None:
-    """Saved by the program itself, with and without the image that it comes from as the parent."""
+def test_every_class_of_page_is_saved_during_restore(tmp_path: Path, based: bool) -> None:
+    """Save from within the program, with and without the restored image as the parent."""
     made, path = Maker(9000), tmp_path / "image"
     original, there = Arena(9000 * PAGE), made.contents.any(axis=1)
     words_of(original)[there] = made.contents[there]
@@ -249,7 +250,7 @@ def test_every_class_of_page(tmp_path: Path, based: bool) -> None:
     assert second.pages.data == 0
 
 
-def test_what_cannot_be_read_ends_it_and_nothing_else(tmp_path: Path) -> None:
+def test_unreadable_page_fails_only_the_checkpoint(tmp_path: Path) -> None:
     made = Maker(9000, classes=[DATA] * 9000, codec="none", storage_block=65536)
     path = made.write(tmp_path / "image")
     contents = bytearray(path.read_bytes())
@@ -259,18 +260,18 @@ def test_what_cannot_be_read_ends_it_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="checksum"):
         save(arena, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    # What shares no block with it is there, and what does still waits to be had.
+    # Pages in other blocks can be read; pages in that block stay deferred.
     assert (words_of(arena)[0] == made.contents[0]).all()
     assert arena.deferred > 0
-    assert arena.pager.hold() is not None  # it has been let go
+    assert arena.pager.hold() is not None  # it was released
     arena.pager.release()
 
 
-# -- what a trace tells by the userfaultfd of a pager
+# -- traces on the userfaultfd of a pager
 
 
 class Traced:
-    """An arena of which nothing comes by itself, under a trace."""
+    """An arena restored on demand only, under a trace."""
 
     def __init__(self, path: Path) -> None:
         self.arena = pageferry.restore(path, prefetch=False)
@@ -286,17 +287,17 @@ class Traced:
         return {page for first, end in found.runs() for page in range(first, end)}
 
 
-def test_writes_are_told_and_contents_that_come_are_not(tmp_path: Path) -> None:
+def test_trace_reports_writes_and_not_loaded_pages(tmp_path: Path) -> None:
     made = Maker(4096, classes=[DATA] * 4000 + [ABSENT] * 96)
     traced = Traced(made.write(tmp_path / "image"))
     assert traced.written() == set()
     assert (traced.words[100:200] == made.contents[100:200]).all()
     traced.arena.ensure(1000 * PAGE, 500 * PAGE)
     assert traced.written() == set()
-    traced.words[[150, 1200, 3000], 5] = 1  # there; there, and not mapped by an access; not there
+    traced.words[[150, 1200, 3000], 5] = 1  # loaded; loaded but not mapped; deferred
     assert traced.written() == {150, 1200, 3000}
     assert traced.written() == set()
-    traced.words[4050, 0] = 1  # what was never there
+    traced.words[4050, 0] = 1  # absent from the image
     assert 4050 in traced.written()
     traced.arena.pager.release()
     assert (traced.words[:100] == made.contents[:100]).all()
@@ -306,8 +307,8 @@ def test_writes_are_told_and_contents_that_come_are_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_write_is_missed_while_contents_come(tmp_path: Path, seed: int) -> None:
-    """Threads read and write at random while others have pages brought, and a trace is collected now and then."""
+def test_trace_misses_no_write_while_pages_are_loaded(tmp_path: Path, seed: int) -> None:
+    """Threads read and write at random pages while other pages are loaded and the trace is collected."""
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     traced = Traced(made.write(tmp_path / "image"))
     copy, over = made.contents.copy(), threading.Event()
@@ -332,7 +333,7 @@ def test_no_write_is_missed_while_contents_come(tmp_path: Path, seed: int) -> No
         thread.start()
 
     def send() -> None:
-        """As a migration does: what has been written, as it is after that was found out."""
+        """Copy the collected pages, as a migration does."""
         for page in traced.written():
             copy[page] = traced.words[page]
 
@@ -349,7 +350,7 @@ def test_no_write_is_missed_while_contents_come(tmp_path: Path, seed: int) -> No
     assert (copy == traced.words).all()
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_userfaultfd_is_borrowed_by_one_operation_at_a_time(tmp_path: Path) -> None:
     arena: RestoredArena = pageferry.restore(Maker(64).write(tmp_path / "image"), prefetch=False)
     workload = arena.workload()
     hold = asyncio.run(holding.held(workload))
@@ -357,15 +358,15 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match="moved or saved meanwhile"):
         asyncio.run(holding.held(workload))
     arena.ensure(0, arena.length)
-    assert not arena.pager.wait(0.1)  # it does not end under somebody's hands
+    assert not arena.pager.wait(0.1)  # it cannot finish while its userfaultfd is borrowed
     hold.release()
     hold.release()
     assert arena.pager.wait(10.0)
     assert asyncio.run(holding.held(workload)) is None
 
 
-def test_a_child_of_a_program_that_is_saved_sees_everything(tmp_path: Path) -> None:
-    """To fork, it needs all contents, and not the end of the checkpoint."""
+def test_child_forked_during_checkpoint_reads_all_pages(tmp_path: Path) -> None:
+    """A fork needs all pages, but not the end of the checkpoint."""
     made = Maker(1024)
     arena: RestoredArena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     hold = asyncio.run(holding.held(arena.workload()))

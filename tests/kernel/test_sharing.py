@@ -1,4 +1,4 @@
-"""Sharing on the real kernel: what is found against plain Python, what is freed against the estimate, nothing lost."""
+"""Page sharing on the real kernel: results against plain Python, freed memory against the estimate, no lost writes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LEDGER = {"threads": 2, "rate": 100 << 20, "zero_fraction": 0.5}
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """Whatever a test does, KSM is as it was afterwards."""
+    """Check that KSM has its earlier settings after each test."""
     names = [name for name in ksm.SWITCHES if (ksm.FOLDER / name).exists()]
     before = {name: (ksm.FOLDER / name).read_text() for name in names}
     yield
-    deadline = time.monotonic() + 10  # of a guard that was left behind by a kill
+    deadline = time.monotonic() + 10  # the guardian of a killed process may need some time
     while (now := {name: (ksm.FOLDER / name).read_text() for name in names}) != before:
         assert time.monotonic() < deadline, f"{now} was {before}"
         time.sleep(0.02)
@@ -44,7 +44,7 @@ def switches() -> Iterator[None]:
 
 @pytest.fixture
 def ksm_usable(root: None) -> None:
-    """For tests that share private memory."""
+    """Skip tests that share private memory if KSM cannot be used."""
     try:
         ksm.check_unused(set(), beside_others=True)
     except UnsupportedError as reason:
@@ -52,7 +52,7 @@ def ksm_usable(root: None) -> None:
 
 
 def numbers_at_random(seed: int, pages: int) -> list[int]:
-    """Zeros, patterns, contents that occur often, and unique ones."""
+    """Return random page numbers: zeros, patterns, frequent contents and unique ones."""
     choice = random.Random(seed)
 
     def number(page: int) -> int:
@@ -71,8 +71,8 @@ def scanned(pieces: list[Any], most: int = 1 << 20) -> SharingScan:
 
 
 @pytest.mark.parametrize("kind", ["small", "large", "hugetlb"])
-def test_finds_what_plain_python_finds_in_files(kind: str) -> None:
-    """Three workloads; of the last, every other 2 MiB is a hole, and stays one."""
+def test_scan_of_files_matches_plain_python(kind: str) -> None:
+    """Three workloads; in the last one every other unit of 2 MiB is a hole, and remains one."""
     pages = 4 * SLOTS
     workloads = [numbers_at_random(seed, pages) for seed in (1, 2, 3)]
     with backing(kind, 4 * LARGE_PAGE, 3) as files:
@@ -125,7 +125,7 @@ def test_swapped_pages_of_files_stay_in_swap() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_finds_what_plain_python_finds_in_private_memory() -> None:
+def test_scan_of_private_memory_matches_plain_python() -> None:
     with Lookalike(4 * SLOTS) as target:
         numbers = numbers_at_random(7, 4 * SLOTS)
         target.order("fill", numbers)
@@ -140,7 +140,7 @@ def test_finds_what_plain_python_finds_in_private_memory() -> None:
         assert (again.step(1, 1), again.units()) == (0, [])
 
 
-def test_with_little_memory_contents_are_sampled() -> None:
+def test_scan_with_little_memory_samples_contents() -> None:
     numbers = [1 + page % 1024 for page in range(8 * SLOTS)]
     with backing("small", 8 * LARGE_PAGE) as (fd,):
         mapping = Mapping(fd, 8 * LARGE_PAGE)
@@ -151,10 +151,10 @@ def test_with_little_memory_contents_are_sampled() -> None:
     assert scan.scale == 4
     freed = scan.totals[1][CLASSES.index("inside")]
     assert 0.7 < freed / worth([numbers])[1]["inside"] < 1.3
-    assert freed % (3 * 4) == 0, "all four copies of a content are kept, or none"
+    assert freed % (3 * 4) == 0, "sampling must keep all copies of a page or none"
 
 
-def test_the_curve_is_what_sharing_in_the_first_units_frees() -> None:
+def test_curve_gives_pages_freed_by_the_first_units() -> None:
     numbers = numbers_at_random(11, 6 * SLOTS)
     with backing("small", 6 * LARGE_PAGE) as (fd,):
         mapping = Mapping(fd, 6 * LARGE_PAGE)
@@ -174,7 +174,7 @@ def test_the_curve_is_what_sharing_in_the_first_units_frees() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_zeros_become_holes_and_nothing_else_changes() -> None:
+def test_zeros_become_holes_and_other_pages_stay() -> None:
     numbers = numbers_at_random(5, 3 * SLOTS)
     with backing("large", 3 * LARGE_PAGE) as (fd,):
         mapping = Mapping(fd, 3 * LARGE_PAGE)
@@ -197,7 +197,7 @@ def test_zeros_become_holes_and_nothing_else_changes() -> None:
 
 
 def rich_and_poor(units: int) -> list[int]:
-    """Every other large page has 400 pages worth sharing, the others a single one."""
+    """Return page numbers: every other huge page has 400 shareable pages, the others have one."""
     rich = [1 + page % 100 for page in range(300)] + [0] * 100
     poor = [1]
     blocks = [rich if unit % 2 else poor for unit in range(units)]
@@ -213,8 +213,8 @@ def share(*names: str, **options: Any) -> SharingResult:
 
 
 @pytest.mark.usefixtures("ksm_usable")
-def test_only_chosen_large_pages_are_broken() -> None:
-    """What is freed is what was estimated; nothing is rebuilt; it can be undone; no page changes."""
+def test_only_chosen_large_pages_are_split() -> None:
+    """Freed memory matches the estimate; huge pages are not rebuilt; undo restores them; no page changes."""
     units = 16
     with Lookalike(units * SLOTS) as target:
         target.order("fill", rich_and_poor(units))
@@ -231,7 +231,7 @@ def test_only_chosen_large_pages_are_broken() -> None:
         assert result.freed is not None
         assert result.estimated is not None
         expected = (units // 2 * 400 - 100) * SMALL_PAGE
-        assert abs(result.estimated - expected) < 0.02 * expected, "and whatever the interpreter's own memory adds"
+        assert abs(result.estimated - expected) < 0.02 * expected, "the interpreter's own memory may add up to 2 %"
         assert abs(result.freed - result.estimated) < 0.02 * result.estimated
         for address in all_units[1::2]:
             with pytest.raises(OSError, match="Invalid argument"):
@@ -244,7 +244,7 @@ def test_only_chosen_large_pages_are_broken() -> None:
 
 
 @pytest.mark.usefixtures("ksm_usable")
-def test_processes_share_with_each_other_when_both_are_named() -> None:
+def test_processes_named_together_share_pages() -> None:
     with Lookalike(4 * SLOTS) as one, Lookalike(4 * SLOTS) as other:
         numbers = [unique(page) for page in range(4 * SLOTS)]
         for target in (one, other):
@@ -274,8 +274,8 @@ def test_no_write_is_lost_while_private_memory_is_shared() -> None:
 
 @pytest.mark.usefixtures("ksm_usable")
 @pytest.mark.parametrize("moment", [0.0, 0.05, 0.2])
-def test_a_sharer_that_is_killed_leaves_all_right(moment: float) -> None:
-    """`switches` waits until KSM is as it was."""
+def test_killed_sharer_leaves_memory_and_ksm_intact(moment: float) -> None:
+    """The fixture `switches` waits until KSM has its earlier settings."""
     with Lookalike(8 * SLOTS) as target:
         target.order("fill", rich_and_poor(8))
         target.order("hammer", list(range(-3, 30)), 2)
@@ -292,7 +292,7 @@ def test_a_sharer_that_is_killed_leaves_all_right(moment: float) -> None:
 
 
 @pytest.mark.usefixtures("ksm_usable")
-def test_ksm_that_others_use_is_left_alone() -> None:
+def test_ksm_in_use_by_others_is_refused() -> None:
     with Lookalike(SLOTS) as target, Lookalike(SLOTS) as other:
         run = ksm.FOLDER / "run"
         try:
@@ -308,7 +308,7 @@ def test_ksm_that_others_use_is_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_cancelled_sharing_is_taken_back(monkeypatch: pytest.MonkeyPatch, ksm_usable: None) -> None:
+def test_cancelled_sharing_is_undone(monkeypatch: pytest.MonkeyPatch, ksm_usable: None) -> None:
     async def cancelled() -> ksm.Run:
         raise asyncio.CancelledError
 
@@ -329,30 +329,33 @@ def ledger() -> Iterator[Program]:
         assert program.json()["type"] == "ready"
         yield program
         program.process.send_signal(signal.SIGTERM)
-        assert program.json()["intact"], "no write was lost"
+        assert program.json()["intact"], "a write was lost"
         assert program.wait() == 0
 
 
 @pytest.mark.usefixtures("root", "ledger")
-def test_no_write_is_lost_while_zeros_of_an_arena_are_given_back() -> None:
+def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
     for _ in range(5):
         result = asyncio.run(api.share(["twins"], threshold=50))
         assert result.freed
         assert result.pauses
-        # The ledger goes on meanwhile, and fills holes again: never more than the zeros that were there.
+        # The ledger keeps running and fills holes again, so at most the zeros present at the start are freed.
         assert 0 < result.freed < 1.5 * result.classes["zero"].reclaimable
         asyncio.run(api.undo(["twins"]))
 
 
 @pytest.mark.usefixtures("root", "ledger")
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.05])
-def test_a_sharer_of_an_arena_that_is_killed_lets_it_run_on(moment: float) -> None:
-    wait_until(lambda: killed_at_work(moment), "something to share")
-    asyncio.run(api.share(["twins"], threshold=50))  # it answers, and can be paused
+def test_killed_sharer_leaves_arena_running(moment: float) -> None:
+    wait_until(lambda: killed_at_work(moment), "pages to share")
+    asyncio.run(api.share(["twins"], threshold=50))  # it replies, and can be paused
 
 
 def killed_at_work(moment: float) -> bool:
-    """Start a sharer, and kill it while it shares; false when it found nothing to do: a ledger makes zeros in time."""
+    """Start a sharer, and kill it while it shares.
+
+    Return False if it found nothing to do: the ledger makes zeros in time.
+    """
     words = ["sharing", "twins", "--apply", "--threshold", "1", "--break-hot", "--output", "json"]
     with Program("-m", "pageferry", *words) as sharer:
         while (said := sharer.json()["type"]) not in ("apply", "sharing"):
@@ -362,7 +365,7 @@ def killed_at_work(moment: float) -> bool:
     return bool(said == "apply")
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match="once"):
         asyncio.run(api.find([]))
     with pytest.raises(UsageError, match="once"):
@@ -376,7 +379,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_a_process_that_ends_meanwhile() -> None:
+def test_process_that_exits_during_the_scan_is_an_error() -> None:
     with Lookalike(4 * SLOTS) as target:
         target.order("fill", [unique(page) for page in range(4 * SLOTS)])
 
@@ -388,7 +391,7 @@ def test_a_process_that_ends_meanwhile() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_the_command_says_it_as_json() -> None:
+def test_command_reports_json() -> None:
     with Lookalike(2 * SLOTS) as target:
         target.order("fill", rich_and_poor(2))
         command = [sys.executable, "-m", "pageferry", "sharing", f"pid:{target.pid}", "--output", "json"]

@@ -1,4 +1,4 @@
-"""Sharing in a workload that is still being restored (S8, S9): counted by signatures, and nothing comes for it."""
+"""Page sharing during a lazy restore (S8, S9): deferred pages count by their signatures, and none is loaded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def order(program: Program, words: str) -> object:
 
 
 def state() -> tuple[bytes, int, int]:
-    """Flags, pages loaded, bytes read of the image: what changes when anything comes."""
+    """Return the deferred bitmap, pages loaded and bytes read, which change when a page is loaded."""
     folder = Folder(Registry(), NAME)
     found = deferred.coming(folder)
     status = deferred.status(folder)
@@ -56,7 +56,7 @@ def find() -> SharingResult:
 
 
 def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
-    """An image of an arena whose pages have these contents (see `lookalike`); None: never touched."""
+    """Save an image of an arena whose pages have these contents (see `lookalike`); None: never touched."""
     arena = pageferry.Arena(len(numbers) * SMALL_PAGE, large_pages=large)
     memory = memoryview(arena)
     for page, number in enumerate(numbers):
@@ -67,7 +67,7 @@ def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
 
 
 def various(units: int, seed: int = 1) -> list[int | None]:
-    """Of all kinds; the last unit of 2 MiB is left out, and half of the one before."""
+    """Return page numbers of all kinds; the last unit of 2 MiB and half of the one before are untouched."""
     choice = random.Random(seed)
     numbers: list[int | None] = [
         choice.choice((0, -choice.randrange(1, 5), choice.randrange(1, 200), unique(page)))
@@ -78,13 +78,13 @@ def various(units: int, seed: int = 1) -> list[int | None]:
 
 
 def digest(image: Path) -> str:
-    """Of all contents."""
+    """Return a digest of all contents."""
     opened = ImageFile(image)
     return hashlib.sha256(opened.read(0, opened.pages)).hexdigest()
 
 
 @pytest.mark.parametrize("touched", [(), (0, 1, 700, 2000)])
-def test_what_is_still_to_come_counts_as_it_will_and_does_not_come(tmp_path: Path, touched: tuple[int, ...]) -> None:
+def test_deferred_pages_are_counted_without_loading(tmp_path: Path, touched: tuple[int, ...]) -> None:
     numbers = various(6)
     image = save(tmp_path / "image", numbers)
     with restored(image) as program:
@@ -100,14 +100,14 @@ def test_what_is_still_to_come_counts_as_it_will_and_does_not_come(tmp_path: Pat
         assert (found.classes, found.reclaimable, found.curve) == (then.classes, then.reclaimable, then.curve)
         assert found.large_pages == then.large_pages == 5
         assert found.memory + found.deferred == then.memory
-        # What was not touched of the fifth large page is in memory as zeros.
+        # Untouched pages of the fifth huge page are in memory as zeros.
         expected, freed = worth([[number or 0 for number in numbers[: 5 * SLOTS]]])
         assert {name: one.pages for name, one in found.classes.items()} == expected
         assert {name: one.reclaimable // SMALL_PAGE for name, one in found.classes.items()} == freed
         assert order(program, "check") == digest(image)
 
 
-def test_what_was_on_small_pages(tmp_path: Path) -> None:
+def test_deferred_pages_of_small_page_images_are_counted(tmp_path: Path) -> None:
     numbers = various(6)
     image = save(tmp_path / "image", numbers, large=False)
     with restored(image) as program:
@@ -119,8 +119,8 @@ def test_what_was_on_small_pages(tmp_path: Path) -> None:
         assert order(program, "check") == digest(image)
 
 
-def test_equal_pages_of_one_that_is_here_and_one_that_is_coming(tmp_path: Path) -> None:
-    """The hash of a page in memory is the signature of the page in an image."""
+def test_deferred_and_present_duplicates_are_matched(tmp_path: Path) -> None:
+    """The hash of a page in memory equals the signature of the page in an image."""
     image = save(tmp_path / "image", [unique(page) for page in range(2 * SLOTS)])
     with restored(image) as program, Program("-m", "tests.kernel.restored_owner", str(image), "here") as other:
         other.json()
@@ -133,8 +133,8 @@ def test_equal_pages_of_one_that_is_here_and_one_that_is_coming(tmp_path: Path) 
         assert order(program, "check") == order(other, "check")
 
 
-def test_a_chain_of_images(tmp_path: Path) -> None:
-    """Of pages that are in the parent, the child has the signature."""
+def test_deferred_pages_of_an_image_chain_are_counted(tmp_path: Path) -> None:
+    """For pages stored in the parent, the child has the signature."""
     numbers = various(4)
     arena = pageferry.Arena(len(numbers) * SMALL_PAGE)
     memory = memoryview(arena)

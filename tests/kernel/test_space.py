@@ -1,4 +1,4 @@
-"""Other processes' address spaces: calls made in them, large mappings made from outside, clear refusals."""
+"""Other processes' address spaces: injected system calls, huge mappings made from outside, and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GETPID, _CLOSE = 39, 3
 SLOTS = LARGE_PAGE // SMALL_PAGE
 
 
-def test_a_call_is_made_in_the_process() -> None:
+def test_system_call_is_made_in_the_process() -> None:
     with Target() as target:
         assert Space(target.pid).call(_GETPID) == target.pid
         with pytest.raises(OSError, match="a system call made in the process failed") as failed:
@@ -27,7 +27,7 @@ def test_a_call_is_made_in_the_process() -> None:
         assert failed.value.errno == errno.EBADF
 
 
-def test_a_process_with_several_threads_goes_on() -> None:
+def test_process_with_several_threads_keeps_running() -> None:
     code = "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(0.3,)).start()\n"
     with subprocess.Popen(["python3", "-c", code]) as process:
         for _ in range(50):
@@ -35,8 +35,8 @@ def test_a_process_with_several_threads_goes_on() -> None:
         assert process.wait(20) == 0
 
 
-def test_a_process_that_becomes_another_program() -> None:
-    """The place where calls are made moves with each program: it is looked up again, and nobody is left stopped."""
+def test_calls_work_after_execve() -> None:
+    """The address of injected calls changes with each execve(2): it is found again, and no process is left stopped."""
     script = 'exec /bin/sh -c "$0" "$0"'
     with subprocess.Popen(["/bin/sh", "-c", script, script]) as process:
         try:
@@ -52,8 +52,8 @@ def test_a_process_that_becomes_another_program() -> None:
             process.kill()
 
 
-def test_several_adopt_the_same_process_at_once() -> None:
-    """Only one can trace it: the others are told so, and the process comes through."""
+def test_concurrent_adoptions_of_one_process_succeed_or_are_refused() -> None:
+    """Only one process can trace it: the others get an error, and the target survives."""
     refused: list[PermissionError] = []
 
     def adopt(pid: int) -> None:
@@ -73,7 +73,7 @@ def test_several_adopt_the_same_process_at_once() -> None:
     assert all("traced" in str(error) for error in refused)
 
 
-def test_a_process_that_is_gone() -> None:
+def test_exited_process_is_an_error() -> None:
     target = Target()
     space = Space(target.pid)
     with target:
@@ -95,7 +95,7 @@ def test_no_descriptor_is_left_behind() -> None:
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_large_mappings_are_made_from_outside(kind: str) -> None:
-    """A memfd is put on large pages by it, where large pages for shared memory are switched off."""
+    """A memfd is collapsed into huge pages, where shared memory has none by default."""
     with backing(kind, 2 * LARGE_PAGE) as (fd,), Target(fd) as target:
         mapping = Mapping(fd, 2 * LARGE_PAGE)
         content = random.Random(4).randbytes(2 * LARGE_PAGE)
@@ -106,13 +106,13 @@ def test_large_mappings_are_made_from_outside(kind: str) -> None:
         Space(target.pid).collapse(address, 2 * LARGE_PAGE)
         assert target.order("touch", address, 2 * SLOTS, False) == 0
         assert target.order("touch", address, 2 * SLOTS, True) == 0
-        assert memory[5:LARGE_PAGE] != content[5:LARGE_PAGE], "the target writes to the same pages"
+        assert memory[5:LARGE_PAGE] != content[5:LARGE_PAGE], "the target must write to the same pages"
         memory.release()
         again = Mapping(fd, 2 * LARGE_PAGE)
         assert again.large_units() == [True, True]
 
 
-def test_what_cannot_be_collapsed_is_an_error() -> None:
+def test_uncollapsible_memory_is_an_error() -> None:
     with backing("small", 2 * LARGE_PAGE) as (fd,):
         mapping = Mapping(fd, 2 * LARGE_PAGE)
         trace = Trace([(Space(), mapping.address, LARGE_PAGE, 0, 0)])

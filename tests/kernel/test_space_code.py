@@ -1,4 +1,4 @@
-"""Calls are made in a process only where they are what they should be, and no promise of the kernel is broken."""
+"""Injected system calls are made only in the right code mode, and no guarantee of the kernel is broken."""
 
 from __future__ import annotations
 
@@ -200,15 +200,15 @@ def test_32_bit_call_of_64_bit_code_is_restarted(tmp_path: Path) -> None:
         assert program[1] == 0
 
 
-def test_interrupted_restartable_section_never_commits(tmp_path: Path) -> None:
+def test_interrupted_restartable_sequence_never_commits(tmp_path: Path) -> None:
     with running(SECTION, tmp_path) as program:
         assert program.passes(0, 0)
         if program[5]:
             pytest.skip(f"this kernel has no restartable sequences (errno {program[5]})")
         committed = 0
         for _ in range(50):
-            time.sleep(0.002)  # until the last section that was let through has ended
-            interrupted = program[0]  # it stays in this section until it is aborted
+            time.sleep(0.002)  # until the last section started before the stop has ended
+            interrupted = program[0]  # stays in this section until it is aborted
             assert Space(program.pid).call(GETPID) == program.pid
             committed += not program.passes(0, interrupted, 0.2)
             program[1] = 1

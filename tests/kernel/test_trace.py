@@ -1,4 +1,4 @@
-"""Write traces (S2): every write is seen, nothing else where traces are fine, whole units where they are coarse."""
+"""Write traces (S2): every write is reported; fine traces report only written pages, coarse ones whole units."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def large() -> Iterator[int]:
 
 
 def mapped_large(mapping: Mapping) -> int:
-    """Bytes of a mapping of ours that stand in the page tables as large pages."""
+    """Return the number of bytes of our mapping that are mapped by PMDs (huge pages)."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     total, within = 0, False
     for line in lines:
@@ -79,7 +79,7 @@ def write(mapping: Mapping, pages: set[int], byte: int = 1) -> None:
 
 
 def grain(fd: int) -> int:
-    """Small pages in a page of the file: what one trace covers at the least."""
+    """Return the base pages per page of the file, the minimum granularity of a trace."""
     return os.fstatvfs(fd).f_bsize // SMALL_PAGE
 
 
@@ -90,7 +90,7 @@ def coarse(pages: set[int], unit: int) -> set[int]:
 
 
 @pytest.mark.parametrize("filled", [False, True])
-def test_exactly_what_was_written(fd: int, filled: bool) -> None:
+def test_fine_trace_reports_exactly_the_written_pages(fd: int, filled: bool) -> None:
     mapping, randomly = Mapping(fd, LENGTH), random.Random(17)
     if filled:
         write(mapping, set(range(PAGES)))
@@ -103,7 +103,7 @@ def test_exactly_what_was_written(fd: int, filled: bool) -> None:
         assert collect(trace) == set()
 
 
-def test_peek_leaves_it_to_be_collected(fd: int) -> None:
+def test_peek_does_not_collect(fd: int) -> None:
     mapping = Mapping(fd, LENGTH)
     trace = own(mapping)
     write(mapping, {3, 700})
@@ -114,7 +114,7 @@ def test_peek_leaves_it_to_be_collected(fd: int) -> None:
     assert collect(trace) == coarse({3, 700}, grain(fd))
 
 
-def test_reading_is_no_write(fd: int) -> None:
+def test_reads_are_not_reported(fd: int) -> None:
     mapping = Mapping(fd, LENGTH)
     write(mapping, {5})
     trace = own(mapping)
@@ -123,7 +123,7 @@ def test_reading_is_no_write(fd: int) -> None:
     assert collect(trace) == set()
 
 
-def test_another_process(fd: int) -> None:
+def test_writes_of_another_process_are_reported(fd: int) -> None:
     with Target(fd) as target:
         address = target.order("map", fd, LENGTH)
         trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
@@ -134,7 +134,7 @@ def test_another_process(fd: int) -> None:
         assert collect(trace) == coarse({77}, grain(fd))
 
 
-def test_two_processes_that_map_the_same_memory(small: int) -> None:
+def test_writes_of_two_processes_to_shared_memory_are_reported(small: int) -> None:
     with Target(small) as one, Target(small) as other:
         spaces = [(Space(target.pid), target.order("map", small, LENGTH)) for target in (one, other)]
         trace = Trace([(space, address, LENGTH, 0, 0) for space, address in spaces])
@@ -145,7 +145,7 @@ def test_two_processes_that_map_the_same_memory(small: int) -> None:
         assert collect(trace) == {900}
 
 
-def test_segments_are_counted_from_their_place_in_the_region(small: int) -> None:
+def test_segments_report_pages_relative_to_the_region(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     address, half = mapping.address, LENGTH // 2
     segments = [(Space(), address, half, 1, 0), (Space(), address + half, half, 0, 100)]
@@ -157,7 +157,7 @@ def test_segments_are_counted_from_their_place_in_the_region(small: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_a_page_that_was_unmapped_after_the_write_is_still_written(kind: str) -> None:
+def test_page_unmapped_after_a_write_is_reported(kind: str) -> None:
     with backing(kind, LENGTH) as (fd,), Target(fd) as target:
         address = target.order("map", fd, LENGTH)
         trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
@@ -166,13 +166,13 @@ def test_a_page_that_was_unmapped_after_the_write_is_still_written(kind: str) ->
         assert collect(trace) == set(range(SLOTS))
 
 
-def test_written_and_freed_is_written(small: int) -> None:
+def test_written_and_discarded_page_is_reported(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     trace = own(mapping)
     write(mapping, {10, 11, 800})
     punch(small, 11, 1)
     assert collect(trace) == {10, 11, 800}
-    # Freeing alone is no write: the sender finds such pages by what it sent before.
+    # A discard is not a write: the sender detects such pages by comparison with the pages it sent.
     punch(small, 10, 1)
     assert collect(trace) <= {10}
     write(mapping, {10})
@@ -188,7 +188,7 @@ def punch(fd: int, page: int, pages: int) -> None:
 @pytest.mark.parametrize("kind", ["small", "large"])
 @pytest.mark.parametrize("release_after", [0, 1, 256])
 def test_no_write_is_lost_while_collecting(kind: str, release_after: int) -> None:
-    """Threads rewrite memory all the time; a copy made of nothing but collected pages ends up the same."""
+    """Threads write continuously; a copy made only of collected pages ends up identical."""
     length = 16 * LARGE_PAGE
     with backing(kind, length) as (fd,):
         mapping = Mapping(fd, length)
@@ -226,20 +226,20 @@ def test_coarse_traces_release_large_pages_as_such(large: int) -> None:
     mapping = Mapping(large, LENGTH)
     write(mapping, set(range(PAGES)))
     trace = own(mapping, 1)
-    assert mapped_large(mapping) == 0, "protecting splits every mapping"
+    assert mapped_large(mapping) == 0, "protection must split every PMD mapping"
     write(mapping, {SLOTS + 3, 3 * SLOTS})
     wait_until(lambda: trace.released_units == 2, "the release of two units")
     assert mapped_large(mapping) == 2 * LARGE_PAGE
     minor = faults()
     write(mapping, set(range(SLOTS, 2 * SLOTS)))
-    assert faults() - minor < SLOTS // 4, "one trap was enough"
+    assert faults() - minor < SLOTS // 4, "expected a single trap"
     assert collect(trace) == set(range(SLOTS, 2 * SLOTS)) | set(range(3 * SLOTS, 4 * SLOTS))
-    assert mapped_large(mapping) == 0, "protected again"
+    assert mapped_large(mapping) == 0, "released units must be protected again"
     write(mapping, {SLOTS + 5})
     assert collect(trace) == set(range(SLOTS, 2 * SLOTS))
 
 
-def test_large_pages_are_released_once_enough_traces_fired(large: int) -> None:
+def test_large_pages_are_released_after_enough_traps(large: int) -> None:
     mapping = Mapping(large, LENGTH)
     write(mapping, set(range(PAGES)))
     trace = own(mapping, 256)
@@ -249,7 +249,7 @@ def test_large_pages_are_released_once_enough_traces_fired(large: int) -> None:
     assert collect(trace) == set(range(255)) | set(range(SLOTS, 2 * SLOTS))
 
 
-def test_a_removed_trace_leaves_released_memory_in_order(large: int) -> None:
+def test_removed_trace_leaves_released_memory_intact(large: int) -> None:
     mapping = Mapping(large, LENGTH)
     write(mapping, set(range(PAGES)))
     trace = own(mapping, 1)
@@ -263,7 +263,7 @@ def test_a_removed_trace_leaves_released_memory_in_order(large: int) -> None:
     assert collect(again) == {9}
 
 
-def test_the_traced_runs_on_when_its_tracer_is_killed(small: int) -> None:
+def test_traced_process_survives_killed_tracer(small: int) -> None:
     with Target(small) as target:
         address = target.order("map", small, LENGTH)
         target.order("write", address, [1], 1)
@@ -279,12 +279,12 @@ def test_the_traced_runs_on_when_its_tracer_is_killed(small: int) -> None:
 
 
 def flags(pid: int, address: int) -> list[str]:
-    """VmFlags of the mapping at that address; `uw` is a registration for write protection."""
+    """Return the VmFlags of the mapping at that address; `uw` means registered for write protection."""
     mappings = Path(f"/proc/{pid}/smaps").read_text().split(f"\n{address:x}-", 1)[1]
     return next(line for line in mappings.splitlines() if line.startswith("VmFlags:")).split()[1:]
 
 
-def test_a_second_tracer_is_refused_by_name(small: int) -> None:
+def test_second_trace_is_refused(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     trace = own(mapping)
     with pytest.raises(
@@ -293,13 +293,13 @@ def test_a_second_tracer_is_refused_by_name(small: int) -> None:
         own(mapping)
     assert busy.value.errno == errno.EBUSY
     write(mapping, {8})
-    assert collect(trace) == {8}, "the first trace is as it was"
+    assert collect(trace) == {8}, "the first trace must be intact"
     trace.remove()
     own(mapping).remove()
 
 
-def test_a_process_that_ended_is_no_clean_process(small: int) -> None:
-    """What was found in others before is kept all the same: marks are reported once."""
+def test_exited_process_is_an_error_and_keeps_other_pages(small: int) -> None:
+    """Written pages found in other processes before are kept, because each is reported once."""
     mapping = Mapping(small, LENGTH)
     with Target(small) as target:
         address = target.order("map", small, LENGTH)
@@ -315,7 +315,7 @@ def test_a_process_that_ended_is_no_clean_process(small: int) -> None:
         trace.remove()
 
 
-def test_nothing_is_collected_into_too_few_sets(small: int) -> None:
+def test_collect_into_too_few_sets_is_refused(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     half = LENGTH // 2
     trace = Trace([(Space(), mapping.address, half, 0, 0), (Space(), mapping.address + half, half, 1, 0)])
@@ -327,7 +327,7 @@ def test_nothing_is_collected_into_too_few_sets(small: int) -> None:
     assert members(first) == {5}
 
 
-def test_a_trace_that_was_removed_says_so(small: int) -> None:
+def test_removed_trace_refuses_calls(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     trace = own(mapping)
     trace.remove()

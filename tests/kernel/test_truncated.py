@@ -1,4 +1,4 @@
-"""The file of a workload's memory is truncated: what works on it ends by name, and nothing is published."""
+"""Truncation of the file of a workload's memory: operations fail with a named error, and publish nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIGRATE = ["start", "source.set-up", "source.paused"]
 
 
 def truncated_at(point: str, *arguments: str) -> tuple[int, str]:
-    """Run a command, and truncate the memory before it starts or while it stands at a fault point."""
+    """Run a command, and truncate the memory before it starts or while it is stopped at a fault point."""
     fault = None if point == "start" else f"{point}=stop"
     with Program("-c", OWNER, env=environment(None)) as owner:
         assert owner.line() == "ready"
@@ -58,22 +58,22 @@ def truncate(owner: Program) -> None:
 
 @pytest.mark.parametrize("point", CHECKPOINT)
 @pytest.mark.parametrize("mode", ["lazy", "stop"])
-def test_checkpoint_of_truncated_memory_ends_by_name_and_leaves_no_image(tmp_path: Path, mode: str, point: str) -> None:
+def test_checkpoint_of_truncated_memory_is_an_error_and_leaves_no_image(tmp_path: Path, mode: str, point: str) -> None:
     if mode == "stop" and point != "start":
-        pytest.skip("this mode does not come to that point")
+        pytest.skip("this mode does not reach that fault point")
     code, said = truncated_at(point, "checkpoint", "short", str(tmp_path / "image"), "--mode", mode)
     assert (code, "was truncated" in said) == (10, True), said
     assert not (tmp_path / "image").exists()
 
 
 @pytest.mark.parametrize("point", MIGRATE)
-def test_migration_of_truncated_memory_ends_by_name(point: str) -> None:
+def test_migration_of_truncated_memory_is_an_error(point: str) -> None:
     with receiver("elsewhere") as there:
         code, said = truncated_at(point, "migrate", "short", address_of(there))
         assert (code, "was truncated" in said) == (10, True), said
 
 
-def test_access_beyond_the_end_of_a_file_ends_a_process_of_ours_by_name() -> None:
+def test_access_beyond_the_end_of_a_file_ends_our_process_with_a_message() -> None:
     code = (
         "import os; from pageferry import _engine; f = os.memfd_create('m'); os.ftruncate(f, 8192); "
         "m = _engine.Mapping(f, 8192); getattr(_engine, 'end_on_truncation', print)(10); os.ftruncate(f, 0); "

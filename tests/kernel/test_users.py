@@ -1,4 +1,4 @@
-"""Three kinds of users: root, an ordinary user, and a container. Each does what it may, and is told what it may not."""
+"""Root, an ordinary user and a container user: each may use what its privileges allow, and is told of the rest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LAZY = {"root": True, "user": False, "sandbox": False}
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that every user may write to; those of pytest are root's."""
+    """Yield a folder that every user may write to; those of pytest belong to root."""
     if not SWITCH.exists() or SWITCH.read_text().strip() != "0":
-        pytest.skip("any user may have a userfaultfd here")
+        pytest.skip("every user may create a userfaultfd on this host")
     with tempfile.TemporaryDirectory() as made:
         os.chmod(made, 0o777)
         yield Path(made)
@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def device() -> Iterator[None]:
-    """/dev/userfaultfd for every user, as a udev rule would have it."""
+    """Open /dev/userfaultfd to every user, as a udev rule would."""
     if not DEVICE.exists():
         pytest.skip(f"no {DEVICE}")
     before = DEVICE.stat().st_mode
@@ -48,7 +48,7 @@ def device() -> Iterator[None]:
 
 
 def checked(kind: str, folder: Path) -> dict[str, Any]:
-    """What `pageferry check` reports: status of systems, and the remedies of features."""
+    """Return the report of `pageferry check`: status of systems, and remedies of features."""
     done = users.run(kind, folder, "-m", "pageferry", "check", "--output", "json")
     assert done.returncode in (0, 3), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -63,7 +63,7 @@ def restored(kind: str, folder: Path, image: Path) -> dict[str, Any]:
 
 
 def image(folder: Path) -> tuple[Path, str]:
-    """An image that every user may read, and the hash of its memory."""
+    """Return an image that every user may read, and the hash of its memory."""
     made = Maker(2048)
     path = made.write(folder / "image")
     path.chmod(0o644)
@@ -93,7 +93,7 @@ def test_restored_arena_is_readable_by_system_calls(folder: Path, kind: str) -> 
     assert ("loading all" in said["stderr"]) == (not LAZY[kind])
 
 
-def test_eager_restore_reports_its_reason_and_its_progress(folder: Path) -> None:
+def test_eager_restore_reports_reason_and_progress(folder: Path) -> None:
     path, _ = image(folder)
     done = users.run("sandbox", folder, "-m", "tests.kernel.restoring_user", str(path), str(folder / "out"), "listen")
     assert done.returncode == 0, done.stderr
@@ -123,7 +123,7 @@ def test_checkpoint_names_the_mode_that_works(folder: Path, kind: str) -> None:
         assert 'mode="stop"' in said["error"]
 
 
-def test_device_makes_a_restore_of_an_ordinary_user_lazy(folder: Path, device: None) -> None:
+def test_userfaultfd_device_makes_restore_of_ordinary_user_lazy(folder: Path, device: None) -> None:
     path, expected = image(folder)
     said = restored("user", folder, path)
     assert said["hash"] == expected
@@ -136,7 +136,7 @@ def test_device_makes_a_restore_of_an_ordinary_user_lazy(folder: Path, device: N
 
 def test_postcopy_is_refused_before_the_pause_by_a_destination_that_cannot_handle_faults(folder: Path) -> None:
     here, there = users.host("user", folder), users.host("user", folder / "there")
-    users.python()  # skips
+    users.python()  # may skip the test
     with ledger("here", here) as source, receiver("there", host=there) as receiving:
         with migrating("here", address_of(receiving), "--mode", "hybrid", host=here, stderr=subprocess.PIPE) as moving:
             events, said = moving.process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Page streams as Python uses them: over TCP, with the exceptions that the stub names."""
+"""Page streams through their Python binding: over TCP, with the exceptions that the stub names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 def memory(pages: int = PAGES) -> Mapping:
     made = os.memfd_create("test", os.MFD_CLOEXEC)
-    fd = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)  # inotify tells nothing of what is done by `made`
+    fd = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)  # inotify does not report writes through `made`
     try:
         os.ftruncate(fd, pages * SMALL_PAGE)
         return Mapping(fd, pages * SMALL_PAGE)
@@ -37,7 +37,7 @@ def memory(pages: int = PAGES) -> Mapping:
 
 @contextlib.contextmanager
 def connected(streams: int) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
-    """Both ends of TCP connections over loopback."""
+    """Yield both ends of TCP connections over loopback."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams)]
@@ -74,7 +74,7 @@ _round = st.lists(_change, max_size=30)
     st.sampled_from([1, 2, 4]),
     st.lists(_round, min_size=1, max_size=4),
 )
-def test_destination_is_source_after_each_barrier(
+def test_destination_matches_source_after_each_barrier(
     codec: str, streams: int, rounds: list[list[tuple[int, str | int]]]
 ) -> None:
     source, copy = memory(), memory()
@@ -84,7 +84,7 @@ def test_destination_is_source_after_each_barrier(
         for number, changes in enumerate([[], *rounds]):
             written = set()
             for page, byte in changes:
-                if isinstance(byte, str):  # which nobody reports
+                if isinstance(byte, str):  # which inotify does not report
                     assert _libc.fallocate(source.fileno(), _PUNCH, page * SMALL_PAGE, SMALL_PAGE) == 0
                     if byte != "freed":
                         assert ctypes.string_at(source.address + page * SMALL_PAGE, 1) == b"\0"
@@ -101,8 +101,8 @@ def test_destination_is_source_after_each_barrier(
         assert sender.progress == receiver.progress
 
 
-def test_a_limit_and_a_codec_that_may_be_left_out() -> None:
-    """Over two streams together no more than the limit; whatever codec was chosen, the destination is the source."""
+def test_bandwidth_limit_and_codec_are_optional() -> None:
+    """The limit applies to both streams together, and contents are preserved with every codec."""
     source, copy = memory(), memory()
     view = memoryview(source)
     view[:] = random.Random(1).randbytes(PAGES * SMALL_PAGE // 2) + bytes(PAGES * SMALL_PAGE // 2)
@@ -114,7 +114,7 @@ def test_a_limit_and_a_codec_that_may_be_left_out() -> None:
         sending.start()
         receiver.receive(0)
         sending.join()
-        # The last block of each stream leaves when all before it should have; 20 ms may be made up for.
+        # The last block of each stream may be early; 20 ms of delay may be caught up.
         assert time.monotonic() - begin >= (sender.progress[0] - 3 * 8192) / (2 << 20) - 0.02
         assert contents(copy) == contents(source)
         assert sender.uncompressed <= sender.progress[1]
@@ -126,28 +126,28 @@ def receiver_of(end: socket.socket, patience: float = 20.0) -> BlockReceiver:
     return BlockReceiver([end.fileno()], Placer([(memory(), SMALL_PAGE, [])], []), patience)
 
 
-def test_a_peer_that_closes() -> None:
+def test_closed_peer_is_an_error() -> None:
     with connected(1) as ((ours,), (theirs,)):
         ours.close()
         with pytest.raises(ConnectionResetError, match="the peer closed the page stream"):
             receiver_of(theirs).receive(0)
 
 
-def test_a_peer_that_stalls() -> None:
+def test_stalled_peer_times_out() -> None:
     with connected(1) as ((ours,), (theirs,)):
         ours.sendall(b"PFBK")
         with pytest.raises(TimeoutError, match="not moved a byte"):
             receiver_of(theirs, 0.2).receive(0)
 
 
-def test_a_peer_that_speaks_something_else() -> None:
+def test_peer_with_another_protocol_is_refused() -> None:
     with connected(1) as ((ours,), (theirs,)):
         ours.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: text/html\r\n\r\n" * 2)
         with pytest.raises(ValueError, match="no storage block"):
             receiver_of(theirs).receive(0)
 
 
-def test_cancelled_by_another_thread() -> None:
+def test_receive_can_be_cancelled_by_another_thread() -> None:
     with connected(1) as (_, (theirs,)):
         receiver = receiver_of(theirs)
         threading.Timer(0.1, receiver.cancel).start()
@@ -172,8 +172,8 @@ def test_sockets_with_a_timeout_work() -> None:
 
 
 @pytest.mark.parametrize("codec", ["none", "lz4"])
-def test_a_destination_that_is_full(codec: str, root: None) -> None:
-    """An error that says so: not a signal, not a wrong block."""
+def test_full_destination_is_an_error(codec: str, root: None) -> None:
+    """The error says so; no signal, no wrong block."""
     directory = large_tmpfs(LARGE_PAGE)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
     os.close(directory)
@@ -200,7 +200,7 @@ def test_a_destination_that_is_full(codec: str, root: None) -> None:
         sending.join()
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with connected(1) as ((ours,), (theirs,)):
         fd = ours.fileno()
         with pytest.raises(ValueError, match="codec brotli"):
