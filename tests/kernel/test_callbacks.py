@@ -121,7 +121,7 @@ def test_restore_that_blocks_the_loop_of_its_callbacks_is_refused(tmp_path: Path
 
 
 def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain `on_pause` takes a `threading` lock; a handler that waits for it blocks the loop of a coroutine callback."""
+    """Plain `on_pause` takes a `threading` lock; a handler that waits for it blocks the loop of callbacks."""
     monkeypatch.setattr("pageferry.workloads.callbacks.START_TIMEOUT", 0.5)
     turn = threading.Lock()
     paused, waits = threading.Event(), threading.Event()
