@@ -1,4 +1,4 @@
-"""Checkpoints that are cut short: there is no half image, and the workload does not notice (S4)."""
+"""Interrupted checkpoints leave no partial image and do not affect the workload (S4)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.saved import check_ledger
 
 MIB = 1 << 20
 SLOWLY = ("--bandwidth", "16M")
-"""Long enough to be interrupted on the way."""
+"""A bandwidth limit that leaves time to interrupt the checkpoint."""
 
 
 @contextmanager
 def ledger(name: str, *, dies: bool = False, processes: int = 1) -> Iterator[Program]:
-    """A ledger in a process of its own, which must be intact at the end, and still be writing."""
+    """A ledger in a separate process. It must be intact and still writing at the end of the block."""
     options = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1}
     setup = {"name": name, "size": 32 * MIB, "options": options, "exact": True, "processes": processes}
     with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
@@ -49,14 +49,14 @@ def run(name: str, image: Path, *options: str) -> subprocess.CompletedProcess[by
 
 
 def save_well(name: str, image: Path) -> None:
-    """Whatever happened before, the next checkpoint is right."""
+    """Check that the next checkpoint is complete and correct."""
     done = run(name, image)
     assert done.returncode == 0, done.stderr
     check_ledger(image)
 
 
 def until(program: Program, kind: str) -> dict[str, Any]:
-    """The first line of that type."""
+    """Return the next event of this type."""
     while True:
         line: dict[str, Any] = program.json()
         if line["type"] == kind:
@@ -65,7 +65,7 @@ def until(program: Program, kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("point", ["armed", "instant", "saving"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_the_saver_is_ended(tmp_path: Path, point: str, number: signal.Signals) -> None:
+def test_killed_or_interrupted_checkpoint_leaves_no_image(tmp_path: Path, point: str, number: signal.Signals) -> None:
     with ledger("victim", processes=2):
         with Program(*command("victim", tmp_path / "image", *SLOWLY)) as saver:
             until(saver, point)
@@ -76,7 +76,7 @@ def test_the_saver_is_ended(tmp_path: Path, point: str, number: signal.Signals) 
         save_well("victim", tmp_path / "image")
 
 
-def test_the_saver_is_killed_at_any_moment(tmp_path: Path) -> None:
+def test_checkpoint_killed_at_a_random_time_leaves_no_partial_image(tmp_path: Path) -> None:
     chance = random.Random(4)
     with ledger("victim"):
         for _ in range(10):
@@ -84,13 +84,13 @@ def test_the_saver_is_killed_at_any_moment(tmp_path: Path) -> None:
                 until(saver, "armed")
                 time.sleep(chance.random() * 0.1)
                 saver.kill()
-        (tmp_path / "image").unlink(missing_ok=True)  # one may have been faster than its end
+        (tmp_path / "image").unlink(missing_ok=True)  # a checkpoint may have completed before it was killed
         assert os.listdir(tmp_path) == []
         save_well("victim", tmp_path / "image")
 
 
 @pytest.mark.parametrize("mode", ["lazy", "stop"])
-def test_the_disk_is_full(tmp_path: Path, root: None, mode: str) -> None:
+def test_checkpoint_on_a_full_disk_fails_and_frees_its_space(tmp_path: Path, root: None, mode: str) -> None:
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", small], check=True)
@@ -106,7 +106,7 @@ def test_the_disk_is_full(tmp_path: Path, root: None, mode: str) -> None:
         subprocess.run(["umount", small], check=True)
 
 
-def test_what_is_left_by_a_saver_that_died_while_naming_it_is_removed(tmp_path: Path) -> None:
+def test_temporary_file_of_a_killed_checkpoint_is_removed_by_the_next(tmp_path: Path) -> None:
     with ledger("writer"):
         environment = os.environ | {"PAGEFERRY_FAULT": "image.linked=kill"}
         done = subprocess.run([sys.executable, *command("writer", tmp_path / "image")], timeout=60, env=environment)
@@ -118,7 +118,7 @@ def test_what_is_left_by_a_saver_that_died_while_naming_it_is_removed(tmp_path: 
         assert sorted(os.listdir(tmp_path)) == [".image.notours", "image"]
 
 
-def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path) -> None:
+def test_failed_checkpoint_leaves_the_previous_image(tmp_path: Path) -> None:
     with ledger("writer"):
         save_well("writer", tmp_path / "image")
         before = (tmp_path / "image").read_bytes()
@@ -129,7 +129,7 @@ def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["instant", "saving"])
-def test_the_workload_dies(tmp_path: Path, point: str) -> None:
+def test_checkpoint_fails_without_an_image_if_the_workload_dies(tmp_path: Path, point: str) -> None:
     with ledger("dying", dies=True) as workload:
         with Program(*command("dying", tmp_path / "image", *SLOWLY), stderr=subprocess.PIPE) as saver:
             until(saver, point)

@@ -1,4 +1,4 @@
-"""Checkpoints that leave or take up a trace, cut short: the next one never relies on a trace that missed something."""
+"""Interrupted checkpoints that install or take over a write trace: the next one never relies on an incomplete trace."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def run(name: str, image: Path, *options: str, fault: str | None = None, code: i
 
 
 def userfaultfds(pid: int) -> int:
-    """How many a process has."""
+    """Number of userfaultfds of a process."""
     folder = f"/proc/{pid}/fd"
     return sum(os.readlink(f"{folder}/{number}") == "anon_inode:[userfaultfd]" for number in os.listdir(folder))
 
 
-def test_from_outside(tmp_path: Path) -> None:
+def test_tracked_chain_uses_the_trace_of_the_previous_checkpoint(tmp_path: Path) -> None:
     with ledger("chained") as program:
         run("chained", tmp_path / "0", "--track")
         assert userfaultfds(program.process.pid) == 1
@@ -79,7 +79,7 @@ def test_from_outside(tmp_path: Path) -> None:
         "checkpoint.trace-left",
     ],
 )
-def test_the_saver_is_killed_with_a_trace(tmp_path: Path, point: str) -> None:
+def test_checkpoint_after_one_killed_with_a_trace_compares_pages(tmp_path: Path, point: str) -> None:
     with ledger("chained") as program:
         run("chained", tmp_path / "0", "--track")
         run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"), fault=point, code=-signal.SIGKILL)
@@ -97,7 +97,7 @@ def test_the_saver_is_killed_with_a_trace(tmp_path: Path, point: str) -> None:
 @pytest.mark.parametrize(
     "point", ["checkpoint.trace-begun", "checkpoint.armed", "checkpoint.instant", "checkpoint.saved"]
 )
-def test_the_saver_is_killed_while_it_makes_one(tmp_path: Path, point: str) -> None:
+def test_trace_of_a_killed_first_checkpoint_is_replaced(tmp_path: Path, point: str) -> None:
     with ledger("chained") as program:
         run("chained", tmp_path / "0", "--track", fault=point, code=-signal.SIGKILL)
         assert sorted(os.listdir(tmp_path)) == []
@@ -110,8 +110,8 @@ def test_the_saver_is_killed_while_it_makes_one(tmp_path: Path, point: str) -> N
     check_ledger(tmp_path / "2")
 
 
-def test_the_workload_is_another_one(tmp_path: Path) -> None:
-    """Restarted under the same name, with a record that somebody kept."""
+def test_trace_record_of_another_process_is_ignored(tmp_path: Path) -> None:
+    """The workload is restarted under the same name, and the old record is restored."""
     with ledger("chained") as program:
         run("chained", tmp_path / "0", "--track")
         kept = Registry().folder("chained").load(following.RECORD, LeftTrace)
@@ -125,8 +125,8 @@ def test_the_workload_is_another_one(tmp_path: Path) -> None:
     check_ledger(tmp_path / "1")
 
 
-def test_a_workload_with_a_trace_moves(tmp_path: Path) -> None:
-    """A migration has traces of its own, and takes the one that was left off."""
+def test_workload_with_a_persistent_trace_is_migrated(tmp_path: Path) -> None:
+    """The migration removes the persistent trace and installs its own."""
     with ledger("chained") as program, moving.receiver("moved") as there:
         run("chained", tmp_path / "0", "--track")
         with moving.migrating("chained", moving.address_of(there)) as migration:
@@ -139,7 +139,7 @@ def test_a_workload_with_a_trace_moves(tmp_path: Path) -> None:
     check_ledger(tmp_path / "1")
 
 
-def test_the_page_tables_of_a_workload_with_a_trace_can_be_had(tmp_path: Path) -> None:
+def test_sampling_removes_a_persistent_trace(tmp_path: Path) -> None:
     with ledger("chained") as program:
         run("chained", tmp_path / "0", "--track")
         sampled = [sys.executable, "-m", "pageferry", "large-pages", "chained", "--output", "json"]

@@ -1,4 +1,4 @@
-"""Peers that send what they must not, against a real receiver and a real source: refused by name, in bounded memory."""
+"""Malformed and malicious messages to a receiver and a source: refused with a reason, in bounded memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def still_receives(there: Program, address: str) -> None:
         moving.ends_intact(here, "moved")
 
 
-def test_strangers_are_refused_and_a_source_is_received(there: Program, address: str) -> None:
+def test_malformed_connections_are_refused_and_a_source_is_received(there: Program, address: str) -> None:
     for magic in (b"GET / HTTP/1.1\r\n\r\n", bytes(8), b"PFCTRL2\n", secrets.token_bytes(1 << 16)):
         assert Peer.connect(address, magic).is_closed()
     for token in (secrets.token_bytes(16), bytes(16)):
@@ -77,7 +77,7 @@ def test_strangers_are_refused_and_a_source_is_received(there: Program, address:
     still_receives(there, address)
 
 
-def test_a_question_about_a_migration_nobody_knows_decides_nothing(there: Program, address: str) -> None:
+def test_recover_request_for_an_unknown_migration_decides_nothing(there: Program, address: str) -> None:
     for _ in range(3):
         peer = Peer.connect(address)
         peer.say(messages.Recover(version=messages.VERSION, migration="1" * 32))
@@ -87,7 +87,7 @@ def test_a_question_about_a_migration_nobody_knows_decides_nothing(there: Progra
 
 
 def decided(migration: str) -> Verdicts:
-    """A migration that was decided for this host some time ago, and whose pages have not all arrived."""
+    """Record a migration to this host that was committed earlier and whose pages have not all been received."""
     verdicts = Verdicts(Registry().path)
     verdicts.begin(migration)
     assert verdicts.decide(migration, Verdict.COMMITTED) is Verdict.COMMITTED
@@ -119,7 +119,7 @@ def test_number_of_an_old_migration_is_refused_and_its_decision_stays(
     verdicts.decide(number, Verdict.COMMITTED if owner == "destination" else Verdict.ABORTED)
     again = accepted(address, msgspec.structs.replace(hello(), migration=number))
     answer = again.hears()
-    if isinstance(answer, messages.Welcome):  # it is taken for a new one
+    if isinstance(answer, messages.Welcome):  # accepted as a new migration
         again.say(messages.Abort(reason="enough"))
         assert there.wait() == 21
         assert verdicts.knows(number), "the decision is forgotten"
@@ -131,7 +131,7 @@ def test_number_of_an_old_migration_is_refused_and_its_decision_stays(
     still_receives(there, address)
 
 
-def test_the_silent_keep_nobody_waiting(there: Program, address: str) -> None:
+def test_silent_connections_do_not_delay_a_source(there: Program, address: str) -> None:
     silent = [Peer.connect(address, magic) for magic in (b"", b"PF", messages.CONTROL_MAGIC) for _ in range(10)]
     chatty = Peer.connect(address)
     chatty.say(*[messages.Alive()] * 1000)
@@ -139,7 +139,7 @@ def test_the_silent_keep_nobody_waiting(there: Program, address: str) -> None:
     assert all(peer.is_closed() for peer in silent)
 
 
-def test_many_connections_are_turned_away_and_leave_nothing(there: Program, address: str) -> None:
+def test_many_connections_are_refused_and_closed(there: Program, address: str) -> None:
     pid = there.process.pid
     before = moving.descriptors(pid)
     crowd = [Peer.connect(address, b"") for _ in range(400)]
@@ -160,7 +160,7 @@ def test_another_source_is_refused_while_one_is_received(there: Program, address
 
 
 @pytest.mark.parametrize("reason", WRONG)
-def test_an_accepted_source_that_breaks_the_rules_ends_the_migration(reason: str, tmp_path: Path) -> None:
+def test_protocol_violation_of_an_accepted_source_ends_the_migration(reason: str, tmp_path: Path) -> None:
     code, said = WRONG[reason]
     with open(tmp_path / "stderr", "w+") as stderr, receiver_saying(stderr) as there:
         peer = accepted(moving.address_of(there), hello())
@@ -181,7 +181,7 @@ def receiver_saying(stderr: Any) -> Program:
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 4096, b"PFBK" + b"\xff" * 4096, b"PFBK\x01\x01" + bytes(58), b""])
-def test_bytes_that_are_no_storage_block_end_the_migration(there: Program, address: str, data: bytes) -> None:
+def test_malformed_storage_block_ends_the_migration(there: Program, address: str, data: bytes) -> None:
     peer = accepted(address, hello())
     welcome = peer.hears()
     assert isinstance(welcome, messages.Welcome)
@@ -195,7 +195,7 @@ def test_bytes_that_are_no_storage_block_end_the_migration(there: Program, addre
 
 
 @pytest.mark.parametrize("index", [1, 1 << 31])
-def test_a_page_stream_of_a_number_that_is_none_ends_the_migration(there: Program, address: str, index: int) -> None:
+def test_invalid_page_stream_number_ends_the_migration(there: Program, address: str, index: int) -> None:
     peer = accepted(address, hello())
     welcome = peer.hears()
     assert isinstance(welcome, messages.Welcome)
@@ -204,14 +204,14 @@ def test_a_page_stream_of_a_number_that_is_none_ends_the_migration(there: Progra
     assert there.wait() == 22
 
 
-def test_a_source_that_falls_silent_ends_the_migration(there: Program, address: str) -> None:
+def test_silent_source_ends_the_migration(there: Program, address: str) -> None:
     peer = accepted(address, hello())
     assert isinstance(peer.hears(), messages.Welcome)
     assert there.wait() == 23
 
 
-def test_a_flood_of_large_messages_takes_a_bounded_amount_of_memory(there: Program, address: str) -> None:
-    """A receiver that waits for page streams takes up some messages, and lets the rest wait in the network."""
+def test_flood_of_large_messages_uses_bounded_memory(there: Program, address: str) -> None:
+    """While it waits for page streams, the receiver reads a bounded number of messages."""
     peer = accepted(address, hello())
     assert isinstance(peer.hears(), messages.Welcome)
     before = resident(there)
@@ -234,7 +234,7 @@ def resident(program: Program) -> int:
     return int(next(line.split()[1] for line in status if line.startswith("VmRSS:"))) << 10
 
 
-# -- a destination that is none
+# -- a rogue destination
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +244,13 @@ def here() -> Iterator[Program]:
 
 
 @pytest.mark.parametrize("number", range(len(IMPOSTORS)))
-def test_a_destination_that_is_none_leaves_the_workload_running(here: Program, number: int) -> None:
+def test_rogue_destination_leaves_the_workload_running(here: Program, number: int) -> None:
     code, behave = IMPOSTORS[number]
     with (
         destination(behave) as address,
         moving.migrating("victim", address, "--timeout", "1", "--codec", "zstd") as migration,
     ):
-        # An answer that comes before its time is found when its time comes.
+        # A premature reply is read only when the source expects one.
         assert migration.wait() == code
     assert moving.status("victim") is Status.RUNNING
     moving.runs("victim")
@@ -258,7 +258,9 @@ def test_a_destination_that_is_none_leaves_the_workload_running(here: Program, n
 
 
 @pytest.mark.parametrize("kind", [messages.Hello, messages.Round, messages.StateEnd])
-def test_a_destination_that_only_lives_leaves_the_workload_running(here: Program, kind: type[messages.Message]) -> None:
+def test_destination_that_sends_only_alive_leaves_the_workload_running(
+    here: Program, kind: type[messages.Message]
+) -> None:
     with (
         destination(goes_along_until(kind)) as address,
         moving.migrating("victim", address, "--timeout", "1") as migration,
@@ -268,7 +270,7 @@ def test_a_destination_that_only_lives_leaves_the_workload_running(here: Program
     assert moving.traces(here.process.pid) == 0
 
 
-def test_a_destination_that_only_lives_after_commit_leaves_it_paused_and_in_doubt() -> None:
+def test_destination_that_sends_only_alive_after_commit_leaves_a_pending_recovery() -> None:
     with moving.ledger("doubtful") as doubtful:
         with (
             destination(goes_along_until(messages.Commit)) as address,
@@ -283,7 +285,7 @@ def test_a_destination_that_only_lives_after_commit_leaves_it_paused_and_in_doub
 
 
 @pytest.mark.parametrize("begins", [0, 1, 2])
-def test_a_source_that_only_lives_ends_the_migration(there: Program, address: str, begins: int) -> None:
+def test_source_that_sends_only_alive_ends_the_migration(there: Program, address: str, begins: int) -> None:
     peer = accepted(address, hello())
     welcome = peer.hears()
     assert isinstance(welcome, messages.Welcome)
@@ -294,5 +296,5 @@ def test_a_source_that_only_lives_ends_the_migration(there: Program, address: st
     assert there.wait() == 23
 
 
-def test_it_was_intact_all_along(here: Program) -> None:
+def test_workload_is_intact_after_all_refusals(here: Program) -> None:
     moving.ends_intact(here)

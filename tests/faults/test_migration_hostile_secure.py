@@ -1,4 +1,4 @@
-"""Peers that are believed, and send what they must not under TLS: as little comes of it as in the clear."""
+"""Authenticated peers that violate the protocol under TLS are refused as without TLS."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 AUTHORITY = Authority()
 STRANGE = 60
-"""Connections that say something strange."""
+"""Number of connections that send damaged messages."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def _close() -> Iterator[None]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Certificates of a source and of a receiver."""
+    """Directories with the certificates of a source and of a receiver."""
     return hosts(tmp_path, AUTHORITY)
 
 
@@ -58,9 +58,7 @@ def still_receives(there: Program, address: str, source: Path) -> None:
         moving.ends_intact(here, "moved")
 
 
-def test_a_believed_source_is_refused_what_any_other_is(
-    there: Program, address: str, folders: tuple[Path, Path]
-) -> None:
+def test_rogue_authenticated_source_is_refused(there: Program, address: str, folders: tuple[Path, Path]) -> None:
     source, _ = folders
     for index, (reason, say) in enumerate(REFUSALS.items()):
         peer = Peer.connect(address, tls=source)
@@ -70,10 +68,8 @@ def test_a_believed_source_is_refused_what_any_other_is(
     still_receives(there, address, source)
 
 
-def test_frames_with_damage_in_them_leave_a_receiver_that_receives(
-    there: Program, address: str, folders: tuple[Path, Path]
-) -> None:
-    """Some are refused, some only wait for more; none is taken for a source."""
+def test_receiver_survives_damaged_messages(there: Program, address: str, folders: tuple[Path, Path]) -> None:
+    """The receiver refuses some messages and waits for the end of others; it accepts none as a source."""
     source, _ = folders
     dice = random.Random(STRANGE)
     frame = messages.encode(hello(regions=[]))
@@ -89,7 +85,7 @@ def test_frames_with_damage_in_them_leave_a_receiver_that_receives(
 
 
 @pytest.mark.parametrize("reason", WRONG)
-def test_a_believed_source_that_breaks_the_rules_ends_the_migration(
+def test_protocol_violation_of_an_authenticated_source_ends_the_migration(
     reason: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     code, said = WRONG[reason]
@@ -105,7 +101,7 @@ def test_a_believed_source_that_breaks_the_rules_ends_the_migration(
 
 
 async def _say(text: str, source: Path, said: list[messages.Message]) -> None:
-    """Everything that is to be said by a source that is let in, over connections as they should be."""
+    """Send messages as an authenticated source that has been accepted and has connected its page stream."""
     address = resolve(text, insecure=False, what="receiver")
     channel = await connect_control(address, DEADLINE, Trust(source, "source"))
     await channel.send(hello())
@@ -120,13 +116,11 @@ async def _say(text: str, source: Path, said: list[messages.Message]) -> None:
 
 
 BEFORE_STREAMS = IMPOSTORS[:11]
-"""Those that say what they say before there are page streams."""
+"""Rogue destinations that misbehave before the page streams are connected."""
 
 
 @pytest.mark.parametrize("number", range(len(BEFORE_STREAMS)))
-def test_a_believed_destination_that_is_none_leaves_the_workload_running(
-    number: int, folders: tuple[Path, Path]
-) -> None:
+def test_rogue_authenticated_destination_leaves_the_workload_running(number: int, folders: tuple[Path, Path]) -> None:
     code, behave = BEFORE_STREAMS[number]
     source, receiver = folders
     with moving.ledger("here") as here:

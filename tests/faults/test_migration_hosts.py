@@ -1,8 +1,8 @@
-"""Everything that can die or fail during a migration between two hosts, at every named point of it.
+"""Failures of processes and links during a migration between two hosts, at each fault point.
 
-By default a selection; `make faults` runs all points with all that can go wrong (FAULTS=all). Points of one side and
-what is cut, killed or damaged there are the same whatever the workload, so most of it is done with a ledger; guests,
-whose processes outlive agents, are in tests/qemu/test_migrate_failures.py, and in the soak.
+By default a selection is tested; `make faults` (FAULTS=all) tests all failures at all points. The effect of a failure
+does not depend on the workload, so most tests use a ledger. Guests, whose processes outlive the commands, are tested in
+tests/qemu/test_migrate_failures.py and by the soak.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tests.network.travellers import GuestTraveller, LedgerTraveller, Traveller,
 
 MODES = get_args(get_type_hints(Options)["mode"])
 NOT_BEFORE = "state-sent ready recorded committed commit-sent answered promised commit-received decided resumed".split()
-"""Points at which the destination has promised to be ready, or is about to."""
+"""Fault points at which the destination is prepared, or about to be."""
 DECIDED = "answered commit-received decided resumed".split()
-"""Points at which Commit has arrived."""
+"""Fault points at which the destination has received Commit."""
 FATAL = ("source-agent", "destination-agent", "cut", "silence")
-"""What ends every migration that is not over."""
+"""Failures that end each migration that is not complete."""
 SELECTION = [
     ("source-agent", "source.between-rounds"),
     ("source-agent", "source.committed"),
@@ -47,11 +47,11 @@ SELECTION = [
     ("damaged-answer", "destination.loaded"),
 ]
 INSTEAD = {"source.in-round": "source.missing-sent", "destination.in-round": "destination.pager-begun"}
-"""In post-copy, of the selection."""
+"""Replacements for fault points of the selection in post-copy mode."""
 
 
 def cases() -> list[tuple[str, str, str]]:
-    """(deed, point, mode)"""
+    """Tuples of deed, fault point and mode."""
     if os.environ.get("FAULTS") == "all":
         return [(deed, point, mode) for mode in MODES for deed in DEEDS for point in points(mode)]
     chosen = [(deed, point, mode) for mode in MODES for deed, point in SELECTION]
@@ -73,7 +73,9 @@ def _mended(network: Network) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("deed", "point", "mode"), cases())
-def test_one_owner_whatever_fails(network: Network, tmp_path: Path, deed: str, point: str, mode: str) -> None:
+def test_ledger_has_one_owner_after_each_failure(
+    network: Network, tmp_path: Path, deed: str, point: str, mode: str
+) -> None:
     here, there = network.hosts
     with ended(LedgerTraveller(here)) as ledger:
         before = moving.descriptors(ledger.pid)
@@ -84,8 +86,8 @@ def test_one_owner_whatever_fails(network: Network, tmp_path: Path, deed: str, p
             journey.release()
             owner = journey.settle()
         says_what_to_do(journey)
-        if owner == "nobody":
-            # The process that held it was killed, and there was no other one.
+        if owner == "none":
+            # The only process that held the workload was killed.
             assert deed in ("source-workload", "destination-agent")
             assert deed == "source-workload" or point.split(".")[1] in NOT_BEFORE or not reached
         elif deed in FATAL and point.split(".")[1] not in NOT_BEFORE and reached:
@@ -93,10 +95,10 @@ def test_one_owner_whatever_fails(network: Network, tmp_path: Path, deed: str, p
         elif point.split(".")[1] in DECIDED and deed != "destination-agent":
             assert owner == "destination"
         for host in network.hosts:
-            nothing_left(host, *([ledger.name] if owner != "nobody" and host is ledger.host else []))
+            nothing_left(host, *([ledger.name] if owner != "none" and host is ledger.host else []))
         if owner == "source":
             wait_until(lambda: moving.descriptors(ledger.pid) == before, "the end of all connections")
-        if owner != "nobody":
+        if owner != "none":
             ledger.verify()
 
 
@@ -107,7 +109,7 @@ WORDS = {
     23: ("the ", "runs on here, and can be migrated again"),
     26: ("commit was sent to", "It stays paused here. Ask the peer with: pageferry migrate ledger --recover"),
 }
-"""By exit code: what happened, and what to do."""
+"""By exit code: the texts that report the error and what to do."""
 
 
 def says_what_to_do(journey: Journey) -> None:
@@ -122,7 +124,7 @@ def says_what_to_do(journey: Journey) -> None:
     ("deed", "point"),
     [("cut", "source.paused"), ("silence", "destination.decided"), ("destination-agent", "destination.resumed")],
 )
-def test_a_guest_has_one_owner_whatever_fails(
+def test_guest_has_one_owner_after_each_failure(
     network: Network, guest: Traveller, tmp_path: Path, deed: str, point: str
 ) -> None:
     origin = guest.host

@@ -1,4 +1,4 @@
-"""Migrations that are told to stop, cannot converge, or whose output nobody reads: the workload runs on."""
+"""Migrations that are interrupted, do not converge, or lose their output: the workload keeps running at the source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def untouched(here: Program) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("point", ["greeted", "in-round", "between-rounds", "paused", "state-sent"])
-def test_a_migration_told_to_stop_leaves_it_running(
+def test_interrupted_migration_leaves_the_workload_running(
     here: Program, number: signal.Signals, code: int, point: str
 ) -> None:
     with (
@@ -50,7 +50,7 @@ def test_a_migration_told_to_stop_leaves_it_running(
     moving.ends_intact(here)
 
 
-def test_once_committed_it_is_not_stopped_any_more(here: Program) -> None:
+def test_interrupt_after_commit_does_not_stop_a_migration(here: Program) -> None:
     with (
         moving.receiver("there") as there,
         moving.migrating("here", moving.address_of(there), fault="source.committed=stop") as migration,
@@ -65,8 +65,8 @@ def test_once_committed_it_is_not_stopped_any_more(here: Program) -> None:
         moving.is_intact(there)
 
 
-def test_told_twice_it_ends_at_once_and_the_workload_runs_on(here: Program) -> None:
-    """The destination hangs, so that the first signal cannot be obeyed for a while: nothing may depend on it."""
+def test_second_interrupt_ends_a_migration_at_once(here: Program) -> None:
+    """The destination hangs, so the first signal cannot take effect at once."""
     with (
         moving.receiver("there", fault="destination.state-received=stop") as there,
         moving.migrating("here", moving.address_of(there)) as migration,
@@ -83,12 +83,12 @@ def test_told_twice_it_ends_at_once_and_the_workload_runs_on(here: Program) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("point", ["accepted", "in-round", "state-received", "promised"])
-def test_a_receiver_told_to_stop_leaves_it_running_at_the_source(
+def test_interrupted_receiver_leaves_the_workload_running_at_source(
     here: Program, number: signal.Signals, point: str
 ) -> None:
     with moving.receiver("there", fault=f"destination.{point}=stop") as there:
         address = moving.address_of(there)
-        # Held back before it can commit, where there is something to commit.
+        # The source is stopped before it can commit.
         fault = "source.ready=stop" if point == "promised" else None
         with moving.migrating("here", address, fault=fault) as migration:
             moving.stopped(there)
@@ -103,7 +103,7 @@ def test_a_receiver_told_to_stop_leaves_it_running_at_the_source(
     assert list(Registry().entries()) == ["here"]
 
 
-def test_a_receiver_told_to_stop_once_it_has_decided_runs_it_and_accounts_for_it(here: Program) -> None:
+def test_receiver_interrupted_after_its_decision_runs_the_workload(here: Program) -> None:
     with (
         moving.receiver("there", fault="destination.decided=stop") as there,
         moving.migrating("here", moving.address_of(there)) as migration,
@@ -117,14 +117,14 @@ def test_a_receiver_told_to_stop_once_it_has_decided_runs_it_and_accounts_for_it
         moving.ends_intact(here, "moved")
 
 
-def test_a_receiver_that_waits_ends_when_told() -> None:
+def test_waiting_receiver_ends_on_interrupt() -> None:
     with moving.receiver("there") as there:
         moving.address_of(there)
         there.process.send_signal(signal.SIGINT)
         assert there.wait() == 130
 
 
-def test_a_workload_that_writes_faster_than_allowed_is_left_alone() -> None:
+def test_migration_that_does_not_converge_leaves_the_workload_running() -> None:
     options = {"threads": 2, "working_set": 1.0, "scatter": True}
     with moving.ledger("here", size=64 * MIB, options=options) as here:
         with moving.receiver("there") as there:
@@ -145,7 +145,7 @@ def test_a_workload_that_writes_faster_than_allowed_is_left_alone() -> None:
         moving.ends_intact(here)
 
 
-def test_a_reader_that_goes_away_ends_the_migration(here: Program) -> None:
+def test_closed_output_pipe_ends_the_migration(here: Program) -> None:
     with moving.receiver("there") as there:
         command = [sys.executable, "-m", "pageferry", "migrate", "here", moving.address_of(there), "--output", "json"]
         reader, writer = os.pipe()
@@ -158,7 +158,7 @@ def test_a_reader_that_goes_away_ends_the_migration(here: Program) -> None:
     moving.ends_intact(here)
 
 
-def test_nobody_at_the_address_is_said_at_once(here: Program) -> None:
+def test_unreachable_or_invalid_address_is_reported_at_once(here: Program) -> None:
     command = [sys.executable, "-m", "pageferry", "migrate", "here"]
     for where, code, words in (
         ("127.0.0.1:1", 23, "run `pageferry receive` there"),
@@ -171,8 +171,8 @@ def test_nobody_at_the_address_is_said_at_once(here: Program) -> None:
     untouched(here)
 
 
-def test_what_the_commands_tell_programs(here: Program) -> None:
-    """The keys that others rely on, and numbers that say no more than they know."""
+def test_json_output_has_the_documented_keys(here: Program) -> None:
+    """All keys of the result, and numbers with at most three decimals."""
     with moving.receiver("there") as there:
         command = [sys.executable, "-m", "pageferry", "migrate", "here", moving.address_of(there), "--output", "json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)

@@ -1,4 +1,6 @@
-"""Agents killed, stopped and cut off at named points of a migration: the workload has one owner, and loses nothing."""
+"""Commands killed, stopped and disconnected at fault points of a migration: the workload has one owner and loses no
+writes.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from tests.kernel.programs import Program, wait_until
 pytestmark = pytest.mark.usefixtures("root")
 
 BEFORE_COMMIT = "connected greeted set-up in-round between-rounds paused last-pages-sent state-sent ready".split()
-"""Points of the source."""
+"""Fault points of the source before commit."""
 WAITED_FOR = ("state-sent", "ready")
-"""Points at which the destination has promised, or is about to: it waits for the source to ask."""
+"""Fault points at which the destination is prepared, or about to be: it waits for a recovery by the source."""
 RECEIVING = "accepted in-round state-received loaded promised".split()
-"""Points of the destination before it hears of a commit."""
+"""Fault points of the destination before it receives Commit."""
 
 
 @pytest.fixture
@@ -35,14 +37,14 @@ def before(here: Program) -> list[str]:
 
 
 def runs_on(here: Program, before: list[str]) -> None:
-    """As if nothing had happened."""
+    """Check that the workload keeps running at the source, with the same open descriptors, and without mounts."""
     moving.runs_on(here, before)
     mounts = Path(f"/proc/{here.process.pid}/mountinfo").read_text().splitlines()
     assert not [mount for mount in mounts if str(Registry().path) in mount]
 
 
 def moves(here: Program, name: str) -> None:
-    """It can be moved all the same."""
+    """Check that the workload can be migrated."""
     with moving.receiver(name) as there:
         with moving.migrating("here", moving.address_of(there)) as migration:
             assert migration.wait() == 0
@@ -55,7 +57,7 @@ def moves(here: Program, name: str) -> None:
     ("action", "point"),
     [("kill", point) for point in BEFORE_COMMIT] + [("drop", point) for point in BEFORE_COMMIT[::2]],
 )
-def test_a_source_that_fails_before_commit_leaves_it_running(
+def test_source_failure_before_commit_leaves_the_workload_running(
     here: Program, before: list[str], action: str, point: str
 ) -> None:
     with moving.receiver("there") as there:
@@ -64,13 +66,13 @@ def test_a_source_that_fails_before_commit_leaves_it_running(
             if action == "kill":
                 assert migration.wait() == -signal.SIGKILL
             else:
-                # Cut off once Ready was received: what follows is Commit, to which no answer comes.
+                # The connection is dropped after Ready was received: Commit is sent next, and gets no reply.
                 assert migration.wait() == (26 if point == "ready" else 23)
         if (action, point) == ("drop", "ready"):
             assert moving.status("here") is Status.COMMITTED
             settle("here", owner="source")
         if point in WAITED_FOR or point == "connected":
-            # It waits for a source that says hello, or for one that may be in doubt; or is about to end by itself.
+            # The receiver waits for Hello, or for a recovery; or it is about to exit.
             there.process.terminate()
         assert there.wait() in (23, 143, -signal.SIGTERM)
     runs_on(here, before)
@@ -87,10 +89,12 @@ def settle(name: str, *, owner: str) -> None:
 
 
 @pytest.mark.parametrize("point", RECEIVING)
-def test_a_destination_killed_before_commit_leaves_it_running(here: Program, before: list[str], point: str) -> None:
+def test_destination_killed_before_commit_leaves_the_workload_running(
+    here: Program, before: list[str], point: str
+) -> None:
     with moving.receiver("there", fault=f"destination.{point}=kill") as there:
         with moving.migrating("here", moving.address_of(there)) as migration:
-            # Killed once it had promised, the source may have sent Commit or not: it knows which.
+            # The destination was killed when prepared: the source may have sent Commit, and reports whether it has.
             code = migration.wait()
             assert code in ((23, 26) if point == "promised" else (23,))
         assert there.wait() == -signal.SIGKILL
@@ -107,7 +111,7 @@ def test_a_destination_killed_before_commit_leaves_it_running(here: Program, bef
 
 
 @pytest.mark.parametrize("point", ["committed", "commit-sent"])
-def test_a_source_killed_after_commit_stays_paused_until_it_has_asked(
+def test_workload_of_a_source_killed_after_commit_stays_paused_until_recovery(
     here: Program, before: list[str], point: str
 ) -> None:
     with moving.receiver("there") as there:
@@ -117,7 +121,7 @@ def test_a_source_killed_after_commit_stays_paused_until_it_has_asked(
         with moving.migrating("here", "127.0.0.1:1") as again:
             assert again.wait() == 10
         if point == "committed":
-            # The destination has given up: nobody told it to run it.
+            # The destination received no Commit, and has given up.
             assert moving.stands_still("here")
             settle("here", owner="source")
             runs_on(here, before)
@@ -132,7 +136,7 @@ def test_a_source_killed_after_commit_stays_paused_until_it_has_asked(
             moving.is_intact(there)
 
 
-def test_a_source_killed_between_record_and_commit_runs_on(here: Program, before: list[str]) -> None:
+def test_workload_of_a_source_killed_before_commit_keeps_running(here: Program, before: list[str]) -> None:
     with moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), fault="source.recorded=kill") as migration:
             assert migration.wait() == -signal.SIGKILL
@@ -144,7 +148,7 @@ def test_a_source_killed_between_record_and_commit_runs_on(here: Program, before
 
 
 @pytest.mark.parametrize("point", ["commit-received", "decided", "resumed"])
-def test_a_destination_that_is_cut_off_after_commit_is_asked(here: Program, before: list[str], point: str) -> None:
+def test_recovery_after_a_connection_lost_after_commit(here: Program, before: list[str], point: str) -> None:
     with moving.receiver("there", fault=f"destination.{point}=drop") as there:
         with moving.migrating("here", moving.address_of(there)) as migration:
             assert migration.wait() == 26
@@ -156,17 +160,17 @@ def test_a_destination_that_is_cut_off_after_commit_is_asked(here: Program, befo
         moving.is_intact(there)
 
 
-def test_a_source_in_doubt_asks_whoever_receives_on_that_host(here: Program, before: list[str]) -> None:
+def test_pending_recovery_is_resolved_by_another_receiver_of_the_host(here: Program, before: list[str]) -> None:
     with moving.receiver("there", fault="destination.commit-received=kill") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address) as migration:
             assert migration.wait() == 26
         assert there.wait() == -signal.SIGKILL
-    # Nobody there.
+    # No receiver listens at the address.
     with moving.migrating("here", "--recover") as recovery:
         assert recovery.wait() == 26
     assert moving.stands_still("here")
-    # Somebody else, who finds the decision open, and decides.
+    # Another receiver, which finds the decision open, and decides.
     with moving.receiver("other", "--listen", address) as other:
         moving.address_of(other)
         settle("here", owner="source")
@@ -178,7 +182,7 @@ def test_a_source_in_doubt_asks_whoever_receives_on_that_host(here: Program, bef
         assert other.json()["type"] == "received"
 
 
-def test_a_receiver_that_knows_nothing_decides_nothing(here: Program, tmp_path: Path, before: list[str]) -> None:
+def test_receiver_with_another_run_directory_decides_nothing(here: Program, tmp_path: Path, before: list[str]) -> None:
     with moving.receiver("there", fault="destination.commit-received=kill") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address) as migration:
@@ -196,8 +200,10 @@ def test_a_receiver_that_knows_nothing_decides_nothing(here: Program, tmp_path: 
     moving.ends_intact(here)
 
 
-def test_a_destination_that_says_no_after_commit_gives_it_back(here: Program, before: list[str]) -> None:
-    """Asked to end between Ready and Commit, it decides against it; the source, which has committed, hears that."""
+def test_source_resumes_if_the_destination_aborts_after_commit(here: Program, before: list[str]) -> None:
+    """The destination is terminated between Ready and Commit, and decides to abort; the source, which has committed, is
+    notified.
+    """
     with (
         moving.receiver("there") as there,
         moving.migrating("here", moving.address_of(there), fault="source.committed=stop") as migration,
@@ -215,12 +221,12 @@ def test_a_destination_that_says_no_after_commit_gives_it_back(here: Program, be
 
 
 @pytest.mark.parametrize("point", ["in-round", "paused", "state-sent"])
-def test_a_source_that_hangs_is_given_up_by_the_destination(here: Program, before: list[str], point: str) -> None:
+def test_destination_gives_up_a_source_that_hangs(here: Program, before: list[str], point: str) -> None:
     with moving.receiver("there", "--timeout", "1") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address, "--timeout", "1", fault=f"source.{point}=stop") as migration:
             moving.stopped(migration)
-            if point == "state-sent":  # it was promised: the source may come and ask
+            if point == "state-sent":  # the destination is prepared, and waits for a recovery
                 with moving.migrating("here", "--recover") as recovery:
                     assert recovery.wait() == 10
                 wait_until(lambda: "there" not in Registry().entries(), "the end of the claim")
@@ -233,7 +239,7 @@ def test_a_source_that_hangs_is_given_up_by_the_destination(here: Program, befor
 
 
 @pytest.mark.parametrize("point", ["accepted", "in-round", "state-received"])
-def test_a_destination_that_hangs_is_given_up_by_the_source(here: Program, before: list[str], point: str) -> None:
+def test_source_gives_up_a_destination_that_hangs(here: Program, before: list[str], point: str) -> None:
     with moving.receiver("there", "--timeout", "1", fault=f"destination.{point}=stop") as there:
         with moving.migrating("here", moving.address_of(there), "--timeout", "1") as migration:
             moving.stopped(there)
@@ -245,8 +251,8 @@ def test_a_destination_that_hangs_is_given_up_by_the_source(here: Program, befor
 
 
 @pytest.mark.parametrize("rival", [True, False])
-def test_the_workload_itself_dies(here: Program, rival: bool) -> None:
-    """Its end is an error with a name at the source, and the destination lets go."""
+def test_migration_fails_if_the_workload_dies(here: Program, rival: bool) -> None:
+    """The source reports the death of the workload, and the destination gives up."""
     with moving.receiver("there") as there:
         point = "paused" if rival else "between-rounds"
         with moving.migrating("here", moving.address_of(there), fault=f"source.{point}=stop") as migration:

@@ -1,4 +1,4 @@
-"""Migrations over long, slow and lossy links: they take their time, and nobody takes slow for dead."""
+"""Migrations over long, slow and lossy links take longer, but do not time out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _possible() -> None:
 
 
 def moved(network: Network, *options: str, **setup: Any) -> list[dict[str, Any]]:
-    """Move a ledger from one host to the other; all that was said, the result last."""
+    """Migrate a ledger between the two hosts of a network. Return the events of the migration, its result last."""
     here, there = network.hosts
     with moving.ledger("ledger", here, **setup) as ledger, moving.receiver("ledger", *options[:2], host=there) as peer:
         with moving.migrating("ledger", moving.address_of(peer), *options, host=here) as migration:
@@ -43,18 +43,18 @@ def until_moved(migration: Program) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("streams", ["1", "4"])
-def test_a_long_fast_link(tmp_path: Path, streams: str) -> None:
-    """1 Gbit/s, 50 ms there and back: what is told of the switch-over has its round trips in it."""
+def test_migration_over_a_long_fast_link(tmp_path: Path, streams: str) -> None:
+    """1 Gbit/s, 50 ms round-trip time: the reported downtime includes the round trips of the switch-over."""
     with Network(tmp_path) as network:
         network.order(delay=0.025, rate=GIGABIT)
         result = moved(network, "--timeout", "5", "--streams", streams, size=64 * MIB)[-1]
-    # The last round, Ready and Running take a round trip each.
+    # The last round, Ready and Running each take a round trip.
     assert result["downtime"] >= 150
     assert result["downtime-parts"]["last-pages"] >= 50
 
 
-def test_a_lossy_link(tmp_path: Path) -> None:
-    """100 Mbit/s, 20 ms there and back, one packet in a hundred lost."""
+def test_migration_over_a_lossy_link(tmp_path: Path) -> None:
+    """100 Mbit/s, 20 ms round-trip time, 1 % packet loss."""
     with Network(tmp_path, segments=False) as network:
         network.order(delay=0.01, rate=GIGABIT / 10, loss=0.01)
         options = {"threads": 2, "rate": MIB}
@@ -64,17 +64,17 @@ def test_a_lossy_link(tmp_path: Path) -> None:
     assert result["memory"] == 16 * MIB
 
 
-def test_a_link_so_slow_that_a_full_buffer_takes_longer_than_the_timeout_lasts(tmp_path: Path) -> None:
+def test_migration_over_a_link_that_drains_buffers_slower_than_the_timeout(tmp_path: Path) -> None:
     with Network(tmp_path) as network:
         network.order(rate=1 * MIB)
         options = {"threads": 2, "rate": MIB // 16}
         said = moved(network, "--timeout", "2", "--max-downtime", "2000", size=4 * MIB, options=options)
-    # What waits in the kernel is not taken for sent: progress is told along the way, not at once.
+    # Data in socket buffers does not count as sent, so progress is reported throughout.
     assert len([event for event in said if event["type"] == "progress"]) > 10
 
 
-def test_a_link_over_which_it_does_not_converge(tmp_path: Path) -> None:
-    """The bandwidth that is told is the link's, not that of a buffer."""
+def test_migration_over_a_slow_link_does_not_converge(tmp_path: Path) -> None:
+    """The reported bandwidth is that of the link, not of a socket buffer."""
     with Network(tmp_path) as network:
         network.order(rate=GIGABIT / 10)
         here, there = network.hosts

@@ -1,4 +1,4 @@
-"""Agents killed and cut off at named points of a post-copy: one owner, and pages that are kept until they are over."""
+"""Commands killed and disconnected at fault points of a post-copy migration: one owner, and no page is lost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.kernel.programs import Program
 pytestmark = pytest.mark.usefixtures("root")
 
 BEFORE_COMMIT = "set-up in-round between-rounds paused missing-sent state-sent ready".split()
-"""Points of the source in hybrid mode."""
+"""Fault points of the source in hybrid mode, before commit."""
 RECEIVING = "accepted in-round pager-begun state-received loaded promised".split()
 MODE = ("--mode", "hybrid", "--max-downtime", "0")
-"""Two rounds at least, then post-copy: everything that there is."""
+"""At least two rounds, then post-copy of all remaining pages."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def before(here: Program) -> list[str]:
 
 
 def recovers(here: Program, there: Program) -> None:
-    """The source sends the rest, and everything is at the destination then."""
+    """Recover: the source sends the remaining pages, and the workload is complete at the destination."""
     assert moving.status("here") is Status.COMMITTED
     assert moving.stands_still("here")
     with moving.migrating("here", "--recover") as recovery:
@@ -51,21 +51,23 @@ def recovers(here: Program, there: Program) -> None:
     ("action", "point"),
     [("kill", point) for point in BEFORE_COMMIT] + [("drop", point) for point in ("missing-sent", "state-sent")],
 )
-def test_a_source_that_fails_before_commit_leaves_it_running(
+def test_source_failure_before_commit_leaves_the_workload_running(
     here: Program, before: list[str], action: str, point: str
 ) -> None:
     with moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), *MODE, fault=f"source.{point}={action}") as migration:
             assert migration.wait() in (-signal.SIGKILL, 23)
         if point in ("state-sent", "ready"):
-            there.process.terminate()  # it waits for a source that may be in doubt
+            there.process.terminate()  # the destination waits for a recovery
         assert there.wait() in (23, 143, -signal.SIGTERM)
     moving.runs_on(here, before)
     moving.ends_intact(here)
 
 
 @pytest.mark.parametrize("point", RECEIVING)
-def test_a_destination_killed_before_commit_leaves_it_running(here: Program, before: list[str], point: str) -> None:
+def test_destination_killed_before_commit_leaves_the_workload_running(
+    here: Program, before: list[str], point: str
+) -> None:
     with moving.receiver("there", fault=f"destination.{point}=kill") as there:
         with moving.migrating("here", moving.address_of(there), *MODE) as migration:
             code = migration.wait()
@@ -80,8 +82,8 @@ def test_a_destination_killed_before_commit_leaves_it_running(here: Program, bef
 
 @pytest.mark.parametrize("action", ["kill", "drop"])
 @pytest.mark.parametrize("point", ["commit-sent", "answered", "pushed", "arrived"])
-def test_a_source_that_is_lost_after_commit_goes_on_later(here: Program, action: str, point: str) -> None:
-    """It keeps its pages, and knows which are missing from the destination alone."""
+def test_source_lost_in_postcopy_sends_remaining_pages_after_recovery(here: Program, action: str, point: str) -> None:
+    """The source keeps its pages; only the destination knows which are missing."""
     with moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), *MODE, fault=f"source.{point}={action}") as migration:
             code = migration.wait()
@@ -89,7 +91,7 @@ def test_a_source_that_is_lost_after_commit_goes_on_later(here: Program, action:
         if action == "kill":
             assert code == -signal.SIGKILL
         elif point == "arrived":
-            # It has been told that everything is there: the link is no loss any more.
+            # The source has been notified that all pages were received, so the lost connection is not a failure.
             assert code == 0
             moving.ends_intact(here, "moved")
             moving.is_intact(there)
@@ -100,7 +102,7 @@ def test_a_source_that_is_lost_after_commit_goes_on_later(here: Program, action:
 
 
 @pytest.mark.parametrize("point", ["serves-again", "pushed"])
-def test_a_recovery_that_is_lost_is_repeated(here: Program, point: str) -> None:
+def test_killed_recovery_can_be_repeated(here: Program, point: str) -> None:
     with moving.receiver("there") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address, *MODE, fault="source.answered=drop") as migration:
@@ -112,7 +114,7 @@ def test_a_recovery_that_is_lost_is_repeated(here: Program, point: str) -> None:
 
 
 @pytest.mark.parametrize("point", ["decided", "resumed", "all-here", "arrival-noted"])
-def test_a_destination_that_is_cut_off_after_commit_is_linked_again(here: Program, point: str) -> None:
+def test_destination_disconnected_in_postcopy_is_reconnected(here: Program, point: str) -> None:
     with moving.receiver("there", fault=f"destination.{point}=drop") as there:
         with moving.migrating("here", moving.address_of(there), *MODE) as migration:
             assert migration.wait() in (26, 28)
@@ -120,7 +122,7 @@ def test_a_destination_that_is_cut_off_after_commit_is_linked_again(here: Progra
         recovers(here, there)
 
 
-# A ledger that reads all of its memory before it goes on, as a hypervisor may read some.
+# A ledger that reads all of its memory before it is resumed, as a hypervisor may read some.
 READS_FIRST = """
 import sys
 from pageferry.cli.main import main
@@ -134,8 +136,8 @@ sys.exit(main())
 """
 
 
-def test_a_workload_that_needs_a_page_to_be_resumed_is_linked_again(here: Program) -> None:
-    """Until it has been resumed the source hears nothing: it must be let in before."""
+def test_reconnection_while_the_resume_waits_for_a_page(here: Program) -> None:
+    """The source receives no message until the workload runs; it must be able to reconnect before."""
     words = ("receive", "there", "--workload", "demo", "--output", "json", *moving.HERE.listening)
     with moving.HERE.program("-c", READS_FIRST, *words, fault="destination.decided=drop") as there:
         with moving.migrating("here", moving.address_of(there), *MODE) as migration:
@@ -143,8 +145,8 @@ def test_a_workload_that_needs_a_page_to_be_resumed_is_linked_again(here: Progra
         recovers(here, there)
 
 
-def test_a_destination_that_is_killed_takes_the_ledger_along(here: Program) -> None:
-    """An arena lives and dies with its process. What is here stays as it was when it was given away."""
+def test_ledger_of_a_killed_destination_can_be_taken_back(here: Program) -> None:
+    """An arena ends with its process. The source keeps its contents as of the commit."""
     with moving.receiver("there", fault="destination.resumed=kill") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address, *MODE) as migration:

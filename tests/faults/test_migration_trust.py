@@ -1,5 +1,4 @@
-"""Migrations between hosts that trust only certificates: who is believed moves a workload, everybody else is refused by
-name on both sides, and the workload runs on."""
+"""TLS between source and receiver: authenticated peers migrate, all others are refused with a reason on both sides."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ AUTHORITY = Authority()
 
 
 @pytest.mark.parametrize("options", ["--streams 1", "--streams 4 --codec zstd", "--mode postcopy --streams 2"])
-def test_a_workload_moves_between_hosts_that_believe_each_other(tmp_path: Path, options: str) -> None:
+def test_workload_is_migrated_between_authenticated_hosts(tmp_path: Path, options: str) -> None:
     source, destination = hosts(tmp_path)
     with (
         moving.receiver("there", "--tls", str(destination), "--allow", "source.example") as there,
@@ -49,7 +48,7 @@ def test_a_workload_moves_between_hosts_that_believe_each_other(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("key", ["RSA", "Ed25519"])
-def test_certificates_of_other_kinds_are_as_good(tmp_path: Path, key: str) -> None:
+def test_migration_with_certificates_of_each_key_type(tmp_path: Path, key: str) -> None:
     source, destination = hosts(tmp_path, AUTHORITY)
     AUTHORITY.issue(source, "client", "source.example", key=key)
     AUTHORITY.issue(destination, "server", "receiver.example", also=("receiver.example",), key=key)
@@ -60,7 +59,7 @@ def test_certificates_of_other_kinds_are_as_good(tmp_path: Path, key: str) -> No
         moving.ends_intact(here, "moved")
 
 
-# -- who is not believed
+# -- refused peers
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +69,13 @@ def victim() -> Iterator[Program]:
 
 
 class Case(NamedTuple):
-    """Something that is wrong, and how it ends."""
+    """A mistake in certificates or options, and the errors that it causes."""
 
     code: int
     here: str
-    """What the source says."""
+    """Text in the source's error."""
     there: str
-    """What the receiver says."""
+    """Text in the receiver's error."""
     change: Callable[[Path, Path], object] = lambda source, receiver: None
     source_options: tuple[str, ...] = ()
     receiver_options: tuple[str, ...] = ()
@@ -107,7 +106,7 @@ CASES = {
         "the source ended the secure connection (unknown ca)",
         lambda source, receiver: server(receiver, Authority("other")),
     ),
-    "an authority that only looks the same": Case(
+    "source of another authority with the same name": Case(
         27,
         "it does not accept our certificate",
         "the certificate of the source is not accepted",
@@ -125,7 +124,7 @@ CASES = {
         "the source ended the secure connection (certificate expired)",
         lambda source, receiver: server(receiver, begins=-2 * DAY, ends=-DAY),
     ),
-    "a source of tomorrow": Case(
+    "source whose certificate is not valid yet": Case(
         27,
         "it does not accept our certificate",
         "certificate is not yet valid; is the clock right?",
@@ -137,14 +136,14 @@ CASES = {
         "the source ended the secure connection (bad certificate)",
         lambda source, receiver: server(receiver, also=("127.0.0.2", "elsewhere.example")),
     ),
-    "receiver with nothing but a common name": Case(
+    "receiver with only a common name": Case(
         27,
         "Hostname mismatch, certificate is not valid for 'receiver.example'",
         "the source ended the secure connection (bad certificate)",
         lambda source, receiver: server(receiver, also=()),
         ("--tls-hostname", "receiver.example"),
     ),
-    "a client that poses as the receiver": Case(
+    "receiver with a client certificate": Case(
         27,
         "the certificate of the receiver is not accepted: unsuitable certificate purpose",
         "the source ended the secure connection",
@@ -152,7 +151,7 @@ CASES = {
             receiver, "server", "source.example", also=("127.0.0.1",), purpose=CLIENT
         ),
     ),
-    "a server that poses as the source": Case(
+    "source with a server certificate": Case(
         27,
         "the receiver ended the secure connection",
         "the certificate of the source is not accepted: unsuitable certificate purpose",
@@ -170,13 +169,13 @@ CASES = {
         "the source ended the secure connection (certificate revoked)",
         lambda source, receiver: revoked("server", receiver, source),
     ),
-    "an old list of what is revoked": Case(
+    "expired revocation list": Case(
         27,
         "our certificate or its ca-crl.pem has expired",
         "CRL has expired; fetch a new ca-crl.pem",
         lambda source, receiver: AUTHORITY.revoke(receiver, ends=-DAY / 2),
     ),
-    "a source that is not on the list": Case(
+    "source that is not allowed": Case(
         21,
         "source.example may not send workloads here",
         "source.example may not send workloads here: its certificate has none of the names",
@@ -186,7 +185,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_who_is_not_believed_is_refused_on_both_sides(victim: Program, tmp_path: Path, name: str) -> None:
+def test_peer_that_fails_authentication_is_refused_on_both_sides(victim: Program, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     source, receiver = hosts(tmp_path, AUTHORITY)
     case.change(source, receiver)
@@ -197,7 +196,7 @@ def test_who_is_not_believed_is_refused_on_both_sides(victim: Program, tmp_path:
     still_runs(victim)
 
 
-def test_one_side_without_tls_is_told_so(victim: Program, tmp_path: Path) -> None:
+def test_tls_on_one_side_only_is_reported_on_both(victim: Program, tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     with saying(tmp_path, "--tls", str(receiver)) as (there, said):
         told = Case(21, "this receiver accepts TLS only: migrate with --tls DIR", "accepts TLS only")
@@ -212,7 +211,7 @@ def test_one_side_without_tls_is_told_so(victim: Program, tmp_path: Path) -> Non
 
 @contextlib.contextmanager
 def saying(path: Path, *options: str) -> Iterator[tuple[Program, Path]]:
-    """A receiver, and the file that holds its errors."""
+    """A receiver, and the file with its error output."""
     said = path / "receiver.stderr"
     with open(said, "w") as stderr:
         words = (*moving.HERE.listening, *options)
@@ -222,7 +221,7 @@ def saying(path: Path, *options: str) -> Iterator[tuple[Program, Path]]:
 
 
 def refused(path: Path, address: str, case: Case, *options: str) -> None:
-    """A migration of the victim ends as it must."""
+    """Check that a migration of the victim fails with the exit code and error of the case."""
     with (
         open(path / "source.stderr", "w+") as stderr,
         moving.migrating("victim", address, *options, stderr=stderr) as migration,
@@ -238,7 +237,7 @@ def still_runs(victim: Program) -> None:
     assert moving.traces(victim.process.pid) == 0
 
 
-def test_it_was_intact_all_along(victim: Program) -> None:
+def test_workload_is_intact_after_all_refusals(victim: Program) -> None:
     moving.ends_intact(victim)
 
 
@@ -253,7 +252,7 @@ def greeted(address: str, magic: bytes = messages.SECURE_CONTROL_MAGIC) -> socke
 
 
 def alert(address: str, context: ssl.SSLContext) -> str:
-    """Why the receiver ends a TLS connection, as it says itself."""
+    """Reason of the TLS alert with which the receiver ends a connection."""
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with greeted(address) as connection:
         try:
@@ -262,10 +261,10 @@ def alert(address: str, context: ssl.SSLContext) -> str:
                 secure.recv(1)
         except ssl.SSLError as told:
             return str(told.reason)
-    raise AssertionError("let in")
+    raise AssertionError("the receiver accepted the connection")
 
 
-def test_clients_without_a_certificate_or_of_an_older_version_are_refused(tmp_path: Path) -> None:
+def test_clients_without_a_certificate_or_with_an_older_tls_version_are_refused(tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     with saying(tmp_path, "--tls", str(receiver)) as (there, said):
         address = moving.address_of(there)
@@ -278,7 +277,7 @@ def test_clients_without_a_certificate_or_of_an_older_version_are_refused(tmp_pa
         wait_until(lambda: "it does not speak TLS 1.3" in said.read_text(), "the reason")
 
 
-def test_a_receiver_of_an_older_version_is_refused(tmp_path: Path) -> None:
+def test_receiver_with_an_older_tls_version_is_refused(tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     old.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -329,7 +328,7 @@ async def control(address: Address, folder: Path) -> Channel:
 
 
 async def is_closed(stream: PageStream) -> bool:
-    """Waits for the end, which is all that a refused stream is told, but for an alert."""
+    """Wait until the receiver closes a refused stream; it sends at most a TLS alert."""
     stream.connection.setblocking(False)
     with stream, contextlib.suppress(ConnectionError):
         async with asyncio.timeout(DEADLINE):
@@ -348,21 +347,21 @@ async def refuses(attempt: Any) -> bool:
 async def streams_are_bound(text: str, source: Path, stranger: Path) -> None:
     address = resolve(text, insecure=False, what="receiver")
     ours, theirs = await control(address, source), await control(address, stranger)
-    assert await refuses(connect_stream(ours, address, bytes(16), 0)), "before any token was given"
+    assert await refuses(connect_stream(ours, address, bytes(16), 0)), "before a token was issued"
     await ours.send(hello(streams=2))
     token = (await ours.receive(messages.Welcome)).token
     kept = await connect_stream(ours, address, token, 0)
 
-    assert await refuses(connect_stream(ours, address, secrets.token_bytes(16), 1)), "another token"
+    assert await refuses(connect_stream(ours, address, secrets.token_bytes(16), 1)), "wrong token"
     assert await refuses(connect_stream(theirs, address, token, 1)), "another certificate"
     theirs.peer = None
-    assert await refuses(connect_stream(theirs, address, token, 1)), "in the clear"
+    assert await refuses(connect_stream(theirs, address, token, 1)), "unencrypted"
 
     last = await connect_stream(ours, address, token, 1)
     await ours.send(messages.LargePages(region=0, units=b"\0"))
     await ours.send(messages.Round(number=1))
     assert await refuses(connect_stream(ours, address, token, 0)), "used twice"
-    await ours.send(messages.Commit())  # is looked at only after the round, which nothing was sent of
+    await ours.send(messages.Commit())  # processed only after the round, for which no page was sent
     for stream in (kept, last):
         stream.close()
     with pytest.raises(PeerRefused, match="the peer closed the page stream"):
@@ -371,7 +370,7 @@ async def streams_are_bound(text: str, source: Path, stranger: Path) -> None:
     await theirs.close()
 
 
-def test_a_token_is_good_for_one_peer_and_once(tmp_path: Path) -> None:
+def test_stream_token_is_bound_to_its_peer_and_valid_once(tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     (stranger := tmp_path / "stranger").mkdir()
     (stranger / "ca-cert.pem").write_bytes((source / "ca-cert.pem").read_bytes())
@@ -381,11 +380,11 @@ def test_a_token_is_good_for_one_peer_and_once(tmp_path: Path) -> None:
         assert there.wait() == 23
 
 
-# -- after a commit without an answer
+# -- recovery
 
 
-def test_the_peer_is_asked_under_tls_too(tmp_path: Path) -> None:
-    """By the name that the migration was sent to: its address is not in the certificate."""
+def test_recovery_requires_tls_after_a_migration_with_tls(tmp_path: Path) -> None:
+    """The recovery uses the host name of the migration: the certificate does not contain the address."""
     source, receiver = hosts(tmp_path, AUTHORITY)
     server(receiver, also=("receiver.example",))
     options = ("--tls", str(source), "--tls-hostname", "receiver.example")
@@ -401,7 +400,7 @@ def test_the_peer_is_asked_under_tls_too(tmp_path: Path) -> None:
         moving.ends_intact(here, "moved")
 
 
-def test_a_link_lost_in_post_copy_is_made_anew_under_tls(tmp_path: Path) -> None:
+def test_lost_postcopy_connection_is_reestablished_with_tls(tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     tls = ("--tls", str(source))
     with moving.receiver("there", "--tls", str(receiver)) as there, moving.ledger("here", size=64 * MIB) as here:
@@ -415,7 +414,7 @@ def test_a_link_lost_in_post_copy_is_made_anew_under_tls(tmp_path: Path) -> None
         moving.is_intact(there)
 
 
-def test_what_the_options_cannot_mean_is_refused(tmp_path: Path) -> None:
+def test_invalid_combinations_of_tls_options_are_refused(tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     with moving.ledger("here"):
         for options in (

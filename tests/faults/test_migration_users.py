@@ -1,4 +1,4 @@
-"""Peers without certificates: the kernel names their user, and only root and the workload's own are accepted."""
+"""Peers without certificates: the kernel reports their user; only root and the user of the workload are accepted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ while piece := line.recv(4096):
     said += piece
 sys.stdout.buffer.write(said)
 """
-"""Says what a source says first, as another user, and prints the replies."""
+"""Program that sends the first message of a source as user 65534, and prints the replies."""
 
 HELLO = messages.Hello(
     version=messages.VERSION,
@@ -59,7 +59,7 @@ HELLO = messages.Hello(
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that every user may enter."""
+    """A directory that every user may enter."""
     with tempfile.TemporaryDirectory() as made:
         os.chmod(made, 0o755)
         yield Path(made)
@@ -92,7 +92,7 @@ def test_another_user_on_a_unix_socket_is_refused_before_welcome(folder: Path) -
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         refused = stranger("unix", str(path))
         assert b"PermissionError" in refused.stderr
-        path.chmod(0o666)  # even then
+        path.chmod(0o666)  # refused by its user even if the permissions allow it
         done = stranger("unix", str(path))
         assert done.returncode == 0, done.stderr
         assert b"Welcome" not in done.stdout
@@ -100,7 +100,7 @@ def test_another_user_on_a_unix_socket_is_refused_before_welcome(folder: Path) -
 
 
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
-def test_workload_moves_over_a_unix_socket(folder: Path, mode: str) -> None:
+def test_workload_is_migrated_over_a_unix_socket(folder: Path, mode: str) -> None:
     path = folder / "there.sock"
     with moving.ledger("here") as here, moving.receiver("there", "--listen", f"unix:{path}") as there:
         with moving.migrating("here", moving.address_of(there), "--mode", mode) as migration:
@@ -111,7 +111,7 @@ def test_workload_moves_over_a_unix_socket(folder: Path, mode: str) -> None:
     assert os.listdir(folder) == []
 
 
-def test_receiver_waits_on_a_unix_socket_of_its_run_directory_by_default() -> None:
+def test_receiver_listens_on_a_unix_socket_in_its_run_directory_by_default() -> None:
     command = ("-m", "pageferry", "receive", "there", "--workload", "demo", "--output", "json")
     with moving.HERE.program(*command) as there, moving.ledger("here"):
         address = moving.address_of(there)
@@ -121,7 +121,7 @@ def test_receiver_waits_on_a_unix_socket_of_its_run_directory_by_default() -> No
         moving.is_intact(there)
 
 
-def test_outcome_is_asked_for_over_a_unix_socket(folder: Path) -> None:
+def test_recovery_over_a_unix_socket(folder: Path) -> None:
     path = folder / "there.sock"
     with moving.ledger("here") as here, moving.receiver("there", "--listen", f"unix:{path}") as there:
         with moving.migrating("here", moving.address_of(there), fault="source.committed=kill") as migration:
@@ -142,8 +142,8 @@ def test_peers_of_one_ordinary_user_are_accepted(folder: Path) -> None:
         moving.is_intact(there)
 
 
-def test_source_gives_nothing_to_a_receiver_of_another_user(folder: Path) -> None:
-    """Root's source, and a program of another user that listens where root's receiver should."""
+def test_source_refuses_a_receiver_of_another_user(folder: Path) -> None:
+    """The source runs as root; a program of another user listens at the address."""
     folder.chmod(0o777)
     impostor = users.host("user", folder)
     users.python()  # skips
@@ -157,7 +157,7 @@ def test_source_gives_nothing_to_a_receiver_of_another_user(folder: Path) -> Non
         moving.ends_intact(here)
 
 
-def test_folder_that_others_may_write_to_is_no_place_for_a_socket(folder: Path) -> None:
+def test_socket_in_a_directory_writable_by_others_is_refused(folder: Path) -> None:
     folder.chmod(0o777)
     with moving.receiver("there", "--listen", f"unix:{folder}/there.sock", stderr=subprocess.PIPE) as there:
         _, said = there.process.communicate(timeout=60)
@@ -165,13 +165,13 @@ def test_folder_that_others_may_write_to_is_no_place_for_a_socket(folder: Path) 
     assert b"other users can write to it" in said
 
 
-def test_socket_of_a_killed_receiver_is_replaced_and_of_a_living_one_is_not(folder: Path) -> None:
+def test_only_the_socket_of_a_dead_receiver_is_replaced(folder: Path) -> None:
     async def run() -> None:
         address = resolve(f"unix:{folder}/there.sock", insecure=False, what="address")
         first = Reception(address)
         with pytest.raises(UsageError, match="another process listens there"):
             Reception(address)
-        first._listener.socket.close()  # as by a kill
+        first._listener.socket.close()  # as after a kill
         first._task.cancel()
         second = Reception(address)
         await second.close()
@@ -215,7 +215,7 @@ def test_resolved_name_has_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None:
-    """Each of them is a listener whose queue is full, which answers nothing."""
+    """Each address is a listener with a full accept queue, which does not respond."""
 
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
@@ -235,7 +235,7 @@ def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None
 
 
 def test_closed_connection_has_no_user(folder: Path) -> None:
-    """A socket that waits for its last packets has no owner any longer: it must not count as root's."""
+    """A socket in TIME_WAIT has no owner, and must not count as root's."""
     from pageferry.migration.peer_users import check_peer
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -15,7 +15,7 @@ STEPS = 3
 
 
 @pytest.mark.faults
-def test_a_short_soak(tmp_path: Path) -> None:
+def test_short_soak_has_one_owner_after_each_step(tmp_path: Path) -> None:
     hosts.require()
     with Soak(tmp_path, SEED, guest_parts()) as soak:
         for step in range(STEPS):

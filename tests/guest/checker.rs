@@ -1,9 +1,9 @@
-//! The guest of the tests: the kernel's `/init`, which fills memory with pages that describe themselves, keeps rewriting
-//! and verifying them, and says on the serial line what it found.
+//! The checker, `/init` of the test guest: fills memory with self-describing pages, keeps rewriting and verifying them,
+//! and reports errors on the serial line.
 //!
-//! Every page's contents are a function of (page number, version). The version that a page must have stands in a table
-//! elsewhere in memory, and the sum of all versions in a third place, so that a write that was lost, a page that came
-//! back older, one that was torn, and a table that is older than its pages are all seen:
+//! The contents of each page are a function of (page number, version). A table elsewhere in memory holds the current
+//! version of each page, and a third place holds the sum of all versions. This detects lost writes, stale pages, torn
+//! pages, and a table older than its pages:
 //!
 //! ```text
 //! FERRY ready pages=12800 threads=2
@@ -12,12 +12,12 @@
 //! FERRY BAD total thread=0 expected=812 found=811
 //! ```
 //!
-//! `passes` counts complete sweeps by the slowest thread: two more passes mean that every page has been verified anew.
+//! `passes` counts complete sweeps of the slowest thread: after two more passes, each page has been verified again.
 //!
 //! Kernel command line: `ferry.mib` (memory, MiB, 64), `ferry.rate` (pages written per second, 2000), `ferry.verify`
 //! (pages verified per second, one sweep), `ferry.hot` (percent of the pages that are written, 100), `ferry.zero`
-//! (percent of (page, version) pairs whose contents are all zeros, 20), `ferry.threads` (one per vCPU),
-//! `ferry.tick` (ms between ticks, 200).
+//! (percent of (page, version) pairs whose contents are all zeros, 20), `ferry.threads` (one per vCPU), `ferry.tick`
+//! (ms between ticks, 200).
 
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_long, c_ulong, c_void};
@@ -40,7 +40,7 @@ unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
 }
 
-/// What one thread has done, read by the one that prints.
+/// Counters of one thread, read by the thread that prints.
 #[derive(Default)]
 struct Counters {
     writes: AtomicU64,
@@ -92,14 +92,14 @@ fn tick_for_ever(settings: &Settings, counters: &[Arc<Counters>]) -> ! {
             sum(|one| &one.errors)
         );
     }
-    // The first process of a kernel must not end.
+    // The first process of a kernel must not exit.
     loop {
         // SAFETY: takes no arguments and touches no memory.
         unsafe { pause() };
     }
 }
 
-/// One thread's share of the pages, and what they must hold.
+/// One thread's share of the pages, and their expected versions.
 struct Checker {
     pages: &'static mut [Page],
     number: usize,
@@ -123,7 +123,7 @@ impl Checker {
         Self { pages, number, first_page, versions, total, next: 0, random, settings, counters }
     }
 
-    /// In each slot of time its part of the writes and of the verifications, then sleep.
+    /// Writes and verifies this thread's share of pages in each time slot, then sleeps.
     fn run(&mut self) {
         let slots_per_second = 1000 / SLOT.as_millis() as u64 * self.settings.threads as u64;
         let (mut write_credit, mut verify_credit) = (0, 0);
@@ -143,7 +143,7 @@ impl Checker {
         }
     }
 
-    /// A page at random goes from its version to the next; what it held is verified first.
+    /// Verifies a random page and writes its next version.
     fn write_one(&mut self) {
         self.random = mix(self.random);
         let hot = (self.pages.len() * self.settings.hot_percent / 100).max(1);
@@ -172,7 +172,7 @@ impl Checker {
         if let Some(word) = first_wrong_word(page, number, version, self.settings.zero_percent) {
             let found = page[1];
             self.report(format_args!("page={number} word={word} expected-version={version} found-version={found}"));
-            // Reported once, not at every pass: carry on from contents that are right.
+            // Restore the expected contents, so that the error is reported once, not in each pass.
             fill(&mut self.pages[index], number, version, self.settings.zero_percent);
         }
         self.counters.verified.fetch_add(1, Relaxed);
@@ -202,13 +202,13 @@ fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The step from word to word of a page, or None where the page is all zeros at this version.
+/// Increment between the words of a page; None if the page is all zeros at this version.
 fn recipe(number: usize, version: u64, zero_percent: u64) -> Option<u64> {
     let seed = mix(mix(number as u64) ^ version);
     (seed % 100 >= zero_percent).then_some(seed | 1)
 }
 
-/// Page number, version, then an arithmetic sequence that differs in every word between any two versions.
+/// Writes page number, version, and an arithmetic sequence that differs in each word between any two versions.
 fn fill(page: &mut Page, number: usize, version: u64, zero_percent: u64) {
     match recipe(number, version, zero_percent) {
         None => page.fill(0),
@@ -247,7 +247,7 @@ fn mount_proc() {
     assert!(!failed, "mount /proc: {}", std::io::Error::last_os_error());
 }
 
-/// The kernel modules that the initrd has, in the order of their names; for drivers such as the balloon's.
+/// Loads the kernel modules of the initrd in the order of their names, for drivers such as virtio_balloon.
 fn load_modules() {
     const FINIT_MODULE: c_long = 313;
     let Ok(folder) = std::fs::read_dir("/modules") else { return };
@@ -281,11 +281,11 @@ fn settings() -> Settings {
     }
 }
 
-/// Anonymous memory, page by page; it is touched first by the thread that owns it.
+/// Anonymous memory in pages; the owning thread touches each page first.
 fn allocate(pages: usize) -> &'static mut [Page] {
     const READ_WRITE: c_int = 3;
     const PRIVATE_ANONYMOUS: c_int = 0x22;
-    // SAFETY: a new mapping where the kernel likes; page-aligned, zeroed, and never unmapped.
+    // SAFETY: a new mapping at an address chosen by the kernel; page-aligned, zeroed, and never unmapped.
     unsafe {
         let address = mmap(std::ptr::null_mut(), pages * 4096, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0);
         assert!(address as isize != -1, "mmap: {}", std::io::Error::last_os_error());

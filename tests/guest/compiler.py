@@ -1,4 +1,4 @@
-"""Compiles the programs that run in test guests, with rustc alone."""
+"""Compile the programs that run in test guests, with rustc alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def compile_program(source: Path, program: Path, *options: str) -> Path:
-    """Compile a source of one file into `program`, unless that is newer already; return `program`.
+    """Compile a single-file program unless `program` is newer than `source`. Return `program`.
 
-    Raises FileNotFoundError if there is no rustc, CalledProcessError if it fails.
+    Raises FileNotFoundError if rustc is not installed, CalledProcessError if it fails.
     """
     program.parent.mkdir(parents=True, exist_ok=True)
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:

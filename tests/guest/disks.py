@@ -1,4 +1,4 @@
-"""A shared disk of test guests, and whether a QEMU has it locked."""
+"""A shared disk of test guests, and QEMU's locks on it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LOCK = struct.Struct("hhqqi4x")
 
 
 def new_disk(path: Path) -> tuple[str, str]:
-    """A raw disk of 1 MiB at `path`, and the option of a guest that has it."""
+    """Create a raw disk of 1 MiB. Return the QEMU option for it."""
     path.write_bytes(bytes(1 << 20))
     return "-drive", f"file={path},format=raw,if=virtio,id=disk"
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Lock a disk as a QEMU does that writes to it."""
+    """Lock a disk as a QEMU that writes to it does."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         for byte in (_WRITES, _SHARES_NO_WRITES):
@@ -35,7 +35,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def locked(path: Path) -> bool:
-    """Whether a QEMU has a disk locked as one that it writes to, and keeps all others from writing."""
+    """Whether a QEMU has locked a disk for exclusive writing."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return all(_taken(descriptor, byte) for byte in (_WRITES, _SHARES_NO_WRITES))

@@ -1,4 +1,4 @@
-"""Builds the initrd of the test guest: the checker as `/init`, kernel modules, and the console the kernel opens."""
+"""Build the initrd of the test guest: the checker as `/init`, kernel modules, and a console device."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BALLOON_MODULES = (
     "virtio_pci",
     "virtio_balloon",
 )
-"""What the kernel needs for a balloon, in the order of loading."""
+"""Modules required for a virtio balloon, in loading order."""
 
 
 def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
-    """Compile the checker and pack it with these kernel modules; return the initrd.
+    """Compile the checker and pack it with these kernel modules. Return the initrd.
 
-    Nothing is compiled again that has not changed. Raises FileNotFoundError where there is no rustc,
-    CalledProcessError where it fails.
+    An unchanged checker is not compiled again. Raises FileNotFoundError if rustc is not installed, CalledProcessError
+    if it fails.
     """
     program = compile_program(CHECKER, folder / "checker", "-Ctarget-feature=+crt-static", "-Cstrip=symbols")
     initrd = folder / f"checker-{len(modules)}.cpio"

@@ -1,4 +1,4 @@
-"""Builds the guest without an operating system, `payload.rs`, which runs on TCG and on KVM."""
+"""Build the guest without an operating system, `payload.rs`, which runs on TCG and on KVM."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PLACED = ("-Clink-arg=-Ttext-segment=0x100000", "-Clink-args=-e start", "-Cstri
 
 
 def build(folder: Path) -> Path:
-    """Compile and link it to run at 1 MiB; return what QEMU takes as `-kernel`."""
+    """Compile and link the payload to run at 1 MiB. Return the file for QEMU's `-kernel`."""
     return compile_program(SOURCE, folder / "payload", *_LINKED, *_PLACED)
 
 
 def obstacle(accel: str) -> str | None:
-    """Why an accelerator cannot be used here, or None."""
+    """Reason why an accelerator cannot be used on this host, None if it can."""
     if accel != "kvm":
         return None
     try:

@@ -1,13 +1,13 @@
-//! A guest without an operating system, for KVMs on which an ordinary kernel does not boot: pages that describe
-//! themselves, rewritten and verified in ring 3.
+//! A guest without an operating system, for KVM hosts on which Linux does not boot. Rewrites and verifies
+//! self-describing pages in ring 3.
 //!
-//! QEMU loads it with `-kernel` and enters it in 32-bit protected mode (PVH). It enables long mode with page tables of
-//! its own and leaves ring 0 for good: a KVM without hardware virtualization emulates ring 0 and runs ring 3 natively.
-//! A TSS with an I/O bitmap gives ring 3 the port of the serial line. There are no interrupts.
+//! QEMU loads the program with `-kernel` and enters it in 32-bit protected mode (PVH). The program enables long mode
+//! with its own page tables and leaves ring 0 permanently: a KVM without hardware virtualization emulates ring 0 and
+//! runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. There are no interrupts.
 //!
-//! A page holds its number and version at both ends and in the middle. The version that it must have is kept in a table
-//! elsewhere, and the sum of all versions in a third place. The lines are those of `checker.rs`; a tick comes every few
-//! sweeps.
+//! Each page holds its number and version at both ends and in the middle. A table elsewhere holds the current version
+//! of each page, and a third place the sum of all versions. The output has the format of `checker.rs`; a tick is
+//! printed every few sweeps.
 //!
 //! Command line: `ferry.mib` (memory, MiB, 32), `ferry.writes` (pages rewritten per sweep, 4).
 
@@ -19,7 +19,7 @@ use core::ptr::{read_volatile, write_volatile};
 
 const PAGE: usize = 4096;
 const FIRST: usize = 16 << 20;
-/// Pages of 992 MiB: what the page tables map, without the first 16 MiB and the last.
+/// Number of pages in 992 MiB: the mapped 1 GiB without the first and last 16 MiB.
 const MAX_PAGES: usize = 992 << 8;
 const SWEEPS_PER_TICK: u64 = 8;
 const REPORTED: u64 = 8;
@@ -231,7 +231,7 @@ fn report(errors: &mut u64, page: u64, word: u64, expected: u64, found: u64) {
     text(b"\n");
 }
 
-/// The number after `name` in the command line.
+/// Value of the option `name` on the command line.
 fn option(line: *const u8, name: &[u8], default: u64) -> u64 {
     if line.is_null() {
         return default;

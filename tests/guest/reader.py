@@ -1,8 +1,8 @@
-"""A guest without an operating system that reads from a disk when it is told to: a boot sector of our own.
+"""A guest without an operating system that reads from a disk on request: a boot sector.
 
-On the byte `r` at its serial line it fills a buffer, prints `B`, reads 32 KiB at 1 MiB of the disk into the buffer
-(by the BIOS: one request is in flight), and prints `fresh` where all of the buffer is what the disk holds, or `stale`.
-On `v` it only looks at the buffer again. On `l` it reads for ever, and prints only what is stale.
+On the byte `r` on its serial line it fills a buffer, prints `B`, reads 32 KiB at 1 MiB of the disk into the buffer
+(with the BIOS: one request is in flight), and prints `fresh` if the buffer holds the contents of the disk, else
+`stale`. On `v` it only checks the buffer. On `l` it reads repeatedly and prints only `stale`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 BUFFER = 0x10000
-"""Address of the buffer."""
+"""Guest-physical address of the buffer."""
 LENGTH = 32 << 10
 
 _SOURCE = """
@@ -104,7 +104,7 @@ packet:
 
 
 def boot_sector(folder: Path) -> bytes:
-    """The boot sector, assembled in `folder`."""
+    """Assemble and link the boot sector in `folder`."""
     if shutil.which("as") is None or shutil.which("ld") is None:
         pytest.skip("no assembler and linker for the guest")
     source, target, binary = folder / "boot.s", folder / "boot.o", folder / "boot.bin"

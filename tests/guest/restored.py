@@ -1,4 +1,4 @@
-"""Guests made of images."""
+"""Guests restored from images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUSY = "ferry.mib=64 ferry.rate=3000"
 
 
 def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -> Path:
-    """An image of a guest at work, or of one that its user has paused."""
+    """Checkpoint a running guest, or one paused by its user. Return the image."""
 
     async def make() -> Path:
         serial = Serial(folder / "serial")
@@ -42,49 +42,49 @@ def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -
 
 
 class Restored:
-    """A guest made of an image."""
+    """A guest restored from an image."""
 
     def __init__(self, name: str, parts: GuestParts, serial: Serial) -> None:
         self.folder = Folder(Registry(), name)
         self.command = parts.command(serial, *OPTIONS)
         self.serial = serial
         self.pager: tuple[int, int] | None = None
-        """Pid and start time of the process that serves it, as far as it has been seen."""
+        """Pid and start time of the pager, once known."""
 
     async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
-        """Restore it."""
+        """Restore the guest."""
         started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
         self.workload, result = started
         await self.status()
         return result
 
     async def run(self) -> None:
-        """Resume it, as its user would."""
+        """Resume the guest, as its user would."""
         async with await Monitor.open(self.workload.qmp_socket) as monitor:
             await monitor.execute("cont")
 
     async def end(self) -> None:
-        """End it, and wait for the end of its pager."""
+        """End the guest, and wait for the end of its pager."""
         await self.status()
         await self.workload.discard()
         if self.pager is not None:
             await processes.wait_for_end(*self.pager)
 
     async def status(self) -> PagerStatus | None:
-        """What its pager says."""
+        """Status of the pager."""
         status = await asyncio.to_thread(deferred.status, self.folder)
         if status is not None and (started := proc.start_time(status.pager)) is not None:
             self.pager = (status.pager, started)
         return status
 
     async def arrived(self) -> None:
-        """Wait until all of its memory is there."""
+        """Wait until all memory of the guest is loaded."""
         async with asyncio.timeout(30):
             while await self.status() is not None:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
     async def kill_pager(self) -> None:
-        """Kill -9."""
+        """Kill the pager with SIGKILL."""
         status = await self.status()
         assert status is not None
         started = proc.start_time(status.pager)

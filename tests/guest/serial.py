@@ -1,4 +1,4 @@
-"""Reads what the checker in a guest says on its serial line, from the file that QEMU writes it to."""
+"""The checker's output on a guest's serial line, read from the file that QEMU writes."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from pathlib import Path
 _TICK = re.compile(r"FERRY tick (\d+) writes=(\d+) verified=(\d+) passes=(\d+) errors=(\d+)\r?\n")
 
 BOOT = 60.0
-"""Seconds until the checker must have come up, on a busy machine without KVM."""
+"""Maximum seconds for the checker to start, on a busy machine without KVM."""
 
 
 class GuestFailed(AssertionError):
-    """The guest crashed, found a wrong page, or fell silent."""
+    """The guest crashed, found a wrong page, or stopped printing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What the checker has done so far."""
+    """Counters of the checker."""
 
     number: int
     writes: int
     verified: int
     passes: int
-    """Times that every page has been verified."""
+    """Number of complete verifications of all pages."""
     errors: int
 
 
 class Serial:
-    """The serial line of one QEMU. A guest that moves goes on in the file of the other QEMU."""
+    """Serial line of one QEMU. A migrated guest continues in the file of the other QEMU."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def text(self) -> str:
-        """All that has been said."""
+        """All output so far."""
         return self.path.read_text(errors="replace") if self.path.exists() else ""
 
     @property
     def bad(self) -> list[str]:
-        """The lines about wrong pages."""
+        """Lines that report wrong pages."""
         return [line for line in self.text.splitlines() if "FERRY BAD" in line]
 
     @property
     def last(self) -> Tick | None:
-        """The last tick."""
+        """Last tick."""
         found = _TICK.findall(self.text)
         return Tick(*map(int, found[-1])) if found else None
 
     async def ready(self) -> None:
-        """Wait until memory is filled and the checker works."""
+        """Wait until memory is filled and the checker is running."""
         await self._until(lambda: "FERRY ready" in self.text, BOOT, "was not ready")
 
     async def ticks(self, count: int, timeout: float = 30.0) -> Tick:
@@ -61,11 +61,13 @@ class Serial:
         return await self._after(lambda tick: tick.number, count, timeout)
 
     async def passes(self, count: int, timeout: float = 60.0) -> Tick:
-        """Wait for `count` more passes over all pages: after two, each was verified anew. Raises GuestFailed."""
+        """Wait for `count` more passes over all pages; after two, each page has been verified again. Raises
+        GuestFailed.
+        """
         return await self._after(lambda tick: tick.passes, count, timeout)
 
     async def standstill(self, seconds: float = 1.0, timeout: float = 30.0) -> None:
-        """Wait until no page has been written or verified for so long. Ticks may go on, on another CPU."""
+        """Wait until no page has been written or verified for `seconds`. Ticks may continue on another CPU."""
         loop = asyncio.get_running_loop()
         work, since = self._work, loop.time()
         deadline = since + timeout
@@ -85,7 +87,7 @@ class Serial:
         await self._until(lambda: self.last is not None, timeout, "did not tick")
         first = self.last
         assert first is not None
-        await self._until(lambda: value(self.last or first) >= value(first) + count, timeout, "did not go on")
+        await self._until(lambda: value(self.last or first) >= value(first) + count, timeout, "did not make progress")
         last = self.last
         assert last is not None
         if last.errors or self.bad:

@@ -1,4 +1,4 @@
-"""A guest that travels: moved by the command line from one QEMU to the next, and watched on its serial lines."""
+"""A guest that is migrated from one QEMU to the next with the command line, observed on its serial lines."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.kernel import moving
 from tests.kernel.programs import DEADLINE, Program, wait_until
 
 CHECKER = "ferry.mib=32 ferry.rate=4000 ferry.verify=32768 ferry.tick=50"
-"""Small, busy, and verified several times a second."""
+"""Little memory, written fast, and verified several times a second."""
 
 
 class Traveller:
-    """A guest and the command line that starts it, here and wherever it goes. Its names count its journeys."""
+    """A guest and the command line of its QEMU. Its name ends in the number of its migrations."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Traveller:
         self.options = options
         self.memory = memory
         self.checker = checker
-        """None: a machine without a guest, which has nothing to say."""
+        """Options of the checker; None: a machine without a guest system."""
         self.flags = flags
         """Options of `pageferry run` and `pageferry receive`."""
         self._name = name
@@ -54,31 +54,31 @@ class Traveller:
 
     @property
     def name(self) -> str:
-        """Where it is now."""
+        """Current name of the guest."""
         return f"{self._name}-{self.journeys}"
 
     @property
     def next_name(self) -> str:
-        """Where it goes next."""
+        """Name of the guest after the next migration."""
         return f"{self._name}-{self.journeys + 1}"
 
     @property
     def other_name(self) -> str:
-        """Of a receiver to which it does not go."""
+        """Name of a receiver to which the guest is not migrated."""
         return f"{self._name}-other"
 
     @property
     def serial(self) -> Serial:
-        """Its serial line of now."""
+        """Current serial line of the guest."""
         return self._serial(self.name)
 
     @property
     def pid(self) -> int:
-        """Of its QEMU."""
+        """Pid of the current QEMU."""
         return entry(self.name).pid
 
     def start(self) -> None:
-        """Boot it, and wait until it works."""
+        """Boot the guest, and wait until its checker is running."""
         self.serial.path.unlink(missing_ok=True)
         words = ["run", self.name, "--detach", *self.flags, "--", *self.command(self.name)]
         subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
@@ -86,7 +86,7 @@ class Traveller:
             asyncio.run(self.serial.ready())
 
     def command(self, name: str) -> list[str]:
-        """Of its QEMU of that name."""
+        """Command line of the QEMU with this name."""
         if self.checker is None:
             return self.parts.bare("-m", self.memory, *self.options)
         return self.parts.command(self._serial(name), *self.options, memory=self.memory, checker=self.checker)
@@ -100,7 +100,9 @@ class Traveller:
         fault: str | None = None,
         **streams: Any,
     ) -> Program:
-        """`pageferry receive` for its next journey, or another command line than its own; by TCP, which faults cut."""
+        """Start `pageferry receive` for the next migration, on TCP, whose connections faults can drop. `command`
+        replaces QEMU's command line.
+        """
         name = name or self.next_name
         self._serial(name).path.unlink(missing_ok=True)
         words = ["receive", name, *self.flags, *(["--detach"] if detach else []), "--output", "json"]
@@ -109,11 +111,11 @@ class Traveller:
         return Program("-m", "pageferry", *words, env=moving.environment(fault), **streams)
 
     def migrating(self, address: str, *options: str, fault: str | None = None, **streams: Any) -> Program:
-        """`pageferry migrate`."""
+        """Start `pageferry migrate`."""
         return moving.migrating(self.name, address, *options, fault=fault, **streams)
 
     def move(self, *options: str) -> dict[str, Any]:
-        """Go on one journey, successfully; what `migrate` says at the end."""
+        """Migrate the guest successfully. Return the result."""
         with self.receiver() as there, self.migrating(moving.address_of(there), *options) as migration:
             result = moving.until(migration, "migration")
             assert migration.wait() == 0
@@ -123,34 +125,34 @@ class Traveller:
         return result
 
     def arrived(self) -> None:
-        """It is at the other end now, and nothing of it is left here."""
+        """Record that the guest is at the destination, and check that the source has no trace of it."""
         gone = self.name
         self.journeys += 1
         assert gone not in Registry().entries()
         self.alone()
 
     def runs(self) -> Tick:
-        """It goes on, and has found no page wrong."""
+        """Check that the guest runs and has found no wrong page."""
         return asyncio.run(self.serial.ticks(2))
 
     def verifies_everything(self) -> Tick:
-        """It goes on, and has found every page as it must be."""
+        """Check that the guest runs and has verified all pages."""
         return asyncio.run(self.serial.passes(2))
 
     def alone(self) -> None:
-        """Wait until there is nothing else around it: no other QEMU, no guardian, no name."""
+        """Wait until no other QEMU, guardian or name exists."""
         wait_until(lambda: around() == {self.pid}, f"that nothing but {self.name} is left, but {around()}")
         assert list(Registry().entries()) == [self.name]
 
     def untouched(self) -> None:
-        """Wait until it is as if nobody had ever done anything to it."""
+        """Wait until the guest has no write traces and no tracer, and no other process is left."""
         self.alone()
         wait_until(lambda: moving.traces(self.pid) == 0, "the end of the traces")
         status = Path(f"/proc/{self.pid}/status").read_text()
         assert "TracerPid:\t0\n" in status
 
     def allocated(self) -> int:
-        """Bytes of its memory files that are allocated."""
+        """Bytes allocated for its memory files."""
 
         async def look() -> int:
             workload = await QemuWorkload.attach(self.name)
@@ -162,16 +164,16 @@ class Traveller:
         return asyncio.run(look())
 
     def resident(self) -> int:
-        """Bytes that its QEMU has mapped."""
+        """Resident memory of its QEMU, bytes."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
 
     def qmp(self, command: str, **arguments: Any) -> Any:
-        """What its monitor says."""
+        """Reply of its monitor to a command."""
         return asyncio.run(ask(self.name, command, **arguments))
 
     def end(self) -> None:
-        """End it, wherever it is, and whatever a test that failed has left of it."""
+        """End all QEMU processes of the guest, also after a failed test."""
         for name in [name for name in Registry().entries() if name.startswith(f"{self._name}-")]:
             subprocess.run([sys.executable, "-m", "pageferry", "stop", "--kill", name], check=True, timeout=DEADLINE)
 
@@ -181,7 +183,7 @@ class Traveller:
 
 @contextmanager
 def travelling(parts: GuestParts, folder: Path, *options: str, **details: Any) -> Iterator[Traveller]:
-    """A guest that has booted; in the end it must never have found a wrong page, on any journey."""
+    """A booted guest. At the end of the block, no serial line may report a wrong page."""
     traveller = Traveller(parts, folder, *options, **details)
     try:
         traveller.start()
@@ -192,7 +194,7 @@ def travelling(parts: GuestParts, folder: Path, *options: str, **details: Any) -
 
 
 def entry(name: str) -> QemuEntry:
-    """What the registry knows of a guest. Raises NoSuchWorkload."""
+    """Registry entry of a guest. Raises NoSuchWorkload."""
     found = Registry().lookup(name)
     if not isinstance(found, QemuEntry):
         raise NoSuchWorkload(name)
@@ -200,20 +202,20 @@ def entry(name: str) -> QemuEntry:
 
 
 async def ask(name: str, command: str, **arguments: Any) -> Any:
-    """What the monitor of a guest says."""
+    """Reply of a guest's monitor to a command."""
     async with await Monitor.open(entry(name).qmp_socket) as monitor:
         return await monitor.execute(command, **arguments)
 
 
 def kill(name: str) -> None:
-    """Kill -9 the QEMU of that name, and wait for its end."""
+    """Kill the QEMU of that name with SIGKILL, and wait for its end."""
     found = entry(name)
     processes.send_signal(found.pid, found.started, signal.SIGKILL)
     wait_until(lambda: not found.alive, f"the end of {name}")
 
 
 def around() -> set[int]:
-    """Processes that have to do with guests of this run directory: QEMUs and guardians are told its sockets."""
+    """Pids of QEMU processes and guardians of this run directory, found by its path in their command lines."""
     mark = os.fsencode(f"{Registry().path}/")
     found = set()
     for folder in Path("/proc").iterdir():
@@ -224,7 +226,7 @@ def around() -> set[int]:
 
 
 def listed() -> dict[str, str]:
-    """Names and statuses, as `pageferry list` shows them."""
+    """Statuses of workloads by name, from `pageferry list`."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     return {one["name"]: one["status"] for one in map(json.loads, said.splitlines())}

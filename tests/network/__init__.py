@@ -1,1 +1,1 @@
-"""Hosts on one machine: network namespaces, and the links between them."""
+"""Network namespaces as hosts, and the links between them."""

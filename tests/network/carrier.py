@@ -1,15 +1,15 @@
-"""The network between hosts that are namespaces: `python carrier.py SETUP` makes them and carries their packets.
+"""Network between hosts: `python carrier.py SETUP` creates network namespaces and forwards packets between them.
 
-Every host has a TUN device, whose packets come here and go on to the device of the host they are for: as late, as
-rarely and as slowly as the conditions say. The kernels' TCP at both ends is the real one. Needs root and /dev/net/tun,
-and no qdisc: netem is missing from many kernels, and cannot damage what TCP does not notice.
+Each host has a TUN device. This process reads its packets and writes them to the TUN device of the receiving host, with
+the delay, loss and bandwidth of the current conditions. Both ends use the kernel's own TCP. Requires root and
+/dev/net/tun, but no qdisc: many kernels lack netem, and netem cannot corrupt data without TCP noticing.
 
-The namespaces have no names, so nothing of them is left when this process ends, which it does with its standard input.
-Others enter them by the descriptors that the first line names::
+The namespaces have no names, so they vanish with this process, which exits at the end of its standard input. Other
+processes enter them through the descriptors in the first line of output::
 
     {"hosts": [{"address": "10.77.0.1", "namespace": "/proc/4711/fd/5"}, ...]}
 
-Every line of standard input is an `Order`; `{}` answers it once it holds.
+Each line of standard input is an `Order`; the reply `{}` means that it is in effect.
 """
 
 from __future__ import annotations
@@ -38,59 +38,61 @@ IFF_UP = 0x1
 DEVICE, LOOPBACK = b"wan", b"lo"
 
 VNET_HEADER = 10
-"""Bytes of `struct virtio_net_hdr` before each packet: it lets the kernel hand over unsegmented, unsummed TCP."""
-LARGEST = VNET_HEADER + (1 << 16)
+"""Bytes of `struct virtio_net_hdr` before each packet; with it, the kernel passes TCP segments unsplit and without
+checksum.
+"""
+MAX_PACKET = VNET_HEADER + (1 << 16)
 BATCH = 64
-"""Packets taken from one device before the others are looked at."""
+"""Packets read from one device before the others are polled."""
 TCP = 6
 MAGICS = {b"PFCTRL1\n": "control", b"PFPAGE1\n": "pages"}
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """The network to make."""
+    """Configuration of the network."""
 
     hosts: int
     segments: bool = True
-    """Whether TCP may hand over many packets at once. Quicker, but then they are also lost together."""
+    """Whether the kernel may pass many packets as one. This is faster, but they are also lost together."""
     seed: int = 0
-    """Of the dice for lost packets."""
+    """Seed of the random packet loss."""
 
 
 class Order(msgspec.Struct, frozen=True):
-    """New conditions; what is not given stays as it is."""
+    """Changes of the conditions; None leaves a condition unchanged."""
 
     delay: float | None = None
-    """Seconds that a packet takes, one way."""
+    """One-way delay, seconds."""
     rate: float | None = None
-    """Bytes per second that each host can send; 0: no limit."""
+    """Uplink bandwidth of each host, bytes per second; 0: unlimited."""
     loss: float | None = None
-    """Part of the packets that gets lost."""
+    """Fraction of packets that are lost."""
     silent: list[int] | None = None
-    """Hosts whose packets get lost, all of them, in both directions. Nobody is told."""
+    """Hosts whose packets are dropped in both directions, without an error."""
     down: list[int] | None = None
     """Hosts whose network device is down."""
     corrupt: str | None = None
-    """Damage a byte of the next packet of such a connection (`control`, `pages`), unnoticed by TCP."""
+    """Kind of connection (`control`, `pages`) in whose next packet one byte is changed; TCP does not detect it."""
     back: bool = False
-    """Of `corrupt`: a packet to the one that connected, instead of one from it."""
+    """Whether `corrupt` applies to packets to the client of the connection instead of packets from it."""
 
 
 @dataclass
 class Host:
-    """One namespace."""
+    """A network namespace and its TUN device."""
 
     address: bytes
     namespace: int
     device: int
     control: socket.socket
-    """For orders about its devices: a socket belongs to the namespace it was made in."""
+    """Socket for ioctls on the devices; a socket belongs to the namespace in which it was created."""
     free: float = 0.0
-    """When its uplink has sent all that it was given."""
+    """Time at which the uplink has sent all queued packets."""
 
 
 @dataclass
 class Conditions:
-    """What the links are like."""
+    """Current conditions of the links."""
 
     delay: float = 0.0
     rate: float = 0.0
@@ -99,11 +101,11 @@ class Conditions:
     corrupt: str | None = None
     back: bool = False
     backlog: float = 0.2
-    """Seconds of waiting at an uplink, after which further packets are lost."""
+    """Maximum queueing delay of an uplink, seconds; further packets are dropped."""
 
 
 class Carrier:
-    """Carries packets until nobody wants it any more."""
+    """Forwards packets until standard input ends."""
 
     def __init__(self, setup: Setup) -> None:
         self.dice = random.Random(setup.seed)
@@ -111,12 +113,11 @@ class Carrier:
         self.hosts = [_make_host(number, setup.segments) for number in range(setup.hosts)]
         self.numbers = {host.address: number for number, host in enumerate(self.hosts)}
         self.kinds: dict[bytes, str] = {}
-        """Connections by how they began; the key is addresses and ports, as in packets of who connected."""
+        """Kind of each connection, by addresses and ports of the packets from its client."""
         self._under_way: list[tuple[float, int, int, bytearray]] = []
         self._order = itertools.count()
 
     def run(self) -> None:
-        """Until standard input ends."""
         orders = b""
         devices = {host.device: number for number, host in enumerate(self.hosts)}
         while True:
@@ -145,12 +146,12 @@ class Carrier:
                 _switch(host.control, DEVICE, up=number not in order.down)
 
     def _take(self, number: int) -> None:
-        """What a host sends."""
+        """Read the packets that a host sends."""
         sender, now = self.hosts[number], self.conditions
         for _ in range(BATCH):
             try:
-                packet = bytearray(os.read(sender.device, LARGEST))
-            except (BlockingIOError, OSError):  # nothing more, or the device is down
+                packet = bytearray(os.read(sender.device, MAX_PACKET))
+            except (BlockingIOError, OSError):  # no more packets, or the device is down
                 return
             receiver = self.numbers.get(bytes(packet[VNET_HEADER + 16 : VNET_HEADER + 20]))
             if receiver is None or packet[VNET_HEADER] >> 4 != 4:
@@ -166,7 +167,7 @@ class Carrier:
             heapq.heappush(self._under_way, (leaves + now.delay, next(self._order), receiver, packet))
 
     def _deliver(self) -> float | None:
-        """Hand over what has arrived; seconds until there is more to do, None if nothing is under way."""
+        """Deliver packets that are due. Return the seconds until the next is due, None if there is none."""
         while self._under_way:
             due = self._under_way[0][0] - time.monotonic()
             if due > 0:
@@ -174,14 +175,14 @@ class Carrier:
             _, _, receiver, packet = heapq.heappop(self._under_way)
             try:
                 os.write(self.hosts[receiver].device, packet)
-            except OSError:  # down, or full: packets may get lost
+            except OSError:  # the device is down or its queue is full: drop the packet
                 continue
         return None
 
     def _look_at(self, packet: bytearray) -> None:
-        """Learn which connection is which, and damage a packet where that was ordered.
+        """Classify connections by their first bytes, and corrupt a packet if that was ordered.
 
-        The sum of a packet is left to the device that it never reaches, so what is damaged here counts as right.
+        The checksum is left to a device that the packet never reaches, so the corrupted packet is accepted.
         """
         start = VNET_HEADER + (packet[VNET_HEADER] & 15) * 4
         if packet[VNET_HEADER + 9] != TCP:
@@ -200,7 +201,7 @@ class Carrier:
 
 
 def _make_host(number: int, segments: bool) -> Host:
-    """A namespace with its device; from here on this process is in it."""
+    """Create a namespace with its device, and enter it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
@@ -223,7 +224,7 @@ def _switch(control: socket.socket, device: bytes, *, up: bool) -> None:
 
 
 def main() -> None:
-    """Make the network, say where it is, and carry."""
+    """Create the network, print its hosts, and forward packets."""
     carrier = Carrier(msgspec.json.decode(sys.argv[1], type=Setup))
     hosts = [
         {"address": socket.inet_ntoa(host.address), "namespace": f"/proc/{os.getpid()}/fd/{host.namespace}"}

@@ -1,4 +1,4 @@
-"""Hosts that are network namespaces, for tests; see `carrier`."""
+"""Network namespaces as hosts, for tests; see `carrier`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.kernel.programs import Program
 from tests.network import carrier
 
 GIGABIT = 125e6
-"""Bytes per second."""
+"""Bytes per second of a 1 Gbit/s link."""
 TUN = Path("/dev/net/tun")
 
 
 class Network:
-    """Some hosts and the links between them, until the end of the `with` block.
+    """Hosts and the links between them; a context manager.
 
-    `folder`: for their run directories. `segments`: see `carrier.Setup`; not for what is about lost packets.
+    `folder` holds their run directories. For `segments` see `carrier.Setup`; False for tests of packet loss.
     """
 
     def __init__(self, folder: Path, hosts: int = 2, *, segments: bool = True, seed: int = 0) -> None:
@@ -35,7 +35,7 @@ class Network:
         ]
 
     def order(self, **conditions: Any) -> None:
-        """See `carrier.Order`. They hold when this returns."""
+        """Change the conditions (see `carrier.Order`); they are in effect on return."""
         self._carrier.say(json.dumps(conditions))
         assert self._carrier.json() == {}
 
@@ -50,7 +50,7 @@ class Network:
 
 
 def missing() -> str | None:
-    """What there would have to be for a network; None where it is there."""
+    """Reason why namespaces cannot be used, None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("nsenter") is None:
@@ -61,6 +61,6 @@ def missing() -> str | None:
 
 
 def require() -> None:
-    """Skip the test, with the reason, where there can be no network."""
+    """Skip the test, with the reason, if namespaces cannot be used."""
     if reason := missing():
         pytest.skip(reason)

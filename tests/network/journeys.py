@@ -1,7 +1,7 @@
-"""One migration between two hosts during which something fails, and what an operator does then.
+"""One migration between two hosts during which a failure occurs, and the operator's recovery.
 
-`Journey.begin` gets a migration to a named point and holds it there; `strike` does what is to go wrong; `settle` is
-what docs/faults.md tells the operator to do, and finds out whose the workload is: exactly one's.
+`Journey` runs a migration and stops it at a fault point; an entry of `DEEDS` causes the failure; `settle` takes the
+steps of docs/faults.md and returns the owner. Exactly one side must own the workload.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from tests.kernel.programs import Program, wait_until
 from tests.network.hosts import Network
 from tests.network.travellers import Traveller, inhabitants
 
-Owner = Literal["source", "destination", "nobody"]
+Owner = Literal["source", "destination", "none"]
 
 POINTS = {
     "source": "connected greeted set-up in-round between-rounds paused last-pages-sent state-sent ready recorded "
     "committed commit-sent answered".split(),
     "destination": "accepted in-round state-received loaded promised commit-received decided resumed".split(),
 }
-"""That every migration with rounds comes to (docs/protocol.md)."""
+"""Fault points that each migration with rounds reaches (docs/protocol.md)."""
 ROUNDS: dict[str, tuple[str, ...]] = {"source": ("between-rounds", "last-pages-sent"), "destination": ()}
 LATE = {"source": ("missing-sent",), "destination": ("pager-begun",)}
-"""What a post-copy comes to before Commit, instead of rounds."""
+"""Fault points that a post-copy migration reaches before Commit, instead of `ROUNDS`."""
 TIMEOUT = "3"
-"""Seconds of silence for which these migrations wait; more than a busy machine makes anybody silent."""
+"""Timeout of these migrations, seconds; longer than the pauses of processes on a busy machine."""
 BLIP = 0.3
-"""Seconds of silence that end before anybody's timeout does."""
-LONGEST = 120.0
-"""Seconds that a migration may take."""
+"""Duration of a short silence, seconds; shorter than each timeout."""
+MAX_SECONDS = 120.0
+"""Maximum duration of a migration, seconds."""
 ASKING = 8
-"""Times that the peer is asked: the process that has the answer may be about to come or go."""
+"""Maximum number of recovery requests; the process that can reply may be starting or ending."""
 
 
 def points(mode: str) -> list[str]:
-    """The points, as SIDE.POINT, that a migration of this mode comes to; a hybrid one may come to fewer."""
+    """Fault points, as SIDE.POINT, that a migration of this mode reaches; a hybrid one may reach fewer."""
     late = mode == "postcopy"
     return [
         f"{side}.{point}"
@@ -54,7 +54,9 @@ def points(mode: str) -> list[str]:
 
 
 class Journey:
-    """From the traveller's host to another one. `fault`: POINT or POINT=ACTION, in whichever agent has that point."""
+    """A migration from the traveller's host to another. `fault`: POINT or POINT=ACTION, in the command that has the
+    point.
+    """
 
     def __init__(
         self, network: Network, traveller: Traveller, target: Host, folder: Path, *options: str, fault: str = ""
@@ -88,39 +90,39 @@ class Journey:
 
     @property
     def held(self) -> Program:
-        """The agent that stops at the fault point."""
+        """The command that stops at the fault point."""
         return self.migration if self._stopping.startswith("source") else self.peer
 
     def hold(self) -> None:
-        """Wait until the migration is at its point."""
+        """Wait until the migration has stopped at its fault point."""
         moving.stopped(self.held)
 
     def hold_or_end(self) -> bool:
-        """Wait until the migration is at its point (True), or has ended without coming to it."""
+        """Wait until the migration has stopped at its fault point (True) or has ended without reaching it (False)."""
 
         def held() -> bool:
             process = self.held.process
             return process.poll() is None and moving.state(process.pid) == "T"
 
         wait_until(
-            lambda: self.migration.process.poll() is not None or held(), f"the stop of {self._stopping}", LONGEST
+            lambda: self.migration.process.poll() is not None or held(), f"the stop of {self._stopping}", MAX_SECONDS
         )
         return held()
 
     def release(self) -> None:
-        """Let the stopped agent go on, if it lives."""
+        """Continue the stopped command, if it is alive."""
         self.held.process.send_signal(signal.SIGCONT)
 
     def said(self, who: Literal["migrate", "receive", "recover"]) -> str:
-        """What an agent has said to people."""
+        """Error output of a command."""
         path = self._log / f"{who}.stderr"
         return path.read_text() if path.exists() else ""
 
-    # -- what an operator does
+    # -- the operator's part
 
     def settle(self) -> Owner:
-        """Wait for the end, mend the link, find out whose it is now, and have it be so everywhere."""
-        code = self.code = self.migration.process.wait(LONGEST)
+        """Wait for the end, restore the link, recover, and check that the owner runs the workload. Return the owner."""
+        code = self.code = self.migration.process.wait(MAX_SECONDS)
         mend(self.network)
         owner: Owner = "destination" if code == 0 else self._ask()
         if owner == "source":
@@ -131,28 +133,28 @@ class Journey:
             self.traveller.arrived(self.target, self.peer)
             self.traveller.runs()
         else:
-            owner = "nobody"
+            owner = "none"
             self.peer.__exit__(None, None, None)
         return owner
 
     def _ask(self) -> Owner:
-        """`--recover`, with somebody at the other end who can answer."""
+        """Recover until the outcome is known, through another receiver if the first has exited. Return the owner."""
         with contextlib.ExitStack() as answering:
             replaced = False
             for _ in range(ASKING):
                 code, owner = self.recover()
                 match code:
                     case 0:
-                        return owner or "nobody"
-                    case 2:  # in no doubt: it never left
+                        return owner or "none"
+                    case 2:  # no pending recovery: the workload never left the source
                         return "source"
-                    case 11 | 13:  # no such workload any more: it was taken away once it ran there, or has died
+                    case 11 | 13:  # no such workload: it was removed when the destination ran it, or it has died
                         return "destination"
                     case 26 | 28 if not replaced and self.peer.process.poll() is not None:
                         answering.enter_context(self._stand_in())
                         replaced = True
                     case _ if replaced and self._late and not self._arrives():
-                        # It ran there, and was killed before it had everything: for who decides that it goes on here.
+                        # It was killed at the destination before it was complete: the operator takes it back.
                         assert self.recover("--take-back") == (0, "source")
                         return "source"
                     case _:
@@ -160,7 +162,7 @@ class Journey:
         raise AssertionError(f"no answer, {code}: {self.said('recover')}")
 
     def recover(self, how: str = "--recover") -> tuple[int, Owner | None]:
-        """`pageferry migrate --recover` or `--take-back`: its exit code, and the owner that it names."""
+        """Run `pageferry migrate --recover` or `--take-back`. Return the exit code and the reported owner."""
         words = (how, "--timeout", TIMEOUT)
         with moving.migrating(self.traveller.name, *words, host=self.origin, stderr=self._file("recover")) as recovery:
             assert recovery.process.stdout is not None
@@ -169,7 +171,7 @@ class Journey:
         return recovery.process.returncode, events[-1]["owner"] if events else None
 
     def _stand_in(self) -> Program:
-        """Another receiver on the destination's host, at the same address; for what lives there, if it does."""
+        """Another receiver on the destination's host, at the same address; it resumes the workload if that exists."""
         resumed = self._late and self._arrives()
         what = (self.traveller.name, "--resume") if resumed else ("stand-in", "--workload", "demo")
         words = ("receive", *what, "--output", "json", "--insecure")
@@ -182,7 +184,7 @@ class Journey:
         return program
 
     def _end_receiver(self) -> None:
-        """One that waits, for a source or for a question, has to be told that nobody will come."""
+        """Terminate a receiver that still waits for a source or for a recovery."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.peer.process.wait(3)
             return
@@ -190,7 +192,7 @@ class Journey:
         assert self.peer.process.wait(30) in (143, -signal.SIGTERM), self.said("receive")
 
     def _arrives(self) -> bool:
-        """Whether it lives at the target; its agent may be gone, or it may have died since."""
+        """Whether the target has the workload; its receiver may have exited, or it may have died since."""
         return self.traveller.name in self.target.registry.entries()
 
     def _file(self, who: str) -> Any:
@@ -209,7 +211,7 @@ class Journey:
         self._stack.close()
 
 
-# -- what can go wrong
+# -- failures
 
 
 def _link(**conditions: Any) -> Callable[[Journey], None]:
@@ -235,16 +237,16 @@ DEEDS: dict[str, Callable[[Journey], None]] = {
     "damaged-words": _link(corrupt="control"),
     "damaged-answer": _link(corrupt="control", back=True),
 }
-"""Deaths, and what links do."""
+"""Failures by name: killed processes and changed links."""
 
 
 def mend(network: Network) -> None:
-    """The link is as before."""
+    """Restore the conditions of the link."""
     network.order(down=[], silent=[], delay=0.0, rate=0.0, loss=0.0, corrupt="")
 
 
 def nothing_left(host: Host, *expected: str) -> None:
-    """Wait until nothing is on that host but these workloads: no process, no file, no mount, no name."""
+    """Wait until a host has only these workloads: no other process, file, mount or name."""
     registry = host.registry
     wait_until(lambda: set(registry.entries()) == set(expected), f"that {host.address} has {expected} only")
 

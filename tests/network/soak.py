@@ -1,11 +1,11 @@
-"""Random migrations of a ledger and a guest between three hosts, while agents die and links fail: `make soak`.
+"""Random migrations of a ledger and a guest between three hosts, with killed processes and failing links: `make soak`.
 
-Each step moves one of them: over a random link, with random options, and mostly with something going wrong, at a named
-fault point or at any time. Then the operator's part is done (`journeys`), and it must be where exactly one host says it
-is, run, have every page right, and have left nothing anywhere else.
+Each step migrates one of the two over a random link with random options, in most steps with a failure at a fault point
+or at a random time. Then the operator's steps are taken (`journeys`). Afterwards exactly one host must run the
+workload, with correct pages, and no other host may have remnants.
 
-Environment: SOAK_MINUTES (30), SOAK_SEED (random), SOAK_FOLDER (.cache/soak). The seed decides what is done in each
-step; when exactly things happen is for the machine to say.
+Environment: SOAK_MINUTES (30), SOAK_SEED (random), SOAK_FOLDER (.cache/soak). The seed determines the steps, but not
+their timing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LINKS: dict[str, dict[str, float]] = {
     "lossy": {"delay": 0.005, "rate": GIGABIT / 4, "loss": 0.005},
 }
 TROUBLES = [name for name in DEEDS if name != "source-workload"]
-# Now and then it sleeps: one of little weight that never does was seen to starve threads of the kernel (6.18).
+# It sleeps briefly: on Linux 6.18 a low-priority task that never sleeps was seen to starve kernel threads.
 SPINNER = """
 import os, time
 os.nice(15)
@@ -53,31 +53,31 @@ while True:
     time.sleep(0.0001)
 """
 QUIET = 0.25
-"""Part of the steps in which nothing is made to fail."""
-LONGEST_WAIT = 3.0
-"""Seconds; for what happens at any time, and not at a point."""
+"""Fraction of the steps without a failure."""
+MAX_WAIT = 3.0
+"""Maximum seconds before a failure at a random time."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done in one step."""
+    """Parameters of one step."""
 
     step: int
     who: str
     hop: int
-    """How many hosts further."""
+    """Distance to the target in the list of hosts."""
     link: str
     options: list[str]
     trouble: str
-    """What goes wrong (see `journeys.DEEDS`); empty: nothing."""
+    """Name of the failure (see `journeys.DEEDS`); empty: none."""
     point: str
-    """Where; empty: after `wait`."""
+    """Fault point; empty: the failure occurs after `wait` seconds."""
     wait: float
-    """Seconds."""
+    """Seconds until the failure."""
 
 
 def plan(seed: int, step: int, names: list[str]) -> Plan:
-    """The same for the same seed."""
+    """Return the plan of a step; it depends only on the arguments."""
     dice = random.Random(f"{seed}/{step}")
     who = dice.choice(names)
     side = dice.choice(list(POINTS))
@@ -91,12 +91,12 @@ def plan(seed: int, step: int, names: list[str]) -> Plan:
         options=_options(dice),
         trouble=trouble,
         point=f"{side}.{dice.choice(POINTS[side])}" if trouble and at_a_point else "",
-        wait=round(dice.uniform(0, LONGEST_WAIT), 3),
+        wait=round(dice.uniform(0, MAX_WAIT), 3),
     )
 
 
 def _options(dice: random.Random) -> list[str]:
-    """Values of all options that are a choice, and a number of streams."""
+    """A random number of streams, and a random value of each option with a fixed set of values."""
     words = ["--streams", str(dice.choice((1, 1, 2, 4))), "--max-downtime", "5000"]
     for name, kind in get_type_hints(Options).items():
         if get_origin(kind) is Literal:
@@ -105,14 +105,14 @@ def _options(dice: random.Random) -> list[str]:
 
 
 class Soak:
-    """The hosts, those that travel, and the log."""
+    """The hosts, the travelling workloads, and the log."""
 
     def __init__(self, folder: Path, seed: int, parts: GuestParts | None) -> None:
         self.folder = folder
         self.seed = seed
         self.parts = parts
         self.results: collections.Counter[tuple[str, str]] = collections.Counter()
-        """How often what went wrong (nothing: an empty string) had which result."""
+        """Number of steps by failure (empty: none) and result."""
         self.travellers: dict[str, Traveller] = {}
         self._stack = contextlib.ExitStack()
 
@@ -131,7 +131,7 @@ class Soak:
         self._stack.close()
 
     def step(self, number: int) -> str:
-        """One migration, and what became of it. Raises AssertionError when anything is not as it must be."""
+        """Run one migration and return its result as text. Raises AssertionError if a check fails."""
         plan_ = plan(self.seed, number, list(self.travellers))
         self._tell(asdict(plan_))
         started = time.monotonic()
@@ -142,11 +142,11 @@ class Soak:
         return f"{number}: {plan_.who} over a {plan_.link} link, {_what(plan_)}: {result}"
 
     def said(self) -> dict[str, str]:
-        """What the agents of the last step had to say."""
+        """Error output of the commands of the last step."""
         return {path.stem: said for path in (self.folder / "agents").glob("*.stderr") if (said := path.read_text())}
 
     def finish(self) -> None:
-        """All memory, once more."""
+        """Verify all memory of all workloads."""
         for traveller in self.travellers.values():
             traveller.verify()
 
@@ -161,8 +161,8 @@ class Soak:
         with Journey(self.network, traveller, target, folder, *plan_.options, fault=fault) as journey:
             self._trouble(plan_, journey)
             owner = journey.settle()
-        if owner == "nobody":
-            # The process that held it was killed once it was its own. A guest has a process of its own.
+        if owner == "none":
+            # The only process that held the ledger was killed. A guest runs in a separate process.
             assert plan_.who == "ledger", f"the guest is lost: {journey.code}"
             assert plan_.trouble == "destination-agent", f"the ledger is lost: {journey.code}"
             traveller.end()
@@ -171,7 +171,7 @@ class Soak:
             traveller.verify()
         for host in everywhere:
             nothing_left(host, *(one.name for one in self.travellers.values() if one.host is host))
-        return {"source": f"stays ({journey.code})", "destination": "moved", "nobody": "ended with its process"}[owner]
+        return {"source": f"stays ({journey.code})", "destination": "moved", "none": "ended with its process"}[owner]
 
     def _trouble(self, plan_: Plan, journey: Journey) -> None:
         if plan_.point:
@@ -185,7 +185,8 @@ class Soak:
             journey.release()
 
     def _ledger(self) -> Traveller:
-        # Not exact: that reads every page before it is resumed, over a slow link for longer than anybody waits.
+        # Not exact: an exact ledger reads all pages before it is resumed, which over a slow link takes longer than the
+        # timeout.
         return LedgerTraveller(self.network.hosts[0], exact=False)
 
     def _end(self) -> None:
@@ -206,7 +207,7 @@ def _what(plan_: Plan) -> str:
 
 @contextlib.contextmanager
 def load() -> Iterator[None]:
-    """Others that want the processors, too."""
+    """Keep all CPUs busy."""
     with contextlib.ExitStack() as stack:
         for _ in range(os.cpu_count() or 1):
             stack.enter_context(Program("-c", SPINNER))
@@ -214,7 +215,7 @@ def load() -> Iterator[None]:
 
 
 def main() -> int:
-    """Soak for as long as wanted; 0 if nothing was lost, and everything moved where nothing was made to fail."""
+    """Soak for the given time. Return 0 if no check failed and each migration without a failure completed."""
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(1 << 32))
     if reason := hosts.missing():
@@ -222,7 +223,7 @@ def main() -> int:
         return 3
     base = Path(os.environ.get("SOAK_FOLDER") or CACHE / "soak")
     base.mkdir(parents=True, exist_ok=True)
-    # Short: there are sockets in it.
+    # Short, because Unix socket paths are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix=f"{seed}-", dir=base))
     parts = guest_parts()
     print(f"seed {seed}, {minutes:g} minutes, log in {folder}" + ("" if parts else "; no guest: run `make system`"))
@@ -236,8 +237,8 @@ def main() -> int:
             soak.finish()
         except BaseException:
             print(f"step {number} failed: {plan(seed, number, list(soak.travellers))}", file=sys.stderr)
-            for who, said in sorted(soak.said().items()):
-                print(f"{who}: {said}", file=sys.stderr)
+            for command, said in sorted(soak.said().items()):
+                print(f"{command}: {said}", file=sys.stderr)
             print(f"SOAK_SEED={seed} repeats the steps; everything is in {folder}", file=sys.stderr)
             raise
     print(f"{number} migrations, nothing lost (seed {seed})")

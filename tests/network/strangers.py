@@ -1,4 +1,4 @@
-"""Peers that send what they must not, in the clear or under TLS."""
+"""Peers that violate the protocol, with or without TLS."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.kernel.moving import MIB
 from tests.kernel.programs import DEADLINE
 
 OPENED: list[socket.socket] = []
-"""Sockets of the test that runs."""
+"""Open sockets of the running test."""
 
 
 def close_all() -> None:
-    """At the end of a test."""
+    """Close the sockets of a test."""
     while OPENED:
         OPENED.pop().close()
 
 
 class Peer:
-    """One end of a connection, whose every wait has a deadline."""
+    """One end of a connection; each operation has a deadline."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -38,7 +38,7 @@ class Peer:
 
     @classmethod
     def connect(cls, address: str, magic: bytes = messages.CONTROL_MAGIC, tls: Path | None = None) -> Self:
-        """To a receiver, and with a folder of certificates under TLS."""
+        """Connect to a receiver; `tls` is a directory of certificates, None for plain TCP."""
         host, port = address.split(":")
         connection = socket.create_connection((host, int(port)), DEADLINE)
         if tls is not None:
@@ -49,7 +49,7 @@ class Peer:
         return peer
 
     def write(self, data: bytes) -> None:
-        # The other side may have had enough, and closed.
+        # The other side may have closed the connection.
         with contextlib.suppress(ConnectionError):
             self.socket.sendall(data)
 
@@ -74,20 +74,20 @@ class Peer:
         return data
 
     def hears(self) -> messages.AnyMessage:
-        """The next message that is more than a sign of life. Raises EOFError."""
+        """Return the next message other than Alive. Raises EOFError."""
         while True:
             message = messages.decode(self.read(int.from_bytes(self.read(4), "big")))
             if not isinstance(message, messages.Alive):
                 return message
 
     def is_refused(self) -> str:
-        """The reason."""
+        """Check that the next message is Abort, and return its reason."""
         answer = self.hears()
         assert isinstance(answer, messages.Abort), answer
         return answer.reason
 
     def is_closed(self) -> bool:
-        """Waits for the end of the connection."""
+        """Wait until the other side closes the connection."""
         try:
             while True:
                 self.hears()
@@ -146,7 +146,7 @@ REFUSALS: dict[str, Callable[[Peer], None]] = {
     "$.name": lambda peer: peer.say(hello(name="\x1b[2J")),
     "Invalid value '\\x1b[2J'": lambda peer: peer.say_raw(type="\x1b[2J"),
 }
-"""What a source may not say first, and what it is told."""
+"""Invalid first messages of a source, by the reason with which the receiver refuses them."""
 
 
 def accepted(address: str, said: messages.Hello, tls: Path | None = None) -> Peer:
@@ -174,7 +174,7 @@ WRONG: dict[str, tuple[int, list[messages.Message]]] = {
         [large_pages(), messages.Abort(reason="mind\x1bchanged"), messages.Commit(), messages.Done()],
     ),
 }
-"""What an accepted source may not say, and how it ends."""
+"""Invalid messages of an accepted source, by the reported reason, with the exit code of the receiver."""
 
 
 def open_stream(peer: Peer, welcome: messages.Welcome, index: int = 0) -> Peer:
@@ -183,12 +183,12 @@ def open_stream(peer: Peer, welcome: messages.Welcome, index: int = 0) -> Peer:
     return stream
 
 
-# -- a destination that is none
+# -- a rogue destination
 
 
 @contextlib.contextmanager
 def destination(behave: Callable[[Peer], None], tls: Path | None = None) -> Iterator[str]:
-    """A server that treats its first connection as told, and takes in whatever comes over the others."""
+    """A server that runs `behave` on its first connection, and reads and discards the data of all others."""
     threads: list[threading.Thread] = []
 
     def start(work: Callable[..., None], *arguments: Any) -> None:
@@ -196,7 +196,7 @@ def destination(behave: Callable[[Peer], None], tls: Path | None = None) -> Iter
         threads[-1].start()
 
     def serve() -> None:
-        with contextlib.suppress(OSError):  # shut down
+        with contextlib.suppress(OSError):  # the listener is shut down
             start(treat, listener.accept()[0])
             while True:
                 start(drain, Peer(listener.accept()[0]))
@@ -230,7 +230,7 @@ def welcomes(peer: Peer) -> None:
 
 
 def accepts(peer: Peer, *answers: messages.Message) -> None:
-    """Goes along until the first round, and answers that."""
+    """Accept the migration, and reply to its first round with `answers`."""
     welcomes(peer)
     while not isinstance(peer.hears(), messages.Round):
         pass
@@ -263,11 +263,11 @@ IMPOSTORS: list[tuple[int, Callable[[Peer], None]]] = [
     (21, lambda peer: accepts(peer, messages.Abort(reason="disk full"))),
     (22, lambda peer: accepts(peer, *[messages.Running(resume=0.0)] * 100)),
 ]
-"""Destinations that are none, and the exit code of a migration to them."""
+"""Rogue destinations, with the exit code of a migration to each."""
 
 
 def lives(peer: Peer) -> None:
-    """Says Alive, and nothing else, until nobody wants to hear it any more."""
+    """Send only Alive until the other side closes the connection."""
     peer.socket.settimeout(0.2)
     while True:
         peer.say(messages.Alive())
@@ -276,7 +276,7 @@ def lives(peer: Peer) -> None:
 
 
 def goes_along_until(kind: type[messages.Message]) -> Callable[[Peer], None]:
-    """A destination that is one, but never answers messages of this kind."""
+    """A destination that follows the protocol, but never replies to messages of this type."""
     answers: dict[type[messages.Message], Callable[[Any], messages.Message]] = {
         messages.Hello: lambda _: messages.Welcome(token=bytes(16)),
         messages.Round: lambda said: messages.RoundDone(number=said.number),

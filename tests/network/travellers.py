@@ -1,4 +1,4 @@
-"""Workloads that travel between hosts: a ledger and a guest, with one way to move, look at and verify both."""
+"""Workloads that are migrated between hosts: a ledger and a guest, with a common interface."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ CHECKER = "ferry.mib=32 ferry.rate=4000 ferry.verify=32768 ferry.tick=50"
 
 
 class Traveller(Protocol):
-    """A workload, and the host that it is on. The name is the same everywhere."""
+    """A workload and its current host. The name is the same on all hosts."""
 
     name: str
     host: Host
 
     def receiver(self, host: Host, *options: str, **streams: Any) -> Program:
-        """`pageferry receive` for it on another host."""
+        """Start `pageferry receive` for the workload on another host."""
 
     def arrived(self, host: Host, receiver: Program) -> None:
-        """It is there now. What is left here must have been right to the last."""
+        """Record that the workload is on that host now. The former process must have been intact to its end."""
 
     def runs(self) -> None:
-        """It goes on, and has found nothing wrong."""
+        """Check that the workload makes progress and has found no wrong page."""
 
     def verify(self) -> None:
-        """All of its memory is as it must be. It may have ended after this."""
+        """Check all of its memory. The workload may end in the process."""
 
     def kill(self) -> None:
-        """Kill -9 what runs it."""
+        """Kill the process that runs the workload with SIGKILL."""
 
     def end(self) -> None:
-        """Leave nothing behind, also of a test that failed."""
+        """End the workload on all hosts, also after a failed test."""
 
 
 T = TypeVar("T", bound=Traveller)
 
 
 class LedgerTraveller:
-    """A ledger: in a process of its own to begin with, then in those of receivers."""
+    """A ledger, at first in a separate process, then in those of receivers."""
 
     def __init__(self, host: Host, name: str = "ledger", **setup: Any) -> None:
         self.name = name
@@ -70,7 +70,7 @@ class LedgerTraveller:
 
     @property
     def pid(self) -> int:
-        """Of the process that holds it."""
+        """Pid of the process that holds the ledger."""
         return self._program.process.pid
 
     def receiver(self, host: Host, *options: str, **streams: Any) -> Program:
@@ -90,7 +90,7 @@ class LedgerTraveller:
         moving.runs(self.name, self.host)
 
     def verify(self) -> None:
-        """See `Traveller`: it is stopped for that."""
+        """See `Traveller`; the ledger is stopped."""
         self._program.process.terminate()
         assert moving.until(self._program, "ledger")["intact"]
         assert self._program.wait() == 0
@@ -105,7 +105,7 @@ class LedgerTraveller:
 
 
 class GuestTraveller:
-    """A QEMU guest with the checker in it."""
+    """A QEMU guest that runs the checker."""
 
     def __init__(self, parts: GuestParts, folder: Path, host: Host, name: str = "guest") -> None:
         self.name = name
@@ -126,12 +126,12 @@ class GuestTraveller:
 
     @property
     def serial(self) -> Serial:
-        """Its serial line of now."""
+        """Serial line of the current QEMU."""
         return Serial(self._folder / f"{self.name}-{self._journeys}.serial")
 
     @property
     def pid(self) -> int:
-        """Of its QEMU."""
+        """Pid of the current QEMU."""
         return self.host.registry.lookup(self.name).pid
 
     def receiver(self, host: Host, *options: str, **streams: Any) -> Program:
@@ -175,7 +175,7 @@ class GuestTraveller:
 
 
 def guest_parts() -> GuestParts | None:
-    """What the guest is made of, if all of it is there."""
+    """Parts of a guest with the newest available QEMU, None if a part is missing."""
     newest, system = CACHE / "qemu-10/bin/qemu-system-x86_64", shutil.which("qemu-system-x86_64")
     qemu = newest if newest.exists() else Path(system) if system else None
     kernel = CACHE / "guest/vmlinuz"
@@ -186,7 +186,7 @@ def guest_parts() -> GuestParts | None:
 
 @contextmanager
 def ended(traveller: T) -> Iterator[T]:
-    """End it with the block."""
+    """End the workload at the end of the block."""
     try:
         yield traveller
     finally:
@@ -194,7 +194,7 @@ def ended(traveller: T) -> Iterator[T]:
 
 
 def inhabitants(host: Host) -> dict[int, str]:
-    """Processes of that host, by pid: they have its run directory in their environment. Dead ones do not count."""
+    """Processes of a host by pid, found by the run directory in their environment. Zombies have none."""
     mark = b"PAGEFERRY_RUN_DIR=" + os.fsencode(str(host.run_directory)) + b"\0"
     found = {}
     for folder in Path("/proc").iterdir():

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over pipes (Chrome DevTools Protocol, `--remote-debugging-pipe`)."""
+"""A headless Chromium, controlled over pipes (Chrome DevTools Protocol, `--remote-debugging-pipe`)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OPTIONS = (
 
 
 def find() -> str | None:
-    """A Chromium of this machine."""
+    """Path of an installed Chromium, None if there is none."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
 class Browser:
-    """One page of a Chromium; what it asks the network for and what it complains about is kept."""
+    """One page of a Chromium; its network requests and console messages are recorded."""
 
     def __init__(self, program: str, profile: Path) -> None:
         orders, self._orders = os.pipe()
         self._answers, answers = os.pipe()
-        # It reads orders from descriptor 3 and writes answers to 4.
+        # Chromium reads commands from descriptor 3 and writes replies to descriptor 4.
         script = f'exec "$0" "$@" 3<&{orders} 4>&{answers}'
         command = ["bash", "-c", script, program, *OPTIONS.split(), f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
@@ -60,7 +60,7 @@ class Browser:
         os.close(self._answers)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command and its answer."""
+        """Send one command and return its result."""
         self._number += 1
         order = {"id": self._number, "method": method, "params": parameters}
         if self.session is not None:
@@ -75,7 +75,7 @@ class Browser:
             self._note(said)
 
     def open(self, path: Path, width: int, *, dark: bool = False) -> None:
-        """Show a file on a screen of that width."""
+        """Open a file in a window of this width."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call(
@@ -86,13 +86,13 @@ class Browser:
             pass
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression in the page."""
+        """Value of an expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def screenshot(self, path: Path) -> bytes:
-        """The whole page as PNG, kept as a file too."""
+        """The whole page as PNG; also written to `path`."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         data = base64.b64decode(shot["data"])
         path.write_bytes(data)
@@ -101,7 +101,7 @@ class Browser:
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             piece = os.read(self._answers, 1 << 16)
-            assert piece, "the browser has ended"
+            assert piece, "the browser has exited"
             self._buffer += piece
         line, self._buffer = self._buffer.split(b"\0", 1)
         said: dict[str, Any] = json.loads(line)

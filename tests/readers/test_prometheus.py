@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a command at work."""
+"""A Prometheus server scrapes the metrics of a running command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def asked(base: str, query: str) -> list[dict[str, Any]]:
-    """The answer to a query; nothing while the server is not up yet."""
+    """Result of a query; empty while the server is starting."""
     try:
         with urllib.request.urlopen(f"{base}/api/v1/query?query={urllib.parse.quote(query)}", timeout=5) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]

@@ -1,4 +1,4 @@
-"""Reports in a real browser: everything is there, on a phone and in the dark, and nothing is asked of the network."""
+"""Report pages in a browser: complete, readable on small and dark screens, and without network requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.readers import chromium
 from tests.readers.chromium import Browser
 
 KEPT = Path(__file__).parent.parent.parent / ".cache" / "screenshots"
-"""Where pictures are left for people to look at."""
+"""Directory for screenshots, for inspection."""
 
 SIZES = [(1280, False), (390, False), (390, True)]
 
@@ -65,7 +65,7 @@ def written(paths: list[Path], folder: Path) -> Path:
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
 @pytest.mark.parametrize("verb", FIGURES)
-def test_a_page_shows_all_of_its_figures(
+def test_report_page_shows_all_figures(
     browser: Browser, logs: dict[str, Path], tmp_path: Path, verb: str, width: int, dark: bool
 ) -> None:
     browser.complaints.clear()
@@ -94,7 +94,7 @@ def test_a_page_shows_all_of_its_figures(
 
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
-def test_runs_stand_side_by_side(
+def test_report_page_shows_runs_side_by_side(
     browser: Browser, logs: dict[str, Path], tmp_path: Path, width: int, dark: bool
 ) -> None:
     browser.open(written([logs["migrate"], logs["failed"], logs["checkpoint"]], tmp_path), width, dark=dark)
@@ -108,7 +108,7 @@ def test_runs_stand_side_by_side(
     browser.screenshot(KEPT / f"report-several-{width}{'-dark' if dark else ''}.png")
 
 
-def test_the_numbers_of_a_figure_are_in_a_table(browser: Browser, logs: dict[str, Path], tmp_path: Path) -> None:
+def test_report_page_has_a_table_for_each_figure(browser: Browser, logs: dict[str, Path], tmp_path: Path) -> None:
     browser.open(written([logs["migrate"]], tmp_path), 390)
     browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
     cells = browser.evaluate(

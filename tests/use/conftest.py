@@ -1,4 +1,4 @@
-"""What somebody who follows the documentation has: `pageferry` and `qemu-system-x86_64` in PATH, two hosts."""
+"""Environment of a reader of the documentation: `pageferry` and `qemu-system-x86_64` in PATH, and two hosts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent.parent
 def programs(
     tmp_path_factory: pytest.TempPathFactory, qemu_system: Path, guest_kernel: Path, checker_initrd: Path
 ) -> Path:
-    """A directory for PATH: our command, and a QEMU that takes the documentation's command line.
+    """A directory for PATH with `pageferry` and a QEMU that accepts the documentation's command line.
 
-    That leaves out what everybody has to say for himself (`...`) and asks for KVM, which may not be here.
+    That command line leaves out options (`...`) and requires KVM, which this host may not have.
     """
     folder = tmp_path_factory.mktemp("bin")
     (folder / "pageferry").symlink_to(Path(sys.executable).parent / "pageferry")
@@ -45,7 +45,7 @@ def programs(
 
 @pytest.fixture
 def hosts(tmp_path: Path, programs: Path, root: None) -> Iterator[tuple[Host, Host]]:
-    """This host and another one: two run directories, and one working directory each."""
+    """The local and another host: two run directories, each with a working directory."""
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     pair = (Host(tmp_path / "here", path), Host(tmp_path / "there", path))
     try:

@@ -1,4 +1,4 @@
-"""Hosts on which commands are run as they stand in the documentation."""
+"""Hosts on which commands of the documentation are run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pageferry.host.registry import Registry
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 100.0
-"""Seconds for one command."""
+"""Maximum seconds for one command."""
 GUEST = "qemu-system-x86_64 -m 1G -accel kvm ..."
 
 
@@ -37,7 +37,7 @@ class Host:
         self.waiting: list[subprocess.Popen[str]] = []
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
+        """Run a command to completion."""
         return subprocess.run(
             ["sh", "-c", command],
             cwd=self.work,
@@ -48,7 +48,7 @@ class Host:
         )
 
     def start(self, command: str, announcement: str) -> subprocess.Popen[str]:
-        """Start a command that waits for something, and wait until it has announced that it does."""
+        """Start a command that waits, and return when it has printed `announcement`."""
         log = self.folder / f"log{len(self.waiting)}"
         with open(log, "w") as file:
             process = subprocess.Popen(
@@ -64,22 +64,22 @@ class Host:
         deadline = time.monotonic() + TIMEOUT
         while not re.search(announcement, log.read_text()):
             assert process.poll() is None, f"{command} ended: {log.read_text()}"
-            assert time.monotonic() < deadline, f"{command} does not say {announcement!r}: {log.read_text()}"
+            assert time.monotonic() < deadline, f"{command} does not print {announcement!r}: {log.read_text()}"
             time.sleep(0.05)
         return process
 
     def has(self, name: str) -> bool:
-        """Whether there is a workload of that name."""
+        """Whether a workload of this name exists."""
         return name in Registry(self.run_directory).entries()
 
     def provide(self, name: str) -> None:
-        """Have a guest of that name, as a page may take for granted."""
+        """Start a guest of this name if it does not exist; pages may assume that it does."""
         if not self.has(name):
             done = self.run(f"pageferry run {name} --detach -- {GUEST}")
             assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
-        """End everything that was started here."""
+        """End all processes that were started on this host."""
         for process in self.waiting:
             process.terminate()
             process.wait(timeout=30)

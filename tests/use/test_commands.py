@@ -1,7 +1,7 @@
-"""Every command and every Python program in README and guide does what it says there.
+"""The commands and Python programs of README and guide work as documented.
 
-A page is followed from top to bottom, block by block. Guests that it takes for granted are started when they are first
-named; a block of output that follows a command is not compared.
+Each page is followed from top to bottom, block by block. Guests that a page assumes are started when they are first
+named. Output blocks are not compared.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tests.use.hosts import ROOT, Host
 PAGES = ["README.md", "docs/guide/qemu.md", "docs/guide/python.md", "docs/guide/ram.md"]
 ANOTHER_HOST = "other host"
 OURS = {"make demo", "make test"}
-"""Commands that run this test, or are run beside it."""
+"""Commands that run this test, or run beside it."""
 VERBS = {"migrate", "checkpoint", "large-pages", "sharing", "peek"}
-"""Those that take names of workloads which must be there."""
+"""Verbs whose arguments are names of workloads that must exist."""
 NAME = re.compile(r"[a-z]+[0-9]*")
 
 
 @dataclass
 class Page:
-    """A page of the documentation, as a session at two hosts."""
+    """A page of the documentation, as a session on two hosts."""
 
     here: Host
     there: Host
@@ -40,7 +40,7 @@ class Page:
     receivers: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, line: str) -> None:
-        """Do what stands after a prompt."""
+        """Run a command line of the page."""
         command, _, remark = line.partition("  #")
         command = command.strip().replace("7070", str(self.port))
         if command in OURS:
@@ -55,13 +55,13 @@ class Page:
             host.provide(name)
         done = host.run(command)
         if done.returncode == UnsupportedError.exit_code:
-            # Something that this machine does not have, and `check` says so; the message says what.
+            # This machine lacks a feature; `check` reports that, and the message names it.
             assert "swap" in done.stderr or "KSM" in done.stderr, done.stderr
             return
         assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
 
     def some_process(self) -> int:
-        """A process with some memory of its own."""
+        """Pid of a process with 80 MiB of distinct pages."""
         if self.process is None:
             program = "import time; memory = bytearray(b'%4096d' % 7 * 20000); print('.', flush=True); time.sleep(1000)"
             self.process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
@@ -70,8 +70,8 @@ class Page:
         return self.process.pid
 
     def program(self, text: str) -> None:
-        """Run a Python program; one that migrates finds a receiver."""
-        port = free_port()  # a guest's receiver goes on listening at the other one
+        """Run a Python program, with a receiver if it migrates."""
+        port = free_port()  # the receiver of a guest still listens on the other port
         text = text.replace("7070", str(port))
         file = self.here.work / "program.py"
         file.write_text(text)
@@ -82,7 +82,7 @@ class Page:
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
 
     def close(self) -> None:
-        """End what was started for it."""
+        """End the process that was started for the page."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -91,13 +91,13 @@ class Page:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A TCP port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
 def needed(command: str) -> list[str]:
-    """Workloads that a command is about."""
+    """Names of the workloads that a command needs."""
     program, verb, *words = command.split()
     if program != "pageferry" or verb not in VERBS:
         return []
@@ -105,7 +105,7 @@ def needed(command: str) -> list[str]:
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
-    """(language, text) of every fenced block."""
+    """Language and text of each fenced block."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""The programs in examples/ do what they say."""
+"""The programs in examples/ work as documented."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def free_port() -> int:
-    """A port that no process listens on."""
+    """A TCP port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
@@ -36,7 +36,7 @@ def test_table_is_saved_and_reopened(hosts: tuple[Host, Host]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["threads", "asyncio", "processes"])
-def test_counters_are_saved_and_moved_whole(kind: str, hosts: tuple[Host, Host]) -> None:
+def test_counters_are_saved_and_migrated_consistently(kind: str, hosts: tuple[Host, Host]) -> None:
     here, there = hosts
     program, address = f"{PYTHON} -u {EXAMPLES / f'counters_{kind}.py'}", f"127.0.0.1:{free_port()}"
     receiver = there.start(f"{program} receive {address}", "waits at")
@@ -47,7 +47,7 @@ def test_counters_are_saved_and_moved_whole(kind: str, hosts: tuple[Host, Host])
 
 
 class Client(threading.Thread):
-    """Asks for entries of the index all the time, and keeps what goes wrong."""
+    """Requests entries of the index continuously, and records failures."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Client(threading.Thread):
                 return int(lines.readline())
 
 
-def test_index_changes_hands_without_failing_a_request(hosts: tuple[Host, Host]) -> None:
+def test_index_server_is_replaced_without_failing_a_request(hosts: tuple[Host, Host]) -> None:
     here, _ = hosts
     path = here.work / "index.sock"
     program = f"{PYTHON} -u {EXAMPLES / 'index_server.py'}"
@@ -98,7 +98,7 @@ def test_index_changes_hands_without_failing_a_request(hosts: tuple[Host, Host])
     assert client.answers > before + 9
 
 
-def test_two_clones_from_one_image(hosts: tuple[Host, Host]) -> None:
+def test_clones_run_from_one_image(hosts: tuple[Host, Host]) -> None:
     here, _ = hosts
     here.environment["BOOT_SECONDS"] = "3"
     done = here.run(f"{EXAMPLES / 'clones.sh'} {GUEST}")
