@@ -58,13 +58,13 @@ def test_where_nothing_works_traces_are_unavailable() -> None:
 @pytest.mark.parametrize(
     ("missing", "number", "status", "mechanism"),
     [
-        ("large-tmpfs", "S6", "fallback", "large pages by MADV_COLLAPSE of a memfd"),
-        ("madv-collapse-remote", "S1", "fallback", "UFFDIO_CONTINUE, in small pages"),
-        ("uffd-move", "S1", "ok", "MADV_COLLAPSE for large pages, UFFDIO_CONTINUE for small ones"),
-        ("uffd-minor-shmem", "S5", "fallback", "none: every page is mapped at its first access"),
+        ("large-tmpfs", "S6", "fallback", "huge pages by MADV_COLLAPSE of a memfd"),
+        ("madv-collapse-remote", "S1", "fallback", "UFFDIO_CONTINUE, in base pages"),
+        ("uffd-move", "S1", "ok", "MADV_COLLAPSE for huge pages, UFFDIO_CONTINUE for base pages"),
+        ("uffd-minor-shmem", "S5", "fallback", "none: every page is mapped on first access"),
         ("adopt", "S2", "fallback", "userfaultfd WP_ASYNC, in arenas of the program itself only"),
         ("pagemap-scan", "S2", "unavailable", None),
-        ("ksm", "S9", "fallback", "zeros of guests and arenas given back, an estimate only of the rest"),
+        ("ksm", "S9", "fallback", "zeros of guests and arenas freed, other duplicates estimated only"),
     ],
 )
 def test_the_best_way_that_is_left_is_chosen(missing: str, number: str, status: str, mechanism: str | None) -> None:
@@ -198,7 +198,7 @@ def test_tables_are_readable_without_colour() -> None:
         ["ok", "yes"],
         ["fallback", "yes"],
     )
-    assert "better with large-tmpfs: large pages of a tmpfs with huge=always" in text
+    assert "better with large-tmpfs: huge pages of a tmpfs with huge=always" in text
     assert "live migration of arenas is possible" in text
     assert "apt install qemu-system-x86" in text
 

@@ -50,60 +50,61 @@ _FAULTS = ("userfaultfd-kernel-faults",)
 _DEFERS = (*_FAULTS, "uffd-missing-shmem", "uffd-minor-shmem")
 
 _POPULATE = (
-    Mechanism("MADV_COLLAPSE for large pages, UFFDIO_CONTINUE for small ones",
+    Mechanism("MADV_COLLAPSE for huge pages, UFFDIO_CONTINUE for base pages",
               ("madv-collapse-remote", "uffd-minor-shmem", *ADOPT)),
-    Mechanism("UFFDIO_CONTINUE, in small pages", ("uffd-minor-shmem", *ADOPT)),
+    Mechanism("UFFDIO_CONTINUE, in base pages", ("uffd-minor-shmem", *ADOPT)),
     Mechanism("MADV_COLLAPSE and UFFDIO_CONTINUE, in arenas of the program itself only",
               ("madv-collapse", "uffd-minor-shmem")),
-    Mechanism("none: every page is mapped at its first access"),
+    Mechanism("none: every page is mapped on first access"),
 )  # fmt: skip
 _KEEP_LARGE = (
-    Mechanism("large pages of a tmpfs with huge=always", ("large-tmpfs", "madv-populate")),
-    Mechanism("large pages by MADV_COLLAPSE of a memfd", ("madv-collapse", "madv-populate")),
-    Mechanism("large pages of hugetlbfs, for guests with --hugetlb", ("hugetlb", "madv-populate")),
-    Mechanism("none: small pages, counted in the report"),
+    Mechanism("huge pages of a tmpfs with huge=always", ("large-tmpfs", "madv-populate")),
+    Mechanism("huge pages by MADV_COLLAPSE of a memfd", ("madv-collapse", "madv-populate")),
+    Mechanism("huge pages of hugetlbfs, for guests with --hugetlb", ("hugetlb", "madv-populate")),
+    Mechanism("none: base pages, counted in the result"),
 )
 
 SYSTEMS = (
     System("S1", "Page tables populated before resume", True, _POPULATE),
-    System("S2", "Write traces, by few CPUs", True, (
+    System("S2", "Write traces with little CPU time", True, (
         Mechanism("userfaultfd WP_ASYNC, read by PAGEMAP_SCAN",
                   GUESTS_MOVE),
         Mechanism("userfaultfd WP_ASYNC, in arenas of the program itself only", ARENAS_MOVE),
     )),
-    System("S3", "Low-activity large pages reclaimed", True, (
-        Mechanism("a mapping split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore it",
+    System("S3", "Reclaim from huge pages with low activity", True, (
+        Mechanism("PMD mappings split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore them",
                   (*GUESTS_MOVE, "madv-collapse-remote", "break-large-page")),
-        Mechanism("splitting and MADV_COLLAPSE, in arenas of the program itself only",
+        Mechanism("PMD mappings split by write protection, in arenas of the program itself only",
                   (*ARENAS_MOVE, "madv-collapse", "break-large-page")),
     )),
     System("S4", "Lazy checkpoint", True, (
-        Mechanism("userfaultfd write traps that wait",
+        Mechanism("synchronous userfaultfd write protection",
                   (*_FAULTS, "uffd-wp-sync", *ADOPT)),
-        Mechanism("userfaultfd write traps that wait, in arenas of the program itself only",
+        Mechanism("synchronous userfaultfd write protection, in arenas of the program itself only",
                   (*_FAULTS, "uffd-wp-sync")),
-        Mechanism("none: a workload is paused while it is saved (--mode stop)"),
+        Mechanism("none: the workload is paused while it is saved (--mode stop)"),
     )),
     System("S5", "Page tables populated during transmission", True, _POPULATE),
-    System("S6", "Large pages stay whole: pages of zeros", True, _KEEP_LARGE),
-    System("S7", "Large pages stay whole: pages sent again", True, _KEEP_LARGE),
+    System("S6", "Huge pages stay contiguous: pages of zeros", True, _KEEP_LARGE),
+    System("S7", "Huge pages stay contiguous: pages sent again", True, _KEEP_LARGE),
     System("S8", "Deferred contents behind page metadata", True, (
-        Mechanism("userfaultfd MISSING and MINOR traps",
+        Mechanism("userfaultfd MISSING and MINOR faults",
                   (*_DEFERS, *ADOPT)),
-        Mechanism("userfaultfd MISSING and MINOR traps, in arenas of the program itself only", _DEFERS),
-        Mechanism("none: contents are loaded before a workload runs; no post-copy, no cold store"),
+        Mechanism("userfaultfd MISSING and MINOR faults, in arenas of the program itself only", _DEFERS),
+        Mechanism("none: contents are loaded before the workload runs; no post-copy, no cold store"),
     )),
-    System("S9", "Page sharing found inside large pages", True, (
-        Mechanism("KSM on chosen large pages, MADV_MERGEABLE made in the process",
+    System("S9", "Duplicate pages inside huge pages", True, (
+        Mechanism("KSM on selected huge pages, MADV_MERGEABLE called in the process",
                   ("ksm", "break-large-page", *ADOPT)),
-        Mechanism("zeros of guests and arenas given back, an estimate only of the rest"),
+        Mechanism("zeros of guests and arenas freed, other duplicates estimated only"),
     )),
     System("S10", "Lazy restore", True, (
-        Mechanism("userfaultfd MISSING and MINOR traps, POISON for what cannot be read",
+        Mechanism("userfaultfd MISSING and MINOR faults, POISON for pages that cannot be read",
                   (*_DEFERS, "uffd-poison", *ADOPT)),
-        Mechanism("userfaultfd MISSING and MINOR traps; access to what cannot be read waits", (*_DEFERS, *ADOPT)),
-        Mechanism("userfaultfd MISSING and MINOR traps, in arenas of the program itself only", _DEFERS),
-        Mechanism("none: all contents are loaded before a workload runs"),
+        Mechanism("userfaultfd MISSING and MINOR faults; accesses to pages that cannot be read wait",
+                  (*_DEFERS, *ADOPT)),
+        Mechanism("userfaultfd MISSING and MINOR faults, in arenas of the program itself only", _DEFERS),
+        Mechanism("none: all contents are loaded before the workload runs"),
     )),
 )  # fmt: skip
 

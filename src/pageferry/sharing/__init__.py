@@ -1,4 +1,4 @@
-"""Page sharing found inside large pages (S9): scan, estimate, and share in those large pages where it pays.
+"""Duplicate pages inside huge pages (S9): scan, estimate, and share in those large pages where it pays.
 
 ::
 
