@@ -1,17 +1,17 @@
 #!/bin/sh
-# Two clones of a running guest from one image. They run at once, and read the image when they need it; it is opened
-# for reading only, and stands once in the page cache.
+# Start two clones of a running guest from one image. They run at once, and load the image on demand. It is opened for
+# reading only, and is in the page cache once.
 #
 #     examples/clones.sh qemu-system-x86_64 -accel kvm -m 1G ...
 #
-# Disks are not copied: give the guest none, or one with -snapshot. Needs `pageferry` in PATH.
+# Disks are not copied: give the guest none, or one with -snapshot. Requires `pageferry` in PATH.
 set -eu
 
 folder=$(mktemp -d)
 trap 'for guest in base clone1 clone2; do pageferry stop "$guest" || true; done; rm -rf "$folder"' EXIT
 
 pageferry run base --detach -- "$@"
-sleep "${BOOT_SECONDS:-10}" # until there is something worth cloning
+sleep "${BOOT_SECONDS:-10}" # until the guest has booted
 
 pageferry checkpoint base "$folder/base.img"
 for clone in clone1 clone2; do

@@ -1,12 +1,12 @@
-"""Counters that coroutines write to, saved and moved while they write.
+"""Counters that coroutines increment, checkpointed and migrated meanwhile.
 
     python examples/counters_asyncio.py receive 127.0.0.1:7070
-    python examples/counters_asyncio.py send 127.0.0.1:7070 counters.img     # saves first, then moves
+    python examples/counters_asyncio.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates
 
-An asyncio.Lock is `on_pause`. It may be held across an await, and runs on the event loop that made the arena. While an
-arena is saved or moved, the loop answers as before.
+An asyncio.Lock is `on_pause`. A coroutine may hold it across an await. It is acquired on the event loop that created
+the arena. The loop keeps running while the arena is checkpointed or migrated.
 
-Needs numpy.
+Requires numpy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROWS, COLUMNS = 256, 1024
 
 
 def view(arena: pageferry.Arena) -> numpy.ndarray:
-    """The counters: halves of rows that are equal between two pieces of work."""
+    """Return the counters: the two halves of each row are equal between two steps."""
     return numpy.frombuffer(arena, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
 
 
 def check(arena: pageferry.Arena, name: str) -> None:
-    """Say whether every piece of work is there as a whole."""
+    """Report whether every step is complete, and exit with 1 if not."""
     table = view(arena)
     whole = bool((table[:, 0] == table[:, 1]).all())
     print(f"{name}: {table[:, 0].sum()} additions, {'whole' if whole else 'torn'}", flush=True)
@@ -36,7 +36,7 @@ def check(arena: pageferry.Arena, name: str) -> None:
 
 
 async def work(arena: pageferry.Arena, turn: asyncio.Lock, first: int) -> None:
-    """Count until the arena has moved."""
+    """Increment counters until the arena has been migrated."""
     table = view(arena)
     for number in range(first, sys.maxsize):
         async with turn:
@@ -48,7 +48,7 @@ async def work(arena: pageferry.Arena, turn: asyncio.Lock, first: int) -> None:
 
 
 async def send(address: str, image: str) -> None:
-    """Count in four tasks; save, then move."""
+    """Increment counters in four tasks; checkpoint, then migrate."""
     turn = asyncio.Lock()
     arena = pageferry.Arena(ROWS * COLUMNS * 8, on_pause=turn)
     tasks = [asyncio.create_task(work(arena, turn, first)) for first in range(4)]
@@ -60,7 +60,7 @@ async def send(address: str, image: str) -> None:
 
 
 async def receive(address: str) -> None:
-    """Take the counters over."""
+    """Receive the counters and check them."""
     arena = await pageferry.receive(address, listening=lambda where: print(f"waits at {where}", flush=True))
     check(arena, "received")
 

@@ -1,13 +1,13 @@
-"""Counters that several processes write to, saved and moved while they write.
+"""Counters that several processes increment, checkpointed and migrated meanwhile.
 
     python examples/counters_processes.py receive 127.0.0.1:7070
-    python examples/counters_processes.py send 127.0.0.1:7070 counters.img     # saves first, then moves
+    python examples/counters_processes.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates
 
-Every worker maps the memory through the descriptor of the arena, and takes a lock of multiprocessing for each piece of
-work. `on_pause` acquires that lock, so that no worker is within a piece of work. The workers are traced like the
-program itself; after a move their mappings are read-only, so `on_moved` tells them to end before it releases the lock.
+Every worker maps the memory through the descriptor of the arena, and acquires a lock of multiprocessing for each step.
+`on_pause` acquires that lock, so that no worker is within a step. The workers are traced like the program itself. After
+a migration their mappings are read-only; `on_moved` therefore tells the workers to end before it releases the lock.
 
-Needs numpy.
+Requires numpy.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SIZE = ROWS * COLUMNS * 8
 
 
 def view(memory: Any) -> numpy.ndarray:
-    """The counters: halves of rows that are equal between two pieces of work."""
+    """Return the counters: the two halves of each row are equal between two steps."""
     return numpy.frombuffer(memory, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
 
 
 def check(arena: pageferry.Arena, name: str) -> None:
-    """Say whether every piece of work is there as a whole."""
+    """Report whether every step is complete, and exit with 1 if not."""
     table = view(arena)
     whole = bool((table[:, 0] == table[:, 1]).all())
     print(f"{name}: {table[:, 0].sum()} additions, {'whole' if whole else 'torn'}", flush=True)
@@ -43,7 +43,7 @@ def check(arena: pageferry.Arena, name: str) -> None:
 
 
 def work(path: str, turn: Any, ready: Any, moved: Any, first: int) -> None:
-    """Count until the arena has moved: in a process of its own."""
+    """Increment counters in a separate process until the arena has been migrated."""
     file = os.open(path, os.O_RDWR)
     table = view(mmap.mmap(file, SIZE))
     os.close(file)
@@ -57,7 +57,7 @@ def work(path: str, turn: Any, ready: Any, moved: Any, first: int) -> None:
 
 
 def send(address: str, image: str) -> None:
-    """Count in two processes; save, then move."""
+    """Increment counters in two processes; checkpoint, then migrate."""
     processes = multiprocessing.get_context("spawn")
     turn, ready, moved = processes.Lock(), processes.Semaphore(0), processes.Event()
 
@@ -81,7 +81,7 @@ def send(address: str, image: str) -> None:
 
 
 def receive(address: str) -> None:
-    """Take the counters over."""
+    """Receive the counters and check them."""
     arena = asyncio.run(pageferry.receive(address, listening=lambda where: print(f"waits at {where}", flush=True)))
     check(arena, "received")
 

@@ -1,13 +1,13 @@
-"""Counters that threads write to, saved and moved while they write.
+"""Counters that threads increment, checkpointed and migrated meanwhile.
 
     python examples/counters_threads.py receive 127.0.0.1:7070
-    python examples/counters_threads.py send 127.0.0.1:7070 counters.img     # saves first, then moves
+    python examples/counters_threads.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates
 
-A piece of work adds 1 to both halves of a row, under a lock. The lock itself is `on_pause`: it is acquired to pause,
-and released when the arena runs again or has moved. Both programs check that no piece of work was saved or moved by
-half.
+A step adds 1 to both halves of a row, under a lock. The lock itself is `on_pause`: pageferry acquires it to pause the
+arena, and releases it when the arena has resumed or has been migrated. Both programs check that no step was saved or
+migrated by half.
 
-Needs numpy.
+Requires numpy.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ROWS, COLUMNS = 256, 1024
 
 
 def view(arena: pageferry.Arena) -> numpy.ndarray:
-    """The counters: halves of rows that are equal between two pieces of work."""
+    """Return the counters: the two halves of each row are equal between two steps."""
     return numpy.frombuffer(arena, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
 
 
 def check(arena: pageferry.Arena, name: str) -> None:
-    """Say whether every piece of work is there as a whole."""
+    """Report whether every step is complete, and exit with 1 if not."""
     table = view(arena)
     whole = bool((table[:, 0] == table[:, 1]).all())
     print(f"{name}: {table[:, 0].sum()} additions, {'whole' if whole else 'torn'}", flush=True)
@@ -39,7 +39,7 @@ def check(arena: pageferry.Arena, name: str) -> None:
 
 
 def work(arena: pageferry.Arena, turn: threading.Lock, first: int) -> None:
-    """Count until the arena has moved."""
+    """Increment counters until the arena has been migrated."""
     table = view(arena)
     for number in range(first, sys.maxsize):
         with turn:
@@ -50,7 +50,7 @@ def work(arena: pageferry.Arena, turn: threading.Lock, first: int) -> None:
 
 
 def send(address: str, image: str) -> None:
-    """Count in two threads; save, then move."""
+    """Increment counters in two threads; checkpoint, then migrate."""
     turn = threading.Lock()
     arena = pageferry.Arena(ROWS * COLUMNS * 8, on_pause=turn)
     threads = [threading.Thread(target=work, args=(arena, turn, first)) for first in range(2)]
@@ -65,7 +65,7 @@ def send(address: str, image: str) -> None:
 
 
 def receive(address: str) -> None:
-    """Take the counters over."""
+    """Receive the counters and check them."""
     arena = asyncio.run(pageferry.receive(address, listening=lambda where: print(f"waits at {where}", flush=True)))
     check(arena, "received")
 

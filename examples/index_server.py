@@ -1,13 +1,13 @@
-"""An index in memory, served on a socket, that changes hands between two processes without failing a request.
+"""An index in memory, served on a socket, that one process hands to the next without failing a request.
 
-    python examples/index_server.py serve /tmp/index.sock &     # fills the index and answers
-    python examples/index_server.py replace /tmp/index.sock     # a new process takes over, say of a new release
+    python examples/index_server.py serve /tmp/index.sock &     # fills the index and serves it
+    python examples/index_server.py replace /tmp/index.sock     # a new process takes over, for example of a new release
 
-A request is a line with a number, the answer a line with the entry of that number; each connection carries one. The
-memory moves while the old process answers. For the moment of the switch-over nobody accepts: requests wait in the
-queue of the listening socket, which the old process hands to the new one.
+A request is a line with a number, and the reply is a line with the entry of that number. Each connection carries one
+request. The memory is migrated while the old process serves. During the switch-over, requests wait in the queue of the
+listening socket, which the old process hands to the new one.
 
-Needs numpy.
+Requires numpy.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ ENTRIES = 4_000_000
 
 
 class Server:
-    """Answers from an arena, one request after the other, except while that is paused."""
+    """Server of one request at a time from an arena, except while the arena is paused."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.listener.setblocking(False)
         self.turn = threading.Lock()
-        self.turn.acquire()  # until there is something to answer from
+        self.turn.acquire()  # until `begin`
         self.index: numpy.ndarray | None = None
         self.gone = False
 
     def begin(self, arena: pageferry.Arena) -> None:
-        """There is something to answer from."""
+        """Start serving the index of an arena."""
         self.index = numpy.frombuffer(arena, dtype=numpy.int64, count=ENTRIES)
         self.turn.release()
 
     def pause(self) -> None:
-        """Finish the request at hand, and begin no other."""
+        """Wait for the end of the current request, and start no other."""
         self.turn.acquire()
 
     def resume(self) -> None:
-        """Go on. An index that has just arrived waits for `begin`."""
+        """Continue to serve. An index that was just received waits for `begin`."""
         if self.index is not None:
             self.turn.release()
 
     def moved(self) -> None:
-        """Somebody else answers now."""
+        """Stop serving: another process has taken over."""
         self.gone = True
         self.turn.release()
 
     def serve(self) -> None:
-        """Answer until the index has moved."""
+        """Serve until the index has been migrated."""
         while not self.gone:
             ready, _, _ = select.select([self.listener], [], [], 0.1)
             if ready:
@@ -65,7 +65,7 @@ class Server:
                     self.answer_one()
 
     def answer_one(self) -> None:
-        """One request, if it is for us and still there."""
+        """Serve one request, unless another process has taken over or accepted it."""
         if self.gone:
             return
         try:
@@ -78,7 +78,7 @@ class Server:
 
 
 def serve(path: str) -> None:
-    """Fill an index and answer until somebody replaces us."""
+    """Fill an index and serve it until another process takes over."""
     server = Server(socket.create_server(path, family=socket.AF_UNIX, backlog=128))
     arena = pageferry.Arena(ENTRIES * 8, on_pause=server.pause, on_resume=server.resume, on_moved=server.moved)
     numpy.frombuffer(arena, dtype=numpy.int64, count=ENTRIES)[:] = numpy.arange(ENTRIES) ** 2 % 1_000_003
@@ -86,7 +86,7 @@ def serve(path: str) -> None:
 
 
 def replace(path: str) -> None:
-    """Take the place of the process that serves there."""
+    """Take over from the process that serves at a path."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path + ".replace")
         _, (descriptor,), _, _ = socket.recv_fds(connection, 16, 1)
@@ -104,7 +104,7 @@ def replace(path: str) -> None:
 
 
 def answer(server: Server, arena: pageferry.Arena, path: str) -> None:
-    """Answer until the index has moved to the process that replaces us."""
+    """Serve until the index has been migrated to the next process."""
     server.begin(arena)
     successor = threading.Thread(target=hand_over, args=(server, arena, path))
     successor.start()
@@ -115,7 +115,7 @@ def answer(server: Server, arena: pageferry.Arena, path: str) -> None:
 
 
 def hand_over(server: Server, arena: pageferry.Arena, path: str) -> None:
-    """Wait for the process that replaces us; send it the listening socket, then the memory."""
+    """Wait for the next process; send it the listening socket, then the memory."""
     with socket.create_server(path + ".replace", family=socket.AF_UNIX) as waiting:
         connection, _ = waiting.accept()
         os.unlink(path + ".replace")

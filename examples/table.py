@@ -1,9 +1,9 @@
-"""A table of numbers that outlives its program: saved while it is written to, and opened again in milliseconds.
+"""A table of numbers that outlives its program: checkpointed under writes, and reopened in milliseconds.
 
-    python examples/table.py fill table.img     # makes a table, and saves it while a thread goes on counting in it
-    python examples/table.py open table.img     # reads from it before most of it has left the disk
+    python examples/table.py fill table.img     # creates a table, and checkpoints it while a thread writes to it
+    python examples/table.py open table.img     # reads from the table before most of it is loaded
 
-Needs numpy.
+Requires numpy.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SIZE = ROWS * COLUMNS * 8
 
 
 class Counter:
-    """Counts in the last row of a table, except while the table is paused."""
+    """Thread that increments the last row of a table, except while the table is paused."""
 
     def __init__(self) -> None:
         self.turn = threading.Lock()
         self.row: numpy.ndarray | None = None
 
     def run(self, row: numpy.ndarray) -> None:
-        """Count for ever."""
+        """Increment the row forever."""
         while True:
             with self.turn:
                 row += 1
@@ -38,32 +38,32 @@ class Counter:
 
 
 def view(arena: pageferry.Arena) -> numpy.ndarray:
-    """The table: a view of the arena's memory, not a copy."""
+    """Return the table: a view of the arena's memory, not a copy."""
     return numpy.frombuffer(arena, dtype=numpy.float64).reshape(ROWS, COLUMNS)
 
 
 def fill(path: str) -> None:
-    """Make a table and save it."""
+    """Create a table and checkpoint it."""
     counter = Counter()
-    # While the image is begun nobody may write: for as long as it takes to protect the memory.
+    # No thread may write while the memory is being protected.
     arena = pageferry.Arena(SIZE, on_pause=counter.turn.acquire, on_resume=counter.turn.release)
     table = view(arena)
     table[:] = numpy.arange(ROWS)[:, None]
     threading.Thread(target=counter.run, args=(table[-1],), daemon=True).start()
     result = asyncio.run(pageferry.checkpoint(arena, path))
-    print(f"saved {SIZE >> 20} MiB in {result.total_time:.0f} ms; nobody could write for {result.downtime:.1f} ms")
+    print(f"saved {SIZE >> 20} MiB in {result.total_time:.0f} ms, paused for {result.downtime:.1f} ms")
 
 
 def reopen(path: str) -> None:
-    """Open a saved table and read some of it."""
+    """Open a saved table and read from it."""
     begin = time.monotonic()
     arena = pageferry.restore(path)
     table = view(arena)
     seen = table[ROWS // 2, 0]
     elapsed = time.monotonic() - begin
-    print(f"row {seen:.0f} read after {elapsed * 1e3:.0f} ms, when {arena.deferred >> 20} MiB were still to come")
+    print(f"row {seen:.0f} read after {elapsed * 1e3:.0f} ms, with {arena.deferred >> 20} MiB deferred")
     if not (table[:-1] == numpy.arange(ROWS - 1)[:, None]).all() or len(set(table[-1])) != 1:
-        raise SystemExit("the table is not what was saved")
+        raise SystemExit("the table differs from the saved one")
     print("every row is as it was saved")
 
 
