@@ -19,6 +19,7 @@ from pageferry.host import processes
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import QemuEntry, Registry
 from pageferry.workloads.qemu.guest import QemuWorkload
+from tests import accounting
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial, Tick
 from tests.kernel import moving
@@ -117,12 +118,14 @@ class Traveller:
     def move(self, *options: str) -> dict[str, Any]:
         """Migrate the guest successfully. Return the result."""
         with self.receiver() as there, self.migrating(moving.address_of(there), *options) as migration:
-            result = moving.until(migration, "migration")
+            lines = moving.all_until(migration, "migration")
             assert migration.wait() == 0
-            assert there.json()["type"] == "received"
+            received = moving.until(there, "received")
             assert there.wait() == 0
         self.arrived()
-        return result
+        accounting.check_source(lines)
+        accounting.check_receiver(received)
+        return lines[-1]
 
     def arrived(self) -> None:
         """Record that the guest is at the destination, and check that the source has no trace of it."""

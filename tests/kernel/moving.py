@@ -89,10 +89,15 @@ def migrating(name: str, *options: str, host: Host = HERE, **streams: Any) -> Pr
 
 def until(program: Program, kind: str) -> dict[str, Any]:
     """Return the next line of that type."""
-    while True:
-        said: dict[str, Any] = program.json()
-        if said["type"] == kind:
-            return said
+    return all_until(program, kind)[-1]
+
+
+def all_until(program: Program, kind: str) -> list[dict[str, Any]]:
+    """Return all lines up to the next one of that type."""
+    said: list[dict[str, Any]] = [program.json()]
+    while said[-1]["type"] != kind:
+        said.append(program.json())
+    return said
 
 
 def stopped(program: Program) -> None:

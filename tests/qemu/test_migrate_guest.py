@@ -36,7 +36,6 @@ def test_migration_result_reports_pages_times_and_huge_pages(guest: Traveller) -
     assert 0 < result["downtime"] < result["total-time"]
     assert 0 < result["setup-time"] < result["total-time"]
     assert result["downtime"] == result["downtime-parts"]["total"]
-    assert sum(result["phases"].values()) == pytest.approx(result["total-time"], rel=0.01)
     assert result["dirty-sync-count"] >= 2
     large = result["large-pages"]
     assert large["destination"] == large["source"] > 16

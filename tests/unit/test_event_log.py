@@ -65,7 +65,7 @@ def test_a_command_outlives_a_log_that_is_full(tmp_path: Path) -> None:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (64, -1));"
         f"from tests.unit.verbs.command import main; sys.exit(main({words!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-B", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "cannot write the event log: File too large" in done.stderr
 

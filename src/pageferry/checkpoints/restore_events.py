@@ -52,7 +52,8 @@ class TouchedEvent(Event, frozen=True, kw_only=True, tag="touched"):
 
 
 class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Where the time went until the guest ran, milliseconds."""
+    """Where the time went until the guest ran, milliseconds: consecutive parts, which add up to `total`, and
+    `open_image`, which overlaps with the first two."""
 
     total: float
     qemu_start: float

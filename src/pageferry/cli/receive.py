@@ -50,6 +50,11 @@ class Received(Event, frozen=True, tag="received"):
     workload: str
     kind: str
     paused: bool = False
+    total_time: float = 0.0
+    """Milliseconds from the acceptance of the source until the workload ran here."""
+    phases: dict[str, float] = msgspec.field(default_factory=dict)
+    """Consecutive phases, which add up to `total-time`: setup (connections, memory), copy (rounds, state), load,
+    populate, commit (wait for the decision of the source), resume."""
 
 
 class Resumed(Event, frozen=True, tag="resumed"):
@@ -258,7 +263,8 @@ async def _received(
     out.event(Listening(args.name, str(destination.reception.address)))
     try:
         workload = await _run(destination)
-        out.event(Received(args.name, workload.identity.kind, destination.stays_paused))
+        total, phases = destination.times.milliseconds("total"), destination.times.phase_milliseconds()
+        out.event(Received(args.name, workload.identity.kind, destination.stays_paused, total, phases))
         _heed_cancellation()
         finishing = asyncio.create_task(destination.finish())
         try:

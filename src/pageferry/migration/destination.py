@@ -105,13 +105,16 @@ class Destination:
         """
         async with self._while_it_lives():
             self.channel, hello = await self._accept()
+        self.times = Stopwatch("setup")
         self.accepted = True
         self.migration = hello.migration
         self.attendant.begin(hello.migration)
         try:
             async with self._while_it_lives():
                 await self._receive(hello)
+                self.times.phase("commit")
                 await self.channel.receive(messages.Commit)
+            self.times.phase("resume")
             await to_the_end(self._take_over())
         except BaseException as error:
             if not await within_grace(self._give_up(error), error):
@@ -209,6 +212,7 @@ class Destination:
             self.receiver = BlockReceiver(handles, self.placer, self.timeout)
             self.hot: dict[int, list[int]] = {}
             self.missing = MissingPages([region.length // SMALL_PAGE for region in hello.regions])
+            self.times.phase("copy")
             while await self._step():
                 if self.missing.complete and self.late is None:
                     await self._await_late_pages(hello, streams[count:])
@@ -320,8 +324,10 @@ class Destination:
 
     async def _make_ready(self, hello: messages.Hello) -> None:
         """Load the device state, populate page tables, and send Ready."""
+        self.times.phase("load")
         with self.times.measure("load"):
             await self.channel.during(self._load())
+        self.times.phase("populate")
         with self.times.measure("populate"):
             await self.channel.during(self._populate(hello.populate))
         ready = messages.Ready(
@@ -397,6 +403,7 @@ class Destination:
         fault_point("destination.decided")
         with self.times.measure("resume"):
             await self._resume()
+        self.times.stop_all()
         fault_point("destination.resumed")
         with contextlib.suppress(MigrationError):
             await self.channel.send(messages.Running(resume=self.times.seconds("resume")))

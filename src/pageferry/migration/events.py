@@ -65,22 +65,24 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
 
     round: int
     pages: int
-    """Pages sent, of all classes."""
+    """Pages sent, of all classes. Those of all rounds add up to `normal`, `duplicate` and `skipped`."""
     sent: int
-    """Bytes on the wire."""
+    """Bytes on the wire. Those of all rounds add up to `transferred`."""
     remaining: int
-    """Memory modified during the round, to be sent in the next one, bytes."""
+    """Memory left for the next round, bytes: modified during the round, or not sent because of a switch-over."""
     ms: float
     """Duration, milliseconds."""
     mbps: float
     """Megabits per second on the wire."""
     dirty_rate: int
-    """Bytes of memory modified per second."""
+    """Bytes of memory modified per second; 0 for a round of the switch-over, for which it is not measured."""
     cpu_throttle_percentage: int = 0
     """CPU time withheld from the workload during the round, per cent (auto-converge)."""
     switch_over: bool = False
-    """Whether the round was sent just before the pause or during it. Such rounds are reported when the workload runs
-    again; pages modified during one are in the next, and `remaining` is 0."""
+    """Whether the round was sent just before the pause, during it, or after it. Such rounds are reported when the
+    workload runs again."""
+    postcopy: bool = False
+    """Whether the pages were sent after the switch-over, on request and in the background."""
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
@@ -108,15 +110,21 @@ class PostcopyEvent(Event, frozen=True, kw_only=True, tag="postcopy"):
 
 
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Parts of the downtime, milliseconds. `last_pages` and `device_state` overlap."""
+    """Work done in the pause, milliseconds. These parts overlap, and the transit of messages is in none of them; the
+    consecutive phases of the pause are in `phases`."""
 
     total: float
+    """From the first to the last moment in which no side ran the workload."""
     stop: float
+    """Until the source had paused the workload: phase `stop`."""
     last_pages: float
+    """Sending pages. The state is saved at the same time."""
     device_state: float
-    """Saving the device state, and loading it at the destination."""
+    """Saving the device state, while pages are sent, and loading it at the destination, in phase `load`."""
     populate: float
+    """Mapping memory at the destination, after the state is loaded."""
     resume: float
+    """Resuming the workload at the destination, in phase `hand-over`."""
 
 
 class LargePageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):

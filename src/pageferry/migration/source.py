@@ -227,7 +227,7 @@ class Source:
         self.rest = self.memory.page_sets(full=True)
         if self.postcopy:
             # An empty round: the workload keeps running here until the destination has allocated its huge pages.
-            await self._send_portion(self.memory.page_sets())
+            await self._send_unreported(self.memory.page_sets())
             return
         with self._heeding_switch():
             await self._copy_until_decided()
@@ -237,25 +237,26 @@ class Source:
         stop."""
         pages = self.rest
         while True:
-            started, drained = time.perf_counter(), self.times.seconds("drains")
+            started, drained = time.perf_counter(), self.drains.seconds
             before = self.sender.progress
             left = await self._send_round(pages)
             if not any(left):
                 self.coming = False  # round 1 has loaded all pages
             covered = _covered(before, self.sender.progress)
-            pages_sent = _count(pages) - _count(left)
             fault_point("source.between-rounds")
-            pages = _union(await self._collect(), left)
+            pages = await self._collect()
+            modified = _count(pages)
+            remaining = _count(_union(pages, left))
             # Drains are excluded: this bandwidth estimates the time for the last pages, which are sent without one.
-            seconds = time.perf_counter() - started - (self.times.seconds("drains") - drained)
-            decision = self.convergence.after_round(covered, seconds, _count(pages) * SMALL_PAGE)
-            telling.tell_round(self, pages_sent, before, seconds, pages)
+            seconds = time.perf_counter() - started - (self.drains.seconds - drained)
+            decision = self.convergence.after_round(covered, seconds, remaining * SMALL_PAGE)
+            self.listener(telling.round_event(self, before, seconds, remaining=remaining, modified=modified))
             if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
                 decision, self.postcopy = Decision.SWITCH_OVER, True
             if decision is Decision.THROTTLE:
                 await self._tighten_throttle()
             if decision is Decision.STALLED:
-                raise telling.not_converging(self, _count(pages) * SMALL_PAGE, seconds)
+                raise telling.not_converging(self, remaining * SMALL_PAGE, seconds)
             if decision is Decision.SWITCH_OVER:
                 self.rest = pages
                 return
@@ -406,14 +407,14 @@ class Source:
             saving = asyncio.create_task(self._save_state())
             try:
                 with self.times.measure("last pages"):
-                    await self._send_last(_union(await self._collect(), await self._pinned()))
+                    await self._send_unreported(_union(await self._collect(), await self._pinned()))
             finally:
                 state = await saving
         # Saving the state may itself write to memory (devices flush their queues).
         last = await self._collect()
         if any(last):
             with self.times.measure("last pages"):
-                await self._send_last(last)
+                await self._send_unreported(last)
         fault_point("source.last-pages-sent")
         if self.options.populate == "hot":
             await self._send_hot()
@@ -426,9 +427,10 @@ class Source:
         if self.trace is not None:
             # An empty round, for pages freed since they were sent: the destination must discard them.
             with self.times.measure("last pages"):
-                await self._send_portion(self.memory.page_sets())
+                await self._send_unreported(self.memory.page_sets())
             self.rest = _union(_union(await self._collect(), self.rest), await self._pinned())
         missing = await off_loop(lambda: self.memory.data_of(self.rest))
+        self._note_remaining(missing)
         await send_missing(self.channel, missing)
         fault_point("source.missing-sent")
         self.service = PageService(self.memory, missing, self.late, self.options, self.options.timeout)
@@ -446,16 +448,21 @@ class Source:
                 await self.channel.during(bring_rest(self.hold, [region.pages for region in self.rest]))
                 self.coming = False
             if any(self.rest) and not self.postcopy:
-                await self._send_last(self.rest)
+                await self._send_unreported(self.rest)
         finally:
             await preparing
 
-    async def _send_last(self, pages: list[PageSet]) -> None:
+    async def _send_unreported(self, pages: list[PageSet]) -> None:
         """Send a round of the switch-over. It is reported after the resume, so that no listener prolongs the pause."""
+        self._note_remaining(pages)
         before, started = self.sender.progress, time.perf_counter()
         await self._send_round(pages)
-        seconds, none = time.perf_counter() - started, self.memory.page_sets()
-        self.unreported.append(telling.round_event(self, _count(pages), before, seconds, none))
+        self.unreported.append(telling.round_event(self, before, time.perf_counter() - started))
+
+    def _note_remaining(self, pages: list[PageSet]) -> None:
+        """Complete the event of the last unreported round, which left these pages to send."""
+        if self.unreported:
+            self.unreported[-1] = telling.with_remaining(self.unreported[-1], _count(pages))
 
     async def _save_state(self) -> bytes:
         """Save the device state and send the beginning of it: the peer queues it until the last pages are received."""
@@ -521,6 +528,7 @@ class Source:
     async def _send_late_pages(self) -> None:
         """Send the missing pages (post-copy), pushed in the background and on request."""
         if self.service is not None:
+            started = time.perf_counter()
             try:
                 with self.times.measure("postcopy"):
                     self.arrived = await self.service.send_all(self.channel, self.listener)
@@ -531,6 +539,8 @@ class Source:
                 log.warning("%s", postcopy_source.paused(self.workload.name, self.peer, error))
                 raise
             fault_point("source.arrived")
+            self.round += 1
+            self.listener(telling.late_round(self, self.service, time.perf_counter() - started))
         self.times.stop_all()
 
     async def _keep_pages(self) -> None:

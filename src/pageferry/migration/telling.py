@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pageferry._engine import PageSet
+import msgspec
+
 from pageferry.errors import NotConverging
 from pageferry.events import Latency
 from pageferry.memory.regions import SMALL_PAGE
@@ -16,6 +17,7 @@ from pageferry.migration import events, messages
 from pageferry.migration.native import Counters
 
 if TYPE_CHECKING:
+    from pageferry.migration.postcopy_source import PageService
     from pageferry.migration.source import Source
 
 PROGRESS_INTERVAL = 0.2
@@ -48,23 +50,35 @@ async def tell_progress(source: Source, number: int, total: int) -> None:
         source.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=round(mbps, 1)))
 
 
-def tell_round(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> None:
-    """Report a completed round; see `round_event`."""
-    source.listener(round_event(source, pages, before, seconds, left))
+def round_event(
+    source: Source, before: Counters, seconds: float, *, remaining: int = 0, modified: int = 0
+) -> events.RoundEvent:
+    """Return the event of a completed round. `before`: counters at its start; `remaining`: pages to send after it, of
+    which `modified` were written during the round."""
+    event = _round(source, before, source.sender.progress, seconds)
+    return with_remaining(msgspec.structs.replace(event, dirty_rate=round(modified * SMALL_PAGE / seconds)), remaining)
 
 
-def round_event(source: Source, pages: int, before: Counters, seconds: float, left: list[PageSet]) -> events.RoundEvent:
-    """Return the event of a completed round of `pages` pages. `left`: pages to send after it."""
-    sent = source.sender.progress[0] - before[0]
-    remaining = sum(map(len, left)) * SMALL_PAGE
+def with_remaining(event: events.RoundEvent, pages: int) -> events.RoundEvent:
+    """Return the event with the number of pages that were left to send after the round."""
+    return msgspec.structs.replace(event, remaining=pages * SMALL_PAGE)
+
+
+def late_round(source: Source, service: PageService, seconds: float) -> events.RoundEvent:
+    """Return the event of the pages sent after the switch-over, as the last round."""
+    return msgspec.structs.replace(_round(source, (0, 0, 0, 0, 0), service.counters, seconds), postcopy=True)
+
+
+def _round(source: Source, before: Counters, after: Counters, seconds: float) -> events.RoundEvent:
+    sent = after[0] - before[0]
     return events.RoundEvent(
         round=source.round,
-        pages=pages,
+        pages=sum(after[2:]) - sum(before[2:]),
         sent=sent,
-        remaining=remaining,
+        remaining=0,
         ms=_ms(seconds),
-        mbps=round(sent * 8 / 1e6 / seconds, 1),
-        dirty_rate=round(remaining / seconds),
+        mbps=round(sent * 8 / 1e6 / max(seconds, 1e-6), 1),
+        dirty_rate=0,
         cpu_throttle_percentage=source.throttle.percentage if source.throttle else 0,
         switch_over=source.touched,
     )

@@ -38,10 +38,13 @@ class MigrationView(PlainView):
                     f"to {event.peer}: {size(event.present)} of {size(event.memory)} present, "
                     f"{event.large_pages} huge pages, write traces installed in {event.install_ms:.1f} ms"
                 )
+            case RoundEvent(pages=0):
+                return None
+            case RoundEvent(postcopy=True):
+                return f"post-copy: {_sent(event)}"
             case RoundEvent():
                 return (
-                    f"round {event.round}: {event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} "
-                    f"({rate(event.mbps * 1e6 / 8)}), modified {rate(event.dirty_rate)}, "
+                    f"round {event.round}: {_sent(event)}, modified {rate(event.dirty_rate)}, "
                     f"{size(event.remaining)} remaining"
                     + (f", throttled by {event.cpu_throttle_percentage} %" if event.cpu_throttle_percentage else "")
                 )
@@ -90,6 +93,11 @@ def postcopy_line(event: PostcopyEvent) -> str:
     if event.status == "postcopy-recover":
         return "postcopy-recover: reconnected"
     return f"{event.status}: {size(event.remaining)} deferred, {event.postcopy_requests:,} pages requested"
+
+
+def _sent(event: RoundEvent) -> str:
+    speed = rate(event.mbps * 1e6 / 8)
+    return f"{event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} ({speed})"
 
 
 def _bar(event: ProgressEvent) -> RenderableType:

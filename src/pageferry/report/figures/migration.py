@@ -81,7 +81,7 @@ def _rounds(log: Log) -> list[Figure]:
     rounds = [event for _, event in log.of(RoundEvent)]
     if not rounds:
         return []
-    names = [str(event.round) for event in rounds]
+    names = ["post-copy" if event.postcopy else str(event.round) for event in rounds]
     sent, left = [event.sent for event in rounds], [event.remaining for event in rounds]
     amounts = columns(
         f"Bytes sent and bytes modified in {len(rounds)} rounds",

@@ -1,0 +1,41 @@
+"""Accounting of a migration without faults: phases add up to the total, and rounds to what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+PAUSE = ("stop", "last-pages", "load", "hand-over")
+
+
+def adds_up(phases: dict[str, float], total: float) -> None:
+    """Check that phases leave out no time and count none twice."""
+    assert sum(phases.values()) == pytest.approx(total, rel=0.01), (phases, total)
+
+
+def check_source(lines: Sequence[dict[str, Any]]) -> None:
+    """Check the lines of `migrate`, of which the last is the result."""
+    result, rounds = lines[-1], [line for line in lines if line["type"] == "round"]
+    adds_up(result["phases"], result["total-time"])
+    adds_up({name: result["phases"][name] for name in PAUSE}, result["downtime"])
+    assert sum(line["sent"] for line in rounds) == result["transferred"], rounds
+    pages = result["normal"] + result["duplicate"] + result["skipped"]
+    assert sum(line["pages"] for line in rounds) == pages, rounds
+    numbers = [line["round"] for line in rounds]
+    assert numbers == list(range(1, len(rounds) + 1))
+    if result["mode"] == "precopy":
+        for line, following in pairwise(rounds):
+            # More where pages were freed since they were sent: those are sent as zeros.
+            assert following["pages"] * 4096 >= line["remaining"], rounds
+    assert rounds[-1]["remaining"] == 0
+    assert any(line["switch-over"] for line in rounds)
+    assert [line["postcopy"] for line in rounds] == [False] * (len(rounds) - 1) + [result["postcopy"] is not None]
+
+
+def check_receiver(received: dict[str, Any]) -> None:
+    """Check the `received` line of `receive`."""
+    assert list(received["phases"]) == ["setup", "copy", "load", "populate", "commit", "resume"]
+    adds_up(received["phases"], received["total-time"])
