@@ -1,5 +1,5 @@
-# Everything a newcomer runs. Needs git, Python >= 3.11, cargo and the package registries; as root on Debian the rest
-# is installed with apt-get, otherwise it is named and what can run without it runs.
+# All commands of a checkout. They need git, Python >= 3.11, cargo and the package registries. As root on Debian, apt-get
+# installs everything else; elsewhere missing programs are listed, and targets run without them where they can.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
-demo: build system ## Move a running workload to another process and show that no write was lost
+demo: build system ## Migrate a running workload to another process and verify every write
 	$(VENV)/bin/pageferry demo
 
 .PHONY: test
@@ -27,16 +27,16 @@ test: build system ## Run the tests of engine and package (PYTEST_ARGS="-k name"
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-full
-test-full: build system ## The same with every QEMU, on TCG and on KVM (two hours)
+test-full: build system ## Run the tests with every QEMU, on TCG and on KVM (two hours)
 	cargo test --locked --workspace --quiet
 	GUESTS=all $(PYTHON) -m pytest $(PYTEST_ARGS)
 
 .PHONY: faults
-faults: build system ## Everything that can fail, at every point of a migration between two hosts (an hour)
+faults: build system ## Inject every failure at every point of a migration between two hosts (an hour)
 	FAULTS=all $(PYTHON) -m pytest tests/faults $(PYTEST_ARGS)
 
 .PHONY: soak
-soak: build system ## Migrate at random between three hosts while everything fails (SOAK_MINUTES=30, SOAK_SEED=N)
+soak: build system ## Migrate at random between three hosts under failures (SOAK_MINUTES=30, SOAK_SEED=N)
 	$(PYTHON) -u -m tests.network.soak
 
 .PHONY: lint
@@ -50,7 +50,7 @@ lint: build ## Check format, types, stubs and import rules
 	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 
 .PHONY: build
-build: $(VENV)/.engine ## Make .venv and build the engine into it (release mode)
+build: $(VENV)/.engine ## Create .venv and build the engine into it (release mode)
 
 .PHONY: bench
 bench: build system $(BENCHMARKS) ## Measure against peers; bench-NAME runs benchmarks/NAME.py alone
@@ -59,11 +59,11 @@ bench-%: build system
 	$(PYTHON) benchmarks/$(subst -,_,$*).py
 
 .PHONY: systems
-systems: build system ## Show the ten systems in one table, each with its mechanism and without
+systems: build system ## Measure the ten systems, each with and without its mechanism
 	$(PYTHON) benchmarks/systems.py
 
 .PHONY: docs
-docs: build ## Build the documentation into site/, warnings are errors
+docs: build ## Build the documentation into site/; warnings are errors
 	$(VENV)/bin/mkdocs build --strict --quiet
 
 .PHONY: docs/events.md docs/metrics.md
@@ -72,11 +72,11 @@ docs/events.md docs/metrics.md: docs/%.md: build
 	mv $@.new $@
 
 .PHONY: manual
-manual: build ## Write man pages and shell completions from the parser
+manual: build ## Generate man pages and shell completions from the parser
 	$(PYTHON) scripts/manual.py
 
 .PHONY: pictures
-pictures: build system ## Make the pictures of README from a run of the demo
+pictures: build system ## Make the pictures of the documentation, from the import contract and a run of the demo
 	$(PYTHON) scripts/pictures.py
 
 .PHONY: system
@@ -84,7 +84,7 @@ system: ## Install or fetch what guests need (QEMU, busybox, iperf3, a guest ker
 	@scripts/system.sh
 
 .PHONY: clean
-clean: ## Remove everything that was built or fetched
+clean: ## Remove all built or fetched files
 	rm -rf $(VENV) .cache target site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src -name '*.so' -delete
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

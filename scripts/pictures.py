@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,42 @@ def terminal(command: str, output: str) -> str:
         f'<rect width="{width}" height="{height}" rx="8" fill="#1b1f24"/>\n'
         '<g font-family="ui-monospace, DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="12" fill="#d6dbe1">\n'
         f"{text}\n</g>\n</svg>\n"
+    )
+
+
+def contract() -> list[list[str]]:
+    """Return the packages of each layer, uppermost first, as import-linter checks them."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    layers = next(one["layers"] for one in contracts if one["type"] == "layers")
+    return [re.findall(r"pageferry\.(\w+)", layer) for layer in layers]
+
+
+def layers_picture(layers: list[list[str]]) -> str:
+    """Return an SVG of the layers: one row of boxes each, and an arrow that points to what a row may import."""
+    width, height, gap = 640, 40, 12
+    rows = [*layers, ["Linux: userfaultfd, pagemap, ptrace, tmpfs"]]
+    parts = []
+    for number, names in enumerate(rows):
+        y = gap + number * (height + gap)
+        box = (width - gap * (len(names) + 1)) / len(names)
+        last = number == len(rows) - 1
+        for column, name in enumerate(names):
+            x = gap + column * (box + gap)
+            parts.append(
+                f'<rect x="{x:.0f}" y="{y}" width="{box:.0f}" height="{height}" rx="6" '
+                f'fill="{"#eceff3" if last else "#dbe9fb"}" stroke="#5b6b7f"/>\n'
+                f'<text x="{x + box / 2:.0f}" y="{y + 25}" text-anchor="middle">{html.escape(name)}</text>'
+            )
+    total = gap + len(rows) * (height + gap)
+    arrow = f'<path d="M {width + 14} {gap} V {total - gap - 8} m -5 -8 l 5 8 l 5 -8" fill="none" stroke="#5b6b7f"/>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 100}" height="{total}" '
+        f'viewBox="0 0 {width + 100} {total}" role="img" aria-label="Packages in layers">\n'
+        f'<rect width="{width + 100}" height="{total}" fill="#ffffff"/>\n'
+        '<g font-family="system-ui, sans-serif" font-size="14" fill="#1b1f24">\n'
+        + "\n".join(parts)
+        + f'\n{arrow}\n<text x="{width + 26}" y="{total // 2}">imports</text>\n</g>\n</svg>\n'
     )
 
 
@@ -89,9 +126,12 @@ def photograph(page: Path, picture: Path) -> None:
         )
 
 
-def main() -> None:
-    """Run the demo and write both pictures."""
+def main(arguments: list[str]) -> None:
+    """Write the pictures."""
     PICTURES.mkdir(exist_ok=True)
+    (PICTURES / "layers.svg").write_text(layers_picture(contract()))
+    if arguments == ["layers"]:
+        return
     with tempfile.TemporaryDirectory() as folder:
         log, page = Path(folder) / "demo.log", Path(folder) / "demo.html"
         (PICTURES / "demo.svg").write_text(terminal(COMMAND, run_demo(log)))
@@ -101,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
