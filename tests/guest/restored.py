@@ -13,8 +13,8 @@ from pageferry.checkpoints.restore_events import RestoreResult
 from pageferry.host import proc, processes
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, Registry
-from pageferry.workloads import deferred
-from pageferry.workloads.deferred import PagerStatus
+from pageferry.pager import client
+from pageferry.pager.protocol import PagerStatus
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
@@ -72,7 +72,7 @@ class Restored:
 
     async def status(self) -> PagerStatus | None:
         """Status of the pager."""
-        status = await asyncio.to_thread(deferred.status, self.folder)
+        status = await asyncio.to_thread(client.status, self.folder)
         if status is not None and (started := proc.start_time(status.pager)) is not None:
             self.pager = (status.pager, started)
         return status

@@ -22,8 +22,8 @@ from pageferry import sharing
 from pageferry.host.cpu_quota import mounts
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
-from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Deferred
+from pageferry.pager import client, records
+from pageferry.pager.records import Deferred
 from pageferry.workloads.open import open_workload
 from tests.kernel.moving import MIB, address_of, environment, receiver, stopped
 from tests.kernel.programs import Program, wait_until
@@ -70,7 +70,7 @@ def resident() -> int:
 
 
 def record() -> Deferred | None:
-    return Registry().folder("cold").load(deferred.RECORD, Deferred)
+    return Registry().folder("cold").load(records.RECORD, Deferred)
 
 
 def traps(pid: int) -> int:
@@ -83,7 +83,7 @@ def traps(pid: int) -> int:
 
 
 def kill_pager() -> None:
-    status = deferred.status(Registry().folder("cold"))
+    status = client.status(Registry().folder("cold"))
     assert status is not None
     os.kill(status.pager, signal.SIGKILL)
 
@@ -157,7 +157,7 @@ def test_workload_with_cold_store_can_be_saved_and_peeked(tmp_path: Path) -> Non
     with ledger():
         reclaim()
         assert pageferry("peek", "cold", "0", "4096").returncode == 0
-        status = deferred.status(Registry().folder("cold"))
+        status = client.status(Registry().folder("cold"))
         assert status is not None
         assert status.deferred > 0
         assert json.loads(pageferry("list").stdout.splitlines()[0])["deferred"] == status.deferred
@@ -256,7 +256,7 @@ def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
 
     def pager() -> int:
-        status = deferred.status(Registry().folder("cold"))
+        status = client.status(Registry().folder("cold"))
         assert status is not None
         return status.pager
 
@@ -355,10 +355,10 @@ def test_sharing_skips_pages_in_the_cold_store() -> None:
     with ledger():
         reclaim()
         folder = Registry().folder("cold")
-        before = deferred.status(folder)
+        before = client.status(folder)
         assert before is not None
         found = asyncio.run(sharing.find(["cold"], threshold=64))
-        after = deferred.status(folder)
+        after = client.status(folder)
         assert after is not None
         assert found.deferred == 0
         assert any("cold store" in note for note in found.not_shareable)

@@ -23,9 +23,10 @@ from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
 from pageferry.images.targets import large_units
-from pageferry.workloads import deferred, holding
+from pageferry.pager import client
+from pageferry.pager.protocol import PagerStatus
+from pageferry.workloads import holding
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.deferred import PagerStatus
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel import moving
 from tests.kernel.images import ABSENT, DATA, PAGE, Maker
@@ -63,7 +64,7 @@ def restored(image: Path, name: str = "coming") -> Iterator[Program]:
 
 
 def status(name: str = "coming") -> PagerStatus:
-    found = deferred.status(Registry().folder(name))
+    found = client.status(Registry().folder(name))
     assert found is not None
     return found
 

@@ -16,9 +16,9 @@ import pageferry
 from pageferry._engine import SMALL_PAGE, PagerFlags
 from pageferry.host.registry import Folder, Registry
 from pageferry.images.image import ImageFile
+from pageferry.pager import client
 from pageferry.sharing import api
 from pageferry.sharing.events import SharingResult
-from pageferry.workloads import deferred
 from tests.kernel.images import Maker
 from tests.kernel.lookalike import SLOTS, content, unique, worth
 from tests.kernel.programs import Program
@@ -43,8 +43,8 @@ def order(program: Program, words: str) -> object:
 def state() -> tuple[bytes, int, int]:
     """Return the deferred bitmap, pages loaded and bytes read, which change when a page is loaded."""
     folder = Folder(Registry(), NAME)
-    found = deferred.coming(folder)
-    status = deferred.status(folder)
+    found = client.deferred_bits(folder)
+    status = client.status(folder)
     assert found is not None
     assert status is not None
     with open(found[0], "rb") as flags:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
 from pageferry.large_pages.api import Options, sample, undo
 from pageferry.large_pages.events import Sample
-from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Deferred
+from pageferry.pager import client, records
+from pageferry.pager.launcher import take_over
+from pageferry.pager.records import Deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.targets import Target, open_target
 from tests.guest.machines import GuestParts
@@ -47,7 +47,7 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
                 assert result.reclaimed > 0.5 * _cold(result.samples)
                 assert before > _resident(target)
                 await line.passes(2)
-                status = await asyncio.to_thread(deferred.status, folder)
+                status = await asyncio.to_thread(client.status, folder)
                 assert status is not None
                 os.kill(status.pager, signal.SIGKILL)
                 taken = await take_over(folder)
@@ -55,7 +55,7 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
                 assert taken.deferred > 0
                 await line.passes(2)
                 assert (await undo(target)).brought_back > 0
-                assert folder.load(deferred.RECORD, Deferred) is None
+                assert folder.load(records.RECORD, Deferred) is None
                 assert _resident(target) >= 0.99 * before
                 await line.passes(2)
                 assert (await sample(target, options)).reclaimed > 0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.checkpoints.restore import take_over
 from pageferry.host.registry import Registry
+from pageferry.pager.launcher import take_over
 from tests.guest.machines import GuestParts
 from tests.guest.restored import Restored, image_of_a_guest
 from tests.guest.serial import Serial

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoints.restore import completed, restore_guest, take_over
+from pageferry.checkpoints.restore import completed, restore_guest
 from pageferry.checkpoints.restore_events import ProgressEvent, RunningEvent, TouchedEvent
 from pageferry.errors import RestoreError, UsageError
 from pageferry.events import Event
 from pageferry.host import proc, processes
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
-from pageferry.workloads import deferred
+from pageferry.pager import records
+from pageferry.pager.launcher import take_over
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
@@ -54,8 +55,8 @@ def test_restored_guest_runs_with_correct_pages(guest: Make, image: Path, prefet
         assert result.deferred > 32 << 20
         if prefetch:
             await restored.arrived()
-            assert not (restored.folder.path / deferred.RECORD).exists()
-            assert not (restored.folder.path / deferred.FLAGS).exists()
+            assert not (restored.folder.path / records.RECORD).exists()
+            assert not (restored.folder.path / records.FLAGS).exists()
         await restored.serial.passes(2)
         await restored.end()
 
@@ -166,7 +167,7 @@ def test_pager_killed_while_serving_can_be_replaced(
             await take_over(restored.folder)
         else:
             async with asyncio.timeout(60):
-                while (restored.folder.path / deferred.RECORD).exists():  # noqa: ASYNC110
+                while (restored.folder.path / records.RECORD).exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         # Attach only now: QEMU itself may wait for a page while no pager serves it.
         restored.workload = await QemuWorkload.attach("restored")

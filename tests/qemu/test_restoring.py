@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.checkpoints.restore import take_over
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
+from pageferry.pager import client
+from pageferry.pager.launcher import take_over
 from pageferry.sharing import api as sharing
-from pageferry.workloads import deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
@@ -277,7 +277,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
         assert after is not None
         assert (after.loaded, after.bytes_read) == (before.loaded, before.bytes_read)
         assert after.deferred > 0
-        await asyncio.to_thread(deferred.settle, restored.folder)
+        await asyncio.to_thread(client.wait_complete, restored.folder)
         late = await sharing.find(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
         # Deferred zero pages count where a huge page will hold them; if the host has none, they stay holes.

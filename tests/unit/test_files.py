@@ -48,7 +48,7 @@ KERNEL_FILES = {
 """Files of the package that open nothing but interfaces of the kernel (/proc, /sys, unnamed files, pidfds)."""
 OTHERS = {
     "cli/main.py": "/dev/null",
-    "checkpoints/pager_process.py": "a descriptor",
+    "pager/process.py": "a descriptor",
     "large_pages/tracking.py": "/proc",
     "migration/sockets.py": "sockets of the network",
     "host/files.py": "the one that opens",
@@ -56,7 +56,8 @@ OTHERS = {
     "migration/ownership.py": "a descriptor, its own folder, and a record in it",
     "report/page.py": "a file of the package",
     "workloads/arena/arena.py": "an unnamed file",
-    "workloads/deferred.py": "files in the private folder of a workload",
+    "pager/client.py": "files in the private folder of a workload",
+    "pager/records.py": "files in the private folder of a workload",
     "workloads/qemu/guardian.py": "a record, without the package",
     "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",
 }

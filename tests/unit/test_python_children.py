@@ -25,10 +25,10 @@ OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
 """Files that start programs other than Python: QEMUs."""
 
 CHILDREN = {
-    "pageferry.checkpoints.pager_process": """
+    "pageferry.pager.process": """
         import asyncio
         from pageferry.images.image import ImageFile
-        from pageferry.checkpoints.restore import PagerProcess
+        from pageferry.pager.launcher import PagerProcess
         image = ImageFile(os.environ["IMAGE"])
         hostile()
         pager = PagerProcess(image)

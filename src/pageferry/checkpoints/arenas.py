@@ -21,12 +21,12 @@ from pageferry.images import targets
 from pageferry.images.image import ImageFile
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads import deferred, page_faults
+from pageferry.pager import page_faults, records
+from pageferry.pager.page_faults import CannotHandleFaults
+from pageferry.pager.server import PagerServer
 from pageferry.workloads.arena.arena import Arena, State, memory_file
 from pageferry.workloads.arena.arguments import check_arena
 from pageferry.workloads.callbacks import Callback, Plain
-from pageferry.workloads.page_faults import CannotHandleFaults
-from pageferry.workloads.pager_server import PagerServer
 from pageferry.workloads.settling import bring, bring_all
 
 log = getLogger(__name__)
@@ -78,7 +78,7 @@ class RestoredArena(Arena):
             self.large_pages_by = large_pages_by
             self.image = image
             working_set = WorkingSet(image)
-            self._flags = deferred.create_flags(None, Pager.flags_length(image.pages))
+            self._flags = records.create_flags(None, Pager.flags_length(image.pages))
             weakref.finalize(self, os.close, self._flags)
             try:
                 self.pager = _pager(image, self, working_set.windows, eager=eager, prefetch=prefetch)
@@ -107,7 +107,7 @@ class RestoredArena(Arena):
         super().register(name)
         assert self._named is not None
         assert self._named.folder is not None
-        socket_path = self._named.folder.socket_path(deferred.SOCKET)
+        socket_path = self._named.folder.socket_path(records.SOCKET)
         answers = PagerServer(
             socket_path,
             self.pager,

@@ -18,7 +18,7 @@ from pageferry.host.blocking import in_thread
 from pageferry.images.image import ImageFile
 from pageferry.images.targets import PagerTarget
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads import deferred
+from pageferry.pager import records
 
 _POLL = 0.2
 """Seconds between two progress events."""
@@ -48,7 +48,7 @@ async def load_guest(image: ImageFile, targets: Sequence[PagerTarget], reason: s
 @contextlib.contextmanager
 def _loading(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Iterator[Pager]:
     listener(EagerEvent(image=str(image.path), length=image.pages * SMALL_PAGE, reason=reason))
-    flags = deferred.create_flags(None, Pager.flags_length(image.pages))
+    flags = records.create_flags(None, Pager.flags_length(image.pages))
     try:
         pager = Pager(image.chain, targets, [], {}, flags, eager=True)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -15,19 +14,19 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.checkpoints.eager import load_guest
-from pageferry.checkpoints.pager_process import GuestPager, Order, Serving
 from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
-from pageferry.host import proc, processes
 from pageferry.host.blocking import in_thread
-from pageferry.host.python import start_python
 from pageferry.host.registry import Folder, Registry
 from pageferry.images import targets
 from pageferry.images.image import ImageFile
-from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Ask, Deferred, PagerStatus
-from pageferry.workloads.page_faults import CannotHandleFaults
+from pageferry.pager import client, records
+from pageferry.pager.launcher import hand_over
+from pageferry.pager.page_faults import CannotHandleFaults
+from pageferry.pager.process import GuestPager
+from pageferry.pager.protocol import PagerRequest, PagerStatus
+from pageferry.pager.records import Deferred
 from pageferry.workloads.protocols import stays_paused
 from pageferry.workloads.qemu.guest import QemuWorkload
 
@@ -37,63 +36,6 @@ _POLL = 0.2
 
 _CLOSE_TIMEOUT = 0.3
 """Seconds for a pager of this process to end after an error."""
-
-
-class PagerProcess:
-    """The process that will serve a guest. It gets the open files of the image and of its parents, not their paths."""
-
-    def __init__(self, image: ImageFile) -> None:
-        descriptors = [link.image.fileno() for link in image.links]
-        paths = [str(link.path.absolute()) for link in image.links]
-        files = [f"{descriptor}:{path}" for descriptor, path in zip(descriptors, paths, strict=True)]
-        self._process = start_python(
-            "pageferry.checkpoints.pager_process",
-            *files,
-            pass_fds=descriptors,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
-
-    async def ready(self) -> None:
-        """Wait until it has the image open. Raises RestoreError, with its words, when it cannot."""
-        await in_thread(self._answer)
-
-    async def take_over(self, order: Order) -> None:
-        """Have it serve, after `ready`. Raises RestoreError, with its words, when it does not."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-            self._process.stdin.close()
-        await in_thread(self._answer)
-        for stream in (self._process.stdout, self._process.stderr):
-            assert stream is not None
-            stream.close()
-
-    def _answer(self) -> None:
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        line = self._process.stdout.readline()
-        if not line:
-            words = self._process.stderr.read().decode(errors="replace").strip()
-            raise RestoreError(f"the pager ended{': ' + words if words else ' without a word'}")
-        serving = msgspec.json.decode(line, type=Serving)
-        if serving.error is not None:
-            raise RestoreError(serving.error)
-
-    def give_up(self) -> None:
-        """There is nothing to serve. May be called twice."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
 
 
 async def restore_guest(
@@ -221,75 +163,11 @@ async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work:
         raise
 
 
-async def hand_over(first: GuestPager) -> PagerStatus:
-    """From our own pager to a process of its own. In between the guest waits, as after the death of a pager.
-
-    Returns what ours has done.
-    """
-    pager = PagerProcess(first.image)
-    name, serving = first.folder.name, True
-    try:
-        await pager.ready()
-        touched = first.pager.touched
-        last = first.server.status(touched=touched)
-        serving = False
-        await in_thread(first.close)
-        await pager.take_over(Order(name=name, touched=touched))
-    except asyncio.CancelledError:
-        pager.give_up()
-        raise
-    except RestoreError as error:
-        pager.give_up()
-        if serving:
-            await in_thread(first.close)  # or nobody could take over as long as we live
-        raise RestoreError(
-            f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
-        ) from error
-    return last
-
-
-async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
-    """Start another pager for a guest whose own has died; `path`: where the image is now.
-
-    Returns the progress of the restore. Raises UsageError when there is nothing to take over, RestoreError (another
-    image, or a failed pager), ImageError.
-    """
-    record = folder.load(deferred.RECORD, Deferred)
-    if record is None:
-        raise UsageError(f"{folder.name} is not being restored: all of its memory is there")
-    image = targets.open_expected(path if path is not None else record.image, record.identity, folder.name)
-    await _dismiss_failed(folder)
-    pager = PagerProcess(image)
-    try:
-        await pager.ready()
-        await pager.take_over(Order(name=folder.name))
-    except BaseException:
-        pager.give_up()
-        raise
-    return await in_thread(deferred.status, folder)
-
-
-async def _dismiss_failed(folder: Folder) -> None:
-    """A pager that is alive but cannot read its image is told to go."""
-    with contextlib.suppress(RestoreError):
-        status = await in_thread(deferred.status, folder)
-        if status is not None and status.failures:
-            await dismiss(folder, status)
-
-
-async def dismiss(folder: Folder, status: PagerStatus) -> None:
-    """Have the pager end that gave this status. Until another takes over, accesses to what is missing wait."""
-    started = proc.start_time(status.pager)
-    await in_thread(deferred.ask, folder, Ask(what="stop"))
-    if started is not None:
-        await processes.wait_for_end(status.pager, started)
-
-
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:
     """Wait until all memory has arrived; the result as of then. Raises RestoreError when the pager has died."""
     begun, known, finished = result, 0, False
     while not finished:
-        status = await in_thread(deferred.ask, folder, Ask(what="touched", first=known))
+        status = await in_thread(client.ask, folder, PagerRequest(what="touched", first=known))
         if status is None:
             status = _last_words(folder, known)
         if status is None:
@@ -314,12 +192,12 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
 
 def _last_words(folder: Folder, known: int) -> PagerStatus | None:
     """What the pager left when it had finished."""
-    status = folder.load(deferred.SUMMARY, PagerStatus)
+    status = folder.load(records.SUMMARY, PagerStatus)
     return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 
 
 def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Deferred:
-    regions = [deferred.record_of(region) for region in workload.regions]
+    regions = [records.record_of(region) for region in workload.regions]
     return Deferred(
         image=str(image.path.absolute()),
         identity=image.identity,

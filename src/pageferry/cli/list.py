@@ -13,9 +13,9 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.registry import AnyEntry, ArenaEntry, Folder, QemuEntry, Registry
 from pageferry.memory.regions import Region
 from pageferry.migration.ownership import committed
+from pageferry.pager import client
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
-from pageferry.workloads import deferred
 from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.qemu.guest import MAY_RUN, MIGRATED, QemuWorkload
 
@@ -78,7 +78,7 @@ def _without_memory(name: str, entry: AnyEntry, status: str) -> WorkloadInfo:
 async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
     """Return the description with the deferred memory of the workload."""
     try:
-        status = await in_thread(deferred.status, Folder(Registry(), info.name))
+        status = await in_thread(client.status, Folder(Registry(), info.name))
     except RestoreError as error:
         return msgspec.structs.replace(info, waiting=str(error))
     if status is None:

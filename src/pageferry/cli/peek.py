@@ -14,8 +14,8 @@ from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.memory.regions import SMALL_PAGE, Region
+from pageferry.pager import client
 from pageferry.printable import printable_json
-from pageferry.workloads import deferred
 from pageferry.workloads.open import open_workload
 
 MAX_LENGTH = 64 << 20
@@ -61,7 +61,7 @@ async def run(args: argparse.Namespace) -> int:
         if not 0 <= args.offset < args.offset + args.length <= region.length or args.length > MAX_LENGTH:
             raise UsageError(_range_error(args, region))
         first, end = args.offset // SMALL_PAGE, -(-(args.offset + args.length) // SMALL_PAGE)
-        deferred.ensure(Registry().folder(args.name), number, first, end - first)
+        client.ensure(Registry().folder(args.name), number, first, end - first)
         data = os.pread(region.fd, args.length, region.file_offset + args.offset)
     finally:
         workload.close()

@@ -6,11 +6,12 @@ import argparse
 import asyncio
 from logging import getLogger
 
-from pageferry.checkpoints.restore import completed, restore_guest, take_over
+from pageferry.checkpoints.restore import completed, restore_guest
 from pageferry.checkpoints.restore_events import RestoreResult
 from pageferry.cli.foreground import run_in_foreground
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
+from pageferry.pager.launcher import take_over
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.restore import RestoreView
 from pageferry.workloads.qemu.guest import QemuWorkload

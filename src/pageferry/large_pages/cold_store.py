@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pageferry._engine import PageSet, PageStore, Trace
-from pageferry.checkpoints.pager_process import GuestPager
-from pageferry.checkpoints.restore import dismiss, hand_over
 from pageferry.errors import (
     CheckpointError,
     NoSuchWorkload,
@@ -44,11 +42,13 @@ from pageferry.images.image import ImageFile, new_file
 from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.memory.view import Memory
-from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.deferred import Deferred, OwnImage
+from pageferry.pager import client, page_faults, records
+from pageferry.pager.launcher import dismiss, hand_over
+from pageferry.pager.page_faults import CannotHandleFaults
+from pageferry.pager.process import GuestPager
+from pageferry.pager.records import Deferred, OwnImage
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.page_faults import CannotHandleFaults
 from pageferry.workloads.protocols import Workload
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target
@@ -130,7 +130,7 @@ async def prepare(target: Target) -> None:
         await in_thread(page_faults.check, target.pids)
     except CannotHandleFaults as refused:
         raise UnsupportedError(f"cannot reclaim memory of {target.name} to a store: {refused}") from refused
-    record = folder.load(deferred.RECORD, Deferred)
+    record = folder.load(records.RECORD, Deferred)
     if record is None or record.cold is None:
         await settled(target.workload)
 
@@ -185,12 +185,12 @@ async def bring_back(target: Target) -> int:
         raise UsageError(f"{target.name} is no managed workload: nothing of it is in a store")
     folder = _folder(target.workload)
     with folder.exclusively("the end of reclaim"):
-        record = folder.load(deferred.RECORD, Deferred)
-        status = await in_thread(deferred.status, folder)
+        record = folder.load(records.RECORD, Deferred)
+        status = await in_thread(client.status, folder)
         if record is None or record.cold is None or status is None:
             raise UsageError(f"nothing of {folder.name} is in a store: there is nothing to undo")
         started = proc.start_time(status.pager)
-        await in_thread(deferred.settle, folder)
+        await in_thread(client.wait_complete, folder)
         if started is not None:  # it puts large pages together yet
             await processes.wait_for_end(status.pager, started)
         return status.deferred
@@ -200,7 +200,7 @@ async def bring_back(target: Target) -> int:
 
 
 def _check_descriptor(folder: Folder) -> None:
-    if deferred.is_handed_out(folder):
+    if records.is_handed_out(folder):
         raise UnsupportedError(
             f"{folder.name}: its program has taken the descriptor of its memory (`fileno()`), and a mapping made with "
             f"that would read zeros for what is in a store; --reclaim swap has no such limit"
@@ -216,8 +216,8 @@ def _folder(workload: Workload) -> Folder:
 
 async def _record(folder: Folder) -> Deferred | None:
     """What is in a store already. Its pager lives: whoever has waited for one should not wait for us."""
-    record = folder.load(deferred.RECORD, Deferred)
-    if record is not None and await in_thread(deferred.status, folder) is None:
+    record = folder.load(records.RECORD, Deferred)
+    if record is not None and await in_thread(client.status, folder) is None:
         return None  # everything has just come back
     return record
 
@@ -225,7 +225,7 @@ async def _record(folder: Folder) -> Deferred | None:
 def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
     """What a reclaim has left that was killed before anything was in its store only."""
     if record is None:
-        (folder.path / deferred.FLAGS).unlink(missing_ok=True)
+        (folder.path / records.FLAGS).unlink(missing_ok=True)
     needed = {own.path for own in record.own} if record is not None else set()
     created = re.compile(rf"{re.escape(folder.name)}\.cold-[0-9a-f]{{8}}\.img")
     for path in folder.path.iterdir():
@@ -347,7 +347,7 @@ async def _let_go(
     work = _work(workload, image, plan.units, record)
     if work.qmp_socket is None:
         _keep_from_children(target, work)
-    status = await in_thread(deferred.status, folder) if record is not None else None
+    status = await in_thread(client.status, folder) if record is not None else None
     if status is not None:
         await dismiss(folder, status)
     pager = await in_thread(GuestPager, image, folder, work, record is not None, evicting=True)
@@ -383,7 +383,7 @@ async def _batches(
     for number, (unit, _) in enumerate(_segments(workload, plan.units)):
         numbers[unit].append(number)
     units, written, size = plan.units, memory.page_sets(), FIRST_BATCH
-    while units and not deferred.is_handed_out(folder):
+    while units and not records.is_handed_out(folder):
         batch, units = units[:size], units[size:]
         await workload.prepare_pause()
         begin = time.monotonic()
@@ -432,7 +432,7 @@ def _work(workload: Workload, image: ImageFile, units: Sequence[Unit], record: D
         identity=created.identity,
         own=[*(record.own if record is not None else []), created],
         qmp_socket=getattr(workload, "qmp_socket", None),
-        regions=[deferred.record_of(region) for region in workload.regions],
+        regions=[records.record_of(region) for region in workload.regions],
         userfaults=record.userfaults if record is not None else {},
         prefetch=False,
         eager=False,

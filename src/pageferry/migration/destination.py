@@ -42,9 +42,9 @@ from pageferry.migration.missing import MissingPages
 from pageferry.migration.native import off_loop, to_the_end, within_grace
 from pageferry.migration.ownership import Verdict, Verdicts
 from pageferry.migration.postcopy_destination import LateMemory
-from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.deferred import Arriving
-from pageferry.workloads.page_faults import CannotHandleFaults
+from pageferry.pager import page_faults, records
+from pageferry.pager.page_faults import CannotHandleFaults
+from pageferry.pager.records import PostcopyRecord
 from pageferry.workloads.protocols import Faults, Workload, stays_paused
 
 log = getLogger(__name__)
@@ -224,10 +224,10 @@ class Destination:
             raise ProtocolError("the source announced pre-copy, and keeps pages back")
         await off_loop(lambda: self.placer.finish(False))
         room.check_space(self.memory.regions, self.missing.sets)
-        record = Arriving(
+        record = PostcopyRecord(
             migration=hello.migration,
             source=hello.name,
-            regions=[deferred.record_of(region) for region in self.memory.regions],
+            regions=[records.record_of(region) for region in self.memory.regions],
             large=[messages.pack_units(units) for units in self.large],
             userfaults={},
         )

@@ -2,7 +2,7 @@
 source.
 
 A deferred bitmap marks the missing pages. An access to one waits, the pager requests the page, and the source pushes
-all others. The bitmap and the workload's userfaultfd outlive this process (`workloads.deferred`), so that another one
+all others. The bitmap and the workload's userfaultfd outlive this process (`pager.records`), so that another one
 can take over if it is killed: see `Resumption`. While there is no link, the workload waits; it never reads wrong
 contents.
 """
@@ -36,9 +36,9 @@ from pageferry.migration.connection import PageStream, Reception
 from pageferry.migration.missing import send_missing
 from pageferry.migration.native import off_loop
 from pageferry.migration.ownership import Verdicts
-from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.deferred import Arriving
-from pageferry.workloads.pager_server import PagerServer
+from pageferry.pager import page_faults, records
+from pageferry.pager.records import PostcopyRecord
+from pageferry.pager.server import PagerServer
 
 log = getLogger(__name__)
 
@@ -55,7 +55,7 @@ class LateMemory:
 
     def __init__(
         self,
-        record: Arriving,
+        record: PostcopyRecord,
         regions: Sequence[Region],
         folder: Folder | None,
         verdicts: Verdicts,
@@ -97,12 +97,12 @@ class LateMemory:
         self._channel = channel
         self._linked.set()
         pages = sum(region.length for region in self.regions) // SMALL_PAGE
-        self._flags = deferred.create_flags(self.folder, Pager.flags_length(pages))
+        self._flags = records.create_flags(self.folder, Pager.flags_length(pages))
         Pager.set_flags(self._flags, missing)
         await off_loop(lambda: self._start(late, missing))
         if self.folder is not None:
             # Only now: a bitmap without a pager that has set it means that all pages are present.
-            self.folder.store(deferred.POSTCOPY, self.record, synced=False)
+            self.folder.store(records.POSTCOPY, self.record, synced=False)
         self._serve_questions()
 
     def _start(self, late: Sequence[PageStream], missing: Sequence[PageSet] | None) -> None:
@@ -144,7 +144,7 @@ class LateMemory:
     def _serve_questions(self) -> None:
         if self.folder is not None:
             assert self.pager is not None
-            path = self.folder.socket_path(deferred.SOCKET)
+            path = self.folder.socket_path(records.SOCKET)
             extents = [(region.name, region.length) for region in self.regions]
             self._server = PagerServer(path, self.pager, f"the source of {self.record.source}", extents)
 
@@ -254,12 +254,12 @@ class LateMemory:
         await in_thread(self._release)
         # The workload may have been migrated further, and its name be in use by another one.
         if self.folder is not None and self._is_recorded(self.folder):
-            self.folder.forget(deferred.POSTCOPY)
-            (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
+            self.folder.forget(records.POSTCOPY)
+            (self.folder.path / records.FLAGS).unlink(missing_ok=True)
         self.close()
 
     def _is_recorded(self, folder: Folder) -> bool:
-        record = folder.load(deferred.POSTCOPY, Arriving)
+        record = folder.load(records.POSTCOPY, PostcopyRecord)
         return record is not None and record.migration == self.record.migration
 
     def _release(self) -> None:
@@ -317,14 +317,14 @@ class Resumption:
     def __init__(
         self, folder: Folder, reception: Reception, verdicts: Verdicts, timeout: float, listener: Listener
     ) -> None:
-        record = folder.load(deferred.POSTCOPY, Arriving)
+        record = folder.load(records.POSTCOPY, PostcopyRecord)
         if record is None:
             raise UsageError(f"{folder.name} waits for no migration: its memory is all there, or comes from an image")
         for failure in join_groups_of(record.regions[0].segments[0].pid):
             log.info("%s: memory is charged to the group of this receiver: %s", folder.name, failure)
-        regions = [deferred.open_region(one) for one in record.regions]
+        regions = [records.open_region(one) for one in record.regions]
         pages = sum(region.length for region in regions) // SMALL_PAGE
-        flags = deferred.open_flags(folder, Pager.flags_length(pages))
+        flags = records.open_flags(folder, Pager.flags_length(pages))
         self.late = LateMemory(record, regions, folder, verdicts, timeout, listener, flags)
         self.attendant = Attendant(reception, verdicts)
         self.attendant.arrivals = self.late

@@ -13,11 +13,11 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
 from pageferry.host.meminfo import available
 from pageferry.host.registry import Registry
+from pageferry.pager import records
+from pageferry.pager.records import Deferred
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import Options, look
-from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Deferred
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.settling import settled
 from pageferry.workloads.targets import Target, open_target
@@ -91,7 +91,7 @@ async def _complete(target: Target) -> None:
     """Have all of it in memory that comes by itself; what is in a cold store stays there."""
     if target.workload is not None:
         folder = folder_of(target.workload)
-        record = folder.load(deferred.RECORD, Deferred) if folder is not None else None
+        record = folder.load(records.RECORD, Deferred) if folder is not None else None
         if record is None or record.cold is None:
             await settled(target.workload, traces=False)
 

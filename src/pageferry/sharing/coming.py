@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pageferry._engine import Pager, PagerFlags
 from pageferry.images import targets
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads import deferred
+from pageferry.pager import client
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.protocols import Workload
 
@@ -36,7 +36,7 @@ def look(workload: Workload) -> Coming | None:
     the image cannot be opened.
     """
     folder = folder_of(workload)
-    found = deferred.coming(folder) if folder is not None else None
+    found = client.deferred_bits(folder) if folder is not None else None
     if found is None:
         return None
     descriptor, source = found

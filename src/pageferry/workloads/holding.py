@@ -22,8 +22,9 @@ from pageferry.errors import ImageError, RestoreError, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder
 from pageferry.memory.view import Memory
-from pageferry.workloads import deferred
-from pageferry.workloads.deferred import Ask, Deferred, HoldGiven, PagerStatus
+from pageferry.pager import client, records
+from pageferry.pager.protocol import HoldGiven, PagerRequest, PagerStatus
+from pageferry.pager.records import Deferred
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.process import ProcessMemory
@@ -82,14 +83,14 @@ def _held(workload: Workload) -> Hold | None:
     if isinstance(workload, LocalWorkload) and workload.pager is not None:
         return _held_here(workload.name, workload.pager)
     folder = folder_of(workload)
-    if folder is None or not deferred.is_restoring(folder):
+    if folder is None or not records.is_restoring(folder):
         return None
-    record = folder.load(deferred.RECORD, Deferred)
+    record = folder.load(records.RECORD, Deferred)
     if record is not None and record.cold is not None:
         return None
     line = _connected(folder)
     try:
-        given = line.ask(Ask(what="hold"), HoldGiven)
+        given = line.ask(PagerRequest(what="hold"), HoldGiven)
         if given.busy:
             raise _busy(folder.name)
         if given.userfaults is None:
@@ -150,11 +151,11 @@ class _PagerElsewhere:
                 self.userfaults[pid] = space.descriptor(number)
         except OSError as gone:
             self._close()
-            raise deferred.gone(line.folder, gone) from gone
+            raise client.gone(line.folder, gone) from gone
 
     def ensure(self, region: int, first: int, count: int) -> None:
         """As of `Hold`."""
-        self._line.ask(Ask(what="ensure", region=region, first=first, count=count), PagerStatus)
+        self._line.ask(PagerRequest(what="ensure", region=region, first=first, count=count), PagerStatus)
 
     def cancel(self) -> None:
         """As of `Hold`."""
@@ -163,7 +164,7 @@ class _PagerElsewhere:
     def release(self) -> None:
         """As of `Hold`."""
         with contextlib.suppress(RestoreError, ImageError):  # it has ended, with its workload
-            self._line.ask(Ask(what="release"), PagerStatus)
+            self._line.ask(PagerRequest(what="release"), PagerStatus)
         self._close()
 
     def _close(self) -> None:
@@ -180,7 +181,7 @@ class _Line:
         self._connection = connection
         self._answers = connection.makefile("rb")
 
-    def ask(self, question: Ask, kind: type[Answer]) -> Answer:
+    def ask(self, question: PagerRequest, kind: type[Answer]) -> Answer:
         """Raises RestoreError, ImageError."""
         try:
             self._connection.sendall(msgspec.json.encode(question) + b"\n")
@@ -189,9 +190,9 @@ class _Line:
                 raise ConnectionResetError("it hung up")
             answer = msgspec.json.decode(line, type=kind)
         except (OSError, ValueError) as failed:
-            raise deferred.gone(self.folder, failed) from failed
+            raise client.gone(self.folder, failed) from failed
         if isinstance(answer, PagerStatus):
-            deferred.check(answer)
+            client.check(answer)
         return answer
 
     def cut(self) -> None:
@@ -211,11 +212,11 @@ def _connected(folder: Folder) -> _Line:
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(str(folder.path / deferred.SOCKET))
+            connection.connect(str(folder.path / records.SOCKET))
         except OSError as failed:
             connection.close()
             if time.monotonic() > deadline:
-                raise deferred.gone(folder, failed) from failed
+                raise client.gone(folder, failed) from failed
             time.sleep(0.02)
         else:
             return _Line(folder, connection)

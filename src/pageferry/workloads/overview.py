@@ -17,7 +17,7 @@ from pageferry.host import jobs, smaps
 from pageferry.host.jobs import Job
 from pageferry.host.meminfo import meminfo
 from pageferry.host.registry import AnyEntry, Folder, QemuEntry, Registry
-from pageferry.workloads import deferred
+from pageferry.pager import client
 
 _LARGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
 
@@ -94,7 +94,7 @@ def _look(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | No
     folder = Folder(registry, name)
     left, waiting = 0, None
     try:
-        if (status := deferred.status(folder)) is not None:
+        if (status := client.status(folder)) is not None:
             left, waiting = status.deferred, status.waiting
     except RestoreError as error:
         waiting = str(error)

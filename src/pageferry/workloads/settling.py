@@ -9,7 +9,8 @@ from pageferry._engine import Pager
 from pageferry.errors import ImageError, RestoreError
 from pageferry.host.blocking import in_thread
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads import deferred, following
+from pageferry.pager import client, records
+from pageferry.workloads import following
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.protocols import Workload
@@ -27,8 +28,8 @@ async def settled(workload: Workload, *, traces: bool = True) -> None:
         await in_thread(bring_all, pager, length)
     else:
         folder = folder_of(workload)
-        if folder is not None and deferred.is_restoring(folder):
-            await in_thread(deferred.settle, folder)
+        if folder is not None and records.is_restoring(folder):
+            await in_thread(client.wait_complete, folder)
     if traces:
         await in_thread(following.forget, workload)
 

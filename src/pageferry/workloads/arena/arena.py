@@ -17,7 +17,8 @@ from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host import registry
 from pageferry.host.blocking import program_loop
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
-from pageferry.workloads import callbacks, deferred
+from pageferry.pager import client, records
+from pageferry.workloads import callbacks
 from pageferry.workloads.arena.arguments import MAX_ARENA, arena_size, check_arena
 from pageferry.workloads.arena.control import ArenaControl
 from pageferry.workloads.arena.name import NamedArena, bring_back
@@ -220,7 +221,7 @@ class Arena(_engine.Mapping):
         if not self._handed_out:
             # The mark comes first: a store that is being filled looks at it before each page that leaves memory.
             if self._folder is not None:
-                deferred.mark_handed_out(self._folder)
+                records.mark_handed_out(self._folder)
                 bring_back(self._folder)
             if self.pager is not None:
                 bring_all(self.pager, self.length)
@@ -229,10 +230,10 @@ class Arena(_engine.Mapping):
 
     def pagers(self) -> list[int]:
         """Processes of pageferry that bring contents of the memory from a store."""
-        if self._folder is None or not (self._folder.path / deferred.RECORD).exists():
+        if self._folder is None or not (self._folder.path / records.RECORD).exists():
             return []
         with contextlib.suppress(RestoreError):  # it has been killed: what needs it reports that
-            status = deferred.status(self._folder)
+            status = client.status(self._folder)
             return [] if status is None else [status.pager]
         return []
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pageferry.errors import ImageError, RestoreError
 from pageferry.host import registry
 from pageferry.host.blocking import interruptible
-from pageferry.workloads import deferred
+from pageferry.pager import client, records
 from pageferry.workloads.arena.control_socket.server import ControlServer
 from pageferry.workloads.following import note_forks
 
@@ -37,7 +37,7 @@ class NamedArena:
         server: ControlServer | None = None
         try:
             if arena.handed_out:
-                deferred.mark_handed_out(folder)
+                records.mark_handed_out(folder)
             path = folder.socket_path("control.sock")
             self._server = server = ControlServer(arena, path, self._stopped)
             folder.publish(registry.ArenaEntry(**registry.identify(os.getpid()), control_socket=path))
@@ -96,7 +96,7 @@ def bring_back(folder: registry.Folder) -> None:
 
     Raises RestoreError when the pager has exited, ImageError when the store cannot be read.
     """
-    if (folder.path / deferred.RECORD).exists():
-        interruptible(lambda: deferred.settle(folder))
-        while (folder.path / deferred.RECORD).exists():  # the pager removes it last
+    if (folder.path / records.RECORD).exists():
+        interruptible(lambda: client.wait_complete(folder))
+        while (folder.path / records.RECORD).exists():  # the pager removes it last
             time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""The side of a pager that answers questions: see `workloads.deferred`."""
+"""Server of a pager: replies to the requests of `pager.protocol`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pageferry._engine import Pager
 from pageferry.host import files
 from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.workloads.deferred import MOST_TOUCHED, Ask, HoldGiven, PagerStatus
+from pageferry.pager.protocol import MAX_TOUCHED, HoldGiven, PagerRequest, PagerStatus
 
 Failure = tuple[int, int, bool, str]
 """As in `Pager.failures`."""
@@ -148,7 +148,7 @@ class PagerServer:
 
     def _answer(self, line: bytes, hold: _Hold) -> PagerStatus | HoldGiven:
         try:
-            question = msgspec.json.decode(line, type=Ask)
+            question = msgspec.json.decode(line, type=PagerRequest)
             if question.what == "hold":
                 return hold.give(len(self.regions))
             if question.what == "release":
@@ -157,7 +157,7 @@ class PagerServer:
         except (ValueError, OSError) as error:
             return self.status(f"{self.origin}: {error}")
 
-    def _do(self, question: Ask) -> PagerStatus:
+    def _do(self, question: PagerRequest) -> PagerStatus:
         if self.paused is not None and question.what in ("ensure", "settle"):
             return self.status(f"contents that are still to come from {self.origin} cannot be had: {self.paused}")
         match question.what:
@@ -169,7 +169,7 @@ class PagerServer:
                 while not self.pager.wait(1.0, len(self.pager.failures)):
                     pass
             case "touched":
-                return self.status(touched=self.pager.touched[question.first :][:MOST_TOUCHED])
+                return self.status(touched=self.pager.touched[question.first :][:MAX_TOUCHED])
             case "stop":
                 self.asked_to_stop.set()
             case "status" | "hold" | "release":

@@ -32,10 +32,10 @@ from pageferry.images import targets
 from pageferry.images.image import ImageFile, open_link
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
+from pageferry.pager import page_faults, records
+from pageferry.pager.records import Deferred, OwnImage
+from pageferry.pager.server import PagerServer
 from pageferry.printable import PrintableFormatter
-from pageferry.workloads import deferred, page_faults
-from pageferry.workloads.deferred import Deferred, OwnImage
-from pageferry.workloads.pager_server import PagerServer
 
 log = logging.getLogger("pageferry.checkpoints.pager")
 
@@ -76,14 +76,14 @@ class GuestPager:
     ) -> None:
         self.image = image
         self.folder = folder
-        self.regions = [deferred.open_region(record) for record in work.regions]
+        self.regions = [records.open_region(record) for record in work.regions]
         self.spaces = page_faults.open_spaces(segment.pid for region in self.regions for segment in region.segments)
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         length = Pager.flags_length(image.pages)
         self.work = work
         ours = self._taken_over() if taken_over else self._adopt()
         try:
-            self.flags = deferred.open_flags(folder, length) if taken_over else deferred.create_flags(folder, length)
+            self.flags = records.open_flags(folder, length) if taken_over else records.create_flags(folder, length)
             self.working_set = WorkingSet(image)
             self.touched: list[int] = []
             self.pager = self._begin(ours, taken_over, evicting)
@@ -97,8 +97,8 @@ class GuestPager:
         fault_point("pager.registered")
         # Only now: flags without a pager that has set them say that everything is there. The guest waits for this, and
         # does not outlive the machine.
-        folder.store(deferred.RECORD, self.work, synced=False)
-        socket_path = folder.socket_path(deferred.SOCKET)
+        folder.store(records.RECORD, self.work, synced=False)
+        socket_path = folder.socket_path(records.SOCKET)
         self.server = PagerServer(
             socket_path, self.pager, str(image.path), targets.extents(image), identity=image.identity
         )
@@ -172,7 +172,7 @@ class GuestPager:
     def _complain(self, failure: tuple[int, int, bool, str]) -> None:
         log.error("%s: %s", self.folder.name, self.server.describe(failure))
         if failure[2] and self.work.qmp_socket is not None:
-            from pageferry.checkpoints.pager_alarm import stop_guest
+            from pageferry.pager.alarm import stop_guest
 
             paused = stop_guest(self.work.qmp_socket)
             log.error(
@@ -187,11 +187,11 @@ class GuestPager:
         else:
             self._make_large()
         status = self.server.status(touched=self.pager.touched[:_MOST_KEPT])
-        self.folder.store(deferred.SUMMARY, status)  # before the record goes: who misses that looks for this
+        self.folder.store(records.SUMMARY, status)  # before the record goes: who misses that looks for this
         # The record before the descriptors: with it, but without them, no other pager could take over.
-        self.folder.forget(deferred.RECORD)
+        self.folder.forget(records.RECORD)
         fault_point("pager.forgotten")
-        (self.folder.path / deferred.FLAGS).unlink(missing_ok=True)
+        (self.folder.path / records.FLAGS).unlink(missing_ok=True)
         for pid, number in self.work.userfaults.items():
             with contextlib.suppress(OSError):
                 self.spaces[pid].call(_SYS_CLOSE, number)
@@ -234,7 +234,7 @@ class GuestPager:
 
 def _take_over(image: ImageFile, order: Order) -> GuestPager:
     folder = Registry().folder(order.name)
-    work = folder.load(deferred.RECORD, Deferred)
+    work = folder.load(records.RECORD, Deferred)
     if work is None:
         raise UsageError(f"{order.name} is not being restored: all of its memory is there")
     targets.check_identity(image, work.identity, order.name)
@@ -257,7 +257,7 @@ def _image(files: Sequence[str]) -> ImageFile:
 
 def _log_to(folder: Folder) -> None:
     """From here on nobody reads our standard error."""
-    descriptor = files.open_private(folder.path / deferred.LOG, os.O_WRONLY | os.O_APPEND)
+    descriptor = files.open_private(folder.path / records.LOG, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 

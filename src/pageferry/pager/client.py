@@ -1,0 +1,126 @@
+"""Client of a pager (S8).
+
+A reader of memory that bypasses the page tables of its workload calls `ensure` first. A migration or a checkpoint
+installs traces on those page tables, and borrows the userfaultfd of the pager for that: see `workloads.holding`. A
+caller that needs the page tables for itself calls `wait_complete`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import msgspec
+
+from pageferry.errors import ImageError, RestoreError
+from pageferry.host.registry import Folder
+from pageferry.images.metadata import ImageIdentity
+from pageferry.pager.protocol import PagerRequest, PagerStatus
+from pageferry.pager.records import FLAGS, POSTCOPY, RECORD, SOCKET, Deferred, is_restoring
+
+_TIMEOUT = 5.0
+"""Seconds for an answer that takes no reading."""
+
+_HANDOVER = 1.0
+"""Seconds within which one pager goes on for another."""
+
+
+def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
+    """The pager's answer; None where there is no restore under way.
+
+    Raises RestoreError when there is one and nobody answers, ImageError when the image cannot be read.
+    """
+    if not is_restoring(folder):
+        return None
+    deadline = time.monotonic() + _HANDOVER
+    while True:
+        try:
+            status = _exchange(folder.path / SOCKET, question, timeout)
+            break
+        except (OSError, msgspec.MsgspecError) as failed:
+            if not is_restoring(folder):  # it has just been finished
+                return None
+            if time.monotonic() > deadline:
+                if _is_over(folder, failed):
+                    (folder.path / SOCKET).unlink(missing_ok=True)  # so that the next one need not wait
+                    return None
+                raise gone(folder, failed) from failed
+        time.sleep(0.02)
+    check(status)
+    return status
+
+
+def check(status: PagerStatus) -> None:
+    """Raises what the pager has to say of what it could not do: RestoreError, ImageError."""
+    if status.error is not None:
+        raise RestoreError(status.error) if status.paused is not None else ImageError(status.error)
+
+
+def gone(folder: Folder, failed: Exception) -> RestoreError:
+    """What is to be said when a pager does not answer."""
+    return RestoreError(
+        f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from "
+        f"{_next_pager(folder)} starts another pager"
+    )
+
+
+def _is_over(folder: Folder, failed: Exception) -> bool:
+    """Whether a pager died with nothing left to do: it takes its record away first, then its socket."""
+    recorded = any((folder.path / name).exists() for name in (RECORD, POSTCOPY))
+    return isinstance(failed, ConnectionRefusedError) and not recorded
+
+
+def status(folder: Folder) -> PagerStatus | None:
+    """How far the restore of a workload is; None where there is none under way. Raises RestoreError."""
+    return ask(folder, PagerRequest(what="status"))
+
+
+def deferred_bits(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None] | None:
+    """Return the deferred bits of a workload, and the image that holds those pages; None where no page is deferred.
+
+    The bits are a descriptor, the caller's to close. The image is None where none is known: contents of another host,
+    or of a cold store, which are loaded on demand only. Raises RestoreError.
+    """
+    record = folder.load(RECORD, Deferred)
+    image = (record.image, record.identity) if record is not None and record.cold is None else None
+    path = str(folder.path / FLAGS)
+    if record is None and not (folder.path / POSTCOPY).exists():
+        answer = status(folder)
+        if answer is None or not answer.flags:
+            return None
+        image = (answer.image, answer.identity) if answer.identity is not None else None
+        path = answer.flags
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC), image
+    except FileNotFoundError:  # it has just been finished
+        return None
+
+
+def ensure(folder: Folder, region: int, first: int, count: int) -> None:
+    """Have pages of a region in memory, for who reads them there. Raises RestoreError, ImageError."""
+    ask(folder, PagerRequest(what="ensure", region=region, first=first, count=count), None)
+
+
+def wait_complete(folder: Folder) -> None:
+    """Have everything in memory, and the workload's page tables to oneself. Raises RestoreError, ImageError."""
+    ask(folder, PagerRequest(what="settle"), None)
+
+
+def _next_pager(folder: Folder) -> str:
+    if (folder.path / POSTCOPY).exists():
+        return f"another host; `pageferry receive --resume {folder.name}`"
+    return f"an image; `pageferry restore --takeover {folder.name}`"
+
+
+def _exchange(path: Path, question: PagerRequest, timeout: float | None) -> PagerStatus:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout)
+        connection.connect(str(path))
+        connection.sendall(msgspec.json.encode(question) + b"\n")
+        with connection.makefile("rb") as answers:
+            line = answers.readline()
+    if not line:
+        raise ConnectionResetError("it hung up")
+    return msgspec.json.decode(line, type=PagerStatus)
