@@ -30,7 +30,7 @@ from pageferry._engine import (
     Placer,
     Space,
 )
-from pageferry.migration import room
+from pageferry.migration import preallocate
 from pageferry.workloads.arena.arena import memory_file
 
 FULL, SMALL = 512 << 20, 32 << 20
@@ -64,7 +64,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
         source, ours = Mapping(there, length), Mapping(here, length)
         large = source.large_units()
         # What a destination does before the source pauses.
-        asyncio.run(room.allocate(Placer([(ours, SMALL_PAGE, large)], []), [large]))
+        asyncio.run(preallocate.allocate(Placer([(ours, SMALL_PAGE, large)], []), [large]))
         server = PageServer([source], [missing], links[0][0], links[0][1:], "none", bandwidth=bandwidth or 0)
         server.start()
         userfault, _ = Space(process.pid).missing_faults(discards=True)

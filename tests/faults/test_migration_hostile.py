@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from pageferry.host.registry import Registry
-from pageferry.migration import messages
 from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.transport import messages
 from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
 from tests.kernel.moving import MIB

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from pageferry.errors import MigrationError
-from pageferry.migration import messages
-from pageferry.migration.addresses import resolve
-from pageferry.migration.connection import connect_control, connect_streams
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.addresses import resolve
+from pageferry.migration.transport.connection import connect_control, connect_streams
+from pageferry.migration.transport.tls import Trust
 from pageferry.workloads.lifecycle import Status
 from tests.certificates import Authority, hosts
 from tests.kernel import moving

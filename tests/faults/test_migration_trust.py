@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from pageferry.errors import ConnectionLost, PeerRefused
-from pageferry.migration import messages
-from pageferry.migration.addresses import Address, resolve
-from pageferry.migration.channel import Channel
-from pageferry.migration.connection import PageStream, connect_control, connect_stream
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.addresses import Address, resolve
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import PageStream, connect_control, connect_stream
+from pageferry.migration.transport.tls import Trust
 from pageferry.workloads.lifecycle import Status
 from tests.certificates import CLIENT, DAY, SERVER, Authority, hosts
 from tests.kernel import moving

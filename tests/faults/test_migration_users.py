@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pageferry.errors import ConnectionLost, UsageError
-from pageferry.migration import messages
-from pageferry.migration.addresses import Address, resolve
-from pageferry.migration.connection import Reception, connect_control
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.addresses import Address, resolve
+from pageferry.migration.transport.connection import Reception, connect_control
 from tests.kernel import moving, users
 
 pytestmark = pytest.mark.usefixtures("root")
@@ -236,7 +236,7 @@ def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None
 
 def test_closed_connection_has_no_user(folder: Path) -> None:
     """A socket in TIME_WAIT has no owner, and must not count as root's."""
-    from pageferry.migration.peer_users import check_peer
+    from pageferry.migration.transport.peer_users import check_peer
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import msgspec
 
-from pageferry.migration import messages
+from pageferry.migration.transport import messages
 from tests.kernel.moving import MIB
 from tests.kernel.programs import DEADLINE
 

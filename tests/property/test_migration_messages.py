@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pageferry.errors import ProtocolError
-from pageferry.migration import messages
-from pageferry.migration.messages import AnyMessage, Message
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.messages import AnyMessage, Message
 
 KINDS: list[type[Message]] = list(get_args(AnyMessage))
 

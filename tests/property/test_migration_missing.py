@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pageferry._engine import PageSet
 from pageferry.errors import ProtocolError
-from pageferry.migration import missing
-from pageferry.migration.channel import Channel
-from pageferry.migration.messages import MISSING_CHUNK, Missing
-from pageferry.migration.missing import MissingPages
+from pageferry.migration import missing_pages
+from pageferry.migration.missing_pages import MissingPages
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.messages import MISSING_CHUNK, Missing
 
 regions = st.lists(
     st.integers(1, 5000).flatmap(
@@ -46,7 +46,7 @@ class Recorder:
 
 def said(sets: list[PageSet]) -> list[Missing]:
     recorder = Recorder()
-    asyncio.run(missing.send_missing(cast("Channel", recorder), sets))
+    asyncio.run(missing_pages.send_missing(cast("Channel", recorder), sets))
     return recorder.sent
 
 

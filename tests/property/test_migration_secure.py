@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pageferry.errors import AuthenticationError, ConnectionLost, MigrationError, ProtocolError
-from pageferry.migration import messages
-from pageferry.migration.channel import Channel
-from pageferry.migration.messages import AnyMessage, Message
-from pageferry.migration.secure import SecureStream
-from pageferry.migration.trust import ControlSession, Trust
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.messages import AnyMessage, Message
+from pageferry.migration.transport.tls import ControlSession, SecureStream, Trust
 from tests.certificates import hosts
 from tests.property.test_migration_messages import everything
 

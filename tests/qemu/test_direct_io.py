@@ -20,7 +20,7 @@ import pageferry
 from pageferry.checkpoints.events import CheckpointResult
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
-from pageferry.migration import switch
+from pageferry.migration import switchover_request
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest import reader, travel
 from tests.guest.machines import GuestParts
@@ -180,7 +180,7 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: Gues
             migration.process.send_signal(signal.SIGCONT)
             moving.until(migration, "round")
             time.sleep(0.5)
-            switch.request(Registry().folder("here"))
+            switchover_request.request(Registry().folder("here"))
             disk.answer()
             finish(migration, there)
             assert guest.verify("there") == "fresh"

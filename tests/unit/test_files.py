@@ -50,7 +50,7 @@ OTHERS = {
     "cli/main.py": "/dev/null",
     "pager/process.py": "a descriptor",
     "large_pages/tracking.py": "/proc",
-    "migration/sockets.py": "sockets of the network",
+    "migration/transport/sockets.py": "sockets of the network",
     "host/files.py": "the one that opens",
     "host/registry.py": "its own folders, to sync them",
     "migration/ownership.py": "a descriptor, its own folder, and a record in it",

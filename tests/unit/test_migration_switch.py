@@ -10,8 +10,8 @@ import pytest
 from pageferry.errors import UsageError
 from pageferry.host import proc
 from pageferry.host.registry import Folder, Registry
-from pageferry.migration import switch
-from pageferry.migration.switch import RECORD, Switch
+from pageferry.migration import switchover_request
+from pageferry.migration.switchover_request import RECORD, Switch
 
 
 @pytest.fixture
@@ -20,19 +20,19 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_a_request_is_heard_while_somebody_listens(folder: Folder) -> None:
-    with switch.listening(folder):
-        assert not switch.requested(folder)
-        switch.request(folder)
-        assert switch.requested(folder)
-    assert not switch.requested(folder)
+    with switchover_request.listening(folder):
+        assert not switchover_request.requested(folder)
+        switchover_request.request(folder)
+        assert switchover_request.requested(folder)
+    assert not switchover_request.requested(folder)
     # One that was heard does not hold for the next migration.
-    with switch.listening(folder):
-        assert not switch.requested(folder)
+    with switchover_request.listening(folder):
+        assert not switchover_request.requested(folder)
 
 
 def test_nobody_listens(folder: Folder) -> None:
     with pytest.raises(UsageError, match="hybrid"):
-        switch.request(folder)
+        switchover_request.request(folder)
 
 
 def test_one_that_was_killed_does_not_listen(folder: Folder) -> None:
@@ -40,4 +40,4 @@ def test_one_that_was_killed_does_not_listen(folder: Folder) -> None:
     assert started is not None
     folder.store(RECORD, Switch(pid=os.getpid(), started=started + 1))
     with pytest.raises(UsageError, match="hybrid"):
-        switch.request(folder)
+        switchover_request.request(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import pageferry
 from pageferry.cli.logs import configure_logging
 from pageferry.cli.main import main
 from pageferry.errors import PageferryError, PeerRefused, UsageError, WorkloadError
@@ -200,9 +201,8 @@ def _text(console: Any) -> str:
 
 def _kinds(base: type[Any]) -> list[type[Any]]:
     """All classes of the package that derive from one."""
-    for package in ("report", "cli", "migration", "checkpoints", "large_pages", "sharing"):
-        root = importlib.import_module(f"pageferry.{package}")
-        for module in pkgutil.iter_modules(root.__path__, f"pageferry.{package}."):
+    for module in pkgutil.walk_packages(pageferry.__path__, "pageferry."):
+        if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     found: list[type[Any]] = []
     waiting = list(base.__subclasses__())

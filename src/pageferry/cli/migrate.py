@@ -9,9 +9,9 @@ from pageferry.cli.arguments import integer, milliseconds, rate, seconds
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.registry import Registry
-from pageferry.migration import api, switch
-from pageferry.migration.messages import Owner
+from pageferry.migration import api, switchover_request
 from pageferry.migration.options import Options
+from pageferry.migration.transport.messages import Owner
 from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.open import open_workload
@@ -176,7 +176,7 @@ async def run(args: argparse.Namespace) -> int:
     """Migrate the workload, recover it, take it back, or switch a running migration to post-copy."""
     Options(**options_of(args))  # type: ignore[arg-type]  # checked before anything happens
     if args.switch:
-        switch.request(Registry().folder(args.name))
+        switchover_request.request(Registry().folder(args.name))
         return 0
     workload = await open_workload(args.name)
     folder = Registry().folder(args.name)

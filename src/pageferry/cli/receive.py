@@ -17,12 +17,13 @@ from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageEr
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Registry
-from pageferry.migration import api, events, messages
-from pageferry.migration.connection import Reception
+from pageferry.migration import api, events
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.options import Options, timeout
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.connection import Reception
 from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView

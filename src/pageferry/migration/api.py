@@ -24,19 +24,19 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread
 from pageferry.host.meminfo import meminfo
 from pageferry.host.registry import Registry
-from pageferry.migration import messages, peer_users
-from pageferry.migration.addresses import Address, resolve
-from pageferry.migration.channel import Channel
-from pageferry.migration.connection import Reception, connect_control
 from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
-from pageferry.migration.messages import Owner
 from pageferry.migration.options import Options
 from pageferry.migration.options import timeout as options_timeout
 from pageferry.migration.ownership import RECORD, Committed, Verdicts, committed
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.source import Source
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport import messages, peer_users
+from pageferry.migration.transport.addresses import Address, resolve
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import Reception, connect_control
+from pageferry.migration.transport.messages import Owner
+from pageferry.migration.transport.tls import Trust
 from pageferry.workloads import following
 from pageferry.workloads.arena.arena import Arena, State
 from pageferry.workloads.arena.arguments import MAX_ARENA, check_arena

@@ -34,14 +34,15 @@ from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.memory.view import Memory
-from pageferry.migration import messages, room
-from pageferry.migration.attendant import Attendant
-from pageferry.migration.channel import Channel
-from pageferry.migration.connection import PageStream, Reception
-from pageferry.migration.missing import MissingPages
-from pageferry.migration.native import off_loop, to_the_end, within_grace
+from pageferry.migration import preallocate
+from pageferry.migration.engine_call import off_loop, to_the_end, within_grace
+from pageferry.migration.missing_pages import MissingPages
 from pageferry.migration.ownership import Verdict, Verdicts
-from pageferry.migration.postcopy_destination import LateMemory
+from pageferry.migration.postcopy_destination import PostcopyMemory
+from pageferry.migration.recovery_server import RecoveryServer
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import PageStream, Reception
 from pageferry.pager import page_faults, records
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.records import PostcopyRecord
@@ -86,7 +87,7 @@ class Destination:
         self.ended = ended
         self.accepted = False
         """Whether a source was accepted. From then on, the workload that `prepare` has made is discarded on failure."""
-        self.attendant = Attendant(reception, verdicts)
+        self.attendant = RecoveryServer(reception, verdicts)
         self.times = Stopwatch()
         self.state = bytearray()
         self.digest = blake2b(digest_size=32)
@@ -94,7 +95,7 @@ class Destination:
         """Whether Ready was sent: the source may commit at any time, and may send Recover later."""
         self.stays_paused = False
         """Whether the workload is left paused, because its user had paused it."""
-        self.late: LateMemory | None = None
+        self.late: PostcopyMemory | None = None
         """Pager of the missing pages, in post-copy."""
         self._preparing: asyncio.Task[None] | None = None
 
@@ -223,7 +224,7 @@ class Destination:
         if not late:
             raise ProtocolError("the source announced pre-copy, and keeps pages back")
         await off_loop(lambda: self.placer.finish(False))
-        room.check_space(self.memory.regions, self.missing.sets)
+        preallocate.check_space(self.memory.regions, self.missing.sets)
         record = PostcopyRecord(
             migration=hello.migration,
             source=hello.name,
@@ -231,7 +232,9 @@ class Destination:
             large=[messages.pack_units(units) for units in self.large],
             userfaults={},
         )
-        self.late = LateMemory(record, self.memory.regions, self.folder(), self.verdicts, self.timeout, self.listener)
+        self.late = PostcopyMemory(
+            record, self.memory.regions, self.folder(), self.verdicts, self.timeout, self.listener
+        )
         await self.channel.during(self.late.begin(self.missing.sets, late, self.channel))
         fault_point("destination.pager-begun")
 
@@ -244,7 +247,7 @@ class Destination:
     async def _open_placer(self, hello: messages.Hello) -> None:
         self.large = [await self._large_pages(number) for number in range(len(hello.regions))]
         if hello.keep_large:
-            await self.channel.during(room.compact(self.memory.regions, self.large))
+            await self.channel.during(preallocate.compact(self.memory.regions, self.large))
         self.placer = Placer(
             [
                 (mapping, region.page_size, units)
@@ -255,7 +258,7 @@ class Destination:
             POPULATE_WORKERS if hello.populate == "all" else 0,
         )
         if hello.keep_large and hello.mode == "postcopy":
-            await self.channel.during(room.allocate(self.placer, self.large))
+            await self.channel.during(preallocate.allocate(self.placer, self.large))
 
     async def _check_page_faults(self) -> None:
         """Check that page faults can be handled, before the source pauses the workload. Raises UnsupportedError."""

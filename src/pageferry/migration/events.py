@@ -8,7 +8,7 @@ from typing import Literal, Self
 import msgspec
 
 from pageferry.events import Event, Latency
-from pageferry.migration.messages import Mode
+from pageferry.migration.transport.messages import Mode
 
 Status = Literal["completed", "failed", "cancelled"]
 PostcopyStatus = Literal["postcopy-active", "postcopy-paused", "postcopy-recover"]

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 from pageferry import values
 from pageferry.errors import UsageError
-from pageferry.migration.messages import MAX_STREAMS, Codec, Mode, Populate
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport.messages import MAX_STREAMS, Codec, Mode, Populate
+from pageferry.migration.transport.tls import Trust
 
 Granularity = Literal["4K", "2M", "auto"]
 LargePages = Literal["keep", "ignore"]
@@ -64,7 +64,7 @@ class Options:
     insecure: bool = False
     """Allow addresses other than loopback without encryption."""
     tls: str | os.PathLike[str] | None = None
-    """Directory of certificates (`trust.Trust`): use TLS with mutual authentication."""
+    """Directory of certificates (`tls.Trust`): use TLS with mutual authentication."""
     tls_hostname: str | None = None
     """Host name expected in the receiver's certificate; None for the host of its address."""
 

@@ -24,7 +24,7 @@ import msgspec
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import files
 from pageferry.host.registry import Folder
-from pageferry.migration.messages import Codec
+from pageferry.migration.transport.messages import Codec
 from pageferry.workloads.protocols import Witness
 
 RECORD = "migration.json"

@@ -29,13 +29,14 @@ from pageferry.host.faults import fault_point
 from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.memory.view import EngineSegment, segments_of
-from pageferry.migration import events, messages
-from pageferry.migration.attendant import Attendant
-from pageferry.migration.channel import Channel
-from pageferry.migration.connection import PageStream, Reception
-from pageferry.migration.missing import send_missing
-from pageferry.migration.native import off_loop
+from pageferry.migration import events
+from pageferry.migration.engine_call import off_loop
+from pageferry.migration.missing_pages import send_missing
 from pageferry.migration.ownership import Verdicts
+from pageferry.migration.recovery_server import RecoveryServer
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import PageStream, Reception
 from pageferry.pager import page_faults, records
 from pageferry.pager.records import PostcopyRecord
 from pageferry.pager.server import PagerServer
@@ -49,7 +50,7 @@ TELL = 0.5
 _SYS_CLOSE = 3
 
 
-class LateMemory:
+class PostcopyMemory:
     """Fetches the missing pages of one workload. Start it with `begin`, or with `relink` for a workload that runs
     already."""
 
@@ -325,8 +326,8 @@ class Resumption:
         regions = [records.open_region(one) for one in record.regions]
         pages = sum(region.length for region in regions) // SMALL_PAGE
         flags = records.open_flags(folder, Pager.flags_length(pages))
-        self.late = LateMemory(record, regions, folder, verdicts, timeout, listener, flags)
-        self.attendant = Attendant(reception, verdicts)
+        self.late = PostcopyMemory(record, regions, folder, verdicts, timeout, listener, flags)
+        self.attendant = RecoveryServer(reception, verdicts)
         self.attendant.arrivals = self.late
 
     async def run(self) -> None:

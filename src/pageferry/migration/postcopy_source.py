@@ -18,13 +18,14 @@ from pageferry.events import Listener, ignore
 from pageferry.host.faults import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
-from pageferry.migration import events, messages
-from pageferry.migration.addresses import Address
-from pageferry.migration.channel import Channel
-from pageferry.migration.connection import PageStream, connect_streams
-from pageferry.migration.missing import receive_missing
-from pageferry.migration.native import Counters, off_loop
+from pageferry.migration import events
+from pageferry.migration.engine_call import Counters, off_loop
+from pageferry.migration.missing_pages import receive_missing
 from pageferry.migration.ownership import Committed
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.addresses import Address
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import PageStream, connect_streams
 from pageferry.workloads.protocols import Workload
 
 PROGRESS_INTERVAL = 0.2

@@ -30,19 +30,20 @@ from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory, close_to_writes
-from pageferry.migration import events, messages, ownership, peer_users, postcopy_source, switch, telling
-from pageferry.migration.addresses import Address
-from pageferry.migration.channel import Channel
-from pageferry.migration.coming import bring_rest, part_of, send_as_it_comes
-from pageferry.migration.connection import PageStream, connect_control, connect_streams
+from pageferry.migration import events, ownership, postcopy_source, statistics, switchover_request
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
-from pageferry.migration.missing import send_missing
-from pageferry.migration.native import GRACE, Counters, off_loop, to_the_end, within_grace
+from pageferry.migration.deferred_pages import bring_rest, part_of, send_as_it_comes
+from pageferry.migration.engine_call import GRACE, Counters, off_loop, to_the_end, within_grace
+from pageferry.migration.missing_pages import send_missing
 from pageferry.migration.options import Options
 from pageferry.migration.ownership import RECORD, Committed
 from pageferry.migration.postcopy_source import PageService
 from pageferry.migration.throttle import STEPS, Throttle
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport import messages, peer_users
+from pageferry.migration.transport.addresses import Address
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import PageStream, connect_control, connect_streams
+from pageferry.migration.transport.tls import Trust
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.holding import Hold, large_units
 from pageferry.workloads.protocols import Revertible, Workload, stays_paused
@@ -147,8 +148,8 @@ class Source:
         await self._send_late_pages()
         # The workload has moved: a cancellation from here on waits until its remains are removed, and is dropped.
         await to_the_end(self._retire())
-        telling.tell_report(self)
-        return telling.result_of(self, running)
+        statistics.tell_report(self)
+        return statistics.result_of(self, running)
 
     # -- set-up
 
@@ -169,7 +170,7 @@ class Source:
             await self._install_trace()
         if self.options.auto_converge:
             self.throttle = Throttle(self.workload.name, self.memory.regions)
-        telling.tell_setup(self)
+        statistics.tell_setup(self)
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
         fault_point("source.set-up")
@@ -250,13 +251,13 @@ class Source:
             # Drains are excluded: this bandwidth estimates the time for the last pages, which are sent without one.
             seconds = time.perf_counter() - started - (self.drains.seconds - drained)
             decision = self.convergence.after_round(covered, seconds, remaining * SMALL_PAGE)
-            self.listener(telling.round_event(self, before, seconds, remaining=remaining, modified=modified))
+            self.listener(statistics.round_event(self, before, seconds, remaining=remaining, modified=modified))
             if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
                 decision, self.postcopy = Decision.SWITCH_OVER, True
             if decision is Decision.THROTTLE:
                 await self._tighten_throttle()
             if decision is Decision.STALLED:
-                raise telling.not_converging(self, remaining * SMALL_PAGE, seconds)
+                raise statistics.not_converging(self, remaining * SMALL_PAGE, seconds)
             if decision is Decision.SWITCH_OVER:
                 self.rest = pages
                 return
@@ -283,11 +284,11 @@ class Source:
         """Accept `pageferry migrate --switch` in hybrid mode."""
         with contextlib.ExitStack() as stack:
             if self.options.mode == "hybrid" and self.folder is not None:
-                stack.enter_context(switch.listening(self.folder))
+                stack.enter_context(switchover_request.listening(self.folder))
             yield
 
     def _told_to_switch(self) -> bool:
-        return self.options.mode == "hybrid" and self.folder is not None and switch.requested(self.folder)
+        return self.options.mode == "hybrid" and self.folder is not None and switchover_request.requested(self.folder)
 
     async def _collect(self) -> list[PageSet]:
         """Return the pages modified since the last collection. They are protected again before they are read."""
@@ -305,7 +306,7 @@ class Source:
         await self._drain()
         self.round += 1
         left, started = [region.copy() for region in pages], time.perf_counter()
-        progress = asyncio.create_task(telling.tell_progress(self, self.round, _count(pages)))
+        progress = asyncio.create_task(statistics.tell_progress(self, self.round, _count(pages)))
         try:
             for portion in self._portions(pages):
                 await self._send_portion(portion)
@@ -457,12 +458,12 @@ class Source:
         self._note_remaining(pages)
         before, started = self.sender.progress, time.perf_counter()
         await self._send_round(pages)
-        self.unreported.append(telling.round_event(self, before, time.perf_counter() - started))
+        self.unreported.append(statistics.round_event(self, before, time.perf_counter() - started))
 
     def _note_remaining(self, pages: list[PageSet]) -> None:
         """Complete the event of the last unreported round, which left these pages to send."""
         if self.unreported:
-            self.unreported[-1] = telling.with_remaining(self.unreported[-1], _count(pages))
+            self.unreported[-1] = statistics.with_remaining(self.unreported[-1], _count(pages))
 
     async def _save_state(self) -> bytes:
         """Save the device state and send the beginning of it: the peer queues it until the last pages are received."""

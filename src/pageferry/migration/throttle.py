@@ -15,7 +15,7 @@ from pageferry.errors import PageferryError, WorkloadDied
 from pageferry.host import proc
 from pageferry.host.cpu_quota import CpuQuota
 from pageferry.memory.regions import Region
-from pageferry.migration.native import off_loop
+from pageferry.migration.engine_call import off_loop
 
 log = getLogger(__name__)
 

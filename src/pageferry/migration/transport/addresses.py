@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.host.registry import LONGEST_SOCKET_PATH
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport.tls import Trust
 
 UNIX = "unix:"
 MAX_ADDRESSES = 16

@@ -13,7 +13,7 @@ from functools import partial
 from pageferry._engine import BlockSender, Mapping, PageSet
 from pageferry.host.faults import fault_point
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.migration.native import off_loop
+from pageferry.migration.engine_call import off_loop
 from pageferry.workloads.holding import Hold
 
 FIRST = (16 << 20) // SMALL_PAGE

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Collection, Iterable
 
 from pageferry.errors import AuthenticationError
-from pageferry.migration.addresses import is_loopback
+from pageferry.migration.transport.addresses import is_loopback
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLM_F_REQUEST = 20, 2, 1

@@ -17,12 +17,12 @@ from typing import Self
 
 from pageferry._engine import TlsSession
 from pageferry.errors import AuthenticationError, ConnectionLost, PageferryError, ProtocolError
-from pageferry.migration import messages, peer_users, secure
-from pageferry.migration.addresses import Address
-from pageferry.migration.channel import Channel
-from pageferry.migration.messages import AnyMessage
-from pageferry.migration.sockets import MAX_GREETINGS, Listener, connect, widen
-from pageferry.migration.trust import Trust
+from pageferry.migration.transport import messages, peer_users, tls
+from pageferry.migration.transport.addresses import Address
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.messages import AnyMessage
+from pageferry.migration.transport.sockets import MAX_GREETINGS, Listener, connect, widen
+from pageferry.migration.transport.tls import Trust
 
 log = getLogger(__name__)
 
@@ -85,7 +85,7 @@ async def connect_control(
         return Channel(reader, writer, timeout, address=address, owners=owners)
     session = trust.control_session(address.name)
     await _shake_hands(connection, session, messages.SECURE_CONTROL_MAGIC, address, timeout)
-    stream = secure.SecureStream(session, *await _streams(connection))
+    stream = tls.SecureStream(session, *await _streams(connection))
     stream.write(messages.CONTROL_MAGIC)
     return Channel(stream, stream, timeout, session.peer(), address=address)
 
@@ -131,12 +131,12 @@ async def connect_stream(control: Channel, address: Address, token: bytes, index
 
 
 async def _shake_hands(
-    connection: socket.socket, session: secure.Session, magic: bytes, address: Address, timeout: float
+    connection: socket.socket, session: tls.Session, magic: bytes, address: Address, timeout: float
 ) -> None:
     try:
         async with asyncio.timeout(timeout):
             await asyncio.get_running_loop().sock_sendall(connection, magic)
-            await secure.shake_hands(connection, session)
+            await tls.shake_hands(connection, session)
     except BaseException as error:
         connection.close()
         if isinstance(error, OSError | EOFError | TimeoutError):
@@ -301,19 +301,19 @@ class Reception:
         """Accept a page stream whose peer presents the certificate of a control connection with an expected token."""
         accepted = {each.certificate for each in self._expected.values() if each.certificate is not None}
         session = trust.identity.accept(list(accepted))
-        await secure.shake_hands(connection, session)
+        await tls.shake_hands(connection, session)
         while (greeting := session.read(MAGIC_BYTES + GREETING_BYTES)) is None:
-            received = await asyncio.get_running_loop().sock_recv(connection, secure.PIECE)
+            received = await asyncio.get_running_loop().sock_recv(connection, tls.PIECE)
             if not received:
                 raise EOFError
-            await secure.feed(connection, session, received)
+            await tls.feed(connection, session, received)
         magic, greeting = greeting[:MAGIC_BYTES], greeting[MAGIC_BYTES:]
         return magic == messages.STREAM_MAGIC and self._keep(greeting, PageStream(connection, session))
 
     async def _greet_secure_source(self, connection: socket.socket, trust: Trust) -> None:
         session = trust.control_session()
-        await secure.shake_hands(connection, session)
-        stream = secure.SecureStream(session, *await _streams(connection))
+        await tls.shake_hands(connection, session)
+        stream = tls.SecureStream(session, *await _streams(connection))
         try:
             if await stream.readexactly(MAGIC_BYTES) != messages.CONTROL_MAGIC:
                 raise EOFError
@@ -323,7 +323,7 @@ class Reception:
         peer = session.peer()
         channel = Channel(stream, stream, self._timeout, peer)
         try:
-            trust.let_in(peer)
+            trust.authorize(peer)
         except AuthenticationError as error:
             await self._refuse(channel, error)
             return
@@ -381,7 +381,7 @@ async def _linger(connection: socket.socket) -> None:
     with contextlib.suppress(OSError, TimeoutError):
         connection.shutdown(socket.SHUT_WR)
         async with asyncio.timeout(LINGER):
-            while await asyncio.get_running_loop().sock_recv(connection, secure.PIECE):
+            while await asyncio.get_running_loop().sock_recv(connection, tls.PIECE):
                 pass
 
 

@@ -13,8 +13,9 @@ import msgspec
 from pageferry.errors import NotConverging
 from pageferry.events import Latency
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.migration import events, messages
-from pageferry.migration.native import Counters
+from pageferry.migration import events
+from pageferry.migration.engine_call import Counters
+from pageferry.migration.transport import messages
 
 if TYPE_CHECKING:
     from pageferry.migration.postcopy_source import PageService

@@ -14,10 +14,10 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from pageferry.errors import AuthenticationError, ConnectionLost, MigrationError, PeerRefused, ProtocolError
-from pageferry.migration import messages
-from pageferry.migration.addresses import Address
-from pageferry.migration.messages import Abort, Alive, AnyMessage, Message
-from pageferry.migration.trust import Peer
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.addresses import Address
+from pageferry.migration.transport.messages import Abort, Alive, AnyMessage, Message
+from pageferry.migration.transport.tls import Peer
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)

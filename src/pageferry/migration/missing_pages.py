@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pageferry._engine import PageSet
 from pageferry.errors import ProtocolError
-from pageferry.migration.channel import Channel
-from pageferry.migration.messages import MISSING_CHUNK, Missing
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.messages import MISSING_CHUNK, Missing
 
 PACKING = 256
 """Maximum overhead of a packed set besides its bitmap and a 256th of that, bytes."""

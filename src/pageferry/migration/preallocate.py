@@ -12,7 +12,7 @@ from pageferry.errors import WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.compaction import compact_memory
 from pageferry.memory.regions import SMALL_PAGE, Region
-from pageferry.migration.native import off_loop
+from pageferry.migration.engine_call import off_loop
 
 _TIMEOUT = 1.0
 """Maximum time for allocating huge pages in post-copy, while the workload runs at the source, seconds. The pager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pageferry.errors import ConnectionLost, UsageError
 from pageferry.host import files
-from pageferry.migration.addresses import Address
+from pageferry.migration.transport.addresses import Address
 
 MAX_GREETINGS = 64
 """Maximum number of connections being greeted, and length of the listen backlog."""

@@ -12,10 +12,10 @@ from logging import getLogger
 from typing import Protocol
 
 from pageferry.errors import PageferryError, PeerRefused, ProtocolError, UsageError
-from pageferry.migration import messages
-from pageferry.migration.channel import ANSWER, Channel
-from pageferry.migration.connection import Reception
 from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.channel import ANSWER, Channel
+from pageferry.migration.transport.connection import Reception
 
 log = getLogger(__name__)
 
@@ -31,7 +31,7 @@ MAX_ASIDE = 8
 """Maximum number of connections served at the same time; beyond it, the oldest is closed."""
 
 
-class Attendant:
+class RecoveryServer:
     """Serves the connections of a listener concurrently, so that none of them delays a source."""
 
     def __init__(self, reception: Reception, verdicts: Verdicts) -> None:
