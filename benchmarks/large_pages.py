@@ -36,7 +36,7 @@ from benchmarks.sampling.reader import truth
 from pageferry._engine import LARGE_PAGE, Space
 from pageferry.host.python import start_python
 from pageferry.large_pages import Options, open_target, process_target, sample, undo
-from pageferry.workloads.targets import Target as Memory
+from pageferry.workloads.target import Target as Memory
 
 PARTS = (0.01, 0.05, 0.25, 1.0)
 """Of the large pages, sampled per second."""

@@ -31,7 +31,7 @@ from pageferry.host.smaps import total  # noqa: E402
 from pageferry.sharing import api, ksm, ranges  # noqa: E402
 from pageferry.sharing.ranges import Range  # noqa: E402
 from pageferry.workloads.arena.arena import memory_file  # noqa: E402
-from pageferry.workloads.targets import process_target  # noqa: E402
+from pageferry.workloads.target import process_target  # noqa: E402
 
 PROCESSES = 2
 RICH, PER_RICH = 8, 300

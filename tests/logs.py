@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 
 from pageferry.checkpoints import events as checkpoint
-from pageferry.checkpoints import restore_events as restore
 from pageferry.errors import NotConverging
 from pageferry.events import Event, Latency
 from pageferry.large_pages import events as large
@@ -182,19 +181,19 @@ def bring(path: Path) -> None:
     chance = random.Random(3)
     memory, left, missed = 1024 * MIB, 800 * MIB, 60
     told: list[tuple[float, Event]] = [
-        (0.42, restore.RunningEvent(workload="web2", time_to_running=61.2, deferred=left)),
-        (0.5, restore.TouchedEvent(windows=[100 + number for number in range(60)])),
+        (0.42, checkpoint.RunningEvent(workload="web2", time_to_running=61.2, deferred=left)),
+        (0.5, checkpoint.TouchedEvent(windows=[100 + number for number in range(60)])),
     ]
     for step in range(30):
         left = int(left * 0.8) if step < 29 else 0
         windows = [3000 + step * 40 + number for number in range(12)] + [chance.randrange(16384) for _ in range(18)]
         missed += len(windows)
         at = 0.7 + step * 0.2
-        told.append((at, restore.TouchedEvent(windows=windows)))
+        told.append((at, checkpoint.TouchedEvent(windows=windows)))
         told.append(
             (
                 at,
-                restore.ProgressEvent(
+                checkpoint.ProgressEvent(
                     deferred=left,
                     faults=2 * missed,
                     missed=missed,
@@ -208,12 +207,12 @@ def bring(path: Path) -> None:
     told.append(
         (
             6.6,
-            restore.RestoreResult(
+            checkpoint.RestoreResult(
                 status="completed",
                 workload="web2",
                 image="/images/web.img",
                 time_to_running=61.2,
-                time_parts=restore.TimeToRunning(
+                time_parts=checkpoint.TimeToRunning(
                     total=400.0, qemu_start=338.8, open_image=4.1, adopt=9.4, device_state=40.2, resume=7.5
                 ),
                 memory=memory,

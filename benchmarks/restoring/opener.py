@@ -16,7 +16,7 @@ import time
 from statistics import median
 
 import pageferry
-from pageferry.checkpoints.arenas import RestoredArena
+from pageferry.checkpoints.restore_arena import RestoredArena
 from pageferry.memory.regions import SMALL_PAGE
 
 ACCESSES = 200

@@ -20,7 +20,7 @@ from pageferry.lazy import lazily
 
 if TYPE_CHECKING:
     from pageferry import errors, large_pages, sharing
-    from pageferry.checkpoints.arenas import restore
+    from pageferry.checkpoints.restore_arena import restore
     from pageferry.checkpoints.save import checkpoint
     from pageferry.migration.api import migrate, receive, recover, take_back
     from pageferry.workloads.arena.arena import Arena
@@ -48,7 +48,7 @@ __getattr__, __dir__ = lazily(
         "migrate": "pageferry.migration.api",
         "receive": "pageferry.migration.api",
         "recover": "pageferry.migration.api",
-        "restore": "pageferry.checkpoints.arenas",
+        "restore": "pageferry.checkpoints.restore_arena",
         "sharing": "pageferry.sharing",
         "take_back": "pageferry.migration.api",
     },

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from pageferry.host.registry import Registry
-from pageferry.workloads import following
-from pageferry.workloads.following import LeftTrace
+from pageferry.workloads import persistent_trace
+from pageferry.workloads.persistent_trace import LeftTrace
 from tests.kernel import moving
 from tests.kernel.programs import Program
 from tests.saved import check_ledger
@@ -114,11 +114,11 @@ def test_trace_record_of_another_process_is_ignored(tmp_path: Path) -> None:
     """The workload is restarted under the same name, and the old record is restored."""
     with ledger("chained") as program:
         run("chained", tmp_path / "0", "--track")
-        kept = Registry().folder("chained").load(following.RECORD, LeftTrace)
+        kept = Registry().folder("chained").load(persistent_trace.RECORD, LeftTrace)
         assert kept is not None
         stop(program)
     with ledger("chained") as program:
-        Registry().folder("chained").store(following.RECORD, kept)
+        Registry().folder("chained").store(persistent_trace.RECORD, kept)
         result = run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"))
         assert result["tracking"] == "compare"
         stop(program)

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 
 import pageferry
-from pageferry.checkpoints.restore import restore_guest
-from pageferry.checkpoints.restore_events import RestoreResult
+from pageferry.checkpoints.events import RestoreResult
+from pageferry.checkpoints.restore_guest import restore_guest
 from pageferry.host import proc, processes
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, Registry

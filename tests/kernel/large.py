@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pageferry._engine import LARGE_PAGE, Space
-from pageferry.workloads.targets import Target, process_target
+from pageferry.workloads.target import Target, process_target
 
 T = TypeVar("T")
 

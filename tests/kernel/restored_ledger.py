@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pageferry
-from pageferry.checkpoints.arenas import RestoredArena
+from pageferry.checkpoints.restore_arena import RestoredArena
 from pageferry.workloads.ledger import LedgerWorkload
 
 

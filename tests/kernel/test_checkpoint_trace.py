@@ -21,7 +21,7 @@ from pageferry import _engine
 from pageferry.checkpoints import events
 from pageferry.events import Event
 from pageferry.images.image import ImageFile
-from pageferry.workloads import following
+from pageferry.workloads import persistent_trace
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions
 from tests.saved import check_ledger, ledger, memory_of, save
@@ -86,7 +86,7 @@ def test_large_mappings_are_restored_with_removal_of_the_trace(tmp_path: Path, e
     if end == "no-track":
         save(arena, tmp_path / "2", parent=tmp_path / "1", track=False)
     else:
-        following.forget(arena.workload())
+        persistent_trace.forget(arena.workload())
     assert space.large_mapped(arena.address, arena.length) == whole
 
 
@@ -184,7 +184,7 @@ def test_track_false_leaves_no_trace(tmp_path: Path) -> None:
 def test_memory_traced_by_another_userfaultfd_is_refused(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
-    following.forget(arena.workload())
+    persistent_trace.forget(arena.workload())
     other = _engine.Trace([(_engine.Space(), arena.address, arena.length, 0, 0)])
     with pytest.raises(pageferry.errors.WorkloadError, match="another userfaultfd"):
         save(arena, tmp_path / "1", parent=tmp_path / "0")
@@ -197,7 +197,7 @@ def test_memory_traced_by_another_userfaultfd_is_refused(tmp_path: Path) -> None
 def test_reused_descriptor_number_is_left_alone(tmp_path: Path) -> None:
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
-    (record,) = (one for key, one in following._own.items() if key == following._key(arena.workload()))
+    (record,) = (one for key, one in persistent_trace._own.items() if key == persistent_trace._key(arena.workload()))
     number = record.descriptors[os.getpid()].number
     os.close(number)
     os.dup2(0, number)  # now another file

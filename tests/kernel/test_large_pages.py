@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, Sampler, Space
-from pageferry.cli.activity import HOT, hot_large_pages, shareable_pages
+from pageferry.density import HOT, hot_large_pages, shareable_pages
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps
-from pageferry.large_pages import reclaim
 from pageferry.large_pages.api import Options, sample
 from pageferry.large_pages.events import LargePagesResult
 from pageferry.large_pages.policy import Threshold
-from pageferry.large_pages.tracking import Tracker
-from pageferry.workloads.targets import open_target, process_target
+from pageferry.large_pages.sampler import Tracker
+from pageferry.large_pages.swap import check_swap
+from pageferry.workloads.target import open_target, process_target
 from tests.kernel.backing import backing
 from tests.kernel.large import frames, large_mapped, only, while_doing
 from tests.kernel.programs import Program, wait_until
@@ -369,7 +369,7 @@ def test_reclaim_to_swap_needs_swap() -> None:
     if len(Path("/proc/swaps").read_text().splitlines()) > 1:
         pytest.skip("this host has swap")
     with pytest.raises(UnsupportedError, match="no swap"):
-        reclaim.check_swap()
+        check_swap()
 
 
 def test_cold_pages_are_swapped_out_and_in(memory: Memory, swap: None) -> None:

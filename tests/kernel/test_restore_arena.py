@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import pageferry
-from pageferry.checkpoints.arenas import RestoredArena
+from pageferry.checkpoints.restore_arena import RestoredArena
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
 from pageferry.images.image import ImageFile

@@ -17,7 +17,7 @@ import pytest
 
 import pageferry
 from pageferry._engine import PageSet, Space, Trace
-from pageferry.checkpoints.arenas import RestoredArena
+from pageferry.checkpoints.restore_arena import RestoredArena
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
@@ -25,7 +25,7 @@ from pageferry.images.image import ImageFile
 from pageferry.images.targets import large_units
 from pageferry.pager import client
 from pageferry.pager.protocol import PagerStatus
-from pageferry.workloads import holding
+from pageferry.workloads import deferred_access
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel import moving
@@ -354,23 +354,23 @@ def test_trace_misses_no_write_while_pages_are_loaded(tmp_path: Path, seed: int)
 def test_userfaultfd_is_borrowed_by_one_operation_at_a_time(tmp_path: Path) -> None:
     arena: RestoredArena = pageferry.restore(Maker(64).write(tmp_path / "image"), prefetch=False)
     workload = arena.workload()
-    hold = asyncio.run(holding.held(workload))
+    hold = asyncio.run(deferred_access.acquire_uffd(workload))
     assert hold is not None
     with pytest.raises(WorkloadError, match="moved or saved meanwhile"):
-        asyncio.run(holding.held(workload))
+        asyncio.run(deferred_access.acquire_uffd(workload))
     arena.ensure(0, arena.length)
     assert not arena.pager.wait(0.1)  # it cannot finish while its userfaultfd is borrowed
     hold.release()
     hold.release()
     assert arena.pager.wait(10.0)
-    assert asyncio.run(holding.held(workload)) is None
+    assert asyncio.run(deferred_access.acquire_uffd(workload)) is None
 
 
 def test_child_forked_during_checkpoint_reads_all_pages(tmp_path: Path) -> None:
     """A fork needs all pages, but not the end of the checkpoint."""
     made = Maker(1024)
     arena: RestoredArena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
-    hold = asyncio.run(holding.held(arena.workload()))
+    hold = asyncio.run(deferred_access.acquire_uffd(arena.workload()))
     assert hold is not None
     view = words_of(arena)
     if (child := os.fork()) == 0:

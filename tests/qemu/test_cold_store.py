@@ -16,7 +16,7 @@ from pageferry.pager import client, records
 from pageferry.pager.launcher import take_over
 from pageferry.pager.records import Deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
-from pageferry.workloads.targets import Target, open_target
+from pageferry.workloads.target import Target, open_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 

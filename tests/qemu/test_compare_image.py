@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoints.restore import restore_guest
+from pageferry.checkpoints.restore_guest import restore_guest
 from pageferry.errors import RestoreError
 from pageferry.host.registry import Registry
 from pageferry.memory.regions import Identity

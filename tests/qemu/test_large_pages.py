@@ -11,7 +11,7 @@ from pageferry._engine import Space
 from pageferry.host.registry import Registry
 from pageferry.large_pages.api import Options, sample
 from pageferry.workloads.qemu.guest import QemuWorkload
-from pageferry.workloads.targets import workload_target
+from pageferry.workloads.target import workload_target
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.kernel.swap import swap_space

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import pageferry
-from pageferry.checkpoints.restore import completed, restore_guest
-from pageferry.checkpoints.restore_events import ProgressEvent, RunningEvent, TouchedEvent
+from pageferry.checkpoints.events import ProgressEvent, RunningEvent, TouchedEvent
+from pageferry.checkpoints.restore_guest import completed, restore_guest
 from pageferry.errors import RestoreError, UsageError
 from pageferry.events import Event
 from pageferry.host import proc, processes

@@ -16,11 +16,11 @@ from pageferry.large_pages.api import Options
 from pageferry.large_pages.estimate import estimate
 from pageferry.large_pages.events import LargePagesResult, Overhead, RegionActivity, Sample
 from pageferry.large_pages.policy import Facts, Threshold
-from pageferry.large_pages.sampling import Sampling
-from pageferry.large_pages.tracking import LargePage
+from pageferry.large_pages.sampler import LargePage
+from pageferry.large_pages.selection import Sampling
 from pageferry.memory.regions import LARGE_PAGE
 from pageferry.report.large_pages import LargePagesView
-from pageferry.workloads.targets import Area, Kind
+from pageferry.workloads.target import Area, Kind
 
 COUNTS = st.lists(st.integers(0, 512), min_size=1, max_size=50)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pageferry.host import proc, processes, smaps
-from pageferry.large_pages import tracking
+from pageferry.large_pages import sampler
 from pageferry.workloads.process import ProcessWorkload
 
 LENGTH = 16 << 10
@@ -103,9 +103,9 @@ def test_mapped_file_with_hostile_name_is_found_and_forges_nothing(tmp_path: Pat
 
 
 def test_process_named_as_a_kernel_thread_is_not_taken_for_it() -> None:
-    before = tracking._damon_runs.__wrapped__()
+    before = sampler._damon_runs.__wrapped__()
     with process(b"kdamond.0"):
-        assert tracking._damon_runs.__wrapped__() == before
+        assert sampler._damon_runs.__wrapped__() == before
 
 
 @pytest.mark.usefixtures("root")

@@ -46,7 +46,7 @@ CHILDREN = {
         share = ChildShare(mapping)
         share.stop()
     """,
-    "pageferry.sharing.ksm_guard": """
+    "pageferry.sharing.ksm_guardian": """
         from pathlib import Path
         from pageferry.sharing import ksm
         ksm.FOLDER = Path(os.environ["SWITCHES"])

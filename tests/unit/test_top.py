@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pageferry.checkpoints.events import InstantEvent, SavingEvent
-from pageferry.checkpoints.restore_events import ProgressEvent, RunningEvent
+from pageferry.checkpoints.events import InstantEvent, ProgressEvent, RunningEvent, SavingEvent
 from pageferry.cli.main import main
 from pageferry.host import jobs, proc
 from pageferry.host.jobs import Job

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from pageferry._engine import Pager
-from pageferry.checkpoints.restore_events import EagerEvent, ProgressEvent
+from pageferry.checkpoints.events import EagerEvent, ProgressEvent
 from pageferry.errors import ImageError
 from pageferry.events import Listener
 from pageferry.host.blocking import in_thread

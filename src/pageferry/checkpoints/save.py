@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from pageferry import values
 from pageferry._engine import Saver
 from pageferry.checkpoints import events
+from pageferry.checkpoints.dirty_tracking import Descriptors, Means, Tracking
 from pageferry.checkpoints.options import Options
-from pageferry.checkpoints.tracking import Descriptors, Means, Tracking
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread, on_thread
@@ -28,15 +28,14 @@ from pageferry.images import metadata
 from pageferry.images.image import ImageFile, beside, new_file
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
-from pageferry.workloads import holding
+from pageferry.workloads import deferred_access
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.callbacks import check_listener
+from pageferry.workloads.deferred_access import AcquiredPager, wait_complete
 from pageferry.workloads.direct_io import Drains, registered_buffers
-from pageferry.workloads.holding import Hold
 from pageferry.workloads.managed import managed
 from pageferry.workloads.process import ProcessMemory, ProcessWorkload
 from pageferry.workloads.protocols import Workload, stays_paused
-from pageferry.workloads.settling import settled
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
@@ -99,7 +98,7 @@ class Save:
         self.paused = False
         self.stays_paused = False
         """Its user had paused the workload."""
-        self.hold: Hold | None = None
+        self.hold: AcquiredPager | None = None
         """Of a workload whose memory is still coming."""
         self.tracking: Tracking | None = None
         self.drains: Drains | None = None
@@ -152,9 +151,9 @@ class Save:
         else:
             pinned = await self._heed_registered_buffers()
             if self.options.mode == "lazy":
-                self.hold = await holding.held(self.workload)
+                self.hold = await deferred_access.acquire_uffd(self.workload)
             else:
-                await settled(self.workload, traces=False)
+                await wait_complete(self.workload, traces=False)
             self.memory = Memory(self.workload)
             await self.workload.check_mappers()
             self.drains = Drains(self.workload)
@@ -162,7 +161,7 @@ class Save:
             self.tracking.pinned = pinned
             self.tracking.direct_io = await self.workload.does_direct_io()
             await self._native(self.tracking.take_up)
-        self.large = await self._native(lambda: holding.large_units(self.memory, self.hold))
+        self.large = await self._native(lambda: deferred_access.large_units(self.memory, self.hold))
         self.present = self.memory.present() if self.hold is None else self.memory.size
         try:
             return await self._save_once(file)
@@ -175,7 +174,7 @@ class Save:
             if self.hold is not None:
                 # What was still to come has come by now, in all likelihood.
                 await self._let_go()
-                await settled(self.workload, traces=False)
+                await wait_complete(self.workload, traces=False)
             os.ftruncate(file, 0)
             os.lseek(file, 0, os.SEEK_SET)
             return await self._save_once(file)
@@ -465,7 +464,7 @@ class Save:
         )
 
 
-def _telling(hold: Hold) -> Callable[[int, int, int], None]:
+def _telling(hold: AcquiredPager) -> Callable[[int, int, int], None]:
     """Brings pages, and comes to a fault point when it has."""
 
     def bring(region: int, first: int, count: int) -> None:

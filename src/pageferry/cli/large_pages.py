@@ -7,15 +7,15 @@ import asyncio
 from pathlib import Path
 
 from pageferry import values
-from pageferry.cli.activity import shareable_pages
 from pageferry.cli.arguments import fraction, integer, seconds
+from pageferry.density import shareable_pages
 from pageferry.errors import UsageError
 from pageferry.large_pages.api import Options, sample, undo
 from pageferry.large_pages.events import LargePagesResult
 from pageferry.large_pages.policy import Threshold
 from pageferry.report.large_pages import LargePagesView
 from pageferry.report.reporter import Reporter, open_reporter
-from pageferry.workloads.targets import Target, open_target
+from pageferry.workloads.target import Target, open_target
 
 WORKS_ON = "target"
 DEFAULTS = Options()

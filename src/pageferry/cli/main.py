@@ -18,7 +18,7 @@ from pageferry._engine import end_on_truncation
 from pageferry.cli.logs import configure_logging
 from pageferry.cli.parser import parse
 from pageferry.cli.signals import Interruption
-from pageferry.cli.telling import open_sinks
+from pageferry.cli.sinks import open_sinks
 from pageferry.errors import Cancelled, PageferryError, WorkloadError
 from pageferry.printable import message, printable
 

@@ -6,8 +6,8 @@ import argparse
 import asyncio
 from logging import getLogger
 
-from pageferry.checkpoints.restore import completed, restore_guest
-from pageferry.checkpoints.restore_events import RestoreResult
+from pageferry.checkpoints.events import RestoreResult
+from pageferry.checkpoints.restore_guest import completed, restore_guest
 from pageferry.cli.foreground import run_in_foreground
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry

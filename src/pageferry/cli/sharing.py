@@ -6,8 +6,8 @@ import argparse
 import asyncio
 
 from pageferry import values
-from pageferry.cli.activity import hot_large_pages
 from pageferry.cli.arguments import fraction, integer, seconds, size
+from pageferry.density import hot_large_pages
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.meminfo import available

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pageferry.large_pages.api import Options, sample, undo
     from pageferry.large_pages.events import BroughtBack, LargePagesResult
     from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
-    from pageferry.workloads.targets import Target, open_target, process_target, workload_target
+    from pageferry.workloads.target import Target, open_target, process_target, workload_target
 
 __all__ = [
     "BroughtBack",
@@ -42,12 +42,12 @@ __getattr__, __dir__ = lazily(
         "LargePagesResult": "pageferry.large_pages.events",
         "Options": "pageferry.large_pages.api",
         "Policy": "pageferry.large_pages.policy",
-        "Target": "pageferry.workloads.targets",
+        "Target": "pageferry.workloads.target",
         "Threshold": "pageferry.large_pages.policy",
-        "open_target": "pageferry.workloads.targets",
-        "process_target": "pageferry.workloads.targets",
+        "open_target": "pageferry.workloads.target",
+        "process_target": "pageferry.workloads.target",
         "sample": "pageferry.large_pages.api",
         "undo": "pageferry.large_pages.api",
-        "workload_target": "pageferry.workloads.targets",
+        "workload_target": "pageferry.workloads.target",
     },
 )

@@ -15,7 +15,7 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
 from pageferry.host.meminfo import available
 from pageferry.images.metadata import Codec
-from pageferry.large_pages import cold_store, reclaim
+from pageferry.large_pages import cold_store, swap
 from pageferry.large_pages.cold_store import Stored
 from pageferry.large_pages.estimate import estimate
 from pageferry.large_pages.events import (
@@ -28,10 +28,10 @@ from pageferry.large_pages.events import (
     StoreFigures,
 )
 from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
-from pageferry.large_pages.sampling import Limit, Sampling
-from pageferry.large_pages.tracking import Activity, LargePage, Tracker
-from pageferry.workloads import following
-from pageferry.workloads.targets import Target
+from pageferry.large_pages.sampler import Activity, LargePage, Tracker
+from pageferry.large_pages.selection import Limit, Sampling
+from pageferry.workloads import persistent_trace
+from pageferry.workloads.target import Target
 
 BINS = 11
 """Of the histogram: 0, 1, 2-3, ..., 256-511, 512."""
@@ -96,11 +96,11 @@ async def sample(
         values.function("policy", getattr(policy, "decide", None))
     options, policy = options or Options(), policy or Threshold()
     if options.reclaim == "swap":
-        reclaim.check_swap()
+        swap.check_swap()
     elif options.reclaim == "store":
         await cold_store.prepare(target)
     if target.workload is not None:
-        await in_thread(following.forget, target.workload)  # it would be in our way
+        await in_thread(persistent_trace.forget, target.workload)  # it would be in our way
     tracker = Tracker(target)
     candidates = tracker.large_pages()
     begin = time.monotonic()
@@ -110,7 +110,7 @@ async def sample(
     broken, reclaimed, store = 0, 0, None
     idle = [activity for activity, decision in zip(seen, decisions, strict=True) if decision == "break"]
     if options.reclaim == "swap":
-        broken, reclaimed = reclaim.to_swap(target, idle)
+        broken, reclaimed = swap.to_swap(target, idle)
     elif options.reclaim == "store":
         stored = await cold_store.to_store(target, idle, options.store, options.codec)
         broken, reclaimed, store = stored.broken, stored.freed, _figures(stored)

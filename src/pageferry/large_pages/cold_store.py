@@ -39,7 +39,7 @@ from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
 from pageferry.images import metadata, targets
 from pageferry.images.image import ImageFile, new_file
-from pageferry.large_pages.tracking import SLOTS, Activity, cold_runs
+from pageferry.large_pages.sampler import SLOTS, Activity, cold_runs
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.memory.view import Memory
 from pageferry.pager import client, page_faults, records
@@ -47,11 +47,11 @@ from pageferry.pager.launcher import dismiss, hand_over
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.process import GuestPager
 from pageferry.pager.records import Deferred, OwnImage
+from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.protocols import Workload
-from pageferry.workloads.settling import settled
-from pageferry.workloads.targets import Target
+from pageferry.workloads.target import Target
 
 PAUSE = 0.01
 """Seconds of work in a pause, about; to stop and to go on takes its own time."""
@@ -132,7 +132,7 @@ async def prepare(target: Target) -> None:
         raise UnsupportedError(f"cannot reclaim memory of {target.name} to a store: {refused}") from refused
     record = folder.load(records.RECORD, Deferred)
     if record is None or record.cold is None:
-        await settled(target.workload)
+        await wait_complete(target.workload)
 
 
 async def to_store(target: Target, idle: Sequence[Activity], place: Path | None, codec: metadata.Codec) -> Stored:

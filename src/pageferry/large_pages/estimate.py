@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pageferry.large_pages.tracking import SLOTS
+from pageferry.large_pages.sampler import SLOTS
 from pageferry.memory.regions import SMALL_PAGE
 
 _Z = 1.96

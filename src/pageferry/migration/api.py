@@ -37,16 +37,15 @@ from pageferry.migration.transport.channel import Channel
 from pageferry.migration.transport.connection import Reception, connect_control
 from pageferry.migration.transport.messages import Owner
 from pageferry.migration.transport.tls import Trust
-from pageferry.workloads import following
+from pageferry.workloads import persistent_trace
 from pageferry.workloads.arena.arena import Arena, State
 from pageferry.workloads.arena.arguments import MAX_ARENA, check_arena
 from pageferry.workloads.callbacks import Callback, Plain, check_listener
+from pageferry.workloads.deferred_access import AcquiredPager, acquire_uffd, wait_complete
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.holding import Hold, held
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.managed import managed
 from pageferry.workloads.protocols import Revertible, Workload
-from pageferry.workloads.settling import settled
 
 T = TypeVar("T")
 
@@ -122,15 +121,15 @@ async def _state_of(workload: Workload) -> str:
     return "runs on"
 
 
-async def _page_tables(workload: Workload, options: Options) -> Hold | None:
+async def _page_tables(workload: Workload, options: Options) -> AcquiredPager | None:
     """Ensure that write traces can be installed. Return the pager, acquired, of a workload with deferred memory."""
     if options.mode == "postcopy":
         # The destination may request any page once the workload runs there, so all pages must be loaded first.
-        await settled(workload)
+        await wait_complete(workload)
         return None
-    hold = await held(workload)
+    hold = await acquire_uffd(workload)
     try:
-        await in_thread(following.forget, workload)
+        await in_thread(persistent_trace.forget, workload)
     except BaseException:
         if hold is not None:
             await asyncio.shield(in_thread(hold.release))

@@ -14,7 +14,7 @@ from pageferry._engine import BlockSender, Mapping, PageSet
 from pageferry.host.faults import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration.engine_call import off_loop
-from pageferry.workloads.holding import Hold
+from pageferry.workloads.deferred_access import AcquiredPager
 
 FIRST = (16 << 20) // SMALL_PAGE
 """Pages of the first part; each further part has twice as many as the part before."""
@@ -26,7 +26,7 @@ Part = tuple[int, int, int]
 
 
 async def send_as_it_comes(
-    hold: Hold, sender: BlockSender, mappings: Sequence[Mapping], pages: Sequence[PageSet], number: int
+    hold: AcquiredPager, sender: BlockSender, mappings: Sequence[Mapping], pages: Sequence[PageSet], number: int
 ) -> None:
     """Send these pages, one set per region, as round `number`, and load deferred pages ahead of sending them.
 
@@ -69,7 +69,7 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
             size = min(size * 2, most)
 
 
-async def bring_rest(hold: Hold, regions: Sequence[int]) -> None:
+async def bring_rest(hold: AcquiredPager, regions: Sequence[int]) -> None:
     """Load all pages of regions, given by their number of pages: post-copy needs them present."""
     for part in parts(regions):
         await _bring(hold, part)
@@ -81,5 +81,5 @@ def _of(pages: Sequence[PageSet], part: Part) -> PageSet:
     return part_of(pages[region], first, count)
 
 
-async def _bring(hold: Hold, part: Part) -> None:
+async def _bring(hold: AcquiredPager, part: Part) -> None:
     await off_loop(partial(hold.ensure, *part), cancel=hold.cancel)

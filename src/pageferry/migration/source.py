@@ -44,8 +44,8 @@ from pageferry.migration.transport.addresses import Address
 from pageferry.migration.transport.channel import Channel
 from pageferry.migration.transport.connection import PageStream, connect_control, connect_streams
 from pageferry.migration.transport.tls import Trust
+from pageferry.workloads.deferred_access import AcquiredPager, large_units
 from pageferry.workloads.direct_io import Drains, registered_buffers
-from pageferry.workloads.holding import Hold, large_units
 from pageferry.workloads.protocols import Revertible, Workload, stays_paused
 
 log = getLogger(__name__)
@@ -74,7 +74,7 @@ class Source:
         listener: Listener,
         folder: Folder | None = None,
         trust: Trust | None = None,
-        hold: Hold | None = None,
+        hold: AcquiredPager | None = None,
     ) -> None:
         self.workload = workload
         self.options = options
@@ -541,7 +541,7 @@ class Source:
                 raise
             fault_point("source.arrived")
             self.round += 1
-            self.listener(telling.late_round(self, self.service, time.perf_counter() - started))
+            self.listener(statistics.late_round(self, self.service, time.perf_counter() - started))
         self.times.stop_all()
 
     async def _keep_pages(self) -> None:

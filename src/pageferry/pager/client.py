@@ -1,8 +1,8 @@
 """Client of a pager (S8).
 
 A reader of memory that bypasses the page tables of its workload calls `ensure` first. A migration or a checkpoint
-installs traces on those page tables, and borrows the userfaultfd of the pager for that: see `workloads.holding`. A
-caller that needs the page tables for itself calls `wait_complete`.
+installs traces on those page tables, and borrows the userfaultfd of the pager for that: see
+`workloads.deferred_access`. A caller that needs the page tables for itself calls `wait_complete`.
 """
 
 from __future__ import annotations

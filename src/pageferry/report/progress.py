@@ -10,7 +10,6 @@ from typing import Any, Self
 import msgspec
 
 from pageferry.checkpoints import events as checkpoint
-from pageferry.checkpoints import restore_events as restore
 from pageferry.events import Event
 from pageferry.host import jobs
 from pageferry.host.registry import Registry
@@ -83,10 +82,10 @@ class Progress:
                 return {"phase": event.status, "part": part, "rate": round(event.mbps * 1e6 / 8) or None}
             case checkpoint.SavingEvent():
                 return {"phase": "saving", "part": _part(event.done, event.total)}
-            case restore.RunningEvent():
+            case checkpoint.RunningEvent():
                 self._most = event.deferred
                 return {"phase": "loading", "part": 0.0}
-            case restore.ProgressEvent():
+            case checkpoint.ProgressEvent():
                 self._most = max(self._most, event.deferred)
                 return {"phase": "loading", "part": 1 - _part(event.deferred, self._most)}
             case large.SampleEvent():

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.checkpoints.restore_events import EagerEvent, ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
+from pageferry.checkpoints.events import EagerEvent, ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import duration, ms, size
 
@@ -17,7 +17,7 @@ BAR = 32
 
 
 class RestoreView(PlainView):
-    """View of `pageferry.checkpoints.restore_events`."""
+    """View of `pageferry.checkpoints.events`."""
 
     def __init__(self) -> None:
         self._most = 1

@@ -18,9 +18,9 @@ from pageferry.pager.records import Deferred
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import Options, look
+from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.settling import settled
-from pageferry.workloads.targets import Target, open_target
+from pageferry.workloads.target import Target, open_target
 
 
 async def find(
@@ -93,7 +93,7 @@ async def _complete(target: Target) -> None:
         folder = folder_of(target.workload)
         record = folder.load(records.RECORD, Deferred) if folder is not None else None
         if record is None or record.cold is None:
-            await settled(target.workload, traces=False)
+            await wait_complete(target.workload, traces=False)
 
 
 def _check(options: Options | None, listener: Listener, threshold: int | None) -> None:

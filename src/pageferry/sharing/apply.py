@@ -24,7 +24,7 @@ from pageferry.sharing.ranges import Range
 from pageferry.sharing.scan import Findings, Place, Unit
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.protocols import Workload
-from pageferry.workloads.targets import Area, Target
+from pageferry.workloads.target import Area, Target
 
 PAUSE = 0.01
 """Seconds that a workload is paused at a time, about, while zeros of its files are given back."""
@@ -112,9 +112,9 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
                 await in_thread(ranges.advise, target, one, ranges.NOHUGEPAGE)
     left = [(unit.start, unit.length) for unit in units]
     waiting = None
-    if place.coming is not None:  # a cold store
+    if place.deferred is not None:  # a cold store
         assert place.region is not None
-        waiting = place.coming.flags, place.coming.first_pages[place.region]
+        waiting = place.deferred.flags, place.deferred.first_pages[place.region]
     listener(ApplyEvent("giving zeros back", f"{len(left)} units of 2 MiB, in pauses of about {PAUSE * 1e3:.0f} ms"))
     before = os.fstat(mapping.fileno()).st_blocks
     while left:

@@ -74,7 +74,7 @@ def _limits(findings: Findings) -> list[str]:
         limits.append(
             "equal pages of an arena that are cold can be stored once: `pageferry large-pages NAME --reclaim store`"
         )
-    if any(place.coming is not None and not place.coming.known for place in shared):
+    if any(place.deferred is not None and not place.deferred.known for place in shared):
         limits.append("what is in a cold store, or is still to come from another host, is not looked at")
     if any(place.target.workload is None for place in shared):
         limits.append("shared files of a process that is no workload stay as they are: it cannot be paused")

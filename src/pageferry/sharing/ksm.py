@@ -103,7 +103,7 @@ def _running() -> Iterator[None]:
     if "advisor_mode" in before:
         before["advisor_mode"] = _chosen(_read("advisor_mode"))
     guard = start_python(
-        "pageferry.sharing.ksm_guard",
+        "pageferry.sharing.ksm_guardian",
         str(FOLDER),
         json.dumps(before),
         stdin=subprocess.PIPE,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps, spare_mappings
 from pageferry.memory.regions import LARGE_PAGE
-from pageferry.workloads.targets import Target
+from pageferry.workloads.target import Target
 
 MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE = 12, 13, 14, 15
 _MADVISE = 28  # of x86-64, the one architecture on which calls are made in other processes

@@ -19,10 +19,10 @@ from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
-from pageferry.sharing import coming
-from pageferry.sharing.coming import Coming
+from pageferry.sharing import deferred_pages
+from pageferry.sharing.deferred_pages import DeferredPages
 from pageferry.sharing.events import ScanEvent
-from pageferry.workloads.targets import Area, Target
+from pageferry.workloads.target import Area, Target
 
 SLICE = 64 << 20
 """Bytes looked at between two looks at the clock, at the pace, and at Ctrl-C."""
@@ -73,7 +73,7 @@ class Place:
     """Bytes: of the region, or an address."""
     length: int
     mapping: Mapping | None = None
-    coming: Coming | None = None
+    deferred: DeferredPages | None = None
     """Contents of the target that are still to come."""
 
     @property
@@ -92,10 +92,10 @@ class Place:
 
     def engine_deferred(self) -> tuple[PagerFlags, int, Sequence[bool]] | None:
         """As `SharingScan` takes it."""
-        if self.coming is None:
+        if self.deferred is None:
             return None
         assert self.region is not None
-        return self.coming.flags, self.coming.first_pages[self.region], self.coming.large[self.region]
+        return self.deferred.flags, self.deferred.first_pages[self.region], self.deferred.large[self.region]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +219,13 @@ def _places(targets: Sequence[Target]) -> Iterator[Place]:
     """Everything to be looked at. A file that several targets map is looked at once: its pages are shared already."""
     known: set[tuple[int, int]] = set()
     for number, target in enumerate(targets):
-        still = coming.look(target.workload) if target.workload is not None else None
+        still = deferred_pages.look(target.workload) if target.workload is not None else None
         for index, region in enumerate(target.regions):
             status = os.fstat(region.fd)
             identity = (status.st_dev, status.st_ino)
             if identity not in known:
                 known.add(identity)
-                yield Place(number, target, None, index, 0, region.length, coming=still)
+                yield Place(number, target, None, index, 0, region.length, deferred=still)
         for area in target.areas:
             if area.kind == "anon":
                 yield Place(number, target, area, None, area.address, area.length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
+from pageferry.checkpoints.events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.report.charts import Bar, Line, bars, dots, lines
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis

@@ -23,8 +23,8 @@ from pageferry.workloads.arena.arguments import MAX_ARENA, arena_size, check_are
 from pageferry.workloads.arena.control import ArenaControl
 from pageferry.workloads.arena.name import NamedArena, bring_back
 from pageferry.workloads.callbacks import Callback, Plain
+from pageferry.workloads.deferred_access import load_all
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
-from pageferry.workloads.settling import bring_all
 
 
 class Stateful(Protocol):
@@ -224,7 +224,7 @@ class Arena(_engine.Mapping):
                 records.mark_handed_out(self._folder)
                 bring_back(self._folder)
             if self.pager is not None:
-                bring_all(self.pager, self.length)
+                load_all(self.pager, self.length)
             self._handed_out = True
         return super().fileno()
 

@@ -19,7 +19,7 @@ from pageferry.host import registry
 from pageferry.host.blocking import interruptible
 from pageferry.pager import client, records
 from pageferry.workloads.arena.control_socket.server import ControlServer
-from pageferry.workloads.following import note_forks
+from pageferry.workloads.persistent_trace import note_forks
 
 if TYPE_CHECKING:
     from pageferry.workloads.arena.arena import Arena

@@ -9,9 +9,9 @@ from pageferry.checkpoints.options import Options
 from pageferry.host.faults import fault_point
 from pageferry.images.image import ImageFile
 from pageferry.memory.view import Memory
-from pageferry.workloads import following
-from pageferry.workloads.following import Unusable
-from pageferry.workloads.holding import Hold
+from pageferry.workloads import persistent_trace
+from pageferry.workloads.deferred_access import AcquiredPager
+from pageferry.workloads.persistent_trace import Unusable
 from pageferry.workloads.protocols import Workload
 
 Means = Literal["trace", "compare", "none"]
@@ -31,7 +31,7 @@ class Tracking:
     """The traces of one checkpoint. Its calls may take a process a millisecond: they are not for the event loop."""
 
     def __init__(
-        self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options, hold: Hold | None
+        self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options, hold: AcquiredPager | None
     ) -> None:
         self.workload = workload
         self.memory = memory
@@ -56,13 +56,13 @@ class Tracking:
             self.note = "buffers in its memory are registered with io_uring"
         elif self.parent is not None:
             try:
-                self._ours = following.take_up(self.workload, self.memory.segments, _identity(self.parent))
+                self._ours = persistent_trace.take_up(self.workload, self.memory.segments, _identity(self.parent))
                 self.means = "trace"
                 fault_point("checkpoint.trace-taken")
                 return
             except Unusable as why:
                 self.note = str(why)
-        following.forget(self.workload)
+        persistent_trace.forget(self.workload)
 
     def lost(self, why: str) -> None:
         """The trace cannot be used after all."""
@@ -70,7 +70,7 @@ class Tracking:
         self._hold = None
         self.leaves = self.leaves and not self.direct_io  # it would be begun in rounds again
         self._let_go()
-        following.forget(self.workload)
+        persistent_trace.forget(self.workload)
 
     def descriptors(self) -> Descriptors:
         """For the saver, which is to be made now."""
@@ -80,7 +80,7 @@ class Tracking:
             return {"take_up": self._ours}
         if not self.leaves:
             return {}
-        self._ours = following.begin(self.workload, self.memory.segments)
+        self._ours = persistent_trace.begin(self.workload, self.memory.segments)
         fault_point("checkpoint.trace-begun")
         # Pages can be pinned while a trap is exchanged for a trace, which reports neither the pin nor what follows: for
         # a workload that does direct I/O the trace is on before anything is read.
@@ -91,8 +91,8 @@ class Tracking:
         self._let_go()
         if image is not None and self.leaves:
             fault_point("checkpoint.trace-left")
-            return following.leave(self.workload, self.memory.segments, image)
-        following.forget(self.workload)
+            return persistent_trace.leave(self.workload, self.memory.segments, image)
+        persistent_trace.forget(self.workload)
         return False
 
     def _let_go(self) -> None:

@@ -8,7 +8,7 @@ from pageferry.events import Listener, ignore
 from pageferry.large_pages.api import Options, sample
 from pageferry.large_pages.events import Sample
 from pageferry.sharing import scan
-from pageferry.workloads.targets import Target, open_target
+from pageferry.workloads.target import Target, open_target
 
 HOT = 64
 """Minimum number of base pages accessed in a window for which sharing does not split a huge page."""

@@ -19,7 +19,7 @@ from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.smaps import referenced
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
-from pageferry.workloads.targets import Area, Target
+from pageferry.workloads.target import Area, Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
 AGAIN = 2

@@ -23,9 +23,9 @@ from pageferry.errors import UnsupportedError
 from pageferry.host import proc
 from pageferry.host.meminfo import meminfo
 from pageferry.host.smaps import total
-from pageferry.large_pages.tracking import Activity, cold_runs
+from pageferry.large_pages.sampler import Activity, cold_runs
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
-from pageferry.workloads.targets import Target
+from pageferry.workloads.target import Target
 
 _MADV_COLD, _MADV_PAGEOUT, _MADV_POPULATE_READ = 20, 21, 22
 

@@ -27,7 +27,7 @@ from pageferry.pager.server import PagerServer
 from pageferry.workloads.arena.arena import Arena, State, memory_file
 from pageferry.workloads.arena.arguments import check_arena
 from pageferry.workloads.callbacks import Callback, Plain
-from pageferry.workloads.settling import bring, bring_all
+from pageferry.workloads.deferred_access import load_all, load_pages
 
 log = getLogger(__name__)
 
@@ -131,11 +131,11 @@ class RestoredArena(Arena):
         if values.count("length", length, 0, self.length) > self.length - offset:
             raise UsageError(f"{length} bytes at {offset} of an arena of {self.length}")
         first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
-        interruptible(lambda: bring(self.pager, first, end - first, str(self.image.path)))
+        interruptible(lambda: load_pages(self.pager, first, end - first, str(self.image.path)))
 
     def load(self) -> None:
         """Bring everything in, and wait until nothing traps any more. Raises ImageError."""
-        interruptible(lambda: bring_all(self.pager, self.length, str(self.image.path)))
+        interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
 
 
 def restore(
@@ -249,7 +249,7 @@ def _before_fork() -> None:
     One that only executes a program does not come here.
     """
     for arena in list(_restoring):
-        bring(arena.pager, 0, arena.length // SMALL_PAGE, str(arena.image.path))
+        load_pages(arena.pager, 0, arena.length // SMALL_PAGE, str(arena.image.path))
         _inherit(arena, _MADV_DOFORK)
         _restoring.discard(arena)
 

@@ -21,15 +21,16 @@ from pageferry._engine import Pager, Space
 from pageferry.errors import ImageError, RestoreError, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
 from pageferry.pager import client, records
 from pageferry.pager.protocol import HoldGiven, PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
+from pageferry.workloads import persistent_trace
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.process import ProcessMemory
 from pageferry.workloads.protocols import Workload
-from pageferry.workloads.settling import bring, settled
 
 _HANDOVER = 1.0
 """Seconds within which one pager goes on for another."""
@@ -37,7 +38,7 @@ _HANDOVER = 1.0
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 
-class Hold(Protocol):
+class AcquiredPager(Protocol):
     """A pager that is held. Calls may take long: they are not for the event loop."""
 
     userfaults: dict[int, int]
@@ -55,8 +56,8 @@ class Hold(Protocol):
         """Let the pager go, and take off the traces. May be called twice."""
 
 
-async def held(workload: Workload) -> Hold | None:
-    """Hold the pager of a workload, if it has one. None: everything is in memory now, and nothing traps.
+async def acquire_uffd(workload: Workload) -> AcquiredPager | None:
+    """Acquire the pager of a workload, if it has one. None: everything is in memory now, and nothing traps.
 
     What cannot be held (a cold store, a kernel without asynchronous traces) is waited for until all of it is there.
 
@@ -64,11 +65,11 @@ async def held(workload: Workload) -> Hold | None:
     """
     found = await in_thread(_held, workload)
     if found is None:
-        await settled(workload, traces=False)
+        await wait_complete(workload, traces=False)
     return found
 
 
-def large_units(memory: Memory | ProcessMemory, hold: Hold | None) -> list[list[bool]]:
+def large_units(memory: Memory | ProcessMemory, hold: AcquiredPager | None) -> list[list[bool]]:
     """Per region, which 2 MiB units stand on large pages, or will when a pager that is held has brought them."""
     units = memory.large_units()
     if hold is None:
@@ -79,7 +80,7 @@ def large_units(memory: Memory | ProcessMemory, hold: Hold | None) -> list[list[
     ]
 
 
-def _held(workload: Workload) -> Hold | None:
+def _held(workload: Workload) -> AcquiredPager | None:
     if isinstance(workload, LocalWorkload) and workload.pager is not None:
         return _held_here(workload.name, workload.pager)
     folder = folder_of(workload)
@@ -102,7 +103,7 @@ def _held(workload: Workload) -> Hold | None:
         raise
 
 
-def _held_here(name: str, pager: Pager) -> Hold | None:
+def _held_here(name: str, pager: Pager) -> AcquiredPager | None:
     try:
         userfaults = pager.hold()
     except OSError as error:
@@ -125,15 +126,15 @@ class _PagerHere:
         self._pager = pager
 
     def ensure(self, region: int, first: int, count: int) -> None:
-        """As of `Hold`."""
+        """As of `AcquiredPager`."""
         assert region == 0, "an arena has one"
-        bring(self._pager, first, count)
+        load_pages(self._pager, first, count)
 
     def cancel(self) -> None:
         """Nothing: an arena's image is a local file."""
 
     def release(self) -> None:
-        """As of `Hold`."""
+        """As of `AcquiredPager`."""
         self._pager.release()
 
 
@@ -154,15 +155,15 @@ class _PagerElsewhere:
             raise client.gone(line.folder, gone) from gone
 
     def ensure(self, region: int, first: int, count: int) -> None:
-        """As of `Hold`."""
+        """As of `AcquiredPager`."""
         self._line.ask(PagerRequest(what="ensure", region=region, first=first, count=count), PagerStatus)
 
     def cancel(self) -> None:
-        """As of `Hold`."""
+        """As of `AcquiredPager`."""
         self._line.cut()
 
     def release(self) -> None:
-        """As of `Hold`."""
+        """As of `AcquiredPager`."""
         with contextlib.suppress(RestoreError, ImageError):  # it has ended, with its workload
             self._line.ask(PagerRequest(what="release"), PagerStatus)
         self._close()
@@ -220,3 +221,42 @@ def _connected(folder: Folder) -> _Line:
             time.sleep(0.02)
         else:
             return _Line(folder, connection)
+
+
+async def wait_complete(workload: Workload, *, traces: bool = True) -> None:
+    """When a restore of the workload is under way, have all of it in memory, and its traps gone.
+
+    `traces`: take off the trace that the last checkpoint left, too.
+
+    Raises RestoreError when its pager is gone, ImageError when the image cannot be read.
+    """
+    if isinstance(workload, LocalWorkload) and workload.pager is not None:
+        pager, length = workload.pager, workload.regions[0].length
+        await in_thread(load_all, pager, length)
+    else:
+        folder = folder_of(workload)
+        if folder is not None and records.is_restoring(folder):
+            await in_thread(client.wait_complete, folder)
+    if traces:
+        await in_thread(persistent_trace.forget, workload)
+
+
+def load_pages(pager: Pager, first: int, count: int, origin: str = "") -> None:
+    """Have `count` pages in memory that a pager of this process brings; `origin`: where from, for people.
+
+    Raises ImageError for a damaged one, RestoreError where there is nobody to bring it any more.
+    """
+    told = f"{origin}: " if origin else ""
+    try:
+        pager.ensure(0, first, count)
+    except ValueError as error:
+        raise ImageError(f"{told}{error}") from error
+    except OSError as error:
+        raise RestoreError(f"{told}{error}") from error
+
+
+def load_all(pager: Pager, length: int, origin: str = "") -> None:
+    """Have all `length` bytes in memory, and the pager's traps gone. Raises as `load_pages`."""
+    while not pager.finished:
+        load_pages(pager, 0, length // SMALL_PAGE, origin)
+        pager.wait(1.0)

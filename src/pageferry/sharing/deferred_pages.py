@@ -16,7 +16,7 @@ from pageferry.workloads.protocols import Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Coming:
+class DeferredPages:
     """Contents that memory does not hold yet."""
 
     flags: PagerFlags
@@ -29,7 +29,7 @@ class Coming:
     """Of each region, the 2 MiB units that will stand on large pages."""
 
 
-def look(workload: Workload) -> Coming | None:
+def look(workload: Workload) -> DeferredPages | None:
     """What is still to come; None where everything is there. Nothing is loaded for it.
 
     Raises RestoreError where its pager has failed or another image has taken the place of the image, ImageError when
@@ -45,7 +45,7 @@ def look(workload: Workload) -> Coming | None:
         if os.fstat(descriptor).st_size != Pager.flags_length(sum(lengths)):
             return None  # it is just being made: nothing has run on it yet
         image = targets.open_expected(*source, workload.name) if source is not None else None
-        return Coming(
+        return DeferredPages(
             flags=PagerFlags(descriptor, sum(lengths), image.image if image is not None else None),
             known=image is not None,
             first_pages=list(itertools.accumulate(lengths, initial=0))[:-1],

@@ -14,7 +14,7 @@ import msgspec
 
 from pageferry._engine import Pager
 from pageferry.checkpoints.eager import load_guest
-from pageferry.checkpoints.restore_events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
+from pageferry.checkpoints.events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host.blocking import in_thread

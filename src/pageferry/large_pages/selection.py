@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from pageferry.large_pages.tracking import LargePage
+from pageferry.large_pages.sampler import LargePage
 from pageferry.memory.regions import LARGE_PAGE
 
 FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
