@@ -29,9 +29,9 @@ def view(arena: pageferry.Arena) -> numpy.ndarray:
 def check(arena: pageferry.Arena, name: str) -> None:
     """Report whether every step is complete, and exit with 1 if not."""
     table = view(arena)
-    whole = bool((table[:, 0] == table[:, 1]).all())
-    print(f"{name}: {table[:, 0].sum()} additions, {'whole' if whole else 'torn'}", flush=True)
-    if not whole:
+    complete = bool((table[:, 0] == table[:, 1]).all())
+    print(f"{name}: {table[:, 0].sum()} additions, {'complete' if complete else 'torn'}", flush=True)
+    if not complete:
         raise SystemExit(1)
 
 
@@ -61,7 +61,7 @@ async def send(address: str, image: str) -> None:
 
 async def receive(address: str) -> None:
     """Receive the counters and check them."""
-    arena = await pageferry.receive(address, listening=lambda where: print(f"waits at {where}", flush=True))
+    arena = await pageferry.receive(address, listening=lambda where: print(f"listening on {where}", flush=True))
     check(arena, "received")
 
 

@@ -36,9 +36,9 @@ def view(memory: Any) -> numpy.ndarray:
 def check(arena: pageferry.Arena, name: str) -> None:
     """Report whether every step is complete, and exit with 1 if not."""
     table = view(arena)
-    whole = bool((table[:, 0] == table[:, 1]).all())
-    print(f"{name}: {table[:, 0].sum()} additions, {'whole' if whole else 'torn'}", flush=True)
-    if not whole:
+    complete = bool((table[:, 0] == table[:, 1]).all())
+    print(f"{name}: {table[:, 0].sum()} additions, {'complete' if complete else 'torn'}", flush=True)
+    if not complete:
         raise SystemExit(1)
 
 
@@ -82,7 +82,7 @@ def send(address: str, image: str) -> None:
 
 def receive(address: str) -> None:
     """Receive the counters and check them."""
-    arena = asyncio.run(pageferry.receive(address, listening=lambda where: print(f"waits at {where}", flush=True)))
+    arena = asyncio.run(pageferry.receive(address, listening=lambda where: print(f"listening on {where}", flush=True)))
     check(arena, "received")
 
 

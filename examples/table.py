@@ -64,7 +64,7 @@ def reopen(path: str) -> None:
     print(f"row {seen:.0f} read after {elapsed * 1e3:.0f} ms, with {arena.deferred >> 20} MiB deferred")
     if not (table[:-1] == numpy.arange(ROWS - 1)[:, None]).all() or len(set(table[-1])) != 1:
         raise SystemExit("the table differs from the saved one")
-    print("every row is as it was saved")
+    print("all rows are correct")
 
 
 if __name__ == "__main__":

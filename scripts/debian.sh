@@ -1,6 +1,6 @@
-# Sourced: what the other scripts need of Debian's package tools.
+# Sourced: functions for Debian's package tools.
 
-# Whether packages can be installed here.
+# Whether packages can be installed: root and apt-get.
 can_install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
 }
@@ -10,13 +10,13 @@ apt_install() {
         install --no-install-recommends "$@" >/dev/null
 }
 
-# Install packages; the package lists are refreshed only if they turn out to be missing or stale.
+# Install packages; refresh the package lists only if that fails.
 install_packages() {
     echo "installing $*" >&2
     apt_install "$@" 2>/dev/null || { apt-get -qq update && apt_install "$@"; }
 }
 
-# Install packages $2... unless command $1 is there; without root say what is missing and return 1.
+# Install packages $2... unless command $1 exists. Without root, report what is missing and return 1.
 need() {
     command -v "$1" >/dev/null && return
     missing=$1

@@ -1,4 +1,4 @@
-"""Print docs/events.md, made from the events and what their docstrings say: `make docs/events.md` writes it."""
+"""Print docs/events.md, generated from the event types and their docstrings; `make docs/events.md` writes the file."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from pageferry.report.event_log import LogEnd, LogHeader
 
 HEAD = f"""# Events
 
-With `--log FILE` every command writes down what it tells, as JSON lines; with `--output json` the same objects go to
-stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is made by `make docs/events.md` from the
-code, and a test compares the two.
+With `--log FILE` each command writes its events to FILE as JSON lines. With `--output json` the same objects are
+written to stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is generated from the code by
+`make docs/events.md`; a test compares the two.
 
-A log is a `log` line, events, mostly a result, and an `end` line. Every line has `at-ms`, milliseconds after the
-first by a clock that is never set, and `type`, which says what it is. A log without `end` is one of a command that was
-killed or still runs; its last line may be cut short, everything before it holds. Arguments that are secrets are not
-written down, nor is the command line of a guest.
+A log consists of a `log` line, events (in most cases with a result), and an `end` line. Each line has a `type` and
+`at-ms`, the milliseconds since the first line by a monotonic clock. If a log has no `end`, its command was killed or is
+still running; only the last line may be incomplete. Secret arguments and the command line of a guest are not recorded.
 
-This is schema {SCHEMA}. Fields and types may be added at any time: pass over those you do not know. When one is
-renamed, removed or takes another meaning, the number grows. Sizes are bytes, unless named otherwise.
+The schema is number {SCHEMA}. Fields and types may be added at any time: ignore those that you do not know. The number
+increases if one is renamed or removed, or changes its meaning. Sizes are in bytes unless stated otherwise.
 """
 
 
 def modules() -> None:
-    """Import all of pageferry, so that all events are known."""
+    """Import all modules of pageferry, which defines all events."""
     for module in pkgutil.walk_packages(pageferry.__path__, "pageferry."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
 
 
 def events() -> dict[str, type[Event]]:
-    """All events by type. Raises ValueError where two have the same."""
+    """Event types by tag. Raises ValueError if two types have the same tag."""
     modules()
     found: dict[str, type[Event]] = {}
     for event in _below(Event):
@@ -59,7 +58,7 @@ def _below(kind: type[Event]) -> Iterator[type[Event]]:
 
 
 def page() -> str:
-    """The whole page."""
+    """Text of the page."""
     found = events()
     first = ["log", "end"]
     assert [found[tag] for tag in first] == [LogHeader, LogEnd]
@@ -89,7 +88,7 @@ def _table(kind: type[msgspec.Struct], inner: dict[str, type[msgspec.Struct]]) -
 
 
 def _descriptions(kind: type) -> dict[str, str]:
-    """The docstrings below the fields of a class."""
+    """Docstrings of the fields of a class, by field name."""
     if not kind.__module__.startswith("pageferry."):
         return {}
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]

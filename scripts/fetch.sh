@@ -1,11 +1,11 @@
 #!/bin/sh
-# Fetch into the cache directory $1, from Debian, without installing anything and without root:
+# Fetch files from Debian into the cache directory $1, without root and without installing packages:
 #   guest/vmlinuz, guest/modules/    a kernel for guests and its virtio modules
-#   prometheus/usr/bin/prometheus    a Prometheus that reads metrics (its package would start a service)
-#   qemu-10/bin/qemu-system-x86_64   a QEMU beside the machine's own: from the backports of this Debian release
-#   qemu-11/bin/qemu-system-x86_64   another, from a newer release, with the loader and all libraries that it needs
-# apt-get runs with separate sources and lists: the machine's need not be fresh, and are not changed. What was fetched
-# is moved to its place when it is complete.
+#   prometheus/usr/bin/prometheus    Prometheus (its package would start a service)
+#   qemu-10/bin/qemu-system-x86_64   QEMU 10, from the backports of this Debian release
+#   qemu-11/bin/qemu-system-x86_64   QEMU 11, from a newer release, with its loader and all libraries
+# apt-get uses separate sources and lists, so the lists of the machine need not be fresh and are not changed. Complete
+# results are moved into place.
 set -eu
 
 cache=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -18,13 +18,13 @@ release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     exit 1
 }
 
-# The mirror that this machine uses for its own release.
+# Package mirror of this machine for its own release.
 mirror() {
     apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' 2>/dev/null |
         awk -v release="$release" '$2 == release && !/security/ { print $1; exit }'
 }
 
-# Read the package lists of suites $2...; $1: file that lists what is installed.
+# Read the package lists of suites $2...; $1 is a dpkg status file of the installed packages.
 prepare() {
     installed=$1
     shift
@@ -76,13 +76,13 @@ fetch_kernel() {
     mv "$work/guest" "$cache/guest"
 }
 
-# What would be installed or upgraded with it; what the machine has already is used from there, up to QEMU itself where
-# the release's own is the newest.
+# Fetch the packages that an installation would add or upgrade. The wrapper uses installed packages for all others,
+# including QEMU itself if the release's own version is the newest.
 fetch_qemu() {
     private_apt -y --download-only --no-install-recommends -t "$release-backports" install qemu-system-x86
     unpack "$work/qemu"
     mkdir -p "$work/qemu/bin"
-    # exec in the wrapper, so that the process that was started is QEMU.
+    # The wrapper uses exec, so that the started process is QEMU.
     cat >"$work/qemu/bin/qemu-system-x86_64" <<'WRAPPER'
 #!/bin/sh
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
@@ -100,8 +100,8 @@ WRAPPER
     mv "$work/qemu" "$cache/qemu-10"
 }
 
-# Nothing counts as installed, so all that it depends on is fetched too: its libraries need a newer C library than the
-# machine's, and that needs its own loader. The modules are found by QEMU_MODULE_DIR.
+# Fetch QEMU with all dependencies (the dpkg status file is empty): its libraries need a newer C library than the
+# machine's, which needs its own loader. QEMU_MODULE_DIR locates the modules.
 fetch_newer_qemu() {
     private_apt -y --download-only --no-install-recommends install qemu-system-x86
     unpack "$work/newer"

@@ -1,4 +1,4 @@
-"""For the documentation: a docstring's `::` announces the indented block below it, and is not itself shown."""
+"""mkdocs extension: hides the `::` that announces an indented block in a docstring."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import griffe
 
 
 class LiteralBlocks(griffe.Extension):
-    """Takes the announcement of literal blocks out of every docstring."""
+    """Removes the marks of literal blocks from all docstrings."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called for each module, class, function and attribute, once it has been read."""
+        """Remove the marks from one docstring. Called for each module, class, function and attribute."""
         if obj.docstring is not None:
             lines = obj.docstring.value.splitlines()
             obj.docstring.value = "\n".join(_shown(line) for line in lines if line.strip() != "::")

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Write requirements.lock and requirements-source.lock: every package of development and CI with its version and hashes,
-# for Python 3.11 to 3.14; the second has those that are built here, with tools of the first.
+# Write requirements.lock and requirements-source.lock: the version and hashes of each package for development and CI,
+# for Python 3.11 to 3.14. The second file lists packages that are built from source with the tools of the first.
 # Locked versions stay while pyproject.toml allows them; `scripts/lock.sh --upgrade` takes newer ones.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,9 +1,9 @@
-"""Write man pages and shell completions, made from the parser, to where the package installs them from.
+"""Write man pages and shell completions, generated from the argument parser, to packaging/data/share.
 
-    python scripts/manual.py            # writes them
-    python scripts/manual.py --check    # says which are not as the parser would have them; exit code 1 if any
+    python scripts/manual.py            # writes the files
+    python scripts/manual.py --check    # prints the names of stale files; exit code 1 if there are any
 
-They stand below packaging/data/share and are part of the wheel.
+The files are part of the wheel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANUAL = "pageferry manual"
 
 
 def pages() -> Iterator[tuple[str, str]]:
-    """(path below share, contents) of everything."""
+    """Path below packaging/data/share and contents of each file."""
     parser = build_parser(list(VERBS))
     summary = parser.description or ""
     also = [f"pageferry-{verb}" for verb in VERBS]
@@ -46,8 +46,8 @@ def _page(name: str, parser: argparse.ArgumentParser, summary: str, also: list[s
 
 
 def main() -> int:
-    """Write or check."""
-    os.environ["COLUMNS"] = "80"  # otherwise lines are as long as those of this terminal
+    """Write the files, or check them."""
+    os.environ["COLUMNS"] = "80"  # line length of the help texts, otherwise that of the terminal
     stale = []
     for path, contents in pages():
         file = SHARE / path
@@ -57,7 +57,7 @@ def main() -> int:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(contents)
     if "--check" in sys.argv and stale:
-        print("not as the parser has it, `make manual` writes it anew: " + ", ".join(stale))
+        print("stale, run `make manual`: " + ", ".join(stale))
         return 1
     return 0
 

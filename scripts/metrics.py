@@ -1,4 +1,4 @@
-"""Print docs/metrics.md, made from the list of metrics: `make docs/metrics.md` writes it."""
+"""Print docs/metrics.md, generated from the list of metrics; `make docs/metrics.md` writes the file."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from pageferry.report.metrics import EVENTS, INFO, METRICS
 
 HEAD = f"""# Metrics
 
-Verbs that may run for long (`migrate`, `receive`, `checkpoint`, `restore`, `large-pages`, `sharing`) answer
-[Prometheus](https://prometheus.io) while they run:
+Verbs that may run for a long time (`migrate`, `receive`, `checkpoint`, `restore`, `large-pages`, `sharing`) serve
+metrics to [Prometheus](https://prometheus.io) while they run:
 
     pageferry sharing web web2 --watch --metrics 127.0.0.1:9400
 
-The port may be 0; the one that was found is logged. Other addresses than loopback need `--metrics-insecure`: the answer
-is not encrypted and anybody may ask. The client library is an extra: `pip install 'pageferry[metrics]'`. Metrics end
-with the command; one that takes milliseconds is better read by its `--log`.
+Port 0 selects a free port, which is logged. Addresses other than loopback require `--metrics-insecure`: replies are not
+encrypted, and any client may request them. The client library is an extra: `pip install 'pageferry[metrics]'`. Metrics
+end with the command; for a command that takes milliseconds, use `--log`.
 
-Values come from the [events](events.md) that the command tells. This page is made by `make docs/metrics.md` from the
-code, and a test compares the two. A metric is there from the first event on that tells it; names stay.
+Values come from the [events](events.md) of the command. A metric exists from the first event that contains it. Names do
+not change. This page is generated from the code by `make docs/metrics.md`; a test compares the two.
 
 | metric | kind | meaning | from |
 | --- | --- | --- | --- |
-| `{INFO}` | gauge | Always 1; the labels `version`, `verb` and `subject` say what runs. | |
-| `{EVENTS}_total` | counter | Events that the command has told, by the label `type`. | all |
+| `{INFO}` | gauge | Always 1; the labels `version`, `verb` and `subject` identify the command. | |
+| `{EVENTS}_total` | counter | Number of events of the command, by the label `type`. | all |
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Text of the page."""
     rows = []
     for metric in METRICS:
         name = f"{metric.name}_total" if metric.kind == "counter" else metric.name

@@ -1,6 +1,6 @@
-"""Print the build, runtime and development requirements of pyproject.toml, one a line: the input of `lock.sh`.
+"""Print the build, runtime and development requirements of pyproject.toml, one per line: the input of `lock.sh`.
 
-`packages.py source`: only those that the registry has without a wheel; otherwise all but those.
+`packages.py source` prints only the requirements without a wheel in the registry; otherwise these are left out.
 """
 
 import sys
@@ -11,7 +11,7 @@ SOURCE_ONLY = ("argparse-manpage",)
 
 
 def requirements(source: bool) -> list[str]:
-    """Requirements, build tools first."""
+    """Requirements, those of the build first."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     development = project["project"]["optional-dependencies"]["dev"]
     everything = [*project["build-system"]["requires"], *project["project"]["dependencies"], *development]

@@ -2,9 +2,9 @@
 
     scripts/sample_texts.py [SEED] [COUNT]
 
-SEED: hexadecimal (default: the first 8 digits of the parent of HEAD). Texts are docstrings, comments, paragraphs of the
-documentation, messages of errors, and help of options. Each is printed with its kind, file and line. Files that other
-scripts generate are left out.
+SEED is hexadecimal (default: the first 8 digits of the parent of HEAD). Texts are docstrings, comments, paragraphs of
+the documentation, error messages, and help of options. Each is printed with its kind, file and line. Generated files
+are left out.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 GENERATED = ("docs/events.md", "docs/metrics.md", "docs/results.md", "packaging/")
 COUNT = 120
-LEAST = 3
-"""Words that a text has at least: `# noqa` and names are no texts."""
+MIN_WORDS = 3
+"""Minimum number of words of a text; excludes names and `# noqa`."""
 
 _ERROR = re.compile(r"(Error|Refused|Lost|Exception|Warning|NotConverging|Unsupported)$")
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:|pragma|!)")
@@ -34,7 +34,7 @@ _RUST = re.compile(r"^\s*(///|//!|//)(.*)$")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text and where it begins."""
+    """A text and its location."""
 
     kind: str
     path: str
@@ -43,13 +43,13 @@ class Text:
 
 
 def tracked(*patterns: str) -> list[str]:
-    """Paths of the files under version control that match, without generated ones."""
+    """Paths of tracked files that match a pattern, without generated ones."""
     listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return [path for path in listed.splitlines() if not path.startswith(GENERATED)]
 
 
 def python_texts(path: str, source: str) -> Iterator[Text]:
-    """Docstrings (those of fields too), messages of errors, help of options, and comments of a Python file."""
+    """Docstrings (also of fields), error messages, help of options, and comments of a Python file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield Text("docstring", path, node.lineno, textwrap.dedent(node.value.value).strip())
@@ -64,7 +64,7 @@ def python_texts(path: str, source: str) -> Iterator[Text]:
 
 
 def python_comments(path: str, source: str) -> Iterator[Text]:
-    """Comments; those on lines that follow each other are one text."""
+    """Comments; consecutive comment lines are one text."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = [token for token in tokens if token.type == tokenize.COMMENT and not _DIRECTIVE.match(token.string)]
     found = [(*token.start, token.string.lstrip("# ")) for token in comments]
@@ -72,7 +72,7 @@ def python_comments(path: str, source: str) -> Iterator[Text]:
 
 
 def rust_texts(path: str, source: str) -> Iterator[Text]:
-    """Doc comments and comments of a Rust file; those on lines that follow each other are one text."""
+    """Doc comments and comments of a Rust file; consecutive comment lines are one text."""
     found = []
     for number, line in enumerate(source.splitlines(), 1):
         if matched := _RUST.match(line):
@@ -91,7 +91,7 @@ def markdown_texts(path: str, source: str) -> Iterator[Text]:
 
 
 def _string(node: ast.expr) -> str:
-    """A literal or formatted string as it is written, with {} for what is filled in."""
+    """Value of a string literal; replacement fields of an f-string become {}."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -118,7 +118,8 @@ def texts() -> list[Text]:
         for text in read(path, (ROOT / path).read_text())
     ]
     return sorted(
-        (text for text in found if len(text.words.split()) >= LEAST), key=lambda text: (text.path, text.line, text.kind)
+        (text for text in found if len(text.words.split()) >= MIN_WORDS),
+        key=lambda text: (text.path, text.line, text.kind),
     )
 
 

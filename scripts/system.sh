@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install or fetch what guests and tests need. Never fails for what is missing: it is named, and tests that need it skip.
+# Install or fetch the programs that guests and tests need. A missing program is reported, but is not an error: tests
+# that need it are skipped.
 set -u
 cd "$(dirname "$0")/.."
 . scripts/debian.sh
@@ -14,9 +15,9 @@ need iperf3 iperf3 || complete=no
 for fetched in qemu-11/bin/qemu-system-x86_64 qemu-10/bin/qemu-system-x86_64 guest/vmlinuz prometheus/usr/bin/prometheus; do
     [ -e $cache/$fetched ] || { scripts/fetch.sh $cache || complete=no; break; }
 done
-# The pages of reports are looked at in a browser. Only a test needs it.
-need chromium chromium fonts-dejavu-core || echo "the test that uses it will be skipped" >&2
+# The test of report pages needs a browser; no other test does.
+need chromium chromium fonts-dejavu-core || echo "the test of report pages will be skipped" >&2
 
 if [ $complete = no ]; then
-    echo "some of what guests need is missing: the tests that use it will be skipped" >&2
+    echo "programs for guests are missing: the tests that need them will be skipped" >&2
 fi

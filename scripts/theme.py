@@ -1,4 +1,4 @@
-"""For the documentation: what the scripts of its theme take for granted. Without it they stop half-way on a page."""
+"""mkdocs hook: provides what the scripts of the theme require; without it they fail on some pages."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from mkdocs.config.defaults import MkDocsConfig
 
 _slugify = import_module("markdown.extensions.toc").slugify  # a package without types
 _HIGHLIGHTING = '<style id="hljs-light"></style><style id="hljs-dark"></style>'
-"""Stands for the styles of a highlighter, which we do without; the switch between light and dark changes them too."""
+"""Placeholders for the styles of an unused syntax highlighter; the theme's dark mode switch needs them."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Called when mkdocs.yml has been read."""
+    """Set the function that makes anchors. Called after mkdocs.yml has been read."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = anchor
     return config
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Called with each page as it will be written."""
+    """Add the placeholders to a page. Called for each page before it is written."""
     return output.replace("</head>", f"{_HIGHLIGHTING}</head>", 1)
 
 
 def anchor(heading: str, separator: str) -> str:
-    """The anchor of a heading. Headings are looked up by selectors, which do not begin with a digit."""
+    """Anchor of a heading; it does not begin with a digit, because the theme uses anchors as CSS selectors."""
     found: str = _slugify(heading, separator)
     return f"n{found}" if found[:1].isdigit() else found

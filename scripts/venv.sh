@@ -1,10 +1,11 @@
 #!/bin/sh
-# Make a virtual environment at $1 with the first Python >= 3.11 that can, and see that the linker cargo needs is there.
+# Create a virtual environment at $1 with the first Python >= 3.11 that supports it, and install cargo's linker if
+# missing.
 set -eu
 . "$(dirname "$0")/debian.sh"
 
 usable() {
-    # A pyenv shim may stand in PATH for a version that is not installed: only running it tells.
+    # PATH may contain a pyenv shim for a version that is not installed, so run the program.
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
@@ -19,7 +20,7 @@ find_python() {
 }
 
 need cc gcc libc6-dev
-# Debian ships python3 without the modules that make environments.
+# Debian packages the modules for virtual environments separately.
 python=$(find_python) || { can_install && install_packages python3-venv; }
 python=$(find_python) || {
     echo "no Python >= 3.11 with the venv and ensurepip modules in PATH (Debian: apt-get install python3-venv)" >&2

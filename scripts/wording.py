@@ -1,11 +1,11 @@
-"""Phrases that CONTRIBUTING keeps out, counted per file.
+"""Counts phrases that CONTRIBUTING discourages, per file.
 
-    python scripts/wording.py            print the hits that are not in the table
-    python scripts/wording.py --all      print every hit
-    python scripts/wording.py --update   write the table anew, where no count has grown
+    python scripts/wording.py            print the hits in files that exceed the table
+    python scripts/wording.py --all      print all hits
+    python scripts/wording.py --update   update the table, unless a count has grown
 
-The table, scripts/wording.json, has the number of hits of each file that has any. A count may only decrease: the test
-`tests/unit/test_wording.py` fails where a file has more hits than the table allows.
+The table, scripts/wording.json, holds the number of hits of each file. A count may only decrease: the test
+`tests/unit/test_wording.py` fails if a file has more hits than the table allows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".json")
 
 GENERATED = ("docs/events.md", "docs/metrics.md", "packaging/", "benchmarks/results/", "CHANGELOG.md")
-"""Beginnings of the paths that are not searched: made from other text, or a record of the past."""
+"""Path prefixes that are not searched: generated files, and records of the past."""
 THEMSELVES = ("scripts/wording.py", "CONTRIBUTING.md")
 
 PHRASES = {
@@ -57,13 +57,13 @@ PHRASES = {
     r"\b(MOST|LEAST|LARGEST|LONGEST|MANY|FEW)(_[A-Z]+)*\b": "MAX_, MIN_",
     r"def test_(what|who|nobody|nothing|somebody|it|one|those|half|told)_": "name the subject of the test",
 }
-"""Each regular expression, searched in every line, with what to write instead."""
+"""Regular expressions, searched in each line, with the recommended words."""
 
 _COMPILED = [(re.compile(phrase), instead) for phrase, instead in PHRASES.items()]
 
 
 def files() -> Iterator[str]:
-    """Paths of the files to search, relative to the root of the tree and in order."""
+    """Paths of the files to search, relative to the root of the tree, sorted."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.pyi", "*.rs", "*.md"],
         cwd=ROOT,
@@ -77,7 +77,7 @@ def files() -> Iterator[str]:
 
 
 def hits(path: str) -> Iterator[tuple[int, str, str]]:
-    """Number and text of each line of a file that has a phrase, once for each phrase, with what to write instead."""
+    """Number and text of each line with a discouraged phrase, with the recommended words; one item per phrase."""
     for number, line in enumerate((ROOT / path).read_text().splitlines(), start=1):
         for phrase, instead in _COMPILED:
             if phrase.search(line):
@@ -85,19 +85,19 @@ def hits(path: str) -> Iterator[tuple[int, str, str]]:
 
 
 def counts() -> dict[str, int]:
-    """Number of hits of each file that has any."""
+    """Number of hits per file, without files that have none."""
     found = Counter({path: sum(1 for _ in hits(path)) for path in files()})
     return {path: count for path, count in found.items() if count}
 
 
 def table() -> dict[str, int]:
-    """Number of hits that each file may have; files that are not in the table may have none."""
+    """Number of hits allowed per file; 0 for files that are not in the table."""
     allowed: dict[str, int] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     return allowed
 
 
 def grown() -> dict[str, int]:
-    """Files that have more hits than the table allows, with their number of hits."""
+    """Files with more hits than the table allows, with their number of hits."""
     allowed = table()
     return {path: count for path, count in counts().items() if count > allowed.get(path, 0)}
 
@@ -109,7 +109,7 @@ def _print(paths: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the script; return its exit code."""
+    """Run the script and return its exit code."""
     if arguments == ["--all"]:
         _print(list(files()))
         return 0

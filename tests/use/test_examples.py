@@ -32,17 +32,17 @@ def test_table_is_saved_and_reopened(hosts: tuple[Host, Host]) -> None:
     for step in ("fill", "open"):
         done = here.run(f"{PYTHON} {EXAMPLES / 'table.py'} {step} table.img")
         assert done.returncode == 0, done.stderr
-    assert "every row is as it was saved" in done.stdout
+    assert "all rows are correct" in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["threads", "asyncio", "processes"])
 def test_counters_are_saved_and_migrated_consistently(kind: str, hosts: tuple[Host, Host]) -> None:
     here, there = hosts
     program, address = f"{PYTHON} -u {EXAMPLES / f'counters_{kind}.py'}", f"127.0.0.1:{free_port()}"
-    receiver = there.start(f"{program} receive {address}", "waits at")
+    receiver = there.start(f"{program} receive {address}", "listening on")
     done = here.run(f"{program} send {address} counters.img")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^saved: [1-9]\d* additions, whole$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^saved: [1-9]\d* additions, complete$", done.stdout, re.MULTILINE), done.stdout
     assert receiver.wait(30) == 0
 
 
