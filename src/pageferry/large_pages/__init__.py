@@ -1,4 +1,4 @@
-"""Large pages of running workloads and processes (S3): which are hardly used, and reclaim of those.
+"""Huge pages of running workloads and processes (S3): measure how much of each is used, and reclaim cold memory.
 
 ::
 

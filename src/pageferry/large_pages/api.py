@@ -1,4 +1,4 @@
-"""Sampling and reclaim of large pages (S3), as one coroutine: look, decide, break what pays."""
+"""Sampling and reclaim of huge pages (S3): measure their use, decide, and split those whose reclaim pays."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ from pageferry.workloads import persistent_trace
 from pageferry.workloads.target import Target
 
 BINS = 11
-"""Of the histogram: 0, 1, 2-3, ..., 256-511, 512."""
+"""Number of bins of the histogram: 0, 1, 2-3, ..., 256-511, 512 base pages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to look, and what to do. Raises UsageError for what makes no sense."""
+    """Options of sampling and reclaim. Raises UsageError if they are invalid."""
 
     sample: float = 0.05
-    """Part of the large pages that a round looks at, at most."""
+    """Maximum fraction of the huge pages sampled per round."""
     window: float = 0.2
-    """Seconds in which accesses count."""
+    """Duration of a window in which accesses are counted, seconds."""
     rounds: int = 5
+    """Maximum number of rounds; there are fewer if all huge pages have been sampled."""
     budget: float | None = 0.01
-    """Of one CPU, for looking; None: as it takes."""
+    """Limit for the CPU time of sampling, as a fraction of one CPU; None for no limit."""
     reclaim: Literal["store", "swap"] | None = None
-    """Where cold small pages of broken large pages go; None: nothing is broken."""
+    """Destination of cold base pages; None to leave huge pages as they are."""
     store: Path | None = None
-    """Folder for the store; None: the workload's own, in the run directory (which mostly is memory)."""
+    """Directory for the store; None for the workload's directory in the run directory (which is often in memory)."""
     codec: Codec = "lz4"
-    """Of the store."""
+    """Compression of the store."""
     seed: int | None = None
-    """Of the choice of samples."""
+    """Seed of the random choice of samples."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -82,11 +83,12 @@ async def sample(
     sharing: Mapping[tuple[int, int], int] | None = None,
     listener: Listener = ignore,
 ) -> LargePagesResult:
-    """Look at large pages of a target in rounds; if wanted, break those that the policy names and reclaim from them.
+    """Sample huge pages of a target in rounds; with `reclaim`, split those that the policy selects and reclaim their
+    cold base pages.
 
-    `sharing`: where it is known (S9), how many small pages of a large one, by (pid, address), have an equal elsewhere.
-    Every mapping that was split is restored before this returns, or raises: UnsupportedError, WorkloadDied,
-    WorkloadError; CheckpointError where a store cannot be written.
+    `sharing`: number of base pages of a huge page that have duplicates (S9), by (pid, address), if known. Every split
+    mapping is restored before this returns or raises. Raises UnsupportedError, WorkloadDied, WorkloadError;
+    CheckpointError if a store cannot be written.
     """
     values.instance("target", target, Target)
     values.optional(values.instance, "options", options, Options)
@@ -100,7 +102,7 @@ async def sample(
     elif options.reclaim == "store":
         await cold_store.prepare(target)
     if target.workload is not None:
-        await in_thread(persistent_trace.forget, target.workload)  # it would be in our way
+        await in_thread(persistent_trace.forget, target.workload)  # a persistent write trace would interfere
     tracker = Tracker(target)
     candidates = tracker.large_pages()
     begin = time.monotonic()
@@ -136,7 +138,7 @@ async def sample(
 async def _look(
     tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
 ) -> tuple[list[Activity], int, Limit | None]:
-    """What was seen, in how many rounds (fewer where all pages have been sampled), and what made rounds smaller."""
+    """Run the rounds. Return the activities, the number of rounds, and what has limited their size."""
     sampling = Sampling(options.sample, options.budget, options.seed)
     seen: list[Activity] = []
     done = 0
@@ -161,9 +163,9 @@ def _decide(seen: Sequence[Activity], policy: Policy, sharing: Mapping[tuple[int
 
 
 async def undo(target: Target) -> BroughtBack:
-    """Bring back what is in a store, on large pages, and remove the store.
+    """Reload what is in a store, onto huge pages, and remove the store.
 
-    Raises UsageError where there is none, RestoreError when its pager has died, ImageError when it is damaged.
+    Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
     values.instance("target", target, Target)
     return BroughtBack(target=target.name, brought_back=await cold_store.bring_back(target))
@@ -205,7 +207,7 @@ def _sample(activity: Activity, decision: Decision) -> Sample:
 
 
 def _regions(target: Target, candidates: list[LargePage], seen: list[Activity]) -> list[RegionActivity]:
-    """A row per region that has large pages; private memory of a process is one row per name."""
+    """Return a row per region with huge pages; private memory of a process has one row per name."""
     large: defaultdict[tuple[str, str], int] = defaultdict(int)
     sampled: defaultdict[tuple[str, str], list[Activity]] = defaultdict(list)
     size: defaultdict[tuple[str, str], int] = defaultdict(int)

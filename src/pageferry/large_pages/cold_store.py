@@ -1,13 +1,13 @@
-"""Cold small pages out of memory and into a store: an image, from which a pager brings back what is accessed (S3, S10).
+"""Moves cold base pages from memory to a store: an image from which a pager reloads them on demand (S3, S10).
 
-What makes it right is the order (read `to_store`): pages are copied while the workload runs, traced; the store is
-finished and synced; then, in short pauses, pages that were not written since they were copied leave memory. The first
-pause, before anything is copied, is for I/O that had begun already: it writes past all page tables, and so past every
-trace, but what begins later takes the page for writing first. A page that has left memory is brought back by a pager
-on access, by a later checkpoint or migration (S8), or by `undo`.
+Correctness follows from the order (see `to_store`). Pages are copied while the workload runs with write traces
+installed. The store is completed and synced. Then, in short pauses, pages that were not written since they were copied
+are evicted. A pause before anything is copied drains I/O that is in flight: it bypasses page tables, and so the traces,
+but I/O that starts later first marks its pages as written. An evicted page is reloaded by a pager on demand, by a later
+checkpoint or migration (S8), or by `undo`.
 
-Only broken large pages are registered for faults. All others keep their mapping, and can be sampled and reclaimed from
-later; the store is then another image, which builds on the one before.
+Only the huge pages that were split are registered for faults. All others keep their mapping, and can be sampled and
+reclaimed later; the store is then another image, with the previous one as its parent.
 """
 
 from __future__ import annotations
@@ -54,61 +54,61 @@ from pageferry.workloads.protocols import Workload
 from pageferry.workloads.target import Target
 
 PAUSE = 0.01
-"""Seconds of work in a pause, about; to stop and to go on takes its own time."""
+"""Target for the work per pause, seconds; stopping and resuming add to it."""
 FIRST_BATCH = 4
-"""Large pages broken in the first pause; later ones take as many as fit."""
+"""Huge pages evicted in the first pause; later batches are sized to fit `PAUSE`."""
 COPIED_AT_A_TIME = 32
-"""Large pages that are copied between two looks at the world."""
+"""Huge pages copied per engine call, between which a cancellation takes effect."""
 MOST_IMAGES = 64
-"""Of a store."""
+"""Maximum number of images in the chain of a store."""
 
 _SYS_MADVISE = 28
 _MADV_DONTFORK = 10
 
 Unit = tuple[int, int]
-"""A large page: (number of the region, first page of it)."""
+"""Huge page: (region number, its first page)."""
 
 
 @dataclass(slots=True)
 class Stored:
-    """What has been done."""
+    """Progress and results of a reclaim."""
 
     freed: int = 0
-    """Bytes of the workload's files that were in memory and are not any more."""
+    """Decrease of the workload's files in memory, bytes."""
     broken: int = 0
-    """Large pages."""
+    """Number of huge pages split."""
     pages: int = 0
-    """Small pages that are in the store now and were not before."""
+    """Number of base pages added to the store and evicted."""
     written: int = 0
-    """Small pages that stay because they were written to after they had been copied."""
+    """Number of base pages that stay because they were written after they had been copied."""
     path: str = ""
     length: int = 0
-    """Bytes of the image."""
+    """Length of the image, bytes."""
     equal: int = 0
-    """Small pages of the image that are stored as equal to another one."""
+    """Number of base pages of the image that are stored as duplicates of another one."""
     pauses: int = 0
     longest_pause: float = 0.0
-    """Seconds."""
+    """Longest pause, seconds."""
 
 
 @dataclass(slots=True)
 class _Plan:
-    """The cold pages of chosen large pages."""
+    """Cold pages of the chosen huge pages."""
 
     cold: dict[Unit, list[tuple[int, int]]]
-    """Of each large page, in order: runs of cold pages of the region, as (first, end)."""
+    """Runs of cold pages of the region, as (first, end), for each huge page in order."""
     kept: list[PageSet]
-    """Per region, cold pages that stay: they are pinned, or were not in memory when they should have been copied."""
+    """Cold pages, per region, that stay: they are pinned, or were not present when they were to be copied."""
     broken: set[Unit] = field(default_factory=set)
-    """Those of which something has been let go."""
+    """Huge pages of which at least one page was evicted."""
 
     @property
     def units(self) -> list[Unit]:
-        """The large pages, in order."""
+        """Huge pages, in order."""
         return list(self.cold)
 
     def pages(self, units: Sequence[Unit]) -> dict[int, PageSet]:
-        """The cold pages of some of the large pages, by region."""
+        """Return the cold pages of these huge pages, by region."""
         found: dict[int, PageSet] = {}
         for unit in units:
             pages = found.setdefault(unit[0], PageSet(self.kept[unit[0]].pages))
@@ -118,7 +118,7 @@ class _Plan:
 
 
 async def prepare(target: Target) -> None:
-    """Before large pages are looked at: a restore is completed. Raises UnsupportedError where there can be no store."""
+    """Prepare a target for sampling: complete its restore. Raises UnsupportedError if it cannot have a store."""
     if target.workload is None:
         raise UnsupportedError(
             f"{target.name} is no managed workload: it cannot be paused, and a store needs short pauses. "
@@ -136,12 +136,13 @@ async def prepare(target: Target) -> None:
 
 
 async def to_store(target: Target, idle: Sequence[Activity], place: Path | None, codec: metadata.Codec) -> Stored:
-    """Break these large pages of a workload, and leave their cold small pages in a store only.
+    """Split these huge pages of a workload, and move their cold base pages to a store.
 
-    `place`: the folder for it; None: the workload's own in the run directory, which mostly is memory: then what is
-    gained is what compression leaves. The workload runs but for short pauses. Whatever goes wrong, no write is lost.
+    `place`: directory for it; None for the workload's directory in the run directory. If that is in memory, the gain is
+    limited to what compression saves. The workload keeps running except for short pauses. No write is lost, regardless
+    of errors.
 
-    Raises CheckpointError (the store cannot be written: nothing has changed), WorkloadError, WorkloadDied.
+    Raises CheckpointError (the store cannot be written; nothing has changed), WorkloadError, WorkloadDied.
     """
     workload = target.workload
     assert workload is not None
@@ -177,9 +178,9 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
 
 
 async def bring_back(target: Target) -> int:
-    """Bring everything back, on large pages again, and remove the store. Returns the bytes that were in it.
+    """Reload everything, onto huge pages, and remove the store. Return the number of bytes that were in it.
 
-    Raises UsageError where nothing is in a store, RestoreError when its pager has died, ImageError when it is damaged.
+    Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
     if target.workload is None:
         raise UsageError(f"{target.name} is no managed workload: nothing of it is in a store")
@@ -191,12 +192,12 @@ async def bring_back(target: Target) -> int:
             raise UsageError(f"nothing of {folder.name} is in a store: there is nothing to undo")
         started = proc.start_time(status.pager)
         await in_thread(client.wait_complete, folder)
-        if started is not None:  # it puts large pages together yet
+        if started is not None:  # it still has to collapse the huge pages
             await processes.wait_for_end(status.pager, started)
         return status.deferred
 
 
-# -- what to store
+# -- choosing what to store
 
 
 def _check_descriptor(folder: Folder) -> None:
@@ -215,15 +216,16 @@ def _folder(workload: Workload) -> Folder:
 
 
 async def _record(folder: Folder) -> Deferred | None:
-    """What is in a store already. Its pager lives: whoever has waited for one should not wait for us."""
+    """Return the record of the existing store. Its pager must respond: threads that wait for a page must not wait for
+    this."""
     record = folder.load(records.RECORD, Deferred)
     if record is not None and await in_thread(client.status, folder) is None:
-        return None  # everything has just come back
+        return None  # everything has just been reloaded
     return record
 
 
 def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
-    """What a reclaim has left that was killed before anything was in its store only."""
+    """Remove the images of a reclaim that was killed before it had evicted anything."""
     if record is None:
         (folder.path / records.FLAGS).unlink(missing_ok=True)
     needed = {own.path for own in record.own} if record is not None else set()
@@ -234,7 +236,7 @@ def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
 
 
 def _plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> _Plan:
-    """The cold pages of shared large pages, of as many as the processes can have mappings for: each costs two."""
+    """Plan for the cold pages of shared huge pages, at most as many as the mapping limit allows: each costs two."""
     affordable = min((spare_mappings(pid) // 2 for pid in target.pids), default=0)
     cold: dict[Unit, list[tuple[int, int]]] = {}
     for activity in idle:
@@ -247,7 +249,7 @@ def _plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> _Plan:
 
 
 def _segments(workload: Workload, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:
-    """Every mapping of every unit."""
+    """Return every mapping of every huge page."""
     return [
         (unit, part)
         for unit in units
@@ -257,18 +259,18 @@ def _segments(workload: Workload, units: Sequence[Unit]) -> list[tuple[Unit, Seg
 
 
 def _resident(memory: Memory) -> int:
-    """Bytes of the workload's files that are in memory."""
+    """Return the size of the workload's files in memory, bytes."""
     return sum(os.fstat(mapping.fileno()).st_blocks * 512 for mapping in memory.mappings)
 
 
-# -- storing it
+# -- writing the store
 
 
 async def _drain(workload: Workload, trace: Trace, memory: Memory, plan: _Plan, done: Stored) -> None:
-    """Let I/O end that had begun before the traces were there, which would not see what it writes.
+    """Drain I/O that had started before the traces were installed, which do not report its writes.
 
-    What stays pinned, in buffers registered with io_uring, is kept; a buffer that is registered later is reported by
-    the traces as written.
+    Pages that stay pinned, in buffers registered with io_uring, are kept. A buffer that is registered later is reported
+    by the traces as written.
     """
     await workload.prepare_pause()
     begin = time.monotonic()
@@ -291,7 +293,7 @@ async def _write(
     place: Path | None,
     codec: metadata.Codec,
 ) -> ImageFile:
-    """Copy the cold pages to an image, which is complete and synced when this returns."""
+    """Copy the cold pages to an image, which is complete and synced on return."""
     parent = targets.open_expected(record.image, record.identity, folder.name) if record is not None else None
     if parent is not None and len(parent.links) >= MOST_IMAGES:
         raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with `undo` first")
@@ -329,7 +331,7 @@ async def _write(
     return ImageFile(path)
 
 
-# -- letting it go
+# -- evicting
 
 
 async def _let_go(
@@ -343,7 +345,7 @@ async def _let_go(
     record: Deferred | None,
     done: Stored,
 ) -> None:
-    """Take pages that stand in the store out of memory, some in each pause, with a pager of our own; then another."""
+    """Evict the pages in the store, in short pauses, with a pager in this process; then start a separate one."""
     work = _work(workload, image, plan.units, record)
     if work.qmp_socket is None:
         _keep_from_children(target, work)
@@ -361,11 +363,11 @@ async def _let_go(
 
 
 async def _leave(pager: GuestPager) -> None:
-    """Have a process of its own bring pages back from now on."""
+    """Hand over to a separate pager process."""
     if pager.pager.pending:
         fault_point("reclaim.handover")
         await hand_over(pager)
-    else:  # nothing was cold after all
+    else:  # nothing was evicted
         pager.pager.evicted()
         await in_thread(pager.run)
         await in_thread(pager.close)
@@ -374,10 +376,10 @@ async def _leave(pager: GuestPager) -> None:
 async def _batches(
     workload: Workload, folder: Folder, memory: Memory, plan: _Plan, trace: Trace, pager: GuestPager, done: Stored
 ) -> None:
-    """Pause after pause, until everything has been let go that was not written since it was copied.
+    """Evict pages, one batch per pause, except those written since they were copied.
 
-    The record of the store is there by now: a program that takes the descriptor of its memory sees it, and has all
-    brought back, or its mark is seen here.
+    The record of the store exists by now. A program that takes the descriptor of its memory either sees the record, and
+    has everything reloaded, or its mark is seen here.
     """
     numbers: defaultdict[Unit, list[int]] = defaultdict(list)
     for number, (unit, _) in enumerate(_segments(workload, plan.units)):
@@ -390,7 +392,7 @@ async def _batches(
         try:
             await workload.pause()
             fault_point("reclaim.paused")
-            # Here and now, not on a thread: nothing may resume the workload meanwhile.
+            # Not in a thread: no other task may resume the workload in between.
             working = time.monotonic()
             trace.collect(written)
             for number in (number for unit in batch for number in numbers[unit]):
@@ -413,7 +415,7 @@ async def _batches(
 
 
 def _keep_from_children(target: Target, work: Deferred) -> None:
-    """A child that a program forks has no pager: memory that is in a store is not mapped in it, rather than zeros."""
+    """Exclude memory in a store from children of the program: they have no pager, so it would read as zeros there."""
     assert target.workload is not None
     assert work.cold is not None
     for region, parts in zip(target.workload.regions, work.cold, strict=True):
@@ -423,7 +425,7 @@ def _keep_from_children(target: Target, work: Deferred) -> None:
 
 
 def _work(workload: Workload, image: ImageFile, units: Sequence[Unit], record: Deferred | None) -> Deferred:
-    """What another pager needs to know."""
+    """Return the record for a pager that takes over."""
     cold = record.cold if record is not None and record.cold is not None else [[] for _ in workload.regions]
     added = [[(first * SMALL_PAGE, LARGE_PAGE) for region, first in units if region == n] for n in range(len(cold))]
     created = OwnImage(path=str(image.path.absolute()), identity=image.identity)
@@ -441,7 +443,7 @@ def _work(workload: Workload, image: ImageFile, units: Sequence[Unit], record: D
 
 
 def _joined(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Adjacent parts as one."""
+    """Merge adjacent and overlapping parts."""
     found: list[tuple[int, int]] = []
     for start, length in parts:
         if found and sum(found[-1]) >= start:
@@ -452,10 +454,10 @@ def _joined(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _restore_mappings(target: Target, memory: Memory, units: Sequence[Unit]) -> None:
-    """Map large pages that were traced, and not broken, as such again.
+    """Map huge pages that were traced, but not split, as huge pages again.
 
-    Never one that was: where all of it had gone it stands on a large page again as soon as the first small page is
-    back, and to map that would show zeros for all others, whatever traps there are.
+    Split ones must be left out: a page that was evicted completely is backed by a huge page again as soon as one base
+    page is reloaded, and mapping that would show zeros for all others, bypassing their userfaultfd.
     """
     assert target.workload is not None
     large = memory.large_units()

@@ -1,4 +1,4 @@
-"""From a sample of large pages to all of them."""
+"""Estimates for all huge pages from a sample of them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from pageferry.large_pages.sampler import SLOTS
 from pageferry.memory.regions import SMALL_PAGE
 
 _Z = 1.96
-"""Standard deviations of a 95 % interval."""
+"""Standard errors in half the width of a 95 % interval."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Mean activity of all large pages, with a 95 % confidence interval, and the memory that this leaves unused."""
+    """Mean activity of all huge pages with its 95 % confidence interval, and the memory that is unused accordingly."""
 
     large_pages: int
-    """How many there are."""
+    """Number of huge pages."""
     sampled: int
     mean: float
-    """Small pages accessed per large page and window."""
+    """Base pages accessed per huge page and window."""
     low: float
     high: float
     idle: int
-    """Bytes in large pages that were not accessed in a window."""
+    """Estimated bytes in huge pages that are not accessed in a window."""
     idle_low: int
     idle_high: int
 
 
 def estimate(counts: Sequence[int], population: int) -> Estimate:
-    """The estimate for `population` large pages from the activities of a simple random sample of them.
+    """Estimate for `population` huge pages from the activities of a simple random sample of them.
 
-    Half the width is 1.96 standard errors, of a population that is finite; when all samples are alike, which says
-    nothing of the spread, as many others as could have been missed (three in the size of the sample) count in full.
+    The half-width is 1.96 standard errors, with finite population correction. If all samples are equal, which gives no
+    estimate of the variance, it assumes full activity of as many pages as the sample could have missed (3 divided by
+    the sample size).
     """
     size = len(counts)
     population = max(population, size)

@@ -1,4 +1,4 @@
-"""What sampling of large pages tells on the way and at its end."""
+"""Events and results of sampling huge pages."""
 
 from __future__ import annotations
 
@@ -12,81 +12,82 @@ from pageferry.large_pages.policy import Decision
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """A large page that was looked at."""
+    """Sampled huge page."""
 
     pid: int
     address: int
-    """In the process."""
+    """Address in the process."""
     region: str
-    """Name of the memory it is in: of the workload's region, or as in /proc/PID/maps."""
+    """Name of its memory: of the workload's region, or as in /proc/PID/maps."""
     kind: str
     """`shared` or `anon`."""
     activity: int
-    """Distinct small pages accessed in the window, of 512."""
+    """Number of base pages accessed in the window, of 512."""
     touched: str | None
-    """Which: 512 bits in hexadecimal, the lowest is the first page. None: private memory gives their number only."""
+    """Accessed base pages: 512 bits in hexadecimal, bit 0 for the first. None for private memory, which yields only
+    their number."""
     decision: Decision
 
 
 class Overhead(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """What looking costs."""
+    """Cost of sampling."""
 
     cpu_ms: float
-    """Of this command's thread, milliseconds."""
+    """CPU time of this command's thread, milliseconds."""
     fraction: float
-    """Of one CPU, over the time that the rounds took."""
+    """CPU time as a fraction of one CPU, over the duration of the rounds."""
     budget: float | None
     faults: int
-    """Faults that the workload took for it, of about a microsecond each."""
+    """Page faults caused in the workload, of about 1 us each."""
     per_page_us: float
-    """CPU per sampled page, microseconds."""
+    """CPU time per sampled page, microseconds."""
 
 
 class StoreFigures(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """What went to a store."""
+    """Statistics of a store."""
 
     path: str
-    """The image that was written; empty where nothing was cold."""
+    """Image that was written; empty if no page was cold."""
     bytes: int
-    """Length of the image. Where it is in memory itself (a tmpfs), that is taken off what was gained."""
+    """Length of the image. On a tmpfs it occupies memory, which reduces the gain."""
     pages: int
-    """Small pages that are there only, since this reclaim."""
+    """Base pages whose only copy this reclaim has moved to the store."""
     equal: int
-    """Small pages of the image that equal another one: their contents are stored once."""
+    """Base pages of the image that are identical to another one, and stored once."""
     written: int
-    """Small pages that stay, because they were written to after they had been copied."""
+    """Base pages that stay in memory because they were written after they had been copied."""
     pauses: int
     longest_pause_ms: float
 
 
 class RegionActivity(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """A region in numbers."""
+    """Activity of a region."""
 
     name: str
     kind: str
     bytes: int
     large_pages: int
-    """Mapped as such."""
+    """Number of huge pages mapped as such."""
     sampled: int
     idle: int
-    """Samples without any access."""
+    """Number of samples without accesses."""
     mean: float
-    """Small pages accessed per sample."""
+    """Base pages accessed per sample."""
 
 
 class SampleEvent(Event, frozen=True, kw_only=True, tag="sample-round"):
-    """A round is over and its mappings are back."""
+    """A round has ended and its mappings are restored."""
 
     round: int
     sampled: int
     idle: int
-    """Without any access."""
+    """Number of samples without accesses."""
     mean: float
     cpu_ms: float
 
 
 class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
-    """The end of `pageferry large-pages`."""
+    """Result of `pageferry large-pages`."""
 
     target: str
     window_ms: float
@@ -94,28 +95,28 @@ class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     regions: list[RegionActivity]
     samples: list[Sample]
     histogram: list[int]
-    """Samples with 0, 1, 2-3, 4-7, ..., 256-511, 512 small pages accessed."""
+    """Number of samples with 0, 1, 2-3, 4-7, ..., 256-511, 512 base pages accessed."""
     estimate: Estimate
-    """For all large pages."""
+    """Estimate for all huge pages."""
     reclaimed: int
-    """Bytes that went to swap, or to a store: by what the workload has in swap, or its files in memory."""
+    """Reclaimed memory, bytes: growth of the workload's swap usage, or decrease of its files in memory."""
     broken: int
-    """Large pages that were broken for that."""
+    """Number of huge pages split for reclaim."""
     restored: int
-    """Large mappings that were split for a window and are back."""
+    """Number of huge mappings that were split for a window and are restored."""
     not_restored: int
-    """Those that are not."""
+    """Number of huge mappings that could not be restored."""
     overhead: Overhead
     skipped: list[str]
-    """Memory that was left out, and why."""
+    """Memory that was excluded, with the reason."""
     store: StoreFigures | None = None
     limited_by: Literal["budget", "mappings"] | None = None
-    """Why rounds were smaller than the sample asks for: the budget of CPU time, or the mappings of a process."""
+    """Why rounds were smaller than `sample` allows: the CPU budget, or the number of mappings of a process."""
 
 
 class BroughtBack(Event, frozen=True, kw_only=True, tag="large-pages-undo"):
-    """The end of `pageferry large-pages --undo`."""
+    """Result of `pageferry large-pages --undo`."""
 
     target: str
     brought_back: int
-    """Bytes that were in a store, and are in memory again."""
+    """Memory reloaded from the store, bytes."""

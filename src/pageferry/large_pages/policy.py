@@ -1,4 +1,4 @@
-"""What becomes of a large page, given what is known of it. Small, and meant to be replaced: any `Policy` will do."""
+"""Reclaim policy: decides about each sampled huge page. Replaceable by any `Policy`."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from typing import Literal, Protocol
 from pageferry import values
 
 Decision = Literal["break", "keep", "restore"]
-"""`break`: its cold small pages are reclaimed. `keep`: it stays as it is. `restore`: it is hot, and gets back what it
-had if it was broken before."""
+"""`break`: split the huge page and reclaim its cold base pages. `keep`: leave it. `restore`: it is hot; make it huge
+again if it was split before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a large page."""
+    """Inputs of a decision about a huge page."""
 
     activity: int
-    """Distinct small pages accessed in the window, of 512."""
+    """Number of base pages accessed in the window, of 512."""
     sharing: int = 0
-    """Small pages whose contents also stand elsewhere (S9)."""
+    """Number of base pages that have duplicates (S9)."""
     free: float = 1.0
-    """Part of the host's memory that is available."""
+    """Fraction of the host's memory that is available."""
 
 
 class Policy(Protocol):
-    """Decides about one large page at a time."""
+    """Decides about one huge page at a time."""
 
     def decide(self, facts: Facts) -> Decision:
-        """What becomes of it."""
+        """Return the decision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Breaks pages of low activity, more of them when memory is scarce."""
+    """Splits huge pages of low activity, and more of them when memory is scarce."""
 
     activity: int = 64
-    """Break a page with at most so many small pages accessed. Twice that when memory is scarce."""
+    """Split a huge page with at most this many base pages accessed; twice as many when memory is scarce."""
     sharing: int = 256
-    """Break a page, while memory is scarce, that could share so many."""
+    """Split a huge page with at least this many base pages to share, when memory is scarce."""
     scarce: float = 0.1
-    """Memory is scarce when less than this part of it is available."""
+    """Available fraction of memory below which memory is scarce."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError."""
+        """Raise UsageError if a value is invalid."""
         values.count("threshold", self.activity, 0, 512)
         values.count("sharing", self.sharing, 0, 512)
         values.number("scarce", self.scarce, 0.0, 1.0)
 
     def decide(self, facts: Facts) -> Decision:
-        """Break what is idle; restore what is used in its greater part; leave the rest alone."""
+        """Split a page below the thresholds, restore one of which at least half is accessed, and keep all others."""
         scarce = facts.free < self.scarce
         if facts.activity <= self.activity * (2 if scarce else 1):
             return "break"

@@ -1,8 +1,8 @@
-"""One window over chosen large pages: their mappings are split, accesses to small pages seen, the mappings restored.
+"""Sampling window over chosen huge pages: split their mappings, observe accesses to base pages, restore the mappings.
 
-Shared memory tells exactly which small pages were accessed. Private memory tells how many (the accessed bits as smaps
-counts them), and is looked at twice: once as large pages, which costs next to nothing and finds those that nobody
-accesses; then the others with their mappings split, since getting those back costs a copy of the page.
+For shared memory, the accessed base pages are known exactly. For private memory, only their number is known (from the
+accessed bits, as counted in smaps). It is sampled twice: first as huge pages, which is cheap and finds those without
+accesses; then the others with their mappings split, because restoring a mapping costs a copy of the page.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from pageferry.workloads.target import Area, Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
 AGAIN = 2
-"""Windows more for pages that DAMON may have looked at."""
+"""Number of additional windows for pages that DAMON may have sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class LargePage:
-    """A large page as one process maps it."""
+    """Huge page as mapped by one process."""
 
     area: Area
     address: int
     others: tuple[tuple[int, int], ...] = ()
-    """Where else the target maps it, as (pid, address): accesses there count as well."""
+    """Other mappings of it in the target, as (pid, address); their accesses count too."""
 
     @property
     def mappings(self) -> tuple[tuple[int, int], ...]:
-        """All its places, as (pid, address)."""
+        """All its mappings, as (pid, address)."""
         return ((self.area.pid, self.address), *self.others)
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What was seen of a large page in a window."""
+    """Accesses to a huge page observed in a window."""
 
     page: LargePage
     count: int
-    """Distinct small pages accessed, of 512."""
+    """Number of base pages accessed, of 512."""
     touched: int | None
-    """Which, as bits (bit n: small page n); None where only their number is known."""
+    """Accessed base pages as bits (bit n for base page n); None if only their number is known."""
 
 
 def cold_runs(touched: int) -> list[tuple[int, int]]:
-    """Runs of small pages of a large one that were not accessed, as (first, last + 1)."""
+    """Return the runs of base pages of a huge page that were not accessed, as (first, last + 1)."""
     cold = [slot for slot in range(SLOTS) if not touched >> slot & 1]
     runs: list[tuple[int, int]] = []
     for slot in cold:
@@ -65,21 +65,21 @@ def cold_runs(touched: int) -> list[tuple[int, int]]:
 
 
 class Tracker:
-    """Windows over the large pages of a target. Close it, or use it in a `with` block: that restores what it holds."""
+    """Runs windows over the huge pages of a target. Leaving its `with` block restores all mappings."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.cpu = 0.0
-        """Seconds of CPU that this has taken, in this thread."""
+        """CPU time used in this thread, seconds."""
         self.restored = 0
-        """Large mappings that were split and are back."""
+        """Number of huge mappings that were split and are restored."""
         self.small: list[tuple[int, str]] = []
-        """Addresses of those that are not, and why."""
+        """Addresses of those that could not be restored, with the reason."""
         self._samplers: dict[int, Sampler] = {}
         self._split: set[tuple[int, int]] = set()
 
     def large_pages(self) -> list[LargePage]:
-        """What can be sampled: everything that is mapped as a large page now, but hugetlbfs, which cannot be split."""
+        """Return all pages that are mapped huge now, except those of hugetlbfs, which cannot be split."""
         found: list[LargePage] = []
         known: set[tuple[int, int]] = set()
         for area in self.target.areas:
@@ -94,7 +94,7 @@ class Tracker:
         return found
 
     def _others(self, area: Area, address: int) -> tuple[tuple[int, int], ...]:
-        """The other mappings of a page of a shared file."""
+        """Return the other mappings of a page of a shared file."""
         if area.region is None:
             return ()
         position = area.offset + address - area.address
@@ -114,14 +114,14 @@ class Tracker:
             raise self._explained(error, area.pid) from error
 
     async def window(self, pages: Sequence[LargePage], seconds: float) -> list[Activity]:
-        """The activity of pages (of private memory: no two adjacent ones) in a window of so many seconds.
+        """Return the activity of pages in a window of `seconds`. No two pages of private memory may be adjacent.
 
-        Raises WorkloadDied when a process ends, WorkloadError when its memory is being worked on by somebody else.
-        Whatever happens, all mappings are restored.
+        Raises WorkloadDied if a process exits, WorkloadError if another process operates on its memory. All mappings
+        are restored in any case.
         """
         shared = [page for page in pages if page.area.kind == "shared"]
         private = [page for page in pages if page.area.kind == "anon"]
-        # One after the other: neither stays split while the other is looked at.
+        # Sequentially, so that neither kind stays split during the window of the other.
         return [*await self._window_shared(shared, seconds), *await self._window_private(private, seconds)]
 
     async def _window_shared(self, pages: list[LargePage], seconds: float) -> list[Activity]:
@@ -150,7 +150,7 @@ class Tracker:
         return [Activity(page, counts.get(page, 0), None if page in counts else 0) for page in pages]
 
     def _hold(self, pages: list[LargePage], *, split: bool) -> list[LargePage]:
-        """Those of the pages that are still there, to be watched from now on."""
+        """Start to watch the pages that still exist; return them."""
         begin = time.thread_time()
         lost: set[tuple[int, int]] = set()
         for pid, addresses in _by_process(pages).items():
@@ -181,10 +181,10 @@ class Tracker:
         self.cpu += time.thread_time() - begin
 
     async def _counts(self, pages: list[LargePage], seconds: float) -> dict[LargePage, int]:
-        """Accesses in a window of pages that have been split and cooled.
+        """Return the number of accesses in a window, for pages that have been split and cooled.
 
-        DAMON, where it runs, samples large pages as a whole: it takes the accessed bits away and makes a note at the
-        page, after which all of it counts as accessed. So pages that look like that get a second and third chance.
+        DAMON, if it runs, samples huge pages as a whole: it clears the accessed bits and marks the page as young, after
+        which all of it counts as accessed. Pages with 512 accesses therefore get up to two more windows.
         """
         counts = dict.fromkeys(pages, SLOTS)
         for _ in range(1 + AGAIN):
@@ -215,7 +215,7 @@ class Tracker:
         return self._samplers[pid]
 
     def _exact(self, pages: list[LargePage]) -> list[Activity]:
-        """Accesses to shared memory, by all the mappings of a page that are the target's."""
+        """Return the accesses to pages of shared memory, over all mappings in the target."""
         touched: dict[tuple[int, int], int] = {}
         for pid, addresses in _by_process(pages).items():
             try:
@@ -233,8 +233,8 @@ class Tracker:
         return found
 
     def _referenced(self, pages: list[LargePage]) -> dict[LargePage, int]:
-        """Small pages accessed since they were cooled. Every page is a mapping of its own now; one that is not any more
-        (the workload has changed it) counts in full.
+        """Return the number of base pages accessed since they were cooled. Each page is a separate mapping during the
+        window; one that is not, because the workload has changed it, counts in full.
         """
         counts: dict[LargePage, int] = {}
         for pid, addresses in _by_process(pages).items():
@@ -271,7 +271,7 @@ class Tracker:
 
 @functools.cache
 def _damon_runs() -> bool:
-    """Whether a monitor of physical memory (the kernel thread kdamond) is running."""
+    """Return whether DAMON monitors physical memory (the kernel thread kdamond runs)."""
     return any(proc.kernel_thread(b"kdamond", pid) for pid in proc.pids())
 
 

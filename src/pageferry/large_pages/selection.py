@@ -1,4 +1,4 @@
-"""Which large pages to look at next, so many that the overhead stays within its budget."""
+"""Choice of the huge pages to sample, limited by a CPU budget."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pageferry.large_pages.sampler import LargePage
 from pageferry.memory.regions import LARGE_PAGE
 
 FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
-"""Seconds of CPU per sampled page before anything has been measured: splitting, reading, restoring."""
+"""Assumed CPU time per sampled page (split, read, restore) before the first measurement, seconds."""
 Limit = Literal["budget", "mappings"]
 
 MOST = 8192
-"""Pages at a time: each of them is a mapping of its own for the window, and a process may have 65,530 of those."""
+"""Maximum number of pages per round. Each is a separate mapping during the window, and a process can have 65,530."""
 
 
 class Sampling:
-    """A random sample per round, without repetition until every page has had its turn.
+    """Random samples, one per round, without repetition.
 
-    `fraction` of all pages at most, and no more than what `budget` (of one CPU; None: any) allows at the cost per page
-    that rounds so far have had.
+    A round has at most `fraction` of all pages, and no more than `budget` (fraction of one CPU; None for no limit)
+    allows at the cost per page measured so far.
     """
 
     def __init__(self, fraction: float, budget: float | None, seed: int | None = None) -> None:
@@ -32,10 +32,10 @@ class Sampling:
         self._seen: set[LargePage] = set()
         self._cost: float | None = None
         self.limited_by: Limit | None = None
-        """What made a round smaller than `fraction` asks for."""
+        """Limit that has made a round smaller than `fraction` allows; None if there was none."""
 
     def choose(self, candidates: Sequence[LargePage], seconds: float) -> list[LargePage]:
-        """The pages of the next round, which takes about so many seconds; none when every page has been looked at."""
+        """Return the pages of the next round, which takes about `seconds`; none if every page has been sampled."""
         left = [page for page in candidates if page not in self._seen]
         if not left:
             return []
@@ -50,7 +50,7 @@ class Sampling:
         return self._apart(left, count)
 
     def account(self, pages: Iterable[LargePage], cpu: float) -> None:
-        """A round over these pages took so many seconds of CPU."""
+        """Record that a round over these pages took `cpu` seconds of CPU time."""
         looked_at = list(pages)
         self._seen.update(looked_at)
         cost = cpu / max(len(looked_at), 1)
@@ -64,7 +64,8 @@ class Sampling:
 
     @staticmethod
     def _apart(pages: list[LargePage], count: int) -> list[LargePage]:
-        """The first `count` pages of which, in private memory, no two are adjacent: they would become one mapping."""
+        """Return the first `count` pages, skipping neighbours in private memory, which would be merged to one
+        mapping."""
         chosen: list[LargePage] = []
         taken: set[tuple[int, int]] = set()
         for page in pages:

@@ -1,16 +1,16 @@
-"""Breaking large pages of low activity, and sending their cold small pages to swap.
+"""Splits huge pages of low activity and pages out their cold base pages to swap.
 
-Breaking is MADV_COLD on one small page, from outside (process_madvise): it splits a large page that nobody else maps.
-What follows depends on what is behind it:
+MADV_COLD on one base page, applied with process_madvise(2), splits a huge page that no other process maps. The next
+step depends on the kind of memory:
 
-* Private memory: MADV_PAGEOUT over all of it. Which of its small pages are in use is not known: they come back when
-  they are accessed next.
-* Shared memory: the split takes its mapping away, so that the workload maps what it accesses, small page by small page,
-  and nothing else. The cold ones are mapped by us and paged out of there, which works for pages that nobody else maps:
-  one that the workload has begun to use again stays.
+* Private memory: MADV_PAGEOUT on all of it. Which base pages are in use is unknown; they are swapped in when they are
+  accessed.
+* Shared memory: the split unmaps it, so the workload maps only the base pages that it accesses again. The cold ones are
+  mapped by this process and paged out from there. This works for pages that no other process maps, so a page that the
+  workload uses again stays.
 
-The kernel itself brings pages back on access, so nothing depends on us afterwards. khugepaged leaves large pages alone
-of which more than `max_ptes_swap` (64 by default) small pages are in swap.
+The kernel swaps pages in on demand, so nothing depends on this process afterwards. khugepaged does not collapse a huge
+page of which more than `max_ptes_swap` (64 by default) base pages are in swap.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MADV_COLD, _MADV_PAGEOUT, _MADV_POPULATE_READ = 20, 21, 22
 
 
 def check_swap() -> None:
-    """Raises UnsupportedError where there is no swap to reclaim to."""
+    """Raise UnsupportedError if there is no swap space to reclaim to."""
     if len(proc.lines(Path("/proc/swaps").read_bytes())) < 2:
         raise UnsupportedError("this host has no swap to reclaim to: add some (swapon), or leave `reclaim` out")
     if meminfo()["SwapFree"] < LARGE_PAGE:
@@ -39,10 +39,10 @@ def check_swap() -> None:
 
 
 def to_swap(target: Target, idle: list[Activity]) -> tuple[int, int]:
-    """Break these large pages and send their cold small pages to swap.
+    """Split these huge pages and page out their cold base pages.
 
-    Returns how many were broken, and the bytes that the workload has in swap now and had not before (`Swap` in smaps).
-    A page that somebody else maps, or that has changed meanwhile, is left as it is.
+    Return how many were split, and the growth of the workload's swap usage in bytes (`Swap` in smaps). A page that
+    another process maps, or that has changed, is left as it is.
     """
     before = {pid: total(pid, "Swap") for pid in target.pids}
     broken = sum(_reclaim(target, activity) for activity in idle)
@@ -60,7 +60,7 @@ def _reclaim(target: Target, activity: Activity) -> bool:
             space.advise(address, LARGE_PAGE, _MADV_PAGEOUT)
         else:
             _page_out_shared(target, activity)
-    except OSError:  # unmapped, locked or gone: it is not ours to reclaim
+    except OSError:  # unmapped, locked or freed since it was sampled
         target.check_alive(area.pid)
         return False
     return True

@@ -1,9 +1,9 @@
-"""Duplicate pages inside huge pages (S9): scan, estimate, and share in those large pages where it pays.
+"""Duplicate pages inside huge pages (S9): scan, estimate, and share in those huge pages where it pays.
 
 ::
 
-    estimate = await pageferry.sharing.find(["pid:4711", "pid:4712"])    # nothing is changed
-    result = await pageferry.sharing.share(["pid:4711", "pid:4712"])     # large pages are broken where it pays
+    estimate = await pageferry.sharing.find(["pid:4711", "pid:4712"])    # changes nothing
+    result = await pageferry.sharing.share(["pid:4711", "pid:4712"])     # splits huge pages where it pays
     await pageferry.sharing.undo(["pid:4711", "pid:4712"])
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "SharingResult", "find", "share", "undo"]
 
-# The guard of KSM's switches, a process of its own, does without them.
+# Loaded on demand: the guardian of KSM's settings, a separate process, does not need them.
 __getattr__, __dir__ = lazily(
     __name__,
     {

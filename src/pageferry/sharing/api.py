@@ -1,4 +1,4 @@
-"""Page sharing in a few calls: what the command uses, and Python programs too (as `pageferry.sharing.*`)."""
+"""Python API of page sharing (`pageferry.sharing`), which the command uses too."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from pageferry.workloads.target import Target, open_target
 async def find(
     names: Sequence[str], options: Options | None = None, *, threshold: int | None = None, listener: Listener = ignore
 ) -> SharingResult:
-    """What sharing within these targets (`NAME` or `pid:N`), and between them if there are several, could free.
+    """Estimate how much memory sharing could free, within these targets (`NAME` or `pid:N`) and between them.
 
-    `threshold`: pages that must be shareable in a large page for it to be worth breaking; None: by the memory that is
-    free. Raises what `open_target` and `look` raise.
+    `threshold`: minimum number of shareable base pages for which splitting a huge page pays; None to derive it from the
+    available memory. Raises the errors of `open_target` and `look`.
     """
     _check(options, listener, threshold)
     async with _opened(names) as targets:
@@ -47,13 +47,13 @@ async def share(
     hot: Collection[tuple[int, int]] = frozenset(),
     listener: Listener = ignore,
 ) -> SharingResult:
-    """Find, then share in the large pages that are worth it, `most` of them at most; the others stay as they are.
+    """Scan, then share in the huge pages where it pays, at most `most` of them.
 
-    Several targets are shared between only because all are named: whoever shares pages can tell by the time that its
-    writes take whether another has the same content. `beside_others`: memory that processes which were not named have
-    offered to KSM may be merged as well. `hot`: large pages that are in use (S3) and stay whole, as (number of the
-    target, address or byte of its region). A restore that is under way is completed first (S8). Raises also
-    UnsupportedError where KSM is needed and in use.
+    Pages are shared between the targets because the caller has named all of them: a process that shares pages can infer
+    from the duration of its writes whether another has the same contents. `beside_others`: also allow merging with
+    memory that other processes have offered to KSM. `hot`: huge pages in use (S3), which are not split, as (number of
+    the target, address or byte offset in its region). A restore in progress is completed first (S8). Also raises
+    UnsupportedError if KSM is needed and in use.
     """
     _check(options, listener, threshold)
     values.optional(values.count, "most", most, 0, 1 << 40)
@@ -82,13 +82,13 @@ async def share(
 
 
 async def undo(names: Sequence[str]) -> int:
-    """Take sharing back: merged pages are copied again, large pages allowed and made. Bytes that this was done for."""
+    """Undo sharing: copy merged pages, allow huge pages, and collapse to them. Return the bytes processed."""
     async with _opened(names, "the end of sharing") as targets:
         return sum([await in_thread(ranges.undo, target) for target in targets])
 
 
 async def _complete(target: Target) -> None:
-    """Have all of it in memory that comes by itself; what is in a cold store stays there."""
+    """Complete a restore; memory in a cold store stays there."""
     if target.workload is not None:
         folder = folder_of(target.workload)
         record = folder.load(records.RECORD, Deferred) if folder is not None else None
@@ -110,7 +110,7 @@ def _threshold(asked: int | None) -> int:
 
 @asynccontextmanager
 async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterator[list[Target]]:
-    """The targets, kept from other commands while `work` is done on them."""
+    """Open the targets, exclusively if they are named and `work` is given."""
     names = values.texts("names", names)
     if len(set(names)) != len(names) or not names:
         raise UsageError("name each workload once, and at least one")

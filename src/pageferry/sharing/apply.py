@@ -1,7 +1,7 @@
-"""Sharing in chosen large pages only: KSM on ranges of private memory, holes for zeros in the files of workloads.
+"""Shares pages in chosen huge pages: with KSM in private memory, by punching out zeros in the files of workloads.
 
-What is merged or punched is guarded: the range is kept from large pages (MADV_NOHUGEPAGE), or khugepaged would put it
-on one again, and with that undo the sharing (MADV_COLLAPSE even does so silently). Other large pages stay as they are.
+Shared ranges are excluded from huge pages (MADV_NOHUGEPAGE); otherwise khugepaged would collapse them, which undoes the
+sharing (MADV_COLLAPSE even does so silently). Other huge pages stay as they are.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from pageferry.workloads.protocols import Workload
 from pageferry.workloads.target import Area, Target
 
 PAUSE = 0.01
-"""Seconds that a workload is paused at a time, about, while zeros of its files are given back."""
+"""Target for the duration of a pause in which zeros of files are punched out, seconds."""
 
 
 @dataclass(slots=True)
 class Applied:
-    """What an application did."""
+    """Results of sharing."""
 
     freed: int = 0
-    """Bytes."""
+    """Memory freed, bytes."""
     broken: int = 0
-    """Large pages that are not large any more."""
+    """Number of huge pages split."""
     ksm_scans: int = 0
     ksm_cpu: float = 0.0
-    """Seconds."""
+    """CPU time of ksmd, seconds."""
     longest_pause: float = 0.0
-    """Seconds."""
+    """Longest pause of a workload, seconds."""
     pauses: int = 0
 
 
 def check_possible(targets: Sequence[Target], beside_others: bool) -> None:
-    """Raises UnsupportedError, before anything is done, where KSM would be needed and cannot be used."""
+    """Raise UnsupportedError, before anything is changed, if KSM would be needed and cannot be used."""
     if any(area.kind == "anon" for target in targets for area in target.areas):
         ksm.check_unused({pid for target in targets for pid in target.pids}, beside_others=beside_others)
 
@@ -57,8 +57,8 @@ async def apply(
 ) -> Applied:
     """Share in the chosen units; `beside_others` as for `ksm.check_unused`.
 
-    When merging fails or is cancelled, all marks are taken back and what has been merged is copied again; zeros given
-    back need no undoing. The switches of KSM are as they were in any case.
+    If merging fails or is cancelled, all advice is reverted and merged pages are copied; punched zeros need no undoing.
+    The settings of KSM are restored in any case.
     """
     applied = Applied()
     anonymous = [unit for unit in chosen if unit.place.anonymous]
@@ -101,7 +101,7 @@ async def _merge(findings: Findings, units: Sequence[Unit], applied: Applied, li
 
 
 async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener: Listener) -> None:
-    """Give pages of zeros back to the system, in short pauses of the workload: nobody writes when they are compared."""
+    """Punch out pages of zeros, in short pauses of the workload, so that it does not write while they are compared."""
     target, workload, mapping = place.target, place.target.workload, place.mapping
     assert workload is not None
     assert mapping is not None
@@ -122,7 +122,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         begin = time.monotonic()
         try:
             await workload.pause()
-            # Not on a thread: nothing may resume the workload meanwhile.
+            # Not in a thread: no other task may resume the workload in between.
             left = _unpinned(workload, place, left)
             done, _ = free_zeros(mapping, left, PAUSE, waiting)
         finally:
@@ -134,21 +134,21 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
 
 
 def _unpinned(workload: Workload, place: Place, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Without units that hold a registered buffer: a device would write to the page that was punched out."""
+    """Exclude units that contain a registered buffer: a device would write to the page that was punched out."""
     assert place.region is not None
     counts = registered_buffers(workload.regions)[place.region].unit_counts()
     return [(start, length) for start, length in left if not counts[start // LARGE_PAGE]]
 
 
 def _within(area: Area, unit: Unit) -> Range:
-    """Where a mapping shows a unit of its region; of no length or less when it does not."""
+    """Return the range in which a mapping shows a unit of its region; its length is not positive if there is none."""
     start = max(unit.start, area.offset)
     end = min(unit.start + unit.length, area.offset + area.length)
     return Range(area.pid, area.address + start - area.offset, end - start)
 
 
 def _count_broken(findings: Findings) -> int:
-    """Units that were large when the scan began and are not now."""
+    """Return how many units that were huge before the scan no longer are."""
     now = SharingScan([place.engine_piece() for place in findings.places], 1 << 20)
     large = {(piece, start) for piece, start, _, is_large, *_ in now.units() if is_large}
     numbers = {id(place): number for number, place in enumerate(findings.places)}

@@ -1,4 +1,4 @@
-"""What is still to come to a workload's memory (S8), for a scan: the flags of its pager, the page map of its image."""
+"""Deferred memory of a workload (S8) for a scan: the deferred bitmap of its pager, and the page map of its image."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pageferry.workloads.protocols import Workload
 
 @dataclass(frozen=True, slots=True)
 class DeferredPages:
-    """Contents that memory does not hold yet."""
+    """Deferred contents of a workload."""
 
     flags: PagerFlags
-    """With the image, where that tells what they are."""
+    """Deferred bitmap, with the image if the contents come from one."""
     known: bool
-    """Whether it does; they are left out otherwise."""
+    """Whether the image tells the contents; they are excluded from the scan otherwise."""
     first_pages: Sequence[int]
-    """Number of the first page of each region, over all regions."""
+    """First page of each region, counted over all regions."""
     large: Sequence[Sequence[bool]]
-    """Of each region, the 2 MiB units that will stand on large pages."""
+    """2 MiB units of each region that will be backed by huge pages."""
 
 
 def look(workload: Workload) -> DeferredPages | None:
-    """What is still to come; None where everything is there. Nothing is loaded for it.
+    """Return the deferred contents of a workload, or None if it has none. Loads nothing.
 
-    Raises RestoreError where its pager has failed or another image has taken the place of the image, ImageError when
-    the image cannot be opened.
+    Raises RestoreError if its pager has failed or another image has replaced the image, ImageError if the image cannot
+    be opened.
     """
     folder = folder_of(workload)
     found = client.deferred_bits(folder) if folder is not None else None
@@ -43,7 +43,7 @@ def look(workload: Workload) -> DeferredPages | None:
     try:
         lengths = [region.length // SMALL_PAGE for region in workload.regions]
         if os.fstat(descriptor).st_size != Pager.flags_length(sum(lengths)):
-            return None  # it is just being made: nothing has run on it yet
+            return None  # being created: the workload has not run yet
         image = targets.open_expected(*source, workload.name) if source is not None else None
         return DeferredPages(
             flags=PagerFlags(descriptor, sum(lengths), image.image if image is not None else None),

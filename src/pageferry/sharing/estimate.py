@@ -1,4 +1,4 @@
-"""From counts to an estimate: how much could be freed, and for how many large pages broken."""
+"""Estimates how much memory sharing could free, and how many huge pages have to be split for it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pageferry.sharing.events import Class, Point, ScanReport, SharingResult
 from pageferry.sharing.scan import CLASSES, Findings, Place, Unit
 
 POINTS = 64
-"""Points of a curve at most."""
+"""Maximum number of points of a curve."""
 
 
 def freed_by(findings: Findings, units: Sequence[Unit], *, possible: bool = True) -> list[int]:
-    """Bytes freed by sharing in the first 1, 2, 3... of the units: of everything, or of what is possible here."""
+    """Return the bytes freed by sharing in the first 1, 2, 3... of the units: all contents, or those possible here."""
     order = [unit.number for unit in units]
     pages_per_copy = ksm.pages_per_copy() if possible else _UNLIMITED
     return [pages * SMALL_PAGE for pages in findings.engine.curve(order, pages_per_copy, possible)]
@@ -24,7 +24,7 @@ _UNLIMITED = (1 << 32) - 1
 
 
 def result(findings: Findings, threshold: int) -> SharingResult:
-    """The estimate, as it is reported."""
+    """Return the estimate to report."""
     everything = policy.best_first(findings.units, possible=False)
     possible = policy.best_first(findings.units, possible=True)
     reclaimable = sum(findings.freed.values()) * SMALL_PAGE
@@ -48,7 +48,7 @@ def result(findings: Findings, threshold: int) -> SharingResult:
 
 
 def _by_large_pages(units: Sequence[Unit], freed: Sequence[int]) -> list[int]:
-    """Bytes freed with 0, 1, 2... large pages broken; what stands on small pages comes first."""
+    """Return the bytes freed with 0, 1, 2... huge pages split; units of base pages come first."""
     small = sum(not unit.large for unit in units)
     return [freed[small - 1] if small else 0, *freed[small:]]
 

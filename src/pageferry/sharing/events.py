@@ -1,4 +1,4 @@
-"""What a scan and an application of sharing tell, on the way and at the end."""
+"""Events and results of sharing scans and of sharing."""
 
 from __future__ import annotations
 
@@ -8,87 +8,90 @@ from pageferry.events import Event
 
 
 class ScanEvent(Event, frozen=True, tag="scan"):
-    """How far a scan is."""
+    """Progress of a scan."""
 
     done: int
-    """Bytes."""
+    """Scanned memory, bytes."""
     total: int
+    """Memory to scan, bytes."""
 
 
 class ApplyEvent(Event, frozen=True, tag="apply"):
-    """A step of an application."""
+    """Step of sharing."""
 
     step: str
     detail: str = ""
 
 
 class Class(msgspec.Struct, frozen=True, rename="kebab"):
-    """Pages of one kind."""
+    """Pages of a class."""
 
     pages: int
-    """Of 4 KiB, that stand elsewhere too (zeros: all of them)."""
+    """Number of base pages with duplicates; of class `zero`, all pages."""
     reclaimable: int
-    """Bytes that sharing them would free."""
+    """Memory that sharing them would free, bytes."""
 
 
 class Point(msgspec.Struct, frozen=True, rename="kebab"):
-    """A point of the curve: what breaking the best so many large pages would free, in bytes."""
+    """Point of the curve: memory that splitting the best huge pages would free, bytes."""
 
     large_pages: int
-    """Broken; 0: what can be had outside of large pages."""
+    """Number of huge pages split; 0 for what can be freed outside of huge pages."""
     reclaimable: int
-    """Of all classes, if everything could be shared."""
+    """Memory freed if all classes could be shared."""
     possible: int
-    """By what `--apply` does here: anonymous memory by KSM, zeros of shared files by holes."""
+    """Memory that `--apply` can free: anonymous memory through KSM, zeros of shared files by punching holes."""
 
 
 class ScanReport(msgspec.Struct, frozen=True, rename="kebab"):
-    """How the scan was done."""
+    """Parameters and extent of a scan."""
 
     looked_at: int
-    """Bytes."""
+    """Scanned memory, bytes."""
     ms: float
     every: int
-    """One of so many units of 2 MiB was looked at; classes and curve are of these alone."""
+    """One of this many 2 MiB units was scanned; classes and curve refer to these only."""
     scale: int
-    """One of so many contents was kept in mind; counts are scaled up."""
+    """One of this many contents was recorded, chosen by hash; counts are scaled up."""
 
 
 class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
-    """What sharing could free, and after an application, what it has freed. All sizes in bytes."""
+    """Memory that sharing could free, and has freed. All sizes in bytes."""
 
     workloads: list[str]
     memory: int
-    """In memory and looked at."""
+    """Memory present and scanned."""
     large_pages: int
-    """Among what was looked at."""
+    """Number of huge pages scanned."""
     already_shared: int
-    """Looked past: pages that processes share by fork, or KSM has merged."""
+    """Memory not scanned because processes share it since a fork, or KSM has merged it."""
     reclaimable: int
-    """All classes, with every large page broken that holds such a page."""
+    """Memory that sharing all classes would free, if every huge page with such a page were split."""
     possible: int
-    """That part of it which can be had here."""
+    """Part of `reclaimable` that `--apply` can free."""
     classes: dict[str, Class]
-    """`zero`, `pattern`, `inside` (equal within a workload), `across` (equals in other workloads only)."""
+    """By class: `zero`, `pattern`, `inside` (duplicates within a workload), `across` (duplicates in other workloads
+    only)."""
     curve: list[Point]
-    """Best large pages first."""
+    """Curve of memory freed over huge pages split, best ones first."""
     scan: ScanReport
     threshold: int
-    """Pages that must be shareable in a large page for it to be broken, by the memory that is free now."""
+    """Minimum number of shareable base pages for which a huge page is split, from the available memory."""
     not_shareable: list[str]
-    """What cannot be shared here, and why."""
+    """Limits of sharing on this host, with the reason."""
     deferred: int = 0
-    """Still to come to a workload that is being restored, and counted by the signatures in its image: not loaded."""
+    """Deferred memory of a workload that is being restored, counted by the signatures in its image without loading
+    it."""
     freed: int | None = None
-    """By the processes' PSS (anonymous memory) and the files' blocks."""
+    """Memory freed, by the PSS of processes (anonymous memory) and the blocks of files."""
     estimated: int | None = None
-    """What the estimate said of the large pages that were chosen."""
+    """Estimate for the chosen huge pages."""
     large_pages_chosen: int | None = None
     large_pages_broken: int | None = None
     ksm_scans: int | None = None
-    """Full scans of KSM over the chosen ranges."""
+    """Number of full scans of KSM over the chosen ranges."""
     ksm_cpu_ms: float | None = None
-    """CPU time of ksmd meanwhile."""
+    """CPU time of ksmd during the run."""
     longest_pause_ms: float | None = None
-    """Of a workload, while zeros of its files were given back."""
+    """Longest pause of a workload, for punching out zeros of its files."""
     pauses: int | None = None

@@ -1,7 +1,8 @@
-"""The kernel's same-page merging (KSM) as an executor: started for chosen ranges, watched, stopped, switches put back.
+"""Runs the kernel's same-page merging (KSM) on chosen ranges: start, watch, stop, restore its settings.
 
-Documentation/admin-guide/mm/ksm.rst. What has been merged stays merged when KSM is stopped (`run` = 0). KSM is one for
-the whole machine: it is refused where anybody else uses it, and a guard process puts the switches back if we die.
+See Documentation/admin-guide/mm/ksm.rst. Merged pages stay merged when KSM is stopped (`run` = 0). KSM is one service
+for the whole machine: it is refused if another process uses it, and a guardian process restores the settings if this
+one exits.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ from pageferry.host.python import start_python
 
 FOLDER = Path("/sys/kernel/mm/ksm")
 SWITCHES = {
-    "advisor_mode": "none",  # pages_to_scan is not ours to set otherwise (Linux 6.8)
+    "advisor_mode": "none",  # otherwise pages_to_scan cannot be set (Linux 6.8)
     "sleep_millisecs": "0",
     "pages_to_scan": "4096",
-    "smart_scan": "0",  # or pages that did not merge are passed over for longer and longer (Linux 6.7)
-    "use_zero_pages": "1",  # pages of zeros are freed without a copy, and are the same for all anyway
+    "smart_scan": "0",  # it skips pages that did not merge, for longer each time (Linux 6.7)
+    "use_zero_pages": "1",  # pages of zeros are freed without a copy, and are the same for all processes anyway
     "run": "1",
 }
-"""What is set, in this order, where the kernel has it."""
+"""Settings for a run, applied in this order if the kernel has them."""
 SETTLED, GAIN = 2, 1.01
-"""So many full scans that merge hardly more (by less than 1 %) are the end: a page must look the same twice, and a
-large page whose pages equal each other is split in one scan and merged in the next."""
+"""KSM is stopped after this many consecutive full scans that merge less than 1 % more. A page must be unchanged in two
+scans, and a huge page of identical pages is split in one scan and merged in the next."""
 MOST_SCANS, TIMEOUT = 12, 300.0
-"""Where the workload writes to merged pages as fast as they are merged, that never comes: scans, seconds."""
+"""Limits for a workload that writes to merged pages as fast as they are merged: scans, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run of KSM did."""
+    """Statistics of a run of KSM."""
 
     scans: int
     cpu: float
-    """Seconds of ksmd."""
+    """CPU time of ksmd, seconds."""
 
 
 def pages_per_copy() -> int:
-    """Pages that may share one copy (`max_page_sharing`)."""
+    """Return the maximum number of pages that share one copy (`max_page_sharing`)."""
     try:
         return int(_read("max_page_sharing"))
     except (OSError, ValueError):
@@ -56,10 +57,10 @@ def pages_per_copy() -> int:
 
 
 def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
-    """Raises UnsupportedError where KSM is not there, not ours to start, or in use by a process other than `pids`.
+    """Raise UnsupportedError if KSM is missing, not permitted, or used by a process other than `pids`.
 
-    Other processes may have offered memory to KSM by themselves, though it is stopped (QEMU does with private memory,
-    unless told `mem-merge=off`): it would be merged with that of `pids`. `beside_others`: so be it.
+    Other processes may have offered memory to KSM while it is stopped (QEMU does so with private memory, unless run
+    with `mem-merge=off`); it would be merged with that of `pids`. `beside_others` permits that.
     """
     if not os.access(FOLDER / "run", os.W_OK):
         raise UnsupportedError(f"anonymous memory cannot be shared: {FOLDER}/run is not there, or not ours to write")
@@ -80,7 +81,7 @@ def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
 
 
 async def run_once() -> Run:
-    """Run KSM until it finds hardly more to merge, and stop it."""
+    """Run KSM until further scans merge hardly any pages, then stop it."""
     with _running():
         begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + TIMEOUT
         first = last = int(_read("full_scans"))
@@ -90,7 +91,7 @@ async def run_once() -> Run:
             scans = int(_read("full_scans"))
             if scans > last:
                 now = _merged()
-                # The first scans only take note of what the pages look like, and drop those of processes that are gone.
+                # The first scans only record checksums of pages, and drop those of processes that have exited.
                 quiet = quiet + scans - last if now <= GAIN * merged and last > first + 2 else 0
                 merged, last = now, scans
         return Run(last - first, _ksmd_seconds() - begin_cpu)
@@ -98,7 +99,7 @@ async def run_once() -> Run:
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """Start KSM, and put every switch back at the end, whatever happens to us."""
+    """Start KSM, and restore all settings on exit, even if this process is killed."""
     before = {name: _read(name).strip("[]") for name in SWITCHES if (FOLDER / name).exists()}
     if "advisor_mode" in before:
         before["advisor_mode"] = _chosen(_read("advisor_mode"))
@@ -119,32 +120,32 @@ def _running() -> Iterator[None]:
             (FOLDER / name).write_text(SWITCHES[name])
         yield
     finally:
-        guard.stdin.close()  # it puts them back now, as it would if we died
+        guard.stdin.close()  # the guardian restores them now, as it would if this process exited
         guard.stdout.close()
         if guard.wait():
             raise WorkloadError(f"switches of KSM could not be put back: {FOLDER} should read {before}")
 
 
 def undo_order(switches: dict[str, str]) -> list[tuple[str, str]]:
-    """In which order to put switches back: first KSM stops; the advisor takes over last."""
+    """Return the settings in the order in which to restore them: KSM stops first, the advisor takes over last."""
     first, last = [("run", switches["run"])], [("advisor_mode", switches.get("advisor_mode", ""))]
     rest = [(name, value) for name, value in switches.items() if name not in ("run", "advisor_mode")]
     return first + rest + (last if "advisor_mode" in switches else [])
 
 
 def _chosen(text: str) -> str:
-    """`scan-time` from `none [scan-time]`."""
+    """Return `scan-time` for `none [scan-time]`."""
     return text[text.index("[") + 1 : text.index("]")] if "[" in text else text
 
 
 def _merged() -> int:
-    """Pages that are merged, those that all share counted too, and pages of zeros."""
+    """Return the number of merged pages, including the shared copies and pages of zeros."""
     names = ("pages_sharing", "pages_shared", "ksm_zero_pages")
     return sum(int(_read(name)) for name in names if (FOLDER / name).exists())
 
 
 def _users() -> Iterator[int]:
-    """Processes that have offered memory to KSM (/proc/PID/ksm_stat, Linux 6.1)."""
+    """Yield the processes that have offered memory to KSM (/proc/PID/ksm_stat, Linux 6.1)."""
     for pid in proc.pids():
         with contextlib.suppress(OSError, WorkloadDied):
             lines = proc.lines(proc.read(pid, "ksm_stat"))
@@ -166,7 +167,7 @@ def _command(pid: int) -> str:
 
 
 def _ksmd_seconds() -> float:
-    """CPU time of the kernel's thread so far."""
+    """Return the CPU time of ksmd so far, seconds."""
     global _ksmd
     if _ksmd is None:
         _ksmd = next((pid for pid in proc.pids() if proc.kernel_thread(b"ksmd", pid)), 0)

@@ -1,7 +1,7 @@
-"""Puts the switches of KSM back when whoever set them is done, or dead.
+"""Guardian of KSM's settings: restores them when the process that changed them has finished or exited.
 
-Started by `host.python`. Arguments: the folder of the switches, and their values as JSON. Says `ready`, and acts when
-its standard input ends.
+Started by `host.python`. Arguments: the directory of the settings, and their values as JSON. Writes `ready`, and acts
+when its standard input ends.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pageferry.sharing.ksm import undo_order
 
 
 def main() -> int:
-    """Wait, put back, and say by the exit code whether it worked."""
+    """Wait, restore the settings, and return 0 if all could be restored."""
     folder, switches = Path(sys.argv[1]), json.loads(sys.argv[2])
-    # A terminal or a service manager that ends its group does not mean us.
+    # Signals of a terminal or service manager to its process group must not end this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdout.write("ready\n")

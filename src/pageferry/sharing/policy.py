@@ -1,6 +1,6 @@
-"""Which large pages to break, and how fast to look: small rules that one can read and replace.
+"""Sharing policy: which huge pages to split, and how fast to scan.
 
-Inputs are counts of shareable pages, the memory that is free, and (if somebody knows) which large pages are hot.
+Its inputs are numbers of shareable pages, the available memory, and the hot huge pages if they are known.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ from dataclasses import dataclass
 from pageferry.sharing.scan import Unit
 
 PLENTY, SCARCE = 0.5, 0.1
-"""Parts of the machine's memory that are free. At `PLENTY` only the best is worth a large page, at `SCARCE` nearly
-anything."""
+"""Available fractions of memory between which the threshold varies. At `PLENTY` only the best huge pages are split, at
+`SCARCE` almost any."""
 MOST, LEAST = 256, 16
-"""Thresholds that go with them: shareable small pages of the 512 of a large page."""
+"""Thresholds at `PLENTY` and `SCARCE`: shareable base pages, of 512."""
 LEAST_SMALL = 8
-"""Shareable pages that make a unit worth two more mappings where there is no large page to break."""
+"""Minimum number of shareable pages of a unit that is not backed by a huge page: sharing costs two mappings."""
 
 
 def threshold(free: float) -> int:
-    """Shareable pages from which on a large page is broken, when the part `free` of all memory is available.
-
-    It falls in a straight line with the free memory.
-    """
+    """Return the number of shareable pages from which on a huge page is split, if the fraction `free` of memory is
+    available. Linear in `free`."""
     part = (min(max(free, SCARCE), PLENTY) - SCARCE) / (PLENTY - SCARCE)
     return round(LEAST + part * (MOST - LEAST))
 
 
 def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
-    """Units worth anything: first those outside of large pages, then large pages by the pages they would give."""
+    """Return the units with shareable pages: first those of base pages, then huge pages by decreasing gain."""
 
     def count(unit: Unit) -> int:
         return unit.possible if possible else unit.shareable
@@ -40,9 +38,9 @@ def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
 def choose(
     units: Sequence[Unit], least: int, hot: Collection[tuple[int, int]] = frozenset(), most: int | None = None
 ) -> list[Unit]:
-    """The units to share in: large pages with at least `least` pages that can be shared here, but for hot ones.
+    """Choose the units to share in: huge pages with at least `least` pages that can be shared here, without hot ones.
 
-    `hot`: (number of the place's workload, start) of large pages that are in use; `most`: large pages to break at most.
+    `hot`: (number of the place's workload, start) of huge pages in use. `most`: maximum number of huge pages to split.
     """
     chosen = []
     broken = 0
@@ -58,14 +56,15 @@ def choose(
 
 @dataclass(slots=True)
 class Pace:
-    """How fast to look again and again, by the memory that is free, with hysteresis: it does not flutter at an edge."""
+    """CPU budget of repeated scans, by the available memory; hysteresis avoids frequent changes."""
 
     LOW, HIGH = 0.15, 0.25
     HURRIED, RELAXED = 0.5, 0.02
     hurried: bool = False
 
     def budget(self, free: float) -> float:
-        """Part of a CPU: much below `LOW` free memory, little above `HIGH`, and as before in between."""
+        """Return the fraction of a CPU: `HURRIED` below `LOW` available memory, `RELAXED` above `HIGH`, unchanged
+        between."""
         if free < self.LOW:
             self.hurried = True
         elif free > self.HIGH:

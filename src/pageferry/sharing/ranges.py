@@ -1,4 +1,4 @@
-"""Advice about ranges of processes' memory, given from outside: madvise(2) calls made inside them."""
+"""Advice about memory of other processes: madvise(2) calls executed inside them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pageferry.memory.regions import LARGE_PAGE
 from pageferry.workloads.target import Target
 
 MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE = 12, 13, 14, 15
-_MADVISE = 28  # of x86-64, the one architecture on which calls are made in other processes
+_MADVISE = 28  # x86-64, the only architecture on which calls in other processes are supported
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Range:
-    """A part of a process's memory, in whole pages."""
+    """Part of a process's memory, in whole pages."""
 
     pid: int
     address: int
@@ -26,12 +26,12 @@ class Range:
 
     @property
     def end(self) -> int:
-        """First address after it."""
+        """First address after the range."""
         return self.address + self.length
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The same memory in as few ranges as it takes, by process and address."""
+    """Merge adjacent ranges; the result is sorted by process and address."""
     found: list[Range] = []
     for one in sorted(ranges):
         if found and (found[-1].pid, found[-1].end) == (one.pid, one.address):
@@ -42,9 +42,9 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
 
 
 def advise(target: Target, one: Range, *advices: int) -> None:
-    """Make a process give advice about a range of its own, one after the other.
+    """Apply each advice in turn to a range, inside its process.
 
-    Raises WorkloadDied, UnsupportedError where no call can be made in it, WorkloadError when the call failed.
+    Raises WorkloadDied, UnsupportedError if no call can be executed in the process, WorkloadError if the call failed.
     """
     try:
         for advice in advices:
@@ -59,24 +59,25 @@ def advise(target: Target, one: Range, *advices: int) -> None:
 
 
 def take_back(target: Target, one: Range) -> None:
-    """Have what was merged in a range copied again, and large pages allowed there.
+    """Unmerge a range, and allow huge pages in it.
 
-    A large page's worth at a time: the process has to do it, and is kept from its own work meanwhile.
+    One 2 MiB unit at a time: the process itself executes the calls, and is interrupted meanwhile.
     """
     for start in range(one.address, one.end, LARGE_PAGE):
         advise(target, Range(one.pid, start, min(LARGE_PAGE, one.end - start)), UNMERGEABLE, HUGEPAGE)
 
 
 def affordable(pid: int, ranges: Sequence[Range]) -> Sequence[Range]:
-    """As many of the ranges, from the first, as leave the process half of the mappings it may have.
+    """Return the leading ranges that leave the process half of the mappings it can have.
 
-    A range of its own costs two: the kernel cuts the mapping before and after it.
+    A separate range costs two mappings: the kernel splits the mapping before and after it.
     """
     return ranges[: spare_mappings(pid) // 2]
 
 
 def pss(ranges: Sequence[Range]) -> int:
-    """Bytes that ranges, marked before, cost their processes; shared pages in proportion (Pss of smaps)."""
+    """Return the memory that these ranges cost their processes, bytes, with shared pages in proportion (Pss of smaps).
+    Each range must be a mapping."""
     total = 0
     for pid in {one.pid for one in ranges}:
         ours = [one for one in ranges if one.pid == pid]
@@ -88,9 +89,9 @@ def pss(ranges: Sequence[Range]) -> int:
 
 
 def undo(target: Target) -> int:
-    """Take all marks of the target back, and put it on large pages again; returns how many bytes that was for.
+    """Revert all advice in the target, and collapse it to huge pages. Return the number of bytes processed.
 
-    Marks are mergeable ranges kept from large pages, and those of a workload's files that are.
+    Such ranges are mergeable and excluded from huge pages; in the files of a workload, excluded from huge pages.
     """
     undone = 0
     for pid in target.pids:
@@ -101,7 +102,7 @@ def undo(target: Target) -> int:
             if "nh" not in smap.flags or not ("mg" in smap.flags or file):
                 continue
             if {"um", "ui"} & set(smap.flags):
-                continue  # a pager has it: a large page that is not all there must not be mapped
+                continue  # registered with a userfaultfd: a huge page with missing pages must not be mapped
             if file:
                 advise(target, at, HUGEPAGE)
             else:
@@ -114,5 +115,5 @@ def undo(target: Target) -> int:
 def _enlarge(target: Target, one: Range) -> None:
     first = -(-one.address // LARGE_PAGE) * LARGE_PAGE
     for address in range(first, one.end - LARGE_PAGE + 1, LARGE_PAGE):
-        with contextlib.suppress(OSError):  # there is no large page to be had: it stays small
+        with contextlib.suppress(OSError):  # no huge page is free: base pages stay
             target.space(one.pid).collapse(address, LARGE_PAGE)

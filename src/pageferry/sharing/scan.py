@@ -1,8 +1,8 @@
-"""Which small pages of some targets have an equal elsewhere: hashed a slice at a time, paced, large pages untouched.
+"""Scan for duplicate base pages: memory is hashed in slices, at a limited rate, without splitting huge pages.
 
-The scan reads shared files through mappings of our own and anonymous memory by process_vm_readv(2); what is not in
-memory is left out, but for what a restore is still to bring (S8): that is known by its signature, and stays where it
-is. The findings are hints: pages are compared by whoever shares them.
+Shared files are read through our mappings, anonymous memory with process_vm_readv(2). Pages that are not present are
+skipped, except those that a restore has deferred (S8): their signatures are known, and they are not loaded. The
+findings are hints: sharing compares the pages.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pageferry.sharing.events import ScanEvent
 from pageferry.workloads.target import Area, Target
 
 SLICE = 64 << 20
-"""Bytes looked at between two looks at the clock, at the pace, and at Ctrl-C."""
+"""Bytes scanned per step, between which the budget is applied and a cancellation takes effect."""
 PAGE_COST = 24
-"""Bytes of ours that a page of theirs costs while a scan goes on."""
+"""Memory that the scan needs per scanned page, bytes."""
 REPORT_EVERY = 0.1
-"""Seconds between two events."""
+"""Interval of events, seconds."""
 
 ClassName = Literal["zero", "pattern", "inside", "across"]
 CLASSES: tuple[ClassName, ...] = ("zero", "pattern", "inside", "across")
@@ -37,16 +37,16 @@ CLASSES: tuple[ClassName, ...] = ("zero", "pattern", "inside", "across")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a scan is done."""
+    """Options of a scan."""
 
     memory: int = 256 << 20
-    """Bytes that it may take itself; with more pages than that allows, contents are sampled by their hash."""
+    """Limit for the memory that the scan uses, bytes. If there are more pages, contents are sampled by their hash."""
     every: int = 1
-    """Look at every nth unit of 2 MiB only. Pages whose equals are all left out look unique then."""
+    """Scan every nth 2 MiB unit only. A page whose duplicates are all in other units looks unique."""
     threads: int = 0
-    """0: one for each CPU."""
+    """Number of threads; 0 for one per CPU."""
     budget: float | None = None
-    """Part of one CPU that it may use (0.01: 1 %); None: as fast as it can."""
+    """Limit for CPU time, as a fraction of one CPU; None for no limit."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -61,28 +61,28 @@ class Options:
 
 @dataclass(slots=True)
 class Place:
-    """A piece of memory that is looked at: a region, or an anonymous area of a process."""
+    """Memory to scan: a region, or an anonymous area of a process."""
 
     workload: int
     """Number of the target."""
     target: Target
     area: Area | None
-    """None: a region."""
+    """Anonymous area; None for a region."""
     region: int | None
     start: int
-    """Bytes: of the region, or an address."""
+    """Offset in the region, or address, bytes."""
     length: int
     mapping: Mapping | None = None
     deferred: DeferredPages | None = None
-    """Contents of the target that are still to come."""
+    """Deferred contents of the target."""
 
     @property
     def anonymous(self) -> bool:
-        """Whether it is private memory, which KSM can share."""
+        """Whether the memory is private, so that KSM can share it."""
         return self.area is not None
 
     def engine_piece(self) -> tuple[int, Mapping | Space, int, int]:
-        """As `SharingScan` takes it."""
+        """Return the arguments of `SharingScan` for this memory."""
         if self.area is not None:
             return self.workload, self.target.space(self.area.pid), self.start, self.length
         assert self.region is not None
@@ -91,7 +91,7 @@ class Place:
         return self.workload, self.mapping, self.start, self.length
 
     def engine_deferred(self) -> tuple[PagerFlags, int, Sequence[bool]] | None:
-        """As `SharingScan` takes it."""
+        """Return the arguments of `SharingScan` for its deferred contents, or None if there are none."""
         if self.deferred is None:
             return None
         assert self.region is not None
@@ -100,21 +100,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a 2 MiB unit (or the part of one that an area has) holds. Numbers are pages of 4 KiB."""
+    """Contents of a 2 MiB unit, or of the part of one that an area has. Counts are of base pages."""
 
     number: int
-    """In the scan."""
+    """Number of the unit in the scan."""
     place: Place
     start: int
-    """Bytes of the region, or an address of the process."""
+    """Offset in the region, or address in the process, bytes."""
     length: int
     large: bool
-    """Whether it stood on a large page when the scan began, or will when everything has come."""
+    """Whether it was backed by a huge page when the scan began, or will be when nothing is deferred."""
     present: int
     deferred: int
-    """Still to come, and known by their signatures."""
+    """Deferred pages, known by their signatures."""
     shared: int
-    """Shared already, by fork or KSM: not looked at."""
+    """Pages already shared, by fork or KSM; not scanned."""
     zero: int
     pattern: int
     inside: int
@@ -122,12 +122,13 @@ class Unit:
 
     @property
     def shareable(self) -> int:
-        """Pages that have an equal elsewhere, or are zeros."""
+        """Number of pages that have duplicates or are zeros."""
         return self.zero + self.pattern + self.inside + self.across
 
     @property
     def possible(self) -> int:
-        """Those of them that can be shared: all of private memory, zeros only of shared files on small-page tmpfs."""
+        """Number of these pages that can be shared: all in private memory, zeros in shared files on a tmpfs of base
+        pages."""
         if self.place.anonymous:
             return self.shareable
         assert self.place.region is not None
@@ -136,29 +137,29 @@ class Unit:
 
 @dataclass(slots=True)
 class Findings:
-    """A finished scan."""
+    """Results of a scan."""
 
     targets: Sequence[Target]
     places: list[Place]
     units: list[Unit]
     pages: dict[ClassName, int]
-    """Pages by class."""
+    """Number of pages by class."""
     freed: dict[ClassName, int]
-    """Pages that sharing all of them would free."""
+    """Number of pages that sharing would free, by class."""
     scale: int
-    """One of how many contents was kept in mind."""
+    """One of this many contents was recorded."""
     every: int
     looked_at: int
-    """Bytes."""
+    """Scanned memory, bytes."""
     seconds: float
     engine: SharingScan = field(repr=False)
 
 
 async def look(targets: Sequence[Target], options: Options, listener: Callable[[ScanEvent], object]) -> Findings:
-    """Scan the memory of targets; can be cancelled between slices.
+    """Scan the memory of targets. A cancellation takes effect between slices.
 
-    Raises WorkloadDied when a process ends meanwhile, UnsupportedError where one may not be looked at, RestoreError or
-    ImageError where contents are still to come and nothing tells which.
+    Raises WorkloadDied if a process exits, UnsupportedError without permission to read its memory, RestoreError or
+    ImageError if contents are deferred and cannot be determined.
     """
     places = list(_places(targets))
     begin = time.monotonic()
@@ -170,7 +171,7 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
         await in_thread(scan.finish)
         for target in targets:
             for pid in target.pids:
-                target.check_alive(pid)  # one without memory any more looks as if it had none
+                target.check_alive(pid)  # an exited process reads as one without memory
     except ProcessLookupError as gone:
         raise WorkloadDied("a process ended while its memory was looked at") from gone
     except PermissionError as refused:
@@ -211,12 +212,12 @@ async def _run(scan: SharingScan, options: Options, listener: Callable[[ScanEven
 
 
 def _rest(used: float, budget: float, threads: int) -> float:
-    """Seconds to sleep until `used` seconds of CPU are no more than the budget allows."""
+    """Return the seconds to sleep after `used` seconds of CPU time, to stay within the budget."""
     return max(used / budget - used / threads, 0.0)
 
 
 def _places(targets: Sequence[Target]) -> Iterator[Place]:
-    """Everything to be looked at. A file that several targets map is looked at once: its pages are shared already."""
+    """Yield all memory to scan. A file that several targets map is scanned once: its pages are shared already."""
     known: set[tuple[int, int]] = set()
     for number, target in enumerate(targets):
         still = deferred_pages.look(target.workload) if target.workload is not None else None
