@@ -1,4 +1,4 @@
-"""What a checkpoint does about write traces: it takes up the one that its parent left, and leaves one for its child."""
+"""Write traces of a checkpoint: the one that its parent has left, and the one that it leaves for its child."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pageferry.workloads.persistent_trace import Unusable
 from pageferry.workloads.protocols import Workload
 
 Means = Literal["trace", "compare", "none"]
-"""How what the parent holds already was found; `none`: there is no parent."""
+"""How the pages that the parent holds are found; `none` without a parent."""
 
 
 class Descriptors(TypedDict, total=False):
-    """Arguments of a `Saver`."""
+    """Arguments of `Saver` for traces."""
 
     leave: dict[int, int]
     take_up: dict[int, int]
@@ -28,7 +28,8 @@ class Descriptors(TypedDict, total=False):
 
 
 class Tracking:
-    """The traces of one checkpoint. Its calls may take a process a millisecond: they are not for the event loop."""
+    """Traces of one checkpoint. Its calls can block for a millisecond per process: do not call them from the event
+    loop."""
 
     def __init__(
         self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options, hold: AcquiredPager | None
@@ -42,16 +43,16 @@ class Tracking:
         self.note = ""
         self._hold = hold
         self.direct_io = False
-        """The workload does direct I/O."""
+        """Whether the workload does direct I/O."""
         self.pinned = False
-        """Memory stays pinned: no trace reports what is written there."""
+        """Whether memory stays pinned: traces do not report writes to it."""
         self._ours: dict[int, int] = {}
 
     def take_up(self) -> None:
-        """Look for a trace since the parent. Where there is none that can be used, nothing of it is left."""
+        """Take up the trace since the parent. Remove any trace that cannot be used."""
         if self._hold is not None:
             self.note = "its memory was still coming"
-            self.leaves = False  # a trace by the userfaultfd of a pager goes with the pager
+            self.leaves = False  # a trace on the pager's userfaultfd ends with the pager
         elif self.pinned:
             self.note = "buffers in its memory are registered with io_uring"
         elif self.parent is not None:
@@ -65,15 +66,15 @@ class Tracking:
         persistent_trace.forget(self.workload)
 
     def lost(self, why: str) -> None:
-        """The trace cannot be used after all."""
+        """Record that the trace cannot be used, and remove it."""
         self.note, self.means = why, "none" if self.parent is None else "compare"
         self._hold = None
-        self.leaves = self.leaves and not self.direct_io  # it would be begun in rounds again
+        self.leaves = self.leaves and not self.direct_io  # it would need rounds again
         self._let_go()
         persistent_trace.forget(self.workload)
 
     def descriptors(self) -> Descriptors:
-        """For the saver, which is to be made now."""
+        """Return the arguments for the saver."""
         if self._hold is not None:
             return {"borrow": self._hold.userfaults}
         if self.means == "trace":
@@ -82,12 +83,13 @@ class Tracking:
             return {}
         self._ours = persistent_trace.begin(self.workload, self.memory.segments)
         fault_point("checkpoint.trace-begun")
-        # Pages can be pinned while a trap is exchanged for a trace, which reports neither the pin nor what follows: for
-        # a workload that does direct I/O the trace is on before anything is read.
+        # Pages can be pinned while a trap is replaced by a trace, which reports neither the pin nor later writes. With
+        # direct I/O, the trace is therefore installed before anything is read.
         return {"begin": self._ours} if self.direct_io else {"leave": self._ours}
 
     def finish(self, image: tuple[str, str] | None) -> bool:
-        """The image (id, digest) is there, or there is none. Returns whether a trace tells what is written since."""
+        """Leave the trace for a child of the image (id, digest), or remove it if there is none. Return whether one is
+        left."""
         self._let_go()
         if image is not None and self.leaves:
             fault_point("checkpoint.trace-left")

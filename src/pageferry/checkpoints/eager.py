@@ -1,7 +1,7 @@
-"""Restores that load all contents before the workload runs, where its page faults cannot be handled (S10).
+"""Restores that load all contents before the workload runs, for hosts where its page faults cannot be handled (S10).
 
-The same pager as for a lazy restore, without an address space to watch: its background thread loads everything, and the
-workload does not run before that is done. So no access and no system call ever reaches a page that is not loaded.
+They use the pager of a lazy restore without an address space to watch. Its background thread loads everything before
+the workload runs, so no access and no system call reaches a page that is not loaded.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import records
 
 _POLL = 0.2
-"""Seconds between two progress events."""
+"""Interval of progress events, seconds."""
 
 
 def load(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Pager:
-    """Load all contents of an image into files that nothing runs on yet; return the pager, which has finished.
+    """Load all contents of an image into files that no workload runs on yet; return the pager, which has finished.
 
     `reason`: why contents are not loaded on demand. Raises ImageError for a page that cannot be read.
     """
@@ -37,7 +37,7 @@ def load(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener
 
 
 async def load_guest(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Pager:
-    """As `load`, from a coroutine; when it is cancelled, loading ends."""
+    """Load as `load` does, from a coroutine. A cancellation stops it."""
     with _loading(image, targets, reason, listener) as pager:
         while not await in_thread(pager.wait, _POLL):
             _report(image, pager, listener)

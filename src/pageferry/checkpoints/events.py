@@ -1,4 +1,4 @@
-"""What a checkpoint tells on the way and at its end."""
+"""Events and result of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,110 +12,116 @@ from pageferry.images.metadata import Codec
 
 
 class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
-    """Everything is protected; the workload has not been paused yet."""
+    """All memory is protected; the workload has not been paused yet."""
 
     memory: int
-    """Bytes of all regions."""
+    """Size of all regions, bytes."""
     present: int
-    """Bytes of them that are in memory."""
+    """Memory that is present, bytes."""
     large_pages: int
+    """Number of huge pages."""
     arm_ms: float
+    """Time for protecting the memory, milliseconds."""
 
 
 class InstantEvent(Event, frozen=True, kw_only=True, tag="instant"):
-    """The workload runs on, or stays paused if its user had paused it; its memory is saved as of this pause."""
+    """The pause at which the memory is saved has ended. The workload runs, or stays paused if its user had paused
+    it."""
 
     downtime: float
-    """Milliseconds."""
+    """Duration of the pause, milliseconds."""
     paused: bool = False
-    """Whether it stays paused."""
+    """Whether the workload stays paused."""
 
 
 class SavingEvent(Event, frozen=True, kw_only=True, tag="saving"):
-    """How far it is. Sent several times a second."""
+    """Progress of a checkpoint. Sent several times a second."""
 
     done: int
-    """Pages."""
+    """Pages saved."""
     total: int
-    """Pages that were in memory."""
+    """Pages that were present."""
     traps: int
+    """Writes of the workload that waited for their page block to be copied."""
     stored: int
-    """Bytes of storage blocks."""
+    """Length of the storage blocks, bytes."""
 
 
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Where the time went in which the workload did not run, milliseconds."""
+    """Parts of the time in which the workload did not run, milliseconds."""
 
     total: float
     stop: float
     device_state: float
     protect: float
-    """Protecting again what was written to meanwhile."""
+    """Protecting again the pages written since they were saved in rounds."""
     save: float
-    """Mode `stop` only: all the work."""
+    """Saving all memory; mode `stop` only."""
     resume: float
 
 
 class PageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Pages by class; together they are all pages of the workload."""
+    """Number of pages by class; together they are all pages of the workload."""
 
     absent: int
-    """Not in memory."""
+    """Not present."""
     zero: int
     pattern: int
-    """One 64-bit word, repeated."""
+    """Filled with one 64-bit word."""
     same_as: int
-    """The same as another page of the image."""
+    """Identical to another page of the image."""
     data: int
+    """All other contents."""
     in_parent: int
-    """Contents are those of the parent image, whatever their class."""
+    """Identical to the same page of the parent image, regardless of the class."""
 
 
 class TrapCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """How traps went."""
+    """Statistics of traps."""
 
     before: int
-    """Before the instant: only released, and protected again in the pause."""
+    """Traps before the snapshot point: the page was only unprotected, and protected again in the pause."""
     longest_us: float
     mean_us: float
     staging_waits: int
-    """Traps that found the staging buffer full."""
+    """Number of traps that found the staging buffer full."""
 
 
 class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
-    """The end of a checkpoint. Times in milliseconds, sizes in bytes."""
+    """Result of a checkpoint. Times in milliseconds, sizes in bytes."""
 
     status: Literal["completed"]
     workload: str
     image: str
     """Absolute path."""
     id: str
+    """Identifier of the image."""
     digest: str
-    """By these a child names the image as its parent."""
+    """Digest of the image. A child refers to its parent by id and digest."""
     parent: str | None
     tracking: Literal["trace", "compare", "none"]
-    """How it was found what the parent holds: by the trace that it left, or by comparing all pages."""
+    """How the pages that the parent holds were found: from the write trace that it left, or by comparing all pages."""
     tracking_note: str
-    """Why there was no trace to be used."""
+    """Why no write trace could be used."""
     tracked: bool
-    """Whether a trace was left for the next one: the first write to each page costs a minor fault then."""
+    """Whether a write trace was left for the next checkpoint: each first write to a page then costs a minor fault."""
     written: int
-    """Pages that the trace reported as written, counted once a round."""
+    """Number of pages that the write trace reported, counted once per round."""
     rounds: int
-    """Rounds in which they were saved before the pause."""
+    """Number of rounds in which they were saved before the pause."""
     drains: int = 0
-    """Short pauses before those rounds, in which direct I/O ended."""
+    """Number of short pauses before these rounds in which direct I/O was completed."""
     drain_time: float = 0.0
-    """Milliseconds that the workload was paused for them."""
+    """Total duration of these pauses, milliseconds."""
     mode: Mode
     codec: Codec
     total_time: float
     phases: dict[str, float] = msgspec.field(default_factory=dict)
-    """Consecutive phases, which add up to `total-time`: set-up, arm (protect, and save in rounds), stop, state,
-    protect, resume, save, publish (huge mappings restored, image named). Those from stop to resume are the downtime; in
-    mode `stop`, arm and save are among them."""
+    """Duration of the consecutive phases, which add up to `total-time`: set-up, arm (protect, and save in rounds),
+    stop, state, protect, resume, save, publish (restore huge mappings, name the image). The phases from stop to resume
+    are the downtime; in mode `stop`, it includes arm and save."""
     arm_time: float
-    """Protecting everything, while the workload ran."""
+    """Time for protecting the memory while the workload ran."""
     downtime: float
     downtime_parts: Downtime
     memory: int
@@ -123,27 +129,27 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     bytes_written: int
     """Length of the image."""
     writes: int
-    """Write calls."""
+    """Number of write calls."""
     mean_write: int
     blocks: int
-    """Storage blocks."""
+    """Number of storage blocks."""
     traps: int
-    """Writes of the workload that had to wait for their page block to be copied."""
+    """Writes of the workload that waited for their page block to be copied."""
     trap_details: TrapCount
     paused: bool = False
-    """Whether its user had paused the workload: it stays so, and so does one that is restored from the image."""
+    """Whether its user had paused the workload: it stays paused, and is so after a restore from the image."""
     compression: float
-    """Bytes of data pages for each byte in storage blocks; 1 where there are none."""
+    """Compression ratio of the data pages; 1 if there are none."""
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
-    """The guest runs, or is paused as it was when it was saved; its memory arrives."""
+    """The guest runs, or is paused as it was when it was saved; its memory is being loaded."""
 
     workload: str
     time_to_running: float
-    """Milliseconds, QEMU's own start apart."""
+    """Milliseconds, without the start of QEMU."""
     deferred: int
-    """Bytes whose contents are still to come."""
+    """Deferred memory, bytes."""
     paused: bool = False
 
 
@@ -152,77 +158,80 @@ class EagerEvent(Event, frozen=True, kw_only=True, tag="restore-eager"):
 
     image: str
     length: int
-    """Bytes of memory in the image."""
+    """Memory in the image, bytes."""
     reason: str
     """Why page faults of the workload cannot be handled, and what to do about it."""
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
-    """How far it is. Sent several times a second."""
+    """Progress of a restore. Sent several times a second."""
 
     deferred: int
+    """Deferred memory, bytes."""
     faults: int
+    """Number of accesses that waited for the pager."""
     missed: int
-    """Faults to pages whose contents were still to come."""
+    """Number of these accesses whose page was deferred."""
     prefetched: int
-    """Pages that were read before they were asked for."""
+    """Number of pages loaded before they were requested."""
     bytes_read: int
+    """Bytes of storage blocks read."""
     failures: list[str]
-    """Pages that cannot be had, and why."""
+    """Pages that cannot be read, with the cause."""
 
 
 class TouchedEvent(Event, frozen=True, kw_only=True, tag="touched"):
-    """What the guest has missed since the last of these."""
+    """Pages that the guest has accessed while they were deferred, since the last of these events."""
 
     windows: list[int]
-    """Windows of 16 pages, counted over all regions, in the order of their faults; one may come again."""
+    """Windows of 16 pages, numbered over all regions, in the order of their faults; may contain duplicates."""
 
 
 class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Where the time went until the guest ran, milliseconds: consecutive parts, which add up to `total`, and
-    `open_image`, which overlaps with the first two."""
+    """Parts of the time until the guest ran, milliseconds: consecutive ones, which add up to `total`, and `open_image`,
+    which overlaps with the first two."""
 
     total: float
     qemu_start: float
-    """From the start of QEMU until its monitor had answered and its memory was found."""
+    """From the start of QEMU until its monitor replied and its memory was found."""
     open_image: float
-    """While QEMU starts; what of it takes longer than that is in `adopt`."""
+    """Opening the image while QEMU starts; time beyond that start is part of `adopt`."""
     adopt: float
-    """Until every access to missing memory came to the pager."""
+    """Until the pager handled every access to missing memory."""
     load: float = 0.0
-    """Loading all contents, where they cannot be loaded on demand."""
+    """Loading all contents, if they cannot be loaded on demand."""
     device_state: float
     resume: float
 
 
 class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
-    """A restore, when the guest runs (`active`) or when all of its memory is there (`completed`).
+    """Result of a restore, when the guest runs (`active`) or when all of its memory is loaded (`completed`).
 
-    Times in milliseconds unless named otherwise, sizes in bytes.
+    Times in milliseconds unless stated otherwise, sizes in bytes.
     """
 
     status: Literal["active", "completed"]
     workload: str
     image: str
     paused: bool = False
-    """Whether the guest was saved while its user had paused it: it is paused now, until its user resumes it."""
+    """Whether the guest was paused by its user when it was saved; it stays paused until its user resumes it."""
     time_to_running: float
-    """From the command to the guest running, QEMU's own start apart."""
+    """From the start of the command until the guest ran, without the start of QEMU."""
     time_parts: TimeToRunning
     memory: int
     deferred: int
-    """Contents still to come."""
+    """Deferred memory."""
     faults: int
-    """Accesses that waited for the pager."""
+    """Number of accesses that waited for the pager."""
     missed: int
-    """Of these, those to pages whose contents were still to come."""
+    """Number of these accesses whose page was deferred."""
     prefetched: int
-    """Pages that were read before they were asked for."""
+    """Number of pages loaded before they were requested."""
     bytes_read: int
-    """Of the image's storage blocks."""
+    """Bytes of storage blocks read."""
     service_us: float
-    """Mean time of the service of a fault, microseconds."""
+    """Mean service time of a fault, microseconds."""
     longest_us: float
     service_times: Latency
     eager_reason: str | None = None
-    """Why all contents were loaded before the guest ran; None: they are loaded on demand."""
+    """Why all contents were loaded before the guest ran; None if they are loaded on demand."""

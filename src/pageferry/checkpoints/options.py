@@ -1,4 +1,4 @@
-"""What can be chosen about a checkpoint."""
+"""Options of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a checkpoint, as `pageferry checkpoint` has them.
+    """Options of a checkpoint, as those of `pageferry checkpoint`.
 
-    Sizes and rates are numbers in the unit of the field, or texts such as `64K`. Raises UsageError.
+    Sizes and rates are numbers in the unit of the field, or strings such as `64K`. Raises UsageError.
     """
 
     mode: Mode = "lazy"
-    """Save while the workload runs (S4), or with the workload paused from beginning to end."""
+    """`lazy`: save while the workload runs (S4). `stop`: pause the workload for the whole checkpoint."""
     codec: Codec = "lz4"
     """Compression of page blocks."""
     bandwidth: int = 0
-    """Bytes per second that the background sweep saves; 0: as fast as it can. Traps are not limited."""
+    """Limit for the background sweep, bytes of memory per second; 0 for none. Traps are not limited."""
     trap_block: int = 64 * KIB
-    """What a write to unsaved memory copies and releases; a power of two."""
+    """Unit that a write to unsaved memory copies and unprotects, bytes; a power of two."""
     page_block: int = 64 * KIB
-    """What is compressed as one, and read as one from a storage block."""
+    """Unit of compression, bytes."""
     storage_block: int = 1 * MIB
-    """What is read from the image as one."""
+    """Unit of reads from the image, bytes."""
     staging: int = 16 * MIB
-    """Copies of unsaved pages that wait to be compressed; half of it is for traps alone."""
+    """Size of the buffer for copies of unsaved pages that wait for compression, bytes; half of it is reserved for
+    traps."""
     packers: int = 1
-    """Threads that compress."""
+    """Number of threads that compress."""
 
     track: bool | None = None
-    """Leave a write trace, so that the next checkpoint with this one as its parent reads only what was written; None:
-    where this one has a parent itself. Lazy mode only."""
+    """Leave a write trace, so that the next checkpoint with this one as its parent reads only written pages. None to do
+    so if this checkpoint has a parent. Lazy mode only."""
     at_instant: int = 16 * MIB
-    """What may be copied in the pause where a trace says what was written; before it, there are rounds."""
+    """Maximum number of bytes copied in the pause if a write trace reports the written pages; until they fit, pages are
+    saved in rounds before it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", values.rate("bandwidth", self.bandwidth))

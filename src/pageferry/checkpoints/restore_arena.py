@@ -1,4 +1,4 @@
-"""Arenas from images: usable at once, their memory arriving on access (S10)."""
+"""Arenas restored from images: usable at once, with their memory loaded on demand (S10)."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ log = getLogger(__name__)
 
 
 class RestoredArena(Arena):
-    """An arena whose contents come from an image, on access or in the background, whichever is first.
+    """Arena whose contents are loaded from an image, on demand and in the background.
 
-    An access to a page that cannot be read, because the image is damaged or gone, ends the program with SIGBUS, after
-    a message: never in zeros. `ensure` and `load` raise ImageError instead.
+    An access to a page that cannot be read, because the image is damaged or missing, ends the program with SIGBUS and a
+    message; it never reads zeros. `ensure` and `load` raise ImageError instead.
     """
 
     image: ImageFile
     pager: Pager
     _flags: int
-    """Descriptor of the pager's flags, for who looks at them from outside."""
+    """Descriptor of the deferred bitmap, for other processes that read it."""
 
     @classmethod
     def from_image(
@@ -89,7 +89,8 @@ class RestoredArena(Arena):
         if not self.pager.finished:
             _inherit(self, _MADV_DONTFORK)
             _restoring.add(self)
-        # Of an arena nobody says when its first use is over: it is learnt when the arena goes, or the program.
+        # The end of an arena's first use is not reported, so the working set is recorded when the arena or the program
+        # ends.
         weakref.finalize(self, _learn, working_set, self.pager, prefetch, os.getpid())
         self.lifecycle.load_state(self, image.state())
         if name is not None:
@@ -98,12 +99,13 @@ class RestoredArena(Arena):
         return self
 
     def collapse(self) -> int:
-        """As of `Arena`. All contents are brought first: a large page that is not all there must not be mapped."""
+        """See `Arena.collapse`. All contents are loaded first: a huge page with missing base pages must not be
+        mapped."""
         self.load()
         return super().collapse()
 
     def register(self, name: str) -> None:
-        """As of `Arena`; other processes can ask for contents that are still to come."""
+        """See `Arena.register`. Other processes can request deferred contents from then on."""
         super().register(name)
         assert self._named is not None
         assert self._named.folder is not None
@@ -121,11 +123,12 @@ class RestoredArena(Arena):
 
     @property
     def deferred(self) -> int:
-        """Bytes whose contents are still to come."""
+        """Deferred memory, bytes."""
         return self.pager.pending * SMALL_PAGE
 
     def ensure(self, offset: int, length: int) -> None:
-        """Bring part of the memory in, for who reads the file past this mapping. Raises ImageError, UsageError."""
+        """Load part of the memory, for callers that read the file bypassing this mapping. Raises ImageError,
+        UsageError."""
         self.check_here()
         values.count("offset", offset, 0, self.length)
         if values.count("length", length, 0, self.length) > self.length - offset:
@@ -134,7 +137,7 @@ class RestoredArena(Arena):
         interruptible(lambda: load_pages(self.pager, first, end - first, str(self.image.path)))
 
     def load(self) -> None:
-        """Bring everything in, and wait until nothing traps any more. Raises ImageError."""
+        """Load everything, and wait until the memory is unregistered from userfaultfd. Raises ImageError."""
         interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
 
 
@@ -152,18 +155,20 @@ def restore(
     loop: asyncio.AbstractEventLoop | None = None,
     listener: Listener = ignore,
 ) -> RestoredArena:
-    """An arena with the contents of an image, usable at once: what is touched is read first, the rest meanwhile.
+    """Create an arena from an image. It is usable at once: accessed pages are loaded first, the others in the
+    background.
 
-    Where this user may not handle page faults (of system calls, too), all contents are loaded before this returns, with
-    a warning in the log; `listener` is called with an EagerEvent, which has the reason, and with ProgressEvents.
+    If this user cannot handle page faults (including those of system calls), all contents are loaded before this
+    returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and with
+    ProgressEvents.
 
-    `eager`: the rest at full speed, without giving way to accesses; `prefetch=False`: nothing but what is touched.
-    The others are those of `Arena`. The state that was saved is given to `state`, or kept in `received_state`. The
-    image is only read, and may be restored any number of times at once; it must stay where it is until `deferred` is 0.
-    This call blocks: a coroutine whose loop is to run coroutine callbacks makes it with `asyncio.to_thread`, and passes
-    the loop as `loop`.
+    `eager`: load in the background at full speed, without yielding to accesses. `prefetch=False`: load only accessed
+    pages. The other arguments are those of `Arena`. The saved state is passed to `state`, or stored in
+    `received_state`. The image is only read, and can be restored any number of times concurrently; it must not be moved
+    until `deferred` is 0. This call blocks: a coroutine whose event loop runs coroutine callbacks calls it with
+    `asyncio.to_thread`, and passes the loop as `loop`.
 
-    Raises ImageError when the image cannot be used, UsageError when it is not of an arena.
+    Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
     """
     check_arena(name, state, on_pause, on_resume, on_moved, eager=eager, prefetch=prefetch)
     return RestoredArena.from_image(
@@ -244,9 +249,9 @@ _restoring: weakref.WeakSet[RestoredArena] = weakref.WeakSet()
 
 
 def _before_fork() -> None:
-    """A child has no pager: its pages must all be there, or the arena is not mapped in it.
+    """Load all contents before a fork, since a child has no pager.
 
-    One that only executes a program does not come here.
+    Not called if the child only executes a program; the arena is then not mapped in it.
     """
     for arena in list(_restoring):
         load_pages(arena.pager, 0, arena.length // SMALL_PAGE, str(arena.image.path))

@@ -1,4 +1,4 @@
-"""QEMU guests from images: they run first, and read their memory on access (S10). Read `restore_guest` first."""
+"""Restores QEMU guests from images: a guest runs at once, and its memory is loaded on demand (S10)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from pageferry.workloads.protocols import stays_paused
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 _POLL = 0.2
-"""Seconds between two looks at how far it is."""
+"""Interval at which the progress is polled, seconds."""
 
 
 _CLOSE_TIMEOUT = 0.3
-"""Seconds for a pager of this process to end after an error."""
+"""Maximum time for a pager in this process to end after an error, seconds."""
 
 
 async def restore_guest(
@@ -50,26 +50,26 @@ async def restore_guest(
     listener: Listener = ignore,
     registry: Registry | None = None,
 ) -> tuple[QemuWorkload, RestoreResult]:
-    """Start a QEMU from the user's command line, and let it go on where the image was taken, at once.
+    """Start QEMU from the user's command line, and resume the guest at once where the image was taken.
 
-    Its memory is loaded on demand by a separate process that outlives us; the result has the time until the guest ran.
-    `eager`: the background fill does not give way to accesses; `prefetch=False`: there is none. Where page faults of
-    QEMU cannot be handled, all of it is loaded before the guest runs, and the result has the reason.
+    Its memory is loaded on demand by a separate process that outlives this one; the result has the time until the guest
+    ran. `eager`: the background fill does not yield to accesses; `prefetch=False`: there is none. If page faults of
+    QEMU cannot be handled, all memory is loaded before the guest runs, and the result has the reason.
 
-    Raises ImageError, UsageError (no image of a guest), RestoreError (it does not fit this guest), and what
-    `QemuWorkload.start` raises; nothing is left behind then.
+    Raises ImageError, UsageError (not an image of a guest), RestoreError (it does not match this guest), and the errors
+    of `QemuWorkload.start`; nothing is left behind then.
     """
     begin = time.monotonic()
-    opening = asyncio.ensure_future(in_thread(_open, path))  # QEMU takes longer to start than this
+    opening = asyncio.ensure_future(in_thread(_open, path))  # faster than the start of QEMU
     try:
         workload = await QemuWorkload.start(
             name, arguments, incoming=True, at_once=True, detach=detach, hugetlb=hugetlb, registry=registry
         )
     except asyncio.CancelledError:
-        raise  # the image may be on a disk that does not answer
+        raise  # do not wait for the image: its disk may not respond
     except BaseException:
         (opened,) = await asyncio.gather(opening, return_exceptions=True)
-        if isinstance(opened, PageferryError):  # what is wrong with the image comes first
+        if isinstance(opened, PageferryError):  # an invalid image is the more useful error
             raise opened from None
         raise
     started = time.monotonic()
@@ -120,7 +120,7 @@ async def restore_guest(
 
 
 async def _withdraw(workload: QemuWorkload, first: GuestPager | None) -> None:
-    """End a guest that was not restored. Its pager ends first, unless it waits for a disk that does not answer."""
+    """End a guest that was not restored. Its pager ends first, unless it waits for a disk that does not respond."""
     if first is not None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT):
@@ -129,7 +129,7 @@ async def _withdraw(workload: QemuWorkload, first: GuestPager | None) -> None:
 
 
 def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
-    """An image of a guest, the state in it, and the seconds that this took. Raises ImageError, UsageError."""
+    """Open an image of a guest. Return it, its device state, and the seconds taken. Raises ImageError, UsageError."""
     begin = time.monotonic()
     image = ImageFile(path)
     found = image.metadata
@@ -139,7 +139,7 @@ def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
 
 
 def _compare(image: ImageFile, workload: QemuWorkload) -> None:
-    """Raises RestoreError if the machine or its memory is not what the image was taken of."""
+    """Raise RestoreError if the machine or its memory does not match the image."""
     try:
         workload.check_image(image.metadata.details, str(image.path))
     except WorkloadError as error:
@@ -148,9 +148,9 @@ def _compare(image: ImageFile, workload: QemuWorkload) -> None:
 
 
 async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work: Deferred) -> GuestPager:
-    """A pager of our own, while QEMU gets ready for its state; none is left where that fails.
+    """Start a pager in this process, while QEMU prepares to load its state. It is closed if that fails.
 
-    We serve until the process that will has started, which takes much longer than all that follows.
+    It serves until the separate pager process has started, which takes much longer than the rest of the restore.
     """
     making = asyncio.ensure_future(in_thread(GuestPager, image, folder, work))
     try:
@@ -164,7 +164,7 @@ async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work:
 
 
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:
-    """Wait until all memory has arrived; the result as of then. Raises RestoreError when the pager has died."""
+    """Wait until all memory is loaded; return the final result. Raises RestoreError if the pager has exited."""
     begun, known, finished = result, 0, False
     while not finished:
         status = await in_thread(client.ask, folder, PagerRequest(what="touched", first=known))
@@ -191,7 +191,7 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
 
 
 def _last_words(folder: Folder, known: int) -> PagerStatus | None:
-    """What the pager left when it had finished."""
+    """Return the summary that the pager has left when it finished."""
     status = folder.load(records.SUMMARY, PagerStatus)
     return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 
@@ -230,7 +230,7 @@ def _result(name: str, image: ImageFile, times: TimeToRunning, paused: bool) -> 
 
 
 def _loaded(before: RestoreResult, pager: Pager, reason: str | None) -> RestoreResult:
-    """The result where a pager has loaded everything before the guest ran."""
+    """Return the result for a pager that has loaded everything before the guest ran."""
     _, _, _, prefetched, bytes_read, _, _ = pager.counters
     return msgspec.structs.replace(
         before, status="completed", prefetched=prefetched, bytes_read=bytes_read, eager_reason=reason
@@ -238,7 +238,7 @@ def _loaded(before: RestoreResult, pager: Pager, reason: str | None) -> RestoreR
 
 
 def _updated(before: RestoreResult, status: PagerStatus) -> RestoreResult:
-    """What there was before a pager began, and what it has done."""
+    """Add the statistics of a pager to those of the pagers before it."""
     faults = before.faults + status.faults
     longest = max(before.longest_us, status.longest * 1e6)
     bins = [one + other for one, other in zip_longest(before.service_times.bins, status.histogram, fillvalue=0)]

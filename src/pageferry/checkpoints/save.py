@@ -1,4 +1,4 @@
-"""Saving a workload while it runs (S4). Read `Save.run` first; it is the whole flow."""
+"""Saves a workload while it runs (S4). `Save.run` is the whole sequence."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pageferry.workloads.process import ProcessMemory, ProcessWorkload
 from pageferry.workloads.protocols import Workload, stays_paused
 
 PROGRESS_INTERVAL = 0.2
-"""Seconds between progress events."""
+"""Interval of progress events, seconds."""
 
 T = TypeVar("T")
 
@@ -53,18 +53,18 @@ async def checkpoint(
     listener: Listener = ignore,
     **options: Any,
 ) -> events.CheckpointResult:
-    """Save a running workload to an image at `path`; it runs on. The image appears when it is complete.
+    """Save a running workload to an image at `path`; it keeps running. The image appears when it is complete.
 
-    With `parent`, an earlier image of the same workload, only pages that differ from it are stored; the image needs it.
-    `options` are those of `pageferry.checkpoints.options.Options`, which explains them: mode, codec, bandwidth (bytes
-    per second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant. `listener` is
-    called with an event for every step.
+    With `parent`, an earlier image of the same workload, only pages that differ from it are stored, and the image
+    requires it. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, codec, bandwidth (bytes per
+    second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant. `listener` is called
+    with an event for every step.
 
-    Raises CheckpointError when no image was written (the disk is full, the path cannot be): the workload runs on.
+    Raises CheckpointError if no image was written (such as for a full disk); the workload keeps running. Raises
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
     if isinstance(workload, ProcessWorkload):
-        options["mode"] = "stop"  # nothing but being stopped keeps its memory as it is
+        options["mode"] = "stop"  # a process can only be saved while it is stopped
     else:
         managed(workload)
     chosen = values.options(Options, options)
@@ -97,9 +97,9 @@ class Save:
         self.created = 0.0
         self.paused = False
         self.stays_paused = False
-        """Its user had paused the workload."""
+        """Whether its user had paused the workload."""
         self.hold: AcquiredPager | None = None
-        """Of a workload whose memory is still coming."""
+        """Acquired pager of a workload with deferred memory."""
         self.tracking: Tracking | None = None
         self.drains: Drains | None = None
         self.tracked = False
@@ -107,7 +107,7 @@ class Save:
         self.note = ""
 
     def build_on(self, parent: ImageFile) -> None:
-        """Store only what differs from `parent`. Raises UsageError when it is of another workload."""
+        """Store only pages that differ from `parent`. Raises UsageError if it is of another workload."""
         ours = [(region.name, region.length) for region in self.workload.regions]
         theirs = [(region.name, region.length) for region in parent.metadata.regions]
         if ours != theirs:
@@ -123,7 +123,7 @@ class Save:
         self.parent = parent
 
     async def run(self) -> events.CheckpointResult:
-        """Save the workload. Whatever goes wrong, it runs on, and nothing of an unfinished image is left."""
+        """Save the workload. After an error it keeps running, and the unfinished image is removed."""
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder: give the name of a file for the image")
         try:
@@ -141,7 +141,7 @@ class Save:
                 tracking, self.tracking = self.tracking, None
                 await asyncio.shield(in_thread(tracking.finish, None))
             await asyncio.shield(self._let_go())
-            self.__dict__.pop("saver", None)  # and with them their mappings, which an error would keep for long
+            self.__dict__.pop("saver", None)  # unmaps memory now: an exception may keep a reference to this object
             self.__dict__.pop("memory", None)
 
     async def _save(self, file: int) -> tuple[int, int, int, int]:
@@ -166,13 +166,13 @@ class Save:
         try:
             return await self._save_once(file)
         except LookupError as lost:
-            # The trace since the parent was no help: once more, comparing with the parent.
+            # The trace since the parent cannot be used: repeat, comparing with the parent.
             assert self.tracking is not None
             assert not isinstance(self.workload, ProcessWorkload)
             tracking, why = self.tracking, str(lost)
             await self._native(lambda: tracking.lost(why))
             if self.hold is not None:
-                # What was still to come has come by now, in all likelihood.
+                # By now, most of the deferred memory has been loaded.
                 await self._let_go()
                 await wait_complete(self.workload, traces=False)
             os.ftruncate(file, 0)
@@ -180,7 +180,7 @@ class Save:
             return await self._save_once(file)
 
     async def _let_go(self) -> None:
-        """The pager may end, and the trace that was put on by its userfaultfd goes."""
+        """Release the pager, which removes the trace installed with its userfaultfd."""
         if self.hold is not None:
             hold, self.hold = self.hold, None
             await in_thread(hold.release)
@@ -196,7 +196,7 @@ class Save:
             await asyncio.shield(self._give_back())
 
     async def _lazily(self, file: int) -> tuple[int, int, int, int]:
-        """Protect, pause for the state and the instant, and save while the workload runs."""
+        """Protect the memory, pause at the snapshot point, and save while the workload runs."""
         self.times.phase("arm")
         self.saver = await self._native(lambda: self._open_saver(file, self.memory.segments))
         try:
@@ -209,7 +209,7 @@ class Save:
                 self._refuse_registered_buffers()
                 self.times.phase("protect")
                 with self.times.measure("protect"):
-                    self.saver.begin()  # here and now: a change of threads would take longer
+                    self.saver.begin()  # not in a thread: switching to one would take longer
                 await self._resume()
             self.times.phase("save")
             fault_point("checkpoint.instant")
@@ -219,7 +219,7 @@ class Save:
             await asyncio.shield(in_thread(self.saver.close))
 
     async def _stopped(self, file: int) -> tuple[int, int, int, int]:
-        """The same with the workload paused all the time: nothing needs to be protected."""
+        """Save while the workload is paused, without protecting its memory."""
         with self.times.measure("downtime"):
             await self._pause()
             state = await self._save_state()
@@ -238,7 +238,7 @@ class Save:
         return finished
 
     def _traced_segments(self) -> list[Any]:
-        """In mode stop nothing is protected, but a trace that is there is of use."""
+        """Return the segments whose trace is used: in mode stop, those of a trace that exists already."""
         traced = self.tracking is not None and self.tracking.means == "trace"
         return self.memory.segments if traced and isinstance(self.memory, Memory) else []
 
@@ -263,7 +263,8 @@ class Save:
         )
 
     async def _prepare(self) -> None:
-        """Where a trace tells what to save: rounds while the workload runs. What is still to come is brought first."""
+        """Save pages in rounds while the workload runs, if a trace reports the written ones. Deferred pages are loaded
+        first."""
         hold, saver, loop = self.hold, self.saver, asyncio.get_running_loop()
 
         def drain() -> None:
@@ -279,13 +280,13 @@ class Save:
             telling.cancel()
 
     async def _drain(self) -> None:
-        """A trace was installed or collected: before memory is read, wait for direct I/O that may be older."""
+        """Complete direct I/O that may be older than the trace just installed or collected, before memory is read."""
         assert self.drains is not None
         self.drains.due = True
         await self.drains.drain_if_due()
 
     async def _heed_registered_buffers(self) -> bool:
-        """Writes to memory that stays pinned are reported by no trace and stopped by no trap: save it paused."""
+        """Switch to mode stop for a workload with registered buffers: neither traces nor traps cover writes to them."""
         assert not isinstance(self.workload, ProcessWorkload)
         regions = self.workload.regions
         if not any(await self._native(lambda: registered_buffers(regions))):
@@ -303,7 +304,7 @@ class Save:
             )
 
     async def _check_mappers(self) -> None:
-        """Look again, now that all known mappings are protected."""
+        """Check the processes that map the memory again, after all known mappings are protected."""
         if not isinstance(self.workload, ProcessWorkload):
             await self.workload.check_mappers()
 
@@ -321,7 +322,7 @@ class Save:
             await self.workload.pause()
 
     async def _save_state(self) -> bytes:
-        # Before memory is protected: saving the state may itself write to memory (queues flushed by devices).
+        # Before memory is protected: saving the state may itself write to memory (devices flush their queues).
         self.times.phase("state")
         with self.times.measure("state"):
             state = await self.workload.save_state()
@@ -336,19 +337,19 @@ class Save:
             self.paused = False
 
     async def _give_back(self) -> None:
-        """Everything as it was: the workload runs, on its large mappings."""
+        """Restore the previous state: the workload runs, on PMD mappings."""
         self.times.phase("publish")
         if self.paused:
             await self.workload.resume()
         stays = self.hold is not None or (self.tracking is not None and self.tracking.leaves)
         if self.options.mode == "lazy" and not stays:
-            # Under a trace that stays they cannot be large; what is still to come is mapped large when it is there.
+            # Not under a persistent trace, which needs PTEs; deferred memory is mapped huge when it is loaded.
             await in_thread(self.memory.restore_large_mappings, self.large)
 
     # -- saving
 
     async def _finish(self, state: bytes) -> tuple[int, int, int, int]:
-        """Save all pages; then the sections and the index."""
+        """Save all pages, then the sections and the index."""
         self.saver.sweep()
         while not await self._native(lambda: self.saver.wait(PROGRESS_INTERVAL)):
             self._tell_progress()
@@ -373,7 +374,7 @@ class Save:
         )
 
     async def _native(self, call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
-        """A call into the engine as by `on_thread`, with its errors as ours."""
+        """Run an engine call in a thread, as `on_thread` does, with its errors translated."""
         try:
             return await on_thread(call, cancel)
         except ProcessLookupError as gone:
@@ -386,7 +387,7 @@ class Save:
             raise WorkloadError(f"{self.workload.name} cannot be saved: {busy.strerror}") from busy
 
     def _slower_way(self) -> str:
-        """Advice for a user without the rights that a checkpoint of a running workload takes."""
+        """Return advice for a user without the permissions for a checkpoint of a running workload."""
         if self.options.mode != "lazy":
             return ""
         return (
@@ -394,7 +395,7 @@ class Save:
             "complete"
         )
 
-    # -- telling
+    # -- events
 
     def _tell_armed(self) -> None:
         fault_point("checkpoint.armed")
@@ -465,7 +466,7 @@ class Save:
 
 
 def _telling(hold: AcquiredPager) -> Callable[[int, int, int], None]:
-    """Brings pages, and comes to a fault point when it has."""
+    """Return a function that loads pages, with a fault point."""
 
     def bring(region: int, first: int, count: int) -> None:
         hold.ensure(region, first, count)
@@ -475,14 +476,14 @@ def _telling(hold: AcquiredPager) -> Callable[[int, int, int], None]:
 
 
 def _bits(units: list[bool]) -> bytes:
-    """One bit per unit, the lowest of the first byte first."""
+    """Pack one bit per unit, least significant bit of the first byte first."""
     number = sum(1 << position for position, unit in enumerate(units) if unit)
     return number.to_bytes(-(-len(units) // 8), "little")
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Errors of the file system as ours."""
+    """Translate errors of the file system."""
     try:
         yield
     except OSError as error:

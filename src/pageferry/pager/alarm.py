@@ -1,5 +1,5 @@
-"""What a pager does when its guest waits for a page that cannot be had. Apart, because it is seldom needed and slow to
-import, and a guest waits for its pager to start.
+"""Pauses a guest that waits for an unreadable page. A separate module, because it is rarely needed and slow to import,
+and a guest waits for its pager to start.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from pageferry.errors import PageferryError
 from pageferry.host.qmp import Monitor
 
 _TIMEOUT = 3.0
-"""Seconds for the guest to stop."""
+"""Maximum time for the guest to stop, seconds."""
 
 
 def stop_guest(qmp_socket: str) -> bool:
-    """Tell a guest to pause. False: it has been told, but its processors do not come back from the access.
+    """Request a guest to pause. Return False if its vCPUs do not return from the access in time.
 
-    It is paused as soon as they do, so it does not run on by itself when another pager has brought the page.
+    It pauses as soon as they do, so it does not run by itself after another pager has loaded the page.
     """
     try:
         asyncio.run(_stop(qmp_socket))

@@ -23,7 +23,7 @@ from pageferry.pager.records import Deferred
 
 
 class PagerProcess:
-    """The process that will serve a guest. It gets the open files of the image and of its parents, not their paths."""
+    """Pager process of a guest. It inherits the open files of the image and of its parents, not their paths."""
 
     def __init__(self, image: ImageFile) -> None:
         descriptors = [link.image.fileno() for link in image.links]
@@ -41,15 +41,15 @@ class PagerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id of the pager."""
         return self._process.pid
 
     async def ready(self) -> None:
-        """Wait until it has the image open. Raises RestoreError, with its words, when it cannot."""
+        """Wait until it has opened the image. Raises RestoreError, with its error message, if it cannot."""
         await in_thread(self._answer)
 
     async def take_over(self, order: Order) -> None:
-        """Have it serve, after `ready`. Raises RestoreError, with its words, when it does not."""
+        """Let it serve the guest, after `ready`. Raises RestoreError, with its error message, if it does not."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(msgspec.json.encode(order) + b"\n")
@@ -71,7 +71,7 @@ class PagerProcess:
             raise RestoreError(serving.error)
 
     def give_up(self) -> None:
-        """There is nothing to serve. May be called twice."""
+        """Kill the process. May be called twice."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -80,9 +80,9 @@ class PagerProcess:
 
 
 async def hand_over(first: GuestPager) -> PagerStatus:
-    """From our own pager to a process of its own. In between the guest waits, as after the death of a pager.
+    """Hand over from the pager in this process to a separate one. In between, the guest waits at missing pages.
 
-    Returns what ours has done.
+    Return what the first one has done.
     """
     pager = PagerProcess(first.image)
     name, serving = first.folder.name, True
@@ -99,7 +99,7 @@ async def hand_over(first: GuestPager) -> PagerStatus:
     except RestoreError as error:
         pager.give_up()
         if serving:
-            await in_thread(first.close)  # or nobody could take over as long as we live
+            await in_thread(first.close)  # otherwise no pager could take over while this process lives
         raise RestoreError(
             f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
         ) from error
@@ -107,10 +107,10 @@ async def hand_over(first: GuestPager) -> PagerStatus:
 
 
 async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
-    """Start another pager for a guest whose own has died; `path`: where the image is now.
+    """Start another pager for a guest whose pager has exited. `path`: new path of the image.
 
-    Returns the progress of the restore. Raises UsageError when there is nothing to take over, RestoreError (another
-    image, or a failed pager), ImageError.
+    Return the progress of the restore. Raises UsageError if there is nothing to take over, RestoreError (another image,
+    or a failed pager), ImageError.
     """
     record = folder.load(records.RECORD, Deferred)
     if record is None:
@@ -128,7 +128,7 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStat
 
 
 async def _dismiss_failed(folder: Folder) -> None:
-    """A pager that is alive but cannot read its image is told to go."""
+    """Stop a pager that is running but cannot read its image."""
     with contextlib.suppress(RestoreError):
         status = await in_thread(client.status, folder)
         if status is not None and status.failures:
@@ -136,7 +136,7 @@ async def _dismiss_failed(folder: Folder) -> None:
 
 
 async def dismiss(folder: Folder, status: PagerStatus) -> None:
-    """Have the pager end that gave this status. Until another takes over, accesses to what is missing wait."""
+    """Stop the pager that returned this status. Accesses to missing pages wait until another one takes over."""
     started = proc.start_time(status.pager)
     await in_thread(client.ask, folder, PagerRequest(what="stop"))
     if started is not None:

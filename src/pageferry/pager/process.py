@@ -1,11 +1,11 @@
-"""The pager of a guest: a small process that brings the contents of its memory, and outlives the command.
+"""Pager of a guest: a small process that loads the contents of its memory, and outlives the command.
 
-Started by `host.python` with the arguments FD:PATH..., the open files of the image and of its parents,
-so that it reads the very files that its caller has verified. It says `Serving` on standard output when it has
-read their indexes, takes one `Order` as a line of JSON on standard input, and says `Serving` again once every access to
-missing memory comes to it. It ends when everything is there, or with the guest. If it is killed the guest waits at
-the next page that is missing: the guest keeps a descriptor of the userfaultfd, and the record and the flags in its
-folder tell the next pager where to go on.
+Started by `host.python` with the arguments FD:PATH..., the open files of the image and of its parents, so that it reads
+the same files that its caller has verified. It writes a `Serving` message to standard output when it has read their
+indexes, then reads one `Order`, a line of JSON, from standard input, and writes `Serving` again once it handles every
+access to missing memory. It exits when all contents are loaded, or with the guest. If it is killed, the guest waits at
+the next access to a missing page. The guest keeps a descriptor of the userfaultfd, and the record and the deferred
+bitmap in its directory allow another pager to take over.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ log = logging.getLogger("pageferry.checkpoints.pager")
 _SYS_CLOSE, _SYS_MADVISE = 3, 28
 _MADV_DOFORK = 11
 _POLL = 0.05
-"""Seconds between two looks at the guest's life."""
+"""Interval at which to check that the guest lives, seconds."""
 _MOST_KEPT = 1 << 17
-"""Windows that were touched, in the summary: 8 GiB of them."""
+"""Maximum number of touched windows in the summary: 8 GiB of memory."""
 _SELDOM = 0.5
-"""The same for the pager of a cold store, which has hardly anything to do."""
+"""Interval of these checks for the pager of a cold store, which rarely has work, seconds."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do."""
+    """Request to take over a workload."""
 
     name: str
-    """Of the workload, which has a record of what is being restored."""
+    """Name of the workload, which has a record of the restore."""
     touched: list[int] = []
-    """What the pager before has seen of the working set."""
+    """Windows of the working set observed by the previous pager."""
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to an order."""
+    """Reply to an order."""
 
     error: str | None = None
 
 
 class GuestPager:
-    """Brings the memory of one guest. The first one only answers accesses: while the guest starts, nothing else counts.
+    """Loads the memory of one guest. The first pager only serves accesses, so as not to delay the start of the guest.
 
-    Raises RestoreError, WorkloadError, UsageError (there is a pager that is alive), CannotHandleFaults: nothing of it
-    is left then.
+    Raises RestoreError, WorkloadError, UsageError (another pager is running), CannotHandleFaults; nothing of it is left
+    behind then.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class GuestPager:
             for descriptor in ours.values():
                 os.close(descriptor)
         fault_point("pager.registered")
-        # Only now: flags without a pager that has set them say that everything is there. The guest waits for this, and
-        # does not outlive the machine.
+        # Only now: a bitmap without a pager that has set it means that all pages are present. Not synced, because the
+        # guest waits for this, and does not outlive the host.
         folder.store(records.RECORD, self.work, synced=False)
         socket_path = folder.socket_path(records.SOCKET)
         self.server = PagerServer(
@@ -125,25 +125,25 @@ class GuestPager:
         )
 
     def _watched(self) -> Iterator[tuple[int, Segment]]:
-        """What comes to us, with the number of its region: every mapping, or of parts that are in a cold store."""
+        """Yield what this pager watches, with region numbers: every mapping, or the parts of them in a cold store."""
         for number, region in enumerate(self.regions):
             parts = [(0, region.length)] if self.work.cold is None else self.work.cold[number]
             for segment in region.segments:
                 yield from ((number, part) for part in segment.within(parts))
 
     def _adopt(self) -> dict[int, int]:
-        """Create a userfaultfd in every process, and record it. Returns our descriptors of them."""
+        """Create a userfaultfd in every process, and record it. Return our descriptors of them."""
         ours, numbers = page_faults.userfaults(self.spaces)
         assert ours.keys() == numbers.keys(), "a guest is another process"
         self.work = msgspec.structs.replace(self.work, userfaults=numbers)
         return ours
 
     def _taken_over(self) -> dict[int, int]:
-        """Descriptors of the userfaultfds that the pager before has left in every process."""
+        """Return descriptors of the userfaultfds that the previous pager has left in every process."""
         return {pid: self.spaces[pid].descriptor(number) for pid, number in self.work.userfaults.items()}
 
     def run(self) -> None:
-        """Until everything is there, or there is nobody left to need it."""
+        """Serve until all contents are loaded, or the guest has exited."""
         known = 0
         poll = _POLL if self.work.cold is None else _SELDOM
         while not self.pager.wait(poll, known):
@@ -160,7 +160,7 @@ class GuestPager:
         self._finish()
 
     def close(self) -> None:
-        """Let go of the guest's memory. What is missing stays missing, for another pager."""
+        """Release the guest's memory. Missing pages stay missing, for another pager."""
         self.server.close()
         self.pager.stop()
         fcntl.flock(self.flags, fcntl.LOCK_UN)
@@ -187,8 +187,8 @@ class GuestPager:
         else:
             self._make_large()
         status = self.server.status(touched=self.pager.touched[:_MOST_KEPT])
-        self.folder.store(records.SUMMARY, status)  # before the record goes: who misses that looks for this
-        # The record before the descriptors: with it, but without them, no other pager could take over.
+        self.folder.store(records.SUMMARY, status)  # before the record is removed: its readers then look for this
+        # The record before the descriptors: no other pager could take over with the record alone.
         self.folder.forget(records.RECORD)
         fault_point("pager.forgotten")
         (self.folder.path / records.FLAGS).unlink(missing_ok=True)
@@ -200,7 +200,7 @@ class GuestPager:
         log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
 
     def _make_large(self) -> None:
-        """What was broken, on large pages again. What cannot be stays small."""
+        """Collapse the split pages to huge pages again, where possible."""
         for number, segment in self._watched():
             if self.regions[number].page_size == SMALL_PAGE:
                 space = self.spaces[segment.pid]
@@ -212,16 +212,16 @@ class GuestPager:
                         space.call(_SYS_MADVISE, segment.address, segment.length, _MADV_DOFORK)
 
     def _remove_store(self) -> None:
-        """Remove the images that reclaim created, when their pages are back or their workload has ended.
+        """Remove the images that reclaim has created, after their pages are reloaded or their workload has exited.
 
-        A file that has taken the place of one of them stays.
+        Files that have replaced one of them are kept.
         """
         for own in self.work.own:
             if self._is_own(own):
                 Path(own.path).unlink(missing_ok=True)
 
     def _is_own(self, own: OwnImage) -> bool:
-        """Whether the file at the path is that image: the one that is open, or one of its identity."""
+        """Return whether the file at the path is that image: the one that is open, or one of the same identity."""
         try:
             found = os.lstat(own.path)
             opened = [os.fstat(link.image.fileno()) for link in self.image.links if link.identity == own.identity]
@@ -246,7 +246,7 @@ def _take_over(image: ImageFile, order: Order) -> GuestPager:
 
 
 def _image(files: Sequence[str]) -> ImageFile:
-    """The image whose open files were handed over, as FD:PATH. Raises ImageError."""
+    """Open the image from the files that were handed over, as FD:PATH. Raises ImageError."""
     opened = [(int(number), Path(path)) for number, _, path in (file.partition(":") for file in files)]
     try:
         return ImageFile.from_files(opened)
@@ -256,14 +256,14 @@ def _image(files: Sequence[str]) -> ImageFile:
 
 
 def _log_to(folder: Folder) -> None:
-    """From here on nobody reads our standard error."""
+    """Redirect standard error to the log: no process reads it from here on."""
     descriptor = files.open_private(folder.path / records.LOG, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 
 
 def main(orders: BinaryIO, answers: BinaryIO) -> int:
-    """Carry out one order."""
+    """Execute one order."""
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -280,7 +280,7 @@ def main(orders: BinaryIO, answers: BinaryIO) -> int:
         fault_point("pager.opened")
         answer(Serving())
         line = orders.readline()
-        if not line:  # there is no guest after all
+        if not line:  # the caller does not need this pager
             return 0
         pager = _take_over(image, msgspec.json.decode(line, type=Order))
     except (PageferryError, OSError, msgspec.MsgspecError) as error:
