@@ -1,4 +1,4 @@
-"""Events and result of a checkpoint."""
+"""Events and results of checkpoints and restores."""
 
 from __future__ import annotations
 
