@@ -99,7 +99,7 @@ def adopt(path: str) -> int:
 def test_monitor_of_another_user_cannot_name_our_process(fake: Start, victim: tuple[int, int]) -> None:
     pid, descriptor = victim
     path, _ = fake(uid=NOBODY, threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
-    with pytest.raises(WorkloadError, match=f"vCPU threads that are not of process .* as user {NOBODY}"):
+    with pytest.raises(WorkloadError, match=f"vCPU threads that belong neither to process .* as user {NOBODY}"):
         adopt(path)
     assert not (Registry().path / "theirs").exists()
 
@@ -107,14 +107,14 @@ def test_monitor_of_another_user_cannot_name_our_process(fake: Start, victim: tu
 def test_monitor_of_our_user_cannot_name_a_process_it_did_not_start(fake: Start, victim: tuple[int, int]) -> None:
     pid, descriptor = victim
     path, _ = fake(threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
-    with pytest.raises(WorkloadError, match="vCPU threads that are not of process"):
+    with pytest.raises(WorkloadError, match="vCPU threads that belong neither to process"):
         adopt(path)
 
 
 def test_monitor_whose_listener_has_exited_is_not_trusted(fake: Start, folder: Path) -> None:
     memory = ram_file(folder)
     path, _ = fake(mem_path=memory, map="rw", server="orphan")
-    with pytest.raises(WorkloadError, match="the process that made it has exited"):
+    with pytest.raises(WorkloadError, match="the process that created it has exited"):
         adopt(path)
 
 
@@ -145,7 +145,7 @@ def test_process_outside_our_pid_namespace_is_refused(fake: Start, folder: Path)
     words = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script, sys.executable, path]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (3, "")
-    assert "outside of this PID namespace" in done.stderr
+    assert "outside this PID namespace" in done.stderr
 
 
 @pytest.mark.usefixtures("root")
@@ -161,7 +161,7 @@ os.setuid({NOBODY})
 qmp_peer.find_process(qmp_peer.peer_of(connection), [1], {path!r})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert "is of user 0: run pageferry as that user, or as root" in done.stderr
+    assert "belongs to user 0; run pageferry as that user, or as root" in done.stderr
 
 
 @pytest.mark.usefixtures("root")

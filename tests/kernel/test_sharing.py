@@ -297,13 +297,13 @@ def test_ksm_in_use_by_others_is_refused() -> None:
         run = ksm.FOLDER / "run"
         try:
             run.write_text("1")
-            with pytest.raises(UnsupportedError, match="KSM runs already"):
+            with pytest.raises(UnsupportedError, match="it is already enabled"):
                 share(f"pid:{target.pid}")
             assert run.read_text() == "1\n"
         finally:
             run.write_text("0")
         Space(other.pid).call(28, other.address, LARGE_PAGE, 12)  # madvise(MADV_MERGEABLE)
-        with pytest.raises(UnsupportedError, match=rf"offered to it: .*{other.pid} \(python"):
+        with pytest.raises(UnsupportedError, match=rf"have mergeable memory: .*{other.pid} \(python"):
             ksm.check_unused({target.pid} | (set(ksm._users()) - {other.pid}))
 
 

@@ -108,7 +108,7 @@ def test_eager_restore_of_a_damaged_image_is_an_error(folder: Path) -> None:
         file.write(bytes(4096))
     done = users.run("user", folder, "-m", "tests.kernel.restoring_user", str(path), str(folder / "out"))
     assert "ImageError" in done.stderr
-    assert "cannot be read from" in done.stderr
+    assert "cannot read page" in done.stderr
 
 
 @pytest.mark.parametrize("kind", users.KINDS)

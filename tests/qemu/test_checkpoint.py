@@ -146,7 +146,7 @@ def test_no_image_is_left_if_the_guest_dies_during_a_checkpoint(
             if isinstance(event, events.InstantEvent):
                 os.kill(source.pid, 9)
 
-        with pytest.raises(errors.WorkloadDied, match="there is no image"):
+        with pytest.raises(errors.WorkloadDied, match="no image was written"):
             await pageferry.checkpoint(source, tmp_path / "image", bandwidth=16 << 20, listener=kill)
         assert os.listdir(tmp_path) == ["source.serial"]
         await source.forget()

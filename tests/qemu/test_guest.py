@@ -171,7 +171,7 @@ def test_guest_resumes_after_the_death_of_its_controller_unless_committed(
 def test_attach_fails_while_another_client_uses_the_monitor(guest: Guest) -> None:
     async def scenario() -> None:
         async with await Monitor.open(guest.qmp_socket):
-            with pytest.raises(WorkloadError, match="another client has its only session"):
+            with pytest.raises(WorkloadError, match="another client holds its only session"):
                 await QemuWorkload.attach(NAME, timeout=0.3)
         (await QemuWorkload.attach(NAME)).close()
 

@@ -137,10 +137,10 @@ def test_pager_killed_during_a_takeover_can_be_replaced(
     async def run() -> None:
         restored = guest("restored")
         monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
-        with pytest.raises(RestoreError, match="restored runs, and waits for its memory"):
+        with pytest.raises(RestoreError, match="restored runs and waits for its memory"):
             await restored.start(image)
         restored.workload = await QemuWorkload.attach("restored")
-        with pytest.raises(RestoreError, match="the pager ended"):
+        with pytest.raises(RestoreError, match="cannot start the pager: it exited"):
             await take_over(restored.folder)
         monkeypatch.delenv("PAGEFERRY_FAULT")
         await take_over(restored.folder)
@@ -205,7 +205,7 @@ def test_image_replaced_during_a_restore_is_not_read(
         restored.workload, _ = await restore_guest("restored", path, restored.command, prefetch=False, listener=replace)
         await restored.serial.passes(2)
         await restored.kill_pager()
-        with pytest.raises(RestoreError, match="it is another image"):
+        with pytest.raises(RestoreError, match="the restore was started with id"):
             await take_over(restored.folder)
         await take_over(restored.folder, tmp_path / "moved")
         await restored.serial.passes(2)
@@ -372,9 +372,9 @@ def test_restore_into_mismatched_memory_is_refused_without_leftovers(
 ) -> None:
     async def run() -> None:
         smaller = parts.command(serial("smaller"), *OPTIONS, memory="128M")
-        with pytest.raises(RestoreError, match="does not match"):
+        with pytest.raises(RestoreError, match="the guest has"):
             await restore_guest("smaller", image, smaller)
-        with pytest.raises(UsageError, match="no arena"):
+        with pytest.raises(UsageError, match="as an arena"):
             pageferry.restore(image)
         assert registry.entries() == {}
 

@@ -39,7 +39,7 @@ def entry_of_the_dead() -> QemuEntry:
 @pytest.mark.parametrize("name", ["", ".", "..", ".ram", "-x", "a/b", "a b", "x" * 65, "ä", "a\n"])
 def test_bad_names_are_refused(registry: Registry, name: str) -> None:
     for call in (registry.claim, registry.lookup, registry.remove):
-        with pytest.raises(UsageError, match="is no name for a workload"):
+        with pytest.raises(UsageError, match="invalid workload name"):
             call(name)
     assert not registry.path.exists()
 
@@ -52,7 +52,7 @@ def test_good_names_are_taken(registry: Registry, name: str) -> None:
 
 def test_claim_is_seen_as_in_use_and_is_not_listed(registry: Registry) -> None:
     registry.claim("web")
-    with pytest.raises(NameInUse, match=f"web is being started by process {os.getpid()}"):
+    with pytest.raises(NameInUse, match=f"it is being started by process {os.getpid()}"):
         registry.claim("web")
     assert isinstance(registry.lookup("web"), Claim)
     assert registry.entries() == {}
@@ -230,14 +230,14 @@ def test_lookup_without_a_run_directory(registry: Registry) -> None:
 def test_entry_of_another_version_is_refused(registry: Registry) -> None:
     folder = registry.claim("web")
     folder.publish(msgspec.structs.replace(entry_of_ours(), version=99))
-    with pytest.raises(WorkloadError, match="is of version 99"):
+    with pytest.raises(WorkloadError, match="unsupported version 99"):
         registry.lookup("web")
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"kind":"qemu"}', '{"kind":"rocket","pid":1,"started":1}'])
 def test_damaged_entry_is_named(registry: Registry, content: str) -> None:
     (registry.claim("web").path / WORKLOAD_FILE).write_text(content)
-    with pytest.raises(WorkloadError, match=f"web/{WORKLOAD_FILE} cannot be read"):
+    with pytest.raises(WorkloadError, match=f"cannot read .*web/{WORKLOAD_FILE}"):
         registry.lookup("web")
 
 
@@ -262,7 +262,7 @@ def test_records_are_replaced_whole(registry: Registry) -> None:
 def test_damaged_record_is_named(registry: Registry) -> None:
     folder = registry.claim("web")
     (folder.path / "note.json").write_text("[]")
-    with pytest.raises(WorkloadError, match=r"note\.json cannot be read"):
+    with pytest.raises(WorkloadError, match=r"cannot read .*note\.json"):
         folder.load("note.json", Note)
 
 

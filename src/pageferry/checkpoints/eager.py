@@ -62,7 +62,7 @@ def _loading(image: ImageFile, targets: Sequence[PagerTarget], reason: str, list
 def _report(image: ImageFile, pager: Pager, listener: Listener) -> None:
     """Emit the progress. Raises ImageError for the first page that cannot be read."""
     for _, page, _, message in pager.failures:
-        raise ImageError(f"page {page} (at byte {page * SMALL_PAGE}) cannot be read from {image.path}: {message}")
+        raise ImageError(f"cannot read page {page} (byte {page * SMALL_PAGE}) of {image.path}: {message}")
     _, _, _, prefetched, bytes_read, _, _ = pager.counters
     listener(
         ProgressEvent(

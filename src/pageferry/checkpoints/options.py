@@ -60,9 +60,12 @@ class Options:
         if self.trap_block & (self.trap_block - 1):
             raise UsageError(f"invalid `trap_block` {self.trap_block}: expected a power of two")
         if self.track and self.mode != "lazy":
-            raise UsageError("`track` needs `mode` lazy: no other leaves a trace")
+            raise UsageError("`track` requires `mode` lazy: other modes leave no write trace")
         if self.page_block % (4 * KIB) or self.storage_block % self.page_block:
-            raise UsageError("page blocks are made of 4 KiB pages, storage blocks of page blocks")
+            raise UsageError(
+                "invalid sizes: expected `page_block` as a multiple of 4 KiB, and `storage_block` as a multiple of "
+                "`page_block`"
+            )
 
     def _check_size(self, name: str, least: int, most: int) -> None:
         object.__setattr__(self, name, values.size(name, getattr(self, name), least, most))

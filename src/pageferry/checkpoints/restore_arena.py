@@ -132,7 +132,7 @@ class RestoredArena(Arena):
         self.check_here()
         values.count("offset", offset, 0, self.length)
         if values.count("length", length, 0, self.length) > self.length - offset:
-            raise UsageError(f"{length} bytes at {offset} of an arena of {self.length}")
+            raise UsageError(f"invalid range of {length} bytes at {offset}: the arena has {self.length} bytes")
         first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
         interruptible(lambda: load_pages(self.pager, first, end - first, str(self.image.path)))
 
@@ -190,7 +190,7 @@ def _size(image: ImageFile) -> int:
     found = image.metadata
     if found.kind != "arena" or len(found.regions) != 1:
         raise UsageError(
-            f"{image.path} is of {found.name}, a workload of kind {found.kind}: no arena can be made of it"
+            f"cannot restore {image.path} as an arena: it is an image of {found.name}, a workload of kind {found.kind}"
         )
     return found.regions[0].length
 
@@ -225,7 +225,12 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, ea
 
 def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Listener) -> Pager:
     """Load all contents now. Raises ImageError."""
-    log.warning("%s: loading all %d MiB now, not on demand: %s", image.path, arena.length >> 20, reason)
+    log.warning(
+        "%s: loading all %d MiB in advance, on-demand loading is unavailable: %s",
+        image.path,
+        arena.length >> 20,
+        reason,
+    )
     mapping = Mapping(arena.descriptor, arena.length)
     return load(image, [(mapping, SMALL_PAGE, targets.large_units(image)[0])], reason, listener)
 

@@ -111,21 +111,25 @@ class Save:
         ours = [(region.name, region.length) for region in self.workload.regions]
         theirs = [(region.name, region.length) for region in parent.metadata.regions]
         if ours != theirs:
-            raise UsageError(f"{parent.path} has regions {theirs}, {self.workload.name} has {ours}: no parent for it")
+            raise UsageError(
+                f"cannot use {parent.path} as the parent: it has regions {theirs}, {self.workload.name} has {ours}"
+            )
         needed = beside(self.path, parent.path)
         if not (needed.exists() and needed.samefile(parent.path)):
             raise UsageError(
-                f"cannot write {self.path}: its parent {parent.path} is in another folder, and is looked for beside it "
-                f"alone; write to {parent.path.parent}, or put a symbolic link to the parent into {self.path.parent}"
+                f"cannot write {self.path}: its parent {parent.path} must be in the same directory; write to "
+                f"{parent.path.parent}, or put a symbolic link to the parent into {self.path.parent}"
             )
         if self.path.exists() and any(self.path.samefile(link.path) for link in parent.links):
-            raise UsageError(f"{self.path} would replace an image that it builds on: choose another name")
+            raise UsageError(
+                f"cannot write {self.path}: it would replace an image in the chain of its parents; use another name"
+            )
         self.parent = parent
 
     async def run(self) -> events.CheckpointResult:
         """Save the workload. After an error it keeps running, and the unfinished image is removed."""
         if self.path.is_dir():
-            raise UsageError(f"{self.path} is a folder: give the name of a file for the image")
+            raise UsageError(f"cannot write {self.path}: it is a directory; give the name of a file")
         try:
             with _writing(self.path), new_file(self.path) as file:
                 finished = await self._save(file)
@@ -291,7 +295,7 @@ class Save:
         regions = self.workload.regions
         if not any(await self._native(lambda: registered_buffers(regions))):
             return False
-        log.warning("%s is saved while paused: it has registered buffers with io_uring", self.workload.name)
+        log.warning("%s: saving while paused: it has registered buffers with io_uring", self.workload.name)
         self.options = replace(self.options, mode="stop", track=False)
         return True
 
@@ -299,8 +303,8 @@ class Save:
         assert not isinstance(self.workload, ProcessWorkload)
         if any(registered_buffers(self.workload.regions)):
             raise WorkloadError(
-                f"{self.workload.name} has registered buffers in its memory with io_uring during the checkpoint: "
-                f"try again, or save it paused (--mode stop)"
+                f"cannot save {self.workload.name}: it registered buffers with io_uring during the checkpoint; "
+                "retry, or save it paused (--mode stop)"
             )
 
     async def _check_mappers(self) -> None:
@@ -378,13 +382,15 @@ class Save:
         try:
             return await on_thread(call, cancel)
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"{self.workload.name} ended while it was saved: there is no image of it") from gone
+            raise WorkloadDied(
+                f"cannot save {self.workload.name}: it ended during the checkpoint; no image was written"
+            ) from gone
         except PermissionError as denied:
-            raise WorkloadError(f"{self.workload.name} cannot be saved: {denied}{self._slower_way()}") from denied
+            raise WorkloadError(f"cannot save {self.workload.name}: {denied}{self._slower_way()}") from denied
         except OSError as busy:
             if busy.errno != errno.EBUSY:
                 raise
-            raise WorkloadError(f"{self.workload.name} cannot be saved: {busy.strerror}") from busy
+            raise WorkloadError(f"cannot save {self.workload.name}: {busy.strerror}") from busy
 
     def _slower_way(self) -> str:
         """Return advice for a user without the permissions for a checkpoint of a running workload."""
@@ -492,4 +498,4 @@ def _writing(path: Path) -> Iterator[None]:
             errno.EDQUOT: "the quota is used up",
             errno.ENOENT: "its folder does not exist",
         }.get(error.errno or 0, "the workload runs on")
-        raise CheckpointError(f"{path} was not written: {error.strerror or error}; {advice}") from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {advice}") from error

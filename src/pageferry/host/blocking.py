@@ -106,7 +106,7 @@ class _Operation(Generic[T]):
         (ended, self._ended), (unheard, self._unheard) = (self._ended, None), (self._unheard, None)
         try:
             if ended is None:
-                raise RuntimeError("the event loop of the operation has ended early")
+                raise RuntimeError("the event loop of the operation was closed before the operation finished")
             if unheard is not None and ended.cancelled():
                 raise unheard
             if unheard is not None:
@@ -131,7 +131,9 @@ class _Operation(Generic[T]):
             if inspect.isawaitable(result):
                 if inspect.iscoroutine(result):
                     result.close()
-                raise TypeError("the listener returned an awaitable, and is called without being awaited")
+                raise TypeError(
+                    "the listener returned an awaitable, which would never be awaited: pass a plain function"
+                )
         except Exception as error:
             self._unheard = self._unheard or error
             self._cancel()

@@ -39,7 +39,7 @@ def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = 
     try:
         free = free_large_pages(buddyinfo)
     except OSError as error:  # a container that does not show it
-        log.info("free large pages are not known: %s", error)
+        log.info("cannot count free huge pages: %s", error)
         return 0
     if free >= wanted:
         return free
@@ -48,7 +48,7 @@ def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = 
     thread.start()
     thread.join(_TIMEOUT)
     found = free_large_pages(buddyinfo)
-    log.info("%d large pages were free, %d are wanted: after compaction it is %d", free, wanted, found)
+    log.info("free huge pages: %d of %d before compaction, %d after it", free, wanted, found)
     return found
 
 
@@ -56,4 +56,4 @@ def _compact(path: Path) -> None:
     try:
         path.write_text("1")
     except OSError as error:
-        log.info("memory cannot be compacted: %s", error)
+        log.info("cannot compact memory: %s", error)

@@ -66,7 +66,7 @@ class CpuQuota:
 
     def __init__(self, pids: Sequence[int]) -> None:
         if os.getpid() in pids:
-            raise WorkloadError("the workload is in the process that is to limit it")
+            raise WorkloadError("the workload runs in the process that would limit it; migrate it from another process")
         version, group = _group_of(pids)
         if version == 1:
             self._limited = group / f"pageferry-{os.getpid()}-{secrets.token_hex(4)}"
@@ -129,7 +129,7 @@ def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
     """Version and folder of the group with a cpu controller that all of them are in."""
     found = {_place(pid) for pid in pids}
     if len(found) != 1:
-        raise WorkloadError("its processes are in different control groups")
+        raise WorkloadError("its processes are in different control groups; start them in one group")
     return found.pop()
 
 
@@ -147,13 +147,17 @@ def _place(pid: int) -> tuple[int, Path]:
             group = mount.point / path.relative_to(root)
             if mount.version == 1 or (group / "cpu.max").exists():
                 return mount.version, group
-    raise WorkloadError("there is no control group with the cpu controller that it is in and that can be seen here")
+    raise WorkloadError(
+        "no visible control group with the cpu controller contains it; see `pageferry check`, cpu-quota"
+    )
 
 
 def _alone(group: Path, pids: Sequence[int]) -> None:
     others = set(_read(group / "cgroup.procs").split()) - {str(pid) for pid in pids}
     if others:
-        raise WorkloadError(f"it shares the control group {group} with {len(others)} other processes")
+        raise WorkloadError(
+            f"it shares the control group {group} with {len(others)} other processes; start it in a separate group"
+        )
 
 
 def _read(path: Path) -> str:

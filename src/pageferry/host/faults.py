@@ -33,7 +33,7 @@ def fault_point(name: str) -> None:
         case "drop":
             _cut_connections()
         case other:
-            raise ValueError(f"{VARIABLE}={name}={other}: the action is kill, stop or drop")
+            raise ValueError(f"invalid {VARIABLE} {name}={other}: expected the action kill, stop or drop")
 
 
 def _cut_connections() -> None:

@@ -64,7 +64,7 @@ def read_regular(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
     with open(open_regular(path, follow=follow), "rb") as file:
         contents = file.read(limit + 1)
     if len(contents) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
     return contents
 
 
@@ -190,7 +190,7 @@ def check_private(folder: Path, remedy: str) -> None:
     """
     found = os.stat(folder)
     if not stat.S_ISDIR(found.st_mode):
-        raise UsageError(f"cannot use {folder}: it is not a folder; {remedy}")
+        raise UsageError(f"cannot use {folder}: it is not a directory; {remedy}")
     if found.st_uid != os.geteuid():
         raise UsageError(f"cannot use {folder}: it belongs to user {found.st_uid}, not {os.geteuid()}; {remedy}")
     if found.st_mode & 0o022:

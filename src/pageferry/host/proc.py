@@ -93,7 +93,7 @@ def read(pid: int, name: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+        raise WorkloadDied(f"process {pid} has exited") from gone
 
 
 def pids() -> list[int]:
@@ -158,7 +158,7 @@ def threads(pid: int) -> tuple[int, ...]:
     try:
         return tuple(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+        raise WorkloadDied(f"process {pid} has exited") from gone
 
 
 def inner_threads(pid: int) -> dict[int, int]:
@@ -214,7 +214,7 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of all threads that a process has had. Raises WorkloadDied when it is gone."""
     fields = _stat_fields(f"{pid}")
     if fields is None:
-        raise WorkloadDied(f"process {pid} is gone")
+        raise WorkloadDied(f"process {pid} has exited")
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -230,7 +230,7 @@ def thread_faults(pid: int, thread_ids: Iterable[int]) -> tuple[int, int]:
             minor += int(fields[7])
             major += int(fields[9])
     if start_time(pid) is None:
-        raise WorkloadDied(f"process {pid} is gone")
+        raise WorkloadDied(f"process {pid} has exited")
     return minor, major
 
 
@@ -323,4 +323,4 @@ def _descriptors(pid: int) -> list[str]:
     except PermissionError:
         return []
     except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+        raise WorkloadDied(f"process {pid} has exited") from gone

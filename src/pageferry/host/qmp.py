@@ -77,12 +77,14 @@ class Monitor:
         except TimeoutError as late:
             connection.close()
             raise WorkloadError(
-                f"{path} did not answer in {timeout:g} s: another client has its only session, or QEMU hangs; "
-                f"try again, or end that client"
+                f"no QMP greeting from {path} within {timeout:g} s: another client holds its only session, or "
+                "QEMU does not respond; close that client, or retry"
             ) from late
         except QMPError as wrong:
             connection.close()
-            raise WorkloadError(f"{path} is no QMP socket that answers ({wrong}): give one made with `-qmp`") from wrong
+            raise WorkloadError(
+                f"cannot open a QMP session on {path}: {wrong}; use a socket created with QEMU's -qmp option"
+            ) from wrong
         client.expect_abandonment()
         return cls(client, path, peer)
 
@@ -111,9 +113,9 @@ class Monitor:
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as refused:
-            raise WorkloadError(f"QEMU refuses {command}: {refused}") from refused
+            raise WorkloadError(f"QEMU rejected {command}: {refused}") from refused
         except (QMPError, EOFError, OSError) as gone:
-            raise WorkloadDied(f"QEMU went away during {command}") from gone
+            raise WorkloadDied(f"QEMU closed the monitor during {command}") from gone
 
     async def give_descriptor(self, name: str, descriptor: int) -> None:
         """Pass a copy of an open file to QEMU (`getfd`), which then knows it as `fd:NAME`."""
@@ -213,7 +215,7 @@ async def _connect(path: str, timeout: float) -> socket.socket:
 
 def _connection_error(path: str, failed: OSError) -> WorkloadError:
     if failed.errno in (errno.ENOENT, errno.ECONNREFUSED):
-        return WorkloadDied(f"no QEMU listens on {path}")
+        return WorkloadDied(f"cannot connect to {path}: no QEMU listens on it")
     if failed.errno == errno.EAGAIN:
-        return WorkloadError(f"too many clients wait for {path}: end them, or try again later")
+        return WorkloadError(f"cannot connect to {path}: too many clients are waiting for it; close them, or retry")
     return WorkloadError(f"cannot connect to {path}: {failed.strerror or failed}")

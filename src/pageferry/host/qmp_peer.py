@@ -61,26 +61,29 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
     """
     if peer.pid == 0:
         raise UnsupportedError(
-            f"the process that serves {path} is outside of this PID namespace; run pageferry in the namespace of that "
-            f"QEMU, or in one above it"
+            f"cannot identify the process that serves {path}: it is outside this PID namespace; run pageferry in "
+            "the namespace of that QEMU, or in one above it"
         )
     _check_caller(peer, path)
     if peer.pid is None or proc.start_time(peer.pid) is None:
-        raise WorkloadError(f"cannot trust {path}: the process that made it has exited; give a socket made with `-qmp`")
+        raise WorkloadError(
+            f"cannot trust {path}: the process that created it has exited; use a socket created with QEMU's -qmp option"
+        )
     found = [pid for pid in (peer.pid, *descendants(peer.pid)) if _matches(pid, peer, vcpu_threads)]
     match found:
         case [only]:
             return only
         case []:
             raise WorkloadError(
-                f"cannot trust {path}: its monitor reports vCPU threads that are not of process {peer.pid}, which "
-                f"serves it as user {peer.uid}, nor of a process of that user started by it; give the QMP socket of a "
-                f"QEMU"
+                f"cannot trust {path}: its monitor reports vCPU threads that belong neither to process "
+                f"{peer.pid}, which serves it as user {peer.uid}, nor to a process of that user that it has "
+                "started; use the QMP socket of a QEMU"
             )
         case _:
             names = ", ".join(map(str, found))
             raise WorkloadError(
-                f"cannot tell which of the processes {names} serves {path}; give a socket of QEMU's own"
+                f"cannot determine which of the processes {names} serves {path}; use a socket that QEMU itself "
+                "has created"
             )
 
 
@@ -96,11 +99,14 @@ def _matches(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> bool:
 def _check_caller(peer: Peer, path: str) -> None:
     """Raises WorkloadError where this process may not act for the user that listens, UnsupportedError."""
     if proc.namespace() is None:
-        raise UnsupportedError("/proc is of another PID namespace than this process: mount proc(5) in its own")
+        raise UnsupportedError(
+            "cannot use /proc: it belongs to another PID namespace; mount proc(5) in the namespace of pageferry"
+        )
     capabilities = int(proc.status(os.getpid())[b"CapEff"][0], 16)
     if os.geteuid() not in (0, peer.uid) and not capabilities & _CAP_SYS_PTRACE:
         raise WorkloadError(
-            f"the process that serves {path} is of user {peer.uid}: run pageferry as that user, or as root"
+            f"cannot use {path}: the process that serves it belongs to user {peer.uid}; run pageferry as that "
+            "user, or as root"
         )
 
 

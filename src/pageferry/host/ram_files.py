@@ -71,7 +71,10 @@ def _tmpfs_file(size: int) -> RamFile:
 def _fallback_file(size: int, refused: OSError) -> RamFile:
     limits = os.statvfs(_FALLBACK)
     if limits.f_blocks * limits.f_frsize < size:
-        raise UnsupportedError(f"{size} bytes of guest memory do not fit on {_FALLBACK}: remount it larger, or be root")
+        raise UnsupportedError(
+            f"cannot allocate {size} bytes of guest memory: they do not fit on {_FALLBACK}; remount it with a larger "
+            "size, or run as root"
+        )
     warning = (
         f"large pages are off: a tmpfs with huge=always cannot be mounted ({refused.strerror}); guest memory is on "
         f"{_FALLBACK}. Run pageferry as root"
@@ -81,17 +84,19 @@ def _fallback_file(size: int, refused: OSError) -> RamFile:
 
 def _hugetlb_file(size: int) -> RamFile:
     if size % LARGE_PAGE:
-        raise UnsupportedError(f"`hugetlb` needs guest memory in multiples of 2 MiB, not {size} bytes: change -m")
+        raise UnsupportedError(
+            f"invalid memory size for `hugetlb`: {size} bytes are not a multiple of 2 MiB; change -m"
+        )
     needed, available = size // LARGE_PAGE, _huge_pages_available()
     if available < needed:
         raise UnsupportedError(
-            f"`hugetlb` needs {needed} free pages of 2 MiB, there are {available}: "
-            f"add {needed - available} to /proc/sys/vm/nr_hugepages"
+            f"cannot use `hugetlb`: {needed} free pages of 2 MiB are required, {available} are available; add "
+            f"{needed - available} to /proc/sys/vm/nr_hugepages"
         )
     try:
         return RamFile(_file_on_own("hugetlbfs", {"pagesize": "2M"}, size), None)
     except OSError as refused:
-        raise UnsupportedError(f"hugetlbfs cannot be mounted ({refused.strerror}): run as root") from refused
+        raise UnsupportedError(f"cannot mount hugetlbfs: {refused.strerror}; run as root") from refused
 
 
 def _huge_pages_available() -> int:

@@ -100,7 +100,9 @@ def identify(pid: int) -> dict[str, Any]:
     """The fields of an `Entry` for a process. Raises WorkloadDied when it has exited, UnsupportedError."""
     namespace, started = proc.namespace(), proc.start_time(pid)
     if namespace is None:
-        raise UnsupportedError("/proc is of another PID namespace than this process: mount proc(5) in its own")
+        raise UnsupportedError(
+            "cannot use /proc: it belongs to another PID namespace; mount proc(5) in the namespace of pageferry"
+        )
     if started is None:
         raise WorkloadDied(f"process {pid} has ended")
     return {"pid": pid, "started": started, "boot": proc.boot_id(), "namespace": namespace}
@@ -154,8 +156,8 @@ class Folder:
         path = str(self.path / file_name)
         if len(path.encode()) > LONGEST_SOCKET_PATH:
             raise UsageError(
-                f"socket path {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter name, "
-                f"or a shorter run directory with PAGEFERRY_RUN_DIR"
+                f"invalid socket path {path}: longer than {LONGEST_SOCKET_PATH} bytes; use a shorter name, or a "
+                "shorter run directory (PAGEFERRY_RUN_DIR)"
             )
         return path
 
@@ -181,7 +183,7 @@ class Folder:
             except BlockingIOError as busy:
                 file.seek(0)
                 raise WorkloadError(
-                    f"{self.name} is busy: {file.read() or purpose}; try again when it is done"
+                    f"{self.name} is busy: {file.read() or purpose}; retry when that has finished"
                 ) from busy
             file.truncate(0)
             file.write(f"{purpose} by process {os.getpid()}")
@@ -232,7 +234,10 @@ class Registry:
                 raise NameInUse(_unknown(folder, "choose another name"))
             if entry is not None:
                 doing = "is being started by" if isinstance(entry, Claim) else "is"
-                raise NameInUse(f"{name} {doing} process {entry.pid}: choose another name, or `pageferry stop {name}`")
+                raise NameInUse(
+                    f"cannot use the name {name}: it {doing} process {entry.pid}; use another name, or run `pageferry "
+                    f"stop {name}`"
+                )
             folder.path.mkdir(mode=0o700)
             folder.store(_ENTRY_FILE, Claim(**identify(os.getpid())))
         return folder
@@ -248,7 +253,7 @@ class Registry:
             with self.locked():
                 entry = self._read_living(Folder(self, name))
         if entry is None:
-            raise NoSuchWorkload(f"no workload named {name} in {self.path}: `pageferry list` shows those there are")
+            raise NoSuchWorkload(f"no workload named {name} in {self.path}; see `pageferry list`")
         if entry.liveness() is None:
             raise WorkloadError(_unknown(Folder(self, name), "run pageferry where it was started"))
         return entry
@@ -291,8 +296,8 @@ class Registry:
             raise _unreadable(folder.path / _ENTRY_FILE, wrong) from wrong
         if entry is not None and entry.version != VERSION:
             raise WorkloadError(
-                f"{folder.path / _ENTRY_FILE} is of version {entry.version}, this pageferry knows {VERSION}: "
-                f"use the pageferry that wrote it"
+                f"cannot read {folder.path / _ENTRY_FILE}: unsupported version {entry.version}, this pageferry "
+                f"supports {VERSION}; use the version that has written it"
             )
         if entry is not None and entry.liveness() is not False:
             return entry
@@ -330,7 +335,9 @@ def default_run_directory() -> Path:
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     if runtime.is_absolute():
         return runtime / "pageferry"
-    raise UsageError("no run directory: set XDG_RUNTIME_DIR, or PAGEFERRY_RUN_DIR to a folder of your own")
+    raise UsageError(
+        "no run directory: set XDG_RUNTIME_DIR, or set PAGEFERRY_RUN_DIR to a directory that belongs to you"
+    )
 
 
 def check_name(name: str) -> None:
@@ -339,8 +346,8 @@ def check_name(name: str) -> None:
         raise WrongType(f"invalid `name` of type {type(name).__name__}: expected a text")
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no name for a workload: 1 to 64 letters, digits, dots, underscores or hyphens, "
-            f"beginning with a letter or a digit"
+            f"invalid workload name {name!r}: expected 1 to 64 letters, digits, dots, underscores or hyphens, "
+            "starting with a letter or digit"
         )
 
 
@@ -367,7 +374,7 @@ def _is_abandoned(path: str) -> bool:
 
 
 def _unreadable(path: Path, wrong: Exception) -> WorkloadError:
-    return WorkloadError(f"{path} cannot be read ({wrong}): remove the folder if the workload is gone")
+    return WorkloadError(f"cannot read {path}: {wrong}; remove its directory if the workload has exited")
 
 
 def _sync_folder(path: Path) -> None:

@@ -88,5 +88,5 @@ def _lines(pid: int, name: str) -> list[bytes]:
         return proc.lines(proc.read(pid, name))
     except PermissionError as refused:
         raise UnsupportedError(
-            f"the memory of process {pid} may not be looked at: run as its user, or root"
+            f"cannot read the memory map of process {pid}: permission denied; run as its owner or as root"
         ) from refused

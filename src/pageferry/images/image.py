@@ -73,7 +73,7 @@ class ImageFile:
         def open_parent(child: Link, parent: Parent) -> Link:
             descriptor, path = next(parents, (None, None))
             if descriptor is None or path is None:
-                raise ImageError(f"{child.path}: its parent {parent.path} was not handed over")
+                raise ImageError(f"cannot open {child.path}: the descriptor of its parent {parent.path} is missing")
             return _checked_parent(child, parent, _link(descriptor, path))
 
         self = cls.__new__(cls)
@@ -85,7 +85,10 @@ class ImageFile:
         self.chain = _checked(self.path, lambda: ImageChain([link.image for link in self.links]))
         expected = sum(region.length for region in self.metadata.regions) // SMALL_PAGE
         if self.pages != expected or self.links[0].image.regions != len(self.metadata.regions):
-            raise ImageError(f"{self.path}: the page map has {self.pages} pages, its regions have {expected}")
+            raise ImageError(
+                f"{self.path} is damaged: its page map has {self.pages} pages, its regions have {expected}; take "
+                "another checkpoint"
+            )
 
     @property
     def path(self) -> Path:
@@ -146,7 +149,7 @@ class ImageFile:
         """Pages whose contents differ, as runs (start, end). Raises ImageError where the regions do not match."""
         ours, theirs = ([(region.name, region.length) for region in image.metadata.regions] for image in (self, other))
         if ours != theirs:
-            raise ImageError(f"{self.path} and {other.path} have different regions: {ours} and {theirs}")
+            raise ImageError(f"cannot compare {self.path} with {other.path}: their regions differ: {ours} and {theirs}")
         runs: list[tuple[int, int]] = []
         for start in range(0, self.pages, SLICE):
             progress(start, self.pages)
@@ -182,7 +185,7 @@ def open_link(path: Path) -> Link:
     try:
         descriptor = files.open_regular(path)
     except OSError as error:
-        raise ImageError(f"{path} cannot be opened: {error.strerror}") from error
+        raise ImageError(f"cannot open {path}: {error.strerror}") from error
     try:
         return _link(descriptor, path)
     finally:
@@ -203,7 +206,7 @@ def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[
     while (parent := link.metadata.parent) is not None:
         link = open_parent(link, parent)
         if link.image.id in seen or len(seen) >= MAX_CHAIN:
-            raise ImageError(f"{path}: its chain of parents does not end: {link.path} comes twice, or it is too long")
+            raise ImageError(f"cannot open {path}: its chain of parents is too long, or contains {link.path} twice")
         seen.add(link.image.id)
         yield link
 
@@ -222,11 +225,11 @@ def _open_parent(child: Link, parent: Parent) -> Link:
         planted = os.lstat(path).st_uid not in (0, os.geteuid()) and path.is_symlink()
     except (OSError, ValueError):
         raise ImageError(
-            f"{child.path} builds on {path.name}, which is not beside it (it was {parent.path}): put that image, or a "
-            f"symbolic link to it, into {child.path.parent}"
+            f"cannot open {child.path}: its parent {path.name} is not in the same directory (it was "
+            f"{parent.path}); put that image, or a symbolic link to it, into {child.path.parent}"
         ) from None
     if planted:
-        raise ImageError(f"cannot open {path}: it is a symbolic link that another user has made; replace it")
+        raise ImageError(f"cannot open {path}: it is a symbolic link that belongs to another user; replace it")
     return _checked_parent(child, parent, open_link(path))
 
 
@@ -234,7 +237,8 @@ def _checked_parent(child: Link, parent: Parent, link: Link) -> Link:
     """The link, if it is the parent that the child names. Raises ImageError."""
     if link.identity != ImageIdentity(id=parent.id, digest=parent.digest):
         raise ImageError(
-            f"{link.path} is not the image that {child.path} was built on: it has been replaced or changed"
+            f"cannot open {child.path}: its parent {link.path} has been replaced or changed; put the original "
+            "image there"
         )
     return link
 

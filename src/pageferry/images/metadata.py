@@ -100,13 +100,14 @@ def encode(metadata: Metadata) -> bytes:
 def decode(contents: bytes | None) -> Metadata:
     """From the contents of the section. Raises ImageError."""
     if contents is None:
-        raise ImageError("the image has no metadata: it was not written by `pageferry checkpoint`")
+        raise ImageError("the image has no metadata; use an image written by `pageferry checkpoint`")
     try:
         metadata = msgspec.msgpack.decode(contents, type=Metadata)
     except msgspec.MsgspecError as error:
-        raise ImageError(f"the metadata of the image make no sense: {error}") from error
+        raise ImageError(f"the metadata of the image are invalid: {error}") from error
     if metadata.version != VERSION:
         raise ImageError(
-            f"metadata of version {metadata.version}; this release knows {VERSION}: use the one that wrote it"
+            f"unsupported metadata version {metadata.version}: this pageferry supports {VERSION}; use the version "
+            "that has written the image"
         )
     return metadata

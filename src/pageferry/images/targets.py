@@ -25,7 +25,7 @@ def large_units(image: ImageFile) -> list[list[bool]]:
         count = -(-region.length // LARGE_PAGE)
         part = b"" if packed is None else packed[at : at + -(-count // 8)]
         if packed is not None and len(part) * 8 < count:
-            raise ImageError(f"{image.path}: its record of large pages is too short")
+            raise ImageError(f"{image.path} is damaged: its bitmap of huge pages is too short")
         at += len(part)
         result.append([bool(part) and bool(part[unit // 8] >> unit % 8 & 1) for unit in range(count)])
     return result
@@ -37,8 +37,8 @@ def compare(image: ImageFile, regions: Sequence[Region]) -> None:
     saved = extents(image)
     if ours != saved:
         raise RestoreError(
-            f"the memory does not match: {image.path} has {_describe(saved)}, here it is {_describe(ours)}; "
-            f"use the options that it was started with when it was saved"
+            f"cannot restore {image.path}: it has {_describe(saved)}, the guest has {_describe(ours)}; use the "
+            "options with which the guest was started when it was saved"
         )
 
 
@@ -70,8 +70,8 @@ def check_identity(image: ImageFile, identity: ImageIdentity, name: str) -> None
     """Raise RestoreError unless the image is the one that the restore of workload `name` began with."""
     if image.identity != identity:
         raise RestoreError(
-            f"cannot restore the memory of {name} from {image.path}: it is another image (id {image.identity.id}) than "
-            f"the one that the restore began with (id {identity.id}); give that image, or a copy of it"
+            f"cannot restore the memory of {name} from {image.path}: its id is {image.identity.id}, and the "
+            f"restore was started with id {identity.id}; use that image, or a copy of it"
         )
 
 

@@ -85,4 +85,8 @@ class WorkingSet:
         try:
             files.replace_file(self.path, msgspec.msgpack.encode(self._record))
         except OSError as error:
-            log.info("the working set is not kept: %s cannot be written (%s)", self.path, error.strerror)
+            log.info(
+                "cannot write the working set to %s: %s; the next restore loads pages in order of their address",
+                self.path,
+                error.strerror,
+            )

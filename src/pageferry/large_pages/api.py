@@ -72,7 +72,9 @@ class Options:
         values.optional(values.choice, "reclaim", self.reclaim, ("store", "swap"))
         values.choice("codec", self.codec, get_args(Codec))
         if self.store is not None and (self.reclaim != "store" or not self.store.is_dir()):
-            raise UsageError(f"invalid `store` {self.store}: expected a folder that exists, with `reclaim` store")
+            raise UsageError(
+                f"invalid `store` {self.store}: expected an existing directory, together with `reclaim` store"
+            )
 
 
 async def sample(

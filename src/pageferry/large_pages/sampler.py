@@ -245,11 +245,14 @@ class Tracker:
     def _explained(self, error: OSError, pid: int) -> Exception:
         name = self.target.name
         if isinstance(error, ProcessLookupError):
-            return WorkloadDied(f"{name}: process {pid} is gone")
+            return WorkloadDied(f"{name}: process {pid} has exited")
         if isinstance(error, PermissionError):
-            return UnsupportedError(f"{name}: process {pid} may not be worked on ({error}): run as root")
+            return UnsupportedError(f"{name}: cannot access process {pid}: {error}; run as root")
         if error.errno == errno.EBUSY:
-            return WorkloadError(f"{name}: memory of process {pid} is being worked on by another command ({error})")
+            return WorkloadError(
+                f"{name}: cannot sample process {pid}: another command is using its memory ({error}); retry when that "
+                "has finished"
+            )
         return WorkloadError(f"{name}: process {pid}: {error}")
 
     def _restore(self, pids: set[int]) -> None:

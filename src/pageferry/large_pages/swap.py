@@ -33,9 +33,13 @@ _MADV_COLD, _MADV_PAGEOUT, _MADV_POPULATE_READ = 20, 21, 22
 def check_swap() -> None:
     """Raise UnsupportedError if there is no swap space to reclaim to."""
     if len(proc.lines(Path("/proc/swaps").read_bytes())) < 2:
-        raise UnsupportedError("this host has no swap to reclaim to: add some (swapon), or leave `reclaim` out")
+        raise UnsupportedError(
+            "cannot reclaim memory to swap: this host has none; add some with swapon(8), or remove `reclaim`"
+        )
     if meminfo()["SwapFree"] < LARGE_PAGE:
-        raise UnsupportedError("swap is full: add some (swapon), or leave `reclaim` out")
+        raise UnsupportedError(
+            "cannot reclaim memory to swap: it is full; add some with swapon(8), or remove `reclaim`"
+        )
 
 
 def to_swap(target: Target, idle: list[Activity]) -> tuple[int, int]:

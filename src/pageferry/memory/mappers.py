@@ -64,15 +64,15 @@ def check(name: str, found: Found, sharing: Sharing) -> None:
     """Raise WorkloadError for processes that cannot be traced, UnsupportedError where they cannot be looked for."""
     if found.holders:
         raise WorkloadError(
-            f"{name}: {_processes(found.holders)} has the memory open for writing and does not map it: what it writes "
-            f"is not traced. Have it map the memory or close the descriptor"
+            f"cannot trace {name}: {_processes(found.holders)} has its memory open for writing without a mapping, "
+            "and such writes are not traced; map the memory there, or close the descriptor"
         )
     hidden = set(found.unreadable) - {1}  # no program gives its memory to init
     if sharing.handed_out and (hidden or not os.path.exists("/proc/1")):
         raise UnsupportedError(
-            f"{name}: its descriptor was handed out by fileno(), and this user may not look into all processes that "
-            f"may have got it ({len(hidden)} of them): run as root or with CAP_SYS_PTRACE, or share "
-            f"the memory by fork instead"
+            f"cannot trace {name}: its descriptor was passed on by fileno(), and this user cannot inspect all "
+            f"processes that may have it ({len(hidden)} of them); run as root or with CAP_SYS_PTRACE, or share "
+            "the memory by fork instead"
         )
 
 
@@ -82,8 +82,8 @@ def check_again(name: str, traced: Iterable[Segment], found: Found) -> None:
     new = sorted({segment.pid for segment in found.segments if not any(_shows(one, segment) for one in known)})
     if new:
         raise WorkloadError(
-            f"{name}: {_processes(new)} mapped the memory during the operation, and what it wrote is not known: try "
-            f"again, when it has mapped it"
+            f"{name}: {_processes(new)} mapped its memory during the operation, and wrote without a trace; retry "
+            "now that the memory is mapped"
         )
 
 
@@ -105,8 +105,8 @@ def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
     strangers = {pid for pid in strangers if not _is_pageferry(pid)}
     if strangers:
         raise WorkloadError(
-            f"{name}: {_processes(sorted(strangers))} maps the guest's memory for writing, and a pause of the "
-            f"guest does not stop it: end it first"
+            f"cannot trace {name}: {_processes(sorted(strangers))} maps its memory for writing, and is not "
+            "stopped by a pause of the guest; end that process first"
         )
 
 

@@ -87,9 +87,9 @@ class Memory(Readable):
             ]
             self.segments = segments_of(self.regions)
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"{workload.name}: a process of it is gone") from gone
+            raise WorkloadDied(f"{workload.name}: one of its processes has exited") from gone
         except OSError as error:
-            raise WorkloadError(f"{workload.name}: its memory cannot be mapped: {error}") from error
+            raise WorkloadError(f"cannot map the memory of {workload.name}: {error}") from error
         self.name = workload.name
         self.check_files()
 
@@ -99,8 +99,8 @@ class Memory(Readable):
             found, mapped = os.fstat(region.fd).st_size, region.file_offset + region.length
             if found < mapped:
                 raise WorkloadError(
-                    f"{self.name}: the file of its memory ({region.name}) was truncated to {found} bytes, {mapped} are "
-                    f"mapped: start the workload again"
+                    f"{self.name}: the file of its memory ({region.name}) was truncated to {found} bytes, of "
+                    f"which {mapped} are mapped; restart the workload"
                 )
 
     def large_units(self) -> list[list[bool]]:

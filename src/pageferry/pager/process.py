@@ -178,7 +178,10 @@ class GuestPager:
             log.error(
                 "%s %s", self.folder.name, "is paused" if paused else "was told to pause, and waits at the access"
             )
-            log.error("with a good copy of the image: pageferry restore --takeover %s IMAGE", self.folder.name)
+            log.error(
+                "to continue with an intact copy of the image, run: pageferry restore --takeover %s IMAGE",
+                self.folder.name,
+            )
 
     def _finish(self) -> None:
         fault_point("pager.settled")
@@ -197,7 +200,7 @@ class GuestPager:
                 self.spaces[pid].call(_SYS_CLOSE, number)
         fault_point("pager.closed")
         self._remove_store()
-        log.info("%s is restored: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
+        log.info("%s: restore complete: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
 
     def _make_large(self) -> None:
         """Collapse the split pages to huge pages again, where possible."""
@@ -236,10 +239,10 @@ def _take_over(image: ImageFile, order: Order) -> GuestPager:
     folder = Registry().folder(order.name)
     work = folder.load(records.RECORD, Deferred)
     if work is None:
-        raise UsageError(f"{order.name} is not being restored: all of its memory is there")
+        raise UsageError(f"cannot start a pager for {order.name}: all of its memory is loaded")
     targets.check_identity(image, work.identity, order.name)
     for failure in join_groups_of(work.regions[0].segments[0].pid):
-        log.info("%s: memory is charged to the group of this pager: %s", order.name, failure)
+        log.info("%s: memory is charged to the control group of this pager: %s", order.name, failure)
     pager = GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
     pager.touched = order.touched
     return pager

@@ -63,20 +63,25 @@ def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
     with `mem-merge=off`); it would be merged with that of `pids`. `beside_others` permits that.
     """
     if not os.access(FOLDER / "run", os.W_OK):
-        raise UnsupportedError(f"anonymous memory cannot be shared: {FOLDER}/run is not there, or not ours to write")
+        raise UnsupportedError(
+            f"cannot use KSM for anonymous memory: {FOLDER}/run does not exist or is not writable; run as root on a "
+            "kernel with KSM"
+        )
     if _read("run") != "0":
         raise UnsupportedError(
-            f"KSM runs already, for somebody else ({FOLDER}/run is {_read('run')}): it is left alone. Write 0 there to "
-            f"let pageferry use it"
+            f"cannot use KSM: it is already enabled ({FOLDER}/run is {_read('run')}); write 0 to that file to let "
+            "pageferry control it"
         )
     if not Path("/proc/self/ksm_stat").exists() and int(_read("pages_shared")):
-        raise UnsupportedError("KSM has merged pages already, and this kernel does not tell whose")
+        raise UnsupportedError(
+            "cannot use KSM: it has merged pages already, and this kernel does not report of which processes"
+        )
     others = [] if beside_others else [pid for pid in _users() if pid not in pids]
     if others:
         names = ", ".join(f"{pid} ({_command(pid)})" for pid in others[:4])
         raise UnsupportedError(
-            f"KSM would also merge memory that other processes have offered to it: {names}. Name them too (pid:N); or, "
-            f"if equal pages of theirs and of these may be shared, set `beside_others`"
+            f"cannot use KSM: other processes have mergeable memory: {names}; name them too (pid:N), or set "
+            "`beside_others` to merge their pages with those of the workloads named"
         )
 
 
@@ -115,7 +120,7 @@ def _running() -> Iterator[None]:
     assert guard.stdout is not None
     try:
         if guard.stdout.readline() != b"ready\n":
-            raise WorkloadError("the process that guards the switches of KSM did not start")
+            raise WorkloadError("cannot use KSM: the guardian process of its settings did not start")
         for name in before:
             (FOLDER / name).write_text(SWITCHES[name])
         yield
@@ -123,7 +128,7 @@ def _running() -> Iterator[None]:
         guard.stdin.close()  # the guardian restores them now, as it would if this process exited
         guard.stdout.close()
         if guard.wait():
-            raise WorkloadError(f"switches of KSM could not be put back: {FOLDER} should read {before}")
+            raise WorkloadError(f"cannot restore the settings of KSM: {FOLDER} should read {before}")
 
 
 def undo_order(switches: dict[str, str]) -> list[tuple[str, str]]:

@@ -50,12 +50,12 @@ def advise(target: Target, one: Range, *advices: int) -> None:
         for advice in advices:
             target.space(one.pid).call(_MADVISE, one.address, one.length, advice)
     except ProcessLookupError as gone:
-        raise WorkloadDied(f"{target.name}: process {one.pid} is gone") from gone
+        raise WorkloadDied(f"{target.name}: process {one.pid} has exited") from gone
     except PermissionError as refused:
         raise UnsupportedError(f"{target.name}: {refused}") from refused
     except OSError as error:
         where = f"{one.length >> 10} KiB at {one.address:#x} of process {one.pid}"
-        raise WorkloadError(f"{target.name}: advice about {where}: {error}") from error
+        raise WorkloadError(f"{target.name}: cannot advise the kernel about {where}: {error}") from error
 
 
 def take_back(target: Target, one: Range) -> None:

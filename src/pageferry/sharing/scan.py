@@ -173,11 +173,11 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
             for pid in target.pids:
                 target.check_alive(pid)  # an exited process reads as one without memory
     except ProcessLookupError as gone:
-        raise WorkloadDied("a process ended while its memory was looked at") from gone
+        raise WorkloadDied("cannot scan memory: a process exited during the scan") from gone
     except PermissionError as refused:
-        raise UnsupportedError(f"memory may not be looked at: run as root ({refused})") from refused
+        raise UnsupportedError(f"cannot scan memory: permission denied ({refused}); run as root") from refused
     except OSError as error:
-        raise WorkloadError(f"memory cannot be looked at: {error}") from error
+        raise WorkloadError(f"cannot scan memory: {error}") from error
     pages, freed = (dict(zip(CLASSES, numbers, strict=True)) for numbers in scan.totals)
     return Findings(
         targets=targets,
