@@ -134,7 +134,9 @@ def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
     image = ImageFile(path)
     found = image.metadata
     if found.kind != "qemu" or not found.restorable:
-        raise UsageError(f"{image.path} is of {found.name}, a workload of kind {found.kind}: no QEMU guest can be made")
+        raise UsageError(
+            f"cannot restore {image.path} as a QEMU guest: it is of {found.name}, a workload of kind {found.kind}"
+        )
     return image, image.state(), time.monotonic() - begin
 
 

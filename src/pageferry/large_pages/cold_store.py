@@ -121,15 +121,15 @@ async def prepare(target: Target) -> None:
     """Prepare a target for sampling: complete its restore. Raises UnsupportedError if it cannot have a store."""
     if target.workload is None:
         raise UnsupportedError(
-            f"{target.name} is no managed workload: it cannot be paused, and a store needs short pauses. "
-            f"`pageferry adopt` manages a QEMU that runs; `reclaim` swap takes any process"
+            f"cannot move memory of {target.name} to a store: it is not a managed workload and cannot be paused; "
+            "adopt a running QEMU with `pageferry adopt`, or use `reclaim` swap"
         )
     folder = _folder(target.workload)
     _check_descriptor(folder)
     try:
         await in_thread(page_faults.check, target.pids)
     except CannotHandleFaults as refused:
-        raise UnsupportedError(f"cannot reclaim memory of {target.name} to a store: {refused}") from refused
+        raise UnsupportedError(f"cannot move memory of {target.name} to a store: {refused}") from refused
     record = folder.load(records.RECORD, Deferred)
     if record is None or record.cold is None:
         await wait_complete(target.workload)
@@ -183,13 +183,13 @@ async def bring_back(target: Target) -> int:
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
     if target.workload is None:
-        raise UsageError(f"{target.name} is no managed workload: nothing of it is in a store")
+        raise UsageError(f"cannot undo: {target.name} is not a managed workload, and has no store")
     folder = _folder(target.workload)
     with folder.exclusively("the end of reclaim"):
         record = folder.load(records.RECORD, Deferred)
         status = await in_thread(client.status, folder)
         if record is None or record.cold is None or status is None:
-            raise UsageError(f"nothing of {folder.name} is in a store: there is nothing to undo")
+            raise UsageError(f"cannot undo: {folder.name} has no memory in a store")
         started = proc.start_time(status.pager)
         await in_thread(client.wait_complete, folder)
         if started is not None:  # it still has to collapse the huge pages
@@ -203,15 +203,18 @@ async def bring_back(target: Target) -> int:
 def _check_descriptor(folder: Folder) -> None:
     if records.is_handed_out(folder):
         raise UnsupportedError(
-            f"{folder.name}: its program has taken the descriptor of its memory (`fileno()`), and a mapping made with "
-            f"that would read zeros for what is in a store; --reclaim swap has no such limit"
+            f"cannot move memory of {folder.name} to a store: its program has taken the descriptor of its memory "
+            "(`fileno()`), and a mapping made with it would read zeros; use --reclaim swap"
         )
 
 
 def _folder(workload: Workload) -> Folder:
     folder = folder_of(workload)
     if folder is None:
-        raise NoSuchWorkload(f"{workload.name} has no name on this host, which a store goes by: register it under one")
+        raise NoSuchWorkload(
+            f"cannot move memory of {workload.name} to a store: it is not registered on this host; register it under "
+            "a name"
+        )
     return folder
 
 
@@ -296,13 +299,16 @@ async def _write(
     """Copy the cold pages to an image, which is complete and synced on return."""
     parent = targets.open_expected(record.image, record.identity, folder.name) if record is not None else None
     if parent is not None and len(parent.links) >= MOST_IMAGES:
-        raise WorkloadError(f"the store of {folder.name} has {MOST_IMAGES} images: bring all back with `undo` first")
+        raise WorkloadError(
+            f"cannot move more memory of {folder.name} to a store: it has {MOST_IMAGES} images; reload them with "
+            "`undo` first"
+        )
     earlier = parent.path.parent if parent is not None else folder.path
     where = (place or earlier).absolute()
     if parent is not None and not (where.exists() and where.samefile(earlier)):
         raise UsageError(
-            f"memory of {folder.name} is in a store in {earlier}: reclaim to that folder, or bring it back "
-            f"with `undo` first"
+            f"cannot change the store: memory of {folder.name} is in a store in {earlier}; use that directory, or "
+            "reload the memory with `undo` first"
         )
     path = where / f"{folder.name}.cold-{secrets.token_hex(4)}.img"
     try:
@@ -325,8 +331,8 @@ async def _write(
             await in_thread(store.finish, [(metadata.METADATA, metadata.encode(about))], chain)
     except OSError as error:
         raise CheckpointError(
-            f"the store {path} was not written: {error.strerror or error}; nothing of {folder.name} has changed: "
-            f"free some space, or choose another folder with `store`"
+            f"cannot write the store {path}: {error.strerror or error}; the memory of {folder.name} is unchanged: "
+            "free some space, or use another directory with `store`"
         ) from error
     return ImageFile(path)
 

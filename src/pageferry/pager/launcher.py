@@ -65,7 +65,7 @@ class PagerProcess:
         line = self._process.stdout.readline()
         if not line:
             words = self._process.stderr.read().decode(errors="replace").strip()
-            raise RestoreError(f"the pager ended{': ' + words if words else ' without a word'}")
+            raise RestoreError(f"cannot start the pager: it exited{': ' + words if words else ' without output'}")
         serving = msgspec.json.decode(line, type=Serving)
         if serving.error is not None:
             raise RestoreError(serving.error)
@@ -101,7 +101,8 @@ async def hand_over(first: GuestPager) -> PagerStatus:
         if serving:
             await in_thread(first.close)  # otherwise no pager could take over while this process lives
         raise RestoreError(
-            f"{error}; {name} runs, and waits for its memory: pageferry restore --takeover {name}"
+            f"{error}; {name} runs and waits for its memory: to start another pager, run pageferry restore "
+            f"--takeover {name}"
         ) from error
     return last
 
@@ -114,7 +115,7 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStat
     """
     record = folder.load(records.RECORD, Deferred)
     if record is None:
-        raise UsageError(f"{folder.name} is not being restored: all of its memory is there")
+        raise UsageError(f"cannot take over the restore of {folder.name}: all of its memory is loaded")
     image = targets.open_expected(path if path is not None else record.image, record.identity, folder.name)
     await _dismiss_failed(folder)
     pager = PagerProcess(image)
