@@ -1,4 +1,4 @@
-"""Images as files: open one with the images it builds on, say what is in it, verify, compare and flatten it."""
+"""Image files: open an image with its parents, read, verify, compare and flatten it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from pageferry.images.metadata import ImageIdentity, Metadata, Parent
 from pageferry.memory.regions import SMALL_PAGE
 
 MAX_CHAIN = 256
-"""Images that may build on each other."""
+"""Maximum number of images in a chain."""
 SLICE = 8192
-"""Pages that are looked at between two looks at the world (32 MiB)."""
+"""Pages processed per engine call (32 MiB), between which progress is reported."""
 MAX_FINDINGS = 20
-"""Damaged pages that `verify` names; more of them say nothing new."""
+"""Maximum number of findings that `verify` returns."""
 
 T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
-"""Called with pages done and pages in all."""
+"""Called with the number of pages done and the total."""
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -39,7 +39,7 @@ def _silent(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One image of a chain."""
+    """Image of a chain."""
 
     path: Path
     image: Image
@@ -52,10 +52,10 @@ class Link:
 
 
 class ImageFile:
-    """An image and the images it builds on. Opening it verifies everything but the contents of pages.
+    """Image with its parents. Opening it verifies everything but the contents of pages.
 
-    Raises ImageError: not there, no image, cut off, damaged, of another version; a parent that is not found, is another
-    image than the one it was built on, or builds on its own child.
+    Raises ImageError if the file is missing, not an image, truncated, damaged or of another version, or if a parent is
+    missing, not the image that the child was built on, or its own descendant.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,8 +65,8 @@ class ImageFile:
     def from_files(cls, files: Sequence[tuple[int, Path]]) -> Self:
         """Use images that another process has opened: descriptor and path of each, child first.
 
-        No path is resolved: a file that has been replaced since then is not read. The descriptors are duplicated.
-        Raises ImageError as the constructor does.
+        No path is resolved, so a file that has been replaced since is not read. The descriptors are duplicated. Raises
+        ImageError as the constructor does.
         """
         parents = iter(files[1:])
 
@@ -92,22 +92,22 @@ class ImageFile:
 
     @property
     def path(self) -> Path:
-        """The image that was opened."""
+        """Path of the image that was opened."""
         return self.links[0].path
 
     @property
     def image(self) -> Image:
-        """The nearest image of the chain."""
+        """Image that was opened, the first of the chain."""
         return self.links[0].image
 
     @property
     def metadata(self) -> Metadata:
-        """What the image says about itself."""
+        """Metadata of the image."""
         return self.links[0].metadata
 
     @property
     def pages(self) -> int:
-        """Small pages of all regions; page numbers are counted over all of them."""
+        """Number of base pages of all regions; page numbers are counted over all of them."""
         return self.image.pages
 
     @property
@@ -116,23 +116,23 @@ class ImageFile:
         return self.links[0].identity
 
     def as_parent(self) -> Parent:
-        """What an image that builds on this one says about it."""
+        """Return the reference to this image for its children: id, digest and path."""
         return Parent(id=self.identity.id, digest=self.identity.digest, path=str(self.path.absolute()))
 
     def state(self) -> bytes:
-        """The state of the workload; empty for memory alone. Raises ImageError."""
+        """Return the state of the workload; empty for memory alone. Raises ImageError."""
         return self.section(metadata.STATE) or b""
 
     def section(self, kind: int) -> bytes | None:
-        """Contents of a section (see `metadata`); None where there is none. Raises ImageError."""
+        """Return the contents of a section (see `metadata`), or None if there is none. Raises ImageError."""
         return _checked(self.path, lambda: self.image.section(kind))
 
     def read(self, first: int, count: int) -> bytes:
-        """Contents of pages, verified. Absent pages read as zeros. Raises ImageError for a damaged one."""
+        """Return the verified contents of pages. Absent pages read as zeros. Raises ImageError for a damaged page."""
         return _checked(self.path, lambda: self.chain.read(first, count))
 
     def verify(self, progress: Progress = _silent) -> list[str]:
-        """Look at every byte of every image of the chain; returns what is wrong, nothing when all is right."""
+        """Verify every byte of every image of the chain. Return a description of each error found."""
         found: list[str] = []
         for number, link in enumerate(self.links):
             chain = ImageChain([other.image for other in self.links[number:]])
@@ -146,7 +146,7 @@ class ImageFile:
         return found
 
     def differences(self, other: Self, progress: Progress = _silent) -> list[tuple[int, int]]:
-        """Pages whose contents differ, as runs (start, end). Raises ImageError where the regions do not match."""
+        """Return the runs (start, end) of pages whose contents differ. Raises ImageError if the regions differ."""
         ours, theirs = ([(region.name, region.length) for region in image.metadata.regions] for image in (self, other))
         if ours != theirs:
             raise ImageError(f"cannot compare {self.path} with {other.path}: their regions differ: {ours} and {theirs}")
@@ -158,7 +158,7 @@ class ImageFile:
         return runs
 
     def flatten(self, path: str | Path, codec: str | None = None) -> None:
-        """Write one image that needs no parent and holds the same. `path` appears when it is complete, or not at all.
+        """Write an image with the same contents and no parent. `path` appears when it is complete, or not at all.
 
         Raises ImageError, OSError (disk full).
         """
@@ -176,12 +176,12 @@ class ImageFile:
 
 
 def new_file(path: Path) -> AbstractContextManager[int]:
-    """A descriptor of an image that appears as `path` when the block ends without an error. Raises OSError."""
+    """Open a new image, which appears at `path` when the block ends without an error. Raises OSError."""
     return files.new_file(path, linked=lambda: fault_point("image.linked"))
 
 
 def open_link(path: Path) -> Link:
-    """One image without its parents. Raises ImageError."""
+    """Open an image without its parents. Raises ImageError."""
     try:
         descriptor = files.open_regular(path)
     except OSError as error:
@@ -193,13 +193,13 @@ def open_link(path: Path) -> Link:
 
 
 def _link(descriptor: int, path: Path) -> Link:
-    """One image of an open file, which is duplicated. Raises ImageError."""
+    """Make a link from an open file, whose descriptor is duplicated. Raises ImageError."""
     image = _checked(path, lambda: Image(descriptor))
     return Link(path, image, _checked(path, lambda: metadata.decode(image.section(metadata.METADATA))))
 
 
 def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[Link]:
-    """The image, its parent, and so on."""
+    """Yield the image, its parent, and so on."""
     path = link.path
     seen = {link.image.id}
     yield link
@@ -212,9 +212,9 @@ def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[
 
 
 def beside(child: Path, parent: str | Path) -> Path:
-    """Where the parent of an image must be: in the folder of the child, under its own name.
+    """Return the expected path of an image's parent: its file name, in the directory of the child.
 
-    The path in an image is not followed further: an image from another host could have any file opened.
+    The directory recorded in the image is ignored: an image from another host could otherwise make any file be opened.
     """
     return child.parent / Path(parent).name
 
@@ -234,7 +234,7 @@ def _open_parent(child: Link, parent: Parent) -> Link:
 
 
 def _checked_parent(child: Link, parent: Parent, link: Link) -> Link:
-    """The link, if it is the parent that the child names. Raises ImageError."""
+    """Return the link if it is the parent that the child refers to. Raises ImageError."""
     if link.identity != ImageIdentity(id=parent.id, digest=parent.digest):
         raise ImageError(
             f"cannot open {child.path}: its parent {link.path} has been replaced or changed; put the original "
@@ -244,7 +244,7 @@ def _checked_parent(child: Link, parent: Parent, link: Link) -> Link:
 
 
 def _checked(path: Path, call: Callable[[], T]) -> T:
-    """The result of a call into the engine, with its errors as ours."""
+    """Return the result of an engine call, with its errors translated to ImageError."""
     try:
         return call()
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""What an image says about itself besides pages: the sections that the engine does not know."""
+"""Metadata of an image: the sections that the engine stores without interpreting them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pageferry.memory.view import Extent
 METADATA = 16
 """Section: `Metadata`, as MessagePack."""
 STATE = 17
-"""Section: the workload's state, as its `save_state` gave it."""
-# 18 is reserved: working sets are learnt by restores, and stand beside the image (`working_set`).
+"""Section: state of the workload, as returned by its `save_state`."""
+# 18 is reserved. Working sets are recorded by restores, in a file beside the image (`working_set`).
 LARGE_UNITS = 19
-"""Section: one bit per 2 MiB unit of every region, the lowest of the first byte first; each region begins a byte."""
+"""Section: one bit per 2 MiB unit, least significant bit of the first byte first; each region starts a new byte."""
 
 VERSION = 1
 
@@ -27,7 +27,7 @@ Codec = Literal["none", "lz4", "zstd"]
 
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A region of the workload that was saved."""
+    """Region of the workload that was saved."""
 
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     length: Annotated[int, Meta(gt=0, le=1 << 44, multiple_of=4096)]
@@ -36,17 +36,17 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The image that an incremental one builds on."""
+    """Reference of an incremental image to its parent."""
 
     id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
     digest: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
-    """Checksum of its footer: another file of the same name is not taken for it."""
+    """Checksum of the parent's footer, which distinguishes it from other files of the same name."""
     path: Annotated[str, Meta(max_length=4096)]
-    """Where it was when the image was written. Only its file name is used: it must be beside the image."""
+    """Path when the image was written. Only the file name is used: the parent must be in the directory of the image."""
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True):
-    """What was saved, when, and how."""
+    """Description of what was saved, when, and how."""
 
     version: int = VERSION
     kind: Kind
@@ -54,20 +54,20 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     details: dict[str, str | int | bool]
     regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=4096)]
     created: float
-    """Seconds since 1970 of the instant whose memory it is."""
+    """Snapshot point, seconds since 1970."""
     codec: Codec
     restorable: bool = True
-    """False for memory without a state: it can be looked at, not run."""
+    """Whether a workload can be restored; False for memory without a state, which can only be inspected."""
     parent: Parent | None = None
 
 
 class ImageIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """Identity of an image: that of all copies of one file, and of no other image."""
+    """Identity of an image, shared by all copies of one file and by no other image."""
 
     id: str
-    """Random, 32 hexadecimal digits."""
+    """Random identifier, 32 hexadecimal digits."""
     digest: str
-    """Checksum of its footer, which covers its index and, by that, which image is its parent."""
+    """Checksum of the footer, which covers the index and thereby the reference to the parent."""
 
 
 def describe(
@@ -79,7 +79,7 @@ def describe(
     restorable: bool,
     parent: Parent | None,
 ) -> Metadata:
-    """What is to be said of an image of these regions of a workload."""
+    """Return the metadata for an image of these regions of a workload."""
     return Metadata(
         kind=msgspec.convert(workload.kind, Kind),
         name=workload.name,
@@ -93,12 +93,12 @@ def describe(
 
 
 def encode(metadata: Metadata) -> bytes:
-    """The contents of the section."""
+    """Return the contents of the section."""
     return msgspec.msgpack.encode(metadata)
 
 
 def decode(contents: bytes | None) -> Metadata:
-    """From the contents of the section. Raises ImageError."""
+    """Parse the contents of the section. Raises ImageError."""
     if contents is None:
         raise ImageError("the image has no metadata; use an image written by `pageferry checkpoint`")
     try:

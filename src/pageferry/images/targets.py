@@ -1,4 +1,4 @@
-"""What every restore begins with: an image, what it says about large pages, and the files that contents come to."""
+"""Inputs of every restore: the image, its record of huge pages, and the files that its contents are loaded into."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import LARGE_PAGE, Region
 
 PagerTarget = tuple[Mapping, int, Sequence[bool]]
-"""(our mapping of a region's file, page size of the file, which 2 MiB units are to be large)"""
+"""(our mapping of a region's file, page size of the file, whether each 2 MiB unit is to be huge)"""
 
 
 def large_units(image: ImageFile) -> list[list[bool]]:
-    """Per region, which 2 MiB units stood on large pages when they were saved. Raises ImageError."""
+    """Return, per region, which 2 MiB units were backed by huge pages when they were saved. Raises ImageError."""
     packed = image.section(metadata.LARGE_UNITS)
     result: list[list[bool]] = []
     at = 0
@@ -32,7 +32,7 @@ def large_units(image: ImageFile) -> list[list[bool]]:
 
 
 def compare(image: ImageFile, regions: Sequence[Region]) -> None:
-    """Raises RestoreError where the regions are not those that were saved."""
+    """Raise RestoreError if the regions differ from those that were saved."""
     ours = [(region.name, region.length) for region in regions]
     saved = extents(image)
     if ours != saved:
@@ -43,7 +43,7 @@ def compare(image: ImageFile, regions: Sequence[Region]) -> None:
 
 
 def targets(image: ImageFile, regions: Sequence[Region]) -> list[PagerTarget]:
-    """Where contents go, region by region. Raises RestoreError where the regions are not those that were saved."""
+    """Return the targets of all regions. Raises RestoreError if the regions differ from those that were saved."""
     compare(image, regions)
     return [
         (Mapping(region.fd, region.length, region.file_offset), region.page_size, units)
@@ -52,14 +52,14 @@ def targets(image: ImageFile, regions: Sequence[Region]) -> list[PagerTarget]:
 
 
 def extents(image: ImageFile) -> list[tuple[str, int]]:
-    """Name and length of every region of an image."""
+    """Return name and length of every region of an image."""
     return [(region.name, region.length) for region in image.metadata.regions]
 
 
 def open_expected(path: str | Path, identity: ImageIdentity, name: str) -> ImageFile:
     """Open the image from which the memory of workload `name` is being restored.
 
-    Raises RestoreError where another image is at `path`, ImageError where the image cannot be used.
+    Raises RestoreError if another image is at `path`, ImageError if the image cannot be used.
     """
     image = ImageFile(path)
     check_identity(image, identity, name)

@@ -1,8 +1,9 @@
-"""Working sets: what was touched first after a restore is read first after the next (S10).
+"""Working sets: pages that were accessed first after a restore are loaded first by the next one (S10).
 
-The record stands beside the image, as IMAGE.ws: images themselves are only read. A restore without prefetch sees every
-first touch, so its record is intersected with the one before, which leaves what is touched every time. A restore with
-prefetch sees only what the record lacks; that is kept apart, and what comes twice joins the record at its end.
+The record is the file IMAGE.ws beside the image, since images are never modified. A restore without prefetch observes
+every first access. Its record is intersected with the previous one, which leaves the pages accessed every time. A
+restore with prefetch observes only accesses to pages that the record lacks. These are stored separately, and those
+observed twice are appended to the record.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ log = getLogger(__name__)
 
 VERSION = 1
 MAX_WINDOWS = 1 << 20
-"""Of a record that is written or read: 64 GiB."""
+"""Maximum number of windows in a record: 64 GiB."""
 MAX_LENGTH = 16 << 20
-"""Bytes of a record that is read."""
+"""Maximum length of a record, bytes."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of IMAGE.ws, as MessagePack."""
+    """Contents of IMAGE.ws, as MessagePack."""
 
     version: int
     image: str
-    """Id of the image: another one of that name has another working set."""
+    """Id of the image: another image of that name has another working set."""
     runs: int
     windows: list[int]
-    """Windows of 16 pages, counted over all regions, in the order of their first touch."""
+    """Windows of 16 pages, numbered over all regions, in the order of their first access."""
     candidates: list[int]
-    """Touched in the last run beyond the record."""
+    """Windows accessed in the last restore that are not in `windows`."""
 
 
 class WorkingSet:
-    """The working set of an image. A record that cannot be read counts as none: it only saves time."""
+    """Working set of an image. A record that cannot be read counts as empty: it only saves time."""
 
     def __init__(self, image: ImageFile) -> None:
         self.path = Path(f"{image.path}.ws")
@@ -49,11 +50,12 @@ class WorkingSet:
 
     @property
     def windows(self) -> list[int]:
-        """What to read first, in this order."""
+        """Windows to load first, in order."""
         return self._record.windows
 
     def learn(self, touched: Sequence[int], prefetched: bool) -> None:
-        """Take in what a restore has missed, in its order. Where the file cannot be written nothing is learnt."""
+        """Record the pages that were accessed during a restore, in order. Not an error if the file cannot be
+        written."""
         candidates: list[int] = []
         seen = list(dict.fromkeys(touched))[:MAX_WINDOWS]
         old = self._record
