@@ -1,8 +1,8 @@
 """Client of a pager (S8).
 
 A reader of memory that bypasses the page tables of its workload calls `ensure` first. A migration or a checkpoint
-installs traces on those page tables, and borrows the userfaultfd of the pager for that: see
-`workloads.deferred_access`. A caller that needs the page tables for itself calls `wait_complete`.
+installs write traces on those page tables, and borrows the userfaultfd of the pager for that: see
+`workloads.deferred_access`. A caller that needs exclusive use of the page tables calls `wait_complete`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pageferry.pager.protocol import PagerRequest, PagerStatus
 from pageferry.pager.records import FLAGS, POSTCOPY, RECORD, SOCKET, Deferred, is_restoring
 
 _TIMEOUT = 5.0
-"""Seconds for an answer that takes no reading."""
+"""Timeout of replies that do not wait for pages, seconds."""
 
 _HANDOVER = 1.0
-"""Seconds within which one pager goes on for another."""
+"""Maximum time between the end of one pager and the start of the next, seconds."""
 
 
 def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
-    """The pager's answer; None where there is no restore under way.
+    """Send a request to the pager of a workload; return its reply, or None if no restore is in progress.
 
-    Raises RestoreError when there is one and nobody answers, ImageError when the image cannot be read.
+    Raises RestoreError if one is in progress and its pager does not respond, ImageError if the image cannot be read.
     """
     if not is_restoring(folder):
         return None
@@ -40,11 +40,11 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
             status = _exchange(folder.path / SOCKET, question, timeout)
             break
         except (OSError, msgspec.MsgspecError) as failed:
-            if not is_restoring(folder):  # it has just been finished
+            if not is_restoring(folder):  # completed just now
                 return None
             if time.monotonic() > deadline:
                 if _is_over(folder, failed):
-                    (folder.path / SOCKET).unlink(missing_ok=True)  # so that the next one need not wait
+                    (folder.path / SOCKET).unlink(missing_ok=True)  # so that the next caller does not wait
                     return None
                 raise gone(folder, failed) from failed
         time.sleep(0.02)
@@ -53,13 +53,13 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
 
 
 def check(status: PagerStatus) -> None:
-    """Raises what the pager has to say of what it could not do: RestoreError, ImageError."""
+    """Raise the error in a reply, if there is one: RestoreError, ImageError."""
     if status.error is not None:
         raise RestoreError(status.error) if status.paused is not None else ImageError(status.error)
 
 
 def gone(folder: Folder, failed: Exception) -> RestoreError:
-    """What is to be said when a pager does not answer."""
+    """Return the error for a pager that does not respond."""
     return RestoreError(
         f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from "
         f"{_next_pager(folder)} starts another pager"
@@ -67,21 +67,21 @@ def gone(folder: Folder, failed: Exception) -> RestoreError:
 
 
 def _is_over(folder: Folder, failed: Exception) -> bool:
-    """Whether a pager died with nothing left to do: it takes its record away first, then its socket."""
+    """Return whether a pager was killed after its work was complete: it removes its record first, then its socket."""
     recorded = any((folder.path / name).exists() for name in (RECORD, POSTCOPY))
     return isinstance(failed, ConnectionRefusedError) and not recorded
 
 
 def status(folder: Folder) -> PagerStatus | None:
-    """How far the restore of a workload is; None where there is none under way. Raises RestoreError."""
+    """Return the progress of a restore, or None if none is in progress. Raises RestoreError."""
     return ask(folder, PagerRequest(what="status"))
 
 
 def deferred_bits(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None] | None:
-    """Return the deferred bits of a workload, and the image that holds those pages; None where no page is deferred.
+    """Return the deferred bitmap of a workload, and the image with its deferred pages; None if no page is deferred.
 
-    The bits are a descriptor, the caller's to close. The image is None where none is known: contents of another host,
-    or of a cold store, which are loaded on demand only. Raises RestoreError.
+    The bitmap is a descriptor, which the caller closes. The image is None for contents of another host, and for a cold
+    store, whose pages are loaded on demand only. Raises RestoreError.
     """
     record = folder.load(RECORD, Deferred)
     image = (record.image, record.identity) if record is not None and record.cold is None else None
@@ -94,17 +94,17 @@ def deferred_bits(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None
         path = answer.flags
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC), image
-    except FileNotFoundError:  # it has just been finished
+    except FileNotFoundError:  # completed just now
         return None
 
 
 def ensure(folder: Folder, region: int, first: int, count: int) -> None:
-    """Have pages of a region in memory, for who reads them there. Raises RestoreError, ImageError."""
+    """Load pages of a region, and return when they are present. Raises RestoreError, ImageError."""
     ask(folder, PagerRequest(what="ensure", region=region, first=first, count=count), None)
 
 
 def wait_complete(folder: Folder) -> None:
-    """Have everything in memory, and the workload's page tables to oneself. Raises RestoreError, ImageError."""
+    """Load all pages, and return when no userfaultfd covers the workload. Raises RestoreError, ImageError."""
     ask(folder, PagerRequest(what="settle"), None)
 
 

@@ -1,7 +1,7 @@
-"""The right to handle page faults of a process, those of its system calls and of KVM included.
+"""Permission to handle page faults of a process, including those of its system calls and of KVM.
 
-Whatever loads memory on demand needs it: lazy restore (S10), post-copy (S8), cold stores (S3). Without it a system call
-that reaches a deferred page would fail with EFAULT, so none of them begins then.
+Required for loading memory on demand: lazy restore (S10), post-copy (S8), cold stores (S3). Without it, a system call
+that accesses a deferred page would fail with EFAULT, so these operations are refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _SYS_CLOSE = 3
 
 
 class CannotHandleFaults(UnsupportedError):
-    """Page faults of a process cannot be handled: this user, the process or the kernel lacks what that takes."""
+    """Page faults of a process cannot be handled, for lack of permissions or of kernel support."""
 
 
 def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, int]]:
-    """Create a userfaultfd in each process. Return our descriptors, and the numbers of the copies that others keep.
+    """Create a userfaultfd in each process. Return our descriptors, and the numbers of those that the processes keep.
 
-    Ranges that the processes discard are reported. Raises CannotHandleFaults, with nothing left
-    in any process, and ProcessLookupError.
+    They report discarded ranges. Raises CannotHandleFaults or ProcessLookupError; no
+    descriptor is left in any process then.
     """
     ours: dict[int, int] = {}
     kept: dict[int, int] = {}
@@ -43,7 +43,7 @@ def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, i
 
 
 def open_spaces(pids: Iterable[int]) -> dict[int, Space]:
-    """The address spaces of processes. Raises CannotHandleFaults where one may not be traced, ProcessLookupError."""
+    """Open the address spaces of processes. Raises CannotHandleFaults if one cannot be traced, ProcessLookupError."""
     spaces = {}
     for pid in pids:
         try:
@@ -56,13 +56,13 @@ def open_spaces(pids: Iterable[int]) -> dict[int, Space]:
 
 
 def check(pids: Iterable[int]) -> None:
-    """Raise CannotHandleFaults unless page faults of these processes can be handled. Nothing is left in them."""
+    """Raise CannotHandleFaults if page faults of these processes cannot be handled. Leaves no descriptors in them."""
     spaces = open_spaces(pids)
     close(spaces, *userfaults(spaces))
 
 
 def close(spaces: Mapping[int, Space], ours: Mapping[int, int], kept: Mapping[int, int]) -> None:
-    """Close what `userfaults` returned, here and in the processes."""
+    """Close the descriptors that `userfaults` returned, here and in the processes."""
     for descriptor in ours.values():
         os.close(descriptor)
     for pid, number in kept.items():

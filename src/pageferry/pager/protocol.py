@@ -1,4 +1,4 @@
-"""Requests to a pager and their replies: one JSON object a line each way, over the socket in the workload's folder."""
+"""Requests to a pager and their replies: one JSON object per line, over the socket in the workload's directory."""
 
 from __future__ import annotations
 
@@ -10,73 +10,76 @@ from pageferry.events import Event
 from pageferry.images.metadata import ImageIdentity
 
 MAX_TOUCHED = 16384
-"""Windows in one answer."""
+"""Maximum number of windows in a reply."""
 
 
 class PagerRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A question to a pager. `ensure` is answered when the pages are there, `settle` when nothing traps any more.
+    """Request to a pager. The reply to `ensure` is sent when the pages are present, that to `settle` when no
+    userfaultfd covers the workload.
 
-    `hold` is answered by `HoldGiven`, and holds until `release`, or until the connection is closed.
+    The reply to `hold` is `HoldGiven`. The pager stays acquired until `release`, or until the connection is closed.
     """
 
     what: Literal["status", "touched", "ensure", "settle", "hold", "release", "stop"]
     region: int = 0
     first: int = 0
-    """Page of the region; of `touched`, the number of windows that are known already."""
+    """First page in the region; for `touched`, the number of windows that the client has already."""
     count: int = 0
-    """Pages of the region."""
+    """Number of pages."""
 
 
 class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to `hold`."""
+    """Reply to `hold`."""
 
     pager: int
-    """Pid of the pager's process."""
+    """Process id of the pager."""
     userfaults: dict[int, int] | None = None
-    """Process of the workload -> number of its userfaultfd, in the pager's process. None: it is not held, because it
-    cannot be, because everything is there, or because it is `busy`."""
+    """Number of the userfaultfd in the pager's process, by pid of the workload's processes. None if the pager was not
+    acquired: this is not supported, nothing is deferred, or it is `busy`."""
     large: list[bytes] = []
-    """Per region, a byte for each 2 MiB unit: 1 where it will stand on a large page."""
+    """One byte per 2 MiB unit of each region: 1 if it will be backed by a huge page."""
     busy: bool = False
-    """Somebody else holds it."""
+    """Whether another client has acquired the pager."""
 
 
 class PagerStatus(Event, frozen=True, kw_only=True, tag="pager"):
-    """The answer to every other question."""
+    """Reply to every other request."""
 
     image: str
     pager: int
-    """Pid of the pager's process."""
+    """Process id of the pager."""
     identity: ImageIdentity | None = None
-    """Identity of the image; None where contents come from a peer."""
+    """Identity of the image; None if contents are fetched from a peer."""
     deferred: int
-    """Bytes whose contents are still to come."""
+    """Deferred memory, bytes."""
     finished: bool
-    """Everything is there, and nothing traps any more."""
+    """Whether nothing is deferred, and no userfaultfd covers the workload."""
     faults: int
     missed: int
     loaded: int
     prefetched: int
     bytes_read: int
     service: float
-    """Seconds spent on all faults together."""
+    """Total service time of all faults, seconds."""
     longest: float
+    """Longest service time of a fault, seconds."""
     histogram: list[int]
-    """Faults by time of service: number k of those that took less than 2^k us, and 2^(k-1) us or more."""
+    """Histogram of the service times: bin k counts those of at least 2^(k-1) us and less than 2^k us."""
     failures: list[str]
-    """Pages that cannot be had: what is wrong, and where."""
+    """Pages that cannot be read, with the cause."""
     accessed: int
-    """How many of these the workload waits for."""
+    """Number of these pages that the workload waits for."""
     touched: list[int] = msgspec.field(default_factory=list)
-    """The answer to `touched`: further windows of 16 pages in the order of their first fault."""
+    """Reply to `touched`: further windows of 16 pages, in the order of their first fault."""
     flags: str = ""
-    """Where the pager's flags are, if not in the workload's folder: those of a program that restores its own arena."""
+    """Path of the deferred bitmap, if not in the workload's directory: that of a program that restores its own
+    arena."""
     paused: str | None = None
-    """Why nothing comes: the link to the source has gone."""
+    """Why no pages are received: the link to the source was lost."""
     error: str | None = None
-    """Why what was asked for could not be done."""
+    """Why the request failed."""
 
     @property
     def waiting(self) -> str | None:
-        """Why contents do not come, in a line: the link is gone, or a page cannot be had. None: they do."""
+        """Why pages are not loaded, in one line: a lost link, or a page that cannot be read. None if they are."""
         return self.paused or next(iter(self.failures), None)

@@ -1,20 +1,21 @@
-"""Records of a workload whose memory is deferred (S8): files in its folder, from which any pager can continue.
+"""Records of a workload with deferred memory (S8): files in its directory, with which any pager can take over.
 
-A workload whose restore is under way, or which runs here before all of its pages have (post-copy), has in its folder::
+During a restore or the post-copy phase of a migration, the directory of the workload contains::
 
-    restore.json    what is being restored, and with what: all that another pager needs to go on; or
-    postcopy.json   the same of a migration
-    pager.flags     one bit per page, set while its contents are still to come
-    pager.sock      where its pager answers questions, one JSON object per line each way
-    pager.log       what the pager has to say
+    restore.json    parameters of the restore: all that another pager needs to take over; or
+    postcopy.json   the same for a post-copy migration
+    pager.flags     deferred bitmap: one bit per page, set until its contents are loaded
+    pager.sock      request socket of the pager: one JSON object per line in each direction
+    pager.log       log of the pager
 
-The folder of an arena whose descriptor its program has taken, so that nothing of it may be deferred again, holds::
+These files are removed when nothing is deferred, and the pager leaves::
+
+    restored.json   its final PagerStatus, with the windows that were accessed
+
+The directory of an arena whose program has taken the descriptor of its memory, which can no longer be evicted,
+contains::
 
     handed-out      an empty file
-
-The others go when everything is there, and a last one comes::
-
-    restored.json   what the pager said at its end: a PagerStatus, with what was touched
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ HANDED_OUT = "handed-out"
 
 
 class SegmentRecord(msgspec.Struct, frozen=True):
-    """As `memory.regions.Segment`."""
+    """Record of a `memory.regions.Segment`."""
 
     pid: int
     address: int
@@ -49,7 +50,7 @@ class SegmentRecord(msgspec.Struct, frozen=True):
 
 
 class RegionRecord(msgspec.Struct, frozen=True):
-    """As `memory.regions.Region`, without its file: that is what is mapped at the segments."""
+    """Record of a `memory.regions.Region`, without its file, which is mapped at the segments."""
 
     name: str
     length: int
@@ -59,68 +60,69 @@ class RegionRecord(msgspec.Struct, frozen=True):
 
 
 class OwnImage(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that reclaim created: an image file of a cold store, to be removed with it."""
+    """Image of a cold store, created by reclaim and removed with the store."""
 
     path: str
     identity: ImageIdentity
 
 
 class Deferred(msgspec.Struct, frozen=True, kw_only=True):
-    """A restore under way, or memory of which a part is in a cold store."""
+    """Record of a restore in progress, or of a workload with a cold store."""
 
     image: str
     """Path of the image when the restore began."""
     identity: ImageIdentity
-    """Of that image: contents come from no other one."""
+    """Identity of that image; contents are loaded from no other one."""
     qmp_socket: str | None
     regions: list[RegionRecord]
     userfaults: dict[int, int]
-    """Process -> number of its userfaultfd, in that process."""
+    """Number of the userfaultfd in each process, by pid."""
     prefetch: bool
     eager: bool
     cold: list[list[tuple[int, int]]] | None = None
-    """Of a cold store (S3): the broken large pages per region, as (first byte, length); all else is in memory. Contents
-    come on access only, and the images in `own` are removed with the last of them."""
+    """Huge pages split for a cold store (S3), per region, as (first byte, length); None for a restore. All other memory
+    is present. Pages are loaded on demand only, and the images in `own` are removed after the last one."""
     own: list[OwnImage] = []
-    """Images that reclaim created for this cold store. A pager removes these and no other file."""
+    """Images that reclaim has created for this cold store. A pager removes these and no other files."""
 
 
 class PostcopyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A migration in post-copy: the workload runs here, and its pages come."""
+    """Record of a migration in post-copy, at the destination."""
 
     migration: str
     source: str
-    """Name of the workload there, for people."""
+    """Name of the workload at the source, for messages."""
     regions: list[RegionRecord]
     large: list[bytes]
-    """Per region, which 2 MiB units stand on large pages at the source: a bit each, the lowest first."""
+    """Units of each region that are backed by huge pages at the source: one bit per 2 MiB, least significant bit
+    first."""
     userfaults: dict[int, int]
-    """As in `Deferred`."""
+    """See `Deferred`."""
 
 
 def is_restoring(folder: Folder) -> bool:
-    """Whether contents of the workload's memory may still be to come."""
+    """Return whether contents of the workload's memory may be deferred."""
     return any((folder.path / name).exists() for name in (SOCKET, RECORD, POSTCOPY))
 
 
 def mark_handed_out(folder: Folder) -> None:
-    """From here on there may be mappings of the memory that no pager knows."""
+    """Record that mappings of the memory may exist that no pager watches."""
     (folder.path / HANDED_OUT).touch(mode=0o600)
 
 
 def is_handed_out(folder: Folder) -> bool:
-    """Whether there may be mappings of the memory that no pager knows: nothing of it may leave memory."""
+    """Return whether mappings of the memory may exist that no pager watches, so that no page may be evicted."""
     return (folder.path / HANDED_OUT).exists()
 
 
 def record_of(region: Region) -> RegionRecord:
-    """What another process needs to open the region: see `open_region`."""
+    """Return the record from which another process can open the region: see `open_region`."""
     segments = [SegmentRecord(one.pid, one.address, one.length, one.offset) for one in region.segments]
     return RegionRecord(region.name, region.length, region.file_offset, region.page_size, segments)
 
 
 def open_region(record: RegionRecord) -> Region:
-    """The region that was recorded; its file is the caller's to close. Raises WorkloadError."""
+    """Open the region of a record. The caller closes its file. Raises WorkloadError."""
     segments = tuple(Segment(one.pid, one.address, one.length, one.offset) for one in record.segments)
     first = segments[0]
     for mapping in proc.file_mappings(first.pid):
@@ -131,9 +133,10 @@ def open_region(record: RegionRecord) -> Region:
 
 
 def create_flags(folder: Folder | None, length: int) -> int:
-    """A file for a pager's flags, locked (a descriptor, the caller's to close): in a folder, or nameless in memory.
+    """Create and lock a deferred bitmap, in a directory or as an unnamed file. Return its descriptor, which the caller
+    closes.
 
-    Raises UsageError where there is a pager that is alive.
+    Raises UsageError if a pager is running.
     """
     if folder is None:
         descriptor = os.memfd_create("pager-flags")
@@ -145,9 +148,9 @@ def create_flags(folder: Folder | None, length: int) -> int:
 
 
 def open_flags(folder: Folder, length: int) -> int:
-    """The flags that another pager has left, locked: there is one pager at a time.
+    """Open and lock the deferred bitmap that another pager has left. There is one pager at a time.
 
-    Raises UsageError where it is alive, RestoreError where they are of other memory.
+    Raises UsageError if that one is running, RestoreError if the bitmap is of other memory.
     """
     descriptor = os.open(folder.path / FLAGS, os.O_RDWR | os.O_CLOEXEC)
     _lock(folder, descriptor)

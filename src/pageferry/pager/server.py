@@ -19,18 +19,18 @@ from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager.protocol import MAX_TOUCHED, HoldGiven, PagerRequest, PagerStatus
 
 Failure = tuple[int, int, bool, str]
-"""As in `Pager.failures`."""
+"""Element of `Pager.failures`."""
 
 
 class _Hold:
-    """What one client holds; gone with its connection."""
+    """Acquisition of the pager by one client, released with its connection."""
 
     def __init__(self, pager: Pager) -> None:
         self._pager = pager
         self._held = False
 
     def give(self, regions: int) -> HoldGiven:
-        """Hold the pager for it."""
+        """Acquire the pager."""
         try:
             userfaults = self._pager.hold()
         except OSError as error:
@@ -40,17 +40,17 @@ class _Hold:
         return HoldGiven(pager=os.getpid(), userfaults=userfaults, large=large)
 
     def release(self) -> None:
-        """Let go of it, if it is held."""
+        """Release the pager, if it is acquired."""
         if self._held:
             self._held = False
             self._pager.release()
 
 
 class PagerServer:
-    """Answers on a socket until it is closed, each client on a thread of its own.
+    """Replies to requests on a socket until it is closed. Each client is served by a separate thread.
 
-    `origin`: what contents come from, for people; `regions`: name and length of each; `flags`: where the pager's flags
-    can be opened, if not in the workload's folder; `identity`: of the image that contents come from.
+    `origin`: origin of the contents, for messages; `regions`: name and length of each region; `flags`: path of the
+    deferred bitmap, if not in the workload's directory; `identity`: identity of the image.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class PagerServer:
         self.flags = flags
         self.identity = identity
         self.paused: str | None = None
-        """Why nothing comes just now."""
+        """Why no pages are received at the moment; None if they are."""
         self.asked_to_stop = threading.Event()
         self.closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
-        with contextlib.suppress(FileNotFoundError):  # of a pager that died
+        with contextlib.suppress(FileNotFoundError):  # left by a pager that was killed
             self.path.unlink()
         files.bind_private(self._listener, str(self.path))
         self._listener.listen(16)
@@ -81,7 +81,7 @@ class PagerServer:
         threading.Thread(target=self._accept, name="pageferry-pager", daemon=True).start()
 
     def close(self) -> None:
-        """Answer nobody any more: what is being answered is the last that each client hears."""
+        """Stop serving. Replies in progress are completed."""
         if self.closed.is_set():  # a later workload may have a socket at this path
             return
         self.closed.set()
@@ -94,7 +94,7 @@ class PagerServer:
                 connection.shutdown(socket.SHUT_RD)
 
     def status(self, error: str | None = None, touched: Sequence[int] = ()) -> PagerStatus:
-        """How far it is."""
+        """Return the status of the pager."""
         pager = self.pager
         faults, missed, loaded, prefetched, bytes_read, service, longest = pager.counters
         failures = pager.failures
@@ -121,7 +121,7 @@ class PagerServer:
         )
 
     def describe(self, failure: Failure) -> str:
-        """What is to be said about a page that cannot be had."""
+        """Describe a page that cannot be read."""
         region, page, _, message = failure
         name = self.regions[region][0]
         return f"page {page} of {name} (at byte {page * SMALL_PAGE}) cannot be read from {self.origin}: {message}"
