@@ -14,7 +14,7 @@ async def main() -> None:
     for call in sys.argv[2:]:
         await getattr(arena, call)()
     print("done", flush=True)
-    time.sleep(60)  # noqa: ASYNC251 - nothing else is going on
+    time.sleep(60)  # noqa: ASYNC251 - no other task runs
 
 
 if __name__ == "__main__":

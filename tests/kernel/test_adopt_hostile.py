@@ -23,7 +23,7 @@ from pageferry.workloads.qemu.guest import QemuWorkload
 
 PROGRAM = Path(__file__).with_name("fake_monitor.py")
 SIZE = 1 << 20
-NOBODY = 65534
+OTHER_USER = 65534
 
 VICTIM = """
 import mmap, os, sys
@@ -98,8 +98,8 @@ def adopt(path: str) -> int:
 @pytest.mark.usefixtures("root")
 def test_monitor_of_another_user_cannot_name_our_process(fake: Start, victim: tuple[int, int]) -> None:
     pid, descriptor = victim
-    path, _ = fake(uid=NOBODY, threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
-    with pytest.raises(WorkloadError, match=f"vCPU threads that belong neither to process .* as user {NOBODY}"):
+    path, _ = fake(uid=OTHER_USER, threads=[pid], mem_path=f"/proc/self/fd/{descriptor}")
+    with pytest.raises(WorkloadError, match=f"vCPU threads that belong neither to process .* as user {OTHER_USER}"):
         adopt(path)
     assert not (Registry().path / "theirs").exists()
 
@@ -125,7 +125,7 @@ def test_monitor_socket_inherited_from_launcher_identifies_the_serving_child(fak
 
 @pytest.mark.usefixtures("root")
 def test_process_of_another_user_is_adopted_by_root(fake: Start, folder: Path) -> None:
-    path, pid = fake(uid=NOBODY, mem_path=ram_file(folder), map="rw")
+    path, pid = fake(uid=OTHER_USER, mem_path=ram_file(folder), map="rw")
     assert adopt(path) == pid
 
 
@@ -156,8 +156,8 @@ import os, socket
 from pageferry.host import qmp_peer
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({path!r})
-os.setgid({NOBODY})
-os.setuid({NOBODY})
+os.setgid({OTHER_USER})
+os.setuid({OTHER_USER})
 qmp_peer.find_process(qmp_peer.peer_of(connection), [1], {path!r})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -168,7 +168,7 @@ qmp_peer.find_process(qmp_peer.peer_of(connection), [1], {path!r})
 def test_read_only_mapping_is_not_guest_memory(fake: Start, folder: Path) -> None:
     memory = ram_file(folder)
     os.chmod(memory, 0o644)
-    path, _ = fake(uid=NOBODY, mem_path=memory, map="r")
+    path, _ = fake(uid=OTHER_USER, mem_path=memory, map="r")
     with pytest.raises(WorkloadError, match="not among the shared, writable mappings"):
         adopt(path)
 

@@ -24,7 +24,7 @@ from tests.kernel.probing import Seen
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-m", "tests.kernel.probing"]
 DEADLINE = 60
-NOBODY = 65534
+OTHER_USER = 65534
 CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_SYS_NICE = 19, 21, 23
 
 
@@ -42,12 +42,12 @@ def probing(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.fixture(scope="module", params=["self", "nobody"])
+@pytest.fixture(scope="module", params=["self", "other-user"])
 def seen(request: pytest.FixtureRequest) -> Seen:
     """Return the features that this user has, and those of a user without privileges."""
-    if request.param == "nobody" and os.geteuid() != 0:
+    if request.param == "other-user" and os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    ended = probing("features", *([str(NOBODY)] if request.param == "nobody" else []))
+    ended = probing("features", *([str(OTHER_USER)] if request.param == "other-user" else []))
     assert (ended.returncode, ended.stderr) == (0, "")
     return msgspec.json.decode(ended.stdout, type=Seen)
 

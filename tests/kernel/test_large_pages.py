@@ -373,7 +373,7 @@ def test_reclaim_to_swap_needs_swap() -> None:
 
 
 def test_cold_pages_are_swapped_out_and_in(memory: Memory, swap: None) -> None:
-    """Those of huge pages below the threshold; others stay whole, and no contents change."""
+    """Only huge pages below the threshold are split; others stay whole, and no contents change."""
     content = memory.owner.order("sum", memory.address, LENGTH)
     for slot in (0, 100, 511):
         memory.owner.order("write", memory.address, [unit * SLOTS + slot for unit in range(UNITS)], 1)

@@ -112,8 +112,8 @@ def test_hybrid_switches_over_on_request() -> None:
 
 
 def test_switch_request_without_hybrid_migration_is_refused() -> None:
-    with moving.ledger("here"), moving.migrating("here", "--switch") as nobody:
-        assert nobody.wait() == 2
+    with moving.ledger("here"), moving.migrating("here", "--switch") as migration:
+        assert migration.wait() == 2
 
 
 def test_receiver_waits_for_the_source_after_a_lost_link() -> None:

@@ -1,4 +1,4 @@
-"""Root, an ordinary user and a container user: each may use what its privileges allow, and is told of the rest."""
+"""Root, an ordinary user and a container user: each uses what its privileges allow; the rest is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However controllers come, act and go, a workload has exactly one owner."""
+"""Model of the lifecycle: a workload has exactly one owner after any sequence of controller actions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ controllers = st.sampled_from(CONTROLLERS)
 
 
 class Recorder:
-    """A workload that only knows whether it runs."""
+    """A workload that only records whether it runs."""
 
     name = "recorder"
     identity = Identity("arena", "recorder")
@@ -74,7 +74,7 @@ class Recorder:
 
 
 class Lives(RuleBasedStateMachine):
-    """A plain model beside it: who controls, whether it was committed, whether it has moved."""
+    """A model of the workload: its controller, whether it was committed, whether it has moved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ Lives.TestCase.settings = settings(max_examples=200, stateful_step_count=30, dea
 TestLives = Lives.TestCase
 
 
-def test_a_received_workload_waits() -> None:
+def test_received_workload_waits_to_be_resumed() -> None:
     workload = Recorder()
     workload.runs = False
     lifecycle = Lifecycle(workload, received=True)

@@ -1,4 +1,4 @@
-"""Messages and unit maps: what is encoded is decoded again, and nothing else is."""
+"""Messages and unit maps: encoding round-trips, and invalid bytes are refused."""
 
 from __future__ import annotations
 
@@ -66,30 +66,30 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     messages.Outcome: {"owner": st.sampled_from(["source", "destination", "unknown"]), "complete": st.booleans()},
     messages.Serve: {"streams": st.integers(1, messages.MAX_STREAMS)},
 }
-"""Values that the fields of each message may have."""
+"""Valid values of the fields of each message."""
 
 everything = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items()))
 timed = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items() if seconds in fields.values()))
-"""Messages that hold times."""
+"""Messages with times."""
 
 
 def body(message: Message) -> bytes:
     return messages.encode(message)[4:]
 
 
-def test_every_message_is_tried() -> None:
+def test_every_message_is_generated() -> None:
     assert set(FIELDS) == set(KINDS)
 
 
 @given(everything)
-def test_a_message_comes_back_as_it_was(message: Message) -> None:
+def test_message_round_trips(message: Message) -> None:
     frame = messages.encode(message)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4 <= messages.MAX_MESSAGE
     assert messages.decode(frame[4:]) == message
 
 
 @given(everything, st.data())
-def test_a_message_that_is_cut_short_is_none(message: Message, data: st.DataObject) -> None:
+def test_truncated_or_extended_message_is_refused(message: Message, data: st.DataObject) -> None:
     whole = body(message)
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(msgspec.MsgspecError):
@@ -99,7 +99,7 @@ def test_a_message_that_is_cut_short_is_none(message: Message, data: st.DataObje
 
 
 @given(st.binary(max_size=200))
-def test_bytes_are_a_message_or_refused(data: bytes) -> None:
+def test_random_bytes_are_a_message_or_refused(data: bytes) -> None:
     try:
         message = messages.decode(data)
     except msgspec.MsgspecError:
@@ -108,7 +108,7 @@ def test_bytes_are_a_message_or_refused(data: bytes) -> None:
 
 
 @given(everything, st.text(min_size=1, max_size=8))
-def test_a_field_that_nobody_knows_is_refused(message: Message, name: str) -> None:
+def test_unknown_field_is_refused(message: Message, name: str) -> None:
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
     if name in fields:
         return
@@ -117,7 +117,7 @@ def test_a_field_that_nobody_knows_is_refused(message: Message, name: str) -> No
 
 
 @given(everything, st.data())
-def test_a_field_that_is_missing_or_of_another_type_is_refused(message: Message, data: st.DataObject) -> None:
+def test_missing_or_mistyped_field_is_refused(message: Message, data: st.DataObject) -> None:
     fields: dict[str, Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
     name = data.draw(st.sampled_from(sorted(fields)))
     without = {other: value for other, value in fields.items() if other != name}
@@ -127,7 +127,7 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused(message: Message,
 
 
 def floats(fields: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Where a message holds times."""
+    """Return the paths of the fields that hold times."""
     found = []
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -156,7 +156,7 @@ def test_time_that_is_not_finite_negative_or_huge_is_refused(
 
 
 def lists(kind: Any) -> list[str]:
-    """The fields of a message without a bound of their length."""
+    """Return the fields of a message whose length has no bound."""
     return [
         field.name
         for field in cast("msgspec.inspect.StructType", msgspec.inspect.type_info(kind)).fields
@@ -219,13 +219,13 @@ def test_values_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
         messages.decode(msgspec.msgpack.encode(good | change))
 
 
-def test_a_message_that_is_too_long_is_not_sent() -> None:
+def test_oversized_message_is_not_sent() -> None:
     with pytest.raises(ValueError, match="limit"):
         messages.encode(messages.LargePages(region=0, units=bytes(messages.MAX_MESSAGE)))
 
 
 @given(st.integers(0, 1 << 62))
-def test_versions_are_read_from_messages_of_any_release(version: int) -> None:
+def test_version_is_read_from_messages_of_any_release(version: int) -> None:
     future = msgspec.msgpack.encode({"type": "Hello", "version": version, "something": ["new"]})
     assert messages.version_of(future) == version
     assert messages.version_of(b"\xc1") == messages.VERSION
@@ -235,18 +235,18 @@ def test_versions_are_read_from_messages_of_any_release(version: int) -> None:
 
 
 @given(st.lists(st.booleans(), max_size=200))
-def test_units_come_back_as_they_were(units: list[bool]) -> None:
+def test_unit_maps_round_trip(units: list[bool]) -> None:
     packed = messages.pack_units(units)
     assert messages.unpack_units(packed, len(units)) == units
     assert len(packed) == -(-len(units) // 8)
 
 
 @given(st.binary(max_size=64), st.integers(0, 512))
-def test_units_of_another_number_are_refused(packed: bytes, count: int) -> None:
+def test_unit_map_of_another_length_is_refused(packed: bytes, count: int) -> None:
     if len(packed) == -(-count // 8):
         units = messages.unpack_units(packed, count)
         assert len(units) == count
-        # Bits beyond the last unit do not matter.
+        # Bits beyond the last unit are ignored.
         assert messages.pack_units(units)[: count // 8] == packed[: count // 8]
     else:
         with pytest.raises(ValueError, match="units"):

@@ -1,4 +1,4 @@
-"""Which pages are missing, as messages: what was said is heard, and nothing else is taken for it."""
+"""Sets of missing pages as messages: they round-trip, and invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made(pages: int, runs: list[tuple[int, int]]) -> PageSet:
 
 
 class Recorder:
-    """The end of a channel that messages go into."""
+    """The sending end of a channel; records the messages."""
 
     def __init__(self) -> None:
         self.sent: list[Missing] = []
@@ -51,7 +51,7 @@ def said(sets: list[PageSet]) -> list[Missing]:
 
 
 @given(regions)
-def test_what_is_said_is_heard(described: list[tuple[int, list[tuple[int, int]]]]) -> None:
+def test_missing_sets_round_trip(described: list[tuple[int, list[tuple[int, int]]]]) -> None:
     sets = [made(pages, runs) for pages, runs in described]
     heard = MissingPages([pages for pages, _ in described])
     for message in said(sets):
@@ -61,8 +61,8 @@ def test_what_is_said_is_heard(described: list[tuple[int, list[tuple[int, int]]]
     assert [one.runs() for one in heard.sets] == [one.runs() for one in sets]
 
 
-def test_a_large_set_comes_in_pieces() -> None:
-    """Every other page of 64 GiB, scattered so that nothing can be compressed much."""
+def test_large_set_is_sent_in_chunks() -> None:
+    """Every other page of 64 GiB, scattered so that the set hardly compresses."""
     pages = 1 << 24
     scattered = PageSet(pages)
     state = 1
@@ -80,7 +80,7 @@ def test_a_large_set_comes_in_pieces() -> None:
     assert not found
 
 
-def test_what_is_out_of_place_is_refused() -> None:
+def test_out_of_order_regions_are_refused() -> None:
     (message,) = said([made(100, [(3, 5)])])
     heard = MissingPages([100, 100])
     with pytest.raises(ProtocolError, match="region 1"):
@@ -93,7 +93,7 @@ def test_what_is_out_of_place_is_refused() -> None:
         heard.add(message)
 
 
-def test_more_than_a_set_can_take_is_refused_before_it_is_kept() -> None:
+def test_oversized_set_is_refused_before_it_is_stored() -> None:
     heard = MissingPages([100])
     heard.add(Missing(region=0, data=bytes(200), last=False))
     with pytest.raises(ProtocolError, match="in more than"):
@@ -101,7 +101,7 @@ def test_more_than_a_set_can_take_is_refused_before_it_is_kept() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_bytes_are_a_set_or_refused(data: bytes) -> None:
+def test_random_bytes_are_a_set_or_refused(data: bytes) -> None:
     heard = MissingPages([1000])
     try:
         heard.add(Missing(region=0, data=data, last=True))

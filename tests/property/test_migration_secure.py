@@ -1,4 +1,4 @@
-"""The control connection under TLS takes what its peer has said, and nothing else, however the bytes come."""
+"""The control connection under TLS delivers the messages of its peer only, for any split of the bytes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ T = TypeVar("T")
 Pair = Callable[[], tuple[ControlSession, ControlSession]]
 TIMEOUT = 30.0
 tries = settings(deadline=None, max_examples=50)
-"""Each of them makes a connection."""
+"""Settings of tests that open a connection per example."""
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """Makes both ends of a connection, source and receiver, that have said nothing yet."""
+    """Yield a function that returns source and receiver sessions of a new connection."""
     with tempfile.TemporaryDirectory() as folder:
         source, receiver = hosts(Path(folder) / "hosts")
         here, there = Trust(source, "source"), Trust(receiver, "receiver")
@@ -40,7 +40,7 @@ def pair() -> Iterator[Pair]:
 
 
 class Sink:
-    """A writer that nobody reads from."""
+    """A writer that discards its data."""
 
     def write(self, _: bytes) -> None: ...
     def close(self) -> None: ...
@@ -83,12 +83,12 @@ async def _heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[Any
 
 
 def heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[AnyMessage], MigrationError]:
-    """What a channel hands over of bytes that come in these pieces and then end, and why it ends."""
+    """Return the messages that a channel delivers from these chunks followed by EOF, and the error that ends it."""
     return run(_heard(session, pieces))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """On a loop of its own; whatever a task has raised that nobody asked for is an error."""
+    """Run on a new event loop; an unhandled exception of any task is a failure."""
     unasked: list[dict[str, Any]] = []
     with asyncio.Runner() as runner:
         runner.get_loop().set_exception_handler(lambda _, context: unasked.append(context))
@@ -108,7 +108,7 @@ places = st.lists(st.integers(0, 1 << 20), max_size=20)
 
 @tries
 @given(said=st.lists(quiet, max_size=4), places=places)
-def test_messages_arrive_as_they_were_in_whatever_pieces(pair: Pair, said: list[Message], places: list[int]) -> None:
+def test_messages_are_delivered_for_any_split_of_the_bytes(pair: Pair, said: list[Message], places: list[int]) -> None:
     source, receiver = established(pair)
     found, end = heard(receiver, cut(sealed(source, *map(messages.encode, said)), places))
     assert found == said
@@ -117,21 +117,21 @@ def test_messages_arrive_as_they_were_in_whatever_pieces(pair: Pair, said: list[
 
 @tries
 @given(said=st.lists(quiet, min_size=1, max_size=4), place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
-def test_a_bit_that_is_changed_on_the_way_ends_it(pair: Pair, said: list[Message], place: int, bit: int) -> None:
-    """Nothing of that record, or of those after it, is handed over."""
+def test_flipped_bit_ends_the_connection(pair: Pair, said: list[Message], place: int, bit: int) -> None:
+    """No message of that record or a later one is delivered."""
     source, receiver = established(pair)
     data = bytearray(sealed(source, *map(messages.encode, said)))
     data[place % len(data)] ^= 1 << bit
     found, end = heard(receiver, [bytes(data)])
     assert found == said[: len(found)]
     assert len(found) < len(said)
-    # A length that has grown waits for bytes that never come.
+    # A corrupted, larger length makes the receiver wait for bytes that never arrive.
     assert isinstance(end, AuthenticationError | ConnectionLost)
 
 
 @tries
 @given(said=st.lists(quiet, min_size=2, max_size=4), data=st.data())
-def test_records_that_are_left_out_repeated_or_swapped_end_it(pair: Pair, said: list[Message], data: Any) -> None:
+def test_dropped_repeated_or_swapped_records_end_the_connection(pair: Pair, said: list[Message], data: Any) -> None:
     source, receiver = established(pair)
     records = [sealed(source, messages.encode(message)) for message in said]
     order = data.draw(st.lists(st.integers(0, len(said) - 1), min_size=1, max_size=6))
@@ -143,7 +143,7 @@ def test_records_that_are_left_out_repeated_or_swapped_end_it(pair: Pair, said: 
 
 @tries
 @given(garbage=st.binary(min_size=1, max_size=600), places=places)
-def test_bytes_that_are_no_records_end_it(pair: Pair, garbage: bytes, places: list[int]) -> None:
+def test_bytes_that_are_not_records_end_the_connection(pair: Pair, garbage: bytes, places: list[int]) -> None:
     _, receiver = established(pair)
     found, end = heard(receiver, cut(garbage, places))
     assert not found
@@ -152,8 +152,8 @@ def test_bytes_that_are_no_records_end_it(pair: Pair, garbage: bytes, places: li
 
 @tries
 @given(body=st.binary(max_size=200), places=places)
-def test_an_authenticated_peer_may_say_messages_and_nothing_else(pair: Pair, body: bytes, places: list[int]) -> None:
-    """Who has a certificate can still send anything: it is taken as it would be in the clear."""
+def test_bytes_of_authenticated_peer_are_a_message_or_refused(pair: Pair, body: bytes, places: list[int]) -> None:
+    """An authenticated peer may still send anything; the bytes are checked as on an unencrypted connection."""
     source, receiver = established(pair)
     found, end = heard(receiver, cut(sealed(source, len(body).to_bytes(4, "big"), body), places))
     try:
@@ -166,7 +166,7 @@ def test_an_authenticated_peer_may_say_messages_and_nothing_else(pair: Pair, bod
 
 @tries
 @given(length=st.integers(messages.MAX_MESSAGE + 1, (1 << 32) - 1))
-def test_a_length_beyond_the_limit_is_refused_under_tls_too(pair: Pair, length: int) -> None:
+def test_length_beyond_the_limit_is_refused_under_tls(pair: Pair, length: int) -> None:
     source, receiver = established(pair)
     found, end = heard(receiver, [sealed(source, length.to_bytes(4, "big"))])
     assert (found, type(end)) == ([], ProtocolError)
@@ -174,8 +174,8 @@ def test_a_length_beyond_the_limit_is_refused_under_tls_too(pair: Pair, length: 
 
 @tries
 @given(garbage=st.binary(min_size=1, max_size=600), flight=st.integers(0, 2), place=st.integers(0, 1 << 20))
-def test_a_handshake_with_nonsense_in_it_is_refused(pair: Pair, garbage: bytes, flight: int, place: int) -> None:
-    """In what the source says first, in the answer to that, or in what ends the handshake."""
+def test_corrupted_handshake_is_refused(pair: Pair, garbage: bytes, flight: int, place: int) -> None:
+    """In the first flight of the source, in the reply, or in the last flight of the handshake."""
     source, receiver = pair()
     changed = False
     for number, (to, of) in enumerate(((receiver, source), (source, receiver), (receiver, source))):
@@ -190,7 +190,7 @@ def test_a_handshake_with_nonsense_in_it_is_refused(pair: Pair, garbage: bytes, 
             assert changed
             return
     if source.established and receiver.established and changed:
-        # It came after the handshake, and is no record.
+        # The garbage follows the handshake and is not a record.
         victim = source if flight == 1 else receiver
         with contextlib.suppress(AuthenticationError):
             assert victim.read() == b""

@@ -1,4 +1,4 @@
-"""`pageferry check`: what follows from features, QEMUs, the output, and that the support matrix is complete."""
+"""`pageferry check`: choice of mechanisms, QEMU versions, output, and completeness of the support matrix."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def with_all_but(*missing: str) -> dict[str, Feature]:
     }
 
 
-def test_systems_are_all_there_once_and_need_features_that_are_probed() -> None:
+def test_all_systems_are_listed_once_and_need_probed_features() -> None:
     assert [system.number for system in SYSTEMS] == [f"S{number}" for number in range(1, 11)]
     needs = {name for system in SYSTEMS for way in system.mechanisms for name in way.needs}
     assert needs <= set(NAMES)
     assert all(system.included for system in SYSTEMS)
 
 
-def test_where_everything_works_every_system_is_at_its_best() -> None:
+def test_all_features_give_the_preferred_mechanisms() -> None:
     for system in SYSTEMS:
         report = choose(system, with_all_but())
         assert (report.status, report.mechanism, report.missing) == ("ok", system.mechanisms[0].text, [])
 
 
-def test_where_nothing_works_traces_are_unavailable() -> None:
+def test_without_features_traces_are_unavailable() -> None:
     reports = {system.number: choose(system, with_all_but(*NAMES)) for system in SYSTEMS}
     unavailable = {number for number, report in reports.items() if report.status == "unavailable"}
     assert unavailable == {"S2", "S3"}
@@ -67,14 +67,14 @@ def test_where_nothing_works_traces_are_unavailable() -> None:
         ("ksm", "S9", "fallback", "zeros of guests and arenas freed, other duplicates estimated only"),
     ],
 )
-def test_the_best_way_that_is_left_is_chosen(missing: str, number: str, status: str, mechanism: str | None) -> None:
+def test_best_remaining_mechanism_is_chosen(missing: str, number: str, status: str, mechanism: str | None) -> None:
     report = choose(SYSTEMS[int(number[1:]) - 1], with_all_but(missing))
     assert (report.status, report.mechanism) == (status, mechanism)
     assert report.missing == ([] if status == "ok" else [missing])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_main_job_needs_what_it_needs(name: str) -> None:
+def test_main_job_names_the_missing_feature(name: str) -> None:
     features = with_all_but(name)
     for guests, needs in ((False, ARENAS_MOVE), (True, GUESTS_MOVE)):
         reason = obstacle(features, guests)
@@ -98,7 +98,7 @@ def asked(*folders: Path) -> list[Qemu]:
         return search.results()
 
 
-def test_qemus_are_found_in_order_and_once_each(tmp_path: Path) -> None:
+def test_qemus_are_found_once_in_path_order(tmp_path: Path) -> None:
     first, second = (program(tmp_path / name, "exit 0") for name in ("b", "a"))
     program(tmp_path / "not-executable", "exit 0", 0o644)
     (tmp_path / "link").mkdir()
@@ -108,7 +108,7 @@ def test_qemus_are_found_in_order_and_once_each(tmp_path: Path) -> None:
     assert find_qemus(os.pathsep.join(map(str, folders))) == [first, second]
 
 
-def test_qemus_say_their_version_or_why_not(tmp_path: Path) -> None:
+def test_qemu_reports_its_version_or_a_reason(tmp_path: Path) -> None:
     said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)"
     good = program(tmp_path / "good", f'test "$1" = -version && echo "{said}"; echo Copyright')
     fails = program(tmp_path / "fails", "echo no libfoo.so >&2; exit 127")
@@ -123,7 +123,7 @@ def test_qemus_say_their_version_or_why_not(tmp_path: Path) -> None:
     ]
 
 
-def test_qemu_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_qemu_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qemus, "_DEADLINE", 0.1)
     hanging = program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 1000")
     assert asked(tmp_path) == [Qemu(str(hanging), False, "did not answer -version within 0.1 s")]
@@ -141,14 +141,14 @@ def test_real_qemu_is_found(qemu_system: Path) -> None:
 
 @pytest.fixture(scope="module")
 def report() -> tuple[int, dict[str, Any]]:
-    """Exit code and JSON of the command."""
+    """Return the exit code and the JSON of the command."""
     command = [sys.executable, "-m", "pageferry", "check", "--output", "json"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     (line,) = ended.stdout.splitlines()
     return ended.returncode, json.loads(line)
 
 
-def test_json_is_one_object_of_known_shape(report: tuple[int, dict[str, Any]]) -> None:
+def test_json_is_one_object_with_documented_keys(report: tuple[int, dict[str, Any]]) -> None:
     code, found = report
     assert list(found) == ["type", "kernel", "user", "features", "systems", "qemu", "main-job", "reason"]
     assert (found["type"], found["kernel"], found["user"]) == ("check", os.uname().release, os.geteuid())
@@ -165,7 +165,7 @@ def test_json_is_one_object_of_known_shape(report: tuple[int, dict[str, Any]]) -
     assert found["main-job"] == (found["reason"] is None)
 
 
-def test_json_agrees_with_itself(report: tuple[int, dict[str, Any]]) -> None:
+def test_json_is_consistent(report: tuple[int, dict[str, Any]]) -> None:
     _, found = report
     features = {feature["name"]: Feature(**feature) for feature in found["features"]}
     for system, shown in zip(SYSTEMS, found["systems"], strict=True):
@@ -203,13 +203,13 @@ def test_tables_are_readable_without_colour() -> None:
     assert "apt install qemu-system-x86" in text
 
 
-def test_verdict_says_what_cannot_run() -> None:
+def test_verdict_names_what_can_run() -> None:
     qemu = Qemu("/usr/bin/qemu-system-x86_64", True, "QEMU emulator version 7.2", "7.2")
     assert "live migration of arenas and QEMU guests is possible" in shown(a_check(with_all_but(), [qemu]))
     assert "live migration is not possible" in shown(a_check(with_all_but("adopt"), [qemu]))
 
 
-def test_names_are_whole_on_a_narrow_terminal() -> None:
+def test_names_are_not_truncated_on_a_narrow_terminal() -> None:
     text = shown(a_check(with_all_but()), width=80)
     assert max(map(len, text.splitlines())) <= 80
     for name in (*NAMES, *(system.number for system in SYSTEMS)):

@@ -1,4 +1,4 @@
-"""The frame of the command line: parsing, lazy imports, output, exit codes."""
+"""The command line: parsing, lazy imports, output, exit codes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_verb_decides_exit_code() -> None:
         (["image", "info", "x", "y"], "pageferry image info: error: unrecognized arguments: y ("),
     ],
 )
-def test_usage_error_is_2_and_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_error_exits_with_2_and_prints_one_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(says)
@@ -70,12 +72,12 @@ def test_options_of_every_verb_may_come_last(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("name", "code"), [("UsageError", 2), ("NoSuchWorkload", 11), ("OutcomeUnknown", 26)])
-def test_error_of_ours_is_named_in_one_line(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pageferry_error_is_one_line(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lister", "--fail", name]) == code
     assert capsys.readouterr().err.splitlines()[-1] == "pageferry: error: told to fail"
 
 
-def test_unexpected_error_shows_where_it_comes_from_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_error_shows_a_traceback_only_with_debug(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lister", "--fail", "surprise"]) == 1
     short = capsys.readouterr().err
     assert "Traceback" not in short
@@ -104,7 +106,7 @@ def test_debug_logs_more(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pageferry.verbs: pid" in capsys.readouterr().err
 
 
-def test_only_the_verb_asked_for_is_imported() -> None:
+def test_only_the_requested_verb_is_imported() -> None:
     program = (
         "import sys; from tests.unit.verbs import command; command.main({words!r});"
         "print('loaded', *(m for m in sys.modules if m in ('tests.unit.verbs.lister', 'tests.unit.verbs.sleeper')))"
@@ -120,7 +122,7 @@ def test_help_lists_verbs_literally(capsys: pytest.CaptureFixture[str]) -> None:
     assert "List [some] steps." in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("pageferry 0.")
 
@@ -138,7 +140,7 @@ def test_completion_for_bash_is_a_script() -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=60)
 
 
-def test_words_after_two_dashes_are_the_workloads() -> None:
+def test_words_after_two_dashes_are_the_command_of_the_workload() -> None:
     words = ["lister", "--output", "json", "--", "qemu", "--output", "x", "--help"]
     assert build_parser(words).parse_args(words).words == ["qemu", "--output", "x", "--help"]
 

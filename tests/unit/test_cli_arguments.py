@@ -1,4 +1,4 @@
-"""Sizes as they are given, and numbers as they are shown."""
+"""Parsing and formatting of sizes, rates and times."""
 
 import argparse
 
@@ -17,7 +17,7 @@ def test_sizes_are_binary(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "G", "1X", "1.G", "1e9", "0x10", "1 2"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="invalid size"):
         parse_size(text)
 
@@ -30,6 +30,6 @@ def test_sizes_are_shown_in_binary_units(count: int, text: str) -> None:
     assert size(count) == text
 
 
-def test_rates_and_times() -> None:
+def test_rates_and_times_are_formatted() -> None:
     assert rate(850 << 20) == "850 MiB/s"
     assert [duration(value) for value in (0.00012, 0.0034, 12, 125)] == ["120 us", "3.4 ms", "12.0 s", "2 min 05 s"]

@@ -1,4 +1,4 @@
-"""The table in the documentation is the one in the code."""
+"""The table of exit codes in the documentation matches the error classes."""
 
 import re
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ def descendants(error: type[PageferryError]) -> Iterator[type[PageferryError]]:
 
 
 def named() -> list[type[PageferryError]]:
-    """Errors with an exit code; the others have that of the class above them."""
+    """Return the errors with an exit code of their class; others inherit it."""
     ours = [error for error in descendants(PageferryError) if error.__module__ == "pageferry.errors"]
     return [error for error in ours if "exit_code" in vars(error)]
 
 
-def test_documented_exit_codes_are_those_of_the_errors() -> None:
+def test_documented_exit_codes_match_the_errors() -> None:
     documented = {
         name: int(code) for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", TABLE.read_text(), re.MULTILINE)
     }

@@ -1,4 +1,4 @@
-"""What only a process of its own can show: signals, a reader that goes away, a terminal."""
+"""The command line in a separate process: signals, closed pipes, terminals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEADLINE = 60
 
 @contextmanager
 def asleep(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """The command, once it has said that it sleeps."""
+    """Start the command, and yield it once it reports that it sleeps."""
     child = subprocess.Popen(
         [*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -47,14 +47,14 @@ def test_signal_ends_the_verb(words: list[str], number: signal.Signals, code: in
     ("then", "code", "message"),
     [("raise", 130, "pageferry: cancelled; the workload runs on\n"), ("finish", 5, "")],
 )
-def test_cancelled_verb_has_the_last_word(then: str, code: int, message: str) -> None:
+def test_cancelled_verb_decides_message_and_exit_code(then: str, code: int, message: str) -> None:
     with asleep("sleeper", "--then", then) as child:
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=DEADLINE)
     assert (child.returncode, err) == (code, message)
 
 
-def test_second_signal_ends_a_verb_that_does_not() -> None:
+def test_second_signal_ends_an_unresponsive_verb() -> None:
     with asleep("sleeper", "--then", "refuse") as child:
         assert child.stdout is not None
         child.send_signal(signal.SIGTERM)
@@ -66,7 +66,7 @@ def test_second_signal_ends_a_verb_that_does_not() -> None:
 
 @pytest.mark.parametrize("output", ["human", "json"])
 @pytest.mark.parametrize("steps", ["0", "100000"])
-def test_reader_that_goes_away_is_no_error(output: str, steps: str) -> None:
+def test_closed_reader_is_not_an_error(output: str, steps: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [*COMMAND, "lister", "--output", output, "--steps", steps]
@@ -79,7 +79,7 @@ def test_reader_that_goes_away_is_no_error(output: str, steps: str) -> None:
     assert "error" not in done.stderr.lower()
 
 
-def test_progress_on_a_terminal_is_live_and_leaves_the_result() -> None:
+def test_progress_on_a_terminal_is_replaced_by_the_result() -> None:
     try:
         ours, theirs = pty.openpty()
     except OSError as error:
@@ -94,7 +94,7 @@ def test_progress_on_a_terminal_is_live_and_leaves_the_result() -> None:
         try:
             while piece := os.read(ours, 4096):
                 screen += piece
-        except OSError:  # EIO: the terminal's last user has gone
+        except OSError:  # EIO: the last user of the terminal has closed it
             pass
         os.close(ours)
         assert child.stdout is not None

@@ -1,4 +1,4 @@
-"""Room for large pages: what is free, and when compaction is asked for."""
+"""Free huge pages, and when memory compaction is triggered."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def buddyinfo(tmp_path: Path) -> Path:
     return path
 
 
-def test_blocks_of_all_zones_and_nodes_are_counted(buddyinfo: Path) -> None:
+def test_free_blocks_of_all_zones_and_nodes_are_counted(buddyinfo: Path) -> None:
     assert free_large_pages(buddyinfo) == FREE
 
 
-def test_the_kernels_own_is_understood() -> None:
+def test_buddyinfo_of_the_kernel_is_parsed() -> None:
     assert free_large_pages() >= 0
 
 
 @pytest.mark.parametrize(("wanted", "asked"), [(0, False), (FREE, False), (FREE + 1, True)])
-def test_compaction_is_asked_for_where_there_are_too_few(
+def test_compaction_is_triggered_if_too_few_pages_are_free(
     buddyinfo: Path, tmp_path: Path, wanted: int, asked: bool
 ) -> None:
     compact = tmp_path / "compact_memory"
@@ -40,11 +40,11 @@ def test_compaction_is_asked_for_where_there_are_too_few(
     assert compact.exists() == asked
 
 
-def test_who_may_not_compact_goes_on_without(buddyinfo: Path, tmp_path: Path) -> None:
+def test_missing_permission_to_compact_is_not_an_error(buddyinfo: Path, tmp_path: Path) -> None:
     assert compact_memory(FREE + 1, buddyinfo=buddyinfo, compact=tmp_path / "missing" / "compact_memory") == FREE
 
 
-def test_where_it_is_not_known_nothing_is_done(tmp_path: Path) -> None:
+def test_unknown_free_memory_triggers_no_compaction(tmp_path: Path) -> None:
     compact = tmp_path / "compact_memory"
     assert compact_memory(1, buddyinfo=tmp_path / "missing", compact=compact) == 0
     assert not compact.exists()

@@ -1,4 +1,4 @@
-"""Framing of the control socket: what goes in comes out, and what is too long or no message is refused."""
+"""Framing of the control socket: messages round-trip, and oversized or malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pair() -> Iterator[Pair]:
         yield ours, theirs
 
 
-def test_requests_and_answers_arrive_as_sent(pair: Pair) -> None:
+def test_requests_and_answers_round_trip(pair: Pair) -> None:
     ours, theirs = pair
     requests: list[wire.Request] = [wire.Describe(), wire.Pause(), wire.LoadState(data=b"x" * 1000, last=True)]
     for request in requests:
@@ -38,7 +38,7 @@ def test_requests_and_answers_arrive_as_sent(pair: Pair) -> None:
     assert [wire.receive_answer(ours) for _ in answers] == [(answer, []) for answer in answers]
 
 
-def test_descriptors_come_with_the_message(pair: Pair) -> None:
+def test_descriptors_are_passed_with_the_message(pair: Pair) -> None:
     ours, theirs = pair
     file = os.memfd_create("memory")
     wire.send(ours, wire.Done(), (file, file))
@@ -48,7 +48,7 @@ def test_descriptors_come_with_the_message(pair: Pair) -> None:
     wire.close_all([*descriptors, file])
 
 
-def test_an_end_is_told_from_an_error(pair: Pair) -> None:
+def test_closed_connection_is_distinguished_from_an_error(pair: Pair) -> None:
     ours, theirs = pair
     ours.close()
     assert wire.receive_request(theirs) is None
@@ -56,14 +56,14 @@ def test_an_end_is_told_from_an_error(pair: Pair) -> None:
         wire.receive_answer(theirs)
 
 
-def test_half_a_message_is_an_end(pair: Pair) -> None:
+def test_truncated_message_is_a_closed_connection(pair: Pair) -> None:
     ours, theirs = pair
     ours.sendall(b"\0\0\0\x10half")
     ours.close()
     assert wire.receive_request(theirs) is None
 
 
-def test_too_long_a_message_is_refused_unread(pair: Pair) -> None:
+def test_oversized_message_is_refused_unread(pair: Pair) -> None:
     ours, theirs = pair
     ours.sendall(b"\xff\xff\xff\xff")
     with pytest.raises(ValueError, match="limit"):
@@ -73,7 +73,7 @@ def test_too_long_a_message_is_refused_unread(pair: Pair) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_garbage_is_no_message(garbage: bytes) -> None:
+def test_garbage_is_refused(garbage: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(len(garbage).to_bytes(4, "big") + garbage)
@@ -82,7 +82,7 @@ def test_garbage_is_no_message(garbage: bytes) -> None:
 
 
 @given(st.integers(0, 3), st.integers(-2, 2))
-def test_pieces_make_up_the_state(chunks: int, more: int) -> None:
+def test_chunks_make_up_the_state(chunks: int, more: int) -> None:
     state = bytes(max(0, chunks * wire.STATE_CHUNK + more))
     pieces = wire.pieces(state)
     assert b"".join(data for data, _ in pieces) == state
@@ -96,6 +96,6 @@ def test_refusals_keep_their_class(error: WorkloadError) -> None:
         wire.raise_refusal(wire.refusal(error))
 
 
-def test_other_errors_become_ones_of_the_workload() -> None:
+def test_other_errors_become_workload_errors() -> None:
     with pytest.raises(WorkloadError, match="ZeroDivisionError: by zero"):
         wire.raise_refusal(wire.refusal(ZeroDivisionError("by zero")))

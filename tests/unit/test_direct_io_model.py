@@ -1,9 +1,9 @@
-"""Direct I/O and write traces as a model of one page, every reachable state of which is examined.
+"""Model of direct I/O under write traces for one page; every reachable state is examined.
 
-A saver goes through its steps; between any two of them a processor writes, and devices pin the page, write to it and
-end. A pin marks the page as written and removes its protection, what the device writes later does neither. `drain` and
-`pause` complete when no I/O is in flight. Looked for: at the end the copy is what memory holds. Orders that are wrong
-must be caught, or the model would prove nothing.
+A saver executes its steps. Between any two steps the processor may write, and devices may pin the page, write to it and
+complete. A pin marks the page as written and removes its protection; later writes by the device do neither. `drain` and
+`pause` complete only when no I/O is in flight. Property: at the end the copy equals the memory. Wrong orders must
+violate it, otherwise the model proves nothing.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from dataclasses import dataclass, replace
 import pytest
 
 REQUESTS = 2
-"""That may begin, at any time, and be in flight at once."""
+"""Maximum number of I/O requests, which may start at any time and overlap."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Of the page, its copy, its trace and its requests."""
+    """State of the page, its copy, its trace and its requests."""
 
     step: int = 0
     memory: int = 0
     copy: int | None = None
     protected: bool = False
     marked: bool = False
-    """The next collection reports the page."""
+    """Whether the next collection reports the page."""
     to_send: bool = False
     flight: tuple[bool, ...] = ()
-    """Requests that have pinned the page: whether the device has written."""
+    """For each request that has pinned the page, whether the device has written."""
     begun: int = 0
     written: bool = False
-    """By the processor, once."""
+    """Whether the processor has written; it writes once."""
     paused: bool = False
     kept: int | None = None
-    """What the sweep of a checkpoint copied."""
+    """Contents copied by the sweep of a checkpoint."""
 
 
 ROUND = ("collect", "drain", "send")
@@ -43,12 +43,12 @@ PAUSE = ("pause", "collect", "send")
 PRECOPY = ("install", "all", "drain", "send", *ROUND, *ROUND, *PAUSE)
 HYBRID = ("install", "all", "drain", "send", *ROUND, "collect", "pause", "collect", "resume there", "send")
 CHAIN = (*PRECOPY, "resume", *ROUND, *ROUND, *PAUSE)
-"""A checkpoint whose trace is on before anything is read, and the next one, which takes the trace up."""
+"""A checkpoint whose trace is installed before any page is read, and the next one, which collects that trace."""
 REGISTERED = ("install", "all", "drain", "send", *ROUND, "pause", "collect", "all", "send")
 
 
 def saver(state: State, name: str) -> State | None:
-    """The state after a step; None where it has to wait."""
+    """Return the state after a step, or None if the step has to wait."""
     after = replace(state, step=state.step + 1)
     match name:
         case "install":
@@ -80,7 +80,7 @@ def saver(state: State, name: str) -> State | None:
 
 
 def workload(state: State, *, registered: bool, requests: int) -> Iterator[State]:
-    """What a processor and devices may do next."""
+    """Yield the states after each possible action of the processor or a device."""
     for number, written in enumerate(state.flight):
         others = state.flight[:number] + state.flight[number + 1 :]
         yield (
@@ -94,13 +94,13 @@ def workload(state: State, *, registered: bool, requests: int) -> Iterator[State
     if not state.written:
         yield replace(trapped, written=True, memory=state.memory + 1)
     if state.begun < requests:
-        # Into a registered buffer: pinned once, before everything, and for good.
+        # A registered buffer is pinned once, before the first step, and permanently.
         pinned = state if registered else trapped
         yield replace(pinned, begun=state.begun + 1, flight=(*state.flight, False))
 
 
 def wrong(order: tuple[str, ...], *, registered: bool = False, requests: int = REQUESTS) -> list[State]:
-    """Ends at which the copy is not what memory holds."""
+    """Return the final states in which the copy differs from the memory."""
     first = State()
     seen, waiting, found = {first}, [first], []
     ended = 0
@@ -127,7 +127,7 @@ def test_no_write_is_lost(order: tuple[str, ...]) -> None:
 
 
 def without_drain(order: tuple[str, ...], number: int) -> tuple[str, ...]:
-    """An order with one drain left out."""
+    """Return an order without one of its drains."""
     places = [place for place, name in enumerate(order) if name == "drain"]
     return order[: places[number]] + order[places[number] + 1 :]
 
@@ -142,22 +142,22 @@ def test_every_drain_of_a_hybrid_migration_is_needed(number: int) -> None:
     assert wrong(without_drain(HYBRID, number))
 
 
-def test_a_drain_before_the_collection_is_too_early() -> None:
+def test_drain_before_the_collection_loses_writes() -> None:
     early = ("drain", "collect", "send")
     assert wrong(("install", "all", "drain", "send", *early, *PAUSE))
 
 
-def test_a_drain_before_the_trace_is_installed_is_too_early() -> None:
+def test_drain_before_the_trace_is_installed_loses_writes() -> None:
     assert wrong(("drain", "install", "all", "send", *PAUSE))
 
 
-def test_a_registered_buffer_is_sent_in_the_pause() -> None:
+def test_registered_buffer_must_be_sent_in_the_pause() -> None:
     assert wrong(REGISTERED, registered=True) == []
     assert wrong(PRECOPY, registered=True)
 
 
-def test_a_page_can_be_pinned_while_a_trap_is_exchanged_for_a_trace() -> None:
-    """So a trace is not left that way where there is direct I/O: a memory range has one registration at a time."""
+def test_exchanging_a_trap_for_a_trace_misses_a_pin() -> None:
+    """Hence not used with direct I/O: a memory range has one registration at a time, so the exchange leaves a gap."""
     trapped = ("install", "pause", "collect", "sweep", "resume")
     exchange = (*trapped, "remove trap", "protect", "compare", *ROUND, *PAUSE)
     assert wrong(exchange, requests=0) == []

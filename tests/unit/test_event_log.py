@@ -1,4 +1,4 @@
-"""Event logs: what stands in them, and what is made of them when they are damaged."""
+"""Event logs: their contents, and how damaged ones are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_log_has_a_header_events_the_result_and_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_has_header_events_result_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log"
     assert main(["lister", "--steps", "2", "--log", str(path), "--output", "json", "seven"]) == 7
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -45,7 +45,7 @@ def test_a_log_has_a_header_events_the_result_and_an_end(tmp_path: Path, capsys:
     assert path.stat().st_mode & 0o77 == 0
 
 
-def test_an_error_is_the_end(tmp_path: Path) -> None:
+def test_error_is_recorded_in_the_end(tmp_path: Path) -> None:
     path = tmp_path / "log"
     assert main(["lister", "--fail", "NoSuchWorkload", "--log", str(path)]) == 11
     log = Log.read(path)
@@ -54,12 +54,12 @@ def test_an_error_is_the_end(tmp_path: Path) -> None:
     assert (log.end.exit_code, log.end.error, log.end.message) == (11, "NoSuchWorkload", "told to fail")
 
 
-def test_a_log_that_cannot_be_opened_is_an_error_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lister", "--log", str(tmp_path / "no" / "such")]) == 2
     assert "--log" in capsys.readouterr().err
 
 
-def test_a_command_outlives_a_log_that_is_full(tmp_path: Path) -> None:
+def test_command_continues_without_a_full_log(tmp_path: Path) -> None:
     words = ["lister", "--steps", "3", "--log", str(tmp_path / "log")]
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (64, -1));"
@@ -70,7 +70,7 @@ def test_a_command_outlives_a_log_that_is_full(tmp_path: Path) -> None:
     assert "cannot write the event log: File too large" in done.stderr
 
 
-def test_secrets_and_command_lines_of_others_are_not_written_down() -> None:
+def test_secrets_and_guest_arguments_are_not_logged() -> None:
     given = {"name": "web", "tls_password": "abc", "psk": None, "command": ["qemu", "-x", "secret"], "run": main}
     assert header("run", given).arguments == {
         "name": "web",
@@ -80,7 +80,7 @@ def test_secrets_and_command_lines_of_others_are_not_written_down() -> None:
     }
 
 
-def test_a_killed_command_leaves_what_it_has_told(tmp_path: Path) -> None:
+def test_killed_command_leaves_all_emitted_events(tmp_path: Path) -> None:
     path = tmp_path / "log"
     options = ["--steps", "3", "--linger", "--log", str(path)]
     command = [sys.executable, "-m", "tests.unit.verbs.command", "lister", *options]
@@ -94,7 +94,7 @@ def test_a_killed_command_leaves_what_it_has_told(tmp_path: Path) -> None:
     assert not log.cut
 
 
-def test_a_last_line_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+def test_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = EventLog(path, header("lister", {}))
     log.event(Step(1))
@@ -124,18 +124,18 @@ def test_a_last_line_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
         '{"at-ms": 0, "type": "log", "schema": 1}\n',
     ],
 )
-def test_what_is_no_log_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_logs_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "log"
     path.write_text(text)
     with pytest.raises(UsageError, match=str(path)):
         Log.read(path)
 
 
-def test_the_page_of_events_is_up_to_date() -> None:
+def test_documentation_of_events_is_up_to_date() -> None:
     assert (ROOT / "docs" / "events.md").read_text() == page.page(), "run `make docs/events.md`"
 
 
-def test_events_have_names_of_their_own_and_leave_ours_alone() -> None:
+def test_event_tags_are_unique_and_reserved_keys_unused() -> None:
     for tag, event in page.events().items():
         assert issubclass(event, Event), tag
         assert not {"at-ms", "type"} & set(event.__struct_encode_fields__), tag

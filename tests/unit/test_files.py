@@ -1,4 +1,4 @@
-"""Files in folders where another user has planted something: nothing planted is followed, opened or written to."""
+"""Files in folders where another user has planted something: it is not followed, opened or written to."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KERNEL_FILES = {
     "workloads/qemu/direct_io.py",
     "workloads/qemu/disks.py",
 }
-"""Files of the package that open nothing but interfaces of the kernel (/proc, /sys, unnamed files, pidfds)."""
+"""Modules that open only kernel interfaces (/proc, /sys, unnamed files, pidfds)."""
 OTHERS = {
     "cli/main.py": "/dev/null",
     "pager/process.py": "a descriptor",
@@ -64,14 +64,14 @@ OTHERS = {
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command, with a deadline: a FIFO must not make it hang."""
+    """Run the command with a deadline, since opening a FIFO could block."""
     command = [sys.executable, "-I", "-m", "pageferry", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE)
 
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A file that no command has any business with."""
+    """Return a file that no command may open."""
     path = tmp_path / "secret"
     path.write_bytes(SECRET)
     return path
@@ -82,7 +82,7 @@ def secret(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("verb", ["info", "verify"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket"])
-def test_image_that_is_no_file_is_refused_by_name(tmp_path: Path, kind: str, verb: str) -> None:
+def test_image_that_is_not_a_file_is_refused(tmp_path: Path, kind: str, verb: str) -> None:
     path = _special(tmp_path / "image", kind)
     done = run("image", verb, str(path), cwd=tmp_path)
     assert done.returncode == ImageError.exit_code
@@ -97,7 +97,7 @@ def test_arena_from_fifo_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_parent_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+def test_parent_that_is_not_a_file_is_refused(tmp_path: Path, kind: str) -> None:
     child = _child_of(tmp_path, tmp_path / "base")
     (tmp_path / "base").unlink()
     _special(tmp_path / "base", kind)
@@ -106,7 +106,7 @@ def test_parent_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
     assert "not a regular file" in done.stderr
 
 
-def test_parent_in_another_folder_is_not_opened_and_nothing_of_it_is_shown(tmp_path: Path, secret: Path) -> None:
+def test_parent_in_another_folder_is_neither_opened_nor_shown(tmp_path: Path, secret: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     child = _child_of(elsewhere, tmp_path / "base")
@@ -122,14 +122,14 @@ def test_parent_in_another_folder_is_not_opened_and_nothing_of_it_is_shown(tmp_p
         assert part not in str(refused.value)
 
 
-def test_file_that_is_no_image_is_not_quoted(secret: Path) -> None:
+def test_contents_of_invalid_image_are_not_shown(secret: Path) -> None:
     with pytest.raises(ImageError) as refused:
         ImageFile(secret)
     assert "$6$" not in str(refused.value)
     assert "72, 6f" not in str(refused.value)
 
 
-def test_parent_beside_by_link_of_the_user_is_opened(tmp_path: Path) -> None:
+def test_parent_by_link_of_the_user_is_opened(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     child = _child_of(elsewhere, tmp_path / "base")
@@ -137,7 +137,7 @@ def test_parent_beside_by_link_of_the_user_is_opened(tmp_path: Path) -> None:
     assert len(ImageFile(child).links) == 2
 
 
-def test_parent_beside_by_link_of_another_user_is_refused(tmp_path: Path, root: None) -> None:
+def test_parent_by_link_of_another_user_is_refused(tmp_path: Path, root: None) -> None:
     child = _child_of(tmp_path, tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "real")
     (tmp_path / "base").symlink_to("real")
@@ -147,13 +147,13 @@ def test_parent_beside_by_link_of_another_user_is_refused(tmp_path: Path, root: 
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a\0b", "\x1b[2J"])
-def test_parent_of_impossible_name_is_refused(tmp_path: Path, name: str) -> None:
+def test_parent_with_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
     child = _child_of(tmp_path, Path(name), image=Maker(16).write(tmp_path / "base"))
     with pytest.raises(ImageError):
         ImageFile(child)
 
 
-# -- files that are written
+# -- written files
 
 
 def test_working_set_does_not_write_through_a_planted_link(tmp_path: Path, secret: Path) -> None:
@@ -164,7 +164,7 @@ def test_working_set_does_not_write_through_a_planted_link(tmp_path: Path, secre
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_working_set_that_is_no_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+def test_working_set_that_is_not_a_file_is_not_opened(tmp_path: Path, kind: str) -> None:
     path = Maker(64).write(tmp_path / "image")
     _special(tmp_path / "image.ws", kind)
     program = (
@@ -194,11 +194,11 @@ def test_fifo_as_a_log_is_refused(tmp_path: Path, name: str) -> None:
     assert "FIFO" in done.stderr
 
 
-def test_log_in_place_of_a_readable_file_is_private(tmp_path: Path) -> None:
+def test_log_that_replaces_a_readable_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("old")
     path.chmod(0o644)
-    with open(path) as reader:  # opened while it could be read by every user
+    with open(path) as reader:  # opened while every user could read it
         assert main(["list", "--log", str(path)]) == 0
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.read_text().startswith('{"at-ms"')
@@ -216,14 +216,14 @@ def test_log_does_not_write_through_a_planted_link(tmp_path: Path, secret: Path,
     assert secret.read_bytes() == SECRET
 
 
-def test_log_in_place_of_the_file_of_another_user_is_refused(tmp_path: Path, root: None) -> None:
+def test_log_in_place_of_another_users_file_is_refused(tmp_path: Path, root: None) -> None:
     (tmp_path / "log").write_text("theirs")
     os.chown(tmp_path / "log", 65534, 65534)
     assert main(["list", "--log", str(tmp_path / "log")]) == UsageError.exit_code
     assert (tmp_path / "log").read_text() == "theirs"
 
 
-# -- the run directory
+# -- run directory
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
@@ -258,11 +258,11 @@ def test_record_replaces_a_planted_link(tmp_path: Path, secret: Path) -> None:
     assert secret.read_bytes() == SECRET
 
 
-# -- all places
+# -- all modules
 
 
 def test_every_file_is_opened_by_one_module() -> None:
-    """A file of the package that opens files by itself is listed above, with what it opens."""
+    """A module that opens files itself must be listed above."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
@@ -295,7 +295,7 @@ def _special(path: Path, kind: str) -> Path:
 
 
 def _child_of(folder: Path, parent: Path, image: Path | None = None) -> Path:
-    """An image that builds on `parent`, which is written unless `image` is given in its place."""
+    """Return an image built on `parent`, which is written unless `image` is given instead."""
     made: Any = Maker(16)
     if image is None:
         made.write(parent)

@@ -1,4 +1,4 @@
-"""Files that become images: whole or not at all, and nothing is left by who died, whatever the file system can do."""
+"""Image files: atomic replacement, and removal of leftovers of crashed writers, with and without O_TMPFILE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ["nameless", "hidden"]
 
 @pytest.fixture(params=NAMES)
 def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder on a file system with O_TMPFILE, and on one that refuses it (NFS and FAT do)."""
+    """Return a folder on a file system with O_TMPFILE, and on one without (such as NFS or FAT)."""
     if request.param == "hidden":
         really = os.open
 
@@ -30,7 +30,7 @@ def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     return tmp_path
 
 
-def test_it_appears_when_it_is_complete(folder: Path) -> None:
+def test_file_appears_when_complete(folder: Path) -> None:
     path = folder / "image"
     for contents in (b"first", b"second"):
         with new_file(path) as descriptor:
@@ -41,7 +41,7 @@ def test_it_appears_when_it_is_complete(folder: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_it_does_not_appear_when_it_fails(folder: Path) -> None:
+def test_failed_file_does_not_appear(folder: Path) -> None:
     def fail() -> None:
         with new_file(folder / "image"):
             raise RuntimeError("on the way")
@@ -51,7 +51,7 @@ def test_it_does_not_appear_when_it_fails(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
-def test_what_a_dead_writer_left_is_removed(folder: Path) -> None:
+def test_leftovers_of_crashed_writers_are_removed(folder: Path) -> None:
     (folder / ".image.01234567").touch()
     for other in (".image.0123456", ".image.0123456789", ".other.01234567", "image.01234567", ".imagex01234567"):
         (folder / other).touch()
@@ -60,7 +60,7 @@ def test_what_a_dead_writer_left_is_removed(folder: Path) -> None:
     assert len(os.listdir(folder)) == 6
 
 
-def test_what_a_living_writer_is_at_stays(folder: Path) -> None:
+def test_file_of_a_running_writer_is_kept(folder: Path) -> None:
     with open(folder / ".image.01234567", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with new_file(folder / "image"):
@@ -68,7 +68,7 @@ def test_what_a_living_writer_is_at_stays(folder: Path) -> None:
         assert sorted(os.listdir(folder)) == [".image.01234567", "image"]
 
 
-def test_two_at_once(folder: Path) -> None:
+def test_concurrent_writers_replace_each_other(folder: Path) -> None:
     with new_file(folder / "image") as first:
         with new_file(folder / "image") as second:
             os.write(second, b"second")

@@ -1,4 +1,4 @@
-"""Choice of samples, estimates from them, the policy, and how it all looks."""
+"""Choice of samples, estimates from them, the policy, and the human-readable result."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def pages(count: int, kind: Kind = "shared") -> list[LargePage]:
 def test_large_pages_of_an_area() -> None:
     assert list(area(3).large_pages()) == [0, LARGE_PAGE, 2 * LARGE_PAGE]
     assert list(area(3, address=4096, offset=4096).large_pages()) == [LARGE_PAGE, 2 * LARGE_PAGE]
-    assert list(area(3, address=4096).large_pages()) == [], "large pages of the file lie across"
+    assert list(area(3, address=4096).large_pages()) == [], "no huge page of the file is aligned in memory"
     assert list(area(3, "anon", address=4096, region=None).large_pages()) == [LARGE_PAGE, 2 * LARGE_PAGE]
 
 
-def test_every_page_has_its_turn_once() -> None:
+def test_every_page_is_sampled_once() -> None:
     sampling, candidates = Sampling(0.3, None, seed=1), pages(10)
     rounds = []
     while chosen := sampling.choose(candidates, 0.2):
@@ -55,11 +55,11 @@ def test_every_page_has_its_turn_once() -> None:
 def test_samples_shrink_to_the_budget() -> None:
     sampling, candidates = Sampling(1.0, 0.01, seed=1), pages(1000)
     first = sampling.choose(candidates, 0.2)
-    assert len(first) == 50, "2 ms at a guess of 40 us"
+    assert len(first) == 50, "2 ms at an assumed 40 us per page"
     sampling.account(first, 50 * 200e-6)
     assert len(sampling.choose(candidates, 0.2)) == 10
     sampling.account(sampling.choose(candidates, 0.2), 1.0)
-    assert len(sampling.choose(candidates, 0.2)) == 1, "never none: it would not end"
+    assert len(sampling.choose(candidates, 0.2)) == 1, "at least one, or sampling would not end"
 
 
 @given(st.integers(1, 40), st.integers(0, 1000))
@@ -74,7 +74,7 @@ def test_no_two_private_pages_of_a_round_are_adjacent(count: int, seed: int) -> 
 
 
 @given(COUNTS, st.integers(0, 1000))
-def test_estimates_hold_what_was_seen(counts: list[int], unseen: int) -> None:
+def test_estimates_are_consistent_with_the_samples(counts: list[int], unseen: int) -> None:
     found = estimate(counts, len(counts) + unseen)
     assert 0 <= found.low <= found.mean <= found.high <= 512
     assert found.idle_low <= found.idle <= found.idle_high
@@ -83,7 +83,7 @@ def test_estimates_hold_what_was_seen(counts: list[int], unseen: int) -> None:
         assert found.idle == sum(512 - count for count in counts) * 4096
 
 
-def test_intervals_hold_the_truth_most_of_the_time() -> None:
+def test_confidence_intervals_contain_the_true_mean() -> None:
     randomly = random.Random(4)
     population = [randomly.choice((0, 0, 0, 5, 512)) for _ in range(1000)]
     truth = sum(population) / len(population)
@@ -94,7 +94,7 @@ def test_intervals_hold_the_truth_most_of_the_time() -> None:
     assert hits >= 360
 
 
-def test_samples_that_are_all_alike_leave_room() -> None:
+def test_identical_samples_have_a_nonzero_interval() -> None:
     found = estimate([0] * 10, 1000)
     assert found.mean == found.low == 0
     assert 100 < found.high < 160
@@ -103,7 +103,7 @@ def test_samples_that_are_all_alike_leave_room() -> None:
     assert estimate([], 0).idle_high == 0
 
 
-def test_the_policy() -> None:
+def test_policy_decides_by_activity_sharing_and_free_memory() -> None:
     policy = Threshold(activity=64)
     assert [policy.decide(Facts(activity=count)) for count in (0, 64, 65, 255, 256, 512)] == [
         *["break"] * 2,
@@ -118,12 +118,12 @@ def test_the_policy() -> None:
 @pytest.mark.parametrize(
     "options", [{"sample": 0.0}, {"sample": 1.5}, {"window": 0.0}, {"window": 61}, {"rounds": 0}, {"budget": 2.0}]
 )
-def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Options(**options)
 
 
-def test_how_it_looks() -> None:
+def test_result_is_shown_as_text() -> None:
     common: dict[str, Any] = {"pid": 1, "region": "ram0", "kind": "shared"}
     samples = [
         Sample(address=0x200000, activity=8, touched=f"{0xFF:0128x}", decision="break", **common),

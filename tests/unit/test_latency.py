@@ -1,4 +1,4 @@
-"""Percentiles of histograms against those of the values themselves."""
+"""Percentiles of histograms, compared with those of the values."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def binned(values: list[int]) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 1 << 30), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
-def test_a_percentile_is_at_least_the_true_one_and_less_than_twice_as_much(values: list[int], part: float) -> None:
+def test_percentile_is_within_a_factor_of_two_above_the_true_one(values: list[int], part: float) -> None:
     true = sorted(values)[math.ceil(part * len(values)) - 1]
     found = percentile(binned(values), part, max(values))
     assert true <= found <= max(2 * true, 1)
 
 
-def test_nothing_took_no_time() -> None:
+def test_percentile_of_no_values_is_zero() -> None:
     empty = Latency.of([0] * 32, 0.0)
     assert (empty.bins, empty.p50_us, empty.p99_us, empty.longest_us) == ([], 0.0, 0.0, 0.0)
 

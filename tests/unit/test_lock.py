@@ -1,4 +1,4 @@
-"""The lock of development and CI: every requirement, for every supported Python, with hashes; and upper bounds."""
+"""Lock files of development and CI: every requirement, for every supported Python, with hashes; and upper bounds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def declared() -> list[Requirement]:
 
 
 def locked(python: str) -> dict[str, Requirement]:
-    """What pip installs with that Python on Linux, by name."""
+    """Return the packages, by name, that pip installs with that Python on Linux."""
     environment: dict[str, Any] = {
         "python_version": python,
         "python_full_version": f"{python}.9",
@@ -57,7 +57,7 @@ def test_every_requirement_is_locked_within_its_range(python: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_every_locked_package_has_hashes_and_no_host(name: str) -> None:
+def test_locked_packages_have_hashes_and_no_host(name: str) -> None:
     text = (ROOT / name).read_text()
     packages = re.split(r"\n(?=[a-z])", text)[1:]
     assert packages
@@ -73,7 +73,7 @@ def test_every_range_has_an_upper_bound(requirement: Requirement) -> None:
     assert operators & {"<", "<=", "==", "~="}
 
 
-def test_make_installs_what_is_locked() -> None:
+def test_make_installs_from_the_lock() -> None:
     makefile = (ROOT / "Makefile").read_text()
     installs = re.findall(r"pip install .*", makefile)
     assert installs

@@ -1,4 +1,4 @@
-"""Man pages and completions are as the parser would have them."""
+"""Man pages and completions match the parser."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="each Python words its usage lines in its own way")
-def test_manual_is_that_of_the_parser() -> None:
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="usage lines differ between Python versions")
+def test_manual_matches_the_parser() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/manual.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""Metrics: values from events, what a scrape says, and that the documentation lists them all."""
+"""Metrics: values from events, the scraped text, and completeness of the documentation."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def scraped(url: str) -> dict[str, float]:
 
 
 def told(path: Path) -> Metrics:
-    """Metrics that have been told a whole log."""
+    """Return metrics after all events of a log."""
     kinds, sink = events.events(), Metrics("verb", "web")
     for line in Log.read(path).lines:
         sink.event(line.to(kinds[line.tag]))
     return sink
 
 
-def test_every_metric_has_a_value_after_the_events_that_tell_it(tmp_path: Path) -> None:
+def test_every_metric_is_set_by_its_events(tmp_path: Path) -> None:
     values: dict[str, float] = {}
     for name, make in MAKERS.items():
         make(tmp_path / name)
         values |= told(tmp_path / name).values
     missing = {metric.name for metric in METRICS} - set(values)
-    assert missing == {"pageferry_sharing_freed_bytes"}, "nothing was applied"
+    assert missing == {"pageferry_sharing_freed_bytes"}, "no sharing was applied"
     assert values["pageferry_migration_sent_bytes"] == (400 + 80 + 19 + 3) << 20
     assert values["pageferry_migration_downtime_seconds"] == pytest.approx(0.0214)
     assert values["pageferry_checkpoint_saved_bytes"] == 179200 * 4096
@@ -57,7 +57,7 @@ def test_events_and_fields_of_metrics_exist() -> None:
             assert metric.field.split(".")[0] in kinds[tag].__struct_fields__, metric.name
 
 
-def test_a_scrape_says_what_was_told() -> None:
+def test_scrape_returns_current_values() -> None:
     sink = Metrics("checkpoint", "web")
     server = MetricsServer(sink, "127.0.0.1", 0)
     try:
@@ -76,18 +76,18 @@ def test_a_scrape_says_what_was_told() -> None:
 @pytest.mark.parametrize(
     "text", ["9400", "web:9400", "127.0.0.1:x", "127.0.0.1:99999", "10.0.0.1:9400", "0.0.0.0:9400"]
 )
-def test_where_metrics_may_not_be(text: str) -> None:
+def test_invalid_or_insecure_addresses_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--metrics"):
         address(text, insecure=False)
 
 
-def test_where_metrics_may_be() -> None:
+def test_valid_addresses_are_accepted() -> None:
     assert address("localhost:9400", insecure=False) == ("127.0.0.1", 9400)
     assert address("[::1]:0", insecure=False) == ("::1", 0)
     assert address("0.0.0.0:9400", insecure=True) == ("0.0.0.0", 9400)
 
 
-def test_a_port_that_is_taken_is_an_error_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     server = MetricsServer(Metrics("lister", ""), "127.0.0.1", 0)
     try:
         port = server.url.rpartition(":")[2].removesuffix("/metrics")
@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_is_an_error_of_usage(capsys: pytest.CaptureFixture
         server.close()
 
 
-def test_a_command_without_metrics_does_not_import_the_client() -> None:
+def test_command_without_metrics_does_not_import_the_client() -> None:
     code = (
         "import sys; from pageferry.cli.main import main; main(['checkpoint', 'pid:x', 'y']);"
         "sys.exit('prometheus_client' in sys.modules)"
@@ -105,5 +105,5 @@ def test_a_command_without_metrics_does_not_import_the_client() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
-def test_the_page_of_metrics_is_up_to_date() -> None:
+def test_documentation_of_metrics_is_up_to_date() -> None:
     assert (ROOT / "docs" / "metrics.md").read_text() == metrics.page(), "run `make docs/metrics.md`"

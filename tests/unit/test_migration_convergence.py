@@ -1,4 +1,4 @@
-"""When copying stops: on made-up rounds, without any memory."""
+"""Convergence policy: decisions after simulated rounds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MIB = 1 << 20
 
 
 def decisions(policy: Convergence, remaining: list[int], bandwidth: int = 100 * MIB) -> list[Decision]:
-    """What it says to rounds of a second each, of which each leaves so much."""
+    """Return the decisions after rounds of one second each, with these remaining bytes."""
     return [policy.after_round(bandwidth, 1.0, left) for left in remaining]
 
 
-def test_it_switches_over_once_the_rest_fits_the_downtime() -> None:
+def test_switches_over_once_remaining_pages_fit_the_downtime() -> None:
     policy = Convergence(max_downtime=0.3, max_rounds=30)
     assert decisions(policy, [60 * MIB, 31 * MIB, 30 * MIB]) == [
         Decision.CONTINUE,
@@ -25,7 +25,7 @@ def test_it_switches_over_once_the_rest_fits_the_downtime() -> None:
     ]
 
 
-def test_nothing_left_is_always_little_enough() -> None:
+def test_zero_remaining_pages_always_converge() -> None:
     policy = Convergence(max_downtime=0.0, max_rounds=1)
     assert policy.after_round(0, 0.0, 0) is Decision.SWITCH_OVER
     assert policy.expected_downtime(0) == 0.0
@@ -36,7 +36,7 @@ def test_rounds_without_progress_are_a_stall() -> None:
     assert decisions(policy, [50 * MIB] * (STALL_ROUNDS + 1)) == [Decision.CONTINUE] * STALL_ROUNDS + [Decision.STALLED]
 
 
-def test_progress_now_and_then_is_no_stall() -> None:
+def test_occasional_progress_is_not_a_stall() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30)
     left, rounds = 100.0 * MIB, []
     for _ in range(5):
@@ -45,12 +45,12 @@ def test_progress_now_and_then_is_no_stall() -> None:
     assert set(decisions(policy, rounds)) == {Decision.CONTINUE}
 
 
-def test_the_number_of_rounds_is_bounded() -> None:
+def test_number_of_rounds_is_bounded() -> None:
     policy = Convergence(max_downtime=0.001, max_rounds=3)
     assert decisions(policy, [90 * MIB, 60 * MIB, 30 * MIB]) == [Decision.CONTINUE, Decision.CONTINUE, Decision.STALLED]
 
 
-def test_a_workload_is_slowed_down_step_by_step_before_it_is_a_stall() -> None:
+def test_workload_is_throttled_in_steps_before_a_stall() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30, throttles=2)
     assert decisions(policy, [50 * MIB] * (3 + STALL_ROUNDS)) == [
         Decision.CONTINUE,
@@ -61,13 +61,13 @@ def test_a_workload_is_slowed_down_step_by_step_before_it_is_a_stall() -> None:
     ]
 
 
-def test_a_workload_whose_rounds_get_further_is_not_slowed_down() -> None:
+def test_converging_workload_is_not_throttled() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30, throttles=2)
     assert decisions(policy, [50 * MIB, 40 * MIB, 30 * MIB, 9 * MIB])[-2:] == [Decision.CONTINUE, Decision.SWITCH_OVER]
     assert policy.throttles == 2
 
 
-def test_bandwidth_is_smoothed_and_starts_with_the_first_round_that_sent_anything() -> None:
+def test_bandwidth_is_smoothed_from_the_first_round_with_data() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30)
     policy.after_round(0, 0.001, 50 * MIB)
     assert policy.expected_downtime(MIB) == float("inf")
@@ -77,31 +77,29 @@ def test_bandwidth_is_smoothed_and_starts_with_the_first_round_that_sent_anythin
     assert 50 * MIB < policy.bandwidth < 100 * MIB
 
 
-def test_a_budget_is_kept_whatever_is_modified() -> None:
+def test_budget_bounds_the_transfer_at_any_dirty_rate() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30, budget=2.0)
     assert decisions(policy, [51 * MIB]) == [Decision.STALLED]
     policy = Convergence(max_downtime=0.1, max_rounds=30, budget=2.0)
     assert policy.after_round(100 * MIB, 1.0, 40 * MIB) is Decision.CONTINUE
     assert policy.after_round(40 * MIB, 0.4, 30 * MIB) is Decision.CONTINUE
     assert policy.after_round(30 * MIB, 0.3, 20 * MIB) is Decision.STALLED
-    # What was sent and the rest: less than twice the memory.
+    # Sent bytes and remaining bytes stay below twice the memory.
     assert policy.covered + 20 * MIB <= 200 * MIB
 
 
-def test_a_first_round_that_will_be_a_stall_is_known_before_its_end() -> None:
+def test_stall_is_predicted_during_the_first_round() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30, budget=1.8)
     assert not policy.is_hopeless(100 * MIB, 50 * MIB, 0.5, 40 * MIB)
     assert policy.is_hopeless(100 * MIB, 50 * MIB, 0.5, 41 * MIB)
-    # It would fit into the pause, at the speed that there is.
+    # The remaining pages fit the downtime at the current bandwidth.
     assert not policy.is_hopeless(100 * MIB, 50 * MIB, 0.1, 41 * MIB)
     assert not Convergence(max_downtime=0.1, max_rounds=30).is_hopeless(100 * MIB, 90 * MIB, 0.9, 90 * MIB)
 
 
 @pytest.mark.parametrize("max_downtime", [0.0, 0.3, 10.0])
 @given(rounds=st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e4), st.integers(0, 1 << 40)), max_size=60))
-def test_it_always_comes_to_an_end_and_keeps_its_promise(
-    max_downtime: float, rounds: list[tuple[int, float, int]]
-) -> None:
+def test_policy_terminates_and_respects_max_downtime(max_downtime: float, rounds: list[tuple[int, float, int]]) -> None:
     policy = Convergence(max_downtime=max_downtime, max_rounds=20)
     for number, (covered, seconds, remaining) in enumerate(rounds, 1):
         decision = policy.after_round(covered, seconds, remaining)

@@ -1,4 +1,4 @@
-"""Decisions of a destination: the first one holds, whoever writes it, and is kept as long as somebody may ask."""
+"""Decisions of a destination: the first one is final for all processes, and kept while it may be requested."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pageferry.migration.ownership import KEPT, Verdict, Verdicts
 MIGRATION = "0123456789abcdef" * 2
 
 
-def test_the_first_decision_holds(tmp_path: Path) -> None:
+def test_first_decision_is_final(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path)
     verdicts.begin(MIGRATION)
     assert verdicts.decide(MIGRATION, Verdict.COMMITTED) is Verdict.COMMITTED
     assert verdicts.decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
-    # Another process that looks later finds the same.
+    # Another process gets the same decision later.
     assert Verdicts(tmp_path).decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
 
 
-def test_only_what_was_begun_is_known(tmp_path: Path) -> None:
+def test_only_begun_migrations_are_known(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path / "not" / "there")
     assert not verdicts.knows(MIGRATION)
     verdicts.begin(MIGRATION)
@@ -31,8 +31,8 @@ def test_only_what_was_begun_is_known(tmp_path: Path) -> None:
     assert not verdicts.knows("f" * 32)
 
 
-def test_of_many_who_decide_at_once_all_hear_the_same(tmp_path: Path) -> None:
-    """In processes of their own, as two receivers of a host are."""
+def test_concurrent_processes_get_the_same_decision(tmp_path: Path) -> None:
+    """In separate processes, as two receivers of a host are."""
     rounds = [f"{number:032x}" for number in range(20)]
     for migration in rounds:
         Verdicts(tmp_path).begin(migration)
@@ -54,14 +54,14 @@ def test_of_many_who_decide_at_once_all_hear_the_same(tmp_path: Path) -> None:
     assert len(answers.pop()) == len(rounds)
 
 
-def test_of_many_threads_too(tmp_path: Path) -> None:
+def test_concurrent_threads_get_the_same_decision(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path)
     verdicts.begin(MIGRATION)
     with ThreadPoolExecutor(4) as threads:
         assert len(set(threads.map(lambda v: verdicts.decide(MIGRATION, v), list(Verdict) * 8))) == 1
 
 
-def test_nothing_is_left_of_a_migration_that_is_settled(tmp_path: Path) -> None:
+def test_forgotten_migration_leaves_no_files(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path)
     verdicts.begin(MIGRATION)
     verdicts.decide(MIGRATION, Verdict.COMMITTED)
@@ -71,7 +71,7 @@ def test_nothing_is_left_of_a_migration_that_is_settled(tmp_path: Path) -> None:
     assert list((tmp_path / ".verdicts").iterdir()) == []
 
 
-def test_arrival_is_noted_apart_from_the_decision_and_goes_with_it(tmp_path: Path) -> None:
+def test_arrival_is_recorded_separately_and_removed_with_the_decision(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path)
     verdicts.begin(MIGRATION)
     verdicts.decide(MIGRATION, Verdict.COMMITTED)
@@ -85,7 +85,7 @@ def test_arrival_is_noted_apart_from_the_decision_and_goes_with_it(tmp_path: Pat
     assert list((tmp_path / ".verdicts").iterdir()) == []
 
 
-def test_decisions_that_nobody_asked_for_go_after_a_while(tmp_path: Path) -> None:
+def test_unrequested_decisions_expire(tmp_path: Path) -> None:
     verdicts = Verdicts(tmp_path)
     for number in range(3):
         verdicts.begin(f"{number:032x}")
@@ -99,7 +99,7 @@ def test_decisions_that_nobody_asked_for_go_after_a_while(tmp_path: Path) -> Non
     assert left == {f"{0:032x}", f"{2:032x}", MIGRATION}
 
 
-def test_what_cannot_be_written_is_not_decided(tmp_path: Path) -> None:
+def test_decision_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / ".verdicts").write_text("in the way")
     with pytest.raises(WorkloadError, match="cannot be written"):
         Verdicts(tmp_path).begin(MIGRATION)

@@ -1,4 +1,4 @@
-"""Telling a hybrid migration to switch over: heard by the one that is under way, an error where there is none."""
+"""Requests that a hybrid migration switch over: received by the running one, an error without one."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def folder(tmp_path: Path) -> Folder:
     return Registry(tmp_path).claim("web")
 
 
-def test_a_request_is_heard_while_somebody_listens(folder: Folder) -> None:
+def test_request_is_received_by_the_running_migration(folder: Folder) -> None:
     with switchover_request.listening(folder):
         assert not switchover_request.requested(folder)
         switchover_request.request(folder)
         assert switchover_request.requested(folder)
     assert not switchover_request.requested(folder)
-    # One that was heard does not hold for the next migration.
+    # A received request does not apply to the next migration.
     with switchover_request.listening(folder):
         assert not switchover_request.requested(folder)
 
 
-def test_nobody_listens(folder: Folder) -> None:
+def test_request_without_a_migration_is_an_error(folder: Folder) -> None:
     with pytest.raises(UsageError, match="hybrid"):
         switchover_request.request(folder)
 
 
-def test_one_that_was_killed_does_not_listen(folder: Folder) -> None:
+def test_request_to_a_killed_migration_is_an_error(folder: Folder) -> None:
     started = proc.start_time(os.getpid())
     assert started is not None
     folder.store(RECORD, Switch(pid=os.getpid(), started=started + 1))

@@ -1,4 +1,4 @@
-"""How a migration looks to a person."""
+"""Human-readable output of a migration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ faults in the first second  7 minor, 0 major
 
 
 def shown(view: MigrationView, *told: Event, result: Event | None = None) -> tuple[str, str]:
-    """What appears as data and as progress, where there is no terminal."""
+    """Return the output on stdout and stderr without a terminal."""
     data, progress = (Console(file=io.StringIO(), width=200, color_system=None) for _ in range(2))
     with HumanReporter(view, data, progress) as reporter:
         for event in told:
@@ -70,7 +70,7 @@ def stripped(text: str) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
-def test_a_migration_in_a_log_is_a_line_per_round_and_a_table() -> None:
+def test_output_without_a_terminal_is_a_line_per_round_and_a_table() -> None:
     data, progress = shown(MigrationView(), SETUP, PROGRESS, ROUND, PROGRESS, result=RESULT)
     assert progress == (
         "to [::1]:7070: 300 MiB of 512 MiB present, 150 huge pages, write traces installed in 1.5 ms\n"
@@ -79,7 +79,7 @@ def test_a_migration_in_a_log_is_a_line_per_round_and_a_table() -> None:
     assert stripped(data) == TABLE
 
 
-def test_post_copy_has_a_line_when_something_happens_and_a_row_in_the_table() -> None:
+def test_postcopy_has_a_line_per_status_change_and_a_table_row() -> None:
     def event(status: events.PostcopyStatus) -> events.PostcopyEvent:
         return events.PostcopyEvent(status=status, remaining=10 << 20, postcopy_requests=1234, mbps=8.0)
 
@@ -102,13 +102,13 @@ def test_post_copy_has_a_line_when_something_happens_and_a_row_in_the_table() ->
 
 
 @pytest.mark.parametrize(("intact", "words"), [(True, "no lost writes"), (False, "WRITES LOST")])
-def test_the_demo_says_whether_anything_was_lost(intact: bool, words: str) -> None:
+def test_demo_reports_lost_writes(intact: bool, words: str) -> None:
     fields = {name: getattr(RESULT, name) for name in RESULT.__struct_fields__}
     data, _ = shown(DemoView(), result=DemoResult(**fields, intact=intact, writes=150000, checked=130813))
     assert stripped(data) == TABLE + f"{words}: 150,000 writes, 130,813 pages verified\n"
 
 
-def test_a_terminal_shows_the_rounds_and_a_bar_for_the_one_under_way() -> None:
+def test_terminal_shows_rounds_and_a_progress_bar() -> None:
     view = MigrationView()
     console = Console(file=io.StringIO(), width=100, color_system=None)
     for event in (SETUP, ROUND, PROGRESS):
@@ -120,7 +120,7 @@ def test_a_terminal_shows_the_rounds_and_a_bar_for_the_one_under_way() -> None:
     assert lines[2].startswith("round 2 ━━━━")
     assert lines[2].rstrip().endswith("100 MiB/s")
     assert len(lines) == 3
-    # Between rounds there is no bar, and no empty line for one.
+    # Between rounds there is no bar, and no empty line instead.
     content = view.live(ROUND)
     console = Console(file=io.StringIO(), width=100, color_system=None)
     assert content is not None

@@ -1,16 +1,17 @@
-"""The ownership protocol as a model, every reachable state of which is looked at.
+"""Model of the ownership protocol; every reachable state is examined.
 
-It has both agents step by step as `migration.source` and `migration.destination` do them, what they have written down,
-the messages under way, and all that can happen: an agent is killed between any two steps, fails by itself, or the link
-is cut with any part of what was under way lost; and the source asks (`--recover`) as soon as it is in doubt, however
-slow the destination still is. `--take-back` is left out: it is for an operator who knows better than the protocol.
+The model contains both agents with the steps of `migration.source` and `migration.destination`, their persistent
+records, the messages in transit, and all failures: an agent is killed between any two steps, fails by itself, or the
+link is cut and any suffix of the messages in transit is lost. The source runs `--recover` whenever the outcome is
+unknown, at any state of the destination. `--take-back` is left out: there an operator overrides the protocol.
 
-In post-copy the workload runs at the destination before its pages are there. The source serves them, and `--recover`
-has it serve on after anything has died; at the destination another agent can take over (`receive --resume`).
+In post-copy the workload runs at the destination before its pages are present. The source serves the pages, and
+`--recover` continues to serve them after any crash; at the destination another agent can take over (`receive
+--resume`).
 
-Looked for: never two that run the workload; nobody running it only where somebody can ask; an answer, whenever both
-hosts live; and pages that are kept at the source until the destination has all of them, and get there in the end.
-Variants of the protocol that are wrong must be caught, or the model would prove nothing.
+Properties: at most one process runs the workload; if none runs it, a recovery is possible; recovery ends with an answer
+once both hosts are up; and the source keeps its pages until the destination has all of them, which it gets in the end.
+Wrong variants of the protocol must violate a property, otherwise the model proves nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pytest
 
 
 class Source(Enum):
-    """What the source's agent does next."""
+    """Next step of the source's agent."""
 
     COPY = "copy"
     AWAIT_READY = "await ready"
@@ -40,7 +41,7 @@ class Source(Enum):
 
 
 class Destination(Enum):
-    """What the destination's agent does next."""
+    """Next step of the destination's agent."""
 
     AWAIT_STATE = "await state"
     AWAIT_COMMIT = "await commit"
@@ -65,7 +66,7 @@ GIVING_UP = {Destination.DECIDE_ABORTED, Destination.ABORT}
 
 @dataclass(frozen=True)
 class State:
-    """Everything that matters. Workloads: `runs`, `paused`, `committed`, `gone` (`workloads.lifecycle`)."""
+    """State of the system. Workloads: `runs`, `paused`, `committed`, `gone` (see the workload's lifecycle)."""
 
     source: Source = Source.COPY
     here: str = "runs"
@@ -77,30 +78,30 @@ class State:
     to_source: tuple[str, ...] = ()
     link: bool = True
     settled: bool = False
-    """The destination has forgotten the migration: the source knows."""
+    """Whether the destination has forgotten the migration, as the source knows."""
     withdrawn: bool = False
-    """The destination had decided to run it, but its process died before anybody had told it to run."""
+    """Whether the destination had decided to run it, but its process was killed before the decision was reported."""
     ran_there: bool = False
     postcopy: bool = False
     complete: bool = False
-    """Every page is at the destination."""
+    """Whether the destination has every page."""
     arrived: bool = False
-    """The destination has written that down."""
+    """Whether the destination has recorded that it has every page."""
 
     @property
     def owners(self) -> int:
-        """How many run the workload."""
+        """Number of processes that run the workload."""
         return (self.here == "runs") + (self.there == "runs")
 
     @property
     def died_there(self) -> bool:
-        """The process that ran the workload at the destination, or was to, has been killed after the decision."""
+        """Whether the process of the workload at the destination was killed after the decision."""
         return (self.verdict == "committed" or self.withdrawn) and self.there == "gone"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The protocol, and ways in which it would be wrong."""
+    """The protocol, and the ways in which a variant can be wrong."""
 
     records_first: bool = True
     decides_first: bool = True
@@ -123,7 +124,7 @@ def decide(state: State, wanted: str, rules: Rules) -> State:
 
 
 def source_steps(state: State, rules: Rules) -> Iterator[State]:
-    """What the source's agent can do."""
+    """Yield the states after each possible step of the source's agent."""
     match state.source:
         case Source.COPY:
             yield send(replace(state, source=Source.AWAIT_READY, here="paused"), "state")
@@ -147,7 +148,7 @@ def source_steps(state: State, rules: Rules) -> Iterator[State]:
 
 
 def source_hears(state: State, rules: Rules) -> Iterator[State]:
-    """The next message from the destination, or the end of the link."""
+    """Yield the states after the next message from the destination, or after the end of the link."""
     if state.source in (Source.ENDED, *GIVING_BACK):
         return
     expected = {
@@ -159,14 +160,14 @@ def source_hears(state: State, rules: Rules) -> Iterator[State]:
     if state.source in expected and first == expected[state.source][0]:
         yield replace(state, source=expected[state.source][1], to_source=state.to_source[1:])
     elif first == "abort" and state.source is not Source.DISCARD:
-        # Also after commit: it decides before it says so.
+        # Also after Commit: the source decides before it sends the decision.
         yield replace(state, source=Source.RESUME, to_source=state.to_source[1:])
     elif first is None and not state.link:
         yield from source_fails(state, rules)
 
 
 def source_fails(state: State, rules: Rules) -> Iterator[State]:
-    """It cannot go on, or is cancelled."""
+    """Yield the states after an error or a cancellation at the source."""
     if state.source in GAVE_AWAY:
         if state.source is Source.AWAIT_RUNNING:  # OutcomeUnknown
             after = Source.RESUME if rules.returns_after_commit else Source.ENDED
@@ -178,7 +179,7 @@ def source_fails(state: State, rules: Rules) -> Iterator[State]:
 
 
 def destination_steps(state: State, rules: Rules) -> Iterator[State]:
-    """What the destination's agent can do."""
+    """Yield the states after each possible step of the destination's agent."""
     early, late = (Destination.DECIDE, Destination.RESUME)
     if not rules.decides_first:
         early, late = late, early
@@ -224,17 +225,17 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
 
 
 def after_the_end(state: State) -> set[str]:
-    """What may become of the workload when the destination's agent ends.
+    """Return the possible states of the workload after the destination's agent ends.
 
-    An arena goes with its process; a guest has a guardian from the time it was made to survive, which does what was
-    decided; one that runs, runs on.
+    An arena is killed with its process. A guest that was made to survive has a guardian, which executes the decision. A
+    guest that runs keeps running.
     """
     decided = state.there == "committed" and state.verdict == "committed"
     return {"gone", "runs" if decided or state.there == "runs" else "gone"}
 
 
 def destination_hears(state: State, rules: Rules) -> Iterator[State]:
-    """The next message from the source, or the end of the link."""
+    """Yield the states after the next message from the source, or after the end of the link."""
     first = state.to_destination[0] if state.to_destination else None
     rest = replace(state, to_destination=state.to_destination[1:])
     match state.destination, first:
@@ -257,12 +258,12 @@ def destination_hears(state: State, rules: Rules) -> Iterator[State]:
 
 
 def closed(state: State) -> State:
-    """An agent that ends closes its connection: what it has sent still arrives."""
+    """Close the connection of an agent that ends; messages in transit are still delivered."""
     return replace(state, link=False)
 
 
 def send(state: State, message: str) -> State:
-    """Put a message on its way; into nowhere where the link is cut."""
+    """Add a message to those in transit, or drop it if the link is cut."""
     if not state.link:
         return state
     if message in ("state", "commit", "pages", "done") or (message == "abort" and state.source is Source.ENDED):
@@ -271,14 +272,14 @@ def send(state: State, message: str) -> State:
 
 
 def recovery(state: State, rules: Rules) -> Iterator[State]:
-    """`pageferry migrate --recover`, answered by a receiver on the destination's host; answers may get lost before."""
+    """Yield the states after `pageferry migrate --recover`, whose reply may be lost."""
     if state.source is not Source.ENDED or not state.record:
         return
     if state.settled:
         return  # `unknown`
     decided = decide(state, "aborted", rules)
     if decided.verdict == "committed" and state.postcopy and not (state.arrived or rules.discards_on_decision):
-        # Only who has the pager can go on; another receiver says who it must be.
+        # Only the process with the pager can continue; another receiver replies with its identity.
         if state.destination is Destination.AWAIT_PAGES:
             yield replace(decided, source=Source.SERVE, link=True, to_destination=(), to_source=())
     elif decided.verdict == "committed":
@@ -288,7 +289,7 @@ def recovery(state: State, rules: Rules) -> Iterator[State]:
 
 
 def failures(state: State, rules: Rules) -> Iterator[State]:
-    """What can go wrong in a state: killed agents, own failures, a cut link."""
+    """Yield the states after each possible failure: killed agents, errors, a cut link."""
     if state.source is not Source.ENDED:
         here = "runs" if state.here == "paused" else state.here  # `Lifecycle.lost`
         yield from cut(replace(state, source=Source.ENDED, here=here))
@@ -296,7 +297,7 @@ def failures(state: State, rules: Rules) -> Iterator[State]:
     if state.destination is not Destination.ENDED:
         for there in after_the_end(state):
             yield from cut(replace(state, destination=Destination.ENDED, there=there))
-        if state.there in ("committed", "runs"):  # its process is killed, and the agent lives
+        if state.there in ("committed", "runs"):  # the process of the workload is killed, the agent continues
             yield replace(state, there="gone")
         if state.destination not in GIVING_UP:
             yield replace(state, destination=Destination.DECIDE_ABORTED)
@@ -305,7 +306,7 @@ def failures(state: State, rules: Rules) -> Iterator[State]:
 
 
 def cut(state: State) -> Iterator[State]:
-    """The link goes, and any tail of what was under way with it."""
+    """Yield the states after a cut of the link that loses any suffix of the messages in transit."""
     for kept in range(len(state.to_destination) + 1):
         for also in range(len(state.to_source) + 1):
             yield replace(
@@ -314,14 +315,14 @@ def cut(state: State) -> Iterator[State]:
 
 
 def steps(state: State, rules: Rules) -> Iterator[State]:
-    """Everything that happens without a failure."""
+    """Yield the states after each possible step without failures."""
     yield from source_steps(state, rules)
     yield from destination_steps(state, rules)
     yield from recovery(state, rules)
 
 
 def reachable(rules: Rules) -> dict[State, State | None]:
-    """All states that can come about, each with the one before it."""
+    """Return all reachable states, each with a predecessor."""
     found: dict[State, State | None] = {State(): None, State(postcopy=True): None}
     waiting = list(found)
     while waiting:
@@ -334,30 +335,30 @@ def reachable(rules: Rules) -> dict[State, State | None]:
 
 
 def wrong(state: State, rules: Rules) -> str | None:
-    """What is wrong with a state, if anything."""
+    """Return the property that a state violates, or None."""
     if state.owners > 1:
-        return "two run it"
+        return "two processes run it"
     if state.there == "runs" and state.verdict != "committed":
-        return "it runs there undecided"
+        return "it runs at the destination without a decision"
     if state.here == "runs" and state.verdict == "committed":
-        return "it runs here, and was decided to run there"
+        return "it runs at the source although the destination has committed"
     if state.withdrawn and state.ran_there:
-        return "it is given back, and has run there"
+        return "it returns to the source although it has run at the destination"
     if state.here == "gone" and state.verdict == "committed" and not state.complete:
-        return "pages are gone that the destination does not have"
+        return "the source has discarded pages that the destination lacks"
     if state.arrived and not state.complete:
-        return "the destination says that it has what it does not have"
+        return "the destination reports pages that it lacks"
     at_an_end = next(steps(state, rules), None) is None
-    # Killed there after the decision: as any workload whose process is killed.
+    # A workload whose process is killed after the decision is lost, as any other is.
     if at_an_end and state.owners == 0 and not state.died_there:
-        return "nobody runs it, and nobody can ask"
+        return "no process runs it, and no recovery is possible"
     if at_an_end and state.there == "runs" and not state.complete:
-        return "it waits for pages that nobody will send"
+        return "it waits for pages that no process will send"
     return None
 
 
 def history(states: dict[State, State | None], state: State | None) -> str:
-    """How a state came about."""
+    """Return the sequence of states that leads to a state."""
     lines = []
     while state is not None:
         lines.append(str(state))
@@ -365,21 +366,21 @@ def history(states: dict[State, State | None], state: State | None) -> str:
     return "\n".join(reversed(lines))
 
 
-def test_there_is_never_more_than_one_owner_and_never_none_for_good() -> None:
+def test_at_most_one_owner_and_never_permanently_none() -> None:
     states = reachable(Rules())
     assert len(states) > 200
     for state in states:
         problem = wrong(state, Rules())
         assert problem is None, f"{problem}:\n{history(states, state)}"
-    # The states that matter do come about.
+    # The relevant states are reachable.
     assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
     assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
     assert any(state.there == "runs" and not state.complete and not state.link for state in states)
     assert any(state.postcopy and state.settled for state in states)
 
 
-def test_without_further_failures_everything_comes_to_an_end() -> None:
-    """No step leads back, so asking is enough: whatever happened before, there is an answer."""
+def test_protocol_terminates_without_further_failures() -> None:
+    """The steps have no cycle, so repeated recovery always ends with an answer."""
     rules = Rules()
     states = reachable(rules)
     depth: dict[State, int] = {}
@@ -394,17 +395,17 @@ def test_without_further_failures_everything_comes_to_an_end() -> None:
     for state in states:
         measure(state)
     ends = [state for state in states if next(steps(state, rules), None) is None]
-    # In post-copy the source keeps its pages for a workload that has been killed there: nobody says that it is over.
+    # In post-copy the source keeps its pages if the workload was killed at the destination, as no message reports it.
     assert all(not state.record or state.here == "runs" or (state.postcopy and state.died_there) for state in ends)
 
 
-def test_it_goes_from_the_source_only_where_the_destination_has_decided_for_itself() -> None:
+def test_source_discards_only_after_the_destination_has_committed() -> None:
     gone = [state for state in reachable(Rules()) if state.here == "gone"]
     assert all(state.verdict == "committed" or state.withdrawn for state in gone)
 
 
-def test_what_died_before_it_ran_is_given_back() -> None:
-    """Unless somebody has asked in between, and was told that it is the destination's."""
+def test_workload_killed_before_it_ran_returns_to_the_source() -> None:
+    """Unless a recovery ran in between and found that the destination owns it."""
     withdrawn = [state for state in reachable(Rules()) if state.withdrawn]
     assert any(state.here == "runs" for state in withdrawn)
     assert all(state.there == "gone" and not state.ran_there for state in withdrawn)
@@ -427,5 +428,5 @@ def test_what_died_before_it_ran_is_given_back() -> None:
     ],
     ids=lambda rules: next(name for name in Rules.__annotations__ if getattr(rules, name) != getattr(Rules(), name)),
 )
-def test_a_protocol_that_is_wrong_is_caught(broken: Rules) -> None:
+def test_wrong_protocol_violates_a_property(broken: Rules) -> None:
     assert any(wrong(state, broken) for state in reachable(broken))

@@ -1,4 +1,4 @@
-"""Nothing that a peer, a guest, an image or a log contains is interpreted by the terminal, whatever the output."""
+"""Terminal escapes in data of a peer, a guest, an image or a log are neutralised in all output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_clean(text: str) -> None:
 
 @pytest.fixture
 def hostile_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An image that says hostile things about itself."""
+    """Return an image with escapes in its metadata."""
     kind = Metadata
     changes = {"name": HOSTILE, "details": {HOSTILE: HOSTILE}}
     monkeypatch.setattr(images, "Metadata", lambda **fields: kind(**(fields | changes)))
@@ -78,7 +78,7 @@ def test_traceback_is_shown_without_escapes(capsys: pytest.CaptureFixture[str]) 
     assert_clean(shown)
 
 
-def test_lines_of_an_error_do_not_look_like_our_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_multi_line_error_cannot_forge_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["image", "info", "/none/\npageferry: all is well"]) != 0
     assert not any(line.startswith("pageferry: all") for line in capsys.readouterr().err.splitlines())
 
@@ -108,7 +108,7 @@ def test_error_in_python_has_no_escapes() -> None:
     assert_clean(str(UsageError(HOSTILE)))
 
 
-def test_details_of_a_source_that_does_not_fit_have_no_escapes() -> None:
+def test_error_about_incompatible_source_has_no_escapes() -> None:
     machine = Machine("7.2.0", "pc", (1,), (), Cpu("qemu64", "", ""))
     with pytest.raises(WorkloadError, match="owned") as refused:
         machine.check_source({"machine": HOSTILE}, "the source", "web")
@@ -117,7 +117,7 @@ def test_details_of_a_source_that_does_not_fit_have_no_escapes() -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_views_show_records_without_their_escapes(terminal: bool) -> None:
-    """Every view with every record of the package, all of whose texts are hostile."""
+    """Every view with every record of the package, with escapes in all texts."""
     shown: dict[str, int] = {}
     records = [_hostile(kind) for kind in _kinds(Event)]
     views: list[Any] = [PlainView, *_kinds(PlainView)]
@@ -126,22 +126,22 @@ def test_views_show_records_without_their_escapes(terminal: bool) -> None:
             data, progress = (
                 _Console(file=io.StringIO(), width=200, color_system=None, force_terminal=terminal) for _ in range(2)
             )
-            with contextlib.suppress(Exception):  # records that the view is not made for
+            with contextlib.suppress(Exception):  # records that the view does not support
                 made = view([]) if view.__name__ == "RunsView" else view()
                 reporter = HumanReporter(made, data=data, progress=progress)
                 with contextlib.suppress(Exception):
                     reporter.event(record)
                 reporter.final(record)
             text = _text(data) + _text(progress)
-            for character in RAW[1:] if terminal else RAW:  # rich itself moves the cursor with ESC, and CR
+            for character in RAW[1:] if terminal else RAW:  # rich itself moves the cursor with ESC and CR
                 assert character == "\r" or character not in text, (view, record)
             assert "\x1b]0;owned" not in text
             shown[view.__name__] = shown.get(view.__name__, 0) + ("owned" in text)
-    shown.pop("RunsView")  # it has no records: test_reports_have_no_escapes
+    shown.pop("RunsView")  # has no records: see test_reports_have_no_escapes
     assert min(shown.values()) > 0, shown
 
 
-def test_live_display_does_not_take_markup() -> None:
+def test_live_display_does_not_interpret_markup() -> None:
     console = _Console(file=io.StringIO(), width=200, color_system=None, force_terminal=False)
     HumanReporter(PlainView(), data=console, progress=console).final(
         Named(name="[link=http://evil]click[/link]")  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def test_live_display_does_not_take_markup() -> None:
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_reports_have_no_escapes(maker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the terminal, as JSON and as a page, of a log whose every text is hostile but the names of its records."""
+    """In the terminal, as JSON and as HTML, for a log with escapes in every text except the names of records."""
     MAKERS[maker](tmp_path / "log")
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     for line in lines:
@@ -180,7 +180,7 @@ def test_event_log_has_no_escapes_and_the_same_values(tmp_path: Path) -> None:
 
 
 class Named(msgspec.Struct):
-    """A record with a text."""
+    """A record with a text field."""
 
     name: str
 
@@ -200,7 +200,7 @@ def _text(console: Any) -> str:
 
 
 def _kinds(base: type[Any]) -> list[type[Any]]:
-    """All classes of the package that derive from one."""
+    """Return all classes of the package that derive from `base`."""
     for module in pkgutil.walk_packages(pageferry.__path__, "pageferry."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -215,7 +215,7 @@ def _kinds(base: type[Any]) -> list[type[Any]]:
 
 
 def _hostile(kind: type[Any], text: str = HOSTILE) -> Any:
-    """A record whose texts are all hostile."""
+    """Return a record with `text` in all text fields."""
     return _sample(msgspec.inspect.type_info(kind), text)
 
 

@@ -1,4 +1,4 @@
-"""/proc with hostile contents: names of processes and files that hold any byte but NUL."""
+"""/proc with hostile contents: names of processes and files with any byte but NUL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sys.stdin.read()
 
 @contextmanager
 def process(name: bytes = b"plain", path: bytes = b"") -> Iterator[int]:
-    """Pid of a child that has taken a name, and maps a new file shared and writable."""
+    """Start a child that sets its name and maps a new shared, writable file; yield its pid."""
     command: list[str | bytes] = [sys.executable, "-c", PROGRAM, name, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -58,7 +58,7 @@ def test_process_with_hostile_name_is_described_and_blocks_no_search(name: bytes
         workload = ProcessWorkload(pid, "heap")
         workload.close()
         command = workload.identity.details["command"]
-        command.encode()  # can be written as JSON
+        command.encode()  # must be encodable as JSON
         assert str(command) == name.decode("utf-8", "backslashreplace")
 
 
@@ -93,7 +93,7 @@ def test_mapped_file_with_hostile_name_is_found_and_forges_nothing(tmp_path: Pat
         (record,) = [one for one in records if one.mapping == ours[0]]
         assert record.counts["Rss"] == 4096
         assert {"sh", "wr"} <= record.flags
-        # A path after a count, or a count after a path, is not taken for one of the other.
+        # A path after a count, or a count after a path, does not change how either is parsed.
         assert all(one.counts.keys() == records[0].counts.keys() for one in records)
         workload = ProcessWorkload(pid, "heap")
         workload.close()
@@ -102,7 +102,7 @@ def test_mapped_file_with_hostile_name_is_found_and_forges_nothing(tmp_path: Pat
         ]
 
 
-def test_process_named_as_a_kernel_thread_is_not_taken_for_it() -> None:
+def test_process_named_as_a_kernel_thread_is_not_mistaken_for_one() -> None:
     before = sampler._damon_runs.__wrapped__()
     with process(b"kdamond.0"):
         assert sampler._damon_runs.__wrapped__() == before

@@ -1,4 +1,4 @@
-"""What a Python program finds in the package, and that it reads like a manual."""
+"""Public names of the package, and their documentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = (pageferry, large_pages, sharing)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_name_is_there_is_shown_and_says_what_it_is(part: ModuleType) -> None:
+def test_every_public_name_exists_and_is_documented(part: ModuleType) -> None:
     for name in part.__all__:
         assert name in dir(part)
         assert name == "Decision" or inspect.getdoc(getattr(part, name)), name
@@ -36,12 +36,12 @@ def test_other_names_are_refused(part: ModuleType) -> None:
     ("function", "options"),
     [(pageferry.migrate, migration.Options), (pageferry.checkpoint, checkpoints.Options)],
 )
-def test_all_options_are_named(function: object, options: Any) -> None:
+def test_docstrings_name_all_options(function: object, options: Any) -> None:
     text = inspect.getdoc(function) or ""
     assert [field.name for field in dataclasses.fields(options) if field.name not in text] == []
 
 
-def test_nothing_is_imported_before_it_is_asked_for() -> None:
+def test_submodules_are_imported_lazily() -> None:
     program = "import sys, pageferry; pageferry.errors; print(*(name for name in sys.modules if 'migration' in name))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.split() == []

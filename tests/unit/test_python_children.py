@@ -1,4 +1,4 @@
-"""Python children import nothing from the current directory: each is started in a folder that holds planted modules."""
+"""Python children import nothing from the current directory: each starts in a folder with planted modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
 raise ImportError(__name__)
 """
 OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
-"""Files that start programs other than Python: QEMUs."""
+"""Modules that start programs other than Python: QEMU."""
 
 CHILDREN = {
     "pageferry.pager.process": """
@@ -115,7 +115,7 @@ CHILDREN = {
         asyncio.run(listening())
     """,
 }
-"""By module of the child: a program that starts it after `hostile()` has made everything around it hostile."""
+"""By module of the child: a program that starts it after `hostile()` has planted modules everywhere."""
 
 HOSTILE = """
 import os
@@ -128,7 +128,7 @@ def hostile():
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """A folder with planted modules and packages."""
+    """Return a folder with planted modules and packages."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     for name in PLANTED:
@@ -168,12 +168,12 @@ def test_module_command_in_hostile_folder_imports_nothing_planted(hostile: Path,
     assert not ran.exists()
 
 
-def test_child_gets_packages_of_this_process_from_elsewhere(tmp_path: Path) -> None:
-    """As with PYTHONPATH or packages of the user: a child has no site-packages that hold pageferry."""
+def test_child_imports_packages_of_this_process_from_other_paths(tmp_path: Path) -> None:
+    """As with PYTHONPATH or user site-packages: the child's own site-packages do not contain pageferry."""
     root = tmp_path / "elsewhere"
     root.mkdir()
     (root / "pageferry").symlink_to(PACKAGE)
-    (root / "enum.py").write_text(PLANT)  # it must not replace the standard library's
+    (root / "enum.py").write_text(PLANT)  # must not replace that of the standard library
     program = (
         f"import sys; sys.path.append({str(root)!r})\n"
         "import msgspec, pageferry, subprocess\n"
@@ -196,7 +196,7 @@ def test_every_python_child_is_started_by_one_function() -> None:
         name = str(path.relative_to(PACKAGE))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("executable", "_base_executable", "orig_argv"):
-                assert name == "host/python.py", f"{name}:{node.lineno} starts Python by itself"
+                assert name == "host/python.py", f"{name}:{node.lineno} starts Python directly"
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 if called == "start_python" and isinstance(node.args[0], ast.Constant):

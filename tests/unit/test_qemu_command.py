@@ -1,4 +1,4 @@
-"""QEMU command lines: what is understood, what is added, what is refused and how that is said."""
+"""QEMU command lines: parsing, added options, and refusals with their messages."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def ram(*options: str) -> int:
         (("disk.img", "-nographic", "-S", "-m", "1G"), GIB),
     ],
 )
-def test_size_of_memory(options: tuple[str, ...], size: int) -> None:
+def test_memory_size_is_parsed(options: tuple[str, ...], size: int) -> None:
     assert ram(*options) == size
 
 
 @given(st.integers(1, 1 << 20), st.sampled_from("KMGT"))
-def test_sizes_in_units(number: int, unit: str) -> None:
+def test_size_units_are_parsed(number: int, unit: str) -> None:
     expected = number * {"K": 1 << 10, "M": MIB, "G": GIB, "T": 1 << 40}[unit]
     assert parse_size(f"{number}{unit}", "-m") == parse_size(f"{number}{unit.lower()}", "-m") == expected
 
 
-def test_what_is_added() -> None:
+def test_managed_options_are_added() -> None:
     words = parse([QEMU, "-m", "1G", "-machine", "q35,accel=kvm"]).managed(
         ram_path="/proc/self/fd/7", qmp_socket="/run/a,b/qmp.sock", incoming=False
     )
@@ -100,7 +100,7 @@ def test_destination_waits_and_stays_paused() -> None:
         ),
     ],
 )
-def test_shared_memory_of_the_users_own_is_taken_as_it_is(options: tuple[str, ...]) -> None:
+def test_shared_memory_of_the_user_is_used_unchanged(options: tuple[str, ...]) -> None:
     command = parse([QEMU, "-m", "1G", *options])
     assert not command.needs_ram_file
     assert command.warnings == ()
@@ -109,7 +109,7 @@ def test_shared_memory_of_the_users_own_is_taken_as_it_is(options: tuple[str, ..
 
 
 @pytest.mark.parametrize("align", ["", ",align=4k", ",align=0", ",align=3M"])
-def test_memory_of_the_users_own_that_is_not_aligned_warns(align: str) -> None:
+def test_unaligned_memory_of_the_user_causes_a_warning(align: str) -> None:
     backend = SHARED.replace(",align=2M", align)
     (warning,) = parse([QEMU, "-object", backend, "-machine", "memory-backend=mem"]).warnings
     assert "large pages are off for mem" in warning
@@ -169,7 +169,7 @@ def test_memory_of_the_users_own_that_is_not_aligned_warns(align: str) -> None:
         (("-object", SHARED), "id=mem is memory that pageferry would not manage"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(options: tuple[str, ...], named: str) -> None:
+def test_unsupported_options_are_refused_by_name(options: tuple[str, ...], named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         parse([QEMU, *options])
 
@@ -189,7 +189,7 @@ def test_what_cannot_work_is_refused_by_name(options: tuple[str, ...], named: st
         (("-perfmap-of-tomorrow", "-m", "4G"), "-perfmap-of-tomorrow has a value: .* -help does not list it"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: tuple[str, ...], named: str) -> None:
+def test_invalid_options_are_refused(options: tuple[str, ...], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         parse([QEMU, *options])
 
@@ -205,7 +205,7 @@ def test_what_makes_no_sense_is_refused(options: tuple[str, ...], named: str) ->
         ("k=,,,l", {"k": ",", "l": "on"}),
     ],
 )
-def test_properties_of_an_option(value: str, expected: dict[str, str]) -> None:
+def test_option_properties_are_parsed(value: str, expected: dict[str, str]) -> None:
     assert option_syntax.properties(value, "type") == expected
 
 
@@ -216,20 +216,20 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(["device", "object", "netdev", "blockdev"]), st.dictionaries(st.text(max_size=5), JSON))
-def test_any_json_is_understood(option: str, value: dict[str, object]) -> None:
+def test_any_json_is_parsed(option: str, value: dict[str, object]) -> None:
     parse([QEMU, f"-{option}", json.dumps(value), "-m", "1G"])
 
 
 @pytest.mark.parametrize("name", ["qemu_system", "qemu_10", "qemu_11"])
-def test_options_of_the_table_are_as_this_qemu_lists_them(request: pytest.FixtureRequest, name: str) -> None:
+def test_option_table_matches_help_of_this_qemu(request: pytest.FixtureRequest, name: str) -> None:
     qemu: Path = request.getfixturevalue(name)
-    listed = {name: takes for name, takes in qemus._options_of(str(qemu)).items() if name != "M"}  # `as -machine`
+    listed = {name: takes for name, takes in qemus._options_of(str(qemu)).items() if name != "M"}  # is `-machine`
     assert len(listed) > 80
     table = dict.fromkeys(option_syntax._FLAGS, False) | dict.fromkeys(option_syntax._WITH_VALUE, True)
     assert {name: takes for name, takes in listed.items() if table.get(name) is not takes} == {}
 
 
-def test_option_of_another_qemu_is_looked_up_in_its_help(tmp_path: Path) -> None:
+def test_unknown_option_is_looked_up_in_help(tmp_path: Path) -> None:
     program = tmp_path / "qemu"
     program.write_text(
         "#!/bin/sh\necho '-new-flag       described'\necho '-new-long-option-name  described'\n"
@@ -240,13 +240,13 @@ def test_option_of_another_qemu_is_looked_up_in_its_help(tmp_path: Path) -> None
     assert parse([str(program), *options, "-m", "4G"]).ram_size == 4 * GIB
 
 
-def test_nothing_to_run() -> None:
+def test_empty_command_is_refused() -> None:
     with pytest.raises(UsageError, match="after --"):
         parse([])
 
 
 @given(st.lists(st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=12), max_size=8))
-def test_whatever_is_given_is_passed_on_or_refused(words: list[str]) -> None:
+def test_any_words_are_passed_on_or_refused(words: list[str]) -> None:
     try:
         command = parse([QEMU, *words])
     except (UsageError, UnsupportedError):

@@ -1,4 +1,4 @@
-"""CPUs of guests, compared by what they tell: of a peer or an image nothing is taken for valid."""
+"""Comparison of guest CPUs by their features; data of a peer or an image is validated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def changed(cpu: Cpu, **details: Any) -> dict[str, Any]:
     return cpu.details | {f"cpu-{name}": value for name, value in details.items()}
 
 
-def test_equal_cpus_match() -> None:
+def test_identical_cpus_match() -> None:
     assert NAMED.mismatch(NAMED.details) is None
 
 

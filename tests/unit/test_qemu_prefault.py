@@ -1,4 +1,4 @@
-"""Where RAM is in guest-physical memory, from what QEMU's monitor says of it."""
+"""Guest-physical addresses of RAM, from the output of QEMU's monitor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pageferry.workloads.qemu.kvm_prefault import RamRange, guest_physical, ram_ranges
 
-# QEMU 7.2, `-machine pc -m 5G -accel tcg`, cut; the words `kvm` are what a QEMU says under KVM.
+# QEMU 7.2, `-machine pc -m 5G -accel tcg`, abridged; the word `kvm` is printed under KVM.
 SAID = """\
 FlatView #0
  AS "I/O", root: io
@@ -45,7 +45,7 @@ RAM = [
 ]
 
 
-def test_what_the_monitor_says() -> None:
+def test_ram_ranges_are_parsed() -> None:
     assert ram_ranges(SAID, "pageferry-ram") == RAM
     assert ram_ranges(SAID.replace("\n", "\r\n"), "pageferry-ram") == RAM
     assert ram_ranges(SAID.replace("pageferry-ram", "/objects/pageferry-ram"), "pageferry-ram") == RAM
@@ -54,7 +54,7 @@ def test_what_the_monitor_says() -> None:
     assert ram_ranges("", "pageferry-ram") == []
 
 
-def test_a_part_on_both_sides_of_a_hole() -> None:
+def test_range_across_a_hole_is_split() -> None:
     assert guest_physical([(3 * GIB - 4096, 3 * GIB + 8192)], RAM) == [
         (3 * GIB - 4096, 3 * GIB),
         (4 * GIB, 4 * GIB + 8192),
@@ -66,8 +66,8 @@ pages = st.integers(0, 5 * GIB // 4096)
 
 
 @given(st.lists(st.tuples(pages, pages)))
-def test_every_page_is_found_where_it_is(parts: list[tuple[int, int]]) -> None:
-    """Against a plain rule for single pages, at the edges of the parts."""
+def test_every_page_has_its_guest_physical_address(parts: list[tuple[int, int]]) -> None:
+    """Compare with a simple rule for single pages, at the edges of the ranges."""
     found = guest_physical([(first * 4096, last * 4096) for first, last in parts], RAM)
     inside = {edge for first, last in parts if first < last for edge in (first, last - 1)}
     for page in inside:

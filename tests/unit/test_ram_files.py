@@ -1,4 +1,4 @@
-"""Files for guest memory, and what is said where there cannot be one."""
+"""Files for guest memory, and the error if none can be created."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ram_file(size: int, hugetlb: bool = False) -> Iterator[ram_files.RamFile]:
 
 
 @pytest.mark.parametrize("size", [4096, 3 * MIB + 8192, 64 * MIB, 1 << 40])
-def test_file_has_its_size_and_no_name(size: int, root: None) -> None:
+def test_file_has_requested_size_and_is_unnamed(size: int, root: None) -> None:
     mounts = Path("/proc/self/mountinfo").read_text()
     with ram_file(size) as file:
         found = os.fstat(file.fd)
@@ -35,7 +35,7 @@ def test_file_has_its_size_and_no_name(size: int, root: None) -> None:
         assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
-def test_file_holds_all_that_was_asked_for(root: None) -> None:
+def test_file_can_be_written_to_its_full_size(root: None) -> None:
     with ram_file(3 * MIB) as file:
         for position in range(0, 3 * MIB, MIB):
             assert os.pwrite(file.fd, b"x" * MIB, position) == MIB
@@ -44,16 +44,16 @@ def test_file_holds_all_that_was_asked_for(root: None) -> None:
 
 def test_first_touch_gives_a_large_page(root: None) -> None:
     if "[deny]" in Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text():
-        pytest.skip("large pages in shared memory are denied on this machine")
+        pytest.skip("huge pages in shared memory are denied on this host")
     with ram_file(64 * MIB) as file:
         assert file.warning is None
         os.pwrite(file.fd, b"x" * 2 * MIB, 0)
         assert os.fstat(file.fd).st_blocks * 512 == 2 * MIB
-        # tmpfs tells the size of its large pages as the preferred size of writes.
+        # tmpfs reports its huge page size as st_blksize.
         assert os.fstat(file.fd).st_blksize == 2 * MIB
 
 
-def test_without_privilege_it_is_on_dev_shm_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_privileges_is_on_dev_shm_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
@@ -67,7 +67,7 @@ def test_without_privilege_it_is_on_dev_shm_and_says_so(monkeypatch: pytest.Monk
         ram_files.create_ram_file(1 << 50)
 
 
-def test_hugetlb_says_how_many_pages_are_missing() -> None:
+def test_hugetlb_error_states_the_missing_pages() -> None:
     with pytest.raises(
         UnsupportedError, match=r"1048576 free pages of 2 MiB are required, \d+ are available; add \d+ to"
     ):

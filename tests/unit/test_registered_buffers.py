@@ -1,4 +1,4 @@
-"""Buffers registered with io_uring, as /proc/PID/fdinfo lists them: complete, or known to be incomplete."""
+"""Buffers registered with io_uring, as listed in /proc/PID/fdinfo: complete, or known to be incomplete."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TAIL = b"\nPollList:\nCqOverflowList:\n"
         (b"UserBufs:\t3\n    0: 0x1000/1\n    1: <none>\n   12: 0x5000/8192", [(0x1000, 1), (0x5000, 8192)]),
     ],
 )
-def test_a_list_that_is_complete(listed: bytes, expected: list[tuple[int, int]]) -> None:
+def test_complete_list_is_parsed(listed: bytes, expected: list[tuple[int, int]]) -> None:
     assert parse_buffers(HEAD + listed + TAIL) == expected
 
 
 @pytest.mark.parametrize("listed", [b"", b"UserBufs:\t1", b"UserBufs:\t2\n    0: 0x1000/1"])
-def test_a_list_that_the_kernel_has_left_out(listed: bytes) -> None:
+def test_omitted_list_is_detected(listed: bytes) -> None:
     assert parse_buffers(HEAD + listed + TAIL) is None

@@ -1,4 +1,4 @@
-"""The registry: names, claims, dead entries, records."""
+"""The registry: names, claims, stale entries, records."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def entry_of_ours() -> QemuEntry:
 
 
 def entry_of_the_dead() -> QemuEntry:
-    """A pid that was reused: ours, by a process that started at another time."""
+    """Return an entry with our pid, reused: its process started at another time."""
     return msgspec.structs.replace(entry_of_ours(), started=1)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".ram", "-x", "a/b", "a b", "x" * 65, "ä", "a\n"])
-def test_bad_names_are_refused(registry: Registry, name: str) -> None:
+def test_invalid_names_are_refused(registry: Registry, name: str) -> None:
     for call in (registry.claim, registry.lookup, registry.remove):
         with pytest.raises(UsageError, match="invalid workload name"):
             call(name)
@@ -45,12 +45,12 @@ def test_bad_names_are_refused(registry: Registry, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "web-1", "7", "A.b_c", "x" * 64])
-def test_good_names_are_taken(registry: Registry, name: str) -> None:
+def test_valid_names_are_accepted(registry: Registry, name: str) -> None:
     registry.claim(name).publish(entry_of_ours())
     assert registry.lookup(name) == entry_of_ours()
 
 
-def test_claim_is_seen_as_in_use_and_is_not_listed(registry: Registry) -> None:
+def test_claimed_name_is_in_use_but_not_listed(registry: Registry) -> None:
     registry.claim("web")
     with pytest.raises(NameInUse, match=f"it is being started by process {os.getpid()}"):
         registry.claim("web")
@@ -66,7 +66,7 @@ def test_released_name_is_free_again(registry: Registry) -> None:
     registry.claim("web")
 
 
-def test_entries_of_all_kinds_come_back(registry: Registry) -> None:
+def test_entries_of_all_kinds_round_trip(registry: Registry) -> None:
     guest = entry_of_ours()
     arena = ArenaEntry(**identify(os.getpid()), control_socket="/somewhere")
     registry.claim("guest").publish(guest)
@@ -74,7 +74,7 @@ def test_entries_of_all_kinds_come_back(registry: Registry) -> None:
     assert Registry(registry.path).entries() == {"arena": arena, "guest": guest}
 
 
-def test_dead_entry_is_pruned_with_its_folder(registry: Registry) -> None:
+def test_stale_entry_is_pruned_with_its_folder(registry: Registry) -> None:
     folder = registry.claim("web")
     folder.publish(entry_of_the_dead())
     (folder.path / "qmp.sock").touch()
@@ -88,7 +88,7 @@ def test_dead_entry_is_pruned_with_its_folder(registry: Registry) -> None:
     registry.claim("web")
 
 
-def test_claim_of_a_dead_process_is_pruned(registry: Registry) -> None:
+def test_claim_of_an_exited_process_is_pruned(registry: Registry) -> None:
     code = "import sys; from pathlib import Path; from pageferry.host.registry import Registry as R; "
     code += "R(Path(sys.argv[1])).claim('web')"
     subprocess.run([sys.executable, "-c", code, str(registry.path)], check=True)
@@ -96,7 +96,7 @@ def test_claim_of_a_dead_process_is_pruned(registry: Registry) -> None:
     registry.claim("web")
 
 
-def test_zombie_counts_as_dead() -> None:
+def test_zombie_counts_as_exited() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         started = proc.start_time(child.pid)
         assert started is not None
@@ -106,14 +106,14 @@ def test_zombie_counts_as_dead() -> None:
         assert not proc.is_alive(child.pid, started)
 
 
-# -- what cannot be judged is left alone
+# -- entries that cannot be judged are kept
 
 
 def other_namespace() -> QemuEntry:
     return msgspec.structs.replace(entry_of_the_dead(), namespace="pid:[1],time:[1]")
 
 
-def test_entry_of_another_namespace_is_kept_and_not_worked_on(registry: Registry) -> None:
+def test_entry_of_another_namespace_is_kept_and_not_opened(registry: Registry) -> None:
     folder = registry.claim("web")
     folder.publish(other_namespace())
     folder.store("record.json", Note("kept"))
@@ -149,8 +149,8 @@ def test_entry_that_cannot_be_judged_is_pruned_once_its_socket_is_abandoned(
     assert folder.path.exists() == (age == 0)
 
 
-def test_entry_of_an_older_version_is_understood(registry: Registry) -> None:
-    """Without boot id and namespace."""
+def test_entry_of_an_older_version_is_read(registry: Registry) -> None:
+    """An entry without boot id and namespace."""
     path = registry.claim("web").path / WORKLOAD_FILE
     entry = entry_of_ours()
     path.write_text(f'{{"kind":"qemu","pid":{entry.pid},"started":{entry.started},"qmp_socket":"/x","version":1}}')
@@ -200,7 +200,7 @@ ctypes.CDLL(None).syscall(60, 0)  # exit of the main thread alone
         assert registry.entries() == {}
 
 
-def test_only_one_of_many_claims_a_name(registry: Registry) -> None:
+def test_only_one_of_concurrent_claims_succeeds(registry: Registry) -> None:
     barrier = threading.Barrier(8)
     outcomes: list[Folder | None] = []
 
@@ -247,7 +247,7 @@ class Note(msgspec.Struct, frozen=True):
     text: str
 
 
-def test_records_are_replaced_whole(registry: Registry) -> None:
+def test_records_are_replaced_atomically(registry: Registry) -> None:
     folder = registry.claim("web")
     assert folder.load("note.json", Note) is None
     folder.store("note.json", Note("one"))
@@ -266,7 +266,7 @@ def test_damaged_record_is_named(registry: Registry) -> None:
         folder.load("note.json", Note)
 
 
-def test_one_works_on_a_workload_at_a_time(registry: Registry) -> None:
+def test_only_one_operation_per_workload_at_a_time(registry: Registry) -> None:
     folder = registry.claim("web")
     busy = pytest.raises(WorkloadError, match=f"web is busy: migrated by.*{os.getpid()}")
     with folder.exclusively("migrated"), busy, Folder(registry, "web").exclusively("saved"):
@@ -295,8 +295,8 @@ def test_run_directory_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         default_run_directory()
 
 
-def test_a_workload_without_a_name_has_no_folder(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever else is called like it; nor does it need a run directory."""
+def test_unnamed_workload_has_no_folder(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if another workload has its name; no run directory is needed either."""
     monkeypatch.setenv("PAGEFERRY_RUN_DIR", str(registry.path))
     nameless = Arena(4096).workload()
     with Arena(4096, nameless.name, on_pause=lambda: None) as named:

@@ -1,4 +1,4 @@
-"""Reports: what is made of logs, for people and for programs; and the charts they are drawn with."""
+"""Reports from event logs, human-readable and as JSON, and their charts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def numbers(root: ElementTree.Element, tag: str, name: str) -> list[float]:
 
 
 @given(st.floats(1e-3, 1e15), st.sampled_from([ticks, binary_ticks]))
-def test_ticks_reach_just_beyond_what_is_drawn(most: float, make: object) -> None:
+def test_ticks_just_cover_the_values(most: float, make: object) -> None:
     found = make(most)  # type: ignore[operator]
     assert found[0] == 0
     assert found[-1] >= most * 0.999
@@ -41,7 +41,7 @@ def test_ticks_reach_just_beyond_what_is_drawn(most: float, make: object) -> Non
 
 
 @pytest.mark.parametrize("most", [0, -1, float("nan"), float("inf")])
-def test_an_empty_axis_is_an_axis(most: float) -> None:
+def test_axis_without_values_has_ticks(most: float) -> None:
     assert ticks(most) == [0.0, 1.0]
 
 
@@ -79,7 +79,7 @@ def test_charts_are_well_formed_and_stay_in_their_frame(values: list[float], kin
         assert -1.5 <= y <= y + high <= height + 1
 
 
-def test_a_signal_has_a_name(tmp_path: Path) -> None:
+def test_signal_is_shown_by_name(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = EventLog(path, header("restore", {"name": "web"}))
     log.end(143, KeyboardInterrupt())
@@ -88,7 +88,7 @@ def test_a_signal_has_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_page_is_whole_and_says_what_the_log_says(kind: str, tmp_path: Path) -> None:
+def test_page_is_self_contained_and_complete(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "log"
     MAKERS[kind](path)
     run = Run.of(Log.read(path))
@@ -110,7 +110,7 @@ junk = st.sampled_from([None, -1, 0, 1e300, 1 << 62, "x", "<i>", True, [], [-5],
 @pytest.mark.parametrize("kind", MAKERS)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_log_that_lies_is_drawn_or_refused(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_inconsistent_log_is_drawn_or_refused(kind: str, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "log"
     MAKERS[kind](path)
     lines = path.read_text().splitlines()
@@ -130,7 +130,7 @@ def test_a_log_that_lies_is_drawn_or_refused(kind: str, tmp_path: Path, data: st
         assert "<i>" not in page([Run.of(Log.read(path))])
 
 
-def test_what_logs_say_is_no_markup(tmp_path: Path) -> None:
+def test_texts_of_a_log_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / "log"
     written(path, "migrate", {"name": "<b onclick=x>"}, [], ValueError("<script>alert(1)</script>"))
     text = page([Run.of(Log.read(path))])
@@ -139,7 +139,7 @@ def test_what_logs_say_is_no_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in text
 
 
-def test_programs_get_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_report_has_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     migrate(tmp_path / "one")
     failed(tmp_path / "two")
     assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--output", "json"]) == 0
@@ -155,7 +155,7 @@ def test_programs_get_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [column[1] for column in rounds["columns"]] == ["count", "count", "bytes", "bytes", "ms"]
 
 
-def test_people_get_tables_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_human_report_has_tables_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     migrate(tmp_path / "one")
     save(tmp_path / "two")
     html = tmp_path / "page.html"
@@ -181,9 +181,7 @@ def test_runs_of_one_kind_are_compared(tmp_path: Path, capsys: pytest.CaptureFix
     assert html.read_text().count('<th scope="col"><a href="#run-2">') == 1
 
 
-def test_the_log_of_a_killed_command_is_drawn_as_far_as_it_goes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_of_a_killed_command_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log"
     migrate(path)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -194,13 +192,13 @@ def test_the_log_of_a_killed_command_is_drawn_as_far_as_it_goes(
     assert "remaining" in out
 
 
-def test_a_page_that_cannot_be_written_is_an_error_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_that_cannot_be_written_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     migrate(tmp_path / "log")
     assert main(["report", str(tmp_path / "log"), "--html", str(tmp_path / "no" / "page")]) == 2
     assert "--html" in capsys.readouterr().err
 
 
-def test_lines_of_another_shape_are_left_out(tmp_path: Path) -> None:
+def test_malformed_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "log"
     migrate(path)
     path.write_text(path.read_text().replace('"dirty-rate"', '"dirt"'))

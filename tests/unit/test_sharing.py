@@ -1,4 +1,4 @@
-"""Sharing without a kernel: which large pages are chosen, the pace, switches in order, and how results look."""
+"""Sharing without a kernel: choice of huge pages, pace, order of KSM settings, and human-readable results."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_threshold_falls_with_free_memory() -> None:
     assert policy.LEAST < found[30] < policy.MOST
 
 
-def test_the_pace_does_not_flutter() -> None:
+def test_pace_has_hysteresis() -> None:
     pace = policy.Pace()
     free = [0.5, 0.2, 0.1, 0.2, 0.24, 0.26, 0.2, 0.14]
     hurried = [pace.budget(part) == policy.Pace.HURRIED for part in free]
     assert hurried == [False, False, True, True, True, False, False, True]
 
 
-def test_best_large_pages_are_chosen_and_hot_ones_left() -> None:
+def test_best_large_pages_are_chosen_except_hot_ones() -> None:
     units = [unit(0, inside=100), unit(1, inside=300), unit(2, zero=200), unit(3, inside=5), unit(4, inside=400)]
 
     def numbers(**options: Any) -> list[int]:
@@ -66,19 +66,19 @@ def test_best_large_pages_are_chosen_and_hot_ones_left() -> None:
     assert numbers(hot={(0, 4 * REGION)}) == [1, 2, 0]
 
 
-def test_small_pages_need_no_large_page_to_be_broken() -> None:
+def test_small_pages_are_chosen_without_splitting() -> None:
     units = [unit(0, large=False, inside=policy.LEAST_SMALL), unit(1, large=False, inside=1), unit(2, inside=200)]
     assert [one.number for one in policy.choose(units, 256)] == [0]
 
 
-def test_of_files_only_zeros_count() -> None:
+def test_only_zeros_of_files_count() -> None:
     one = unit(0, zero=10, inside=400, anonymous=False)
     assert (one.shareable, one.possible) == (410, 10)
     assert policy.choose([one], 100) == []
 
 
 @given(st.sets(st.tuples(st.integers(1, 3), st.integers(0, 40))))
-def test_ranges_are_joined_to_as_few_as_it_takes(pages: set[tuple[int, int]]) -> None:
+def test_adjacent_ranges_are_joined(pages: set[tuple[int, int]]) -> None:
     found = ranges.joined(Range(pid, page * 4096, 4096) for pid, page in pages)
     covered = {(one.pid, page) for one in found for page in range(one.address // 4096, one.end // 4096)}
     assert covered == pages
@@ -86,7 +86,7 @@ def test_ranges_are_joined_to_as_few_as_it_takes(pages: set[tuple[int, int]]) ->
     assert not {(one.pid, one.end) for one in found} & {(one.pid, one.address) for one in found}
 
 
-def test_ksm_is_stopped_before_its_switches_are_put_back() -> None:
+def test_ksm_is_stopped_before_its_settings_are_restored() -> None:
     before = {"advisor_mode": "scan-time", "pages_to_scan": "100", "run": "0", "sleep_millisecs": "20"}
     order = ksm.undo_order(before)
     assert dict(order) == before
@@ -100,7 +100,7 @@ def shown(result: msgspec.Struct) -> str:
     return stream.getvalue()
 
 
-def test_an_estimate_as_people_read_it() -> None:
+def test_estimate_is_shown_as_text() -> None:
     text = shown(RESULT)
     assert "duplicates between workloads" in text
     assert ["total", "300", "MiB"] in [line.split() for line in text.splitlines()]
@@ -109,7 +109,7 @@ def test_an_estimate_as_people_read_it() -> None:
     assert "freed" not in text
 
 
-def test_a_result_as_people_read_it() -> None:
+def test_result_is_shown_as_text() -> None:
     done = msgspec.structs.replace(
         RESULT, freed=5 << 20, estimated=5 << 20, large_pages_chosen=7, large_pages_broken=7, ksm_scans=5, pauses=0
     )
@@ -124,6 +124,6 @@ def test_a_result_as_people_read_it() -> None:
 
 
 @pytest.mark.parametrize("field", ["freed", "large-pages-broken"])
-def test_what_was_not_done_is_not_in_the_json(field: str) -> None:
+def test_json_omits_actions_that_were_not_done(field: str) -> None:
     assert field not in msgspec.to_builtins(RESULT)
     assert msgspec.to_builtins(RESULT)["type"] == "sharing"

@@ -1,4 +1,4 @@
-"""The table of the ten systems: order, numbers, and what could not be measured."""
+"""The table of the ten systems: order, numbers, and failed measurements."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def shown(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def fails(setting: Setting, switches: Switches) -> list[Row]:
-    raise RuntimeError("KSM is at work |\n already")
+    raise RuntimeError("KSM is running |\n already")
 
 
-def test_what_cannot_be_measured_says_why_and_the_rest_is_measured(
+def test_failed_measurement_has_a_reason_and_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(systems, "SHOWS", {"last": (("S10",), shown), "broken": (("S6", "S7"), fails)})
-    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # set anew by what is called; put back afterwards
+    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # set by the tested function; restored afterwards
     rows = systems._measure(argparse.Namespace(folder=tmp_path, quick=True, without=[], only=None))
     lines = render(rows).splitlines()[2:]
     assert lines == [
-        "| S6 | broken | not measured, RuntimeError: KSM is at work / already | - | - | - |  | **fail** |",
-        "| S7 | broken | not measured, RuntimeError: KSM is at work / already | - | - | - |  | **fail** |",
+        "| S6 | broken | not measured, RuntimeError: KSM is running / already | - | - | - |  | **fail** |",
+        "| S7 | broken | not measured, RuntimeError: KSM is running / already | - | - | - |  | **fail** |",
         "| S10 | a guest | ms | 1,234 | 1.25 | 900 (QEMU) | at most 5 | pass |",
     ]
     assert "RuntimeError" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_switch_puts_what_is_used_without_the_mechanism_in_its_place() -> None:
+def test_switch_replaces_the_mechanism() -> None:
     switches = Switches(frozenset({"S1"}))
     assert switches.choose("S1", "all", "none") == "none"
     assert switches.choose("S5", "all", "none") == "all"

@@ -1,4 +1,4 @@
-"""What verbs at work say about themselves, and the view of all workloads that is made of it."""
+"""Progress records of running operations, and the view of all workloads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 @pytest.fixture
 def web(registry: Registry) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is registered as an arena, with 8 MiB of its own."""
+    """Yield a process that is registered as an arena, with 8 MiB of private memory."""
     program = "import sys; data = bytearray(b'x' * (8 << 20)); print('ready', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -44,13 +44,13 @@ def web(registry: Registry) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def ended() -> Job:
-    """A job of a process that has ended."""
+    """Return the job of an exited process."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
         started = proc.start_time(process.pid) or 1
     return Job(pid=process.pid, started=started, verb="migrate", begun=1.0)
 
 
-def test_jobs_are_seen_while_their_process_lives(tmp_path: Path) -> None:
+def test_jobs_are_listed_while_their_process_runs(tmp_path: Path) -> None:
     ours = jobs.ours("checkpoint", 5.0)
     jobs.write(tmp_path, ours)
     jobs.write(tmp_path, ended())
@@ -62,13 +62,13 @@ def test_jobs_are_seen_while_their_process_lives(tmp_path: Path) -> None:
     assert jobs.running(tmp_path) == []
 
 
-def test_a_job_of_a_workload_that_is_gone_is_written_nowhere(tmp_path: Path) -> None:
+def test_job_of_a_removed_workload_is_not_written(tmp_path: Path) -> None:
     jobs.write(tmp_path / "gone", jobs.ours("migrate", 1.0))
     assert list(tmp_path.iterdir()) == []
     assert jobs.running(tmp_path / "gone") == []
 
 
-def test_progress_is_written_now_and_then_and_removed_at_the_end(registry: Registry) -> None:
+def test_progress_is_written_periodically_and_removed_at_the_end(registry: Registry) -> None:
     folder = registry.path / "web"
     folder.mkdir(parents=True)
     now = 100.0
@@ -85,7 +85,7 @@ def test_progress_is_written_now_and_then_and_removed_at_the_end(registry: Regis
     assert list(folder.iterdir()) == []
 
 
-def test_progress_of_other_verbs(registry: Registry) -> None:
+def test_progress_of_checkpoint_and_restore(registry: Registry) -> None:
     progress = Progress("checkpoint", ["web"])
     progress.event(InstantEvent(downtime=1.0))
     assert (progress.job.phase, progress.job.part) == ("saving", None)
@@ -97,7 +97,7 @@ def test_progress_of_other_verbs(registry: Registry) -> None:
     assert (progress.job.phase, progress.job.part) == ("loading", 0.75)
 
 
-def test_top_shows_memory_and_work(
+def test_top_shows_memory_and_jobs(
     registry: Registry, web: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = msgspec.structs.replace(jobs.ours("migrate", 5.0), phase="round 2", part=0.5, dirty_rate=3 << 20)
@@ -116,7 +116,7 @@ def test_top_shows_memory_and_work(
         assert words in out
 
 
-def test_top_goes_on_until_it_is_told_to_end(registry: Registry, web: subprocess.Popen[bytes]) -> None:
+def test_top_runs_until_terminated(registry: Registry, web: subprocess.Popen[bytes]) -> None:
     command = [sys.executable, "-m", "pageferry", "top", "--interval", "100ms", "--output", "json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -127,7 +127,7 @@ def test_top_goes_on_until_it_is_told_to_end(registry: Registry, web: subprocess
     assert child.returncode == 143
 
 
-def test_top_of_nothing_says_so(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_without_workloads_says_so(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--once"]) == 0
     assert "no workloads" in capsys.readouterr().out
     now = overview(registry)
@@ -135,7 +135,7 @@ def test_top_of_nothing_says_so(registry: Registry, capsys: pytest.CaptureFixtur
     assert "no workloads" in (TopView().line(now) or "")
 
 
-def test_a_verb_at_work_is_seen_and_gone_afterwards(registry: Registry, web: subprocess.Popen[bytes]) -> None:
+def test_running_verb_has_a_job_until_it_ends(registry: Registry, web: subprocess.Popen[bytes]) -> None:
     command = [sys.executable, "-m", "tests.unit.verbs.command", "lister", "--steps", "1", "--linger", "web"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None

@@ -1,4 +1,4 @@
-"""Values that callers give: each public function checks them first, Python and command line alike."""
+"""Validation of arguments: public functions check them first, with the same rules in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WRONG: list[Any] = [
     3 + 4j,
     "٣",  # a digit that is not ASCII
 ]
-"""Values that are wrong for most parameters."""
+"""Values that are invalid for most parameters."""
 
 
 def _path(value: Any) -> bool:
@@ -62,7 +62,7 @@ FLAGS = ("auto_converge", "adaptive", "insecure", "track")
 
 
 def _name(wrong: object) -> str:
-    """The same in every process, which the address of an object is not."""
+    """Return a test id that, unlike the address of an object, is the same in every process."""
     return "object" if type(wrong) is object else repr(wrong)
 
 
@@ -70,22 +70,22 @@ def _name(wrong: object) -> str:
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cls in OPTIONS.items() for name in _fields(cls)])
 def test_wrong_option_is_a_usage_error(kind: str, name: str, wrong: Any) -> None:
     if name in PATHS and _path(wrong) and name != "store":
-        pytest.skip("a path or a name")
+        pytest.skip("any string is a valid path or name")
     if name in FLAGS and wrong is True:
-        pytest.skip("a flag")
+        pytest.skip("True is valid for flags")
     with pytest.raises(UsageError):
         OPTIONS[kind](**{name: wrong})
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_option_that_does_not_exist_is_named(kind: str, tmp_path: Path) -> None:
+def test_unknown_option_is_named(kind: str, tmp_path: Path) -> None:
     arena = pageferry.Arena(4096)
     calls: dict[str, Callable[[], Any]] = {
         "migration": lambda: pageferry.migrate(arena, "127.0.0.1:1", mod="hybrid"),
         "checkpoint": lambda: pageferry.checkpoint(arena, tmp_path / "image", mod="stop"),
     }
     if kind not in calls:
-        pytest.skip("a class")
+        pytest.skip("options are a class")
     with pytest.raises(UsageError, match=r"mod`.*did you mean 'mode'") as error:
         asyncio.run(calls[kind]())
     assert isinstance(error.value, TypeError)
@@ -103,7 +103,7 @@ async def _awaited(result: Any) -> Any:
 
 
 def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Public functions with arguments that make them fail by a named error, quickly and without effect."""
+    """Return calls of public functions that fail with a named error, quickly and without effect."""
     arena = pageferry.Arena(4096)
     return {
         "Arena": (pageferry.Arena, {"size": -1}),
@@ -128,7 +128,7 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
 @pytest.mark.parametrize("wrong", WRONG, ids=_name)
 @pytest.mark.parametrize("name", list(_arguments(Path("/"))))
 def test_wrong_argument_ends_in_an_error_of_the_package(name: str, wrong: Any, tmp_path: Path) -> None:
-    """Each parameter in turn, as the signature has them: a new one is tested as it comes."""
+    """Each parameter of the signature in turn, so that new parameters are covered."""
     function, base = _arguments(tmp_path)[name]
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -220,7 +220,7 @@ def test_mistyped_command_gets_a_hint(words: list[str], hint: str, capsys: pytes
     ],
 )
 def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
-    assert main(words) == 11  # there is no such workload
+    assert main(words) == 11  # no such workload
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
         (["sharing", "none", "--every", "0"], "--every"),
     ],
 )
-def test_option_out_of_range_is_named_as_it_was_given(
+def test_option_out_of_range_is_named_as_given(
     words: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And before the workload is looked for: there is none of that name."""
+    """The option is checked before the workload is looked up: there is none of that name."""
     assert named in _said(words, capsys)
 
 
@@ -256,7 +256,7 @@ def test_errors_in_python_name_no_options(tmp_path: Path) -> None:
         assert " --" not in str(error.value)
 
 
-def test_error_tree_tells_what_failed() -> None:
+def test_error_classes_distinguish_failures() -> None:
     assert not issubclass(WorkloadError, MigrationError)
     assert issubclass(WorkloadError, PageferryError)
     assert "which part failed, not which operation" in (pageferry.errors.__doc__ or "")

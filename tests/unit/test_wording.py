@@ -1,4 +1,4 @@
-"""Phrases that CONTRIBUTING keeps out do not come back."""
+"""Files have no discouraged phrases beyond the table."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ from scripts import wording
 
 def test_no_file_has_more_hits_than_the_table_allows() -> None:
     if subprocess.run(["git", "rev-parse"], cwd=wording.ROOT, capture_output=True, check=False).returncode:
-        pytest.skip("not a git checkout: the files of the tree are not known")
+        pytest.skip("not a git checkout: unknown files")
     assert [f"{path}: {list(wording.hits(path))}" for path in wording.grown()] == []
 
 

@@ -1,4 +1,4 @@
-"""What a working set learns from run to run."""
+"""Working sets: what is recorded from run to run."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from pageferry.images.working_set import WorkingSet
 
 
 def image(path: Path, identity: bytes = b"one") -> ImageFile:
-    """As much of an image as a working set looks at: 100 windows."""
+    """Return a stand-in for an image of 100 windows."""
     return cast(ImageFile, SimpleNamespace(path=path, image=SimpleNamespace(id=identity), pages=1600))
 
 
 def learnt(path: Path, *runs: tuple[list[int], bool]) -> list[int]:
-    """The record after these runs, each with a new object, as in real life."""
+    """Return the record after these runs, each with a new object, as in separate processes."""
     for touched, prefetched in runs:
         WorkingSet(image(path)).learn(touched, prefetched)
     return WorkingSet(image(path)).windows
 
 
-def test_the_first_run_is_the_record(tmp_path: Path) -> None:
+def test_first_run_is_the_record(tmp_path: Path) -> None:
     assert learnt(tmp_path / "image", ([5, 3, 5, 9], True)) == [5, 3, 9]
 
 
-def test_runs_that_see_everything_are_intersected(tmp_path: Path) -> None:
+def test_runs_without_prefetch_are_intersected(tmp_path: Path) -> None:
     assert learnt(tmp_path / "image", ([5, 3, 9], False), ([9, 5, 1], False)) == [5, 9]
 
 
-def test_what_prefetch_lacked_twice_is_added(tmp_path: Path) -> None:
+def test_window_missed_by_prefetch_twice_is_added(tmp_path: Path) -> None:
     path = tmp_path / "image"
     assert learnt(path, ([5, 3], True), ([7, 8], True)) == [5, 3]
     assert learnt(path, ([8, 6], True)) == [5, 3, 8]
 
 
-def test_another_image_of_that_name_begins_anew(tmp_path: Path) -> None:
+def test_record_of_another_image_is_ignored(tmp_path: Path) -> None:
     learnt(tmp_path / "image", ([5, 3], True))
     assert WorkingSet(image(tmp_path / "image", b"two")).windows == []
 
 
-def test_a_record_that_is_wrong_counts_as_none(tmp_path: Path) -> None:
+def test_damaged_record_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "image"
     learnt(path, ([5, 3, 1000000], True))
     assert WorkingSet(image(path)).windows == [5, 3]
@@ -49,5 +49,5 @@ def test_a_record_that_is_wrong_counts_as_none(tmp_path: Path) -> None:
     assert WorkingSet(image(path)).windows == []
 
 
-def test_where_nothing_can_be_written_nothing_is_learnt(tmp_path: Path) -> None:
+def test_unwritable_record_is_not_an_error(tmp_path: Path) -> None:
     WorkingSet(image(tmp_path / "none" / "image")).learn([1], True)

@@ -1,4 +1,4 @@
-"""The command `pageferry` with the verbs of this directory, for tests that need it in a process of its own."""
+"""The command `pageferry` with the verbs of this folder, for tests that need a separate process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A synchronous verb: emits events and a result, or fails as told."""
+"""A synchronous verb: emits events and a result, or fails on request."""
 
 import argparse
 import logging
@@ -27,7 +27,7 @@ class Total(Event, frozen=True, tag="total"):
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--fail", help="name of an exception class of pageferry.errors, or of any other")
-    parser.add_argument("--sleep", action="store_true", help="say that it sleeps, then do so for long")
+    parser.add_argument("--sleep", action="store_true", help="report that it sleeps, then sleep for a long time")
     parser.add_argument("--linger", action="store_true", help="sleep after the steps")
     parser.add_argument("words", nargs="*")
 

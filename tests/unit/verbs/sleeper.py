@@ -1,4 +1,4 @@
-"""An asynchronous verb: sleeps until it is cancelled, and then ends in the way it was told."""
+"""An asynchronous verb: sleeps until it is cancelled, then ends as requested."""
 
 import argparse
 import asyncio
