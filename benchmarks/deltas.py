@@ -1,7 +1,8 @@
-"""Pages that are sent again, whole or as differences: `make bench-deltas`, or `python benchmarks/deltas.py [--quick]`.
+"""Size of pages that are sent again, whole or as deltas: `make bench-deltas`, or `python benchmarks/deltas.py
+[--quick]`.
 
-Of programs that modify their memory in different ways, and of the built-in workload, the pages that a round would have
-to send again are compared with what they were in the round before (docs/decisions/0011-pages-are-sent-again-whole.md).
+Compares the pages that a round would send again with their contents in the previous round, for programs with different
+write patterns and for the built-in workload (docs/decisions/0011-pages-are-sent-again-whole.md).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Pages = dict[int, bytes]
 
 
 def measure(setting: Setting) -> list[Run]:
-    """Every program with every codec."""
+    """Measure each program with each codec."""
     runs = []
     for _ in range(setting.repetitions):
         for name in (*PROGRAMS, "built-in workload"):
@@ -57,7 +58,7 @@ def measure(setting: Setting) -> list[Run]:
 
 
 def _round(pid: int) -> Pages:
-    """What a process has in memory that it can write to, at one instant, half a second from now."""
+    """Wait for half a second, then return the contents of a process's writable memory, read while it is stopped."""
     time.sleep(ROUND)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -77,7 +78,7 @@ def _pages(pid: int) -> Iterator[tuple[int, bytes]]:
             memory.seek(start)
             try:
                 data = memory.read(end - start)
-            except OSError:  # nobody may read it
+            except OSError:  # memory that cannot be read
                 continue
             for at in range(0, len(data), SMALL_PAGE):
                 if (page := data[at : at + SMALL_PAGE]) != zeros:
@@ -116,7 +117,7 @@ def _compare(before: list[bytes], after: list[bytes], codec: str, setting: Setti
 
 
 def render(results: Results) -> list[str]:
-    """One table."""
+    """Return a heading and a table."""
     return ["### Pages that are sent again", table(results["deltas"], ("program", "codec"), COLUMNS)]
 
 

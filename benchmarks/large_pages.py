@@ -1,13 +1,13 @@
-"""Large pages (S3): `make bench-large-pages`, or `python benchmarks/large_pages.py [--quick]`.
+"""Huge page sampling (S3): `make bench-large-pages`, or `python benchmarks/large_pages.py [--quick]`.
 
-What sampling costs a workload, and whether what it says is true: a process reads memory at random while 0, 1, 5, 25 or
-100 % of its large pages are sampled per second, in windows of 200 ms. Stretches with and without sampling alternate,
-and each is compared with the one before it: by time, and by the reader's own time on a CPU, which other load on the
-machine disturbs less. Another process reads known numbers of small pages, for the truth. At last a workload that writes
-to a part of its memory has the rest sent to a store, and brought back.
+Measures the cost of sampling for a workload, and the accuracy of its results. A process reads memory at random while 1,
+5, 25 or 100 % of its huge pages are sampled per second, in windows of 200 ms. Periods with and without sampling
+alternate; each is compared with the one before, by wall-clock time and by the CPU time of the reader, which other load
+on the machine disturbs less. For accuracy, another process reads known numbers of base pages. Finally the cold memory
+of a workload that writes to a part of its memory is evicted to a cold store, and reloaded.
 
-Writes raw data and tables to benchmarks/results. The exit code is 0 unless something did not work; targets that are
-missed are printed, and no error.
+Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed; missed targets are
+printed, but are not errors.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from pageferry.large_pages import Options, open_target, process_target, sample, 
 from pageferry.workloads.target import Target as Memory
 
 PARTS = (0.01, 0.05, 0.25, 1.0)
-"""Of the large pages, sampled per second."""
+"""Fractions of the huge pages that are sampled per second."""
 WINDOW = 0.2
 KINDS = ("shared", "anon")
 
 
 class Reader:
-    """The process, as a target of nothing but its memory."""
+    """The reader process, with a target that is restricted to its memory."""
 
     def __init__(self, process: subprocess.Popen[str], size: int) -> None:
         assert process.stdout is not None
@@ -57,7 +57,7 @@ class Reader:
         return int.from_bytes(self.counter.read_bytes(), "little")
 
     def on_cpu(self) -> float:
-        """Seconds that it has run, kernel included (proc(5), /proc/PID/schedstat)."""
+        """CPU time of the reader in seconds, user and kernel (proc(5), /proc/PID/schedstat)."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def target(self) -> Memory:
@@ -85,7 +85,9 @@ def reader(kind: str, mebibytes: int, mode: str) -> Iterator[Reader]:
 
 
 async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, float, list[float]]:
-    """Accesses per second, and per second on a CPU, while that part is sampled; CPU microseconds per page sampled."""
+    """Sample a fraction of the huge pages for some seconds. Return accesses per second, accesses per CPU second, and
+    CPU microseconds per sampled page.
+    """
     costs = []
     begin, before, ran = time.monotonic(), one.count(), one.on_cpu()
     with one.target() as target:
@@ -100,7 +102,7 @@ async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, floa
 
 
 async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) -> list[Run]:
-    """A row for each part and repetition, in turn."""
+    """Measure each fraction in turn; one row per fraction and repetition."""
     rows: list[Run] = []
     with reader(kind, mebibytes, "random") as one:
         await stretch(one, 0, 1)
@@ -123,7 +125,7 @@ async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) 
 
 
 async def accuracy(kind: str, mebibytes: int) -> Run:
-    """How many large pages are told exactly right."""
+    """Fraction of huge pages that are classified exactly."""
     wrong, samples = [], 0
     with reader(kind, mebibytes, "pattern") as one, one.target() as target:
         before = one.large()
@@ -146,7 +148,7 @@ async def accuracy(kind: str, mebibytes: int) -> Run:
 
 @contextmanager
 def ledger(mebibytes: int) -> Iterator[str]:
-    """A workload that writes to a quarter of its memory, by its name; must have lost no write at the end."""
+    """Name of a workload that writes to a quarter of its memory. At the end it must have lost no write."""
     name = f"bench-{os.getpid()}"
     options = {"threads": 1, "working_set": 0.25, "rate": 32 << 20, "compressible": 0.5}
     setup = json.dumps({"name": name, "size": mebibytes << 20, "options": options})
@@ -162,7 +164,7 @@ def ledger(mebibytes: int) -> Iterator[str]:
 
 
 async def store(mebibytes: int) -> Run:
-    """What of the cold memory of a ledger a store takes, and what it costs."""
+    """Evict the cold memory of a ledger to a cold store and reload it. Return the sizes and costs."""
     with ledger(mebibytes) as name, tempfile.TemporaryDirectory() as folder, await open_target(name) as target:
         begin = time.monotonic()
         chosen = Options(sample=1.0, budget=None, window=1.0, rounds=1, reclaim="store", store=Path(folder))
@@ -190,33 +192,33 @@ async def store(mebibytes: int) -> Run:
 
 
 def size(setting: Setting) -> int:
-    """Of the memory that is sampled, MiB."""
+    """Size of the sampled memory, MiB."""
     return 128 if setting.quick else 512
 
 
 def measure_slowdown(setting: Setting) -> list[Run]:
-    """Shared and private memory; more repetitions than of other questions, as the figures are small."""
+    """Measure shared and private memory, with more repetitions than elsewhere because the differences are small."""
     repetitions, seconds = (1, 1.0) if setting.quick else (3 * setting.repetitions, 2.0)
     return [row for kind in KINDS for row in asyncio.run(slowdown(kind, size(setting), repetitions, seconds))]
 
 
 def measure_accuracy(setting: Setting) -> list[Run]:
-    """Shared and private memory, in turn."""
+    """Measure shared and private memory in turn."""
     return [asyncio.run(accuracy(kind, size(setting))) for _ in range(setting.repetitions) for kind in KINDS]
 
 
 def measure_store(setting: Setting) -> list[Run]:
-    """A store, and back."""
+    """Evict to a cold store, and reload."""
     return [asyncio.run(store(size(setting))) for _ in range(setting.repetitions)]
 
 
 def measure_damo(_: Setting) -> list[Run]:
-    """Whether there is anything to compare with: DAMON of virtual addresses, and its command. Only looked at."""
+    """Report whether the host has a peer: the `damo` command, and DAMON for virtual addresses. Nothing is measured."""
     return [{"peer": "damo", "in PATH": shutil.which("damo") is not None, "DAMON for virtual addresses": _vaddr()}]
 
 
 def _vaddr() -> str:
-    """`yes` or `no`, by what DAMON itself offers or by the kernel's configuration; `not known` where neither tells."""
+    """`yes` or `no`, by DAMON's list of operations or by the kernel's configuration; `not known` without either."""
     offers = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/avail_operations")
     offered = [offer.read_text().split() for offer in offers]
     if offered:
@@ -228,7 +230,7 @@ def _vaddr() -> str:
 
 
 def judge(results: Results) -> list[Target]:
-    """The targets of S3."""
+    """Return the targets of S3."""
     at_5 = [row for row in results["slowdown"] if (row["memory"], row["sampled per second"]) == ("shared", "5%")]
     lost = values([*results["slowdown"], *results["accuracy"]], "large-lost")
     return [
@@ -240,7 +242,7 @@ def judge(results: Results) -> list[Target]:
 
 
 def tables(results: Results) -> list[str]:
-    """Headings and tables."""
+    """Return headings and tables."""
     damo = results["damo"][0]
     known = f"DAMON for virtual addresses in this kernel: {damo['DAMON for virtual addresses']}"
     return [

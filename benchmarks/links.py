@@ -1,7 +1,7 @@
-"""Streams, TLS and far links: `make bench-links`, or `python benchmarks/links.py [--quick]`.
+"""Benchmark of streams, TLS and long links: `make bench-links`, or `python benchmarks/links.py [--quick]`.
 
-Writes raw data and tables to benchmarks/results. The method is described in docs/benchmarks.md. The exit code is 0
-unless something did not work; targets that are missed are printed, and no error.
+Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
+operation failed; missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ NETWORKS: tuple[Column, ...] = (
     ("99 % us", "p99-us", 0, 1),
 )
 KEPT = 65.0
-"""Per cent of the throughput that must be left under TLS."""
+"""Minimum throughput with TLS, percent of that without."""
 
 
 def render(results: Results) -> list[str]:
-    """Everything."""
+    """Return headings and tables."""
     return [
         "### Loopback: streams, in the clear and under TLS",
         table(results["loopback"], ("link", "streams"), LOOPBACK),
@@ -48,7 +48,7 @@ def render(results: Results) -> list[str]:
 
 
 def judge(results: Results) -> list[Target]:
-    """What TLS may cost."""
+    """Return the targets for the cost of TLS."""
     rates = {
         (link, streams): median_of(having(results["loopback"], link=link, streams=streams), "first-round-mbps")
         for link, streams in {(run["link"], run["streams"]) for run in results["loopback"]}

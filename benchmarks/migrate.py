@@ -1,7 +1,7 @@
-"""Migration, side by side with its peers: `make bench-migrate`, or `python benchmarks/migrate.py [--quick]`.
+"""Migration benchmark, with peers: `make bench-migrate`, or `python benchmarks/migrate.py [--quick]`.
 
-Writes raw data and tables to benchmarks/results. The method is described in docs/benchmarks.md. The exit code is 0
-unless something did not work; targets that are missed are printed, and no error.
+Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
+operation failed; missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Moves before all pages are there, beside QEMU's: `make bench-postcopy`, or `python benchmarks/postcopy.py [--quick]`.
+"""Post-copy benchmark, with QEMU as peer: `make bench-postcopy`, or `python benchmarks/postcopy.py [--quick]`.
 
-Writes raw data and tables to benchmarks/results. The method is described in docs/benchmarks.md. The exit code is 0
-unless something did not work; targets that are missed are printed, and no error.
+Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
+operation failed; missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Restores, side by side with peers: `make bench-restore`, or `python benchmarks/restore.py [--quick]`.
+"""Restore benchmark, with peers: `make bench-restore`, or `python benchmarks/restore.py [--quick]`.
 
-Writes raw data and tables to benchmarks/results. The method is described in docs/benchmarks.md. The exit code is 0
-unless something did not work; targets that are missed are printed, and no error.
+Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
+operation failed; missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations

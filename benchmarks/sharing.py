@@ -1,9 +1,9 @@
-"""Sharing (S9): `make bench-sharing`, or `python benchmarks/sharing.py [--quick]`.
+"""Sharing benchmark (S9): `make bench-sharing`, or `python benchmarks/sharing.py [--quick]`.
 
-KSM alone over all of the memory against pageferry, which chooses; and how fast pages are looked at. Every round starts
-fresh processes with the same memory for each line, the lines in turn. What was freed is the fall of their PSS, large
-pages lost that of AnonHugePages, CPU that of ksmd and of pageferry together. Needs root, and a machine on which nobody
-else uses KSM. Writes raw data and tables to benchmarks/results.
+Compares KSM on all memory with KSM on the huge pages that pageferry selects, and measures the scan rate. Each round
+starts new processes with the same contents for each line, in turn. Freed memory is the decrease of their PSS, split
+huge pages the decrease of AnonHugePages, CPU time that of ksmd and pageferry together. Requires root, and a machine on
+which no other program uses KSM. Writes raw data and tables to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pageferry.workloads.target import process_target  # noqa: E402
 
 PROCESSES = 2
 RICH, PER_RICH = 8, 300
-"""One large page of eight has 300 pages worth sharing; the others have one or two."""
+"""One huge page in eight has 300 pages worth sharing; the others have one or two."""
 
 
 @contextmanager
 def lookalikes(mib: int) -> Iterator[list[tuple[int, int]]]:
-    """(pid, address) of processes with that much memory each."""
+    """Pid and address of processes with `mib` MiB of memory each."""
     with ExitStack() as stack:
         found = []
         for seed in range(PROCESSES):
@@ -55,13 +55,13 @@ def lookalikes(mib: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def sums(processes: list[tuple[int, int]]) -> tuple[int, int]:
-    """(PSS in bytes, large pages) of all of them."""
+    """PSS in bytes, and the number of huge pages, of all processes."""
     pss = sum(total(pid, "Pss_Anon") for pid, _ in processes)
     return pss, sum(total(pid, "AnonHugePages") for pid, _ in processes) // LARGE_PAGE
 
 
 def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
-    """All memory given to KSM. Returns seconds of CPU."""
+    """Register all memory with KSM. Return CPU seconds."""
     for pid, address in processes:
         with process_target(pid) as target:
             ranges.advise(target, Range(pid, address, mib << 20), ranges.MERGEABLE)
@@ -69,7 +69,7 @@ def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
 
 
 def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], threshold: int) -> float:
-    """Chosen large pages only. Returns seconds of CPU."""
+    """Share only the selected huge pages. Return CPU seconds."""
     names = [f"pid:{pid}" for pid, _ in processes]
     begin = time.process_time()
     result = asyncio.run(api.share(names, threshold=threshold, beside_others=True))
@@ -83,7 +83,7 @@ def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], thres
 
 
 def measure(line: str, mib: int) -> dict[str, Any]:
-    """One line in fresh processes."""
+    """Measure one line with new processes."""
     with lookalikes(mib) as processes:
         pss, large = sums(processes)
         found: dict[str, Any] = {"line": line, "large-pages": large}
@@ -98,13 +98,13 @@ def measure(line: str, mib: int) -> dict[str, Any]:
 
 
 def scan_rates(mib: int) -> Run:
-    """GB per second of CPU over data, by one thread: in a shared file, in another process, and of a plain copy."""
+    """Scan rate of one thread in GB per CPU second: of a shared file, of another process, and of a plain copy."""
     fd, _ = memory_file(mib << 20)
     mapping = Mapping(fd, mib << 20)
     memory = memoryview(mapping).cast("B")
     for at in range(0, mib << 20, LARGE_PAGE):
         memory[at : at + LARGE_PAGE] = os.urandom(LARGE_PAGE)
-    copy = bytearray(1 << 20)  # stays in the cache: what is measured is reading
+    copy = bytearray(1 << 20)  # stays in the cache, so that the rate is that of reading
     rates: dict[str, list[float]] = {"copy": [], "file": [], "process": []}
     with lookalikes(mib) as processes:
         pid, address = processes[0]
@@ -127,27 +127,27 @@ def scan_rates(mib: int) -> Run:
 
 LINES = ("KSM alone", "pageferry, threshold 64", "pageferry, threshold 256")
 SAVING = 0.9
-"""Of what KSM alone frees: a line that frees less does not count for the large pages that it spares."""
+"""Minimum fraction of KSM's saving; a line that frees less does not count for the huge pages that it spares."""
 
 
 def measure_ksm(setting: Setting) -> list[Run]:
-    """The lines in turn, there and back."""
+    """Measure the lines in turn, in alternating order."""
     lines = [line for number in range(setting.repetitions) for line in (LINES if number % 2 == 0 else LINES[::-1])]
     return [measure(line, size(setting)) for line in lines]
 
 
 def measure_rates(setting: Setting) -> list[Run]:
-    """How fast pages are looked at."""
+    """Measure scan rates."""
     return [scan_rates(size(setting)) for _ in range(setting.repetitions)]
 
 
 def size(setting: Setting) -> int:
-    """Of each process, MiB."""
+    """Memory of each process, MiB."""
     return 64 if setting.quick else 512
 
 
 def judge(results: Results) -> list[Target]:
-    """The targets of S9."""
+    """Return the targets of S9."""
     alone, *ours = (having(results["ksm"], line=line) for line in LINES)
     freed, broken = median_of(alone, "freed-mib"), median_of(alone, "broken")
     fewer = [
@@ -165,7 +165,7 @@ def judge(results: Results) -> list[Target]:
 
 
 def tables(results: Results) -> list[str]:
-    """Headings and tables."""
+    """Return headings and tables."""
     ksm_columns = (
         ("freed, MiB", "freed-mib", 1, 1),
         ("large pages broken", "broken", 0, 1),

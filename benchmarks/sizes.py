@@ -1,7 +1,7 @@
-"""Sizes of a checkpoint, one changed at a time: `make bench-sizes`, or `python benchmarks/sizes.py [--quick]`.
+"""Sizes of a checkpoint, changed one at a time: `make bench-sizes`, or `python benchmarks/sizes.py [--quick]`.
 
-What is copied at a trap, compressed as one, read as one: what each costs the workload, the saver and a later restore.
-The defaults are chosen by this table (docs/format.md, docs/systems/s4.md).
+Measures the cost of the trap block, page block and storage block sizes for the workload, the checkpoint and a later
+restore. The defaults were chosen by this table (docs/format.md, docs/systems/s4.md).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def choices() -> Iterator[tuple[str, int, dict[str, int]]]:
-    """(what is changed, to what, all sizes)."""
+    """Name of the changed size, its value, and all sizes."""
     for name, sizes in SIZES.items():
         for size in sizes:
             chosen = DEFAULTS | {name: size}
@@ -53,7 +53,7 @@ def choices() -> Iterator[tuple[str, int, dict[str, int]]]:
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Each size in turn, under each load; from the image that it makes pages are read at random."""
+    """Checkpoint with each size in turn under each load, and read random pages from each image."""
     runs = []
     image = setting.folder / "image"
     for load, options in LOADS.items():
@@ -68,12 +68,12 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def render(results: Results) -> list[str]:
-    """One table."""
+    """Return a heading and a table."""
     return ["### One size changed at a time", table(results["sizes"], ("load", "size"), COLUMNS)]
 
 
 def judge(_: Results) -> list[Target]:
-    """There is nothing to reach: it is for choosing."""
+    """Return no targets: the table is for choosing defaults."""
     return []
 
 

@@ -1,8 +1,8 @@
-"""All ten systems in one table: `make systems`, or `python benchmarks/systems.py [--quick] [--without S7]`.
+"""Table of all ten systems: `make systems`, or `python benchmarks/systems.py [--quick] [--without S7]`.
 
-Each is exercised for some seconds with its mechanism and without, beside a peer where there is one, and judged by the
-target that docs/benchmarks.md names. `--without` measures a system as if its mechanism was not there: its row fails.
-Only a whole run at full size is written to benchmarks/results, and into README.md.
+Measures each system for some seconds with and without its mechanism, and a peer if there is one, and compares it with
+the target in docs/benchmarks.md. `--without` switches a mechanism off: its row fails. Only a complete run at full size
+is written to benchmarks/results and into README.md.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ SHOWS: dict[str, tuple[tuple[str, ...], Show]] = {
     "saved arena": (("S4", "S8", "S10"), saves.arena),
 }
 SYSTEMS = tuple(f"S{number}" for number in range(1, 11))
-LONGEST = 150
-"""Seconds for one of them: all take less than ten minutes, whatever happens."""
+MAX_SECONDS = 150
+"""Maximum seconds for one measurement, so that all take less than ten minutes."""
 
 
 def main() -> int:
-    """Show, and write it down. The exit code is 0 if everything could be measured; missed targets are no error."""
+    """Measure and write the table. Return the exit code, 0 if everything could be measured; missed targets are not
+    errors.
+    """
     args = _arguments()
     machine.require("make systems", "rustc", "setpriv")
     began = time.monotonic()
@@ -92,9 +94,9 @@ def _measure(args: argparse.Namespace) -> list[Row]:
 
 
 def _shown(name: str, systems: tuple[str, ...], show: Callable[[], list[Row]]) -> list[Row]:
-    """The rows; where they cannot be measured, the reason in place of each."""
+    """Rows of a measurement; if it fails, one row per system with the reason."""
     signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(LONGEST)
+    signal.alarm(MAX_SECONDS)
     try:
         return show()
     except Exception as why:
@@ -105,7 +107,7 @@ def _shown(name: str, systems: tuple[str, ...], show: Callable[[], list[Row]]) -
 
 
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"it took more than {LONGEST} s")
+    raise TimeoutError(f"it took more than {MAX_SECONDS} s")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The parts of the benchmark of moves in which the workload runs before its pages are there."""
+"""Parts of the post-copy benchmark."""

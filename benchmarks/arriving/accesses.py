@@ -1,7 +1,7 @@
-"""How long an access to a page waits that is still at the source: by itself, and while all others are being pushed.
+"""Latency of accesses to pages that are still at the source: when idle, and while all other pages are pushed.
 
-The two ends of a post-copy migration without the rest of it: a process whose memory is all missing, its pager, and the
-server of its pages, over TCP connections of loopback.
+The two ends of a post-copy migration without the migration itself: a process whose memory is all missing, its pager,
+and the page server of the source, on TCP connections over loopback.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from pageferry.workloads.arena.arena import memory_file
 
 FULL, SMALL = 512 << 20, 32 << 20
 ACCESSES = 2000
-"""Pages that are read, in random order; while the others are pushed, as many of them as are still missing."""
+"""Number of pages that are read, in random order. During the push, only those that are still missing count."""
 WAITED = 5000
-"""Nanoseconds. An access that took less found its page there."""
+"""Nanoseconds. The page of a faster access was present."""
 METHODS: dict[str, int | None] = {"idle": None, "pushed at 1 Gbit/s": 125_000_000, "pushed without limit": 0}
-"""Bytes per second of the push; None: there is none, only what is asked for comes."""
+"""Push bandwidth in bytes per second; None: no push, only requested pages are sent."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """All methods, in turn."""
+    """Measure all methods in turn."""
     length = SMALL if setting.quick else FULL
     runs = []
     for number in range(setting.repetitions):
@@ -54,7 +54,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[int]:
-    """Nanoseconds of every access that waited."""
+    """Latency of each access that waited, nanoseconds."""
     pages = length // SMALL_PAGE
     wanted = choice.sample(range(pages), min(ACCESSES, pages // 16))
     with _file(length) as there, _file(length) as here, _toucher(here, length) as (process, address), _links() as links:
@@ -63,7 +63,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
         missing.insert(0, pages)
         source, ours = Mapping(there, length), Mapping(here, length)
         large = source.large_units()
-        # What a destination does before the source pauses.
+        # The destination does this before the source pauses.
         asyncio.run(preallocate.allocate(Placer([(ours, SMALL_PAGE, large)], []), [large]))
         server = PageServer([source], [missing], links[0][0], links[0][1:], "none", bandwidth=bandwidth or 0)
         server.start()
@@ -106,7 +106,7 @@ def _touch(process: subprocess.Popen[bytes], pages: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def _file(length: int) -> Iterator[int]:
-    """A file on large pages."""
+    """A memory file on huge pages."""
     descriptor, _ = memory_file(length)
     try:
         yield descriptor
@@ -115,7 +115,7 @@ def _file(length: int) -> Iterator[int]:
 
 
 def _fill(descriptor: int, length: int) -> None:
-    """Contents that no codec would shorten, and no zeros."""
+    """Fill with incompressible contents without zero pages."""
     piece = os.urandom(1 << 20)
     for at in range(0, length, len(piece)):
         os.pwrite(descriptor, piece, at)
@@ -135,7 +135,7 @@ def _toucher(descriptor: int, length: int) -> Iterator[tuple[subprocess.Popen[by
 
 @contextlib.contextmanager
 def _links() -> Iterator[tuple[list[int], list[int]]]:
-    """Both ends of two connections, for requests and for the push."""
+    """Descriptors of both ends of two connections, for requests and for the push."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A guest that writes faster than the link carries, moved by QEMU and by pageferry before its pages are there."""
+"""Post-copy and hybrid migration of a guest that writes faster than the link carries, by QEMU and by pageferry."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.guest import initrd
 FULL, SMALL = 160, 48
 """MiB that the guest writes to."""
 RATE = 12800
-"""Pages per second, all over: 50 MiB/s."""
+"""Pages per second, at random: 50 MiB/s."""
 LINK = 32 << 20
-"""Bytes per second, that both are limited to."""
+"""Bandwidth limit of both, bytes per second."""
 TIMEOUT = 4.0
-"""Times that sending the memory once takes, after which QEMU's pre-copy is given up: it never does so itself."""
+"""Limit for QEMU's pre-copy, in multiples of the time to send the memory once; QEMU itself never gives up."""
 SLICE = 0.25
-"""Seconds of one reading of the throughput."""
+"""Seconds per sample of the throughput."""
 MODES = ("postcopy", "hybrid")
 
 
 class LateQemuLine(QemuLine):
-    """QEMU's own post-copy: `hybrid` begins it when all memory has been sent once. Options of a move: `mode`."""
+    """QEMU's own post-copy; `hybrid` starts it after the first round. Options of a migration: `mode`."""
 
     def set_up(self, running: Running, capabilities: dict[str, bool]) -> None:
         super().set_up(running, {"postcopy-ram": True, "postcopy-blocktime": True})
@@ -47,7 +47,7 @@ class LateQemuLine(QemuLine):
         return told | {"blocked-ms": destination.monitor.execute("query-migrate").get("postcopy-blocktime")}
 
     def never_ends(self, seconds: float) -> dict[str, Any]:
-        """A pre-copy over the same link, which is given up after a time; whether it had to be."""
+        """Migrate by pre-copy over the same link, and give up after `seconds`. Report whether the migration ended."""
         source = self.current
         assert source is not None
         source.monitor.execute("cont")
@@ -70,7 +70,7 @@ class LateQemuLine(QemuLine):
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Both lines in both modes, and QEMU's pre-copy at the end."""
+    """Measure both lines in both modes, then QEMU's pre-copy."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     mebibytes = SMALL if setting.quick else FULL
     words = f"ferry.mib={mebibytes} ferry.rate={RATE} ferry.verify=0 ferry.tick=10 ferry.zero=0"
@@ -90,13 +90,13 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def once(runs: list[dict[str, Any]]) -> float:
-    """Seconds that sending all of the memory once takes: what a post-copy has sent, which does nothing else."""
+    """Seconds to send all of the memory once, from the bytes that a post-copy sent."""
     sent = [run["transferred"] for run in runs if (run["mode"], run["line"]) == ("postcopy", "pageferry")]
     return float(max(sent) / LINK)
 
 
 def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
-    """One move, with what the guest got done in each slice of it."""
+    """Migrate once; include the guest's write rate in each slice."""
     run = line.move(ballast, **options)
     line.rest()
     begin, end = line.under_way

@@ -1,4 +1,4 @@
-"""The built-in workload, which writes faster than the link carries: what becomes of it in each mode."""
+"""Migration in each mode of the built-in workload, which writes faster than the link carries."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from pageferry.workloads.protocols import Workload
 
 FULL, SMALL = 256 << 20, 32 << 20
 LINK = 64 << 20
-"""Bytes per second, that `--bandwidth` allows."""
+"""`--bandwidth`, bytes per second."""
 WRITER = {"rate": 2 * LINK}
-"""Pages all over the arena."""
+"""Writes all pages of the arena."""
 MODES = ("postcopy", "hybrid")
 SLICE = 0.1
-"""Seconds of one reading of the throughput."""
+"""Seconds per sample of the throughput."""
 USUAL = 1.0
-"""Seconds before, with which it is compared."""
+"""Seconds before the migration in which the usual rate is measured."""
 AFTER = 0.5
 
 
 class Throughput:
-    """What a ledger has written, read again and again, wherever it is."""
+    """Samples of a ledger's number of writes, on source and destination."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._name = ledger.name
@@ -45,7 +45,7 @@ class Throughput:
         """(seconds on the monotonic clock, pages written so far)."""
 
     def goes_on_at(self, name: str) -> None:
-        """It runs under this name from now on."""
+        """Continue with the workload of this name."""
         self._name = name
 
     def between(self, begin: float, end: float) -> float:
@@ -57,7 +57,7 @@ class Throughput:
         return (last - first) / (late - early)
 
     def over_time(self, begin: float, end: float) -> list[float]:
-        """Pages per second, slice by slice."""
+        """Pages per second in each slice."""
         count = max(round((end - begin) / SLICE), 1)
         edges = [begin + number * SLICE for number in range(count + 1)]
         totals = [max((done for at, done in self.readings if at <= edge), default=0) for edge in edges]
@@ -68,7 +68,7 @@ class Throughput:
             name = self._name
             try:
                 workload = await open_workload(name)
-            except PageferryError:  # on its way
+            except PageferryError:  # during the switch-over
                 await asyncio.sleep(SLICE / 4)
                 continue
             try:
@@ -77,11 +77,11 @@ class Throughput:
                 workload.close()
 
     async def _read(self, workload: Workload, name: str) -> None:
-        """From the file of its memory: its process, which may wait for pages, is not asked."""
+        """Sample from the memory file, because the process may wait for pages."""
         (region,) = workload.regions
         mapping = Mapping(region.fd, region.length)
         while not self._end.is_set() and name == self._name:
-            with contextlib.suppress(ValueError):  # the page that counts has not come yet
+            with contextlib.suppress(ValueError):  # the page with the counters is still missing
                 done = sum(_engine.Ledger.attach(mapping, threads=0).writes())
                 self.readings.append((time.monotonic(), done))
             await asyncio.sleep(SLICE / 4)
@@ -98,7 +98,7 @@ class Throughput:
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Post-copy and hybrid in turn, and a pre-copy at the end."""
+    """Measure post-copy and hybrid in turn, then a pre-copy."""
     size = SMALL if setting.quick else FULL
     runs = []
     with Ledger("late", size, WRITER) as ledger, Ballast(size + (128 << 20)) as ballast:
@@ -109,7 +109,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _moved(ledger: Ledger, ballast: Ballast, mode: str) -> dict[str, Any]:
-    """One move, and what was written in each slice of it."""
+    """Migrate once; include the number of writes in each slice."""
     ledger.prepare()
     ballast.hold()
     with Throughput(ledger) as throughput:
@@ -133,7 +133,7 @@ def _moved(ledger: Ledger, ballast: Ballast, mode: str) -> dict[str, Any]:
 
 
 def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
-    """A pre-copy of the same: it gives up by itself, and the workload runs on."""
+    """Migrate the same workload by pre-copy, which gives up; the workload keeps running at the source."""
     ledger.prepare()
     ballast.hold()
     ballast.release()
@@ -147,5 +147,5 @@ def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
 
 
 def once(runs: list[dict[str, Any]]) -> float:
-    """Seconds that sending all of the memory once takes: what a post-copy has sent, which does nothing else."""
+    """Seconds to send all of the memory once, from the bytes that a post-copy sent."""
     return float(max(run["transferred"] for run in runs if run["mode"] == "postcopy") / LINK)

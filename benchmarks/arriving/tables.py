@@ -1,4 +1,4 @@
-"""The tables of moves before pages are there, and what such a move is to reach."""
+"""Tables and targets of the post-copy benchmark."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ACCESSES: tuple[Column, ...] = (
     ("longest us", "longest-us", 0, 1),
 )
 DOWNTIME = 50.0
-"""ms that a post-copy may take between pause and resume."""
+"""Maximum downtime of a post-copy migration, ms."""
 SLICES = 10
 
 
 def render(results: Results) -> list[str]:
-    """Everything."""
+    """Return headings and tables."""
     return [
         "### A guest that writes faster than the link",
         table(results["guests"], ("line", "mode"), GUESTS),
@@ -52,7 +52,7 @@ def render(results: Results) -> list[str]:
 
 
 def judge(results: Results) -> list[Target]:
-    """All targets, in the order in which they are to be read."""
+    """Return all targets, in reading order."""
     guest = having(results["guests"], line="pageferry")
     theirs = next(run for run in results["guests"] if "ended" in run)
     ours = next(run for run in results["ledger"] if run["mode"] == "precopy")
@@ -90,7 +90,7 @@ def _hybrid(what: str, runs: list[Run], once: float) -> Target:
 
 
 def _accesses(runs: list[Run]) -> list[Target]:
-    """Each way of pushing, against an access when there is no push."""
+    """Access latency during each kind of push, relative to that without a push."""
     idle, *pushed = accesses.METHODS
     alone = median_of(having(runs, method=idle), "p50-us")
     found = {method: median_of(having(runs, method=method), "p99-us") for method in pushed}
@@ -101,7 +101,7 @@ def _accesses(runs: list[Run]) -> list[Target]:
 
 
 def _over_time(runs: list[Run], by: tuple[str, ...]) -> str:
-    """The first repetition of each; a move's rates put together to ten."""
+    """Table of the first repetition of each group, with the rates of a migration reduced to ten columns."""
     first: dict[tuple[str, ...], Run] = {}
     for run in runs:
         if "writes-per-second" in run:

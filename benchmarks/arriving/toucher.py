@@ -1,7 +1,7 @@
-"""A process that reads pages of a file's mapping one by one, and times each: `python -m benchmarks.arriving.toucher`.
+"""A process that reads pages of a file's mapping one by one and times each: `python -m benchmarks.arriving.toucher`.
 
-Arguments: a descriptor that it has inherited, and the length. It says its address; every line of standard input is a
-list of pages, and is answered by a list of the nanoseconds that each read took.
+Arguments: an inherited descriptor, and the length. Prints the address of the mapping. For each line of standard input,
+a JSON list of pages, prints the list of read times in nanoseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pageferry._engine import SMALL_PAGE, Mapping
 
 
 def main() -> None:
-    """Read what is wanted until standard input ends."""
+    """Read the requested pages until standard input ends."""
     descriptor, length = map(int, sys.argv[1:])
     mapping = Mapping(descriptor, length)
     view, clock = memoryview(mapping), time.perf_counter_ns

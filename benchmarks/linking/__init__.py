@@ -1,1 +1,1 @@
-"""The parts of the benchmark of links: streams, TLS, and networks that are long, slow or lossy."""
+"""Parts of the benchmark of links: streams, TLS, and long, slow or lossy networks."""

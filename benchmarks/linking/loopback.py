@@ -1,4 +1,4 @@
-"""How fast incompressible memory goes over loopback: in the clear and under TLS, over one stream and more."""
+"""Throughput of migration over loopback with incompressible memory: plain and with TLS, over one or more streams."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests import certificates
 
 FULL, SMALL = 1 << 30, 64 << 20
 CALM = {"rate": 1 << 20, "working_set": 0.01}
-"""Hardly anything is modified, so that what counts is the first round, which sends everything."""
+"""Few writes, so that the first round sends nearly all data."""
 STREAMS = (1, 2, 4)
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """All numbers of streams, in the clear and under TLS, in turn."""
+    """Measure all numbers of streams, plain and with TLS, in turn."""
     source, receiver = certificates.hosts(setting.folder / "certificates")
     ends = {"plain": Ends(), "TLS": Ends(sending=("--tls", str(source)), receiving=("--tls", str(receiver)))}
     size = SMALL if setting.quick else FULL

@@ -1,4 +1,4 @@
-"""Moves of the built-in workload between hosts that are network namespaces, over links that are long, slow or lossy."""
+"""Migration of the built-in workload between network namespaces, over long, slow or lossy links."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One network. `conditions`: see `tests.network.carrier.Order`."""
+    """A network. For `conditions` see `tests.network.carrier.Order`."""
 
     conditions: dict[str, float]
     size: int
-    """Bytes of the workload that is moved over it."""
+    """Size of the migrated workload, bytes."""
     segments: bool
-    """Whether packets may be carried many at a time: not where they get lost."""
+    """Whether the kernel may pass many packets as one; False on lossy links."""
 
 
 LINKS = {
     "1 Gbit/s, 50 ms": Link({"delay": 0.025, "rate": 125e6}, 192 << 20, segments=True),
     "100 Mbit/s, 20 ms, 0.1 % lost": Link({"delay": 0.01, "rate": 12.5e6, "loss": 0.001}, 24 << 20, segments=False),
 }
-"""The times are those of there and back."""
+"""The names contain round-trip times."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Every way of moving over every link, in turn."""
+    """Measure each method over each link, in turn."""
     runs = []
     for name, link in LINKS.items():
         with Network(setting.folder / "hosts", segments=link.segments, seed=1) as network:

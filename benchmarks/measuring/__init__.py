@@ -1,1 +1,1 @@
-"""What benchmarks share: warm memory, process accounting, the guest's own voice."""
+"""Shared parts of benchmarks: backed memory, process accounting, serial lines, tables."""

@@ -1,9 +1,9 @@
-"""Memory that the machine really has when somebody asks for it.
+"""A reserve of memory that the host has already allocated.
 
-Under a hypervisor that takes freed memory back, the first touch of a page is a matter of the hypervisor, a hundred
-times slower than the kernel's own work, and would drown whatever is measured. A ballast holds touched memory and gives
-it back right before it is needed: the kernel then hands out pages that are there (the hypervisor takes seconds to
-notice). Every competitor gets the same amount in the same way.
+Under a hypervisor that reclaims freed memory, the first touch of a page depends on the hypervisor and takes a hundred
+times longer than the kernel's own work, which would dominate each measurement. A ballast holds touched memory and frees
+it right before a measurement, so that the kernel hands out pages that the hypervisor has not reclaimed yet (this takes
+seconds). All methods that are compared get the same amount in the same way.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class Ballast:
-    """So many bytes of touched memory, in large pages where the kernel has them."""
+    """`size` bytes of touched memory, on huge pages if available."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._held: mmap.mmap | None = None
 
     def hold(self) -> None:
-        """Touch all of it. Quick for memory that was freed a moment ago, slow for the rest."""
+        """Touch all of it. Fast for memory that was freed recently, otherwise slow."""
         if self._held is None:
             self._held = mmap.mmap(-1, self.size, flags=_FLAGS)
             self._held.madvise(mmap.MADV_HUGEPAGE)
             self._held.madvise(_POPULATE_WRITE)
 
     def release(self) -> None:
-        """Free it, to be allocated by others within the next second."""
+        """Free the memory; other processes should allocate it within a second."""
         if self._held is not None:
             self._held.close()
             self._held = None

@@ -1,4 +1,4 @@
-"""What a benchmark command does: ask its questions in turn, write the answers down, judge them."""
+"""Frame of a benchmark command: measures, judges, and writes the results."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ Results = dict[str, list[Run]]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How to measure."""
+    """Parameters of a measurement."""
 
     folder: Path
-    """Of sockets, and of images: in memory, so that no disk is measured."""
+    """Directory for sockets and images, on tmpfs so that no disk is measured."""
     repetitions: int
     quick: bool
-    """Small, and once: to see that all of it works. The figures mean nothing."""
+    """Measure small workloads once, to check that everything works. The figures are meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One command."""
+    """One benchmark command."""
 
     name: str
     questions: Mapping[str, Callable[[Setting], list[Run]]]
-    """In this order; `--only` chooses."""
+    """Measurements in order; `--only` selects some."""
     judge: Callable[[Results], list[Target]]
     tables: Callable[[Results], list[str]]
-    """Headings and tables, in turn."""
+    """Returns headings and tables, alternating."""
 
     def main(self) -> int:
-        """Measure what the command line says. The exit code is 0 unless something did not work.
+        """Measure as the command line requests. Return the exit code, 0 unless an operation failed.
 
-        Only a whole run at full size is written to benchmarks/results; others are printed as JSON.
+        Only a complete run at full size is written to benchmarks/results; other runs are printed as JSON.
         """
         args = self._arguments()
         chosen = args.only or list(self.questions)

@@ -1,8 +1,8 @@
-"""A process with private memory on large pages, some of which hold many pages that stand elsewhere too.
+"""A process with private memory on huge pages, some of which contain many duplicate pages.
 
-`python -m benchmarks.measuring.lookalikes MIB RICH PER_RICH SEED`: one large page in RICH has PER_RICH small pages that
-are worth sharing (a quarter of them zeros, the rest copies of one library of contents), and all the others have
-one or two, scattered: a shared header, an empty table. Says its pid and address; ends with its standard input.
+`python -m benchmarks.measuring.lookalikes MIB RICH PER_RICH SEED`: one huge page in RICH has PER_RICH base pages that
+are worth sharing (a quarter zeros, the others from a library of contents). All other huge pages have one or two, as a
+shared header or an empty table would be. Prints its pid and address; exits at the end of standard input.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 LARGE, SMALL = 2 << 20, 4 << 10
 SLOTS = LARGE // SMALL
 LIBRARY = 2000
-"""Contents that stand in many places."""
+"""Number of contents in the library."""
 
 
 def fill(memory: mmap.mmap, start: int, units: int, rich: int, per_rich: int, seed: int) -> None:
-    """Write everything."""
+    """Fill the memory."""
     choice = random.Random(seed)
     library = [random.Random(number).randbytes(SMALL) for number in range(LIBRARY)]
     for unit in range(units):
@@ -33,7 +33,7 @@ def fill(memory: mmap.mmap, start: int, units: int, rich: int, per_rich: int, se
 
 
 def main() -> None:
-    """Be the process."""
+    """Fill the memory, and wait for the end of standard input."""
     mib, rich, per_rich, seed = map(int, sys.argv[1:])
     length = mib << 20
     memory = mmap.mmap(-1, length + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

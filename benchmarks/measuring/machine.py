@@ -1,4 +1,4 @@
-"""What a benchmark needs of the machine, and what it says about it."""
+"""Requirements of benchmarks, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 KERNEL = ROOT / ".cache" / "guest" / "vmlinuz"
 QEMU = ROOT / ".cache" / "qemu-10" / "bin" / "qemu-system-x86_64"
 OWN_QEMU = Path("/usr/bin/qemu-system-x86_64")
-"""That of the machine's own release, which may be another."""
+"""QEMU of the machine's own release, which may differ in version."""
 CHECKER = ROOT / ".cache" / "guest" / "checker"
 
 
 def require(target: str, *programs: str) -> None:
-    """End with words about what is missing."""
+    """Exit with a message if programs or files are missing."""
     missing = [str(path) for path in (KERNEL, QEMU) if not path.exists()]
     missing += [program for program in programs if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
@@ -29,7 +29,7 @@ def require(target: str, *programs: str) -> None:
 
 
 def about() -> dict[str, str]:
-    """The machine, and the versions of what is compared."""
+    """Description of the machine, and versions of the programs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpus = (line.split(":")[1].strip() for line in lines if "model name" in line)
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
@@ -43,7 +43,7 @@ def about() -> dict[str, str]:
 
 
 def qemu_version(program: Path) -> str:
-    """As it says itself, such as `10.0.2`."""
+    """Version of a QEMU, such as `10.0.2`."""
     said = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"version (\S+)", said)
     return version[1] if version else said.strip()

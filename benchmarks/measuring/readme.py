@@ -1,7 +1,7 @@
-"""Results that README shows: what stands between `<!-- include: FILE -->` and `<!-- end -->` comes from that file.
+"""Include results in README: the text between `<!-- include: FILE -->` and `<!-- end -->` comes from that file.
 
-Of a file with sections, the first one is shown: what stands before its second heading. Comments and headings are left
-out. `python -m benchmarks.measuring.readme` writes README anew.
+If a file has sections, only the first is shown. Comments and headings are left out. `python -m
+benchmarks.measuring.readme` updates README.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def update() -> None:
-    """Write it anew, where a file has changed."""
+    """Update README if a file has changed."""
     before = README.read_text()
     after = included(before)
     if after != before:
@@ -23,7 +23,7 @@ def update() -> None:
 
 
 def included(text: str) -> str:
-    """The text with every included part as its file has it now; a file that is not there leaves it as it is."""
+    """Return the text with each included part replaced; parts whose file does not exist stay."""
 
     def fill(found: re.Match[str]) -> str:
         path = ROOT / found[2]
@@ -33,7 +33,7 @@ def included(text: str) -> str:
 
 
 def summary(results: str) -> str:
-    """What README shows of a file of results."""
+    """The part of a result file that README shows."""
     parts = re.split(r"^#+ .*\n", results, flags=re.MULTILINE)
     shown = re.sub(r"<!-- .*? -->\n*", "", "".join(parts[:2]))
     return re.sub(r"\n{3,}", "\n\n", shown).strip()

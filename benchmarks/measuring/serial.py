@@ -1,4 +1,4 @@
-"""The serial lines of guests, with the time at which each line arrived here."""
+"""Serial lines of guests, with the time of each line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TICK = re.compile(rb"FERRY tick \d+ writes=(\d+) .*errors=(\d+)")
 
 
 class SerialLines:
-    """One guest's serial line, wherever the guest is: every QEMU that it comes to live in connects here."""
+    """Serial line of one guest; each QEMU that runs the guest connects to the same socket."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class SerialLines:
         """(seconds on the monotonic clock, pages written so far)."""
         self.errors = 0
         self.words: list[str] = []
-        """Everything but ticks."""
+        """All lines other than ticks."""
         self._selector = selectors.DefaultSelector()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
@@ -34,13 +34,13 @@ class SerialLines:
         threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
 
     def longest_silence(self, start: float, end: float) -> float:
-        """The longest time between two ticks of which at least a part lies between two instants, seconds."""
+        """Longest interval between two ticks that overlaps the period from `start` to `end`, seconds."""
         times = [at for at, _ in list(self.ticks)]
         gaps = [(late - early) for early, late in itertools.pairwise(times) if late > start and early < end]
         return max(gaps, default=0.0)
 
     def speaks(self, start: float, end: float, timeout: float = 0.0) -> bool:
-        """Whether a tick has come between two instants; if none has, so many seconds are waited for one."""
+        """Whether a tick was received between `start` and `end`; wait up to `timeout` seconds for one."""
         until = time.monotonic() + timeout
         while not (spoken := any(start < at < end for at, _ in list(self.ticks))) and time.monotonic() < until:
             time.sleep(0.01)
@@ -48,17 +48,17 @@ class SerialLines:
         return spoken
 
     def time_to_writes(self, start: float, count: int) -> float | None:
-        """Seconds from an instant until so many more pages had been written than before it; None: not yet."""
+        """Seconds from `start` until `count` more pages had been written; None: not yet."""
         ticks = list(self.ticks)
         before = max((writes for at, writes in ticks if at <= start), default=0)
         return next((at - start for at, writes in ticks if at > start and writes >= before + count), None)
 
     def rate(self, start: float, end: float) -> float:
-        """Pages written per second between two instants."""
+        """Pages written per second between two times."""
         return (self._written(end) - self._written(start)) / (end - start)
 
     def _written(self, at: float) -> float:
-        """Pages written until an instant, as a straight line between the ticks around it."""
+        """Pages written until a time, interpolated linearly between ticks."""
         ticks = list(self.ticks)
         late = bisect.bisect_left(ticks, (at, 0))
         if not 0 < late < len(ticks):

@@ -1,4 +1,4 @@
-"""Tables in Markdown, from raw results, and verdicts on targets."""
+"""Markdown tables from raw results, and targets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.measuring.statistics import spread, values
 
 Run = dict[str, Any]
 Column = tuple[str, str, int, float]
-"""Heading, key, digits after the point, unit by which values are divided."""
+"""Heading, key, digits after the decimal point, unit by which values are divided."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One line of the verdict."""
+    """One figure with its target."""
 
     what: str
     wanted: str
@@ -28,25 +28,25 @@ class Target:
 
 
 def at_most(what: str, found: float | None, wanted: float, unit: str, digits: int = 1) -> Target:
-    """A figure that may not be larger. None: it was not found, and nothing is reached."""
+    """Target for a maximum; None: not measured, which misses the target."""
     text = "-" if found is None else f"{found:,.{digits}f} {unit}".strip()
     return Target(what, f"<= {wanted:,g} {unit}".strip(), text, found is not None and found <= wanted)
 
 
 def at_least(what: str, found: float | None, wanted: float, unit: str, digits: int = 1) -> Target:
-    """A figure that may not be smaller."""
+    """Target for a minimum; None: not measured, which misses the target."""
     text = "-" if found is None else f"{found:,.{digits}f} {unit}".strip()
     return Target(what, f">= {wanted:,g} {unit}".strip(), text, found is not None and found >= wanted)
 
 
 def verdict(targets: Sequence[Target]) -> str:
-    """All targets, with pass or fail."""
+    """Table of all targets, with pass or fail."""
     lines = [(target.what, target.wanted, target.found, "pass" if target.reached else "**fail**") for target in targets]
     return rows(("what", "wanted", "found", ""), lines)
 
 
 def table(runs: Sequence[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:
-    """One row for each combination of the keys `by`, in the order of their first run: medians and ranges."""
+    """Table of medians and ranges, with one row per combination of the keys `by`, in the order of their first run."""
 
     def names(run: Run) -> tuple[str, ...]:
         return tuple(str(run[key]) for key in by)
@@ -58,7 +58,7 @@ def table(runs: Sequence[Run], by: tuple[str, ...], columns: Sequence[Column]) -
 
 
 def rows(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table of these cells."""
+    """Markdown table of these cells."""
     headings = list(headings)
     every = [headings, ["---"] * len(headings), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in every)

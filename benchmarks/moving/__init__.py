@@ -1,1 +1,1 @@
-"""The parts of the migration benchmark, one module per question."""
+"""Parts of the migration benchmark, one module per measurement."""

@@ -1,7 +1,7 @@
-"""One guest that moves from QEMU to QEMU, and what is measured about each of its moves.
+"""Migration of a guest between QEMU processes, and the figures that are measured for each migration.
 
-A *line* is a guest together with a way of moving it. It is booted once and then moved again and again, each time to a
-fresh QEMU; between its moves it is paused, so that it does not compete with the others.
+A *line* is a guest together with a method of migration. It is booted once and then migrated repeatedly, each time to a
+new QEMU. Between migrations it is paused, so that it does not compete with other lines.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from benchmarks.peers.monitor import Monitor
 
 MEMORY = 1 << 30
 SETTLING = 0.7
-"""Seconds that a guest runs before it is moved."""
+"""Seconds that a guest runs before it is migrated."""
 WATCHED = 1.0
-"""Seconds after a move in which faults are counted."""
+"""Seconds after a migration in which faults are counted."""
 FIRST_WRITES = 1000
-"""Pages that a guest under load writes in half a second."""
+"""Number of pages that a guest under load writes in half a second."""
 
 BUSY = "ferry.mib=200 ferry.rate=2000 ferry.tick=10"
-"""200 MiB of pages that are verified all the time, 2000 of them written per second."""
+"""200 MiB of pages that are verified continuously; 2000 of them are written per second."""
 IDLE = "ferry.mib=200 ferry.rate=0 ferry.verify=0 ferry.tick=10"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where everything is."""
+    """Directory and files of the guests."""
 
     folder: Path
     kernel: Path
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(slots=True)
 class Running:
-    """A QEMU that holds the guest, or waits for it."""
+    """A QEMU that runs the guest, or waits for it."""
 
     monitor: Monitor
     pid: int
@@ -50,13 +50,13 @@ class Running:
 
     @classmethod
     def behind(cls, path: Path) -> Running:
-        """The QEMU with a monitor at that path."""
+        """The QEMU whose monitor has this path."""
         monitor = Monitor(path)
         return cls(monitor, monitor.pid(), monitor.threads())
 
 
 class Line(ABC):
-    """A guest and a way of moving it."""
+    """A guest and a method of migration."""
 
     may_be_lost = False
 
@@ -69,15 +69,15 @@ class Line(ABC):
         self.serial = SerialLines(place.folder / f"{self.stem}.serial")
         self.hops = 0
         self.under_way = (0.0, 0.0)
-        """From when to when it was last moved, seconds on the monotonic clock."""
+        """Start and end of the last migration, seconds on the monotonic clock."""
         self.current: Running | None = None
 
     def monitor_path(self, number: int) -> Path:
-        """Of our own monitor of the QEMU of that number."""
+        """Path of the benchmark's monitor of a QEMU, by its number."""
         return self.place.folder / f"{self.stem}.{number}"
 
     def command(self, number: int) -> list[str]:
-        """The QEMU of that number, without its memory."""
+        """Command line of a QEMU by its number, without memory options."""
         return [
             str(self.qemu),
             *"-accel tcg -m 1G -smp 1 -nodefaults -display none".split(),
@@ -88,18 +88,18 @@ class Line(ABC):
         ]
 
     def boot(self) -> None:
-        """Start the guest; it is up when `serial.ready` is set."""
+        """Start the guest; `serial.ready` is set when it has booted."""
         self.start()
         self.current = Running.behind(self.monitor_path(0))
 
     def rest(self) -> None:
-        """Pause it until its next move."""
+        """Pause the guest until its next migration."""
         assert self.current is not None
         self.current.monitor.execute("stop")
         self.current.monitor.wait("STOP")
 
     def move(self, ballast: Ballast, **options: Any) -> dict[str, Any]:
-        """Wake the guest, move it once, watch it for a second, and say how it went."""
+        """Resume the guest, migrate it once, observe it for a second, and return the figures."""
         source = self.current
         assert source is not None
         source.monitor.execute("cont")
@@ -143,7 +143,7 @@ class Line(ABC):
         }
         run |= self.finish(source, destination)
         self.under_way = (began + clock, began + clock + run["total-ms"] / 1e3)
-        # In post-copy it may have waited for pages until now.
+        # A post-copy guest may have waited for pages until now.
         run["alive"] = self.serial.speaks(resumed + clock, time.monotonic(), WATCHED)
         run["silence-ms"] = self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3
         run["first-writes-ms"] = _milliseconds(self.serial.time_to_writes(resumed + clock, FIRST_WRITES))
@@ -152,7 +152,7 @@ class Line(ABC):
         return run
 
     def _look_after(self, run: dict[str, Any]) -> None:
-        """A guest that is damaged, or that pageferry has lost, ends the benchmark; one that QEMU has lost does not."""
+        """End the benchmark if a guest is damaged, or lost by pageferry; a guest lost by QEMU is only reported."""
         if self.serial.errors:
             raise RuntimeError(f"{self.label}: the guest has found wrong pages")
         if not run["alive"]:
@@ -168,23 +168,23 @@ class Line(ABC):
 
     @abstractmethod
     def prepare(self, number: int, options: dict[str, Any]) -> None:
-        """Start the QEMU of that number, to receive the guest."""
+        """Start the QEMU with this number to receive the guest."""
 
     @abstractmethod
     def accept(self, destination: Running) -> None:
-        """Make it listen, where it does not yet."""
+        """Make the destination listen, if it does not yet."""
 
     @abstractmethod
     def begin(self, source: Running, options: dict[str, Any]) -> None:
-        """Give the command to move."""
+        """Start the migration."""
 
     @abstractmethod
     def finish(self, source: Running, destination: Running) -> dict[str, Any]:
-        """What the mover itself says about it; the source is ended."""
+        """Wait for the end of the migration and end the source. Return the statistics of the method."""
 
     @abstractmethod
     def end(self) -> None:
-        """End the guest and everything that was started."""
+        """End the guest and all processes."""
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The built-in workload, in one process after the other: every lost write shows when it is ended."""
+"""The built-in workload in a sequence of processes; lost writes are detected when it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pageferry.host.python import start_python
 
 
 class Ledger:
-    """A ledger in a process of its own, which moves. `options`: those of `LedgerOptions`; `setup`: of `Setup`."""
+    """A ledger in a separate process that can be migrated. `options`: of `LedgerOptions`; `setup`: of `Setup`."""
 
     def __init__(self, stem: str, size: int, options: dict[str, Any], **setup: Any) -> None:
         self._stem = f"{stem}-{os.getpid()}"
@@ -28,39 +28,39 @@ class Ledger:
 
     @property
     def name(self) -> str:
-        """Under which it is registered where it is now."""
+        """Name of the workload in its current process."""
         return f"{self._stem}-{self._number}"
 
     @property
     def pid(self) -> int:
-        """Of the process that it is in."""
+        """Pid of the current process."""
         return self._owner.pid
 
     @property
     def next_name(self) -> str:
-        """Under which it is registered where it moves to."""
+        """Name of the workload in the next process."""
         return f"{self._stem}-{self._number + 1}"
 
     def prepare(self, through: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
-        """Start the process that it is to move to; `through`: what starts that; `words`: further ones for it."""
+        """Start the process to migrate to; `through`: a command prefix; `words`: further arguments."""
         receive = ("receive", self.next_name, *LISTEN, "--workload", "demo", "--output", "json", *words)
         self._next = pageferry(*receive, through=through)
         self.address = expect(self._next, "listening")["address"]
 
     def arrives(self) -> None:
-        """Wait until it runs where it moves to."""
+        """Wait until the workload runs in the next process."""
         assert self._next is not None
         expect(self._next, "received")
 
     def stays(self) -> None:
-        """It has not moved after all: end the process that it was to move to."""
+        """End the next process after a migration that failed."""
         assert self._next is not None
         self._next.kill()
         self._next.wait()
         self._next = None
 
     def moved(self) -> None:
-        """It has moved: end the process that it has left."""
+        """End the former process after a migration."""
         assert self._next is not None
         self._end()
         self._owner, self._next = self._next, None

@@ -1,4 +1,4 @@
-"""The same guest, moved by `pageferry receive` and `pageferry migrate`."""
+"""Migration of the guest by `pageferry receive` and `pageferry migrate`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.moving.guest import Line, Running
 
 PAGEFERRY = Path(sys.executable).with_name("pageferry")
 LISTEN = ("--listen", "127.0.0.1:0")
-"""Of receivers: TCP, as QEMU's own migration beside it uses."""
+"""Options of receivers: TCP, as in QEMU's own migration."""
 Process = subprocess.Popen[bytes]
 
 
 def pageferry(*words: str, through: tuple[str, ...] = ()) -> Process:
-    """A pageferry command, its standard output to be read as JSON lines; `through`: what starts it."""
+    """Start a pageferry command with JSON lines on its standard output; `through`: a command prefix."""
     return subprocess.Popen([*through, str(PAGEFERRY), *words], stdout=subprocess.PIPE)
 
 
 def expect(process: Process, kind: str) -> dict[str, Any]:
-    """The next line of that type. Raises RuntimeError when the command ends without it."""
+    """Return the next event of this type. Raises RuntimeError if the command ends without one."""
     assert process.stdout is not None
     for line in process.stdout:
         said: dict[str, Any] = json.loads(line)
@@ -34,7 +34,7 @@ def expect(process: Process, kind: str) -> dict[str, Any]:
 
 
 def reap(process: Process) -> float:
-    """Wait for a process and return the CPU seconds of its whole life."""
+    """Wait for a process, and return its CPU time in seconds."""
     if process.stdout is not None:
         process.stdout.close()
     _, status, usage = os.wait4(process.pid, 0)
@@ -45,8 +45,9 @@ def reap(process: Process) -> float:
 
 
 class PageferryLine(Line):
-    """A guest managed by pageferry. Options of a move: `words` for `pageferry migrate`; `through`, what starts the
-    receiver."""
+    """A guest managed by pageferry. Options of a migration: `words` for `pageferry migrate`; `through`, a command
+    prefix of the receiver.
+    """
 
     def start(self) -> None:
         if pageferry("run", self.name(0), "--detach", "--", *self.command(0)).wait():
@@ -88,5 +89,5 @@ class PageferryLine(Line):
             subprocess.run([str(PAGEFERRY), "stop", name], check=False, capture_output=True)
 
     def name(self, number: int) -> str:
-        """Of the guest, in the QEMU of that number."""
+        """Name of the guest in the QEMU with this number."""
         return f"{self.stem}-{number}"

@@ -1,4 +1,4 @@
-"""What the destination prepares before the workload resumes, on and off: page tables (S1, S5) and large pages (S6)."""
+"""Preparation of the destination before the workload resumes, on and off: page tables (S1, S5) and huge pages (S6)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ LARGE_PAGES = ("keep", "ignore")
 FULL, SMALL = 512 << 20, 64 << 20
 BALLAST = 1152 << 20
 SLOW = 14
-"""Writes that take 2**14 ns (16 us) or longer count as slow: those that meet a page fault do, on a quiet machine."""
+"""Writes of at least 2**14 ns (16 us) count as slow; on a quiet machine these are writes that cause a page fault."""
 WRITER = {"working_set": 0.1, "scatter": True, "zero_fraction": 0.1, "rate": 400 << 20}
-"""A tenth of all pages, all over the arena, so that a migration converges and yet every large page is needed."""
+"""Writes a tenth of all pages at random positions: the migration converges, and each huge page is used."""
 
 
 def choices() -> list[tuple[str, str]]:
-    """Every combination; those that ignore large pages last, because they may lose them for good."""
+    """All combinations; those that ignore huge pages last, because they may lose them permanently."""
     return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
 
 
 def measure_guest(setting: Setting) -> list[dict[str, Any]]:
-    """Move a guest with every combination."""
+    """Migrate a guest with each combination."""
     runs = []
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     line = PageferryLine("populate", place, machine.QEMU, BUSY)
@@ -47,13 +47,13 @@ def measure_guest(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_ledger(setting: Setting) -> list[dict[str, Any]]:
-    """Move the built-in workload with every combination."""
+    """Migrate the built-in workload with each combination."""
     with Ballast(BALLAST) as ballast, Ledger("ledger", SMALL if setting.quick else FULL, WRITER) as ledger:
         return [move(ledger, ballast, *choice) for choice in choices() * setting.repetitions]
 
 
 def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One move of the built-in workload, to a process started `through` another program."""
+    """Migrate the built-in workload once; `through` is a command prefix of the receiver."""
     ledger.prepare(through)
     ballast.hold()
     ballast.release()
@@ -63,7 +63,7 @@ def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: t
     ledger.moved()
     if sender.wait():
         raise RuntimeError("pageferry migrate failed")
-    # Its own second of watching is over: this is all that the writer met since it resumed.
+    # The command has observed the first second by now; this covers all writes since the resume.
     stalls: dict[str, Any] = asyncio.run(_report(ledger.name))
     return {
         "populate": populate,

@@ -1,4 +1,4 @@
-"""The same guest, moved by QEMU and by pageferry, repetition by repetition."""
+"""Migration of the same guest by QEMU and by pageferry, alternating."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from benchmarks.peers.qemu import QemuLine
 from tests.guest import initrd
 
 BALLAST = 1280 << 20
-"""Bytes: a guest of 1 GiB that comes to be all in memory, and some."""
+"""Bytes: a guest of 1 GiB that is fully allocated, and a reserve."""
 BOOT = 90.0
 LOADS = {"busy": BUSY, "idle": IDLE}
 Method = tuple[str, dict[str, Any]]
-"""Name of a way of moving, and its options."""
+"""Name and options of a method."""
 TUNED: list[Method] = [("precopy", {}), ("multifd", {"multifd": True})]
 DEFAULT: Method = ("precopy, default bandwidth", {"default": True})
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """All lines under both loads."""
+    """Measure all lines under both loads."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     with Ballast(BALLAST) as ballast:
         return [run for load in LOADS for run in _under(load, place, ballast, setting.repetitions)]
@@ -58,13 +58,13 @@ def _lines(place: Place, load: str) -> list[tuple[Line, list[Method]]]:
 
 
 def _qemus() -> dict[str, Path]:
-    """Those there are, by version: the machine's own, and the newest."""
+    """Available QEMU versions: the machine's own and the newest."""
     found = [path for path in (machine.OWN_QEMU, machine.QEMU) if path.exists()]
     return {".".join(machine.qemu_version(path).split(".")[:2]): path for path in found}
 
 
 def _as_shipped(lines: Sequence[tuple[Line, list[Method]]], load: str, ballast: Ballast) -> list[dict[str, Any]]:
-    """Once per QEMU, with the bandwidth limit that it comes with: what a user sees who sets nothing."""
+    """Migrate once per QEMU with the default bandwidth limit, as without any settings."""
     name, options = DEFAULT
     chosen = [line for line, _ in lines if isinstance(line, QemuLine) and not line.shared_file]
     return [{"load": load, "method": name, "repetition": 0} | line.move(ballast, **options) for line in chosen]
@@ -72,7 +72,7 @@ def _as_shipped(lines: Sequence[tuple[Line, list[Method]]], load: str, ballast: 
 
 @contextlib.contextmanager
 def booted(lines: list[tuple[Line, list[Method]]]) -> Iterator[list[tuple[Line, list[Method]]]]:
-    """All guests up and paused; ended with the block."""
+    """Boot all guests and pause them; end them after the block."""
     try:
         for line, _ in lines:
             line.boot()

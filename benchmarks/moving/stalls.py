@@ -1,4 +1,4 @@
-"""What a write trace costs the workload (S2), by granularity, and what stopping it for the copy would cost."""
+"""Cost of a write trace for the workload (S2) by granularity, and of pausing the workload during the copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 256 << 20, 64 << 20
 ROUND = 0.15
-"""Seconds between two collections: about what sending the arena takes."""
+"""Seconds between two collections, similar to the time to send the arena."""
 ROUNDS = 4
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ RELEASES = {"no trace": None, "4K": 0, "2M": 1, "auto 64": 64, "auto 256": 256, 
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Every pattern with every granularity, in turn."""
+    """Measure each pattern with each granularity, in turn."""
     runs = []
     for pattern, options in PATTERNS.items():
         with Ledger("stalls", SMALL if setting.quick else FULL, {"compressible": 0.0, **options}) as ledger:
@@ -56,7 +56,7 @@ async def _pattern(ledger: Ledger, pattern: str, repetitions: int) -> list[dict[
 
 
 async def traced(workload: RemoteArena, memory: Memory, release: int | None) -> dict[str, Any]:
-    """Some rounds of a migration, as far as the writer is concerned. The first one, which installs, included."""
+    """Trace some rounds, including the installation of the trace. Return the cost for the writer."""
     large = memory.collapsible(memory.large_units())
     before = await workload.report()
     began = time.perf_counter()
@@ -83,7 +83,7 @@ async def traced(workload: RemoteArena, memory: Memory, release: int | None) -> 
 
 
 async def stopped(workload: RemoteArena, memory: Memory) -> dict[str, Any]:
-    """The writer is paused while everything is sent, once."""
+    """Pause the writer while all memory is sent once."""
     near, far = _connection()
     sink = threading.Thread(target=_drain, args=(far,))
     sink.start()

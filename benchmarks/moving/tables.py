@@ -1,4 +1,4 @@
-"""The tables of the migration benchmark, from the raw results."""
+"""Tables of the migration benchmark."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ THROUGHPUT: tuple[Column, ...] = (
 
 
 def render(results: Results) -> list[str]:
-    """Everything."""
+    """Return headings and tables."""
     return [
         "### One guest of 1 GiB, 200 MiB of it in use",
         table([run for run in results["guests"] if run["alive"]], ("load", "line", "method"), GUEST),

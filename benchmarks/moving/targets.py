@@ -1,4 +1,4 @@
-"""What the migration is to reach, against what was measured."""
+"""Targets of the migration benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PEERS = ("precopy", "multifd")
 
 
 def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ...]) -> tuple[float, str]:
-    """The least median of a key over lines and methods, and whose it is."""
+    """Smallest median of a key over lines and methods, with the name of its line."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if run["load"] == load and run["method"] in methods and run["alive"]:
@@ -21,7 +21,7 @@ def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ..
 
 
 def judge(results: Results) -> list[Target]:
-    """All targets, in the order in which they are to be read."""
+    """Return all targets, in reading order."""
     guests = results["guests"]
     found = []
     for load in ("busy", "idle"):

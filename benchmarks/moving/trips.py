@@ -1,4 +1,4 @@
-"""One move of the built-in workload with any options, between processes of any hosts, and what is told about it."""
+"""Migration of the built-in workload with any options, also between hosts, and its statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.moving.pageferry_line import Process, expect, pageferry, reap
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """From where to where: what starts a command there, and further words for it."""
+    """Command prefixes and further arguments of source and destination."""
 
     here: tuple[str, ...] = ()
     there: tuple[str, ...] = ()
@@ -22,7 +22,7 @@ class Ends:
 
 
 def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = Ends()) -> dict[str, Any]:
-    """Move it once, and end the process that it has left."""
+    """Migrate once, and end the former process."""
     ledger.prepare(ends.there, ends.receiving)
     ballast.hold()
     ballast.release()
@@ -35,13 +35,13 @@ def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = 
 
 
 def begin(ledger: Ledger, words: tuple[str, ...], ends: Ends = Ends()) -> Process:
-    """Give the command to move it to where `prepare` has been called for."""
+    """Start the migration to the destination of `prepare`."""
     command = ("migrate", ledger.name, ledger.address, "--output", "json", *ends.sending, *words)
     return pageferry(*command, through=ends.here)
 
 
 def summary(told: dict[str, Any], first_round: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What tables show of a migration; `first_round`: its event, if there was one."""
+    """Figures of a migration for tables; `first_round`: event of the first round, if any."""
     late = told["postcopy"] or {}
     waits = late.get("waits") or {}
     return {
@@ -61,7 +61,7 @@ def summary(told: dict[str, Any], first_round: dict[str, Any] | None = None) -> 
 
 
 def failure(sender: Process) -> dict[str, Any]:
-    """Of a move that is expected to give up: the last line of what it says, and its exit code."""
+    """Wait for a migration that is expected to fail. Return its exit code, number of rounds and last event."""
     assert sender.stdout is not None
     lines = [json.loads(line) for line in sender.stdout]
     sender.stdout.close()

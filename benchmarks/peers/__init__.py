@@ -1,1 +1,1 @@
-"""The programs that pageferry is measured against, driven through their own interfaces."""
+"""Peers of pageferry, driven through their own interfaces."""

@@ -1,4 +1,4 @@
-"""iperf3: what one TCP stream carries, over loopback or between hosts."""
+"""Throughput of one TCP stream with iperf3, over loopback or between hosts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def one_stream(
     here: tuple[str, ...] = (),
     port: int = 52017,
 ) -> float:
-    """Received megabits per second of a single stream. `there`, `here`: what starts a command on either host.
+    """Received megabits per second of one stream. `there`, `here`: command prefixes on the two hosts.
 
-    Raises CalledProcessError when iperf3 fails.
+    Raises CalledProcessError if iperf3 fails.
     """
     with subprocess.Popen(
         [*there, "iperf3", "-s", "-1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""A QMP session of our own with any QEMU, whoever runs it: commands, and events with QEMU's own time stamps."""
+"""A QMP session with any QEMU: commands, and events with QEMU's time stamps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Monitor:
-    """A session; opened as soon as there is a socket."""
+    """A session; waits for the socket to be created."""
 
     def __init__(self, path: Path, timeout: float = 30.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -26,12 +26,12 @@ class Monitor:
         self._rest = b""
         self._events: list[dict[str, Any]] = []
         self.history: list[tuple[str, float]] = []
-        """Every event so far and when it happened, seconds since 1970; `wait` takes none of them away."""
+        """All events so far with their times, seconds since the epoch; `wait` does not remove any."""
         self._next(deadline)
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """What the command returns. Raises RuntimeError with QEMU's words."""
+        """Return value of a command. Raises RuntimeError with QEMU's error."""
         words = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
         self._socket.sendall(json.dumps(words).encode())
         while True:
@@ -43,7 +43,7 @@ class Monitor:
             self._events.append(answer)
 
     def wait(self, event: str, timeout: float = 60.0, **data: Any) -> float:
-        """When the next event of that name (with that data) happened, seconds since 1970. Forgets those before it."""
+        """Time of the next event with this name and data, seconds since the epoch; discards earlier events."""
         deadline = time.monotonic() + timeout
         while True:
             said = self._events.pop(0) if self._events else self._next(deadline)
@@ -51,16 +51,16 @@ class Monitor:
                 return _time(said)
 
     def threads(self) -> list[int]:
-        """The vCPUs' threads."""
+        """Thread ids of the vCPUs."""
         return [cpu["thread-id"] for cpu in self.execute("query-cpus-fast")]
 
     def pid(self) -> int:
-        """Of QEMU itself, whatever it was started through."""
+        """Pid of QEMU, also if it was started through another program."""
         status = Path(f"/proc/{self.threads()[0]}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:")))
 
     def close(self) -> None:
-        """End the session."""
+        """Close the session."""
         self._socket.close()
 
     def _next(self, deadline: float) -> dict[str, Any]:

@@ -11,16 +11,18 @@ from benchmarks.moving.guest import MEMORY, Line, Place, Running
 from pageferry.workloads.arena.arena import memory_file
 
 BANDWIDTH = 10 << 30
-"""Bytes per second: as good as no limit."""
+"""Bytes per second, effectively unlimited."""
 DEFAULT_BANDWIDTH = 128 << 20
-"""Bytes per second, of QEMU since 5.2 (`max-bandwidth`)."""
+"""Bytes per second, default since QEMU 5.2 (`max-bandwidth`)."""
 DOWNTIME_LIMIT = 300
-"""ms: QEMU's default, and pageferry's."""
+"""Milliseconds, the default of QEMU and of pageferry."""
 CHANNELS = 2
 
 
 class QemuLine(Line):
-    """A guest in plain QEMUs. `shared_file`: memory as pageferry has it, instead of QEMU's own anonymous memory."""
+    """A guest in QEMU without pageferry. `shared_file`: memory in a shared file as pageferry uses, instead of
+    anonymous.
+    """
 
     may_be_lost = True
 
@@ -70,7 +72,7 @@ class QemuLine(Line):
             process.wait()
 
     def launch(self, number: int, more: tuple[str, ...]) -> None:
-        """Start the QEMU of that number, with further options."""
+        """Start the QEMU with this number, with further options."""
         memory, inherited = _shared_memory() if self.shared_file else ((), [])
         try:
             self._processes.append(subprocess.Popen([*self.command(number), *memory, *more], pass_fds=inherited))
@@ -79,7 +81,7 @@ class QemuLine(Line):
                 os.close(descriptor)
 
     def set_up(self, running: Running, capabilities: dict[str, bool]) -> None:
-        """Capabilities and parameters of its next migration."""
+        """Set capabilities and parameters of the next migration."""
         items = [{"capability": name, "state": state} for name, state in {"events": True, **capabilities}.items()]
         running.monitor.execute("migrate-set-capabilities", capabilities=items)
         running.monitor.execute(

@@ -1,1 +1,1 @@
-"""Workloads whose pages are sent again: what they write, and what of it differs from before."""
+"""Programs whose pages are sent again."""

@@ -1,8 +1,9 @@
-"""Programs that modify memory as programs do: `python -m benchmarks.resending.programs NAME`. Says `ready`, goes on.
+"""Programs with typical write patterns: `python -m benchmarks.resending.programs NAME`. Prints `ready` and keeps
+writing.
 
-`database`: SQLite in memory, rows of 200 bytes updated at random; `dictionary`: a dict of Python objects, of which some
-are replaced; `array`: numbers of a large array that change at random; `text`: lines that are appended, and old ones
-let go.
+`database`: SQLite in memory, with random updates of rows of 200 bytes; `dictionary`: a dict of Python objects, some of
+which are replaced; `array`: random changes in a large array of numbers; `text`: lines that are appended while old ones
+are dropped.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from collections.abc import Callable
 
 ROWS = 100_000
 PAUSE = 0.0005
-"""Seconds between two small batches: some are busy, and none as busy as it could be."""
+"""Seconds between two small batches, so that programs are busy, but not at full speed."""
 
 
 def database(choice: random.Random) -> Callable[[], object]:
-    """Rows, and their update."""
+    """Create a table; return a function that updates rows."""
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER, note TEXT)")
     rows = ((number, 0, choice.randbytes(100).hex()) for number in range(ROWS))
@@ -36,7 +37,7 @@ def database(choice: random.Random) -> Callable[[], object]:
 
 
 def dictionary(choice: random.Random) -> Callable[[], object]:
-    """Objects by key, and their replacement."""
+    """Create objects by key; return a function that replaces some."""
     held = {number: (number, choice.random(), str(number) * 4) for number in range(ROWS * 2)}
 
     def step() -> None:
@@ -48,7 +49,7 @@ def dictionary(choice: random.Random) -> Callable[[], object]:
 
 
 def numbers(choice: random.Random) -> Callable[[], object]:
-    """Numbers, and other ones."""
+    """Create an array; return a function that changes some numbers."""
     held = array.array("d", (choice.random() for _ in range(ROWS * 60)))
 
     def step() -> None:
@@ -59,7 +60,7 @@ def numbers(choice: random.Random) -> Callable[[], object]:
 
 
 def text(choice: random.Random) -> Callable[[], object]:
-    """Lines of a log of which the last ones are kept."""
+    """Create lines of a log; return a function that appends lines and drops the oldest."""
     held = collections.deque(
         (f"{number} GET /{choice.randbytes(40).hex()} 200\n" for number in range(ROWS * 2)), ROWS * 2
     )
@@ -80,7 +81,7 @@ PROGRAMS: dict[str, Callable[[random.Random], Callable[[], object]]] = {
 
 
 def main() -> None:
-    """Modify until killed."""
+    """Modify memory until killed."""
     step = PROGRAMS[sys.argv[1]](random.Random(1))
     print("ready", flush=True)
     while True:

@@ -1,1 +1,1 @@
-"""The parts of the restore benchmark, one module per question."""
+"""Parts of the restore benchmark, one module per measurement."""

@@ -1,4 +1,4 @@
-"""Arenas of some gigabytes, opened from an image; and what a single fault costs."""
+"""Opening an arena of some gigabytes from an image, and the cost of a single fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1, "rate": 1 << 20}
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Open an arena lazily, and eagerly."""
+    """Open an arena lazily and eagerly."""
     image = setting.folder / "arena.image"
     size = SMALL if setting.quick else FULL
     with Ledger("opened", size, CONTENTS) as ledger:
@@ -32,7 +32,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def opened(image: Path, mode: str) -> dict[str, Any]:
-    """What a program finds that opens an arena; `mode`: see `opener`."""
+    """Output of a program that opens an arena; for `mode` see `opener`."""
     words = [sys.executable, "-m", "benchmarks.restoring.opener", str(image), mode]
     done = subprocess.run(words, cwd=machine.ROOT, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -40,11 +40,11 @@ def opened(image: Path, mode: str) -> dict[str, Any]:
 
 
 def demanded(image: Path) -> dict[str, Any]:
-    """What accesses at random cost, when nothing is read ahead."""
+    """Cost of random accesses without read-ahead."""
     found = opened(image, "demand")
     return {key: found[key] for key in ("access-us", "read-kib")}
 
 
 def measure_faults(setting: Setting) -> list[dict[str, Any]]:
-    """The bare loop and the pager; the program repeats by itself."""
+    """Measure the bare loop and the pager; the program repeats by itself."""
     return examples.fault_loop(setting.quick)

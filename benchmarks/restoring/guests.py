@@ -1,4 +1,4 @@
-"""A guest of 1 GiB, all of it touched, restored by pageferry and by QEMU's own incoming migration, in turn."""
+"""Restore of a guest of 1 GiB that has touched all of it, by pageferry and by QEMU's incoming migration, in turn."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from benchmarks.saving.guests import FULL, SMALL, USUAL, checker, guests, save, 
 from tests.guest import initrd
 
 RATE, HOT = 5120, 5
-"""The guest writes 20 MiB/s, all of it in 5 % of its memory."""
+"""The guest writes 20 MiB/s, all in 5 % of its memory."""
 WATCHED = 4.0
-"""Seconds that a guest is watched after it has been resumed, at least; in a hurry, less."""
+"""Minimum seconds that a guest is observed after its resume; `HURRIED` with --quick."""
 HURRIED = 2.0
 TIMEOUT = 60.0
-"""Seconds in which memory must have come."""
+"""Maximum seconds until all memory is loaded."""
 WINDOW, UTILISATION = 1.0, 0.8
-"""Of the time to responsiveness, TTR(1 s, 80 %): see `responsive`."""
+"""Parameters of the time to responsiveness, TTR(1 s, 80 %): see `responsive`."""
 STEP = 0.01
 OURS: dict[str, tuple[str, ...]] = {
     "lazy": (),
@@ -41,11 +41,11 @@ PEERS: dict[str, tuple[str, ...]] = {
     "mapped-ram": ("mapped-ram",),
     "stream": (),
 }
-"""Capabilities of the incoming migration; the file of the first is used for the second too."""
+"""Capabilities of the incoming migration; the second uses the file of the first."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Save the guest once in each way, and restore it again and again."""
+    """Save the guest once with each method, and restore it repeatedly."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     words = checker(SMALL if setting.quick else FULL, RATE, HOT)
     runs, watched = [], HURRIED if setting.quick else WATCHED
@@ -68,7 +68,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
-    """By `pageferry restore`, watched until all of its memory is there, where it comes by itself."""
+    """Restore with `pageferry restore`; observe the guest until its memory is complete, unless that needs accesses."""
     line.hops += 1
     name = line.name(line.hops)
     line.serial.ticks.clear()
@@ -104,7 +104,7 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str, watch
 def restore_by_qemu(
     line: QemuLine, file: Path, usual: float, capabilities: tuple[str, ...], *, watched: float = WATCHED
 ) -> dict[str, Any]:
-    """By `migrate-incoming`, in a QEMU that is up and waits for it."""
+    """Restore with `migrate-incoming` in a QEMU that is already waiting."""
     line.hops += 1
     line.serial.ticks.clear()
     start = time.time()
@@ -129,9 +129,9 @@ def restore_by_qemu(
 
 
 def responsive(serial: SerialLines, resumed: float, end: float, usual: float) -> float | None:
-    """TTR(w, u) from an instant on: the first time after which utilisation in every window of w seconds stays at u.
+    """TTR(w, u): time after which the utilisation of each window of w seconds stays at or above u.
 
-    Utilisation is the rate of writing against the usual one. None: not before `end`.
+    Utilisation is the write rate divided by the usual rate. None: not before `end`.
     """
     starts = list(itertools.takewhile(lambda at: at + WINDOW <= end, itertools.count(resumed, STEP)))
     good = [serial.rate(at, at + WINDOW) >= UTILISATION * usual for at in starts]
@@ -140,25 +140,25 @@ def responsive(serial: SerialLines, resumed: float, end: float, usual: float) ->
 
 
 class Told:
-    """What a command says, line by line, while other things are done."""
+    """Events of a command, read in a thread."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
         self.at: dict[str, float] = {}
-        """When the last line of a type came, seconds since 1970."""
+        """Time of the last event by type, seconds since the epoch."""
         self._last: dict[str, dict[str, Any]] = {}
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def wait(self, kind: str, timeout: float) -> dict[str, Any] | None:
-        """The last line of that type, as soon as there is one."""
+        """Last event of this type; wait for one."""
         with self._news:
             self._news.wait_for(lambda: kind in self._last or not self._reader.is_alive(), timeout)
             return self._last.get(kind)
 
     def end(self) -> None:
-        """The command is about to end, or to be ended."""
+        """Wait for the end of the command; kill it after 10 s."""
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -195,7 +195,7 @@ def _save_theirs(line: QemuLine, mapped: Path, stream: Path) -> float:
 
 
 def _usual(line: Line) -> float:
-    """Let a guest run; writes per second when nothing disturbs it."""
+    """Run a guest undisturbed; return its writes per second."""
     assert line.current is not None
     line.current.monitor.execute("cont")
     time.sleep(2 * USUAL + 0.5)
@@ -204,7 +204,7 @@ def _usual(line: Line) -> float:
 
 
 def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -> dict[str, Any]:
-    """How the guest does since it was resumed (seconds since 1970), and that it is whole."""
+    """Check that the guest is intact; return its activity since it was resumed (seconds since the epoch)."""
     if line.serial.errors:
         raise RuntimeError(f"{line.label}: the guest has found wrong pages")
     clock = time.monotonic() - time.time()
@@ -221,5 +221,5 @@ def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -
 
 
 def _resumed(running: Running) -> float:
-    running.monitor.execute("query-status")  # and with its answer, all events before
+    running.monitor.execute("query-status")  # its reply follows all earlier events
     return dict(running.monitor.history)["RESUME"]

@@ -1,9 +1,9 @@
-"""Opens an arena from an image in a process of its own: `python -m benchmarks.restoring.opener IMAGE MODE`.
+"""A process that opens an arena from an image: `python -m benchmarks.restoring.opener IMAGE MODE`.
 
-MODE: `lazy`; `demand`, the same without reading ahead; `eager`, which waits until everything is there; `peek`, where
-nothing is read but what is asked for, by a second reader of the file; `whole`, the same after everything has been read.
-Prints JSON: milliseconds until the arena can be used (`restore` has returned and its first byte been read), the median
-of further accesses all over it, microseconds, and milliseconds until all of it is there.
+MODE: `lazy`; `demand`, the same without read-ahead; `eager`, which waits until all memory is loaded; `peek`, which
+reads one page through the file; `whole`, the same after all memory was loaded. Prints JSON: milliseconds
+until the arena is usable (`restore` has returned and one byte has been read), the median latency of random accesses in
+microseconds, and milliseconds until all memory is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ACCESSES = 200
 
 
 def peek(arena: RestoredArena) -> dict[str, float]:
-    """Read a page of the file past the mapping of the arena; bytes of the image read in all, and milliseconds."""
+    """Read a page from the file, not through the mapping. Return the total bytes read and milliseconds."""
     begin = time.perf_counter()
     at = len(memoryview(arena)) // 2
     arena.ensure(at, SMALL_PAGE)
@@ -32,7 +32,7 @@ def peek(arena: RestoredArena) -> dict[str, float]:
 
 
 def main() -> None:
-    """Open, touch, wait."""
+    """Open the arena, access pages, and wait until it is complete."""
     path, mode = sys.argv[1:]
     begin = time.perf_counter()
     arena = pageferry.restore(path, eager=mode == "eager", prefetch=mode in ("lazy", "eager"))

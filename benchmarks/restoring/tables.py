@@ -1,4 +1,4 @@
-"""The tables of the restore benchmark, and what a restore is to reach."""
+"""Tables and targets of the restore benchmark."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FAULTS: tuple[Column, ...] = (
     ("ratio", "ratio", 2, 1),
 )
 SOONER = 20
-"""Times, than QEMU."""
+"""Required ratio to QEMU's time."""
 
 
 def render(results: Results) -> list[str]:
-    """Everything."""
+    """Return headings and tables."""
     return [
         "### One guest of 1 GiB, all of it touched",
         table(results["guests"], ("line", "method"), GUEST),
@@ -46,7 +46,7 @@ def render(results: Results) -> list[str]:
 
 
 def judge(results: Results) -> list[Target]:
-    """All targets, in the order in which they are to be read."""
+    """Return all targets, in reading order."""
     running: dict[tuple[str, str], list[float]] = {}
     for run in results["guests"]:
         running.setdefault((run["line"], run["method"]), []).append(run["running-ms"])

@@ -1,1 +1,1 @@
-"""Sampling of large pages: what it costs a workload, and how right it is."""
+"""Parts of the benchmark of huge page sampling."""

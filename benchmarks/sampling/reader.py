@@ -1,8 +1,8 @@
-"""A process that reads memory at random, as fast as it can, and counts; or small pages of known numbers, in turn.
+"""A process that reads memory at random and counts accesses, or reads known numbers of base pages in turn.
 
-`python -m benchmarks.sampling.reader KIND SIZE MODE`: KIND `shared` or `anon`, SIZE in MiB, MODE `random` (three
-quarters of the large pages, the last quarter is cold) or `pattern` (see `truth`). Says `{"address": ..., "counter":
-...}`: where its memory is, and the path of a file of 8 bytes that holds the number of accesses so far.
+`python -m benchmarks.sampling.reader KIND SIZE MODE`: KIND `shared` or `anon`, SIZE in MiB, MODE `random` (reads three
+quarters of the huge pages; the last quarter is cold) or `pattern` (see `truth`). Prints `{"address": ..., "counter":
+...}`: the address of the memory, and the path of a file of 8 bytes with the number of accesses so far.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ BATCH = 1 << 16
 
 
 def truth(unit: int) -> int:
-    """How many small pages (the first ones) of a large page are accessed in the mode `pattern`."""
+    """Number of base pages of a huge page, from its start, that are accessed in mode `pattern`."""
     return (0, 1, 8, 64, 200, 511, 512)[unit % 7]
 
 
 def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.uint64]], object]:
-    """Memory on large pages; its address, as numbers, and what keeps it."""
+    """Memory on huge pages: its address, its contents as numbers, and an object that keeps it allocated."""
     if kind == "shared":
         mapping = Mapping(memory_file(size)[0], size)
         return mapping.address, np.frombuffer(memoryview(mapping), dtype=np.uint64), mapping
@@ -43,7 +43,7 @@ def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype
 
 
 def indices(mode: str, size: int) -> list[np.ndarray[tuple[int], np.dtype[np.intp]]]:
-    """What to read, batch by batch, as numbers of 8 byte words."""
+    """Batches of indices to read, in 8-byte words."""
     if mode == "pattern":
         pages = [unit * SLOTS + slot for unit in range(size // LARGE_PAGE) for slot in range(truth(unit))]
         return [np.array(pages, dtype=np.intp) * (SMALL_PAGE // 8)]

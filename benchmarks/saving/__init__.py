@@ -1,1 +1,1 @@
-"""The parts of the checkpoint benchmark, one module per question."""
+"""Parts of the checkpoint benchmark, one module per measurement."""

@@ -1,4 +1,4 @@
-"""A guest of 1 GiB that writes all over its memory, saved by pageferry and by QEMU's own means, in turn."""
+"""Checkpoint of a guest of 1 GiB that writes all over its memory, by pageferry and by QEMU's own methods, in turn."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from benchmarks.peers.qemu import QemuLine
 from tests.guest import initrd
 
 FULL, SMALL = 860, 64
-"""MiB: what a guest of 1 GiB can have touched, kernel apart; and for a quick look."""
+"""MiB: what a guest of 1 GiB can touch besides its kernel, and a small size for --quick."""
 RATES = {"20 MiB/s": 5120, "as fast as it can": 1_000_000}
-"""Pages written per second, anywhere in the memory."""
+"""Pages written per second, at random."""
 USUAL = 1.0
-"""Seconds before, with which the rate of writing is compared."""
+"""Seconds before the checkpoint in which the usual rate is measured."""
 AFTER = 0.2
-"""Seconds until the last ticks have come."""
+"""Seconds to wait for the last ticks."""
 PEERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "background-snapshot": (("background-snapshot",), False),
     "mapped-ram, multifd": (("mapped-ram", "multifd"), False),
     "stop-and-copy, mapped-ram, multifd": (("mapped-ram", "multifd"), True),
 }
-"""Capabilities, and whether the guest is stopped before."""
+"""Capabilities, and whether the guest is stopped before the migration."""
 CAPABILITIES = ("mapped-ram", "multifd", "background-snapshot")
 OURS: dict[str, tuple[str, ...]] = {"lazy": (), "stop": ("--mode", "stop")}
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Both loads, with every way of saving."""
+    """Measure both loads with each method."""
     runs = []
     image = setting.folder / "image"
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
@@ -55,13 +55,13 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def checker(mebibytes: int, rate: int, hot: int = 100) -> str:
-    """Options of the guest's program: so much memory, `hot` percent of it written at so many pages a second."""
+    """Options of the checker: MiB of memory, pages written per second, and the percentage of memory that is written."""
     return f"ferry.mib={mebibytes} ferry.rate={rate} ferry.hot={hot} ferry.verify=0 ferry.tick=10 ferry.zero=10"
 
 
 @contextlib.contextmanager
 def guests(place: Place, words: str, load: str) -> Iterator[tuple[PageferryLine, QemuLine]]:
-    """The same guest twice, paused: managed by pageferry, and in a QEMU by itself."""
+    """The same guest twice, paused: managed by pageferry, and in QEMU alone."""
     stem = load.replace("/", " per ")
     ours = PageferryLine(f"ours {stem}", place, machine.QEMU, words)
     theirs = QemuLine(f"theirs {stem}", place, machine.QEMU, words)
@@ -70,7 +70,7 @@ def guests(place: Place, words: str, load: str) -> Iterator[tuple[PageferryLine,
 
 
 def save(line: PageferryLine, image: Path, *words: str) -> dict[str, Any]:
-    """By `pageferry checkpoint`; what it says, and `begin` and `end` on the monotonic clock."""
+    """Save with `pageferry checkpoint`. Return its figures, with `begin` and `end` on the monotonic clock."""
     process = pageferry("checkpoint", line.name(line.hops), str(image), "--output", "json", *words)
     told = expect(process, "checkpoint")
     end = time.monotonic()
@@ -78,7 +78,7 @@ def save(line: PageferryLine, image: Path, *words: str) -> dict[str, Any]:
 
 
 def told_by(told: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself, under the names of the tables. Rates are in MiB of data pages per second."""
+    """Figures of a checkpoint under the names of the tables. Rates are in MiB of data pages per second."""
     seconds = max(told["total-time"] - told["arm-time"], 1) / 1e3
     return {
         "total-ms": told["total-time"],
@@ -99,7 +99,7 @@ def told_by(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopped: bool = False) -> dict[str, Any]:
-    """To a file, by QEMU's own migration; the guest runs on."""
+    """Save to a file with QEMU's own migration; the guest keeps running."""
     assert line.current is not None
     monitor = line.current.monitor
     line.set_up(line.current, {name: name in capabilities for name in CAPABILITIES})
@@ -128,7 +128,7 @@ def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopp
 
 
 def _go_on(monitor: Monitor) -> None:
-    """Resume a guest whose migration has just ended: QEMU refuses until it has cleared up."""
+    """Resume a guest whose migration has just completed; QEMU refuses until its cleanup is complete."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -141,7 +141,7 @@ def _go_on(monitor: Monitor) -> None:
 
 
 def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Save a guest that runs; its pause by QEMU's own events, and what it lost of its rate of writing."""
+    """Save a running guest. Include its pause from QEMU's events, and its loss of write rate."""
     assert line.current is not None
     monitor = line.current.monitor
     monitor.execute("cont")
@@ -150,7 +150,7 @@ def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     seen = len(monitor.history)
     run = save()
     time.sleep(AFTER)
-    monitor.execute("query-status")  # and with its answer, all events before
+    monitor.execute("query-status")  # its reply follows all earlier events
     happened = dict(monitor.history[seen:])
     begin, end = run.pop("begin"), run.pop("end")
     usual = line.serial.rate(begin - USUAL, begin)
@@ -165,6 +165,6 @@ def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _io(pid: int) -> tuple[int, int]:
-    """Write calls of a process, and the bytes they wrote (proc(5), /proc/PID/io)."""
+    """Number of write calls of a process, and bytes written (proc(5), /proc/PID/io)."""
     lines = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
     return int(lines["syscw"]), int(lines["wchar"])

@@ -1,4 +1,4 @@
-"""The built-in workload, saved: what its writer notices, what the pause is made of, what a second checkpoint costs."""
+"""Checkpoint of the built-in workload: effect on its writer, parts of the pause, cost of a second checkpoint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
 LOADS: dict[str, dict[str, Any]] = {"20 MiB/s": {"rate": 20 << 20}, "as fast as it can": {}}
 CODECS = ("none", "lz4", "zstd")
 USUAL = 1.0
-"""Seconds before, with which the rate of writing is compared."""
+"""Seconds before the checkpoint in which the usual rate is measured."""
 GIB = (1, 4)
-"""Arenas for the pause."""
-FEW = {"rate": 4 << 20, "working_set": 0.02, "scatter": True}
-"""What changes between two checkpoints of a chain."""
+"""Sizes of the arenas for the pause."""
+SPARSE = {"rate": 4 << 20, "working_set": 0.02, "scatter": True}
+"""Writes between two checkpoints of a chain."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Both loads, lazily and stopped."""
+    """Measure both loads, lazy and stopped."""
     runs = []
     for load, options in LOADS.items():
         with Ledger("saved", SMALL if setting.quick else FULL, CONTENTS | options) as ledger:
@@ -40,7 +40,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
-    """What a checkpoint saves per second, and what its codec alone would code of the same pages."""
+    """Measure data saved per second, and the speed of the codec alone on the same pages."""
     runs = []
     image = setting.folder / "image"
     with Ledger("coded", SMALL if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
@@ -53,7 +53,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_pause(setting: Setting) -> list[dict[str, Any]]:
-    """The pause by size, of an arena whose writer keeps writing."""
+    """Measure the pause by size, for an arena whose writer keeps writing."""
     runs = []
     for gib in GIB:
         size = SMALL if setting.quick else gib << 30
@@ -66,10 +66,10 @@ def measure_pause(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_increments(setting: Setting) -> list[dict[str, Any]]:
-    """A checkpoint, and a second one a second later with the first as its parent."""
+    """Measure a checkpoint, and a second one a second later with the first as its parent."""
     runs = []
     parent, child = setting.folder / "parent", setting.folder / "child"
-    with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | FEW) as ledger:
+    with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | SPARSE) as ledger:
         for _ in range(setting.repetitions):
             runs.append({"checkpoint": "first"} | asyncio.run(save(ledger, parent)))
             time.sleep(1)
@@ -79,7 +79,7 @@ def measure_increments(setting: Setting) -> list[dict[str, Any]]:
 
 
 async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
-    """One checkpoint, with the writer's own account of it."""
+    """Take one checkpoint. Include the writer's own statistics."""
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)
     try:
@@ -99,7 +99,7 @@ async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
 
 
 async def _rate(workload: RemoteArena, meanwhile: Any) -> dict[str, Any]:
-    """Writes per second while something goes on, and the longest of them."""
+    """Writes per second during an awaitable, the longest write, and the result."""
     before, began = await workload.report(), time.perf_counter()
     result = await meanwhile
     after, ended = await workload.report(), time.perf_counter()

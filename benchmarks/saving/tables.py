@@ -1,4 +1,4 @@
-"""The tables of the checkpoint benchmark, and what a checkpoint is to reach."""
+"""Tables and targets of the checkpoint benchmark."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAIN = (("total ms", "total-ms", 0, 1), ("image MiB", "bytes", 1, 1 << 20), *PA
 
 
 def render(results: Results) -> list[str]:
-    """Everything."""
+    """Return headings and tables."""
     return [
         "### One guest of 1 GiB, all of it touched",
         table(results["guests"], ("load", "line", "method"), GUEST),
@@ -44,7 +44,7 @@ def render(results: Results) -> list[str]:
 
 
 def judge(results: Results) -> list[Target]:
-    """All targets, in the order in which they are to be read."""
+    """Return all targets, in reading order."""
     lazy = having(results["guests"], load="20 MiB/s", line="pageferry", method="lazy")
     ledger = having(results["ledger"], load="20 MiB/s", method="lazy")
     first = having(results["increments"], checkpoint="first")

@@ -1,1 +1,1 @@
-"""The parts of `make systems`: each of the ten systems, with its mechanism and without, a few seconds each."""
+"""Parts of `make systems`: each of the ten systems with and without its mechanism, a few seconds each."""

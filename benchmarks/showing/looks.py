@@ -1,4 +1,4 @@
-"""What is found inside large pages: which small pages are used (S3), and which stand elsewhere too (S9)."""
+"""Analysis of huge pages: base pages in use (S3), and duplicate pages (S9)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pageferry.host import smaps
 from pageferry.large_pages import Options, sample
 
 WINDOW = 1.0
-"""Seconds of watching."""
+"""Seconds per window."""
 
 
 def activity(setting: Setting, switches: Switches) -> list[Row]:
-    """A process that uses a known part of each large page (S3): the kernel's accessed bits, and sampling."""
+    """A process that uses a known part of each huge page (S3): the kernel's accessed bits compared with sampling."""
     mebibytes = 28 if setting.quick else 224
     with reader("shared", mebibytes, "pattern") as one:
         used = sum(truth(unit) for unit in range(one.size // LARGE_PAGE)) * 4096 / (1 << 20)
@@ -40,7 +40,7 @@ def activity(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def sharable(setting: Setting, switches: Switches) -> list[Row]:
-    """Two processes with pages in common (S9): KSM over everything, and on what pageferry chooses."""
+    """Two processes with duplicate pages (S9): KSM on all memory compared with KSM on pageferry's selection."""
     mebibytes = 32 if setting.quick else 192
     alone = sharing.measure("KSM alone", mebibytes)
     chosen = sharing.measure(switches.choose("S9", "pageferry, threshold 64", "KSM alone"), mebibytes)
@@ -61,7 +61,7 @@ def sharable(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def _referenced(one: Reader) -> float:
-    """MiB that the kernel has seen used, by the accessed bits of its mappings (proc(5), clear_refs and smaps)."""
+    """MiB in use by the accessed bits of the process's mappings (proc(5), clear_refs and smaps)."""
     Path(f"/proc/{one.pid}/clear_refs").write_text("1")
     time.sleep(WINDOW)
     areas = (area for area in smaps.smaps(one.pid) if area.mapping.address <= one.address < area.mapping.end)

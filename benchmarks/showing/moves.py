@@ -1,4 +1,4 @@
-"""What a migration prepares and keeps (S1, S5, S6, S7), and what its write traces cost (S2)."""
+"""Preparations of a migration and preserved huge pages (S1, S5, S6, S7), and the cost of write traces (S2)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ from tests.guest import initrd
 
 FULL, SMALL = 512 << 20, 64 << 20
 WRITER = {"working_set": 0.1, "zero_fraction": 0.1, "rate": 40 << 20}
-"""Writes to the first tenth of the memory, in turn."""
+"""Writes the first tenth of the memory, in order."""
 SCATTERED = WRITER | {"scatter": True}
 QUIET = {"working_set": 0.01, "zero_fraction": 0.5, "rate": 1 << 20}
-"""Half of all pages are zeros, and hardly any is sent again."""
+"""Half of all pages are zeros, and few are sent again."""
 NO_MOUNTS = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
-"""Starts a program that cannot mount a tmpfs of large pages: its memory is on small ones unless it makes them large."""
+"""Runs a program that cannot mount a tmpfs with huge pages, so that its memory has only huge pages that it makes
+itself.
+"""
 
 
 def arena(setting: Setting, switches: Switches) -> list[Row]:
-    """The built-in workload, moved with its page tables populated and not (S1, S5)."""
+    """The built-in workload, migrated with and without populated page tables (S1, S5)."""
     size = SMALL if setting.quick else FULL
     what = f"arena of {size >> 20} MiB, a tenth of it written, "
     with Ballast(size * 3 // 2) as ballast, Ledger("scattered", size, SCATTERED) as ledger:
@@ -46,7 +48,7 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def guest(setting: Setting, switches: Switches) -> list[Row]:
-    """A guest, moved likewise (S1), and to a QEMU that has to make its large pages itself (S7); and by QEMU."""
+    """A guest, migrated likewise (S1), and to a QEMU that has to make its huge pages itself (S7); and by QEMU."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     load = "ferry.mib=48" if setting.quick else BUSY
     ours = PageferryLine("moved", place, machine.QEMU, load)
@@ -75,7 +77,7 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def large(setting: Setting, switches: Switches) -> list[Row]:
-    """Large pages of a destination that has to make them itself (S6, S7)."""
+    """Huge pages at a destination that has to make them itself (S6, S7)."""
     size = SMALL if setting.quick else FULL
     rows = []
     for system, options, which in (
@@ -96,7 +98,7 @@ def large(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def traces(setting: Setting, switches: Switches) -> list[Row]:
-    """What a writer notices of write traces (S2), against being stopped for the copy."""
+    """Effect of write traces on a writer (S2), compared with a pause during the copy."""
     size = SMALL if setting.quick else FULL
     with Ledger("traced", size, {"compressible": 0.0, "rate": 20 << 20}) as ledger:
         stopped, traced = asyncio.run(_stalls(ledger, "S2" in switches.off))
@@ -114,7 +116,7 @@ def traces(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
-    """A move of a guest, which rests afterwards."""
+    """Migrate a guest, and pause it afterwards."""
     ballast.hold()
     run = line.move(ballast, **options)
     line.rest()
@@ -122,17 +124,17 @@ def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
 
 
 def _of(peer: dict[str, Any], key: str) -> float | None:
-    """A figure of a peer that has not lost its guest."""
+    """Figure of a peer; None if the peer has lost its guest."""
     return float(peer[key]) if peer["alive"] else None
 
 
 def _faults(ledger: Ledger, ballast: Ballast, choice: str) -> float:
-    """Of a move with that `--populate`."""
+    """Faults after a migration with this `--populate`."""
     return float(populate.move(ledger, ballast, choice, "keep")["faults-first-second"])
 
 
 def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
-    """Large pages in the page tables of the writer after a move."""
+    """Huge pages in the page tables of the writer after a migration."""
     populate.move(ledger, ballast, choice, "keep")
     workload = asyncio.run(open_workload(ledger.name))
     assert isinstance(workload, RemoteArena)
@@ -145,7 +147,7 @@ def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
 
 
 async def _stalls(ledger: Ledger, off: bool) -> tuple[float, float]:
-    """Milliseconds: stopped, and traced."""
+    """Longest write in milliseconds: paused during the copy, and traced."""
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)
     try:

@@ -16,32 +16,32 @@ class Row:
     """S1 to S10."""
     exercised: str
     figure: str
-    """What is counted, with its unit."""
+    """Name and unit of the figure."""
     without: float | None
     mechanism: float | None
-    """The figure with the mechanism; the same way as `without` when it was switched off. None: not measured."""
+    """Figure with the mechanism, or measured like `without` if it is switched off. None: not measured."""
     target: str
-    """In words, as docs/benchmarks.md has it."""
+    """Target in words, as in docs/benchmarks.md."""
     reached: bool
     peer: float | None = None
     whose: str = ""
-    """The peer."""
+    """Name of the peer."""
 
     @classmethod
     def unmeasured(cls, system: str, exercised: str, why: BaseException) -> Row:
-        """What could not be measured, and why."""
+        """Row of a figure that could not be measured, with the reason."""
         words = " ".join(str(why).split()).replace("|", "/") or "no reason was given"
         return cls(system, exercised, f"not measured, {type(why).__name__}: {words}", None, None, "", False)
 
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """Which systems are switched off, to see that their rows fail then."""
+    """Systems that are switched off, to check that their rows fail."""
 
     off: frozenset[str]
 
     def choose(self, system: str, mechanism: str, without: str) -> str:
-        """The option that is to be measured as the mechanism."""
+        """Return the option to measure as the mechanism."""
         return without if system in self.off else mechanism
 
 
@@ -50,7 +50,7 @@ HEADINGS = ("", "exercised", "figure", "without", "with", "peer", "target", "")
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The table, in the order of the systems."""
+    """Table in the order of the systems."""
     ordered = sorted(rows, key=lambda row: int(row.system[1:]))
     return tables.rows(HEADINGS, [_cells(row) for row in ordered])
 
