@@ -234,7 +234,7 @@ def judge(results: Results) -> list[Target]:
     at_5 = [row for row in results["slowdown"] if (row["memory"], row["sampled per second"]) == ("shared", "5%")]
     lost = values([*results["slowdown"], *results["accuracy"]], "large-lost")
     return [
-        at_least("large pages classified exactly", min(values(results["accuracy"], "right-percent")), 100, "%"),
+        at_least("huge pages classified exactly", min(values(results["accuracy"], "right-percent")), 100, "%"),
         at_most("slowdown, shared memory, 5 % sampled per second", median_of(at_5, "slowdown-percent"), 3, "%"),
         at_most("large mappings that did not come back", max(lost), 0, "", 0),
         at_least("of the cold bytes reclaimed", median_of(results["store"], "reclaimed-percent"), 95, "%"),
@@ -257,7 +257,7 @@ def tables(results: Results) -> list[str]:
                 ("large mappings lost", "large-lost", 0, 1),
             ),
         ),
-        "### Against the truth",
+        "### Against a known access pattern",
         table(
             results["accuracy"],
             ("memory",),
@@ -267,7 +267,7 @@ def tables(results: Results) -> list[str]:
                 ("large mappings lost", "large-lost", 0, 1),
             ),
         ),
-        "### Cold memory to a store, and back",
+        "### Cold memory evicted to a store and reloaded",
         table(
             results["store"],
             ("workload",),

@@ -40,7 +40,7 @@ KEPT = 65.0
 def render(results: Results) -> list[str]:
     """Return headings and tables."""
     return [
-        "### Loopback: streams, in the clear and under TLS",
+        "### Loopback: streams, unencrypted and with TLS",
         table(results["loopback"], ("link", "streams"), LOOPBACK),
         "### Long, slow and lossy links",
         table(results["networks"], ("link", "method"), NETWORKS),

@@ -1,6 +1,10 @@
-"""Make the pictures of README from a run of `pageferry demo`: its terminal as SVG, its report as PNG (needs Chromium).
+"""Make the pictures of the documentation, in docs/pictures.
 
-python scripts/pictures.py      write docs/pictures/demo.svg and docs/pictures/report.png
+    python scripts/pictures.py            write layers.svg and, from a run of the demo, demo.svg and report.png
+    python scripts/pictures.py layers     write layers.svg only
+
+layers.svg shows the packages in the layers of the import contract in pyproject.toml. demo.svg is the terminal of
+`pageferry demo`, and report.png the upper part of its report; that picture requires Chromium.
 """
 
 from __future__ import annotations

@@ -40,11 +40,11 @@ def render(results: Results) -> list[str]:
     return [
         "### A guest that writes faster than the link",
         table(results["guests"], ("line", "mode"), GUESTS),
-        f"Pages written per second, by tenths of the move (usual: {guests.RATE:,}):",
+        f"Pages written per second, by tenths of the migration (usual: {guests.RATE:,}):",
         _over_time(results["guests"], ("line", "mode")),
         "### The built-in workload, which writes faster than the link",
         table(results["ledger"], ("mode",), MOVED),
-        f"Pages written per second, by tenths of the move (usual: {ledgers.WRITER['rate'] // 4096:,}):",
+        f"Pages written per second, by tenths of the migration (usual: {ledgers.WRITER['rate'] // 4096:,}):",
         _over_time(results["ledger"], ("mode",)),
         "### An access to a page that is still at the source",
         table(results["accesses"], ("method",), ACCESSES),
@@ -59,16 +59,18 @@ def judge(results: Results) -> list[Target]:
     return [
         Target(
             "QEMU's pre-copy of a guest that writes faster than the link",
-            f"no end within {guests.TIMEOUT:g} x of sending its memory once",
-            f"ended after {theirs['rounds']} rounds" if theirs["ended"] else f"{theirs['rounds']} rounds, and no end",
+            f"does not converge within {guests.TIMEOUT:g} x of sending its memory once",
+            f"ended after {theirs['rounds']} rounds"
+            if theirs["ended"]
+            else f"{theirs['rounds']} rounds, not converged",
             not theirs["ended"],
         ),
         _hybrid("hybrid, the same guest", guest, guests.once(results["guests"])),
         _hybrid("hybrid, the built-in workload", results["ledger"], ledgers.once(results["ledger"])),
         Target(
             "pre-copy, the built-in workload",
-            "gives up by itself, and says so",
-            "ended" if ours["ended"] else f"gave up after {ours['rounds']} rounds",
+            "fails by itself",
+            "ended" if ours["ended"] else f"failed after {ours['rounds']} rounds",
             not ours["ended"],
         ),
         at_most(

@@ -83,7 +83,7 @@ class Bench:
         described = ", ".join(f"{key}: {value}" for key, value in about.items())
         parts = [
             f"<!-- Written by benchmarks/{self.name}.py. -->",
-            f"Median (least–most). {described}.",
+            f"Median (minimum–maximum). {described}.",
             *(("### Targets", tables.verdict(targets)) if targets else ()),
             *self.tables(results),
         ]

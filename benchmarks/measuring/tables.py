@@ -24,7 +24,7 @@ class Target:
     reached: bool
 
     def __str__(self) -> str:
-        return f"{'pass' if self.reached else 'FAIL'}  {self.what}: {self.found} (wanted {self.wanted})"
+        return f"{'pass' if self.reached else 'FAIL'}  {self.what}: {self.found} (target: {self.wanted})"
 
 
 def at_most(what: str, found: float | None, wanted: float, unit: str, digits: int = 1) -> Target:
@@ -42,7 +42,7 @@ def at_least(what: str, found: float | None, wanted: float, unit: str, digits: i
 def verdict(targets: Sequence[Target]) -> str:
     """Table of all targets, with pass or fail."""
     lines = [(target.what, target.wanted, target.found, "pass" if target.reached else "**fail**") for target in targets]
-    return rows(("what", "wanted", "found", ""), lines)
+    return rows(("what", "target", "measured", ""), lines)
 
 
 def table(runs: Sequence[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:

@@ -36,10 +36,10 @@ def judge(results: Results) -> list[Target]:
     ours = having(guests, method="pageferry")
     kept = all(run["large-destination"] >= run["large-source"] for run in ours)
     words = ", ".join(sorted({f"{run['large-source']} -> {run['large-destination']}" for run in ours}))
-    found.append(Target("large pages of the guest, source -> destination", "as many", words, kept))
+    found.append(Target("huge pages of the guest, source -> destination", "as many", words, kept))
     arena = [run for run in results["ledger"] if (run["populate"], run["large-pages-option"]) == ("all", "keep")]
     faults = median_of(arena, "faults-first-second")
-    found.append(Target("faults of the built-in workload in its first second", "<= 5", f"{faults:.0f}", faults <= 5))
+    found.append(Target("faults of the built-in workload in the first second", "<= 5", f"{faults:.0f}", faults <= 5))
     return found
 
 

@@ -36,7 +36,7 @@ SOONER = 20
 def render(results: Results) -> list[str]:
     """Return headings and tables."""
     return [
-        "### One guest of 1 GiB, all of it touched",
+        "### One guest of 1 GiB, all of it accessed",
         table(results["guests"], ("line", "method"), GUEST),
         "### Arenas",
         table(results["arenas"], ("GiB", "method"), ARENA),

@@ -30,11 +30,11 @@ CHAIN = (("total ms", "total-ms", 0, 1), ("image MiB", "bytes", 1, 1 << 20), *PA
 def render(results: Results) -> list[str]:
     """Return headings and tables."""
     return [
-        "### One guest of 1 GiB, all of it touched",
+        "### One guest of 1 GiB, all of it accessed",
         table(results["guests"], ("load", "line", "method"), GUEST),
         "### The built-in workload, 1 GiB",
         table(results["ledger"], ("load", "method"), LEDGER),
-        "### Saved, and the codec by itself",
+        "### Saved, and the codec alone",
         table(results["codecs"], ("codec",), CODECS),
         "### The pause of an arena",
         table(results["pause"], ("GiB",), BY_SIZE),

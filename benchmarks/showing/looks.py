@@ -29,11 +29,11 @@ def activity(setting: Setting, switches: Switches) -> list[Row]:
     return [
         Row(
             "S3",
-            f"process that uses {used:.0f} of {mebibytes} MiB on large pages",
-            "MiB found to be in use",
+            f"process that uses {used:.0f} of {mebibytes} MiB on huge pages",
+            "MiB reported as in use",
             without,
             found,
-            "right within 5 %",
+            "correct within 5 %",
             abs(found - used) <= 0.05 * used,
         )
     ]
@@ -48,8 +48,8 @@ def sharable(setting: Setting, switches: Switches) -> list[Row]:
     return [
         Row(
             "S9",
-            f"2 processes of {mebibytes} MiB on large pages; {part:.0%} of what KSM alone frees was freed",
-            "large pages broken",
+            f"2 processes of {mebibytes} MiB on huge pages; {part:.0%} of the memory that KSM alone frees",
+            "huge pages split",
             alone["broken"],
             chosen["broken"],
             "at most a quarter of KSM's, for at least 80 % of what it frees",

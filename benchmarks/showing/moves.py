@@ -42,8 +42,8 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
         few, every = (_mapped(ledger, ballast, choice) for choice in ("none", switches.choose("S5", "all", "none")))
     units = size // LARGE_PAGE
     return [
-        Row("S1", what + "all over", "page faults of its first second", none, hot, "at most 5", hot <= 5),
-        Row("S5", what + "in one place", "large pages mapped when it runs", few, every, f"all {units}", every >= units),
+        Row("S1", what + "scattered", "page faults in the first second", none, hot, "at most 5", hot <= 5),
+        Row("S5", what + "contiguous", "huge pages mapped when it resumes", few, every, f"all {units}", every >= units),
     ]
 
 
@@ -66,11 +66,11 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
     large = kept["large-source"]
     faults, there = every["faults-first-second"], kept["large-destination"]
     return [
-        Row("S1", f"QEMU guest with {every['large-source']} large pages, moved",
-            "page faults of its vCPUs' first second, QEMU's own with them", none["faults-first-second"], faults,
+        Row("S1", f"QEMU guest with {every['large-source']} huge pages, migrated",
+            "page faults of its vCPUs in the first second, including QEMU's", none["faults-first-second"], faults,
             "at most 80 % of those without", faults <= 0.8 * none["faults-first-second"],
             _of(peer, "faults-first-second"), "QEMU, precopy"),
-        Row("S7", "QEMU guest, written to while it moves", "large pages at the destination", lost["large-destination"],
+        Row("S7", "QEMU guest, migrated under writes", "huge pages at the destination", lost["large-destination"],
             there, f"the {large} of the source", there >= large > 0,
             _of(peer, "large-destination"), f"QEMU, precopy, of {peer['large-source']}"),
     ]  # fmt: skip
@@ -81,8 +81,8 @@ def large(setting: Setting, switches: Switches) -> list[Row]:
     size = SMALL if setting.quick else FULL
     rows = []
     for system, options, which in (
-        ("S6", QUIET, "half of its pages zeros"),
-        ("S7", SCATTERED, "written to while it moves"),
+        ("S6", QUIET, "migrated, half of its pages zeros"),
+        ("S7", SCATTERED, "migrated under writes"),
     ):
         with Ballast(size * 3 // 2) as ballast, Ledger("large", size, options) as ledger:
             lost = populate.move(ledger, ballast, "all", "ignore", NO_MOUNTS)
@@ -90,7 +90,7 @@ def large(setting: Setting, switches: Switches) -> list[Row]:
             kept = populate.move(ledger, ballast, "all", switches.choose(system, "keep", "ignore"), NO_MOUNTS)
         there = kept["large-destination"]
         rows.append(
-            Row(system, f"arena of {size >> 20} MiB, {which}", "large pages at the destination",
+            Row(system, f"arena of {size >> 20} MiB, {which}", "huge pages at the destination",
                 lost["large-destination"], there, f"the {kept['large-source']} of the source",
                 there >= kept["large-source"] > 0)
         )  # fmt: skip

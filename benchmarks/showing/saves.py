@@ -40,13 +40,13 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
         first = restoring.restore(ours, image, usual)
         second = restoring.restore(ours, image, usual, "--eager") if "S10" in switches.off else first
         incoming = restoring.restore_by_qemu(theirs, mapped, usual, ("mapped-ram", "multifd"))
-    what = f"QEMU guest, {mebibytes} MiB of it touched"
+    what = f"QEMU guest, {mebibytes} MiB accessed"
     peer = incoming["running-ms"]
     complete = _until_complete(first)
     running = _until_complete(second) if "S10" in switches.off else first["running-ms"]
     beside = median(run["beside-state-ms"] for run in saves)
     return [
-        Row("S4", what, "pause beside the state of its devices, ms", stopped["beside-state-ms"], beside, "at most 5",
+        Row("S4", what, "pause without device state, ms", stopped["beside-state-ms"], beside, "at most 5",
             beside <= 5, snapshot["pause-ms"], "QEMU's background-snapshot, whole pause"),
         Row("S10", what, "ms until it runs", complete, running, "at most a twentieth of QEMU's",
             running <= peer / 20, peer, "QEMU, mapped-ram and multifd"),
@@ -70,9 +70,9 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
     limit = max(2 * gib, 1)
     return [
         Row("S4", f"{what}, 20 MiB/s written", "pause, ms", stopped, lazy, "at most 2 per GiB", lazy <= limit),
-        Row("S8", f"{what}, being restored, one page looked at", "MiB read for it", _mib(whole), _mib(peeked),
+        Row("S8", f"{what}, restored, one page printed", "MiB of the image read", _mib(whole), _mib(peeked),
             "at most a twentieth of that without", _mib(peeked) <= _mib(whole) / 20),
-        Row("S10", f"{what}, opened by a program", "ms until it can be used", eager["open-ms"], opened["open-ms"],
+        Row("S10", f"{what}, opened by a program", "ms until it is usable", eager["open-ms"], opened["open-ms"],
             "at most 20", opened["open-ms"] <= 20),
     ]  # fmt: skip
 
