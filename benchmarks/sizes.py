@@ -69,7 +69,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 def render(results: Results) -> list[str]:
     """Return a heading and a table."""
-    return ["### One size changed at a time", table(results["sizes"], ("load", "size"), COLUMNS)]
+    return ["### One size varied at a time", table(results["sizes"], ("load", "size"), COLUMNS)]
 
 
 def judge(_: Results) -> list[Target]:
