@@ -1,4 +1,4 @@
-"""Accounting of a migration without faults: phases add up to the total, and rounds to what was sent."""
+"""Accounting of a migration without faults: phases add up to the total time, and rounds to the transfer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAUSE = ("stop", "last-pages", "load", "hand-over")
 
 
 def adds_up(phases: dict[str, float], total: float) -> None:
-    """Check that phases leave out no time and count none twice."""
+    """Check that phases sum up to the total within 1 %."""
     assert sum(phases.values()) == pytest.approx(total, rel=0.01), (phases, total)
 
 
@@ -28,7 +28,7 @@ def check_source(lines: Sequence[dict[str, Any]]) -> None:
     assert numbers == list(range(1, len(rounds) + 1))
     if result["mode"] == "precopy":
         for line, following in pairwise(rounds):
-            # More where pages were freed since they were sent: those are sent as zeros.
+            # More if pages were discarded after they were sent: those are sent again as zeros.
             assert following["pages"] * 4096 >= line["remaining"], rounds
     assert rounds[-1]["remaining"] == 0
     assert any(line["switch-over"] for line in rounds)

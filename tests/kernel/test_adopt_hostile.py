@@ -83,7 +83,7 @@ def victim() -> Iterator[tuple[int, int]]:
 
 
 def adopt(path: str) -> int:
-    """Adopt, and return the pid of the workload."""
+    """Adopt the guest of a monitor, and return its pid."""
 
     async def scenario() -> int:
         workload = await QemuWorkload.adopt("theirs", path)
@@ -131,7 +131,7 @@ def test_process_of_another_user_is_adopted_by_root(fake: Start, folder: Path) -
 
 @pytest.mark.usefixtures("root")
 def test_process_in_child_pid_namespace_is_adopted_by_its_pid_in_ours(fake: Start, folder: Path) -> None:
-    """Its thread has id 1 in that namespace, which names another process in ours."""
+    """Thread 1 of that namespace is another process in ours."""
     path, inner = fake("unshare", "--pid", "--fork", "--kill-child", mem_path=ram_file(folder), map="rw")
     assert inner == 1
     pid = adopt(path)
@@ -194,7 +194,7 @@ def test_adopted_guest_with_untraceable_writer_is_refused(
 
 
 def ram_file(folder: Path) -> str:
-    """Yield a file in memory."""
+    """Create a file for guest memory, and return its path."""
     path = folder / "ram"
     path.touch(mode=0o666)
     path.chmod(0o666)

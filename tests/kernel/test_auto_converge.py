@@ -43,7 +43,7 @@ def spinner() -> Program:
 
 
 def groups(pid: int) -> list[str]:
-    """Return the control groups of a process that limit CPU time; other ones may change independently."""
+    """Return the control groups of a process that limit CPU time; others may change independently of the test."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     return [line for line in lines if {"cpu", ""} & set(line.split(":")[1].split(","))]
 

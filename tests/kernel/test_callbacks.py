@@ -218,7 +218,7 @@ def test_named_arena_with_coroutine_callbacks_needs_a_loop() -> None:
 
 
 async def _listen(_: Any) -> None:
-    """Listen with a coroutine function, which is invalid."""
+    """Return a coroutine, which is invalid for a listener."""
 
 
 def _listen_later(event: Any) -> Any:

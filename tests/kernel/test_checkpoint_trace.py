@@ -133,7 +133,7 @@ def test_only_written_pages_are_stored(tmp_path: Path) -> None:
 
 
 def test_discarded_pages_are_found(tmp_path: Path) -> None:
-    """A hole, a hole that is read again (which traces do not report), and a hole that is written again."""
+    """Pages become a hole, a hole that is read again (which traces do not report), or one that is written again."""
     arena, words = filled()
     words[40] = 9  # a pattern
     save(arena, tmp_path / "0", track=True)

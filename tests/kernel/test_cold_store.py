@@ -250,7 +250,7 @@ def group() -> Iterator[Path]:
 
 
 def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
-    """So does one that takes over from another group: reloaded pages are charged to the workload."""
+    """This includes a pager that takes over from another group: reloaded pages are charged to the workload."""
 
     def members() -> list[int]:
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
@@ -319,7 +319,7 @@ def test_damaged_store_is_an_error_and_never_zeros() -> None:
 
 
 def test_partly_reloaded_large_page_is_not_mapped_by_a_pmd() -> None:
-    """Its first page is reloaded into a new huge page whose other pages are empty."""
+    """The first page is reloaded into a new huge page whose other pages are still empty."""
     reclaiming = ("large-pages", "cold", "--reclaim", "store", *EVERYTHING)
     with Program(str(Path(__file__).with_name("cold_parent.py"))) as parent:
         parent.json()

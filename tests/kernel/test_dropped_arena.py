@@ -77,7 +77,7 @@ def test_arena_in_a_cycle_with_its_callbacks_is_freed_by_the_collector() -> None
             self.arena = Arena(4 * MIB, "dropped", on_pause=self.pause)
 
         def pause(self) -> None:
-            """Refer to the holder."""
+            """Do nothing; as a bound method it refers to the holder."""
 
     inode = inode_of(Holder().arena)
     with warned():

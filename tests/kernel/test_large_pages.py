@@ -244,7 +244,7 @@ def test_cancelled_window_restores_mappings(memory: Memory) -> None:
 
 
 def test_sampled_process_survives_killed_sampler(memory: Memory) -> None:
-    """The protections are removed with it. The memory is intact, mapped by PTEs, and can be sampled again."""
+    """The protections disappear with the sampler. The memory is intact, mapped by PTEs, and can be sampled again."""
     shared = memory.kind == "shared"
     content = memory.owner.order("sum", memory.address, LENGTH)
     pages = [memory.address, memory.address + 2 * LARGE_PAGE]

@@ -186,7 +186,7 @@ def test_checkpoint_starts_while_pages_are_deferred(images: dict[str, Path], tmp
             resumed(saver)
             result = moving.until(saver, "checkpoint")
             assert saver.wait() == 0
-        # In rounds while it ran, by traces that cause no traps.
+        # Saved in rounds while the workload ran, by traces that cause no traps.
         assert result["rounds"] >= 1
         assert result["traps"] == 0
         assert result["tracking-note"] == "its memory was still coming"

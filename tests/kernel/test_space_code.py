@@ -207,7 +207,7 @@ def test_interrupted_restartable_sequence_never_commits(tmp_path: Path) -> None:
             pytest.skip(f"this kernel has no restartable sequences (errno {program[5]})")
         committed = 0
         for _ in range(50):
-            time.sleep(0.002)  # until the last section started before the stop has ended
+            time.sleep(0.002)  # lets the section that was released last end
             interrupted = program[0]  # stays in this section until it is aborted
             assert Space(program.pid).call(GETPID) == program.pid
             committed += not program.passes(0, interrupted, 0.2)

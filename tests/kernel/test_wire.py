@@ -173,7 +173,7 @@ def test_sockets_with_a_timeout_work() -> None:
 
 @pytest.mark.parametrize("codec", ["none", "lz4"])
 def test_full_destination_is_an_error(codec: str, root: None) -> None:
-    """The error says so; no signal, no wrong block."""
+    """The error reports the cause; there is no signal, and no corrupted page."""
     directory = large_tmpfs(LARGE_PAGE)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
     os.close(directory)

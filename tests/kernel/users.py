@@ -48,7 +48,7 @@ def python() -> str:
 
 
 def _works(path: str) -> bool:
-    """Return whether an ordinary user may execute it, and its version is ours, whose packages it imports."""
+    """Return whether an ordinary user may execute it, and whether it has our version, as it imports our packages."""
     command = [path, "-I", "-c", f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"]
     with contextlib.suppress(PermissionError):
         return (
@@ -84,7 +84,7 @@ def _become(kind: str) -> None:
 
 
 def _own_dev() -> None:
-    """Devices of a container: no /dev/userfaultfd, no /dev/kvm."""
+    """Create a /dev with the devices of a container: no /dev/userfaultfd, no /dev/kvm."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC_PRIVATE, None):
         raise OSError(ctypes.get_errno(), "unshare")
     if _libc.mount(b"tmpfs", b"/dev", b"tmpfs", 0, b"mode=0755"):

@@ -175,7 +175,7 @@ def test_length_beyond_the_limit_is_refused_under_tls(pair: Pair, length: int) -
 @tries
 @given(garbage=st.binary(min_size=1, max_size=600), flight=st.integers(0, 2), place=st.integers(0, 1 << 20))
 def test_corrupted_handshake_is_refused(pair: Pair, garbage: bytes, flight: int, place: int) -> None:
-    """In the first flight of the source, in the reply, or in the last flight of the handshake."""
+    """The garbage is in the first flight of the source, in the reply, or in the last flight of the handshake."""
     source, receiver = pair()
     changed = False
     for number, (to, of) in enumerate(((receiver, source), (source, receiver), (receiver, source))):

@@ -157,7 +157,7 @@ def test_registered_buffer_must_be_sent_in_the_pause() -> None:
 
 
 def test_exchanging_a_trap_for_a_trace_misses_a_pin() -> None:
-    """Hence not used with direct I/O: a memory range has one registration at a time, so the exchange leaves a gap."""
+    """Traces are not installed this way with direct I/O: a range has one registration, so the exchange leaves a gap."""
     trapped = ("install", "pause", "collect", "sweep", "resume")
     exchange = (*trapped, "remove trap", "protect", "compare", *ROUND, *PAUSE)
     assert wrong(exchange, requests=0) == []

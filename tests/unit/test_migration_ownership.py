@@ -19,7 +19,7 @@ def test_first_decision_is_final(tmp_path: Path) -> None:
     verdicts.begin(MIGRATION)
     assert verdicts.decide(MIGRATION, Verdict.COMMITTED) is Verdict.COMMITTED
     assert verdicts.decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
-    # Another process gets the same decision later.
+    # A later process gets the same decision.
     assert Verdicts(tmp_path).decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
 
 

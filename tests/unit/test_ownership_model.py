@@ -80,7 +80,7 @@ class State:
     settled: bool = False
     """Whether the destination has forgotten the migration, as the source knows."""
     withdrawn: bool = False
-    """Whether the destination had decided to run it, but its process was killed before the decision was reported."""
+    """Whether the destination had decided to run it, but its process was killed before it was resumed."""
     ran_there: bool = False
     postcopy: bool = False
     complete: bool = False

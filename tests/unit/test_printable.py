@@ -117,7 +117,7 @@ def test_error_about_incompatible_source_has_no_escapes() -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_views_show_records_without_their_escapes(terminal: bool) -> None:
-    """Every view with every record of the package, with escapes in all texts."""
+    """Show every record of the package in every view, with escapes in all texts."""
     shown: dict[str, int] = {}
     records = [_hostile(kind) for kind in _kinds(Event)]
     views: list[Any] = [PlainView, *_kinds(PlainView)]
@@ -151,7 +151,7 @@ def test_live_display_does_not_interpret_markup() -> None:
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_reports_have_no_escapes(maker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the terminal, as JSON and as HTML, for a log with escapes in every text except the names of records."""
+    """Show a log in the terminal, as JSON and as HTML, with escapes in all texts but the names of records."""
     MAKERS[maker](tmp_path / "log")
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     for line in lines:

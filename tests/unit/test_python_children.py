@@ -115,7 +115,7 @@ CHILDREN = {
         asyncio.run(listening())
     """,
 }
-"""By module of the child: a program that starts it after `hostile()` has planted modules everywhere."""
+"""By module of the child: a program that starts it, after `hostile()` has planted modules everywhere."""
 
 HOSTILE = """
 import os
