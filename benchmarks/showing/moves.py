@@ -81,7 +81,7 @@ def large(setting: Setting, switches: Switches) -> list[Row]:
     size = SMALL if setting.quick else FULL
     rows = []
     for system, options, which in (
-        ("S6", QUIET, "migrated, migrated, half of its pages zeros"),
+        ("S6", QUIET, "migrated, half of its pages zeros"),
         ("S7", SCATTERED, "migrated under writes"),
     ):
         with Ballast(size * 3 // 2) as ballast, Ledger("large", size, options) as ledger:
