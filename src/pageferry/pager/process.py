@@ -37,7 +37,7 @@ from pageferry.pager.records import Deferred, OwnImage
 from pageferry.pager.server import PagerServer
 from pageferry.printable import PrintableFormatter
 
-log = logging.getLogger("pageferry.checkpoints.pager")
+log = logging.getLogger("pageferry.pager")
 
 _SYS_CLOSE, _SYS_MADVISE = 3, 28
 _MADV_DOFORK = 11
