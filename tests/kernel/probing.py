@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry.cli.main import main
-from pageferry.host.features import Feature, Probe, Unavailable, check_features
+from pageferry.host.probes import Feature, Probe, Unavailable, check_features
 
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from pageferry.host.features import PROBES, Feature, kernel, machine, pages, processes
-from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous
+from pageferry.host.probes import PROBES, Feature, kernel, machine, pages, processes
+from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous
 from tests.kernel.probing import Seen
 
 ROOT = Path(__file__).parent.parent.parent

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from pageferry.host import qemus
 from pageferry.host.check import Check, obstacle
-from pageferry.host.features import PROBES, Feature
+from pageferry.host.probes import PROBES, Feature
+from pageferry.host.probes.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, choose
 from pageferry.host.qemus import Qemu, QemuSearch, find_qemus
-from pageferry.host.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, choose
 from pageferry.report.check import CheckView
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from pageferry.errors import UnsupportedError
-from pageferry.host import ram_files
+from pageferry.host import memory_file
 
 MIB = 1 << 20
 
 
 @contextmanager
-def ram_file(size: int, hugetlb: bool = False) -> Iterator[ram_files.RamFile]:
-    file = ram_files.create_ram_file(size, hugetlb=hugetlb)
+def ram_file(size: int, hugetlb: bool = False) -> Iterator[memory_file.RamFile]:
+    file = memory_file.create_ram_file(size, hugetlb=hugetlb)
     try:
         yield file
     finally:
@@ -57,20 +57,20 @@ def test_file_without_privileges_is_on_dev_shm_with_a_reason(monkeypatch: pytest
     def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(ram_files, "_file_on_own", refuse)
+    monkeypatch.setattr(memory_file, "_file_on_own", refuse)
     with ram_file(64 * MIB) as file:
         assert file.warning is not None
         assert "large pages are off" in file.warning
         assert os.fstat(file.fd).st_dev == os.stat("/dev/shm").st_dev
         assert os.fstat(file.fd).st_size == 64 * MIB
     with pytest.raises(UnsupportedError, match="do not fit on /dev/shm"):
-        ram_files.create_ram_file(1 << 50)
+        memory_file.create_ram_file(1 << 50)
 
 
 def test_hugetlb_error_states_the_missing_pages() -> None:
     with pytest.raises(
         UnsupportedError, match=r"1048576 free pages of 2 MiB are required, \d+ are available; add \d+ to"
     ):
-        ram_files.create_ram_file(2 << 40, hugetlb=True)
+        memory_file.create_ram_file(2 << 40, hugetlb=True)
     with pytest.raises(UnsupportedError, match="not a multiple of 2 MiB"):
-        ram_files.create_ram_file(63 * MIB, hugetlb=True)
+        memory_file.create_ram_file(63 * MIB, hugetlb=True)

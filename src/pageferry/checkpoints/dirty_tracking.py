@@ -6,7 +6,7 @@ import os
 from typing import Literal, TypedDict
 
 from pageferry.checkpoints.options import Options
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.images.image import ImageFile
 from pageferry.memory.view import Memory
 from pageferry.workloads import persistent_trace

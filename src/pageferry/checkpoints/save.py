@@ -22,7 +22,7 @@ from pageferry.checkpoints.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread, on_thread
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.images import metadata
 from pageferry.images.image import ImageFile, beside, new_file

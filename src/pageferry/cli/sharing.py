@@ -10,7 +10,7 @@ from pageferry.cli.arguments import fraction, integer, seconds, size
 from pageferry.density import hot_large_pages
 from pageferry.errors import UsageError
 from pageferry.events import Event
-from pageferry.host.meminfo import available
+from pageferry.host.proc import available
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.sharing import SharingView
 from pageferry.sharing import api, policy

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 
 from pageferry.events import Event
-from pageferry.host.features import Feature, check_features
+from pageferry.host.probes import Feature, check_features
+from pageferry.host.probes.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, SystemReport, choose, lacking
 from pageferry.host.qemus import Qemu, QemuSearch
-from pageferry.host.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, SystemReport, choose, lacking
 
 
 class Check(Event, frozen=True, tag="check"):

@@ -324,3 +324,19 @@ def _descriptors(pid: int) -> list[str]:
         return []
     except (FileNotFoundError, ProcessLookupError) as gone:
         raise WorkloadDied(f"process {pid} has exited") from gone
+
+
+def meminfo() -> dict[str, int]:
+    """Bytes by the kernel's names; counts without a unit are left out."""
+    found = {}
+    for line in lines(Path("/proc/meminfo").read_bytes()):
+        name, _, rest = line.partition(b":")
+        if rest.endswith(b" kB"):
+            found[name.decode()] = int(rest.split()[0]) << 10
+    return found
+
+
+def available() -> float:
+    """Part of the memory that can be had without swapping."""
+    counts = meminfo()
+    return counts["MemAvailable"] / counts["MemTotal"]

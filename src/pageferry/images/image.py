@@ -15,7 +15,7 @@ import msgspec
 from pageferry._engine import Image, ImageChain
 from pageferry.errors import ImageError
 from pageferry.host import files
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.images import metadata
 from pageferry.images.metadata import ImageIdentity, Metadata, Parent
 from pageferry.memory.regions import SMALL_PAGE

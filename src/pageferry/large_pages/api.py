@@ -13,7 +13,7 @@ from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
-from pageferry.host.meminfo import available
+from pageferry.host.proc import available
 from pageferry.images.metadata import Codec
 from pageferry.large_pages import cold_store, swap
 from pageferry.large_pages.cold_store import Stored

@@ -34,7 +34,7 @@ from pageferry.errors import (
 )
 from pageferry.host import proc, processes
 from pageferry.host.blocking import in_thread
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.smaps import spare_mappings
 from pageferry.images import metadata, targets

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pageferry.errors import UnsupportedError
 from pageferry.host import proc
-from pageferry.host.meminfo import meminfo
+from pageferry.host.proc import meminfo
 from pageferry.host.smaps import total
 from pageferry.large_pages.sampler import Activity, cold_runs
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE

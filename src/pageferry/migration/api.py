@@ -22,7 +22,7 @@ from pageferry.errors import (
 )
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread
-from pageferry.host.meminfo import meminfo
+from pageferry.host.proc import meminfo
 from pageferry.host.registry import Registry
 from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from pageferry._engine import BlockSender, Mapping, PageSet
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration.engine_call import off_loop
 from pageferry.workloads.deferred_access import AcquiredPager

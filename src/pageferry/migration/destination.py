@@ -29,7 +29,7 @@ from pageferry.errors import (
 )
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE

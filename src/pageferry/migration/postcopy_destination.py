@@ -25,7 +25,7 @@ from pageferry.events import Listener
 from pageferry.host import proc
 from pageferry.host.blocking import in_thread
 from pageferry.host.cgroups import join_groups_of
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.memory.view import EngineSegment, segments_of

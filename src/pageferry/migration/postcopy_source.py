@@ -15,7 +15,7 @@ from typing import Protocol
 from pageferry._engine import PageServer, PageSet
 from pageferry.errors import PageferryError, PostcopyPaused
 from pageferry.events import Listener, ignore
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
 from pageferry.migration import events

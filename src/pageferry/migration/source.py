@@ -25,7 +25,7 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.events import Listener
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE

@@ -26,7 +26,7 @@ from pageferry._engine import Pager, end_on_truncation
 from pageferry.errors import ImageError, PageferryError, UsageError, WorkloadError
 from pageferry.host import files, proc
 from pageferry.host.cgroups import join_groups_of
-from pageferry.host.faults import fault_point
+from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.images import targets
 from pageferry.images.image import ImageFile, open_link

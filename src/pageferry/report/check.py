@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.host.check import Check
-from pageferry.host.features import Feature
-from pageferry.host.systems import SystemReport
+from pageferry.host.probes import Feature
+from pageferry.host.probes.systems import SystemReport
 from pageferry.report.text import PlainView
 
 _COLOURS = {"ok": "green", "fallback": "yellow", "unavailable": "red"}

@@ -11,7 +11,7 @@ from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread
-from pageferry.host.meminfo import available
+from pageferry.host.proc import available
 from pageferry.host.registry import Registry
 from pageferry.pager import records
 from pageferry.pager.records import Deferred

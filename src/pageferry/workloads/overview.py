@@ -15,7 +15,7 @@ from pageferry.errors import RestoreError, UnsupportedError, WorkloadDied
 from pageferry.events import Event
 from pageferry.host import jobs, smaps
 from pageferry.host.jobs import Job
-from pageferry.host.meminfo import meminfo
+from pageferry.host.proc import meminfo
 from pageferry.host.registry import AnyEntry, Folder, QemuEntry, Registry
 from pageferry.pager import client
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self, TypeVar
 import msgspec
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
-from pageferry.host import proc, processes, qmp_peer, ram_files
+from pageferry.host import memory_file, proc, processes, qmp_peer
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import TIMEOUT, Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
@@ -574,7 +574,7 @@ def _launch(
     ram = None
     try:
         if command.needs_ram_file:
-            ram = ram_files.create_ram_file(command.ram_size, hugetlb=hugetlb)
+            ram = memory_file.create_ram_file(command.ram_size, hugetlb=hugetlb)
             if ram.warning:
                 log.warning("%s", ram.warning)
         path = ram.inherited_path if ram is not None else None

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from pageferry.host.features.child import Outcome
+from pageferry.host.probes.child import Outcome
 
 AS_ROOT = "run as root"
 

@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 
 from pageferry import _engine
-from pageferry.host.features import kernel
-from pageferry.host.features.child import Unavailable
-from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, Fault, Userfault, expect, shared_memory
-from pageferry.host.features.probe import Probe, newer_kernel, unknown_to_kernel
+from pageferry.host.probes import kernel
+from pageferry.host.probes.child import Unavailable
+from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, Fault, Userfault, expect, shared_memory
+from pageferry.host.probes.probe import Probe, newer_kernel, unknown_to_kernel
 
 _PATTERN = bytes(range(256)) * (SMALL_PAGE // 256)
 _PRIVILEGE = (

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from pageferry import _engine
-from pageferry.host.features import kernel
-from pageferry.host.features.child import Unavailable
-from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, expect, shared_memory
-from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel, unknown_to_kernel
+from pageferry.host.probes import kernel
+from pageferry.host.probes.child import Unavailable
+from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, expect, shared_memory
+from pageferry.host.probes.probe import AS_ROOT, Probe, newer_kernel, unknown_to_kernel
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pageferry.host.features import machine, pages, processes, userfault
-from pageferry.host.features.child import DEADLINE, Unavailable, run_all
-from pageferry.host.features.probe import Probe
+from pageferry.host.probes import machine, pages, processes, userfault
+from pageferry.host.probes.child import DEADLINE, Unavailable, run_all
+from pageferry.host.probes.probe import Probe
 
 __all__ = ["PROBES", "Feature", "Probe", "Unavailable", "check_features"]
 

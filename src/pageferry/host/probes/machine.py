@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pageferry.errors import WorkloadError
 from pageferry.host.cpu_quota import CpuQuota, mounts
-from pageferry.host.features import kernel
-from pageferry.host.features.child import Unavailable
-from pageferry.host.features.kernel import LARGE_PAGE, Anonymous
-from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel
+from pageferry.host.probes import kernel
+from pageferry.host.probes.child import Unavailable
+from pageferry.host.probes.kernel import LARGE_PAGE, Anonymous
+from pageferry.host.probes.probe import AS_ROOT, Probe, newer_kernel
 
 KSM = Path("/sys/kernel/mm/ksm")
 KVM = "/dev/kvm"

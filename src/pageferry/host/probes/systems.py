@@ -1,6 +1,6 @@
 """The ten systems, and which kernel mechanism each of them uses here.
 
-One table says it all: what a system can be made of, best first, and which features (pageferry.host.features) each way
+One table says it all: what a system can be made of, best first, and which features (pageferry.host.probes) each way
 needs. A way that needs nothing is what happens without the system.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.host.features import Feature
+from pageferry.host.probes import Feature
 
 Status = Literal["ok", "fallback", "unavailable"]
 

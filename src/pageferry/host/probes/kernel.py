@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pageferry import _engine
-from pageferry.host.features.child import Unavailable
+from pageferry.host.probes.child import Unavailable
 
 SMALL_PAGE = _engine.SMALL_PAGE
 LARGE_PAGE = _engine.LARGE_PAGE

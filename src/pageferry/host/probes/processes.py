@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pageferry import _engine
-from pageferry.host.features import kernel
-from pageferry.host.features.child import run_all
-from pageferry.host.features.kernel import LARGE_PAGE, SMALL_PAGE, expect
-from pageferry.host.features.probe import AS_ROOT, Probe, newer_kernel
+from pageferry.host.probes import kernel
+from pageferry.host.probes.child import run_all
+from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, expect
+from pageferry.host.probes.probe import AS_ROOT, Probe, newer_kernel
 
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
