@@ -451,7 +451,10 @@ class Source:
             if any(self.rest) and not self.postcopy:
                 await self._send_unreported(self.rest)
         finally:
+            was_prepared = preparing.done()
             await preparing
+        if was_prepared:  # for some time: the workload is checked again, now and not in the pause
+            await self.workload.prepare_pause()
 
     async def _send_unreported(self, pages: list[PageSet]) -> None:
         """Send a round of the switch-over. It is reported after the resume, so that no listener prolongs the pause."""

@@ -43,6 +43,9 @@ _PAGE_CACHE = frozenset(
 _PINNED_FOR_GOOD = ("/dev/vfio/", "/dev/vhost-vdpa", "/dev/vhost-scsi", "/dev/infiniband/", "/dev/iommu")
 """Devices that write to guest memory at any time, through pages that stay pinned; `unsupported` asks QEMU."""
 
+_NO_FILES = ("socket:", "pipe:", "anon_inode:")
+"""Beginnings of what /proc/PID/fd shows for a descriptor without a path. Such a descriptor reads no disk."""
+
 _PASSTHROUGH = ("/dev/sg", "/dev/bsg/", "/dev/ng")
 """Character devices whose requests pin the memory that they transfer to."""
 _IO_CALLS = frozenset({"0", "1", "17", "18", "19", "20", "295", "296", "327", "328", "74", "75", "16"})
@@ -58,9 +61,10 @@ def direct_files(pid: int, name: str) -> dict[int, str]:
 
     Raises as `refuse_pinning`.
     """
-    refuse_pinning(pid, name)
     found = {}
-    for number, path in _open_files(pid):
+    for number, path in _unpinned(pid, name):
+        if path.startswith(_NO_FILES):
+            continue
         with suppress(FileNotFoundError, ProcessLookupError):  # closed meanwhile
             if _reads_directly(pid, number, path):
                 found[number] = path
@@ -69,11 +73,18 @@ def direct_files(pid: int, name: str) -> dict[int, str]:
 
 def refuse_pinning(pid: int, name: str) -> None:
     """Raises UnsupportedError for devices that keep guest memory pinned, WorkloadDied, WorkloadError."""
-    for _, path in _open_files(pid):
+    for _ in _unpinned(pid, name):
+        pass
+
+
+def _unpinned(pid: int, name: str) -> Iterator[tuple[int, str]]:
+    """The open files of a process, by descriptor. Raises as `refuse_pinning`."""
+    for number, path in _open_files(pid):
         if path.startswith(_PINNED_FOR_GOOD):
             raise UnsupportedError(
                 f"{name} has {path} open, a device that writes to guest memory without a trace: remove it first"
             )
+        yield number, path
 
 
 async def await_requests(pid: int, files: dict[int, str], name: str, timeout: float = DRAIN_TIMEOUT) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import time
@@ -43,6 +44,10 @@ _QUIT_TIMEOUT = 10.0
 
 _ANSWER_TIMEOUT = 0.5
 """Seconds for QEMU to answer `quit`. It answers before it closes its disks."""
+
+_RECENT = 0.05
+"""Seconds for which `pause` relies on the checks of `prepare_pause`, as far as devices and open files of QEMU are the
+same after `stop`."""
 
 _LOG = "log"
 
@@ -82,6 +87,8 @@ class QemuWorkload:
         self._loading: device_state.Loading | None = None
         """What waits for the device state."""
         self._seen = LastSeen(folder.name, machine, ran=ran)
+        self._prepared = -math.inf
+        """Time of the last `_prepare_pause`."""
 
     # -- making one --------------------------------------------------------------------------------------------------
 
@@ -245,13 +252,16 @@ class QemuWorkload:
 
         Raises WorkloadError if the guest has ended since the last look and cannot run again without a reset.
         """
-        await self._prepare_pause()
-        monitor = await self._control.hold()
+        if time.monotonic() - self._prepared > _RECENT:
+            await self._prepare_pause()
+        monitor, machine = await self._control.hold(), self._seen.machine
         self._control.bequeath_as_before()
         ran = await self._bounded(self._seen.stop(monitor), PAUSE_TIMEOUT)
         self._control.stays_paused = not ran
         self._control.bequeath_as_before()
         self._seen.check_not_ended(ran)
+        if self._seen.machine != machine:
+            await unsupported.refuse_running(monitor)
         direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
 
     async def does_direct_io(self) -> bool:
@@ -469,11 +479,13 @@ class QemuWorkload:
         monitor = await self._control.hold()
         self._control.have_will()
         known = self._control.prepared
-        if await self._control.note_status(monitor) == MIGRATED and not known:
+        # Devices may have been added since the guest was last looked at.
+        status, _ = await asyncio.gather(self._control.note_status(monitor), unsupported.refuse_running(monitor))
+        if status == MIGRATED and not known:
             log.warning("%s was paused by QEMU's own migration, which pageferry did not start: %s", self.name, MAY_RUN)
         self._seen.ran = self._seen.ran or not self._control.stays_paused
-        await unsupported.refuse_running(monitor)  # devices may have been added since
         await self._control.prepare_state(monitor)
+        self._prepared = time.monotonic()
 
     async def _stop_briefly(self, monitor: Monitor) -> float:
         """Stop the guest and continue it; the seconds between. A guest that another client has paused stays so."""

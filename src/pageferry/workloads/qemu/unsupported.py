@@ -8,6 +8,7 @@ added at any time and the file of a disk can name further drivers.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable, Mapping
 
@@ -95,15 +96,20 @@ def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
 
 async def refuse_running(monitor: Monitor) -> None:
     """Raises UnsupportedError where a running QEMU has any of them now."""
-    for folder in ("peripheral", "peripheral-anon"):
-        for kind in await _types(monitor, f"/machine/{folder}"):
-            refuse_device(kind)
-    for kind in await _types(monitor, "/objects"):
+    devices, more_devices, objects, networks, nodes = await asyncio.gather(
+        _types(monitor, "/machine/peripheral"),
+        _types(monitor, "/machine/peripheral-anon"),
+        _types(monitor, "/objects"),
+        # QMP has no command for this.
+        monitor.execute("human-monitor-command", command_line="info network"),
+        monitor.execute("query-named-block-nodes", flat=True),
+    )
+    for kind in (*devices, *more_devices):
+        refuse_device(kind)
+    for kind in objects:
         refuse_object(kind)
-    # QMP has no command for this.
-    for kind in _NETWORK.findall(await monitor.execute("human-monitor-command", command_line="info network")):
+    for kind in _NETWORK.findall(networks):
         refuse_network({"type": kind})
-    nodes = await monitor.execute("query-named-block-nodes", flat=True)
     refuse_block(("driver", node["drv"]) for node in nodes)
 
 
