@@ -32,11 +32,11 @@ LEDGER = {"rate": 20 << 20, "compressible": 0.5}
 COLUMNS: tuple[Column, ...] = (
     ("memory MiB", "memory", 0, 1 << 20),
     ("sent again MiB", "again", 1, 1 << 20),
-    ("whole, coded MiB", "whole", 2, 1 << 20),
-    ("differences, coded MiB", "delta", 2, 1 << 20),
+    ("whole, compressed MiB", "whole", 2, 1 << 20),
+    ("deltas, compressed MiB", "delta", 2, 1 << 20),
     ("saved %", "saved-percent", 0, 1),
     ("whole MiB/s", "whole-mib-s", 0, 1),
-    ("differences MiB/s", "delta-mib-s", 0, 1),
+    ("deltas MiB/s", "delta-mib-s", 0, 1),
 )
 
 Pages = dict[int, bytes]

@@ -236,8 +236,8 @@ def judge(results: Results) -> list[Target]:
     return [
         at_least("huge pages classified exactly", min(values(results["accuracy"], "right-percent")), 100, "%"),
         at_most("slowdown, shared memory, 5 % sampled per second", median_of(at_5, "slowdown-percent"), 3, "%"),
-        at_most("large mappings that did not come back", max(lost), 0, "", 0),
-        at_least("of the cold bytes reclaimed", median_of(results["store"], "reclaimed-percent"), 95, "%"),
+        at_most("huge mappings not restored", max(lost), 0, "", 0),
+        at_least("cold memory reclaimed", median_of(results["store"], "reclaimed-percent"), 95, "%"),
     ]
 
 
@@ -252,9 +252,9 @@ def tables(results: Results) -> list[str]:
             ("memory", "sampled per second"),
             (
                 ("slowdown, %", "slowdown-percent", 1, 1),
-                ("per second on a CPU, %", "slowdown-on-cpu-percent", 1, 1),
-                ("us of CPU a page", "us-per-page", 0, 1),
-                ("large mappings lost", "large-lost", 0, 1),
+                ("slowdown by CPU time, %", "slowdown-on-cpu-percent", 1, 1),
+                ("CPU us per page", "us-per-page", 0, 1),
+                ("huge mappings lost", "large-lost", 0, 1),
             ),
         ),
         "### Against a known access pattern",
@@ -262,9 +262,9 @@ def tables(results: Results) -> list[str]:
             results["accuracy"],
             ("memory",),
             (
-                ("large pages", "samples", 0, 1),
-                ("exactly right, %", "right-percent", 1, 1),
-                ("large mappings lost", "large-lost", 0, 1),
+                ("huge pages", "samples", 0, 1),
+                ("exact, %", "right-percent", 1, 1),
+                ("huge mappings lost", "large-lost", 0, 1),
             ),
         ),
         "### Cold memory evicted to a store and reloaded",
@@ -277,8 +277,8 @@ def tables(results: Results) -> list[str]:
                 ("stored, MiB", "stored", 0, 1 << 20),
                 ("s", "seconds", 1, 1),
                 ("pauses", "pauses", 0, 1),
-                ("longest, ms", "longest-pause-ms", 1, 1),
-                ("back, s", "undo-seconds", 1, 1),
+                ("longest pause, ms", "longest-pause-ms", 1, 1),
+                ("reload, s", "undo-seconds", 1, 1),
             ),
         ),
         "### damo",

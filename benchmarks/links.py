@@ -29,7 +29,7 @@ NETWORKS: tuple[Column, ...] = (
     ("Mbit/s", "mbps", 0, 1),
     ("one iperf3 stream Mbit/s", "iperf3-mbps", 0, 1),
     ("sent MiB", "transferred", 1, 1 << 20),
-    ("pages asked for", "requests", 0, 1),
+    ("pages requested", "requests", 0, 1),
     ("access waits, median us", "p50-us", 0, 1),
     ("99 % us", "p99-us", 0, 1),
 )
@@ -55,7 +55,7 @@ def judge(results: Results) -> list[Target]:
     }
     return [
         at_least(
-            f"throughput under TLS, {streams} stream{'s' * (streams > 1)}",
+            f"throughput with TLS, {streams} stream{'s' * (streams > 1)}",
             rates["TLS", streams] / rates["plain", streams] * 100,
             KEPT,
             "%",

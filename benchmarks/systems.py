@@ -68,12 +68,16 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The ten systems, each with its mechanism and without.")
-    parser.add_argument("--quick", action="store_true", help="small, to try it out; print the table")
-    parser.add_argument("--only", choices=SYSTEMS, action="append", help="show these systems, and print the table")
-    parser.add_argument("--without", choices=SYSTEMS, action="append", default=[], help="switch their mechanisms off")
+    parser = argparse.ArgumentParser(description="Measure the ten systems, each with and without its mechanism.")
+    parser.add_argument("--quick", action="store_true", help="measure small workloads; print the table")
+    parser.add_argument("--only", choices=SYSTEMS, action="append", help="measure these systems; print the table")
+    parser.add_argument(
+        "--without", choices=SYSTEMS, action="append", default=[], help="switch the mechanism of a system off"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where images are put (%(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/dev/shm"), help="directory for images (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -107,7 +111,7 @@ def _shown(name: str, systems: tuple[str, ...], show: Callable[[], list[Row]]) -
 
 
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"it took more than {MAX_SECONDS} s")
+    raise TimeoutError(f"the measurement took more than {MAX_SECONDS} s")
 
 
 if __name__ == "__main__":

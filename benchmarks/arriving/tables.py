@@ -11,9 +11,9 @@ WAITS: tuple[Column, ...] = (("access waits, median us", "p50-us", 0, 1), ("99 %
 MOVED: tuple[Column, ...] = (
     ("total ms", "total-ms", 0, 1),
     ("downtime ms", "downtime-ms", 0, 1),
-    ("work meanwhile, % of usual", "work-percent", 0, 1),
+    ("writes during migration, % of usual", "work-percent", 0, 1),
     ("rounds", "rounds", 0, 1),
-    ("pages asked for", "requests", 0, 1),
+    ("pages requested", "requests", 0, 1),
     *WAITS,
     ("sent MiB", "transferred", 0, 1 << 20),
 )
@@ -46,7 +46,7 @@ def render(results: Results) -> list[str]:
         table(results["ledger"], ("mode",), MOVED),
         f"Pages written per second, by tenths of the migration (usual: {ledgers.WRITER['rate'] // 4096:,}):",
         _over_time(results["ledger"], ("mode",)),
-        "### An access to a page that is still at the source",
+        "### Latency of an access to a page at the source",
         table(results["accesses"], ("method",), ACCESSES),
     ]
 
@@ -88,7 +88,9 @@ def judge(results: Results) -> list[Target]:
 
 def _hybrid(what: str, runs: list[Run], once: float) -> Target:
     total = median_of(having(runs, mode="hybrid"), "total-ms")
-    return at_most(f"{what}, against sending its memory once ({once:.1f} s)", total / once / 1e3, 2, "x", 2)
+    return at_most(
+        f"{what}: total time, relative to sending its memory once ({once:.1f} s)", total / once / 1e3, 2, "x", 2
+    )
 
 
 def _accesses(runs: list[Run]) -> list[Target]:
@@ -97,7 +99,7 @@ def _accesses(runs: list[Run]) -> list[Target]:
     alone = median_of(having(runs, method=idle), "p50-us")
     found = {method: median_of(having(runs, method=method), "p99-us") for method in pushed}
     return [
-        at_most(f"99 % of accesses, {method}, against one while idle ({alone:.0f} us)", worst / alone, 5, "x")
+        at_most(f"99 % of access waits, {method}, relative to the idle median ({alone:.0f} us)", worst / alone, 5, "x")
         for method, worst in found.items()
     ]
 

@@ -58,11 +58,17 @@ class Bench:
         return 0
 
     def _arguments(self) -> argparse.Namespace:
-        parser = argparse.ArgumentParser(description=f"pageferry {self.name}, side by side with its peers.")
-        parser.add_argument("--repetitions", type=int, default=3, help="of everything (%(default)s)")
-        parser.add_argument("--quick", action="store_true", help="small and once, to try it out; print the figures")
-        parser.add_argument("--only", choices=self.questions, action="append", help="measure and print one part")
-        parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where images are put (%(default)s)")
+        parser = argparse.ArgumentParser(description=f"Benchmark {self.name} of pageferry, with its peers.")
+        parser.add_argument(
+            "--repetitions", type=int, default=3, help="repetitions of each measurement (default: %(default)s)"
+        )
+        parser.add_argument("--quick", action="store_true", help="measure small workloads once; print the results")
+        parser.add_argument(
+            "--only", choices=self.questions, action="append", help="measure one part; print the results"
+        )
+        parser.add_argument(
+            "--folder", type=Path, default=Path("/dev/shm"), help="directory for images (default: %(default)s)"
+        )
         return parser.parse_args()
 
     def _measure(self, chosen: list[str], args: argparse.Namespace) -> Results:

@@ -158,9 +158,12 @@ class Line(ABC):
         if not run["alive"]:
             said = "; ".join(self.serial.words[-5:])
             if not self.may_be_lost:
-                raise RuntimeError(f"{self.label}: the guest fell silent: {said}")
+                raise RuntimeError(f"{self.label}: no output from the guest: {said}")
             when = "in" if run["alive-before"] else "before"
-            print(f"{self.label}: silent since {when} move {self.hops}, which does not count: {said}", file=sys.stderr)
+            print(
+                f"{self.label}: no output from the guest since {when} migration {self.hops}, which is left out: {said}",
+                file=sys.stderr,
+            )
 
     @abstractmethod
     def start(self) -> None:

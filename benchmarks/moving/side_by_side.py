@@ -78,7 +78,7 @@ def booted(lines: list[tuple[Line, list[Method]]]) -> Iterator[list[tuple[Line, 
             line.boot()
         for line, _ in lines:
             if not line.serial.ready.wait(BOOT):
-                raise RuntimeError(f"{line.label}: the guest was not up in {BOOT:g} s")
+                raise RuntimeError(f"{line.label}: the guest has not booted in {BOOT:g} s")
         for line, _ in lines:
             line.rest()
         yield lines

@@ -8,14 +8,14 @@ from benchmarks.measuring.tables import Column, Run, table
 GUEST: tuple[Column, ...] = (
     ("total ms", "total-ms", 0, 1),
     ("command to RESUME ms", "elapsed-ms", 0, 1),
-    ("own downtime ms", "downtime-ms", 0, 1),
+    ("reported downtime ms", "downtime-ms", 0, 1),
     ("STOP to RESUME ms", "stop-to-resume-ms", 0, 1),
     ("guest silent ms", "silence-ms", 0, 1),
     ("CPU s", "cpu-s", 2, 1),
-    ("of it QEMU", "qemu-cpu-s", 2, 1),
+    ("CPU s of QEMU", "qemu-cpu-s", 2, 1),
     ("sent MiB", "transferred", 0, 1 << 20),
     ("2M source", "large-source", 0, 1),
-    ("2M there", "large-destination", 0, 1),
+    ("2M destination", "large-destination", 0, 1),
     ("faults 1st s", "faults-first-second", 0, 1),
 )
 POPULATE: tuple[Column, ...] = (
@@ -23,7 +23,7 @@ POPULATE: tuple[Column, ...] = (
     ("downtime ms", "downtime-ms", 0, 1),
     ("populate, hidden ms", "work-ms", 1, 1),
     ("populate, waited for ms", "populate-ms", 1, 1),
-    ("2M there", "large-destination", 0, 1),
+    ("2M destination", "large-destination", 0, 1),
 )
 GUEST_POPULATE = (*POPULATE, ("first 1000 writes ms", "first-writes-ms", 0, 1))
 LEDGER_POPULATE = (*POPULATE, ("longest write us", "longest-write-us", 0, 1), ("writes >= 16 us", "slow-writes", 0, 1))

@@ -210,7 +210,7 @@ def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -
     clock = time.monotonic() - time.time()
     ticks = list(line.serial.ticks)
     if not ticks:
-        raise RuntimeError(f"{line.label}: the guest is silent: {'; '.join(line.serial.words[-3:])}")
+        raise RuntimeError(f"{line.label}: no output from the guest: {'; '.join(line.serial.words[-3:])}")
     ttr = responsive(line.serial, resumed + clock, ticks[-1][0], usual)
     return {
         "usual-writes-s": usual,

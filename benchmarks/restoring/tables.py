@@ -9,12 +9,12 @@ from benchmarks.measuring.tables import Column, Target, at_most, table
 GUEST: tuple[Column, ...] = (
     ("running after ms", "running-ms", 1, 1),
     ("command to RESUME ms", "command-to-resume-ms", 0, 1),
-    ("of it QEMU's start ms", "qemu-start-ms", 0, 1),
+    ("QEMU start ms", "qemu-start-ms", 0, 1),
     ("first tick ms", "first-tick-ms", 0, 1),
     ("TTR(1 s, 80 %) ms", "ttr-ms", 0, 1),
-    ("work in 1st s", "first-second", 2, 1),
+    ("writes in 1st s, of usual", "first-second", 2, 1),
     ("faults", "faults", 0, 1),
-    ("of them waited for contents", "missed", 0, 1),
+    ("faults on missing pages", "missed", 0, 1),
     ("MiB read", "bytes-read", 0, 1 << 20),
     ("complete ms", "complete-ms", 0, 1),
 )
@@ -55,11 +55,11 @@ def judge(results: Results) -> list[Target]:
     opened = having(results["arenas"], method="lazy")
     return [
         Target(
-            "guest running, against QEMU's fastest incoming",
-            f">= {SOONER} times sooner than {theirs:.0f} ms ({peer})",
+            "guest running, relative to QEMU's fastest restore",
+            f">= {SOONER} times faster than {theirs:.0f} ms ({peer})",
             f"{ours:.1f} ms = {theirs / ours:.1f} times",
             theirs >= SOONER * ours,
         ),
-        at_most("service of a fault, against a bare loop", median_of(results["faults"], "ratio"), 1.3, "x", 2),
+        at_most("fault latency, relative to a bare loop", median_of(results["faults"], "ratio"), 1.3, "x", 2),
         at_most(f"lazy arena of {opened[0]['GiB']:g} GiB usable", median_of(opened, "open-ms"), 20, "ms"),
     ]

@@ -6,7 +6,7 @@ from benchmarks.measuring.bench import Results
 from benchmarks.measuring.statistics import having, median_of
 from benchmarks.measuring.tables import Column, Target, at_least, at_most, table
 
-PAUSE: tuple[Column, ...] = (("pause ms", "own-pause-ms", 1, 1), ("of it device state ms", "device-state-ms", 1, 1))
+PAUSE: tuple[Column, ...] = (("pause ms", "own-pause-ms", 1, 1), ("device state ms", "device-state-ms", 1, 1))
 SAVED: tuple[Column, ...] = (
     ("total ms", "total-ms", 0, 1),
     ("slowdown %", "slowdown-percent", 1, 1),
@@ -23,7 +23,7 @@ CODECS = (
     ("ratio", "of-codec", 2, 1),
     ("compression", "compression", 2, 1),
 )
-BY_SIZE = (("pause ms per GiB", "pause-ms-per-gib", 2, 1), *PAUSE, ("protecting before ms", "arm-ms", 1, 1))
+BY_SIZE = (("pause ms per GiB", "pause-ms-per-gib", 2, 1), *PAUSE, ("protection before the pause ms", "arm-ms", 1, 1))
 CHAIN = (("total ms", "total-ms", 0, 1), ("image MiB", "bytes", 1, 1 << 20), *PAUSE)
 
 
@@ -38,7 +38,7 @@ def render(results: Results) -> list[str]:
         table(results["codecs"], ("codec",), CODECS),
         "### The pause of an arena",
         table(results["pause"], ("GiB",), BY_SIZE),
-        "### A second checkpoint, few changes later",
+        "### A second checkpoint after few writes",
         table(results["increments"], ("checkpoint",), CHAIN),
     ]
 
@@ -50,7 +50,7 @@ def judge(results: Results) -> list[Target]:
     first = having(results["increments"], checkpoint="first")
     second = having(results["increments"], checkpoint="second, with parent")
     return [
-        at_most("pause of a 1 GiB guest, device state apart", median_of(lazy, "beside-state-ms"), 5, "ms"),
+        at_most("pause of a 1 GiB guest, without device state", median_of(lazy, "beside-state-ms"), 5, "ms"),
         at_most("pause of an arena, per GiB", median_of(results["pause"], "pause-ms-per-gib"), 2, "ms", 2),
         at_most("slowdown of a guest that writes 20 MiB/s", median_of(lazy, "slowdown-percent"), 20, "%"),
         at_most("slowdown of the built-in workload at 20 MiB/s", median_of(ledger, "slowdown-percent"), 20, "%"),

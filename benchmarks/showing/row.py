@@ -30,7 +30,7 @@ class Row:
     @classmethod
     def unmeasured(cls, system: str, exercised: str, why: BaseException) -> Row:
         """Row of a figure that could not be measured, with the reason."""
-        words = " ".join(str(why).split()).replace("|", "/") or "no reason was given"
+        words = " ".join(str(why).split()).replace("|", "/") or "no error message"
         return cls(system, exercised, f"not measured, {type(why).__name__}: {words}", None, None, "", False)
 
 
@@ -46,7 +46,7 @@ class Switches:
 
 
 Show = Callable[..., list[Row]]
-HEADINGS = ("", "exercised", "figure", "without", "with", "peer", "target", "")
+HEADINGS = ("", "workload", "figure", "without", "with", "peer", "target", "")
 
 
 def render(rows: Sequence[Row]) -> str:
