@@ -85,7 +85,7 @@ def test_checkpoint_after_one_killed_with_a_trace_compares_pages(tmp_path: Path,
         run("chained", tmp_path / "1", "--parent", str(tmp_path / "0"), fault=point, code=-signal.SIGKILL)
         result = run("chained", tmp_path / "2", "--parent", str(tmp_path / "0"))
         assert (result["tracking"], result["tracked"]) == ("compare", True)
-        assert "did not end" in result["tracking-note"]
+        assert "did not finish" in result["tracking-note"]
         assert userfaultfds(program.process.pid) == 1
         result = run("chained", tmp_path / "3", "--parent", str(tmp_path / "2"))
         assert result["tracking"] == "trace"

@@ -154,7 +154,7 @@ def test_another_source_is_refused_while_one_is_received(there: Program, address
     first.say(hello())
     assert isinstance(first.hears(), messages.Welcome)
     for _ in range(20):
-        assert "receives another workload" in accepted(address, hello()).is_refused()
+        assert "has accepted another workload" in accepted(address, hello()).is_refused()
     first.say(messages.Abort(reason="enough"))
     assert there.wait() == 21
 

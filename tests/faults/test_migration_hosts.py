@@ -103,11 +103,11 @@ def test_ledger_has_one_owner_after_each_failure(
 
 
 WORDS = {
-    13: ("has ended during its migration to", "Start it anew"),
-    21: ("the peer ended the migration: ", "runs on here, and can be migrated again"),
-    22: ("the peer ", "runs on here, and can be migrated again"),
-    23: ("the ", "runs on here, and can be migrated again"),
-    26: ("commit was sent to", "It stays paused here. Ask the peer with: pageferry migrate ledger --recover"),
+    13: ("ended during its migration to", "restart it"),
+    21: ("the peer ended the migration: ", "is still running on this host and can be migrated again"),
+    22: ("the peer ", "is still running on this host and can be migrated again"),
+    23: ("the ", "is still running on this host and can be migrated again"),
+    26: ("no reply to the commit from", "to learn the outcome, run: pageferry migrate ledger --recover"),
 }
 """By exit code: the texts that report the error and what to do."""
 

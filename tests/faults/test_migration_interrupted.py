@@ -161,10 +161,10 @@ def test_closed_output_pipe_ends_the_migration(here: Program) -> None:
 def test_unreachable_or_invalid_address_is_reported_at_once(here: Program) -> None:
     command = [sys.executable, "-m", "pageferry", "migrate", "here"]
     for where, code, words in (
-        ("127.0.0.1:1", 23, "run `pageferry receive` there"),
+        ("127.0.0.1:1", 23, "start `pageferry receive` there"),
         ("192.0.2.1:7070", 2, "--insecure"),
-        ("nowhere", 2, "give HOST:PORT"),
-        ("127.0.0.1:99999", 2, "give HOST:PORT"),
+        ("nowhere", 2, "expected HOST:PORT"),
+        ("127.0.0.1:99999", 2, "expected HOST:PORT"),
     ):
         done = subprocess.run([*command, where], capture_output=True, text=True, timeout=DEADLINE)
         assert (done.returncode, words in done.stderr) == (code, True), done.stderr

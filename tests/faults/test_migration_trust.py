@@ -103,7 +103,7 @@ CASES = {
     "receiver of another authority": Case(
         27,
         "the certificate of the receiver is not accepted: unable to get local issuer certificate",
-        "the source ended the secure connection (unknown ca)",
+        "the source closed the TLS connection (unknown ca)",
         lambda source, receiver: server(receiver, Authority("other")),
     ),
     "source of another authority with the same name": Case(
@@ -121,39 +121,39 @@ CASES = {
     "expired receiver": Case(
         27,
         "the certificate of the receiver is not accepted: certificate has expired; issue a new one",
-        "the source ended the secure connection (certificate expired)",
+        "the source closed the TLS connection (certificate expired)",
         lambda source, receiver: server(receiver, begins=-2 * DAY, ends=-DAY),
     ),
     "source whose certificate is not valid yet": Case(
         27,
         "it does not accept our certificate",
-        "certificate is not yet valid; is the clock right?",
+        "certificate is not yet valid; check the clock",
         lambda source, receiver: client(source, begins=DAY, ends=2 * DAY),
     ),
     "receiver of another name": Case(
         27,
-        "give a name that is in it with --tls-hostname",
-        "the source ended the secure connection (bad certificate)",
+        "give one of its names with --tls-hostname",
+        "the source closed the TLS connection (bad certificate)",
         lambda source, receiver: server(receiver, also=("127.0.0.2", "elsewhere.example")),
     ),
     "receiver with only a common name": Case(
         27,
         "Hostname mismatch, certificate is not valid for 'receiver.example'",
-        "the source ended the secure connection (bad certificate)",
+        "the source closed the TLS connection (bad certificate)",
         lambda source, receiver: server(receiver, also=()),
         ("--tls-hostname", "receiver.example"),
     ),
     "receiver with a client certificate": Case(
         27,
         "the certificate of the receiver is not accepted: unsuitable certificate purpose",
-        "the source ended the secure connection",
+        "the source closed the TLS connection",
         lambda source, receiver: AUTHORITY.issue(
             receiver, "server", "source.example", also=("127.0.0.1",), purpose=CLIENT
         ),
     ),
     "source with a server certificate": Case(
         27,
-        "the receiver ended the secure connection",
+        "the receiver closed the TLS connection",
         "the certificate of the source is not accepted: unsuitable certificate purpose",
         lambda source, receiver: client(source, purpose=SERVER),
     ),
@@ -166,7 +166,7 @@ CASES = {
     "revoked receiver": Case(
         27,
         "the certificate of the receiver is not accepted: certificate revoked; issue a new one",
-        "the source ended the secure connection (certificate revoked)",
+        "the source closed the TLS connection (certificate revoked)",
         lambda source, receiver: revoked("server", receiver, source),
     ),
     "expired revocation list": Case(
@@ -177,8 +177,8 @@ CASES = {
     ),
     "source that is not allowed": Case(
         21,
-        "source.example may not send workloads here",
-        "source.example may not send workloads here: its certificate has none of the names",
+        "source.example is not authorised to send workloads",
+        "source.example is not authorised to send workloads: its certificate has none of the names",
         receiver_options=("--allow", "source.example.org", "--allow", "example", "--allow", "SOURCE.example"),
     ),
 }
@@ -199,11 +199,11 @@ def test_peer_that_fails_authentication_is_refused_on_both_sides(victim: Program
 def test_tls_on_one_side_only_is_reported_on_both(victim: Program, tmp_path: Path) -> None:
     source, receiver = hosts(tmp_path, AUTHORITY)
     with saying(tmp_path, "--tls", str(receiver)) as (there, said):
-        told = Case(21, "this receiver accepts TLS only: migrate with --tls DIR", "accepts TLS only")
+        told = Case(21, "this receiver requires TLS: migrate with --tls DIR", "requires TLS")
         refused(tmp_path, moving.address_of(there), told)
         wait_until(lambda: told.there in said.read_text(), "the reason")
     with saying(tmp_path) as (there, said):
-        told = Case(27, "it does not speak TLS; give --tls on both sides", "start it with `tls` DIR")
+        told = Case(27, "it does not use TLS; give --tls on both sides", "start it with `tls` DIR")
         refused(tmp_path, moving.address_of(there), told, "--tls", str(source))
         wait_until(lambda: told.there in said.read_text(), "the reason")
     still_runs(victim)
@@ -269,12 +269,12 @@ def test_clients_without_a_certificate_or_with_an_older_tls_version_are_refused(
     with saying(tmp_path, "--tls", str(receiver)) as (there, said):
         address = moving.address_of(there)
         assert "CERTIFICATE_REQUIRED" in alert(address, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        wait_until(lambda: "it has shown no certificate" in said.read_text(), "the reason")
+        wait_until(lambda: "it has sent no certificate" in said.read_text(), "the reason")
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.maximum_version = ssl.TLSVersion.TLSv1_2
         old.load_cert_chain(source / "client-cert.pem", source / "client-key.pem")
         assert "PROTOCOL_VERSION" in alert(address, old)
-        wait_until(lambda: "it does not speak TLS 1.3" in said.read_text(), "the reason")
+        wait_until(lambda: "it does not support TLS 1.3" in said.read_text(), "the reason")
 
 
 def test_receiver_with_an_older_tls_version_is_refused(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_receiver_with_an_older_tls_version_is_refused(tmp_path: Path) -> None:
         ):
             assert migration.wait() == 27
             stderr.seek(0)
-            assert "it does not speak TLS 1.3" in " ".join(stderr.read().split())
+            assert "it does not support TLS 1.3" in " ".join(stderr.read().split())
         thread.join(DEADLINE)
         moving.ends_intact(here)
 

@@ -323,7 +323,7 @@ def test_watch_runs_until_interrupted(memory: Memory) -> None:
 
 
 def test_targets_are_parsed() -> None:
-    with pytest.raises(UsageError, match="no number"):
+    with pytest.raises(UsageError, match="expected a number after pid"):
         asyncio.run(open_target("pid:x"))
     with backing("large", LENGTH) as (fd,):
         mapping = Mapping(fd, LENGTH // 2, LENGTH // 2)

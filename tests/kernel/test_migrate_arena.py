@@ -154,7 +154,7 @@ def test_oversized_arena_is_refused_and_the_next_is_received() -> None:
         address = there.json()["address"]
         with source(32 * MIB, "writing") as large:
             large.say(f"migrate {address}")
-            assert "at most 16 MiB are received here" in large.json()["PeerRefused"]
+            assert "accepts at most 16 MiB" in large.json()["PeerRefused"]
             large.say("calls")
             assert large.json() == []
         with source(8 * MIB, "writing") as small:

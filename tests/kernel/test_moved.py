@@ -112,7 +112,7 @@ def test_every_use_of_a_moved_arena_is_refused(tmp_path: Path) -> None:
         arena.fileno,
     ]
     for call in calls:
-        with pytest.raises(WorkloadError, match="has moved"):
+        with pytest.raises(WorkloadError, match="has been migrated"):
             call()
 
 

@@ -356,7 +356,7 @@ def test_userfaultfd_is_borrowed_by_one_operation_at_a_time(tmp_path: Path) -> N
     workload = arena.workload()
     hold = asyncio.run(deferred_access.acquire_uffd(workload))
     assert hold is not None
-    with pytest.raises(WorkloadError, match="moved or saved meanwhile"):
+    with pytest.raises(WorkloadError, match="another migration or checkpoint is using it"):
         asyncio.run(deferred_access.acquire_uffd(workload))
     arena.ensure(0, arena.length)
     assert not arena.pager.wait(0.1)  # it cannot finish while its userfaultfd is borrowed

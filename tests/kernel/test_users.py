@@ -143,6 +143,6 @@ def test_postcopy_is_refused_before_the_pause_by_a_destination_that_cannot_handl
             refusal = said.decode()
             assert moving.process.returncode == 21, refusal
         assert b"round" not in events
-        assert "no post-copy to this destination" in refusal
+        assert "cannot use post-copy to this destination" in refusal
         assert "--mode precopy" in refusal
         ends_intact(source)

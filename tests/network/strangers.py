@@ -127,19 +127,21 @@ def region(length: int) -> list[messages.RegionInfo]:
 REFUSALS: dict[str, Callable[[Peer], None]] = {
     "announced a message of 4294967295 bytes": lambda peer: peer.write(b"\xff" * 64),
     "announced a message of 65537 bytes": lambda peer: peer.write((65537).to_bytes(4, "big")),
-    "makes no sense: MessagePack data is malformed": lambda peer: peer.write(b"\0\0\0\4\xc1\xc1\xc1\xc1"),
-    "makes no sense: Input data was truncated": lambda peer: peer.write(b"\0\0\0\0"),
-    "makes no sense: Invalid value 'Takeover'": lambda peer: peer.say_raw(type="Takeover"),
-    "the peer began with Commit": lambda peer: peer.say(messages.Commit()),
-    "the peer began with Outcome": lambda peer: peer.say(messages.Outcome(owner="source", complete=False)),
+    "an invalid message: MessagePack data is malformed": lambda peer: peer.write(b"\0\0\0\4\xc1\xc1\xc1\xc1"),
+    "an invalid message: Input data was truncated": lambda peer: peer.write(b"\0\0\0\0"),
+    "an invalid message: Invalid value 'Takeover'": lambda peer: peer.say_raw(type="Takeover"),
+    "the peer sent Commit as its first message": lambda peer: peer.say(messages.Commit()),
+    "the peer sent Outcome as its first message": lambda peer: peer.say(
+        messages.Outcome(owner="source", complete=False)
+    ),
     "version 7": lambda peer: peer.say_raw(**(msgspec.to_builtins(hello()) | {"version": 7, "more": "fields"})),
     "version 8": lambda peer: peer.say(messages.Recover(version=8, migration="0" * 32)),
     "unknown field": lambda peer: peer.say_raw(**msgspec.to_builtins(hello()), more="fields"),
-    "are received here": lambda peer: peer.say(hello(regions=region(1 << 48))),
+    "this receiver accepts at most": lambda peer: peer.say(hello(regions=region(1 << 48))),
     "$.regions[0].length": lambda peer: peer.say(hello(regions=region((1 << 48) + 4096))),
     "multiple of 4096": lambda peer: peer.say(hello(regions=region(4095))),
-    "a workload of kind qemu": lambda peer: peer.say(hello(kind="qemu")),
-    "a workload of kind arena": lambda peer: peer.say(hello(regions=region(4096) * 2)),
+    "its kind is qemu": lambda peer: peer.say(hello(kind="qemu")),
+    "its kind is arena": lambda peer: peer.say(hello(regions=region(4096) * 2)),
     "$.streams": lambda peer: peer.say(hello(streams=1000)),
     "$.migration": lambda peer: peer.say(hello(migration="../../../../etc/passwd".ljust(32, "0"))),
     "matching regex": lambda peer: peer.say(hello(migration="0" * 32 + "\n")),
@@ -161,14 +163,14 @@ def large_pages(units: bytes = b"\0", number: int = 0) -> messages.LargePages:
 
 DIGEST = blake2b(digest_size=32).digest()
 WRONG: dict[str, tuple[int, list[messages.Message]]] = {
-    "LargePages belongs": (22, [messages.Round(number=1)]),
-    "large pages of region 3": (22, [large_pages(number=3)]),
+    "instead of LargePages": (22, [messages.Round(number=1)]),
+    "huge pages of region 3": (22, [large_pages(number=3)]),
     "2 bytes for 2 units": (22, [large_pages(b"\0\0")]),
     "sent Commit during the transfer": (22, [large_pages(), messages.Commit()]),
     "sent Hello during the transfer": (22, [large_pages(), hello()]),
     "region 1 of 1": (22, [large_pages(), messages.Hot(region=1, units=b"")]),
-    "was damaged on the way": (22, [large_pages(), messages.StateEnd(length=1, digest=DIGEST)]),
-    "the source forgot 1024 pages": (22, [large_pages(), messages.StateEnd(length=0, digest=DIGEST)]),
+    "was corrupted in transfer": (22, [large_pages(), messages.StateEnd(length=1, digest=DIGEST)]),
+    "the source has not sent 1024 pages": (22, [large_pages(), messages.StateEnd(length=0, digest=DIGEST)]),
     "the peer ended the migration: mind\\x1bchanged": (
         21,
         [large_pages(), messages.Abort(reason="mind\x1bchanged"), messages.Commit(), messages.Done()],

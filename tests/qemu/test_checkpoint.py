@@ -161,7 +161,7 @@ def test_guest_keeps_running_after_a_refused_checkpoint(
         here = serial("source")
         source = await QemuWorkload.start("source", parts.command(here, checker=BUSY))
         await here.ready()
-        with pytest.raises(errors.CheckpointError, match="folder does not exist"):
+        with pytest.raises(errors.CheckpointError, match="directory does not exist"):
             await pageferry.checkpoint(source, tmp_path / "none" / "image")
         assert await source.running()
         await here.ticks(2)

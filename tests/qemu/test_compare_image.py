@@ -37,7 +37,10 @@ def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (("-cpu", "qemu64"), "image has -cpu max, restored has qemu64: start it with the same"),
+        (
+            ("-cpu", "qemu64"),
+            "image has -cpu max, restored has qemu64; start the destination with the options of the source",
+        ),
         (("-cpu", "max,-sse4.2"), "image has -cpu max with CPUID 1.ecx bit 20, restored has the same model without"),
         ((*MAX, "-smp", "2"), "image has -smp 1, restored has 2"),
         ((*MAX, "-device", "virtio-balloon-pci"), "image has -device none, restored has virtio-balloon-pci"),
@@ -75,4 +78,4 @@ def test_image_that_records_no_cpu_is_restored_with_a_warning(
         await workload.discard()
 
     asyncio.run(run())
-    assert "does not say which CPU it has" in caplog.text
+    assert "does not report its CPU model" in caplog.text

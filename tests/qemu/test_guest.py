@@ -179,7 +179,7 @@ def test_attach_fails_while_another_client_uses_the_monitor(guest: Guest) -> Non
 
 
 def test_second_guest_with_the_same_name_is_refused(guest: Guest, parts: GuestParts) -> None:
-    with pytest.raises(NameInUse, match=f"{NAME} is process {guest.workload.pid}"):
+    with pytest.raises(NameInUse, match=f"{NAME}: it is process {guest.workload.pid}"):
         asyncio.run(QemuWorkload.start(NAME, parts.bare()))
     assert proc.start_time(guest.workload.pid) is not None
 

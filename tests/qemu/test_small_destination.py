@@ -57,7 +57,7 @@ def test_postcopy_into_a_too_small_file_system_is_refused(
             there.wait()
             assert there.process.stderr is not None
             there.process.stderr.close()
-        assert "has room for" in said
+        assert "of free space" in said
         guest.verifies_everything()
         guest.untouched()
     finally:

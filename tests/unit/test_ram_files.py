@@ -60,7 +60,7 @@ def test_file_without_privileges_is_on_dev_shm_with_a_reason(monkeypatch: pytest
     monkeypatch.setattr(memory_file, "_file_on_own", refuse)
     with ram_file(64 * MIB) as file:
         assert file.warning is not None
-        assert "large pages are off" in file.warning
+        assert "huge pages are disabled" in file.warning
         assert os.fstat(file.fd).st_dev == os.stat("/dev/shm").st_dev
         assert os.fstat(file.fd).st_size == 64 * MIB
     with pytest.raises(UnsupportedError, match="do not fit on /dev/shm"):

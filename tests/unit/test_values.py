@@ -228,10 +228,10 @@ def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
     [
         (["migrate", "none", "127.0.0.1:1", "--streams", "99"], "--streams"),
         (["migrate", "none", "127.0.0.1:1", "--max-downtime", "2h"], "--max-downtime"),
-        (["migrate", "none", "127.0.0.1:1", "--tls-hostname", "x"], "--tls-hostname needs --tls"),
+        (["migrate", "none", "127.0.0.1:1", "--tls-hostname", "x"], "--tls-hostname requires --tls"),
         (["checkpoint", "none", "image", "--trap-block", "5K"], "--trap-block"),
         (["receive", "none", "--workload", "demo", "--timeout", "0"], "--timeout"),
-        (["receive", "none", "--workload", "demo", "--allow", "x"], "--allow needs --tls"),
+        (["receive", "none", "--workload", "demo", "--allow", "x"], "--allow requires --tls"),
         (["large-pages", "none", "--window", "300"], "--window"),
         (["sharing", "none", "--every", "0"], "--every"),
     ],

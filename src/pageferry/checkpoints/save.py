@@ -495,7 +495,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         advice = {
             errno.ENOSPC: "free some space, or choose another file system",
-            errno.EDQUOT: "the quota is used up",
-            errno.ENOENT: "its folder does not exist",
-        }.get(error.errno or 0, "the workload runs on")
+            errno.EDQUOT: "the quota is exhausted",
+            errno.ENOENT: "its directory does not exist",
+        }.get(error.errno or 0, "the workload keeps running")
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {advice}") from error

@@ -64,7 +64,9 @@ def _tmpfs_file(size: int) -> RamFile:
         return _fallback_file(size, refused)
     warning = None
     if _SHMEM_ENABLED.exists() and "[deny]" in _SHMEM_ENABLED.read_text():
-        warning = f"large pages are off: {_SHMEM_ENABLED} says deny; write `never` to it, which leaves the choice to us"
+        warning = (
+            f"huge pages are disabled: {_SHMEM_ENABLED} is deny; write `never` to it, so that pageferry can enable them"
+        )
     return RamFile(descriptor, warning)
 
 
@@ -76,7 +78,7 @@ def _fallback_file(size: int, refused: OSError) -> RamFile:
             "size, or run as root"
         )
     warning = (
-        f"large pages are off: a tmpfs with huge=always cannot be mounted ({refused.strerror}); guest memory is on "
+        f"huge pages are disabled: cannot mount a tmpfs with huge=always: {refused.strerror}; guest memory is on "
         f"{_FALLBACK}. Run pageferry as root"
     )
     return RamFile(_nameless(_FALLBACK, None, size), warning)

@@ -83,16 +83,18 @@ async def migrate(
     folder = folder_of(moved)
     if committed(folder) is not None and not await moved.running():
         raise WorkloadError(
-            f"{moved.name} was given away by an earlier migration whose outcome is not known here: ask for it with "
+            f"cannot migrate {moved.name}: it was committed by an earlier migration whose outcome is unknown; run "
             f"pageferry migrate {moved.name} --recover"
         )
     hold = await _page_tables(moved, chosen)
     try:
         return await Source(moved, chosen, listener, folder, trust, hold).run(target)
     except WorkloadDied as died:
-        raise WorkloadDied(f"{moved.name} has ended during its migration to {target}: {died}. Start it anew") from died
+        raise WorkloadDied(f"{moved.name} ended during its migration to {target}: {died}; restart it") from died
     except (AuthenticationError, ConnectionLost, PeerRefused, ProtocolError) as error:
-        raise type(error)(f"{error}. {moved.name} {await _state_of(moved)} here, and can be migrated again") from error
+        raise type(error)(
+            f"{error}. {moved.name} {await _state_of(moved)} on this host and can be migrated again"
+        ) from error
     finally:
         if hold is not None:
             await asyncio.shield(in_thread(hold.release))
@@ -117,8 +119,8 @@ async def _state_of(workload: Workload) -> str:
     """Describe the state of a workload after a failed migration."""
     with contextlib.suppress(WorkloadError):
         if not await workload.running():
-            return "stays paused"
-    return "runs on"
+            return "is still paused"
+    return "is still running"
 
 
 async def _page_tables(workload: Workload, options: Options) -> AcquiredPager | None:
@@ -202,7 +204,9 @@ async def _receive(
 
     async def prepare(hello: messages.Hello) -> Workload:
         if hello.mode != "precopy":
-            raise UsageError("an arena of a program is received with all of its memory: use `mode` precopy")
+            raise UsageError(
+                "cannot receive an arena in post-copy: all of its memory must be sent first; use `mode` precopy"
+            )
         fresh = arena_for(hello, max_size)
         arena = make(fresh.descriptor, fresh.length)
         received.append(arena)
@@ -233,7 +237,7 @@ def open_reception(
     values.flag("insecure", insecure)
     folder, names = values.optional(values.path, "tls", tls), values.texts("allow", allow)
     if names and folder is None:
-        raise UsageError("`allow` needs `tls`: without certificates a source has no name")
+        raise UsageError("`allow` requires `tls`: sources are identified by their certificates")
     trust = None if folder is None else Trust(folder, "receiver", allow=names)
     return Reception(resolve(address, insecure=insecure, what="address to listen on", trust=trust), timeout, trust)
 
@@ -241,10 +245,12 @@ def open_reception(
 def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
     """Create an empty arena for a Hello. Raises UsageError if the workload is not an arena or is too large."""
     if hello.kind != "arena" or [region.name for region in hello.regions] != ["arena"]:
-        raise UsageError(f"{hello.name} is a workload of kind {hello.kind}; an arena is received here")
+        raise UsageError(f"cannot receive {hello.name}: its kind is {hello.kind}, and this receiver expects an arena")
     size, most = hello.regions[0].length, max_size or meminfo()["MemAvailable"]
     if size > most:
-        raise UsageError(f"{hello.name} has {size >> 20} MiB, and at most {most >> 20} MiB are received here")
+        raise UsageError(
+            f"cannot receive {hello.name}: it has {size >> 20} MiB, and this receiver accepts at most {most >> 20} MiB"
+        )
     return Arena(size)
 
 
@@ -295,8 +301,8 @@ async def recover(
             await take_back(moved, doubt)
         case _:
             raise OutcomeUnknown(
-                f"{record.peer} knows nothing of this migration of {moved.name}: is it the host it was sent to, "
-                f"with the same run directory? If that host is gone for good: "
+                f"{record.peer} has no record of this migration of {moved.name}: check that it is the host to "
+                "which the workload was sent, with the same run directory; if that host is lost permanently, run "
                 f"pageferry migrate {moved.name} --take-back",
                 record.migration,
                 record.peer,
@@ -331,7 +337,7 @@ def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
     if doubt is not None and doubt.migration and (record is None or record.migration != doubt.migration):
         return Committed(migration=doubt.migration, peer=doubt.peer, hostname=doubt.hostname)
     if record is None:
-        raise UsageError(f"{workload.name} is in no doubt: no migration of it waits for an answer")
+        raise UsageError(f"no migration of {workload.name} is pending recovery")
     return record
 
 
@@ -359,7 +365,7 @@ async def _asked(
             outcome = await channel.receive(messages.Outcome)
         except MigrationError as error:
             raise OutcomeUnknown(
-                f"{address} does not say what became of {name} ({error}). {again}",
+                f"cannot determine the outcome of the migration of {name} from {address}: {error}. {again}",
                 record.migration,
                 record.peer,
                 record.hostname,

@@ -119,7 +119,7 @@ class Destination:
             await to_the_end(self._take_over())
         except BaseException as error:
             if not await within_grace(self._give_up(error), error):
-                log.warning("what was received does not answer, and is left behind")
+                log.warning("the received workload does not respond, and is left as it is")
             self._release()
             raise
         return self.workload
@@ -222,7 +222,7 @@ class Destination:
     async def _await_late_pages(self, hello: messages.Hello, late: list[PageStream]) -> None:
         """Start the pager (post-copy): from here on, accesses to missing pages wait until these are received."""
         if not late:
-            raise ProtocolError("the source announced pre-copy, and keeps pages back")
+            raise ProtocolError("the source announced pre-copy but withholds pages")
         await off_loop(lambda: self.placer.finish(False))
         preallocate.check_space(self.memory.regions, self.missing.sets)
         record = PostcopyRecord(
@@ -266,7 +266,9 @@ class Destination:
         try:
             await in_thread(page_faults.check, pids)
         except CannotHandleFaults as refused:
-            raise UnsupportedError(f"no post-copy to this destination: {refused}; or use --mode precopy") from refused
+            raise UnsupportedError(
+                f"cannot use post-copy to this destination: {refused}; use --mode precopy"
+            ) from refused
 
     def _compare(self, regions: list[messages.RegionInfo]) -> None:
         """Compare the regions of both sides. Raises WorkloadError if they differ."""
@@ -274,14 +276,14 @@ class Destination:
         theirs = [(region.name, region.length) for region in regions]
         if ours != theirs:
             raise WorkloadError(
-                f"the memory does not match: the source has {_describe(theirs)}, the destination {_describe(ours)}; "
-                f"start the destination with the same options"
+                f"the memory does not match: the source has {_describe(theirs)}, the destination has "
+                f"{_describe(ours)}; start the destination with the options of the source"
             )
 
     async def _large_pages(self, number: int) -> list[bool]:
         message = await self.channel.receive(messages.LargePages)
         if message.region != number:
-            raise ProtocolError(f"large pages of region {message.region}, expected {number}")
+            raise ProtocolError(f"bitmap of huge pages of region {message.region}, expected {number}")
         return self._units(number, message.units)
 
     def _units(self, number: int, packed: bytes) -> list[bool]:
@@ -321,9 +323,9 @@ class Destination:
 
     def _verify_state(self, end: messages.StateEnd) -> None:
         if end.length != len(self.state) or end.digest != self.digest.digest():
-            raise ProtocolError("the state of the workload was damaged on the way")
+            raise ProtocolError("the state of the workload was corrupted in transfer")
         if self.placer.missing and self.late is None:
-            raise ProtocolError(f"the source forgot {self.placer.missing} pages")
+            raise ProtocolError(f"the source has not sent {self.placer.missing} pages")
 
     async def _make_ready(self, hello: messages.Hello) -> None:
         """Load the device state, populate page tables, and send Ready."""
@@ -358,7 +360,7 @@ class Destination:
         try:
             await off_loop(lambda: placer.finish(mode == "all"))
         except PageferryError as error:
-            log.warning("page tables are left to the first access: %s", error)
+            log.warning("page-table entries are created on first access: %s", error)
         if mode != "none":
             await self._prefault(self.hot if mode == "hot" else None)
 
@@ -376,7 +378,7 @@ class Destination:
         try:
             await self.workload.prefault(units)
         except (PageferryError, OSError) as error:
-            log.warning("the hypervisor's page tables are left to the first access: %s", error)
+            log.warning("second-stage page-table entries are created on first access: %s", error)
 
     async def _populate_rest(self) -> None:
         """Populate the huge pages other than those in `hot`, while the workload runs (S1)."""
@@ -400,7 +402,7 @@ class Destination:
         self.faults = self.workload.faults()
         self.stays_paused = stays_paused(self.workload)
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
-            raise Cancelled("the source was told meanwhile that this migration is over")
+            raise Cancelled("the migration was aborted in reply to a recovery request of the source")
         # Resuming may access a missing page after the link is lost, so a reconnecting source is served from here on.
         self.attendant.arrivals = self.late
         fault_point("destination.decided")
@@ -451,7 +453,7 @@ class Destination:
         except WorkloadDied:
             raise
         except PageferryError as error:
-            log.warning("the workload runs here; the source may not know it yet: %s", error)
+            log.warning("the workload runs on this host; the source may not be informed yet: %s", error)
         finally:
             await self.channel.close()
             self._release()

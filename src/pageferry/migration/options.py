@@ -85,9 +85,9 @@ class Options:
             values.choice(name, getattr(self, name), choices)
         values.optional(values.text, "tls_hostname", self.tls_hostname)
         if self.auto_converge and self.mode != "precopy":
-            raise UsageError(f"`auto_converge` is for pre-copy: with `mode` {self.mode} it ends whatever is modified")
+            raise UsageError(f"`auto_converge` requires `mode` precopy: {self.mode} ends at any dirty rate")
         if self.tls_hostname is not None and self.tls is None:
-            raise UsageError("`tls_hostname` needs `tls`: without certificates there is no name to compare")
+            raise UsageError("`tls_hostname` requires `tls`: without certificates there is no name to compare")
 
     def trust(self) -> Trust | None:
         """Load our certificate and the trusted authority if `tls` is set. Raises UsageError."""

@@ -103,13 +103,13 @@ class Verdicts:
             self._prune()
             self._begin(migration)
         except OSError as error:
-            raise WorkloadError(f"decisions about migrations cannot be written to {self._path}: {error}") from error
+            raise WorkloadError(f"cannot write decisions of migrations to {self._path}: {error}") from error
 
     def _begin(self, migration: str) -> None:
         try:
             os.close(files.open_private(self._begun(migration), os.O_WRONLY | os.O_EXCL))
         except FileExistsError as known:
-            raise UsageError(f"the number of the migration, {migration}, was used before on this host") from known
+            raise UsageError(f"the id {migration} of the migration was used before on this host") from known
         try:
             for verdict in Verdict:
                 files.replace_file(self._prepared(migration, verdict), verdict.value.encode(), synced=True)
@@ -142,7 +142,7 @@ class Verdicts:
                 return Verdict(target.read_text(encoding="ascii"))
             self._sync()
         except OSError as error:
-            raise WorkloadError(f"the decision about the migration cannot be written to {target}: {error}") from error
+            raise WorkloadError(f"cannot write the decision of the migration to {target}: {error}") from error
         return verdict
 
     def withdraw(self, migration: str) -> None:
@@ -155,7 +155,7 @@ class Verdicts:
         try:
             self._publish(self._prepared(migration, Verdict.ABORTED), target, Verdict.ABORTED.value)
         except OSError as error:
-            raise WorkloadError(f"the decision about the migration cannot be withdrawn in {target}: {error}") from error
+            raise WorkloadError(f"cannot withdraw the decision of the migration in {target}: {error}") from error
 
     def arrive(self, migration: str) -> None:
         """Record that every missing page has been received. Durable on return.
@@ -165,7 +165,7 @@ class Verdicts:
         try:
             self._publish(self._arriving(migration), self._arrived(migration), "")
         except OSError as error:
-            raise WorkloadError(f"that all pages have arrived cannot be written to {self._path}: {error}") from error
+            raise WorkloadError(f"cannot record in {self._path} that all pages have been received: {error}") from error
 
     def arrived(self, migration: str) -> bool:
         """Return whether `arrive` was called for this migration."""

@@ -206,8 +206,8 @@ class PostcopyMemory:
                     self._server.paused = f"the link to the source is gone ({why})"
                 self._tell("postcopy-paused")
                 log.warning(
-                    "%s waits for memory that is still at its source, the link to which is gone (%s). There: "
-                    "pageferry migrate %s --recover",
+                    "%s: waiting for memory from its source: connection lost (%s); at the source, run pageferry "
+                    "migrate %s --recover",
                     self.name,
                     why,
                     self.record.source,
@@ -242,7 +242,7 @@ class PostcopyMemory:
             return  # it may have been migrated further
         for pid, started in self.started.items():
             if proc.start_time(pid) != started:
-                raise WorkloadDied(f"{self.name} (process {pid}) has ended before all of its memory had come")
+                raise WorkloadDied(f"{self.name} (process {pid}) ended before all of its memory had been received")
 
     async def _finish(self) -> None:
         """Complete the migration: record that all pages are present before reporting it."""
@@ -320,9 +320,11 @@ class Resumption:
     ) -> None:
         record = folder.load(records.POSTCOPY, PostcopyRecord)
         if record is None:
-            raise UsageError(f"{folder.name} waits for no migration: its memory is all there, or comes from an image")
+            raise UsageError(
+                f"cannot resume the reception of {folder.name}: its memory is complete, or is loaded from an image"
+            )
         for failure in join_groups_of(record.regions[0].segments[0].pid):
-            log.info("%s: memory is charged to the group of this receiver: %s", folder.name, failure)
+            log.info("%s: memory is charged to the control group of this receiver: %s", folder.name, failure)
         regions = [records.open_region(one) for one in record.regions]
         pages = sum(region.length for region in regions) // SMALL_PAGE
         flags = records.open_flags(folder, Pager.flags_length(pages))
@@ -340,7 +342,7 @@ class Resumption:
                 await channel.receive(messages.Done)
                 self.late.verdicts.forget(self.late.record.migration)
             except PageferryError as error:
-                log.warning("all of %s is here; its source may not know it yet: %s", self.late.name, error)
+                log.warning("%s: all memory received; the source may not be informed yet: %s", self.late.name, error)
                 await self.attendant.until_settled(self.late.timeout)
             finally:
                 await channel.close()

@@ -159,6 +159,6 @@ async def serve_on(
 def paused(name: str, peer: str, error: BaseException) -> PostcopyPaused:
     """Return the error for a link that is lost before all pages were sent."""
     return PostcopyPaused(
-        f"{name} runs at {peer}, and waits there for the rest of its memory; it stays here, paused, with all of it "
-        f"({str(error) or type(error).__name__}). Send the rest with: pageferry migrate {name} --recover"
+        f"{name} runs at {peer} and waits for its remaining memory: {str(error) or type(error).__name__}. This "
+        f"host keeps it, paused; to send the remaining pages, run pageferry migrate {name} --recover"
     )

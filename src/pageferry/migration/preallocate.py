@@ -56,6 +56,6 @@ def check_space(regions: Sequence[Region], missing: Sequence[PageSet]) -> None:
         room = limit.f_bavail * limit.f_frsize + allocated
         if limit.f_blocks and needed[device] > room:
             raise WorkloadError(
-                f"the file system of the memory has room for {room >> 20} MiB, {needed[device] >> 20} MiB are to come: "
-                f"mount it with a larger size"
+                f"cannot receive the memory: its file system has {room >> 20} MiB of free space, "
+                f"{needed[device] >> 20} MiB are required; mount it with a larger size"
             )

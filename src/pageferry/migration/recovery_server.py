@@ -63,8 +63,8 @@ class RecoveryServer:
                 await self.settled.wait()
         if not self.settled.is_set():
             log.warning(
-                "the source has not asked what became of the migration; if it ever does, any receiver at %s on this "
-                "host tells it",
+                "the source has not asked for the outcome of the migration; a receiver at %s on this host will "
+                "reply if it does",
                 self.reception.address,
             )
 
@@ -100,7 +100,7 @@ class RecoveryServer:
         """Reply to the first message, or refuse it. Return whether the channel has been taken over."""
         try:
             if isinstance(first, messages.Hello):
-                raise UsageError("this receiver receives another workload, or has done so already")
+                raise UsageError("this receiver has accepted another workload; start another receiver")
             return await self.answer(channel, first)
         except (PageferryError, OSError) as error:
             if not isinstance(error, PeerRefused):
@@ -114,7 +114,7 @@ class RecoveryServer:
         Return whether the channel has been taken over by a source that sends missing pages.
         """
         if not isinstance(question, messages.Recover):
-            raise ProtocolError(f"the peer began with {type(question).__name__}")
+            raise ProtocolError(f"the peer sent {type(question).__name__} as its first message")
         messages.check_version(question.version)
         migration = question.migration
         if not self.verdicts.knows(migration):
@@ -151,6 +151,6 @@ class RecoveryServer:
         except PageferryError:
             return
         raise UsageError(
-            "the workload runs on this host and waits for its pages, but not at this receiver: on this host, start "
-            "`pageferry receive --resume NAME` with its name here"
+            "the workload runs on the host of this receiver and waits for deferred pages, but this receiver does "
+            "not serve it; start `pageferry receive --resume NAME` there with its name"
         )

@@ -141,7 +141,9 @@ class Source:
             running = await self._commit_to_the_end()
         except BaseException as error:
             if not await within_grace(self._fail(error), error):
-                log.warning("%s does not answer, and is left to run on when this process ends", self.workload.name)
+                log.warning(
+                    "%s: the workload does not respond, and will resume when this process exits", self.workload.name
+                )
             raise
         for event in self.unreported:  # not in the pause: a listener may take its time
             self.listener(event)
@@ -518,8 +520,8 @@ class Source:
         except (MigrationError, asyncio.CancelledError) as error:
             ask = f"pageferry migrate {self.workload.name} --recover" if self.folder else "pageferry.recover"
             raise OutcomeUnknown(
-                f"{self.workload.name}: commit was sent to {self.peer} and no answer came ({_reason(error)}). It stays "
-                f"paused here. Ask the peer with: {ask}",
+                f"{self.workload.name}: no reply to the commit from {self.peer} ({_reason(error)}). The workload "
+                f"stays paused on this host; to learn the outcome, run: {ask}",
                 self.migration,
                 self.peer,
                 self.hostname,
@@ -577,8 +579,8 @@ class Source:
             await self.workload.discard()
         except PageferryError as error:
             log.warning(
-                "%s runs at %s, but what is left of it here cannot be removed (%s). Try again with: "
-                "pageferry migrate %s --recover",
+                "%s: runs at %s, but cannot be removed from this host: %s; to retry, run pageferry migrate %s "
+                "--recover",
                 self.workload.name,
                 self.peer,
                 error,

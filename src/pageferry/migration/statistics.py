@@ -188,16 +188,17 @@ def not_converging(source: Source, remaining: int, seconds: float) -> NotConverg
     """Return the error for a migration that does not converge, after a round of `seconds` that left `remaining`
     bytes."""
     expected = source.convergence.expected_downtime(remaining)
-    slower = "" if source.options.auto_converge else ", slow it down while it is copied with `auto_converge`"
+    slower = "" if source.options.auto_converge else ", throttle the workload with `auto_converge`"
     rate = source.convergence.bandwidth
     limit = source.options.bandwidth
     own = 0 < limit <= OWN_LIMIT * rate
     taken = f"`bandwidth` allows {limit / 2**20:.0f}" if own else f"{source.peer} takes {rate / 2**20:.0f}"
     faster = "Raise `bandwidth`, allow" if own else "Allow"
     return NotConverging(
-        f"{source.workload.name} modifies {remaining / seconds / 2**20:.0f} MiB/s and {taken} MiB/s: "
-        f"{source.convergence.rounds} rounds left {remaining >> 20} MiB to send. It runs on here. {faster} "
-        f"`max_downtime` {expected * 1e3:.0f}ms{slower}, or let the rest come after the switch-over with `mode` hybrid"
+        f"migration of {source.workload.name} does not converge: it modifies {remaining / seconds / 2**20:.0f} MiB/s "
+        f"and {taken} MiB/s; {remaining >> 20} MiB remain after {source.convergence.rounds} rounds. It is still "
+        f"running on this host. {faster} `max_downtime` {expected * 1e3:.0f}ms{slower}, or use post-copy with "
+        f"`mode` hybrid"
     )
 
 

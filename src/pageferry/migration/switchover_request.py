@@ -50,7 +50,5 @@ def request(folder: Folder) -> None:
     """Request the switch-over. Raises UsageError if no migration accepts it."""
     record = folder.load(RECORD, Switch)
     if record is None or not proc.is_alive(record.pid, record.started):
-        raise UsageError(
-            f"no migration of {folder.name} copies and can switch over: it is one of --mode hybrid that can be told to"
-        )
+        raise UsageError(f"cannot switch over: no migration of {folder.name} with --mode hybrid is in its rounds")
     folder.store(RECORD, msgspec.structs.replace(record, requested=True))

@@ -54,7 +54,7 @@ class Throttle:
             raise
         except PageferryError as error:
             log.warning(
-                "%s cannot be slowed down (%s), and --auto-converge does nothing: see `pageferry check`, cpu-quota",
+                "%s: cannot throttle: %s; rounds continue without --auto-converge (see `pageferry check`, cpu-quota)",
                 self._name,
                 error,
             )

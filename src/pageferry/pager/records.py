@@ -129,7 +129,7 @@ def open_region(record: RegionRecord) -> Region:
         if mapping.address <= first.address < mapping.address + mapping.length:
             descriptor = proc.open_mapped_file(first.pid, mapping)
             return Region(record.name, record.length, descriptor, record.file_offset, record.page_size, segments)
-    raise WorkloadError(f"{record.name} is not mapped by process {first.pid} any more")
+    raise WorkloadError(f"process {first.pid} no longer maps the memory of {record.name}")
 
 
 def create_flags(folder: Folder | None, length: int) -> int:
@@ -156,7 +156,7 @@ def open_flags(folder: Folder, length: int) -> int:
     _lock(folder, descriptor)
     if os.fstat(descriptor).st_size != length:
         os.close(descriptor)
-        raise RestoreError(f"{folder.path / FLAGS} is not of the memory of {folder.name}: it is of another length")
+        raise RestoreError(f"{folder.path / FLAGS} does not match the memory of {folder.name}: its length differs")
     return descriptor
 
 
@@ -165,4 +165,4 @@ def _lock(folder: Folder, descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as busy:
         os.close(descriptor)
-        raise UsageError(f"{folder.name} has a pager that is alive: there is nothing to take over") from busy
+        raise UsageError(f"cannot take over {folder.name}: its pager is running") from busy

@@ -52,8 +52,8 @@ def check_listener(name: str, listener: object) -> None:
     check(name, listener)
     if inspect.iscoroutinefunction(_underlying(listener)):
         raise TypeError(
-            f"{name} is a coroutine function, and is called without being awaited: pass a plain function, such as "
-            f"asyncio.Queue.put_nowait"
+            f"{name} is a coroutine function, which would never be awaited: pass a plain function, such as "
+            "asyncio.Queue.put_nowait"
         )
 
 
@@ -153,8 +153,9 @@ class Callbacks:
         try:
             if not begun.wait(START_TIMEOUT) and claimed.acquire(blocking=False):
                 raise WorkloadError(
-                    f"{name} was not run: the program's event loop has been blocked for {START_TIMEOUT:g} s. If it "
-                    f"waits for a lock that on_pause holds, use asyncio.Lock in coroutines, or plain functions only"
+                    f"cannot run {name}: the event loop of the program has been blocked for {START_TIMEOUT:g} s; "
+                    "if it waits for a lock that on_pause holds, use asyncio.Lock in coroutines, or plain "
+                    "functions only"
                 )
             return self._wait(name, future, loop)
         finally:
@@ -167,19 +168,19 @@ class Callbacks:
             if future.done():
                 return future.result()
             if not loop.is_running():
-                raise WorkloadError(f"{name} did not finish: the program's event loop has ended")
+                raise WorkloadError(f"{name} did not finish: the event loop of the program was closed")
 
     def _usable_loop(self, name: str) -> asyncio.AbstractEventLoop:
         loop = self.loop if self.loop is not None and self.loop.is_running() else CALLER.get()
         if loop is None or not loop.is_running():
             raise WorkloadError(
-                f"{name} is a coroutine, and there is no event loop to run it: make the arena in a coroutine, or pass "
-                f"its event loop as `loop`"
+                f"cannot run {name}: it is a coroutine function, and there is no event loop; create the arena in "
+                "a coroutine, or pass its event loop as `loop`"
             )
         if loop is _blocked.get():
             raise WorkloadError(
-                f"{name} is a coroutine, and its event loop is blocked by this call: make the call in a thread, with "
-                f"asyncio.to_thread, and pass the event loop as `loop`"
+                f"cannot run {name}: it is a coroutine function, and its event loop is blocked by this call; make "
+                "the call in a thread with asyncio.to_thread, and pass the event loop as `loop`"
             )
         return loop
 

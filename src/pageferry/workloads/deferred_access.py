@@ -114,7 +114,9 @@ def _held_here(name: str, pager: Pager) -> AcquiredPager | None:
 
 
 def _busy(name: str) -> WorkloadError:
-    return WorkloadError(f"{name} is being restored, and moved or saved meanwhile: try again when that is done")
+    return WorkloadError(
+        f"cannot acquire the pager of {name}: another migration or checkpoint is using it; retry when that has finished"
+    )
 
 
 class _PagerHere:

@@ -130,9 +130,7 @@ def _buffers_of(pid: int, number: str) -> list[tuple[int, int]]:
         if (buffers := parse_buffers(text)) is not None:
             return buffers
         time.sleep(_RETRY)
-    raise WorkloadError(
-        f"cannot list the buffers that process {pid} has registered with io_uring: the ring is busy; try again"
-    )
+    raise WorkloadError(f"cannot list the io_uring buffers of process {pid}: the ring is busy; retry")
 
 
 def parse_buffers(fdinfo: bytes) -> list[tuple[int, int]] | None:

@@ -215,7 +215,10 @@ class Lifecycle:
         if self._status not in fitting:
             raise WorkloadError(f"{self.workload.name} is {self._status} and cannot be {done}")
         if self._controller not in (None, controller):
-            raise WorkloadError(f"{self.workload.name} is {self._status} by another migration or checkpoint")
+            raise WorkloadError(
+                f"{self.workload.name} is {self._status} by another migration or checkpoint; retry when that has "
+                "finished"
+            )
 
 
 class LocalWorkload:

@@ -20,4 +20,4 @@ async def open_workload(name: str) -> Workload:
         case ArenaEntry(control_socket=path):
             return await RemoteArena.connect(path)
         case _:
-            raise NoSuchWorkload(f"{name} is still being started: try again when `pageferry list` shows it")
+            raise NoSuchWorkload(f"cannot open {name}: it is still being started; retry when `pageferry list` shows it")

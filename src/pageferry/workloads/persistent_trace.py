@@ -99,19 +99,19 @@ def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[
     """
     record = _load(workload)
     if record is None:
-        raise Unusable("no trace was left by the checkpoint before")
+        raise Unusable("the previous checkpoint left no write trace")
     if record.image is None:
-        raise Unusable("the checkpoint that was to leave a trace did not end")
+        raise Unusable("the checkpoint that was to leave a write trace did not finish")
     if record.image != image:
-        raise Unusable("the last trace is since another image than this parent")
+        raise Unusable("the write trace was installed by a checkpoint to another image")
     if record.places != _places(segments):
-        raise Unusable("its memory is mapped elsewhere than when it was saved")
+        raise Unusable("its memory is mapped at other addresses than when it was saved")
     if record.forks != _forks(workload):
-        raise Unusable("the program has forked since")
+        raise Unusable("the program has forked since the checkpoint")
     if workload.handed_out:
-        raise Unusable("the descriptor of its memory was handed out: a process may have written without being traced")
+        raise Unusable("the descriptor of its memory was passed on: a process may have written without a trace")
     if not all(_is_there(pid, descriptor) for pid, descriptor in record.descriptors.items()):
-        raise Unusable("the trace has gone with its userfaultfd")
+        raise Unusable("the userfaultfd of the write trace was closed")
     _store(workload, msgspec.structs.replace(record, image=None))
     ours: dict[int, int] = {}
     try:

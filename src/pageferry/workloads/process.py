@@ -67,9 +67,9 @@ class ProcessWorkload:
         Raises UsageError for ranges that there are not, or our own process; WorkloadDied, WorkloadError.
         """
         if proc.start_time(pid) is None:
-            raise WorkloadDied(f"there is no process {pid}")
+            raise WorkloadDied(f"no process {pid}")
         if pid == os.getpid():
-            raise UsageError("this process cannot stop itself to be saved")
+            raise UsageError("cannot save the process of this command: it cannot stop itself")
         self.name = f"{PREFIX}{pid}"
         self.pid = pid
         self._command = proc.command(pid)
@@ -83,9 +83,9 @@ class ProcessWorkload:
         """From a name such as `pid:4711`. Raises as the constructor."""
         number = name.removeprefix(PREFIX)
         if not number.isdecimal():
-            raise UsageError(f"{name} names no process: give pid: and a number")
+            raise UsageError(f"invalid process {name}: expected pid: and a number")
         if ranges is None:
-            raise UsageError(f"which memory of {name}? Give `regions` heap, stack, anon or START-END")
+            raise UsageError(f"cannot save {name}: no memory selected; set `regions` to heap, stack, anon or START-END")
         return cls(int(number), ranges)
 
     @property
@@ -100,7 +100,7 @@ class ProcessWorkload:
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{self.name} has ended") from gone
         except PermissionError as denied:
-            raise WorkloadError(f"the memory of {self.name} may not be read: run as root") from denied
+            raise WorkloadError(f"cannot read the memory of {self.name}: permission denied; run as root") from denied
 
     async def prepare_pause(self) -> None:
         """Start the guardian."""
@@ -116,7 +116,9 @@ class ProcessWorkload:
         while not _stopped(self.pid):
             if time.monotonic() > end:
                 await self.resume()
-                raise WorkloadError(f"{self.name} does not stop within {_STOP_TIMEOUT:g} s: it waits in the kernel")
+                raise WorkloadError(
+                    f"cannot stop {self.name} within {_STOP_TIMEOUT:g} s: it is blocked in the kernel; retry"
+                )
             await asyncio.sleep(0.001)
 
     async def resume(self) -> None:
@@ -131,15 +133,15 @@ class ProcessWorkload:
 
     async def load_state(self, state: bytes) -> None:
         """Raises UnsupportedError."""
-        raise UnsupportedError(f"{self.name} is a plain process: its memory can be saved, not restored")
+        raise UnsupportedError(f"cannot restore {self.name}: memory of a process can be saved, not restored")
 
     async def commit(self) -> None:
         """Raises UnsupportedError."""
-        raise UnsupportedError(f"{self.name} is a plain process: it cannot run elsewhere")
+        raise UnsupportedError(f"cannot migrate {self.name}: it is a process, not a managed workload")
 
     async def discard(self) -> None:
         """Raises UnsupportedError."""
-        raise UnsupportedError(f"{self.name} is a plain process: it is not ours to end")
+        raise UnsupportedError(f"cannot end {self.name}: it is a process, not a managed workload")
 
     async def running(self) -> bool:
         """Whether it runs. Raises WorkloadDied when it is gone."""
@@ -178,7 +180,9 @@ class ProcessWorkload:
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{self.name} has ended") from gone
         except PermissionError as denied:
-            raise WorkloadError(f"{self.name} may not be stopped: it is another user's") from denied
+            raise WorkloadError(
+                f"cannot stop {self.name}: it belongs to another user; run as that user, or as root"
+            ) from denied
 
     def _dismiss(self) -> None:
         """The guardian is not needed any more."""
@@ -205,7 +209,10 @@ def _chosen(pid: int, ranges: str) -> Iterator[Range]:
         for part in _matching(word.strip(), mappings):
             found[part.address] = part
     if len(found) > MOST_REGIONS:
-        raise UsageError(f"{ranges}: these are {len(found)} mappings, {MOST_REGIONS} can be saved: choose some")
+        raise UsageError(
+            f"cannot save {ranges}: {len(found)} mappings, at most {MOST_REGIONS} can be saved; select some by "
+            "START-END"
+        )
     yield from (found[address] for address in sorted(found))
 
 
@@ -213,7 +220,7 @@ def _matching(word: str, mappings: list[Range]) -> list[Range]:
     if span := re.fullmatch(r"(?:0x)?([0-9a-f]+)-(?:0x)?([0-9a-f]+)", word, re.IGNORECASE):
         start, end = (int(part, 16) for part in span.groups())
         if start % SMALL_PAGE or end % SMALL_PAGE or start >= end:
-            raise UsageError(f"{word}: give page-aligned addresses, the lower one first")
+            raise UsageError(f"invalid range {word}: expected page-aligned addresses, the lower one first")
         return [Range(f"{start:x}-{end:x}", start, end - start)]
     match word:
         case "heap" | "stack":
@@ -221,9 +228,9 @@ def _matching(word: str, mappings: list[Range]) -> list[Range]:
         case "anon":
             found = mappings
         case _:
-            raise UsageError(f"{word!r} is no part of a process: give heap, stack, anon or START-END")
+            raise UsageError(f"invalid --regions entry {word!r}: expected heap, stack, anon or START-END")
     if not found:
-        raise UsageError(f"the process has no {word}")
+        raise UsageError(f"cannot save {word}: the process has no such mapping")
     return found
 
 

@@ -93,7 +93,9 @@ class Target:
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{self.name}: process {pid} is gone") from gone
         except PermissionError as refused:
-            raise UnsupportedError(f"{self.name}: process {pid} may not be worked on: run as root") from refused
+            raise UnsupportedError(
+                f"{self.name}: cannot access process {pid}: permission denied; run as root"
+            ) from refused
         self.check_alive(pid)
         return found
 
@@ -127,7 +129,7 @@ async def open_target(text: str) -> Target:
     if values.text("text", text).startswith("pid:"):
         digits = text.removeprefix("pid:")
         if not (digits.isascii() and digits.isdecimal()) or len(digits) > 10:
-            raise UsageError(f"{text}: what stands after pid: is no number")
+            raise UsageError(f"invalid process {text}: expected a number after pid:")
         return process_target(int(digits))
     workload = await open_workload(text)
     return workload_target(workload)
@@ -157,7 +159,7 @@ def workload_target(workload: Workload) -> Target:
 def process_target(pid: int) -> Target:
     """Any process as a target. Raises NoSuchWorkload without one, UnsupportedError where it may not be looked at."""
     if proc.start_time(values.count("pid", pid, 1, (1 << 31) - 1)) is None:
-        raise NoSuchWorkload(f"there is no process {pid}")
+        raise NoSuchWorkload(f"no process {pid}")
     files = _Files(pid)
     areas: list[Area] = []
     found = smaps(pid)

@@ -54,12 +54,14 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
     `insecure`. Raises UsageError.
     """
     if insecure and trust is not None:
-        raise UsageError("either `tls` or `insecure`: with certificates nothing is sent in the clear")
+        raise UsageError("`tls` and `insecure` are mutually exclusive: remove one of them")
     if values.text("address", text).startswith(UNIX):
         return _unix(text, what, trust)
     host, separator, port = text.rpartition(":")
     if not separator or not (port.isascii() and port.isdigit() and len(port) < 6) or int(port) > 65535:
-        raise UsageError(f"{what} {text!r}: give HOST:PORT, for example 127.0.0.1:7070, or unix:PATH on one host")
+        raise UsageError(
+            f"invalid {what} {text!r}: expected HOST:PORT, such as 127.0.0.1:7070, or unix:PATH on one host"
+        )
     host = host.strip("[]") or "127.0.0.1"
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
@@ -68,9 +70,8 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
     addresses = list(dict.fromkeys(str(one[4][0]) for one in found))[:MAX_ADDRESSES]
     if not all(map(is_loopback, addresses)) and not insecure and trust is None:
         raise UsageError(
-            f"{what} {text}: memory would cross the network in the clear, readable and forgeable by anybody on the "
-            f"way; give certificates with `tls` DIR, use a loopback address (through a tunnel), or `insecure` where "
-            f"the network is yours alone"
+            f"{what} {text}: refusing to transfer memory unencrypted; use `tls` DIR, a loopback address (through "
+            "a tunnel), or `insecure` on a trusted network"
         )
     return Address(addresses[0], int(port), host, tuple(addresses[1:]))
 
@@ -83,10 +84,15 @@ def is_loopback(host: str) -> bool:
 def _unix(text: str, what: str, trust: Trust | None) -> Address:
     path = text.removeprefix(UNIX)
     if not path or "\0" in path:
-        raise UsageError(f"{what} {text!r}: give unix:PATH with the path of a socket, for example unix:/run/web.sock")
+        raise UsageError(
+            f"invalid {what} {text!r}: expected unix:PATH with the path of a socket, such as unix:/run/web.sock"
+        )
     if trust is not None:
-        raise UsageError(f"{what} {text!r}: `tls` is for TCP; on a Unix socket the kernel names the peer's user")
+        raise UsageError(
+            f"{what} {text!r}: `tls` requires TCP; remove it, as the kernel reports the user of the peer on a Unix "
+            "socket"
+        )
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise UsageError(f"{what} {text!r}: the path of a socket has at most {LONGEST_SOCKET_PATH} bytes")
+        raise UsageError(f"invalid {what} {text!r}: the path of a socket has at most {LONGEST_SOCKET_PATH} bytes")
     return Address("", 0, path=path)

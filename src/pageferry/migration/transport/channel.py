@@ -97,7 +97,7 @@ class Channel:
         """
         message = await self._next(kind.__name__, within)
         if not isinstance(message, kind):
-            raise ProtocolError(f"the peer sent {type(message).__name__} where {kind.__name__} belongs")
+            raise ProtocolError(f"the peer sent {type(message).__name__} instead of {kind.__name__}")
         return message
 
     async def receive_any(self) -> AnyMessage:
@@ -144,7 +144,7 @@ class Channel:
             async with asyncio.timeout(seconds):
                 return await self.during(self._inbox.get())
         except TimeoutError as slow:
-            raise ConnectionLost(f"the peer is alive, and has not said {what} for {seconds:g} s") from slow
+            raise ConnectionLost(f"the peer is alive but has not sent {what} for {seconds:g} s") from slow
 
     async def _lost(self, reason: str) -> MigrationError:
         """Return the failure to report: the peer's reason if it is received within `LAST_WORDS` seconds."""
@@ -185,7 +185,7 @@ class Channel:
             return messages.decode(body)
         except msgspec.MsgspecError as error:
             messages.check_version(messages.version_of(body))
-            raise ProtocolError(f"the peer sent a message that makes no sense: {error}") from error
+            raise ProtocolError(f"the peer sent an invalid message: {error}") from error
 
     async def _beat(self) -> None:
         sent = messages.encode(Alive())

@@ -142,7 +142,7 @@ async def _shake_hands(
         if isinstance(error, OSError | EOFError | TimeoutError):
             reason = "timed out" if isinstance(error, TimeoutError) else str(error) or "it closed the connection"
             raise ConnectionLost(
-                f"no secure connection to {address} ({reason}): does `pageferry receive --tls` run there?"
+                f"cannot establish a TLS connection to {address}: {reason}; start `pageferry receive --tls` there"
             ) from error
         raise
 
@@ -202,14 +202,18 @@ class Reception:
                     index, stream = await self._expected[token].queue.get()
                     if index >= count or index in found:
                         stream.close()
-                        raise ProtocolError(f"page stream number {index} of {count}, or twice")
+                        raise ProtocolError(
+                            f"invalid page stream number {index} of {count}: out of range, or used twice"
+                        )
                     stream.connection.setblocking(True)
                     found[index] = stream
         except BaseException as error:
             for stream in found.values():
                 stream.close()
             if isinstance(error, TimeoutError):
-                raise ConnectionLost(f"{len(found)} of {count} page streams came within {timeout:g} s") from error
+                raise ConnectionLost(
+                    f"only {len(found)} of {count} page streams were connected within {timeout:g} s"
+                ) from error
             raise
         finally:
             waiting = self._expected.pop(token).queue
@@ -231,7 +235,7 @@ class Reception:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(self._listener.socket)
             except OSError as error:  # no descriptors left, or the peer gave up already
-                log.warning("a connection could not be accepted: %s", error)
+                log.warning("cannot accept a connection: %s", error)
                 await asyncio.sleep(RETRY)
                 continue
             connection.setblocking(False)
@@ -334,9 +338,9 @@ class Reception:
         such."""
         channel = Channel(*await _streams(connection), self._timeout)
         if self._trust is None:
-            reason = "this receiver does not speak TLS: start it with `tls` DIR, or migrate without"
+            reason = "this receiver does not use TLS: start it with `tls` DIR, or migrate without"
         else:
-            reason = "this receiver accepts TLS only: migrate with `tls` DIR"
+            reason = "this receiver requires TLS: migrate with `tls` DIR"
         await self._refuse(channel, AuthenticationError(reason))
 
     async def _refuse(self, channel: Channel, error: AuthenticationError) -> None:

@@ -368,8 +368,8 @@ def check_version(version: int) -> None:
     """Raise ProtocolError, with both versions, if `version` is not ours."""
     if version != VERSION:
         raise ProtocolError(
-            f"the peer speaks version {version} of the protocol, and we version {VERSION}: "
-            f"use the same release of pageferry on both sides"
+            f"unsupported protocol version {version} of the peer: expected {VERSION}; use the same release of "
+            "pageferry on both hosts"
         )
 
 

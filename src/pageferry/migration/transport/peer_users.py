@@ -51,8 +51,9 @@ def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
         return False
     if user not in (0, -1, *owners):
         raise AuthenticationError(
-            f"the peer is a process of user {user}; without certificates only root and user "
-            f"{', '.join(map(str, sorted(owners)))} may hand over or receive this workload: use one of these, or `tls`"
+            f"the peer is a process of user {user}; without certificates, only root and user "
+            f"{', '.join(map(str, sorted(owners)))} can hand over or receive this workload; use one of these "
+            "users, or `tls`"
         )
     return True
 
@@ -75,12 +76,14 @@ def _tcp_user(connection: socket.socket) -> int | None:
             return -1
         if _is_closed(connection):
             raise ConnectionResetError("the peer has closed the connection") from None
-        raise AuthenticationError("the peer is in another network namespace of this host: use `tls`") from None
+        raise AuthenticationError(
+            "cannot identify the user of the peer: it is in another network namespace of this host; use `tls`"
+        ) from None
     except OSError as error:
         if not is_loopback(theirs[0]):
             return -1
         raise AuthenticationError(
-            f"the user of the peer cannot be determined ({error}): use a Unix socket (unix:PATH), or `tls`"
+            f"cannot identify the user of the peer: {error}; use a Unix socket (unix:PATH), or `tls`"
         ) from error
     if inode and state != _LISTEN:
         return user

@@ -43,7 +43,7 @@ async def connect(address: Address, timeout: float) -> tuple[socket.socket, Addr
         except (OSError, TimeoutError) as error:
             failures.append(f"{one} ({str(error) or 'timed out'})")
     which = "the address" if len(each) == 1 else f"any address of {address.name}:"
-    raise ConnectionLost(f"nothing answers at {which} {', '.join(failures)}: run `pageferry receive` there")
+    raise ConnectionLost(f"cannot connect to {which} {', '.join(failures)}; start `pageferry receive` there")
 
 
 async def _connect(address: Address, seconds: float, timeout: float) -> socket.socket:
@@ -128,7 +128,7 @@ def _remove_left_over(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise UsageError(f"cannot listen on unix:{path}: there is a file that is not a socket; choose another path")
+        raise UsageError(f"cannot listen on unix:{path}: the path is a file other than a socket; use another path")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         with contextlib.suppress(ConnectionRefusedError):

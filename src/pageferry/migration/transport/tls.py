@@ -92,8 +92,7 @@ class Trust:
         """Authorise a source. Raises AuthenticationError if it is not in `allow`."""
         if self.allow and not self.allow.intersection(peer.names):
             raise AuthenticationError(
-                f"{peer} may not send workloads here: its certificate has none of the names that this receiver was "
-                f"given with `allow`"
+                f"{peer} is not authorised to send workloads: its certificate has none of the names given with `allow`"
             )
 
 
@@ -113,7 +112,7 @@ class ControlSession:
                 self._incoming, self._outgoing, server_side=server, server_hostname=None if server else host
             )
         except ValueError as error:
-            raise UsageError(f"name of the receiver {host!r}: {error}") from error
+            raise UsageError(f"invalid name of the receiver {host!r}: {error}") from error
         self.established = False
         if not server:
             self.feed(b"")
@@ -177,15 +176,15 @@ def explain(error: ssl.SSLError, peer: str) -> str:
     _, alert, what = reason.partition("ALERT_")
     if alert:
         said = what.lower().replace("_", " ")
-        return f"{peer} ended the secure connection ({said}){_ALERTS.get(what, '')}"
-    return f"no secure connection to {peer}: {_REASONS.get(reason, reason.lower().replace('_', ' '))}"
+        return f"{peer} closed the TLS connection ({said}){_ALERTS.get(what, '')}"
+    return f"cannot establish a TLS connection to {peer}: {_REASONS.get(reason, reason.lower().replace('_', ' '))}"
 
 
-_AUTHORITY = "; both sides need certificates of one authority, whose own is ca-cert.pem"
+_AUTHORITY = "; both sides need certificates of one authority, whose certificate is ca-cert.pem"
 _VERIFIED = {
-    3: "; ca-crl.pem must hold the list of the authority that issued it",
+    3: "; ca-crl.pem must contain the revocation list of the issuing authority",
     7: _AUTHORITY,
-    9: "; is the clock right?",
+    9: "; check the clock",
     10: "; issue a new one, or set the clock",
     12: "; fetch a new ca-crl.pem",
     18: _AUTHORITY,
@@ -194,8 +193,8 @@ _VERIFIED = {
     21: _AUTHORITY,
     23: "; issue a new one",
     26: "; a server's must be for server authentication, a client's for client authentication",
-    62: "; give a name that is in it with `tls_hostname`, or issue one with this name",
-    64: "; give a name that is in it with `tls_hostname`, or issue one with this address",
+    62: "; give one of its names with `tls_hostname`, or issue one with this name",
+    64: "; give one of its names with `tls_hostname`, or issue one with this address",
 }
 """Advice by X509_V_ERR code."""
 _ALERTS = {
@@ -203,18 +202,18 @@ _ALERTS = {
     "DECRYPT_ERROR": f": it does not accept our certificate{_AUTHORITY}",
     "CERTIFICATE_EXPIRED": ": our certificate or its ca-crl.pem has expired, or its clock is wrong",
     "CERTIFICATE_REVOKED": ": our certificate has been revoked",
-    "CERTIFICATE_REQUIRED": ": it was shown no certificate",
-    "BAD_CERTIFICATE": ": it does not accept our certificate; is it for the name that was connected to?",
+    "CERTIFICATE_REQUIRED": ": it received no certificate",
+    "BAD_CERTIFICATE": ": it does not accept our certificate; check that it has the name that was connected to",
     "UNSUPPORTED_CERTIFICATE": ": our certificate is not for this purpose (server or client authentication)",
-    "CERTIFICATE_UNKNOWN": ": it does not accept our certificate; its own message says why",
-    "PROTOCOL_VERSION": ": it does not speak TLS 1.3",
+    "CERTIFICATE_UNKNOWN": ": it does not accept our certificate; its log states the reason",
+    "PROTOCOL_VERSION": ": it does not support TLS 1.3",
 }
 _REASONS = {
-    "WRONG_VERSION_NUMBER": "it does not speak TLS; give `tls` on both sides",
-    "HTTP_REQUEST": "it does not speak TLS",
-    "UNSUPPORTED_PROTOCOL": "it does not speak TLS 1.3",
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has shown no certificate",
-    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": "what came was changed on the way",
+    "WRONG_VERSION_NUMBER": "it does not use TLS; give `tls` on both sides",
+    "HTTP_REQUEST": "it does not use TLS",
+    "UNSUPPORTED_PROTOCOL": "it does not support TLS 1.3",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has sent no certificate",
+    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": "a record was modified in transfer",
 }
 
 
@@ -231,13 +230,13 @@ def _context(role: Role) -> ssl.SSLContext:
 def _identity(certificate: Path, key: Path) -> TlsIdentity:
     secret = _read(key)
     if key.stat().st_mode & stat.S_IRWXO:
-        log.warning("%s can be read or written by everybody on this host: chmod 600 it", key)
+        log.warning("%s: other users can read or write it; run chmod 600 on it", key)
     try:
         return TlsIdentity(_read(certificate), secret)
     except ValueError as error:
         raise UsageError(
-            f"{certificate} and {key.name} cannot be used: {error}. They must be PEM and belong together; the key must "
-            f"not be encrypted, and be RSA, Ed25519, or ECDSA on P-256 or P-384"
+            f"cannot use {certificate} and {key.name}: {error}; both must be PEM and belong together, and the key "
+            "must not be encrypted and be RSA, Ed25519, or ECDSA on P-256 or P-384"
         ) from error
 
 
@@ -246,8 +245,8 @@ def _read(path: Path) -> bytes:
         return files.read_regular(path, MAX_FILE)
     except OSError as error:
         raise UsageError(
-            f"{path}: {error.strerror}; a folder for `tls` has {CA}, at the source {' and '.join(FILES['source'])}, at "
-            f"the receiver {' and '.join(FILES['receiver'])}"
+            f"cannot read {path}: {error.strerror}; a directory for `tls` has {CA}, at the source "
+            f"{' and '.join(FILES['source'])}, at the receiver {' and '.join(FILES['receiver'])}"
         ) from error
 
 
@@ -261,7 +260,7 @@ class _complaining:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | ValueError):
-            raise UsageError(f"{self._path} cannot be used: {error}") from error
+            raise UsageError(f"cannot use {self._path}: {error}") from error
 
 
 def _names(shown: dict[str, Any]) -> tuple[str, ...]:

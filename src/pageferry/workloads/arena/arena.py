@@ -151,7 +151,10 @@ class Arena(_engine.Mapping):
         values.count("file", file, 0, (1 << 31) - 1)
         values.count("size", size, 1, MAX_ARENA)
         if size % SMALL_PAGE or size > os.fstat(file).st_size:
-            raise UsageError(f"{size} bytes of a file of {os.fstat(file).st_size}: not a multiple of 4096 within it")
+            raise UsageError(
+                f"invalid size of {size} bytes of a file of {os.fstat(file).st_size} bytes: expected a multiple of "
+                "4096, at most the size of the file"
+            )
         self = super().__new__(cls, file, size)
         self.large_pages_by = "file"
         self._handed_out = not private
@@ -248,13 +251,13 @@ class Arena(_engine.Mapping):
         """
         self.check_here()
         if self._folder is not None:
-            raise UsageError(f"the arena is named {self._folder.name} already")
+            raise UsageError(f"cannot register the arena: it is named {self._folder.name} already")
         if self.control.on_pause is None:
             raise UsageError(f"arena {name} needs `on_pause`: other processes may migrate it at any time")
         if (callback := self.control.needs_loop) is not None:
             raise UsageError(
-                f"arena {name}: {callback} is a coroutine function, and other processes may migrate the arena at any "
-                f"time: make the arena in a coroutine of the event loop that is to run it, or pass that loop as `loop`"
+                f"arena {name}: {callback} is a coroutine function without an event loop, and other processes can "
+                "migrate the arena at any time; create the arena in a coroutine, or pass the event loop as `loop`"
             )
         if self.control.has_loop:
             self.check_lock()
@@ -268,21 +271,21 @@ class Arena(_engine.Mapping):
         match self.status:
             case Status.MOVED:
                 raise WorkloadError(
-                    f"{self.control.name} has moved to another process or host, and is closed here: use it there"
+                    f"cannot use {self.control.name}: it has been migrated to another process or host; use it there"
                 )
             case Status.COMMITTED:
                 raise WorkloadError(
-                    f"{self.control.name} was given away by an earlier migration whose outcome is not known here: ask "
-                    f"for it with pageferry.recover, and pass the error of that migration"
+                    f"cannot use {self.control.name}: it was committed by an earlier migration whose outcome is "
+                    "unknown; pass the error of that migration to pageferry.recover"
                 )
 
     def check_lock(self) -> None:
         """Raise UsageError where coroutines of a loop may wait for a lock that is held for ever after a move."""
         if self.control.keeps_lock:
             raise UsageError(
-                "on_pause acquires a lock, and nothing releases it when the arena has moved: a coroutine that waits "
-                "for it would block its event loop for ever. Pass the lock itself as on_pause, or an on_moved that "
-                "releases it"
+                "on_pause acquires a lock that is not released when the arena has been migrated: a coroutine "
+                "that waits for it would block its event loop for ever; pass the lock itself as on_pause, or an "
+                "on_moved that releases it"
             )
 
     def collapse(self) -> int:

@@ -155,7 +155,7 @@ class ArenaControl:
         """Call the state callback. Raises WorkloadError if it does not return bytes."""
         state: object = self._callbacks.call("save of state", self.save)
         if not isinstance(state, bytes | bytearray | memoryview):
-            raise WorkloadError(f"the state callback of {self.name} gave {type(state).__name__} instead of bytes")
+            raise WorkloadError(f"the state callback of {self.name} returned {type(state).__name__} instead of bytes")
         return bytes(state)
 
     def load_state(self, state: bytes) -> None:

@@ -56,7 +56,7 @@ class CleanupPlan:
             self._guardian.stdin.write(json.dumps(will).encode() + b"\n")
             self._guardian.stdin.flush()
         except BrokenPipeError:
-            log.warning("the guest's guardian is gone: if pageferry is killed now, the guest stays as it is")
+            log.warning("the guardian of the guest has exited: if pageferry is killed now, the guest remains as it is")
 
     def close(self) -> None:
         """Let the guardian carry out the will; it goes away by itself."""

@@ -31,11 +31,11 @@ DEFAULT_RAM = 128 << 20
 """QEMU's own, for the PC machines."""
 
 _REFUSED_OPTIONS = {
-    "incoming": "the guest would wait for somebody else's migration: remove it, or use `pageferry receive`",
-    "daemonize": "use `pageferry run --detach`, which keeps the guest's output in a log",
-    "preconfig": "the machine would not be built yet when we look at it: remove it",
-    "readconfig": "pageferry does not read that file: give the options in it on the command line",
-    "mem-path": "guest memory gets a file of pageferry's own: remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
+    "incoming": "the guest would wait for a migration by another program; remove it, or use `pageferry receive`",
+    "daemonize": "use `pageferry run --detach`, which writes the output of the guest to a log",
+    "preconfig": "the machine would not be created yet when pageferry inspects it; remove it",
+    "readconfig": "pageferry does not read this file; give the options in it on the command line",
+    "mem-path": "pageferry creates the file for guest memory; remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
 }
 
 _DISKS = frozenset("hda hdb hdc hdd cdrom fda fdb mtdblock pflash sd".split())
@@ -91,7 +91,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     """
     if not arguments:
         raise UsageError(
-            "no command line: give one after --, as in `pageferry run web -- qemu-system-x86_64 -m 4G ...`"
+            "the command line of QEMU is missing: give it after --, as in `pageferry run web -- "
+            "qemu-system-x86_64 -m 4G ...`"
         )
     given = list(options(arguments))
     for name, value in given:
@@ -112,7 +113,7 @@ def parse_size(text: str, what: str, *, bare: str = "M") -> int:
     """Bytes from a size as QEMU writes it: a number with B, K, M, G or T; `bare` without. Raises UsageError."""
     matched = _SIZE.fullmatch(text)
     if matched is None:
-        raise UsageError(f"{what}: {text!r} is no size; write 512M or 4G")
+        raise UsageError(f"{what}: invalid size {text!r}: expected 512M or 4G, for example")
     number, unit = matched.groups()
     return int(Decimal(number) * _UNITS[unit.upper() or bare])
 
@@ -129,7 +130,7 @@ def _merged(given: Sequence[tuple[str, str]], option: str, implied: str) -> dict
 def _refuse(name: str, value: str) -> None:
     """Raises UnsupportedError for an option with which a guest cannot be managed."""
     if name in _REFUSED_OPTIONS:
-        raise UnsupportedError(f"-{name} cannot be used here: {_REFUSED_OPTIONS[name]}")
+        raise UnsupportedError(f"unsupported option -{name}: {_REFUSED_OPTIONS[name]}")
     match name:
         case "device":
             unsupported.refuse_device(properties(value, "driver").get("driver", ""))
@@ -146,16 +147,18 @@ def _refuse(name: str, value: str) -> None:
 def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
     for key in machine:
         if key in ("confidential-guest-support", "memory-encryption"):
-            raise UnsupportedError(f"-machine {key} cannot be used here: {unsupported.CONFIDENTIAL}")
+            raise UnsupportedError(f"unsupported option -machine {key}: {unsupported.CONFIDENTIAL}")
         if key.startswith("memory."):
-            raise UnsupportedError(f"-machine {key} cannot be used here: give the size with -m")
+            raise UnsupportedError(f"unsupported option -machine {key}: give the size with -m")
     size = parse_size(memory["size"], "-m") if "size" in memory else DEFAULT_RAM
     size = -(-size // 8192) * 8192  # as QEMU rounds it
     largest = parse_size(memory["maxmem"], "-m maxmem") if "maxmem" in memory else size
     if largest != size or memory.get("slots", "0") != "0":
-        raise UnsupportedError("-m slots and maxmem cannot be used here: hotplugged memory is not managed")
+        raise UnsupportedError(
+            "unsupported option -m slots or maxmem: hotplugged memory is not managed; give all memory with -m"
+        )
     if size == 0:
-        raise UsageError("-m 0 is no memory at all")
+        raise UsageError("invalid option -m 0: expected a size above 0")
     return size
 
 
@@ -170,12 +173,13 @@ def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str])
     used += [node["memdev"] for node in nodes if "memdev" in node]
     for name in used:
         if name not in backends:
-            raise UsageError(f"guest memory is to be in backend {name}, and there is no -object of that id")
+            raise UsageError(f"invalid option memory-backend={name}: no -object has this id")
         _check_backend(backends[name])
     for name, backend in backends.items():
         if name not in used:
             raise UnsupportedError(
-                f"-object {backend['qom-type']},id={name} is memory that pageferry would not manage: remove it"
+                f"unsupported option -object {backend['qom-type']},id={name}: pageferry would not manage this "
+                "memory; remove it"
             )
     return [backends[name] for name in used]
 
@@ -183,11 +187,15 @@ def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str])
 def _check_backend(backend: Mapping[str, str]) -> None:
     kind, name = backend["qom-type"], backend["id"]
     if kind != "memory-backend-file":
-        raise UnsupportedError(f"guest memory in {kind},id={name} is not in a file of a name: {_USE_SHARED_FILE}")
+        raise UnsupportedError(
+            f"unsupported guest memory in {kind},id={name}: it is not in a named file; {_USE_SHARED_FILE}"
+        )
     if backend.get("share") not in _ON:
-        raise UnsupportedError(f"guest memory in {kind},id={name} is private (no share=on): {_USE_SHARED_FILE}")
+        raise UnsupportedError(
+            f"unsupported guest memory in {kind},id={name}: it is private (no share=on); {_USE_SHARED_FILE}"
+        )
     if backend.get("readonly", "off") in _ON:
-        raise UnsupportedError(f"guest memory in {kind},id={name} is read-only: remove readonly")
+        raise UnsupportedError(f"unsupported guest memory in {kind},id={name}: it is read-only; remove readonly")
 
 
 def _backend_warnings(backends: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -195,4 +203,4 @@ def _backend_warnings(backends: Sequence[Mapping[str, str]]) -> Iterator[str]:
         align = parse_size(backend.get("align", "0"), "align", bare="B")
         if align == 0 or align % LARGE_PAGE:
             name = backend["id"]
-            yield f"large pages are off for {name} unless its file is on hugetlbfs: add align=2M to its -object"
+            yield f"{name}: huge pages are disabled unless its file is on hugetlbfs; add align=2M to its -object"

@@ -67,9 +67,11 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
         try:
             state = msgspec.msgpack.decode(data, type=cls)
         except msgspec.MsgspecError as wrong:
-            raise WorkloadError(f"device state cannot be read ({wrong}): it was not saved by pageferry") from wrong
+            raise WorkloadError(f"cannot read the device state: {wrong}; it was not saved by pageferry") from wrong
         if state.version != 1:
-            raise WorkloadError(f"device state is of version {state.version}, this pageferry knows 1: use a newer one")
+            raise WorkloadError(
+                f"unsupported version {state.version} of the device state: expected 1; use a newer pageferry"
+            )
         return state
 
 
@@ -88,7 +90,9 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
     reported = await monitor.execute("query-migrate-capabilities")
     before = {item["capability"]: item["state"] for item in reported}
     if missing := [name for name in _NEEDED if name not in before]:
-        raise UnsupportedError(f"this QEMU lacks the migration capability {', '.join(missing)}: use a newer one")
+        raise UnsupportedError(
+            f"unsupported QEMU: it lacks the migration capability {', '.join(missing)}; use a newer one"
+        )
     needed = {*_NEEDED, _LATE_ACTIVATION} if incoming else {*_NEEDED}
     wanted = {name: name in needed or (state and name in _KEPT) for name, state in before.items()}
     changed = {name: state for name, state in wanted.items() if before[name] != state}
@@ -192,7 +196,7 @@ async def _end(monitor: Monitor, events: EventListener) -> None:
         pass
     if status != "completed":
         said = (await monitor.execute("query-migrate")).get("error-desc", f"its migration is {status}")
-        raise WorkloadError(f"QEMU could not move the device state: {said}")
+        raise WorkloadError(f"QEMU could not transfer the device state: {said}")
 
 
 async def _receive(source: socket.socket) -> bytes:

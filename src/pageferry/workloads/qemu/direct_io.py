@@ -82,7 +82,8 @@ def _unpinned(pid: int, name: str) -> Iterator[tuple[int, str]]:
     for number, path in _open_files(pid):
         if path.startswith(_PINNED_FOR_GOOD):
             raise UnsupportedError(
-                f"{name} has {path} open, a device that writes to guest memory without a trace: remove it first"
+                f"cannot trace the memory of {name}: the device {path}, which it has open, writes without a "
+                "trace; remove it first"
             )
         yield number, path
 
@@ -109,8 +110,8 @@ async def await_requests(pid: int, files: dict[int, str], name: str, timeout: fl
 def slow(name: str, path: str, timeout: float) -> str:
     """Message about requests that do not end."""
     return (
-        f"{name}: a request to {path} has been in flight for more than {timeout:g} s, and memory cannot be copied "
-        f"while it is; try again when the disk answers"
+        f"cannot copy the memory of {name}: a request to {path} has been in flight for more than {timeout:g} s; retry "
+        f"when the disk responds"
     )
 
 

@@ -84,7 +84,7 @@ def _execute(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
 def _answer(monitor: IO[str]) -> dict[str, Any]:
     line = monitor.readline()
     if not line:
-        raise ConnectionResetError("the monitor hung up")
+        raise ConnectionResetError("QEMU closed the monitor")
     answer: dict[str, Any] = json.loads(line)
     return answer
 

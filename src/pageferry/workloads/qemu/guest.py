@@ -55,7 +55,7 @@ _NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
 
 MIGRATED = "postmigrate"
 """Run state of a QEMU whose own migration has completed."""
-MAY_RUN = "it may run elsewhere; if it does not, QMP cont resumes it"
+MAY_RUN = "it may run on another host; if it does not, QMP cont resumes it"
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class QemuWorkload:
             log.warning("%s", warning)
         if at_once and command.preallocates:
             log.warning(
-                "%s: memory is not preallocated in a restored guest, and QEMU starts later: %s", name, _NO_PREALLOC
+                "%s: the memory of a restored guest is not preallocated; QEMU starts later: %s", name, _NO_PREALLOC
             )
         folder = (registry or Registry()).claim(name)
         try:
@@ -143,13 +143,13 @@ class QemuWorkload:
         folder = (registry or Registry()).folder(name)
         entry = folder.registry.lookup(name)
         if not isinstance(entry, QemuEntry):
-            raise NoSuchWorkload(f"{name} is no QEMU guest (or still being started): `pageferry list` shows what is")
+            raise NoSuchWorkload(f"{name} is not a QEMU guest, or is still being started; see `pageferry list`")
         async with await Monitor.open(entry.qmp_socket, timeout=timeout) as monitor:
             machine, pid = await _ask_machine(monitor)
             if pid != entry.pid:
                 raise WorkloadError(
-                    f"{entry.qmp_socket} is served by process {pid}, and {name} is process {entry.pid}: "
-                    f"end the process that has taken the socket"
+                    f"cannot attach to {name}: {entry.qmp_socket} is served by process {pid}, and the guest is "
+                    f"process {entry.pid}; end the process that has taken the socket"
                 )
             ran = await qemu_run_state.runs(monitor)
             regions = await _regions_of(monitor, entry.pid)
@@ -179,7 +179,7 @@ class QemuWorkload:
             regions = await _regions_of(monitor, pid)
         for region in regions:
             if qemu_ram.misaligned(region):
-                log.warning("large pages are off for %s: start QEMU with align=2M for its memory", region.name)
+                log.warning("%s: huge pages are disabled; start QEMU with align=2M for this memory", region.name)
         entry = _entry(pid, qmp_socket, adopted=child is None)
         folder.publish(entry)
         return cls(folder, entry, machine, regions, child, ran=ran)
@@ -309,7 +309,7 @@ class QemuWorkload:
         Raises WorkloadError where it does not run then; WorkloadDied, with `never_ran` where it cannot have heard this.
         """
         if self._control.given_up:
-            log.warning("%s is paused until its disks answer; a guardian process resumes it then", self.name)
+            log.warning("%s: paused until its disks respond; a guardian process resumes it then", self.name)
             return
         monitor = await self._control.hold()
         if monitor.hung_up:  # nobody has been told to run it, and nobody is left who could
@@ -376,7 +376,7 @@ class QemuWorkload:
         saved = device_state.SavedState.decode(state)
         if saved.machine != self._seen.machine.type:
             raise WorkloadError(
-                f"the state is of a {saved.machine} machine, {self.name} is a {self._seen.machine.type}: "
+                f"cannot load the state of a {saved.machine} machine: {self.name} is a {self._seen.machine.type}; "
                 f"start it with -machine {saved.machine}, and with the same devices"
             )
         try:
@@ -385,7 +385,7 @@ class QemuWorkload:
             loading, self._loading = self._loading, None
             await loading.finish(saved.stream)
         except WorkloadDied as died:
-            raise WorkloadDied(f"{self.name} could not take the device state and ended{self._last_words()}") from died
+            raise WorkloadDied(f"{self.name} could not load the device state and exited{self._last_words()}") from died
         self._control.stays_paused = self._control.disks_released = not saved.was_running
         await self._seen.loaded(await self._control.hold(), was_running=saved.was_running)
 
@@ -420,7 +420,7 @@ class QemuWorkload:
     async def discard(self) -> None:
         """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
         if not await self.quit():
-            log.warning("%s (process %d) does not quit and is killed", self.name, self.pid)
+            log.warning("%s: process %d has not exited after `quit`, and is killed", self.name, self.pid)
             self._stop_loading()
             self._control.abandon()
             processes.send_signal(self.pid, self._entry.started, signal.SIGKILL)
@@ -482,7 +482,7 @@ class QemuWorkload:
         # Devices may have been added since the guest was last looked at.
         status, _ = await asyncio.gather(self._control.note_status(monitor), unsupported.refuse_running(monitor))
         if status == MIGRATED and not known:
-            log.warning("%s was paused by QEMU's own migration, which pageferry did not start: %s", self.name, MAY_RUN)
+            log.warning("%s: migrated by QEMU, not by pageferry: %s", self.name, MAY_RUN)
         self._seen.ran = self._seen.ran or not self._control.stays_paused
         await self._control.prepare_state(monitor)
         self._prepared = time.monotonic()
@@ -512,7 +512,9 @@ class QemuWorkload:
             self._control.give_up()
             files = await in_thread(direct_io.direct_files, self.pid, self.name)
             disks = ", ".join(sorted(set(files.values()))) or "its disks"
-            raise WorkloadError(f"{direct_io.slow(self.name, disks, timeout)}. Until then it is paused") from late
+            raise WorkloadError(
+                f"{direct_io.slow(self.name, disks, timeout)}; the guest is paused until then"
+            ) from late
 
     async def _to_the_end(self, work: Coroutine[Any, Any, float]) -> float:
         """A cancellation waits until the guest runs again."""
@@ -531,7 +533,7 @@ class QemuWorkload:
                 return
         status = await monitor.execute("query-status")
         if not status["running"]:
-            raise WorkloadError(f"{self.name} does not run after `cont`, it is {status['status']}")
+            raise WorkloadError(f"cannot resume {self.name}: its run state after `cont` is {status['status']}")
 
     async def _tell_to_run(self, monitor: Monitor) -> None:
         try:
@@ -582,7 +584,10 @@ def _launch(
     """Start QEMU with a memory file, and publish it already: it must not be lost if we are killed now."""
     qmp_socket = folder.socket_path("qmp.sock")
     if hugetlb and not command.needs_ram_file:
-        raise UsageError("`hugetlb` is about memory that pageferry adds, and the command line has memory of its own")
+        raise UsageError(
+            "`hugetlb` applies to memory that pageferry adds, and the command line has a memory backend; remove one "
+            "of them"
+        )
     ram = None
     try:
         if command.needs_ram_file:
@@ -617,6 +622,6 @@ async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:
         return await qemu_ram.open_regions(monitor, pid)
     except PermissionError as denied:
         raise WorkloadError(
-            f"the memory of process {pid} may not be opened ({denied.strerror}): run pageferry as the user of that "
-            f"QEMU, or as root"
+            f"cannot open the memory of process {pid}: {denied.strerror}; run pageferry as the user of that QEMU, "
+            "or as root"
         ) from denied

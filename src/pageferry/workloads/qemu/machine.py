@@ -51,8 +51,8 @@ class Machine:
         """Raises WorkloadError if the machine of `name` is another one now."""
         if now != self:
             raise WorkloadError(
-                f"{name} was reconfigured meanwhile: {self._described}, now {now._described}; do not add or remove "
-                f"devices or vCPUs until it has been moved or saved"
+                f"{name} was reconfigured during the operation: {self._described}, now {now._described}; do not "
+                "add or remove devices or vCPUs until it has been migrated or saved"
             )
 
     @property
@@ -82,9 +82,12 @@ class Machine:
         QEMU itself notices less: it takes a state that lacks some of its devices, and compares no CPUs.
         """
         for theirs, ours in self._differences(details):
-            raise WorkloadError(f"{source} has {theirs}, {here} has {ours}: start it with the same")
+            raise WorkloadError(
+                f"the machines do not match: {source} has {theirs}, {here} has {ours}; start the destination with the "
+                "options of the source"
+            )
         if "cpu-features" not in details:
-            log.warning("%s does not say which CPU it has: start %s with the same -cpu", source, here)
+            log.warning("%s does not report its CPU model; start %s with the same -cpu", source, here)
 
     def _differences(self, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ours = self.details

@@ -52,7 +52,7 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             continue
         value = next(words, None)
         if value is None:
-            raise UsageError(f"QEMU option {word} comes last and has no value")
+            raise UsageError(f"QEMU option {word} has no value")
         yield name, value
 
 
@@ -89,7 +89,8 @@ def _takes_value(program: str, option: str) -> bool:
     takes = qemus.option_takes_value(program, option)
     if takes is None:
         raise UsageError(
-            f"cannot tell whether QEMU option -{option} has a value: {program} -help does not list it; check the name"
+            f"cannot determine whether QEMU option -{option} has a value: {program} -help does not list it; check "
+            "the name"
         )
     return takes
 
@@ -100,7 +101,7 @@ def _decoded(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as wrong:
         raise UsageError(f"{text[:80]!r} is not JSON ({wrong})") from wrong
     if not isinstance(decoded, dict):
-        raise UsageError(f"{text[:80]!r} is not an object of JSON")
+        raise UsageError(f"{text[:80]!r} is not a JSON object")
     return decoded
 
 

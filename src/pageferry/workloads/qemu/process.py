@@ -70,7 +70,7 @@ class QemuProcess:
         """The end of its log, to be put after a message; what it said on a terminal needs no repeating."""
         if self._log is None:
             return ""
-        return f"; it says:\n{said}" if (said := log_tail(self._log)) else " without a word"
+        return f"; its output:\n{tail}" if (tail := log_tail(self._log)) else " without output"
 
 
 def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -> QemuProcess:

@@ -83,13 +83,15 @@ async def devices(monitor: Monitor) -> list[tuple[str, str]]:
 async def _describe(monitor: Monitor, backend: dict[str, object]) -> _Backend:
     name, size = backend.get("id"), backend["size"]
     if not isinstance(name, str):
-        raise UnsupportedError(f"guest memory is in a backend that has no id: {_ADVICE}")
+        raise UnsupportedError(f"unsupported guest memory: its backend has no id; {_ADVICE}")
     assert isinstance(size, int)
     if not backend.get("share"):
-        raise UnsupportedError(f"guest memory in backend {name} is private: {_ADVICE}")
+        raise UnsupportedError(f"unsupported guest memory in backend {name}: it is private; {_ADVICE}")
     properties = {item["name"] for item in await monitor.execute("qom-list", path=f"/objects/{name}")}
     if "mem-path" not in properties:
-        raise UnsupportedError(f"guest memory in backend {name} is not in a file that has a path: {_ADVICE}")
+        raise UnsupportedError(
+            f"unsupported guest memory in backend {name}: it is not in a file that has a path; {_ADVICE}"
+        )
     path = await monitor.execute("qom-get", path=f"/objects/{name}", property="mem-path")
     offset = 0
     if "offset" in properties:  # since QEMU 8.1
@@ -101,20 +103,22 @@ def _open_region(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
     where = f"guest memory in backend {backend.name} ({backend.path})"
     segments = tuple(_segments(pid, mappings, backend))
     if not _covers(segments, backend.size):
-        raise WorkloadError(f"{where} is not among the shared, writable mappings of process {pid}: {_ADVICE}")
+        raise WorkloadError(
+            f"cannot use {where}: it is not among the shared, writable mappings of process {pid}; {_ADVICE}"
+        )
     try:
         descriptor = proc.open_mapped_file(pid, mappings[0])
     except proc.NotInMemory as elsewhere:
-        raise UnsupportedError(f"{where} cannot be used: {elsewhere.strerror}; {_IN_MEMORY}") from elsewhere
+        raise UnsupportedError(f"cannot use {where}: {elsewhere.strerror}; {_IN_MEMORY}") from elsewhere
     except FileNotFoundError as replaced:
-        raise WorkloadError(f"{where} cannot be opened: {replaced.strerror}; try again") from replaced
+        raise WorkloadError(f"cannot open {where}: {replaced.strerror}; retry") from replaced
     match os.fstatvfs(descriptor).f_bsize:
         case 4096 | 2097152 as page_size:
             return Region(backend.name, backend.size, descriptor, backend.offset, page_size, segments)
         case other:
             os.close(descriptor)
             raise UnsupportedError(
-                f"guest memory in backend {backend.name} has pages of {other} bytes: use 4 KiB or 2 MiB"
+                f"unsupported guest memory in backend {backend.name}: it has pages of {other} bytes; use 4 KiB or 2 MiB"
             )
 
 
@@ -135,8 +139,8 @@ def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
             found = [one for one in mappings if one.path in names]
     if len({one.identity for one in found}) > 1:
         raise UnsupportedError(
-            f"cannot tell which of several mapped files holds guest memory in backend {backend.name} ({path}): give "
-            f"each memory backend a mem-path of its own that names a file, and start the guest again"
+            f"cannot determine which of several mapped files holds guest memory in backend {backend.name} "
+            f"({path}); give each memory backend a separate mem-path that names a file, and restart the guest"
         )
     return found
 
@@ -187,15 +191,17 @@ def _check_apart(found: Sequence[tuple[_Backend, list[proc.Mapping]]]) -> None:
     for (file, _, end, name), (next_file, start, _, next_name) in pairwise(places):
         if file == next_file and start < end:
             raise UnsupportedError(
-                f"memory backends {name} and {next_name} are the same bytes of one file: give each a mem-path or an "
-                f"offset of its own, and start the guest again"
+                f"memory backends {name} and {next_name} use the same bytes of one file; give each a separate "
+                "mem-path or offset, and restart the guest"
             )
 
 
 async def _check_completeness(monitor: Monitor, managed: int) -> None:
     summary = await monitor.execute("query-memory-size-summary")
     if summary.get("plugged-memory", 0):
-        raise UnsupportedError("the guest has hotplugged memory, which is not managed: give all of it with -m")
+        raise UnsupportedError("unsupported guest: hotplugged memory is not managed; give all memory with -m")
     if summary["base-memory"] != managed:
         total = summary["base-memory"]
-        raise UnsupportedError(f"the guest has {total} bytes of memory, {managed} of them in shared files: {_ADVICE}")
+        raise UnsupportedError(
+            f"unsupported guest: it has {total} bytes of memory, of which {managed} are in shared files; {_ADVICE}"
+        )

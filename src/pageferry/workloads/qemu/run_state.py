@@ -57,8 +57,8 @@ class LastSeen:
         ran, self.ran = self.ran, stopped
         if (how := _ENDED.get(self.status)) is not None and ran:
             raise WorkloadError(
-                f"cannot pause {self.name}: {how} (run state {self.status}); it stays here as it is, and a second "
-                f"attempt takes it as it is"
+                f"cannot pause {self.name}: {how} (run state {self.status}); it remains on this host, and a "
+                "second attempt accepts this state"
             )
 
     async def saved(self, monitor: Monitor) -> None:
@@ -69,9 +69,9 @@ class LastSeen:
         """The device state was loaded. Raises WorkloadError if the guest could not run with it, or runs already."""
         await self._check_machine(monitor)
         if self.status == "running":
-            raise WorkloadError(f"{self.name} already runs: another client has resumed it before it was handed over")
+            raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
         if was_running and (how := _ENDED.get(self.status)) is not None:
-            raise WorkloadError(f"{self.name} cannot run with this state: {how} (run state {self.status})")
+            raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
 
     async def check_unchanged(self, monitor: Monitor) -> None:
         """Raises WorkloadError unless guest and machine are as they were when the state was saved or loaded."""
@@ -79,8 +79,8 @@ class LastSeen:
         await self._check_machine(monitor)
         if self.status != before or (self._interference is not None and not self._interference.empty()):
             raise WorkloadError(
-                f"{self.name} was resumed or reset while it was paused (run state {self.status}, before: {before}): "
-                f"keep other clients from it until it has been moved"
+                f"{self.name} was resumed or reset while it was paused (run state {self.status}, before: "
+                f"{before}); keep other clients from controlling it until it has been migrated"
             )
 
     async def _check_machine(self, monitor: Monitor) -> None:

@@ -115,10 +115,10 @@ def _state_in(file: int) -> bytes:
     """The state in the only snapshot of a file. Raises WorkloadError."""
     snapshots, first = _HEADER.unpack(os.pread(file, _HEADER.size, 0))[11:13]
     if snapshots != 1:
-        raise WorkloadError(f"QEMU has left {snapshots} snapshots instead of its device state")
+        raise WorkloadError(f"QEMU has written {snapshots} snapshots instead of its device state")
     offset, entries, *_, extra = _SNAPSHOT.unpack(os.pread(file, _SNAPSHOT.size, first))
     if extra < 8:
-        raise WorkloadError("QEMU's snapshot has no size of its state")
+        raise WorkloadError("the snapshot of QEMU does not state the size of the device state")
     (size,) = struct.unpack(">Q", os.pread(file, 8, first + _SNAPSHOT.size))
     if size > LARGEST:
         raise WorkloadError(

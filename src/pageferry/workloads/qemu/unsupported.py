@@ -74,9 +74,9 @@ def refuse_network(properties: Mapping[str, str]) -> None:
     """Raises UnsupportedError for a network back end with which a guest cannot be managed."""
     kind = properties.get("type", "")
     if kind in NETWORKS:
-        raise UnsupportedError(f"network {kind} cannot be used here: {NETWORKS[kind]}")
+        raise UnsupportedError(f"unsupported network {kind}: {NETWORKS[kind]}")
     if kind == "passt" and properties.get("vhost-user") in _ON:
-        raise UnsupportedError(f"network {kind},vhost-user=on cannot be used here: {OTHER_PROCESS}")
+        raise UnsupportedError(f"unsupported network {kind},vhost-user=on: {OTHER_PROCESS}")
 
 
 def refuse_object(kind: str) -> None:
@@ -91,7 +91,7 @@ def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
         if value.startswith("nvme:"):
             named = "nvme"
         if named in BLOCK_DRIVERS:
-            raise UnsupportedError(f"block driver {named} cannot be used here: {BLOCK_DRIVERS[named]}")
+            raise UnsupportedError(f"unsupported block driver {named}: {BLOCK_DRIVERS[named]}")
 
 
 async def refuse_running(monitor: Monitor) -> None:
@@ -121,4 +121,4 @@ async def _types(monitor: Monitor, folder: str) -> list[str]:
 def _refuse(what: str, kind: str, reasons: Mapping[str, str]) -> None:
     for beginning, reason in reasons.items():
         if kind.startswith(beginning):
-            raise UnsupportedError(f"{what} cannot be used here: {reason}")
+            raise UnsupportedError(f"unsupported {what}: {reason}")

@@ -65,10 +65,12 @@ class RemoteArena:
             connection.connect(path)
         except PermissionError as denied:
             connection.close()
-            raise WorkloadError(f"{path} belongs to another user: run as that user, or as root") from denied
+            raise WorkloadError(
+                f"cannot use {path}: it belongs to another user; run as that user, or as root"
+            ) from denied
         except OSError as gone:
             connection.close()
-            raise WorkloadDied(f"nobody serves {path}: the program has ended ({gone})") from gone
+            raise WorkloadDied(f"cannot connect to {path}: the program has exited ({gone})") from gone
         return cls(connection, path)
 
     @property
@@ -184,7 +186,9 @@ class RemoteArena:
                 piece, _ = self._receive(wire.StateIs)
                 if len(state) + len(piece.data) > wire.MAX_STATE:
                     self._connection.close()
-                    raise WorkloadError(f"{self.name} has a state of more than {wire.MAX_STATE} bytes")
+                    raise WorkloadError(
+                        f"{self.name}: its state is larger than {wire.MAX_STATE} bytes; put it in the arena"
+                    )
                 state += piece.data
                 if piece.last:
                     return bytes(state)
@@ -201,17 +205,17 @@ class RemoteArena:
         except TimeoutError as slow:
             # An answer that comes later would be taken for that of another request.
             self._connection.close()
-            raise WorkloadError(f"the program at {self._path} has not answered for {TIMEOUT:.0f} s") from slow
+            raise WorkloadError(f"no reply from the program at {self._path} within {TIMEOUT:.0f} s") from slow
         except (EOFError, OSError) as gone:
             raise WorkloadDied(f"the program at {self._path} is gone: {gone}") from gone
         except (ValueError, msgspec.MsgspecError) as wrong:
             self._connection.close()
-            raise WorkloadError(f"the program at {self._path} sent what is no answer: {wrong}") from wrong
+            raise WorkloadError(f"the program at {self._path} sent an invalid reply: {wrong}") from wrong
         if isinstance(answer, wire.Refused):
             wire.raise_refusal(answer)
         if not isinstance(answer, wanted):
             wire.close_all(files)
-            raise WorkloadError(f"the program at {self._path} answered {type(answer).__name__} instead")
+            raise WorkloadError(f"the program at {self._path} sent an unexpected reply {type(answer).__name__}")
         return answer, files
 
 
