@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 COMMAND = "pageferry demo"
-COLUMNS = 124
+COLUMNS = 130
 CHARACTER, LINE, MARGIN = 7.25, 18, 16
 """Width of a character, height of a line, and margin, in pixels at a font size of 12."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
