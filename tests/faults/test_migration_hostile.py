@@ -110,7 +110,7 @@ def test_source_of_an_old_migration_does_not_block_the_receiver(there: Program, 
 
 
 @pytest.mark.parametrize("owner", ["destination", "source"])
-def test_number_of_an_old_migration_is_refused_and_its_decision_stays(
+def test_reused_migration_id_is_refused_and_its_decision_is_kept(
     there: Program, address: str, owner: messages.Owner
 ) -> None:
     number = secrets.token_hex(16)

@@ -89,7 +89,7 @@ def test_memory_is_one_mapped_file(guest: Guest) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_memory_is_in_large_pages(guest: Guest) -> None:
+def test_memory_is_mapped_by_huge_pages(guest: Guest) -> None:
     (segment,) = guest.workload.regions[0].segments
     smaps = Path(f"/proc/{segment.pid}/smaps").read_text()
     vma = smaps[smaps.index(f"{segment.address:x}-") :]

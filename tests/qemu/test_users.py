@@ -58,7 +58,7 @@ def restored(kind: str, folder: Path, parts: GuestParts) -> list[dict[str, Any]]
     """Restore a guest as this kind of user, let it verify its memory, and stop it. Return the events of the restore."""
     serial = Serial(folder / "serial")
     command = parts.command(serial, *OPTIONS)
-    if kind == "user":  # only /dev/userfaultfd must be the reason, not the sandbox, which this user cannot suspend
+    if kind == "user":  # this user cannot suspend QEMU's seccomp filter, which would be the reason
         command[command.index("-sandbox") + 1] = "off"
     restore = ("restore", "web", str(folder / "image"), "--detach", "--output", "json", "--", *command)
     done = users.run(kind, folder, "-m", "pageferry", *restore)
