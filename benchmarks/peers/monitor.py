@@ -68,7 +68,7 @@ class Monitor:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             data = self._socket.recv(65536)
             if not data:
-                raise EOFError("QEMU has closed its monitor")
+                raise EOFError("QEMU has closed the monitor")
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         said: dict[str, Any] = json.loads(line)

@@ -31,7 +31,7 @@ def obstacle(accel: str) -> str | None:
     try:
         os.close(fcntl.ioctl(device, _CREATE_VM, 0))
     except OSError as error:
-        return f"KVM creates no virtual machine: {error.strerror}"
+        return f"KVM cannot create a virtual machine: {error.strerror}"
     finally:
         os.close(device)
     return None

@@ -76,7 +76,7 @@ class Serial:
             if self._work != work:
                 work, since = self._work, loop.time()
             if loop.time() > deadline:
-                raise GuestFailed(f"the guest did not stand still in {timeout:g} s")
+                raise GuestFailed(f"the guest did not stop working in {timeout:g} s")
 
     @property
     def _work(self) -> tuple[int, int]:

@@ -144,7 +144,7 @@ class Traveller:
 
     def alone(self) -> None:
         """Wait until no other QEMU, guardian or name exists."""
-        wait_until(lambda: around() == {self.pid}, f"that nothing but {self.name} is left, but {around()}")
+        wait_until(lambda: around() == {self.pid}, f"the end of all processes but {self.name}: {around()}")
         assert list(Registry().entries()) == [self.name]
 
     def untouched(self) -> None:

@@ -159,7 +159,7 @@ class Journey:
                         return "source"
                     case _:
                         time.sleep(0.5)
-        raise AssertionError(f"no answer, {code}: {self.said('recover')}")
+        raise AssertionError(f"no reply, exit code {code}: {self.said('recover')}")
 
     def recover(self, how: str = "--recover") -> tuple[int, Owner | None]:
         """Run `pageferry migrate --recover` or `--take-back`. Return the exit code and the reported owner."""
@@ -248,7 +248,9 @@ def mend(network: Network) -> None:
 def nothing_left(host: Host, *expected: str) -> None:
     """Wait until a host has only these workloads: no other process, file, mount or name."""
     registry = host.registry
-    wait_until(lambda: set(registry.entries()) == set(expected), f"that {host.address} has {expected} only")
+    wait_until(
+        lambda: set(registry.entries()) == set(expected), f"the end of all workloads but {expected} on {host.address}"
+    )
 
     def strangers() -> dict[int, str]:
         known = {registry.lookup(name).pid for name in expected}

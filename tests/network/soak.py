@@ -163,8 +163,8 @@ class Soak:
             owner = journey.settle()
         if owner == "none":
             # The only process that held the ledger was killed. A guest runs in a separate process.
-            assert plan_.who == "ledger", f"the guest is lost: {journey.code}"
-            assert plan_.trouble == "destination-agent", f"the ledger is lost: {journey.code}"
+            assert plan_.who == "ledger", f"the guest is lost, exit code {journey.code}"
+            assert plan_.trouble == "destination-agent", f"the ledger is lost, exit code {journey.code}"
             traveller.end()
             self.travellers["ledger"] = self._ledger()
         elif plan_.who == "guest":
@@ -219,7 +219,7 @@ def main() -> int:
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(1 << 32))
     if reason := hosts.missing():
-        print(f"no soak here: {reason}", file=sys.stderr)
+        print(f"cannot soak: {reason}", file=sys.stderr)
         return 3
     base = Path(os.environ.get("SOAK_FOLDER") or CACHE / "soak")
     base.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def huge_pages(root: None) -> Iterator[None]:
     HUGE_PAGES.write_text(str(wanted))
     try:
         if int(HUGE_PAGES.read_text()) < wanted:
-            pytest.skip("the kernel finds no 256 huge pages")
+            pytest.skip("the kernel cannot allocate 256 huge pages")
         yield
     finally:
         HUGE_PAGES.write_text(str(before))

@@ -268,7 +268,7 @@ def test_memory_on_a_disk_is_refused_with_the_setting_to_change(
 ) -> None:
     kind = subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip()
     if kind == "tmpfs":
-        pytest.skip("the folder for temporary files is on tmpfs")
+        pytest.skip("the directory for temporary files is on tmpfs")
     qmp = foreign("-m", "64M", "-object", backend("ram0", tmp_path / "ram"), "-machine", "memory-backend=ram0")
     with pytest.raises(UnsupportedError, match=r"it is on .*must be on tmpfs or hugetlbfs.*memory_backing_dir"):
         asyncio.run(QemuWorkload.adopt("theirs", qmp))

@@ -152,7 +152,7 @@ def test_guest_whose_qemu_exits_during_migration_leaves_no_copy(start: Start, po
         shut_down(guest)
         wait_until(lambda: moving.state(pid) == "Z" if Path(f"/proc/{pid}").exists() else True, "the end of QEMU")
     assert migration.wait() in (FAILED, DIED)
-    wait_until(lambda: travel.around() == set(), "that nothing is left")
+    wait_until(lambda: travel.around() == set(), "the end of all processes")
 
 
 @pytest.mark.parametrize("point", RUNNING)

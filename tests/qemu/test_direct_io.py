@@ -205,7 +205,7 @@ def test_migration_fails_and_names_a_disk_that_does_not_reply(
             assert travel.listed()["here"] == "running"
         disk.answer()
         guest.waits_for("here", "fresh")
-        wait_until(lambda: travel.listed()["here"] == "running", "that the guest runs")
+        wait_until(lambda: travel.listed()["here"] == "running", "the run of the guest")
 
 
 def test_checkpoint_in_rounds_contains_a_read_in_flight(newest_parts: GuestParts, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_guest_runs_at_destination_if_the_receiver_is_killed_after_its_decision(
             assert migration.wait() == 26
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
-    wait_until(lambda: travel.listed()[guest.next_name] == "running", "that it runs there")
+    wait_until(lambda: travel.listed()[guest.next_name] == "running", "the run of the guest at the destination")
     settle_elsewhere(guest, address, owner="destination")
     guest.arrived()
     guest.verifies_everything()

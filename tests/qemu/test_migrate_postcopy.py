@@ -77,7 +77,7 @@ def test_guest_waits_for_a_lost_link_and_continues_after_recovery(guest: Travell
     guest.runs()
     with guest.receiver() as there:
         lost(guest, there)
-        wait_until(lambda: "link" in (waiting(guest.next_name) or ""), "that it says what it waits for")
+        wait_until(lambda: "link" in (waiting(guest.next_name) or ""), "the stall reason")
         recovers(guest)
         assert there.wait() == 0
 

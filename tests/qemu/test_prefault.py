@@ -53,7 +53,7 @@ def owner(root: None) -> Iterator[tuple[int, int]]:
         assert process.stdout is not None
         said = process.stdout.readline().strip()
         if not said.isdecimal():
-            pytest.skip(f"KVM makes no virtual machine: {said}")
+            pytest.skip(f"KVM cannot create a virtual machine: {said}")
         yield process.pid, int(said)
         process.kill()
 

@@ -33,7 +33,7 @@ def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) ->
 def folder(image: Path) -> Iterator[Path]:
     """A directory that every user may write to, with a copy of the image."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
-        pytest.skip("any user may have a userfaultfd here")
+        pytest.skip("this host permits userfaultfd for all users")
     with tempfile.TemporaryDirectory() as made:
         os.chmod(made, 0o777)
         copy = shutil.copy(image, Path(made) / "image")
