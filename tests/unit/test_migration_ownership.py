@@ -103,7 +103,7 @@ def test_decision_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / ".verdicts").write_text("in the way")
     with pytest.raises(WorkloadError, match="cannot write"):
         Verdicts(tmp_path).begin(MIGRATION)
-    with pytest.raises(WorkloadError, match="cannot write"):
-        Verdicts(tmp_path).arrive(MIGRATION)
     with pytest.raises(WorkloadError, match="cannot record in"):
+        Verdicts(tmp_path).arrive(MIGRATION)
+    with pytest.raises(WorkloadError, match="cannot write"):
         Verdicts(tmp_path).decide(MIGRATION, Verdict.COMMITTED)
