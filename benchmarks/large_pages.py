@@ -152,7 +152,7 @@ def ledger(mebibytes: int) -> Iterator[str]:
     name = f"bench-{os.getpid()}"
     options = {"threads": 1, "working_set": 0.25, "rate": 32 << 20, "compressible": 0.5}
     setup = json.dumps({"name": name, "size": mebibytes << 20, "options": options})
-    with start_python("pageferry.workloads.ledger_process", setup, stdout=subprocess.PIPE) as process:
+    with start_python("pageferry.demo.process", setup, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         try:

@@ -14,9 +14,9 @@ from typing import Any
 import pageferry
 from pageferry import _engine
 from pageferry.checkpoints.events import CheckpointResult
+from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.images.image import ImageFile
 from pageferry.memory.regions import Region
-from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from pageferry.workloads.protocols import Workload
 
 SLICE = 8192

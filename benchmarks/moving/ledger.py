@@ -22,7 +22,7 @@ class Ledger:
         self._next: Process | None = None
         words = json.dumps({"name": self.name, "size": size, "options": options, **setup})
         self._owner: Process = start_python(
-            "pageferry.workloads.ledger_process", words, stdout=subprocess.PIPE, start_new_session=True
+            "pageferry.demo.process", words, stdout=subprocess.PIPE, start_new_session=True
         )
         expect(self._owner, "ready")
 

@@ -30,7 +30,7 @@ def ledger(name: str, *, dies: bool = False, processes: int = 1) -> Iterator[Pro
     """A ledger in a separate process. It must be intact and still writing at the end of the block."""
     options = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1}
     setup = {"name": name, "size": 32 * MIB, "options": options, "exact": True, "processes": processes}
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()
         yield program
         if not dies:

@@ -28,7 +28,7 @@ MIB = 1 << 20
 def ledger(name: str) -> Iterator[Program]:
     options = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1}
     setup = {"name": name, "size": 16 * MIB, "options": options, "exact": True}
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()
         yield program
 

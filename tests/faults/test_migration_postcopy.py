@@ -126,7 +126,7 @@ def test_destination_disconnected_in_postcopy_is_reconnected(here: Program, poin
 READS_FIRST = """
 import sys
 from pageferry.cli.main import main
-from pageferry.workloads.ledger import LedgerWorkload
+from pageferry.demo.ledger import LedgerWorkload
 resume = LedgerWorkload._resume
 def read_and_resume(workload):
     workload._view().digest()

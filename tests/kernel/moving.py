@@ -64,7 +64,7 @@ def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
 def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
     """Run a ledger in a separate process."""
     setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}} | setup
-    with host.program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with host.program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"
         yield program
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pageferry
 from pageferry.checkpoints.restore_arena import RestoredArena
-from pageferry.workloads.ledger import LedgerWorkload
+from pageferry.demo.ledger import LedgerWorkload
 
 
 def say(**what: object) -> None:

@@ -18,11 +18,11 @@ import pytest
 import pageferry
 from pageferry import _engine
 from pageferry.checkpoints import events
+from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.errors import CheckpointError, ImageError, UsageError, WorkloadError
 from pageferry.events import Event
 from pageferry.images.image import ImageFile
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel.programs import Program, wait_until
 from tests.saved import check_ledger, ledger, memory_of, save
 
@@ -223,7 +223,7 @@ def test_concurrent_checkpoint_is_refused_and_the_first_completes(tmp_path: Path
 
 def test_checkpoint_command_saves_chain_and_reports_json(tmp_path: Path) -> None:
     setup = {"name": "saved", "size": 16 * MIB, "options": {"threads": 2}, "exact": True}
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()
         command = [
             sys.executable,

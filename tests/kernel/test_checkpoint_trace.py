@@ -19,11 +19,11 @@ import pytest
 import pageferry
 from pageferry import _engine
 from pageferry.checkpoints import events
+from pageferry.demo.ledger import LedgerOptions
 from pageferry.events import Event
 from pageferry.images.image import ImageFile
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.ledger import LedgerOptions
 from tests.saved import check_ledger, ledger, memory_of, save
 
 MIB = 1 << 20

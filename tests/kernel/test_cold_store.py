@@ -92,7 +92,7 @@ def kill_pager() -> None:
 def ledger(**setup: Any) -> Iterator[Program]:
     """Run a ledger on huge pages, and check at the end that it is intact."""
     setup = {"name": "cold", "size": SIZE, "exact": True, "options": OPTIONS} | setup
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()
         yield program
         program.process.send_signal(signal.SIGTERM)
@@ -168,7 +168,7 @@ def test_workload_with_cold_store_can_be_saved_and_peeked(tmp_path: Path) -> Non
 
 def test_workload_with_cold_store_can_be_migrated() -> None:
     setup = {"name": "cold", "size": SIZE, "options": OPTIONS}
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as workload:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as workload:
         workload.json()
         reclaim()
         with receiver("there") as there:

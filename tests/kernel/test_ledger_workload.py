@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from pageferry import _engine
+from pageferry.demo.ledger import LedgerOptions, LedgerState, LedgerWorkload
 from pageferry.errors import UsageError, WorkloadDied, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.ledger import LedgerOptions, LedgerState, LedgerWorkload
 from pageferry.workloads.lifecycle import Status
 from pageferry.workloads.protocols import Workload
 from tests.kernel.programs import Program, wait_until
@@ -29,7 +29,7 @@ OPTIONS = LedgerOptions(threads=3, zero_fraction=0.2, rate=64 * MIB)
 @contextmanager
 def ledger_process(name: str, **setup: Any) -> Iterator[Program]:
     setup = {"name": name, "size": 16 * MIB, "options": {"threads": 3, "zero_fraction": 0.2}} | setup
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         assert program.json() == {"type": "ready", "name": name, "pid": program.process.pid}
         yield program
 
@@ -87,7 +87,7 @@ def test_invalid_setups_are_refused() -> None:
         LedgerWorkload.create(8 * MIB, LedgerOptions(working_set=-1))
     with pytest.raises(UsageError, match="2 threads cannot be shared out to 3"):
         LedgerWorkload.create(8 * MIB, LedgerOptions(threads=2), processes=3)
-    with Program("-m", "pageferry.workloads.ledger_process", '{"name": "x", "size": 4096, "extra": 1}') as program:
+    with Program("-m", "pageferry.demo.process", '{"name": "x", "size": 4096, "extra": 1}') as program:
         assert program.wait() == UsageError.exit_code
 
 

@@ -19,6 +19,7 @@ import pageferry
 from pageferry._engine import PageSet, Space, Trace
 from pageferry.checkpoints.restore_arena import RestoredArena
 from pageferry.cli.main import main
+from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.errors import ImageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
@@ -27,7 +28,6 @@ from pageferry.pager import client
 from pageferry.pager.protocol import PagerStatus
 from pageferry.workloads import deferred_access
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 from tests.kernel import moving
 from tests.kernel.images import ABSENT, DATA, PAGE, Maker
 from tests.kernel.moving import MIB

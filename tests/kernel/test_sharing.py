@@ -325,7 +325,7 @@ def test_cancelled_sharing_is_undone(monkeypatch: pytest.MonkeyPatch, ksm_usable
 @pytest.fixture
 def ledger() -> Iterator[Program]:
     setup = {"name": "twins", "size": 64 << 20, "options": LEDGER}
-    with Program("-m", "pageferry.workloads.ledger_process", json.dumps(setup)) as program:
+    with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"
         yield program
         program.process.send_signal(signal.SIGTERM)

@@ -61,7 +61,7 @@ class LedgerTraveller:
         self.name = name
         self.host = host
         setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}, "exact": True} | setup
-        self._program = host.program("-m", "pageferry.workloads.ledger_process", json.dumps(setup))
+        self._program = host.program("-m", "pageferry.demo.process", json.dumps(setup))
         try:
             assert self._program.json()["type"] == "ready"
         except BaseException:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from pageferry.cli.demo import DemoResult
+from pageferry.demo.events import DemoResult
 from pageferry.events import Event, Latency
 from pageferry.migration import events
 from pageferry.report.migration import DemoView, MigrationView

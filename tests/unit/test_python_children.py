@@ -35,9 +35,9 @@ CHILDREN = {
         asyncio.run(pager.ready())
         pager.give_up()
     """,
-    "pageferry.workloads.ledger_child": """
+    "pageferry.demo.child": """
         from pageferry import _engine
-        from pageferry.workloads.ledger_shares import ChildShare
+        from pageferry.demo.shares import ChildShare
         import os
         file = os.memfd_create("shares")
         os.truncate(file, 1 << 21)
@@ -94,19 +94,19 @@ CHILDREN = {
             sleeper.kill()
             sleeper.wait()
     """,
-    "pageferry.workloads.ledger_process": """
+    "pageferry.demo.process": """
         import asyncio
-        from pageferry.cli.demo import _process, _expect
+        from pageferry.demo.run import _process, _expect
         setup = '{"name": "planted", "size": 4194304}'
         hostile()
         async def ready():
-            async with _process("pageferry.workloads.ledger_process", setup) as process:
+            async with _process("pageferry.demo.process", setup) as process:
                 await _expect(process, "ready")
         asyncio.run(ready())
     """,
     "pageferry": """
         import asyncio
-        from pageferry.cli.demo import _process, _expect
+        from pageferry.demo.run import _process, _expect
         hostile()
         async def listening():
             words = ("receive", "planted", "--workload", "demo", "--output", "json")
@@ -203,7 +203,7 @@ def test_every_python_child_is_started_by_one_function() -> None:
                     started.add(str(node.args[0].value))
                 if _starts_a_program(called):
                     assert name in OTHER_PROGRAMS | {"host/python.py"}, f"{name}:{node.lineno}: {called}"
-    assert started | {"pageferry", "pageferry.workloads.ledger_process"} == set(CHILDREN)
+    assert started | {"pageferry", "pageferry.demo.process"} == set(CHILDREN)
 
 
 def _starts_a_program(called: str) -> bool:

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from pageferry.cli.parser import shared_options
 from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
+from pageferry.images.events import Difference, Flattened, ImageSummary, RegionSummary, Verification
 from pageferry.images.image import ImageFile
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.report.image import ImageView
@@ -20,64 +19,6 @@ from pageferry.report.reporter import open_reporter
 from pageferry.workloads.qemu.device_state import SavedState
 
 CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
-
-
-class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
-    """Number of pages of a region by class."""
-
-    name: str
-    length: int
-    pages: dict[str, int]
-
-
-class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
-    """Result of `image info`."""
-
-    path: str
-    id: str
-    digest: str
-    kind: str
-    name: str
-    restorable: bool
-    paused: bool
-    """Whether the guest had been paused by its user when it was saved; a restored guest is then paused too."""
-    created: str
-    """UTC, ISO 8601."""
-    codec: str
-    length: int
-    """Size of the file, bytes."""
-    blocks: int
-    page_block: int
-    state: int
-    """Size of the device state, bytes."""
-    regions: list[RegionSummary]
-    parents: list[str]
-
-
-class Verification(Event, frozen=True, tag="image-verify"):
-    """Result of `image verify`."""
-
-    path: str
-    intact: bool
-    findings: list[str]
-
-
-class Difference(Event, frozen=True, tag="image-diff"):
-    """Result of `image diff`."""
-
-    same: bool
-    pages: int
-    """Pages that differ."""
-    runs: list[tuple[str, int, int]]
-    """(region, first byte, bytes) of each run of pages that differ."""
-    state_differs: bool
-
-
-class Flattened(Event, frozen=True, tag="image-flatten"):
-    """Result of `image flatten`."""
-
-    path: str
-    length: int
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

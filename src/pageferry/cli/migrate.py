@@ -7,9 +7,9 @@ import argparse
 from pageferry import values
 from pageferry.cli.arguments import integer, milliseconds, rate, seconds
 from pageferry.errors import UsageError
-from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.migration import api, switchover_request
+from pageferry.migration.events import Recovered
 from pageferry.migration.options import Options
 from pageferry.migration.transport.messages import Owner
 from pageferry.report.migration import MigrationView
@@ -19,16 +19,6 @@ from pageferry.workloads.protocols import Workload
 
 WORKS_ON = "name"
 DEFAULTS = Options()
-
-
-class Recovered(Event, frozen=True, tag="recovery"):
-    """Outcome of a migration that was pending recovery."""
-
-    workload: str
-    owner: str
-    """`source` (the workload is on this host again) or `destination`."""
-    paused: bool | None = None
-    """Whether the workload is paused, because its user had paused it; None if the destination owns it."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ import msgspec
 
 from pageferry.cli.arguments import size
 from pageferry.errors import UsageError
-from pageferry.events import Event
 from pageferry.host.registry import Registry
+from pageferry.memory.events import Peeked
 from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.pager import client
 from pageferry.printable import printable_json
@@ -20,17 +20,6 @@ from pageferry.workloads.open import open_workload
 
 MAX_LENGTH = 64 << 20
 """Maximum number of bytes to print."""
-
-
-class Peeked(Event, frozen=True, kw_only=True, tag="memory"):
-    """Contents of a range of memory."""
-
-    workload: str
-    region: str
-    offset: int
-    length: int
-    data: str
-    """Hexadecimal."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

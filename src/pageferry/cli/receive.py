@@ -13,12 +13,14 @@ import msgspec
 from pageferry import values
 from pageferry.cli.arguments import seconds, size
 from pageferry.cli.foreground import run_in_foreground
+from pageferry.demo.events import LedgerResult
+from pageferry.demo.ledger import LedgerWorkload
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
-from pageferry.events import Event
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Registry
 from pageferry.migration import api, events
 from pageferry.migration.destination import Destination, Prepare
+from pageferry.migration.events import Listening, Received, Resumed
 from pageferry.migration.options import Options, timeout
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
@@ -28,7 +30,6 @@ from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
 from pageferry.workloads.arena.arguments import MAX_ARENA
-from pageferry.workloads.ledger import LedgerWorkload
 from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu.guest import QemuWorkload
 
@@ -36,41 +37,6 @@ log = getLogger(__name__)
 
 TAKES_COMMAND = True
 WORKS_ON = "name"
-
-
-class Listening(Event, frozen=True, tag="listening"):
-    """The receiver accepts connections of sources."""
-
-    workload: str
-    address: str
-
-
-class Received(Event, frozen=True, tag="received"):
-    """The workload runs on this host, or is paused because its user had paused it at the source."""
-
-    workload: str
-    kind: str
-    paused: bool = False
-    total_time: float = 0.0
-    """Milliseconds from the acceptance of the source until the workload ran here."""
-    phases: dict[str, float] = msgspec.field(default_factory=dict)
-    """Consecutive phases, which add up to `total-time`: setup (connections, memory), copy (rounds, state), load,
-    populate, commit (wait for the decision of the source), resume."""
-
-
-class Resumed(Event, frozen=True, tag="resumed"):
-    """All deferred memory of the workload has been received."""
-
-    workload: str
-
-
-class LedgerResult(Event, frozen=True, tag="ledger"):
-    """Verification of the memory of the built-in workload."""
-
-    workload: str
-    intact: bool
-    writes: int
-    checked: int
 
 
 class ReceiveView(PlainView):

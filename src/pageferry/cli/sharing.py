@@ -14,18 +14,11 @@ from pageferry.host.proc import available
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.sharing import SharingView
 from pageferry.sharing import api, policy
+from pageferry.sharing.events import Undone
 from pageferry.sharing.scan import Options
 
 WORKS_ON = "names"
 DEFAULTS = Options()
-
-
-class Undone(Event, frozen=True, tag="sharing-undone"):
-    """Result of `--undo`."""
-
-    workloads: list[str]
-    bytes: int
-    """Size of the memory that is no longer shared, bytes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -237,3 +237,39 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     """Number of pages that the destination requested because an access waited for them."""
     postcopy: PostcopyCount | None = None
     """None if every page was present before the workload resumed."""
+
+
+class Listening(Event, frozen=True, tag="listening"):
+    """The receiver accepts connections of sources."""
+
+    workload: str
+    address: str
+
+
+class Received(Event, frozen=True, tag="received"):
+    """The workload runs on this host, or is paused because its user had paused it at the source."""
+
+    workload: str
+    kind: str
+    paused: bool = False
+    total_time: float = 0.0
+    """Milliseconds from the acceptance of the source until the workload ran here."""
+    phases: dict[str, float] = msgspec.field(default_factory=dict)
+    """Consecutive phases, which add up to `total-time`: setup (connections, memory), copy (rounds, state), load,
+    populate, commit (wait for the decision of the source), resume."""
+
+
+class Resumed(Event, frozen=True, tag="resumed"):
+    """All deferred memory of the workload has been received."""
+
+    workload: str
+
+
+class Recovered(Event, frozen=True, tag="recovery"):
+    """Outcome of a migration that was pending recovery."""
+
+    workload: str
+    owner: str
+    """`source` (the workload is on this host again) or `destination`."""
+    paused: bool | None = None
+    """Whether the workload is paused, because its user had paused it; None if the destination owns it."""

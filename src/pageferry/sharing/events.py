@@ -95,3 +95,11 @@ class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     longest_pause_ms: float | None = None
     """Longest pause of a workload, for punching out zeros of its files."""
     pauses: int | None = None
+
+
+class Undone(Event, frozen=True, tag="sharing-undone"):
+    """Result of `--undo`."""
+
+    workloads: list[str]
+    bytes: int
+    """Size of the memory that is no longer shared, bytes."""

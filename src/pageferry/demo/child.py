@@ -11,7 +11,7 @@ import socket
 import sys
 
 from pageferry import _engine
-from pageferry.workloads.ledger_orders import LARGEST_PACKET, Answer, Order, decode_order, encode
+from pageferry.demo.orders import LARGEST_PACKET, Answer, Order, decode_order, encode
 
 
 class Child:

@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
+from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.errors import PageferryError, UsageError
-from pageferry.workloads.ledger import LedgerOptions, LedgerWorkload
 
 LOOK = 0.2
 """Seconds between two looks at signals."""

@@ -9,9 +9,9 @@ import subprocess
 from typing import Protocol
 
 from pageferry import _engine
+from pageferry.demo.orders import LARGEST_PACKET, Answer, Order, decode_answer, encode
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
-from pageferry.workloads.ledger_orders import LARGEST_PACKET, Answer, Order, decode_answer, encode
 
 TIMEOUT = 60.0
 """Seconds that a child may take to answer."""
@@ -107,9 +107,7 @@ class ChildShare:
         memory = _engine.Mapping.fileno(mapping)
         arguments = [str(memory), str(mapping.length), str(theirs.fileno())]
         with theirs:
-            self._process = start_python(
-                "pageferry.workloads.ledger_child", *arguments, pass_fds=(memory, theirs.fileno())
-            )
+            self._process = start_python("pageferry.demo.child", *arguments, pass_fds=(memory, theirs.fileno()))
         self.pid = self._process.pid
         self._do(Order("map"))
 

@@ -8,9 +8,9 @@ from typing import Any, Self
 import msgspec
 
 from pageferry import _engine
+from pageferry.demo.shares import ChildShare, LocalShare, Share, Stalls
 from pageferry.errors import UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.ledger_shares import ChildShare, LocalShare, Share, Stalls
 from pageferry.workloads.lifecycle import LocalWorkload
 
 

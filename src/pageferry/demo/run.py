@@ -1,0 +1,83 @@
+"""Migration of the built-in workload between two processes of this host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from subprocess import PIPE, Popen
+from typing import Any
+
+import msgspec
+
+from pageferry.demo.events import DemoResult
+from pageferry.demo.process import Setup
+from pageferry.errors import WorkloadError
+from pageferry.events import Listener
+from pageferry.host.blocking import in_thread
+from pageferry.host.python import start_python
+from pageferry.migration import api
+from pageferry.migration.events import MigrationResult
+from pageferry.workloads.open import open_workload
+
+TIMEOUT = 30.0
+"""Seconds to wait for the next event of a child process."""
+
+
+async def demonstrate(setup: Setup, duration: float, listener: Listener, options: dict[str, Any]) -> DemoResult:
+    """Start the workload, migrate it once and verify its memory. It writes for `duration` seconds before and after.
+
+    `options` are those of `migrate`, whose errors are raised. Raises WorkloadError if a process of the demo fails.
+    """
+    receive = ("receive", f"{setup.name}-moved", "--workload", "demo", "--output", "json")
+    async with (
+        _process("pageferry.demo.process", msgspec.json.encode(setup).decode()) as source,
+        _process("pageferry", *receive) as destination,
+    ):
+        await _expect(source, "ready")
+        address = (await _expect(destination, "listening"))["address"]
+        await asyncio.sleep(duration)
+        workload = await open_workload(setup.name)
+        try:
+            moved = await api.migrate(workload, address, listener=listener, **options)
+        finally:
+            workload.close()
+        await _expect(source, "ledger")
+        await asyncio.sleep(duration)
+        destination.terminate()
+        found = await _expect(destination, "ledger")
+    fields = {field: getattr(moved, field) for field in MigrationResult.__struct_fields__}
+    return DemoResult(**fields, intact=found["intact"], writes=found["writes"], checked=found["checked"])
+
+
+@contextlib.asynccontextmanager
+async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
+    """Run a Python child process for the duration of the block."""
+    process = _start(module, *arguments)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        await asyncio.shield(in_thread(process.communicate))
+
+
+def _start(module: str, *arguments: str) -> Popen[bytes]:
+    # Not asyncio.subprocess: before Python 3.12 its watcher thread waits for any state change of the child, and would
+    # consume the stop that adoption waits for. In a separate session the child does not receive Ctrl-C.
+    return start_python(module, *arguments, stdout=PIPE, stderr=PIPE, start_new_session=True)
+
+
+async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
+    """Return the next event of this type from a process. Raises WorkloadError, with its stderr, if it exits."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            while line := await in_thread(process.stdout.readline):
+                event: dict[str, Any] = msgspec.json.decode(line)
+                if event["type"] == kind:
+                    return event
+    except TimeoutError as slow:
+        process.kill()  # ends the thread that reads its next line
+        raise WorkloadError(f"no {kind!r} event from a process of the demo within {TIMEOUT:.0f} s") from slow
+    raise WorkloadError(f"a process of the demo exited: {process.stderr.read().decode().strip()}")

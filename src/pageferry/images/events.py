@@ -1,0 +1,65 @@
+"""Results of `pageferry image`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pageferry.events import Event
+
+
+class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
+    """Number of pages of a region by class."""
+
+    name: str
+    length: int
+    pages: dict[str, int]
+
+
+class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
+    """Result of `image info`."""
+
+    path: str
+    id: str
+    digest: str
+    kind: str
+    name: str
+    restorable: bool
+    paused: bool
+    """Whether the guest had been paused by its user when it was saved; a restored guest is then paused too."""
+    created: str
+    """UTC, ISO 8601."""
+    codec: str
+    length: int
+    """Size of the file, bytes."""
+    blocks: int
+    page_block: int
+    state: int
+    """Size of the device state, bytes."""
+    regions: list[RegionSummary]
+    parents: list[str]
+
+
+class Verification(Event, frozen=True, tag="image-verify"):
+    """Result of `image verify`."""
+
+    path: str
+    intact: bool
+    findings: list[str]
+
+
+class Difference(Event, frozen=True, tag="image-diff"):
+    """Result of `image diff`."""
+
+    same: bool
+    pages: int
+    """Pages that differ."""
+    runs: list[tuple[str, int, int]]
+    """(region, first byte, bytes) of each run of pages that differ."""
+    state_differs: bool
+
+
+class Flattened(Event, frozen=True, tag="image-flatten"):
+    """Result of `image flatten`."""
+
+    path: str
+    length: int
