@@ -92,7 +92,7 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-class Witness:
+class DigestedWorkload:
     """A workload whose memory is digested at the snapshot point."""
 
     def __init__(self, workload: Workload) -> None:

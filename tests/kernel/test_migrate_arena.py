@@ -64,7 +64,7 @@ def check_counts(result: dict[str, Any], large: str) -> None:
             },
         ),
     ],
-    ids=["mixed page sizes", "out of three processes"],
+    ids=["mixed-page-sizes", "three-source-processes"],
 )
 def test_moves_under_write_load_lose_no_write(moves: int, setup: dict[str, Any]) -> None:
     with ExitStack() as programs:

@@ -20,7 +20,7 @@ from pageferry.workloads.protocols import Workload
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
-from tests.saved import Witness, digests_of_image
+from tests.saved import DigestedWorkload, digests_of_image
 
 MakeSerial = Callable[[str], Serial]
 
@@ -30,9 +30,9 @@ BUSY = "ferry.mib=64 ferry.rate=5000"
 
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
     """Take a checkpoint, and compare the image with memory at the snapshot point."""
-    witness = Witness(workload)
-    result = await pageferry.checkpoint(cast(Workload, witness), path, **options)
-    assert digests_of_image(ImageFile(path)) == witness.digests
+    digested = DigestedWorkload(workload)
+    result = await pageferry.checkpoint(cast(Workload, digested), path, **options)
+    assert digests_of_image(ImageFile(path)) == digested.digests
     return result
 
 

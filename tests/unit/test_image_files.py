@@ -12,7 +12,7 @@ import pytest
 
 from pageferry.images.image import new_file as new_file
 
-NAMES = ["nameless", "hidden"]
+NAMES = ["unnamed", "hidden"]
 
 
 @pytest.fixture(params=NAMES)

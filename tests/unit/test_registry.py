@@ -298,14 +298,14 @@ def test_run_directory_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unnamed_workload_has_no_folder(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if another workload has its name; no run directory is needed either."""
     monkeypatch.setenv("PAGEFERRY_RUN_DIR", str(registry.path))
-    nameless = Arena(4096).workload()
-    with Arena(4096, nameless.name, on_pause=lambda: None) as named:
-        assert folder_of(nameless) is None
+    unnamed = Arena(4096).workload()
+    with Arena(4096, unnamed.name, on_pause=lambda: None) as named:
+        assert folder_of(unnamed) is None
         found = folder_of(named.workload())
         assert found is not None
-        assert found.path == registry.path / nameless.name
+        assert found.path == registry.path / unnamed.name
     assert folder_of(named.workload()) is None
     for variable in ("PAGEFERRY_RUN_DIR", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert folder_of(nameless) is None
+    assert folder_of(unnamed) is None
