@@ -1,9 +1,10 @@
 """A program with an arena into which a thread reads from a disk by direct I/O, which bypasses page tables.
 
-`source NAME DISK MEANS`: on `read` it reads 64 KiB at offset 1 MiB of the disk, by MEANS: `thread` (O_DIRECT), `ring`
-(io_uring), `fixed` (io_uring, into a registered buffer). `on_pause` waits until no read is in flight. On `look` it
-prints `fresh` if the buffer has the contents of the disk, otherwise `stale`; on `clear` it fills the buffer with zeros.
-`destination`: receives an arena and checks the buffer.
+`source NAME DISK MEANS [base-pages]`: on `read` it reads 64 KiB at offset 1 MiB of the disk, by MEANS: `thread`
+(O_DIRECT), `ring` (io_uring), `fixed` (io_uring, into a registered buffer). `on_pause` waits until no read is in
+flight. On `look` it prints `fresh` if the buffer has the contents of the disk, otherwise `stale`; on `clear` it fills
+the buffer with zeros. With `base-pages` the arena has no huge pages, of which no pinned page can be punched out.
+`destination`: receives an arena and checks the buffer; `late-destination`: also in post-copy, when all is loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ import sys
 import threading
 
 import pageferry
+from pageferry.host.registry import Registry
+from pageferry.migration import api
+from pageferry.migration.destination import Destination
+from pageferry.migration.ownership import Verdicts
+from pageferry.migration.transport import messages
+from pageferry.workloads.arena.arena import Arena
+from pageferry.workloads.protocols import Workload
 from tests.slow_disk import HELD, contents
 from tests.uring import Ring
 
@@ -27,11 +35,12 @@ def say(line: str) -> None:
 
 
 class Reader:
-    def __init__(self, name: str, disk: str, means: str) -> None:
+    def __init__(self, name: str, disk: str, means: str, pages: str = "huge-pages") -> None:
         self.idle = threading.Condition()
         self.reading = False
         self.paused = False
-        self.arena = pageferry.Arena(SIZE, name, on_pause=self.pause, on_resume=self.resume)
+        large = pages != "base-pages"
+        self.arena = pageferry.Arena(SIZE, name, on_pause=self.pause, on_resume=self.resume, large_pages=large)
         view = memoryview(self.arena)
         view[:] = b"S" * SIZE
         self.target = view[AT : AT + LENGTH]
@@ -72,8 +81,8 @@ def is_fresh(memory: memoryview) -> str:
     return "fresh" if memory[AT : AT + LENGTH] == contents(HELD, LENGTH) else "stale"
 
 
-def source(name: str, disk: str, means: str) -> None:
-    reader = Reader(name, disk, means)
+def source(name: str, disk: str, means: str, *pages: str) -> None:
+    reader = Reader(name, disk, means, *pages)
     say("ready")
     for line in sys.stdin:
         match line.strip():
@@ -91,5 +100,30 @@ async def destination() -> None:
     say(is_fresh(memoryview(arena)))
 
 
+async def late_destination() -> None:
+    """Receive an arena whose pages may be deferred, which `pageferry.receive` refuses."""
+    arenas: list[Arena] = []
+
+    async def prepare(hello: messages.Hello) -> Workload:
+        fresh = api.arena_for(hello)
+        arenas.append(Arena.from_file(fresh.descriptor, fresh.length, private=True))
+        return arenas[0].workload()
+
+    reception = api.open_reception("127.0.0.1:0", 30.0, insecure=False, tls=None, allow=())
+    say(str(reception.address))
+    destination = Destination(reception, prepare, Verdicts(Registry().path))
+    await destination.run()
+    await destination.report()
+    say(is_fresh(memoryview(arenas[0])))
+    destination.close()
+    await reception.close()
+
+
 if __name__ == "__main__":
-    source(*sys.argv[2:]) if sys.argv[1] == "source" else asyncio.run(destination())
+    match sys.argv[1]:
+        case "source":
+            source(*sys.argv[2:])
+        case "destination":
+            asyncio.run(destination())
+        case "late-destination":
+            asyncio.run(late_destination())

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.events import CheckpointResult
+from pageferry.errors import UsageError
+from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
+from pageferry.migration import switchover_request
 from pageferry.workloads.open import open_workload
 from tests.kernel import moving
 from tests.kernel.direct_reader import AT, LENGTH
@@ -31,11 +34,11 @@ MEANS = ["thread", "ring", "fixed"]
 
 
 @contextmanager
-def reading(tmp_path: Path, means: str) -> Iterator[tuple[Program, SlowDisk]]:
+def reading(tmp_path: Path, means: str, *pages: str) -> Iterator[tuple[Program, SlowDisk]]:
     """Yield a program with the arena `here`."""
     with (
         slow_disk(tmp_path / "mounted") as disk,
-        Program("-m", READER, "source", "here", str(disk.path), means) as program,
+        Program("-m", READER, "source", "here", str(disk.path), means, *pages) as program,
     ):
         assert program.line() == "ready"
         yield program, disk
@@ -73,6 +76,26 @@ def test_read_started_during_a_round_is_not_lost(tmp_path: Path, means: str) -> 
             disk.answer()
             moving.until(migration, "migration")
             assert there.line() == "fresh"
+
+
+@pytest.mark.parametrize("means", ["thread", "ring"])
+def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(tmp_path: Path, means: str) -> None:
+    with reading(tmp_path, means) as (program, disk), Program("-m", READER, "late-destination") as there:
+        options = ("--mode", "hybrid", "--max-downtime", "0")
+        migration = moving.migrating("here", there.line(), *options, fault="source.between-rounds=stop")
+        with migration:
+            moving.until(migration, "setup")
+            moving.stopped(migration)
+            begin(program, disk)  # marked by the first collection, sent in round 2
+            migration.process.send_signal(signal.SIGCONT)
+            moving.until(migration, "round")
+            time.sleep(0.5)
+            with suppress(UsageError):  # only a migration that does not wait for the read has left its rounds by now
+                switchover_request.request(Registry().folder("here"))
+            disk.answer()
+            result = moving.until(migration, "migration")
+            assert there.line() == "fresh"
+            assert result["postcopy"] is not None
 
 
 def test_read_into_registered_buffer_before_the_pause_is_not_lost(tmp_path: Path) -> None:
@@ -174,7 +197,7 @@ def test_read_into_memory_during_reclaim_is_not_lost(tmp_path: Path, means: str)
 
 
 def test_zeros_in_registered_buffer_are_not_discarded(tmp_path: Path) -> None:
-    with reading(tmp_path, "fixed") as (program, disk):
+    with reading(tmp_path, "fixed", "base-pages") as (program, disk):
         program.say("clear")
         assert program.line() == "cleared"
         command("sharing", "here", "--apply", "--threshold", "1", "--break-hot")
