@@ -1,4 +1,4 @@
-"""Counters that coroutines increment, checkpointed and migrated meanwhile.
+"""Checkpoint and migrate counters while coroutines increment them.
 
     python examples/counters_asyncio.py receive 127.0.0.1:7070
     python examples/counters_asyncio.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates

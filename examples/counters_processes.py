@@ -1,4 +1,4 @@
-"""Counters that several processes increment, checkpointed and migrated meanwhile.
+"""Checkpoint and migrate counters while several processes increment them.
 
     python examples/counters_processes.py receive 127.0.0.1:7070
     python examples/counters_processes.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates

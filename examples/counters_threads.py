@@ -1,4 +1,4 @@
-"""Counters that threads increment, checkpointed and migrated meanwhile.
+"""Checkpoint and migrate counters while threads increment them.
 
     python examples/counters_threads.py receive 127.0.0.1:7070
     python examples/counters_threads.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates

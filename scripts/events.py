@@ -46,7 +46,7 @@ def events() -> dict[str, type[Event]]:
         if not event.__module__.startswith("pageferry."):
             continue
         if tag in found:
-            raise ValueError(f"{event} and {found[tag]} are both {tag!r}")
+            raise ValueError(f"{event} and {found[tag]} have the same tag {tag!r}")
         found[tag] = event
     return found
 

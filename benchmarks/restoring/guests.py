@@ -68,7 +68,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
-    """Restore with `pageferry restore`; observe the guest until its memory is complete, unless that needs accesses."""
+    """Restore with `pageferry restore`; observe the guest for `watched` seconds, or until its memory is complete."""
     line.hops += 1
     name = line.name(line.hops)
     line.serial.ticks.clear()

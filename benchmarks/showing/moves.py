@@ -1,4 +1,4 @@
-"""Preparations of a migration and preserved huge pages (S1, S5, S6, S7), and the cost of write traces (S2)."""
+"""Migration: populated page tables (S1, S5), huge pages (S6, S7), and the cost of write traces (S2)."""
 
 from __future__ import annotations
 

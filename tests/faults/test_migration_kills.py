@@ -170,7 +170,7 @@ def test_pending_recovery_is_resolved_by_another_receiver_of_the_host(here: Prog
     with moving.migrating("here", "--recover") as recovery:
         assert recovery.wait() == 26
     assert moving.stands_still("here")
-    # Another receiver, which finds the decision open, and decides.
+    # Another receiver finds no decision, and decides for the source.
     with moving.receiver("other", "--listen", address) as other:
         moving.address_of(other)
         settle("here", owner="source")
