@@ -9,31 +9,39 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
+# Tests wait as much as they compute.
+WORKERS ?= $(shell echo $$((2 * $$(nproc))))
+PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
 BENCHMARKS := $(subst _,-,$(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py)))
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: build system ## Migrate a running workload to another process and verify every write
 	$(VENV)/bin/pageferry demo
 
 .PHONY: test
-test: build system ## Run the tests of engine and package (PYTEST_ARGS="-k name" selects)
+test: test-engine test-package ## Run the tests of engine and package (PYTEST_ARGS="-k name" selects)
+
+.PHONY: test-engine
+test-engine: build ## Run the tests of the engine alone
 	cargo test --locked --workspace --quiet
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-package
+test-package: build system ## Run the tests of the package alone, side by side (WORKERS=N)
+	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-full
-test-full: build system ## Run the tests with every QEMU, on TCG and on KVM (two hours)
-	cargo test --locked --workspace --quiet
-	GUESTS=all $(PYTHON) -m pytest $(PYTEST_ARGS)
+test-full: test-engine system ## Run the tests with every QEMU, on TCG and on KVM (two hours)
+	GUESTS=all $(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: faults
 faults: build system ## Inject every failure at every point of a migration between two hosts (an hour)
-	FAULTS=all $(PYTHON) -m pytest tests/faults $(PYTEST_ARGS)
+	FAULTS=all $(PYTEST) tests/faults $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: build system ## Migrate at random between three hosts under failures (SOAK_MINUTES=30, SOAK_SEED=N)
