@@ -35,7 +35,7 @@ from benchmarks.measuring.tables import Run, Target, at_least, at_most, table
 from benchmarks.sampling.reader import truth
 from pageferry._engine import LARGE_PAGE, Space
 from pageferry.host.python import start_python
-from pageferry.large_pages import Options, open_target, process_target, sample, undo
+from pageferry.large_pages import Options, open_target_async, process_target, sample_async, undo_async
 from pageferry.workloads.target import Target as Memory
 
 PARTS = (0.01, 0.05, 0.25, 1.0)
@@ -93,7 +93,7 @@ async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, floa
     with one.target() as target:
         while (left := begin + seconds - time.monotonic()) > 0:
             if part:
-                result = await sample(target, Options(sample=part, budget=None, window=WINDOW, rounds=1))
+                result = await sample_async(target, Options(sample=part, budget=None, window=WINDOW, rounds=1))
                 costs.append(result.overhead.per_page_us)
                 left = min(begin + seconds, begin + len(costs)) - time.monotonic()
             await asyncio.sleep(max(left, 0))
@@ -129,7 +129,7 @@ async def accuracy(kind: str, mebibytes: int) -> Run:
     wrong, samples = [], 0
     with reader(kind, mebibytes, "pattern") as one, one.target() as target:
         before = one.large()
-        result = await sample(target, Options(sample=1.0, budget=None, window=WINDOW, rounds=5))
+        result = await sample_async(target, Options(sample=1.0, budget=None, window=WINDOW, rounds=5))
         for found in result.samples:
             expected = truth((found.address - one.address) // LARGE_PAGE)
             samples += 1
@@ -165,12 +165,12 @@ def ledger(mebibytes: int) -> Iterator[str]:
 
 async def store(mebibytes: int) -> Run:
     """Evict the cold memory of a ledger to a cold store and reload it. Return the sizes and costs."""
-    with ledger(mebibytes) as name, tempfile.TemporaryDirectory() as folder, await open_target(name) as target:
+    with ledger(mebibytes) as name, tempfile.TemporaryDirectory() as folder, await open_target_async(name) as target:
         begin = time.monotonic()
         chosen = Options(sample=1.0, budget=None, window=1.0, rounds=1, reclaim="store", store=Path(folder))
-        result = await sample(target, chosen)
+        result = await sample_async(target, chosen)
         reclaimed = time.monotonic()
-        back = (await undo(target)).brought_back
+        back = (await undo_async(target)).brought_back
         ended = time.monotonic()
     cold = sum((512 - one.activity) << 12 for one in result.samples if one.decision == "break")
     figures = result.store

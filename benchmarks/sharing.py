@@ -72,7 +72,7 @@ def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], thres
     """Share only the selected huge pages. Return CPU seconds."""
     names = [f"pid:{pid}" for pid, _ in processes]
     begin = time.process_time()
-    result = asyncio.run(api.share(names, threshold=threshold, beside_others=True))
+    result = asyncio.run(api.share_async(names, threshold=threshold, beside_others=True))
     found |= {
         "estimate-mib": (result.estimated or 0) / 2**20,
         "freed-of-estimate": (result.freed or 0) / result.estimated if result.estimated else None,

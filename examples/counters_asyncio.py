@@ -53,15 +53,15 @@ async def send(address: str, image: str) -> None:
     arena = pageferry.Arena(ROWS * COLUMNS * 8, on_pause=turn)
     tasks = [asyncio.create_task(work(arena, turn, first)) for first in range(4)]
     await asyncio.sleep(0.2)
-    await pageferry.checkpoint(arena, image)
-    check(await asyncio.to_thread(pageferry.restore, image), "saved")
-    await pageferry.migrate(arena, address)
+    await pageferry.checkpoint_async(arena, image)
+    check(await pageferry.restore_async(image), "saved")
+    await pageferry.migrate_async(arena, address)
     await asyncio.gather(*tasks)
 
 
 async def receive(address: str) -> None:
     """Receive the counters and check them."""
-    arena = await pageferry.receive(address, listening=lambda where: print(f"listening on {where}", flush=True))
+    arena = await pageferry.receive_async(address, listening=lambda where: print(f"listening on {where}", flush=True))
     check(arena, "received")
 
 

@@ -12,7 +12,6 @@ Requires numpy.
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import multiprocessing
 import os
@@ -73,16 +72,16 @@ def send(address: str, image: str) -> None:
     for _ in workers:
         ready.acquire()
     time.sleep(0.2)
-    asyncio.run(pageferry.checkpoint(arena, image))
+    pageferry.checkpoint(arena, image)
     check(pageferry.restore(image), "saved")
-    asyncio.run(pageferry.migrate(arena, address))
+    pageferry.migrate(arena, address)
     for worker in workers:
         worker.join()
 
 
 def receive(address: str) -> None:
     """Receive the counters and check them."""
-    arena = asyncio.run(pageferry.receive(address, listening=lambda where: print(f"listening on {where}", flush=True)))
+    arena = pageferry.receive(address, listening=lambda where: print(f"listening on {where}", flush=True))
     check(arena, "received")
 
 

@@ -12,7 +12,6 @@ Requires numpy.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import socket
@@ -91,14 +90,12 @@ def replace(path: str) -> None:
         connection.connect(path + ".replace")
         _, (descriptor,), _, _ = socket.recv_fds(connection, 16, 1)
         server = Server(socket.socket(fileno=descriptor))
-        arena = asyncio.run(
-            pageferry.receive(
-                "127.0.0.1:0",
-                listening=lambda address: connection.send(address.encode()),
-                on_pause=server.pause,
-                on_resume=server.resume,
-                on_moved=server.moved,
-            )
+        arena = pageferry.receive(
+            "127.0.0.1:0",
+            listening=lambda address: connection.send(address.encode()),
+            on_pause=server.pause,
+            on_resume=server.resume,
+            on_moved=server.moved,
         )
     answer(server, arena, path)
 
@@ -121,7 +118,7 @@ def hand_over(server: Server, arena: pageferry.Arena, path: str) -> None:
         os.unlink(path + ".replace")
     with connection:
         socket.send_fds(connection, [b"listener"], [server.listener.fileno()])
-        asyncio.run(pageferry.migrate(arena, connection.recv(64).decode()))
+        pageferry.migrate(arena, connection.recv(64).decode())
 
 
 if __name__ == "__main__":

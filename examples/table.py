@@ -8,7 +8,6 @@ Requires numpy.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import threading
 import time
@@ -50,7 +49,7 @@ def fill(path: str) -> None:
     table = view(arena)
     table[:] = numpy.arange(ROWS)[:, None]
     threading.Thread(target=counter.run, args=(table[-1],), daemon=True).start()
-    result = asyncio.run(pageferry.checkpoint(arena, path))
+    result = pageferry.checkpoint(arena, path)
     print(f"saved {SIZE >> 20} MiB in {result.total_time:.0f} ms, paused for {result.downtime:.1f} ms")
 
 

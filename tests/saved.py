@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ def ledger(size: int = 32 << 20, options: LedgerOptions = HEAVY, **more: Any) ->
 
 def save(workload: Any, path: Path, **options: Any) -> CheckpointResult:
     """Save a checkpoint of the workload."""
-    return asyncio.run(pageferry.checkpoint(workload, path, **options))
+    return pageferry.checkpoint(workload, path, **options)
 
 
 def memory_of(image: ImageFile) -> _engine.Mapping:

@@ -13,7 +13,7 @@ from benchmarks.sampling.reader import truth
 from benchmarks.showing.row import Row, Switches
 from pageferry._engine import LARGE_PAGE
 from pageferry.host import smaps
-from pageferry.large_pages import Options, sample
+from pageferry.large_pages import Options, sample_async
 
 WINDOW = 1.0
 """Seconds per window."""
@@ -70,5 +70,5 @@ def _referenced(one: Reader) -> float:
 
 async def _sampled(one: Reader) -> float:
     with one.target() as target:
-        result = await sample(target, Options(sample=1.0, budget=None, window=WINDOW, rounds=1))
+        result = await sample_async(target, Options(sample=1.0, budget=None, window=WINDOW, rounds=1))
     return sum(found.activity for found in result.samples) * 4096 / (1 << 20)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pageferry.events import Listener, ignore
-from pageferry.large_pages.api import Options, sample
+from pageferry.large_pages.api import Options, sample_async
 from pageferry.large_pages.events import Sample
 from pageferry.sharing import scan
-from pageferry.workloads.target import Target, open_target
+from pageferry.workloads.target import Target, open_target_async
 
 HOT = 64
 """Minimum number of base pages accessed in a window for which sharing does not split a huge page."""
@@ -23,8 +23,8 @@ async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> 
     """
     hot: set[tuple[int, int]] = set()
     for number, name in enumerate(names):
-        with await open_target(name) as target:
-            result = await sample(target, LOOKING, listener=listener)
+        with await open_target_async(name) as target:
+            result = await sample_async(target, LOOKING, listener=listener)
             hot.update((number, _start(target, one)) for one in result.samples if one.activity >= HOT)
     return hot
 

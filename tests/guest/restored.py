@@ -34,7 +34,7 @@ def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -
         if paused:
             async with await Monitor.open(source.qmp_socket) as monitor:
                 await monitor.execute("stop")
-        await pageferry.checkpoint(source, folder / "image")
+        await pageferry.checkpoint_async(source, folder / "image")
         await source.discard()
         return folder / "image"
 

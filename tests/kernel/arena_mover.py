@@ -110,7 +110,7 @@ class Source(Program):
 
     async def migrate(self, address: str) -> None:
         try:
-            result = await pageferry.migrate(self.arena, address, max_rounds=100)
+            result = await pageferry.migrate_async(self.arena, address, max_rounds=100)
         except PageferryError as error:
             say({type(error).__name__: str(error)})
             return
@@ -122,7 +122,7 @@ class Source(Program):
         try:
             async with asyncio.timeout(None) as limit:
                 telling = asyncio.create_task(self.give_up(limit))
-                await pageferry.migrate(self.arena, address)
+                await pageferry.migrate_async(self.arena, address)
                 await telling
         except TimeoutError:
             say("gave up")
@@ -156,7 +156,7 @@ class Source(Program):
 
 class Destination(Program):
     async def run(self, how: set[str]) -> None:
-        arena = await pageferry.receive(
+        arena = await pageferry.receive_async(
             "127.0.0.1:0",
             listening=lambda address: say({"address": address}),
             max_size=16 << 20 if "small" in how else None,

@@ -26,7 +26,7 @@ BURST = 20
 RECEIVER = """
 import asyncio, numpy, pageferry
 async def main():
-    arena = await pageferry.receive("127.0.0.1:0", listening=lambda address: print(address, flush=True))
+    arena = await pageferry.receive_async("127.0.0.1:0", listening=lambda address: print(address, flush=True))
     words = numpy.frombuffer(arena, numpy.int64)
     print(int(words[0]) != int(words[-1]))
 asyncio.run(main())
@@ -131,7 +131,7 @@ class Program:
 
 async def save(arena: pageferry.Arena) -> bool:
     image = os.path.join(sys.argv[3], "image")
-    await pageferry.checkpoint(arena, image)
+    await pageferry.checkpoint_async(arena, image)
     words = np.frombuffer(memoryview(pageferry.restore(image)), np.int64)
     return int(words[0]) != int(words[-1])
 
@@ -139,7 +139,7 @@ async def save(arena: pageferry.Arena) -> bool:
 async def move(arena: pageferry.Arena) -> bool:
     receiver = await asyncio.create_subprocess_exec(sys.executable, "-c", RECEIVER, stdout=subprocess.PIPE)
     assert receiver.stdout is not None
-    await pageferry.migrate(arena, (await receiver.stdout.readline()).decode().strip())
+    await pageferry.migrate_async(arena, (await receiver.stdout.readline()).decode().strip())
     return (await receiver.stdout.readline()).strip() != b"False"
 
 

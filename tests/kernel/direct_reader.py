@@ -96,7 +96,7 @@ def source(name: str, disk: str, means: str, *pages: str) -> None:
 
 
 async def destination() -> None:
-    arena = await pageferry.receive("127.0.0.1:0", listening=lambda address: say(address))
+    arena = await pageferry.receive_async("127.0.0.1:0", listening=lambda address: say(address))
     say(is_fresh(memoryview(arena)))
 
 

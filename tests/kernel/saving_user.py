@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from pathlib import Path
@@ -18,10 +17,10 @@ def main() -> None:
     memoryview(arena)[:5] = b"ferry"
     error = None
     try:
-        asyncio.run(pageferry.checkpoint(arena, folder / "lazy"))
+        pageferry.checkpoint(arena, folder / "lazy")
     except PageferryError as refused:
         error = str(refused)
-    result = asyncio.run(pageferry.checkpoint(arena, folder / "stop", mode="stop"))
+    result = pageferry.checkpoint(arena, folder / "stop", mode="stop")
     print(json.dumps({"error": error, "stop": result.status}))
 
 

@@ -63,7 +63,7 @@ def test_lock_held_after_a_move_is_refused() -> None:
         arena = Arena(MIB, on_pause=turn.acquire, on_resume=turn.release)
         handler = asyncio.create_task(asyncio.sleep(60))
         with pytest.raises(UsageError, match="on_moved"):
-            await pageferry.migrate(arena, "127.0.0.1:1")
+            await pageferry.migrate_async(arena, "127.0.0.1:1")
         with pytest.raises(UsageError, match="on_moved"):
             arena.register("locked")
         handler.cancel()
@@ -81,7 +81,7 @@ def test_coroutine_callbacks_run_on_the_loop_that_made_the_arena(tmp_path: Path)
     async def main() -> None:
         arena = Arena(MIB, on_pause=note, on_resume=note)
         home = asyncio.get_running_loop()
-        await asyncio.to_thread(lambda: asyncio.run(pageferry.checkpoint(arena, tmp_path / "image")))
+        await asyncio.to_thread(lambda: pageferry.checkpoint(arena, tmp_path / "image"))
         assert loops == [home, home]
 
     asyncio.run(main())
@@ -100,7 +100,7 @@ def test_coroutine_callbacks_of_state_are_awaited(tmp_path: Path) -> None:
 
     async def main() -> None:
         arena = Arena(MIB, state=(save, load))
-        await pageferry.checkpoint(arena, tmp_path / "image")
+        await pageferry.checkpoint_async(arena, tmp_path / "image")
         loop = asyncio.get_running_loop()
         await asyncio.to_thread(pageferry.restore, tmp_path / "image", state=(save, load), loop=loop)
 
@@ -113,7 +113,7 @@ def test_restore_that_blocks_the_loop_of_its_callbacks_is_refused(tmp_path: Path
         pass
 
     async def main() -> None:
-        await pageferry.checkpoint(Arena(MIB), tmp_path / "image")
+        await pageferry.checkpoint_async(Arena(MIB), tmp_path / "image")
         with pytest.raises(WorkloadError, match=r"asyncio\.to_thread"):
             pageferry.restore(tmp_path / "image", on_resume=resume)
 
@@ -144,7 +144,7 @@ def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, mon
         arena = Arena(MIB, state=(save, lambda _: None), on_pause=pause, on_resume=turn.release)
         task = asyncio.create_task(handler())
         with pytest.raises(WorkloadError, match="blocked"):
-            await pageferry.checkpoint(arena, tmp_path / "image")
+            await pageferry.checkpoint_async(arena, tmp_path / "image")
         assert arena.status is Status.RUNNING
         await task
 
@@ -161,7 +161,7 @@ def test_hanging_pause_does_not_delay_cancellation(tmp_path: Path) -> None:
 
     async def main() -> None:
         arena = Arena(MIB, on_pause=pause, on_resume=lambda: calls.append("resume"))
-        task = asyncio.create_task(pageferry.checkpoint(arena, tmp_path / "image"))
+        task = asyncio.create_task(pageferry.checkpoint_async(arena, tmp_path / "image"))
         await asyncio.to_thread(begun.wait)
         before = time.monotonic()
         task.cancel()
@@ -191,7 +191,7 @@ def test_hanging_coroutine_callback_is_cancelled(tmp_path: Path) -> None:
         arena = Arena(MIB, on_pause=pause, on_resume=lambda: calls.append("resume"))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
-                await pageferry.checkpoint(arena, tmp_path / "image")
+                await pageferry.checkpoint_async(arena, tmp_path / "image")
         await asyncio.to_thread(wait_until, lambda: len(calls) == 3, "the resume callback")
         assert (arena.status, calls) == (Status.RUNNING, ["pause", "cancelled", "resume"])
 
@@ -229,9 +229,9 @@ def _listen_later(event: Any) -> Any:
 def test_coroutine_listener_is_refused(listener: Any, tmp_path: Path) -> None:
     arena = Arena(MIB)
     calls: list[Callable[[], Coroutine[Any, Any, Any]]] = [
-        lambda: pageferry.checkpoint(arena, tmp_path / "image", listener=listener),
-        lambda: pageferry.migrate(arena, "127.0.0.1:1", listener=listener),
-        lambda: pageferry.receive("127.0.0.1:0", listening=listener),
+        lambda: pageferry.checkpoint_async(arena, tmp_path / "image", listener=listener),
+        lambda: pageferry.migrate_async(arena, "127.0.0.1:1", listener=listener),
+        lambda: pageferry.receive_async("127.0.0.1:0", listening=listener),
     ]
     if listener is not _listen:  # checked at the first event only: there is none before a connection
         del calls[1]
@@ -244,7 +244,7 @@ def test_listener_is_called_on_the_loop_of_the_caller(tmp_path: Path) -> None:
     threads: set[int] = set()
 
     async def main() -> None:
-        await pageferry.checkpoint(
+        await pageferry.checkpoint_async(
             Arena(MIB), tmp_path / "image", listener=lambda _: threads.add(threading.get_ident())
         )
 
@@ -258,7 +258,7 @@ def test_error_of_a_listener_ends_the_operation(tmp_path: Path) -> None:
 
     arena = Arena(MIB)
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(pageferry.checkpoint(arena, tmp_path / "image", listener=fail, bandwidth=1000))
+        pageferry.checkpoint(arena, tmp_path / "image", listener=fail, bandwidth=1000)
     assert arena.status is Status.RUNNING
 
 
@@ -266,11 +266,11 @@ def test_named_arena_is_paused_on_its_loop(tmp_path: Path) -> None:
     """Pause from another process, through the control socket."""
     script = (
         "import asyncio, sys\n"
-        "from pageferry.checkpoints.save import checkpoint\n"
+        "from pageferry.checkpoints.save import checkpoint_async\n"
         "from pageferry.workloads.open import open_workload\n"
         "async def main():\n"
         "    workload = await open_workload('gated')\n"
-        "    await checkpoint(workload, sys.argv[1])\n"
+        "    await checkpoint_async(workload, sys.argv[1])\n"
         "asyncio.run(main())\n"
     )
     calls: list[object] = []

@@ -208,11 +208,11 @@ def test_concurrent_checkpoint_is_refused_and_the_first_completes(tmp_path: Path
                 begun.set()
 
         first = asyncio.create_task(
-            pageferry.checkpoint(workload, tmp_path / "first", bandwidth=8 * MIB, listener=listen)
+            pageferry.checkpoint_async(workload, tmp_path / "first", bandwidth=8 * MIB, listener=listen)
         )
         await begun.wait()
         with pytest.raises(WorkloadError, match="registered with another userfaultfd"):
-            await pageferry.checkpoint(workload, tmp_path / "second")
+            await pageferry.checkpoint_async(workload, tmp_path / "second")
         await first
 
     with ledger(8 * MIB, LedgerOptions(working_set=0.05)) as workload:
@@ -313,7 +313,7 @@ def test_discard_during_checkpoint_is_an_error(tmp_path: Path, then_written: boo
                 memoryview(arena)[12 * MIB] = 1
 
     async def run() -> None:
-        await pageferry.checkpoint(arena, tmp_path / "image", bandwidth=8 * MIB, listener=give_back)
+        await pageferry.checkpoint_async(arena, tmp_path / "image", bandwidth=8 * MIB, listener=give_back)
 
     with pytest.raises(CheckpointError, match="was given back"):
         asyncio.run(run())
@@ -330,10 +330,10 @@ ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or its own /proc file
 arena = pageferry.Arena(1 << 20)
 memoryview(arena)[:5] = b"ferry"
 try:
-    asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/lazy"))
+    pageferry.checkpoint(arena, sys.argv[1] + "/lazy")
 except WorkloadError as refused:
     print(refused)
-asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/stop", mode="stop"))
+pageferry.checkpoint(arena, sys.argv[1] + "/stop", mode="stop")
 """
 
 

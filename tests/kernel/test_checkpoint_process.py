@@ -47,7 +47,7 @@ def test_range_is_saved_at_one_snapshot_point(holder: tuple[Program, int], tmp_p
     program, address = holder
     pid = program.process.pid
     workload = ProcessWorkload(pid, f"{address:x}-{address + (8 << 20):x}")
-    result = asyncio.run(pageferry.checkpoint(workload, tmp_path / "image"))
+    result = pageferry.checkpoint(workload, tmp_path / "image")
     workload.close()
     assert result.mode == "stop"
     assert result.pages.absent >= 2000
@@ -101,7 +101,7 @@ def test_stopped_process_stays_stopped(holder: tuple[Program, int], tmp_path: Pa
     os.kill(pid, signal.SIGSTOP)
     workload = ProcessWorkload(pid, "heap")
     wait_until(lambda: not asyncio.run(workload.running()), "being stopped")
-    asyncio.run(pageferry.checkpoint(workload, tmp_path / "image"))
+    pageferry.checkpoint(workload, tmp_path / "image")
     assert not asyncio.run(workload.running())
     workload.close()
 

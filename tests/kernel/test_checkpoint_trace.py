@@ -304,7 +304,7 @@ def test_cancelled_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
                 saving.cancel()
 
         saving = asyncio.ensure_future(
-            pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0", listener=listen)
+            pageferry.checkpoint_async(arena, tmp_path / "1", parent=tmp_path / "0", listener=listen)
         )
         with pytest.raises(asyncio.CancelledError):
             await saving

@@ -357,7 +357,7 @@ def test_sharing_skips_pages_in_the_cold_store() -> None:
         folder = Registry().folder("cold")
         before = client.status(folder)
         assert before is not None
-        found = asyncio.run(sharing.find(["cold"], threshold=64))
+        found = sharing.find(["cold"], threshold=64)
         after = client.status(folder)
         assert after is not None
         assert found.deferred == 0
@@ -365,7 +365,7 @@ def test_sharing_skips_pages_in_the_cold_store() -> None:
         # The ledger's own accesses may have reloaded pages; the counters are not read at one point in time.
         assert after.loaded - before.loaded <= 16 * (after.missed - before.missed + 8)
         for _ in range(3):
-            asyncio.run(sharing.share(["cold"], threshold=1))
+            sharing.share(["cold"], threshold=1)
         assert record() is not None
         undo()
 

@@ -127,7 +127,7 @@ def saved(path: Path, after: Callable[[], None] | None = None, **options: Any) -
     async def save() -> CheckpointResult:
         arena = await open_workload("here")
         try:
-            return await pageferry.checkpoint(arena, path, **options)
+            return await pageferry.checkpoint_async(arena, path, **options)
         finally:
             arena.close()
 

@@ -18,12 +18,12 @@ from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, Sampler, 
 from pageferry.density import HOT, hot_large_pages, shareable_pages
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps
-from pageferry.large_pages.api import Options, sample
+from pageferry.large_pages.api import Options, sample_async
 from pageferry.large_pages.events import LargePagesResult
 from pageferry.large_pages.policy import Threshold
 from pageferry.large_pages.sampler import Tracker
 from pageferry.large_pages.swap import check_swap
-from pageferry.workloads.target import open_target, process_target
+from pageferry.workloads.target import open_target_async, process_target
 from tests.kernel.backing import backing
 from tests.kernel.large import frames, large_mapped, only, while_doing
 from tests.kernel.programs import Program, wait_until
@@ -191,7 +191,7 @@ def test_result_covers_all_memory_of_a_process(memory: Memory) -> None:
     async def look() -> None:
         with only(memory.owner.pid, memory.address) as target:
             options = Options(sample=1.0, budget=None, window=0.02, rounds=4)
-            result = await while_doing(memory.access, sample(target, options))
+            result = await while_doing(memory.access, sample_async(target, options))
         mine = {one.address: one for one in result.samples if memory.address <= one.address < memory.address + LENGTH}
         assert [mine[address].activity for address in sorted(mine)] == [len(slots) for slots in PATTERNS.values()]
         assert all((one.touched is None) <= (one.kind == "anon") for one in mine.values())
@@ -214,7 +214,7 @@ def test_no_write_is_lost_during_sampling(window: float) -> None:
         async def look() -> int:
             with only(os.getpid(), mapping.address) as target:
                 options = Options(sample=1.0, budget=None, window=window, rounds=1)
-                results = [await sample(target, options) for _ in range(20)]
+                results = [await sample_async(target, options) for _ in range(20)]
             assert all(result.not_restored == 0 for result in results)
             return sum(result.restored for result in results)
 
@@ -324,7 +324,7 @@ def test_watch_runs_until_interrupted(memory: Memory) -> None:
 
 def test_targets_are_parsed() -> None:
     with pytest.raises(UsageError, match="expected a number after pid"):
-        asyncio.run(open_target("pid:x"))
+        asyncio.run(open_target_async("pid:x"))
     with backing("large", LENGTH) as (fd,):
         mapping = Mapping(fd, LENGTH // 2, LENGTH // 2)
         with process_target(os.getpid()) as target:
@@ -381,7 +381,7 @@ def test_cold_pages_are_swapped_out_and_in(memory: Memory, swap: None) -> None:
     async def look() -> LargePagesResult:
         with only(memory.owner.pid, memory.address) as target:
             options = Options(sample=1.0, budget=None, window=0.02, rounds=4, reclaim="swap")
-            return await while_doing(memory.access, sample(target, options))
+            return await while_doing(memory.access, sample_async(target, options))
 
     result = asyncio.run(look())
     decisions = {(one.address - memory.address) // LARGE_PAGE: one.decision for one in result.samples}
@@ -404,7 +404,7 @@ def test_no_write_is_lost_during_reclaim(swap: None) -> None:
             with only(os.getpid(), mapping.address) as target:
                 options = Options(sample=1.0, budget=None, window=0.005, rounds=1, reclaim="swap")
                 return sum(
-                    [(await sample(target, options, policy=Threshold(activity=512))).reclaimed for _ in range(3)]
+                    [(await sample_async(target, options, policy=Threshold(activity=512))).reclaimed for _ in range(3)]
                 )
 
         reclaimed = asyncio.run(look())

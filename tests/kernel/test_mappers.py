@@ -154,7 +154,7 @@ WAYS = [fork, spawn, orphan, received, opened, other_namespace]
 @pytest.mark.parametrize("way", WAYS)
 def test_image_is_of_one_snapshot_point(way: Callable[[Writers], None], writers: Writers, tmp_path: Path) -> None:
     way(writers)
-    asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image", bandwidth=4 * MIB))
+    pageferry.checkpoint(writers.arena, tmp_path / "image", bandwidth=4 * MIB)
     assert is_one_snapshot(tmp_path / "image")
 
 
@@ -164,12 +164,13 @@ def test_migration_loses_no_write(way: Callable[[Writers], None], writers: Write
     script = (
         "import asyncio, pageferry, sys\n"
         "async def main():\n"
-        "    arena = await pageferry.receive('127.0.0.1:0', listening=lambda address: print(address, flush=True))\n"
-        "    await pageferry.checkpoint(arena, sys.argv[1])\n"
+        "    say = lambda address: print(address, flush=True)\n"
+        "    arena = await pageferry.receive_async('127.0.0.1:0', listening=say)\n"
+        "    await pageferry.checkpoint_async(arena, sys.argv[1])\n"
         "asyncio.run(main())\n"
     )
     with Program("-c", script, str(tmp_path / "image")) as receiver:
-        asyncio.run(pageferry.migrate(writers.arena, receiver.line(), bandwidth=64 * MIB))
+        pageferry.migrate(writers.arena, receiver.line(), bandwidth=64 * MIB)
         assert receiver.wait() == 0
     assert is_one_snapshot(tmp_path / "image")
     expected = memoryview(writers.arena).cast("Q")[:: mapper.PAGE_WORDS].tolist()
@@ -196,7 +197,7 @@ def test_process_that_could_write_to_the_descriptor_is_refused(writers: Writers,
     file = writers.arena.fileno()
     pid = writers.run(f"exec {PROGRAM} {file} hold", file)
     with pytest.raises(WorkloadError, match=rf"process {pid} .*without a mapping"):
-        asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image"))
+        pageferry.checkpoint(writers.arena, tmp_path / "image")
 
 
 def test_read_only_mapping_is_not_refused(writers: Writers, tmp_path: Path) -> None:
@@ -204,18 +205,20 @@ def test_read_only_mapping_is_not_refused(writers: Writers, tmp_path: Path) -> N
     writers.run(f"exec {PROGRAM} {file} read", file)
     writers.pids.clear()
     assert len(writers.arena.workload().regions[0].segments) == 1
-    asyncio.run(pageferry.checkpoint(writers.arena, tmp_path / "image"))
+    pageferry.checkpoint(writers.arena, tmp_path / "image")
 
 
 def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> None:
     """Before the pause: the arena keeps running."""
     listening = "listening=lambda address: print(address, flush=True)"
-    script = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:0', {listening}))"
+    script = f"import pageferry; pageferry.receive('127.0.0.1:0', {listening})"
     with Program("-c", script) as receiver:
         address = receiver.line()
 
         async def main() -> None:
-            moving_on = asyncio.create_task(pageferry.migrate(writers.arena, address, bandwidth=MIB // 2, codec="none"))
+            moving_on = asyncio.create_task(
+                pageferry.migrate_async(writers.arena, address, bandwidth=MIB // 2, codec="none")
+            )
             await asyncio.sleep(0.5)
             await asyncio.to_thread(spawn, writers)
             await moving_on
@@ -233,10 +236,10 @@ os.setgid(65534)
 os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or its own /proc files would be root's
 arena = pageferry.Arena(1 << 20)
-asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/kept", mode="stop"))
+pageferry.checkpoint(arena, sys.argv[1] + "/kept", mode="stop")
 arena.fileno()
 try:
-    asyncio.run(pageferry.checkpoint(arena, sys.argv[1] + "/given", mode="stop"))
+    pageferry.checkpoint(arena, sys.argv[1] + "/given", mode="stop")
 except UnsupportedError as refused:
     print(refused)
 """
@@ -256,11 +259,11 @@ def test_trace_is_not_used_after_descriptor_was_handed_out(tmp_path: Path) -> No
     """A process may have mapped the memory, written to it and exited in between."""
     arena = Arena(MIB)
     memoryview(arena)[:5] = b"ferry"
-    asyncio.run(pageferry.checkpoint(arena, tmp_path / "0", track=True))
+    pageferry.checkpoint(arena, tmp_path / "0", track=True)
     script = "import mmap, sys; memory = mmap.mmap(int(sys.argv[1]), 1 << 20); memory[8192:8197] = b'ferry'"
     file = arena.fileno()
     subprocess.run([sys.executable, "-c", script, str(file)], pass_fds=[file], check=True, timeout=60)
-    asyncio.run(pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0"))
+    pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0")
     assert bytes(memoryview(pageferry.restore(tmp_path / "1"))[8192:8197]) == b"ferry"
 
 

@@ -29,7 +29,7 @@ import asyncio, os, sys, pageferry
 def die(*_): os.kill(os.getpid(), 9)
 async def main():
     point = sys.argv[1] if len(sys.argv) > 1 else ""
-    await pageferry.receive("127.0.0.1:0", listening=lambda address: print(address, flush=True),
+    await pageferry.receive_async("127.0.0.1:0", listening=lambda address: print(address, flush=True),
         state=(bytes, die if point == "load" else bytes), on_resume=die if point == "resume" else None)
 asyncio.run(main())
 """
@@ -40,7 +40,7 @@ receiver = subprocess.Popen([sys.executable, "-c", {RECEIVER!r}], stdout=subproc
 arena = pageferry.Arena(1 << 20)
 words = numpy.frombuffer(arena, numpy.int64)
 words[:] = 7
-asyncio.run(pageferry.migrate(arena, receiver.stdout.readline().strip()))
+pageferry.migrate(arena, receiver.stdout.readline().strip())
 print(arena.status, words[100], flush=True)
 words[100] = 8
 print("the write has succeeded", flush=True)
@@ -67,7 +67,7 @@ def filled() -> Arena:
 def moved() -> Arena:
     arena = filled()
     with receiver() as address:
-        asyncio.run(pageferry.migrate(arena, address))
+        pageferry.migrate(arena, address)
     assert arena.status is Status.MOVED
     return arena
 
@@ -88,7 +88,7 @@ def test_late_write_of_another_process_ends_that_process() -> None:
         memoryview(arena)[0] = 2
         os._exit(0)
     with receiver() as address:
-        asyncio.run(pageferry.migrate(arena, address))
+        pageferry.migrate(arena, address)
     os.write(start, b".")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
 
@@ -105,8 +105,8 @@ def test_new_buffers_are_read_only() -> None:
 def test_every_use_of_a_moved_arena_is_refused(tmp_path: Path) -> None:
     arena = moved()
     calls = [
-        lambda: asyncio.run(pageferry.migrate(arena, "127.0.0.1:1")),
-        lambda: asyncio.run(pageferry.checkpoint(arena, tmp_path / "image")),
+        lambda: pageferry.migrate(arena, "127.0.0.1:1"),
+        lambda: pageferry.checkpoint(arena, tmp_path / "image"),
         lambda: arena.register("again"),
         arena.collapse,
         arena.fileno,
@@ -131,10 +131,10 @@ def test_failed_migration_keeps_no_resources_while_its_error_is_kept() -> None:
     gc.collect()
     before = kept(arena)
     with receiver("load") as address, pytest.raises(MigrationError) as failed:
-        asyncio.run(pageferry.migrate(arena, address))
+        pageferry.migrate(arena, address)
     assert kept(arena) == before, failed
     with receiver() as address:
-        assert asyncio.run(pageferry.migrate(arena, address)).status == "completed"
+        assert pageferry.migrate(arena, address).status == "completed"
 
 
 def test_arena_taken_back_keeps_no_resources_while_the_error_is_kept(tmp_path: Path) -> None:
@@ -142,16 +142,16 @@ def test_arena_taken_back_keeps_no_resources_while_the_error_is_kept(tmp_path: P
     gc.collect()
     before = kept(arena)
     with receiver("resume") as address, pytest.raises(OutcomeUnknown) as doubt:
-        asyncio.run(pageferry.migrate(arena, address))
+        pageferry.migrate(arena, address)
     with pytest.raises(WorkloadError, match=r"pageferry\.recover"):
-        asyncio.run(pageferry.migrate(arena, "127.0.0.1:1"))
-    asyncio.run(pageferry.take_back(arena, doubt.value))
+        pageferry.migrate(arena, "127.0.0.1:1")
+    pageferry.take_back(arena, doubt.value)
     after = kept(arena)
     assert after[:2] == before[:2]
     assert after[2] <= before[2]  # descriptors of earlier tests may be closed
-    assert asyncio.run(pageferry.checkpoint(arena, tmp_path / "image")).status == "completed"
+    assert pageferry.checkpoint(arena, tmp_path / "image").status == "completed"
     with receiver() as address:
-        assert asyncio.run(pageferry.migrate(arena, address)).status == "completed"
+        assert pageferry.migrate(arena, address).status == "completed"
 
 
 def test_failed_checkpoint_keeps_no_resources_while_its_error_is_kept(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_failed_checkpoint_keeps_no_resources_while_its_error_is_kept(tmp_path: 
     before = kept(arena)
     for mode in ("lazy", "stop"):
         with pytest.raises(ZeroDivisionError) as failed:
-            asyncio.run(pageferry.checkpoint(arena, tmp_path / "image", mode=mode))
+            pageferry.checkpoint(arena, tmp_path / "image", mode=mode)
         assert kept(arena) == before, failed
 
 
@@ -178,10 +178,10 @@ def test_failed_receiver_keeps_no_connection_while_its_error_is_kept() -> None:
     async def main() -> None:
         listening: asyncio.Queue[str] = asyncio.Queue()
         receiving = asyncio.create_task(
-            pageferry.receive("127.0.0.1:0", state=(bytes, refuse), listening=listening.put_nowait)
+            pageferry.receive_async("127.0.0.1:0", state=(bytes, refuse), listening=listening.put_nowait)
         )
         address = await listening.get()
-        results = await asyncio.gather(pageferry.migrate(arena, address), receiving, return_exceptions=True)
+        results = await asyncio.gather(pageferry.migrate_async(arena, address), receiving, return_exceptions=True)
         assert isinstance(results[0], PageferryError)
         assert isinstance(results[1], ZeroDivisionError)
         errors.extend(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
         view = memoryview(arena).cast("Q")
         for page in range(PAGES):
             view[page * 512 : (page + 1) * 512] = memoryview((page + 1).to_bytes(8, "little") * 512).cast("Q")
-        asyncio.run(pageferry.checkpoint(arena, path))
+        pageferry.checkpoint(arena, path)
     return path
 
 

@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, options in {"calm": CALM, "heavy": HEAVY}.items():
         workload = LedgerWorkload.create(96 * MIB, options, large_fraction=0.5)
         made[name] = folder / name
-        asyncio.run(pageferry.checkpoint(workload, made[name]))
+        pageferry.checkpoint(workload, made[name])
         workload.stop()
     return made
 

@@ -209,7 +209,7 @@ def rich_and_poor(units: int) -> list[int]:
 
 
 def share(*names: str, **options: Any) -> SharingResult:
-    return asyncio.run(api.share(names, beside_others=True, **options))
+    return api.share(names, beside_others=True, **options)
 
 
 @pytest.mark.usefixtures("ksm_usable")
@@ -237,8 +237,8 @@ def test_only_chosen_large_pages_are_split() -> None:
             with pytest.raises(OSError, match="Invalid argument"):
                 space.collapse(address, LARGE_PAGE)  # as khugepaged would
         assert target.order("check") == []
-        assert asyncio.run(api.find([f"pid:{target.pid}"])).already_shared >= units // 2 * 300 * SMALL_PAGE
-        assert asyncio.run(api.undo([f"pid:{target.pid}"])) >= units // 2 * LARGE_PAGE
+        assert api.find([f"pid:{target.pid}"]).already_shared >= units // 2 * 300 * SMALL_PAGE
+        assert api.undo([f"pid:{target.pid}"]) >= units // 2 * LARGE_PAGE
         assert large() == all_units
         assert target.order("check") == []
 
@@ -250,7 +250,7 @@ def test_processes_named_together_share_pages() -> None:
         for target in (one, other):
             target.order("fill", numbers)
         names = [f"pid:{one.pid}", f"pid:{other.pid}"]
-        alone = asyncio.run(api.find(names[:1]))
+        alone = api.find(names[:1])
         assert alone.reclaimable < 0.2 * len(numbers) * SMALL_PAGE
         result = share(*names, threshold=400)
         assert result.classes["across"].reclaimable >= len(numbers) * SMALL_PAGE
@@ -267,7 +267,7 @@ def test_no_write_is_lost_while_private_memory_is_shared() -> None:
         target.order("hammer", list(range(-3, 30)), 1)
         for _ in range(2):
             share(f"pid:{target.pid}", threshold=50)
-            asyncio.run(api.undo([f"pid:{target.pid}"]))
+            api.undo([f"pid:{target.pid}"])
         assert target.order("rest") > 1000
         assert target.order("check") == []
 
@@ -287,7 +287,7 @@ def test_killed_sharer_leaves_memory_and_ksm_intact(moment: float) -> None:
             sharer.kill()
         assert target.order("rest") > 0
         assert target.order("check") == []
-        asyncio.run(api.undo([f"pid:{target.pid}"]))
+        api.undo([f"pid:{target.pid}"])
         assert target.order("check") == []
 
 
@@ -336,19 +336,19 @@ def ledger() -> Iterator[Program]:
 @pytest.mark.usefixtures("root", "ledger")
 def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
     for _ in range(5):
-        result = asyncio.run(api.share(["twins"], threshold=50))
+        result = api.share(["twins"], threshold=50)
         assert result.freed
         assert result.pauses
         # The ledger keeps running and fills holes again, so at most the zeros present at the start are freed.
         assert 0 < result.freed < 1.5 * result.classes["zero"].reclaimable
-        asyncio.run(api.undo(["twins"]))
+        api.undo(["twins"])
 
 
 @pytest.mark.usefixtures("root", "ledger")
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.05])
 def test_killed_sharer_leaves_arena_running(moment: float) -> None:
     wait_until(lambda: killed_at_work(moment), "pages to share")
-    asyncio.run(api.share(["twins"], threshold=50))  # it replies, and can be paused
+    api.share(["twins"], threshold=50)  # it replies, and can be paused
 
 
 def killed_at_work(moment: float) -> bool:
@@ -367,11 +367,11 @@ def killed_at_work(moment: float) -> bool:
 
 def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match="once"):
-        asyncio.run(api.find([]))
+        api.find([])
     with pytest.raises(UsageError, match="once"):
-        asyncio.run(api.find(["pid:1", "pid:1"]))
+        api.find(["pid:1", "pid:1"])
     with pytest.raises(UsageError, match="512"):
-        asyncio.run(api.find([f"pid:{os.getpid()}"], threshold=513))
+        api.find([f"pid:{os.getpid()}"], threshold=513)
     with pytest.raises(UsageError, match="memory"):
         Options(memory=5)
     with pytest.raises(TypeError, match="Mapping or of a Space"):
@@ -384,7 +384,7 @@ def test_process_that_exits_during_the_scan_is_an_error() -> None:
         target.order("fill", [unique(page) for page in range(4 * SLOTS)])
 
         async def scenario() -> None:
-            await api.find([f"pid:{target.pid}"], listener=lambda _: target.kill())
+            await api.find_async([f"pid:{target.pid}"], listener=lambda _: target.kill())
 
         with pytest.raises(WorkloadDied):
             asyncio.run(scenario())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import random
@@ -52,7 +51,7 @@ def state() -> tuple[bytes, int, int]:
 
 
 def find() -> SharingResult:
-    return asyncio.run(api.find([NAME], threshold=64))
+    return api.find([NAME], threshold=64)
 
 
 def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
@@ -62,7 +61,7 @@ def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
     for page, number in enumerate(numbers):
         if number is not None:
             memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(number)
-    asyncio.run(pageferry.checkpoint(arena, path))
+    pageferry.checkpoint(arena, path)
     return path
 
 
@@ -126,7 +125,7 @@ def test_deferred_and_present_duplicates_are_matched(tmp_path: Path) -> None:
         other.json()
         order(other, "load")
         before = state()
-        found = asyncio.run(api.find([NAME, "here"], threshold=64))
+        found = api.find([NAME, "here"], threshold=64)
         assert state() == before
         assert found.classes["across"].pages == 4 * SLOTS
         assert found.classes["across"].reclaimable == 2 * SLOTS * SMALL_PAGE
@@ -144,9 +143,9 @@ def test_deferred_pages_of_an_image_chain_are_counted(tmp_path: Path) -> None:
             memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(numbers[page] or 0)
 
     write(list(range(2 * SLOTS)))
-    asyncio.run(pageferry.checkpoint(arena, tmp_path / "0"))
+    pageferry.checkpoint(arena, tmp_path / "0")
     write(list(range(SLOTS, 3 * SLOTS)))
-    asyncio.run(pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0"))
+    pageferry.checkpoint(arena, tmp_path / "1", parent=tmp_path / "0")
     assert len(ImageFile(tmp_path / "1").links) == 2
     with restored(tmp_path / "1") as program:
         before = state()
@@ -160,7 +159,7 @@ def test_deferred_pages_of_an_image_chain_are_counted(tmp_path: Path) -> None:
 def test_sharing_completes_the_restore_first(tmp_path: Path) -> None:
     image = save(tmp_path / "image", [unique(page) if page % 2 else 0 for page in range(2 * SLOTS)])
     with restored(image) as program:
-        result = asyncio.run(api.share([NAME], threshold=1))
+        result = api.share([NAME], threshold=1)
         assert result.deferred == 0
         assert result.freed == result.estimated == SLOTS * SMALL_PAGE
         assert order(program, "check") == digest(image)

@@ -41,7 +41,7 @@ def test_writes_of_a_virtual_machine_that_maps_an_arena_are_traced(payload_parts
         wait_until(lambda: len(arena.workload().regions[0].segments) > 1, "the mapping of the machine")
         assert {segment.pid for segment in arena.workload().regions[0].segments} == {os.getpid(), machine.pid}
         asyncio.run(serial.ready())
-        saving = pageferry.checkpoint(
+        saving = pageferry.checkpoint_async(
             arena,
             tmp_path / "image",
             bandwidth=32 * MIB,

@@ -31,7 +31,7 @@ BUSY = "ferry.mib=64 ferry.rate=5000"
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
     """Take a checkpoint, and compare the image with memory at the snapshot point."""
     digested = DigestedWorkload(workload)
-    result = await pageferry.checkpoint(cast(Workload, digested), path, **options)
+    result = await pageferry.checkpoint_async(cast(Workload, digested), path, **options)
     assert digests_of_image(ImageFile(path)) == digested.digests
     return result
 
@@ -147,7 +147,7 @@ def test_no_image_is_left_if_the_guest_dies_during_a_checkpoint(
                 os.kill(source.pid, 9)
 
         with pytest.raises(errors.WorkloadDied, match="no image was written"):
-            await pageferry.checkpoint(source, tmp_path / "image", bandwidth=16 << 20, listener=kill)
+            await pageferry.checkpoint_async(source, tmp_path / "image", bandwidth=16 << 20, listener=kill)
         assert os.listdir(tmp_path) == ["source.serial"]
         await source.forget()
 
@@ -162,7 +162,7 @@ def test_guest_keeps_running_after_a_refused_checkpoint(
         source = await QemuWorkload.start("source", parts.command(here, checker=BUSY))
         await here.ready()
         with pytest.raises(errors.CheckpointError, match="directory does not exist"):
-            await pageferry.checkpoint(source, tmp_path / "none" / "image")
+            await pageferry.checkpoint_async(source, tmp_path / "none" / "image")
         assert await source.running()
         await here.ticks(2)
         await source.discard()

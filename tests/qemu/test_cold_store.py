@@ -10,13 +10,13 @@ from collections.abc import Callable
 import pytest
 
 from pageferry.host.registry import Registry
-from pageferry.large_pages.api import Options, sample, undo
+from pageferry.large_pages.api import Options, sample_async, undo_async
 from pageferry.large_pages.events import Sample
 from pageferry.pager import client, records
 from pageferry.pager.launcher import take_over
 from pageferry.pager.records import Deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
-from pageferry.workloads.target import Target, open_target
+from pageferry.workloads.target import Target, open_target_async
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
@@ -36,10 +36,10 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
         folder = registry.folder("guest")
         try:
             await line.ready()
-            with await open_target("guest") as target:
+            with await open_target_async("guest") as target:
                 before = _resident(target)
                 options = Options(sample=1.0, budget=None, window=0.3, rounds=1, reclaim="store")
-                result = await sample(target, options)
+                result = await sample_async(target, options)
                 assert result.broken > 10
                 assert result.store is not None
                 assert (result.store.pages + result.store.written) * 4096 == _cold(result.samples)
@@ -54,11 +54,11 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
                 assert taken is not None
                 assert taken.deferred > 0
                 await line.passes(2)
-                assert (await undo(target)).brought_back > 0
+                assert (await undo_async(target)).brought_back > 0
                 assert folder.load(records.RECORD, Deferred) is None
                 assert _resident(target) >= 0.99 * before
                 await line.passes(2)
-                assert (await sample(target, options)).reclaimed > 0
+                assert (await sample_async(target, options)).reclaimed > 0
         finally:
             await (await QemuWorkload.attach("guest")).discard()
             workload.close()

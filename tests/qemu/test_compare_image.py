@@ -27,7 +27,7 @@ def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     async def make() -> None:
         workload = await QemuWorkload.start("saved", parts.bare("-m", "64M", "-S", *MAX))
-        await pageferry.checkpoint(workload, path)
+        await pageferry.checkpoint_async(workload, path)
         await workload.discard()
 
     asyncio.run(make())
@@ -72,7 +72,7 @@ def test_image_that_records_no_cpu_is_restored_with_a_warning(
         workload = await QemuWorkload.start("saved", parts.bare("-m", "64M", "-S", *MAX))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(QemuWorkload, "identity", property(older))
-            await pageferry.checkpoint(workload, tmp_path / "image")
+            await pageferry.checkpoint_async(workload, tmp_path / "image")
         await workload.discard()
         workload, _ = await restore_guest("restored", tmp_path / "image", parts.bare("-m", "64M", "-S", *MAX))
         await workload.discard()

@@ -227,7 +227,7 @@ def saved(path: Path, **options: Any) -> CheckpointResult:
     async def save() -> CheckpointResult:
         guest = await QemuWorkload.attach("here")
         try:
-            return await pageferry.checkpoint(guest, path, **options)
+            return await pageferry.checkpoint_async(guest, path, **options)
         finally:
             guest.close()
 

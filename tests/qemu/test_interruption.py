@@ -71,7 +71,7 @@ def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) ->
     async def make() -> Path:
         path = tmp_path_factory.mktemp("image") / "image"
         workload = await QemuWorkload.start("imaged", newest_parts.bare("-m", "64M"))
-        await pageferry.checkpoint(workload, path)
+        await pageferry.checkpoint_async(workload, path)
         await workload.discard()
         return path
 
@@ -158,7 +158,7 @@ def test_migration_to_a_silent_destination_is_interrupted(newest_parts: GuestPar
 @pytest.mark.parametrize("words", [["checkpoint", "hanging", "IMAGE"], ["migrate", "hanging", "ADDRESS"]])
 def test_operation_with_a_blocked_callback_is_interrupted(words: list[str], tmp_path: Path) -> None:
     listening = "listening=lambda address: print(address, flush=True)"
-    receiver = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:0', {listening}))"
+    receiver = f"import pageferry; pageferry.receive('127.0.0.1:0', {listening})"
     with Program("-c", OWNER) as owner, Program("-c", receiver) as there:
         assert owner.line() == "ready"
         known = {"IMAGE": str(tmp_path / "image"), "ADDRESS": there.line()}

@@ -9,7 +9,7 @@ import pytest
 
 from pageferry._engine import Space
 from pageferry.host.registry import Registry
-from pageferry.large_pages.api import Options, sample
+from pageferry.large_pages.api import Options, sample_async
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.target import workload_target
 from tests.guest.machines import GuestParts
@@ -37,7 +37,7 @@ def test_huge_pages_of_a_guest_are_sampled_and_restored(
                 before = _size(space.large_mapped(area.address, area.length))
                 assert before > 0
                 options = Options(sample=0.5, budget=None, window=0.1, rounds=4)
-                result = await sample(target, options)
+                result = await sample_async(target, options)
                 assert {one.address for one in result.samples} <= set(area.large_pages())
                 assert len(result.samples) == result.estimate.large_pages, "every huge page has been sampled"
                 assert any(one.activity for one in result.samples), "the checker accesses some"
@@ -64,7 +64,7 @@ def test_cold_memory_of_a_guest_is_swapped_out(
             await line.ready()
             with workload_target(workload) as target:
                 options = Options(sample=1.0, budget=None, window=0.2, rounds=1, reclaim="swap")
-                result = await sample(target, options)
+                result = await sample_async(target, options)
             assert result.broken > 10
             # Pages that the guest accesses are swapped in before they are counted.
             assert result.reclaimed > 0

@@ -47,7 +47,7 @@ def test_payload_keeps_running_after_a_checkpoint(guest: Traveller, tmp_path: Pa
     async def save() -> None:
         workload = await QemuWorkload.attach(guest.name)
         try:
-            await pageferry.checkpoint(workload, tmp_path / "image", mode=mode)
+            await pageferry.checkpoint_async(workload, tmp_path / "image", mode=mode)
         finally:
             workload.close()
 

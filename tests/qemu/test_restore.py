@@ -172,7 +172,7 @@ def test_pager_killed_while_serving_can_be_replaced(
         # Attach only now: QEMU itself may wait for a page while no pager serves it.
         restored.workload = await QemuWorkload.attach("restored")
         await restored.arrived()
-        await pageferry.checkpoint(restored.workload, tmp_path / "again")
+        await pageferry.checkpoint_async(restored.workload, tmp_path / "again")
         assert ImageFile(tmp_path / "again").verify() == []
         await restored.serial.passes(2)
         await restored.end()
@@ -274,7 +274,7 @@ def test_restore_of_memory_on_hugetlbfs(
         small = {"memory": "128M"}
         source = await QemuWorkload.start("source", parts.command(here, checker="ferry.mib=32 ferry.rate=500", **small))
         await here.ready()
-        await pageferry.checkpoint(source, tmp_path / "image")
+        await pageferry.checkpoint_async(source, tmp_path / "image")
         await source.discard()
         command = parts.command(there, **small)
         workload, _ = await restore_guest("restored", tmp_path / "image", command, hugetlb=True)
@@ -300,7 +300,7 @@ def test_checkpoint_during_a_restore_is_complete(guest: Make, image: Path, tmp_p
     async def run() -> None:
         first, second = guest("first"), guest("second")
         await first.start(image, prefetch=False)
-        await pageferry.checkpoint(first.workload, tmp_path / "again")
+        await pageferry.checkpoint_async(first.workload, tmp_path / "again")
         await first.serial.passes(1)
         assert ImageFile(tmp_path / "again").verify() == []
         await second.start(tmp_path / "again")

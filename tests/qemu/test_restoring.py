@@ -271,14 +271,14 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
         await execute("stop")
         await asyncio.sleep(1)  # remaining pages of accessed storage blocks are loaded in this time
         before = await restored.status()
-        early = await sharing.find(["restored"])
+        early = await sharing.find_async(["restored"])
         after = await restored.status()
         assert before is not None
         assert after is not None
         assert (after.loaded, after.bytes_read) == (before.loaded, before.bytes_read)
         assert after.deferred > 0
         await asyncio.to_thread(client.wait_complete, restored.folder)
-        late = await sharing.find(["restored"])
+        late = await sharing.find_async(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
         # Deferred zero pages count where a huge page will hold them; if the host has none, they stay holes.
         assert found.pop("zero") >= expected.pop("zero") > 0

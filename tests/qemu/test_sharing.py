@@ -87,7 +87,7 @@ def test_duplicates_of_two_similar_guests_are_counted(parts: GuestParts, serial:
             blocks = allocated(both)
             for guest in both:
                 guest.close()
-            found = await api.find(NAMES)
+            found = await api.find_async(NAMES)
             expected, freed = worth(contents)
             assert {name: one.pages for name, one in found.classes.items()} == expected
             assert {name: one.reclaimable for name, one in found.classes.items()} == {
@@ -111,7 +111,7 @@ def test_zero_pages_of_running_guests_are_discarded(parts: GuestParts, serial: S
             before = allocated(both)
             for guest in both:
                 guest.close()
-            result = await api.share(NAMES, threshold=64)
+            result = await api.share_async(NAMES, threshold=64)
             assert result.freed is not None
             assert result.estimated is not None
             assert result.freed > 0.9 * result.estimated > 8 << 20

@@ -81,8 +81,8 @@ def test_wrong_option_is_a_usage_error(kind: str, name: str, wrong: Any) -> None
 def test_unknown_option_is_named(kind: str, tmp_path: Path) -> None:
     arena = pageferry.Arena(4096)
     calls: dict[str, Callable[[], Any]] = {
-        "migration": lambda: pageferry.migrate(arena, "127.0.0.1:1", mod="hybrid"),
-        "checkpoint": lambda: pageferry.checkpoint(arena, tmp_path / "image", mod="stop"),
+        "migration": lambda: pageferry.migrate_async(arena, "127.0.0.1:1", mod="hybrid"),
+        "checkpoint": lambda: pageferry.checkpoint_async(arena, tmp_path / "image", mod="stop"),
     }
     if kind not in calls:
         pytest.skip("options are a class")
@@ -152,7 +152,7 @@ def test_checkpoint_with_unknown_mode_saves_nothing(mode: Any, tmp_path: Path) -
     paused: list[str] = []
     arena = pageferry.Arena(1 << 20, on_pause=lambda: paused.append("paused"))
     with pytest.raises(UsageError, match="mode"):
-        asyncio.run(pageferry.checkpoint(arena, tmp_path / "image", mode=mode))
+        pageferry.checkpoint(arena, tmp_path / "image", mode=mode)
     assert paused == []
     assert list(tmp_path.iterdir()) == []
 
@@ -248,8 +248,8 @@ def test_errors_in_python_name_no_options(tmp_path: Path) -> None:
         lambda: MigrationOptions(tls_hostname="x"),
         lambda: MigrationOptions(max_downtime=-1),
         lambda: large_pages.Options(store=tmp_path),
-        lambda: asyncio.run(pageferry.receive("127.0.0.1:0", allow=["x"])),
-        lambda: asyncio.run(pageferry.migrate(pageferry.Arena(4096), "192.0.2.1:1")),
+        lambda: pageferry.receive("127.0.0.1:0", allow=["x"]),
+        lambda: pageferry.migrate(pageferry.Arena(4096), "192.0.2.1:1"),
     ):
         with pytest.raises(UsageError) as error:
             call()

@@ -76,7 +76,7 @@ class Page:
         file = self.here.work / "program.py"
         file.write_text(text)
         if "pageferry.migrate(" in text:
-            receiver = f"import asyncio, pageferry; asyncio.run(pageferry.receive('127.0.0.1:{port}', listening=print))"
+            receiver = f"import pageferry; pageferry.receive('127.0.0.1:{port}', listening=print)"
             self.there.start(f"{shlex.quote(sys.executable)} -uc {shlex.quote(receiver)}", str(port))
         done = self.here.run(f"{shlex.quote(sys.executable)} program.py")
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"

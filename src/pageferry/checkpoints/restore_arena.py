@@ -9,14 +9,14 @@ import threading
 import weakref
 from logging import getLogger
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pageferry import values
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints.eager import load
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
-from pageferry.host.blocking import interruptible
+from pageferry.host.blocking import in_thread, interruptible
 from pageferry.images import targets
 from pageferry.images.image import ImageFile
 from pageferry.images.working_set import WorkingSet
@@ -165,8 +165,8 @@ def restore(
     `eager`: load in the background at full speed, without yielding to accesses. `prefetch=False`: load only accessed
     pages. The other arguments are those of `Arena`. The saved state is passed to `state`, or stored in
     `received_state`. The image is only read, and can be restored any number of times concurrently; it must not be moved
-    until `deferred` is 0. This call blocks: a coroutine whose event loop runs coroutine callbacks calls it with
-    `asyncio.to_thread`, and passes the loop as `loop`.
+    until `deferred` is 0. This call blocks; a coroutine awaits
+    `restore_async` instead.
 
     Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
     """
@@ -184,6 +184,21 @@ def restore(
         loop=loop,
         listener=listener,
     )
+
+
+async def restore_async(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    loop: asyncio.AbstractEventLoop | None = None,
+    **options: Any,
+) -> RestoredArena:
+    """Restore an arena as `restore` does, without blocking the event loop of the caller.
+
+    `loop` (default: the running event loop) runs coroutine callbacks. `options` are the other parameters of `restore`.
+    """
+    chosen = loop or asyncio.get_running_loop()
+    return await in_thread(lambda: restore(path, name, loop=chosen, **options))
 
 
 def _size(image: ImageFile) -> int:

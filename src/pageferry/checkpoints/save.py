@@ -21,7 +21,7 @@ from pageferry.checkpoints.dirty_tracking import Descriptors, Means, Tracking
 from pageferry.checkpoints.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
-from pageferry.host.blocking import beside_loop, in_thread, on_thread
+from pageferry.host.blocking import beside_loop, in_thread, on_thread, synchronous
 from pageferry.host.fault_points import fault_point
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.images import metadata
@@ -45,7 +45,7 @@ T = TypeVar("T")
 log = getLogger(__name__)
 
 
-async def checkpoint(
+async def checkpoint_async(
     workload: Arena | Workload | ProcessWorkload,
     path: str | Path,
     *,
@@ -75,12 +75,15 @@ async def checkpoint(
         workload.check_here()
         arena = workload
         return await beside_loop(
-            lambda heard: checkpoint(arena.workload(), target, parent=older, listener=heard, **options), listener
+            lambda heard: checkpoint_async(arena.workload(), target, parent=older, listener=heard, **options), listener
         )
     save = Save(workload, target, chosen, listener)
     if older is not None:
         save.build_on(ImageFile(older))
     return await save.run()
+
+
+checkpoint = synchronous(checkpoint_async)
 
 
 class Save:

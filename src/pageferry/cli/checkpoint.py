@@ -6,7 +6,7 @@ import argparse
 
 from pageferry import values
 from pageferry.checkpoints.options import Options
-from pageferry.checkpoints.save import checkpoint
+from pageferry.checkpoints.save import checkpoint_async
 from pageferry.cli.arguments import rate, size
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
@@ -106,5 +106,5 @@ def _options(args: argparse.Namespace) -> dict[str, object]:
 
 async def _save(args: argparse.Namespace, workload: Workload | ProcessWorkload) -> None:
     options = _options(args)
-    with open_reporter(args.output, CheckpointView()) as reporter:
-        reporter.final(await checkpoint(workload, args.image, parent=args.parent, listener=reporter.event, **options))
+    with open_reporter(args.output, CheckpointView()) as out:
+        out.final(await checkpoint_async(workload, args.image, parent=args.parent, listener=out.event, **options))

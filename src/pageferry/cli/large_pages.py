@@ -10,12 +10,12 @@ from pageferry import values
 from pageferry.cli.arguments import fraction, integer, seconds
 from pageferry.density import shareable_pages
 from pageferry.errors import UsageError
-from pageferry.large_pages.api import Options, sample, undo
+from pageferry.large_pages.api import Options, sample_async, undo_async
 from pageferry.large_pages.events import LargePagesResult
 from pageferry.large_pages.policy import Threshold
 from pageferry.report.large_pages import LargePagesView
 from pageferry.report.reporter import Reporter, open_reporter
-from pageferry.workloads.target import Target, open_target
+from pageferry.workloads.target import Target, open_target_async
 
 WORKS_ON = "target"
 DEFAULTS = Options()
@@ -103,15 +103,15 @@ async def run(args: argparse.Namespace) -> int:
     if args.undo and (args.watch or args.reclaim):
         raise UsageError("--undo cannot be combined with --watch or --reclaim: remove them")
     options, policy = _options(args), _policy(args)
-    target = await open_target(args.target)
+    target = await open_target_async(args.target)
     with target, open_reporter(args.output, LargePagesView()) as out:
         if args.undo:
-            out.final(await undo(target))
+            out.final(await undo_async(target))
         elif args.watch:
             await _watch(target, options, policy, out, show_last=args.output == "human")
         else:
             sharing = await shareable_pages(target) if args.sharing else None
-            out.final(await sample(target, options, policy=policy, sharing=sharing, listener=out.event))
+            out.final(await sample_async(target, options, policy=policy, sharing=sharing, listener=out.event))
     return 0
 
 
@@ -120,7 +120,7 @@ async def _watch(target: Target, options: Options, policy: Threshold, out: Repor
     result: LargePagesResult | None = None
     try:
         while True:
-            result = await sample(target, options, policy=policy)
+            result = await sample_async(target, options, policy=policy)
             out.event(result)
             await asyncio.sleep(options.window)
     finally:

@@ -178,7 +178,7 @@ async def run(args: argparse.Namespace) -> int:
                 "ADDRESS is missing: give the address of a receiver (unix:PATH or HOST:PORT), or --recover"
             )
         with folder.exclusively(f"a migration to {args.address}"), open_reporter(args.output, MigrationView()) as out:
-            result = await api.migrate(workload, args.address, listener=out.event, **options_of(args))
+            result = await api.migrate_async(workload, args.address, listener=out.event, **options_of(args))
             out.final(result)
     finally:
         workload.close()
@@ -189,10 +189,10 @@ async def _recover(args: argparse.Namespace, workload: Workload) -> int:
     folder = Registry().folder(args.name)
     with folder.exclusively("a recovery"), open_reporter(args.output, MigrationView()) as out:
         if args.take_back:
-            await api.take_back(workload)
+            await api.take_back_async(workload)
             owner: Owner = "source"
         else:
-            owner = await api.recover(
+            owner = await api.recover_async(
                 workload,
                 timeout=args.timeout,
                 insecure=args.insecure,

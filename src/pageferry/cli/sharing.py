@@ -109,7 +109,7 @@ async def run(args: argparse.Namespace) -> int:
         raise UsageError("--undo cannot be combined with --watch: remove one of them")
     with open_reporter(args.output, SharingView()) as out:
         if args.undo:
-            out.final(Undone(args.names, await api.undo(args.names)))
+            out.final(Undone(args.names, await api.undo_async(args.names)))
         elif args.watch:
             await _watch(args, out)
         else:
@@ -131,5 +131,5 @@ async def _once(args: argparse.Namespace, budget: float | None, out: Reporter) -
     if args.apply:
         chosen = {name: getattr(args, name) for name in ("threshold", "most", "beside_others")}
         hot = set() if args.break_hot else await hot_large_pages(args.names)
-        return await api.share(args.names, options, **chosen, hot=hot, listener=out.event)
-    return await api.find(args.names, options, threshold=args.threshold, listener=out.event)
+        return await api.share_async(args.names, options, **chosen, hot=hot, listener=out.event)
+    return await api.find_async(args.names, options, threshold=args.threshold, listener=out.event)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar, copy_context
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from pageferry.errors import UsageError
 from pageferry.host import tracebacks
 from pageferry.host.workers import Workers
 
@@ -65,6 +67,27 @@ def interruptible(call: Callable[[], T]) -> T:
     if threading.current_thread() is not threading.main_thread():
         return call()  # signal handlers run in the main thread only
     return _pool.submit(call).result()
+
+
+def synchronous(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """Return the synchronous form of a public coroutine function, whose name ends in `_async`.
+
+    The synchronous form runs the coroutine on an event loop of its own. It raises UsageError in a thread whose event
+    loop is running, because it would block that loop. Ctrl-C cancels the operation before KeyboardInterrupt is raised.
+    """
+    name = function.__name__.removesuffix("_async")
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(function(*arguments, **options))
+        raise UsageError(f"{name}() would block the running event loop: await {name}_async() instead")
+
+    call.__name__ = name
+    call.__qualname__ = name
+    return call
 
 
 async def beside_loop(work: Work[T], listen: Callable[[Any], object]) -> T:

@@ -2,8 +2,8 @@
 
 ::
 
-    with await pageferry.large_pages.open_target("pid:4711") as target:
-        found = await pageferry.large_pages.sample(target, pageferry.large_pages.Options(sample=0.1))
+    with pageferry.large_pages.open_target("pid:4711") as target:
+        found = pageferry.large_pages.sample(target, pageferry.large_pages.Options(sample=0.1))
         print(found.estimate.idle)
 """
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from pageferry.lazy import lazily
 
 if TYPE_CHECKING:
-    from pageferry.large_pages.api import Options, sample, undo
+    from pageferry.large_pages.api import Options, sample, sample_async, undo, undo_async
     from pageferry.large_pages.events import BroughtBack, LargePagesResult
     from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
-    from pageferry.workloads.target import Target, open_target, process_target, workload_target
+    from pageferry.workloads.target import Target, open_target, open_target_async, process_target, workload_target
 
 __all__ = [
     "BroughtBack",
@@ -27,9 +27,12 @@ __all__ = [
     "Target",
     "Threshold",
     "open_target",
+    "open_target_async",
     "process_target",
     "sample",
+    "sample_async",
     "undo",
+    "undo_async",
     "workload_target",
 ]
 
@@ -45,9 +48,12 @@ __getattr__, __dir__ = lazily(
         "Target": "pageferry.workloads.target",
         "Threshold": "pageferry.large_pages.policy",
         "open_target": "pageferry.workloads.target",
+        "open_target_async": "pageferry.workloads.target",
         "process_target": "pageferry.workloads.target",
         "sample": "pageferry.large_pages.api",
+        "sample_async": "pageferry.large_pages.api",
         "undo": "pageferry.large_pages.api",
+        "undo_async": "pageferry.large_pages.api",
         "workload_target": "pageferry.workloads.target",
     },
 )

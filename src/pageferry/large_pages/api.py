@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_thread, synchronous
 from pageferry.host.proc import available
 from pageferry.images.metadata import Codec
 from pageferry.large_pages import cold_store, swap
@@ -77,7 +77,7 @@ class Options:
             )
 
 
-async def sample(
+async def sample_async(
     target: Target,
     options: Options | None = None,
     *,
@@ -137,6 +137,9 @@ async def sample(
     )
 
 
+sample = synchronous(sample_async)
+
+
 async def _look(
     tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
 ) -> tuple[list[Activity], int, Limit | None]:
@@ -164,13 +167,16 @@ def _decide(seen: Sequence[Activity], policy: Policy, sharing: Mapping[tuple[int
     ]
 
 
-async def undo(target: Target) -> BroughtBack:
+async def undo_async(target: Target) -> BroughtBack:
     """Reload what is in a store, onto huge pages, and remove the store.
 
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
     values.instance("target", target, Target)
     return BroughtBack(target=target.name, brought_back=await cold_store.bring_back(target))
+
+
+undo = synchronous(undo_async)
 
 
 def _figures(stored: Stored) -> StoreFigures:

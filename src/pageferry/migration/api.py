@@ -21,7 +21,7 @@ from pageferry.errors import (
     WorkloadError,
 )
 from pageferry.events import Listener, ignore
-from pageferry.host.blocking import beside_loop, in_thread
+from pageferry.host.blocking import beside_loop, in_thread, synchronous
 from pageferry.host.proc import meminfo
 from pageferry.host.registry import Registry
 from pageferry.migration.destination import Destination
@@ -53,7 +53,7 @@ _reports: set[asyncio.Task[None]] = set()
 """Reports being sent. The event loop keeps only weak references to its tasks."""
 
 
-async def migrate(
+async def migrate_async(
     workload: Arena | Workload, address: str, *, listener: Listener = ignore, **options: Any
 ) -> MigrationResult:
     """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT); on return it runs there.
@@ -75,7 +75,7 @@ async def migrate(
         if len(asyncio.all_tasks()) > 1:
             workload.check_lock()
         return await _of_arena(
-            workload, lambda moved, heard: migrate(moved, address, listener=heard, **options), listener
+            workload, lambda moved, heard: migrate_async(moved, address, listener=heard, **options), listener
         )
     moved = workload
     trust = chosen.trust()
@@ -98,6 +98,9 @@ async def migrate(
     finally:
         if hold is not None:
             await asyncio.shield(in_thread(hold.release))
+
+
+migrate = synchronous(migrate_async)
 
 
 async def _of_arena(
@@ -139,7 +142,7 @@ async def _page_tables(workload: Workload, options: Options) -> AcquiredPager | 
     return hold
 
 
-async def receive(
+async def receive_async(
     address: str,
     *,
     name: str | None = None,
@@ -195,6 +198,9 @@ async def receive(
         return await _receive(reception, make, most, timeout)
 
     return await beside_loop(work, notify)
+
+
+receive = synchronous(receive_async)
 
 
 async def _receive(
@@ -254,7 +260,7 @@ def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
     return Arena(size)
 
 
-async def recover(
+async def recover_async(
     workload: Arena | Workload,
     doubt: OutcomeUnknown | None = None,
     *,
@@ -280,7 +286,9 @@ async def recover(
     Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname)
     if isinstance(workload, Arena):
         link: dict[str, Any] = {"timeout": timeout, "insecure": insecure, "tls": tls, "tls_hostname": tls_hostname}
-        return await _of_arena(workload, lambda moved, heard: recover(moved, doubt, listener=heard, **link), listener)
+        return await _of_arena(
+            workload, lambda moved, heard: recover_async(moved, doubt, listener=heard, **link), listener
+        )
     moved = workload
     record = _in_doubt(moved, doubt)
     chosen = Options(insecure=insecure, tls=tls, tls_hostname=tls_hostname or (record.hostname if tls else None))
@@ -298,7 +306,7 @@ async def recover(
         case "destination":
             pass
         case "source":
-            await take_back(moved, doubt)
+            await take_back_async(moved, doubt)
         case _:
             raise OutcomeUnknown(
                 f"{record.peer} has no record of this migration of {moved.name}: check that it is the host to "
@@ -311,7 +319,10 @@ async def recover(
     return outcome.owner
 
 
-async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
+recover = synchronous(recover_async)
+
+
+async def take_back_async(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
     """Restore the workload at the source to its state before the migration: running, or paused if its user had paused
     it.
 
@@ -321,7 +332,7 @@ async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = N
     managed(workload)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
     if isinstance(workload, Arena):
-        await _of_arena(workload, lambda moved, _: take_back(moved, doubt))
+        await _of_arena(workload, lambda moved, _: take_back_async(moved, doubt))
         return
     record = _in_doubt(workload, doubt)
     if isinstance(workload, Revertible):
@@ -330,6 +341,9 @@ async def take_back(workload: Arena | Workload, doubt: OutcomeUnknown | None = N
         await workload.resume()
     if (folder := folder_of(workload)) is not None:
         folder.forget(RECORD)
+
+
+take_back = synchronous(take_back_async)
 
 
 def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:

@@ -2,9 +2,9 @@
 
 ::
 
-    estimate = await pageferry.sharing.find(["pid:4711", "pid:4712"])    # changes nothing
-    result = await pageferry.sharing.share(["pid:4711", "pid:4712"])     # splits huge pages where it pays
-    await pageferry.sharing.undo(["pid:4711", "pid:4712"])
+    estimate = pageferry.sharing.find(["pid:4711", "pid:4712"])    # changes nothing
+    result = pageferry.sharing.share(["pid:4711", "pid:4712"])     # splits huge pages where it pays
+    pageferry.sharing.undo(["pid:4711", "pid:4712"])
 """
 
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from pageferry.lazy import lazily
 
 if TYPE_CHECKING:
-    from pageferry.sharing.api import find, share, undo
+    from pageferry.sharing.api import find, find_async, share, share_async, undo, undo_async
     from pageferry.sharing.events import SharingResult
     from pageferry.sharing.scan import Options
 
-__all__ = ["Options", "SharingResult", "find", "share", "undo"]
+__all__ = ["Options", "SharingResult", "find", "find_async", "share", "share_async", "undo", "undo_async"]
 
 # Loaded on demand: the guardian of KSM's settings, a separate process, does not need them.
 __getattr__, __dir__ = lazily(
@@ -25,7 +25,10 @@ __getattr__, __dir__ = lazily(
         "Options": "pageferry.sharing.scan",
         "SharingResult": "pageferry.sharing.events",
         "find": "pageferry.sharing.api",
+        "find_async": "pageferry.sharing.api",
         "share": "pageferry.sharing.api",
+        "share_async": "pageferry.sharing.api",
         "undo": "pageferry.sharing.api",
+        "undo_async": "pageferry.sharing.api",
     },
 )

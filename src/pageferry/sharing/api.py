@@ -10,7 +10,7 @@ import msgspec
 from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_thread, synchronous
 from pageferry.host.proc import available
 from pageferry.host.registry import Registry
 from pageferry.pager import records
@@ -20,10 +20,10 @@ from pageferry.sharing.events import SharingResult
 from pageferry.sharing.scan import Options, look
 from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.target import Target, open_target
+from pageferry.workloads.target import Target, open_target_async
 
 
-async def find(
+async def find_async(
     names: Sequence[str], options: Options | None = None, *, threshold: int | None = None, listener: Listener = ignore
 ) -> SharingResult:
     """Estimate how much memory sharing could free, within these targets (`NAME` or `pid:N`) and between them.
@@ -37,7 +37,10 @@ async def find(
         return estimate.result(findings, _threshold(threshold))
 
 
-async def share(
+find = synchronous(find_async)
+
+
+async def share_async(
     names: Sequence[str],
     options: Options | None = None,
     *,
@@ -81,10 +84,16 @@ async def share(
         )
 
 
-async def undo(names: Sequence[str]) -> int:
+share = synchronous(share_async)
+
+
+async def undo_async(names: Sequence[str]) -> int:
     """Undo sharing: copy merged pages, allow huge pages, and collapse to them. Return the bytes processed."""
     async with _opened(names, "the end of sharing") as targets:
         return sum([await in_thread(ranges.undo, target) for target in targets])
+
+
+undo = synchronous(undo_async)
 
 
 async def _complete(target: Target) -> None:
@@ -117,7 +126,7 @@ async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterato
     async with AsyncExitStack() as stack:
         targets = []
         for name in names:
-            targets.append(stack.enter_context(await open_target(name)))
+            targets.append(stack.enter_context(await open_target_async(name)))
             if work is not None and targets[-1].workload is not None:
                 stack.enter_context(Registry().folder(name).exclusively(work))
         pids = [pid for target in targets for pid in target.pids]

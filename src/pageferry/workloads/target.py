@@ -17,6 +17,7 @@ from pageferry import values
 from pageferry._engine import Space
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError, WorkloadDied
 from pageferry.host import proc
+from pageferry.host.blocking import synchronous
 from pageferry.host.smaps import Smap, smaps
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region, Segment
 from pageferry.workloads.managed import managed
@@ -121,7 +122,7 @@ class Target:
         self.close()
 
 
-async def open_target(text: str) -> Target:
+async def open_target_async(text: str) -> Target:
     """The target `NAME` or `pid:N`.
 
     Raises UsageError, NoSuchWorkload, WorkloadDied, and UnsupportedError where its memory may not be looked at.
@@ -133,6 +134,9 @@ async def open_target(text: str) -> Target:
         return process_target(int(digits))
     workload = await open_workload(text)
     return workload_target(workload)
+
+
+open_target = synchronous(open_target_async)
 
 
 def workload_target(workload: Workload) -> Target:
