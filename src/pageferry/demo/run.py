@@ -39,7 +39,7 @@ async def demonstrate(setup: Setup, duration: float, listener: Listener, options
         await asyncio.sleep(duration)
         workload = await open_workload(setup.name)
         try:
-            moved = await api.migrate(workload, address, listener=listener, **options)
+            moved = await api.migrate_async(workload, address, listener=listener, **options)
         finally:
             workload.close()
         await _expect(source, "ledger")
