@@ -203,7 +203,7 @@ def test_tls_on_one_side_only_is_reported_on_both(victim: Program, tmp_path: Pat
         refused(tmp_path, moving.address_of(there), told)
         wait_until(lambda: told.there in said.read_text(), "the reason")
     with saying(tmp_path) as (there, said):
-        told = Case(27, "it does not use TLS; give --tls on both sides", "start it with `tls` DIR")
+        told = Case(27, "it does not use TLS; give --tls on both sides", "start it with --tls DIR")
         refused(tmp_path, moving.address_of(there), told, "--tls", str(source))
         wait_until(lambda: told.there in said.read_text(), "the reason")
     still_runs(victim)

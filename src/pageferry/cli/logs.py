@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
+from collections.abc import Container
 
 from pageferry.printable import PrintableFormatter
 
 
+def with_options(text: str, names: Container[str]) -> str:
+    """Replace `max_downtime` by --max-downtime: the library names parameters, the command line options. `names`:
+    arguments of the verb."""
+    return re.sub(r"`([a-z_]+)`", lambda name: _option(name[1]) if name[1] in names else name[0], text)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 class _Formatter(PrintableFormatter):
+    def __init__(self, names: Container[str]) -> None:
+        super().__init__()
+        self._names = names
+
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        message = with_options(super().format(record), self._names)
         if record.levelno <= logging.DEBUG:
             clock = time.strftime("%H:%M:%S", time.localtime(record.created))
             return f"{clock}.{int(record.msecs):03} {record.name}: {message}"
@@ -31,10 +47,11 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in t
         return sys.stderr
 
 
-def configure_logging(debug: bool) -> None:
-    """Log to stderr: pageferry from level INFO, other libraries from WARNING; with `debug`, all levels."""
+def configure_logging(debug: bool, names: Container[str] = ()) -> None:
+    """Log to stderr: pageferry from level INFO, other libraries from WARNING; with `debug`, all levels. `names`: as of
+    `with_options`."""
     handler = _Handler()
-    handler.setFormatter(_Formatter())
+    handler.setFormatter(_Formatter(names))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)

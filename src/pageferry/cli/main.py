@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import select
 import signal
 import sys
@@ -15,7 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pageferry._engine import end_on_truncation
-from pageferry.cli.logs import configure_logging
+from pageferry.cli.logs import configure_logging, with_options
 from pageferry.cli.parser import parse
 from pageferry.cli.signals import Interruption
 from pageferry.cli.sinks import open_sinks
@@ -46,7 +45,7 @@ def _run(words: list[str]) -> int:
         args = parse(words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
-    configure_logging(args.debug)
+    configure_logging(args.debug, vars(args))
     with Interruption() as interruption, ExitStack() as stack:
         log: EventLog | None = None
         try:
@@ -74,20 +73,11 @@ def _end_of(error: BaseException, args: argparse.Namespace, received: signal.Sig
         _print_error(str(error) or "interrupted")
         return 128 + received
     if isinstance(error, PageferryError):
-        _print_error(f"error: {_with_options(str(error), args)}")
+        _print_error(f"error: {with_options(str(error), vars(args))}")
         return error.exit_code
     hint = "" if args.debug else " (unexpected; --debug shows the traceback)"
     _print_error(f"error: {type(error).__name__}: {error}{hint}")
     return 1
-
-
-def _with_options(text: str, args: argparse.Namespace) -> str:
-    """Replace `max_downtime` by --max-downtime: the library names parameters, the command line options."""
-    return re.sub(r"`([a-z_]+)`", lambda name: _option(name[1]) if name[1] in vars(args) else name[0], text)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _print_error(text: str) -> None:
