@@ -1,17 +1,17 @@
-"""Moves, saves and shapes the memory of running workloads, from outside them.
+"""Migrate, save and optimise the memory of running workloads from outside.
 
 ::
 
-    arena = pageferry.Arena(1 << 30)                        # memory that numpy can use, and that can move
-    pageferry.migrate(arena, "127.0.0.1:7070")        # to a receiver, while it is in use
-    arena = pageferry.receive("127.0.0.1:7070")       # the receiver
-    pageferry.checkpoint(arena, "table.img")          # saved while it is in use
-    arena = pageferry.restore("table.img")                  # there at once; what is touched is read first
+    arena = pageferry.Arena(1 << 30)                  # buffer for numpy and others, which can be migrated
+    pageferry.migrate(arena, "127.0.0.1:7070")        # to a receiver, while the arena is in use
+    arena = pageferry.receive("127.0.0.1:7070")       # at the destination
+    pageferry.checkpoint(arena, "table.img")          # while the arena is in use
+    arena = pageferry.restore("table.img")            # returns at once; memory is loaded on demand
 
-Where nobody has said how a migration ended (`errors.OutcomeUnknown`), `recover` asks the receiver, and `take_back` lets
-the arena run here again. `large_pages` says which large pages of a process are hardly used, and reclaims from those;
-`sharing` finds equal pages, and shares them where it pays. What is raised is in `errors`. The command `pageferry` does
-the same for QEMU guests.
+After a migration whose outcome is unknown (`errors.OutcomeUnknown`), `recover` asks the receiver for it, and
+`take_back` resumes the arena at the source. `large_pages` estimates how much of each huge page of a process is used,
+and reclaims cold memory; `sharing` finds duplicate pages, and merges them where it pays off. `errors` defines the
+exceptions. The command `pageferry` provides the same operations for QEMU guests.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
-"""`python -m pageferry` is the command `pageferry`."""
+"""Run the command `pageferry` as `python -m pageferry`."""
 
 import sys
 
-if not sys.flags.safe_path:  # the current directory, which may belong to another user
+if not sys.flags.safe_path:  # the current directory, which another user may control
     del sys.path[0]
 
 from pageferry.cli.main import main

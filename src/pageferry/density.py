@@ -12,7 +12,7 @@ from pageferry.workloads.target import Target, open_target_async
 
 HOT = 64
 """Minimum number of base pages accessed in a window for which sharing does not split a huge page."""
-LOOKING = Options(sample=0.25, rounds=4, budget=None)
+SAMPLING = Options(sample=0.25, rounds=4, budget=None)
 """Samples every huge page: a quarter of them in each of four rounds."""
 
 
@@ -24,7 +24,7 @@ async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> 
     hot: set[tuple[int, int]] = set()
     for number, name in enumerate(names):
         with await open_target_async(name) as target:
-            result = await sample_async(target, LOOKING, listener=listener)
+            result = await sample_async(target, SAMPLING, listener=listener)
             hot.update((number, _start(target, one)) for one in result.samples if one.activity >= HOT)
     return hot
 

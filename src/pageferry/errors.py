@@ -1,70 +1,70 @@
-"""Errors of pageferry and the exit codes of the commands that end in them.
+"""Errors of pageferry, with the exit codes of commands that end with them.
 
 ::
 
     PageferryError (1)
     ├── UsageError (2)              a value or a combination of values is invalid; also a ValueError
-    │   └── WrongType (2)           a value is of the wrong type; also a TypeError
-    ├── UnsupportedError (3)        this kernel, user or QEMU cannot do what was asked
-    ├── WorkloadError (10)          a workload cannot be managed, or did not do what it was told
-    │   ├── NoSuchWorkload (11)     no workload of that name is registered here
-    │   ├── NameInUse (12)          a workload of that name is registered already
-    │   └── WorkloadDied (13)       the workload ended while it was being worked on
-    ├── CheckpointError (30)        a checkpoint was not written; the workload runs on
-    ├── ImageError (31)             an image cannot be used: damaged, unfinished, of another version, or not there
-    ├── RestoreError (32)           a workload could not be restored, or waits for contents that cannot be read
-    └── MigrationError (20)         the migration ended; the workload runs on at the source
-        ├── PeerRefused (21)        the peer answered, and said no
-        ├── ProtocolError (22)      the peer sent what the protocol does not allow
-        ├── ConnectionLost (23)     the link or the peer went away before commit
-        ├── NotConverging (24)      the workload dirties memory faster than the link takes it
-        ├── Cancelled (25)          somebody asked for the migration to stop
-        ├── OutcomeUnknown (26)     after commit without an answer: the source stays paused
-        ├── AuthenticationError (27) one side does not believe the other's certificate (--tls)
-        └── PostcopyPaused (28)     it runs at the destination, and waits there for pages that are still at the source
+    │   └── WrongType (2)           a value has the wrong type; also a TypeError
+    ├── UnsupportedError (3)        the kernel, the user's permissions or QEMU do not allow the operation
+    ├── WorkloadError (10)          a workload cannot be managed, or did not respond as required
+    │   ├── NoSuchWorkload (11)     no workload of this name is registered on this host
+    │   ├── NameInUse (12)          a workload of this name is already registered
+    │   └── WorkloadDied (13)       the workload ended during the operation
+    ├── CheckpointError (30)        no image was written; the workload keeps running
+    ├── ImageError (31)             an image is missing, damaged, incomplete or of an unsupported version
+    ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
+    └── MigrationError (20)         the migration failed; the workload keeps running at the source
+        ├── PeerRefused (21)        the peer rejected the request
+        ├── ProtocolError (22)      the peer violated the protocol
+        ├── ConnectionLost (23)     the connection was lost before the commit
+        ├── NotConverging (24)      the workload modifies memory faster than it can be sent
+        ├── Cancelled (25)          the caller or the peer cancelled the migration
+        ├── OutcomeUnknown (26)     no reply to the commit: the workload stays paused at the source
+        ├── AuthenticationError (27) a certificate or a user was not accepted
+        └── PostcopyPaused (28)     the workload runs at the destination and waits for pages of the source
 
-Every message says what happened, to what, and what to do about it. Where the outcome is unknown the class says so:
-only `OutcomeUnknown` leaves a workload that does not run.
+Each message states the operation, its object, the cause and a remedy. `OutcomeUnknown` is the only error that leaves a
+workload paused.
 
-The class says which part failed, not which operation: the caller's values, the host, the workload, the peer or the
-link, an image. So `migrate` raises MigrationError for what the peer and the link do, and WorkloadError for what the
-workload does; so do `checkpoint` and `restore`. `except PageferryError` catches all that an operation raises on
-purpose. Values are checked before anything happens: after UsageError nothing has changed.
+The class names the party that failed, not the operation: the caller's values, the host, the workload, the peer or the
+connection, an image. `migrate`, for example, raises MigrationError for failures of the peer and the connection, and
+WorkloadError for those of the workload; so do `checkpoint` and `restore`. `except PageferryError` catches all errors
+that an operation raises deliberately. Values are checked first: after UsageError, nothing has changed.
 """
 
 from pageferry.printable import printable
 
 
 class PageferryError(Exception):
-    """Base of all errors that pageferry raises on purpose."""
+    """Base of all errors that pageferry raises deliberately."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message, without characters that a terminal would interpret: a part of it may come from a peer."""
+        """Return the message with control characters escaped: a peer may have sent a part of it."""
         return printable(super().__str__())
 
 
 class UsageError(PageferryError, ValueError):
-    """An argument is invalid, alone or together with another one. Nothing has changed."""
+    """An argument is invalid, alone or in combination with others. Nothing has changed."""
 
     exit_code = 2
 
 
 class WrongType(UsageError, TypeError):
-    """An argument of the wrong type, or one that does not exist."""
+    """An argument has the wrong type, or is unknown."""
 
 
 class UnsupportedError(PageferryError):
-    """This kernel, user or QEMU cannot do what was asked; the message says what is missing."""
+    """The kernel, the user's permissions or QEMU do not allow the operation; the message states what is missing."""
 
     exit_code = 3
 
 
 class WorkloadError(PageferryError):
-    """A workload cannot be managed, or did not do what it was told.
+    """A workload cannot be managed, or did not respond as required.
 
-    `never_ran`: it was to be resumed on this host, and is known not to have run for an instant.
+    `never_ran`: the workload was about to be resumed on this host, and has certainly not run.
     """
 
     exit_code = 10
@@ -72,19 +72,19 @@ class WorkloadError(PageferryError):
 
 
 class NoSuchWorkload(WorkloadError, LookupError):
-    """No workload of that name is registered on this host."""
+    """No workload of this name is registered on this host."""
 
     exit_code = 11
 
 
 class NameInUse(WorkloadError):
-    """A living workload of that name is registered already."""
+    """A running workload of this name is already registered."""
 
     exit_code = 12
 
 
 class WorkloadDied(WorkloadError):
-    """The workload ended while it was being worked on."""
+    """The workload ended during the operation."""
 
     exit_code = 13
 
@@ -94,46 +94,46 @@ class WorkloadDied(WorkloadError):
 
 
 class MigrationError(PageferryError):
-    """A migration ended without moving the workload, which runs on at the source."""
+    """A migration failed. The workload keeps running at the source."""
 
     exit_code = 20
 
 
 class PeerRefused(MigrationError):
-    """The peer understood the request and said no; the message is the peer's reason."""
+    """The peer rejected the request; the message is the reason that it gave."""
 
     exit_code = 21
 
 
 class ProtocolError(MigrationError):
-    """The peer sent bytes or messages that the protocol does not allow here."""
+    """The peer sent bytes or messages that the protocol does not allow in this state."""
 
     exit_code = 22
 
 
 class ConnectionLost(MigrationError, ConnectionError):
-    """The link or the peer went away before commit."""
+    """The connection was lost, or the peer exited, before the commit."""
 
     exit_code = 23
 
 
 class NotConverging(MigrationError):
-    """Memory is dirtied faster than the link takes it, and no round brought the rest down."""
+    """The workload modifies memory faster than it can be sent, and rounds do not reduce the remaining pages."""
 
     exit_code = 24
 
 
 class Cancelled(MigrationError):
-    """The migration was cancelled before commit."""
+    """The migration was cancelled before the commit."""
 
     exit_code = 25
 
 
 class OutcomeUnknown(MigrationError):
-    """Commit was sent and no answer came: the source stays paused until the peer has been asked.
+    """No reply to the commit was received: the workload stays paused at the source until it is recovered.
 
-    `migration` and `peer` (HOST:PORT) say what to ask, and whom: `pageferry.recover` does. `hostname`: the name that
-    the peer's certificate must have, if it must have one.
+    `pageferry.recover` asks `peer` (HOST:PORT) for the outcome of `migration`. `hostname`: name to expect in the
+    certificate of the peer; empty without TLS.
     """
 
     exit_code = 26
@@ -146,34 +146,34 @@ class OutcomeUnknown(MigrationError):
 
 
 class AuthenticationError(MigrationError):
-    """One side does not accept the other's certificate, or what came is not from whom it should be."""
+    """A peer's certificate or user was not accepted, or a record was modified in transfer."""
 
     exit_code = 27
 
 
 class PostcopyPaused(MigrationError):
-    """The link went after a workload had begun to run at the destination, and before all of its pages were there.
+    """The connection of a post-copy migration was lost before all pages had been sent.
 
-    It waits there at the first page that is missing. Here it stays paused, with all its pages, until a recovery has
-    sent them.
+    The workload runs at the destination and waits at the first deferred page. The source keeps its pages, paused, until
+    a recovery has sent them.
     """
 
     exit_code = 28
 
 
 class CheckpointError(PageferryError):
-    """A checkpoint was not written. The workload runs on, and there is no half image."""
+    """A checkpoint failed. The workload keeps running, and no partial image is left."""
 
     exit_code = 30
 
 
 class ImageError(PageferryError):
-    """An image cannot be used: damaged, unfinished, of another version, or not there."""
+    """An image is missing, damaged, incomplete or of an unsupported version."""
 
     exit_code = 31
 
 
 class RestoreError(PageferryError):
-    """A workload could not be restored, or waits for contents that cannot be read."""
+    """A workload cannot be restored, or waits for contents that cannot be read."""
 
     exit_code = 32

@@ -1,7 +1,7 @@
-"""What commands tell: events on the way, and a result at the end, as records with a name.
+"""Events and results of operations, as typed records.
 
-Every package has its own, in a module `events`; docs/events.md lists them all. A field may be added at any time; when
-one is renamed, removed or takes another meaning, `SCHEMA` grows, so that what was written before is not misread.
+Each package defines its records in a module `events`; docs/events.md lists all of them. Fields can be added at any
+time. Renaming or removing a field, or changing its meaning, increments `SCHEMA`, so that old logs are not misread.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Self
 import msgspec
 
 SCHEMA = 1
-"""Version of all events together, as the first line of an event log names it."""
+"""Version of all events together, recorded in the first line of an event log."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", tag_field="type"):
-    """Base of events and results; `type` tells them apart."""
+    """Base of events and results; `type` is the kind of a record."""
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """How long something took each time it was done, as a histogram, microseconds."""
+    """Histogram of durations, microseconds."""
 
     bins: list[int]
-    """Number k: those that took less than 2^k us, and 2^(k-1) us or more (number 0: less than 1 us)."""
+    """Bin k counts durations from 2^(k-1) us up to, but not including, 2^k us; bin 0 those below 1 us."""
     p50_us: float
-    """Half took this long or less; as all percentiles the upper end of a bin, or the longest."""
+    """Median. Percentiles are upper ends of bins, or the maximum if that is less."""
     p90_us: float
     p99_us: float
     longest_us: float
 
     @classmethod
     def of(cls, bins: Sequence[int], longest_us: float) -> Self:
-        """From a histogram and the longest."""
+        """Return the latency of a histogram and its maximum."""
         filled = list(bins)
         while filled and not filled[-1]:
             filled.pop()
@@ -41,18 +41,18 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 def percentile(bins: Sequence[int], part: float, longest: float) -> float:
-    """The end of the bin within which `part` of all is reached; the longest where that is less; 0 of nothing."""
-    wanted, seen = part * sum(bins), 0
+    """Return the upper end of the bin that contains the percentile, at most the maximum; 0 if all bins are empty."""
+    rank, seen = part * sum(bins), 0
     for power, count in enumerate(bins):
         seen += count
-        if count and seen >= wanted:
+        if count and seen >= rank:
             return min(float(1 << power), longest)
     return 0.0
 
 
 Listener = Callable[[Event], object]
-"""Is called with each event, where the work is done (the event loop, mostly); must not block."""
+"""Callback for events, called where the operation runs (usually the event loop); must not block."""
 
 
 def ignore(_: Event) -> None:
-    """A listener for those who do not want to know."""
+    """Discard an event: the default listener."""

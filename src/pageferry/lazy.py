@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for: who needs a part does not wait for the rest."""
+"""Lazy import of the names of a package on first use, so that using one part does not load the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package. `homes`: the module that each name comes from, or is."""
+    """Return `__getattr__` and `__dir__` for a package. `homes`: module that defines, or is, each name."""
 
     def get(name: str) -> object:
         if name not in homes:

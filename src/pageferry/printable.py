@@ -1,9 +1,9 @@
-"""The filter for text that leaves the program: a terminal must not interpret what peers, guests and images contain.
+"""Filter for output: a terminal must not interpret text of peers, guests and images.
 
-Control characters (ESC and CSI begin terminal commands), invisible characters and those that change the direction of
-text are replaced by escapes such as `\\x1b`. Line feeds and tabs remain. In a message all lines but the first are
-indented, so that no part of a message looks like a message of pageferry. In JSON the same characters are written as
-`\\u009b`, which leaves the value as it is.
+Control characters (ESC and CSI start terminal commands), invisible characters and those that change the direction of
+text are replaced by escapes such as `\\x1b`. Line feeds and tabs remain. In a message, all lines but the first are
+indented, so that no part of it looks like a message of pageferry. In JSON, the same characters are written as
+`\\u009b`, which does not change the value.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with escapes for every character that a terminal could interpret or hide."""
+    """Return the text with escapes for all characters that a terminal could interpret or hide."""
     return _UNSAFE.sub(_escape, text)
 
 
 def message(text: str) -> str:
-    """The same for one message: lines after the first are indented by two blanks."""
+    """Return `printable` text of one message, with the lines after the first indented by two spaces."""
     return printable(text).replace("\n", "\n  ")
 
 
 def printable_json(line: bytes) -> bytes:
-    """A JSON document with escapes for the same characters; its values do not change."""
-    if line.isascii() and b"\x7f" not in line:  # the encoder has escaped C0
+    """Return a JSON document with escapes for the same characters. Its values do not change."""
+    if line.isascii() and b"\x7f" not in line:  # the encoder has escaped C0 already
         return line
     return _UNSAFE.sub(_escape_json, line.decode()).encode()
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats records of any library as messages."""
+    """Formatter that filters the messages of all libraries."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One filtered message."""
+        """Return the filtered message."""
         return message(super().format(record))
 
 

@@ -1,9 +1,9 @@
-"""Checks and parsers of values that callers give: one for each kind, for Python and the command line alike.
+"""Checks and parsers of argument values, shared by the Python API and the command line.
 
 A value is a number in the documented unit, or a text such as `30ms`, `10s`, `1.5G` or `5%`. Every check takes the name
-of the parameter for its message and raises `UsageError`; for a value of the wrong type the error is a `WrongType`,
-which is a `TypeError` too. Names of parameters are in backticks in messages of the package: the command line shows
-them as options (`pageferry.cli.main`).
+of the parameter for its message, and raises `UsageError`; for a value of the wrong type `WrongType`, which is also a
+`TypeError`. Messages put names of parameters in backticks; the command line replaces them by options
+(`pageferry.cli.main`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FRACTION = "a percentage or a number up to 1, such as 5% or 0.05"
 
 
 def parse_duration(text: str, unit: float = 1.0) -> float:
-    """Seconds from `30ms`, `10s`, `1m` or `2h`; `unit`: seconds that a number without a unit counts."""
+    """Parse `30ms`, `10s`, `1m` or `2h`; return seconds. `unit`: seconds per unit of a plain number."""
     match = re.fullmatch(_NUMBER + "(us|ms|s|min|m|h)?", text.strip(), re.ASCII)
     if match is None:
         raise UsageError(f"invalid duration {text!r}: expected {DURATION}")
@@ -43,7 +43,7 @@ def parse_duration(text: str, unit: float = 1.0) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `512`, `64K`, `1.5G` or `2MiB`: binary units, as QEMU takes them."""
+    """Parse `512`, `64K`, `1.5G` or `2MiB`, with binary units as in QEMU; return bytes."""
     match = re.fullmatch(_NUMBER + "([BKMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None or len(match[1]) > 20:
         raise UsageError(f"invalid size {text!r}: expected {SIZE}")
@@ -51,12 +51,12 @@ def parse_size(text: str) -> int:
 
 
 def parse_rate(text: str) -> int:
-    """Bytes per second: a size, with or without `/s`."""
+    """Parse a size with or without `/s`; return bytes per second."""
     return parse_size(text.strip().removesuffix("/s"))
 
 
 def parse_fraction(text: str) -> float:
-    """A part of 1 from `5%` or `0.05`."""
+    """Parse `5%` or `0.05`; return a fraction of 1."""
     match = re.fullmatch(_NUMBER + "(%?)", text.strip(), re.ASCII)
     if match is None:
         raise UsageError(f"invalid fraction {text!r}: expected {FRACTION}")
@@ -67,7 +67,7 @@ def parse_fraction(text: str) -> float:
 
 
 def duration(name: str, value: object, least: float, most: float, unit: float = 1.0) -> float:
-    """Seconds, from a number of units (seconds unless `unit` says otherwise) or a text such as `30ms`."""
+    """Check a duration: a number of units, or a text such as `30ms`. Return seconds. `unit`: seconds per unit."""
     seconds = _parsed(name, value, lambda text: parse_duration(text, unit))
     if seconds is None:
         seconds = number(name, value, least / unit, most / unit) * unit
@@ -77,17 +77,17 @@ def duration(name: str, value: object, least: float, most: float, unit: float = 
 
 
 def size(name: str, value: object, least: int, most: int) -> int:
-    """Bytes, from a number or a text such as `512M`."""
+    """Check a size: a number of bytes, or a text such as `512M`. Return bytes."""
     return _bytes(name, value, least, most, parse_size, "bytes")
 
 
 def rate(name: str, value: object, most: int = 1 << 50) -> int:
-    """Bytes per second, from a number or a text such as `100M` or `100M/s`; 0: no limit."""
+    """Check a rate: a number, or a text such as `100M` or `100M/s`. Return bytes per second; 0 is unlimited."""
     return _bytes(name, value, 0, most, parse_rate, "bytes per second")
 
 
 def fraction(name: str, value: object, most: float = 1.0) -> float:
-    """A part above 0, from a number or a text such as `5%`."""
+    """Check a fraction: a number above 0, or a text such as `5%`. Return a fraction of 1."""
     part = _parsed(name, value, parse_fraction)
     if part is None:
         part = number(name, value, 0.0, most)
@@ -97,7 +97,7 @@ def fraction(name: str, value: object, most: float = 1.0) -> float:
 
 
 def number(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> float:
-    """A real number in a range; NaN and booleans are refused."""
+    """Check a real number in a range. NaN, infinity and booleans are invalid."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a number")
     try:
@@ -110,7 +110,7 @@ def number(name: str, value: object, least: float = -math.inf, most: float = mat
 
 
 def count(name: str, value: object, least: int, most: int) -> int:
-    """An integer in a range; booleans are refused."""
+    """Check an integer in a range. Booleans are invalid."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected an integer")
     integer = operator.index(value)
@@ -123,14 +123,14 @@ def count(name: str, value: object, least: int, most: int) -> int:
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False, and nothing that only counts as one of them."""
+    """Check a boolean. Other values with a truth value are invalid."""
     if not isinstance(value, bool):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected True or False")
     return value
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> str:
-    """One of some words."""
+    """Check one of several words."""
     if not isinstance(value, str):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected one of {', '.join(choices)}")
     if value not in choices:
@@ -141,23 +141,23 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
 
 
 def text(name: str, value: object) -> str:
-    """A text that is not empty, without NUL characters."""
+    """Check a text: not empty, without NUL characters."""
     if not isinstance(value, str):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a text")
     if not value or "\0" in value:
-        raise UsageError(f"invalid `{name}` {value!r}: it is empty, or has a NUL character")
+        raise UsageError(f"invalid `{name}` {value!r}: expected a text that is not empty and has no NUL character")
     return value
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """Several texts; a single one in their place is refused, for it would be taken for its characters."""
+    """Check several texts. A single text is invalid: it would be taken as a sequence of characters."""
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected several texts")
     return tuple(text(name, one) for one in value)
 
 
 def path(name: str, value: object) -> Path:
-    """A path, from a text or a path."""
+    """Check a path, given as a text or a path."""
     if not isinstance(value, str | os.PathLike):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path")
     plain = os.fspath(value)
@@ -167,14 +167,14 @@ def path(name: str, value: object) -> Path:
 
 
 def function(name: str, value: T) -> T:
-    """Anything that can be called."""
+    """Check a callable."""
     if not callable(value):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a function")
     return value
 
 
 def instance(name: str, value: object, *kinds: type[T]) -> T:
-    """An object of one of some classes."""
+    """Check an instance of one of several classes."""
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected {expected}")
@@ -182,12 +182,12 @@ def instance(name: str, value: object, *kinds: type[T]) -> T:
 
 
 def optional(check: Callable[..., T], name: str, value: object, *arguments: Any) -> T | None:
-    """None, or what `check` makes of the value."""
+    """Apply `check` to the value unless it is None."""
     return None if value is None else check(name, value, *arguments)
 
 
 def options(kind: type[T], given: Mapping[str, Any]) -> T:
-    """A dataclass of options from keyword arguments. Raises WrongType for one that it does not have."""
+    """Return a dataclass of options from keyword arguments. Raises WrongType if one is unknown."""
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
     for name in given:
         if name not in known:
@@ -196,7 +196,7 @@ def options(kind: type[T], given: Mapping[str, Any]) -> T:
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
-    """`; did you mean 'x'?` for a known word that is like this one, or nothing."""
+    """Return `; did you mean 'x'?` with a similar known word, or an empty text."""
     close = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -204,7 +204,7 @@ def suggestion(word: str, known: Collection[str]) -> str:
 def _bytes(name: str, value: object, least: int, most: int, parse: Callable[[str], int], unit: str) -> int:
     found = _parsed(name, value, parse)
     if found is None:
-        if isinstance(value, float) and value.is_integer():  # 1e9 is a number of bytes
+        if isinstance(value, float) and value.is_integer():  # such as 1e9
             value = int(value)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise WrongType(f"invalid `{name}` {_shown(value)}: expected a whole number of {unit}, or {SIZE}")
@@ -215,7 +215,7 @@ def _bytes(name: str, value: object, least: int, most: int, parse: Callable[[str
 
 
 def _parsed(name: str, value: object, parse: Callable[[str], T]) -> T | None:
-    """What a text stands for; None where the value is not a text."""
+    """Parse the value if it is a text; otherwise return None."""
     if not isinstance(value, str):
         return None
     try:
@@ -225,7 +225,7 @@ def _parsed(name: str, value: object, parse: Callable[[str], T]) -> T | None:
 
 
 def _shown(value: object) -> str:
-    """The value for a message, short whatever it is."""
+    """Return a short form of the value for a message."""
     try:
         shown = repr(value)
     except Exception:

@@ -259,4 +259,4 @@ def test_errors_in_python_name_no_options(tmp_path: Path) -> None:
 def test_error_classes_distinguish_failures() -> None:
     assert not issubclass(WorkloadError, MigrationError)
     assert issubclass(WorkloadError, PageferryError)
-    assert "which part failed, not which operation" in (pageferry.errors.__doc__ or "")
+    assert "the party that failed, not the operation" in (pageferry.errors.__doc__ or "")

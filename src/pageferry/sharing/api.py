@@ -122,7 +122,7 @@ async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterato
     """Open the targets, exclusively if they are named and `work` is given."""
     names = values.texts("names", names)
     if len(set(names)) != len(names) or not names:
-        raise UsageError("invalid `names`: expected at least one workload, and each only once")
+        raise UsageError("invalid workload names: expected at least one workload, and each only once")
     async with AsyncExitStack() as stack:
         targets = []
         for name in names:
@@ -131,5 +131,5 @@ async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterato
                 stack.enter_context(Registry().folder(name).exclusively(work))
         pids = [pid for target in targets for pid in target.pids]
         if len(set(pids)) != len(pids):
-            raise UsageError("invalid `names`: two of them refer to the same process")
+            raise UsageError("invalid workload names: two of them refer to the same process")
         yield targets
