@@ -90,11 +90,11 @@ def test_budget_bounds_the_transfer_at_any_dirty_rate() -> None:
 
 def test_stall_is_predicted_during_the_first_round() -> None:
     policy = Convergence(max_downtime=0.1, max_rounds=30, budget=1.8)
-    assert not policy.is_hopeless(100 * MIB, 50 * MIB, 0.5, 40 * MIB)
-    assert policy.is_hopeless(100 * MIB, 50 * MIB, 0.5, 41 * MIB)
+    assert not policy.will_stall(100 * MIB, 50 * MIB, 0.5, 40 * MIB)
+    assert policy.will_stall(100 * MIB, 50 * MIB, 0.5, 41 * MIB)
     # The remaining pages fit the downtime at the current bandwidth.
-    assert not policy.is_hopeless(100 * MIB, 50 * MIB, 0.1, 41 * MIB)
-    assert not Convergence(max_downtime=0.1, max_rounds=30).is_hopeless(100 * MIB, 90 * MIB, 0.9, 90 * MIB)
+    assert not policy.will_stall(100 * MIB, 50 * MIB, 0.1, 41 * MIB)
+    assert not Convergence(max_downtime=0.1, max_rounds=30).will_stall(100 * MIB, 90 * MIB, 0.9, 90 * MIB)
 
 
 @pytest.mark.parametrize("max_downtime", [0.0, 0.3, 10.0])

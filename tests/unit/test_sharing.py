@@ -44,8 +44,13 @@ def unit(number: int, *, large: bool = True, zero: int = 0, inside: int = 0, ano
 def test_threshold_falls_with_free_memory() -> None:
     found = [policy.threshold(percent / 100) for percent in range(101)]
     assert found == sorted(found)
-    assert (found[0], found[10], found[50], found[100]) == (policy.LEAST, policy.LEAST, policy.MOST, policy.MOST)
-    assert policy.LEAST < found[30] < policy.MOST
+    assert (found[0], found[10], found[50], found[100]) == (
+        policy.MIN_THRESHOLD,
+        policy.MIN_THRESHOLD,
+        policy.MAX_THRESHOLD,
+        policy.MAX_THRESHOLD,
+    )
+    assert policy.MIN_THRESHOLD < found[30] < policy.MAX_THRESHOLD
 
 
 def test_pace_has_hysteresis() -> None:
@@ -67,7 +72,7 @@ def test_best_large_pages_are_chosen_except_hot_ones() -> None:
 
 
 def test_small_pages_are_chosen_without_splitting() -> None:
-    units = [unit(0, large=False, inside=policy.LEAST_SMALL), unit(1, large=False, inside=1), unit(2, inside=200)]
+    units = [unit(0, large=False, inside=policy.MIN_SHAREABLE), unit(1, large=False, inside=1), unit(2, inside=200)]
     assert [one.number for one in policy.choose(units, 256)] == [0]
 
 

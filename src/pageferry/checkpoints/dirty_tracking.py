@@ -70,7 +70,7 @@ class Tracking:
         self.note, self.means = why, "none" if self.parent is None else "compare"
         self._hold = None
         self.leaves = self.leaves and not self.direct_io  # it would need rounds again
-        self._let_go()
+        self._close()
         persistent_trace.forget(self.workload)
 
     def descriptors(self) -> Descriptors:
@@ -90,14 +90,14 @@ class Tracking:
     def finish(self, image: tuple[str, str] | None) -> bool:
         """Leave the trace for a child of the image (id, digest), or remove it if there is none. Return whether one is
         left."""
-        self._let_go()
+        self._close()
         if image is not None and self.leaves:
             fault_point("checkpoint.trace-left")
             return persistent_trace.leave(self.workload, self.memory.segments, image)
         persistent_trace.forget(self.workload)
         return False
 
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         for descriptor in self._ours.values():
             os.close(descriptor)
         self._ours = {}

@@ -147,7 +147,7 @@ class Save:
             if self.tracking is not None:
                 tracking, self.tracking = self.tracking, None
                 await asyncio.shield(in_thread(tracking.finish, None))
-            await asyncio.shield(self._let_go())
+            await asyncio.shield(self._release_pager())
             self.__dict__.pop("saver", None)  # unmaps memory now: an exception may keep a reference to this object
             self.__dict__.pop("memory", None)
 
@@ -180,13 +180,13 @@ class Save:
             await self._native(lambda: tracking.lost(why))
             if self.hold is not None:
                 # By now, most of the deferred memory has been loaded.
-                await self._let_go()
+                await self._release_pager()
                 await wait_complete(self.workload, traces=False)
             os.ftruncate(file, 0)
             os.lseek(file, 0, os.SEEK_SET)
             return await self._save_once(file)
 
-    async def _let_go(self) -> None:
+    async def _release_pager(self) -> None:
         """Release the pager, which removes the trace installed with its userfaultfd."""
         if self.hold is not None:
             hold, self.hold = self.hold, None
@@ -200,7 +200,7 @@ class Save:
                 self.means, self.note = self.tracking.means, self.tracking.note
             return finished
         finally:
-            await asyncio.shield(self._give_back())
+            await asyncio.shield(self._restore_state())
 
     async def _lazily(self, file: int) -> tuple[int, int, int, int]:
         """Protect the memory, pause at the snapshot point, and save while the workload runs."""
@@ -209,7 +209,7 @@ class Save:
         try:
             await self._prepare()
             await self._check_mappers()
-            self._tell_armed()
+            self._report_armed()
             with self.times.measure("downtime"):
                 await self._pause()
                 state = await self._save_state()
@@ -234,7 +234,7 @@ class Save:
             self.saver = await self._native(lambda: self._open_saver(file, self._traced_segments()))
             try:
                 await self._native(self.saver.prepare)
-                self._tell_armed()
+                self._report_armed()
                 self.times.phase("save")
                 with self.times.measure("save"):
                     self.saver.begin()
@@ -280,11 +280,11 @@ class Save:
         if hold is None:
             await self._native(lambda: saver.prepare(drain=drain))
             return
-        telling = asyncio.create_task(self._keep_telling())
+        reporting = asyncio.create_task(self._report_regularly())
         try:
-            await self._native(lambda: saver.prepare(_telling(hold), drain), cancel=hold.cancel)
+            await self._native(lambda: saver.prepare(_loader(hold), drain), cancel=hold.cancel)
         finally:
-            telling.cancel()
+            reporting.cancel()
 
     async def _drain(self) -> None:
         """Complete direct I/O that may be older than the trace just installed or collected, before memory is read."""
@@ -315,10 +315,10 @@ class Save:
         if not isinstance(self.workload, ProcessWorkload):
             await self.workload.check_mappers()
 
-    async def _keep_telling(self) -> None:
+    async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL)
-            self._tell_progress()
+            self._report_progress()
 
     # -- the pause
 
@@ -343,7 +343,7 @@ class Save:
             await self.workload.resume()
             self.paused = False
 
-    async def _give_back(self) -> None:
+    async def _restore_state(self) -> None:
         """Restore the previous state: the workload runs, on PMD mappings."""
         self.times.phase("publish")
         if self.paused:
@@ -359,7 +359,7 @@ class Save:
         """Save all pages, then the sections and the index."""
         self.saver.sweep()
         while not await self._native(lambda: self.saver.wait(PROGRESS_INTERVAL)):
-            self._tell_progress()
+            self._report_progress()
         self.memory.check_files()
         fault_point("checkpoint.saved")
         sections = [
@@ -406,7 +406,7 @@ class Save:
 
     # -- events
 
-    def _tell_armed(self) -> None:
+    def _report_armed(self) -> None:
         fault_point("checkpoint.armed")
         self.listener(
             events.ArmedEvent(
@@ -417,7 +417,7 @@ class Save:
             )
         )
 
-    def _tell_progress(self) -> None:
+    def _report_progress(self) -> None:
         stats = self.saver.stats
         total = self.present // SMALL_PAGE
         self.listener(
@@ -474,14 +474,14 @@ class Save:
         )
 
 
-def _telling(hold: AcquiredPager) -> Callable[[int, int, int], None]:
+def _loader(hold: AcquiredPager) -> Callable[[int, int, int], None]:
     """Return a function that loads pages, with a fault point."""
 
-    def bring(region: int, first: int, count: int) -> None:
+    def load(region: int, first: int, count: int) -> None:
         hold.ensure(region, first, count)
         fault_point("checkpoint.part-brought")
 
-    return bring
+    return load
 
 
 def _bits(units: list[bool]) -> bytes:

@@ -247,10 +247,10 @@ async def _run(destination: Destination) -> Workload:
     try:
         return await destination.run()
     except BaseException as error:
-        if destination.promised and not destination.settled.is_set():
+        if destination.prepared and not destination.acknowledged.is_set():
             log.warning("the source may not know the outcome: waiting for it to recover (Ctrl-C ends the wait)")
             _heed_cancellation()
-            await destination.settled.wait()
+            await destination.acknowledged.wait()
         if isinstance(error, ConnectionLost | PeerRefused | ProtocolError):
             raise type(error)(
                 f"{error}. The workload remains at its source; this host has discarded its memory"

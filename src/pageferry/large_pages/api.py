@@ -108,7 +108,7 @@ async def sample_async(
     tracker = Tracker(target)
     candidates = tracker.large_pages()
     begin = time.monotonic()
-    seen, rounds, limited_by = await _look(tracker, candidates, options, listener)
+    seen, rounds, limited_by = await _run_rounds(tracker, candidates, options, listener)
     elapsed = time.monotonic() - begin
     decisions = _decide(seen, policy, sharing or {})
     broken, reclaimed, store = 0, 0, None
@@ -140,7 +140,7 @@ async def sample_async(
 sample = synchronous(sample_async)
 
 
-async def _look(
+async def _run_rounds(
     tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
 ) -> tuple[list[Activity], int, Limit | None]:
     """Run the rounds. Return the activities, the number of rounds, and what has limited their size."""

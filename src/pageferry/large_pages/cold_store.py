@@ -59,7 +59,7 @@ FIRST_BATCH = 4
 """Huge pages evicted in the first pause; later batches are sized to fit `PAUSE`."""
 COPIED_AT_A_TIME = 32
 """Huge pages copied per engine call, between which a cancellation takes effect."""
-MOST_IMAGES = 64
+MAX_IMAGES = 64
 """Maximum number of images in the chain of a store."""
 
 _SYS_MADVISE = 28
@@ -168,7 +168,7 @@ async def to_store(target: Target, idle: Sequence[Activity], place: Path | None,
             done.path, done.length = str(image.path), image.image.length
             done.equal = image.image.count(0, image.pages)[3]
             fault_point("reclaim.stored")
-            await _let_go(target, workload, folder, memory, plan, trace, image, record, done)
+            await _evict(target, workload, folder, memory, plan, trace, image, record, done)
             fault_point("reclaim.handed-over")
         finally:
             await in_thread(trace.remove)
@@ -298,9 +298,9 @@ async def _write(
 ) -> ImageFile:
     """Copy the cold pages to an image, which is complete and synced on return."""
     parent = targets.open_expected(record.image, record.identity, folder.name) if record is not None else None
-    if parent is not None and len(parent.links) >= MOST_IMAGES:
+    if parent is not None and len(parent.links) >= MAX_IMAGES:
         raise WorkloadError(
-            f"cannot move more memory of {folder.name} to a store: it has {MOST_IMAGES} images; reload them with "
+            f"cannot move more memory of {folder.name} to a store: it has {MAX_IMAGES} images; reload them with "
             "`undo` first"
         )
     earlier = parent.path.parent if parent is not None else folder.path
@@ -340,7 +340,7 @@ async def _write(
 # -- evicting
 
 
-async def _let_go(
+async def _evict(
     target: Target,
     workload: Workload,
     folder: Folder,

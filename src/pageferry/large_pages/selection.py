@@ -14,7 +14,7 @@ FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
 """Assumed CPU time per sampled page (split, read, restore) before the first measurement, seconds."""
 Limit = Literal["budget", "mappings"]
 
-MOST = 8192
+MAX_PAGES = 8192
 """Maximum number of pages per round. Each is a separate mapping during the window, and a process can have 65,530."""
 
 
@@ -42,23 +42,23 @@ class Sampling:
         self._random.shuffle(left)
         wanted = min(math.ceil(self._fraction * len(candidates)), len(left))
         affordable = self._affordable(left[0], seconds)
-        if affordable < min(wanted, MOST):
+        if affordable < min(wanted, MAX_PAGES):
             self.limited_by = "budget"
-        elif wanted > MOST:
+        elif wanted > MAX_PAGES:
             self.limited_by = self.limited_by or "mappings"
-        count = min(wanted, affordable, MOST)
+        count = min(wanted, affordable, MAX_PAGES)
         return self._apart(left, count)
 
     def account(self, pages: Iterable[LargePage], cpu: float) -> None:
         """Record that a round over these pages took `cpu` seconds of CPU time."""
-        looked_at = list(pages)
-        self._seen.update(looked_at)
-        cost = cpu / max(len(looked_at), 1)
+        sampled = list(pages)
+        self._seen.update(sampled)
+        cost = cpu / max(len(sampled), 1)
         self._cost = cost if self._cost is None else (self._cost + cost) / 2
 
     def _affordable(self, page: LargePage, seconds: float) -> int:
         if self._budget is None:
-            return MOST
+            return MAX_PAGES
         cost = FIRST_GUESS[page.area.kind] if self._cost is None else self._cost
         return max(1, int(self._budget * seconds / max(cost, 1e-6)))
 

@@ -73,7 +73,7 @@ class Convergence:
             return Decision.STALLED
         return Decision.CONTINUE
 
-    def is_hopeless(self, total: int, covered: int, seconds: float, again: int) -> bool:
+    def will_stall(self, total: int, covered: int, seconds: float, again: int) -> bool:
         """Return whether the first round, of `total` bytes, is certain to end in a stall. `again`: how many of the
         `covered` bytes have been modified since they were sent; this number only grows."""
         left_in_time = again * seconds <= self.max_downtime * covered

@@ -16,16 +16,16 @@ from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration.engine_call import off_loop
 from pageferry.workloads.deferred_access import AcquiredPager
 
-FIRST = (16 << 20) // SMALL_PAGE
+FIRST_PART = (16 << 20) // SMALL_PAGE
 """Pages of the first part; each further part has twice as many as the part before."""
-MOST = 16
-"""Divisor that limits the parts: none is larger than all pages divided by this."""
+MIN_PARTS = 16
+"""Minimum number of parts that limits their size: none is larger than all pages divided by this."""
 
 Part = tuple[int, int, int]
 """(region number, first page, number of pages)"""
 
 
-async def send_as_it_comes(
+async def send_deferred(
     hold: AcquiredPager, sender: BlockSender, mappings: Sequence[Mapping], pages: Sequence[PageSet], number: int
 ) -> None:
     """Send these pages, one set per region, as round `number`, and load deferred pages ahead of sending them.
@@ -33,19 +33,19 @@ async def send_as_it_comes(
     Raises the errors of `BlockSender.send`, and RestoreError or ImageError if contents cannot be loaded.
     """
     none = [PageSet(region.pages) for region in pages]
-    bringing: asyncio.Task[None] | None = None
+    loading: asyncio.Task[None] | None = None
     found = [part for part in parts([region.pages for region in pages]) if _of(pages, part)]
     try:
         for part, following in zip(found, [*found[1:], None], strict=True):
-            await (bringing or _bring(hold, part))
-            bringing = asyncio.create_task(_bring(hold, following)) if following is not None else None
+            await (loading or _load(hold, part))
+            loading = asyncio.create_task(_load(hold, following)) if following is not None else None
             sets = [*none[: part[0]], _of(pages, part), *none[part[0] + 1 :]]
             await off_loop(partial(sender.send, mappings, sets, number, barrier=False), cancel=sender.cancel)
             fault_point("source.part-sent")
     finally:
-        if bringing is not None:
-            bringing.cancel()
-            await asyncio.gather(bringing, return_exceptions=True)
+        if loading is not None:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
     await off_loop(partial(sender.send, mappings, none, number), cancel=sender.cancel)
 
 
@@ -59,7 +59,7 @@ def part_of(region: PageSet, first: int, count: int) -> PageSet:
 
 def parts(regions: Sequence[int]) -> Iterator[Part]:
     """Cut regions, given by their number of pages, into parts."""
-    size, most = FIRST, max(FIRST, sum(regions) // MOST)
+    size, most = FIRST_PART, max(FIRST_PART, sum(regions) // MIN_PARTS)
     for region, pages in enumerate(regions):
         first = 0
         while first < pages:
@@ -69,10 +69,10 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
             size = min(size * 2, most)
 
 
-async def bring_rest(hold: AcquiredPager, regions: Sequence[int]) -> None:
+async def load_all(hold: AcquiredPager, regions: Sequence[int]) -> None:
     """Load all pages of regions, given by their number of pages: post-copy needs them present."""
     for part in parts(regions):
-        await _bring(hold, part)
+        await _load(hold, part)
 
 
 def _of(pages: Sequence[PageSet], part: Part) -> PageSet:
@@ -81,5 +81,5 @@ def _of(pages: Sequence[PageSet], part: Part) -> PageSet:
     return part_of(pages[region], first, count)
 
 
-async def _bring(hold: AcquiredPager, part: Part) -> None:
+async def _load(hold: AcquiredPager, part: Part) -> None:
     await off_loop(partial(hold.ensure, *part), cancel=hold.cancel)

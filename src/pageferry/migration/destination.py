@@ -87,15 +87,15 @@ class Destination:
         self.ended = ended
         self.accepted = False
         """Whether a source was accepted. From then on, the workload that `prepare` has made is discarded on failure."""
-        self.attendant = RecoveryServer(reception, verdicts)
+        self.recovery = RecoveryServer(reception, verdicts)
         self.times = Stopwatch()
         self.state = bytearray()
         self.digest = blake2b(digest_size=32)
-        self.promised = False
+        self.prepared = False
         """Whether Ready was sent: the source may commit at any time, and may send Recover later."""
         self.stays_paused = False
         """Whether the workload is left paused, because its user had paused it."""
-        self.late: PostcopyMemory | None = None
+        self.postcopy: PostcopyMemory | None = None
         """Pager of the missing pages, in post-copy."""
         self._preparing: asyncio.Task[None] | None = None
 
@@ -109,7 +109,7 @@ class Destination:
         self.times = Stopwatch("setup")
         self.accepted = True
         self.migration = hello.migration
-        self.attendant.begin(hello.migration)
+        self.recovery.begin(hello.migration)
         try:
             async with self._while_it_lives():
                 await self._receive(hello)
@@ -133,18 +133,18 @@ class Destination:
     async def finish(self) -> None:
         """Send the report, then wait until the source knows that the workload runs here, or will not ask for it."""
         await self.report()
-        await self.attendant.until_settled(self.timeout)
+        await self.recovery.wait_acknowledged(self.timeout)
 
     def close(self) -> None:
         """Stop serving connections, and stop the pager."""
-        self.attendant.close()
-        if self.late is not None:
-            self.late.close()
+        self.recovery.close()
+        if self.postcopy is not None:
+            self.postcopy.close()
 
     @property
-    def settled(self) -> asyncio.Event:
+    def acknowledged(self) -> asyncio.Event:
         """Set once the source knows what became of the migration."""
-        return self.attendant.settled
+        return self.recovery.acknowledged
 
     @contextlib.asynccontextmanager
     async def _while_it_lives(self) -> AsyncIterator[None]:
@@ -179,7 +179,7 @@ class Destination:
                         channel.limit = messages.MAX_MESSAGE
                         return channel, hello
                     case _:
-                        self.attendant.attend_aside(channel, first)
+                        self.recovery.attend_aside(channel, first)
                         continue
             except (PageferryError, OSError) as error:
                 log.warning("a source was refused: %s", error)
@@ -215,11 +215,11 @@ class Destination:
             self.missing = MissingPages([region.length // SMALL_PAGE for region in hello.regions])
             self.times.phase("copy")
             while await self._step():
-                if self.missing.complete and self.late is None:
-                    await self._await_late_pages(hello, streams[count:])
+                if self.missing.complete and self.postcopy is None:
+                    await self._start_postcopy(hello, streams[count:])
         await self._make_ready(hello)
 
-    async def _await_late_pages(self, hello: messages.Hello, late: list[PageStream]) -> None:
+    async def _start_postcopy(self, hello: messages.Hello, late: list[PageStream]) -> None:
         """Start the pager (post-copy): from here on, accesses to missing pages wait until these are received."""
         if not late:
             raise ProtocolError("the source announced pre-copy but withholds pages")
@@ -232,10 +232,10 @@ class Destination:
             large=[messages.pack_units(units) for units in self.large],
             userfaults={},
         )
-        self.late = PostcopyMemory(
+        self.postcopy = PostcopyMemory(
             record, self.memory.regions, self.folder(), self.verdicts, self.timeout, self.listener
         )
-        await self.channel.during(self.late.begin(self.missing.sets, late, self.channel))
+        await self.channel.during(self.postcopy.begin(self.missing.sets, late, self.channel))
         fault_point("destination.pager-begun")
 
     async def _streams(self, count: int) -> list[PageStream]:
@@ -324,7 +324,7 @@ class Destination:
     def _verify_state(self, end: messages.StateEnd) -> None:
         if end.length != len(self.state) or end.digest != self.digest.digest():
             raise ProtocolError("the state of the workload was corrupted in transfer")
-        if self.placer.missing and self.late is None:
+        if self.placer.missing and self.postcopy is None:
             raise ProtocolError(f"the source has not sent {self.placer.missing} pages")
 
     async def _make_ready(self, hello: messages.Hello) -> None:
@@ -339,7 +339,7 @@ class Destination:
             load=self.times.seconds("load"), populate=self.times.seconds("populate"), populated=self._populated()
         )
         fault_point("destination.loaded")
-        self.promised = True
+        self.prepared = True
         await self.channel.send(ready)
         fault_point("destination.promised")
 
@@ -350,9 +350,9 @@ class Destination:
 
     async def _populate(self, mode: messages.Populate) -> None:
         placer = self.placer
-        if self.late is not None:
+        if self.postcopy is not None:
             if mode != "none":
-                await self.late.populate()
+                await self.postcopy.populate()
                 await self._prefault(self._whole_units())
             return
         for region, units in self.hot.items():
@@ -380,7 +380,7 @@ class Destination:
         except (PageferryError, OSError) as error:
             log.warning("second-stage page-table entries are created on first access: %s", error)
 
-    async def _populate_rest(self) -> None:
+    async def _populate_cold(self) -> None:
         """Populate the huge pages other than those in `hot`, while the workload runs (S1)."""
         placer = self.placer
         for region, hot in self.hot.items():
@@ -404,7 +404,7 @@ class Destination:
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the migration was aborted in reply to a recovery request of the source")
         # Resuming may access a missing page after the link is lost, so a reconnecting source is served from here on.
-        self.attendant.arrivals = self.late
+        self.recovery.arrivals = self.postcopy
         fault_point("destination.decided")
         with self.times.measure("resume"):
             await self._resume()
@@ -419,7 +419,7 @@ class Destination:
             await self.workload.resume()
         except WorkloadError as failed:
             if failed.never_ran:
-                self.attendant.arrivals = None
+                self.recovery.arrivals = None
                 self.verdicts.withdraw(self.migration)
             raise
 
@@ -429,11 +429,11 @@ class Destination:
         In post-copy, fetch the missing pages first, over any number of links.
         """
         try:
-            if self.late is not None:
-                self.channel = await self.late.all_here()
-                await self.channel.send(self.late.arrived())
+            if self.postcopy is not None:
+                self.channel = await self.postcopy.wait_complete()
+                await self.channel.send(self.postcopy.arrived())
             else:
-                await self._populate_rest()
+                await self._populate_cold()
                 await asyncio.sleep(WATCH_FAULTS)
             faults = self._faults_by_now()
             large = await off_loop(self.memory.large_units)
@@ -449,7 +449,7 @@ class Destination:
                 )
             )
             await self.channel.receive(messages.Done)
-            self._settle()
+            self._acknowledge()
         except WorkloadDied:
             raise
         except PageferryError as error:
@@ -462,7 +462,7 @@ class Destination:
         try:
             return self.workload.faults()
         except WorkloadDied:
-            if self.late is None:
+            if self.postcopy is None:
                 raise
             return self.faults  # all pages were received: the workload may have moved on, or exited
 
@@ -474,25 +474,25 @@ class Destination:
             if self.verdicts.decide(self.migration, Verdict.ABORTED) is Verdict.COMMITTED:
                 return  # the workload is ours; the failure does not change that
             await self.channel.abort(_reason(error))
-            if isinstance(error, PeerRefused) or not self.promised:
-                self._settle()
+            if isinstance(error, PeerRefused) or not self.prepared:
+                self._acknowledge()
             elif not isinstance(error, ConnectionLost):
                 # Reported, but not confirmed: the records are kept, so that any later receiver can report it again.
-                self.settled.set()
+                self.acknowledged.set()
             if self._preparing is not None:
                 self._preparing.cancel()
                 await asyncio.gather(self._preparing, return_exceptions=True)
-            if self.late is not None:
-                await self.late.abandon()
+            if self.postcopy is not None:
+                await self.postcopy.abandon()
             with contextlib.suppress(PageferryError):
                 await self.workload.discard()
         finally:
             await self.channel.close()
 
-    def _settle(self) -> None:
+    def _acknowledge(self) -> None:
         """Delete the records: the source knows the outcome and will not ask."""
         self.verdicts.forget(self.migration)
-        self.settled.set()
+        self.acknowledged.set()
 
 
 def _describe(regions: list[tuple[str, int]]) -> str:

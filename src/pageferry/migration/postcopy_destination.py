@@ -43,15 +43,15 @@ from pageferry.pager.server import PagerServer
 
 log = getLogger(__name__)
 
-LOOK = 0.05
+POLL_INTERVAL = 0.05
 """Interval of checks of the link and the workload, seconds."""
-TELL = 0.5
+EVENT_INTERVAL = 0.5
 """Interval of events, seconds."""
 _SYS_CLOSE = 3
 
 
 class PostcopyMemory:
-    """Fetches the missing pages of one workload. Start it with `begin`, or with `relink` for a workload that runs
+    """Fetches the missing pages of one workload. Start it with `begin`, or with `reconnect` for a workload that runs
     already."""
 
     def __init__(
@@ -155,7 +155,7 @@ class PostcopyMemory:
 
     # -- further links
 
-    async def relink(self, channel: Channel, reception: Reception) -> None:
+    async def reconnect(self, channel: Channel, reception: Reception) -> None:
         """Continue with new connections of the source, regardless of the state of the old ones. Raises
         MigrationError."""
         serve = await channel.receive(messages.Serve)
@@ -188,7 +188,7 @@ class PostcopyMemory:
 
     # -- until all pages are present
 
-    async def all_here(self) -> Channel:
+    async def wait_complete(self) -> Channel:
         """Wait until every page is present, over any number of links; return the channel of the last one.
 
         Raises WorkloadDied if the workload has exited.
@@ -204,7 +204,7 @@ class PostcopyMemory:
                 self._linked.clear()
                 if self._server is not None:
                     self._server.paused = f"the link to the source is gone ({why})"
-                self._tell("postcopy-paused")
+                self._report_progress("postcopy-paused")
                 log.warning(
                     "%s: waiting for memory from its source: connection lost (%s); at the source, run pageferry "
                     "migrate %s --recover",
@@ -216,28 +216,28 @@ class PostcopyMemory:
     async def _link(self) -> None:
         """Wait until there is a link."""
         while not self._linked.is_set():
-            self._look_at_workload()
+            self._check_workload()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TELL):
+                async with asyncio.timeout(EVENT_INTERVAL):
                     await self._linked.wait()
 
     async def _finished_or_lost(self, channel: Channel) -> str | None:
         """Return None once all pages are present, else why the link was lost."""
         assert self.pager is not None
-        pager, told = self.pager, 0.0
-        while not await off_loop(lambda: pager.wait(LOOK, len(pager.failures))):
-            self._look_at_workload()
+        pager, reported = self.pager, 0.0
+        while not await off_loop(lambda: pager.wait(POLL_INTERVAL, len(pager.failures))):
+            self._check_workload()
             if channel is not self._channel:
                 return "another one has replaced it"
             lost = (str(channel.failure) if channel.failure else None) or (self._source and self._source.lost)
             if lost:
                 return lost
-            if time.monotonic() - told > TELL:
-                told = time.monotonic()
-                self._tell("postcopy-active")
+            if time.monotonic() - reported > EVENT_INTERVAL:
+                reported = time.monotonic()
+                self._report_progress("postcopy-active")
         return None
 
-    def _look_at_workload(self) -> None:
+    def _check_workload(self) -> None:
         if self.pager is not None and not self.pager.pending:
             return  # it may have been migrated further
         for pid, started in self.started.items():
@@ -275,7 +275,7 @@ class PostcopyMemory:
             requests=faults, service=service, longest=longest, waits=self._waits, seconds=self.seconds
         )
 
-    def _tell(self, status: events.PostcopyStatus) -> None:
+    def _report_progress(self, status: events.PostcopyStatus) -> None:
         self.listener(
             events.PostcopyEvent(
                 status=status,
@@ -329,23 +329,23 @@ class Resumption:
         pages = sum(region.length for region in regions) // SMALL_PAGE
         flags = records.open_flags(folder, Pager.flags_length(pages))
         self.late = PostcopyMemory(record, regions, folder, verdicts, timeout, listener, flags)
-        self.attendant = RecoveryServer(reception, verdicts)
-        self.attendant.arrivals = self.late
+        self.recovery = RecoveryServer(reception, verdicts)
+        self.recovery.arrivals = self.late
 
     async def run(self) -> None:
         """Fetch pages until the source knows that all are present. Raises WorkloadDied if the workload has exited."""
-        self.attendant.begin(self.late.record.migration)
+        self.recovery.begin(self.late.record.migration)
         try:
-            channel = await self.late.all_here()
+            channel = await self.late.wait_complete()
             try:
                 await channel.send(self.late.arrived())
                 await channel.receive(messages.Done)
                 self.late.verdicts.forget(self.late.record.migration)
             except PageferryError as error:
                 log.warning("%s: all memory received; the source may not be informed yet: %s", self.late.name, error)
-                await self.attendant.until_settled(self.late.timeout)
+                await self.recovery.wait_acknowledged(self.late.timeout)
             finally:
                 await channel.close()
         finally:
-            self.attendant.close()
+            self.recovery.close()
             self.late.close()

@@ -99,20 +99,20 @@ class PageService:
 
     async def send_all(self, channel: Channel, listener: Listener) -> messages.Arrived:
         """Push the remaining pages until the destination has all. Raises MigrationError, WorkloadError."""
-        telling = asyncio.create_task(self._tell(listener))
+        reporting = asyncio.create_task(self._report_progress(listener))
         try:
             await channel.during(off_loop(self._server.push, cancel=self._server.cancel))
             fault_point("source.pushed")
             return await channel.receive(messages.Arrived)
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
 
     def close(self) -> None:
         """Stop serving requests."""
         self._server.cancel()
 
-    async def _tell(self, listener: Listener) -> None:
+    async def _report_progress(self, listener: Listener) -> None:
         begin, since = self.counters[0], time.perf_counter()
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL)

@@ -23,7 +23,7 @@ log = getLogger(__name__)
 class Arrivals(Protocol):
     """Receiver of the pages of a source that reconnects."""
 
-    async def relink(self, channel: Channel, reception: Reception) -> None:
+    async def reconnect(self, channel: Channel, reception: Reception) -> None:
         """Continue with the source that is connected to `channel`. Takes over the channel."""
 
 
@@ -41,7 +41,7 @@ class RecoveryServer:
         """Identifier of the migration that is being received."""
         self.arrivals: Arrivals | None = None
         """Receiver of its missing pages, once the workload may run before it has all of them."""
-        self.settled = asyncio.Event()
+        self.acknowledged = asyncio.Event()
         """Set once the source of this migration knows the outcome."""
         self._task: asyncio.Task[None] | None = None
         self._aside: dict[asyncio.Task[None], Channel] = {}
@@ -55,13 +55,13 @@ class RecoveryServer:
         self.migration = migration
         self._task = asyncio.create_task(self._attend())
 
-    async def until_settled(self, timeout: float) -> None:
+    async def wait_acknowledged(self, timeout: float) -> None:
         """Wait until the source knows the outcome, or for the time after which it has either asked or exited. The
         decision is on disk in any case."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER * timeout):
-                await self.settled.wait()
-        if not self.settled.is_set():
+                await self.acknowledged.wait()
+        if not self.acknowledged.is_set():
             log.warning(
                 "the source has not asked for the outcome of the migration; a receiver at %s on this host will "
                 "reply if it does",
@@ -126,22 +126,22 @@ class RecoveryServer:
         await channel.send(messages.Outcome(owner=owner, complete=complete))
         ours = migration == self.migration
         if ours and self.arrivals is not None and owner == "destination" and not complete:
-            await self._relink(self.arrivals, channel)
+            await self._reconnect(self.arrivals, channel)
             return True
         if ours:
-            self.settled.set()
+            self.acknowledged.set()
         elif owner == "destination" and not complete:
             await self._refuse_pages(channel)
         return False
 
-    async def _relink(self, arrivals: Arrivals, channel: Channel) -> None:
+    async def _reconnect(self, arrivals: Arrivals, channel: Channel) -> None:
         """Receive pages from a source that has reconnected. Its connections are served one after the other."""
         task = asyncio.current_task()
         if task is not None and self._aside.pop(task, None) is not None:
             self._links.add(task)
             task.add_done_callback(self._links.discard)
         async with self._linking:
-            await arrivals.relink(channel, self.reception)
+            await arrivals.reconnect(channel, self.reception)
 
     async def _refuse_pages(self, channel: Channel) -> None:
         """Refuse pages of a workload that is received by another receiver of this host. A source without missing pages

@@ -32,7 +32,7 @@ from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory, close_to_writes
 from pageferry.migration import events, ownership, postcopy_source, statistics, switchover_request
 from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
-from pageferry.migration.deferred_pages import bring_rest, part_of, send_as_it_comes
+from pageferry.migration.deferred_pages import load_all, part_of, send_deferred
 from pageferry.migration.engine_call import GRACE, Counters, off_loop, to_the_end, within_grace
 from pageferry.migration.missing_pages import send_missing
 from pageferry.migration.options import Options
@@ -52,11 +52,11 @@ log = getLogger(__name__)
 
 REPORT_TIMEOUT = 5.0
 """Seconds to wait for the destination's report; the migration is complete without it."""
-PORTIONS = 8
+CHUNKS = 8
 """A hybrid migration sends at most this fraction of the memory, an eighth, at a time, so that it can switch to
 post-copy soon after it is requested to or the rounds turn out not to converge."""
-LEAST, MOST = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
-"""Bounds of such a portion of a region, pages: 16 MiB, because each portion costs a round trip, and 256 MiB."""
+MIN_CHUNK, MAX_CHUNK = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
+"""Bounds of such a chunk of a region, pages: 16 MiB, because each chunk costs a round trip, and 256 MiB."""
 
 
 class Source:
@@ -80,7 +80,7 @@ class Source:
         self.options = options
         self.trust = trust
         self.hold = hold
-        self.coming = hold is not None
+        self.deferred = hold is not None
         """Whether memory is deferred at the source."""
         self.listener = listener
         self.folder = folder
@@ -104,7 +104,7 @@ class Source:
         """Whether the workload stays paused at the destination, because its user had paused it."""
         self.postcopy = options.mode == "postcopy"
         """Whether pages that were not sent before the pause are sent after the switch-over."""
-        self.late: list[PageStream] = []
+        self.postcopy_streams: list[PageStream] = []
         """Post-copy streams for these pages."""
         self.service: PageService | None = None
         self.arrived: messages.Arrived | None = None
@@ -147,10 +147,10 @@ class Source:
             raise
         for event in self.unreported:  # not in the pause: a listener may take its time
             self.listener(event)
-        await self._send_late_pages()
+        await self._send_missing_pages()
         # The workload has moved: a cancellation from here on waits until its remains are removed, and is dropped.
         await to_the_end(self._retire())
-        statistics.tell_report(self)
+        statistics.report_destination(self)
         return statistics.result_of(self, running)
 
     # -- set-up
@@ -172,7 +172,7 @@ class Source:
             await self._install_trace()
         if self.options.auto_converge:
             self.throttle = Throttle(self.workload.name, self.memory.regions)
-        statistics.tell_setup(self)
+        statistics.report_setup(self)
         for number, units in enumerate(self.large):
             await self.channel.send(messages.LargePages(region=number, units=messages.pack_units(units)))
         fault_point("source.set-up")
@@ -192,7 +192,7 @@ class Source:
             for stream in streams:
                 stream.close()
         if self.options.mode != "precopy":
-            self.late = await connect_streams(self.channel, address, token, range(count, 2 * count + 1))
+            self.postcopy_streams = await connect_streams(self.channel, address, token, range(count, 2 * count + 1))
 
     def _hello(self) -> messages.Hello:
         self.identity = identity = self.workload.identity
@@ -232,7 +232,7 @@ class Source:
             # An empty round: the workload keeps running here until the destination has allocated its huge pages.
             await self._send_unreported(self.memory.page_sets())
             return
-        with self._heeding_switch():
+        with self._accepting_switch_requests():
             await self._copy_until_decided()
 
     async def _copy_until_decided(self) -> None:
@@ -244,7 +244,7 @@ class Source:
             before = self.sender.progress
             left = await self._send_round(pages)
             if not any(left):
-                self.coming = False  # round 1 has loaded all pages
+                self.deferred = False  # round 1 has loaded all pages
             covered = _covered(before, self.sender.progress)
             fault_point("source.between-rounds")
             pages = await self._collect()
@@ -254,7 +254,7 @@ class Source:
             seconds = time.perf_counter() - started - (self.drains.seconds - drained)
             decision = self.convergence.after_round(covered, seconds, remaining * SMALL_PAGE)
             self.listener(statistics.round_event(self, before, seconds, remaining=remaining, modified=modified))
-            if self._told_to_switch() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
+            if self._switch_requested() or (decision is Decision.STALLED and self.options.mode == "hybrid"):
                 decision, self.postcopy = Decision.SWITCH_OVER, True
             if decision is Decision.THROTTLE:
                 await self._tighten_throttle()
@@ -282,14 +282,14 @@ class Source:
         fault_point("source.throttled")
 
     @contextlib.contextmanager
-    def _heeding_switch(self) -> Iterator[None]:
+    def _accepting_switch_requests(self) -> Iterator[None]:
         """Accept `pageferry migrate --switch` in hybrid mode."""
         with contextlib.ExitStack() as stack:
             if self.options.mode == "hybrid" and self.folder is not None:
                 stack.enter_context(switchover_request.listening(self.folder))
             yield
 
-    def _told_to_switch(self) -> bool:
+    def _switch_requested(self) -> bool:
         return self.options.mode == "hybrid" and self.folder is not None and switchover_request.requested(self.folder)
 
     async def _collect(self) -> list[PageSet]:
@@ -308,13 +308,13 @@ class Source:
         await self._drain()
         self.round += 1
         left, started = [region.copy() for region in pages], time.perf_counter()
-        progress = asyncio.create_task(statistics.tell_progress(self, self.round, _count(pages)))
+        progress = asyncio.create_task(statistics.report_progress(self, self.round, _count(pages)))
         try:
-            for portion in self._portions(pages):
-                await self._send_portion(portion)
-                for region, sent in zip(left, portion, strict=True):
+            for chunk in self._chunks(pages):
+                await self._send_chunk(chunk)
+                for region, sent in zip(left, chunk, strict=True):
                     region.subtract(sent)
-                if any(left) and (self._told_to_switch() or await self._is_hopeless(left, started)):
+                if any(left) and (self._switch_requested() or await self._will_stall(left, started)):
                     break
         finally:
             progress.cancel()
@@ -323,7 +323,7 @@ class Source:
             raise end
         return left
 
-    async def _is_hopeless(self, left: list[PageSet], started: float) -> bool:
+    async def _will_stall(self, left: list[PageSet], started: float) -> bool:
         """Return whether a hybrid migration is certain to stall after its first round, so that it need not complete
         it."""
         if self.round > 1 or self.touched or self.trace is None:
@@ -333,29 +333,29 @@ class Source:
         for region, unsent in zip(again, left, strict=True):
             region.subtract(unsent)
         total = self.memory.size // SMALL_PAGE
-        return self.convergence.is_hopeless(total, total - _count(left), time.perf_counter() - started, _count(again))
+        return self.convergence.will_stall(total, total - _count(left), time.perf_counter() - started, _count(again))
 
-    def _portions(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
-        """Yield all pages at once; in hybrid mode, portions of them, so that switching to post-copy takes effect
+    def _chunks(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
+        """Yield all pages at once; in hybrid mode, chunks of them, so that switching to post-copy takes effect
         soon."""
         if self.options.mode != "hybrid" or self.touched:
             yield pages
             return
         none = self.memory.page_sets()
-        size = min(max(self.memory.size // SMALL_PAGE // PORTIONS, LEAST), MOST)
+        size = min(max(self.memory.size // SMALL_PAGE // CHUNKS, MIN_CHUNK), MAX_CHUNK)
         for number, region in enumerate(pages):
             for start in range(0, region.pages, size):
-                portion = part_of(region, start, size)
-                if portion:
-                    yield [*none[:number], portion, *none[number + 1 :]]
+                chunk = part_of(region, start, size)
+                if chunk:
+                    yield [*none[:number], chunk, *none[number + 1 :]]
 
-    async def _send_portion(self, pages: list[PageSet]) -> None:
+    async def _send_chunk(self, pages: list[PageSet]) -> None:
         self.barriers += 1
         number, sender = self.barriers, self.sender
         await self.channel.send(messages.Round(number=number))
         fault_point("source.in-round")
-        if self.coming and self.hold is not None:
-            await self.channel.during(send_as_it_comes(self.hold, sender, self.memory.mappings, pages, number))
+        if self.deferred and self.hold is not None:
+            await self.channel.during(send_deferred(self.hold, sender, self.memory.mappings, pages, number))
         else:
             await self.channel.during(
                 off_loop(lambda: sender.send(self.memory.mappings, pages, number), cancel=sender.cancel)
@@ -436,7 +436,7 @@ class Source:
         self._note_remaining(missing)
         await send_missing(self.channel, missing)
         fault_point("source.missing-sent")
-        self.service = PageService(self.memory, missing, self.late, self.options, self.options.timeout)
+        self.service = PageService(self.memory, missing, self.postcopy_streams, self.options, self.options.timeout)
         self.service.start()
         return state
 
@@ -447,9 +447,9 @@ class Source:
             await self._drain()
         preparing = asyncio.create_task(self.workload.prepare_pause())
         try:
-            if self.coming and self.hold is not None:
-                await self.channel.during(bring_rest(self.hold, [region.pages for region in self.rest]))
-                self.coming = False
+            if self.deferred and self.hold is not None:
+                await self.channel.during(load_all(self.hold, [region.pages for region in self.rest]))
+                self.deferred = False
             if any(self.rest) and not self.postcopy:
                 await self._send_unreported(self.rest)
         finally:
@@ -531,7 +531,7 @@ class Source:
         self.times.phase("postcopy" if self.service is not None else "report")
         return running
 
-    async def _send_late_pages(self) -> None:
+    async def _send_missing_pages(self) -> None:
         """Send the missing pages (post-copy), pushed in the background and on request."""
         if self.service is not None:
             started = time.perf_counter()
@@ -546,7 +546,7 @@ class Source:
                 raise
             fault_point("source.arrived")
             self.round += 1
-            self.listener(statistics.late_round(self, self.service, time.perf_counter() - started))
+            self.listener(statistics.postcopy_round(self, self.service, time.perf_counter() - started))
         self.times.stop_all()
 
     async def _keep_pages(self) -> None:
@@ -606,7 +606,7 @@ class Source:
             if not self.committed:
                 if self.service is not None:
                     self.service.close()
-                await self._give_back()
+                await self._restore_state()
             else:
                 await self._untrace()  # `take_back` may resume it
         finally:
@@ -615,7 +615,7 @@ class Source:
                 await self.control.abort(_reason(error))
             await self._disconnect()
 
-    async def _give_back(self) -> None:
+    async def _restore_state(self) -> None:
         """Restore the previous state: the workload runs, without write traces, on PMD mappings."""
         try:
             if self.touched:
@@ -643,7 +643,7 @@ class Source:
     async def _disconnect(self) -> None:
         if self.service is not None:
             self.service.close()
-        for connection in self.late:
+        for connection in self.postcopy_streams:
             connection.close()
         if self.control is not None:
             await self.control.close()

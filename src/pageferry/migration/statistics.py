@@ -25,7 +25,7 @@ PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
 
 
-def tell_setup(source: Source) -> None:
+def report_setup(source: Source) -> None:
     """Report the setup: the peer, the size of the memory and its huge pages."""
     source.listener(
         events.SetupEvent(
@@ -36,10 +36,10 @@ def tell_setup(source: Source) -> None:
             install_ms=_ms(source.install_seconds),
         )
     )
-    _tell_large_pages(source, "source", source.large)
+    _report_large_pages(source, "source", source.large)
 
 
-async def tell_progress(source: Source, number: int, total: int) -> None:
+async def report_progress(source: Source, number: int, total: int) -> None:
     """Report the progress of a round of `total` pages until cancelled."""
     start, since = source.sender.progress, time.perf_counter()
     while True:
@@ -65,7 +65,7 @@ def with_remaining(event: events.RoundEvent, pages: int) -> events.RoundEvent:
     return msgspec.structs.replace(event, remaining=pages * SMALL_PAGE)
 
 
-def late_round(source: Source, service: PageService, seconds: float) -> events.RoundEvent:
+def postcopy_round(source: Source, service: PageService, seconds: float) -> events.RoundEvent:
     """Return the event of the pages sent after the switch-over, as the last round."""
     return msgspec.structs.replace(_round(source, (0, 0, 0, 0, 0), service.counters, seconds), postcopy=True)
 
@@ -85,7 +85,7 @@ def _round(source: Source, before: Counters, after: Counters, seconds: float) ->
     )
 
 
-def tell_report(source: Source) -> None:
+def report_destination(source: Source) -> None:
     """Report the huge pages at the destination. Maps that do not match our regions are ignored."""
     if source.report is None or len(source.report.units) != len(source.memory.regions):
         return
@@ -94,10 +94,10 @@ def tell_report(source: Source) -> None:
             messages.unpack_units(packed, len(ours))
             for packed, ours in zip(source.report.units, source.large, strict=True)
         ]
-        _tell_large_pages(source, "destination", units)
+        _report_large_pages(source, "destination", units)
 
 
-def _tell_large_pages(source: Source, side: Literal["source", "destination"], units: Sequence[list[bool]]) -> None:
+def _report_large_pages(source: Source, side: Literal["source", "destination"], units: Sequence[list[bool]]) -> None:
     maps = [
         events.LargeMap.of(region.name, region.length, large)
         for region, large in zip(source.memory.regions, units, strict=True)

@@ -32,10 +32,10 @@ SWITCHES = {
     "run": "1",
 }
 """Settings for a run, applied in this order if the kernel has them."""
-SETTLED, GAIN = 2, 1.01
+QUIET_SCANS, GAIN = 2, 1.01
 """KSM is stopped after this many consecutive full scans that merge less than 1 % more. A page must be unchanged in two
 scans, and a huge page of identical pages is split in one scan and merged in the next."""
-MOST_SCANS, TIMEOUT = 12, 300.0
+MAX_SCANS, TIMEOUT = 12, 300.0
 """Limits for a workload that writes to merged pages as fast as they are merged: scans, seconds."""
 
 
@@ -91,7 +91,7 @@ async def run_once() -> Run:
         begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + TIMEOUT
         first = last = int(_read("full_scans"))
         merged, quiet = _merged(), 0
-        while quiet < SETTLED and last - first < MOST_SCANS and time.monotonic() < deadline:
+        while quiet < QUIET_SCANS and last - first < MAX_SCANS and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
             scans = int(_read("full_scans"))
             if scans > last:

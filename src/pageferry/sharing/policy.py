@@ -13,9 +13,9 @@ from pageferry.sharing.scan import Unit
 PLENTY, SCARCE = 0.5, 0.1
 """Available fractions of memory between which the threshold varies. At `PLENTY` only the best huge pages are split, at
 `SCARCE` almost any."""
-MOST, LEAST = 256, 16
+MAX_THRESHOLD, MIN_THRESHOLD = 256, 16
 """Thresholds at `PLENTY` and `SCARCE`: shareable base pages, of 512."""
-LEAST_SMALL = 8
+MIN_SHAREABLE = 8
 """Minimum number of shareable pages of a unit that is not backed by a huge page: sharing costs two mappings."""
 
 
@@ -23,7 +23,7 @@ def threshold(free: float) -> int:
     """Return the number of shareable pages from which on a huge page is split, if the fraction `free` of memory is
     available. Linear in `free`."""
     part = (min(max(free, SCARCE), PLENTY) - SCARCE) / (PLENTY - SCARCE)
-    return round(LEAST + part * (MOST - LEAST))
+    return round(MIN_THRESHOLD + part * (MAX_THRESHOLD - MIN_THRESHOLD))
 
 
 def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
@@ -46,7 +46,7 @@ def choose(
     broken = 0
     for unit in best_first(units, possible=True):
         if not unit.large:
-            if unit.possible >= LEAST_SMALL:
+            if unit.possible >= MIN_SHAREABLE:
                 chosen.append(unit)
         elif unit.possible >= least and (unit.place.workload, unit.start) not in hot and broken != most:
             chosen.append(unit)

@@ -22,13 +22,13 @@ from pageferry.migration.transport.tls import Peer
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-BEAT = 1.0
+KEEPALIVE_INTERVAL = 1.0
 """Seconds between keepalives."""
 QUEUED = 16
 """Maximum number of received messages that are queued; beyond it, the peer is blocked."""
 ANSWER = 4.0
 """Factor of the timeout that a side waits for the next expected message; keepalives do not extend it."""
-LAST_WORDS = 0.5
+REASON_TIMEOUT = 0.5
 """Seconds to wait for the peer's reason after a connection has failed."""
 
 
@@ -73,7 +73,7 @@ class Channel:
         """Maximum length of a message from the peer, bytes."""
         self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(QUEUED)
         self._failure: asyncio.Future[MigrationError] = asyncio.get_running_loop().create_future()
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._send_keepalives())]
 
     @property
     def failure(self) -> MigrationError | None:
@@ -134,7 +134,7 @@ class Channel:
             task.cancel()
         self._writer.close()
         with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(LAST_WORDS):
+            async with asyncio.timeout(REASON_TIMEOUT):
                 await self._writer.wait_closed()
 
     async def _next(self, what: str, within: float | None = None) -> AnyMessage:
@@ -147,8 +147,8 @@ class Channel:
             raise ConnectionLost(f"the peer is alive but has not sent {what} for {seconds:g} s") from slow
 
     async def _lost(self, reason: str) -> MigrationError:
-        """Return the failure to report: the peer's reason if it is received within `LAST_WORDS` seconds."""
-        await asyncio.wait((self._failure,), timeout=LAST_WORDS)
+        """Return the failure to report: the peer's reason if it is received within `REASON_TIMEOUT` seconds."""
+        await asyncio.wait((self._failure,), timeout=REASON_TIMEOUT)
         if self._failure.done() and isinstance(self._failure.result(), PeerRefused | AuthenticationError):
             return self._failure.result()
         return ConnectionLost(reason)
@@ -187,9 +187,9 @@ class Channel:
             messages.check_version(messages.version_of(body))
             raise ProtocolError(f"the peer sent an invalid message: {error}") from error
 
-    async def _beat(self) -> None:
+    async def _send_keepalives(self) -> None:
         sent = messages.encode(Alive())
         while True:
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(KEEPALIVE_INTERVAL)
             with contextlib.suppress(OSError):
                 self._writer.write(sent)
