@@ -14,7 +14,7 @@ WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
-BENCHMARKS := $(subst _,-,$(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py)))
+BENCHMARKS := $(subst _,-,$(patsubst benchmarks/%/__main__.py,bench-%,$(wildcard benchmarks/*/__main__.py)))
 
 .PHONY: help
 help: ## Show this list
@@ -61,14 +61,14 @@ lint: build ## Check format, types, stubs and import rules
 build: $(VENV)/.engine ## Create .venv and build the engine into it (release mode)
 
 .PHONY: bench
-bench: build system $(BENCHMARKS) ## Measure against peers; bench-NAME runs benchmarks/NAME.py alone
+bench: build system $(BENCHMARKS) ## Measure against peers; bench-NAME runs benchmarks.NAME alone
 
 bench-%: build system
-	$(PYTHON) benchmarks/$(subst -,_,$*).py
+	$(PYTHON) -m benchmarks.$(subst -,_,$*)
 
 .PHONY: systems
 systems: build system ## Measure the ten systems, each with and without its mechanism
-	$(PYTHON) benchmarks/systems.py
+	$(PYTHON) -m benchmarks.systems
 
 .PHONY: docs
 docs: build ## Build the documentation into site/; warnings are errors

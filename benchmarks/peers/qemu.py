@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.moving.guest import MEMORY, Line, Place, Running
+from benchmarks.migrate.guest import MEMORY, Line, Place, Running
 from pageferry.workloads.arena.arena import memory_file
 
 BANDWIDTH = 10 << 30

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks import links
-from benchmarks.arriving import accesses, ledgers
-from benchmarks.arriving import tables as arriving
-from benchmarks.linking import networks
-from benchmarks.measuring.tables import Target
-from benchmarks.restoring import tables as restoring
-from benchmarks.saving import tables as saving
+from benchmarks.checkpoint import tables as checkpoint
+from benchmarks.harness.tables import Target
+from benchmarks.links import __main__ as links
+from benchmarks.links import networks
+from benchmarks.postcopy import accesses, ledgers
+from benchmarks.postcopy import tables as postcopy
+from benchmarks.restore import tables as restore
 from tests.network import hosts
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def quick(name: str, *options: str) -> dict[str, Any]:
     """Results of a benchmark, run with --quick."""
-    return cast(dict[str, Any], json.loads(run("benchmarks/" + name + ".py", "--quick", *options)))
+    return cast(dict[str, Any], json.loads(run("-m", f"benchmarks.{name}", "--quick", *options)))
 
 
 def run(*command: str) -> str:
@@ -34,7 +34,7 @@ def run(*command: str) -> str:
 
 def shown(*options: str) -> list[dict[str, Any]]:
     """Rows of the table of systems, from a run with --quick."""
-    rows: list[dict[str, Any]] = json.loads(run("benchmarks/systems.py", "--quick", "--json", *options))
+    rows: list[dict[str, Any]] = json.loads(run("-m", "benchmarks.systems", "--quick", "--json", *options))
     return rows
 
 
@@ -50,8 +50,8 @@ def test_checkpoint_benchmark_covers_all_methods() -> None:
         assert run["bytes"] > 0
     for run in results["codecs"]:
         assert run["codec-mib-s"] > 0
-    assert "| pageferry | lazy |" in "\n".join(saving.render(results))
-    assert all(isinstance(target, Target) for target in saving.judge(results))
+    assert "| pageferry | lazy |" in "\n".join(checkpoint.render(results))
+    assert all(isinstance(target, Target) for target in checkpoint.judge(results))
 
 
 @pytest.mark.timeout(400)
@@ -66,8 +66,8 @@ def test_restore_benchmark_covers_all_methods() -> None:
     assert ways["pageferry", "lazy, no prefetch"]["prefetched"] == 0
     assert ways["pageferry", "lazy"]["complete-ms"] > ways["pageferry", "lazy"]["running-ms"]
     assert {run["method"]: run["faults"] > 0 for run in results["arenas"]} == {"lazy": True, "eager": False}
-    assert "| QEMU | stream |" in "\n".join(restoring.render(results))
-    assert all(isinstance(target, Target) for target in restoring.judge(results))
+    assert "| QEMU | stream |" in "\n".join(restore.render(results))
+    assert all(isinstance(target, Target) for target in restore.judge(results))
 
 
 @pytest.mark.timeout(400)
@@ -83,8 +83,8 @@ def test_postcopy_benchmark_covers_all_modes() -> None:
         assert run["total-ms"] > 0
     for run in results["ledger"]:
         assert run["mode"] == "precopy" or run["late-pages"] > 0
-    assert "| pageferry | hybrid |" in "\n".join(arriving.render(results))
-    assert all(isinstance(target, Target) for target in arriving.judge(results))
+    assert "| pageferry | hybrid |" in "\n".join(postcopy.render(results))
+    assert all(isinstance(target, Target) for target in postcopy.judge(results))
 
 
 @pytest.mark.timeout(400)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.measuring import readme
-from benchmarks.measuring.machine import RESULTS
-from benchmarks.measuring.tables import Run, at_least, at_most, table, verdict
-from benchmarks.showing.row import Row, Switches, render
+from benchmarks.harness import readme
+from benchmarks.harness.machine import RESULTS
+from benchmarks.harness.tables import Run, at_least, at_most, table, verdict
+from benchmarks.systems.row import Row, Switches, render
 
 
 def test_readme_tables_match_the_results() -> None:
     text = readme.README.read_text()
     assert "<!-- include: benchmarks/results/systems.md -->" in text
-    assert readme.included(text) == text, "run: python -m benchmarks.measuring.readme"
+    assert readme.included(text) == text, "run: python -m benchmarks.harness.readme"
 
 
 def test_summary_ends_before_the_second_section() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import systems
-from benchmarks.measuring.bench import Setting
-from benchmarks.showing.row import Row, Switches, render
+from benchmarks.harness.bench import Setting
+from benchmarks.systems import __main__ as systems
+from benchmarks.systems.row import Row, Switches, render
 
 
 def shown(setting: Setting, switches: Switches) -> list[Row]:

@@ -1,0 +1,110 @@
+"""Checkpoint of the built-in workload: effect on its writer, parts of the pause, cost of a second checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoint.guests import OURS, told_by
+from benchmarks.harness import examples
+from benchmarks.harness.bench import Setting
+from benchmarks.migrate.ledger import Ledger
+from benchmarks.migrate.pageferry_line import expect, pageferry, reap
+from pageferry.workloads.arena.control_socket.client import RemoteArena
+from pageferry.workloads.open import open_workload
+
+FULL, SMALL = 1 << 30, 64 << 20
+CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
+LOADS: dict[str, dict[str, Any]] = {"20 MiB/s": {"rate": 20 << 20}, "as fast as it can": {}}
+CODECS = ("none", "lz4", "zstd")
+USUAL = 1.0
+"""Seconds before the checkpoint in which the usual rate is measured."""
+GIB = (1, 4)
+"""Sizes of the arenas for the pause."""
+SPARSE = {"rate": 4 << 20, "working_set": 0.02, "scatter": True}
+"""Writes between two checkpoints of a chain."""
+
+
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """Measure both loads, lazy and stopped."""
+    runs = []
+    for load, options in LOADS.items():
+        with Ledger("saved", SMALL if setting.quick else FULL, CONTENTS | options) as ledger:
+            for _ in range(setting.repetitions):
+                for method, words in OURS.items():
+                    run = asyncio.run(save(ledger, setting.folder / "image", *words))
+                    runs.append({"load": load, "method": method} | run)
+    return runs
+
+
+def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
+    """Measure data saved per second, and the speed of the codec alone on the same pages."""
+    runs = []
+    image = setting.folder / "image"
+    with Ledger("coded", SMALL if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
+        for _ in range(setting.repetitions):
+            for codec in CODECS:
+                run = {"codec": codec} | asyncio.run(save(ledger, image, "--codec", codec))
+                alone = examples.codec_speed(image, codec, setting.quick)
+                runs.append(run | {"codec-mib-s": alone, "of-codec": run["saved-mib-s"] / alone})
+    return runs
+
+
+def measure_pause(setting: Setting) -> list[dict[str, Any]]:
+    """Measure the pause by size, for an arena whose writer keeps writing."""
+    runs = []
+    for gib in GIB:
+        size = SMALL if setting.quick else gib << 30
+        parts = size / (1 << 30)
+        with Ledger("paused", size, CONTENTS | LOADS["20 MiB/s"]) as ledger:
+            for _ in range(setting.repetitions):
+                run = asyncio.run(save(ledger, setting.folder / "image"))
+                runs.append({"GiB": parts, "pause-ms-per-gib": run["own-pause-ms"] / parts} | run)
+    return runs
+
+
+def measure_increments(setting: Setting) -> list[dict[str, Any]]:
+    """Measure a checkpoint, and a second one a second later with the first as its parent."""
+    runs = []
+    parent, child = setting.folder / "parent", setting.folder / "child"
+    with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | SPARSE) as ledger:
+        for _ in range(setting.repetitions):
+            runs.append({"checkpoint": "first"} | asyncio.run(save(ledger, parent)))
+            time.sleep(1)
+            run = asyncio.run(save(ledger, child, "--parent", str(parent)))
+            runs.append({"checkpoint": "second, with parent"} | run)
+    return runs
+
+
+async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
+    """Take one checkpoint. Include the writer's own statistics."""
+    workload = await open_workload(ledger.name)
+    assert isinstance(workload, RemoteArena)
+    try:
+        usual = await _rate(workload, asyncio.sleep(USUAL))
+        process = pageferry("checkpoint", ledger.name, str(image), "--output", "json", *words)
+        await asyncio.to_thread(expect, process, "armed")
+        saving = asyncio.to_thread(expect, process, "checkpoint")
+        found = await _rate(workload, saving)
+        reap(process)
+    finally:
+        workload.close()
+    return told_by(found["result"]) | {
+        "usual-writes-s": usual["rate"],
+        "slowdown-percent": (1 - found["rate"] / usual["rate"]) * 100,
+        "longest-write-us": found["longest-us"],
+    }
+
+
+async def _rate(workload: RemoteArena, meanwhile: Any) -> dict[str, Any]:
+    """Writes per second during an awaitable, the longest write, and the result."""
+    before, began = await workload.report(), time.perf_counter()
+    result = await meanwhile
+    after, ended = await workload.report(), time.perf_counter()
+    return {
+        "rate": (int(str(after["writes"])) - int(str(before["writes"]))) / (ended - began),
+        "longest-us": int(str(after["longest-stall-ns"])) / 1e3,
+        "result": result,
+    }

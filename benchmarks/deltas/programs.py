@@ -1,0 +1,93 @@
+"""Programs with typical write patterns: `python -m benchmarks.deltas.programs NAME`. Prints `ready` and keeps
+writing.
+
+`database`: SQLite in memory, with random updates of rows of 200 bytes; `dictionary`: a dict of Python objects, some of
+which are replaced; `array`: random changes in a large array of numbers; `text`: lines that are appended while old ones
+are dropped.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import random
+import sqlite3
+import sys
+import time
+from collections.abc import Callable
+
+ROWS = 100_000
+PAUSE = 0.0005
+"""Seconds between two small batches, so that programs are busy, but not at full speed."""
+
+
+def database(choice: random.Random) -> Callable[[], object]:
+    """Create a table; return a function that updates rows."""
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER, note TEXT)")
+    rows = ((number, 0, choice.randbytes(100).hex()) for number in range(ROWS))
+    connection.executemany("INSERT INTO accounts VALUES (?, ?, ?)", rows)
+
+    def step() -> None:
+        for _ in range(20):
+            chosen = choice.randrange(ROWS)
+            connection.execute("UPDATE accounts SET balance = balance + 1 WHERE id = ?", (chosen,))
+
+    return step
+
+
+def dictionary(choice: random.Random) -> Callable[[], object]:
+    """Create objects by key; return a function that replaces some."""
+    held = {number: (number, choice.random(), str(number) * 4) for number in range(ROWS * 2)}
+
+    def step() -> None:
+        for _ in range(20):
+            key = choice.randrange(ROWS * 2)
+            held[key] = (key, choice.random(), str(choice.randrange(1 << 30)) * 2)
+
+    return step
+
+
+def numbers(choice: random.Random) -> Callable[[], object]:
+    """Create an array; return a function that changes some numbers."""
+    held = array.array("d", (choice.random() for _ in range(ROWS * 60)))
+
+    def step() -> None:
+        for _ in range(20):
+            held[choice.randrange(len(held))] += 1.0
+
+    return step
+
+
+def text(choice: random.Random) -> Callable[[], object]:
+    """Create lines of a log; return a function that appends lines and drops the oldest."""
+    held = collections.deque(
+        (f"{number} GET /{choice.randbytes(40).hex()} 200\n" for number in range(ROWS * 2)), ROWS * 2
+    )
+
+    def step() -> None:
+        for _ in range(20):
+            held.append(f"{len(held)} GET /{choice.randbytes(40).hex()} 200\n")
+
+    return step
+
+
+PROGRAMS: dict[str, Callable[[random.Random], Callable[[], object]]] = {
+    "database": database,
+    "dictionary": dictionary,
+    "array": numbers,
+    "text": text,
+}
+
+
+def main() -> None:
+    """Modify memory until killed."""
+    step = PROGRAMS[sys.argv[1]](random.Random(1))
+    print("ready", flush=True)
+    while True:
+        step()
+        time.sleep(PAUSE)
+
+
+if __name__ == "__main__":
+    main()

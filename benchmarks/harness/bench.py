@@ -1,0 +1,103 @@
+"""Frame of a benchmark command: measures, judges, and writes the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import machine, tables
+from benchmarks.harness.tables import Run, Target
+
+Results = dict[str, list[Run]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Parameters of a measurement."""
+
+    folder: Path
+    """Directory for sockets and images, on tmpfs so that no disk is measured."""
+    repetitions: int
+    quick: bool
+    """Measure small workloads once, to check that everything works. The figures are meaningless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One benchmark command."""
+
+    name: str
+    questions: Mapping[str, Callable[[Setting], list[Run]]]
+    """Measurements in order; `--only` selects some."""
+    judge: Callable[[Results], list[Target]]
+    tables: Callable[[Results], list[str]]
+    """Returns headings and tables, alternating."""
+
+    def main(self) -> int:
+        """Measure as the command line requests. Return the exit code, 0 unless an operation failed.
+
+        Only a complete run at full size is written to benchmarks/results; other runs are printed as JSON.
+        """
+        args = self._arguments()
+        chosen = args.only or list(self.questions)
+        began = time.monotonic()
+        results = self._measure(chosen, args)
+        if args.quick or args.only:
+            print(json.dumps(results, indent=1))
+            return 0
+        about = machine.about() | {"repetitions": args.repetitions, "seconds": round(time.monotonic() - began)}
+        self._write(about, results)
+        return 0
+
+    def _arguments(self) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(description=f"Benchmark {self.name} of pageferry, with its peers.")
+        parser.add_argument(
+            "--repetitions", type=int, default=3, help="repetitions of each measurement (default: %(default)s)"
+        )
+        parser.add_argument("--quick", action="store_true", help="measure small workloads once; print the results")
+        parser.add_argument(
+            "--only", choices=self.questions, action="append", help="measure one part; print the results"
+        )
+        parser.add_argument(
+            "--folder", type=Path, default=Path("/dev/shm"), help="directory for images (default: %(default)s)"
+        )
+        return parser.parse_args()
+
+    def _measure(self, chosen: list[str], args: argparse.Namespace) -> Results:
+        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
+        os.environ["PAGEFERRY_RUN_DIR"] = str(folder / "run")
+        setting = Setting(folder, 1 if args.quick else args.repetitions, args.quick)
+        results: Results = {}
+        try:
+            for name in chosen:
+                print(f"{name}...", file=sys.stderr, flush=True)
+                results[name] = self.questions[name](setting)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return results
+
+    def _write(self, about: dict[str, object], results: Results) -> None:
+        targets = self.judge(results)
+        described = ", ".join(f"{key}: {value}" for key, value in about.items())
+        parts = [
+            f"<!-- Written by benchmarks/{self.name}.py. -->",
+            f"Median (minimum–maximum). {described}.",
+            *(("### Targets", tables.verdict(targets)) if targets else ()),
+            *self.tables(results),
+        ]
+        text = "\n\n".join(parts) + "\n"
+        machine.RESULTS.mkdir(exist_ok=True)
+        raw = json.dumps({"about": about, "runs": results}, indent=1)
+        (machine.RESULTS / f"{self.name}.json").write_text(raw + "\n")
+        (machine.RESULTS / f"{self.name}.md").write_text(text)
+        print(text)
+        for target in targets:
+            print(target)

@@ -1,0 +1,194 @@
+"""Migration of a guest between QEMU processes, and the figures that are measured for each migration.
+
+A *line* is a guest together with a method of migration. It is booted once and then migrated repeatedly, each time to a
+new QEMU. Between migrations it is paused, so that it does not compete with other lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.ballast import Ballast
+from benchmarks.harness.processes import Meter, faults, large_mappings
+from benchmarks.harness.serial import SerialLines
+from benchmarks.peers.monitor import Monitor
+
+MEMORY = 1 << 30
+SETTLING = 0.7
+"""Seconds that a guest runs before it is migrated."""
+WATCHED = 1.0
+"""Seconds after a migration in which faults are counted."""
+FIRST_WRITES = 1000
+"""Number of pages that a guest under load writes in half a second."""
+
+BUSY = "ferry.mib=200 ferry.rate=2000 ferry.tick=10"
+"""200 MiB of pages that are verified continuously; 2000 of them are written per second."""
+IDLE = "ferry.mib=200 ferry.rate=0 ferry.verify=0 ferry.tick=10"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Directory and files of the guests."""
+
+    folder: Path
+    kernel: Path
+    initrd: Path
+
+
+@dataclass(slots=True)
+class Running:
+    """A QEMU that runs the guest, or waits for it."""
+
+    monitor: Monitor
+    pid: int
+    threads: list[int]
+
+    @classmethod
+    def behind(cls, path: Path) -> Running:
+        """The QEMU whose monitor has this path."""
+        monitor = Monitor(path)
+        return cls(monitor, monitor.pid(), monitor.threads())
+
+
+class Line(ABC):
+    """A guest and a method of migration."""
+
+    may_be_lost = False
+
+    def __init__(self, label: str, place: Place, qemu: Path, load: str) -> None:
+        self.label = label
+        self.place = place
+        self.qemu = qemu
+        self.load = load
+        self.stem = label.replace(" ", "-").replace(",", "")
+        self.serial = SerialLines(place.folder / f"{self.stem}.serial")
+        self.hops = 0
+        self.under_way = (0.0, 0.0)
+        """Start and end of the last migration, seconds on the monotonic clock."""
+        self.current: Running | None = None
+
+    def monitor_path(self, number: int) -> Path:
+        """Path of the benchmark's monitor of a QEMU, by its number."""
+        return self.place.folder / f"{self.stem}.{number}"
+
+    def command(self, number: int) -> list[str]:
+        """Command line of a QEMU by its number, without memory options."""
+        return [
+            str(self.qemu),
+            *"-accel tcg -m 1G -smp 1 -nodefaults -display none".split(),
+            *("-kernel", str(self.place.kernel), "-initrd", str(self.place.initrd)),
+            *("-append", f"console=ttyS0 quiet {self.load}"),
+            *("-serial", f"unix:{self.serial.path}"),
+            *("-qmp", f"unix:{self.monitor_path(number)},server=on,wait=off"),
+        ]
+
+    def boot(self) -> None:
+        """Start the guest; `serial.ready` is set when it has booted."""
+        self.start()
+        self.current = Running.behind(self.monitor_path(0))
+
+    def rest(self) -> None:
+        """Pause the guest until its next migration."""
+        assert self.current is not None
+        self.current.monitor.execute("stop")
+        self.current.monitor.wait("STOP")
+
+    def move(self, ballast: Ballast, **options: Any) -> dict[str, Any]:
+        """Resume the guest, migrate it once, observe it for a second, and return the figures."""
+        source = self.current
+        assert source is not None
+        source.monitor.execute("cont")
+        source.monitor.wait("RESUME")
+        self.hops += 1
+        self.prepare(self.hops, options)
+        destination = Running.behind(self.monitor_path(self.hops))
+        self.accept(destination)
+        time.sleep(SETTLING)
+        run = self._measure(source, destination, ballast, options)
+        source.monitor.close()
+        self.current = destination
+        ballast.hold()
+        return run
+
+    def _measure(
+        self, source: Running, destination: Running, ballast: Ballast, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        large = large_mappings(source.pid, MEMORY)
+        before = faults(destination.pid, destination.threads)
+        meter = Meter([source.pid, destination.pid])
+        clock = time.monotonic() - time.time()
+        ballast.release()
+        began = time.time()
+        self.begin(source, options)
+        stopped = source.monitor.wait("STOP")
+        meter.read()
+        resumed = destination.monitor.wait("RESUME")
+        cpu = meter.read()
+        time.sleep(max(resumed + WATCHED - time.time(), 0))
+        run: dict[str, Any] = {
+            "line": self.label,
+            "alive-before": self.serial.speaks(began + clock - 0.5, began + clock),
+            "elapsed-ms": (resumed - began) * 1e3,
+            "stop-to-resume-ms": (resumed - stopped) * 1e3,
+            "usual-silence-ms": self.serial.longest_silence(began + clock - 0.5, began + clock) * 1e3,
+            "large-source": large,
+            "large-destination": large_mappings(destination.pid, MEMORY),
+            "faults-first-second": faults(destination.pid, destination.threads) - before,
+            "qemu-cpu-s": cpu,
+        }
+        run |= self.finish(source, destination)
+        self.under_way = (began + clock, began + clock + run["total-ms"] / 1e3)
+        # A post-copy guest may have waited for pages until now.
+        run["alive"] = self.serial.speaks(resumed + clock, time.monotonic(), WATCHED)
+        run["silence-ms"] = self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3
+        run["first-writes-ms"] = _milliseconds(self.serial.time_to_writes(resumed + clock, FIRST_WRITES))
+        run["cpu-s"] = run["qemu-cpu-s"] + run.get("agents-cpu-s", 0.0)
+        self._look_after(run)
+        return run
+
+    def _look_after(self, run: dict[str, Any]) -> None:
+        """End the benchmark if a guest is damaged, or lost by pageferry; a guest lost by QEMU is only reported."""
+        if self.serial.errors:
+            raise RuntimeError(f"{self.label}: the guest has found wrong pages")
+        if not run["alive"]:
+            said = "; ".join(self.serial.words[-5:])
+            if not self.may_be_lost:
+                raise RuntimeError(f"{self.label}: no output from the guest: {said}")
+            when = "in" if run["alive-before"] else "before"
+            print(
+                f"{self.label}: no output from the guest since {when} migration {self.hops}, which is left out: {said}",
+                file=sys.stderr,
+            )
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start QEMU number 0, which boots the guest."""
+
+    @abstractmethod
+    def prepare(self, number: int, options: dict[str, Any]) -> None:
+        """Start the QEMU with this number to receive the guest."""
+
+    @abstractmethod
+    def accept(self, destination: Running) -> None:
+        """Make the destination listen, if it does not yet."""
+
+    @abstractmethod
+    def begin(self, source: Running, options: dict[str, Any]) -> None:
+        """Start the migration."""
+
+    @abstractmethod
+    def finish(self, source: Running, destination: Running) -> dict[str, Any]:
+        """Wait for the end of the migration and end the source. Return the statistics of the method."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the guest and all processes."""
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

@@ -1,0 +1,24 @@
+"""Restore benchmark, with peers: `make bench-restore`, or `python -m benchmarks.restore [--quick]`.
+
+Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
+operation failed; missed targets are printed, but are not errors.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.harness import machine
+from benchmarks.harness.bench import Bench
+from benchmarks.restore import arenas, guests, tables
+
+BENCH = Bench(
+    name="restore",
+    questions={"guests": guests.measure, "arenas": arenas.measure, "faults": arenas.measure_faults},
+    judge=tables.judge,
+    tables=tables.render,
+)
+
+if __name__ == "__main__":
+    machine.require("bench-restore", "rustc", "cargo")
+    sys.exit(BENCH.main())

@@ -1,0 +1,63 @@
+"""A process that opens an arena from an image: `python -m benchmarks.restore.opener IMAGE MODE`.
+
+MODE: `lazy`; `demand`, the same without read-ahead; `eager`, which waits until all memory is loaded; `peek`, which
+reads one page through the file; `whole`, the same after all memory was loaded. Prints JSON: milliseconds
+until the arena is usable (`restore` has returned and one byte has been read), the median latency of random accesses in
+microseconds, and milliseconds until all memory is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from statistics import median
+
+import pageferry
+from pageferry.checkpoints.restore_arena import RestoredArena
+from pageferry.memory.regions import SMALL_PAGE
+
+ACCESSES = 200
+
+
+def peek(arena: RestoredArena) -> dict[str, float]:
+    """Read a page from the file, not through the mapping. Return the total bytes read and milliseconds."""
+    begin = time.perf_counter()
+    at = len(memoryview(arena)) // 2
+    arena.ensure(at, SMALL_PAGE)
+    os.pread(arena.descriptor, SMALL_PAGE, at)
+    return {"bytes-read": arena.pager.counters[4], "peek-ms": (time.perf_counter() - begin) * 1e3}
+
+
+def main() -> None:
+    """Open the arena, access pages, and wait until it is complete."""
+    path, mode = sys.argv[1:]
+    begin = time.perf_counter()
+    arena = pageferry.restore(path, eager=mode == "eager", prefetch=mode in ("lazy", "eager"))
+    if mode in ("eager", "whole"):
+        arena.load()
+    view = memoryview(arena)
+    first = 0 if mode == "peek" else view[len(view) // 2]
+    opened = time.perf_counter()
+    if mode in ("peek", "whole"):
+        print(json.dumps(peek(arena) | {"open-ms": (opened - begin) * 1e3}))
+        return
+    times = []
+    choice = random.Random(1)
+    for _ in range(ACCESSES):
+        at = choice.randrange(len(view))
+        start = time.perf_counter()
+        first += view[at]
+        times.append(time.perf_counter() - start)
+    faults, missed, *_ = arena.pager.counters
+    read = arena.pager.counters[4]
+    arena.load()
+    end = time.perf_counter()
+    found = {"open-ms": (opened - begin) * 1e3, "access-us": median(times) * 1e6, "complete-ms": (end - begin) * 1e3}
+    print(json.dumps(found | {"faults": faults, "missed": missed, "read-kib": read / 1024 / max(missed, 1)}))
+
+
+if __name__ == "__main__":
+    main()

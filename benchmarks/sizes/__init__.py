@@ -1,0 +1,1 @@
+"""Benchmark of the sizes of a checkpoint."""
