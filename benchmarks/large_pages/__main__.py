@@ -168,7 +168,7 @@ async def store(mebibytes: int) -> Run:
         chosen = Options(sample=1.0, budget=None, window=1.0, rounds=1, reclaim="store", store=Path(folder))
         result = await sample_async(target, chosen)
         reclaimed = time.monotonic()
-        back = (await undo_async(target)).brought_back
+        back = (await undo_async(target)).reloaded
         ended = time.monotonic()
     cold = sum((512 - one.activity) << 12 for one in result.samples if one.decision == "break")
     figures = result.store
@@ -184,7 +184,7 @@ async def store(mebibytes: int) -> Run:
         "seconds": reclaimed - begin,
         "pauses": figures.pauses,
         "longest-pause-ms": figures.longest_pause_ms,
-        "brought-back": back,
+        "reloaded": back,
         "undo-seconds": ended - reclaimed,
     }
 

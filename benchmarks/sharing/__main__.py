@@ -68,12 +68,12 @@ def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], thres
     """Share only the selected huge pages. Return CPU seconds."""
     names = [f"pid:{pid}" for pid, _ in processes]
     begin = time.process_time()
-    result = asyncio.run(api.share_async(names, threshold=threshold, beside_others=True))
+    result = asyncio.run(api.share_async(names, threshold=threshold, merge_with_others=True))
     found |= {
         "estimate-mib": (result.estimated or 0) / 2**20,
         "freed-of-estimate": (result.freed or 0) / result.estimated if result.estimated else None,
         "chosen": result.large_pages_chosen,
-        "scan-gib-s": result.scan.looked_at / 2**30 / (result.scan.ms / 1e3),
+        "scan-gib-s": result.scan.scanned / 2**30 / (result.scan.ms / 1e3),
     }
     return time.process_time() - begin + (result.ksm_cpu_ms or 0) / 1e3
 

@@ -123,7 +123,7 @@ def test_failed_checkpoint_leaves_the_previous_image(tmp_path: Path) -> None:
         save_well("writer", tmp_path / "image")
         before = (tmp_path / "image").read_bytes()
         with Program(*command("writer", tmp_path / "image", *SLOWLY)) as saver:
-            until(saver, "instant")
+            until(saver, "snapshot-point")
             saver.kill()
         assert (tmp_path / "image").read_bytes() == before
 

@@ -237,7 +237,11 @@ def test_checkpoint_command_saves_chain_and_reports_json(tmp_path: Path) -> None
         ]
         done = subprocess.run(command, capture_output=True, check=True, timeout=60)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [line["type"] for line in lines if line["type"] != "saving"] == ["armed", "instant", "checkpoint"]
+        assert [line["type"] for line in lines if line["type"] != "checkpoint-progress"] == [
+            "armed",
+            "snapshot-point",
+            "checkpoint",
+        ]
         result = lines[-1]
         assert result["status"] == "completed"
         assert result["downtime"] == result["downtime-parts"]["total"] > 0

@@ -53,7 +53,7 @@ def undo() -> int:
     """Reload all pages; return the number of bytes that were in the store."""
     done = pageferry("large-pages", "cold", "--undo")
     assert done.returncode == 0, done.stderr
-    return int(json.loads(done.stdout)["brought-back"])
+    return int(json.loads(done.stdout)["reloaded"])
 
 
 def resident() -> int:

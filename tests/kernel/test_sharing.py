@@ -46,7 +46,7 @@ def switches() -> Iterator[None]:
 def ksm_usable(root: None) -> None:
     """Skip tests that share private memory if KSM cannot be used."""
     try:
-        ksm.check_unused(set(), beside_others=True)
+        ksm.check_unused(set(), merge_with_others=True)
     except UnsupportedError as reason:
         pytest.skip(str(reason))
 
@@ -209,7 +209,7 @@ def rich_and_poor(units: int) -> list[int]:
 
 
 def share(*names: str, **options: Any) -> SharingResult:
-    return api.share(names, beside_others=True, **options)
+    return api.share(names, merge_with_others=True, **options)
 
 
 @pytest.mark.usefixtures("ksm_usable")
@@ -279,7 +279,16 @@ def test_killed_sharer_leaves_memory_and_ksm_intact(moment: float) -> None:
     with Lookalike(8 * SLOTS) as target:
         target.order("fill", rich_and_poor(8))
         target.order("hammer", list(range(-3, 30)), 2)
-        words = ["sharing", f"pid:{target.pid}", "--apply", "--threshold", "50", "--beside-others", "--output", "json"]
+        words = [
+            "sharing",
+            f"pid:{target.pid}",
+            "--apply",
+            "--threshold",
+            "50",
+            "--merge-with-others",
+            "--output",
+            "json",
+        ]
         with Program("-m", "pageferry", *words) as sharer:
             while sharer.json()["type"] != "apply":
                 pass

@@ -54,7 +54,7 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
                 assert taken is not None
                 assert taken.deferred > 0
                 await line.passes(2)
-                assert (await undo_async(target)).brought_back > 0
+                assert (await undo_async(target)).reloaded > 0
                 assert folder.load(records.RECORD, Deferred) is None
                 assert _resident(target) >= 0.99 * before
                 await line.passes(2)

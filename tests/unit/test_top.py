@@ -47,7 +47,7 @@ def ended() -> Job:
     """Return the job of an exited process."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
         started = proc.start_time(process.pid) or 1
-    return Job(pid=process.pid, started=started, verb="migrate", begun=1.0)
+    return Job(pid=process.pid, started=started, verb="migrate", started_at=1.0)
 
 
 def test_jobs_are_listed_while_their_process_runs(tmp_path: Path) -> None:
@@ -76,31 +76,31 @@ def test_progress_is_written_periodically_and_removed_at_the_end(registry: Regis
         assert jobs.running(folder)[0].phase == "starting"
         progress.event(migration.ProgressEvent(round=1, done=10, total=100, mbps=80.0))
         (job,) = jobs.running(folder)
-        assert (job.verb, job.phase, job.part, job.rate) == ("migrate", "round 1", 0.1, 10_000_000)
+        assert (job.verb, job.phase, job.fraction, job.rate) == ("migrate", "round 1", 0.1, 10_000_000)
         progress.event(migration.ProgressEvent(round=1, done=20, total=100, mbps=80.0))
         assert jobs.running(folder) == [job]
         now += INTERVAL
         progress.event(migration.ProgressEvent(round=1, done=30, total=100, mbps=80.0))
-        assert jobs.running(folder)[0].part == 0.3
+        assert jobs.running(folder)[0].fraction == 0.3
     assert list(folder.iterdir()) == []
 
 
 def test_progress_of_checkpoint_and_restore(registry: Registry) -> None:
     progress = Progress("checkpoint", ["web"])
     progress.event(InstantEvent(downtime=1.0))
-    assert (progress.job.phase, progress.job.part) == ("saving", None)
+    assert (progress.job.phase, progress.job.fraction) == ("saving", None)
     progress.event(SavingEvent(done=0, total=0, traps=0, stored=0))
-    assert progress.job.part == 1.0
+    assert progress.job.fraction == 1.0
     progress = Progress("restore", ["web"])
     progress.event(RunningEvent(workload="web", time_to_running=1.0, deferred=400))
     progress.event(ProgressEvent(deferred=100, faults=1, missed=1, prefetched=1, bytes_read=1, failures=[]))
-    assert (progress.job.phase, progress.job.part) == ("loading", 0.75)
+    assert (progress.job.phase, progress.job.fraction) == ("loading", 0.75)
 
 
 def test_top_shows_memory_and_jobs(
     registry: Registry, web: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = msgspec.structs.replace(jobs.ours("migrate", 5.0), phase="round 2", part=0.5, dirty_rate=3 << 20)
+    job = msgspec.structs.replace(jobs.ours("migrate", 5.0), phase="round 2", fraction=0.5, dirty_rate=3 << 20)
     jobs.write(registry.path / "web", job)
     assert main(["top", "--once", "--output", "json"]) == 0
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())

@@ -24,7 +24,7 @@ class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
     """Time for protecting the memory, milliseconds."""
 
 
-class InstantEvent(Event, frozen=True, kw_only=True, tag="instant"):
+class InstantEvent(Event, frozen=True, kw_only=True, tag="snapshot-point"):
     """The pause at which the memory is saved has ended. The workload runs, or stays paused if its user had paused
     it."""
 
@@ -34,7 +34,7 @@ class InstantEvent(Event, frozen=True, kw_only=True, tag="instant"):
     """Whether the workload stays paused."""
 
 
-class SavingEvent(Event, frozen=True, kw_only=True, tag="saving"):
+class SavingEvent(Event, frozen=True, kw_only=True, tag="checkpoint-progress"):
     """Progress of a checkpoint. Sent several times a second."""
 
     done: int

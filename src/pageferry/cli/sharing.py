@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "of the host's memory is available, falling to 16 at one tenth)",
     )
     choosing.add_argument(
-        "--most", type=integer, metavar="N", help="split at most N huge pages, those with most duplicates"
+        "--max-large-pages", type=integer, metavar="N", help="split at most N huge pages, those with most duplicates"
     )
     choosing.add_argument(
         "--break-hot",
@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "large-pages` does) and leaves those intact",
     )
     choosing.add_argument(
-        "--beside-others",
+        "--merge-with-others",
         action="store_true",
         help="use KSM even if other processes have mergeable memory (as QEMU has without mem-merge=off), which is then "
         "merged with that of the workloads named",
@@ -129,7 +129,7 @@ async def _watch(args: argparse.Namespace, out: Reporter) -> None:
 async def _once(args: argparse.Namespace, budget: float | None, out: Reporter) -> Event:
     options = Options(memory=args.memory, every=args.every, threads=args.threads, budget=budget)
     if args.apply:
-        chosen = {name: getattr(args, name) for name in ("threshold", "most", "beside_others")}
+        chosen = {name: getattr(args, name) for name in ("threshold", "max_large_pages", "merge_with_others")}
         hot = set() if args.break_hot else await hot_large_pages(args.names)
         return await api.share_async(args.names, options, **chosen, hot=hot, listener=out.event)
     return await api.find_async(args.names, options, threshold=args.threshold, listener=out.event)

@@ -1,11 +1,11 @@
-"""What verbs at work say about themselves, for others to see: a small record in the folder of the workload.
+"""Records of running verbs, in the directory of the workload, for other commands to read.
 
 ::
 
-    /run/pageferry/web/job-4711.json    a Job of the verb that is process 4711
+    /run/pageferry/web/job-4711.json    `Job` of the verb that runs as process 4711
 
-The verb writes it anew every now and then and removes it at its end. Nothing depends on it: it is not synced, and the
-record of a process that has ended without removing it is passed over, and removed by whoever finds it.
+The verb replaces its record periodically, and removes it at its end. No operation depends on it: it is not synced. The
+record of a process that has exited without removing it is ignored, and removed by the next reader.
 """
 
 from __future__ import annotations
@@ -21,72 +21,72 @@ from pageferry.host import files, proc
 VERSION = 1
 _PREFIX = "job-"
 MAX_LENGTH = 64 << 10
-"""Bytes of a record that is read."""
+"""Maximum size of a record, bytes."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """A verb at work, and how far it is."""
+    """Running verb and its progress."""
 
     version: int = VERSION
     pid: int
     started: int
     """`proc.start_time` of the process."""
     namespace: str | None = None
-    """`proc.namespace` of which `pid` and `started` are; None in records of older versions."""
+    """`proc.namespace` to which `pid` and `started` refer; None in records of older versions."""
     verb: str
-    begun: float
-    """Seconds since 1970."""
+    started_at: float
+    """Start time, seconds since 1970."""
     phase: str = "starting"
-    """What it does at the moment, in a word or two."""
-    part: float | None = None
-    """How much of that is done, 0 to 1; None: that cannot be told."""
+    """Current phase, in one or two words."""
+    fraction: float | None = None
+    """Progress of the phase, 0 to 1; None if unknown."""
     dirty_rate: int | None = None
-    """Bytes of memory that the workload modifies per second, as of the last round; None: it does not look."""
+    """Dirty rate in the last round, bytes per second; None if it is not measured."""
     rate: int | None = None
-    """Bytes per second that it moves."""
+    """Transfer rate, bytes per second."""
 
 
 def write(folder: Path, job: Job) -> None:
-    """Say how far we are. Nothing happens where the workload's folder is not there (yet, or any more)."""
+    """Write the record of a job. Does nothing if the directory of the workload does not exist."""
     with contextlib.suppress(OSError):
         files.replace_file(folder / _name(job.pid), msgspec.json.encode(job))
 
 
 def remove(folder: Path, pid: int) -> None:
-    """We are done."""
+    """Remove the record of a finished job."""
     with contextlib.suppress(OSError):
         (folder / _name(pid)).unlink()
 
 
 def running(folder: Path) -> list[Job]:
-    """The verbs at work on a workload, those that began first first."""
+    """Return the running verbs of a workload, in the order of their start."""
     found, namespace = [], proc.namespace()
     for path in folder.glob(f"{_PREFIX}*.json"):
         job = _read(path)
         if job is None or job.version != VERSION:
             continue
         if job.namespace not in (None, namespace):
-            continue  # whether it runs cannot be judged from this namespace
+            continue  # this namespace cannot determine whether it runs
         if proc.is_alive(job.pid, job.started):
             found.append(job)
         else:
             remove(folder, job.pid)
-    return sorted(found, key=lambda job: job.begun)
+    return sorted(found, key=lambda job: job.started_at)
 
 
 def _read(path: Path) -> Job | None:
     try:
         return msgspec.json.decode(files.read_regular(path, MAX_LENGTH, follow=False), type=Job)
     except (OSError, msgspec.MsgspecError):
-        return None  # it has just ended, or is of another pageferry
+        return None  # it has just ended, or is of another version
 
 
 def _name(pid: int) -> str:
     return f"{_PREFIX}{pid}.json"
 
 
-def ours(verb: str, begun: float) -> Job:
-    """A job of this process."""
+def ours(verb: str, started_at: float) -> Job:
+    """Return a job of this process."""
     started = proc.start_time(os.getpid())
     assert started is not None
-    return Job(pid=os.getpid(), started=started, namespace=proc.namespace(), verb=verb, begun=begun)
+    return Job(pid=os.getpid(), started=started, namespace=proc.namespace(), verb=verb, started_at=started_at)

@@ -173,7 +173,7 @@ async def undo_async(target: Target) -> BroughtBack:
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
     values.instance("target", target, Target)
-    return BroughtBack(target=target.name, brought_back=await cold_store.bring_back(target))
+    return BroughtBack(target=target.name, reloaded=await cold_store.bring_back(target))
 
 
 undo = synchronous(undo_async)

@@ -118,5 +118,5 @@ class BroughtBack(Event, frozen=True, kw_only=True, tag="large-pages-undo"):
     """Result of `pageferry large-pages --undo`."""
 
     target: str
-    brought_back: int
+    reloaded: int
     """Memory reloaded from the store, bytes."""

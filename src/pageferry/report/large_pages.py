@@ -35,7 +35,7 @@ class LargePagesView(PlainView):
                     f"{event.mean:.1f} base pages accessed on average, {event.cpu_ms:.1f} ms of CPU"
                 )
             case BroughtBack():
-                return f"{event.target}: {size(event.brought_back)} reloaded from the store"
+                return f"{event.target}: {size(event.reloaded)} reloaded from the store"
             case LargePagesResult():
                 return "; ".join(_summary(event))
             case _:

@@ -84,17 +84,29 @@ METRICS = (
         "downtime",
         1e-3,
     ),
-    Metric("pageferry_checkpoint_saved_bytes", "gauge", "Memory saved so far.", ("saving",), "done", 4096),
-    Metric("pageferry_checkpoint_present_bytes", "gauge", "Memory to be saved.", ("saving",), "total", 4096),
-    Metric("pageferry_checkpoint_stored_bytes", "gauge", "Bytes written to the image so far.", ("saving",), "stored"),
+    Metric("pageferry_checkpoint_saved_bytes", "gauge", "Memory saved so far.", ("checkpoint-progress",), "done", 4096),
     Metric(
-        "pageferry_checkpoint_traps", "counter", "Writes of the workload that waited for a copy.", ("saving",), "traps"
+        "pageferry_checkpoint_present_bytes", "gauge", "Memory to be saved.", ("checkpoint-progress",), "total", 4096
+    ),
+    Metric(
+        "pageferry_checkpoint_stored_bytes",
+        "gauge",
+        "Bytes written to the image so far.",
+        ("checkpoint-progress",),
+        "stored",
+    ),
+    Metric(
+        "pageferry_checkpoint_traps",
+        "counter",
+        "Writes of the workload that waited for a copy.",
+        ("checkpoint-progress",),
+        "traps",
     ),
     Metric(
         "pageferry_checkpoint_downtime_seconds",
         "gauge",
         "Time for which the workload was paused.",
-        ("instant", "checkpoint"),
+        ("snapshot-point", "checkpoint"),
         "downtime",
         1e-3,
     ),

@@ -23,7 +23,7 @@ INTERVAL = 0.2
 PHASES = {
     "setup": "copying",
     "armed": "pausing",
-    "instant": "saving",
+    "snapshot-point": "saving",
     "listening": "waiting",
     "received": "serving",
     "large-pages": "watching",
@@ -73,30 +73,30 @@ class Progress:
         match event:
             case migration.ProgressEvent():
                 rate = round(event.mbps * 1e6 / 8)
-                return {"phase": f"round {event.round}", "part": _part(event.done, event.total), "rate": rate}
+                return {"phase": f"round {event.round}", "fraction": _part(event.done, event.total), "rate": rate}
             case migration.RoundEvent():
                 return {"dirty_rate": event.dirty_rate, "rate": round(event.mbps * 1e6 / 8)}
             case migration.PostcopyEvent():
                 self._most = max(self._most, event.remaining)
                 part = 1 - _part(event.remaining, self._most)
-                return {"phase": event.status, "part": part, "rate": round(event.mbps * 1e6 / 8) or None}
+                return {"phase": event.status, "fraction": part, "rate": round(event.mbps * 1e6 / 8) or None}
             case checkpoint.SavingEvent():
-                return {"phase": "saving", "part": _part(event.done, event.total)}
+                return {"phase": "saving", "fraction": _part(event.done, event.total)}
             case checkpoint.RunningEvent():
                 self._most = event.deferred
-                return {"phase": "loading", "part": 0.0}
+                return {"phase": "loading", "fraction": 0.0}
             case checkpoint.ProgressEvent():
                 self._most = max(self._most, event.deferred)
-                return {"phase": "loading", "part": 1 - _part(event.deferred, self._most)}
+                return {"phase": "loading", "fraction": 1 - _part(event.deferred, self._most)}
             case large.SampleEvent():
                 return {"phase": f"sampling {event.round}"}
             case sharing.ScanEvent():
-                return {"phase": "scanning", "part": _part(event.done, event.total)}
+                return {"phase": "scanning", "fraction": _part(event.done, event.total)}
             case sharing.ApplyEvent():
-                return {"phase": event.step, "part": None}
+                return {"phase": event.step, "fraction": None}
             case _:
                 phase = PHASES.get(str(event.__struct_config__.tag))
-                return {"phase": phase, "part": None} if phase is not None else {}
+                return {"phase": phase, "fraction": None} if phase is not None else {}
 
 
 def _part(done: int, total: int) -> float:

@@ -53,7 +53,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """`unfinished`: killed or still running."""
     exit_code: int | None
     message: str | None
-    took_ms: float
+    duration_ms: float
     """Milliseconds from the first to the last line of the log."""
     facts: list[FactRecord]
     figures: list[FigureRecord]
@@ -140,7 +140,7 @@ class Run:
             outcome=self.outcome,
             exit_code=end.exit_code if end is not None else None,
             message=self.message,
-            took_ms=self.took,
+            duration_ms=self.took,
             facts=[FactRecord(name=fact.name, value=fact.value, unit=fact.unit) for fact in self.facts],
             figures=[
                 FigureRecord(

@@ -85,13 +85,13 @@ def _curve(result: SharingResult) -> Table:
 
 def _scan(result: SharingResult) -> str:
     scan = result.scan
-    speed = rate(scan.looked_at / max(scan.ms / 1e3, 1e-9))
+    speed = rate(scan.scanned / max(scan.ms / 1e3, 1e-9))
     sampled = "" if scan.every == 1 else f", one of {scan.every} units of 2 MiB"
     scaled = "" if scan.scale == 1 else f", one of {scan.scale} contents compared"
     deferred = "" if not result.deferred else f"{size(result.deferred)} deferred (compared by signature, not loaded), "
     return (
         f"{size(result.memory)} present, {deferred}{result.large_pages} huge pages, {size(result.already_shared)} "
-        f"already shared; scanned {size(scan.looked_at)} in {duration(scan.ms / 1e3)} ({speed}{sampled}{scaled})"
+        f"already shared; scanned {size(scan.scanned)} in {duration(scan.ms / 1e3)} ({speed}{sampled}{scaled})"
     )
 
 

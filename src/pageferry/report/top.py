@@ -78,15 +78,15 @@ def _or_dash(count: int | None) -> str:
 def _jobs(jobs: list[Job], now: float) -> RenderableType:
     rows = Table.grid(padding=(0, 1))
     for job in jobs:
-        done = ProgressBar(total=1.0, completed=job.part, width=BAR) if job.part is not None else Text()
+        done = ProgressBar(total=1.0, completed=job.fraction, width=BAR) if job.fraction is not None else Text()
         rows.add_row(Text(job.verb, style="cyan"), Text(job.phase), done, Text(_words_of(job, now), style="dim"))
     return rows if jobs else Text("-")
 
 
 def _words_of(job: Job, now: float) -> str:
-    words = [f"{job.part:.0%}"] if job.part is not None else []
+    words = [f"{job.fraction:.0%}"] if job.fraction is not None else []
     words += [rate(job.rate)] if job.rate is not None else []
-    return ", ".join([*words, duration(max(now - job.begun, 0))])
+    return ", ".join([*words, duration(max(now - job.started_at, 0))])
 
 
 def _words(one: WorkloadMemory) -> str:
@@ -97,5 +97,7 @@ def _words(one: WorkloadMemory) -> str:
         words.append(f"{size(one.deferred)} deferred")
     if one.dirty_rate is not None:
         words.append(f"{rate(one.dirty_rate)} dirtied")
-    words += [f"{job.verb}: {job.phase}" + (f" {job.part:.0%}" if job.part is not None else "") for job in one.jobs]
+    words += [
+        f"{job.verb}: {job.phase}" + (f" {job.fraction:.0%}" if job.fraction is not None else "") for job in one.jobs
+    ]
     return ", ".join([*words, *([one.waiting] if one.waiting else [])])

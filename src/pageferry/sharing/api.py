@@ -45,32 +45,32 @@ async def share_async(
     options: Options | None = None,
     *,
     threshold: int | None = None,
-    most: int | None = None,
-    beside_others: bool = False,
+    max_large_pages: int | None = None,
+    merge_with_others: bool = False,
     hot: Collection[tuple[int, int]] = frozenset(),
     listener: Listener = ignore,
 ) -> SharingResult:
-    """Scan, then share in the huge pages where it pays, at most `most` of them.
+    """Scan, then share in the huge pages where it pays, at most `max_large_pages` of them.
 
     Pages are shared between the targets because the caller has named all of them: a process that shares pages can infer
-    from the duration of its writes whether another has the same contents. `beside_others`: also allow merging with
+    from the duration of its writes whether another has the same contents. `merge_with_others`: also allow merging with
     memory that other processes have offered to KSM. `hot`: huge pages in use (S3), which are not split, as (number of
     the target, address or byte offset in its region). A restore in progress is completed first (S8). Also raises
     UnsupportedError if KSM is needed and in use.
     """
     _check(options, listener, threshold)
-    values.optional(values.count, "most", most, 0, 1 << 40)
-    values.flag("beside_others", beside_others)
+    values.optional(values.count, "max_large_pages", max_large_pages, 0, 1 << 40)
+    values.flag("merge_with_others", merge_with_others)
     async with _opened(names, "sharing") as targets:
-        apply.check_possible(targets, beside_others)
+        apply.check_possible(targets, merge_with_others)
         for target in targets:
             await _complete(target)
         findings = await look(targets, options or Options(), listener)
         least = _threshold(threshold)
         found = estimate.result(findings, least)
-        chosen = policy.choose(findings.units, least, hot, most)
+        chosen = policy.choose(findings.units, least, hot, max_large_pages)
         expected = estimate.freed_by(findings, chosen)
-        done = await apply.apply(findings, chosen, listener, beside_others=beside_others)
+        done = await apply.apply(findings, chosen, listener, merge_with_others=merge_with_others)
         return msgspec.structs.replace(
             found,
             freed=done.freed,

@@ -46,16 +46,16 @@ class Applied:
     pauses: int = 0
 
 
-def check_possible(targets: Sequence[Target], beside_others: bool) -> None:
+def check_possible(targets: Sequence[Target], merge_with_others: bool) -> None:
     """Raise UnsupportedError, before anything is changed, if KSM would be needed and cannot be used."""
     if any(area.kind == "anon" for target in targets for area in target.areas):
-        ksm.check_unused({pid for target in targets for pid in target.pids}, beside_others=beside_others)
+        ksm.check_unused({pid for target in targets for pid in target.pids}, merge_with_others=merge_with_others)
 
 
 async def apply(
-    findings: Findings, chosen: Sequence[Unit], listener: Listener, *, beside_others: bool = False
+    findings: Findings, chosen: Sequence[Unit], listener: Listener, *, merge_with_others: bool = False
 ) -> Applied:
-    """Share in the chosen units; `beside_others` as for `ksm.check_unused`.
+    """Share in the chosen units; `merge_with_others` as for `ksm.check_unused`.
 
     If merging fails or is cancelled, all advice is reverted and merged pages are copied; punched zeros need no undoing.
     The settings of KSM are restored in any case.
@@ -63,7 +63,7 @@ async def apply(
     applied = Applied()
     anonymous = [unit for unit in chosen if unit.place.anonymous]
     if anonymous:
-        check_possible(findings.targets, beside_others)
+        check_possible(findings.targets, merge_with_others)
         await _merge(findings, anonymous, applied, listener)
     by_place: defaultdict[int, list[Unit]] = defaultdict(list)
     for unit in chosen:

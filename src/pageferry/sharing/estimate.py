@@ -40,7 +40,7 @@ def result(findings: Findings, threshold: int) -> SharingResult:
             name: Class(pages=findings.pages[name], reclaimable=findings.freed[name] * SMALL_PAGE) for name in CLASSES
         },
         curve=_curve(_by_large_pages(everything, freed_by(findings, everything, possible=False)), possible_curve),
-        scan=ScanReport(findings.looked_at, findings.seconds * 1e3, findings.every, findings.scale),
+        scan=ScanReport(findings.scanned, findings.seconds * 1e3, findings.every, findings.scale),
         threshold=threshold,
         not_shareable=_limits(findings),
         deferred=sum(unit.deferred for unit in findings.units) * SMALL_PAGE,

@@ -46,7 +46,7 @@ class Point(msgspec.Struct, frozen=True, rename="kebab"):
 class ScanReport(msgspec.Struct, frozen=True, rename="kebab"):
     """Parameters and extent of a scan."""
 
-    looked_at: int
+    scanned: int
     """Scanned memory, bytes."""
     ms: float
     every: int

@@ -56,11 +56,11 @@ def pages_per_copy() -> int:
         return 256
 
 
-def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
+def check_unused(pids: Collection[int], *, merge_with_others: bool = False) -> None:
     """Raise UnsupportedError if KSM is missing, not permitted, or used by a process other than `pids`.
 
     Other processes may have offered memory to KSM while it is stopped (QEMU does so with private memory, unless run
-    with `mem-merge=off`); it would be merged with that of `pids`. `beside_others` permits that.
+    with `mem-merge=off`); it would be merged with that of `pids`. `merge_with_others` permits that.
     """
     if not os.access(FOLDER / "run", os.W_OK):
         raise UnsupportedError(
@@ -76,12 +76,12 @@ def check_unused(pids: Collection[int], *, beside_others: bool = False) -> None:
         raise UnsupportedError(
             "cannot use KSM: it has merged pages already, and this kernel does not report of which processes"
         )
-    others = [] if beside_others else [pid for pid in _users() if pid not in pids]
+    others = [] if merge_with_others else [pid for pid in _users() if pid not in pids]
     if others:
         names = ", ".join(f"{pid} ({_command(pid)})" for pid in others[:4])
         raise UnsupportedError(
             f"cannot use KSM: other processes have mergeable memory: {names}; name them too (pid:N), or set "
-            "`beside_others` to merge their pages with those of the workloads named"
+            "`merge_with_others` to merge their pages with those of the workloads named"
         )
 
 

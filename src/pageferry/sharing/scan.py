@@ -149,7 +149,7 @@ class Findings:
     scale: int
     """One of this many contents was recorded."""
     every: int
-    looked_at: int
+    scanned: int
     """Scanned memory, bytes."""
     seconds: float
     engine: SharingScan = field(repr=False)
@@ -167,7 +167,7 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
         pieces = [place.engine_piece() for place in places]
         deferred = {number: one for number, place in enumerate(places) if (one := place.engine_deferred()) is not None}
         scan = await in_thread(SharingScan, pieces, options.memory // PAGE_COST, options.every, deferred)
-        looked_at = await _run(scan, options, listener)
+        scanned = await _run(scan, options, listener)
         await in_thread(scan.finish)
         for target in targets:
             for pid in target.pids:
@@ -187,7 +187,7 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
         freed=freed,
         scale=scan.scale,
         every=options.every,
-        looked_at=looked_at,
+        scanned=scanned,
         seconds=time.monotonic() - begin,
         engine=scan,
     )

@@ -19,13 +19,13 @@ def facts(log: Log) -> list[Fact]:
     if not results:
         return []
     result = results[-1][1]
-    speed = result.scan.looked_at / max(result.scan.ms / 1e3, 1e-9)
+    speed = result.scan.scanned / max(result.scan.ms / 1e3, 1e-9)
     facts = [
         Fact("reclaimable", result.reclaimable, "bytes", lead=True, note=f"present: {size(result.memory)}"),
         Fact("possible here", result.possible, "bytes", lead=True),
         Fact("huge pages", result.large_pages, "count", lead=True),
         Fact("already shared", result.already_shared, "bytes"),
-        Fact("scanned", result.scan.looked_at, "bytes", note=f"in {duration(result.scan.ms / 1e3)}, {rate(speed)}"),
+        Fact("scanned", result.scan.scanned, "bytes", note=f"in {duration(result.scan.ms / 1e3)}, {rate(speed)}"),
         Fact("threshold", result.threshold, "count", note="shareable of 512 base pages"),
         Fact("workloads", ", ".join(result.workloads)),
     ]
