@@ -1,9 +1,10 @@
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::image::{self, ImageError, PageReader};
 use pageferry_engine::mapping::duplicate;
+use parking_lot::Mutex;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -213,7 +214,7 @@ impl ImageChain {
 
 impl ImageChain {
     fn stored_pages(&self) -> StoredPages {
-        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stored = self.stored.lock();
         stored.get_or_insert_with(|| Arc::new(image::stored_pages(self.inner.nearest()))).clone()
     }
 }

@@ -1,4 +1,4 @@
-use std::sync::{Mutex, PoisonError};
+use parking_lot::Mutex;
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class};
@@ -19,7 +19,7 @@ pub struct ImageWriter {
 
 impl ImageWriter {
     fn with<T>(&self, work: impl FnOnce(&mut image::ImageWriter, &mut Builder) -> std::io::Result<T>) -> PyResult<T> {
-        let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.inner.lock();
         let (writer, builder) = guard.as_mut().ok_or_else(|| PyValueError::new_err("the image is finished"))?;
         work(writer, builder).map_err(errors::kernel)
     }
@@ -69,7 +69,7 @@ impl ImageWriter {
             Ok(entry)
         };
         let map = entries.into_iter().map(entry).collect::<PyResult<Vec<_>>>()?;
-        let taken = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let taken = self.inner.lock().take();
         let (writer, _) = taken.ok_or_else(|| PyValueError::new_err("the image is finished"))?;
         let finished = py.detach(|| writer.finish(regions, &map)).map_err(errors::kernel)?;
         Ok((finished.digest, finished.len))

@@ -1,4 +1,4 @@
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use parking_lot::{Mutex, MutexGuard};
 
 use pageferry_engine::image;
 use pageferry_engine::mapping::duplicate;
@@ -17,7 +17,7 @@ pub struct PageStore {
 
 impl PageStore {
     fn lock(&self) -> MutexGuard<'_, Option<image::PageStore>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

@@ -1,13 +1,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pageferry_engine::image::Sizes;
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::saver::{self, Handle, Options, Region, SaveError, Source, Traces};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
+use parking_lot::Mutex;
 use pyo3::exceptions::{
     PyInterruptedError, PyLookupError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError,
 };
@@ -88,7 +88,7 @@ pub struct Saver {
 impl Saver {
     /// Without the GIL: `prepare` calls Python, and who has the saver meanwhile needs it for that.
     fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
-        work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+        work(&mut self.inner.lock())
     }
 }
 

@@ -1,4 +1,4 @@
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use parking_lot::{Mutex, MutexGuard};
 
 use pageferry_engine::wire::tls;
 use pyo3::exceptions::{PyPermissionError, PyValueError};
@@ -46,7 +46,7 @@ impl TlsSession {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<tls::Session>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut tls::Session) -> T) -> PyResult<T> {

@@ -1,7 +1,7 @@
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 
 use pageferry_engine::{pages, trace};
+use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -16,7 +16,7 @@ pub struct Trace {
 
 impl Trace {
     fn with<T>(&self, work: impl FnOnce(&trace::Trace) -> T) -> PyResult<T> {
-        let guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let guard = self.inner.lock();
         guard.as_ref().map(work).ok_or_else(|| PyValueError::new_err("the trace has been removed"))
     }
 }
@@ -82,6 +82,6 @@ impl Trace {
     }
 
     fn remove(&self, py: Python<'_>) {
-        py.detach(|| drop(self.inner.lock().unwrap_or_else(PoisonError::into_inner).take()));
+        py.detach(|| drop(self.inner.lock().take()));
     }
 }

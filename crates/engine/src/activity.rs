@@ -14,7 +14,9 @@
 //! protection; the mappings that were split then stay small until khugepaged, or another sample, finds them.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::mapping::scan;
 use crate::space::{AdoptError, Space};
@@ -51,8 +53,8 @@ impl Sampler {
         Ok(Self { space, uffd, held: Mutex::default() })
     }
 
-    fn held(&self) -> std::sync::MutexGuard<'_, Vec<Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn held(&self) -> parking_lot::MutexGuard<'_, Vec<Held>> {
+        self.held.lock()
     }
 
     /// Makes each page (addresses at 2 MiB boundaries) a mapping of its own. Its large mapping stays. Returns those

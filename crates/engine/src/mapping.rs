@@ -8,7 +8,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use crate::uapi::{self, PageRegion, PmScanArg, Userfault, check, owned};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
@@ -30,15 +31,15 @@ static REGISTERED: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
 
 /// (address, length) of every [`Mapping`] of this process: what else maps the same file was mapped by the program.
 pub fn registered() -> Vec<(u64, u64)> {
-    REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    REGISTERED.lock().clone()
 }
 
 fn register(address: u64, len: u64) {
-    REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).push((address, len));
+    REGISTERED.lock().push((address, len));
 }
 
 fn unregister(address: u64) {
-    let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut registered = REGISTERED.lock();
     if let Some(at) = registered.iter().position(|(start, _)| *start == address) {
         registered.swap_remove(at);
     }

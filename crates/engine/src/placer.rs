@@ -6,12 +6,13 @@
 //! place, so it may be mapped into the workload's page tables as one large page while the transfer goes on.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::block::Class;
@@ -251,7 +252,7 @@ impl Placer {
         if region.begun.get(unit) {
             return;
         }
-        let _beginning = self.shared.beginning[unit % LOCKS].lock().unwrap_or_else(PoisonError::into_inner);
+        let _beginning = self.shared.beginning[unit % LOCKS].lock();
         if !region.begun.get(unit) {
             if self.shared.keep_large && region.is_large(unit) {
                 self.allocate_large(region, unit);
@@ -288,7 +289,7 @@ impl Placer {
     }
 
     fn complete(&self, region: usize, unit: usize) {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = self.queue.lock();
         if let Some(queue) = queue.as_ref() {
             // The workers live as long as the queue.
             let _ = queue.send((region, unit));
@@ -338,8 +339,8 @@ impl Placer {
     }
 
     fn join(&self) {
-        drop(self.queue.lock().unwrap_or_else(PoisonError::into_inner).take());
-        for worker in self.workers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        drop(self.queue.lock().take());
+        for worker in self.workers.lock().drain(..) {
             let _ = worker.join();
         }
     }

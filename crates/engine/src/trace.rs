@@ -17,10 +17,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::mapping::scan;
 use crate::pages::PageSet;
@@ -64,7 +66,7 @@ impl Armed {
     }
 
     fn released(&self) -> MutexGuard<'_, BTreeSet<usize>> {
-        self.released.lock().unwrap_or_else(PoisonError::into_inner)
+        self.released.lock()
     }
 
     /// Address of a unit of the segment.

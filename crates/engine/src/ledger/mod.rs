@@ -46,9 +46,11 @@ mod writer;
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 pub use options::Options;
 pub use stalls::Stalls;
@@ -267,7 +269,7 @@ impl Ledger {
     }
 
     fn locked<T>(&self, action: impl FnOnce(&mut Option<Workers>) -> T) -> T {
-        action(&mut self.workers.lock().unwrap_or_else(PoisonError::into_inner))
+        action(&mut self.workers.lock())
     }
 
     fn running<T>(&self, action: impl FnOnce(&Workers) -> Result<T, LedgerError>) -> Result<T, LedgerError> {

@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::LedgerError;
 use super::layout::Layout;
@@ -63,7 +65,7 @@ struct Count {
 
 impl Control {
     fn count(&self) -> MutexGuard<'_, Count> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+        self.count.lock()
     }
 
     fn order(&self) -> u8 {
@@ -82,7 +84,7 @@ impl Control {
         count.parked += 1;
         self.counted.notify_all();
         while self.order() == PARK {
-            count = self.ordered.wait(count).unwrap_or_else(PoisonError::into_inner);
+            self.ordered.wait(&mut count);
         }
         count.parked -= 1;
         self.order() == RUN
@@ -90,19 +92,17 @@ impl Control {
 
     /// A thread sleeps here until it may write again, or the order changes.
     fn sleep(&self, time: Duration) {
-        let count = self.count();
+        let mut count = self.count();
         if self.order() == RUN {
-            drop(self.ordered.wait_timeout(count, time));
+            self.ordered.wait_for(&mut count, time);
         }
     }
 
     /// Waits until `done` or `patience` ran out; says which.
     fn wait(&self, patience: Duration, done: impl Fn(&Count) -> bool) -> bool {
-        let (_count, timeout) = self
-            .counted
-            .wait_timeout_while(self.count(), patience, |count| !done(count))
-            .unwrap_or_else(PoisonError::into_inner);
-        !timeout.timed_out()
+        let mut count = self.count();
+        self.counted.wait_while_for(&mut count, |count| !done(count), patience);
+        done(&count)
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
 
 use crate::SMALL_PAGE;
 use crate::image::{Chain, Image, ImageError, StoredBlock};
@@ -66,7 +68,7 @@ impl Blocks {
     pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
-            let buffer = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+            let buffer = self.spare.lock().pop().unwrap_or_default();
             let block = self.chain.images()[number.0].read_block_into(number.1, buffer)?;
             self.bytes.fetch_add(block.len() as u64, Ordering::Relaxed);
             Ok(Arc::new(block))
@@ -96,14 +98,14 @@ impl Blocks {
     fn recycle(&self, entry: Option<(Number, Cell)>) {
         let block = entry.and_then(|(_, cell)| Arc::into_inner(cell)).and_then(OnceLock::into_inner);
         if let Some(block) = block.and_then(Result::ok).and_then(Arc::into_inner) {
-            let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut spare = self.spare.lock();
             if spare.len() < SPARE {
                 spare.push(block.into_buffer());
             }
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Number, Cell)>> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, VecDeque<(Number, Cell)>> {
+        self.recent.lock()
     }
 }

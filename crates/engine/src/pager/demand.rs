@@ -1,9 +1,11 @@
 //! Demand: threads that answer accesses. One of them waits for the next access, the others serve.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::memory::Scratch;
 use super::source::Brought;
@@ -50,10 +52,10 @@ pub fn serve(shared: &Shared, inbox: &Inbox) {
 
 /// The next access. While we wait here, whoever else would wait does so at the lock.
 fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
-    let mut waiting = inbox.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut waiting = inbox.waiting.lock();
     if waiting.is_empty() && inbox.uffd.wait(PATIENCE).ok()? {
         // Removals go on once they have been read: then no contents may be on their way to those pages.
-        let _alone = shared.memory.removing.write().unwrap_or_else(PoisonError::into_inner);
+        let _alone = shared.memory.removing.write();
         events.clear();
         shared.memory.take_reports();
         if inbox.uffd.read(events).is_err() {

@@ -5,8 +5,6 @@
 //! a flag is brought from the chain, whatever memory holds. Only then are holes punched. If we die in between, what has
 //! a flag is brought by the next pager, and what has none is in memory as it was.
 
-use std::sync::PoisonError;
-
 use super::PagerError;
 use super::memory::{Memory, Watched};
 use crate::pages::PageSet;
@@ -21,7 +19,7 @@ pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, P
         return Err(PagerError::Io(error));
     }
     // No contents come meanwhile: they would go to pages that are about to be punched out.
-    let alone = memory.removing.write().unwrap_or_else(PoisonError::into_inner);
+    let alone = memory.removing.write();
     memory.decide(found.base, found.end());
     let units = units(pages);
     for &(first, end) in &units {

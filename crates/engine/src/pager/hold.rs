@@ -8,7 +8,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+
+use parking_lot::MutexGuard;
 
 use super::memory::{Memory, Watched};
 use super::{Pager, Shared};
@@ -27,7 +28,7 @@ pub enum Held {
 
 impl Shared {
     fn held(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock()
     }
 
     /// Whether it may end now that everything is there; from then on nobody can hold it.

@@ -1,9 +1,10 @@
 //! Contents into memory: load, install, map. What always holds: contents, then flag, then map.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 
 use super::flags::Flags;
@@ -216,7 +217,7 @@ impl Memory {
 
     fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<(), LoadError> {
         let first = run[0].0 - self.regions[region].base;
-        let _no_removals = self.removing.read().unwrap_or_else(PoisonError::into_inner);
+        let _no_removals = self.removing.read();
         self.decide(run[0].0, run[0].0 + run.len());
         let slots = self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first, run.len())?;
         let mut done = 0;
@@ -296,7 +297,7 @@ impl Memory {
         if let Ok(window) = u32::try_from(page / WINDOW)
             && !self.noted.set(page / WINDOW)
         {
-            self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(window);
+            self.touched.lock().push(window);
         }
         self.counters.missed.fetch_add(1, Ordering::Relaxed);
         let brought = self.bring(page, (first, end), scratch)?;
@@ -317,7 +318,7 @@ impl Memory {
         let found = &self.regions[region];
         let (first, end) = found.window(page);
         // What has no flag now must have none when there is room for it.
-        let _no_removals = self.removing.read().unwrap_or_else(PoisonError::into_inner);
+        let _no_removals = self.removing.read();
         let runs = self.flags.clear_runs(first, end);
         let Some(&(start, stop)) = runs.iter().find(|(start, stop)| (*start..*stop).contains(&page)) else {
             return Ok(());

@@ -31,12 +31,13 @@ mod removals;
 mod source;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
+use parking_lot::{Condvar, Mutex, RwLock};
 
 use blocks::{Blocks, Fetched};
 use demand::Inbox;
@@ -112,7 +113,7 @@ impl Shared {
         if !self.whole_blocks {
             return;
         }
-        if let Some(rest) = self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
+        if let Some(rest) = self.rest.lock().as_ref()
             && let Source::Images(blocks) = &self.memory.source
             && !blocks.is_done(fetched.0)
         {
@@ -122,7 +123,7 @@ impl Shared {
 
     /// Notes a failure; false where it was known, and as much an access.
     fn fail(&self, failure: Failure) -> bool {
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failures = self.failures.lock();
         let same = |other: &&mut Failure| (other.region, other.page) == (failure.region, failure.page);
         let new = match failures.iter_mut().find(same) {
             Some(known) => {
@@ -189,7 +190,7 @@ impl Shared {
                 self.memory.map_large(number, unit * SLOTS);
             }
         }
-        *self.finished.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.finished.0.lock() = true;
         self.finished.1.notify_all();
     }
 }
@@ -310,7 +311,7 @@ impl Pager {
             let (shared, link) = (self.shared.clone(), link.clone());
             let thread = std::thread::Builder::new().name(format!("pf-peer{stream}"));
             let thread = thread.spawn(move || peer::receive(&shared, &link, stream))?;
-            self.readers.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+            self.readers.lock().push(thread);
         }
         Ok(())
     }
@@ -335,14 +336,14 @@ impl Pager {
     }
 
     fn join_readers(&self) {
-        for reader in self.readers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for reader in self.readers.lock().drain(..) {
             let _ = reader.join();
         }
     }
 
     fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        self.threads.lock().push(thread);
         Ok(())
     }
 
@@ -372,30 +373,29 @@ impl Pager {
 
     /// Windows of 16 pages in the order in which the workload first missed them.
     pub fn touched(&self) -> Vec<u32> {
-        self.shared.memory.touched.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared.memory.touched.lock().clone()
     }
 
     /// Pages that could not be had.
     pub fn failures(&self) -> Vec<Failure> {
-        self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared.failures.lock().clone()
     }
 
     /// Whether everything is in memory and the workload is on its own.
     pub fn is_finished(&self) -> bool {
-        *self.shared.finished.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.shared.finished.0.lock()
     }
 
     /// Waits until it is finished, or something has failed that had not (`known` failures), or for so long.
     pub fn wait(&self, patience: Duration, known: usize) -> bool {
         let deadline = Instant::now() + patience;
-        let mut finished = self.shared.finished.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut finished = self.shared.finished.0.lock();
         while !*finished && self.failures().len() <= known {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
-            let woken = self.shared.finished.1.wait_timeout(finished, left.min(Duration::from_millis(100)));
-            finished = woken.unwrap_or_else(PoisonError::into_inner).0;
+            self.shared.finished.1.wait_for(&mut finished, left.min(Duration::from_millis(100)));
         }
         *finished
     }
@@ -406,7 +406,7 @@ impl Pager {
         let pages = found.mapping.pages();
         let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
         let (memory, mut scratch) = (&self.shared.memory, Scratch::default());
-        let _bringing = self.shared.bringing.read().unwrap_or_else(PoisonError::into_inner);
+        let _bringing = self.shared.bringing.read();
         for first in (start..end).step_by(MOST) {
             let last = end.min(first + MOST);
             // The next pager may be at it already: what we wrote now could be late.
@@ -456,12 +456,12 @@ impl Pager {
     /// Ends all threads. What is missing stays missing: accesses wait for the next pager.
     pub fn stop(&self) {
         self.shared.end();
-        drop(self.shared.rest.lock().unwrap_or_else(PoisonError::into_inner).take());
-        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        drop(self.shared.rest.lock().take());
+        for thread in self.threads.lock().drain(..) {
             let _ = thread.join();
         }
         self.join_readers();
-        drop(self.shared.bringing.write().unwrap_or_else(PoisonError::into_inner));
+        drop(self.shared.bringing.write());
     }
 
     /// Ends all threads for a workload that will never run on this memory: whoever still waits for a page goes on, and

@@ -5,9 +5,10 @@
 //! there, so that another connection can go on where one was lost. Until then accesses wait.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use thiserror::Error;
 
 use super::Shared;
@@ -57,16 +58,16 @@ impl Peer {
 
     /// The connection, or the last one.
     pub fn link(&self) -> Arc<PeerSource> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.link.lock().clone()
     }
 
     fn waiting(&self) -> MutexGuard<'_, HashMap<(usize, usize), Want>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 
     /// Goes on with another connection: asks it for everything that is waited for.
     pub fn reconnect(&self, memory: &Memory, link: Arc<PeerSource>) {
-        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = link.clone();
+        *self.link.lock() = link.clone();
         let wanted: Vec<_> = self
             .waiting()
             .iter_mut()
@@ -134,7 +135,7 @@ impl Peer {
                     let reason = link.lost().unwrap_or_else(|| "the pager has been stopped".to_owned());
                     return Err(LoadError::Lost(reason));
                 }
-                waiting = self.changed.wait_timeout(waiting, SLICE).unwrap_or_else(PoisonError::into_inner).0;
+                self.changed.wait_for(&mut waiting, SLICE);
             }
         }
         Ok(())

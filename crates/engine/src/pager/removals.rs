@@ -19,9 +19,10 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::memory::Memory;
 use crate::discards::Discards;
@@ -59,12 +60,12 @@ impl Removals {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Removed>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock()
     }
 
     /// Whether a hole was punched since the last call. What cannot be read is taken for one.
     fn punched(&self) -> bool {
-        let watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let watch = self.watch.lock();
         watch.as_ref().is_some_and(|watch| watch.seen().unwrap_or(true))
     }
 
@@ -80,7 +81,7 @@ impl Removals {
 
     /// Nothing is deferred any longer.
     pub fn close(&self) {
-        drop(self.watch.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.watch.lock().take());
     }
 }
 

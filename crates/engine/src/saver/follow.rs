@@ -7,7 +7,8 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::SaveError;
 use super::area::Area;
@@ -41,7 +42,7 @@ impl Follow {
 
     /// While this is held, what is handed over stays as it is.
     pub(super) fn still(&self) -> MutexGuard<'_, ()> {
-        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.changing.lock()
     }
 
     /// Bytes from the start of a region that the saver has nothing to do with any more.

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
 
 use super::SaveError;
 use super::area::{Area, RELEASED, UNSAVED};
@@ -127,7 +128,7 @@ impl Shared {
 
     /// The instant: protects again what was released since `protect_all`, in few calls.
     pub(super) fn protect_released(&self) -> io::Result<()> {
-        let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+        let _beginning = self.beginning.lock();
         for (region, area) in self.areas.iter().enumerate() {
             let mut block = 0;
             while block < area.blocks() {
@@ -154,7 +155,7 @@ impl Shared {
         if self.begun.load(Ordering::Acquire) {
             return false;
         }
-        let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+        let _beginning = self.beginning.lock();
         if self.begun.load(Ordering::Acquire) {
             return false;
         }
@@ -228,7 +229,7 @@ impl Shared {
 
     /// Notes the first error, and lets the workload go.
     pub(super) fn fail(&self, error: SaveError) {
-        let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = self.error.lock();
         if first.is_none() && !self.is_done() {
             *first = Some(error);
             self.failed.store(true, Ordering::Release);
@@ -243,21 +244,21 @@ impl Shared {
     }
 
     pub(super) fn error(&self) -> Option<SaveError> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.error.lock().take()
     }
 
     pub(super) fn finished(&self) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.done.lock() = true;
         self.end.notify_all();
     }
 
     fn is_done(&self) -> bool {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.done.lock()
     }
 
     pub(super) fn wait(&self, time: Duration) -> bool {
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.end.wait_timeout_while(done, time, |done| !*done);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+        let mut done = self.done.lock();
+        self.end.wait_while_for(&mut done, |done| !*done, time);
+        *done
     }
 }

@@ -1,6 +1,6 @@
 //! The staging buffer: slots that hold copied blocks until they are packed. A part of them is for traps alone.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use parking_lot::{Condvar, Mutex};
 
 /// Who wants a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,30 +40,30 @@ impl Staging {
     /// A slot, and whether one had to be waited for; none once closed.
     pub(super) fn take(&self, origin: Origin) -> Option<(Box<[u8]>, bool)> {
         let left = if origin == Origin::Trap { 0 } else { self.reserve };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let mut waited = false;
         while state.free.len() <= left && !state.closed {
             waited = true;
-            state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.more.wait(&mut state);
         }
         if state.closed { None } else { state.free.pop().map(|slot| (slot, waited)) }
     }
 
     /// A slot at once, a new one if need be.
     pub(super) fn take_now(&self) -> Box<[u8]> {
-        let free = self.state.lock().unwrap_or_else(PoisonError::into_inner).free.pop();
+        let free = self.state.lock().free.pop();
         free.unwrap_or_else(|| vec![1; self.slot].into_boxed_slice())
     }
 
     /// Takes a slot back.
     pub(super) fn give(&self, slot: Box<[u8]>) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).free.push(slot);
+        self.state.lock().free.push(slot);
         self.more.notify_all();
     }
 
     /// From now on nobody gets a slot, and nobody waits for one.
     pub(super) fn close(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).closed = true;
+        self.state.lock().closed = true;
         self.more.notify_all();
     }
 }

@@ -9,9 +9,9 @@
 //! lowest bits clear are kept, which keeps or drops *all* copies of a content. Counts are then scaled up.
 
 use std::io;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use crate::SMALL_PAGE;
 
@@ -153,7 +153,7 @@ impl Scan {
         let results = Mutex::new(Vec::new());
         let look = || {
             let found = self.look(&cursor, end);
-            results.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+            results.lock().push(found);
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
@@ -162,7 +162,7 @@ impl Scan {
             }
             look();
         });
-        for found in results.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        for found in results.into_inner() {
             let found = found?;
             found.units.into_iter().for_each(|(number, unit)| self.units[number] = unit);
             self.keep(found.signatures);

@@ -10,9 +10,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::block::{BlockError, Class};
@@ -108,7 +108,7 @@ fn on_all<S: Sync>(
     let failure = Mutex::new(None);
     let fail = |error: WireError| {
         // First kept, then made known: what the others end with because of it must not come before it.
-        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        failure.lock().get_or_insert(error);
         cancelled.store(true, Ordering::Release);
     };
     let guarded = |stream: &S| work(stream).unwrap_or_else(&fail);
@@ -120,7 +120,7 @@ fn on_all<S: Sync>(
         }
         streams.iter().take(1).for_each(&guarded);
     });
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    failure.into_inner().map_or(Ok(()), Err)
 }
 
 /// Sets an option of TCP; other sockets do not know it, and need it not.

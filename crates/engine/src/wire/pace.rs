@@ -1,8 +1,9 @@
 //! How fast blocks leave: a limit for all streams together, and a codec that is left out where it only slows down.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::WireError;
 use crate::block::Codec;
@@ -30,7 +31,7 @@ impl Limit {
     fn take(&self, bytes: usize, now: Instant) -> Instant {
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let time = Duration::from_secs_f64(bytes as f64 / self.bandwidth as f64);
-        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut due = self.due.lock();
         let start = (*due).max(now.checked_sub(BURST).unwrap_or(now));
         *due = start + time;
         start
@@ -50,7 +51,7 @@ impl Limit {
 
     /// Waits until something may leave at once, whatever leaves meanwhile.
     pub(super) fn wait_for_turn(&self, cancelled: &AtomicBool) -> Result<(), WireError> {
-        sleep_until(|| *self.due.lock().unwrap_or_else(PoisonError::into_inner), cancelled)
+        sleep_until(|| *self.due.lock(), cancelled)
     }
 }
 

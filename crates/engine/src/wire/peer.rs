@@ -1,10 +1,11 @@
 //! The destination's end of a post-copy migration: requests out, pages in.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
 use super::receiver::Incoming;
@@ -61,7 +62,7 @@ impl PeerSource {
 
     /// Why there is no connection any more, if so.
     pub fn lost(&self) -> Option<String> {
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lost.lock().clone()
     }
 
     /// Whether the source has pushed everything.
@@ -101,7 +102,7 @@ impl PeerSource {
 
     /// The connection is of no use any more; the first reason is the one that is kept.
     pub(crate) fn lose(&self, reason: &dyn std::fmt::Display) {
-        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lost = self.lost.lock();
         // Cancelled before: whatever went wrong since then, nobody needs it any more.
         if !self.cancelled.swap(true, Ordering::AcqRel) {
             lost.get_or_insert(reason.to_string());
@@ -110,7 +111,7 @@ impl PeerSource {
 
     /// Asks for pages. Requests are small and few: it is written at once, whatever the source is doing.
     pub(crate) fn ask(&self, request: &Request) {
-        let _alone = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.asking.lock();
         if self.cancelled.load(Ordering::Acquire) {
             return;
         }
@@ -136,7 +137,7 @@ impl PeerSource {
         overdue: impl Fn() -> bool,
         mut place: impl FnMut(&Head, &mut Vec<u8>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut input = self.streams[stream].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut input = self.streams[stream].lock();
         let urgent = stream == 0;
         loop {
             // The push begins when the workload has been handed over; then it goes on to its end.

@@ -1,10 +1,11 @@
 //! Storage blocks from the sockets, through the placer into the regions.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use xxhash_rust::xxh3::Xxh3Default;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -121,7 +122,7 @@ impl BlockReceiver {
     }
 
     fn receive_stream(&self, stream: &Mutex<Incoming>, round: u32) -> Result<(), WireError> {
-        let mut input = stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut input = stream.lock();
         loop {
             let head = input.head(round, &self.progress, |_| false)?;
             if head.kind == Kind::Barrier {

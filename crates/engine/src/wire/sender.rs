@@ -3,8 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::pace::{Adaptive, Limit};
 use super::socket::{Endpoint, Socket};
@@ -186,7 +188,7 @@ impl BlockSender {
         data: &[PageSet],
         discarded: bool,
     ) -> Vec<PageSet> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held.lock();
         let known = held.len();
         held.extend(data.iter().skip(known).map(|data| PageSet::new(data.pages())));
         let grow = |(((held, set), data), mapping): (((&mut PageSet, &PageSet), &PageSet), &Arc<Mapping>)| {
@@ -210,7 +212,7 @@ impl BlockSender {
     }
 
     fn send_shares(&self, stream: &Mutex<Outgoing>, round: &Round<'_>) -> Result<(), WireError> {
-        let mut out = stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = stream.lock();
         let mut current = 0;
         while let Some(&(region, start)) = round.shares.get(round.next.fetch_add(1, Ordering::Relaxed)) {
             if region != current {

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::pace::Limit;
@@ -102,11 +103,11 @@ impl PageServer {
 
     /// Answers requests from now on, until the peer closes the connection, or it is cancelled.
     pub fn start(&self) -> io::Result<()> {
-        let Some(urgent) = self.urgent.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let Some(urgent) = self.urgent.lock().take() else { return Ok(()) };
         let shared = self.shared.clone();
         let thread =
             std::thread::Builder::new().name("pf-answer".to_owned()).spawn(move || shared.answer_all(urgent))?;
-        *self.answering.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        *self.answering.lock() = Some(thread);
         Ok(())
     }
 
@@ -118,7 +119,7 @@ impl PageServer {
         let pushed = on_all(&self.streams, &self.shared.cancelled, |stream| self.shared.push(stream));
         match pushed {
             Err(WireError::Cancelled) => {
-                let lost = self.shared.lost.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let lost = self.shared.lost.lock().take();
                 Err(lost.unwrap_or(WireError::Cancelled))
             }
             other => other,
@@ -154,7 +155,7 @@ impl PageServer {
 impl Drop for PageServer {
     fn drop(&mut self) {
         self.cancel();
-        if let Some(thread) = self.answering.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(thread) = self.answering.lock().take() {
             let _ = thread.join();
         }
     }
@@ -170,7 +171,7 @@ impl Shared {
             return;
         }
         let _ = self.reason.set(error.to_string());
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.lost.lock().get_or_insert(error);
         self.cancelled.store(true, Ordering::Release);
     }
 
@@ -187,7 +188,7 @@ impl Shared {
             urgent.socket.read(rest)?;
             let Asked { region, first, end, page } = request.check(&self.pages)?;
             self.requests.fetch_add(1, Ordering::Relaxed);
-            *self.next.lock().unwrap_or_else(PoisonError::into_inner) = (region, end);
+            *self.next.lock() = (region, end);
             if let Some(page) = page {
                 self.take(region, page);
                 self.add(urgent, region, page);
@@ -204,7 +205,7 @@ impl Shared {
     }
 
     fn push(&self, stream: &Mutex<Outgoing>) -> Result<(), WireError> {
-        let mut out = stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = stream.lock();
         short_slices();
         loop {
             // Answers count for the limit: after many of them a page taken and not sent would be nobody's for long.
@@ -223,7 +224,7 @@ impl Shared {
 
     /// The next pages to push, which are the caller's to send: none of one large page before all of another.
     fn piece(&self) -> Option<(usize, Vec<usize>)> {
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.next.lock();
         let (from, at) = *next;
         let count = self.left.len();
         // The rest of its region, the regions after it in turn, and at last the start of its own.

@@ -5,8 +5,8 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use rustls::client::ClientConnectionData;
 use rustls::crypto::cipher::{
     InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
@@ -113,7 +113,7 @@ impl Records {
         parts: &[&[u8]],
         mut send: impl FnMut(&[Vec<u8>]) -> Result<(), WireError>,
     ) -> Result<(), WireError> {
-        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outgoing = self.outgoing.lock();
         let mut rest = OutboundChunks::new(parts);
         let mut batch = Vec::with_capacity(BATCH + 1);
         while !rest.is_empty() {
@@ -140,7 +140,7 @@ impl Records {
         buffers: &[libc::iovec],
         mut receive: impl FnMut(&mut [u8]) -> Result<usize, WireError>,
     ) -> Result<(), WireError> {
-        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut incoming = self.incoming.lock();
         for buffer in buffers {
             let mut done = 0;
             while done < buffer.iov_len {
@@ -166,7 +166,7 @@ impl Records {
 
     fn change_key(&self, outgoing: &mut Outgoing) -> Result<Vec<u8>, TlsError> {
         let said = outgoing.seal(ContentType::Handshake, OutboundChunks::Single(&KEY_UPDATE))?;
-        let (sequence, secrets) = self.keys.lock().unwrap_or_else(PoisonError::into_inner).next_out()?;
+        let (sequence, secrets) = self.keys.lock().next_out()?;
         *outgoing = Outgoing { sealer: sealer(self.suite, secrets)?, sequence };
         Ok(said)
     }
@@ -200,7 +200,7 @@ impl Records {
             return Err(TlsError::Unexpected("a handshake"));
         }
         incoming.plain = 0..0;
-        let (sequence, secrets) = self.keys.lock().unwrap_or_else(PoisonError::into_inner).next_in()?;
+        let (sequence, secrets) = self.keys.lock().next_in()?;
         incoming.opener = opener(self.suite, secrets)?;
         incoming.sequence = sequence;
         Ok(())
