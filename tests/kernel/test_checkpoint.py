@@ -319,7 +319,7 @@ def test_discard_during_checkpoint_is_an_error(tmp_path: Path, then_written: boo
     async def run() -> None:
         await pageferry.checkpoint_async(arena, tmp_path / "image", bandwidth=8 * MIB, listener=give_back)
 
-    with pytest.raises(CheckpointError, match="was given back"):
+    with pytest.raises(CheckpointError, match="memory was discarded"):
         asyncio.run(run())
     assert os.listdir(tmp_path) == []
 

@@ -191,5 +191,5 @@ def test_unknown_regions_and_units_are_refused() -> None:
         for region, unit in [(0, 6), (1, 0), (0, 1 << 60)]:
             with pytest.raises(ValueError, match="region"):
                 placer.populate(region, [unit])
-        with pytest.raises(OSError, match="a segment of region 1, and only 1 targets"):
+        with pytest.raises(OSError, match="segment of region 1: only 1 regions given"):
             Placer([(mapping, SMALL_PAGE, [])], [(Space(), mapping.address, LENGTH, 1, 0)])

@@ -22,7 +22,7 @@ SLOTS = LARGE_PAGE // SMALL_PAGE
 def test_system_call_is_made_in_the_process() -> None:
     with Target() as target:
         assert Space(target.pid).call(_GETPID) == target.pid
-        with pytest.raises(OSError, match="a system call made in the process failed") as failed:
+        with pytest.raises(OSError, match="injected system call failed") as failed:
             Space(target.pid).call(_CLOSE, 9999)
         assert failed.value.errno == errno.EBADF
 

@@ -320,7 +320,7 @@ def test_collect_into_too_few_sets_is_refused(small: int) -> None:
     half = LENGTH // 2
     trace = Trace([(Space(), mapping.address, half, 0, 0), (Space(), mapping.address + half, half, 1, 0)])
     write(mapping, {5})
-    with pytest.raises(OSError, match="no set for region 1"):
+    with pytest.raises(OSError, match="cannot collect region 1"):
         trace.collect([PageSet(PAGES)])
     first, second = PageSet(PAGES), PageSet(PAGES)
     trace.collect([first, second])

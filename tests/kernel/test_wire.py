@@ -143,7 +143,7 @@ def test_stalled_peer_times_out() -> None:
 def test_peer_with_another_protocol_is_refused() -> None:
     with connected(1) as ((ours,), (theirs,)):
         ours.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: text/html\r\n\r\n" * 2)
-        with pytest.raises(ValueError, match="no storage block"):
+        with pytest.raises(ValueError, match="not a storage block"):
             receiver_of(theirs).receive(0)
 
 
@@ -193,7 +193,7 @@ def test_full_destination_is_an_error(codec: str, root: None) -> None:
 
         sending = threading.Thread(target=send)
         sending.start()
-        with pytest.raises(OSError, match=r"no memory for pages 512 to \d+ of region 0") as full:
+        with pytest.raises(OSError, match=r"cannot allocate memory for pages 512 to \d+ of region 0") as full:
             receiver.receive(0)
         assert full.value.errno == errno.ENOMEM
         sender.cancel()

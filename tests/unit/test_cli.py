@@ -68,7 +68,7 @@ def test_usage_error_exits_with_2_and_prints_one_line(
 def test_options_of_every_verb_may_come_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x").write_bytes(b"no image")
     assert main(["image", "verify", str(tmp_path / "x"), "--output", "json"]) == 31
-    assert "without an index" in capsys.readouterr().err
+    assert "has no index" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "code"), [("UsageError", 2), ("NoSuchWorkload", 11), ("OutcomeUnknown", 26)])

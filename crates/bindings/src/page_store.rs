@@ -12,11 +12,11 @@ use crate::{blocks, errors};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PageStore {
-    inner: Mutex<Option<image::PageStore>>,
+    inner: Mutex<Option<image::PageAppender>>,
 }
 
 impl PageStore {
-    fn lock(&self) -> MutexGuard<'_, Option<image::PageStore>> {
+    fn lock(&self) -> MutexGuard<'_, Option<image::PageAppender>> {
         self.inner.lock()
     }
 }
@@ -39,7 +39,7 @@ impl PageStore {
     ) -> PyResult<Self> {
         let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
         let file = duplicate(fd).map_err(errors::kernel)?;
-        let inner = image::PageStore::new(file, id, codec, sizes, &regions).map_err(errors::kernel)?;
+        let inner = image::PageAppender::new(file, id, codec, sizes, &regions).map_err(errors::kernel)?;
         Ok(Self { inner: Mutex::new(Some(inner)) })
     }
 

@@ -57,7 +57,7 @@ impl Placer {
         (load(&populated.large), load(&populated.small), load(&populated.failed), seconds)
     }
 
-    fn populate(&self, py: Python<'_>, region: u32, units: Vec<usize>) -> PyResult<()> {
+    fn populate(&self, py: Python<'_>, region: usize, units: Vec<usize>) -> PyResult<()> {
         py.detach(|| self.inner.populate(region, &units)).map_err(errors::place)
     }
 

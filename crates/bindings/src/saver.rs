@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pageferry_engine::image::Sizes;
 use pageferry_engine::mapping::duplicate;
-use pageferry_engine::saver::{self, Handle, Options, Region, SaveError, Source, Traces};
+use pageferry_engine::saver::{self, Handle, Options, PageOrigin, SaveError, SavedRegion, Traces};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 use parking_lot::Mutex;
 use pyo3::exceptions::{
@@ -28,7 +28,7 @@ fn raised(error: SaveError) -> PyErr {
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Untraceable(_) => PyLookupError::new_err(message),
         SaveError::Cancelled => PyInterruptedError::new_err(message),
-        SaveError::Write(_) | SaveError::Memory(_) | SaveError::GivenBack | SaveError::Thread => {
+        SaveError::Write(_) | SaveError::Memory(_) | SaveError::Discarded | SaveError::Thread => {
             PyOSError::new_err(message)
         }
         SaveError::Bring(_) => match error {
@@ -59,7 +59,7 @@ impl ProcessRange {
     }
 
     fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
-        py.detach(|| Source::Process(self.inner.clone()).data_ranges()).map_err(errors::kernel)
+        py.detach(|| PageOrigin::Process(self.inner.clone()).data_ranges()).map_err(errors::kernel)
     }
 }
 
@@ -71,10 +71,10 @@ enum Contents<'py> {
 }
 
 impl Contents<'_> {
-    fn source(&self) -> Source {
+    fn source(&self) -> PageOrigin {
         match self {
-            Self::Mapping(mapping) => Source::Shared(mapping.inner.clone()),
-            Self::Process(range) => Source::Process(range.inner.clone()),
+            Self::Mapping(mapping) => PageOrigin::Shared(mapping.inner.clone()),
+            Self::Process(range) => PageOrigin::Process(range.inner.clone()),
         }
     }
 }
@@ -126,7 +126,16 @@ impl Saver {
                 "trap block of {trap_block} bytes: 4 KiB to 2 MiB, a power of two"
             )));
         }
-        let options = Options { codec, page_block, storage_block, trap_block, staging, bandwidth, packers, at_instant };
+        let options = Options {
+            codec,
+            page_block,
+            storage_block,
+            trap_block,
+            staging,
+            bandwidth,
+            packers,
+            max_pause_bytes: at_instant,
+        };
         let traces = match (leave, take_up, begin, borrow) {
             (None, None, None, None) => Traces::Without,
             (Some(found), None, None, None) => Traces::Leave(userfaults(found)?),
@@ -136,7 +145,8 @@ impl Saver {
             _ => return Err(PyValueError::new_err("traces are left, taken up, begun or borrowed")),
         };
         let file = duplicate(fd).map_err(errors::kernel)?;
-        let region = |(contents, page_size): (Contents<'_>, usize)| Region { source: contents.source(), page_size };
+        let region =
+            |(contents, page_size): (Contents<'_>, usize)| SavedRegion { source: contents.source(), page_size };
         let regions: Vec<_> = regions.into_iter().map(region).collect();
         let parent = parent.map(|parent| parent.inner.clone());
         let pages: usize = regions.iter().map(|region| region.source.pages()).sum();
@@ -169,7 +179,7 @@ impl Saver {
             let Some(call) = &drain else { return Ok(()) };
             Python::attach(|py| call.call0(py)).map(drop).map_err(io::Error::other)
         };
-        let prepare = || self.with(|saver| saver.prepare(&saver::Help { bring: &bring, drain: &drain }));
+        let prepare = || self.with(|saver| saver.prepare(&saver::Callbacks { bring: &bring, drain: &drain }));
         py.detach(prepare).map_err(raised)
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pageferry_engine::pager::Flags;
 use pageferry_engine::sharing;
-use pageferry_engine::sharing::{Deferred, Piece, SharedFile, Source};
+use pageferry_engine::sharing::{Deferred, Piece, ScannedMemory, SharedFile};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -60,9 +60,9 @@ fn piece((workload, source, start, len): PieceTuple<'_>, deferred: Option<Deferr
             let flags = of.within(base, mapping.pages())?;
             Ok::<_, PyErr>(Deferred { flags, base, image: of.image.clone(), large })
         });
-        Source::File(Arc::new(SharedFile { mapping, deferred: deferred.transpose()? }))
+        ScannedMemory::File(Arc::new(SharedFile { mapping, deferred: deferred.transpose()? }))
     } else if let Ok(space) = source.cast::<Space>() {
-        Source::Process(space.get().inner.clone())
+        ScannedMemory::Process(space.get().inner.clone())
     } else {
         return Err(PyTypeError::new_err("a piece is of a Mapping or of a Space"));
     };

@@ -50,7 +50,7 @@ impl Trace {
         let plain = self::segments(segments);
         if let Some(found) = userfaults {
             let known = space::userfaults(found)?;
-            let inner = py.detach(|| trace::Trace::put_on(plain, &known)).map_err(errors::kernel)?;
+            let inner = py.detach(|| trace::Trace::install_on(plain, &known)).map_err(errors::kernel)?;
             return Ok(Self { inner: Mutex::new(Some(inner)) });
         }
         let inner = py

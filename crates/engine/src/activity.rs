@@ -1,17 +1,17 @@
-//! Activity of large pages (S3): which of their small pages a workload accesses within a window.
+//! Activity of huge pages (S3): the base pages of a huge page that a workload accesses within a window.
 //!
-//! Only the *mapping* of a large page is split for the window; the page itself stays whole. How accesses show depends
-//! on what is behind it:
+//! Only the PMD *mapping* of a huge page is split for the window; the page stays whole. The method depends on the
+//! memory:
 //!
-//! * Shared memory: protecting one small page (userfaultfd, asynchronous) replaces the large mapping by an empty page
-//!   table, and the mark left in it keeps later faults from mapping more than they were asked for; a registered range
-//!   is not mapped ahead either. What is present at the end of the window has been accessed, reads and writes alike.
-//! * Private memory: splitting keeps the small pages mapped. MADV_COLD over all of it clears their accessed bits, and
-//!   flushes, so that the processor sets them again; `Referenced` in smaps then counts them. A registered page is a
-//!   mapping of its own there, which is what makes it a count per large page.
+//! * Shared memory: protecting one base page (userfaultfd, asynchronous) replaces the PMD mapping by an empty page
+//!   table. The marker left in it keeps later faults from mapping more than one page, and a registered range is not
+//!   mapped around a fault either. Pages present at the end of the window have been read or written.
+//! * Private memory: after the split, the base pages stay mapped. MADV_COLD clears their accessed bits and flushes the
+//!   TLB, so that the processor sets them again; `Referenced` in smaps then counts them. Each registered huge page is a
+//!   separate mapping, so that smaps reports one count per huge page.
 //!
-//! Nothing that a workload writes is ever held up or undone. When we die the descriptor goes, and with it every
-//! protection; the mappings that were split then stay small until khugepaged, or another sample, finds them.
+//! The workload is never blocked, and no write is undone. If the sampler exits, its descriptor is closed, and the
+//! kernel removes every protection. Split mappings then stay split until khugepaged or another sample collapses them.
 
 use std::io;
 use std::sync::Arc;
@@ -23,13 +23,13 @@ use crate::space::{AdoptError, Space};
 use crate::uapi::{self, Userfault};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE, trace};
 
-/// How often to try to get a large mapping back while something (a pin, the LRU) is in the way.
+/// Number of attempts to collapse a mapping that is pinned or isolated from the LRU.
 const ATTEMPTS: usize = 5;
 
-/// The small pages of a large one, as bits: page n is bit n % 64 of word n / 64.
+/// Base pages of a huge page, as a bitmap: page n is bit n % 64 of word n / 64.
 pub type Touched = [u64; SLOTS / 64];
 
-/// Large pages of one address space, held for sampling. Dropping it restores them.
+/// Huge pages of one address space, registered for sampling. Dropping it restores them.
 #[derive(Debug)]
 pub struct Sampler {
     space: Arc<Space>,
@@ -44,10 +44,10 @@ struct Held {
 }
 
 impl Sampler {
-    /// Adopts the process, once for any number of windows.
+    /// Adopts the process for any number of windows.
     ///
     /// # Errors
-    /// When the process cannot be adopted.
+    /// If the process cannot be adopted.
     pub fn new(space: Arc<Space>) -> Result<Self, AdoptError> {
         let uffd = space.userfault(trace::FEATURES)?;
         Ok(Self { space, uffd, held: Mutex::default() })
@@ -57,11 +57,11 @@ impl Sampler {
         self.held.lock()
     }
 
-    /// Makes each page (addresses at 2 MiB boundaries) a mapping of its own. Its large mapping stays. Returns those
-    /// that cannot be held because they are not mapped any more.
+    /// Registers huge pages (given by their addresses), which makes each one a separate mapping without splitting it.
+    /// Returns those that are no longer mapped.
     ///
     /// # Errors
-    /// EBUSY when somebody else's userfaultfd has it. What was held before the error is held, and restored.
+    /// EBUSY if a page is registered with another userfaultfd. Pages registered before the error are restored on drop.
     pub fn hold(&self, pages: &[u64]) -> io::Result<Vec<u64>> {
         let (mut held, mut gone) = (self.held(), Vec::new());
         for &address in pages {
@@ -74,15 +74,18 @@ impl Sampler {
         Ok(gone)
     }
 
-    /// Splits the mappings of held pages. On shared memory (`marked`) the mark stays until they are restored.
+    /// Splits the mappings of registered pages. In shared memory (`marked`), the marker stays until they are restored.
     ///
     /// # Errors
-    /// Those of the kernel; InvalidInput for a page that is not held.
+    /// The error of UFFDIO_WRITEPROTECT; `InvalidInput` if a page is not registered.
     pub fn split(&self, pages: &[u64], marked: bool) -> io::Result<()> {
         let mut held = self.held();
         for &address in pages {
             let Some(page) = held.iter_mut().find(|held| held.address == address) else {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{address:#x} is not held")));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("cannot split {address:#x}: not registered"),
+                ));
             };
             page.split = true;
             self.uffd.write_protect(address, SMALL_PAGE as u64, true)?;
@@ -93,7 +96,10 @@ impl Sampler {
         Ok(())
     }
 
-    /// Clears the accessed bits of pages, and makes the processors notice (MADV_COLD). Locked memory keeps them.
+    /// Clears the accessed bits of pages and flushes the TLB (MADV_COLD). Has no effect on locked memory.
+    ///
+    /// # Errors
+    /// The error of process_madvise(2), other than EINVAL and ENOMEM.
     pub fn cool(&self, pages: &[u64]) -> io::Result<()> {
         for &address in pages {
             match self.space.advise(address, LARGE_PAGE as u64, libc::MADV_COLD) {
@@ -104,7 +110,10 @@ impl Sampler {
         Ok(())
     }
 
-    /// Which small pages of each page are mapped.
+    /// Returns which base pages of each page are mapped.
+    ///
+    /// # Errors
+    /// The error of PAGEMAP_SCAN.
     pub fn touched(&self, pages: &[u64]) -> io::Result<Vec<Touched>> {
         pages.iter().map(|&address| self.touched_in(address)).collect()
     }
@@ -119,12 +128,13 @@ impl Sampler {
         Ok(bits)
     }
 
-    /// Lets go of all pages and maps those that were split as large ones again. Returns those that stay small, and why.
+    /// Unregisters all pages and maps those that were split as huge pages again. Returns those that stay split, and
+    /// why.
     pub fn restore(&self) -> Vec<(u64, io::Error)> {
         let held = std::mem::take(&mut *self.held());
         let mut small = Vec::new();
         for Held { address, split } in held {
-            // Fails when the mapping, or the process, is gone: then collapse says so.
+            // Fails if the mapping is gone or the process has exited; the collapse then reports it.
             let _ = self.uffd.unregister(address, LARGE_PAGE as u64);
             if split && let Err(error) = self.collapse(address) {
                 small.push((address, error));

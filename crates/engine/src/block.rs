@@ -1,16 +1,16 @@
-//! Storage blocks: the one form in which pages leave memory, the same on the wire and in a file.
+//! Storage blocks: the unit in which pages are sent and stored, with the same format on the wire and in files.
 //!
 //! ```text
 //! storage block = header (64 bytes)
 //!                 runs          24 bytes each: consecutive pages of one class
 //!                 page blocks   16 bytes each: raw length, stored length, checksum
-//!                 payload       the page blocks, one after the other, each compressed by itself
+//!                 payload       the page blocks, one after the other, each compressed separately
 //! ```
 //!
-//! The data pages of all runs, in order, make the *raw* stream; cut every `unit` bytes it gives the page blocks (the
-//! last one may be shorter). Pages of other classes have no bytes. All numbers are little endian. The header's checksum
-//! covers header, runs and page-block table, so no length is believed before it has been verified; and every length has
-//! an upper bound, so no length is allocated that a peer made up.
+//! The data pages of all runs, in order, form the *raw* stream. It is divided into page blocks of `unit` bytes; the
+//! last one may be shorter. Pages of other classes have no bytes. All numbers are little endian. The checksum in the
+//! header covers header, runs and page-block table, so that every length is verified before it is used. Every length
+//! has an upper bound, so that a peer cannot cause large allocations.
 
 use thiserror::Error;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
@@ -19,70 +19,70 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::SMALL_PAGE;
 
-/// First bytes of every storage block.
+/// Magic number of a storage block.
 pub const MAGIC: [u8; 4] = *b"PFBK";
-/// Version of the layout.
+/// Version of the format.
 pub const VERSION: u8 = 1;
-/// Most data bytes that a storage block may hold, before compression.
+/// Maximum number of data bytes of a storage block, before compression.
 pub const MAX_RAW: usize = 4 << 20;
-/// Most runs that a storage block may have.
+/// Maximum number of runs of a storage block.
 pub const MAX_RUNS: usize = 2048;
-/// Largest page block, bytes before compression.
+/// Maximum size of a page block before compression, bytes.
 pub const MAX_UNIT: usize = 1 << 20;
-/// Most page blocks: a full storage block of the smallest page blocks.
+/// Maximum number of page blocks: a full storage block with page blocks of one page.
 pub const MAX_PAGE_BLOCKS: usize = MAX_RAW / SMALL_PAGE;
-/// Most pages that one run may cover.
+/// Maximum number of pages of a run.
 pub const MAX_RUN_PAGES: usize = 1 << 24;
 
-/// What is wrong with a storage block.
+/// Reason for which a storage block is invalid.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum BlockError {
-    /// It does not begin as a storage block does.
-    #[error("this is no storage block: it begins with {0:02x?}")]
+    /// The magic number is wrong.
+    #[error("not a storage block: magic is {0:02x?}")]
     Magic([u8; 4]),
-    /// Written by something newer.
-    #[error("storage block of version {0}; this release knows version {VERSION}")]
+    /// The version is not supported.
+    #[error("unsupported storage block version {0}: expected {VERSION}")]
     Version(u8),
-    /// A field holds a value that is not allowed.
-    #[error("storage block with {field} {value}, allowed is {allowed}")]
+    /// A field has an invalid value.
+    #[error("invalid storage block: {field} is {value}, expected {allowed}")]
     Field {
         /// Name of the field.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: u64,
-        /// What it may be.
+        /// Valid values.
         allowed: &'static str,
     },
-    /// The header is not what was written.
-    #[error("storage block header fails its checksum: damaged on the way, or not ours")]
+    /// The checksum of the header does not match.
+    #[error("invalid storage block: wrong header checksum")]
     HeaderChecksum,
-    /// The content is not what was written.
-    #[error("page block {index} (page {page} of region {region}) fails its checksum: damaged on the way")]
+    /// The checksum of a page block does not match.
+    #[error("damaged page block {index} (page {page} of region {region}): wrong checksum")]
     PayloadChecksum {
-        /// Which page block.
+        /// Index of the page block.
         index: usize,
-        /// Page that it starts with.
+        /// First page of the page block.
         page: u64,
         /// Region of the storage block.
         region: u32,
     },
-    /// The compressed bytes do not decompress to what the header says.
-    #[error("page block {index} of region {region} does not decompress: {reason}")]
+    /// A page block cannot be decompressed to its raw length.
+    #[error("cannot decompress page block {index} of region {region}: {reason}")]
     Decompress {
-        /// Which page block.
+        /// Index of the page block.
         index: usize,
         /// Region of the storage block.
         region: u32,
-        /// The codec's words.
+        /// Error of the codec.
         reason: String,
     },
 }
 
-/// How page blocks are compressed.
+/// Compression of page blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Codec {
-    /// Not at all.
+    /// No compression.
     None = 0,
     /// LZ4 block format.
     Lz4 = 1,
@@ -91,7 +91,7 @@ pub enum Codec {
 }
 
 impl Codec {
-    /// The codec of that name.
+    /// Returns the codec with a name.
     pub fn named(name: &str) -> Option<Self> {
         [("none", Self::None), ("lz4", Self::Lz4), ("zstd", Self::Zstd)]
             .into_iter()
@@ -109,24 +109,24 @@ impl Codec {
     }
 }
 
-/// What a run of pages is.
+/// Class of a run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Class {
-    /// Not in memory at all: a hole.
+    /// Hole: not present in memory.
     Absent = 0,
-    /// In memory, all zeros.
+    /// Present, all zeros.
     Zero = 1,
-    /// One 64-bit word, repeated.
+    /// Repeated 64-bit word.
     Pattern = 2,
-    /// The same as another page of the region.
+    /// Duplicate of another page of the region.
     SameAs = 3,
-    /// Anything else: its bytes are in the payload.
+    /// Any other contents, stored in the payload.
     Data = 4,
 }
 
 impl Class {
-    /// The class of that number.
+    /// Returns the class with a number.
     #[inline]
     pub fn numbered(number: u8) -> Option<Self> {
         match number {
@@ -148,17 +148,17 @@ fn field(field: &'static str, value: impl Into<u64>, allowed: &'static str) -> B
     BlockError::Field { field, value: value.into(), allowed }
 }
 
-/// What a storage block is for.
+/// Purpose of a storage block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// It carries pages.
+    /// Carries pages.
     Pages = 1,
-    /// It ends a round on a stream; `sequence` is the number of blocks before it.
+    /// Ends a round on a stream; `sequence` is the number of preceding blocks.
     Barrier = 2,
 }
 
-/// Fixed part of a storage block.
+/// Fixed-size part of a storage block.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Header {
@@ -172,21 +172,21 @@ pub struct Header {
     pub codec: u8,
     /// 0.
     pub reserved: u8,
-    /// Number of the region, in the order of the region table.
+    /// Index of the region in the region table.
     pub region: U32,
     /// Number of runs.
     pub runs: U16,
     /// Number of page blocks.
     pub page_blocks: U16,
-    /// Data bytes of a page block before compression.
+    /// Data bytes per page block, before compression.
     pub unit: U32,
     /// Data bytes of all page blocks before compression.
     pub raw_len: U32,
-    /// Bytes of the payload.
+    /// Size of the payload, bytes.
     pub stored_len: U32,
-    /// Round of a migration, 0 in a file.
+    /// Round of a migration; 0 in a file.
     pub round: U32,
-    /// Number of the block in its stream or file, from 0.
+    /// Number of the block in its stream or file, starting at 0.
     pub sequence: U64,
     /// 0.
     pub reserved2: [u8; 16],
@@ -194,11 +194,11 @@ pub struct Header {
     pub checksum: U64,
 }
 
-/// Consecutive pages of one class.
+/// Run of consecutive pages of one class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct RunRecord {
-    /// First page, from the start of the region.
+    /// First page, within the region.
     pub first: U64,
     /// Number of pages, at least 1.
     pub count: U32,
@@ -206,49 +206,49 @@ pub struct RunRecord {
     pub class: u8,
     /// 0.
     pub reserved: [u8; 3],
-    /// Pattern: the word. Same-as: the page. Otherwise 0.
+    /// Pattern: the word. Duplicate: the page. Otherwise 0.
     pub value: U64,
 }
 
-/// One page block.
+/// Page block.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct PageBlockRecord {
     /// Data bytes before compression.
     pub raw_len: U32,
-    /// Bytes in the payload. Equal to `raw_len`: stored as it is, whatever the codec.
+    /// Bytes in the payload. If equal to `raw_len`, the block is not compressed, regardless of the codec.
     pub stored_len: U32,
     /// xxh3-64 of the stored bytes.
     pub checksum: U64,
 }
 
-/// Size of the fixed part, bytes.
+/// Size of the header, bytes.
 pub const HEADER_LEN: usize = size_of::<Header>();
 const RUN_LEN: usize = size_of::<RunRecord>();
 const PAGE_BLOCK_LEN: usize = size_of::<PageBlockRecord>();
 const _: () = assert!(HEADER_LEN == 64 && RUN_LEN == 24 && PAGE_BLOCK_LEN == 16);
 
-/// A run of pages, decoded.
+/// Decoded run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
-    /// First page, from the start of the region.
+    /// First page, within the region.
     pub first: usize,
     /// Number of pages.
     pub count: usize,
-    /// What they are.
+    /// Class of the pages.
     pub class: Class,
-    /// Pattern word, or the page that they are the same as.
+    /// Pattern word, or the page that holds the same contents.
     pub value: u64,
 }
 
-/// A decoded and verified header with its runs and page blocks; the payload is still to be read.
+/// Decoded and verified header with its runs and page blocks. The payload follows.
 #[derive(Debug)]
 pub struct Head {
-    /// What the block is for.
+    /// Purpose of the block.
     pub kind: Kind,
-    /// How its page blocks are compressed.
+    /// Codec of the page blocks.
     pub codec: Codec,
-    /// Number of the region.
+    /// Index of the region.
     pub region: u32,
     /// Round of a migration.
     pub round: u32,
@@ -258,14 +258,17 @@ pub struct Head {
     pub runs: Vec<Run>,
     /// Page blocks, in the order of their data.
     pub page_blocks: Vec<PageBlockRecord>,
-    /// Bytes of payload that follow.
+    /// Size of the payload, bytes.
     pub stored_len: usize,
 }
 
 impl Head {
-    /// Checks that no page is in two runs. A peer has no reason to send a page twice in a block, and each costs work:
-    /// without this check a block of 49 KB could stand for 2048 times the region. In a round it may send a page again:
-    /// one that was discarded after it had been sent.
+    /// Checks that no page is in two runs. A valid peer does not send a page twice in a block, and each one causes
+    /// work: without this check, a block of 49 KB could stand for 2048 times the region. Within a round, a page may be
+    /// sent again if it was discarded in the meantime.
+    ///
+    /// # Errors
+    /// [`BlockError::Field`] with the page that is in two runs.
     pub fn check_distinct(&self) -> Result<(), BlockError> {
         let mut runs: Vec<(usize, usize)> = self.runs.iter().map(|run| (run.first, run.first + run.count)).collect();
         if !runs.is_sorted() {
@@ -277,7 +280,10 @@ impl Head {
         }
     }
 
-    /// Checks the checksum of a page block's stored bytes.
+    /// Compares a checksum with that of a page block.
+    ///
+    /// # Errors
+    /// [`BlockError::PayloadChecksum`] if they differ.
     pub fn verify(&self, index: usize, checksum: u64) -> Result<(), BlockError> {
         if checksum == self.page_blocks[index].checksum.get() {
             return Ok(());
@@ -285,7 +291,10 @@ impl Head {
         Err(BlockError::PayloadChecksum { index, page: self.first_page(index), region: self.region })
     }
 
-    /// Verifies the stored bytes of a page block and decompresses them into `out`, which gets its raw length.
+    /// Verifies the stored bytes of a page block and decompresses them into `out`, which is resized to the raw length.
+    ///
+    /// # Errors
+    /// [`BlockError::PayloadChecksum`] or [`BlockError::Decompress`].
     pub fn unpack(&self, index: usize, stored: &[u8], out: &mut Vec<u8>) -> Result<(), BlockError> {
         self.verify(index, checksum(stored))?;
         out.resize(self.page_blocks[index].raw_len.get() as usize, 0);
@@ -296,7 +305,7 @@ impl Head {
         })
     }
 
-    /// The page that a page block starts with.
+    /// Returns the first page of a page block.
     fn first_page(&self, index: usize) -> u64 {
         let bytes: usize = self.page_blocks[..index].iter().map(|block| block.raw_len.get() as usize).sum();
         let mut pages = bytes / SMALL_PAGE;
@@ -310,7 +319,10 @@ impl Head {
     }
 }
 
-/// Bytes of runs and page-block table that follow a fixed header, after a check of everything that sizes them.
+/// Returns the size of the runs and page-block table, after validating all fields that determine it.
+///
+/// # Errors
+/// [`BlockError`] for a wrong magic number, an unsupported version or a count beyond its limit.
 pub fn table_len(header: &Header) -> Result<usize, BlockError> {
     if header.magic != MAGIC {
         return Err(BlockError::Magic(header.magic));
@@ -328,7 +340,10 @@ pub fn table_len(header: &Header) -> Result<usize, BlockError> {
     Ok(runs * RUN_LEN + page_blocks * PAGE_BLOCK_LEN)
 }
 
-/// Decodes and verifies header and table (of the length that [`table_len`] gave).
+/// Decodes and verifies a header and its table, whose length is that of [`table_len`].
+///
+/// # Errors
+/// [`BlockError`] with the first field that is invalid.
 pub fn decode_head(header: &Header, table: &[u8]) -> Result<Head, BlockError> {
     if table.len() != table_len(header)? {
         return Err(field("table length", table.len() as u64, "the runs and page blocks of its header"));
@@ -430,26 +445,26 @@ fn header_checksum(header: &Header, table: &[u8]) -> u64 {
     hash.digest()
 }
 
-/// Checksum of stored bytes.
+/// Returns the checksum of stored bytes.
 fn checksum(bytes: &[u8]) -> u64 {
     xxh3_64(bytes)
 }
 
-/// Decompresses one verified page block into `out`, which has its raw length.
+/// Decompresses a verified page block into `out`, whose length is the raw length.
 fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String> {
     if stored.len() == out.len() {
         out.copy_from_slice(stored);
         return Ok(());
     }
     let len = match codec {
-        Codec::None => return Err("it is not compressed, and of another length".to_owned()),
+        Codec::None => return Err("not compressed, but of another length".to_owned()),
         Codec::Lz4 => lz4_flex::block::decompress_into(stored, out).map_err(|error| error.to_string())?,
         Codec::Zstd => zstd::bulk::decompress_to_buffer(stored, out).map_err(|error| error.to_string())?,
     };
-    if len == out.len() { Ok(()) } else { Err(format!("{len} bytes instead of {}", out.len())) }
+    if len == out.len() { Ok(()) } else { Err(format!("{len} bytes, expected {}", out.len())) }
 }
 
-/// Builds storage blocks from pages. One per stream; the buffers are used again for every block.
+/// Builder of storage blocks. There is one per stream, which reuses its buffers.
 #[derive(Debug)]
 pub struct Builder {
     codec: Codec,
@@ -461,47 +476,47 @@ pub struct Builder {
     head: Vec<u8>,
 }
 
-/// The two parts of a finished block, to be written one after the other.
+/// Finished block in two parts, to be written one after the other.
 #[derive(Debug)]
 pub struct Built<'a> {
     /// Header, runs and page-block table.
     pub head: &'a [u8],
-    /// The page blocks.
+    /// Page blocks.
     pub payload: &'a [u8],
 }
 
 impl Builder {
-    /// Storage blocks of up to `storage_block` data bytes, compressed in page blocks of `page_block` bytes.
+    /// Creates a builder of storage blocks with up to `storage_block` data bytes, in page blocks of `page_block` bytes.
     ///
     /// # Panics
-    /// When the sizes are no multiples of 4 KiB, or beyond [`MAX_UNIT`] and [`MAX_RAW`].
+    /// If a size is not a multiple of 4 KiB, or exceeds [`MAX_UNIT`] or [`MAX_RAW`].
     pub fn new(codec: Codec, page_block: usize, storage_block: usize) -> Self {
-        let fits = |len: usize, part: usize, most: usize| len > 0 && len.is_multiple_of(part) && len <= most;
+        let fits = |len: usize, part: usize, max: usize| len > 0 && len.is_multiple_of(part) && len <= max;
         assert!(fits(page_block, SMALL_PAGE, MAX_UNIT), "page block of {page_block} bytes");
         assert!(fits(storage_block, page_block, MAX_RAW), "storage block of {storage_block} bytes");
         let (raw, runs) = (Vec::with_capacity(storage_block), Vec::with_capacity(MAX_RUNS));
         Self { codec, page_block, storage_block, raw, runs, packed: Vec::new(), head: Vec::new() }
     }
 
-    /// Whether there is nothing to send.
+    /// Returns whether the block has no pages.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// Whether another page or run may not fit.
+    /// Returns whether the block may lack space for another page or run.
     pub fn is_full(&self) -> bool {
         self.raw.len() + SMALL_PAGE > self.storage_block || self.runs.len() >= MAX_RUNS
     }
 
-    /// Data bytes so far.
+    /// Returns the number of data bytes.
     pub fn raw_len(&self) -> usize {
         self.raw.len()
     }
 
-    /// Adds pages that have no bytes. Runs that continue the last one are joined to it.
+    /// Adds pages without data. Extends the last run if possible.
     ///
     /// # Panics
-    /// When there are more than [`MAX_RUN_PAGES`], or none.
+    /// If `count` is 0 or exceeds [`MAX_RUN_PAGES`].
     pub fn push_run(&mut self, first: usize, count: usize, class: Class, value: u64) {
         assert!((1..=MAX_RUN_PAGES).contains(&count), "run of {count} pages");
         if let Some(last) = self.runs.last_mut() {
@@ -516,15 +531,15 @@ impl Builder {
         self.runs.push(RunRecord { first, count, class: class as u8, reserved: [0; 3], value });
     }
 
-    /// Copies one page that may be written to at the same time, and files it under what the copy holds.
+    /// Copies a page, which may be written concurrently, and adds the copy as data or as a zero page.
     ///
     /// # Safety
-    /// `page` must be readable for 4 KiB.
+    /// `page` must be valid for reading 4 KiB.
     pub unsafe fn push_page(&mut self, number: usize, page: *const u8) {
         let start = self.raw.len();
         self.raw.reserve(SMALL_PAGE);
-        // SAFETY: room was reserved; the source is readable by this function's contract. The copy may be torn when
-        // the page is being written: then the write trace has the page again, and a later round sends it whole.
+        // SAFETY: the space has been reserved, and the caller guarantees that the source is readable. The copy may be
+        // torn by a concurrent write. The write trace then reports the page again, and a later round sends it.
         unsafe {
             std::ptr::copy_nonoverlapping(page, self.raw.as_mut_ptr().add(start), SMALL_PAGE);
             self.raw.set_len(start + SMALL_PAGE);
@@ -537,7 +552,7 @@ impl Builder {
         }
     }
 
-    /// Adds one page with contents, whatever they are; returns its place among the data pages of the block.
+    /// Adds a page with any contents. Returns its slot, the index among the data pages of the block.
     pub fn push_data(&mut self, number: usize, contents: &[u8]) -> usize {
         debug_assert!(contents.len() == SMALL_PAGE, "a page of {} bytes", contents.len());
         let slot = self.raw.len() / SMALL_PAGE;
@@ -551,13 +566,13 @@ impl Builder {
         self.finish(Kind::Pages, region, round, sequence)
     }
 
-    /// As `build`, with another codec from this block on.
+    /// Like `build`; changes the codec from this block on.
     pub fn build_with(&mut self, codec: Codec, region: u32, round: u32, sequence: u64) -> Built<'_> {
         self.codec = codec;
         self.build(region, round, sequence)
     }
 
-    /// A barrier: the end of a round on this stream, after `sequence` blocks.
+    /// Builds a barrier, which ends a round on this stream after `sequence` blocks.
     pub fn barrier(&mut self, round: u32, sequence: u64) -> Built<'_> {
         debug_assert!(self.is_empty(), "a block is unfinished");
         self.finish(Kind::Barrier, 0, round, sequence)
@@ -590,14 +605,14 @@ impl Builder {
         self.head[..HEADER_LEN].copy_from_slice(Header { checksum, ..header }.as_bytes());
         self.runs.clear();
         if self.codec == Codec::None {
-            // The raw bytes are the payload; they stay until the next page is pushed over them.
+            // Without compression, the raw bytes are the payload. They stay valid until the next page is added.
             std::mem::swap(&mut self.raw, &mut self.packed);
         }
         self.raw.clear();
         Built { head: &self.head, payload: &self.packed }
     }
 
-    /// Compresses the page blocks and appends their table to the head; returns the length of the payload.
+    /// Compresses the page blocks and appends their table to the head. Returns the size of the payload.
     fn pack(&mut self) -> usize {
         let mut total = 0;
         self.packed.clear();
@@ -621,7 +636,7 @@ impl Builder {
     }
 }
 
-/// Appends the compressed form of `raw`, or `raw` itself where compression does not make it smaller.
+/// Appends the compressed form of `raw`, or `raw` if compression does not make it smaller.
 fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
     let start = out.len();
     let bound = match codec {
@@ -644,10 +659,10 @@ fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-/// Whether all bytes are zero. Looks at the first words first: most pages that are not zero show it there.
+/// Returns whether all bytes are zero. Checks the first bytes first, which decide for max other pages.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (head, tail) = bytes.split_at(bytes.len().min(64));
-    // Branch-free over 256 bytes at a time, which the compiler turns into vector instructions.
+    // Branch-free over 256 bytes, so that the compiler vectorises it.
     head.iter().all(|&byte| byte == 0)
         && tail.chunks(256).all(|chunk| chunk.iter().fold(0, |seen, &byte| seen | byte) == 0)
 }

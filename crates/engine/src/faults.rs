@@ -1,7 +1,8 @@
-//! What a userfaultfd reports, and the answers to it.
+//! Events of a userfaultfd, and their resolution.
 //!
-//! Etiquette: while a removal has not been read every answer ends in EAGAIN; then nothing is mapped, the waiters are
-//! woken, and fault again. EEXIST means that somebody was faster. A process that is gone needs no answers.
+//! While a removal event has not been read, every resolution fails with EAGAIN; then nothing is mapped, and the woken
+//! threads fault again. EEXIST means that another thread has mapped the page. A process that has exited needs no
+//! resolution.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -41,20 +42,20 @@ struct Message {
 }
 const _: () = assert!(size_of::<Message>() == 32);
 
-/// Messages read at once.
+/// Maximum number of messages per read.
 const BATCH: usize = 64;
 
-/// What happened in the address space.
+/// Event in an address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// A thread waits for a page.
     Fault {
-        /// Address that was accessed, rounded down to a page.
+        /// Address of the access, rounded down to a page.
         address: u64,
-        /// Whether it waits for a write-protected page, not for a missing one.
+        /// Whether the page is write-protected, not missing.
         protected: bool,
     },
-    /// A range is about to be discarded; whoever does that goes on once this has been read.
+    /// A range is about to be discarded. The call that discards it continues once the event has been read.
     Removal {
         /// First address.
         start: u64,
@@ -64,11 +65,14 @@ pub enum Event {
 }
 
 impl Userfault {
-    /// Waits until there is something to read. False: not within `patience`, or the other address space is gone.
-    pub fn wait(&self, patience: Duration) -> io::Result<bool> {
+    /// Waits until there is an event to read. Returns false after `timeout`, or if the address space no longer exists.
+    ///
+    /// # Errors
+    /// The error of poll(2).
+    pub fn wait(&self, timeout: Duration) -> io::Result<bool> {
         let mut waiting = libc::pollfd { fd: self.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        let milliseconds = libc::c_int::try_from(patience.as_millis()).unwrap_or(libc::c_int::MAX);
-        // SAFETY: one valid structure, for the time of the call.
+        let milliseconds = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the pollfd lives through the call.
         match check(unsafe { libc::poll(&raw mut waiting, 1, milliseconds) }) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
             Err(error) => Err(error),
@@ -76,10 +80,13 @@ impl Userfault {
         }
     }
 
-    /// Reads what there is, without waiting, and appends it to `events`.
+    /// Reads the available events without waiting, and appends them to `events`.
+    ///
+    /// # Errors
+    /// The error of read(2).
     pub fn read(&self, events: &mut Vec<Event>) -> io::Result<()> {
         let mut messages = [Message::default(); BATCH];
-        // SAFETY: the buffer is as long as we say, and any bytes are a valid `Message`.
+        // SAFETY: the buffer has the given length, and any bytes are a valid `Message`.
         let read = unsafe { libc::read(self.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages)) };
         let Ok(read) = usize::try_from(read) else {
             let error = io::Error::last_os_error();
@@ -97,16 +104,23 @@ impl Userfault {
         Ok(())
     }
 
-    /// Lets the threads that wait in a range try again.
+    /// Wakes the threads that wait in a range; they retry their accesses.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_WAKE.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = UffdioRange { start, len };
-        // SAFETY: wakes threads, changes no memory.
+        // SAFETY: wakes threads without changing memory.
         unsafe { ioctl(self, UFFDIO_WAKE, &mut range) }.map(drop)
     }
 
-    /// Maps pages of `page` bytes from the page cache and wakes who waits for them. Those that are mapped already, and
-    /// holes, are stepped over; while the address space changes, or there is no memory for page tables, nothing is
-    /// mapped. Either way the access is tried again. `protect`: write-protected, in a range registered for that.
+    /// Maps pages of `page` bytes from the page cache and wakes the threads that wait for them. Skips pages that are
+    /// already mapped, and holes. Maps nothing while the address space changes, or without memory for page tables. In
+    /// either case the access is retried. With `protect`, maps the pages write-protected, in a range registered for
+    /// that.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_CONTINUE, such as ESRCH.
     pub fn resolve(&self, start: u64, len: u64, page: u64, protect: bool) -> io::Result<()> {
         let (mut at, end) = (start, start + len);
         let mode = if protect { CONTINUE_MODE_WP } else { 0 };
@@ -114,7 +128,7 @@ impl Userfault {
         while at < end {
             let range = UffdioRange { start: at, len: end - at };
             let mut argument = UffdioContinue { range, mode, mapped: 0 };
-            // SAFETY: only installs page-table entries for pages of the file that is mapped there.
+            // SAFETY: only installs page table entries for pages of the file that is mapped there.
             let result = unsafe { ioctl(self, UFFDIO_CONTINUE, &mut argument) };
             at += u64::try_from(argument.mapped).unwrap_or(0);
             let Err(error) = result else { continue };
@@ -129,10 +143,13 @@ impl Userfault {
         if stepped { self.wake(start, len) } else { Ok(()) }
     }
 
-    /// Makes every access to a range fail (SIGBUS) from now on.
+    /// Makes every later access to a range raise SIGBUS.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_POISON.
     pub fn poison(&self, start: u64, len: u64) -> io::Result<()> {
         let mut argument = UffdioPoison { range: UffdioRange { start, len }, mode: 0, updated: 0 };
-        // SAFETY: nothing is mapped there; accesses fail instead of waiting.
+        // SAFETY: nothing is mapped in the range; accesses fail instead of waiting.
         unsafe { ioctl(self, UFFDIO_POISON, &mut argument) }.map(drop)
     }
 }

@@ -1,31 +1,31 @@
-//! Per-page and per-fault work of pageferry.
+//! Per-page and per-fault mechanisms of pageferry. Policy, flows and control protocols are in Python.
 //!
-//! Everything here is mechanism; policy, flows and control protocols are Python. The parts, from the bottom up:
+//! The modules, bottom up:
 //!
-//! * [`uapi`]: kernel interfaces that the `libc` crate does not know yet.
-//! * [`faults`]: what a userfaultfd reports, and the answers.
+//! * [`uapi`]: kernel interfaces that the `libc` crate lacks.
+//! * [`faults`]: events of a userfaultfd, and their resolution.
 //! * [`mapping`]: shared mappings of the files that back a workload's memory.
-//! * [`space`]: address spaces of other processes: adoption, and calls made on or in them.
-//! * [`segment`]: where these map a workload's memory.
-//! * [`pages`]: sets of small pages, the currency of every flow.
-//! * [`trace`]: write traces over a workload's memory (S2).
-//! * `discards`: memory that is given back meanwhile.
-//! * [`truncated`]: memory files that become shorter.
-//! * [`activity`]: which small pages of large ones are accessed (S3).
-//! * [`block`]: storage blocks, the one form in which pages leave memory.
-//! * [`image`]: files of storage blocks, in which any page is found at once.
-//! * [`placer`]: received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
+//! * [`space`]: address spaces of other processes: adoption, and system calls in them.
+//! * [`segment`]: mappings of a workload's memory in these address spaces.
+//! * [`pages`]: sets of base pages.
+//! * [`trace`]: write traces (S2).
+//! * `hole_notifications`: memory discarded during an operation.
+//! * [`truncated`]: memory files truncated during an operation.
+//! * [`activity`]: accessed base pages of huge pages (S3).
+//! * [`block`]: storage blocks, the unit in which pages are sent and stored.
+//! * [`image`]: files of storage blocks with an index of all pages.
+//! * [`placer`]: placement of received pages, and population of page tables (S1, S5, S6, S7).
 //! * [`wire`]: storage blocks over sockets.
-//! * [`saver`]: memory as of one instant, saved while the workload runs (S4).
-//! * [`pager`]: contents of pages on access, from images or a peer (S8, S10).
-//! * [`sharing`]: pages whose content stands elsewhere too (S9).
-//! * [`ledger`]: the built-in workload, in which every lost, stale or torn write shows.
+//! * [`saver`]: lazy checkpoints (S4).
+//! * [`pager`]: loading of pages on demand, from images or a peer (S8, S10).
+//! * [`sharing`]: duplicate pages (S9).
+//! * [`ledger`]: the built-in workload, which detects lost, stale and torn writes.
 
 pub mod activity;
 pub mod block;
 pub mod closed;
-mod discards;
 pub mod faults;
+mod hole_notifications;
 pub mod image;
 pub mod ledger;
 pub mod mappers;
@@ -42,9 +42,9 @@ pub mod truncated;
 pub mod uapi;
 pub mod wire;
 
-/// Size of a small page, bytes.
+/// Size of a base page, bytes.
 pub const SMALL_PAGE: usize = 4 << 10;
-/// Size of a large page, bytes.
+/// Size of a huge page, bytes.
 pub const LARGE_PAGE: usize = 2 << 20;
-/// Small pages in a large page.
+/// Number of base pages per huge page.
 pub const SLOTS: usize = LARGE_PAGE / SMALL_PAGE;

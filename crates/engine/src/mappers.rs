@@ -1,8 +1,7 @@
-//! Processes that map a file or have it open for writing, found in /proc: every process of our PID namespace and those
-//! below it.
+//! Search of /proc for processes that map a file or have it open for writing, in our PID namespace and those below.
 //!
-//! Everything is read as bytes, in one pass, without help of the interpreter: a program that keeps its lock busy would
-//! otherwise make this take seconds.
+//! Everything is read as bytes, in one pass, without the GIL: a program that keeps the interpreter busy would otherwise
+//! delay the search by seconds.
 
 use std::fs;
 use std::io;
@@ -10,52 +9,52 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// A file: its identity as stat reports it, and as the maps files of /proc show it. File systems with subvolumes show
-/// another device there.
+/// Identity of a file as reported by stat and in the maps files of /proc. File systems with subvolumes report another
+/// device in the latter.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FileId {
     /// `st_dev`.
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
-    /// Device of a maps line, as `st_dev` encodes it.
+    /// Device in maps files, encoded like `st_dev`.
     pub mapped_device: u64,
 }
 
-/// A shared mapping of one of the files.
+/// Shared mapping of one of the files.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FileMapping {
     /// Index of the file.
     pub file: usize,
-    /// Process.
+    /// Process ID.
     pub pid: i32,
-    /// Start, bytes.
+    /// Start address.
     pub address: u64,
-    /// Bytes.
+    /// Length, bytes.
     pub length: u64,
     /// Offset in the file, bytes.
     pub offset: u64,
-    /// Whether it may be written to through this mapping as it is now.
+    /// Whether the mapping is currently writable.
     pub writable: bool,
 }
 
-/// What a scan of /proc has found.
+/// Result of a scan of /proc.
 #[derive(Debug, Default)]
 pub struct Found {
     /// Shared mappings of the files.
     pub mappings: Vec<FileMapping>,
-    /// (index of the file, process, number of a descriptor that is open for writing).
+    /// Descriptors open for writing, as (index of the file, process ID, descriptor).
     pub writers: Vec<(usize, i32, i32)>,
-    /// Processes with memory that the caller may not look into.
+    /// Processes with memory that the caller may not inspect.
     pub unreadable: Vec<i32>,
-    /// Processes that have been looked into.
+    /// Number of processes inspected.
     pub read: usize,
 }
 
-/// Scans all processes for the files. A process that ends meanwhile is left out.
+/// Scans all processes for mappings and descriptors of the files. Ignores processes that exit during the scan.
 ///
 /// # Errors
-/// /proc cannot be listed.
+/// If /proc cannot be listed.
 pub fn scan(files: &[FileId]) -> io::Result<Found> {
     let mut found = Found::default();
     for entry in fs::read_dir("/proc")? {
@@ -73,7 +72,7 @@ pub fn scan(files: &[FileId]) -> io::Result<Found> {
                     found.unreadable.push(pid);
                 }
             }
-            Err(_) => {} // ended meanwhile
+            Err(_) => {} // exited during the scan
         }
     }
     Ok(found)
@@ -108,7 +107,7 @@ struct Line {
     writable: bool,
 }
 
-/// A line of a maps file: `start-end rwxs offset major:minor inode path`. Only what is before the path is looked at.
+/// Parses a line of a maps file: `start-end rwxs offset major:minor inode path`. Ignores the path.
 fn parse(line: &[u8]) -> Option<Line> {
     let mut fields = line.split(|&byte| byte == b' ').filter(|field| !field.is_empty());
     let mut text = || std::str::from_utf8(fields.next()?).ok();
@@ -132,10 +131,10 @@ fn parse(line: &[u8]) -> Option<Line> {
 fn descriptors(folder: &Path, pid: i32, files: &[FileId], found: &mut Found) -> io::Result<()> {
     for entry in fs::read_dir(folder.join("fd"))? {
         let path = entry?.path();
-        let Ok(status) = fs::metadata(&path) else { continue }; // closed meanwhile
+        let Ok(status) = fs::metadata(&path) else { continue }; // closed during the scan
         let same = |file: &FileId| (file.device, file.inode) == (status.dev(), status.ino());
         let Some(file) = files.iter().position(same) else { continue };
-        // The permissions of the link are the mode in which it is open.
+        // The permissions of the link show the mode in which the file is open.
         let open_for_writing = fs::symlink_metadata(&path).is_ok_and(|link| link.mode() & 0o200 != 0);
         let number = path.file_name().and_then(|name| name.to_str()?.parse().ok());
         if let (true, Some(number)) = (open_for_writing, number) {
@@ -145,7 +144,8 @@ fn descriptors(folder: &Path, pid: i32, files: &[FileId], found: &mut Found) -> 
     Ok(())
 }
 
-/// Whether it is neither a kernel thread nor a zombie: those have no memory. Field 9 of stat (flags) has PF_KTHREAD.
+/// Returns whether a process has memory, unlike kernel threads and zombies. Field 9 of stat (flags) contains
+/// PF_KTHREAD.
 fn has_memory(folder: &Path) -> bool {
     const KERNEL_THREAD: u64 = 0x0020_0000;
     let Ok(text) = fs::read(folder.join("stat")) else { return false };

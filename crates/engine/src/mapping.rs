@@ -1,7 +1,7 @@
 //! Shared mappings of the files that back a workload's memory.
 //!
-//! A workload maps its memory from a shared file; we map the same file a second time, and read and write pages there
-//! without copies, system calls or traps (traces and fault handling are set on the workload's own mapping).
+//! The engine maps the same files as the workload. It reads and writes pages through its own mapping, without copies,
+//! system calls or faults: traces and fault handling apply only to the workload's mapping.
 
 use std::fs::File;
 use std::io;
@@ -14,22 +14,22 @@ use parking_lot::Mutex;
 use crate::uapi::{self, PageRegion, PmScanArg, Userfault, check, owned};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// A shared, writable mapping of `[offset, offset + len)` of a file, at a 2 MiB boundary of our address space.
+/// Shared writable mapping of `[offset, offset + len)` of a file, aligned to 2 MiB in our address space.
 #[derive(Debug)]
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
     file: OwnedFd,
     offset: u64,
-    /// Page size of hugetlbfs, when the file is on one.
+    /// Page size of the hugetlbfs that holds the file; `None` for other file systems.
     hugetlb: Option<usize>,
     closed: AtomicBool,
 }
 
-/// (address, length) of every mapping of this process.
+/// Address and length of every mapping of this process.
 static REGISTERED: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
 
-/// (address, length) of every [`Mapping`] of this process: what else maps the same file was mapped by the program.
+/// Returns the address and length of every [`Mapping`] of this process. All other mappings belong to the program.
 pub fn registered() -> Vec<(u64, u64)> {
     REGISTERED.lock().clone()
 }
@@ -45,17 +45,17 @@ fn unregister(address: u64) {
     }
 }
 
-// SAFETY: the mapping is plain shared memory; how it is accessed concurrently is up to those who access it. They do so
-// by raw pointers, volatile reads and atomics; by a reference to plain bytes only while nobody else uses these.
+// SAFETY: the mapping is plain shared memory, accessed through raw pointers, volatile reads and atomics. References to
+// plain bytes exist only while no other thread or process uses these bytes.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the file. `len` and `offset` are multiples of the page size.
+    /// Maps the file. `len` and `offset` must be multiples of the page size.
     ///
     /// # Errors
-    /// EINVAL for a length or offset that is no multiple of 4 KiB, or whatever `mmap` says.
+    /// EINVAL if `len` or `offset` is not a multiple of 4 KiB; otherwise the error of mmap(2).
     pub fn new(file: BorrowedFd<'_>, len: usize, offset: u64) -> io::Result<Self> {
         if len == 0 || !len.is_multiple_of(SMALL_PAGE) || !offset.is_multiple_of(SMALL_PAGE as u64) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -67,67 +67,70 @@ impl Mapping {
         Ok(Self { base, len, file, offset, hugetlb, closed: AtomicBool::new(false) })
     }
 
-    /// Makes the mapping read-only: the memory runs elsewhere, and a write to it would be lost. A later write ends the
-    /// program, with a message (see [`crate::closed`]).
+    /// Makes the mapping read-only, after the workload has been handed over: a write would be lost. A later write
+    /// terminates the program with a message (see [`crate::closed`]).
     ///
     /// # Errors
-    /// What `mprotect` says.
+    /// The error of mprotect(2).
     pub fn close(&self) -> io::Result<()> {
         crate::closed::watch(self.base.as_ptr().addr(), self.len);
-        // SAFETY: the range is our mapping. It stays mapped and readable; nobody holds a reference to bytes that are
-        // written through it.
+        // SAFETY: the range is our mapping, which stays mapped and readable. There are no mutable references to its
+        // bytes.
         check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len, libc::PROT_READ) })?;
         self.closed.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Whether [`close`](Self::close) has been called.
+    /// Returns whether [`close`](Self::close) has been called.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// First byte of the mapping.
+    /// Returns a pointer to the first byte.
     pub fn base(&self) -> *mut u8 {
         self.base.as_ptr()
     }
 
-    /// Address of the first byte.
+    /// Returns the address of the first byte.
     pub fn address(&self) -> u64 {
         self.base.as_ptr() as u64
     }
 
-    /// Length, bytes.
+    /// Returns the length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Length, small pages.
+    /// Returns the number of base pages.
     pub fn pages(&self) -> usize {
         self.len / SMALL_PAGE
     }
 
-    /// The file that is mapped.
+    /// Returns the descriptor of the file.
     pub fn file(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 
-    /// Whether the file is on hugetlbfs.
+    /// Returns whether the file is in hugetlbfs.
     pub fn is_hugetlb(&self) -> bool {
         self.hugetlb.is_some()
     }
 
-    /// Pointer to the first byte of a small page.
+    /// Returns a pointer to the first byte of a base page.
     ///
     /// # Panics
-    /// When the page is not within the mapping.
+    /// If the page is not within the mapping.
     pub fn page(&self, page: usize) -> *mut u8 {
         assert!(page < self.pages(), "page {page} of {}", self.pages());
-        // SAFETY: within the mapping, by the assertion.
+        // SAFETY: the page lies within the mapping, by the assertion.
         unsafe { self.base.as_ptr().add(page * SMALL_PAGE) }
     }
 
-    /// The parts that hold data, as (start, end) in bytes of the mapping: reading anything else would allocate it.
+    /// Returns the ranges that hold data, as (start, end) in bytes. Reading any other byte would allocate a page.
+    ///
+    /// # Errors
+    /// The error of lseek(2), or of the scan in hugetlbfs.
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
         match self.hugetlb {
             Some(page) => self.hugetlb_ranges(page),
@@ -135,7 +138,10 @@ impl Mapping {
         }
     }
 
-    /// Those parts of `[start, end)` of the mapping. Not for hugetlbfs, which calls everything data.
+    /// Returns the data ranges within `[start, end)`. Not for hugetlbfs, which reports everything as data.
+    ///
+    /// # Errors
+    /// The error of lseek(2).
     pub fn data_within(&self, start: usize, end: usize) -> io::Result<Vec<(usize, usize)>> {
         let end = self.offset + end.min(self.len) as u64;
         let mut ranges = Vec::new();
@@ -152,27 +158,36 @@ impl Mapping {
         Ok(ranges)
     }
 
-    /// Whether a byte of the mapping is in a part that holds data. On hugetlbfs it always is.
+    /// Returns whether a byte is in a data range. In hugetlbfs, this is always the case.
+    ///
+    /// # Errors
+    /// The error of lseek(2).
     pub fn is_data(&self, at: usize) -> io::Result<bool> {
         let position = self.offset + at as u64;
         Ok(self.seek(position, libc::SEEK_DATA)? == Some(position))
     }
 
-    /// Sets the lowest bit for each of some pages that is in memory, neither a hole nor in swap (mincore(2)). Of
-    /// hugetlbfs, for those that have been mapped here.
+    /// Sets the lowest bit of an element of `found` for each page that is in memory, neither a hole nor in swap
+    /// (mincore(2)). In hugetlbfs, only for pages mapped by this process.
+    ///
+    /// # Errors
+    /// The error of mincore(2).
+    ///
+    /// # Panics
+    /// If the pages are not within the mapping.
     pub fn resident(&self, first: usize, found: &mut [u8]) -> io::Result<()> {
         assert!(first + found.len() <= self.pages(), "pages {first} and {} more of {}", found.len(), self.pages());
         let len = found.len() * SMALL_PAGE;
-        // SAFETY: the pages are within the mapping, by the assertion, and `found` has a byte for each.
+        // SAFETY: the pages lie within the mapping, by the assertion, and `found` has one byte per page.
         check(unsafe { libc::mincore(self.base.as_ptr().add(first * SMALL_PAGE).cast(), len, found.as_mut_ptr()) })
             .map(drop)
     }
 
-    /// The parts that are in memory, as (start, end) in bytes of the mapping.
+    /// Returns the ranges that are in memory, as (start, end) in bytes.
     fn resident_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
         let ranges = self.data_ranges()?;
         if self.is_hugetlb() {
-            return Ok(ranges); // which is never swapped
+            return Ok(ranges); // hugetlbfs is never swapped
         }
         let mut found = Vec::with_capacity(ranges.len());
         let mut resident = Vec::new();
@@ -192,12 +207,13 @@ impl Mapping {
         Ok(found)
     }
 
-    /// hugetlbfs calls everything data. What is there is found by mapping it, and only it, into a mapping made for it.
+    /// Returns the data ranges in hugetlbfs, which reports everything as data: maps the existing pages into a new
+    /// mapping.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
         let mut ranges = Vec::new();
         let found = present(base.as_ptr() as u64, self.len as u64, page as u64, |start, end| ranges.push((start, end)));
-        // SAFETY: made above, and nobody else knows of it.
+        // SAFETY: the mapping was created above, and there are no other references to it.
         unsafe { libc::munmap(base.as_ptr().cast(), self.len) };
         found.map(|()| ranges)
     }
@@ -208,7 +224,7 @@ impl Mapping {
 
     fn seek(&self, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
         let from = libc::off_t::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        // SAFETY: takes no pointers.
+        // SAFETY: lseek takes no pointers.
         let found = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
         if let Ok(position) = u64::try_from(found) {
             return Ok(Some(position));
@@ -217,19 +233,25 @@ impl Mapping {
         if error.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(error) }
     }
 
-    /// Frees a range of the file: it becomes a hole, and reads as zeros.
+    /// Punches a hole into the file: the range is freed and reads as zeros.
+    ///
+    /// # Errors
+    /// The error of fallocate(2).
     pub fn punch(&self, start: usize, len: usize) -> io::Result<()> {
         let position = libc::off_t::try_from(self.offset + start as u64).map_err(io::Error::other)?;
         let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: takes no pointers.
+        // SAFETY: fallocate takes no pointers.
         check(unsafe { libc::fallocate(self.file.as_raw_fd(), mode, position, len) }).map(drop)
     }
 
-    /// Which of the 2 MiB units stand on a large page: mapped by one page-middle-directory entry once touched.
+    /// Returns which 2 MiB units are backed by a huge page, which is mapped by a PMD entry once accessed.
     ///
-    /// Only what is in memory is touched (holes stay holes, and swapped pages in swap). Units are counted from the
-    /// start of the mapping; a last, shorter unit is never large.
+    /// Only pages in memory are accessed: holes stay holes, and swapped pages stay in swap. Units are counted from the
+    /// start of the mapping. A shorter last unit is never huge.
+    ///
+    /// # Errors
+    /// Errors of lseek(2), mincore(2), madvise(2) and PAGEMAP_SCAN.
     pub fn large_units(&self) -> io::Result<Vec<bool>> {
         let mut units = vec![false; self.len.div_ceil(LARGE_PAGE)];
         for (start, end) in self.resident_ranges()? {
@@ -247,16 +269,17 @@ impl Mapping {
         Ok(units)
     }
 
-    /// Whether a page that is in memory has nothing but zeros; most others tell by their first word.
+    /// Returns whether a present page contains only zeros. For most other pages, the first word decides.
     pub fn is_zero(&self, page: usize) -> bool {
         let words = self.page(page).cast::<u64>();
-        // SAFETY: the words are those of one page within the mapping, by the check of `page`; others may write to them.
+        // SAFETY: the words lie in one page of the mapping, by the assertion in `page`. Other writers require volatile
+        // reads.
         (0..SMALL_PAGE / size_of::<u64>()).all(|at| unsafe { words.add(at).read_volatile() } == 0)
     }
 
     /// Maps a range that holds data.
     fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
-        // SAFETY: within our own mapping; reading a range that holds data changes nothing.
+        // SAFETY: the range lies within our mapping, and reading data changes nothing.
         check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, libc::MADV_POPULATE_READ) }).map(drop)
     }
 }
@@ -273,43 +296,42 @@ impl Drop for Mapping {
         if self.is_closed() {
             crate::closed::forget(self.base.as_ptr().addr());
         }
-        // SAFETY: made by `new`, and nobody may use the base after the mapping is gone.
+        // SAFETY: `new` created the mapping, and the pointers that it gave out must not be used after the drop.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
-/// Maps a file at a 2 MiB boundary of our address space.
+/// Maps a file, aligned to 2 MiB in our address space.
 fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io::Result<NonNull<u8>> {
     let base = reserve(len)?;
     let start = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | flags);
-    // SAFETY: `base` starts a reservation of `len` bytes that nobody else knows of; MAP_FIXED replaces it.
+    // SAFETY: MAP_FIXED replaces the reservation of `len` bytes at `base`, to which there are no other references.
     let mapped = unsafe { libc::mmap(base.as_ptr().cast(), len, access, flags, file.as_raw_fd(), start) };
     if mapped == libc::MAP_FAILED {
         let error = io::Error::last_os_error();
-        // SAFETY: gives back the reservation made above.
+        // SAFETY: frees the reservation made above.
         unsafe { libc::munmap(base.as_ptr().cast(), len) };
         return Err(error);
     }
     Ok(base)
 }
 
-/// Has the kernel put memory of ours that is about to be filled on large pages, as far as whole ones fit: what is
-/// touched for the first time costs a fault for each page.
+/// Asks the kernel for huge pages in memory that is about to be filled, to save one fault per base page.
 pub fn prefer_large<T>(memory: &[T]) {
     let (start, len) = (memory.as_ptr() as usize, size_of_val(memory));
     let first = start.next_multiple_of(LARGE_PAGE);
     if let Some(whole) = (start + len).checked_sub(first).filter(|&rest| rest >= LARGE_PAGE) {
-        // SAFETY: within memory of ours, whose contents stay as they are; without large pages it is as it was.
+        // SAFETY: the range lies within `memory`, whose contents do not change. A failure has no effect.
         unsafe { libc::madvise(first as *mut libc::c_void, whole, libc::MADV_HUGEPAGE) };
     }
 }
 
-/// Page size of the hugetlbfs that a file is on; none for files elsewhere.
+/// Returns the page size of the hugetlbfs that holds a file, or `None` for other file systems.
 fn hugetlb_page(file: BorrowedFd<'_>) -> io::Result<Option<usize>> {
-    // SAFETY: all fields are numbers.
+    // SAFETY: all fields of statfs are integers, for which zero is valid.
     let mut found: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `found` is valid for writing.
+    // SAFETY: `found` is a statfs that is valid for writing.
     check(unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut found) })?;
     if found.f_type != libc::HUGETLBFS_MAGIC {
         return Ok(None);
@@ -317,7 +339,7 @@ fn hugetlb_page(file: BorrowedFd<'_>) -> io::Result<Option<usize>> {
     usize::try_from(found.f_bsize).map(Some).map_err(io::Error::other)
 }
 
-/// Maps the pages that are in the page cache into a fresh mapping on hugetlbfs, and reports them as offsets in it.
+/// Maps the page cache pages into a new mapping of a hugetlbfs file. Reports them as offsets.
 fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize)) -> io::Result<()> {
     let uffd = Userfault::own()?;
     uffd.enable(uapi::FEATURE_MINOR_HUGETLBFS)?;
@@ -328,11 +350,11 @@ fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize
     scan(&pagemap, address, address + len, 0, uapi::PAGE_IS_PRESENT, |start, end| found(offset(start), offset(end)))
 }
 
-/// Reserves `len` bytes, whole pages, of address space at a 2 MiB boundary.
+/// Reserves `len` bytes (whole pages) of address space, aligned to 2 MiB.
 fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     let whole = len.checked_add(LARGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address of the kernel's choice.
+    // SAFETY: creates a new mapping at an address chosen by the kernel.
     let base = unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
@@ -340,7 +362,7 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     let start = base as usize;
     let aligned = start.next_multiple_of(LARGE_PAGE);
     let (head, tail) = (aligned - start, start + whole - (aligned + len));
-    // SAFETY: both pieces lie in the reservation, outside of what is kept.
+    // SAFETY: both parts lie in the reservation, outside the part that is kept.
     unsafe {
         if head > 0 {
             libc::munmap(base, head);
@@ -352,8 +374,11 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Walks `[start, end)` of a pagemap and calls `found(start, end)` for every run of pages in all `categories`. `flags`
-/// are of `PM_SCAN_*`.
+/// Scans `[start, end)` of a pagemap, and calls `found(start, end)` for each run of pages in all of `categories`.
+/// `flags` are PM_SCAN flags.
+///
+/// # Errors
+/// The error of PAGEMAP_SCAN.
 pub fn scan(
     pagemap: &File,
     start: u64,
@@ -366,9 +391,12 @@ pub fn scan(
     walk(pagemap, start, end, what, found)
 }
 
-/// As `scan`, for whatever pages an argument without a range asks for.
+/// Like `scan`, for any selection of pages: `what` is an argument without its range.
 ///
-/// Takes 512 runs at a time: with more, some kernels end the walk early and report twice.
+/// Requests 512 runs per call: with more, some kernels end the walk early and report pages twice.
+///
+/// # Errors
+/// The error of PAGEMAP_SCAN.
 pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
     let mut regions = [PageRegion::default(); 512];
     let mut at = start;
@@ -379,23 +407,26 @@ pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: im
             found(region.start, region.end);
         }
         if argument.walk_end <= at {
-            return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+            return Err(io::Error::other("cannot scan the page map: PAGEMAP_SCAN made no progress"));
         }
         at = argument.walk_end;
     }
     Ok(())
 }
 
-/// A tmpfs with `huge=always` that is mounted nowhere: a directory to make `O_TMPFILE` files in.
+/// Creates a detached tmpfs mount with `huge=always`, and returns a directory for `O_TMPFILE` files.
 ///
-/// It lives as long as descriptors of it or of its files do, whoever dies. EPERM without CAP_SYS_ADMIN.
+/// The mount exists as long as a descriptor of it or of its files is open.
+///
+/// # Errors
+/// EPERM without CAP_SYS_ADMIN; otherwise the error of fsopen(2), fsconfig(2) or fsmount(2).
 pub fn large_tmpfs(size: u64) -> io::Result<OwnedFd> {
     const FSCONFIG_SET_STRING: libc::c_uint = 1;
     const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
     const FSOPEN_CLOEXEC: libc::c_uint = 1;
     let size = format!("{size}\0");
     let options: [(&[u8], &[u8]); 3] = [(b"huge\0", b"always\0"), (b"size\0", size.as_bytes()), (b"mode\0", b"0700\0")];
-    // SAFETY: the name is NUL-terminated.
+    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let context = unsafe { owned(libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC)) }?;
     for (key, value) in options {
         // SAFETY: both strings are NUL-terminated and live through the call.
@@ -411,17 +442,17 @@ pub fn large_tmpfs(size: u64) -> io::Result<OwnedFd> {
     if unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, null, null, 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: takes no pointers; the descriptor is new.
+    // SAFETY: fsmount takes no pointers; the returned descriptor is new and has no other owner.
     unsafe { owned(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSOPEN_CLOEXEC, 0)) }
 }
 
-/// Takes ownership of a raw descriptor by duplicating it.
+/// Duplicates a descriptor.
 ///
 /// # Errors
-/// EBADF when it is not open.
+/// EBADF if it is not open.
 pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl takes no pointers here; the descriptor it returns is new.
+    // SAFETY: this fcntl command takes no pointers; the returned descriptor is new.
     let copy = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?;
-    // SAFETY: just made, and ours alone.
+    // SAFETY: the descriptor was created above and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }

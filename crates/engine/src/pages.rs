@@ -1,4 +1,4 @@
-//! Sets of small pages of one region: what a trace finds, what a round sends, what has been received.
+//! Sets of base pages of a region, such as the pages reported by a trace, sent in a round or received.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,30 +6,30 @@ use thiserror::Error;
 
 use crate::SLOTS;
 
-/// Why bytes are no set of pages of a region.
+/// Reason for which bytes are not a set of pages of a region.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum UnpackError {
-    /// The codec's words.
-    #[error("a set of pages that does not decompress: {0}")]
+    /// The bitmap cannot be decompressed.
+    #[error("cannot decompress a set of pages: {0}")]
     Decompress(String),
-    /// Of a larger or smaller region.
-    #[error("a set of pages of {found} bytes, expected {expected} for {pages} pages")]
+    /// The set belongs to a region of another size.
+    #[error("invalid set of pages: bitmap has {found} bytes, expected {expected} for {pages} pages")]
     Length {
-        /// Bytes of the bitmap found.
+        /// Size of the bitmap, bytes.
         found: usize,
-        /// Bytes that it must have.
+        /// Expected size, bytes.
         expected: usize,
-        /// Pages of the region.
+        /// Number of pages of the region.
         pages: usize,
     },
-    /// Pages that the region does not have.
-    #[error("a set with pages beyond the {0} of its region")]
+    /// The set contains pages beyond the end of the region.
+    #[error("invalid set of pages: it contains pages beyond the {0} of its region")]
     Beyond(usize),
 }
 
 const BITS: usize = u64::BITS as usize;
 
-/// A set of the small pages of a region, as a bitmap. Page numbers count from the start of the region.
+/// Set of base pages of a region, as a bitmap. Pages are counted from the start of the region.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageSet {
     words: Vec<u64>,
@@ -37,42 +37,45 @@ pub struct PageSet {
 }
 
 impl PageSet {
-    /// The empty set over a region of `pages` pages.
+    /// Creates an empty set for a region of `pages` pages.
     pub fn new(pages: usize) -> Self {
         Self { words: vec![0; pages.div_ceil(BITS)], pages }
     }
 
-    /// All pages of a region.
+    /// Creates a set of all pages of a region.
     pub fn full(pages: usize) -> Self {
         let mut set = Self::new(pages);
         set.insert(0, pages);
         set
     }
 
-    /// Pages of the region (not of the set).
+    /// Returns the number of pages of the region.
     pub fn pages(&self) -> usize {
         self.pages
     }
 
-    /// Adds `[start, end)`; what lies beyond the region is left out.
+    /// Adds `[start, end)`. Ignores pages beyond the end of the region.
     pub fn insert(&mut self, start: usize, end: usize) {
         self.each_word(start, end, |word, mask| *word |= mask);
     }
 
-    /// Takes `[start, end)` out.
+    /// Removes `[start, end)`.
     pub fn remove(&mut self, start: usize, end: usize) {
         self.each_word(start, end, |word, mask| *word &= !mask);
     }
 
-    /// The set as bytes: its bitmap, little-endian, compressed.
+    /// Serialises the set: little-endian bitmap, compressed.
     pub fn pack(&self) -> Vec<u8> {
         let bitmap: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        // It cannot fail: there is room for what does not become smaller.
+        // Cannot fail: the buffer has sufficient capacity for incompressible data.
         zstd::bulk::compress(&bitmap, 1).unwrap_or_default()
     }
 
-    /// The set over a region of `pages` pages that [`PageSet::pack`] made bytes of. Allocates a bitmap of the region,
-    /// whatever the bytes say.
+    /// Deserialises a set that [`PageSet::pack`] has made, for a region of `pages` pages. Allocates no more than its
+    /// bitmap.
+    ///
+    /// # Errors
+    /// [`UnpackError`] if the bytes are not a set of pages of this region.
     pub fn unpack(bytes: &[u8], pages: usize) -> Result<Self, UnpackError> {
         let expected = pages.div_ceil(BITS) * 8;
         let mut bitmap = vec![0; expected];
@@ -99,59 +102,59 @@ impl PageSet {
         }
     }
 
-    /// Whether the page is in the set.
+    /// Returns whether a page is in the set.
     pub fn contains(&self, page: usize) -> bool {
         page < self.pages && self.words[page / BITS] >> (page % BITS) & 1 == 1
     }
 
-    /// How many pages are in the set.
+    /// Returns the number of pages in the set.
     pub fn count(&self) -> usize {
         self.words.iter().map(|word| word.count_ones() as usize).sum()
     }
 
-    /// Whether nothing is in the set.
+    /// Returns whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|&word| word == 0)
     }
 
-    /// Takes everything out.
+    /// Removes all pages.
     pub fn clear(&mut self) {
         self.words.fill(0);
     }
 
-    /// Adds all pages of another set over the same region.
+    /// Adds all pages of another set for the same region.
     pub fn union(&mut self, other: &Self) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
     }
 
-    /// Keeps only pages that are in another set over the same region too.
+    /// Removes all pages that are not in another set for the same region.
     pub fn intersect(&mut self, other: &Self) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, mask)| *word &= mask);
     }
 
-    /// Takes out all pages of another set over the same region.
+    /// Removes all pages of another set for the same region.
     pub fn subtract(&mut self, other: &Self) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
     }
 
-    /// For each 2 MiB unit: how many of its pages are in the set.
+    /// Returns the number of pages in the set for each 2 MiB unit.
     pub fn unit_counts(&self) -> Vec<u16> {
         let words_per_unit = SLOTS / BITS;
         let ones = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
         self.words.chunks(words_per_unit).map(|words| u16::try_from(ones(words)).unwrap_or(u16::MAX)).collect()
     }
 
-    /// The runs of pages in the set, as (start, end).
+    /// Returns the runs of pages in the set, as (start, end).
     pub fn runs(&self) -> Runs<'_> {
         self.runs_in(0, self.pages)
     }
 
-    /// The runs of pages in the set within `[start, end)`.
+    /// Returns the runs of pages in the set within `[start, end)`.
     pub fn runs_in(&self, start: usize, end: usize) -> Runs<'_> {
         Runs { set: self, at: start, end: end.min(self.pages) }
     }
 
-    /// First page at or after `from` that is (or is not) in the set.
+    /// Returns the first page from `from` on that is (or is not) in the set.
     fn next(&self, from: usize, present: bool) -> Option<usize> {
         let mut word = from / BITS;
         let mut mask = u64::MAX << (from % BITS);
@@ -187,7 +190,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// Bits that several threads set and clear.
+/// Atomic bitmap.
 #[derive(Debug)]
 pub(crate) struct AtomicBits(Vec<AtomicU64>);
 
@@ -196,7 +199,7 @@ impl AtomicBits {
         Self((0..bits.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Sets a bit; returns whether it was set before.
+    /// Sets a bit. Returns its previous value.
     pub(crate) fn set(&self, bit: usize) -> bool {
         let mask = 1 << (bit % BITS);
         self.0[bit / BITS].fetch_or(mask, Ordering::AcqRel) & mask != 0
@@ -206,13 +209,13 @@ impl AtomicBits {
         self.0[bit / BITS].load(Ordering::Acquire) >> (bit % BITS) & 1 == 1
     }
 
-    /// Clears a bit; returns whether it was set before.
+    /// Clears a bit. Returns its previous value.
     pub(crate) fn take(&self, bit: usize) -> bool {
         let mask = 1 << (bit % BITS);
         self.0[bit / BITS].fetch_and(!mask, Ordering::AcqRel) & mask != 0
     }
 
-    /// The first bit at or after `from` that is set.
+    /// Returns the first set bit from `from` on.
     pub(crate) fn next(&self, from: usize) -> Option<usize> {
         let mut mask = u64::MAX << (from % BITS);
         for (index, word) in self.0.iter().enumerate().skip(from / BITS) {

@@ -1,9 +1,10 @@
-//! Received pages into their slots, and into the workload's page tables (S1, S5, S6, S7).
+//! Placement of received pages in their slots, and population of the workload's page tables (S1, S5, S6, S7).
 //!
-//! A page is placed at its own offset of the region, whatever it holds and whenever it comes, so that a large page of
-//! the source is a large page here: the first page of a unit allocates all of it; zeros are zeros in it and never a
-//! hole. A unit whose every slot has been received is *complete*: its contents are final or will be overwritten in
-//! place, so it may be mapped into the workload's page tables as one large page while the transfer goes on.
+//! A page is placed at its own offset in the region, regardless of its contents and of the order of arrival, so that a
+//! huge page of the source is a huge page at the destination. The first page of a unit allocates all of it; zero pages
+//! are zeros in it and never holes. A unit is *complete* when all of its slots have been received. From then on its
+//! contents are final or overwritten in place, so that it can be mapped into the workload's page tables as one huge
+//! page during the transfer.
 
 use std::io;
 use std::sync::Arc;
@@ -23,71 +24,72 @@ use crate::space::{AdoptError, Space};
 use crate::uapi::{self, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// So many units may be begun at the same time, at the most.
+/// Number of locks, which bounds the number of units whose allocation can start in parallel.
 const LOCKS: usize = 64;
 
-/// Why pages could not be placed.
+/// Reason for which pages could not be placed.
 #[derive(Debug, Error)]
 pub enum PlaceError {
-    /// A region that was not announced.
-    #[error("pages of region {0}, and only {1} regions were announced")]
-    Region(u32, usize),
-    /// Pages that are not in the region.
-    #[error("pages {first} to {end} of a region of {pages} pages")]
+    /// PlacedRegion that was not announced.
+    #[error("cannot place pages of region {0}: only {1} regions were announced")]
+    Region(usize, usize),
+    /// Pages outside the region.
+    #[error("cannot place pages {first} to {end}: the region has {pages} pages")]
     Pages {
         /// First page.
         first: usize,
         /// Page after the last.
         end: usize,
-        /// Pages of the region.
+        /// Number of pages of the region.
         pages: usize,
     },
-    /// Contents by reference that this flow does not use.
-    #[error("pages of class {0:?} are not expected here")]
+    /// Class of pages that the protocol does not send.
+    #[error("cannot place pages of class {0:?}: expected data, zero or absent pages")]
     Class(Class),
-    /// The file system, the pool or the machine is full.
+    /// The file system, the huge page pool or the host is out of memory.
     #[error(
-        "no memory for pages {first} to {end} of region {region} ({error}): free some, or enlarge their file system"
+        "cannot allocate memory for pages {first} to {end} of region {region}: {error}; free some, or enlarge their \
+         file system"
     )]
     Memory {
-        /// Number of the region.
-        region: u32,
+        /// Index of the region.
+        region: usize,
         /// First page.
         first: usize,
         /// Page after the last.
         end: usize,
-        /// The kernel's words.
+        /// Cause.
         error: io::Error,
     },
 }
 
-/// A region at the destination.
+/// PlacedRegion at the destination.
 #[derive(Debug)]
 pub struct Target {
-    /// Our mapping of its file. The file is fresh: all holes.
+    /// Our mapping of its file. The file must be new, that is, all holes.
     pub mapping: Arc<Mapping>,
-    /// Size of a page of the file, bytes: 4 KiB, or 2 MiB on hugetlbfs.
+    /// Page size of the file, bytes: 4 KiB, or 2 MiB in hugetlbfs.
     pub page_size: usize,
-    /// Which units stand on large pages at the source (S6); may be shorter than the region, or empty.
+    /// Units that are backed by huge pages at the source (S6). May be shorter than the region, or empty.
     pub large: Vec<bool>,
 }
 
 #[derive(Debug)]
-struct Region {
+struct PlacedRegion {
     target: Target,
     received: AtomicBits,
-    /// Pages that hold bytes which a zero or absent page must clear.
+    /// Pages with contents that a zero or absent page must clear.
     filled: AtomicBits,
-    /// Units whose first page has come.
+    /// Units whose allocation has been attempted.
     begun: AtomicBits,
-    /// Units for which a large page was allocated: all their slots are there.
+    /// Units for which a huge page was allocated, so that all of their slots exist.
     whole: AtomicBits,
-    /// Per unit, pages still to come.
+    /// Number of pages not received, per unit.
     missing: Vec<AtomicU16>,
     mapped: Vec<AtomicBool>,
 }
 
-impl Region {
+impl PlacedRegion {
     fn new(target: Target) -> Self {
         let pages = target.mapping.pages();
         let units = pages.div_ceil(SLOTS);
@@ -103,19 +105,18 @@ impl Region {
         }
     }
 
-    /// Whether a unit stands on a large page at the source. What is shorter than a large page cannot.
+    /// Returns whether a unit is backed by a huge page at the source. A shorter last unit never is.
     fn is_large(&self, unit: usize) -> bool {
         let fits = unit < self.target.mapping.pages() / SLOTS;
         fits && self.target.large.get(unit).copied().unwrap_or(false)
     }
 
-    /// Whether every slot of a unit has been received.
+    /// Returns whether all slots of a unit have been received.
     fn is_complete(&self, unit: usize) -> bool {
         self.missing[unit].load(Ordering::Acquire) == 0
     }
 
-    /// Makes sure of the memory of `[first, end)` of one unit: where there is none, writing to it would end us by a
-    /// signal.
+    /// Allocates memory for pages `[first, end)` of a unit. Writing to a slot without memory would raise SIGBUS.
     fn allocate(&self, unit: usize, first: usize, end: usize) -> io::Result<()> {
         if self.whole.get(unit) || (first..end).all(|page| self.filled.get(page)) {
             return Ok(());
@@ -124,54 +125,54 @@ impl Region {
     }
 }
 
-/// What population has done so far.
+/// Counters of the population of page tables.
 #[derive(Debug, Default)]
 pub struct Populated {
-    /// Large pages mapped into page tables.
+    /// Number of huge pages mapped into page tables.
     pub large: AtomicU64,
-    /// Small pages (or hugetlbfs pages) mapped.
+    /// Number of base pages (or hugetlbfs pages) mapped.
     pub small: AtomicU64,
-    /// Large pages that had to be left to the first access.
+    /// Number of huge pages that could not be mapped. Their first access maps them.
     pub failed: AtomicU64,
-    /// Nanoseconds of work, over all workers.
+    /// Time of all workers, nanoseconds.
     pub nanoseconds: AtomicU64,
 }
 
-/// Places pages of several streams at once, and populates page tables in the background.
+/// Placer of the pages of several streams, which also populates page tables in the background.
 #[derive(Debug)]
 pub struct Placer {
-    shared: Arc<Shared>,
+    shared: Arc<PlacerState>,
     queue: Mutex<Option<Sender<(usize, usize)>>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    regions: Vec<Region>,
-    /// Held by who allocates the large page of a unit; a unit has always the same one.
+struct PlacerState {
+    regions: Vec<PlacedRegion>,
+    /// Locked during the allocation of a unit, which always uses the same lock.
     beginning: [Mutex<()>; LOCKS],
     own: Space,
     segments: Vec<Segment>,
     keep_large: bool,
-    /// Large pages of the source for which there was no large page here (S6).
+    /// Number of huge pages of the source that could not be allocated as such (S6).
     fallbacks: AtomicU64,
     populated: Populated,
 }
 
 impl Placer {
-    /// For the `targets` and the `segments` in which the workload maps them. With `workers` > 0, complete units are
-    /// mapped into the workload's page tables as they come (S5).
+    /// Creates a placer for `targets`, and for the `segments` in which the workload maps them. With `workers` > 0,
+    /// complete units are mapped into the workload's page tables as they arrive (S5).
     ///
     /// # Errors
-    /// InvalidInput for a segment of a region that is no target, or what the kernel says about threads.
+    /// `InvalidInput` if a segment does not belong to a target; otherwise the error of starting a thread.
     pub fn new(targets: Vec<Target>, segments: Vec<Segment>, keep_large: bool, workers: usize) -> io::Result<Self> {
         if let Some(stray) = segments.iter().find(|segment| segment.region >= targets.len()) {
-            let words = format!("a segment of region {}, and only {} targets", stray.region, targets.len());
+            let words = format!("segment of region {}: only {} regions given", stray.region, targets.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
         }
         let own = Space::open(libc::pid_t::try_from(std::process::id()).map_err(io::Error::other)?)?;
-        let shared = Arc::new(Shared {
-            regions: targets.into_iter().map(Region::new).collect(),
+        let shared = Arc::new(PlacerState {
+            regions: targets.into_iter().map(PlacedRegion::new).collect(),
             beginning: [const { Mutex::new(()) }; LOCKS],
             own,
             segments,
@@ -191,21 +192,27 @@ impl Placer {
         Ok(Self { shared, queue: Mutex::new(queue), workers: Mutex::new(threads) })
     }
 
-    fn region(&self, region: u32, first: usize, count: usize) -> Result<&Region, PlaceError> {
+    fn region(&self, region: usize, first: usize, count: usize) -> Result<&PlacedRegion, PlaceError> {
         let known = self.shared.regions.len();
-        let index = usize::try_from(region).map_err(|_| PlaceError::Region(region, known))?;
-        let found = self.shared.regions.get(index).ok_or(PlaceError::Region(region, known))?;
+        let found = self.shared.regions.get(region).ok_or(PlaceError::Region(region, known))?;
         let (end, pages) = (first.saturating_add(count), found.target.mapping.pages());
         if end > pages { Err(PlaceError::Pages { first, end, pages }) } else { Ok(found) }
     }
 
-    /// Whether there are such pages.
-    pub fn check(&self, region: u32, first: usize, count: usize) -> Result<(), PlaceError> {
+    /// Validates a range of pages.
+    ///
+    /// # Errors
+    /// [`PlaceError::Region`] or [`PlaceError::Pages`] if there are no such pages.
+    pub fn check(&self, region: usize, first: usize, count: usize) -> Result<(), PlaceError> {
         self.region(region, first, count).map(drop)
     }
 
-    /// Where the bytes of data pages go: memory that is there, on large pages where the source has them.
-    pub fn slots(&self, region: u32, first: usize, count: usize) -> Result<*mut u8, PlaceError> {
+    /// Returns the address of the slots of data pages. Their memory is allocated, in huge pages where the source has
+    /// them.
+    ///
+    /// # Errors
+    /// If there are no such pages, or if memory cannot be allocated.
+    pub fn slots(&self, region: usize, first: usize, count: usize) -> Result<*mut u8, PlaceError> {
         let found = self.region(region, first, count)?;
         for unit in first / SLOTS..(first + count).div_ceil(SLOTS) {
             self.begin(found, unit);
@@ -215,8 +222,11 @@ impl Placer {
         Ok(found.target.mapping.page(first))
     }
 
-    /// The bytes of data pages have been written to their slots, and verified.
-    pub fn placed(&self, region: u32, first: usize, count: usize) -> Result<(), PlaceError> {
+    /// Records that data pages have been written to their slots and verified.
+    ///
+    /// # Errors
+    /// If there are no such pages.
+    pub fn placed(&self, region: usize, first: usize, count: usize) -> Result<(), PlaceError> {
         let found = self.region(region, first, count)?;
         (first..first + count).for_each(|page| {
             found.filled.set(page);
@@ -225,8 +235,11 @@ impl Placer {
         Ok(())
     }
 
-    /// Places pages that have no bytes.
-    pub fn place_empty(&self, region: u32, first: usize, count: usize, class: Class) -> Result<(), PlaceError> {
+    /// Places zero or absent pages.
+    ///
+    /// # Errors
+    /// If there are no such pages, or if they are of another class.
+    pub fn place_empty(&self, region: usize, first: usize, count: usize, class: Class) -> Result<(), PlaceError> {
         let found = self.region(region, first, count)?;
         if !matches!(class, Class::Zero | Class::Absent) {
             return Err(PlaceError::Class(class));
@@ -238,7 +251,7 @@ impl Placer {
                 self.begin(found, unit);
             }
             (start..end).filter(|&page| found.filled.take(page)).for_each(|page| {
-                // SAFETY: the page is within the mapping; a filled slot is allocated, so writing cannot run out of it.
+                // SAFETY: the page lies within the mapping. A filled slot is allocated, so that writing cannot fail.
                 unsafe { std::ptr::write_bytes(found.target.mapping.page(page), 0, SMALL_PAGE) }
             });
         }
@@ -246,9 +259,9 @@ impl Placer {
         Ok(())
     }
 
-    /// The first page of a unit that is large at the source allocates a large page for all of it (S6). Other streams
-    /// wait for that: small pages that come in between would have to be copied, and could be in the way.
-    fn begin(&self, region: &Region, unit: usize) {
+    /// Allocates a huge page for a unit that is backed by one at the source, before its first page is placed (S6).
+    /// Other streams wait: base pages allocated in between would have to be copied, and could prevent the allocation.
+    fn begin(&self, region: &PlacedRegion, unit: usize) {
         if region.begun.get(unit) {
             return;
         }
@@ -261,28 +274,28 @@ impl Placer {
         }
     }
 
-    /// Allocates the large page of a unit that is large at the source, before its first page comes.
+    /// Allocates the huge page of a unit that is backed by one at the source, before its first page arrives.
     pub fn allocate_ahead(&self, region: usize, unit: usize) {
         if let Some(found) = self.shared.regions.get(region).filter(|found| found.is_large(unit)) {
             self.begin(found, unit);
         }
     }
 
-    fn allocate_large(&self, region: &Region, unit: usize) {
+    fn allocate_large(&self, region: &PlacedRegion, unit: usize) {
         match self.shared.allocate_large(&region.target, unit) {
             Ok(()) => drop(region.whole.set(unit)),
             Err(_) => drop(self.shared.fallbacks.fetch_add(1, Ordering::Relaxed)),
         }
     }
 
-    fn received(&self, number: u32, region: &Region, first: usize, count: usize) {
+    fn received(&self, number: usize, region: &PlacedRegion, first: usize, count: usize) {
         let mut at = first;
         while at < first + count {
             let unit = at / SLOTS;
             let end = (first + count).min((unit + 1) * SLOTS);
             let new = u16::try_from((at..end).filter(|&page| !region.received.set(page)).count()).unwrap_or(0);
             if new > 0 && region.missing[unit].fetch_sub(new, Ordering::AcqRel) == new {
-                self.complete(number as usize, unit);
+                self.complete(number, unit);
             }
             at = end;
         }
@@ -291,48 +304,48 @@ impl Placer {
     fn complete(&self, region: usize, unit: usize) {
         let queue = self.queue.lock();
         if let Some(queue) = queue.as_ref() {
-            // The workers live as long as the queue.
+            // Succeeds: the workers exit only after the queue is closed.
             let _ = queue.send((region, unit));
         }
     }
 
-    /// Our own address space, in which the targets are mapped.
+    /// Returns our own address space, in which the targets are mapped.
     pub(crate) fn own(&self) -> &Space {
         &self.shared.own
     }
 
-    /// Number of pages of all regions that have not been received.
+    /// Returns the number of pages of all regions that have not been received.
     pub fn missing(&self) -> usize {
         let missing = self.shared.regions.iter().flat_map(|region| &region.missing);
         missing.map(|count| usize::from(count.load(Ordering::Acquire))).sum()
     }
 
-    /// Large pages of the source that could not be kept.
+    /// Returns the number of huge pages of the source that could not be allocated as such.
     pub fn fallbacks(&self) -> u64 {
         self.shared.fallbacks.load(Ordering::Relaxed)
     }
 
-    /// What population has done so far.
+    /// Returns the counters of the population.
     pub fn populated(&self) -> &Populated {
         &self.shared.populated
     }
 
-    /// Maps those of the `units` of a region that are complete into the workload's page tables now (S1).
+    /// Maps the complete units among `units` of a region into the workload's page tables (S1).
     ///
     /// # Errors
-    /// For a region or unit that there is not; the units before it are mapped then.
-    pub fn populate(&self, region: u32, units: &[usize]) -> Result<(), PlaceError> {
+    /// If there is no such region or unit. The units before it have been mapped.
+    pub fn populate(&self, region: usize, units: &[usize]) -> Result<(), PlaceError> {
         for &unit in units {
             self.region(region, unit.saturating_mul(SLOTS), 1)?;
-            self.shared.populate_unit(region as usize, unit);
+            self.shared.populate_unit(region, unit);
         }
         Ok(())
     }
 
-    /// Waits for the workers, then maps what did not go as large pages, page by page, where it is in memory.
+    /// Waits for the workers. With `rest`, then maps the present pages of units that could not be mapped as huge pages.
     ///
     /// # Errors
-    /// When the workload cannot be adopted. The pages are left to the first access then, which is slower, not wrong.
+    /// If the workload cannot be adopted. The pages are then mapped on their first access, which is slower but correct.
     pub fn finish(&self, rest: bool) -> Result<(), AdoptError> {
         self.join();
         if rest { self.shared.populate_small() } else { Ok(()) }
@@ -352,11 +365,10 @@ impl Drop for Placer {
     }
 }
 
-impl Shared {
+impl PlacerState {
     fn allocate_large(&self, target: &Target, unit: usize) -> io::Result<()> {
         let start = target.mapping.page(unit * SLOTS);
-        // A write fault, which allocates and maps all of the large page, and changes no byte that another stream may
-        // have placed meanwhile.
+        // A write fault allocates and maps the whole huge page. It changes no byte that another stream may have placed.
         populate_write(start, SMALL_PAGE)?;
         if target.page_size == LARGE_PAGE || self.is_large(start)? {
             return Ok(());
@@ -368,8 +380,8 @@ impl Shared {
         Ok(!self.own.large_mapped(start as u64, LARGE_PAGE as u64)?.is_empty())
     }
 
-    /// Maps a complete unit in every process that maps it. Units that stand on small pages here are left to
-    /// `populate_small`: to collapse them would copy them, and fill their holes.
+    /// Maps a complete unit in every process that maps the region. Units backed by base pages are left to
+    /// `populate_small`: collapsing would copy them and fill their holes.
     fn populate_unit(&self, region: usize, unit: usize) {
         let (found, begin) = (&self.regions[region], Instant::now());
         let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
@@ -382,7 +394,7 @@ impl Shared {
         let all = touching.clone().all(|segment| segment.map_large(start, end));
         if touching.next().is_some() {
             let counter = if all { &self.populated.large } else { &self.populated.failed };
-            // A worker and `populate` may have been at it at the same time.
+            // A worker and `populate` may have mapped the unit concurrently.
             let before = found.mapped[unit].fetch_or(all, Ordering::AcqRel);
             counter.fetch_add(u64::from(!before), Ordering::Relaxed);
         }
@@ -394,7 +406,7 @@ impl Shared {
         self.populated.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
     }
 
-    /// Maps by UFFDIO_CONTINUE what is in the page cache, of all complete units that are not mapped as large pages.
+    /// Maps the page cache pages of all complete units that are not mapped as huge pages (UFFDIO_CONTINUE).
     fn populate_small(&self) -> Result<(), AdoptError> {
         let begin = Instant::now();
         for segment in &self.segments {
@@ -414,18 +426,18 @@ impl Shared {
     }
 }
 
-/// Allocates and maps, changing no byte. ENOMEM where there is no memory.
+/// Allocates and maps memory without changing it. Fails with ENOMEM if there is none.
 fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
-    // SAFETY: the callers, all in this file, give ranges within a mapping of ours.
+    // SAFETY: all callers are in this file and pass ranges within one of our mappings.
     check(unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
-        // A full file system or pool: what would have been SIGBUS is EFAULT here.
+        // A full file system or huge page pool is reported as EFAULT, because a write would raise SIGBUS.
         let full = error.raw_os_error() == Some(libc::EFAULT);
         if full { io::Error::from_raw_os_error(libc::ENOMEM) } else { error }
     })
 }
 
-/// Cuts the units that are mapped as large pages, and those with pages still to come, out of `[start, end)`.
-fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, usize)>) {
+/// Appends the parts of `[start, end)` that belong to complete units not mapped as huge pages.
+fn unmapped(region: &PlacedRegion, start: usize, end: usize, ranges: &mut Vec<(usize, usize)>) {
     let mut at = start;
     while at < end {
         let unit = at / SLOTS;
@@ -440,9 +452,9 @@ fn unmapped(region: &Region, start: usize, end: usize, ranges: &mut Vec<(usize, 
     }
 }
 
-/// Maps existing pages of `ranges` (in pages of the region) in one segment; returns the bytes mapped.
+/// Maps existing pages of `ranges` (in pages of the region) in one segment. Returns the number of bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
-    // For all faults: with one for user mode only, system calls of the workload would fail while it is registered.
+    // Handle faults in kernel mode too: otherwise, system calls of the workload would fail while it is registered.
     let uffd = match segment.space.full_userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS) {
         Err(AdoptError::NoFaults(..)) => return populate_read(segment, ranges),
         made => made?,
@@ -451,7 +463,7 @@ fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<
     uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MINOR)?;
     for &(start, end) in ranges {
         if let Some((address, len)) = segment.part(start, end) {
-            // What does not go is left to the first access.
+            // Pages that cannot be mapped are left to their first access.
             mapped += uffd.map_existing(address, len, page).unwrap_or(0);
         }
     }
@@ -459,7 +471,7 @@ fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<
     Ok(mapped)
 }
 
-/// As `map_small`, without a userfaultfd: by MADV_POPULATE_READ in the process, which reads no hole of `ranges`.
+/// Like `map_small`, without a userfaultfd: MADV_POPULATE_READ in the process. `ranges` contain no holes.
 fn populate_read(segment: &Segment, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     let mut mapped = 0;
     for &(start, end) in ranges {
@@ -471,9 +483,9 @@ fn populate_read(segment: &Segment, ranges: &[(usize, usize)]) -> Result<u64, Ad
     Ok(mapped)
 }
 
-fn populate_loop(shared: &Shared, jobs: &Receiver<(usize, usize)>) {
+fn populate_loop(shared: &PlacerState, jobs: &Receiver<(usize, usize)>) {
     for (region, unit) in jobs {
-        // Only what exists: a unit of nothing but holes has no large page to map, and must not get one.
+        // Skip units that consist of holes: they have no huge page to map and must not get one.
         if shared.regions[region].begun.get(unit) {
             shared.populate_unit(region, unit);
         }

@@ -1,4 +1,4 @@
-//! Segments: the parts of a workload's regions, where its address spaces map them.
+//! Segments: mappings of parts of a workload's regions in its address spaces.
 
 use std::sync::Arc;
 
@@ -6,38 +6,38 @@ use crate::space::{AdoptError, Space};
 use crate::uapi::{REGISTER_MODE_WP, Userfault};
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
-/// A mapping of a part of a region in an address space.
+/// Mapping of a part of a region in an address space.
 #[derive(Debug, Clone)]
 pub struct Segment {
-    /// Whose.
+    /// Address space.
     pub space: Arc<Space>,
-    /// Where, in that address space.
+    /// Address of the first byte in that address space.
     pub address: u64,
-    /// Bytes.
+    /// Length, bytes.
     pub len: u64,
-    /// Number of the region.
+    /// Index of the region.
     pub region: usize,
-    /// First page of the region that is mapped there.
+    /// First mapped page of the region.
     pub first_page: usize,
 }
 
 impl Segment {
-    /// Pages of the region that are mapped here, as (first, end).
+    /// Returns the mapped pages of the region, as (first, end).
     pub(crate) fn extent(&self) -> (usize, usize) {
         self.pages(self.address, self.address + self.len)
     }
 
-    /// Pages of the region between two addresses of the segment.
+    /// Returns the pages of the region between two addresses of the segment.
     pub(crate) fn pages(&self, start: u64, end: u64) -> (usize, usize) {
         (self.first_page + self.page_of(start), self.first_page + self.page_of(end))
     }
 
-    /// The page at an address, counted from the first one of the segment.
+    /// Returns the page at an address, relative to the first page of the segment.
     pub(crate) fn page_of(&self, address: u64) -> usize {
         usize::try_from((address - self.address) / SMALL_PAGE as u64).unwrap_or(0)
     }
 
-    /// Where what there is here of pages `[first, end)` of the region is mapped, as (address, bytes).
+    /// Returns where the mapped part of pages `[first, end)` of the region is, as (address, length in bytes).
     pub(crate) fn part(&self, first: usize, end: usize) -> Option<(u64, u64)> {
         let (from, to) = self.extent();
         let (start, stop) = (first.max(from), end.min(to));
@@ -45,12 +45,12 @@ impl Segment {
         (start < stop).then(|| (address(start), ((stop - start) * SMALL_PAGE) as u64))
     }
 
-    /// Whether any of these pages of the region is mapped here.
+    /// Returns whether any of these pages of the region is mapped by this segment.
     pub(crate) fn touches(&self, first: usize, end: usize) -> bool {
         self.part(first, end).is_some()
     }
 
-    /// Maps `[first, end)`, the pages of a large page, as one; false where that cannot be.
+    /// Maps the huge page `[first, end)` as such. Returns false if that is not possible.
     pub(crate) fn map_large(&self, first: usize, end: usize) -> bool {
         let Some((address, len)) = self.part(first, end) else { return false };
         let whole = len == LARGE_PAGE as u64 && address.is_multiple_of(len);
@@ -58,10 +58,10 @@ impl Segment {
     }
 }
 
-/// Registers segments for traps of writes, one userfaultfd per process, as `make` makes it. Nothing is protected yet.
+/// Registers segments for write faults, with one userfaultfd per process, created by `make`. Nothing is protected yet.
 ///
 /// # Errors
-/// Those of `make`; [`AdoptError::Registered`] for a segment that somebody else's userfaultfd is on.
+/// Errors of `make`; [`AdoptError::Registered`] if a segment is registered with another userfaultfd.
 pub(crate) fn register_for_writes(
     segments: Vec<Segment>,
     make: impl Fn(&Space) -> Result<Userfault, AdoptError>,

@@ -1,19 +1,19 @@
-//! Write traces (S2): which pages of a workload were written since the last time one looked.
+//! Write traces (S2): report the pages of a workload that were written since the last collection.
 //!
-//! Traces are userfaultfd write protections in asynchronous mode: the first write to a protected page costs the writer
-//! about a microsecond in the kernel, which takes the protection off and leaves a mark; PAGEMAP_SCAN collects the marks
-//! and protects again, atomically per page. No thread of the workload is stopped to install them, and if the tracer
-//! dies the descriptor goes, and every protection with it.
+//! A write trace is a userfaultfd write protection in asynchronous mode. The first write to a protected page costs
+//! about a microsecond in the kernel, which removes the protection and marks the page as written. PAGEMAP_SCAN returns
+//! the marked pages and protects them again, atomically per page. Installing a trace does not stop any thread of the
+//! workload. If the tracer exits, its descriptor is closed, and the kernel removes every protection.
 //!
-//! *Coarse* traces mark a whole large page when one fires in it, and release the rest of it, so that the workload takes
-//! one trap where it would take up to 512. A helper thread looks for large pages in which traces fired, marks them as
-//! written (before the write is let through: whatever is written afterwards is covered), takes their registration off
-//! and has them mapped as large pages again. To take off the protections alone would gain nothing: to protect a large
-//! page splits its mapping, and every small page of it would still fault once. `collect` registers and protects them
-//! again. Memory that stands on small pages is always traced page by page.
+//! *Coarse* traces mark a whole huge page when one of its base pages is written, and unprotect the remaining ones, so
+//! that the workload takes one fault instead of up to 512. A helper thread polls for huge pages that have been written.
+//! It marks them as written while they are still registered, so that all later writes are covered; then it unregisters
+//! them and has them mapped as huge pages again. Removing only the protection would not help: protecting a huge page
+//! splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the huge pages
+//! again. Memory backed by base pages is always traced page by page.
 //!
-//! Order, which is what makes it right: `collect` protects before anybody reads the pages it reports; a write after
-//! that fires again and is reported by the next `collect`.
+//! Correctness follows from the order: `collect` protects pages before the caller reads them, so that a later write is
+//! reported by the next `collect`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -31,27 +31,27 @@ use crate::space::AdoptError;
 use crate::uapi::{self, Userfault};
 use crate::{LARGE_PAGE, SLOTS};
 
-/// The features that a userfaultfd for traces needs.
+/// Features that the userfaultfd of a trace needs.
 pub const FEATURES: u64 = uapi::FEATURE_PAGEFAULT_FLAG_WP
     | uapi::FEATURE_WP_HUGETLBFS_SHMEM
     | uapi::FEATURE_WP_UNPOPULATED
     | uapi::FEATURE_WP_ASYNC;
 
-/// How often the helper of a coarse trace looks for units to release.
+/// Interval at which the helper of a coarse trace polls for units to unprotect.
 const POLL: Duration = Duration::from_millis(5);
-/// Most units of a segment that may be released at a time: each can split a mapping in two, and a process may have
-/// 65,530 of them (vm.max_map_count).
+/// Maximum number of units of a segment that may be unprotected at a time. Each of them can split a mapping in two, and
+/// a process may have 65,530 mappings (vm.max_map_count).
 const MAX_RELEASED: usize = 8192;
 
 #[derive(Debug)]
 struct Armed {
     segment: Segment,
     uffd: Arc<Userfault>,
-    /// Which 2 MiB units of the segment stand on large pages.
+    /// Units of the segment that are backed by huge pages.
     large: Vec<bool>,
-    /// Units that have been released since the last collection. Locked while protections are changed.
+    /// Units unprotected since the last collection. Locked while protections change.
     released: Mutex<BTreeSet<usize>>,
-    /// Whether it is traced no more.
+    /// Whether the segment is no longer traced.
     gone: AtomicBool,
 }
 
@@ -61,7 +61,7 @@ impl Armed {
             return Ok(());
         }
         let (start, end) = (self.segment.address, self.segment.address + self.segment.len);
-        // PAGE_IS_WRITTEN alone: with more categories some kernels leave out pages that were discarded.
+        // PAGE_IS_WRITTEN only: with more categories, some kernels omit pages that were discarded.
         scan(self.segment.space.pagemap(), start, end, flags, uapi::PAGE_IS_WRITTEN, &mut found)
     }
 
@@ -69,21 +69,21 @@ impl Armed {
         self.released.lock()
     }
 
-    /// Address of a unit of the segment.
+    /// Returns the address of a unit of the segment.
     fn unit(&self, unit: usize) -> u64 {
         self.segment.address + (unit * LARGE_PAGE) as u64
     }
 
-    /// Marks a large page as written, and lets it be written to, mapped as a large page.
+    /// Marks a unit as written, unprotects it and maps it as a huge page.
     fn release(&self, unit: usize, released: &mut BTreeSet<usize>) -> io::Result<()> {
         released.insert(unit);
         self.uffd.unregister(self.unit(unit), LARGE_PAGE as u64)?;
-        // If it cannot be mapped as a whole it is mapped page by page, as it is touched.
+        // If the unit cannot be mapped as a whole, it is mapped page by page on access.
         let _ = self.segment.space.collapse(self.unit(unit), LARGE_PAGE as u64);
         Ok(())
     }
 
-    /// Protects what was released, and reports all of it.
+    /// Protects the unprotected units again, and reports all of their pages.
     fn protect(&self, released: &mut BTreeSet<usize>, set: &mut PageSet) -> io::Result<()> {
         for (first, count) in consecutive(&std::mem::take(released)) {
             let (start, len) = (self.unit(first), (count * LARGE_PAGE) as u64);
@@ -96,7 +96,7 @@ impl Armed {
     }
 }
 
-/// Numbers that follow each other, as (first, count).
+/// Returns the runs of consecutive numbers, as (first, count).
 fn consecutive(numbers: &BTreeSet<usize>) -> Vec<(usize, usize)> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for &number in numbers {
@@ -108,7 +108,7 @@ fn consecutive(numbers: &BTreeSet<usize>) -> Vec<(usize, usize)> {
     runs
 }
 
-/// Which units of a segment stand on large pages that can be mapped as such there, from those of its region.
+/// Returns the units of a segment that can be mapped as huge pages, given the huge pages of its region.
 fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
     let aligned = segment.address.is_multiple_of(LARGE_PAGE as u64) && segment.first_page.is_multiple_of(SLOTS);
     let Some(region) = region.filter(|_| aligned) else { return Vec::new() };
@@ -116,36 +116,37 @@ fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
     region.iter().skip(segment.first_page / SLOTS).take(whole).copied().collect()
 }
 
-/// Write traces over segments. Dropping it takes every protection off.
+/// Write traces over segments. Dropping it removes every protection, unless the traces are borrowed.
 #[derive(Debug)]
 pub struct Trace {
     armed: Arc<Vec<Armed>>,
-    shared: Arc<Shared>,
+    shared: Arc<TraceState>,
     helper: Option<JoinHandle<()>>,
     expand: bool,
     install: Duration,
-    /// The traces are another's, and stay when this goes.
-    lent: bool,
+    /// Whether the userfaultfds belong to another owner, so that the traces stay after a drop.
+    borrowed: bool,
 }
 
-/// The userfaultfd of every process.
+/// Userfaultfd of each process.
 pub type Userfaults = HashMap<libc::pid_t, Arc<Userfault>>;
 
 #[derive(Debug, Default)]
-struct Shared {
+struct TraceState {
     stop: AtomicBool,
     released: AtomicU64,
 }
 
 impl Trace {
-    /// Installs traces over `segments`; from its return on, every write is seen.
+    /// Installs traces over `segments`. From the return on, every write is reported.
     ///
-    /// `release_after` makes them coarse: a large page in which so many traces fired is released as a whole (1: at the
-    /// first, and every unit of 2 MiB with a write in it is reported as written). 0 leaves every small page traced for
-    /// itself. `large`: which units of each region stand on large pages; regions that are left out have none.
+    /// `release_after` makes the traces coarse: a huge page is unprotected as a whole after that many of its base pages
+    /// have been written. With 1, every 2 MiB unit that was written is reported as a whole. With 0, each base page is
+    /// traced separately. `large` lists the units of each region that are backed by huge pages; omitted regions have
+    /// none.
     ///
     /// # Errors
-    /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
+    /// If a process cannot be adopted, or if a segment is registered with another userfaultfd (EBUSY).
     pub fn install(segments: Vec<Segment>, large: &[Vec<bool>], release_after: usize) -> Result<Self, AdoptError> {
         let arm = |(segment, uffd): (Segment, Arc<Userfault>)| {
             let large = large_units(&segment, large.get(segment.region));
@@ -160,7 +161,7 @@ impl Trace {
         let install = begin.elapsed();
         let expand = release_after == 1;
         let mut trace =
-            Self { armed: Arc::new(armed), shared: Arc::default(), helper: None, expand, install, lent: false };
+            Self { armed: Arc::new(armed), shared: Arc::default(), helper: None, expand, install, borrowed: false };
         if release_after > 0 {
             let (armed, shared) = (trace.armed.clone(), trace.shared.clone());
             let release = move || release_loop(&armed, &shared, release_after);
@@ -169,41 +170,45 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Takes up traces that are on `segments` already, by these userfaultfds; they stay when this is dropped.
+    /// Uses existing traces on `segments`, installed through these userfaultfds. They stay installed after a drop.
     ///
     /// # Errors
-    /// EPERM where a part of a segment is not traced (it was mapped anew, say), EBUSY where it is traced by another
-    /// userfaultfd, ENOENT where none is given for its process.
+    /// EPERM if a part of a segment is not traced (for example, because it was remapped), EBUSY if it is registered
+    /// with another userfaultfd, ENOENT if there is none for its process.
     pub fn take_up(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
-        Self::lent(segments, userfaults, |Segment { space, address, len, .. }, uffd| {
-            // First, because registering makes good what this looks for; what is ours already is left as it is.
+        Self::borrowed(segments, userfaults, |Segment { space, address, len, .. }, uffd| {
+            // Check first, because registering would hide a missing trace. Registering again leaves existing traces
+            // unchanged.
             let flags = uapi::PM_SCAN_CHECK_WPASYNC;
             scan(space.pagemap(), *address, address + len, flags, uapi::PAGE_IS_WRITTEN, |_, _| ())?;
             uffd.register(*address, *len, uapi::REGISTER_MODE_WP)
         })
     }
 
-    /// Puts traces on `segments`, which are registered with these userfaultfds for more than that: with those of a
-    /// pager that is held ([`crate::pager::Pager::hold`]). They stay when this is dropped, and go when the pager is
+    /// Installs traces on `segments` through userfaultfds that are registered for other events as well, namely those of
+    /// an acquired pager ([`crate::pager::Pager::hold`]). They stay installed after a drop, until the pager is
     /// released.
     ///
     /// # Errors
-    /// ENOENT where a part of a segment is not registered, or no userfaultfd is given for its process; ESRCH.
-    pub fn put_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
+    /// ENOENT if a part of a segment is not registered or if there is no userfaultfd for its process, ESRCH if the
+    /// process has exited.
+    pub fn install_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
         let begin = Instant::now();
-        let mut trace =
-            Self::lent(segments, userfaults, |segment, uffd| uffd.write_protect(segment.address, segment.len, true))?;
+        let mut trace = Self::borrowed(segments, userfaults, |segment, uffd| {
+            uffd.write_protect(segment.address, segment.len, true)
+        })?;
         trace.install = begin.elapsed();
         Ok(trace)
     }
 
-    /// Puts traces on `segments`, which these userfaultfds are not registered with yet; they stay when this is dropped.
+    /// Registers `segments` with these userfaultfds and installs traces. They stay installed after a drop.
     ///
     /// # Errors
-    /// EBUSY where a segment is traced by another userfaultfd, ENOENT where none is given for its process; ESRCH.
+    /// EBUSY if a segment is registered with another userfaultfd, ENOENT if there is none for its process, ESRCH if the
+    /// process has exited.
     pub fn begin_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
         let begin = Instant::now();
-        let mut trace = Self::lent(segments, userfaults, |Segment { address, len, .. }, uffd| {
+        let mut trace = Self::borrowed(segments, userfaults, |Segment { address, len, .. }, uffd| {
             uffd.register(*address, *len, uapi::REGISTER_MODE_WP)?;
             uffd.write_protect(*address, *len, true)
         })?;
@@ -211,8 +216,8 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Traces by userfaultfds that are somebody else's, after `each` segment has been seen to.
-    fn lent(
+    /// Creates a trace from userfaultfds of another owner, after calling `each` for every segment.
+    fn borrowed(
         segments: Vec<Segment>,
         userfaults: &Userfaults,
         each: impl Fn(&Segment, &Userfault) -> io::Result<()>,
@@ -226,24 +231,24 @@ impl Trace {
             armed.push(Armed { segment, uffd, large, released, gone: AtomicBool::new(false) });
         }
         let (armed, install) = (Arc::new(armed), Duration::ZERO);
-        Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, lent: true })
+        Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, borrowed: true })
     }
 
-    /// How long the installation of the protections took.
+    /// Returns how long it took to install the protections.
     pub fn install_time(&self) -> Duration {
         self.install
     }
 
-    /// Units of 2 MiB released by coarse traces so far.
+    /// Returns the number of 2 MiB units unprotected by coarse traces so far.
     pub fn released_units(&self) -> u64 {
         self.shared.released.load(Ordering::Relaxed)
     }
 
-    /// Adds to `dirty` (one set per region) what was written since the last call, and protects it again first.
+    /// Protects the pages written since the last call again, and adds them to `dirty` (one set per region).
     ///
     /// # Errors
-    /// ESRCH when a process has ended: its last writes are not known then. InvalidInput without a set for each region.
-    /// What was found before an error is in the sets.
+    /// ESRCH if a process has exited, in which case its last writes are unknown. `InvalidInput` if a region has no set.
+    /// Pages found before an error are in the sets.
     pub fn collect(&self, dirty: &mut [PageSet]) -> io::Result<()> {
         self.fits(dirty)?;
         for armed in self.armed.iter() {
@@ -263,7 +268,10 @@ impl Trace {
         Ok(())
     }
 
-    /// Adds to `dirty` what was written since the last `collect`, and leaves it to be reported again.
+    /// Adds the pages written since the last `collect` to `dirty`. The next `collect` reports them again.
+    ///
+    /// # Errors
+    /// As for [`collect`](Self::collect).
     pub fn peek(&self, dirty: &mut [PageSet]) -> io::Result<()> {
         self.fits(dirty)?;
         for armed in self.armed.iter() {
@@ -276,35 +284,38 @@ impl Trace {
         Ok(())
     }
 
-    /// Takes the traces off one segment, by its number: what is written there from now on is not reported. Not for
-    /// traces that are lent.
+    /// Removes the traces from one segment, given by its index. Later writes to it are not reported. Does nothing for
+    /// borrowed traces.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_UNREGISTER.
     pub fn release(&self, segment: usize) -> io::Result<()> {
-        let Some(armed) = self.armed.get(segment).filter(|_| !self.lent) else { return Ok(()) };
+        let Some(armed) = self.armed.get(segment).filter(|_| !self.borrowed) else { return Ok(()) };
         let mut released = armed.released();
         released.clear();
         armed.gone.store(true, Ordering::Release);
         armed.uffd.unregister(armed.segment.address, armed.segment.len)
     }
 
-    /// Refuses sets that lack a region before anything is collected, because what is collected is not reported again.
+    /// Rejects incomplete sets before anything is collected, because collected pages are not reported again.
     fn fits(&self, dirty: &[PageSet]) -> io::Result<()> {
         match self.armed.iter().find(|armed| armed.segment.region >= dirty.len()) {
             None => Ok(()),
             Some(armed) => {
-                let words = format!("no set for region {}: {} sets were given", armed.segment.region, dirty.len());
+                let words = format!("cannot collect region {}: only {} sets given", armed.segment.region, dirty.len());
                 Err(io::Error::new(io::ErrorKind::InvalidInput, words))
             }
         }
     }
 
-    /// Takes all traces off. Errors are left out: a process that is gone has no traces either.
+    /// Removes all traces. Ignores errors: an exited process has none.
     pub fn remove(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(helper) = self.helper.take() {
             let _ = helper.join();
         }
-        // What has been released is nobody's, or somebody else's by now.
-        let ours = |armed: &&Armed| !self.lent && !armed.gone.load(Ordering::Acquire);
+        // Segments that were released may be registered by another owner now.
+        let ours = |armed: &&Armed| !self.borrowed && !armed.gone.load(Ordering::Acquire);
         for Armed { segment, uffd, .. } in self.armed.iter().filter(ours) {
             let _ = uffd.unregister(segment.address, segment.len);
         }
@@ -317,21 +328,21 @@ impl Drop for Trace {
     }
 }
 
-/// Releases units in which at least `threshold` traces have fired since the last collection.
-fn release_loop(armed: &[Armed], shared: &Shared, threshold: usize) {
+/// Unprotects units in which at least `threshold` pages were written since the last collection.
+fn release_loop(armed: &[Armed], shared: &TraceState, threshold: usize) {
     while !shared.stop.load(Ordering::Relaxed) {
         let begin = Instant::now();
         for armed in armed {
-            // The process may end at any time: then its traces are gone, and `collect` says so.
+            // Fails if the process has exited, which `collect` reports.
             let _ = release_units(armed, shared, threshold);
         }
-        // Looking takes about 2 ms per GiB: large memory is looked at less often, not all the time.
+        // A scan takes about 2 ms per GiB: poll large memory less often.
         std::thread::sleep(POLL.max(4 * begin.elapsed()));
     }
 }
 
-fn release_units(armed: &Armed, shared: &Shared, threshold: usize) -> io::Result<()> {
-    // Most memory has nothing to release, and then there is no need to look.
+fn release_units(armed: &Armed, shared: &TraceState, threshold: usize) -> io::Result<()> {
+    // Skip the scan if there are no huge pages, as in most segments.
     if !armed.large.contains(&true) {
         return Ok(());
     }
@@ -344,7 +355,7 @@ fn release_units(armed: &Armed, shared: &Shared, threshold: usize) -> io::Result
         }
     })?;
     for (unit, count) in fired.into_iter().enumerate() {
-        // A large page that has been written all over has nothing left to release.
+        // A huge page that has been written completely has no protections left.
         let worth = armed.large[unit] && (threshold..SLOTS).contains(&count) && released.len() < MAX_RELEASED;
         if worth && !released.contains(&unit) {
             armed.release(unit, &mut released)?;

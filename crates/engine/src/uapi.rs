@@ -1,17 +1,18 @@
-//! Kernel interfaces: userfaultfd and PAGEMAP_SCAN, and how system calls are made.
+//! Kernel interfaces: userfaultfd, PAGEMAP_SCAN, and helpers for system calls.
 //!
-//! Distributions' headers lag behind (WP_ASYNC and PAGEMAP_SCAN are of Linux 6.7, MOVE of 6.8), so the constants and
-//! structures stand here, with the ioctl numbers derived from them and asserted against the published values.
+//! The headers of distributions may be older than these interfaces (WP_ASYNC and PAGEMAP_SCAN: Linux 6.7). Constants
+//! and structures are therefore defined here. The ioctl numbers are derived from them and checked against the published
+//! values.
 
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-/// How long a call is tried again while an address space changes.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for which a call is retried while the address space changes.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The shortest slice of CPU time that the scheduler knows, nanoseconds.
+/// Shortest time slice of the scheduler, nanoseconds.
 const SLICE_NS: u64 = 100_000;
 
 pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
@@ -27,7 +28,7 @@ pub(crate) const UFFD: u64 = 0xaa;
 pub struct UffdioApi {
     /// Always [`UFFD_API`].
     pub api: u64,
-    /// In: features wanted. Out: features there are.
+    /// In: requested features. Out: supported features.
     pub features: u64,
     /// Out: ioctls available on the descriptor.
     pub ioctls: u64,
@@ -39,7 +40,7 @@ pub struct UffdioApi {
 pub struct UffdioRange {
     /// First byte, page aligned.
     pub start: u64,
-    /// Bytes, page aligned.
+    /// Length in bytes, page aligned.
     pub len: u64,
 }
 
@@ -59,9 +60,9 @@ pub struct UffdioRegister {
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct UffdioWriteprotect {
-    /// The range to protect or release.
+    /// Range to protect or unprotect.
     pub range: UffdioRange,
-    /// A set of `WRITEPROTECT_MODE_*`; 0 releases and wakes.
+    /// Flags `WRITEPROTECT_MODE_*`; 0 unprotects the range and wakes its waiters.
     pub mode: u64,
 }
 
@@ -89,19 +90,19 @@ pub struct PmScanArg {
     pub start: u64,
     /// Address after the last.
     pub end: u64,
-    /// Out: where the walk ended.
+    /// Out: address at which the scan ended.
     pub walk_end: u64,
     /// Address of an array of [`PageRegion`].
     pub vec: u64,
-    /// Its length.
+    /// Length of that array.
     pub vec_len: u64,
-    /// Stop after so many pages; 0: no limit.
+    /// Maximum number of pages; 0: no limit.
     pub max_pages: u64,
-    /// Categories whose sense is turned round.
+    /// Categories to invert.
     pub category_inverted: u64,
-    /// Categories that must all hold.
+    /// Categories that a page must all have.
     pub category_mask: u64,
-    /// Categories of which one must hold.
+    /// Categories of which a page must have at least one.
     pub category_anyof_mask: u64,
     /// Categories to report.
     pub return_mask: u64,
@@ -121,19 +122,19 @@ pub struct PageRegion {
 
 /// Version of the userfaultfd API.
 pub const UFFD_API: u64 = 0xaa;
-/// `userfaultfd(2)`: handle only faults from user mode (all that an unprivileged process may ask for).
+/// Flag of `userfaultfd(2)`: user-mode faults only, which an unprivileged process may request.
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
 /// Flags of every userfaultfd.
 pub const UFFD_FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
-/// Creates a userfaultfd for all faults, whatever the caller's privileges: opening it is what is restricted.
+/// Device that creates userfaultfds for all faults. Access to it is controlled by its permissions.
 pub const UFFD_DEVICE: &CStr = c"/dev/userfaultfd";
-/// `ioctl(2)` of [`UFFD_DEVICE`]; the argument is the flags of `userfaultfd(2)`.
+/// `ioctl(2)` request of [`UFFD_DEVICE`]. The argument contains the flags of `userfaultfd(2)`.
 pub const USERFAULTFD_IOC_NEW: u64 = ioc(0, UFFD, 0, 0);
 const _: () = assert!(USERFAULTFD_IOC_NEW == 0xaa00);
 
 /// Write-protect faults on anonymous memory.
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
-/// Tell of ranges that are discarded (`madvise`), before they are.
+/// Events for discarded ranges (`madvise`), before the discard.
 pub const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 /// Missing faults on hugetlbfs.
 pub const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
@@ -145,31 +146,31 @@ pub const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 /// Write-protect faults on hugetlbfs and shared memory.
 pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-/// Write protection of pages that are not there yet.
+/// Write protection of unpopulated pages.
 pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-/// Write-protect faults are resolved by the kernel and only recorded.
+/// Write-protect faults are resolved and recorded by the kernel.
 pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
-/// Trap accesses to missing pages.
+/// Faults on missing pages.
 pub const REGISTER_MODE_MISSING: u64 = 1;
-/// Trap writes to protected pages.
+/// Faults on writes to protected pages.
 pub const REGISTER_MODE_WP: u64 = 2;
-/// Trap accesses to pages that are in the page cache and not mapped.
+/// Faults on pages that are in the page cache but not mapped.
 pub const REGISTER_MODE_MINOR: u64 = 4;
-/// Protect (without it: release).
+/// Protect the range; without this flag, unprotect it.
 pub const WRITEPROTECT_MODE_WP: u64 = 1;
 
-/// Page was written since it was last protected.
+/// The page was written since it was last protected.
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
-/// Page is mapped.
+/// The page is mapped.
 pub const PAGE_IS_PRESENT: u64 = 1 << 3;
-/// Page is in swap.
+/// The page is in swap.
 pub const PAGE_IS_SWAPPED: u64 = 1 << 4;
-/// Page is part of a mapping by a page-middle-directory entry, or of hugetlbfs.
+/// The page is mapped by a PMD entry, or belongs to hugetlbfs.
 pub const PAGE_IS_HUGE: u64 = 1 << 6;
-/// Protect what matches.
+/// Protect the matching pages.
 pub const PM_SCAN_WP_MATCHING: u64 = 1;
-/// Refuse ranges that are not under WP_ASYNC.
+/// Fail for ranges that are not registered in WP_ASYNC mode.
 pub const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
 const UFFDIO_API: u64 = ioc(READ | WRITE, UFFD, 0x3f, size_of::<UffdioApi>());
@@ -186,28 +187,31 @@ const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06);
 const _: () = assert!(UFFDIO_CONTINUE == 0xc020_aa07);
 const _: () = assert!(PAGEMAP_SCAN == 0xc060_6610);
 
-/// Turns the result of a system call into a descriptor that we own.
+/// Converts the result of a system call into an owned descriptor.
+///
+/// # Errors
+/// The errno of the call, if `result` is negative.
 ///
 /// # Safety
-/// A non-negative `result` must be a descriptor that nobody else owns.
+/// A non-negative `result` must be an open descriptor without another owner.
 pub unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
     let fd = RawFd::try_from(result).map_err(|_| io::Error::other("descriptor out of range"))?;
-    // SAFETY: by this function's contract the descriptor is valid and ours alone.
+    // SAFETY: the caller guarantees that the descriptor is open and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Has the calling thread scheduled in slices of 0.1 ms (`sched_setattr`, Linux 6.12; before that it changes nothing):
-/// among busy threads it gets the CPU sooner, and leaves it sooner to the others who have something urgent to do.
+/// Reduces the time slices of the calling thread to 0.1 ms (`sched_setattr`, no effect before Linux 6.12). It is then
+/// scheduled earlier among busy threads, and yields the CPU to them earlier.
 pub fn short_slices() {
-    // SAFETY: takes no pointers. For process 0 it is about the calling thread alone.
+    // SAFETY: getpriority takes no pointers. Process 0 means the calling thread.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     let attributes = libc::sched_attr {
         size: u32::try_from(size_of::<libc::sched_attr>()).unwrap_or(0),
         sched_policy: 0,
-        // A thread of a real-time policy stays as it is.
+        // Keep the policy, for threads with a real-time policy.
         sched_flags: u64::from(libc::SCHED_FLAG_KEEP_POLICY.cast_unsigned()),
         sched_nice: nice,
         sched_priority: 0,
@@ -215,108 +219,130 @@ pub fn short_slices() {
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: reads a structure that lives for the time of the call. Failing does no harm.
+    // SAFETY: the structure lives through the call, which only reads it. A failure has no effect.
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }
 
-/// Turns -1 into the thread's errno.
+/// Converts the result of a system call: -1 becomes the errno of the thread.
+///
+/// # Errors
+/// The errno of the call.
 pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// One `ioctl` with a structure that the kernel reads and may write.
+/// Makes an `ioctl` call with a structure that the kernel reads and may write.
+///
+/// # Errors
+/// The errno of the call.
 ///
 /// # Safety
-/// `request` must be a call that takes exactly a `T`, and any address in it must be valid for that call.
+/// `request` must take a pointer to a `T`, and all addresses in it must be valid for the call.
 pub(crate) unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T) -> io::Result<libc::c_int> {
-    // SAFETY: by this function's contract; the reference is valid for the time of the call.
+    // SAFETY: the caller guarantees that `T` matches the request; the reference is valid during the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
 }
 
-/// A userfaultfd, of our own address space or of another.
+/// Userfaultfd, of our own address space or of another one.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// A userfaultfd of our own address space, without features yet: for all faults where this process may have one,
-    /// otherwise for faults of user mode only.
+    /// Creates a userfaultfd of our own address space, without features: for all faults if this process may have such a
+    /// one, otherwise for user-mode faults only.
     ///
     /// # Errors
-    /// EPERM or ENOSYS where this process may have none.
+    /// EPERM or ENOSYS if this process may not have any.
     pub fn own() -> io::Result<Self> {
         Self::own_full().or_else(|error| {
-            // SAFETY: the call takes no pointers, and the descriptor it returns is new.
+            // SAFETY: userfaultfd takes no pointers; the descriptor it returns is new and has no other owner.
             let limited = unsafe { owned(libc::syscall(libc::SYS_userfaultfd, UFFD_FLAGS | UFFD_USER_MODE_ONLY)) };
             limited.map(Self).map_err(|_| error)
         })
     }
 
-    /// As `own`, but never for faults of user mode only: by the system call, or else by [`UFFD_DEVICE`].
+    /// Like `own`, but never for user-mode faults only: by the system call, or else through [`UFFD_DEVICE`].
     ///
     /// # Errors
-    /// Those of the system call.
+    /// The error of the system call.
     pub fn own_full() -> io::Result<Self> {
-        // SAFETY: the call takes no pointers, and the descriptor it returns is new.
+        // SAFETY: userfaultfd takes no pointers; the descriptor it returns is new and has no other owner.
         let made = unsafe { owned(libc::syscall(libc::SYS_userfaultfd, UFFD_FLAGS)) };
         made.or_else(|error| Self::from_device().map_err(|_| error)).map(Self)
     }
 
     fn from_device() -> io::Result<OwnedFd> {
-        // SAFETY: a string with its NUL; the descriptor is new.
+        // SAFETY: the path is NUL-terminated; the descriptor is new and has no other owner.
         let device =
             unsafe { owned(libc::c_long::from(libc::open(UFFD_DEVICE.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))) }?;
-        // SAFETY: the argument is a number; the descriptor is new.
+        // SAFETY: the argument is an integer; the descriptor is new and has no other owner.
         unsafe { owned(libc::c_long::from(libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, UFFD_FLAGS))) }
     }
 
-    /// Takes over a descriptor that was made in another process.
+    /// Wraps a descriptor that was created in another process.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self(fd)
     }
 
-    /// Agrees on the API with the `features` wanted. EINVAL: this kernel lacks one of them.
+    /// Negotiates the API with `features`.
+    ///
+    /// # Errors
+    /// EINVAL if the kernel lacks one of the features.
     pub fn enable(&self, features: u64) -> io::Result<()> {
         let mut api = UffdioApi { api: UFFD_API, features, ..Default::default() };
-        // SAFETY: UFFDIO_API takes a UffdioApi without addresses.
+        // SAFETY: UFFDIO_API takes a UffdioApi, which contains no addresses.
         unsafe { ioctl(&self.0, UFFDIO_API, &mut api) }.map(drop)
     }
 
     /// Registers `[start, start + len)` for the faults of `mode`.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_REGISTER, such as EBUSY.
     pub fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         let mut argument = UffdioRegister { range: UffdioRange { start, len }, mode, ioctls: 0 };
-        // SAFETY: the range is in the address space of the userfaultfd; registering changes no memory.
+        // SAFETY: the kernel interprets the range in the address space of the userfaultfd; registering changes no
+        // contents.
         unsafe { ioctl(&self.0, UFFDIO_REGISTER, &mut argument) }.map(drop)
     }
 
-    /// Ends a registration: protections go, waiters are woken.
+    /// Unregisters a range, which removes its protections and wakes its waiters.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_UNREGISTER.
     pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = UffdioRange { start, len };
         // SAFETY: as for `register`.
         let result = unsafe { ioctl(&self.0, UFFDIO_UNREGISTER, &mut range) };
-        // The kernel wakes before it waits for faults under way: one of those may have gone to sleep after it.
+        // The kernel wakes before it waits for concurrent faults, one of which may have blocked after that.
         let _ = self.wake(start, len);
         result.map(drop)
     }
 
-    /// Write-protects (or releases) a range.
+    /// Protects or unprotects a range.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_WRITEPROTECT.
     pub fn write_protect(&self, start: u64, len: u64, protect: bool) -> io::Result<()> {
         let mode = if protect { WRITEPROTECT_MODE_WP } else { 0 };
         let mut argument = UffdioWriteprotect { range: UffdioRange { start, len }, mode };
         retry(|| {
-            // SAFETY: protection changes no content.
+            // SAFETY: protection does not change contents.
             unsafe { ioctl(&self.0, UFFDIO_WRITEPROTECT, &mut argument) }.map(drop)
         })
     }
 
-    /// Maps pages of a MINOR-registered range that are in the page cache; returns the bytes mapped.
+    /// Maps the page cache pages of a range registered for MINOR faults. Returns the number of bytes mapped.
     ///
-    /// Pages of `page` bytes that are mapped already, and holes of the file, are stepped over.
+    /// Skips pages of `page` bytes that are already mapped, and holes of the file.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_CONTINUE.
     pub fn map_existing(&self, start: u64, len: u64, page: u64) -> io::Result<u64> {
         let (mut at, end, mut mapped) = (start, start + len, 0);
         while at < end {
             let range = UffdioRange { start: at, len: end - at };
             let mut argument = UffdioContinue { range, mode: 0, mapped: 0 };
-            // SAFETY: only installs page-table entries for pages of the file that is mapped there.
+            // SAFETY: only installs page table entries for pages of the file that is mapped there.
             let result = unsafe { ioctl(&self.0, UFFDIO_CONTINUE, &mut argument) };
             let done = u64::try_from(argument.mapped).unwrap_or(0);
             mapped += done;
@@ -344,13 +370,13 @@ impl AsRawFd for Userfault {
     }
 }
 
-/// EAGAIN from a userfaultfd means that the layout of the address space changes at this moment: try again. Where nobody
-/// reads what it has to tell, that moment does not end.
+/// Retries a call that fails with EAGAIN, because the layout of the address space is changing. The time is bounded,
+/// because the change does not complete if its event is not read.
 fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let begin = Instant::now();
     loop {
         match call() {
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && begin.elapsed() < PATIENCE => {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && begin.elapsed() < RETRY_TIMEOUT => {
                 std::thread::yield_now();
             }
             other => return other,
@@ -358,7 +384,10 @@ fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// One PAGEMAP_SCAN call; returns the number of regions filled in. See `pm_scan_arg`.
+/// Makes a PAGEMAP_SCAN call. Returns the number of regions filled.
+///
+/// # Errors
+/// The errno of the call.
 pub fn pagemap_scan(pagemap: &impl AsRawFd, argument: &mut PmScanArg, regions: &mut [PageRegion]) -> io::Result<usize> {
     argument.size = size_of::<PmScanArg>() as u64;
     argument.vec = regions.as_mut_ptr() as u64;

@@ -283,7 +283,7 @@ fn what_is_evicted_comes_back() {
         let after = scene.ours.data_ranges().expect("ranges").iter().map(|(start, end)| end - start).sum::<usize>();
         assert_eq!((gone, before - after), (pages.count() - 1, gone * SMALL_PAGE), "page 4 was gone before");
         let again = pager.evict(0, &pages).expect_err("they are gone");
-        assert!(again.to_string().contains("missing already"), "{again}");
+        assert!(again.to_string().contains("have deferred pages"), "{again}");
         assert_eq!(scene.read(4, 9), 0);
         for page in (0..PAGES).map(|number| number * 331 % PAGES).filter(|&page| page != 4) {
             assert_eq!(scene.read(page, 9), expected(page, 9), "page {page}");

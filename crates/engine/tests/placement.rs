@@ -25,7 +25,7 @@ struct Arrival {
     content: Option<u8>,
 }
 
-fn place(placer: &Placer, region: u32, arrival: &Arrival) -> Result<(), PlaceError> {
+fn place(placer: &Placer, region: usize, arrival: &Arrival) -> Result<(), PlaceError> {
     let Arrival { first, count, content } = *arrival;
     match content {
         None => placer.place_empty(region, first, count, Class::Absent),

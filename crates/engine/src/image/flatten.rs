@@ -1,18 +1,21 @@
-//! One image out of a chain: every page as the chain has it, in an image of its own.
+//! Flattening of a chain into a single image.
 
 use std::borrow::BorrowMut;
 use std::collections::HashMap;
 
-use super::contents::PageReader;
 use super::format::{ImageError, PageEntry};
+use super::page_reader::PageReader;
 use super::reader::Chain;
 use super::writer::{ImageWriter, Sizes};
 use crate::block::{Builder, Class, Codec};
 
-/// Copies all stored pages of a chain into a writer and returns the page map for it.
+/// Copies all stored pages of a chain into a writer. Returns the page map for it.
 ///
-/// `regions`: pages of each region, in order. Pages are copied in the order in which they stand in the chain, the
-/// oldest image first, so that what was written together stays together; a page that several share is copied once.
+/// `regions` are the numbers of pages of the regions. Pages are copied in the order in which the chain stores them,
+/// oldest image first, so that pages that were written together stay adjacent. Shared contents are copied once.
+///
+/// # Errors
+/// If a page cannot be read or verified, or if the image cannot be written.
 pub fn flatten(
     chain: &Chain,
     writer: &mut ImageWriter,
@@ -56,17 +59,17 @@ pub fn flatten(
     Ok(map)
 }
 
-/// Gathers pages in storage blocks, one region at a time.
+/// Collects pages in storage blocks, for one region at a time.
 #[derive(Debug)]
 pub(super) struct Copier<W> {
     pub(super) writer: W,
     pub(super) builder: Builder,
-    /// Number that the block under construction will have.
+    /// Number of the next block.
     pub(super) block: u32,
 }
 
 impl<W: BorrowMut<ImageWriter>> Copier<W> {
-    /// Adds a page; returns its storage block and its place there.
+    /// Adds a page. Returns its storage block and slot.
     pub(super) fn push(&mut self, region: usize, page: usize, contents: &[u8]) -> Result<(u32, u16), ImageError> {
         if self.builder.is_full() {
             self.flush(region)?;
@@ -75,7 +78,7 @@ impl<W: BorrowMut<ImageWriter>> Copier<W> {
         Ok((self.block, u16::try_from(slot).unwrap_or(u16::MAX)))
     }
 
-    /// Writes what has been gathered of a region.
+    /// Writes the current block, which holds pages of `region`.
     pub(super) fn flush(&mut self, region: usize) -> Result<(), ImageError> {
         if !self.builder.is_empty() {
             let region = u32::try_from(region).unwrap_or(u32::MAX);
@@ -85,7 +88,7 @@ impl<W: BorrowMut<ImageWriter>> Copier<W> {
     }
 }
 
-/// Region of a page counted over all regions, and its number within the region.
+/// Returns the region of a page counted over all regions, and the page within it.
 fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
     let mut rest = page;
     for (region, pages) in regions.iter().enumerate() {

@@ -1,15 +1,15 @@
-//! Layout of an image: a file of storage blocks, with what is needed to find any page in it.
+//! Format of an image: a file of storage blocks, with an index to find any page.
 //!
 //! ```text
 //! 0            file header   64 bytes, then zeros to 4096
 //! 4096         storage blocks, one after the other, as in [`crate::block`]
-//!              sections, each at a multiple of 4096: page map, block table, and what Python adds
+//!              sections, each at a multiple of 4096: page map, block table, and those that Python adds
 //! end - 1024   footer        section table; written last
 //! ```
 //!
-//! The page map has 16 bytes for every page of every region, in the order of the regions: page -> class, signature,
-//! storage block and place in it, without a search. Everything that is not a storage block has a checksum in the
-//! footer, and the footer has one of its own; storage blocks carry theirs. All numbers are little endian.
+//! The page map has 16 bytes for each page of each region, in the order of the regions: class, signature, storage block
+//! and slot, so that a page is found without a search. Storage blocks contain their own checksums. The footer contains
+//! the checksums of the sections, and one of itself. All numbers are little endian.
 
 use std::io;
 
@@ -19,24 +19,24 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::block::{BlockError, Class};
 
-/// First bytes of an image.
+/// Magic number of an image.
 pub const MAGIC: [u8; 8] = *b"PFIMAGE\n";
-/// First bytes of a footer.
+/// Magic number of a footer.
 pub const FOOTER_MAGIC: [u8; 8] = *b"PFINDEX\n";
-/// Version of the layout.
+/// Version of the format.
 pub const VERSION: u16 = 1;
-/// Sections begin at multiples of this; so does the first storage block.
+/// Alignment of sections and of the first storage block, bytes.
 pub const ALIGN: u64 = 4096;
-/// Most sections.
+/// Maximum number of sections.
 pub const MAX_SECTIONS: usize = 24;
-/// Largest image that is accepted, bytes.
+/// Maximum size of an image, bytes.
 pub const MAX_LEN: u64 = 1 << 48;
-/// Most pages of all regions: 16 TiB of memory.
+/// Maximum number of pages of all regions: 16 TiB of memory.
 pub const MAX_PAGES: u64 = 1 << 32;
-/// Features that a reader must know; an image with another bit is refused.
+/// Supported features. An image with another feature bit is rejected.
 pub const KNOWN_FEATURES: u32 = 0;
 
-/// Numbers of the sections that the engine knows; Python uses others, from 16.
+/// Numbers of the sections that the engine uses. Python uses numbers from 16 on.
 pub mod section {
     /// [`super::PageEntry`] for every page.
     pub const PAGE_MAP: u32 = 1;
@@ -44,65 +44,65 @@ pub mod section {
     pub const BLOCK_TABLE: u32 = 2;
 }
 
-/// What is wrong with an image.
+/// Reason for which an image cannot be used.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// It is no image.
-    #[error("this is not a pageferry image")]
+    /// The magic number is wrong.
+    #[error("not a pageferry image")]
     Magic([u8; 8]),
-    /// Written by something newer.
-    #[error("image of version {0}; this release knows version {VERSION}: use the release that wrote it")]
+    /// The version is not supported.
+    #[error("unsupported image version {0}: expected {VERSION}; use the release that wrote the image")]
     Version(u16),
-    /// Needs something newer.
-    #[error("image with features {0:#x} that this release does not know: use the release that wrote it")]
+    /// The image requires unsupported features.
+    #[error("unsupported image features {0:#x}; use the release that wrote the image")]
     Features(u32),
-    /// Cut off, or never finished.
-    #[error("image without an index at its end: it was cut off, or the checkpoint that wrote it did not finish")]
+    /// The file is truncated, or the image was not finished.
+    #[error("image has no index: the file is truncated, or the checkpoint did not finish")]
     NoFooter,
-    /// A part does not have the checksum it was written with.
-    #[error("the {0} of the image fails its checksum: the file is damaged")]
+    /// The checksum of a part does not match.
+    #[error("damaged image: wrong checksum of the {0}")]
     Checksum(String),
-    /// A number that is not allowed.
-    #[error("image with {what} {value}, allowed is {allowed}")]
+    /// A field has an invalid value.
+    #[error("invalid image: {what} is {value}, expected {allowed}")]
     Value {
-        /// What the number is.
+        /// Name of the field.
         what: &'static str,
-        /// The number.
+        /// Value of the field.
         value: u64,
-        /// What it may be.
+        /// Valid values.
         allowed: String,
     },
-    /// A storage block that is not as it must be.
-    #[error("storage block {number} (at byte {offset} of the image): {error}")]
+    /// A storage block is invalid or damaged.
+    #[error("storage block {number} at offset {offset} of the image: {error}")]
     Block {
-        /// Number of the block.
+        /// Number of the storage block.
         number: u32,
-        /// Where it begins.
+        /// Offset in the file, bytes.
         offset: u64,
-        /// What is wrong.
+        /// Cause.
         error: BlockError,
     },
-    /// The page is not in this image but in the one it builds on.
-    #[error("page {0} (of all regions) is in the parent of this image, which was not given")]
+    /// The page is in the parent image, which is not part of the chain.
+    #[error("page {0} of all regions is in the parent image, which was not given")]
     InParent(usize),
-    /// The page is missing from memory, and no image of the chain says what it holds.
-    #[error("page {0} (of all regions) is not in this image: it is not the one that it was left in")]
+    /// The page is deferred, but no image of the chain holds it.
+    #[error("page {0} of all regions is not in this image: the deferred pages belong to another image")]
     NotStored(usize),
-    /// Its sections are far longer than what the file holds of them.
+    /// A section consists almost entirely of holes.
     #[error(
-        "a section of the image has {0} bytes of holes and {1} bytes of data: the file is damaged, or was copied with \
-         holes (copy it again with `cp --sparse=never`)"
+        "a section of the image has {0} bytes of holes and {1} bytes of data: the file is damaged or was copied as a \
+         sparse file; copy it again with `cp --sparse=never`"
     )]
     Holes(u64, u64),
-    /// The caller wants to stop.
-    #[error("the image was not opened: interrupted")]
+    /// The caller cancelled the operation.
+    #[error("cannot open the image: interrupted")]
     Interrupted,
-    /// The file changed or vanished.
-    #[error("the image cannot be read: {0}")]
+    /// The file cannot be read.
+    #[error("cannot read the image: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Begins every image.
+/// Header of an image file.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct FileHeader {
@@ -112,33 +112,33 @@ pub struct FileHeader {
     pub version: U16,
     /// 0.
     pub reserved: U16,
-    /// Features without which the image cannot be read.
+    /// Features that a reader must support.
     pub features: U32,
-    /// Features that may be left aside.
+    /// Features that a reader may ignore.
     pub optional: U32,
-    /// Bytes of a page: 4096.
+    /// Page size, bytes: 4096.
     pub page: U32,
-    /// Data bytes of a page block before compression.
+    /// Data bytes per page block, before compression.
     pub page_block: U32,
-    /// Most data bytes of a storage block.
+    /// Maximum number of data bytes of a storage block.
     pub storage_block: U32,
-    /// Random name of the image.
+    /// Random identifier of the image.
     pub id: [u8; 16],
     /// 0.
     pub reserved2: [u8; 8],
-    /// xxh3-64 of this header, this field zero.
+    /// xxh3-64 of this header, with this field zero.
     pub checksum: U64,
 }
 
-/// A page, in the page map.
+/// Entry of the page map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct PageEntry {
-    /// Zero and absent: 0. Pattern: the word. Data and same-as: xxh3-64 of the contents.
+    /// Zero and absent: 0. Pattern: the word. Data and duplicate: xxh3-64 of the contents.
     pub signature: U64,
-    /// Data and same-as: number of the storage block that holds the contents.
+    /// Data and duplicate: number of the storage block that holds the contents.
     pub block: U32,
-    /// Data and same-as: which page of the data in that block, from 0.
+    /// Data and duplicate: index of the page among the data pages of that block.
     pub slot: U16,
     /// [`Class`].
     pub class: u8,
@@ -146,40 +146,40 @@ pub struct PageEntry {
     pub flags: u8,
 }
 
-/// The contents are those of the same page in the parent image; class and signature are right all the same.
+/// Flag: the contents are those of the same page in the parent image. Class and signature are valid as well.
 pub const FLAG_IN_PARENT: u8 = 1;
 
-/// A storage block, in the block table.
+/// Entry of the block table.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct BlockEntry {
-    /// Where it begins in the file.
+    /// Offset in the file, bytes.
     pub offset: U64,
-    /// Bytes, header and all.
+    /// Size in the file, bytes, header included.
     pub len: U32,
     /// 0.
     pub reserved: U32,
-    /// Its header checksum, so that no other block is taken for it.
+    /// Checksum in the header of the block, to detect a misplaced block.
     pub checksum: U64,
 }
 
-/// A section, in the footer.
+/// Entry of the section table in the footer.
 #[derive(Debug, Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct SectionEntry {
-    /// What it is: see [`section`].
+    /// Number of the section, see [`section`].
     pub kind: U32,
     /// 0.
     pub reserved: U32,
-    /// Where it begins.
+    /// Offset in the file, bytes.
     pub offset: U64,
-    /// Bytes.
+    /// Size, bytes.
     pub len: U64,
-    /// xxh3-64 of it.
+    /// xxh3-64 of the section.
     pub checksum: U64,
 }
 
-/// Ends every image.
+/// Footer of an image file.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Footer {
@@ -189,43 +189,43 @@ pub struct Footer {
     pub sections: U32,
     /// Number of regions.
     pub regions: U32,
-    /// As in the header: an index of another file is not taken for this one's.
+    /// Identifier from the header, to detect an index of another file.
     pub id: [u8; 16],
-    /// Bytes of the file.
+    /// Size of the file, bytes.
     pub file_len: U64,
-    /// The sections; unused entries are zero.
+    /// Section table; unused entries are zero.
     pub table: [SectionEntry; MAX_SECTIONS],
     /// 0.
     pub reserved: [u8; 1024 - 8 - 4 - 4 - 16 - 8 - 32 * MAX_SECTIONS - 8],
-    /// xxh3-64 of this footer, this field zero.
+    /// xxh3-64 of this footer, with this field zero.
     pub checksum: U64,
 }
 
-/// Bytes of a footer.
+/// Size of the footer, bytes.
 pub const FOOTER_LEN: usize = size_of::<Footer>();
 const _: () = assert!(size_of::<FileHeader>() == 64 && size_of::<PageEntry>() == 16);
 const _: () = assert!(size_of::<BlockEntry>() == 24 && size_of::<SectionEntry>() == 32 && FOOTER_LEN == 1024);
 
 impl PageEntry {
-    /// The class, once it is known to be one.
+    /// Returns the class, or `None` if its number is invalid.
     #[inline]
     pub fn class(&self) -> Option<Class> {
         Class::numbered(self.class)
     }
 
-    /// A page without contents of its own: absent, zero or pattern.
+    /// Creates an entry without stored contents: absent, zero or pattern.
     pub fn plain(class: Class, signature: u64) -> Self {
         let (signature, block, slot) = (U64::new(signature), U32::ZERO, U16::ZERO);
         Self { signature, block, slot, class: class as u8, flags: 0 }
     }
 
-    /// A page whose contents stand in a storage block.
+    /// Creates an entry whose contents are in a storage block.
     pub fn stored(class: Class, signature: u64, block: u32, slot: u16) -> Self {
         let (signature, block, slot) = (U64::new(signature), U32::new(block), U16::new(slot));
         Self { signature, block, slot, class: class as u8, flags: 0 }
     }
 
-    /// Whether the contents are in the parent image.
+    /// Returns whether the contents are in the parent image.
     pub fn in_parent(&self) -> bool {
         self.flags & FLAG_IN_PARENT != 0
     }

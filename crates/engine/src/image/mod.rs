@@ -1,19 +1,19 @@
 //! Images: files of storage blocks, with what is needed to find any page in them (S4, S10, S8).
 
-mod contents;
+mod dedup_index;
 mod flatten;
 mod format;
-mod known;
+mod page_appender;
+mod page_reader;
 mod reader;
-mod store;
 mod verify;
 mod writer;
 
-pub use contents::{PageReader, differences, fill, pattern};
+pub use dedup_index::DedupIndex;
 pub use flatten::flatten;
 pub use format::{BlockEntry, FLAG_IN_PARENT, ImageError, PageEntry, section};
-pub use known::KnownPages;
+pub use page_appender::PageAppender;
+pub use page_reader::{PageReader, differences, fill, pattern};
 pub use reader::{Chain, Image, StoredBlock};
-pub use store::PageStore;
 pub use verify::{Finding, stored_pages, verify, verify_unused};
 pub use writer::{Finished, ImageWriter, Sizes};

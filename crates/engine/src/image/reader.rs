@@ -1,4 +1,4 @@
-//! Reading an image: any page of it, verified, without reading more than the storage block that holds it.
+//! Reader of images: finds and verifies any page by reading only the storage block that holds it.
 
 use std::fs::File;
 use std::io;
@@ -18,21 +18,21 @@ use crate::SMALL_PAGE;
 use crate::block::{self, BlockError, Class, Header};
 use crate::mapping::prefer_large;
 
-/// Sections other than the page map are at most this long.
+/// Maximum size of a section other than the page map, bytes.
 const MAX_SECTION: u64 = 1 << 30;
 
-/// Records of a table that are read at a time, and looked at while they are in the cache.
-const PIECE: usize = 8 << 10;
+/// Number of table records that are read at a time, and validated while they are in the cache.
+const CHUNK: usize = 8 << 10;
 
-/// Pieces after which it is checked whether the caller wants to stop.
-const PIECES: usize = 32;
+/// Number of chunks between two checks for cancellation.
+const CHUNKS_PER_CHECK: usize = 32;
 
-/// Bytes of holes that a section may have, whatever else it holds, and for each byte that the file holds of it. The page
-/// map costs no memory where it has holes; all others do.
+/// Maximum number of bytes in holes of a section: a constant, plus a multiple of its data. The page map may have more
+/// holes than other sections, because they take no memory when it is read.
 const HOLES: (u64, u64) = (64 << 20, 64);
 const MAP_HOLES: (u64, u64) = (1 << 30, 4096);
 
-/// An open image. Everything but storage blocks has been read and verified.
+/// Open image. Everything except the storage blocks has been read and verified.
 #[derive(Debug)]
 pub struct Image {
     file: File,
@@ -47,22 +47,25 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens and verifies an image. Lengths are checked before anything is allocated.
+    /// Opens and verifies an image. All lengths are validated before memory is allocated.
+    ///
+    /// # Errors
+    /// [`ImageError`] with the first part that is invalid or damaged.
     pub fn open(file: OwnedFd) -> Result<Self, ImageError> {
         Self::open_while(file, &mut || true)
     }
 
-    /// As `open`, as long as `wanted` says so: it is called every few megabytes.
+    /// Like `open`, while `wanted`, which is called every few megabytes, returns true.
     ///
     /// # Errors
-    /// [`ImageError::Interrupted`] once it is not wanted.
+    /// [`ImageError::Interrupted`] if `wanted` returned false.
     pub fn open_while(file: OwnedFd, wanted: &mut dyn FnMut() -> bool) -> Result<Self, ImageError> {
         let file = File::from(file);
         let len = file.metadata()?.len();
         let header = read_header(&file, len)?;
         let footer = read_footer(&file, len)?;
         if footer.id != header.id {
-            return Err(ImageError::Checksum("index (it is of another image)".to_owned()));
+            return Err(ImageError::Checksum("index (it belongs to another image)".to_owned()));
         }
         let count = footer.sections.get() as usize;
         if count > MAX_SECTIONS {
@@ -73,7 +76,7 @@ impl Image {
             let limit = if entry.kind.get() == section::PAGE_MAP { MAX_PAGES * 16 } else { MAX_SECTION };
             let end = entry.offset.get().checked_add(entry.len.get());
             if entry.len.get() > limit || end.is_none_or(|end| end > len - FOOTER_LEN as u64) {
-                return Err(value("section length", entry.len.get(), "what is in the file"));
+                return Err(value("section length", entry.len.get(), "a range of the file"));
             }
         }
         let mut image = Self {
@@ -93,48 +96,51 @@ impl Image {
         Ok(image)
     }
 
-    /// The file, for another process that is to read the same image.
+    /// Returns the file, for another process that reads the same image.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Random name of the image.
+    /// Returns the random identifier of the image.
     pub fn id(&self) -> [u8; 16] {
         self.id
     }
 
-    /// Checksum of the footer, which covers everything but the contents of storage blocks.
+    /// Returns the digest: the checksum of the footer, which covers everything except the contents of storage blocks.
     pub fn digest(&self) -> u64 {
         self.digest
     }
 
-    /// Number of regions; their lengths are in a section of Python's.
+    /// Returns the number of regions. Their lengths are in a section that Python adds.
     pub fn regions(&self) -> usize {
         self.regions
     }
 
-    /// Bytes of the file.
+    /// Returns the size of the file, bytes.
     #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// The page map of all regions, one after the other.
+    /// Returns the page map of all regions.
     pub fn page_map(&self) -> &[PageEntry] {
         &self.page_map
     }
 
-    /// The block table.
+    /// Returns the block table.
     pub fn blocks(&self) -> &[BlockEntry] {
         &self.blocks
     }
 
-    /// Data bytes of a page block: what is decompressed at a time.
+    /// Returns the data bytes of a page block, the unit of decompression.
     pub fn page_block(&self) -> usize {
         self.page_block
     }
 
-    /// Contents of a section; None where there is none of that kind.
+    /// Returns the contents of a section, or `None` if there is none with this number.
+    ///
+    /// # Errors
+    /// If the section cannot be read or verified.
     pub fn section(&self, kind: u32) -> Result<Option<Vec<u8>>, ImageError> {
         let Some(entry) = self.sections.iter().find(|entry| entry.kind.get() == kind) else { return Ok(None) };
         let len = usize::try_from(entry.len.get()).map_err(io::Error::other)?;
@@ -147,12 +153,18 @@ impl Image {
         Ok(Some(contents))
     }
 
-    /// Reads a storage block: one read of the file; header and table are verified, page blocks are not yet.
+    /// Reads a storage block with a single read. Verifies its header and table, but not its page blocks.
+    ///
+    /// # Errors
+    /// If the block cannot be read or verified.
     pub fn read_block(&self, number: u32) -> Result<StoredBlock, ImageError> {
         self.read_block_into(number, Vec::new())
     }
 
-    /// As `read_block`, into the buffer of an earlier block: memory that is touched for the first time is dear.
+    /// Like `read_block`, into the buffer of an earlier block, which saves page faults on new memory.
+    ///
+    /// # Errors
+    /// If the block cannot be read or verified.
     pub fn read_block_into(&self, number: u32, mut bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
         let entry = self.blocks.get(number as usize).copied();
         let entry = entry.ok_or_else(|| value("storage block", u64::from(number), "one of the block table"))?;
@@ -191,7 +203,7 @@ impl Image {
         })
     }
 
-    /// A table of records, each of which passes `check`.
+    /// Reads a table of records and applies `check` to all of them.
     fn table<T: FromBytes + IntoBytes + zerocopy::Immutable + Clone>(
         &self,
         name: &'static str,
@@ -200,36 +212,36 @@ impl Image {
         check: impl Fn(&[T]) -> Result<(), ImageError>,
     ) -> Result<Vec<T>, ImageError> {
         let entry = self.sections.iter().find(|entry| entry.kind.get() == kind);
-        let entry = entry.ok_or_else(|| ImageError::Checksum(format!("index (it has no {name})")))?;
+        let entry = entry.ok_or_else(|| ImageError::Checksum(format!("index (no {name})")))?;
         let len = usize::try_from(entry.len.get()).map_err(io::Error::other)?;
         if !len.is_multiple_of(size_of::<T>()) {
-            return Err(value("section length", entry.len.get(), "whole entries"));
+            return Err(value("section length", entry.len.get(), "a multiple of its record size"));
         }
         self.check_exists(entry, if kind == section::PAGE_MAP { MAP_HOLES } else { HOLES })?;
         let mut records =
             T::new_vec_zeroed(len / size_of::<T>()).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         prefer_large(&records);
         let zeros =
-            T::new_vec_zeroed(PIECE.min(records.len())).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+            T::new_vec_zeroed(CHUNK.min(records.len())).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let (mut hash, mut offset, mut finding) = (Xxh3Default::new(), entry.offset.get(), Ok(()));
         let mut data = offset;
-        for (number, piece) in records.chunks_mut(PIECE).enumerate() {
-            if number % PIECES == 0 && !wanted() {
+        for (number, chunk) in records.chunks_mut(CHUNK).enumerate() {
+            if number % CHUNKS_PER_CHECK == 0 && !wanted() {
                 return Err(ImageError::Interrupted);
             }
-            let end = offset + size_of_val(piece) as u64;
+            let end = offset + size_of_val(chunk) as u64;
             if data <= offset {
                 data = self.next_data(offset);
             }
-            // Holes are zeros: what is allocated for them stays untouched, and so takes no memory.
-            let piece = if data < end {
-                self.read_at(piece.as_mut_bytes(), offset)?;
-                &*piece
+            // A hole is not read: the memory allocated for it stays untouched and takes no space.
+            let chunk = if data < end {
+                self.read_at(chunk.as_mut_bytes(), offset)?;
+                &*chunk
             } else {
-                &zeros[..piece.len()]
+                &zeros[..chunk.len()]
             };
-            hash.update(piece.as_bytes());
-            finding = finding.and_then(|()| check(piece));
+            hash.update(chunk.as_bytes());
+            finding = finding.and_then(|()| check(chunk));
             offset = end;
         }
         if hash.digest() != entry.checksum.get() {
@@ -238,23 +250,23 @@ impl Image {
         finding.map(|()| records)
     }
 
-    /// Where the file holds bytes next, from `offset` on: a file system without holes holds them everywhere.
+    /// Returns the next offset with data. File systems without holes report `offset` itself.
     fn next_data(&self, offset: u64) -> u64 {
         match self.seek(offset, libc::SEEK_DATA) {
             Ok(data) => data,
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => u64::MAX, // a hole to the end
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => u64::MAX, // a hole up to the end
             Err(_) => offset,
         }
     }
 
     fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<u64> {
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: takes no pointers. The position of the file is used by nothing else.
+        // SAFETY: lseek takes no pointers, and no other code uses the position of the file.
         let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, whence) };
         u64::try_from(found).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Refuses a section that is hardly more than holes: it would take memory or time that no file stands for.
+    /// Rejects a section that consists almost entirely of holes: a small file could otherwise cost much memory or time.
     fn check_exists(&self, entry: &SectionEntry, (least, factor): (u64, u64)) -> Result<(), ImageError> {
         let (mut at, end) = (entry.offset.get(), entry.offset.get() + entry.len.get());
         let (mut data, mut holes) = (0u64, 0u64);
@@ -277,7 +289,7 @@ impl Image {
             let largest = block::HEADER_LEN + block::MAX_RUNS * 24 + block::MAX_PAGE_BLOCKS * 16 + block::MAX_RAW;
             let len = entry.len.get() as usize;
             if end.is_none_or(|end| end > self.len) || len < block::HEADER_LEN || len > largest {
-                return Err(value("storage block length", u64::from(entry.len.get()), "what is in the file"));
+                return Err(value("storage block length", u64::from(entry.len.get()), "a range of the file"));
             }
         }
         Ok(())
@@ -289,7 +301,7 @@ impl Image {
         let fits = |entry: &PageEntry| {
             (entry.class <= Class::Data as u8) & (!stored(entry) | (u64::from(entry.block.get()) < blocks))
         };
-        // Without a branch for each of a million entries; which of them is wrong is for later.
+        // Branch-free over all entries; the invalid one is searched for only if there is one.
         if entries.iter().fold(true, |all, entry| all & fits(entry)) {
             return Ok(());
         }
@@ -302,7 +314,7 @@ impl Image {
     }
 }
 
-/// A storage block in memory; its page blocks are verified and decompressed one by one.
+/// Storage block in memory. Its page blocks are verified and decompressed separately.
 #[derive(Debug)]
 pub struct StoredBlock {
     number: u32,
@@ -315,44 +327,47 @@ pub struct StoredBlock {
 }
 
 impl StoredBlock {
-    /// The buffer, for another block.
+    /// Returns the buffer, for reuse by another block.
     pub fn into_buffer(self) -> Vec<u8> {
         self.bytes
     }
 
-    /// Number of the block in its image.
+    /// Returns the number of the block in its image.
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    /// An error about this block, with its place in the file.
+    /// Returns an error about this block, with its offset in the file.
     pub fn wrong(&self, error: BlockError) -> ImageError {
         ImageError::Block { number: self.number, offset: self.offset, error }
     }
 
-    /// Header, runs and page blocks.
+    /// Returns the header, runs and page blocks.
     pub fn head(&self) -> &block::Head {
         &self.head
     }
 
-    /// Bytes read from the file.
+    /// Returns the number of bytes read from the file.
     #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Number of pages with contents.
+    /// Returns the number of data pages.
     pub fn slots(&self) -> usize {
         self.head.page_blocks.iter().map(|record| record.raw_len.get() as usize / SMALL_PAGE).sum()
     }
 
-    /// Which page block holds a slot, and which page of it.
+    /// Returns the page block of a slot, and the index of the slot in it.
     pub fn locate(&self, slot: usize) -> (usize, usize) {
         let pages = (self.page_block / SMALL_PAGE).max(1);
         (slot / pages, slot % pages)
     }
 
     /// Verifies page block `index` and decompresses it into `out`, which is resized to its data length.
+    ///
+    /// # Errors
+    /// If there is no such page block, or if it is damaged.
     pub fn unpack(&self, index: usize, out: &mut Vec<u8>) -> Result<(), ImageError> {
         let end = self.ends.get(index).copied();
         let end = end.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
@@ -361,12 +376,15 @@ impl StoredBlock {
     }
 }
 
-/// An image and the images it builds on, the nearest first.
+/// Image and its parents, nearest first.
 #[derive(Debug, Clone)]
 pub struct Chain(Vec<Arc<Image>>);
 
 impl Chain {
-    /// The images of a chain, at least one. All page maps must have the same length.
+    /// Creates a chain of at least one image.
+    ///
+    /// # Errors
+    /// [`ImageError::Value`] if there is no image, or if the page maps differ in length.
     pub fn new(images: Vec<Arc<Image>>) -> Result<Self, ImageError> {
         let first = images.first().ok_or_else(|| value("number of images", 0, "at least 1"))?;
         let pages = first.page_map.len();
@@ -376,17 +394,20 @@ impl Chain {
         }
     }
 
-    /// The nearest image: its page map is that of the chain.
+    /// Returns the nearest image, whose page map covers the chain.
     pub fn nearest(&self) -> &Image {
         &self.0[0]
     }
 
-    /// The images, the nearest first.
+    /// Returns the images, nearest first.
     pub fn images(&self) -> &[Arc<Image>] {
         &self.0
     }
 
-    /// The image that holds a page, counted over all regions, and its entry there.
+    /// Returns the index of the image that holds a page, counted over all regions, and its entry there.
+    ///
+    /// # Errors
+    /// If there is no such page, or if the image that holds it is not part of the chain.
     pub fn find(&self, page: usize) -> Result<(usize, PageEntry), ImageError> {
         for (number, image) in self.0.iter().enumerate() {
             let entry = image.page_map.get(page);

@@ -1,22 +1,22 @@
-//! Whether every byte of an image is right: every storage block, and every page against its signature.
+//! Verification of an image: every storage block, and every page against its signature.
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::contents::PageReader;
 use super::format::{ImageError, PageEntry};
+use super::page_reader::PageReader;
 use super::reader::{Chain, Image};
 use crate::block::Class;
 
-/// A page that is not what its signature says.
+/// Damage found in an image.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Page, counted over all regions; None: nothing of a storage block could be used.
+    /// Damaged page, counted over all regions; `None` for a storage block without referenced pages.
     pub page: Option<usize>,
-    /// What is wrong.
+    /// Description of the damage.
     pub message: String,
 }
 
-/// Pages that stand in the image itself, in the order of its storage blocks: (entry, page).
+/// Returns the pages stored in the image itself as (entry, page), in the order of its storage blocks.
 pub fn stored_pages(image: &Image) -> Vec<(PageEntry, usize)> {
     let own = |entry: &PageEntry| matches!(entry.class(), Some(Class::Data | Class::SameAs)) && !entry.in_parent();
     let mut pages: Vec<_> = image
@@ -30,13 +30,13 @@ pub fn stored_pages(image: &Image) -> Vec<(PageEntry, usize)> {
     pages
 }
 
-/// Reads all pages of `part` (of [`stored_pages`]) and compares them with their signatures; at most `most` findings.
-pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], most: usize) -> Vec<Finding> {
+/// Compares the pages of `part` (of [`stored_pages`]) with their signatures. Returns up to `max` findings.
+pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], max: usize) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut reader = PageReader::new(chain);
     let mut failed_block = None;
     for (entry, page) in part {
-        if findings.len() >= most {
+        if findings.len() >= max {
             break;
         }
         if failed_block == Some(entry.block.get()) {
@@ -44,7 +44,9 @@ pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], most: usize) -> Vec<Fi
         }
         match reader.stored(0, entry) {
             Ok(contents) if xxh3_64(contents) == entry.signature.get() => {}
-            Ok(_) => findings.push(Finding { page: Some(*page), message: "it is not what its signature says".into() }),
+            Ok(_) => {
+                findings.push(Finding { page: Some(*page), message: "contents do not match the signature".into() })
+            }
             Err(error) => {
                 failed_block = Some(entry.block.get());
                 findings.push(Finding { page: Some(*page), message: error.to_string() });
@@ -54,7 +56,7 @@ pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], most: usize) -> Vec<Fi
     findings
 }
 
-/// Storage blocks that no page points into are read too: a flipped byte of theirs is damage all the same.
+/// Verifies the storage blocks to which no page refers, because any changed byte counts as damage.
 pub fn verify_unused(image: &Image, used: &[(PageEntry, usize)]) -> Vec<Finding> {
     let mut seen = vec![false; image.blocks().len()];
     for (entry, _) in used {

@@ -1,4 +1,4 @@
-//! Writing an image: storage blocks as they come, sections at the end, the footer last.
+//! Writer of images: storage blocks as they are finished, then sections, and the footer last.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,25 +15,25 @@ use super::format::{
 use crate::SMALL_PAGE;
 use crate::block::Built;
 
-/// Bytes that are gathered before they are written.
+/// Number of bytes that are buffered before a write.
 pub const WRITE_LEN: usize = 1 << 20;
 
-/// Sizes that an image is written with.
+/// Block sizes of an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Sizes {
     /// Data bytes of a page block.
     pub page_block: usize,
-    /// Most data bytes of a storage block.
+    /// Maximum number of data bytes of a storage block.
     pub storage_block: usize,
 }
 
-/// An image that is being written. Nothing can be read from the file before `finish`.
+/// Image being written. It cannot be read before `finish`.
 #[derive(Debug)]
 pub struct ImageWriter {
     file: File,
     id: [u8; 16],
     buffer: Vec<u8>,
-    /// Bytes of the file so far, those in the buffer included.
+    /// Size of the file, including buffered bytes.
     len: u64,
     blocks: Vec<BlockEntry>,
     sections: Vec<SectionEntry>,
@@ -41,7 +41,10 @@ pub struct ImageWriter {
 }
 
 impl ImageWriter {
-    /// Begins an image in an empty file.
+    /// Creates an image in an empty file.
+    ///
+    /// # Errors
+    /// The error of write(2).
     pub fn new(file: OwnedFd, id: [u8; 16], sizes: Sizes) -> io::Result<Self> {
         let number = |value: usize| U32::new(u32::try_from(value).unwrap_or(0));
         let mut header = FileHeader {
@@ -66,7 +69,10 @@ impl ImageWriter {
         Ok(new)
     }
 
-    /// Adds a storage block; returns its number.
+    /// Appends a storage block. Returns its number.
+    ///
+    /// # Errors
+    /// If there are too many blocks; otherwise the error of write(2).
     pub fn append(&mut self, built: &Built<'_>) -> io::Result<u32> {
         let number = u32::try_from(self.blocks.len()).map_err(|_| io::Error::other("too many storage blocks"))?;
         let len = u32::try_from(built.head.len() + built.payload.len()).map_err(io::Error::other)?;
@@ -79,7 +85,10 @@ impl ImageWriter {
         Ok(number)
     }
 
-    /// Adds a section.
+    /// Appends a section.
+    ///
+    /// # Errors
+    /// If there are too many sections; otherwise the error of write(2).
     pub fn section(&mut self, kind: u32, contents: &[u8]) -> io::Result<()> {
         if self.sections.len() >= MAX_SECTIONS {
             return Err(io::Error::other("too many sections"));
@@ -95,7 +104,10 @@ impl ImageWriter {
         self.push(contents)
     }
 
-    /// Writes page map, block table and footer, and syncs. Returns the footer's checksum, the digest of the image.
+    /// Writes page map, block table and footer, and syncs the file.
+    ///
+    /// # Errors
+    /// The error of write(2) or fsync(2).
     pub fn finish(mut self, regions: usize, page_map: &[PageEntry]) -> io::Result<Finished> {
         self.section(section::PAGE_MAP, page_map.as_bytes())?;
         let blocks = std::mem::take(&mut self.blocks);
@@ -120,7 +132,7 @@ impl ImageWriter {
         Ok(Finished { digest: footer.checksum.get(), len: self.len, writes: self.writes, blocks: blocks.len() })
     }
 
-    /// Write calls so far.
+    /// Returns the number of write calls.
     pub fn writes(&self) -> u64 {
         self.writes
     }
@@ -136,7 +148,7 @@ impl ImageWriter {
         if self.buffer.len() >= WRITE_LEN { self.flush() } else { Ok(()) }
     }
 
-    /// Few, large, sequential writes (S4).
+    /// Writes the buffer. Writes are few, large and sequential (S4).
     fn flush(&mut self) -> io::Result<()> {
         if !self.buffer.is_empty() {
             self.file.write_all(&self.buffer)?;
@@ -147,15 +159,15 @@ impl ImageWriter {
     }
 }
 
-/// A finished image.
+/// Summary of a finished image.
 #[derive(Debug, Clone, Copy)]
 pub struct Finished {
-    /// Checksum of the footer, which covers everything: an incremental image names its parent by it.
+    /// Digest of the image: the checksum of the footer, by which an incremental image refers to its parent.
     pub digest: u64,
-    /// Bytes of the file.
+    /// Size of the file, bytes.
     pub len: u64,
-    /// Write calls.
+    /// Number of write calls.
     pub writes: u64,
-    /// Storage blocks.
+    /// Number of storage blocks.
     pub blocks: usize,
 }

@@ -1,4 +1,4 @@
-//! Where things lie in a ledger's memory, and access to them.
+//! Layout of a ledger's memory, and access to it.
 
 use std::fmt;
 use std::ops::Range;
@@ -16,10 +16,10 @@ use crate::{LARGE_PAGE, SMALL_PAGE};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
 const VERSION: u64 = 2;
-/// magic, layout version, bytes, body pages, then the options, then a checksum over all of these
+/// Header: magic, layout version, bytes, body pages, options, and a checksum of all of these.
 const HEADER: usize = 4 + Options::WORDS;
 
-/// A word of the table: how often a body page was written, and whether it is zeros now.
+/// Table entry: number of writes of a body page, and whether it is currently zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry(pub(super) u64);
 
@@ -36,17 +36,17 @@ impl Entry {
         self.0 & 1 == 1
     }
 
-    /// A hash of this entry at its place: those of a table are added up, so a change of one is an addition.
+    /// Returns a hash of this entry at its place. The hashes of a table are summed, so that a change updates the sum.
     pub(super) fn hash(self, number: usize) -> u64 {
         mix((number as u64 + 1).wrapping_mul(GOLDEN).wrapping_add(self.0))
     }
 }
 
-/// A ledger's memory and the places in it.
+/// Memory of a ledger, and the positions of its parts.
 pub(super) struct Layout {
     mapping: Arc<Mapping>,
     pub(super) options: Options,
-    /// Body pages.
+    /// Number of body pages.
     pub(super) pages: usize,
 }
 
@@ -60,7 +60,7 @@ impl Layout {
     pub(super) fn new(mapping: Arc<Mapping>, options: &Options) -> Result<Self, LedgerError> {
         let threads = options.threads;
         let room = mapping.pages().saturating_sub(1 + threads);
-        // One page of table describes WORDS body pages.
+        // One table page describes WORDS body pages.
         let pages = room - room.div_ceil(WORDS + 1);
         if pages < threads {
             return Err(LedgerError::TooSmall { length: mapping.len(), threads });
@@ -68,18 +68,18 @@ impl Layout {
         Ok(Self { mapping, options: options.clone(), pages })
     }
 
-    /// The layout of a ledger that is there already.
+    /// Reads the layout of an existing ledger.
     pub(super) fn read(mapping: Arc<Mapping>) -> Result<Self, LedgerError> {
         let found = header(&mapping)?;
-        let words = found[4..].try_into().map_err(|_| LedgerError::NoLedger("its header is cut short"))?;
+        let words = found[4..].try_into().map_err(|_| LedgerError::NoLedger("truncated header"))?;
         let layout = Self::new(Arc::clone(&mapping), &Options::from_words(words)?)?;
         if found != layout.header_words() {
-            return Err(LedgerError::NoLedger("its header is of memory of another size"));
+            return Err(LedgerError::NoLedger("the header belongs to memory of another size"));
         }
         Ok(layout)
     }
 
-    /// Whether the header in memory is still the one that this layout came from.
+    /// Returns whether the header in memory is unchanged.
     pub(super) fn header_intact(&self) -> bool {
         header(&self.mapping).is_ok_and(|found| found == self.header_words())
     }
@@ -101,7 +101,7 @@ impl Layout {
         header
     }
 
-    /// A page of the mapping, as words.
+    /// Returns a page of the mapping as words.
     fn page(&self, page: usize) -> &[AtomicU64] {
         page_of(&self.mapping, page)
     }
@@ -119,18 +119,18 @@ impl Layout {
         Counters { words: self.page(1 + partition), tag: mix(MAGIC ^ mix(self.options.seed ^ partition as u64)) }
     }
 
-    /// The table entries from that of a body page on, as far as they stand on one page.
+    /// Returns the table entries from that of a body page to the end of its table page.
     pub(super) fn entries(&self, number: usize) -> &[AtomicU64] {
         assert!(number < self.pages, "body page {number} of {}", self.pages);
         &self.page(self.table_page() + number / WORDS)[number % WORDS..]
     }
 
-    /// The table entry of a body page.
+    /// Returns the table entry of a body page.
     pub(super) fn entry(&self, number: usize) -> &AtomicU64 {
         &self.entries(number)[0]
     }
 
-    /// A body page.
+    /// Returns a body page.
     pub(super) fn body(&self, number: usize) -> &[AtomicU64] {
         assert!(number < self.pages, "body page {number} of {}", self.pages);
         self.page(self.body_page() + number)
@@ -140,30 +140,31 @@ impl Layout {
         (self.body_page() + number) * SMALL_PAGE
     }
 
-    /// The body pages of a partition.
+    /// Returns the body pages of a partition.
     pub(super) fn partition(&self, partition: usize) -> Range<usize> {
         let threads = self.options.threads;
         self.pages * partition / threads..self.pages * (partition + 1) / threads
     }
 
-    /// How many pages of a partition are filled: its first ones.
+    /// Returns the number of filled pages of a partition, which are its first ones.
     pub(super) fn filled(&self, partition: usize) -> usize {
         part(self.partition(partition).len(), self.options.fill)
     }
 
-    /// Keeps all but about `fraction` of the 2 MiB units, evenly spread, from standing on large pages.
+    /// Excludes all but about `fraction` of the 2 MiB units, evenly spread, from huge pages.
     ///
-    /// Works on memory not touched yet; shmem heeds MADV_NOHUGEPAGE of the mapping that touches first.
+    /// The memory must not have been accessed: shmem honours MADV_NOHUGEPAGE of the mapping through which a page is
+    /// allocated.
     pub(super) fn forbid_large_pages(&self, fraction: f64) -> Result<(), LedgerError> {
         if !(0.0..=1.0).contains(&fraction) {
-            let message = format!("large-page fraction is {fraction}; it must be between 0 and 1");
+            let message = format!("invalid large-page fraction {fraction}: expected 0 to 1");
             return Err(LedgerError::BadOption(message));
         }
         for unit in 0..self.mapping.len().div_ceil(LARGE_PAGE) {
             if part(unit + 1, fraction) == part(unit, fraction) {
                 let start = unit * LARGE_PAGE;
                 let length = LARGE_PAGE.min(self.mapping.len() - start);
-                // SAFETY: within our own mapping; the advice changes how it is backed, not what it holds.
+                // SAFETY: the range lies within our mapping; the advice does not change contents.
                 let result =
                     unsafe { libc::madvise(self.mapping.base().add(start).cast(), length, libc::MADV_NOHUGEPAGE) };
                 crate::uapi::check(result)?;
@@ -173,7 +174,7 @@ impl Layout {
     }
 }
 
-/// The counters of one partition, on a page of their own.
+/// Counters of one partition, on a separate page.
 pub(super) struct Counters<'a> {
     words: &'a [AtomicU64],
     tag: u64,
@@ -186,7 +187,7 @@ impl Counters<'_> {
         }
     }
 
-    /// Whether this is the page of counters of this partition at all.
+    /// Returns whether this is the counter page of this partition.
     pub(super) fn intact(&self) -> bool {
         self.words[0].load(Ordering::Relaxed) == self.tag
     }
@@ -195,24 +196,24 @@ impl Counters<'_> {
         self.words[1].load(Ordering::Relaxed)
     }
 
-    /// Sum of the hashes of the partition's table entries.
+    /// Returns the sum of the hashes of the partition's table entries.
     pub(super) fn table(&self) -> u64 {
         self.words[4].load(Ordering::Relaxed)
     }
 
-    /// Last step of an operation, which has changed the sum of the table by `change`. Only the partition's own thread
-    /// calls it, so load and store need not be one.
+    /// Completes an operation that has changed the sum of the table by `change`. Only the thread of the partition calls
+    /// this, so that load and store need not be atomic together.
     pub(super) fn count_write(&self, change: u64) {
         self.words[4].store(self.table().wrapping_add(change), Ordering::Relaxed);
         self.words[1].store(self.writes().wrapping_add(1), Ordering::Release);
     }
 
-    /// Bad pages that operations met so far.
+    /// Returns the number of damaged pages that operations have found.
     pub(super) fn bad(&self) -> u64 {
         self.words[2].load(Ordering::Relaxed)
     }
 
-    /// Number of the first bad page that an operation met.
+    /// Returns the first damaged page that an operation has found.
     pub(super) fn first_bad(&self) -> Option<u64> {
         self.words[3].load(Ordering::Relaxed).checked_sub(1)
     }
@@ -224,20 +225,20 @@ impl Counters<'_> {
         self.words[2].store(self.bad().wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// Everything they hold, for hashing.
+    /// Returns all counters, for hashing.
     pub(super) fn content(&self) -> [u64; 5] {
         std::array::from_fn(|word| self.words[word].load(Ordering::Relaxed))
     }
 }
 
-/// Copies a page out.
+/// Copies the contents of a page to `words`.
 pub(super) fn load(page: &[AtomicU64], words: &mut Words) {
     for (word, cell) in words.iter_mut().zip(page) {
         *word = cell.load(Ordering::Relaxed);
     }
 }
 
-/// Copies a page in.
+/// Copies `words` to a page.
 pub(super) fn store(page: &[AtomicU64], words: &Words) {
     for (cell, word) in page.iter().zip(words) {
         cell.store(*word, Ordering::Relaxed);
@@ -245,22 +246,22 @@ pub(super) fn store(page: &[AtomicU64], words: &Words) {
 }
 
 fn page_of(mapping: &Mapping, page: usize) -> &[AtomicU64] {
-    // SAFETY: `Mapping::page` gives a page-aligned pointer to SMALL_PAGE bytes that stay mapped, readable and writable
-    // as long as the mapping lives, which the lifetime ensures. Other threads, processes and the kernel write there at
-    // any time; this module touches the memory through atomics only, and every bit pattern is a valid AtomicU64.
+    // SAFETY: `Mapping::page` returns a page-aligned pointer to SMALL_PAGE bytes, which stay mapped, readable and
+    // writable for the lifetime of the mapping. Other threads, processes and the kernel may write at any time: this
+    // module only uses atomics, for which every bit pattern is valid.
     unsafe { std::slice::from_raw_parts(mapping.page(page).cast::<AtomicU64>(), WORDS) }
 }
 
-/// Reads the header and checks magic, layout version and checksum.
+/// Reads the header, and checks magic, layout version and checksum.
 fn header(mapping: &Mapping) -> Result<[u64; HEADER], LedgerError> {
     let words = page_of(mapping, 0);
     let header: [u64; HEADER] = std::array::from_fn(|word| words[word].load(Ordering::Acquire));
     if header[0] != MAGIC {
-        Err(LedgerError::NoLedger("its first bytes are not a ledger's"))
+        Err(LedgerError::NoLedger("wrong magic"))
     } else if words[HEADER].load(Ordering::Relaxed) != xxh3_64(header.as_bytes()) {
-        Err(LedgerError::NoLedger("its header fails its checksum"))
+        Err(LedgerError::NoLedger("wrong header checksum"))
     } else if header[1] != VERSION {
-        Err(LedgerError::NoLedger("its layout is of another version of pageferry"))
+        Err(LedgerError::NoLedger("unsupported layout version"))
     } else {
         Ok(header)
     }

@@ -1,40 +1,41 @@
-//! The built-in workload: threads that rewrite self-describing pages, so that a lost, stale or torn write shows.
+//! Built-in workload: threads that rewrite self-describing pages, so that every lost, stale or torn write is detected.
 //!
 //! # Layout
 //!
-//! All of it lies in the workload's memory and travels with it. Everything is native-endian 64-bit words.
+//! The whole state is in the workload's memory, and is migrated with it. All words are 64 bits, in native byte order.
 //!
 //! ```text
 //! page 0            header: magic, layout version, sizes, options, checksum
-//! page 1 ..         one page of counters per partition (own cache lines): tag, writes, bad pages met, first of them,
+//! page 1 ..         one page of counters per partition: tag, writes, damaged pages found, first of these,
 //!                   sum of the hashes of its table entries
 //! then              table: one word per body page, version << 1 | "is zeros"
 //! then              body pages: checksum, number, version, seed, pseudo-random content of (seed, number, version),
-//!                   or nothing but zeros where the table says so
+//!                   or zeros if the table entry says so
 //! ```
 //!
-//! Body pages are shared out evenly to *partitions*, one writer thread each, so no operation needs a lock. The first
-//! part of each partition is filled when the ledger is made; the rest is never touched, neither its body pages nor
-//! its part of the table, because reading it would allocate it.
+//! Body pages are divided evenly among *partitions* with one writer thread each, so that operations need no lock. The
+//! first part of each partition is filled when the ledger is created. The rest, including its part of the table, is
+//! never accessed, because reading would allocate it.
 //!
-//! # Why damage shows
+//! # Detection of damage
 //!
-//! An operation reads a page and its table entry, writes the page with the next version, then the table entry, then
-//! the counters of writes and of the table. Threads are paused only between operations, so of a paused ledger all of this holds:
+//! An operation reads a page and its table entry, writes the page with the next version, then the table entry, and then
+//! the counters of writes and of the table. Threads pause only between operations. In a paused ledger, the following
+//! holds:
 //!
-//! 1. each page carries the number of its place, the version in the table, and a checksum over all of it (or is zeros);
-//! 2. the versions of a partition's pages add up to its counter of writes (filling a page is its write number 1), and
-//!    the hashes of its table entries to the sum beside it;
-//! 3. which page operation *n* of a partition writes, and with what, follows from (seed, partition, *n*): the whole
-//!    content is a function of the header and the counters.
+//! 1. Each page contains its number, the version of its table entry, and a checksum of its contents (or is zeros).
+//! 2. The sum of the versions of a partition's pages is its counter of writes (filling a page is its write number 1),
+//!    and the sum of the hashes of its table entries is the counter beside it.
+//! 3. The page that operation *n* of a partition writes, and its contents, follow from (seed, partition, *n*): the
+//!    whole memory is a function of the header and the counters.
 //!
-//! A page that was lost is zeros or carries an old version against the table (1). A page torn between two versions
-//! fails its checksum (1). A stale table entry disagrees with its page (1), or, when both are stale, the sum
-//! disagrees with the counter (2). A stale counter disagrees with the sum (2). What remains is memory that is as a
-//! whole an older instant of itself; that is found by comparing [`Ledger::fingerprint`] across a move.
+//! A lost page is zeros or has an older version than its table entry (1). A page torn between two versions fails its
+//! checksum (1). A stale table entry does not match its page (1) or, if both are stale, its partition does not match
+//! its counters (2). A stale counter does not match the sum (2). The only remaining case is memory that is consistent
+//! but old as a whole. It is detected by comparing [`Ledger::fingerprint`] before and after a migration.
 //!
-//! Operations check the page they are about to overwrite, and count what they find in the partition's counters:
-//! damage cannot be written over unnoticed between a move and the next [`Ledger::verify`].
+//! Operations check each page that they are about to overwrite, and count damaged pages in the counters of the
+//! partition. Damage can therefore not be overwritten unnoticed between a migration and the next [`Ledger::verify`].
 
 mod layout;
 mod options;
@@ -62,48 +63,48 @@ use layout::Layout;
 use stalls::Stopwatch;
 use workers::Workers;
 
-/// What can be wrong with a ledger, or with what was asked of it.
+/// Errors of a ledger.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// An option out of its range.
+    /// An option is out of range.
     #[error("{0}")]
     BadOption(String),
-    /// The memory has no room for a header, counters and at least one body page per thread.
-    #[error("{length} bytes are too few for a ledger of {threads} threads")]
+    /// The memory is too small for a header, counters and one body page per thread.
+    #[error("cannot create a ledger of {threads} threads: {length} bytes are too small")]
     TooSmall {
-        /// Bytes of memory.
+        /// Size of the memory, bytes.
         length: usize,
-        /// Threads asked for.
+        /// Number of threads requested.
         threads: usize,
     },
-    /// The memory does not start with an intact header of a ledger.
-    #[error("this memory holds no ledger: {0}")]
+    /// The memory does not start with a valid header of a ledger.
+    #[error("not a ledger: {0}")]
     NoLedger(&'static str),
-    /// Partitions that do not exist.
-    #[error("partitions {first}..{end} of a ledger that has {threads}")]
+    /// The partitions do not exist.
+    #[error("invalid partitions {first}..{end}: the ledger has {threads}")]
     NoSuchPartition {
-        /// First partition asked for.
+        /// First partition requested.
         first: usize,
-        /// One past the last.
+        /// Partition after the last one.
         end: usize,
-        /// Partitions there are.
+        /// Number of partitions.
         threads: usize,
     },
-    /// A call that does not fit what the threads are doing.
-    #[error("the threads are {0}")]
+    /// The operation is not allowed in the current state of the threads.
+    #[error("invalid operation: the threads are {0}")]
     WrongState(State),
-    /// A thread ended by itself.
-    #[error("a ledger thread has ended by itself")]
+    /// A thread exited unexpectedly.
+    #[error("internal error: a ledger thread exited unexpectedly")]
     ThreadDied,
-    /// Given up on request.
+    /// The operation was cancelled.
     #[error("interrupted")]
     Interrupted,
-    /// The kernel refused something.
+    /// A system call failed.
     #[error(transparent)]
     Kernel(#[from] io::Error),
 }
 
-/// A ledger in a mapping, and the threads that run a share of its partitions.
+/// Ledger in a mapping, and the threads that run a share of its partitions.
 #[derive(Debug)]
 pub struct Ledger {
     layout: Arc<Layout>,
@@ -113,14 +114,13 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Makes a new ledger: fills its pages (one thread per partition) and writes the header last.
+    /// Creates a ledger: fills its pages with one thread per partition, and writes the header last.
     ///
-    /// With `large_fraction` only about that part of the 2 MiB units may stand on large pages, whatever the file
-    /// system would give. The memory should be fresh; what it held is overwritten where pages are filled. Setting
-    /// `cancel` ends the filling early.
+    /// With `large_fraction`, only about that fraction of the 2 MiB units may be backed by huge pages. The memory
+    /// should be new; filled pages overwrite its contents. Setting `cancel` stops the filling.
     ///
     /// # Errors
-    /// Options out of range, memory too small, [`LedgerError::Interrupted`], or `madvise` refused.
+    /// If an option is out of range or the memory too small, [`LedgerError::Interrupted`], or the error of madvise(2).
     pub fn create(
         mapping: Arc<Mapping>,
         options: &Options,
@@ -138,10 +138,11 @@ impl Ledger {
         Ok(Self::over(layout, share))
     }
 
-    /// Takes up a ledger that the memory holds already, to run `threads` partitions from `first` on (`None`: all).
+    /// Opens an existing ledger, to run `threads` partitions from `first` on (`None`: all).
     ///
     /// # Errors
-    /// [`LedgerError::NoLedger`] when the header is not intact or not of this memory's size.
+    /// [`LedgerError::NoLedger`] if the header is invalid or belongs to memory of another size;
+    /// [`LedgerError::NoSuchPartition`].
     pub fn attach(mapping: Arc<Mapping>, first: usize, threads: Option<usize>) -> Result<Self, LedgerError> {
         let layout = Layout::read(mapping)?;
         let all = layout.options.threads;
@@ -157,35 +158,35 @@ impl Ledger {
         Self { layout: Arc::new(layout), share, workers: Mutex::new(None), stalls: Arc::new(stalls) }
     }
 
-    /// The options that the ledger was made with.
+    /// Returns the options with which the ledger was created.
     pub fn options(&self) -> &Options {
         &self.layout.options
     }
 
-    /// Body pages, all partitions.
+    /// Returns the number of body pages.
     pub fn pages(&self) -> usize {
         self.layout.pages
     }
 
-    /// Body pages that are written at all; the others are never touched.
+    /// Returns the number of body pages that are written. All others are never accessed.
     pub fn filled(&self) -> usize {
         (0..self.layout.options.threads).map(|partition| self.layout.filled(partition)).sum()
     }
 
-    /// The partitions that this object runs.
+    /// Returns the partitions that this object runs.
     pub fn share(&self) -> Range<usize> {
         self.share.clone()
     }
 
-    /// What the threads of this object do.
+    /// Returns the state of the threads of this object.
     pub fn state(&self) -> State {
         self.locked(|workers| workers.as_ref().map_or(State::Stopped, Workers::state))
     }
 
-    /// Starts the threads, which write at once, or, if `paused`, wait for [`Ledger::resume`].
+    /// Starts the threads, which write at once or, if `paused`, wait for [`Ledger::resume`].
     ///
     /// # Errors
-    /// [`LedgerError::WrongState`] when they were started already, or no thread could be made.
+    /// [`LedgerError::WrongState`] if they are running; otherwise the error of starting a thread.
     pub fn start(&self, paused: bool) -> Result<(), LedgerError> {
         self.locked(|slot| match slot {
             Some(workers) => Err(LedgerError::WrongState(workers.state())),
@@ -196,19 +197,19 @@ impl Ledger {
         })
     }
 
-    /// Asks the threads to park between two operations, and waits for it. `Ok(false)` when `patience` ran out first:
-    /// they park as soon as they can, and calling again goes on waiting.
+    /// Pauses the threads between two operations. Returns `Ok(false)` after `timeout`: the threads then pause as soon
+    /// as they can, and another call continues to wait.
     ///
     /// # Errors
-    /// [`LedgerError::WrongState`] when there are no threads, [`LedgerError::ThreadDied`].
-    pub fn pause(&self, patience: Duration) -> Result<bool, LedgerError> {
-        self.running(|workers| workers.pause(patience))
+    /// [`LedgerError::WrongState`] if there are no threads, [`LedgerError::ThreadDied`] if one has exited.
+    pub fn pause(&self, timeout: Duration) -> Result<bool, LedgerError> {
+        self.running(|workers| workers.pause(timeout))
     }
 
-    /// Lets parked threads go on.
+    /// Resumes paused threads.
     ///
     /// # Errors
-    /// [`LedgerError::WrongState`] when there are no threads.
+    /// [`LedgerError::WrongState`] if there are no threads.
     pub fn resume(&self) -> Result<(), LedgerError> {
         self.running(|workers| {
             workers.resume();
@@ -216,54 +217,55 @@ impl Ledger {
         })
     }
 
-    /// Ends the threads between two operations and waits for them; no threads is fine. They can be started again.
+    /// Stops the threads between two operations, and joins them. Does nothing without threads. They can be started
+    /// again.
     pub fn stop(&self) {
         self.locked(|slot| drop(slot.take()));
     }
 
-    /// Kernel thread ids of the threads, in the order of their partitions; empty when stopped.
+    /// Returns the kernel thread IDs of the threads, in the order of their partitions; empty if stopped.
     pub fn tids(&self) -> Vec<i32> {
         self.locked(|workers| workers.as_ref().map_or_else(Vec::new, Workers::tids))
     }
 
-    /// Writes done so far per partition (filling included), as the memory has it.
+    /// Returns the number of writes per partition (filling included), as recorded in the memory.
     pub fn writes(&self) -> Vec<u64> {
         (0..self.layout.options.threads).map(|partition| self.layout.counters(partition).writes()).collect()
     }
 
-    /// How long operations of this object's threads took, all threads taken together, since the last reset.
+    /// Returns the durations of the operations of all threads of this object, since the last reset.
     pub fn stalls(&self, reset: bool) -> Stalls {
         Stalls::of(self.stalls.iter(), reset)
     }
 
-    /// Checks every page that was ever written, with `threads` threads. The ledger must be paused, by all who run it.
+    /// Verifies all written pages, with `threads` threads. The ledger must be paused in every process that runs it.
     ///
     /// # Errors
-    /// [`LedgerError::Interrupted`] when `cancel` was set meanwhile.
+    /// [`LedgerError::Interrupted`] if `cancel` was set.
     pub fn verify(&self, threads: usize, cancel: &AtomicBool) -> Result<Report, LedgerError> {
         verify::verify(&self.layout, threads, cancel)
     }
 
-    /// A hash of the header, the counters, the table and every page that was ever written, as of a paused ledger.
+    /// Returns a hash of the header, the counters, the table and all written pages of a paused ledger.
     ///
     /// # Errors
-    /// [`LedgerError::Interrupted`] when `cancel` was set meanwhile.
+    /// [`LedgerError::Interrupted`] if `cancel` was set.
     pub fn digest(&self, threads: usize, cancel: &AtomicBool) -> Result<u64, LedgerError> {
         verify::digest(&self.layout, threads, cancel)
     }
 
-    /// A hash of the header and the counters, and so of the table that these add up: names the paused instant by a
-    /// handful of pages. Whether the table is the one that was added up says [`Ledger::table_agrees`].
+    /// Returns a hash of the header and the counters, and thereby of the table, which identifies the contents of a
+    /// paused ledger by reading few pages. [`Ledger::table_agrees`] checks that the table matches the counters.
     pub fn fingerprint(&self) -> u64 {
         verify::fingerprint(&self.layout)
     }
 
-    /// Whether the table is the one that the counters have added up. Reads all of it.
+    /// Returns whether the table matches the counters. Reads the whole table.
     pub fn table_agrees(&self) -> bool {
         verify::table_agrees(&self.layout)
     }
 
-    /// Where body page `number` lies in the mapping, bytes; `None` past the last.
+    /// Returns the offset of body page `number` in the mapping, bytes, or `None` if there is no such page.
     pub fn page_offset(&self, number: usize) -> Option<usize> {
         (number < self.layout.pages).then(|| self.layout.body_offset(number))
     }

@@ -1,27 +1,27 @@
-//! What a ledger writes, how much, and where.
+//! Options of a ledger: amount and distribution of its writes.
 
 use super::LedgerError;
 
-/// How a ledger is made and written. Fractions are between 0 and 1.
+/// Options of a ledger. Fractions are between 0 and 1.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
-    /// Partitions, and so writer threads in all processes together.
+    /// Number of partitions, and thereby of writer threads in all processes together.
     pub threads: usize,
-    /// Everything pseudo-random follows from it.
+    /// Seed of all pseudo-random choices.
     pub seed: u64,
-    /// Bytes written per second by all threads together; `None` for as fast as they can.
+    /// Write rate of all threads together, bytes per second; `None` means unlimited.
     pub rate: Option<u64>,
-    /// Part of the filled pages that is ever written again.
+    /// Fraction of the filled pages that is rewritten.
     pub working_set: f64,
-    /// Spread the working set over all filled pages, instead of having it at the start of each partition.
+    /// Whether the working set is spread over all filled pages, instead of starting each partition.
     pub scatter: bool,
-    /// 1 writes all of the working set alike; k > 1 puts a share of x^(1/k) of the writes into the first part x of it.
+    /// 1: uniform writes to the working set. k > 1: the first fraction x of it receives x^(1/k) of the writes.
     pub skew: f64,
-    /// Part of the writes that make a page all zeros.
+    /// Fraction of the writes that zero a page.
     pub zero_fraction: f64,
-    /// Part of the pages that is filled when the ledger is made; the others are never touched.
+    /// Fraction of the pages that is filled at creation. All others are never accessed.
     pub fill: f64,
-    /// Part of each page's content that is one repeated word.
+    /// Fraction of the contents of each page that is a repeated word.
     pub compressible: f64,
 }
 
@@ -41,11 +41,11 @@ impl Default for Options {
     }
 }
 
-/// More threads than this are a mistake.
-const MOST_THREADS: usize = 1024;
+/// Maximum number of threads.
+const MAX_THREADS: usize = 1024;
 
 impl Options {
-    /// Whether every option is in its range.
+    /// Checks that every option is in its range.
     pub(super) fn check(&self) -> Result<(), LedgerError> {
         let fractions = [
             ("working_set", self.working_set),
@@ -55,23 +55,23 @@ impl Options {
         ];
         for (name, value) in fractions {
             if !(0.0..=1.0).contains(&value) {
-                return Err(LedgerError::BadOption(format!("{name} is {value}; it must be between 0 and 1")));
+                return Err(LedgerError::BadOption(format!("invalid {name} {value}: expected 0 to 1")));
             }
         }
         if !(1.0..=1000.0).contains(&self.skew) {
-            return Err(LedgerError::BadOption(format!("skew is {}; it must be between 1 and 1000", self.skew)));
+            return Err(LedgerError::BadOption(format!("invalid skew {}: expected 1 to 1000", self.skew)));
         }
-        if !(1..=MOST_THREADS).contains(&self.threads) {
+        if !(1..=MAX_THREADS).contains(&self.threads) {
             let threads = self.threads;
-            return Err(LedgerError::BadOption(format!("{threads} threads; it must be 1 to {MOST_THREADS}")));
+            return Err(LedgerError::BadOption(format!("invalid threads {threads}: expected 1 to {MAX_THREADS}")));
         }
         if self.rate == Some(0) {
-            return Err(LedgerError::BadOption("a rate of 0: leave the ledger paused instead".into()));
+            return Err(LedgerError::BadOption("invalid rate 0: expected at least 1; pause the ledger instead".into()));
         }
         Ok(())
     }
 
-    /// Words that the header holds the options in.
+    /// Number of header words for the options.
     pub(super) const WORDS: usize = 9;
 
     pub(super) fn to_words(&self) -> [u64; Self::WORDS] {
@@ -106,13 +106,13 @@ impl Options {
     }
 }
 
-/// `fraction` of `whole`, rounded down; never more than `whole`.
+/// Returns `fraction` of `whole`, rounded down and at most `whole`.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a fraction of a usize, not negative")]
 pub(super) fn part(whole: usize, fraction: f64) -> usize {
     ((whole as f64 * fraction) as usize).min(whole)
 }
 
-/// A random word as a number in [0, 1).
+/// Converts a random word to a number in [0, 1).
 pub(super) fn unit(random: u64) -> f64 {
     (random >> 11) as f64 / (1_u64 << 53) as f64
 }

@@ -1,4 +1,4 @@
-//! Body pages: composing them, and telling what is wrong with one.
+//! Body pages: generation and verification of their contents.
 
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
@@ -6,17 +6,17 @@ use zerocopy::IntoBytes;
 use super::layout::Entry;
 use super::options::part;
 
-/// 64-bit words of a page.
+/// Number of 64-bit words of a page.
 pub(super) const WORDS: usize = crate::SMALL_PAGE / 8;
-/// The content of a page.
+/// Contents of a page.
 pub(super) type Words = [u64; WORDS];
 
-/// checksum, number, version, seed
+/// Number of words before the random contents: checksum, number, version and seed.
 const PREFIX: usize = 4;
-/// Step between the counters that are mixed into random words: odd, with bits all over.
+/// Increment of the counter that is mixed into random words: odd, with about half of its bits set.
 pub(super) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Mixes a word so that any change of it changes about half of the bits (a finalizer with two multiplications).
+/// Mixes a word so that each changed bit changes about half of the result (finaliser with two multiplications).
 pub(super) fn mix(mut word: u64) -> u64 {
     word ^= word >> 32;
     word = word.wrapping_mul(0xd6e8_feb8_6659_fd93);
@@ -25,7 +25,7 @@ pub(super) fn mix(mut word: u64) -> u64 {
     word ^ (word >> 32)
 }
 
-/// Fills `words` with what page `number` holds in `version` (at least 1).
+/// Generates the contents of page `number` in `version` (at least 1).
 pub(super) fn compose(words: &mut Words, seed: u64, number: u64, version: u64, compressible: f64) {
     let key = mix(mix(seed ^ mix(number)).wrapping_add(version));
     let (random, repeated) = words[PREFIX..].split_at_mut(part(WORDS - PREFIX, 1.0 - compressible));
@@ -45,22 +45,22 @@ fn checksum(words: &Words) -> u64 {
     xxh3_64(words[1..].as_bytes())
 }
 
-/// What a body page turned out to be.
+/// Result of checking a body page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Finding {
-    /// What the table says.
+    /// Matches its table entry.
     Good,
-    /// Zeros where there should be content: as if it had never been written.
+    /// Zeros in place of contents.
     Lost,
-    /// Whole, but of another version than the table says: one of the two missed a write.
+    /// Intact, but of another version than its table entry: one of the two has missed a write.
     Stale,
-    /// Whole, but of another place.
+    /// Intact, but a copy of another page.
     Misplaced,
-    /// Not whole: parts of different versions, or foreign bytes.
+    /// Not intact: parts of different versions, or foreign bytes.
     Torn,
 }
 
-/// Compares a page with its table entry.
+/// Checks a page against its table entry.
 pub(super) fn examine(words: &Words, seed: u64, number: u64, expected: Entry) -> Finding {
     if words.iter().all(|word| *word == 0) {
         return if expected.is_zeros() { Finding::Good } else { Finding::Lost };

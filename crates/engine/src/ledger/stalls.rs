@@ -1,12 +1,12 @@
-//! How long single operations took: what installing a trace, or a fault, costs a writer.
+//! Durations of single operations, which show the cost of installing a trace or of a fault.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Buckets of the histogram: bucket n counts operations of 2^n up to 2^(n+1) ns.
+/// Number of histogram bins. Bin n counts operations of at least 2^n and less than 2^(n+1) ns.
 pub(super) const BUCKETS: usize = 40;
 
-/// Durations of one thread's operations. Kept in the process, not in the ledger: measuring must not dirty memory.
+/// Durations of the operations of one thread. Kept outside the ledger, so that measuring does not write to its memory.
 #[derive(Debug)]
 pub(super) struct Stopwatch {
     longest: AtomicU64,
@@ -20,7 +20,7 @@ impl Default for Stopwatch {
 }
 
 impl Stopwatch {
-    /// Counts one operation.
+    /// Counts an operation.
     pub(super) fn record(&self, took: Duration) {
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
@@ -29,12 +29,12 @@ impl Stopwatch {
     }
 }
 
-/// Durations of several threads' operations taken together.
+/// Durations of the operations of several threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stalls {
-    /// The longest, ns.
+    /// Longest duration, nanoseconds.
     pub longest: u64,
-    /// How many took 2^n up to 2^(n+1) ns.
+    /// Number of operations of at least 2^n and less than 2^(n+1) ns, for each n.
     pub histogram: [u64; BUCKETS],
 }
 

@@ -16,7 +16,7 @@ use crate::{LARGE_PAGE, SMALL_PAGE};
 const MIB: usize = 1 << 20;
 
 fn memory(len: usize) -> Arc<Mapping> {
-    // SAFETY: the name is NUL-terminated; the descriptor is new and ours.
+    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { File::from_raw_fd(libc::memfd_create(c"ledger".as_ptr(), libc::MFD_CLOEXEC)) };
     file.set_len(len as u64).unwrap();
     Arc::new(Mapping::new(file.as_fd(), len, 0).unwrap())
@@ -39,7 +39,7 @@ fn pause(ledger: &Ledger) {
     assert_eq!(ledger.state(), State::Paused);
 }
 
-/// Waits until the ledger's counters have moved on by `writes`.
+/// Waits until the counters have advanced by `writes`.
 fn wait_for(ledger: &Ledger, writes: u64) {
     let goal = ledger.writes().iter().sum::<u64>() + writes;
     let end = Instant::now() + Duration::from_secs(60);
@@ -50,11 +50,11 @@ fn wait_for(ledger: &Ledger, writes: u64) {
 }
 
 fn copy(from: &Mapping, to: &Mapping, range: std::ops::Range<usize>) {
-    // SAFETY: within both mappings; nobody else uses either meanwhile.
+    // SAFETY: the range lies within both mappings, and no other thread accesses either of them.
     unsafe { std::ptr::copy_nonoverlapping(from.base().add(range.start), to.base().add(range.start), range.len()) };
 }
 
-/// A ledger with both kinds of pages, and where page `number` lies.
+/// Creates a ledger with zero pages and pages with contents.
 fn sample() -> (Arc<Mapping>, Ledger) {
     let mapping = memory(2 * MIB);
     let ledger = create(&mapping, &Options { threads: 2, seed: 7, zero_fraction: 0.3, ..Options::default() });
@@ -190,7 +190,7 @@ fn the_rate_is_kept() {
     assert!(written as f64 <= most, "{written} pages in {took:?}");
 }
 
-/// Damage to a paused ledger, planted by `damage`, which is told the layout of it.
+/// Verifies a paused ledger after `damage` has changed it.
 fn damaged(damage: impl FnOnce(&Layout, &Mapping)) -> Report {
     let (mapping, ledger) = sample();
     run_and_pause(&ledger, 3000);
@@ -311,12 +311,13 @@ fn entries_of_other_instants_whose_versions_add_up_show() {
 #[test]
 fn stale_and_lost_counters_show() {
     let stale = damaged(|_, mapping| {
-        // SAFETY: the word of writes of the first partition, inside of the mapping, aligned; nobody else uses it.
+        // SAFETY: the counter of writes of the first partition lies in the mapping and is aligned; no other thread
+        // accesses it.
         unsafe { *mapping.page(1).cast::<u64>().add(1) -= 1 };
     });
     assert_eq!(stale.disagreeing, 1);
     let lost = damaged(|_, mapping| {
-        // SAFETY: a whole page inside of the mapping; nobody else uses it.
+        // SAFETY: the page lies within the mapping; no other thread accesses it.
         unsafe { mapping.page(2).write_bytes(0, SMALL_PAGE) };
     });
     assert_eq!(lost.disagreeing, 1);
@@ -325,7 +326,7 @@ fn stale_and_lost_counters_show() {
 #[test]
 fn a_damaged_header_shows() {
     let damage = |_: &Layout, mapping: &Mapping| {
-        // SAFETY: a word of the header, inside of the mapping, aligned; nobody else uses it.
+        // SAFETY: the word of the header lies in the mapping and is aligned; no other thread accesses it.
         unsafe { *mapping.base().cast::<u64>().add(5) += 1 };
     };
     assert!(!damaged(damage).header);
@@ -400,7 +401,7 @@ fn any_options() -> impl Strategy<Value = Options> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// The table is what a plain model of the operations says, for any options and any interleaving.
+    /// Compares the table with a plain model of the operations, for any options and interleaving.
     #[test]
     fn the_table_follows_from_the_counters(
         options in any_options(),
@@ -442,13 +443,13 @@ proptest! {
         }
     }
 
-    /// Any change of any written word of memory shows in the digest, and in the verification unless it is unused.
+    /// Any change of a written word changes the digest and fails the verification, unless the word is unused.
     #[test]
     fn any_damage_shows(page in 0..64_usize, word in 0..WORDS, bits in 1_u64..) {
         let mapping = memory(64 * SMALL_PAGE);
         let ledger = create(&mapping, &Options { threads: 2, zero_fraction: 0.5, ..Options::default() });
         let before = digest(&ledger);
-        // SAFETY: a word inside of the mapping, aligned; nobody else uses it.
+        // SAFETY: the word lies in the mapping and is aligned; no other thread accesses it.
         unsafe { *mapping.page(page).cast::<u64>().add(word) ^= bits };
         let table = page == 3 && word < ledger.pages();
         let used = match page { 0 => word < 14, 1 | 2 => word < 4, 3 => table, _ => true };

@@ -1,4 +1,4 @@
-//! Checking and hashing a paused ledger.
+//! Verification and hashing of a paused ledger.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,39 +10,39 @@ use super::LedgerError;
 use super::layout::{Entry, Layout, load};
 use super::page::{Finding, WORDS, Words, examine};
 
-/// What [`super::Ledger::verify`] found.
+/// Result of [`super::Ledger::verify`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Body pages, touched or not.
+    /// Number of body pages.
     pub pages: usize,
-    /// Body pages that were checked: all that were ever written.
+    /// Number of checked body pages, which are all that were written.
     pub checked: usize,
-    /// Of these, pages that should be zeros, and are.
+    /// Number of checked pages that are zeros, as expected.
     pub zeros: usize,
-    /// Pages of zeros that should hold content.
+    /// Number of zero pages that should have contents.
     pub lost: usize,
-    /// Whole pages of another version than the table says.
+    /// Number of intact pages of another version than their table entry.
     pub stale: usize,
-    /// Whole pages of another place.
+    /// Number of intact pages that are copies of other pages.
     pub misplaced: usize,
-    /// Pages that are not whole.
+    /// Number of pages that are not intact.
     pub torn: usize,
-    /// The first of the bad ones, by number.
+    /// First damaged page.
     pub first_bad: Option<usize>,
-    /// Bad pages that operations met and have overwritten since.
+    /// Number of damaged pages that operations have found and overwritten.
     pub overwritten: u64,
     /// Sum of all versions in the table.
     pub versions: u64,
     /// Sum of all counters of writes.
     pub writes: u64,
-    /// Partitions whose table does not add up to what their counters say, or whose counters are not theirs.
+    /// Number of partitions whose table does not match their counters, or whose counter page is foreign.
     pub disagreeing: usize,
-    /// Whether the header is as it was.
+    /// Whether the header is intact.
     pub header: bool,
 }
 
 impl Report {
-    /// Nothing was lost, stale, misplaced or torn, now or before, and everything adds up.
+    /// Returns whether no damage was found, by this verification or by operations, and all sums match.
     pub fn intact(&self) -> bool {
         let bad = self.lost + self.stale + self.misplaced + self.torn;
         bad == 0 && self.overwritten == 0 && self.disagreeing == 0 && self.header
@@ -103,7 +103,7 @@ pub(super) fn verify(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Re
 }
 
 pub(super) fn digest(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Result<u64, LedgerError> {
-    // Hashes of pages are added up, so that it does not matter which thread took which pages.
+    // Sum the hashes of the pages, so that the distribution of pages to threads does not matter.
     let hash_pages = |sum: &mut u64, numbers: Range<usize>, words: &mut Words| {
         for number in numbers {
             load(layout.body(number), words);
@@ -128,7 +128,7 @@ pub(super) fn table_agrees(layout: &Layout) -> bool {
     (0..layout.options.threads).all(agrees)
 }
 
-/// What the table entries of a partition add up to.
+/// Sums over the table entries of a partition.
 #[derive(Default)]
 struct Table {
     versions: u64,
@@ -153,16 +153,16 @@ impl Table {
     }
 }
 
-/// The body pages of a partition that were ever written.
+/// Returns the written body pages of a partition.
 fn written(layout: &Layout, partition: usize) -> Range<usize> {
     let start = layout.partition(partition).start;
     start..start + layout.filled(partition)
 }
 
-/// Pages taken by a thread at a time.
+/// Number of pages that a thread takes at a time.
 const CHUNK: usize = 1024;
 
-/// Has `threads` threads call `work` on runs of written pages until all are done; gives what each thread made of them.
+/// Calls `work` on runs of written pages, in `threads` threads. Returns the result of each thread.
 fn over_written_pages<T: Default + Send>(
     layout: &Layout,
     threads: usize,

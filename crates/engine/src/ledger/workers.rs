@@ -1,4 +1,4 @@
-//! The threads: started, parked between two operations, let go, ended.
+//! Threads of a ledger, which can be started, paused between two operations, resumed and stopped.
 
 use std::fmt;
 use std::ops::Range;
@@ -15,16 +15,16 @@ use super::stalls::Stopwatch;
 use super::writer::Writer;
 use crate::SMALL_PAGE;
 
-/// What a ledger's threads do.
+/// State of a ledger's threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// There are none.
+    /// There are no threads.
     Stopped,
-    /// They write.
+    /// All threads write.
     Running,
-    /// They were asked to park; those that have not yet are in the middle of an operation.
+    /// A pause was requested; some threads are still in an operation.
     Pausing,
-    /// All are parked between two operations.
+    /// All threads are paused between two operations.
     Paused,
 }
 
@@ -43,15 +43,15 @@ const RUN: u8 = 0;
 const PARK: u8 = 1;
 const END: u8 = 2;
 
-/// How threads are told what to do, and tell that they did.
+/// Orders to the threads, and their acknowledgements.
 #[derive(Default)]
 struct Control {
-    /// RUN, PARK or END: read without the lock between operations, written with it.
+    /// RUN, PARK or END. Read without the lock between operations, written with it.
     order: AtomicU8,
     count: Mutex<Count>,
-    /// The order has changed.
+    /// Signalled when the order changes.
     ordered: Condvar,
-    /// A count has changed.
+    /// Signalled when a count changes.
     counted: Condvar,
 }
 
@@ -59,7 +59,7 @@ struct Control {
 struct Count {
     started: usize,
     parked: usize,
-    /// Threads that ended without having been told to.
+    /// Number of threads that exited without an order.
     died: usize,
 }
 
@@ -78,7 +78,7 @@ impl Control {
         self.ordered.notify_all();
     }
 
-    /// A thread waits here while the order is to park. False when it is to end.
+    /// Waits while the order is PARK. Returns false if it is END.
     fn park(&self) -> bool {
         let mut count = self.count();
         count.parked += 1;
@@ -90,7 +90,7 @@ impl Control {
         self.order() == RUN
     }
 
-    /// A thread sleeps here until it may write again, or the order changes.
+    /// Sleeps for `time`, or until the order changes.
     fn sleep(&self, time: Duration) {
         let mut count = self.count();
         if self.order() == RUN {
@@ -98,15 +98,15 @@ impl Control {
         }
     }
 
-    /// Waits until `done` or `patience` ran out; says which.
-    fn wait(&self, patience: Duration, done: impl Fn(&Count) -> bool) -> bool {
+    /// Waits until `done` returns true, up to `timeout`. Returns whether it does.
+    fn wait(&self, timeout: Duration, done: impl Fn(&Count) -> bool) -> bool {
         let mut count = self.count();
-        self.counted.wait_while_for(&mut count, |count| !done(count), patience);
+        self.counted.wait_while_for(&mut count, |count| !done(count), timeout);
         done(&count)
     }
 }
 
-/// Threads over a share of a ledger's partitions; ended and joined when dropped.
+/// Threads that run a share of a ledger's partitions. Dropping them stops and joins them.
 pub(super) struct Workers {
     control: Arc<Control>,
     threads: Vec<(JoinHandle<()>, Arc<AtomicI32>)>,
@@ -131,10 +131,10 @@ impl Workers {
         for (slot, partition) in share.enumerate() {
             let (layout, stalls) = (Arc::clone(layout), Arc::clone(stalls));
             let (control, tid) = (Arc::clone(&workers.control), Arc::new(AtomicI32::new(0)));
-            let told = Arc::clone(&tid);
+            let reported = Arc::clone(&tid);
             let thread = std::thread::Builder::new()
                 .name(format!("ledger-{partition}"))
-                .spawn(move || run(&layout, partition, &stalls[slot], &control, &told))?;
+                .spawn(move || run(&layout, partition, &stalls[slot], &control, &reported))?;
             workers.threads.push((thread, tid));
         }
         let all = workers.threads.len();
@@ -151,10 +151,10 @@ impl Workers {
         }
     }
 
-    pub(super) fn pause(&self, patience: Duration) -> Result<bool, LedgerError> {
+    pub(super) fn pause(&self, timeout: Duration) -> Result<bool, LedgerError> {
         self.control.give(PARK);
         let all = self.threads.len();
-        let done = self.control.wait(patience, |count| count.parked == all || count.died > 0);
+        let done = self.control.wait(timeout, |count| count.parked == all || count.died > 0);
         if self.control.count().died > 0 {
             return Err(LedgerError::ThreadDied);
         }
@@ -174,16 +174,16 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.control.give(END);
         for (thread, _) in self.threads.drain(..) {
-            // A thread that panicked has said so on stderr already.
+            // A panic has been reported on stderr.
             drop(thread.join());
         }
     }
 }
 
-/// Tells the control when a thread ends without having been told to.
-struct Obituary<'a>(&'a Control);
+/// Guard that counts a thread that exits without an order.
+struct ExitGuard<'a>(&'a Control);
 
-impl Drop for Obituary<'_> {
+impl Drop for ExitGuard<'_> {
     fn drop(&mut self) {
         if self.0.order() != END {
             self.0.count().died += 1;
@@ -193,13 +193,13 @@ impl Drop for Obituary<'_> {
 }
 
 fn run(layout: &Layout, partition: usize, stalls: &Stopwatch, control: &Control, tid: &AtomicI32) {
-    let _obituary = Obituary(control);
-    // SAFETY: takes no arguments, cannot fail.
+    let _guard = ExitGuard(control);
+    // SAFETY: gettid has no arguments and cannot fail.
     tid.store(unsafe { libc::gettid() }, Ordering::Release);
     control.count().started += 1;
     control.counted.notify_all();
     let mut writer = Writer::new(layout, partition);
-    let mut pace = Pace::new(layout);
+    let mut pace = WriteRate::new(layout);
     loop {
         match control.order() {
             RUN if writer.idle() => control.sleep(Duration::from_secs(1)),
@@ -213,23 +213,23 @@ fn run(layout: &Layout, partition: usize, stalls: &Stopwatch, control: &Control,
                     control.sleep(ahead);
                 }
             }
-            PARK if control.park() => pace = Pace::new(layout),
+            PARK if control.park() => pace = WriteRate::new(layout),
             _ => return,
         }
     }
 }
 
-/// Keeps one thread to its part of the rate.
-struct Pace {
-    /// Time per operation, ns; 0 for as fast as it can.
+/// Rate limit of one thread.
+struct WriteRate {
+    /// Time per operation, nanoseconds; 0 means unlimited.
     interval: u64,
     due: Instant,
 }
 
-impl Pace {
-    /// Sleeping costs tens of microseconds, so operations are done in bursts of about this length.
+impl WriteRate {
+    /// Duration of a burst of operations. Sleeping costs tens of microseconds, so that shorter sleeps do not pay off.
     const BURST: Duration = Duration::from_millis(1);
-    /// A thread that was held up catches up on no more than this: a stall is no reason for a flood.
+    /// Maximum delay that a thread catches up with after a stall.
     const ARREARS: Duration = Duration::from_millis(50);
 
     fn new(layout: &Layout) -> Self {
@@ -238,7 +238,7 @@ impl Pace {
         Self { interval, due: Instant::now() }
     }
 
-    /// After an operation that ended `now`: how long to sleep, if at all.
+    /// Returns how long to sleep after an operation that ended at `now`.
     fn ahead(&mut self, now: Instant) -> Option<Duration> {
         if self.interval == 0 {
             return None;

@@ -1,4 +1,4 @@
-//! Operations on one partition: which page is next, and the order in which it is written.
+//! Operations on one partition: selection of the next page, and the order of its writes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,7 +7,7 @@ use super::layout::{Counters, Entry, Layout, load, store};
 use super::options::{part, unit};
 use super::page::{Finding, GOLDEN, WORDS, Words, compose, examine, mix};
 
-/// The writer of one partition.
+/// Writer of one partition.
 pub(super) struct Writer<'a> {
     layout: &'a Layout,
     partition: usize,
@@ -29,12 +29,12 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Whether there is anything to write.
+    /// Returns whether there are no pages to write.
     pub(super) fn idle(&self) -> bool {
         self.filled == 0
     }
 
-    /// The next operation up to and including its counter: checked by `check` afterwards, outside of what is timed.
+    /// Performs the next operation, including its counter. `check` follows, outside the measured time.
     pub(super) fn write(&mut self) -> Written {
         let operation = self.counters.writes().saturating_sub(self.filled as u64);
         let (index, zeros) = choose(self.layout, self.partition, operation);
@@ -45,7 +45,7 @@ impl<'a> Writer<'a> {
         Written { number, before }
     }
 
-    /// Checks what the last operation has overwritten. Part of the operation: done before the thread may park.
+    /// Checks the overwritten page of the last operation. Must be called before the thread may pause.
     pub(super) fn check(&self, written: &Written) {
         let seed = self.layout.options.seed;
         if examine(&self.found, seed, written.number as u64, written.before) != Finding::Good {
@@ -53,7 +53,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Page, then table, then counters: see the module's documentation. `replaced`: what goes from the table's sum.
+    /// Writes the page, its table entry and the counters, in this order. `replaced` is subtracted from the sum of the
+    /// table.
     fn put(&mut self, number: usize, entry: Entry, replaced: u64) {
         if entry.is_zeros() {
             self.next.fill(0);
@@ -66,7 +67,7 @@ impl<'a> Writer<'a> {
         self.counters.count_write(entry.hash(number).wrapping_sub(replaced));
     }
 
-    /// Writes every page that is to be filled, as version 1.
+    /// Writes all pages that are to be filled, as version 1.
     fn fill(&mut self, cancel: &AtomicBool) -> Result<(), LedgerError> {
         self.counters.reset();
         let options = &self.layout.options;
@@ -82,13 +83,13 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// What an operation has overwritten.
+/// Page that an operation has overwritten.
 pub(super) struct Written {
     number: usize,
     before: Entry,
 }
 
-/// Fills all partitions, each by a thread of its own.
+/// Fills all partitions, with one thread each.
 pub(super) fn fill(layout: &Layout, cancel: &AtomicBool) -> Result<(), LedgerError> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..layout.options.threads)
@@ -98,7 +99,7 @@ pub(super) fn fill(layout: &Layout, cancel: &AtomicBool) -> Result<(), LedgerErr
     })
 }
 
-/// The page (counted from the partition's first) that operation `operation` writes, and whether it makes it zeros.
+/// Returns the page that an operation writes, relative to the partition, and whether it zeroes the page.
 pub(super) fn choose(layout: &Layout, partition: usize, operation: u64) -> (usize, bool) {
     let options = &layout.options;
     let filled = layout.filled(partition);

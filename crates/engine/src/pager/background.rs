@@ -1,4 +1,4 @@
-//! Everything else: the rest of storage blocks that accesses were about, the working set, and then all there is.
+//! Background loading: other pages of storage blocks that were accessed, the working set, and finally all pages.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,31 +7,31 @@ use crossbeam_channel::Receiver;
 
 use super::blocks::{Blocks, Fetched};
 use super::memory::{LoadError, Scratch, WINDOW};
-use super::source::Source;
-use super::{Failure, Shared};
+use super::source::PageSource;
+use super::{Failure, PagerState};
 use crate::SLOTS;
 
-/// Pauses of the background reader while accesses come in: it starts with the first and doubles it up to the second.
+/// Pauses of the background reader while there are faults: the initial one, which is doubled up to the second one.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
 
-/// Installs the rest of storage blocks that accesses were about.
-pub fn install_rest(shared: &Shared, jobs: &Receiver<Fetched>) {
+/// Installs the remaining pages of storage blocks that were loaded for a fault.
+pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
     let mut scratch = Scratch::default();
-    let Source::Images(blocks) = &shared.memory.source else { return };
+    let PageSource::Images(blocks) = &shared.loader.source else { return };
     for fetched in jobs {
         if shared.stopping() {
             return;
         }
-        // What is wrong with it is told by the access to the page that it is about.
-        let _ = shared.memory.install_block(blocks, &fetched, &mut scratch);
+        // An error is reported by the fault on the page that it affects.
+        let _ = shared.loader.install_block(blocks, &fetched, &mut scratch);
     }
 }
 
-/// Reads what nobody has asked for yet: first the working set, in its order, then the storage blocks, in theirs. A peer
-/// sends that by itself: the large pages that it goes to are allocated.
-pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
-    let Source::Images(blocks) = &shared.memory.source else { return allocate_large_pages(shared) };
-    let mut pace = Pace { shared, faults: 0, pause: Duration::ZERO };
+/// Loads pages before they are requested: first the working set in its order, then all storage blocks in theirs. With a
+/// peer, which pushes all pages, only allocates the huge pages that they are placed in.
+pub fn fill(shared: &PagerState, working_set: &[u32], everything: bool) {
+    let PageSource::Images(blocks) = &shared.loader.source else { return allocate_large_pages(shared) };
+    let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
     let mut scratch = Scratch::default();
     for &window in working_set {
         if shared.stopping() {
@@ -39,7 +39,7 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
         }
         let first = window as usize * WINDOW;
         let end = (first + WINDOW).min(shared.pages());
-        counted(shared, || shared.memory.load(first.min(end), end, &mut scratch));
+        counted(shared, || shared.loader.load(first.min(end), end, &mut scratch));
         pace.yield_to_demand();
     }
     if !everything {
@@ -48,68 +48,68 @@ pub fn fill(shared: &Shared, working_set: &[u32], everything: bool) {
     let images = blocks.chain().images().to_vec();
     for (number, image) in images.iter().enumerate() {
         for block in 0..u32::try_from(image.blocks().len()).unwrap_or(u32::MAX) {
-            if shared.stopping() || !shared.memory.flags.any() {
+            if shared.stopping() || !shared.loader.memory.flags.any() {
                 return;
             }
-            counted(shared, || shared.memory.load_block(blocks, (number, block), &mut scratch));
+            counted(shared, || shared.loader.load_block(blocks, (number, block), &mut scratch));
             pace.yield_to_demand();
         }
     }
     rest(shared, blocks, &mut scratch);
 }
 
-/// Allocates the large pages that what is missing goes to: all of them will be needed, and an access to the first page
-/// of one waits for the kernel to clear all 512.
-fn allocate_large_pages(shared: &Shared) {
-    for (number, (region, large)) in shared.memory.regions.iter().zip(&shared.large).enumerate() {
+/// Allocates the huge pages of deferred contents. All of them will be needed, and otherwise the first access to each
+/// one waits until the kernel has cleared all of its 512 base pages.
+fn allocate_large_pages(shared: &PagerState) {
+    for (number, (region, large)) in shared.loader.memory.regions.iter().zip(&shared.large).enumerate() {
         for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
             let first = (region.base + unit * SLOTS).min(region.end());
             if shared.stopping() {
                 return;
             }
-            if shared.memory.flags.next(first, region.end().min(first + SLOTS)).is_some() {
-                shared.memory.placer.allocate_ahead(number, unit);
+            if shared.loader.memory.flags.next(first, region.end().min(first + SLOTS)).is_some() {
+                shared.loader.memory.placer.allocate_ahead(number, unit);
             }
         }
     }
 }
 
-/// Pages that no storage block says it holds: patterns, and those that are the same as others. Then those that failed
-/// are told of, page by page.
-fn rest(shared: &Shared, blocks: &Blocks, scratch: &mut Scratch) {
+/// Loads the pages that no storage block lists, namely patterns and duplicates. Then reports each page that could not
+/// be loaded.
+fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
     let (mut at, pages) = (0, shared.pages());
-    while let Some(page) = shared.memory.flags.next(at, pages) {
+    while let Some(page) = shared.loader.memory.flags.next(at, pages) {
         if shared.stopping() {
             return;
         }
         at = page + 1;
-        let region = shared.memory.region_of(page);
-        let window = shared.memory.regions[region].window(page);
-        if let Err(error) = shared.memory.load_with(blocks, page, window, scratch) {
-            let page = page - shared.memory.regions[region].base;
+        let region = shared.loader.memory.region_of(page);
+        let window = shared.loader.memory.regions[region].window(page);
+        if let Err(error) = shared.loader.load_with(blocks, page, window, scratch) {
+            let page = page - shared.loader.memory.regions[region].base;
             shared.fail(Failure { region, page, accessed: false, message: error.to_string() });
         }
     }
 }
 
-fn counted(shared: &Shared, load: impl FnOnce() -> Result<(), LoadError>) {
-    let before = shared.memory.counters.loaded.load(Ordering::Relaxed);
-    // An error is told when the pages are accessed, or at the end.
+fn counted(shared: &PagerState, load: impl FnOnce() -> Result<(), LoadError>) {
+    let before = shared.loader.memory.counters.loaded.load(Ordering::Relaxed);
+    // An error is reported by a fault on the page, or by `rest`.
     let _ = load();
-    let after = shared.memory.counters.loaded.load(Ordering::Relaxed);
-    shared.memory.counters.prefetched.fetch_add(after - before, Ordering::Relaxed);
+    let after = shared.loader.memory.counters.loaded.load(Ordering::Relaxed);
+    shared.loader.memory.counters.prefetched.fetch_add(after - before, Ordering::Relaxed);
 }
 
-/// Demand goes first: the more of it there is, the longer the pauses.
-struct Pace<'a> {
-    shared: &'a Shared,
+/// Gives precedence to demand loading: the more faults, the longer the pauses.
+struct DemandThrottle<'a> {
+    shared: &'a PagerState,
     faults: u64,
     pause: Duration,
 }
 
-impl Pace<'_> {
+impl DemandThrottle<'_> {
     fn yield_to_demand(&mut self) {
-        let missed = self.shared.memory.counters.missed.load(Ordering::Relaxed);
+        let missed = self.shared.loader.memory.counters.missed.load(Ordering::Relaxed);
         let (shortest, longest) = PAUSES;
         if missed > self.faults || self.shared.demanding.load(Ordering::Acquire) > 0 {
             self.pause = (self.pause * 2).clamp(shortest, longest);

@@ -1,4 +1,4 @@
-//! Storage blocks that have been read: each is read by one thread, and the others wait for it.
+//! Cache of storage blocks. Each block is read by one thread; other threads that need it wait.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,27 +9,27 @@ use parking_lot::Mutex;
 use crate::SMALL_PAGE;
 use crate::image::{Chain, Image, ImageError, StoredBlock};
 
-/// Storage blocks that are kept: those that the next faults are likely to be about.
+/// Number of cached storage blocks, for the next faults.
 const KEPT: usize = 32;
 
-/// Buffers that are kept for the next blocks.
+/// Number of spare buffers for the next blocks.
 const SPARE: usize = 4;
 
-/// (image of the chain, storage block of it)
+/// Index of an image in the chain, and of a storage block in the image.
 pub type Number = (usize, u32);
-/// A storage block that has been read.
+/// Storage block that has been read.
 pub type Fetched = (Number, Arc<StoredBlock>);
 type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
 
-/// The storage blocks of a chain, read when first asked for.
+/// Storage blocks of a chain, read on first use.
 #[derive(Debug)]
 pub struct Blocks {
     chain: Chain,
     recent: Mutex<VecDeque<(Number, Cell)>>,
-    /// Buffers of blocks that are kept no more.
+    /// Buffers of blocks that have left the cache.
     spare: Mutex<Vec<Vec<u8>>>,
     bytes: AtomicU64,
-    /// Per image, the blocks of which nothing is missing any more.
+    /// For each image, the blocks whose pages are all loaded.
     done: Vec<Vec<AtomicBool>>,
 }
 
@@ -44,27 +44,30 @@ impl Blocks {
         &self.chain
     }
 
-    /// Pages of a page block of an image.
+    /// Returns the number of pages per page block of an image.
     pub fn per_block(&self, image: usize) -> usize {
         (self.chain.images()[image].page_block() / SMALL_PAGE).max(1)
     }
 
-    /// Bytes of storage blocks read so far.
+    /// Returns the number of bytes of storage blocks read so far.
     pub fn bytes_read(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether a block is not needed any more.
+    /// Returns whether all pages of a block are loaded.
     pub fn is_done(&self, number: Number) -> bool {
         self.done[number.0].get(number.1 as usize).is_some_and(|done| done.load(Ordering::Relaxed))
     }
 
-    /// Nothing of the block is missing any more.
+    /// Records that all pages of a block are loaded.
     pub fn done(&self, number: Number) {
         self.done[number.0][number.1 as usize].store(true, Ordering::Relaxed);
     }
 
-    /// A storage block. An error is forgotten, so that who asks again reads again.
+    /// Returns a storage block.
+    ///
+    /// # Errors
+    /// The error of reading or verifying the block. It is not cached, so that the next call reads again.
     pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
@@ -94,7 +97,7 @@ impl Blocks {
         recent.back().map(|(_, cell)| cell.clone()).unwrap_or_default()
     }
 
-    /// Keeps the buffer of a block that nobody uses any more.
+    /// Keeps the buffer of a block that is no longer in use.
     fn recycle(&self, entry: Option<(Number, Cell)>) {
         let block = entry.and_then(|(_, cell)| Arc::into_inner(cell)).and_then(OnceLock::into_inner);
         if let Some(block) = block.and_then(Result::ok).and_then(Arc::into_inner) {

@@ -1,4 +1,4 @@
-//! Demand: threads that answer accesses. One of them waits for the next access, the others serve.
+//! Demand threads: resolve the page faults of the workload. One thread waits for the next fault, the others resolve.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::memory::Scratch;
-use super::source::Brought;
-use super::{Failure, Shared};
+use super::source::Loaded;
+use super::{Failure, PagerState};
 use crate::SMALL_PAGE;
 use crate::faults::Event;
 use crate::uapi::{self, Userfault};
 
-/// How often a thread that waits looks whether it should end.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// Interval at which a waiting thread checks whether to stop.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A userfaultfd, and accesses read from it that nobody serves yet.
+/// Userfaultfd, and the faults read from it that no thread has taken.
 #[derive(Debug)]
 pub struct Inbox {
     uffd: Arc<Userfault>,
@@ -30,36 +30,36 @@ impl Inbox {
     }
 }
 
-/// Serves the accesses of one address space until the pager ends.
-pub fn serve(shared: &Shared, inbox: &Inbox) {
+/// Resolves the faults of one address space until the pager stops.
+pub fn serve(shared: &PagerState, inbox: &Inbox) {
     uapi::short_slices();
     let (mut scratch, mut events) = (Scratch::default(), Vec::new());
     while !shared.stopping() {
         let Some(address) = next(shared, inbox, &mut events) else { continue };
         let begin = Instant::now();
         shared.demanding.fetch_add(1, Ordering::AcqRel);
-        let brought = answer(shared, inbox, address, &mut scratch);
+        let loaded = answer(shared, inbox, address, &mut scratch);
         shared.demanding.fetch_sub(1, Ordering::AcqRel);
-        // What was asked for is served when it has come.
-        if !matches!(brought, Some(Brought::Later)) {
-            shared.memory.counters.served(begin.elapsed());
+        // A deferred fault is counted when its pages arrive.
+        if !matches!(loaded, Some(Loaded::Later)) {
+            shared.loader.memory.counters.served(begin.elapsed());
         }
-        if let Some(Brought::Rest(fetched)) = brought {
-            shared.ask(fetched);
+        if let Some(Loaded::Rest(fetched)) = loaded {
+            shared.queue_rest(fetched);
         }
     }
 }
 
-/// The next access. While we wait here, whoever else would wait does so at the lock.
-fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
+/// Returns the address of the next fault. One thread waits here for events; the others wait for its lock.
+fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
     let mut waiting = inbox.waiting.lock();
-    if waiting.is_empty() && inbox.uffd.wait(PATIENCE).ok()? {
-        // Removals go on once they have been read: then no contents may be on their way to those pages.
-        let _alone = shared.memory.removing.write();
+    if waiting.is_empty() && inbox.uffd.wait(POLL_INTERVAL).ok()? {
+        // Reading the event of a removal lets it proceed. No contents may be on their way to its pages at that time.
+        let _alone = shared.loader.memory.removing.write();
         events.clear();
-        shared.memory.take_reports();
+        shared.loader.memory.take_reports();
         if inbox.uffd.read(events).is_err() {
-            std::thread::sleep(PATIENCE);
+            std::thread::sleep(POLL_INTERVAL);
         }
         let mut removed = Vec::new();
         for event in events.iter() {
@@ -70,22 +70,22 @@ fn next(shared: &Shared, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> 
             }
         }
         if !removed.is_empty() {
-            shared.memory.removed(removed);
+            shared.loader.memory.removed(removed);
         }
     }
     waiting.pop_front()
 }
 
-/// Brings the page and lets the thread go on, now or when it has come; nothing where that cannot be.
-fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Brought> {
-    let memory = &shared.memory;
+/// Loads and maps the page of a fault, at once or when its contents arrive. Returns `None` if it cannot be loaded.
+fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Loaded> {
+    let memory = &shared.loader.memory;
     memory.counters.faults.fetch_add(1, Ordering::Relaxed);
     let Some(page) = shared.page_at(&inbox.uffd, address) else {
         let _ = inbox.uffd.wake(address, SMALL_PAGE as u64);
         return None;
     };
-    match memory.touch(page, scratch) {
-        Ok(brought) => Some(brought),
+    match shared.loader.touch(page, scratch) {
+        Ok(loaded) => Some(loaded),
         Err(error) => {
             let (region, base) = (memory.region_of(page), memory.regions[memory.region_of(page)].base);
             let failure = Failure { region, page: page - base, accessed: true, message: error.to_string() };
@@ -94,8 +94,8 @@ fn answer(shared: &Shared, inbox: &Inbox, address: u64, scratch: &mut Scratch) -
                 if new {
                     eprintln!("pageferry: page {} of region {region} cannot be read: {error}", page - base);
                 }
-                // There is nobody else to stop it: the access ends in SIGBUS, never in zeros. While a discard waits to
-                // be read that cannot be: it is tried again.
+                // No other process can stop the workload: the access raises SIGBUS instead of reading zeros. Poisoning
+                // fails with EAGAIN while a discard is pending; the woken thread then faults again.
                 let len = memory.regions[region].page_size as u64;
                 let start = address / len * len;
                 if inbox.uffd.poison(start, len).is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {

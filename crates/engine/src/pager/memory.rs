@@ -1,4 +1,4 @@
-//! Contents into memory: load, install, map. What always holds: contents, then flag, then map.
+//! Memory of a restored workload: install contents, clear the deferred bit, map. The order is always the same.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,7 +9,6 @@ use thiserror::Error;
 
 use super::flags::Flags;
 use super::removals::Removals;
-use super::source::{Brought, Source};
 use crate::image::ImageError;
 use crate::mapping::Mapping;
 use crate::pages::AtomicBits;
@@ -18,23 +17,23 @@ use crate::segment::Segment;
 use crate::uapi::Userfault;
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// Pages that are mapped at a time, 64 KiB.
+/// Number of pages that are mapped at a time: 64 KiB.
 pub const WINDOW: usize = 16;
 
-/// Why a page cannot be had. It is never zeros instead.
+/// Reason for which a page cannot be loaded. Such a page never reads as zeros.
 #[derive(Debug, Error, Clone)]
 pub enum LoadError {
-    /// The image is damaged, cut off or gone.
+    /// The image is damaged, truncated or missing.
     #[error("{0}")]
     Image(Arc<ImageError>),
-    /// There is no memory for it.
+    /// Memory for the page could not be allocated.
     #[error("{0}")]
     Place(Arc<PlaceError>),
-    /// The peer that has it cannot be reached.
-    #[error("the connection to the peer that has the page is lost: {0}")]
+    /// The connection to the peer is lost.
+    #[error("lost the connection to the source of the page: {0}")]
     Lost(String),
-    /// Another pager brings it, or will.
-    #[error("its pager has ended")]
+    /// The pager has stopped; another one loads the page.
+    #[error("the pager has stopped")]
     Ended,
 }
 
@@ -56,29 +55,29 @@ impl From<PlaceError> for LoadError {
     }
 }
 
-/// A region that is being restored.
+/// Region whose contents are loaded by the pager.
 #[derive(Debug)]
-pub struct Region {
-    /// Our mapping of its file, which holds nothing that the image does not say.
+pub struct PagedRegion {
+    /// The pager's mapping of the file. The file holds nothing but contents of the image.
     pub mapping: Arc<Mapping>,
-    /// Size of a page of the file, bytes.
+    /// Page size of the file, bytes.
     pub page_size: usize,
-    /// Number of its first page, counted over all regions.
+    /// Index of the first page, counted over all regions.
     pub base: usize,
 }
 
-impl Region {
-    /// Number of the page after its last.
+impl PagedRegion {
+    /// Returns the index of the page after the last one.
     pub fn end(&self) -> usize {
         self.base + self.mapping.pages()
     }
 
-    /// Pages that only go together: those of a page of the file.
+    /// Returns the number of base pages per page of the file, which are mapped together.
     pub fn granule(&self) -> usize {
         self.page_size / SMALL_PAGE
     }
 
-    /// The pages around `page` that are mapped together.
+    /// Returns the pages around `page` that are mapped together, as (first, end).
     pub fn window(&self, page: usize) -> (usize, usize) {
         let unit = WINDOW.max(self.granule());
         let start = (page - self.base) / unit * unit;
@@ -86,34 +85,34 @@ impl Region {
     }
 }
 
-/// A mapping of a part of a region by the workload, and what its faults come through.
+/// Mapping of a part of a region by the workload, and the userfaultfd that reports its faults.
 #[derive(Debug)]
 pub struct Watched {
     pub segment: Segment,
     pub uffd: Arc<Userfault>,
 }
 
-/// What has been done so far.
+/// Counters of a pager.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Accesses that waited for us.
+    /// Number of faults.
     pub faults: AtomicU64,
-    /// Of these, to pages whose contents were still to come.
+    /// Number of faults on deferred pages.
     pub missed: AtomicU64,
-    /// Pages whose contents were read before anybody asked for them.
+    /// Number of pages loaded before they were requested.
     pub prefetched: AtomicU64,
-    /// Pages whose contents were read, in all.
+    /// Number of pages loaded.
     pub loaded: AtomicU64,
-    /// Nanoseconds of service of all faults.
+    /// Total service time of all faults, nanoseconds.
     pub service: AtomicU64,
-    /// Nanoseconds of service of the longest.
+    /// Longest service time of a fault, nanoseconds.
     pub longest: AtomicU64,
-    /// Faults by time of service: number `k` is of those that took less than 2^k us, and 2^(k-1) us or more.
+    /// Faults by service time: bin `k` counts those of at least 2^(k-1) us and less than 2^k us.
     pub histogram: [AtomicU64; 32],
 }
 
 impl Counters {
-    /// Takes in the service of a fault.
+    /// Counts a fault with its service time.
     pub fn served(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.service.fetch_add(nanoseconds, Ordering::Relaxed);
@@ -123,82 +122,66 @@ impl Counters {
     }
 }
 
-/// Memory that contents come to.
+/// Memory of the workload, in which contents are installed.
 #[derive(Debug)]
 pub struct Memory {
-    pub regions: Vec<Region>,
+    pub regions: Vec<PagedRegion>,
     pub watched: Vec<Watched>,
     pub flags: Flags,
-    /// Where contents come from.
-    pub source: Source,
     pub placer: Placer,
     pub counters: Counters,
-    /// Pages that somebody has taken upon himself to fill, or that were discarded.
+    /// Pages that a thread has claimed to fill, or that were discarded.
     claims: AtomicBits,
-    /// Held shared while contents are written, alone while removals are read or pages let go: contents never come after
-    /// a removal.
+    /// Locked shared while contents are written, and exclusively while removals are read or pages evicted, so that no
+    /// contents are installed after a removal.
     pub removing: RwLock<()>,
     /// Removals of deferred pages that may be discards.
     pub removals: Removals,
     /// Windows in the order of their first fault.
     pub touched: Mutex<Vec<u32>>,
-    /// Those that are in it: pages may go and come back for as long as the workload lives.
+    /// Windows in `touched`, so that each is recorded once although pages may be evicted and loaded again.
     noted: AtomicBits,
-    /// Whether contents that have come are mapped write-protected.
+    /// Whether pages are mapped write-protected when their contents arrive.
     pub protecting: AtomicBool,
 }
 
 /// Buffers of one thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    /// What has been read, verified.
+    /// Verified contents.
     pub contents: Vec<u8>,
-    /// Pages that are in it, and where.
+    /// Pages to install from `contents`, with their offsets.
     pub wanted: Vec<(usize, usize)>,
 }
 
 impl Memory {
     pub fn new(
-        regions: Vec<Region>,
+        regions: Vec<PagedRegion>,
         watched: Vec<Watched>,
         flags: Flags,
-        source: Source,
         placer: Placer,
         removals: Removals,
     ) -> Self {
-        let pages = regions.last().map_or(0, Region::end);
+        let pages = regions.last().map_or(0, PagedRegion::end);
         let (claims, noted) = (AtomicBits::new(pages), AtomicBits::new(pages.div_ceil(WINDOW)));
         let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
         let protecting = AtomicBool::new(false);
-        Self {
-            regions,
-            watched,
-            flags,
-            source,
-            placer,
-            counters,
-            claims,
-            removing,
-            removals,
-            touched,
-            noted,
-            protecting,
-        }
+        Self { regions, watched, flags, placer, counters, claims, removing, removals, touched, noted, protecting }
     }
 
-    /// Number of the region that a page is in.
+    /// Returns the index of the region of a page.
     pub fn region_of(&self, page: usize) -> usize {
         self.regions.partition_point(|region| region.end() <= page)
     }
 
-    /// Whether contents of a page that a segment maps are still to come.
+    /// Returns whether any page that a segment maps is deferred.
     pub fn lacks_any(&self, segment: &Segment) -> bool {
         let (first, last) = segment.extent();
         let base = self.regions[segment.region].base;
         self.flags.next(base + first, base + last).is_some()
     }
 
-    /// Writes what is wanted to its slots, clears the flags, and maps it.
+    /// Writes the wanted pages to their slots, clears their deferred bits, and maps them.
     pub fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.wanted.sort_unstable();
         let mut rest = scratch.wanted.as_slice();
@@ -219,15 +202,15 @@ impl Memory {
         let first = run[0].0 - self.regions[region].base;
         let _no_removals = self.removing.read();
         self.decide(run[0].0, run[0].0 + run.len());
-        let slots = self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first, run.len())?;
+        let slots = self.placer.slots(region, first, run.len())?;
         let mut done = 0;
         for (at, &(page, offset)) in run.iter().enumerate() {
             if !self.claim(page) {
                 continue;
             }
             let from = contents[offset..offset + SMALL_PAGE].as_ptr();
-            // SAFETY: `slots` gave room for the run in our own mapping; nobody else writes the page: it is claimed, and
-            // the workload has it not mapped before its flag is clear.
+            // SAFETY: the run lies in our mapping (`slots`). The claim makes this thread the only writer of the page;
+            // the workload has not mapped it, because its deferred bit is set.
             unsafe { std::ptr::copy_nonoverlapping(from, slots.add(at * SMALL_PAGE), SMALL_PAGE) };
             self.flags.clear(page);
             done += 1;
@@ -236,18 +219,18 @@ impl Memory {
         Ok(())
     }
 
-    /// Takes a page that needs its contents upon oneself; false: it has them, or somebody else is at it.
+    /// Claims a deferred page. Returns false if it is present or claimed by another thread.
     fn claim(&self, page: usize) -> bool {
         self.flags.is_set(page) && !self.claims.set(page)
     }
 
-    /// A page has no contents any more, and may be claimed again. `removing` is held alone.
+    /// Marks a page as deferred again. The caller must have locked `removing` exclusively.
     pub fn lack(&self, page: usize) {
         self.claims.take(page);
         self.flags.set(page);
     }
 
-    /// The workload has discarded pages: they are zeros from now on. `removing` is held alone.
+    /// Turns discarded deferred pages into zeros. The caller must have locked `removing` exclusively.
     pub fn discard(&self, first: usize, end: usize) {
         let mut at = first;
         while let Some(page) = self.flags.next(at, end) {
@@ -257,7 +240,7 @@ impl Memory {
         }
     }
 
-    /// Maps what of `[first, end)` is in memory, wherever the workload maps it; wakes who waits.
+    /// Maps the present pages of `[first, end)` in all mappings of the workload, and wakes the threads blocked on them.
     pub fn map(&self, region: usize, first: usize, end: usize) {
         self.map_with(region, first, end, false);
     }
@@ -275,7 +258,7 @@ impl Memory {
         }
     }
 
-    /// Maps pages, counted in the region, all of which are in memory. An error is of a process that ends.
+    /// Maps present pages, counted within the region. Fails only for processes that are exiting.
     fn map_run(&self, region: usize, start: usize, stop: usize, protect: bool) {
         let page = self.regions[region].page_size as u64;
         for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
@@ -285,47 +268,28 @@ impl Memory {
         }
     }
 
-    /// Sees to it that the contents of a page are in memory and mapped: the answer to an access.
-    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Brought, LoadError> {
-        let region = self.region_of(page);
-        let found = &self.regions[region];
-        let (first, end) = found.window(page);
-        if !self.flags.is_set(page) && found.granule() == 1 {
-            self.map_present(region, page)?;
-            return Ok(Brought::All);
-        }
+    /// Counts a fault on a deferred page, and records its window if it is the first one there.
+    pub fn missed(&self, page: usize) {
         if let Ok(window) = u32::try_from(page / WINDOW)
             && !self.noted.set(page / WINDOW)
         {
             self.touched.lock().push(window);
         }
         self.counters.missed.fetch_add(1, Ordering::Relaxed);
-        let brought = self.bring(page, (first, end), scratch)?;
-        if matches!(brought, Brought::Later) {
-            return Ok(brought);
-        }
-        if found.granule() > 1 {
-            self.placer.slots(u32::try_from(region).unwrap_or(u32::MAX), first - found.base, end - first)?;
-            self.map(region, first, end);
-        } else {
-            self.map(region, page, page + 1);
-        }
-        Ok(brought)
     }
 
-    /// Maps a page that needs nothing read, and its neighbours that need nothing either.
-    fn map_present(&self, region: usize, page: usize) -> Result<(), LoadError> {
+    /// Maps a present page and its present neighbours.
+    pub fn map_present(&self, region: usize, page: usize) -> Result<(), LoadError> {
         let found = &self.regions[region];
         let (first, end) = found.window(page);
-        // What has no flag now must have none when there is room for it.
+        // Prevents a discard of these pages until their slots are allocated.
         let _no_removals = self.removing.read();
         let runs = self.flags.clear_runs(first, end);
         let Some(&(start, stop)) = runs.iter().find(|(start, stop)| (*start..*stop).contains(&page)) else {
             return Ok(());
         };
-        let number = u32::try_from(region).unwrap_or(u32::MAX);
-        self.placer.slots(number, start - found.base, stop - start)?;
-        // Where a large page has come into being for it, all of that is there.
+        self.placer.slots(region, start - found.base, stop - start)?;
+        // If the file has a huge page there, map all of it.
         let unit = (page - found.base) / SLOTS * SLOTS;
         let (head, tail) = (found.base + unit, found.base + unit + SLOTS);
         if tail <= found.end() && self.flags.next(head, tail).is_none() && self.is_large(region, unit) {
@@ -336,7 +300,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Maps what is in memory of a region: units of which nothing is missing as large pages, where they are such.
+    /// Maps the present pages of a region: units without deferred pages as huge pages, where the file has such.
     pub fn populate(&self, region: usize) -> std::io::Result<()> {
         let found = &self.regions[region];
         let large = if found.granule() > 1 { Vec::new() } else { found.mapping.large_units()? };
@@ -355,7 +319,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Maps a large page wherever the workload maps it; false where one has to be mapped page by page.
+    /// Maps a huge page in all mappings of the workload. Returns false if one of them needs base pages.
     pub fn map_large(&self, region: usize, start: usize) -> bool {
         let touching = self.watched.iter().filter(|watched| watched.segment.region == region);
         let end = start + SLOTS;
@@ -367,5 +331,28 @@ impl Memory {
     fn is_large(&self, region: usize, page: usize) -> bool {
         let start = self.regions[region].mapping.page(page) as u64;
         self.placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
+    }
+
+    /// Resolves a removal that has been notified, before events are read. `removing` must be locked exclusively.
+    pub fn take_reports(&self) {
+        self.removals.take_reports(|runs| self.discard_all(runs));
+    }
+
+    /// Records removals that were read. `removing` must be locked exclusively.
+    pub fn removed(&self, runs: Vec<(usize, usize)>) {
+        if !self.removals.checked {
+            return self.discard_all(&runs);
+        }
+        let deferred = runs.iter().any(|&(first, end)| self.flags.next(first, end).is_some());
+        self.removals.record(deferred.then_some(runs));
+    }
+
+    /// Resolves an open removal of pages before their contents are written.
+    pub fn decide(&self, first: usize, end: usize) {
+        self.removals.decide(first, end, |runs| self.discard_all(runs));
+    }
+
+    fn discard_all(&self, runs: &[(usize, usize)]) {
+        runs.iter().for_each(|&(first, end)| self.discard(first, end));
     }
 }

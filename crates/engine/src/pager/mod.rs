@@ -1,34 +1,36 @@
-//! The pager (S10, S8): a workload runs at once; the contents of its pages come on access, from an image or a peer.
+//! Pager (S8, S10): lets a workload run at once and loads its pages on demand, from an image or from a peer.
 //!
 //! ```text
-//! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the flag, map
+//! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the bit, map
 //!                               └─▶ rest thread: the other pages of the storage block
-//!                       background thread: the working set, then everything else; gives way to demand
+//!                       background thread: the working set, then all pages; gives precedence to demand
 //! ```
 //!
-//! From a peer ([`Origin::Peer`], post-copy) the demand thread only asks: what is asked for, and everything else, comes
-//! over streams whose threads install it the same way.
+//! With a peer ([`Origin::Peer`], post-copy) the demand thread only requests the pages. Requested and pushed pages
+//! arrive on streams, whose threads install them in the same way.
 //!
-//! The workload's mappings are registered for MISSING and MINOR faults, so that a page of the file that is not mapped
-//! always traps, whether it is there or not. Contents go through our own mapping of the file; only then are they mapped
-//! where the workload sees them (UFFDIO_CONTINUE). A large page of the file is allocated whole and mapped piece by
-//! piece as its contents come; when everything is there the registration goes, and large pages are mapped as such.
+//! The workload's mappings are registered for MISSING and MINOR faults, so that every access to an unmapped page
+//! faults, whether the file holds the page or not. Contents are written through the pager's own mapping of the file,
+//! and then mapped in the workload (UFFDIO_CONTINUE). A huge page of the file is allocated as a whole and mapped in
+//! parts as its contents arrive. When all pages are loaded, the memory is unregistered, and huge pages are mapped as
+//! such.
 //!
-//! The flags live in a file: a pager that dies leaves the workload waiting at the next missing page, and another one
-//! goes on from the flags ([`Begin::TakenOver`]). No thread here takes a lock that a faulting thread can hold.
+//! The deferred bitmap is in a file. If a pager exits, the workload blocks at its next access to a deferred page, and
+//! the next pager continues from the bitmap ([`Begin::TakenOver`]). No thread of the pager takes a lock that a faulting
+//! thread can hold.
 
 mod background;
 mod blocks;
+mod config;
 mod demand;
 mod evict;
 mod flags;
-mod hold;
 mod memory;
 mod peer;
-mod plan;
 mod register;
 mod removals;
 mod source;
+mod uffd_lending;
 
 use std::io;
 use std::sync::Arc;
@@ -40,50 +42,51 @@ use crossbeam_channel::{Sender, bounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use blocks::{Blocks, Fetched};
+pub use config::{Begin, Failure, Origin, PagerError, Plan};
 use demand::Inbox;
 pub use flags::{Flags, file_len};
-use hold::Held;
 pub use memory::{Counters, LoadError};
-use memory::{Memory, Region, Scratch, Watched};
+use memory::{Memory, PagedRegion, Scratch, Watched};
 use peer::Peer;
-pub use plan::{Begin, Failure, Origin, PagerError, Plan};
 use register::{mark, register};
 use removals::Removals;
-use source::Source;
+use source::{Loader, PageSource};
+use uffd_lending::Held;
 
+use crate::block::Head;
 use crate::pages::PageSet;
 use crate::placer::Placer;
 use crate::uapi::{self, Userfault};
 use crate::wire::PeerSource;
 use crate::{SLOTS, SMALL_PAGE};
 
-/// Threads that answer accesses, for each address space.
+/// Number of threads that resolve faults, per address space.
 const SERVERS: usize = 2;
-/// Storage blocks whose rest may wait to be installed; the background reader sees to what is too many.
+/// Maximum number of queued storage blocks for the rest thread. Blocks beyond it are left to the background thread.
 const MAX_REST: usize = 32;
-/// From so many pages on, whole storage blocks are brought.
-const MANY: usize = 1024;
-/// Pages that are brought for others before it is looked whether all shall end.
-const MOST: usize = 4096;
-/// How often one looks whether everything is there: where it is being brought, and where only accesses bring it.
+/// Minimum number of pages for which `ensure` loads whole storage blocks.
+const MIN_BULK: usize = 1024;
+/// Number of pages that `ensure` loads between two checks for a stop.
+const MAX_LOAD: usize = 4096;
+/// Interval of the check whether all pages are loaded: with background loading, and with demand loading only.
 const SOON: Duration = Duration::from_millis(5);
 const LATER: Duration = Duration::from_millis(50);
-/// Failures that are kept: more of them say nothing new.
+/// Maximum number of recorded failures.
 const MAX_FAILURES: usize = 64;
 
-/// The features that a userfaultfd for the pager needs.
+/// Features that the userfaultfd of a pager needs.
 pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
     | uapi::FEATURE_MISSING_HUGETLBFS
     | uapi::FEATURE_MINOR_SHMEM
     | uapi::FEATURE_MINOR_HUGETLBFS;
-/// Those that others need who put write traces on by it ([`Pager::hold`]).
+/// Additional features that write traces through it need ([`Pager::hold`]).
 pub const TRACE_FEATURES: u64 = crate::trace::FEATURES;
 
 #[derive(Debug)]
-struct Shared {
-    memory: Memory,
+struct PagerState {
+    loader: Loader,
     stop: AtomicBool,
-    /// Accesses that are being answered.
+    /// Number of faults being resolved.
     demanding: AtomicUsize,
     rest: Mutex<Option<Sender<Fetched>>>,
     failures: Mutex<Vec<Failure>>,
@@ -93,35 +96,36 @@ struct Shared {
     evicting: AtomicBool,
     fatal: bool,
     held: Mutex<Held>,
-    /// Which units of each region stand on large pages when their contents are there.
+    /// For each region, the units that are backed by huge pages once their contents are present.
     large: Vec<Vec<bool>>,
-    /// Held by who brings pages for others; alone by who ends it: then nobody writes contents any more.
-    bringing: RwLock<()>,
+    /// Locked shared by threads that load pages on request, and exclusively by a stop, after which no contents are
+    /// written.
+    loading: RwLock<()>,
 }
 
-impl Shared {
+impl PagerState {
     fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
 
     fn pages(&self) -> usize {
-        self.memory.regions.iter().map(|region| region.mapping.pages()).sum()
+        self.loader.memory.regions.iter().map(|region| region.mapping.pages()).sum()
     }
 
-    /// Has the rest of a storage block installed, unless there is too much of that already.
-    fn ask(&self, fetched: Fetched) {
+    /// Queues the remaining pages of a storage block, unless the queue is full.
+    fn queue_rest(&self, fetched: Fetched) {
         if !self.whole_blocks {
             return;
         }
         if let Some(rest) = self.rest.lock().as_ref()
-            && let Source::Images(blocks) = &self.memory.source
+            && let PageSource::Images(blocks) = &self.loader.source
             && !blocks.is_done(fetched.0)
         {
             let _ = rest.try_send(fetched);
         }
     }
 
-    /// Notes a failure; false where it was known, and as much an access.
+    /// Records a failure. Returns false if it is already recorded with the same `accessed`.
     fn fail(&self, failure: Failure) -> bool {
         let mut failures = self.failures.lock();
         let same = |other: &&mut Failure| (other.region, other.page) == (failure.region, failure.page);
@@ -143,13 +147,13 @@ impl Shared {
         new
     }
 
-    /// The pages of an address space between two addresses, counted over all regions.
+    /// Returns the pages in an address range of a process, counted over all regions.
     fn pages_at(&self, uffd: &Arc<Userfault>, start: u64, end: u64) -> Vec<(usize, usize)> {
-        let ours = self.memory.watched.iter().filter(|watched| Arc::ptr_eq(&watched.uffd, uffd));
+        let ours = self.loader.memory.watched.iter().filter(|watched| Arc::ptr_eq(&watched.uffd, uffd));
         let part = |Watched { segment, .. }: &Watched| {
             let from = start.max(segment.address);
             let to = end.min(segment.address + segment.len);
-            let base = self.memory.regions[segment.region].base;
+            let base = self.loader.memory.regions[segment.region].base;
             let pages = |(first, end)| (base + first, base + end);
             (from < to).then(|| pages(segment.pages(from, to)))
         };
@@ -160,34 +164,40 @@ impl Shared {
         self.pages_at(uffd, address, address + SMALL_PAGE as u64).first().map(|&(first, _)| first)
     }
 
-    /// Has all threads end.
+    fn receive(&self, link: &PeerSource, stream: usize) {
+        let PageSource::Peer(peer) = &self.loader.source else { return };
+        let install = |head: &Head, scratch: &mut Scratch| self.loader.install_sent(head, scratch);
+        peer.receive(&self.loader.memory, link, stream, install);
+    }
+
+    /// Stops all threads.
     fn end(&self) {
         self.stop.store(true, Ordering::Release);
-        if let Source::Peer(peer) = &self.memory.source {
+        if let PageSource::Peer(peer) = &self.loader.source {
             peer.link().cancel();
         }
     }
 
-    /// Nothing traps any more.
+    /// Unregisters all memory.
     fn unregister(&self) {
-        for Watched { segment, uffd } in &self.memory.watched {
-            // An error is of a process that has ended.
+        for Watched { segment, uffd } in &self.loader.memory.watched {
+            // Fails only for exited processes.
             let _ = uffd.unregister(segment.address, segment.len);
         }
     }
 
-    /// Everything is in memory: nothing traps any more, and large pages are mapped as such.
+    /// Finishes after all pages are loaded: unregisters the memory, and maps huge pages as such.
     fn finish(&self) {
         self.unregister();
-        self.memory.removals.close();
-        // A peer goes on to the end of what it has begun to push, and is listened to: what it says is known.
+        self.loader.memory.removals.close();
+        // Keep receiving from the peer: it completes the block that it is pushing; its pages are ignored.
         self.stop.store(true, Ordering::Release);
         for (number, region) in
-            self.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
+            self.loader.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
         {
             let large = region.mapping.large_units().unwrap_or_default();
             for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
-                self.memory.map_large(number, unit * SLOTS);
+                self.loader.memory.map_large(number, unit * SLOTS);
             }
         }
         *self.finished.0.lock() = true;
@@ -195,29 +205,32 @@ impl Shared {
     }
 }
 
-/// A pager at work. Dropping it before it is done leaves the workload waiting at the next missing page.
+/// Running pager. Dropping it before it has finished leaves the workload blocked at its next deferred page.
 #[derive(Debug)]
 pub struct Pager {
-    shared: Arc<Shared>,
+    shared: Arc<PagerState>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    /// Of the connection to a peer.
+    /// Threads that receive from a peer.
     readers: Mutex<Vec<JoinHandle<()>>>,
     abandoned: AtomicBool,
 }
 
 impl Pager {
-    /// Registers the workload's mappings, and answers their faults from now on. The files must hold nothing else than
-    /// what [`Begin`] says.
+    /// Registers the workload's mappings and resolves their faults from now on. The files must be in the state that
+    /// [`Begin`] describes.
+    ///
+    /// # Errors
+    /// If the configuration is inconsistent, if a mapping cannot be registered, or if a thread cannot be started.
     pub fn start(plan: Plan) -> Result<Self, PagerError> {
         let mut base = 0;
         let mut regions = Vec::new();
         for target in &plan.targets {
-            regions.push(Region { mapping: target.mapping.clone(), page_size: target.page_size, base });
+            regions.push(PagedRegion { mapping: target.mapping.clone(), page_size: target.page_size, base });
             base += target.mapping.pages();
         }
         let flags = plan.flags;
         if flags.pages() != base {
-            let words = format!("flags of {} pages, and regions of {base}", flags.pages());
+            let words = format!("deferred bitmap does not match the regions: {} pages, expected {base}", flags.pages());
             return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
         }
         let source = match plan.from {
@@ -229,12 +242,12 @@ impl Pager {
                 if plan.begin == Begin::Empty {
                     mark(&chain, &flags);
                 }
-                Source::Images(Blocks::new(chain))
+                PageSource::Images(Blocks::new(chain))
             }
             Origin::Peer(_) if plan.begin == Begin::Empty => {
-                return Err(PagerError::Peer("what is to come from a peer is not known: set the flags"));
+                return Err(PagerError::Peer("cannot start from a peer without a deferred bitmap"));
             }
-            Origin::Peer(link) => Source::Peer(Peer::new(taken(link)?)),
+            Origin::Peer(link) => PageSource::Peer(Peer::new(taken(link)?)),
         };
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let large = plan.targets.iter().map(|target| target.large.clone()).collect();
@@ -242,12 +255,12 @@ impl Pager {
         let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
         let files = regions.iter().map(|region| region.mapping.file()).collect();
         let removals = Removals::new(plan.checks_removals.then_some(files))?;
-        let memory = Memory::new(regions, watched, flags, source, placer, removals);
+        let memory = Memory::new(regions, watched, flags, placer, removals);
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
         let (ask, jobs) = bounded(MAX_REST);
-        let shared = Arc::new(Shared {
-            memory,
+        let shared = Arc::new(PagerState {
+            loader: Loader { memory, source },
             stop: AtomicBool::new(false),
             demanding: AtomicUsize::new(0),
             rest: Mutex::new(Some(ask)),
@@ -259,15 +272,16 @@ impl Pager {
             fatal: plan.fatal,
             held: Mutex::new(Held::No),
             large,
-            bringing: RwLock::default(),
+            loading: RwLock::default(),
         });
         let abandoned = AtomicBool::new(false);
         let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default(), abandoned };
         pager.spawn_readers()?;
         pager.spawn_servers()?;
         if plan.begin == Begin::TakenOver {
-            // Of who held the pager before us. Not earlier: while a discard waits to be read, it cannot be done.
-            hold::unprotect(&shared.memory);
+            // Traces of the process that had acquired the previous pager. Not earlier: this fails while a discard is
+            // pending.
+            uffd_lending::unprotect(&shared.loader.memory);
         }
         let rest = shared.clone();
         pager.spawn("pf-rest", move || background::install_rest(&rest, &jobs))?;
@@ -275,9 +289,9 @@ impl Pager {
         pager.spawn("pf-fill", move || {
             background::fill(&shared, &set, everything);
             let unfinished =
-                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.memory.flags.any();
+                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.loader.memory.flags.any();
             while !shared.stopping() && (unfinished() || !shared.may_end()) {
-                shared.memory.take_reports();
+                shared.loader.memory.take_reports();
                 std::thread::sleep(if everything { SOON } else { LATER });
             }
             if !shared.stopping() {
@@ -289,7 +303,7 @@ impl Pager {
 
     fn spawn_servers(&self) -> io::Result<()> {
         let mut known: Vec<Arc<Userfault>> = Vec::new();
-        for Watched { uffd, .. } in &self.shared.memory.watched {
+        for Watched { uffd, .. } in &self.shared.loader.memory.watched {
             if known.iter().any(|other| Arc::ptr_eq(other, uffd)) {
                 continue;
             }
@@ -303,31 +317,31 @@ impl Pager {
         Ok(())
     }
 
-    /// A thread for each stream of the connection to a peer.
+    /// Starts a thread for each stream of the connection to a peer.
     fn spawn_readers(&self) -> io::Result<()> {
-        let Source::Peer(peer) = &self.shared.memory.source else { return Ok(()) };
+        let PageSource::Peer(peer) = &self.shared.loader.source else { return Ok(()) };
         let link = peer.link();
         for stream in 0..link.streams() {
             let (shared, link) = (self.shared.clone(), link.clone());
             let thread = std::thread::Builder::new().name(format!("pf-peer{stream}"));
-            let thread = thread.spawn(move || peer::receive(&shared, &link, stream))?;
+            let thread = thread.spawn(move || shared.receive(&link, stream))?;
             self.readers.lock().push(thread);
         }
         Ok(())
     }
 
-    /// Goes on over another connection to the peer; what accesses wait for is asked for again.
+    /// Continues over another connection to the peer, and repeats the requests that faults wait for.
     ///
     /// # Errors
-    /// [`PagerError::Peer`] for a pager of images, and for a connection that another pager has.
+    /// [`PagerError::Peer`] if the origin is an image, or if another pager uses the connection.
     pub fn reconnect(&self, link: Arc<PeerSource>) -> Result<(), PagerError> {
-        let Source::Peer(peer) = &self.shared.memory.source else {
-            return Err(PagerError::Peer("there is no peer: contents come from images"));
+        let PageSource::Peer(peer) = &self.shared.loader.source else {
+            return Err(PagerError::Peer("cannot reconnect: this pager loads from images"));
         };
         let link = taken(link)?;
         peer.link().cancel();
         self.join_readers();
-        peer.reconnect(&self.shared.memory, link.clone());
+        peer.reconnect(&self.shared.loader.memory, link.clone());
         self.spawn_readers()?;
         if self.shared.stopping() {
             link.cancel();
@@ -347,48 +361,48 @@ impl Pager {
         Ok(())
     }
 
-    /// Pages whose contents are still to come.
+    /// Returns the number of deferred pages.
     pub fn pending(&self) -> usize {
-        self.shared.memory.flags.count()
+        self.shared.loader.memory.flags.count()
     }
 
-    /// Those of a region.
+    /// Returns the deferred pages of a region.
     pub fn missing(&self, region: usize) -> Option<PageSet> {
-        let found = self.shared.memory.regions.get(region)?;
-        Some(self.shared.memory.flags.set_in(found.base, found.base + found.mapping.pages()))
+        let found = self.shared.loader.memory.regions.get(region)?;
+        Some(self.shared.loader.memory.flags.set_in(found.base, found.base + found.mapping.pages()))
     }
 
-    /// What has been done so far.
+    /// Returns the counters.
     pub fn counters(&self) -> &Counters {
-        &self.shared.memory.counters
+        &self.shared.loader.memory.counters
     }
 
-    /// Bytes of storage blocks read so far; of a peer, over the last connection.
+    /// Returns the number of bytes read: of storage blocks, or over the current connection to the peer.
     pub fn bytes_read(&self) -> u64 {
-        match &self.shared.memory.source {
-            Source::Images(blocks) => blocks.bytes_read(),
-            Source::Peer(peer) => peer.link().progress().bytes.load(Ordering::Relaxed),
+        match &self.shared.loader.source {
+            PageSource::Images(blocks) => blocks.bytes_read(),
+            PageSource::Peer(peer) => peer.link().progress().bytes.load(Ordering::Relaxed),
         }
     }
 
-    /// Windows of 16 pages in the order in which the workload first missed them.
+    /// Returns the windows of 16 pages in the order of their first fault on a deferred page.
     pub fn touched(&self) -> Vec<u32> {
-        self.shared.memory.touched.lock().clone()
+        self.shared.loader.memory.touched.lock().clone()
     }
 
-    /// Pages that could not be had.
+    /// Returns the pages that could not be loaded.
     pub fn failures(&self) -> Vec<Failure> {
         self.shared.failures.lock().clone()
     }
 
-    /// Whether everything is in memory and the workload is on its own.
+    /// Returns whether all pages are loaded and the memory is unregistered.
     pub fn is_finished(&self) -> bool {
         *self.shared.finished.0.lock()
     }
 
-    /// Waits until it is finished, or something has failed that had not (`known` failures), or for so long.
-    pub fn wait(&self, patience: Duration, known: usize) -> bool {
-        let deadline = Instant::now() + patience;
+    /// Waits until the pager has finished, until there are more than `known` failures, or for `timeout`.
+    pub fn wait(&self, timeout: Duration, known: usize) -> bool {
+        let deadline = Instant::now() + timeout;
         let mut finished = self.shared.finished.0.lock();
         while !*finished && self.failures().len() <= known {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -400,60 +414,66 @@ impl Pager {
         *finished
     }
 
-    /// Brings pages of a region into memory, for who reads them past the workload's page tables (S8).
+    /// Loads pages of a region, for readers that bypass the workload's page tables (S8).
+    ///
+    /// # Errors
+    /// If a page cannot be loaded, or if the pager has been stopped.
     pub fn ensure(&self, region: usize, first: usize, count: usize) -> Result<(), LoadError> {
-        let Some(found) = self.shared.memory.regions.get(region) else { return Ok(()) };
+        let Some(found) = self.shared.loader.memory.regions.get(region) else { return Ok(()) };
         let pages = found.mapping.pages();
         let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
-        let (memory, mut scratch) = (&self.shared.memory, Scratch::default());
-        let _bringing = self.shared.bringing.read();
-        for first in (start..end).step_by(MOST) {
-            let last = end.min(first + MOST);
-            // The next pager may be at it already: what we wrote now could be late.
-            if self.shared.stopping() && memory.flags.next(first, last).is_some() {
+        let (loader, mut scratch) = (&self.shared.loader, Scratch::default());
+        let _bringing = self.shared.loading.read();
+        for first in (start..end).step_by(MAX_LOAD) {
+            let last = end.min(first + MAX_LOAD);
+            // Another pager may have taken over: contents written from now on could be outdated.
+            if self.shared.stopping() && loader.memory.flags.next(first, last).is_some() {
                 return Err(LoadError::Ended);
             }
-            if last - first < MANY {
-                memory.load(first, last, &mut scratch)?;
+            if last - first < MIN_BULK {
+                loader.load(first, last, &mut scratch)?;
             } else {
-                memory.load_many(first, last, &mut scratch)?;
+                loader.load_many(first, last, &mut scratch)?;
             }
         }
         Ok(())
     }
 
-    /// Which 2 MiB units of a region stand on large pages when their contents are there.
+    /// Returns the 2 MiB units of a region that are backed by huge pages once their contents are present.
     pub fn large(&self, region: usize) -> &[bool] {
         self.shared.large.get(region).map_or(&[], Vec::as_slice)
     }
 
-    /// Maps what is in memory already: large pages of which nothing is missing as such, the rest page by page (S1). For
-    /// a workload that is about to run on memory that was kept.
-    pub fn populate(&self) -> io::Result<()> {
-        (0..self.shared.memory.regions.len()).try_for_each(|region| self.shared.memory.populate(region))
-    }
-
-    /// Lets pages of a region go whose contents stand in the chain: from here on an access brings them back. Everything
-    /// else of their 2 MiB units stays, and is mapped as small pages. Returns how many pages were let go.
-    ///
-    /// Nobody may have written to the pages since they were stored, and the workload is paused.
+    /// Maps all present pages: huge pages without deferred pages as such, all others as base pages (S1). For a workload
+    /// that is about to resume on existing memory.
     ///
     /// # Errors
-    /// When the workload maps memory though it should be paused, its mappings cannot be worked on, or the plan did not
-    /// say so. Pages that have been let go stay so; all others are where they were.
-    pub fn evict(&self, region: usize, pages: &PageSet) -> Result<usize, PagerError> {
-        if !self.shared.evicting.load(Ordering::Acquire) {
-            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, "this pager lets nothing go")));
-        }
-        evict::evict(&self.shared.memory, region, pages)
+    /// Errors of lseek(2), or of reading the pager's own page tables.
+    pub fn populate(&self) -> io::Result<()> {
+        (0..self.shared.loader.memory.regions.len()).try_for_each(|region| self.shared.loader.memory.populate(region))
     }
 
-    /// Nothing more is let go: it finishes when everything is back.
+    /// Evicts pages of a region whose contents are in the chain; a later access loads them again. The other pages of
+    /// their 2 MiB units stay present and are mapped as base pages. Returns the number of evicted pages.
+    ///
+    /// The workload must be paused and must not have written to the pages since they were stored.
+    ///
+    /// # Errors
+    /// If the workload maps memory although it should be paused, if its mappings cannot be changed, or if
+    /// [`Plan::evicting`] is false. Pages evicted before the error stay evicted; all others are unchanged.
+    pub fn evict(&self, region: usize, pages: &PageSet) -> Result<usize, PagerError> {
+        if !self.shared.evicting.load(Ordering::Acquire) {
+            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, "cannot evict: not configured")));
+        }
+        evict::evict(&self.shared.loader.memory, region, pages)
+    }
+
+    /// Ends evictions: the pager finishes when all pages are loaded.
     pub fn evicted(&self) {
         self.shared.evicting.store(false, Ordering::Release);
     }
 
-    /// Ends all threads. What is missing stays missing: accesses wait for the next pager.
+    /// Stops all threads. Deferred pages stay deferred: accesses to them block until another pager takes over.
     pub fn stop(&self) {
         self.shared.end();
         drop(self.shared.rest.lock().take());
@@ -461,11 +481,11 @@ impl Pager {
             let _ = thread.join();
         }
         self.join_readers();
-        drop(self.shared.bringing.write());
+        drop(self.shared.loading.write());
     }
 
-    /// Ends all threads for a workload that will never run on this memory: whoever still waits for a page goes on, and
-    /// finds zeros where contents are missing.
+    /// Stops all threads, for a workload that will never resume on this memory. Blocked threads continue, and read
+    /// zeros from deferred pages.
     pub fn abandon(&self) {
         self.stop();
         self.shared.unregister();
@@ -477,13 +497,13 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.stop();
         if !self.is_finished() && !self.abandoned.load(Ordering::Acquire) {
-            // The last reference to a userfaultfd takes its registrations along, and missing pages would read as zeros.
-            self.shared.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
+            // Closing the last descriptor would unregister the memory, and deferred pages would read as zeros.
+            self.shared.loader.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
     }
 }
 
-/// A connection that no other pager has.
+/// Claims a connection for this pager.
 fn taken(link: Arc<PeerSource>) -> Result<Arc<PeerSource>, PagerError> {
-    if link.take() { Ok(link) } else { Err(PagerError::Peer("another pager has this connection")) }
+    if link.take() { Ok(link) } else { Err(PagerError::Peer("connection is in use by another pager")) }
 }

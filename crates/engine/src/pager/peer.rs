@@ -1,8 +1,9 @@
-//! A peer as the source: accesses ask for their window and wait, whoever receives its pages installs and maps them.
+//! Peer as the origin of contents: a fault requests its window and waits; the thread that receives the pages maps them.
 //!
-//! Nobody here waits for the network while holding what somebody else needs: a demand thread asks and goes on to the
-//! next access; each stream has a thread that reads, verifies and installs; what has been asked for is kept until it is
-//! there, so that another connection can go on where one was lost. Until then accesses wait.
+//! No thread waits for the network while it holds a lock that others need. A demand thread requests the pages and
+//! continues with the next fault. Each stream has a thread that reads, verifies and installs blocks. Requests are
+//! recorded until their pages are present, so that they can be repeated on another connection if one is lost. Until
+//! then the faults stay blocked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,40 +12,39 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use thiserror::Error;
 
-use super::Shared;
 use super::memory::{LoadError, Memory, Scratch};
-use super::source::{Brought, Source};
+use crate::block::Head;
 use crate::uapi::short_slices;
 use crate::wire::{MAX_REQUEST, PeerSource, Request, WireError};
 
-/// Pages that are asked for at a time where nobody waits at an access: answers to those have none of them before them.
+/// Number of pages per request without a fault. It bounds the delay of replies to faults.
 const BATCH: usize = 64;
-/// How often somebody who waits looks whether the connection is still there.
+/// Interval at which a waiting thread checks the connection.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// The other end, through one connection after the other.
+/// The peer, reached through one connection at a time.
 #[derive(Debug)]
 pub struct Peer {
     link: Mutex<Arc<PeerSource>>,
-    /// Ranges that have been asked for and are not there yet.
+    /// Requested ranges with deferred pages.
     waiting: Mutex<HashMap<(usize, usize), Want>>,
     changed: Condvar,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Want {
-    /// The page that the access is to, where it can be had alone.
+    /// Page of the fault, if it can be mapped alone.
     page: Option<usize>,
-    /// Whether it is an access that waits (still).
+    /// Whether a fault still waits for the range.
     accessed: bool,
     since: Instant,
-    /// When the connection was asked.
-    asked: Instant,
+    /// Time of the last request.
+    requested: Instant,
 }
 
-/// What ends a connection.
+/// Reason for which a connection is given up.
 #[derive(Debug, Error)]
-enum Trouble {
+enum LinkError {
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error(transparent)]
@@ -56,7 +56,7 @@ impl Peer {
         Self { link: Mutex::new(link), waiting: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// The connection, or the last one.
+    /// Returns the current connection, or the last one.
     pub fn link(&self) -> Arc<PeerSource> {
         self.link.lock().clone()
     }
@@ -65,33 +65,34 @@ impl Peer {
         self.waiting.lock()
     }
 
-    /// Goes on with another connection: asks it for everything that is waited for.
+    /// Switches to another connection, and repeats all requests on it.
     pub fn reconnect(&self, memory: &Memory, link: Arc<PeerSource>) {
         *self.link.lock() = link.clone();
         let wanted: Vec<_> = self
             .waiting()
             .iter_mut()
             .map(|(range, want)| {
-                want.asked = Instant::now();
+                want.requested = Instant::now();
                 (*range, want.page)
             })
             .collect();
         wanted.into_iter().for_each(|(range, page)| send(memory, &link, range, page));
     }
 
-    /// Asks for the window of an access, unless that has been done; `page` is the one accessed, where it can be alone.
-    pub fn bring(&self, memory: &Memory, range: (usize, usize), page: Option<usize>) -> Brought {
-        self.ask(memory, range, page, true);
+    /// Requests the window of a fault, unless it has been requested. Returns whether the pages are present. `page` is the
+    /// faulting page, if it can be mapped alone.
+    pub fn fetch(&self, memory: &Memory, range: (usize, usize), page: Option<usize>) -> bool {
+        self.request(memory, range, page, true);
         let (first, end) = page.map_or(range, |page| (page, page + 1));
-        if memory.flags.next(first, end).is_none() { Brought::All } else { Brought::Later }
+        memory.flags.next(first, end).is_none()
     }
 
-    fn ask(&self, memory: &Memory, range: (usize, usize), page: Option<usize>, accessed: bool) {
+    fn request(&self, memory: &Memory, range: (usize, usize), page: Option<usize>, accessed: bool) {
         let now = Instant::now();
-        let want = Want { page, accessed, since: now, asked: now };
+        let want = Want { page, accessed, since: now, requested: now };
         {
             let mut waiting = self.waiting();
-            // It is taken out when its pages come: of those that have come already nobody would do that.
+            // An entry is removed when its pages arrive: do not add one for pages that are present already.
             if memory.flags.next(range.0, range.1).is_none() || waiting.contains_key(&range) {
                 return;
             }
@@ -100,7 +101,7 @@ impl Peer {
         send(memory, &self.link(), range, page);
     }
 
-    /// Pages have been installed: what is not waited for any more is struck out.
+    /// Removes the requests whose pages have been installed.
     fn settle(&self, memory: &Memory) {
         let mut waiting = self.waiting();
         let before = waiting.len();
@@ -117,17 +118,17 @@ impl Peer {
         }
     }
 
-    /// Whether an answer takes too long.
-    fn is_overdue(&self, patience: Duration) -> bool {
-        self.waiting().values().any(|want| want.asked.elapsed() > patience)
+    /// Returns whether a reply is late.
+    fn is_overdue(&self, timeout: Duration) -> bool {
+        self.waiting().values().any(|want| want.requested.elapsed() > timeout)
     }
 
-    /// Brings what is missing of a range, for who reads it past the workload's page tables.
+    /// Loads the deferred pages of a range, for readers that bypass the workload's page tables.
     pub fn load(&self, memory: &Memory, first: usize, end: usize) -> Result<(), LoadError> {
         let mut at = first;
         while let Some(page) = memory.flags.next(at, end) {
             at = end.min(page + BATCH).min(memory.regions[memory.region_of(page)].end());
-            self.ask(memory, (page, at), None, false);
+            self.request(memory, (page, at), None, false);
             let mut waiting = self.waiting();
             while memory.flags.next(page, at).is_some() {
                 let link = self.link();
@@ -140,6 +141,32 @@ impl Peer {
         }
         Ok(())
     }
+
+    /// Reads one stream of a connection until it ends or is cancelled, and installs its pages through `install`.
+    pub fn receive(
+        &self,
+        memory: &Memory,
+        link: &PeerSource,
+        stream: usize,
+        install: impl Fn(&Head, &mut Scratch) -> Result<(), LoadError>,
+    ) {
+        short_slices();
+        let mut scratch = Scratch::default();
+        let mut buffer = Vec::new();
+        let overdue = || self.is_overdue(link.timeout());
+        let ended: Result<(), LinkError> = link.receive(stream, &mut buffer, overdue, |head, contents| {
+            std::mem::swap(contents, &mut scratch.contents);
+            let installed = install(head, &mut scratch);
+            std::mem::swap(contents, &mut scratch.contents);
+            self.settle(memory);
+            Ok(installed?)
+        });
+        if let Err(error) = ended
+            && memory.flags.any()
+        {
+            link.lose(&error);
+        }
+    }
 }
 
 fn send(memory: &Memory, link: &PeerSource, (first, end): (usize, usize), page: Option<usize>) {
@@ -147,27 +174,6 @@ fn send(memory: &Memory, link: &PeerSource, (first, end): (usize, usize), page: 
     let base = memory.regions[region].base;
     for start in (first..end).step_by(MAX_REQUEST) {
         let stop = end.min(start + MAX_REQUEST);
-        link.ask(&Request::new(region, (start - base, stop - base), page.map(|page| page - base)));
-    }
-}
-
-/// Installs what comes over one stream of a connection until it ends, or somebody ends it.
-pub fn receive(shared: &Shared, link: &PeerSource, stream: usize) {
-    let Source::Peer(peer) = &shared.memory.source else { return };
-    short_slices();
-    let mut scratch = Scratch::default();
-    let mut buffer = Vec::new();
-    let overdue = || peer.is_overdue(link.patience());
-    let ended: Result<(), Trouble> = link.receive(stream, &mut buffer, overdue, |head, contents| {
-        std::mem::swap(contents, &mut scratch.contents);
-        let installed = shared.memory.install_sent(head, &mut scratch);
-        std::mem::swap(contents, &mut scratch.contents);
-        peer.settle(&shared.memory);
-        Ok(installed?)
-    });
-    if let Err(error) = ended
-        && shared.memory.flags.any()
-    {
-        link.lose(&error);
+        link.request(&Request::new(region, (start - base, stop - base), page.map(|page| page - base)));
     }
 }

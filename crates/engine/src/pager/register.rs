@@ -1,4 +1,4 @@
-//! How a pager begins: flags as the image says, the workload's mappings registered, old contents out of its sight.
+//! Start of a pager: deferred bitmap from the image, registration of the workload's mappings, removal of old contents.
 
 use super::flags::Flags;
 use super::memory::{Memory, Watched};
@@ -8,19 +8,19 @@ use crate::image::{Chain, PageEntry};
 use crate::mapping::scan;
 use crate::uapi;
 
-/// How often the mappings of pages to come are taken away from a workload that makes them again.
+/// Number of attempts to unmap deferred pages from a workload that maps them again.
 const ATTEMPTS: usize = 4;
 
-/// Sets the flags of all pages that are not zeros.
+/// Marks all pages other than zeros as deferred.
 pub fn mark(chain: &Chain, flags: &Flags) {
-    // Class and signature are right whichever image of the chain holds the contents.
+    // Class and signature are valid regardless of the image of the chain that holds the contents.
     let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
     for (index, entries) in chain.nearest().page_map().chunks(64).enumerate() {
         flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
     }
 }
 
-/// From here on every access to a page that is not mapped comes to us.
+/// Registers the workload's mappings: from now on, every access to an unmapped page faults.
 pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
     for watched in &memory.watched {
         let Watched { segment, uffd } = watched;
@@ -28,7 +28,7 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
             continue;
         }
         if begin == Begin::TakenOver {
-            // Faults that the pager before us had read and not answered: they come again.
+            // Raises the faults again that the previous pager had read but not resolved.
             uffd.wake(segment.address, segment.len)?;
         } else {
             uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
@@ -39,17 +39,18 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
     }
     if begin == Begin::Empty {
         for region in &memory.regions {
-            // Whatever the workload has written before it was given its state, and mapped: it must trap as all else.
+            // Remove what the workload wrote and mapped before its state was loaded, so that these pages fault as well.
             region.mapping.punch(0, region.mapping.len())?;
         }
     }
     Ok(())
 }
 
-/// Takes the workload's mappings away where pages with the flag are mapped: old contents must not be seen any more.
+/// Unmaps deferred pages from the workload, so that it cannot see old contents.
 ///
-/// Not while registered: it would wait to be read as a discard. So the page may be mapped again before it is registered
-/// again, by a workload that runs; then it is tried again.
+/// The memory must be unregistered for this: the unmapping would otherwise be reported as a removal, and block until
+/// the event has been read. A running workload can therefore map a page again before the memory is registered; then
+/// another attempt follows.
 fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
     let base = memory.regions[segment.region].base;
     let (first, last) = (segment.address, segment.address + segment.len);

@@ -1,20 +1,20 @@
-//! Removals of pages whose contents are deferred: are they zeros from now on, or not?
+//! Removals of deferred pages: tells discards, after which pages are zeros, from mere unmapping.
 //!
-//! The kernel reports MADV_DONTNEED and MADV_REMOVE by the same event, before it does either, and the caller waits only
-//! until the event has been read. Of shared memory the first only unmaps pages: their contents stay. The second punches
-//! a hole into the file. Afterwards both look the same where contents are deferred, because the file has a hole there
-//! anyway. But the file system reports every hole that is punched (inotify, IN_MODIFY), and it does so before the call
-//! returns.
+//! The kernel reports MADV_DONTNEED and MADV_REMOVE by the same event, before it performs either, and the caller waits
+//! only until the event has been read. For shared memory, the former only unmaps pages and keeps their contents; the
+//! latter punches a hole into the file. For deferred pages both have the same result, because the file has a hole there
+//! anyway. However, the file system reports every punched hole (inotify, IN_MODIFY) before the call returns.
 //!
-//! So a removal of deferred pages is *open* at first. Before each read of events the reports of the file system are
-//! taken: one that comes later is of the removals read then, or of later ones. An open removal is decided
+//! A removal of deferred pages is therefore *open* at first. Before events are read, the notifications of the file
+//! system are read: later ones belong to removals that are read then, or later. An open removal is resolved
 //!
-//! - as a discard, by a report: its pages are zeros;
-//! - as MADV_DONTNEED, when the next removal is read without a report: a thread makes one such call after the other;
-//! - by an access, or when contents come, after [`GRACE`]: until then the call may be at work.
+//! - as a discard, by a notification: its pages are zeros;
+//! - as MADV_DONTNEED, when the next removal is read without a notification, because a thread makes one such call at a
+//!   time;
+//! - by an access, or when contents arrive, after [`GRACE`]: until then the call may still be running.
 //!
-//! Threads that remove parts of the same memory at the same moment are decided together. A guest needs none of this: QEMU
-//! punches first, and unmaps then, so each removal is a discard.
+//! Concurrent removals by several threads are resolved together. A guest does not need this: QEMU punches before it
+//! unmaps, so that each removal is a discard.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -24,35 +24,34 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::memory::Memory;
-use crate::discards::Discards;
+use crate::hole_notifications::Discards;
 
-/// How long a call may take from the event that announces it to the report of its end.
+/// Maximum time of a call from its removal event to its notification.
 const GRACE: Duration = Duration::from_millis(10);
 
-/// Runs of pages that were removed together, and when that was read.
+/// Page runs removed together, and the time at which their events were read.
 #[derive(Debug)]
 struct Removed {
     runs: Vec<(usize, usize)>,
     read: Instant,
 }
 
-/// What is known of removals that are not decided.
+/// Removals that have not been resolved.
 #[derive(Debug)]
 pub struct Removals {
-    /// Whether removals are checked; else each is a discard.
-    checked: bool,
-    /// Until nothing is deferred.
+    /// Whether removals are checked; otherwise all of them are discards.
+    pub checked: bool,
+    /// Watch for punched holes, while pages are deferred.
     watch: Mutex<Option<Discards>>,
     open: Mutex<Option<Removed>>,
     any: AtomicBool,
 }
 
 impl Removals {
-    /// `files`: those whose removals must be checked.
+    /// Creates the state. `files` are those whose removals must be checked.
     pub fn new(files: Option<Vec<RawFd>>) -> io::Result<Self> {
         let watch = files.map(|files| Discards::watch(files.into_iter())).transpose().map_err(|error| {
-            let words = format!("memory cannot be watched for discards ({error}): raise fs.inotify.max_user_instances");
+            let words = format!("cannot watch memory for discards: {error}; raise fs.inotify.max_user_instances");
             io::Error::other(words)
         })?;
         let checked = watch.is_some();
@@ -63,7 +62,7 @@ impl Removals {
         self.open.lock()
     }
 
-    /// Whether a hole was punched since the last call. What cannot be read is taken for one.
+    /// Returns whether a hole was punched since the last call, or if that is unknown.
     fn punched(&self) -> bool {
         let watch = self.watch.lock();
         watch.as_ref().is_some_and(|watch| watch.seen().unwrap_or(true))
@@ -74,59 +73,47 @@ impl Removals {
         *open = removed;
     }
 
-    /// Reports that our own work caused are of no removal.
+    /// Drops notifications that the pager itself has caused.
     pub fn forget_reports(&self) {
         let _ = self.punched();
     }
 
-    /// Nothing is deferred any longer.
+    /// Stops watching, once no page is deferred.
     pub fn close(&self) {
         drop(self.watch.lock().take());
     }
-}
 
-impl Memory {
-    /// Before events are read: decides a removal that has been reported. `removing` is held alone.
-    pub fn take_reports(&self) {
-        let removals = &self.removals;
-        let mut open = removals.lock();
-        if removals.punched()
+    /// Resolves the open removal as a discard if a hole was punched.
+    pub fn take_reports(&self, discard: impl FnOnce(&[(usize, usize)])) {
+        let mut open = self.lock();
+        if self.punched()
             && let Some(removed) = open.as_ref()
         {
-            self.discard_all(&removed.runs);
-            removals.set(&mut open, None);
+            discard(&removed.runs);
+            self.set(&mut open, None);
         }
     }
 
-    /// After removals were read. `removing` is held alone.
-    pub fn removed(&self, runs: Vec<(usize, usize)>) {
-        if !self.removals.checked {
-            return self.discard_all(&runs);
-        }
-        let deferred = runs.iter().any(|&(first, end)| self.flags.next(first, end).is_some());
-        let removed = deferred.then(|| Removed { runs, read: Instant::now() });
-        self.removals.set(&mut self.removals.lock(), removed);
+    /// Opens a removal of deferred pages; resolves the previous one as mere unmapping.
+    pub fn record(&self, runs: Option<Vec<(usize, usize)>>) {
+        let removed = runs.map(|runs| Removed { runs, read: Instant::now() });
+        self.set(&mut self.lock(), removed);
     }
 
-    /// Before contents of pages are written: decides an open removal of them.
-    pub fn decide(&self, first: usize, end: usize) {
-        let removals = &self.removals;
-        if !removals.any.load(Ordering::Acquire) {
+    /// Resolves the open removal if it overlaps `[first, end)`. `discard` is called before it counts as resolved.
+    pub fn decide(&self, first: usize, end: usize, discard: impl FnOnce(&[(usize, usize)])) {
+        if !self.any.load(Ordering::Acquire) {
             return;
         }
-        let mut open = removals.lock();
+        let mut open = self.lock();
         let Some(removed) = open.as_ref() else { return };
         if !removed.runs.iter().any(|&(start, stop)| start < end && first < stop) {
             return;
         }
         thread::sleep(GRACE.saturating_sub(removed.read.elapsed()));
-        if removals.punched() {
-            self.discard_all(&removed.runs);
+        if self.punched() {
+            discard(&removed.runs);
         }
-        removals.set(&mut open, None);
-    }
-
-    fn discard_all(&self, runs: &[(usize, usize)]) {
-        runs.iter().for_each(|&(first, end)| self.discard(first, end));
+        self.set(&mut open, None);
     }
 }

@@ -1,5 +1,5 @@
-//! Where contents come from: storage blocks of images, or a peer. One place answers for both what is missing of a
-//! range; how it gets into memory is the same for both ([`Memory::install`]).
+//! Loading of contents, from storage blocks of images or from a peer. Both kinds are installed in the same way
+//! ([`Memory::install`]).
 
 use std::sync::Arc;
 
@@ -11,87 +11,121 @@ use crate::block::{BlockError, Class, Head};
 use crate::image::{ImageError, PageEntry, StoredBlock, fill};
 use crate::placer::PlaceError;
 
-/// Pages of zeros that are installed at a time.
+/// Number of zero pages that are installed at a time.
 const ZEROS: usize = 512;
 
-/// Where contents come from.
+/// Origin of contents.
 #[derive(Debug)]
-pub enum Source {
-    /// Images: what is asked for is read.
+pub enum PageSource {
+    /// Images: requested pages are read.
     Images(Blocks),
-    /// A peer: what is asked for comes later, among what nobody has asked for.
+    /// Peer: requested pages arrive later, on the same streams as pushed ones.
     Peer(Peer),
 }
 
-/// What has become of the pages that were to be brought.
+/// Result of loading the page of a fault.
 #[derive(Debug)]
-pub enum Brought {
-    /// They are in memory.
+pub enum Loaded {
+    /// The pages are present.
     All,
-    /// They are, and other pages of their storage block are still to be installed.
+    /// The pages are present; other pages of their storage block can be installed.
     Rest(Fetched),
-    /// They have been asked for. Who installs them maps them, and wakes who waits.
+    /// The pages have been requested. The thread that installs them maps them, and wakes the threads blocked on them.
     Later,
 }
 
-impl Memory {
-    /// Brings a page that is accessed, and of the window around it what comes along at no further cost; all of the
-    /// window where it is one page of the file.
-    pub fn bring(
+/// Memory of a workload, and the origin of its contents.
+#[derive(Debug)]
+pub struct Loader {
+    pub memory: Memory,
+    pub source: PageSource,
+}
+
+impl Loader {
+    /// Resolves a fault: loads the contents of a page if they are deferred, and maps it.
+    pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Loaded, LoadError> {
+        let region = self.memory.region_of(page);
+        let found = &self.memory.regions[region];
+        let (first, end) = found.window(page);
+        if !self.memory.flags.is_set(page) && found.granule() == 1 {
+            self.memory.map_present(region, page)?;
+            return Ok(Loaded::All);
+        }
+        self.memory.missed(page);
+        let loaded = self.load_for_fault(page, (first, end), scratch)?;
+        if matches!(loaded, Loaded::Later) {
+            return Ok(loaded);
+        }
+        if found.granule() > 1 {
+            self.memory.placer.slots(region, first - found.base, end - first)?;
+            self.memory.map(region, first, end);
+        } else {
+            self.memory.map(region, page, page + 1);
+        }
+        Ok(loaded)
+    }
+
+    /// Loads the page of a fault and the pages of its window that need no further read; the whole window if it is a
+    /// single page of the file.
+    pub fn load_for_fault(
         &self,
         page: usize,
         (first, end): (usize, usize),
         scratch: &mut Scratch,
-    ) -> Result<Brought, LoadError> {
-        let whole = self.regions[self.region_of(page)].granule() > 1;
+    ) -> Result<Loaded, LoadError> {
+        let whole = self.memory.regions[self.memory.region_of(page)].granule() > 1;
         match &self.source {
-            Source::Peer(peer) => Ok(peer.bring(self, (first, end), (!whole).then_some(page))),
-            Source::Images(_) if whole => self.load(first, end, scratch).map(|()| Brought::All),
-            // All of the page block that holds the page; what else is in the window may take further page blocks.
-            Source::Images(blocks) => {
+            PageSource::Peer(peer) => {
+                let present = peer.fetch(&self.memory, (first, end), (!whole).then_some(page));
+                Ok(if present { Loaded::All } else { Loaded::Later })
+            }
+            PageSource::Images(_) if whole => self.load(first, end, scratch).map(|()| Loaded::All),
+            // Only the page block of the page: other pages of the window may need further page blocks.
+            PageSource::Images(blocks) => {
                 let fetched = self.load_with(blocks, page, (first, end), scratch)?;
-                Ok(fetched.map_or(Brought::All, Brought::Rest))
+                Ok(fetched.map_or(Loaded::All, Loaded::Rest))
             }
         }
     }
 
-    /// Brings what is missing of `[first, end)`. On return all of it is in memory, whoever brought it.
+    /// Loads the deferred pages of `[first, end)`. On return all of them are present, including those loaded by other
+    /// threads.
     pub fn load(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         let blocks = match &self.source {
-            Source::Images(blocks) => blocks,
-            Source::Peer(peer) => return peer.load(self, first, end),
+            PageSource::Images(blocks) => blocks,
+            PageSource::Peer(peer) => return peer.load(&self.memory, first, end),
         };
-        while let Some(page) = self.flags.next(first, end) {
-            let stop = self.regions[self.region_of(page)].window(page).1;
+        while let Some(page) = self.memory.flags.next(first, end) {
+            let stop = self.memory.regions[self.memory.region_of(page)].window(page).1;
             self.load_with(blocks, page, (page, stop.min(end)), scratch)?;
         }
         Ok(())
     }
 
-    /// As `load`, of a long range: whole storage blocks at a time.
+    /// Like `load`, for a long range: loads whole storage blocks.
     pub fn load_many(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         let blocks = match &self.source {
-            Source::Images(blocks) => blocks,
-            Source::Peer(peer) => return peer.load(self, first, end),
+            PageSource::Images(blocks) => blocks,
+            PageSource::Peer(peer) => return peer.load(&self.memory, first, end),
         };
-        while let Some(page) = self.flags.next(first, end) {
+        while let Some(page) = self.memory.flags.next(first, end) {
             let (image, entry) = blocks.chain().find(page)?;
             if matches!(entry.class(), Some(Class::Data | Class::SameAs)) {
                 self.load_block(blocks, (image, entry.block.get()), scratch)?;
             }
-            let stop = self.regions[self.region_of(page)].window(page).1;
-            if self.flags.is_set(page) {
+            let stop = self.memory.regions[self.memory.region_of(page)].window(page).1;
+            if self.memory.flags.is_set(page) {
                 self.load_with(blocks, page, (page, stop.min(end)), scratch)?;
             }
         }
         Ok(())
     }
 
-    /// Installs what is missing of the pages of a peer's block, whose data pages stand verified in the buffer. Nothing
-    /// is installed of a block that does not fit the regions, and nothing of pages that are not missing (any more).
+    /// Installs the deferred pages of a block from a peer, with the verified data pages in the buffer. Installs nothing
+    /// of a block that does not fit the regions, and no pages that are not deferred (any longer).
     pub fn install_sent(&self, head: &Head, scratch: &mut Scratch) -> Result<(), LoadError> {
         let number = head.region as usize;
-        let region = self.regions.get(number).ok_or(PlaceError::Region(head.region, self.regions.len()))?;
+        let region = self.memory.regions.get(number).ok_or(PlaceError::Region(number, self.memory.regions.len()))?;
         let pages = region.mapping.pages();
         for run in &head.runs {
             let (first, end) = (run.first, run.first.saturating_add(run.count));
@@ -106,29 +140,29 @@ impl Memory {
         let mut offset = 0;
         for run in head.runs.iter().filter(|run| run.class == Class::Data) {
             let pages = (0..run.count).map(|at| (region.base + run.first + at, offset + at * SMALL_PAGE));
-            scratch.wanted.extend(pages.filter(|&(page, _)| self.flags.is_set(page)));
+            scratch.wanted.extend(pages.filter(|&(page, _)| self.memory.flags.is_set(page)));
             offset += run.count * SMALL_PAGE;
         }
-        self.install(scratch)?;
+        self.memory.install(scratch)?;
         for run in head.runs.iter().filter(|run| run.class != Class::Data) {
             self.install_zeros(region.base + run.first, region.base + run.first + run.count, scratch)?;
         }
         Ok(())
     }
 
-    /// Zeros in memory, whatever stands there, where pages of a range are missing.
+    /// Installs zeros in the deferred pages of a range.
     fn install_zeros(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.contents.clear();
         scratch.contents.resize(SMALL_PAGE, 0);
         let mut at = first;
         while at < end {
-            if let Source::Peer(peer) = &self.source
+            if let PageSource::Peer(peer) = &self.source
                 && peer.link().is_cancelled()
             {
                 return Err(LoadError::Ended);
             }
             scratch.wanted.clear();
-            while let Some(page) = self.flags.next(at, end)
+            while let Some(page) = self.memory.flags.next(at, end)
                 && scratch.wanted.len() < ZEROS
             {
                 scratch.wanted.push((page, 0));
@@ -137,12 +171,12 @@ impl Memory {
             if scratch.wanted.is_empty() {
                 break;
             }
-            self.install(scratch)?;
+            self.memory.install(scratch)?;
         }
         Ok(())
     }
 
-    /// Reads a page, and of the window around it what comes along at no further cost.
+    /// Loads a page and the pages of the window that are in the same page block.
     pub fn load_with(
         &self,
         blocks: &Blocks,
@@ -157,7 +191,7 @@ impl Memory {
             Some(Class::Data | Class::SameAs) => {
                 let (number, index, block) = self.unpack(blocks, image, &entry, &mut scratch.contents)?;
                 fetched = Some((number, block));
-                for page in (first..end).filter(|&page| self.flags.is_set(page)) {
+                for page in (first..end).filter(|&page| self.memory.flags.is_set(page)) {
                     self.want(blocks, page, number, index, scratch)?;
                 }
             }
@@ -166,7 +200,7 @@ impl Memory {
                 fill(&mut scratch.contents, entry.signature.get());
                 scratch.wanted.push((page, 0));
             }
-            // What an image leaves out is zeros, and never missing.
+            // Absent pages of an image are zeros, and never deferred.
             None | Some(Class::Absent) => return Err(ImageError::NotStored(page).into()),
             Some(Class::Zero) => {
                 scratch.contents.clear();
@@ -174,15 +208,15 @@ impl Memory {
                 scratch.wanted.push((page, 0));
             }
         }
-        self.install(scratch)?;
-        // Claimed by another thread: it is copying at this moment.
-        while self.flags.is_set(page) {
+        self.memory.install(scratch)?;
+        // Another thread has claimed the page and is copying it.
+        while self.memory.flags.is_set(page) {
             std::thread::yield_now();
         }
         Ok(fetched)
     }
 
-    /// Reads every page that stands in a storage block and is missing.
+    /// Loads the deferred pages of a storage block.
     pub fn load_block(&self, blocks: &Blocks, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
         if blocks.is_done(number) {
             return Ok(());
@@ -191,7 +225,7 @@ impl Memory {
         self.install_block(blocks, &(number, block), scratch)
     }
 
-    /// Installs every page of a storage block that is missing.
+    /// Installs the deferred pages of a storage block.
     pub fn install_block(
         &self,
         blocks: &Blocks,
@@ -199,28 +233,28 @@ impl Memory {
         scratch: &mut Scratch,
     ) -> Result<(), LoadError> {
         let number = *number;
-        let base = self.regions.get(block.head().region as usize).map_or(usize::MAX, |region| region.base);
-        let total = self.regions.last().map_or(0, |region| region.end());
+        let base = self.memory.regions.get(block.head().region as usize).map_or(usize::MAX, |region| region.base);
+        let total = self.memory.regions.last().map_or(0, |region| region.end());
         let runs = block.head().runs.iter().filter(|run| run.class == Class::Data);
         let pages = runs.flat_map(|run| run.first..run.first.saturating_add(run.count));
         let pages: Vec<usize> = pages.map(|page| base.saturating_add(page)).collect();
         let per_block = blocks.per_block(number.0);
         for (index, pages) in pages.chunks(per_block).enumerate() {
-            if !pages.iter().any(|&page| page < total && self.flags.is_set(page)) {
+            if !pages.iter().any(|&page| page < total && self.memory.flags.is_set(page)) {
                 continue;
             }
             block.unpack(index, &mut scratch.contents)?;
             scratch.wanted.clear();
-            for &page in pages.iter().filter(|&&page| page < total && self.flags.is_set(page)) {
+            for &page in pages.iter().filter(|&&page| page < total && self.memory.flags.is_set(page)) {
                 self.want(blocks, page, number, index, scratch)?;
             }
-            self.install(scratch)?;
+            self.memory.install(scratch)?;
         }
         blocks.done(number);
         Ok(())
     }
 
-    /// Unpacks the page block that holds a page; returns its storage block, its number there, and what was read.
+    /// Unpacks the page block of a page. Returns the storage block with its number, and the index of the page block.
     fn unpack(
         &self,
         blocks: &Blocks,
@@ -239,7 +273,7 @@ impl Memory {
         Ok((number, index, block))
     }
 
-    /// Notes a page down if its contents are in that page block, which has been unpacked.
+    /// Adds a page to `wanted` if its contents are in the given page block, which has been unpacked.
     fn want(
         &self,
         blocks: &Blocks,

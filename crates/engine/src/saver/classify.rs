@@ -1,7 +1,7 @@
-//! What each page is: zeros, one repeated word, the same as another page, or data that goes into a storage block.
+//! Classification of pages: zero, pattern, duplicate, or data for a storage block.
 //!
-//! Blocks that traps brought go into other storage blocks than those of the sweep: what the workload used first stands
-//! together in the image, in the order of use.
+//! Blocks copied by traps and by the sweep are stored in separate storage blocks. The pages that the workload wrote
+//! first are thereby adjacent in the image, in the order of the writes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,28 +11,28 @@ use crossbeam_channel::{Receiver, Sender};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::SaveError;
-use super::area::Copied;
 use super::output::Full;
-use super::shared::Shared;
+use super::state::SaverState;
+use super::trap_blocks::Copied;
 use crate::SMALL_PAGE;
 use crate::block::{Builder, Class, is_zero};
-use crate::image::{Chain, FLAG_IN_PARENT, KnownPages, PageEntry, PageReader, pattern};
+use crate::image::{Chain, DedupIndex, FLAG_IN_PARENT, PageEntry, PageReader, pattern};
 
-/// Sees every copied block once, in the order of arrival.
+/// Classifier of all copied blocks, in the order in which they were copied.
 #[derive(Debug)]
 pub(super) struct Classifier {
-    shared: Arc<Shared>,
+    shared: Arc<SaverState>,
     free: Receiver<Builder>,
     full: Sender<Full>,
-    /// Storage blocks being filled: of traps, and of the sweep.
+    /// Storage blocks being filled: for traps, and for the sweep.
     open: [Option<Full>; 2],
     result: Classified,
-    /// Where contents stand already, by ticket.
-    known: KnownPages,
+    /// Places of the contents stored so far, by ticket.
+    known: DedupIndex,
     parent: Option<Chain>,
 }
 
-/// The images that an incremental one builds on, each with a reader, which keeps the block that it read last.
+/// Chain of parent images with one reader per image, which caches the block that it has read last.
 struct Parents<'a> {
     chain: &'a Chain,
     readers: Vec<PageReader<'a>>,
@@ -44,17 +44,17 @@ impl<'a> Parents<'a> {
         Self { chain, readers }
     }
 
-    /// Whether a page is in the parents with exactly these contents. What cannot be read there is not.
+    /// Returns whether the chain holds a page with these contents. An unreadable page counts as different.
     fn hold(&mut self, page: usize, signature: u64, bytes: &[u8]) -> bool {
         let Ok((image, entry)) = self.chain.find(page) else { return false };
-        // The signature is only a hint, which spares the reading of most pages that differ.
+        // Compare the signatures first, to avoid reading most of the pages that differ.
         matches!(entry.class(), Some(Class::Data | Class::SameAs))
             && entry.signature.get() == signature
             && self.readers[image].stored(image, &entry).is_ok_and(|stored| stored == bytes)
     }
 }
 
-/// The page map; until [`Classified::page_map`] with tickets instead of numbers of storage blocks.
+/// Page map, with tickets in place of block numbers until [`Classified::page_map`].
 #[derive(Debug)]
 pub(super) struct Classified {
     entries: Vec<PageEntry>,
@@ -62,7 +62,7 @@ pub(super) struct Classified {
 }
 
 impl Classified {
-    /// The page map, now that the storage blocks have their numbers.
+    /// Returns the page map with the numbers of the storage blocks.
     pub(super) fn page_map(mut self, numbers: &HashMap<u32, u32>) -> Vec<PageEntry> {
         for entry in &mut self.entries {
             if matches!(entry.class(), Some(Class::Data | Class::SameAs)) && !entry.in_parent() {
@@ -73,12 +73,12 @@ impl Classified {
     }
 }
 
-/// The entry of a page that is as it is in the parent.
+/// Returns the entry of a page that is unchanged since the parent.
 fn inherited(entry: &PageEntry) -> PageEntry {
     match entry.class() {
         Some(Class::Data | Class::SameAs) => in_parent(entry.signature.get()),
         Some(class) => PageEntry::plain(class, entry.signature.get()),
-        None => PageEntry::plain(Class::Absent, 0), // a chain has no other classes
+        None => PageEntry::plain(Class::Absent, 0), // unreachable: a chain has no other classes
     }
 }
 
@@ -87,9 +87,9 @@ fn in_parent(signature: u64) -> PageEntry {
 }
 
 impl Classifier {
-    /// `as_parent`: what is not brought is as in the parent; else it is not in memory.
+    /// Creates the classifier. Pages that are never copied are unchanged since the parent if `as_parent`, else holes.
     pub(super) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<SaverState>,
         parent: Option<Chain>,
         as_parent: bool,
         free: Receiver<Builder>,
@@ -100,12 +100,12 @@ impl Classifier {
             Some(parent) if as_parent => parent.nearest().page_map().iter().map(inherited).collect(),
             _ => vec![PageEntry::plain(Class::Absent, 0); pages],
         };
-        let known = KnownPages::new().map_err(SaveError::Memory)?;
+        let known = DedupIndex::new().map_err(SaveError::Memory)?;
         let result = Classified { entries, tickets: 0 };
         Ok(Self { shared, free, full, open: [None, None], result, known, parent })
     }
 
-    /// Works until nobody can send any more.
+    /// Classifies blocks until all senders are closed.
     pub(super) fn run(mut self, copied: &Receiver<Copied>) -> Classified {
         let parent = self.parent.take();
         let mut parents = parent.as_ref().map(Parents::new);
@@ -121,7 +121,7 @@ impl Classifier {
         self.result
     }
 
-    /// None: the packers are gone.
+    /// Classifies the pages of a block. Returns `None` if the packers have exited.
     fn file(&mut self, block: &Copied, mut parents: Option<&mut Parents<'_>>) -> Option<()> {
         let first = self.shared.areas[block.region].first_page + block.page;
         for &(start, end) in &block.absent {
@@ -166,7 +166,7 @@ impl Classifier {
         Some(PageEntry::stored(Class::Data, signature, ticket, slot))
     }
 
-    /// Puts a page into the storage block that is being filled; returns its place.
+    /// Adds a page to the storage block being filled. Returns its ticket and slot.
     fn store(&mut self, block: &Copied, page: usize, bytes: &[u8]) -> Option<(u32, u16)> {
         let open = block.origin as usize;
         if self.open[open].as_ref().is_some_and(|full| full.region != block.region || full.builder.is_full()) {
@@ -179,7 +179,7 @@ impl Classifier {
         }
         let full = self.open[open].as_mut()?;
         let slot = u16::try_from(full.builder.raw_len() / SMALL_PAGE).ok()?;
-        // SAFETY: the slice has a page of bytes.
+        // SAFETY: the slice holds one page.
         unsafe { full.builder.push_page(page, bytes.as_ptr()) };
         Some((full.ticket, slot))
     }

@@ -1,25 +1,25 @@
-//! Saving memory as of one instant while the workload runs on (S4).
+//! Lazy checkpoint (S4): saves memory as of a snapshot point while the workload keeps running.
 //!
 //! ```text
-//! workload ── write to a protected page ──▶ trap thread ──┐ copies the block, releases it
+//! workload ── write to a protected page ──▶ trap thread ──┐ copies the block, unprotects it
 //!                                                         ├──▶ staging slots ──▶ classifier ──▶ packers ──▶ writer
-//! background sweep, over what nobody writes to ───────────┘    (bounded)        zero, pattern,  compress    few, large
+//! background sweep, over all other blocks ────────────────┘    (bounded)        zero, pattern,  compress    few, large
 //!                                                                               duplicate, data             writes
 //! ```
 //!
-//! Protections are synchronous userfaultfd write protections. They are put on while the workload runs: traps that fire
-//! meanwhile are released and noted, so that in the pause only what was released has to be protected again. From the
-//! return of [`Saver::begin`] on, every block of memory is unchanged until it is in state *saved*:
+//! Memory is write-protected through a userfaultfd in synchronous mode, while the workload runs. Blocks written before
+//! the snapshot point are unprotected and recorded, so that the pause only has to protect those again. From the return
+//! of [`Saver::begin`] on, every block of memory is unchanged until its state is *saved*:
 //!
-//! * a block is claimed for copying by one compare-and-swap, by a trap or by the sweep; whoever else meets it waits;
-//! * a protection is only ever taken off a block that is saved;
-//! * pages that are holes when their block is copied were holes at the instant, or read as zeros since.
+//! * a block is claimed for copying by one compare-and-swap, by a trap thread or by the sweep; the other one waits;
+//! * only saved blocks are unprotected;
+//! * a page that is a hole when its block is copied was a hole at the snapshot point, or has read as zeros since.
 //!
-//! With a trace that was on since the parent was saved, nothing of this is needed: see [`rounds`]. And where a trace
-//! shall be on from this instant, see [`follow`].
+//! With a write trace since the parent image, neither traps nor sweep are needed: see [`incremental`]. To leave a trace
+//! from this snapshot point on: see [`trace_handover`].
 //!
-//! We hold the only reference to the userfaultfd: if we die, every protection goes and every waiting thread runs on. An
-//! error (a full disk) or a cancellation takes all protections off at once.
+//! The saver holds the only reference to the userfaultfd. If it exits, the kernel removes every protection and wakes
+//! every blocked thread. On an error (such as a full disk) or a cancellation, the saver removes all protections.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -31,133 +31,133 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use thiserror::Error;
 
 use crate::block::{Builder, Codec};
-use crate::discards::Discards;
+use crate::hole_notifications::Discards;
 use crate::image::{Chain, Finished, ImageWriter, Sizes};
 use crate::segment::Segment;
 use crate::space::AdoptError;
 use crate::trace::{Trace, Userfaults};
 
-mod area;
 mod classify;
-mod follow;
+mod incremental;
 mod output;
-mod rounds;
-mod shared;
 mod source;
 mod staging;
+mod state;
 mod sweep;
+mod trace_handover;
+mod trap_blocks;
 mod traps;
 
-use area::Copied;
 use classify::{Classified, Classifier};
-use follow::Follow;
+pub use incremental::Callbacks;
+use incremental::Rounds;
 use output::Written;
-pub use rounds::Help;
-use rounds::Rounds;
-use shared::Shared;
-pub use shared::Stats;
-pub use source::{ProcessRange, Source};
+pub use source::{PageOrigin, ProcessRange};
 use staging::Staging;
+use state::SaverState;
+pub use state::Stats;
+use trace_handover::TraceHandover;
+use trap_blocks::Copied;
 
-/// Builders that wait to be packed, apart from those that are being filled.
+/// Number of queued builders, in addition to those being filled.
 const QUEUED: usize = 2;
-/// How much others go before the threads that nobody waits for.
+/// Niceness of background threads.
 const NICENESS: libc::c_int = 5;
 
-/// Why a save ended.
+/// Reason for which a checkpoint failed.
 #[derive(Debug, Error)]
 pub enum SaveError {
-    /// The workload's address space cannot be worked on.
+    /// The address space of a process of the workload could not be adopted.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
-    /// A process of the workload has ended.
-    #[error("a process of the workload ended while it was saved")]
+    /// A process of the workload exited.
+    #[error("a process of the workload exited during the checkpoint")]
     Gone,
-    /// The image cannot be written.
-    #[error("the image cannot be written: {0}")]
+    /// The image could not be written.
+    #[error("cannot write the image: {0}")]
     Write(io::Error),
-    /// Contents that are still to come cannot be had: what was said of that.
+    /// Deferred pages could not be loaded, or direct I/O could not be drained.
     #[error("{0}")]
     Bring(io::Error),
-    /// Memory cannot be read, or protected.
-    #[error("memory of the workload cannot be worked on: {0}")]
+    /// Memory could not be read or protected.
+    #[error("cannot read or protect memory of the workload: {0}")]
     Memory(io::Error),
-    /// The workload discarded memory, of which something may not have been saved yet.
+    /// The workload discarded memory, some of which may not have been saved.
     #[error(
-        "memory was given back (by a balloon?) while it was saved: save again when that is over, or with the workload \
-         paused"
+        "memory was discarded during the checkpoint (balloon?); retry when the discards have stopped, or with the \
+         workload paused"
     )]
-    GivenBack,
-    /// The trace since the parent cannot be used: save again, without it.
+    Discarded,
+    /// The trace since the parent cannot be used. A retry without the trace may succeed.
     #[error("{0}")]
     Untraceable(&'static str),
-    /// Somebody asked for it.
+    /// The checkpoint was cancelled.
     #[error("cancelled")]
     Cancelled,
-    /// A thread of ours panicked.
-    #[error("a thread of the saver ended unexpectedly")]
+    /// A thread of the saver panicked.
+    #[error("internal error: a thread of the saver panicked")]
     Thread,
 }
 
-/// Sizes and speeds of a save.
+/// Block sizes and limits of a checkpoint.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// How page blocks are compressed.
+    /// Codec of the page blocks.
     pub codec: Codec,
-    /// Data bytes of a page block: what is compressed as one.
+    /// Data bytes of a page block, the unit of compression.
     pub page_block: usize,
-    /// Data bytes of a storage block: what is read as one.
+    /// Data bytes of a storage block, the unit of reading.
     pub storage_block: usize,
-    /// Bytes that a trap copies and releases, a power of two; at least the page size of the memory.
+    /// Bytes that a trap copies and unprotects: a power of two, at least the page size of the memory.
     pub trap_block: usize,
-    /// Bytes of the staging buffer.
+    /// Size of the staging buffer, bytes.
     pub staging: usize,
-    /// Bytes per second of the background sweep; 0: as fast as it can.
+    /// Bandwidth limit of the sweep, bytes per second; 0 means unlimited.
     pub bandwidth: u64,
-    /// Threads that compress.
+    /// Number of compression threads.
     pub packers: usize,
-    /// Bytes that may be copied in the pause, where a trace says what to save.
-    pub at_instant: usize,
+    /// Maximum number of bytes copied during the pause, if a trace reports the pages to save.
+    pub max_pause_bytes: usize,
 }
 
-/// Write traces between this save and others.
+/// Write traces shared with earlier and later checkpoints.
 #[derive(Debug)]
 pub enum Traces {
-    /// None.
+    /// No traces.
     Without,
-    /// By these userfaultfds, on from this instant on.
+    /// Leave traces on these userfaultfds from the snapshot point on.
     Leave(Userfaults),
-    /// By these, on since the parent was saved, and from this instant on for the next.
+    /// Use the traces on these userfaultfds since the parent, and leave them for the next checkpoint.
     TakeUp(Userfaults),
-    /// By these, which are put on now, and stay on from this instant on: for workloads that do direct I/O, which could
-    /// pin a page while a synchronous trap is exchanged for a trace.
+    /// Install traces on these userfaultfds now, and leave them from the snapshot point on. For workloads with direct
+    /// I/O, which could pin a page while its synchronous protection is replaced by a trace.
     Begin(Userfaults),
-    /// By these, which are those of a pager that is held: contents are still to come, and it stays so.
+    /// Install traces on the userfaultfds of an acquired pager, which keeps them: contents are deferred.
     Borrow(Userfaults),
 }
 
-/// How pages are found that no trap brings.
+/// Method of finding the pages to save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pages {
-    /// By the sweep.
+    /// All pages, by traps and the sweep.
     Swept,
-    /// By a trace; those that it does not tell of are as in the parent, or else not in memory.
+    /// Pages reported by a trace. All others are unchanged since the parent if `as_parent`, else holes.
     InRounds { as_parent: bool },
 }
 
-/// A region to save.
+/// SavedRegion to save.
 #[derive(Debug, Clone)]
-pub struct Region {
-    /// Its contents.
-    pub source: Source,
-    /// Its page size: 4 KiB, or that of hugetlbfs.
+pub struct SavedRegion {
+    /// Origin of the contents.
+    pub source: PageOrigin,
+    /// Page size, bytes: 4 KiB, or that of hugetlbfs.
     pub page_size: usize,
 }
 
-/// A save under way. Dropping it cancels it and leaves the workload alone.
+/// Checkpoint in progress. Dropping it cancels the checkpoint; the workload keeps running.
 #[derive(Debug)]
 pub struct Saver {
-    shared: Arc<Shared>,
+    shared: Arc<SaverState>,
     start: Option<Sender<()>>,
     rounds: Option<Rounds>,
     leaves: bool,
@@ -168,19 +168,17 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Protects `segments` while the workload runs, and makes everything ready for [`begin`](Self::begin).
+    /// Write-protects `segments` while the workload runs, and prepares everything for [`begin`](Self::begin).
     ///
-    /// With `parent` (a chain over the same regions), pages that it holds are not stored again.
-    ///
-    /// Without segments nothing is protected: then the workload must stay paused until the end.
-    ///
-    /// With traces that are taken up, begun or borrowed, [`prepare`](Self::prepare) comes first.
+    /// Pages that `parent` (a chain over the same regions) holds are not stored again. Without segments nothing is
+    /// protected, and the workload must stay paused until the end. With [`Traces::TakeUp`], [`Traces::Begin`] or
+    /// [`Traces::Borrow`], [`prepare`](Self::prepare) must be called before `begin`.
     ///
     /// # Errors
-    /// When a process cannot be adopted, or one of its segments is registered with somebody else's userfaultfd (EBUSY).
-    /// [`SaveError::Untraceable`], here or from [`begin`](Self::begin), where a trace that is taken up cannot be used.
+    /// If a process cannot be adopted, or if a segment is registered with another userfaultfd (EBUSY).
+    /// [`SaveError::Untraceable`], here or from [`begin`](Self::begin), if the trace since the parent cannot be used.
     pub fn arm(
-        regions: Vec<Region>,
+        regions: Vec<SavedRegion>,
         segments: Vec<Segment>,
         file: OwnedFd,
         id: [u8; 16],
@@ -190,33 +188,35 @@ impl Saver {
     ) -> Result<Self, SaveError> {
         let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
         let image = ImageWriter::new(file, id, sizes).map_err(SaveError::Write)?;
-        let areas = area::areas(regions, options.trap_block);
+        let areas = trap_blocks::areas(regions, options.trap_block);
         let slot = areas.iter().map(|area| area.trap_block).max().unwrap_or(options.trap_block);
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let leaves = matches!(traces, Traces::TakeUp(_) | Traces::Begin(_));
         let as_parent = matches!(traces, Traces::TakeUp(_));
         if as_parent && parent.is_none() {
-            return Err(SaveError::Untraceable("there is no parent"));
+            return Err(SaveError::Untraceable("cannot use the trace since the parent: no parent image given"));
         }
         let (armed, follow, trace) = match traces {
             Traces::Without => (traps::register(segments)?, None, None),
-            Traces::Leave(userfaults) => (traps::register(segments)?, Some(Follow::new(userfaults, areas.len())), None),
+            Traces::Leave(userfaults) => {
+                (traps::register(segments)?, Some(TraceHandover::new(userfaults, areas.len())), None)
+            }
             Traces::Begin(userfaults) => {
                 (Vec::new(), None, Some(Trace::begin_on(segments, &userfaults).map_err(trouble)?))
             }
             Traces::Borrow(userfaults) => {
-                (Vec::new(), None, Some(Trace::put_on(segments, &userfaults).map_err(trouble)?))
+                (Vec::new(), None, Some(Trace::install_on(segments, &userfaults).map_err(trouble)?))
             }
             Traces::TakeUp(userfaults) => {
                 let found = Trace::take_up(segments, &userfaults);
-                let lost = |_| SaveError::Untraceable("the trace since the parent is not on all of its memory");
+                let lost = |_| SaveError::Untraceable("the trace since the parent does not cover all memory");
                 (Vec::new(), None, Some(found.map_err(lost)?))
             }
         };
         let files = areas.iter().filter_map(|area| area.source.file());
         let discards = Discards::watch(files).map_err(SaveError::Memory)?;
         let live = trace.is_some() || !armed.is_empty();
-        let shared = Arc::new(Shared::new(areas, armed, staging, discards, follow, live));
+        let shared = Arc::new(SaverState::new(areas, armed, staging, discards, follow, live));
         let mut saver = Self {
             shared,
             start: None,
@@ -231,7 +231,7 @@ impl Saver {
         if let Some(trace) = trace {
             let since = parent.clone().filter(|_| as_parent);
             let slots = saver.spawn(image, parent, Pages::InRounds { as_parent }, options)?;
-            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots, options.at_instant));
+            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots, options.max_pause_bytes));
         } else {
             saver.spawn(image, parent, Pages::Swept, options)?;
             saver.shared.protect_all().map_err(SaveError::Memory)?;
@@ -240,9 +240,13 @@ impl Saver {
         Ok(saver)
     }
 
-    /// Where a trace says what to save: saves in rounds, while the workload runs, until little enough is left. Else
-    /// there is nothing to be done.
-    pub fn prepare(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
+    /// Saves in rounds while the workload runs, until few enough pages are left for the pause. Does nothing without a
+    /// trace that reports the pages to save.
+    ///
+    /// # Errors
+    /// [`SaveError::Untraceable`] if rounds do not converge or memory is discarded, and errors of the memory and of
+    /// `help`.
+    pub fn prepare(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
         let begin = Instant::now();
         if let Some(rounds) = &mut self.rounds {
             rounds.run(help)?;
@@ -251,7 +255,7 @@ impl Saver {
         Ok(())
     }
 
-    /// Pages in rounds come by the channel that is returned.
+    /// Starts all threads. Returns the channel for blocks that are copied in rounds.
     fn spawn(
         &mut self,
         image: ImageWriter,
@@ -273,13 +277,13 @@ impl Saver {
             let _ = spare.send(Vec::new());
         }
         let (start, started) = bounded::<()>(1);
-        let mut bells = Vec::new();
+        let mut wakeups = Vec::new();
         for (number, uffd) in traps::processes(&shared.armed).into_iter().enumerate() {
-            let (bell, heard) = std::os::unix::net::UnixStream::pair().map_err(SaveError::Memory)?;
-            bells.push(bell);
+            let (wakeup, woken) = std::os::unix::net::UnixStream::pair().map_err(SaveError::Memory)?;
+            wakeups.push(wakeup);
             let (shared, slots) = (shared.clone(), slots.clone());
             self.threads.push(thread(&all, &format!("pf-trap-{number}"), move || {
-                traps::serve(&shared, &uffd, &heard, &slots)
+                traps::serve(&shared, &uffd, &woken, &slots)
             })?);
         }
         let (swept, bandwidth, rounds) = (shared.clone(), options.bandwidth, slots.clone());
@@ -288,7 +292,7 @@ impl Saver {
                 sweep::run(&swept, &slots, bandwidth);
             }
             swept.release_all();
-            drop((slots, bells)); // the trap threads end, then whoever works on what they have sent
+            drop((slots, wakeups)); // ends the trap threads, and with them the threads that process their blocks
         })?);
         let as_parent = pages == Pages::InRounds { as_parent: true };
         let classifier = Classifier::new(shared.clone(), parent, as_parent, builders, full)?;
@@ -304,7 +308,11 @@ impl Saver {
         Ok(rounds)
     }
 
-    /// The instant: what memory holds now is what is saved. The workload is paused, and may run on when this returns.
+    /// Sets the snapshot point, while the workload is paused. The workload may resume when this returns. Returns the
+    /// duration.
+    ///
+    /// # Errors
+    /// As for [`arm`](Self::arm) and [`prepare`](Self::prepare).
     pub fn begin(&mut self) -> Result<Duration, SaveError> {
         let begin = Instant::now();
         match self.rounds.take() {
@@ -314,37 +322,37 @@ impl Saver {
         Ok(begin.elapsed())
     }
 
-    /// Starts the sweep, after [`begin`](Self::begin). Traps are served without it: the CPUs are better left to the
-    /// workload until it runs again.
+    /// Starts the sweep, after [`begin`](Self::begin). Traps are served without it, so that the caller can leave the
+    /// CPUs to the workload until it has resumed.
     pub fn sweep(&mut self) {
         if let Some(start) = self.start.take() {
             let _ = start.send(());
         }
     }
 
-    /// Whether traces are on all memory from the instant on, once it is finished.
+    /// Returns whether, after `finish`, traces cover all memory since the snapshot point.
     pub fn leaves_traces(&self) -> bool {
-        self.leaves || self.shared.follow.as_ref().is_some_and(Follow::whole)
+        self.leaves || self.shared.follow.as_ref().is_some_and(TraceHandover::whole)
     }
 
-    /// How long it took to protect everything while the workload ran; with a trace since the parent, to save in rounds.
+    /// Returns how long it took to protect all memory or, with a trace since the parent, to save in rounds.
     pub fn arm_time(&self) -> Duration {
         self.arm_time
     }
 
-    /// What can be done about a save from other threads.
+    /// Returns a handle for use by other threads.
     pub fn handle(&self) -> Handle {
         Handle(self.shared.clone())
     }
 
-    /// Waits for the end, adds `sections`, and writes the index: the image is complete and synced.
+    /// Waits for all threads, adds `sections`, and writes the index. The image is then complete and synced.
     ///
     /// # Errors
-    /// What went wrong first. The file is worth nothing then.
+    /// The first error of the checkpoint. The image file is then unusable.
     pub fn finish(&mut self, sections: &[(u32, Vec<u8>)]) -> Result<Finished, SaveError> {
         if self.start.is_some() && !self.shared.failed() {
-            // What nobody has written to would be missing, and would not be missed.
-            return Err(SaveError::Memory(io::Error::other("the end comes after `sweep`")));
+            // Without the sweep, blocks that were not written would silently be missing.
+            return Err(SaveError::Memory(io::Error::other("cannot finish a checkpoint before its sweep")));
         }
         let (classified, written) = self.join()?;
         if let Some(error) = self.shared.error() {
@@ -358,12 +366,15 @@ impl Saver {
         image.finish(self.shared.areas.len(), &page_map).map_err(SaveError::Write)
     }
 
-    /// Cancels what is still under way, and waits for its threads.
+    /// Cancels the checkpoint if it is in progress, and waits for its threads.
+    ///
+    /// # Errors
+    /// [`SaveError::Thread`] if a thread panicked.
     pub fn close(&mut self) -> Result<(), SaveError> {
         self.shared.fail(SaveError::Cancelled);
         match self.join() {
             Err(SaveError::Thread) => Err(SaveError::Thread),
-            _ => Ok(()), // joined now, or before
+            _ => Ok(()), // joined
         }
     }
 
@@ -384,29 +395,29 @@ impl Drop for Saver {
     }
 }
 
-/// A save, for those who watch it.
+/// Handle to a checkpoint, to observe or cancel it.
 #[derive(Debug, Clone)]
-pub struct Handle(Arc<Shared>);
+pub struct Handle(Arc<SaverState>);
 
 impl Handle {
-    /// Counters, so far.
+    /// Returns the counters.
     pub fn stats(&self) -> &Stats {
         &self.0.stats
     }
 
-    /// Waits until everything is written (or has failed), at most for `time`; returns whether it is.
+    /// Waits up to `time` until everything is written or has failed. Returns whether that is the case.
     pub fn wait(&self, time: Duration) -> bool {
         self.0.wait(time)
     }
 
-    /// Ends the save soon; the workload is released at once.
+    /// Cancels the checkpoint. All memory is unprotected at once.
     pub fn cancel(&self) {
         self.0.fail(SaveError::Cancelled);
     }
 }
 
-/// Should a thread of ours panic, the workload must not go on waiting for it.
-struct Watchdog(Arc<Shared>);
+/// Guard that fails the checkpoint if its thread panics, so that the workload does not block forever.
+struct Watchdog(Arc<SaverState>);
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
@@ -417,7 +428,7 @@ impl Drop for Watchdog {
 }
 
 fn thread<T: Send + 'static>(
-    shared: &Arc<Shared>,
+    shared: &Arc<SaverState>,
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
@@ -433,16 +444,17 @@ fn trouble(error: io::Error) -> SaveError {
     if traps::is_gone(&error) { SaveError::Gone } else { SaveError::Memory(error) }
 }
 
-/// A thread that nobody waits for: the workload and the threads that serve its traps come first.
+/// Starts a thread with a lower priority than the workload and the trap threads.
 fn background<T: Send + 'static>(
-    shared: &Arc<Shared>,
+    shared: &Arc<SaverState>,
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, SaveError> {
     let workload_runs = shared.live;
     thread(shared, name, move || {
         if workload_runs {
-            // SAFETY: takes no pointers. For process 0 it is about the calling thread alone; failing does no harm.
+            // SAFETY: setpriority takes no pointers. Process 0 means the calling thread. A failure only affects
+            // priorities.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
         }
         work()

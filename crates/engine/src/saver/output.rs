@@ -1,4 +1,4 @@
-//! Storage blocks on their way into the file: compressed by some threads, written by one.
+//! Output of storage blocks: compressed by several threads, written by one.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -6,36 +6,36 @@ use std::sync::atomic::Ordering;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::SaveError;
-use super::shared::Shared;
+use super::state::SaverState;
 use crate::block::{Builder, Built};
 use crate::image::ImageWriter;
 
-/// A storage block that holds all its pages.
+/// Filled storage block.
 #[derive(Debug)]
 pub(super) struct Full {
-    /// Stands for its number, which it gets when it is written.
+    /// Placeholder for the block number, which is assigned when the block is written.
     pub(super) ticket: u32,
     pub(super) region: usize,
     pub(super) builder: Builder,
 }
 
-/// A storage block as it goes into the file.
+/// Compressed storage block in its file format.
 #[derive(Debug)]
 pub(super) struct Packed {
     ticket: u32,
-    /// Length of the part before the payload.
+    /// Length of the bytes before the payload.
     head: usize,
     bytes: Vec<u8>,
 }
 
-/// The image without its index, and which ticket became which block.
+/// Image without its index, and the block number of each ticket.
 #[derive(Debug)]
 pub(super) struct Written {
     pub(super) image: ImageWriter,
     pub(super) numbers: HashMap<u32, u32>,
 }
 
-/// Compresses blocks until there are no more.
+/// Compresses blocks until the channel is closed.
 pub(super) fn pack(
     full: &Receiver<Full>,
     free: &Sender<Builder>,
@@ -56,9 +56,9 @@ pub(super) fn pack(
     }
 }
 
-/// Writes blocks until there are no more. After an error they are only counted out, so that nobody waits for ever.
+/// Writes blocks until the channel is closed. After an error, discards them, so that no sender blocks.
 pub(super) fn write(
-    shared: &Shared,
+    shared: &SaverState,
     mut image: ImageWriter,
     packed: &Receiver<Packed>,
     spare: &Sender<Vec<u8>>,

@@ -1,4 +1,4 @@
-//! Where the contents of a region are read: in a shared file that we map too, or in the address space of a process.
+//! Access to the contents of a region: in a shared file that the saver maps, or in the address space of a process.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -9,28 +9,28 @@ use crate::mapping::{Mapping, walk};
 use crate::space::Space;
 use crate::uapi::{PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PmScanArg};
 
-/// A region's contents.
+/// Origin of the contents of a region.
 #[derive(Debug, Clone)]
-pub enum Source {
-    /// In a file that is mapped here.
+pub enum PageOrigin {
+    /// SaverState file, through our mapping.
     Shared(Arc<Mapping>),
-    /// In a process, at an address: any memory that it may read.
+    /// Memory of a process that we may read.
     Process(ProcessRange),
 }
 
-/// A stretch of the address space of a process.
+/// Range of the address space of a process.
 #[derive(Debug, Clone)]
 pub struct ProcessRange {
-    /// Whose.
+    /// Address space.
     pub space: Arc<Space>,
     /// First byte, page aligned.
     pub address: u64,
-    /// Bytes, page aligned.
+    /// Length in bytes, page aligned.
     pub len: usize,
 }
 
-impl Source {
-    /// Bytes.
+impl PageOrigin {
+    /// Returns the length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> usize {
         match self {
@@ -39,12 +39,12 @@ impl Source {
         }
     }
 
-    /// Small pages.
+    /// Returns the number of base pages.
     pub fn pages(&self) -> usize {
         self.len() / SMALL_PAGE
     }
 
-    /// The file behind it.
+    /// Returns the descriptor of the file, if there is one.
     pub fn file(&self) -> Option<RawFd> {
         match self {
             Self::Shared(mapping) => Some(mapping.file()),
@@ -52,7 +52,10 @@ impl Source {
         }
     }
 
-    /// The parts that are in memory (or swap), as (start, end) in bytes.
+    /// Returns the ranges that are present in memory or swap, as (start, end) in bytes.
+    ///
+    /// # Errors
+    /// Errors of lseek(2) or PAGEMAP_SCAN.
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
         match self {
             Self::Shared(mapping) => mapping.data_ranges(),
@@ -60,7 +63,10 @@ impl Source {
         }
     }
 
-    /// Those of `[start, end)`. Not for hugetlbfs files.
+    /// Returns the present ranges within `[start, end)`. Not for hugetlbfs files.
+    ///
+    /// # Errors
+    /// Errors of lseek(2) or PAGEMAP_SCAN.
     pub fn data_within(&self, start: usize, end: usize) -> io::Result<Vec<(usize, usize)>> {
         match self {
             Self::Shared(mapping) => mapping.data_within(start, end),
@@ -68,7 +74,7 @@ impl Source {
         }
     }
 
-    /// Whether a page is in memory (or swap).
+    /// Returns whether a page is present in memory or swap.
     pub(super) fn is_data(&self, start: usize) -> io::Result<bool> {
         match self {
             Self::Shared(mapping) => mapping.is_data(start),
@@ -76,7 +82,7 @@ impl Source {
         }
     }
 
-    /// Whether a page that is in memory has nothing but zeros.
+    /// Returns whether a present page contains only zeros.
     pub(super) fn is_zero(&self, page: usize) -> io::Result<bool> {
         match self {
             Self::Shared(mapping) => Ok(mapping.is_zero(page)),
@@ -88,7 +94,7 @@ impl Source {
         }
     }
 
-    /// Copies whole pages from `start` on, which nobody writes to meanwhile.
+    /// Copies whole pages from offset `start` on. The workload must not write to them during the call.
     pub(super) fn read(&self, start: usize, target: &mut [u8]) -> io::Result<()> {
         let mapping = match self {
             Self::Process(range) => return range.read(start, target),
@@ -96,8 +102,8 @@ impl Source {
         };
         let first = start / SMALL_PAGE;
         assert!(first + target.len() / SMALL_PAGE <= mapping.pages(), "pages beyond the mapping");
-        // SAFETY: the pages are within the mapping, by the assertion; the target is ours. Nobody writes to the pages:
-        // they are protected in every mapping but ours, or the workload is paused.
+        // SAFETY: the pages lie within the mapping, by the assertion; the target is exclusively borrowed. The pages do
+        // not change, because they are protected in every mapping but ours or the workload is paused.
         unsafe { std::ptr::copy_nonoverlapping(mapping.page(first), target.as_mut_ptr(), target.len()) };
         Ok(())
     }
@@ -120,7 +126,7 @@ impl ProcessRange {
             let local = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
             let address = self.address + (start + done) as u64;
             let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: rest.len() };
-            // SAFETY: the local part is a slice of ours; the remote one is only looked up in the other address space.
+            // SAFETY: the local buffer is exclusively borrowed. The kernel checks the remote address.
             let got = unsafe { libc::process_vm_readv(self.space.pid(), &raw const local, 1, &raw const remote, 1, 0) };
             match usize::try_from(got) {
                 Ok(0) => return Err(io::Error::from_raw_os_error(libc::EFAULT)),

@@ -1,24 +1,24 @@
-//! The staging buffer: slots that hold copied blocks until they are packed. A part of them is for traps alone.
+//! Staging buffer: slots for copied blocks until they are packed. Some slots are reserved for traps.
 
 use parking_lot::{Condvar, Mutex};
 
-/// Who wants a slot.
+/// Origin of a request for a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// A thread of the workload waits.
+    /// Trap thread: a thread of the workload is blocked.
     Trap,
-    /// Nobody waits.
+    /// Sweep or rounds: the workload is not blocked.
     Sweep,
 }
 
-/// A fixed number of slots.
+/// Fixed number of slots.
 #[derive(Debug)]
 pub(super) struct Staging {
     state: Mutex<State>,
     more: Condvar,
-    /// Bytes of a slot.
+    /// Size of a slot, bytes.
     slot: usize,
-    /// Slots that the sweep leaves free.
+    /// Number of slots reserved for traps.
     reserve: usize,
 }
 
@@ -29,15 +29,15 @@ struct State {
 }
 
 impl Staging {
-    /// At least two slots: one for traps, one for the sweep.
+    /// Allocates at least two slots: one for traps, one for the sweep.
     pub(super) fn new(slot: usize, count: usize) -> Self {
         let count = count.max(2);
-        // Not zeros: those would be allocated at the first trap, while the workload waits.
+        // Not zeros, which would be allocated at the first trap, while a thread of the workload is blocked.
         let free = (0..count).map(|_| vec![1; slot].into_boxed_slice()).collect();
         Self { state: Mutex::new(State { free, closed: false }), more: Condvar::new(), slot, reserve: count / 2 }
     }
 
-    /// A slot, and whether one had to be waited for; none once closed.
+    /// Takes a slot. Returns it and whether the caller had to wait, or `None` once closed.
     pub(super) fn take(&self, origin: Origin) -> Option<(Box<[u8]>, bool)> {
         let left = if origin == Origin::Trap { 0 } else { self.reserve };
         let mut state = self.state.lock();
@@ -49,19 +49,19 @@ impl Staging {
         if state.closed { None } else { state.free.pop().map(|slot| (slot, waited)) }
     }
 
-    /// A slot at once, a new one if need be.
+    /// Takes a slot without waiting; allocates one if none is free.
     pub(super) fn take_now(&self) -> Box<[u8]> {
         let free = self.state.lock().free.pop();
         free.unwrap_or_else(|| vec![1; self.slot].into_boxed_slice())
     }
 
-    /// Takes a slot back.
+    /// Returns a slot.
     pub(super) fn give(&self, slot: Box<[u8]>) {
         self.state.lock().free.push(slot);
         self.more.notify_all();
     }
 
-    /// From now on nobody gets a slot, and nobody waits for one.
+    /// Closes the buffer: no caller gets a slot or waits for one from now on.
     pub(super) fn close(&self) {
         self.state.lock().closed = true;
         self.more.notify_all();

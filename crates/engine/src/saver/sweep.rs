@@ -1,4 +1,4 @@
-//! The background sweep: saves what nobody writes to, at its own rate, and releases it in large ranges.
+//! Background sweep: saves all blocks that traps do not save, at a limited rate, and unprotects them in large ranges.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::area::{Area, COPYING, Copied, SAVED, UNSAVED};
-use super::follow::Kept;
-use super::shared::Shared;
 use super::staging::Origin;
+use super::state::SaverState;
+use super::trace_handover::Kept;
+use super::trap_blocks::{Area, COPYING, Copied, SAVED, UNSAVED};
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
-/// Longest sleep of a sweep that is ahead of its rate: then it looks whether it has been cancelled.
+/// Longest sleep between two checks for cancellation.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// The kernel tells of a discard after it was made: how long to wait for what it may still have to tell.
+/// Wait for notifications of discards, which the kernel sends after the discard.
 const NOTICE: Duration = Duration::from_millis(5);
 
-/// Saves everything that traps do not save first. Ends early when the save has failed.
-pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
-    let mut pace = Pace { since: Instant::now(), bytes: 0, bandwidth };
+/// Saves all blocks that traps have not saved. Returns early if the checkpoint has failed.
+pub(super) fn run(shared: &SaverState, slots: &Sender<Copied>, bandwidth: u64) {
+    let mut pace = RateLimit { since: Instant::now(), bytes: 0, bandwidth };
     for region in 0..shared.areas.len() {
         if let Err(error) = region_of(shared, slots, region, &mut pace) {
             shared.fail(error);
@@ -30,16 +30,21 @@ pub(super) fn run(shared: &Shared, slots: &Sender<Copied>, bandwidth: u64) {
     std::thread::sleep(NOTICE);
     match shared.discards.seen() {
         Ok(false) => {}
-        Ok(true) => shared.fail(SaveError::GivenBack),
+        Ok(true) => shared.fail(SaveError::Discarded),
         Err(error) => shared.fail(SaveError::Memory(error)),
     }
 }
 
-fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut Pace) -> Result<(), SaveError> {
+fn region_of(
+    shared: &SaverState,
+    slots: &Sender<Copied>,
+    region: usize,
+    pace: &mut RateLimit,
+) -> Result<(), SaveError> {
     let area = &shared.areas[region];
     let blocks_at_once = (LARGE_PAGE / area.trap_block).max(1);
     let mut kept = shared.follow.as_ref().map(|_| Kept::default());
-    // On hugetlbfs what is there is found once: what comes later was not there at the instant.
+    // In hugetlbfs, scan once: a page allocated later was a hole at the snapshot point.
     let known = if area.hugetlb { Some(area.source.data_ranges().map_err(SaveError::Memory)?) } else { None };
     for first in (0..area.blocks()).step_by(blocks_at_once) {
         let end = (first + blocks_at_once).min(area.blocks());
@@ -56,7 +61,7 @@ fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut 
             if data.iter().any(|&(from, to)| from < start + len && start < to) {
                 save(shared, slots, region, block, pace, kept.as_mut())?;
             } else {
-                // A hole, and protected until now: it was one at the instant.
+                // Still protected, so it was a hole at the snapshot point.
                 area.change(block, UNSAVED, SAVED);
             }
         }
@@ -70,11 +75,11 @@ fn region_of(shared: &Shared, slots: &Sender<Copied>, region: usize, pace: &mut 
 }
 
 fn save(
-    shared: &Shared,
+    shared: &SaverState,
     slots: &Sender<Copied>,
     region: usize,
     block: usize,
-    pace: &mut Pace,
+    pace: &mut RateLimit,
     kept: Option<&mut Kept>,
 ) -> Result<(), SaveError> {
     let area: &Area = &shared.areas[region];
@@ -103,15 +108,15 @@ fn save(
     Ok(())
 }
 
-/// Bytes per second since a moment.
-struct Pace {
+/// Rate limit, bytes per second since `since`.
+struct RateLimit {
     since: Instant,
     bytes: u64,
     bandwidth: u64,
 }
 
-impl Pace {
-    /// Sleeps while more has been saved than the rate allows.
+impl RateLimit {
+    /// Sleeps while the sweep is ahead of the limit.
     fn wait(&self, given_up: impl Fn() -> bool) {
         if self.bandwidth == 0 {
             return;

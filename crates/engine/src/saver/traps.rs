@@ -1,4 +1,4 @@
-//! Traps: writes of the workload to blocks that are not saved yet. One thread per process of the workload.
+//! Trap threads: serve writes of the workload to unsaved blocks. There is one thread per process of the workload.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,33 +10,33 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::area::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
-use super::shared::Shared;
 use super::staging::Origin;
+use super::state::SaverState;
+use super::trap_blocks::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
 use crate::SMALL_PAGE;
 use crate::faults::Event;
 use crate::segment::{Segment, register_for_writes};
 use crate::space::AdoptError;
 use crate::uapi::{self, Userfault};
 
-/// How long a handler looks for the next trap before it sleeps: waking up costs more than a whole trap.
+/// Time to poll for the next trap before blocking: a wake-up takes longer than a trap.
 const SPIN: Duration = Duration::from_micros(30);
 
-/// A segment under a userfaultfd.
+/// Segment registered with a userfaultfd.
 #[derive(Debug)]
 pub(super) struct Armed {
     pub(super) segment: Segment,
     pub(super) uffd: Arc<Userfault>,
 }
 
-/// Registers segments, one userfaultfd per process. Nothing is protected yet.
+/// Registers segments, with one userfaultfd per process. Nothing is protected yet.
 pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError> {
     let features = uapi::FEATURE_PAGEFAULT_FLAG_WP | uapi::FEATURE_WP_HUGETLBFS_SHMEM | uapi::FEATURE_WP_UNPOPULATED;
     let registered = register_for_writes(segments, |space| space.full_userfault(features))?;
     Ok(registered.into_iter().map(|(segment, uffd)| Armed { segment, uffd }).collect())
 }
 
-/// The userfaultfd of every process.
+/// Returns the userfaultfd of each process.
 pub(super) fn processes(armed: &[Armed]) -> Vec<Arc<Userfault>> {
     let mut found: Vec<Arc<Userfault>> = Vec::new();
     for Armed { uffd, .. } in armed {
@@ -47,8 +47,8 @@ pub(super) fn processes(armed: &[Armed]) -> Vec<Arc<Userfault>> {
     found
 }
 
-/// Serves the traps of a process until the other end of `bell` is closed.
-pub(super) fn serve(shared: &Shared, uffd: &Arc<Userfault>, bell: &UnixStream, slots: &Sender<Copied>) {
+/// Serves the traps of a process until the peer of `wakeup` is closed.
+pub(super) fn serve(shared: &SaverState, uffd: &Arc<Userfault>, wakeup: &UnixStream, slots: &Sender<Copied>) {
     let mut events = Vec::new();
     let mut idle = Instant::now();
     loop {
@@ -66,7 +66,7 @@ pub(super) fn serve(shared: &Shared, uffd: &Arc<Userfault>, bell: &UnixStream, s
             idle = Instant::now();
         } else if idle.elapsed() < SPIN {
             std::hint::spin_loop();
-        } else if sleep(uffd, bell) {
+        } else if sleep(uffd, wakeup) {
             return;
         } else {
             idle = Instant::now();
@@ -74,16 +74,16 @@ pub(super) fn serve(shared: &Shared, uffd: &Arc<Userfault>, bell: &UnixStream, s
     }
 }
 
-/// Waits for a trap; returns whether the bell was closed.
-fn sleep(uffd: &Arc<Userfault>, bell: &UnixStream) -> bool {
+/// Waits for a trap. Returns whether the peer of `wakeup` was closed.
+fn sleep(uffd: &Arc<Userfault>, wakeup: &UnixStream) -> bool {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let mut polls = [poll(uffd.as_raw_fd()), poll(bell.as_raw_fd())];
+    let mut polls = [poll(uffd.as_raw_fd()), poll(wakeup.as_raw_fd())];
     // SAFETY: two pollfds that live through the call.
     let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) };
     ready > 0 && polls[1].revents != 0
 }
 
-fn trap(shared: &Shared, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Copied>) {
+fn trap(shared: &SaverState, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Copied>) {
     let begin = Instant::now();
     let holds = |armed: &&Armed| {
         let Segment { address: start, len, .. } = armed.segment;
@@ -93,7 +93,7 @@ fn trap(shared: &Shared, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Cop
     let segment = &armed.segment;
     let area = &shared.areas[segment.region];
     let block = (segment.first_page + segment.page_of(address)) * SMALL_PAGE / area.trap_block;
-    if shared.release_before_instant(armed, block) {
+    if shared.release_before_snapshot(armed, block) {
         return;
     }
     if let Err(error) = save(shared, segment.region, block, slots) {
@@ -105,7 +105,7 @@ fn trap(shared: &Shared, uffd: &Arc<Userfault>, address: u64, slots: &Sender<Cop
     shared.stats.trap(begin.elapsed());
 }
 
-fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) -> Result<(), SaveError> {
+fn save(shared: &SaverState, region: usize, block: usize, slots: &Sender<Copied>) -> Result<(), SaveError> {
     let area = &shared.areas[region];
     if area.state(block) == UNSAVED {
         let Some((mut slot, waited)) = shared.staging.take(Origin::Trap) else { return Ok(()) };
@@ -125,12 +125,12 @@ fn save(shared: &Shared, region: usize, block: usize, slots: &Sender<Copied>) ->
     Ok(())
 }
 
-/// Where bytes of a region, whole pages, lie in a segment, as (address, length); none of them may.
+/// Returns the address and length of a byte range of a region in a segment, or `None` if they do not overlap.
 pub(super) fn within(segment: &Segment, start: usize, len: usize) -> Option<(u64, u64)> {
     segment.part(start / SMALL_PAGE, (start + len) / SMALL_PAGE)
 }
 
-/// Whether the error of a call on a userfaultfd means that its process has ended.
+/// Returns whether the error of a userfaultfd call means that the process has exited.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ESRCH)
 }

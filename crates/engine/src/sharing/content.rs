@@ -1,29 +1,29 @@
-//! What a small page holds, as far as sharing cares.
+//! Classification of the contents of a base page for sharing.
 
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
 
 use crate::SMALL_PAGE;
 
-/// Words of a small page.
+/// Number of words of a base page.
 pub const WORDS: usize = SMALL_PAGE / size_of::<u64>();
 
-/// The content of a small page.
+/// Contents of a base page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// Zeros only.
+    /// Zeros.
     Zero,
-    /// One word of 8 bytes over and over, which is not zero.
+    /// Repeated 8-byte word other than zero.
     Pattern(u64),
-    /// Anything else, by its hash. Pages of one hash *may* be the same: whoever shares them compares them first.
+    /// Any other contents, by their hash. Pages with the same hash may differ: compare them before sharing.
     Data(u64),
 }
 
 impl Content {
-    /// Of a copy of a page: what is in memory may be written to meanwhile.
+    /// Classifies a copy of a page. It must be a copy, because the workload may write to the page.
     pub fn of(words: &[u64; WORDS]) -> Self {
         let first = words[0];
-        // Nearly all pages of data are told from patterns by their second word.
+        // For most data pages, the second word differs from the first.
         if words.iter().any(|&word| word != first) {
             return Self::Data(xxh3_64(words.as_bytes()));
         }
@@ -42,7 +42,7 @@ mod tests {
         for at in [0, 1, 255, WORDS - 1] {
             let mut words = [0; WORDS];
             words[at] = 1;
-            assert!(matches!(Content::of(&words), Content::Data(_)), "a single word differs at {at}");
+            assert!(matches!(Content::of(&words), Content::Data(_)), "word {at} differs");
         }
         let (mut one, mut other) = ([7; WORDS], [7; WORDS]);
         (one[9], other[8]) = (8, 8);

@@ -1,8 +1,8 @@
-//! Pages of a shared file, which may hold less than it should: what is still to come (S8) is known by its signature.
+//! Pages of a shared file, including pages whose contents are deferred (S8), which are known by their signatures.
 //!
-//! A restore sets a flag for each page that memory does not hold yet, and its image has class and signature of every
-//! page: the same xxh3-64 that a page in memory has here. So nothing has to be loaded, or read from the image, to know
-//! which pages are equal.
+//! A restore sets a bit for each deferred page. The image contains class and signature of every page; the signature is
+//! the same xxh3-64 that a scan computes for pages in memory. Duplicates are therefore found without loading deferred
+//! pages.
 
 use std::io;
 use std::sync::Arc;
@@ -16,26 +16,26 @@ use crate::pager::Flags;
 use crate::pages::PageSet;
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// Contents that are still to come to a region.
+/// Deferred contents of a region.
 #[derive(Debug)]
 pub struct Deferred {
-    /// Of all regions.
+    /// Deferred bitmap of all regions.
     pub flags: Arc<Flags>,
-    /// Number of the first page of the region, counted over all regions.
+    /// Index of the first page of the region, counted over all regions.
     pub base: usize,
-    /// Where they come from; None where that does not tell what pages hold. These are left out.
+    /// Image that contains the contents. `None` if their origin has no signatures; such pages are ignored.
     pub image: Option<Arc<Image>>,
-    /// 2 MiB units that will stand on large pages: what the image does not have of these is zeros in memory.
+    /// 2 MiB units that will be backed by huge pages. Pages of these units that the image lacks are zeros in memory.
     pub large: Vec<bool>,
 }
 
 impl Deferred {
-    /// Whether a unit will stand on a large page.
+    /// Returns whether a unit will be backed by a huge page.
     fn is_large(&self, unit: usize) -> bool {
         self.image.is_some() && self.large.get(unit).copied().unwrap_or(false)
     }
 
-    /// What a page of the region will hold; nothing where the image has no such page.
+    /// Returns the future contents of a page of the region, or `None` if the image has no such page.
     fn content(&self, page: usize) -> Option<Content> {
         let entry: &PageEntry = self.image.as_ref()?.page_map().get(self.base + page)?;
         match entry.class()? {
@@ -47,17 +47,17 @@ impl Deferred {
     }
 }
 
-/// A shared file, by our own mapping of it.
+/// Shared file, accessed through our mapping.
 #[derive(Debug)]
 pub struct SharedFile {
-    /// The mapping.
+    /// Mapping of the file.
     pub mapping: Arc<Mapping>,
-    /// What is still to come to it.
+    /// Deferred contents of the file.
     pub deferred: Option<Deferred>,
 }
 
 impl SharedFile {
-    /// As `Source::units`. What will stand on a large page counts as if it did.
+    /// See `ScannedMemory::units`. A unit that will be backed by a huge page counts as one.
     pub(super) fn units(&self, start: u64, end: u64) -> io::Result<Vec<(Span, bool)>> {
         let mut large = self.mapping.large_units()?;
         let mut pages = PageSet::new(self.mapping.pages());
@@ -82,7 +82,7 @@ impl SharedFile {
         Ok(spans.into_iter().map(|span| (span, large.get(unit(span.start)).copied().unwrap_or(false))).collect())
     }
 
-    /// Pages that are still to come, and of which something tells what they hold.
+    /// Returns the deferred pages whose contents are known.
     fn known(&self, deferred: &Deferred) -> PageSet {
         match deferred.image {
             Some(_) => deferred.flags.set_in(deferred.base, deferred.base + self.mapping.pages()),
@@ -90,14 +90,14 @@ impl SharedFile {
         }
     }
 
-    /// As `Source::read`.
+    /// See `ScannedMemory::read`.
     pub(super) fn read(&self, span: Span, reader: &mut Reader, mut found: impl FnMut(Content)) -> io::Result<Others> {
         let first = usize::try_from(span.start).unwrap_or(usize::MAX) / SMALL_PAGE;
-        // Flags first, memory then: a page without a flag is there by now, unless it is none.
+        // Read the bitmap before the memory: a page that is not deferred is then present, unless it is a hole.
         let waiting = self.waiting(first, first + span.pages);
         let there = &mut reader.resident[..span.pages];
         self.mapping.resident(first, there)?;
-        // Nobody has written yet to the parts of a large page that are not there.
+        // Parts of a huge page that are not present have not been written.
         let coming = self.deferred.as_ref().filter(|deferred| {
             waiting.as_ref().is_some_and(|pages| !pages.is_empty())
                 && (self.mapping.is_hugetlb() || deferred.is_large(first / SLOTS))
@@ -120,14 +120,14 @@ impl SharedFile {
         Ok(Others { shared: 0, deferred })
     }
 
-    /// The pages of `[first, end)` that are still to come, counted from `first` on.
+    /// Returns the deferred pages of `[first, end)`, relative to `first`.
     fn waiting(&self, first: usize, end: usize) -> Option<PageSet> {
         self.deferred.as_ref().map(|deferred| deferred.flags.set_in(deferred.base + first, deferred.base + end))
     }
 
     fn copied(&self, page: usize, copy: &mut [u64; WORDS]) -> Content {
-        // SAFETY: `page` points to a page of the mapping, the copy has its size. The workload may write meanwhile: the
-        // copy is then of no instant, which is as good a hint as any.
+        // SAFETY: `page` points to a page of the mapping, and the copy has its size. The workload may write
+        // concurrently: the copy may then be torn, which is acceptable because a hash is only a hint.
         unsafe { std::ptr::copy_nonoverlapping(self.mapping.page(page).cast(), copy, 1) };
         Content::of(copy)
     }

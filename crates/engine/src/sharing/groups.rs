@@ -1,35 +1,35 @@
-//! Pages of equal content, and what sharing them would free.
+//! Groups of duplicate pages, and the memory that sharing them would free.
 
 use super::{Class, Unit};
 
-/// Pages that the kernel lets share one copy (`max_page_sharing` of KSM); beyond it a further copy is kept.
+/// Limits of page sharing in the kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// At least 2.
+    /// Maximum number of pages per shared copy (`max_page_sharing` of KSM), at least 2.
     pub pages_per_copy: u32,
 }
 
-/// One page that is neither unique for sure nor zero, while all pages are being collected.
+/// Page that may have duplicates, collected during a scan. Zero pages are not included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Signature {
-    /// Hash of the content, or the word of a pattern.
+    /// Hash of the contents, or the spread word of a pattern.
     pub hash: u64,
-    /// Whether it is a pattern.
+    /// Whether the page is a pattern.
     pub pattern: bool,
-    /// Number of the unit.
+    /// Index of the unit.
     pub unit: u32,
 }
 
-/// Pages, and those of them that sharing would free, by class.
+/// Numbers of shareable pages, and of pages that sharing would free, by class.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Totals {
-    /// Pages that stand elsewhere too, by [`Class`].
+    /// Pages that have duplicates, by [`Class`].
     pub pages: [u64; Class::COUNT],
     /// Pages that would be freed, by [`Class`].
     pub freed: [u64; Class::COUNT],
 }
 
-/// The pages that stand elsewhere too: (unit, group), by unit.
+/// Pages that have duplicates, as (unit, group), ordered by unit.
 #[derive(Debug, Default)]
 pub struct Groups {
     members: Vec<(u32, u32)>,
@@ -37,7 +37,7 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Finds equal pages, and counts them in their units and in `totals`.
+    /// Finds duplicates, and counts them in their units and in `totals`.
     pub fn find(mut signatures: Vec<Signature>, units: &mut [Unit], totals: &mut Totals) -> Self {
         signatures.sort_unstable();
         let mut groups = Self::default();
@@ -58,10 +58,10 @@ impl Groups {
         self.members[start..].iter().take_while(move |&&(other, _)| other == unit).map(|&(_, group)| group as usize)
     }
 
-    /// Pages freed by sharing everything shareable in the first 1, 2, 3... units of `order`.
+    /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`.
     ///
-    /// Of every content the first copies met are kept, one for `pages_per_copy`. Zero pages are all freed. With
-    /// `only_zeros(unit)` nothing else of a unit is.
+    /// For each contents, the copies encountered first are kept, one per `pages_per_copy` pages. All zero pages are
+    /// freed. In units for which `only_zeros` returns true, no other pages are freed.
     pub fn curve(&self, units: &[Unit], order: &[u32], limits: Limits, only_zeros: impl Fn(&Unit) -> bool) -> Vec<u64> {
         let mut met = vec![0u32; self.count];
         let mut freed = 0;
@@ -79,7 +79,7 @@ impl Groups {
     }
 }
 
-/// Counts the pages of one content: all in one workload, or in several.
+/// Counts the pages of one group, which are in one or several workloads.
 fn count(group: &[Signature], units: &mut [Unit], totals: &mut Totals) {
     let mut workloads: Vec<(u32, u64)> = Vec::new();
     for page in group {

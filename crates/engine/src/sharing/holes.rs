@@ -1,8 +1,8 @@
-//! Pages of zeros in a shared file, given back by making holes of them.
+//! Freeing of zero pages of a shared file, by punching holes.
 //!
-//! Comparing a page and punching it out are two steps, and a write in between would be lost. So this is for memory that
-//! nobody writes to: of a workload that is *paused*. Write protection alone would not do: a device, or direct I/O of
-//! the workload, that has pinned a page writes to it past all page tables, and the page would be gone from the file.
+//! Comparing and punching are two steps, and a write in between would be lost. The workload must therefore be *paused*.
+//! Write protection alone is not sufficient: a device, or direct I/O, that has pinned a page bypasses the page tables,
+//! and its write would be lost.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -12,16 +12,15 @@ use crate::SMALL_PAGE;
 use crate::mapping::Mapping;
 use crate::pager::Flags;
 
-/// Punches the pages of zeros in `ranges` (start, length; bytes of the mapping) out, until `budget` is used up.
+/// Punches the zero pages in `ranges` (start, length; bytes of the mapping) until `budget` is exceeded.
 ///
-/// A page that a pager is still to fill (`waiting`: its flags, and the number of the mapping's first page in them) may
-/// be zeros because it is just being written: it stays.
+/// Deferred pages (`waiting`: the bitmap, and the index of the mapping's first page in it) are skipped, because a page
+/// may be zero while it is being loaded. Punching splits a huge page; its other pages keep their contents.
 ///
-/// Returns how many of the ranges were done (at least one, if there is one) and how many pages were given back. A large
-/// page is split for it, and its other pages keep their content.
+/// Returns the number of ranges that were processed (at least one, if there is one), and the number of freed pages.
 ///
 /// # Errors
-/// InvalidInput for a range that is not in the mapping, or whatever `fallocate` says: EOPNOTSUPP where no holes can be.
+/// `InvalidInput` if a range is not in the mapping; otherwise the error of fallocate(2), such as EOPNOTSUPP.
 pub fn free_zeros(
     mapping: &Mapping,
     ranges: &[(usize, usize)],
@@ -30,7 +29,7 @@ pub fn free_zeros(
 ) -> io::Result<(usize, usize)> {
     let stays = |page: usize| waiting.is_some_and(|(flags, base)| flags.is_set(base + page));
     if ranges.iter().any(|&(start, len)| start.checked_add(len).is_none_or(|end| end > mapping.len())) {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a range beyond the mapping"));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "cannot punch holes: range beyond the mapping"));
     }
     let begin = Instant::now();
     let mut pages = 0;
@@ -45,11 +44,11 @@ pub fn free_zeros(
     Ok((ranges.len(), pages))
 }
 
-/// The same for one range that holds data.
+/// Punches the zero pages of one range that holds data.
 fn free_in(mapping: &Mapping, start: usize, end: usize, stays: impl Fn(usize) -> bool) -> io::Result<usize> {
     let mut copy = [0; WORDS];
     let mut zeros: Vec<(usize, usize)> = Vec::new();
-    // Whether it stays is asked before it is read: the flag goes when the contents are there.
+    // Check the deferred bit before reading: it is cleared when the contents have been written.
     for page in (start / SMALL_PAGE..end.max(start) / SMALL_PAGE).filter(|&page| !stays(page)) {
         // SAFETY: `page` points to a page of the mapping, and the copy has its size.
         unsafe { std::ptr::copy_nonoverlapping(mapping.page(page).cast(), &raw mut copy, 1) };

@@ -1,12 +1,12 @@
-//! Small pages whose content stands elsewhere too (S9), found inside large pages without touching these.
+//! Duplicate pages (S9), found inside huge pages without splitting them.
 //!
-//! A [`Scan`] hashes the pages of several workloads, a slice at a time on several threads, so that whoever drives it
-//! can pace it; then it counts, per unit of 2 MiB, pages of zeros, of a pattern, and pages that have an equal, and says
-//! what sharing them would free. Hashes are hints: the kernel (KSM) compares contents under write protection before it
-//! frees anything, and [`holes`] those of zeros in shared files while their workload is paused.
+//! A [`Scan`] hashes the pages of several workloads with several threads, a slice at a time, so that the caller
+//! controls the pace. It then counts zero pages, patterns and duplicates for each 2 MiB unit, and estimates the memory
+//! that sharing would free. Hashes are hints: the kernel (KSM) compares contents under write protection before it
+//! merges pages, and [`holes`] compares zero pages of shared files while their workload is paused.
 //!
-//! Memory is bounded: a page costs 24 bytes, and where that is more than allowed only contents whose hash has its
-//! lowest bits clear are kept, which keeps or drops *all* copies of a content. Counts are then scaled up.
+//! Memory use is bounded. A page costs 24 bytes. Beyond the limit, only contents whose hash has its lowest bits clear
+//! are kept, which keeps or drops all copies of a page; the counts are then scaled up.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,77 +24,77 @@ mod source;
 pub use content::{Content, WORDS};
 pub use file::{Deferred, SharedFile};
 pub use groups::{Limits, Totals};
-pub use source::{Others, Reader, Source, Span};
+pub use source::{Others, Reader, ScannedMemory, Span};
 
 use groups::{Groups, Signature};
 
-/// Kinds of pages that can be shared.
+/// Class of shareable pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// Of zeros.
+    /// Zero page.
     Zero,
-    /// Of one word over and over, and there is another such page.
+    /// Pattern with at least one duplicate.
     Pattern,
-    /// Stands in the same workload once more.
+    /// Duplicate of another page of the same workload.
     Inside,
-    /// Stands once in its workload, and in another one.
+    /// Only copy in its workload, with duplicates in another one.
     Across,
 }
 
 impl Class {
-    /// How many there are.
+    /// Number of classes.
     pub const COUNT: usize = 4;
 }
 
-/// A part of a workload to look at.
+/// Part of a workload to scan.
 #[derive(Debug, Clone)]
 pub struct Piece {
-    /// Number of the workload.
+    /// Index of the workload.
     pub workload: u32,
-    /// Where it is.
-    pub source: Source,
-    /// Position of the first byte in the source.
+    /// Memory that contains the part.
+    pub source: ScannedMemory,
+    /// Position of the first byte in that memory.
     pub start: u64,
-    /// Bytes.
+    /// Length, bytes.
     pub len: u64,
 }
 
-/// A unit of 2 MiB, or the part of one that a piece holds.
+/// 2 MiB unit, or the part of it that belongs to a piece.
 #[derive(Debug, Clone, Copy)]
 pub struct Unit {
-    /// Number of its piece.
+    /// Index of its piece.
     pub piece: u32,
-    /// Number of its workload.
+    /// Index of its workload.
     pub workload: u32,
-    /// Where.
+    /// Location in the memory of its piece.
     pub span: Span,
-    /// Whether it stood on a large page when the scan began.
+    /// Whether the unit was backed by a huge page at the start of the scan.
     pub large: bool,
-    /// Pages looked at in memory.
+    /// Number of pages read from memory.
     pub present: u32,
-    /// Pages that are not there yet (S8), and are known by their signatures.
+    /// Number of deferred pages (S8) known by their signatures.
     pub deferred: u32,
-    /// Pages that are shared already.
+    /// Number of pages that are already shared.
     pub shared: u32,
-    /// Pages by [`Class`]; those that have an equal when the scan is finished.
+    /// Number of pages by [`Class`]. Duplicates are counted by `finish`.
     pub counts: [u32; Class::COUNT],
 }
 
-/// A scan of the memory of workloads.
+/// Scan of the memory of workloads.
 #[derive(Debug)]
 pub struct Scan {
     pieces: Vec<Piece>,
     units: Vec<Unit>,
     next: usize,
     signatures: Vec<Signature>,
-    most: usize,
-    /// Contents are kept whose hash has so many low bits clear.
+    max: usize,
+    /// Number of low bits that must be clear in the hashes of the contents kept.
     shift: u32,
     groups: Groups,
     totals: Totals,
 }
 
-/// What a thread found in its share of a slice.
+/// Results of a thread for its share of a slice.
 #[derive(Default)]
 struct Found {
     units: Vec<(usize, Unit)>,
@@ -102,11 +102,11 @@ struct Found {
 }
 
 impl Scan {
-    /// Prepares a scan that keeps at most `most` pages in mind. Pages of hugetlbfs count as any others.
+    /// Prepares a scan that records up to `max` pages. Pages of hugetlbfs are included.
     ///
     /// # Errors
-    /// What the kernel says about pagemap or file of a piece.
-    pub fn new(pieces: Vec<Piece>, most: usize) -> io::Result<Self> {
+    /// The error of scanning the pagemap or the file of a piece.
+    pub fn new(pieces: Vec<Piece>, max: usize) -> io::Result<Self> {
         let mut units = Vec::new();
         for (number, piece) in (0..).zip(&pieces) {
             let unit = |(span, large)| Unit {
@@ -122,10 +122,10 @@ impl Scan {
             units.extend(piece.source.units(piece.start, piece.len)?.into_iter().map(unit));
         }
         let (groups, totals) = (Groups::default(), Totals::default());
-        Ok(Self { pieces, units, next: 0, signatures: Vec::new(), most, shift: 0, groups, totals })
+        Ok(Self { pieces, units, next: 0, signatures: Vec::new(), max, shift: 0, groups, totals })
     }
 
-    /// Keeps only every `n`th unit, spread evenly: a sample.
+    /// Keeps only every `n`th unit, as an evenly spread sample.
     pub fn thin_out(&mut self, n: usize) {
         let mut number = 0;
         self.units.retain(|_| {
@@ -134,15 +134,16 @@ impl Scan {
         });
     }
 
-    /// Bytes that are left to look at.
+    /// Returns the number of bytes that have not been scanned.
     pub fn remaining(&self) -> u64 {
         self.units[self.next..].iter().map(|unit| (unit.span.pages * SMALL_PAGE) as u64).sum()
     }
 
-    /// The next units, up to `bytes` (at least one), on `threads` threads. Returns the bytes looked at: 0 at the end.
+    /// Scans the next units, up to `bytes` (at least one unit), with `threads` threads. Returns the number of bytes
+    /// scanned, or 0 at the end.
     ///
     /// # Errors
-    /// ESRCH when a process has ended.
+    /// ESRCH if a process has exited.
     pub fn step(&mut self, bytes: u64, threads: usize) -> io::Result<u64> {
         let (start, mut end, mut sum) = (self.next, self.next, 0);
         while end < self.units.len() && (sum == 0 || sum < bytes) {
@@ -151,16 +152,16 @@ impl Scan {
         }
         let cursor = AtomicUsize::new(start);
         let results = Mutex::new(Vec::new());
-        let look = || {
-            let found = self.look(&cursor, end);
+        let scan = || {
+            let found = self.scan(&cursor, end);
             results.lock().push(found);
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                // Where there is no thread to be had the others do it all.
-                let _ = std::thread::Builder::new().spawn_scoped(scope, look);
+                // If a thread cannot be started, the others do its work.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, scan);
             }
-            look();
+            scan();
         });
         for found in results.into_inner() {
             let found = found?;
@@ -171,8 +172,8 @@ impl Scan {
         Ok(sum)
     }
 
-    /// The work of one thread: takes units from the cursor until `end`.
-    fn look(&self, cursor: &AtomicUsize, end: usize) -> io::Result<Found> {
+    /// Scans units from the cursor up to `end`, in one thread.
+    fn scan(&self, cursor: &AtomicUsize, end: usize) -> io::Result<Found> {
         let mut reader = Reader::default();
         let mut found = Found::default();
         loop {
@@ -210,14 +211,14 @@ impl Scan {
 
     fn keep(&mut self, signatures: Vec<Signature>) {
         self.signatures.extend(signatures);
-        while self.signatures.len() > self.most && self.shift < 32 {
+        while self.signatures.len() > self.max && self.shift < 32 {
             self.shift += 1;
             let shift = self.shift;
             self.signatures.retain(|page| page.hash.trailing_zeros() >= shift);
         }
     }
 
-    /// Finds equal pages among those that were looked at, and fills in the units' counts.
+    /// Finds duplicates among the scanned pages, and completes the counts of the units.
     pub fn finish(&mut self) {
         let signatures = std::mem::take(&mut self.signatures);
         self.totals = Totals::default();
@@ -232,37 +233,39 @@ impl Scan {
         }
     }
 
-    /// The units, in the order of the pieces.
+    /// Returns the units, in the order of the pieces.
     pub fn units(&self) -> &[Unit] {
         &self.units
     }
 
-    /// What the last `finish` found.
+    /// Returns the result of the last `finish`.
     pub fn totals(&self) -> Totals {
         self.totals
     }
 
-    /// One of how many contents was kept in mind; 1: every one.
+    /// Returns the sampling factor: one of this many contents was recorded.
     pub fn scale(&self) -> u64 {
         1 << self.shift
     }
 
-    /// Pages freed by sharing everything shareable in the first 1, 2, 3... units of `order`. With `possible`, only what
-    /// can be shared here: of shared files that is pages of zeros.
+    /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`. With
+    /// `possible`, only of pages that can be shared: in shared files, zero pages.
     ///
     /// # Errors
-    /// InvalidInput for a unit that there is not.
+    /// `InvalidInput` if there is no such unit, or if `pages_per_copy` is less than 2.
     pub fn curve(&self, order: &[u32], pages_per_copy: u32, possible: bool) -> io::Result<Vec<u64>> {
         if order.iter().any(|&unit| unit as usize >= self.units.len()) || pages_per_copy < 2 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such unit, or nothing may be shared"));
+            let words = "cannot estimate: no such unit, or fewer than 2 pages per copy";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
         }
         let limits = Limits { pages_per_copy };
-        let only_zeros = |unit: &Unit| possible && matches!(self.pieces[unit.piece as usize].source, Source::File(_));
+        let only_zeros =
+            |unit: &Unit| possible && matches!(self.pieces[unit.piece as usize].source, ScannedMemory::File(_));
         let curve = self.groups.curve(&self.units, order, limits, only_zeros);
         Ok(if self.shift == 0 { curve } else { self.scaled(order, &curve) })
     }
 
-    /// A curve of kept contents only, scaled up; zeros were all counted.
+    /// Scales up a curve of sampled contents. Zero pages are not sampled.
     fn scaled(&self, order: &[u32], curve: &[u64]) -> Vec<u64> {
         let mut zeros = 0;
         let point = |(&unit, &freed): (&u32, &u64)| {
@@ -273,9 +276,10 @@ impl Scan {
     }
 }
 
-/// Patterns are told apart by their word itself; its bits are spread, so that sampling by low bits is fair to them.
+/// Spreads the bits of a pattern's word, so that sampling by low bits is fair to patterns. Distinct words stay
+/// distinct.
 fn spread(word: u64) -> u64 {
-    // An odd factor and a shift of the high half: one to one.
+    // An odd factor, and an xor with the shifted high half: both are bijective.
     let mixed = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed ^ (mixed >> 32)
 }

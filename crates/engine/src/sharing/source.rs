@@ -1,4 +1,4 @@
-//! Where the pages of a workload are read from: our own mapping of a shared file, or another process.
+//! Memory scanned for duplicates: our mapping of a shared file, or the memory of another process.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use crate::space::Space;
 use crate::uapi::{PAGE_IS_HUGE, PAGE_IS_PRESENT};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// Pages read at a time from another process: they stay in the second-level cache until they are hashed.
+/// Number of pages read at a time from another process, so that they stay in the L2 cache until they are hashed.
 const CHUNK: usize = 64;
 
 /// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
@@ -22,30 +22,30 @@ const PM_SWAP: u64 = 1 << 62;
 const PM_FILE: u64 = 1 << 61;
 const PM_EXCLUSIVE: u64 = 1 << 56;
 
-/// Memory to look at.
+/// Memory to scan.
 #[derive(Debug, Clone)]
-pub enum Source {
-    /// A shared file. Positions are bytes from the start of the mapping.
+pub enum ScannedMemory {
+    /// Shared file. Positions are offsets in the mapping.
     File(Arc<SharedFile>),
-    /// Private anonymous memory of a process. Positions are its addresses.
+    /// Private anonymous memory of a process. Positions are addresses.
     Process(Arc<Space>),
 }
 
-/// A run of a [`Source`] within one unit of 2 MiB.
+/// Part of a [`ScannedMemory`] within a 2 MiB unit.
 #[derive(Debug, Clone, Copy)]
 pub struct Span {
     /// Position of the first byte.
     pub start: u64,
-    /// Pages, at most 512.
+    /// Number of pages, up to 512.
     pub pages: usize,
 }
 
-/// Pages of a [`Span`] that were not looked at in memory.
+/// Pages of a [`Span`] that were not read from memory.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Others {
-    /// Shared already, with a forked process or by KSM.
+    /// Pages already shared, with a forked process or by KSM.
     pub shared: u32,
-    /// Still to come (S8), and known by their signatures.
+    /// Deferred pages (S8), known by their signatures.
     pub deferred: u32,
 }
 
@@ -53,7 +53,7 @@ pub struct Others {
 #[derive(Debug)]
 pub struct Reader {
     entries: Vec<u64>,
-    /// Of each page, whether it is in memory: see `Mapping::resident`.
+    /// Whether each page is in memory, see `Mapping::resident`.
     pub(super) resident: Vec<u8>,
     pub(super) chunk: Vec<[u64; WORDS]>,
 }
@@ -64,8 +64,12 @@ impl Default for Reader {
     }
 }
 
-impl Source {
-    /// The 2 MiB units of `[start, start + len)` that may hold pages, and whether each stands on a large page.
+impl ScannedMemory {
+    /// Returns the 2 MiB units of `[start, start + len)` that may contain pages, and whether each is backed by a huge
+    /// page.
+    ///
+    /// # Errors
+    /// Errors of PAGEMAP_SCAN or lseek(2).
     pub fn units(&self, start: u64, len: u64) -> io::Result<Vec<(Span, bool)>> {
         let end = start + len;
         match self {
@@ -82,10 +86,13 @@ impl Source {
         }
     }
 
-    /// Calls `found` with what every page of a span holds that the workload has for itself; returns how many of the
-    /// others are known.
+    /// Calls `found` with the contents of every page of a span that the workload does not share already. Returns the
+    /// numbers of pages that were counted without being read.
     ///
-    /// What is not in memory is left there: nothing is faulted or swapped in, no hole filled.
+    /// Changes nothing: no page is faulted in or swapped in, and no hole is filled.
+    ///
+    /// # Errors
+    /// ESRCH if the process has exited; otherwise the error of mincore(2) or process_vm_readv(2).
     pub fn read(&self, span: Span, reader: &mut Reader, found: impl FnMut(Content)) -> io::Result<Others> {
         match self {
             Self::File(file) => file.read(span, reader, found),
@@ -94,7 +101,7 @@ impl Source {
     }
 }
 
-/// Units of 2 MiB that `[start, end)` touches; runs within a unit become one span. Runs come in order, and are apart.
+/// Appends the 2 MiB units that overlap `[start, end)`; runs in the same unit become one span. Runs must be in order.
 pub(super) fn split(start: u64, end: u64, spans: &mut Vec<Span>) {
     let unit_len = LARGE_PAGE as u64;
     let mut at = start;
@@ -112,7 +119,7 @@ fn pages(start: u64, end: u64) -> usize {
     usize::try_from((end - start) / SMALL_PAGE as u64).unwrap_or(0)
 }
 
-/// Grows spans to their units, as far as these lie in `[start, end)`: pages may come to be while we look.
+/// Extends spans to their units within `[start, end)`, because pages may be populated during the scan.
 fn whole_units(spans: &[Span], start: u64, end: u64) -> impl Iterator<Item = Span> {
     let unit_len = LARGE_PAGE as u64;
     spans.iter().map(move |span| {
@@ -125,11 +132,11 @@ fn whole_units(spans: &[Span], start: u64, end: u64) -> impl Iterator<Item = Spa
 fn read_process(space: &Space, span: Span, reader: &mut Reader, mut found: impl FnMut(Content)) -> io::Result<Others> {
     let entries = &mut reader.entries[..span.pages];
     let position = span.start / SMALL_PAGE as u64 * size_of::<u64>() as u64;
-    // The pagemap of a process that has ended is empty.
+    // The pagemap of an exited process is empty.
     let gone = |_| io::Error::from_raw_os_error(libc::ESRCH);
     space.pagemap().read_exact_at(entries.as_mut_bytes(), position).map_err(gone)?;
     let in_memory = |entry: u64| entry & PM_PRESENT != 0 && entry & (PM_SWAP | PM_FILE) == 0;
-    // Pages shared already are not read: process_vm_readv would give the process a copy of its own of each.
+    // Pages that are shared are not read: process_vm_readv would give the process a private copy of each.
     let ours: Vec<u64> = (span.start..)
         .step_by(SMALL_PAGE)
         .zip(entries.iter())
@@ -144,13 +151,13 @@ fn read_process(space: &Space, span: Span, reader: &mut Reader, mut found: impl 
     Ok(Others { shared: u32::try_from(shared).unwrap_or(u32::MAX), deferred: 0 })
 }
 
-/// Copies pages of a process; those from the first that is gone on are left out. Returns how many were copied.
+/// Copies pages of a process, up to the first unmapped one. Returns the number of copied pages.
 fn copy_pages(space: &Space, addresses: &[u64], to: &mut [[u64; WORDS]]) -> io::Result<usize> {
     let page = |&address: &u64| libc::iovec { iov_base: address as *mut libc::c_void, iov_len: SMALL_PAGE };
     let remote: Vec<libc::iovec> = addresses.iter().map(page).collect();
     let target = &mut to[..addresses.len()];
     let local = libc::iovec { iov_base: target.as_mut_ptr().cast(), iov_len: size_of_val(target) };
-    // SAFETY: writes within `target` only; the remote addresses are looked up in the other address space.
+    // SAFETY: only writes to `target`; the kernel checks the remote addresses.
     let copied = unsafe {
         libc::process_vm_readv(space.pid(), &raw const local, 1, remote.as_ptr(), remote.len() as libc::c_ulong, 0)
     };

@@ -1,21 +1,22 @@
-//! System calls made inside another process, on one of its threads, by ptrace.
+//! Injection of system calls into another process, through one of its threads, by ptrace.
 //!
-//! One thread is stopped (PTRACE_SEIZE + INTERRUPT), its registers and signal mask are saved, it is single-stepped over
-//! a `syscall` instruction of its own vdso with our arguments, and everything is put back. Other threads run on. A
-//! system call that the stop interrupted is restarted by the kernel, as after any signal.
+//! The thread is stopped (PTRACE_SEIZE and PTRACE_INTERRUPT), and its registers and signal mask are saved. It is
+//! single-stepped over a `syscall` instruction of its own vdso with our arguments; then its state is restored. Other
+//! threads keep running. The kernel restarts a system call that the stop interrupted, as after a signal.
 //!
-//! What a stop must not disturb:
+//! Side effects that are avoided:
 //!
-//! - *32-bit code.* The numbers of system calls are those of 64-bit code. A thread that is stopped in 32-bit code (all
-//!   code of a 32-bit process, some code of Wine) is refused before anything is changed, because there the same numbers
-//!   are other calls. An x32 process runs in 64-bit mode, where the number alone selects the call: it is not refused.
-//! - *Restarts.* `orig_rax` of the thread is put back with its other registers, so that the kernel restarts the call
-//!   that the stop interrupted, whichever instruction made it; our own calls leave its restart block alone.
+//! - *32-bit code.* System call numbers are those of 64-bit code. A thread that is stopped in 32-bit code (a 32-bit
+//!   process, or some code of Wine) is rejected before anything is changed, because the numbers have another meaning
+//!   there. An x32 process runs in 64-bit mode, where the number alone selects the call; it is accepted.
+//! - *Restarts.* `orig_rax` is restored with the other registers, so that the kernel restarts the interrupted call. The
+//!   injected calls do not change the restart block.
 //! - *Restartable sequences.* See [`super::rseq`].
-//! - *Stacks.* Nothing is pushed, called or returned from: red zones, signal frames and shadow stacks stay as they are.
+//! - *Stacks.* Nothing is pushed, called or returned from, so that red zones, signal frames and shadow stacks are
+//!   preserved.
 //!
-//! A tracer is a thread: when it ends the kernel lets go of what it traced. So injection has a thread of its own, and a
-//! process that did not stop in time is not left to stop later, for as long as we live.
+//! ptrace attaches to a thread of the tracer, and the kernel detaches when that thread exits. Each injection therefore
+//! runs in a separate thread. A thread that did not stop in time is detached, so that it does not stop later.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -28,74 +29,80 @@ use thiserror::Error;
 use super::rseq;
 use crate::{SMALL_PAGE, uapi};
 
-/// How long a thread may take to stop. It stops at once unless it is in an uninterruptible sleep.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a call may take: to unmap a terabyte takes the kernel some time.
-const CALL: Duration = Duration::from_secs(60);
-/// How long another tracer is waited for.
-const OTHERS: Duration = Duration::from_secs(1);
-/// Signals by which the kernel reports what an instruction did.
+/// Timeout for a thread to stop. Only a thread in uninterruptible sleep does not stop at once.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for an injected call. Unmapping a terabyte, for example, takes the kernel some time.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time to wait for another tracer to detach.
+const TRACER_TIMEOUT: Duration = Duration::from_secs(1);
+/// Signals that the kernel sends for the result of an instruction.
 const FORCED: [libc::c_int; 6] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
-/// How often a thread is stopped again that had become another program, or was in 32-bit code.
+/// Number of attempts to stop a thread that has executed another program or was in 32-bit code.
 const ATTEMPTS: usize = 20;
-/// Selector of 64-bit user code. No other one is 64-bit: neither the 32-bit one (0x23) nor any of a local table.
+/// Segment selector of 64-bit user code. The 32-bit one is 0x23, and local descriptor tables have no 64-bit code.
 const CODE_64: u64 = 0x33;
-/// The `syscall` instruction.
+/// Opcode of the `syscall` instruction.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SIGSET_LEN: usize = size_of::<u64>();
 const PAGE: u64 = SMALL_PAGE as u64;
 
-/// Why no system call could be made in another process.
+/// Reason for which a process could not be adopted or a system call could not be injected.
 #[derive(Debug, Error)]
 pub enum AdoptError {
-    /// The right to trace the process is missing.
-    #[error("process {0} may not be traced: run as root or with CAP_SYS_PTRACE, and see kernel.yama.ptrace_scope")]
-    NotPermitted(libc::pid_t),
-    /// Somebody else (a debugger, strace) traces it.
-    #[error("process {0} is being traced by process {1}: detach that tracer first")]
-    Traced(libc::pid_t, String),
-    /// It has a system-call filter that cannot be suspended.
+    /// Permission to trace the process is missing.
     #[error(
-        "process {0} runs under a seccomp filter that this user may not suspend: run as root (CAP_SYS_ADMIN), or start \
-         it without the filter"
+        "cannot trace process {0}: permission denied; run as root or with CAP_SYS_PTRACE, and check \
+         kernel.yama.ptrace_scope"
+    )]
+    NotPermitted(libc::pid_t),
+    /// Another process, such as a debugger, traces the process.
+    #[error("cannot trace process {0}: it is being traced by process {1}; detach that tracer first")]
+    Traced(libc::pid_t, String),
+    /// The process has a seccomp filter that cannot be suspended.
+    #[error(
+        "cannot trace process {0}: its seccomp filter cannot be suspended by this user; run as root (CAP_SYS_ADMIN), \
+         or start it without the filter"
     )]
     Seccomp(libc::pid_t),
-    /// It did not stop.
-    #[error("process {0} did not stop within {1:?}: it waits in the kernel (state D in ps)")]
+    /// The thread did not stop within the timeout.
+    #[error("cannot stop process {0} within {1:?}: it is blocked in the kernel (state D in ps)")]
     Stuck(libc::pid_t, Duration),
-    /// It ended meanwhile.
-    #[error("process {0} is gone")]
+    /// The process exited.
+    #[error("process {0} has exited")]
     Gone(libc::pid_t),
-    /// No `syscall` instruction was found that could be executed.
-    #[error("process {0} has no vdso to make a system call from (or starts one program after the other)")]
+    /// No executable `syscall` instruction was found.
+    #[error("cannot inject a system call into process {0}: it has no vdso, or keeps executing new programs")]
     NoVdso(libc::pid_t),
-    /// It was stopped in code in which the numbers of system calls are others.
+    /// The thread was stopped in 32-bit code, where system call numbers differ.
     #[error(
-        "process {0} runs 32-bit code (code selector {1:#x}): system calls can be made in 64-bit code only; manage a \
-         64-bit program"
+        "cannot inject a system call into process {0}: it runs 32-bit code (code selector {1:#x}); use a 64-bit \
+         program"
     )]
     Code32(libc::pid_t, u64),
-    /// It was stopped in a restartable sequence that the kernel would not restart either.
-    #[error("process {0} is in a restartable sequence (rseq) that cannot be aborted: {1}")]
-    Sequence(libc::pid_t, &'static str),
-    /// Somebody else's userfaultfd is on it.
+    /// The thread is in a restartable sequence that the kernel would not abort either.
     #[error(
-        "memory of process {0} at {1:#x} is registered with another userfaultfd (a trace or a post-copy under way): \
-         end that first ({2})"
+        "cannot inject a system call into process {0}: it is in a restartable sequence (rseq) that cannot be \
+         aborted: {1}"
+    )]
+    Sequence(libc::pid_t, &'static str),
+    /// The memory is registered with another userfaultfd.
+    #[error(
+        "cannot register memory of process {0} at {1:#x}: it is registered with another userfaultfd (a trace or a \
+         post-copy in progress): {2}; end that first"
     )]
     Registered(libc::pid_t, u64, io::Error),
-    /// Page faults of its system calls, or any of its page faults, cannot be handled.
-    #[error("page faults of process {0} cannot be handled (userfaultfd: {1}); {remedy}", remedy = faults_remedy(.1))]
+    /// The process may not have a userfaultfd for its page faults.
+    #[error("cannot handle page faults of process {0}: userfaultfd: {1}; {remedy}", remedy = faults_remedy(.1))]
     NoFaults(libc::pid_t, io::Error),
-    /// The call was made and failed.
-    #[error("a system call made in the process failed: {0}")]
+    /// The injected call failed.
+    #[error("injected system call failed: {0}")]
     Call(io::Error),
-    /// Anything else.
+    /// Another system call failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// What makes userfaultfd available after this error. Rights do not help where the system call does not exist.
+/// Returns the remedy for a userfaultfd that could not be created. Permissions do not help if the system call is missing.
 fn faults_remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOSYS) => "use a kernel with CONFIG_USERFAULTFD, or a seccomp profile that allows userfaultfd",
@@ -103,47 +110,47 @@ fn faults_remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// Does `work` on the stopped main thread of a process.
+/// Runs `work` while the main thread of a process is stopped.
 pub(super) fn on_stopped<T: Send>(
     pid: libc::pid_t,
     work: impl FnOnce(&Stopped) -> Result<T, AdoptError> + Send,
 ) -> Result<T, AdoptError> {
-    on_stopped_within(CALL, pid, work)
+    on_stopped_within(CALL_TIMEOUT, pid, work)
 }
 
-/// As `on_stopped`; each call may take so long.
+/// Like `on_stopped`, with a timeout for each injected call.
 fn on_stopped_within<T: Send>(
-    patience: Duration,
+    timeout: Duration,
     pid: libc::pid_t,
     work: impl FnOnce(&Stopped) -> Result<T, AdoptError> + Send,
 ) -> Result<T, AdoptError> {
-    let panicked = |_| Err(AdoptError::Io(io::Error::other("the injecting thread panicked")));
-    let inject = || work(&Stopped::attach(pid, patience)?);
+    let panicked = |_| Err(AdoptError::Io(io::Error::other("internal error: the injecting thread panicked")));
+    let inject = || work(&Stopped::attach(pid, timeout)?);
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("pf-inject".to_owned()).spawn_scoped(scope, inject)?;
         thread.join().unwrap_or_else(panicked)
     })
 }
 
-/// A thread that is stopped, to be put back as it was when this is dropped.
+/// Stopped thread, whose state is restored on drop.
 #[derive(Debug)]
 pub struct Stopped {
     pid: libc::pid_t,
     saved: libc::user_regs_struct,
     mask: u64,
     instruction: u64,
-    /// Signals that came meanwhile, to be sent again once the thread has its registers back.
+    /// Signals received during the stop, which are sent again when the thread has its registers back.
     held: Cell<u64>,
-    /// How long a call may take.
-    patience: Duration,
+    /// Timeout for each injected call.
+    timeout: Duration,
 }
 
 impl Stopped {
-    fn attach(pid: libc::pid_t, patience: Duration) -> Result<Self, AdoptError> {
+    fn attach(pid: libc::pid_t, timeout: Duration) -> Result<Self, AdoptError> {
         let mut last = AdoptError::NoVdso(pid);
         for _ in 0..ATTEMPTS {
-            match Self::attach_once(pid, patience) {
-                // Between two programs there is nothing, and what is in 32-bit code may be in 64-bit code soon.
+            match Self::attach_once(pid, timeout) {
+                // Between two programs there is no vdso, and a thread in 32-bit code may soon return to 64-bit code.
                 Err(error @ (AdoptError::NoVdso(_) | AdoptError::Code32(..) | AdoptError::Sequence(..))) => {
                     last = error;
                     std::thread::sleep(Duration::from_millis(1));
@@ -154,42 +161,45 @@ impl Stopped {
         Err(last)
     }
 
-    fn attach_once(pid: libc::pid_t, patience: Duration) -> Result<Self, AdoptError> {
+    fn attach_once(pid: libc::pid_t, timeout: Duration) -> Result<Self, AdoptError> {
         let instruction = find_syscall(pid)?;
         let options = if has_seccomp(pid) { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
         seize(pid, options)?;
-        // From here on every way out must detach.
-        Self::stop(pid, instruction, patience).inspect_err(|_| detach(pid))
+        // From here on, every exit must detach.
+        Self::stop(pid, instruction, timeout).inspect_err(|_| detach(pid))
     }
 
-    /// Stops a seized thread. Nothing of it is changed before all that could be refused is known.
-    fn stop(pid: libc::pid_t, instruction: u64, patience: Duration) -> Result<Self, AdoptError> {
+    /// Stops a seized thread. Changes nothing in it before all checks have passed.
+    fn stop(pid: libc::pid_t, instruction: u64, timeout: Duration) -> Result<Self, AdoptError> {
         interrupt(pid)?;
         let mut saved = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
         request(libc::PTRACE_GETREGS, pid, 0, saved.as_mut_ptr() as u64)?;
-        // SAFETY: zeroed bytes are valid for these plain numbers, and the call filled them in.
+        // SAFETY: all registers are integers, for which zeroed bytes are valid, and the call has filled them.
         let mut saved = unsafe { saved.assume_init() };
         if saved.cs != CODE_64 {
             return Err(AdoptError::Code32(pid, saved.cs));
         }
         if !is_syscall(pid, instruction) {
-            return Err(AdoptError::NoVdso(pid)); // it has become another program since the instruction was found
+            return Err(AdoptError::NoVdso(pid)); // it has executed another program since `find_syscall`
         }
         rseq::abort(pid, &mut saved)?;
         let mut mask = 0u64;
         request(libc::PTRACE_GETSIGMASK, pid, SIGSET_LEN as u64, (&raw mut mask) as u64)?;
-        // No handler of the program may run between our registers and its own. Signals that the kernel forces must stay
-        // open: where they are blocked it resets the program's own disposition of them.
+        // No signal handler of the program may run with our registers. Signals that the kernel forces must stay
+        // unblocked: otherwise it would reset their disposition.
         set_mask(pid, FORCED.iter().fold(u64::MAX, |mask, signal| mask & !(1 << (signal - 1))))?;
-        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0), patience })
+        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0), timeout })
     }
 
-    /// One system call.
+    /// Executes one system call.
+    ///
+    /// # Errors
+    /// [`AdoptError::Call`] with its errno; other errors if it could not be executed.
     pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
         let mut registers = self.saved;
         registers.rip = self.instruction;
         registers.rax = number.cast_unsigned();
-        // Not inside a system call any more, or the kernel would restart the interrupted one over ours.
+        // Not in a system call any longer: the kernel must not restart the interrupted one instead of ours.
         registers.orig_rax = u64::MAX;
         [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = arguments;
         set_registers(self.pid, &registers)?;
@@ -202,9 +212,10 @@ impl Stopped {
         }
     }
 
-    /// Has the process create a userfaultfd by [`uapi::UFFD_DEVICE`], which it may open where its permissions allow.
+    /// Makes the process create a userfaultfd through [`uapi::UFFD_DEVICE`], which its permissions may allow it to
+    /// open.
     ///
-    /// The path goes to a page that is mapped for it, so that no memory of the program is written to.
+    /// The path is stored in a page that is mapped for this purpose, so that no memory of the program is overwritten.
     pub fn userfault_of_device(&self, flags: u64) -> Result<u64, AdoptError> {
         let flags_of_map = u64::from((libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned());
         let protection = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
@@ -220,7 +231,7 @@ impl Stopped {
         made
     }
 
-    /// Writes bytes to memory of the process, a word at a time; zeros follow them in the last word.
+    /// Writes bytes to memory of the process, word by word; the last word is padded with zeros.
     fn poke(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
         for (at, word) in (address..).step_by(8).zip(bytes.chunks(8)) {
             let mut padded = [0; 8];
@@ -230,11 +241,11 @@ impl Stopped {
         Ok(())
     }
 
-    /// Executes one instruction. A signal that comes first (SIGSTOP, or one that is open) is held back.
+    /// Executes one instruction. Holds back signals that arrive before it has been executed.
     fn step(&self) -> Result<(), AdoptError> {
         loop {
             request(libc::PTRACE_SINGLESTEP, self.pid, 0, 0)?;
-            match self.hold_back(wait_stopped(self.pid, self.patience)?) {
+            match self.hold_back(wait_stopped(self.pid, self.timeout)?) {
                 Some(libc::SIGTRAP) => return Ok(()),
                 Some(_) => return Err(AdoptError::NoVdso(self.pid)),
                 None => {}
@@ -242,7 +253,7 @@ impl Stopped {
         }
     }
 
-    /// The signal by which the kernel reports what the instruction did; any other is kept for later.
+    /// Returns the signal by which the kernel reports the result of the instruction. Holds back any other signal.
     fn hold_back(&self, stop: Stop) -> Option<libc::c_int> {
         match stop {
             Stop::Signal(signal) if FORCED.contains(&signal) && by_kernel(self.pid) => Some(signal),
@@ -254,15 +265,15 @@ impl Stopped {
         }
     }
 
-    /// Ends a call that has not come back, as a signal would, or waits for it; false: the process is gone.
+    /// Interrupts a call that has not returned, like a signal. Returns false if the process has exited.
     fn interrupt_call(&self) -> bool {
         if request(libc::PTRACE_INTERRUPT, self.pid, 0, 0).is_err() {
             return false;
         }
-        match wait_stopped(self.pid, PATIENCE) {
+        match wait_stopped(self.pid, STOP_TIMEOUT) {
             Ok(stop) => {
                 self.hold_back(stop);
-                // The trap after that call may be still to come, and would end the program: it is taken by this one.
+                // The trap after that call may still be pending, and would kill the program: the next call consumes it.
                 let _ = self.call(libc::SYS_getpid, [0; 6]);
                 true
             }
@@ -273,32 +284,32 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        // Not stopped: it is in a call of ours. With our registers it must never run on, however long that takes.
+        // Not stopped: it is in an injected call. It must never continue with our registers, however long that takes.
         let running = |error: io::Error| error.raw_os_error() == Some(libc::ESRCH);
         while set_registers(self.pid, &self.saved).is_err_and(running) && self.interrupt_call() {}
-        // Failures mean that the process is gone, and then there is nothing to put back.
+        // Failures mean that the process has exited, so that nothing needs to be restored.
         let _ = set_mask(self.pid, self.mask);
         detach(self.pid);
         for signal in (1..64).filter(|signal| self.held.get() >> signal & 1 == 1) {
-            // SAFETY: takes no pointers.
+            // SAFETY: tgkill takes no pointers.
             unsafe { libc::syscall(libc::SYS_tgkill, self.pid, self.pid, signal) };
         }
     }
 }
 
-/// What stopped a traced thread.
+/// Reason for which a traced thread has stopped.
 enum Stop {
-    /// A signal that is about to be delivered.
+    /// Pending signal.
     Signal(libc::c_int),
-    /// Our own PTRACE_INTERRUPT, or a group stop.
+    /// PTRACE_INTERRUPT, or a group stop.
     Event,
 }
 
-/// Stops a seized thread; signals that come first are delivered as they would have been.
+/// Stops a seized thread. Signals that arrive first are delivered.
 fn interrupt(pid: libc::pid_t) -> Result<(), AdoptError> {
     loop {
         request(libc::PTRACE_INTERRUPT, pid, 0, 0).map_err(|_| AdoptError::Gone(pid))?;
-        match wait_stopped(pid, PATIENCE)? {
+        match wait_stopped(pid, STOP_TIMEOUT)? {
             Stop::Event => return Ok(()),
             Stop::Signal(signal) => request(libc::PTRACE_CONT, pid, 0, u64::from(signal.unsigned_abs()))?,
         }
@@ -317,37 +328,38 @@ fn set_mask(pid: libc::pid_t, mask: u64) -> io::Result<()> {
     request(libc::PTRACE_SETSIGMASK, pid, SIGSET_LEN as u64, (&raw const mask) as u64)
 }
 
-/// One `ptrace` call. `data` is a number, or the address of a structure of the request's type that outlives the call.
+/// Makes a ptrace call. `data` is a number, or the address of a structure of the type that the request expects.
 pub(super) fn request(request: libc::c_uint, pid: libc::pid_t, address: u64, data: u64) -> io::Result<()> {
-    // SAFETY: the callers, all in this module and `rseq`, pass addresses of live structures of the types that ptrace(2) gives.
+    // SAFETY: all callers are in this module and `rseq`, and pass addresses of live structures of the type in
+    // ptrace(2).
     let result = unsafe { libc::ptrace(request, pid, address, data) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether the signal that a thread has stopped for comes from the kernel, not from another process.
+/// Returns whether the kernel, not another process, has sent the signal that stopped a thread.
 fn by_kernel(pid: libc::pid_t) -> bool {
-    // SAFETY: all fields are numbers.
+    // SAFETY: all fields of siginfo are integers, for which zero is valid.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     request(libc::PTRACE_GETSIGINFO, pid, 0, (&raw mut info) as u64).is_ok() && info.si_code > 0
 }
 
-/// Whether there is (still) a `syscall` instruction at an address of a stopped thread.
+/// Returns whether there is a `syscall` instruction at an address of a stopped thread.
 fn is_syscall(pid: libc::pid_t, address: u64) -> bool {
     peek(pid, address).is_ok_and(|word| word.to_le_bytes().starts_with(&SYSCALL))
 }
 
-/// The word at an address of a stopped thread.
+/// Reads the word at an address of a stopped thread.
 pub(super) fn peek(pid: libc::pid_t, address: u64) -> io::Result<u64> {
     let mut word = 0u64;
-    // The system call itself, not the C library's wrapper, which returns the word.
+    // Use the system call: the wrapper of the C library returns the word in place of the status.
     // SAFETY: the kernel writes one word to the last argument.
     let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKTEXT, pid, address, &raw mut word) };
     if result == 0 { Ok(word) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Attaches to a thread. One that is traced may be so by another process of ours, which is done in a millisecond.
+/// Attaches to a thread. If it is traced, waits a short time, because another pageferry process may be the tracer.
 fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
-    let deadline = Instant::now() + OTHERS;
+    let deadline = Instant::now() + TRACER_TIMEOUT;
     let mut refused = false;
     loop {
         let Err(error) = request(libc::PTRACE_SEIZE, pid, 0, u64::from(options.unsigned_abs())) else { return Ok(()) };
@@ -362,7 +374,7 @@ fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
         };
         match why {
             AdoptError::Traced(..) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-            // Or it was, and is not any more.
+            // The tracer may have detached since: try once more.
             AdoptError::Seccomp(_) | AdoptError::NotPermitted(_) if !refused => refused = true,
             why => return Err(why),
         }
@@ -370,8 +382,8 @@ fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
 }
 
 /// Waits for the next stop of a traced thread.
-fn wait_stopped(pid: libc::pid_t, patience: Duration) -> Result<Stop, AdoptError> {
-    let deadline = Instant::now() + patience;
+fn wait_stopped(pid: libc::pid_t, timeout: Duration) -> Result<Stop, AdoptError> {
+    let deadline = Instant::now() + timeout;
     loop {
         let mut status = 0;
         // SAFETY: `status` is valid for writing.
@@ -387,14 +399,14 @@ fn wait_stopped(pid: libc::pid_t, patience: Duration) -> Result<Stop, AdoptError
             return Err(AdoptError::Gone(pid));
         }
         if Instant::now() > deadline {
-            return Err(AdoptError::Stuck(pid, patience));
+            return Err(AdoptError::Stuck(pid, timeout));
         }
         std::thread::sleep(Duration::from_micros(20));
     }
 }
 
 fn status_field(pid: libc::pid_t, field: &str) -> Option<String> {
-    // Bytes: the name of the process, on the first line, need not be UTF-8.
+    // Read bytes: the name of the process, on the first line, may not be UTF-8.
     let status = fs::read(format!("/proc/{pid}/status")).ok()?;
     let value = status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(field.as_bytes()))?;
     Some(String::from_utf8_lossy(value).trim().to_owned())
@@ -404,7 +416,7 @@ fn has_seccomp(pid: libc::pid_t) -> bool {
     status_field(pid, "Seccomp:").is_some_and(|mode| mode != "0")
 }
 
-/// Address of a `syscall` instruction in the vdso of a process.
+/// Returns the address of a `syscall` instruction in the vdso of a process.
 fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
     let maps = fs::read(format!("/proc/{pid}/maps")).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => AdoptError::Gone(pid),
@@ -422,13 +434,14 @@ fn find_syscall(pid: libc::pid_t) -> Result<u64, AdoptError> {
     Ok(start + offset as u64)
 }
 
-/// Address range of the vdso in the contents of /proc/PID/maps. Paths of files hold any byte, and start with a slash.
+/// Finds the address range of the vdso in the contents of /proc/PID/maps. File paths may contain any byte, but start
+/// with a slash.
 fn vdso_range(maps: &[u8]) -> Option<(u64, u64)> {
     let fields = |line: &'_ [u8]| -> Option<(u64, u64)> {
         let (head, name) = line.split_at_checked(line.len().checked_sub(b" [vdso]".len())?)?;
         let mut fields = head.split(|&byte| byte == b' ').filter(|field| !field.is_empty());
         let range = std::str::from_utf8(fields.next()?).ok()?;
-        // Range, permissions, offset, device, inode, and nothing but the name.
+        // Range, permissions, offset, device and inode, followed only by the name.
         if name != b" [vdso]" || fields.nth(3)? != b"0" || fields.next().is_some() {
             return None;
         }
@@ -439,7 +452,7 @@ fn vdso_range(maps: &[u8]) -> Option<(u64, u64)> {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-compile_error!("system calls are injected on x86-64 only so far");
+compile_error!("injection of system calls is implemented for x86-64 only");
 
 #[cfg(test)]
 mod tests {
@@ -470,7 +483,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(50));
         let poll = |stopped: &Stopped| stopped.call(libc::SYS_poll, [0, 0, 600_000, 0, 0, 0]);
         let ended = on_stopped_within(Duration::from_millis(50), pid, poll);
-        // It is back in its loop, with no trap of ours left to end it, and can be adopted again.
+        // It is back in its loop, has no pending trap, and can be adopted again.
         let again = on_stopped(pid, |stopped| stopped.call(libc::SYS_getpid, [0; 6]));
         std::thread::sleep(Duration::from_millis(50));
         let exited = child.try_wait().expect("a child");

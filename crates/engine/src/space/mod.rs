@@ -1,4 +1,4 @@
-//! Address spaces: what is mapped, large mappings, and calls made inside other processes.
+//! Address spaces of processes: mappings, huge pages, and system calls inside other processes.
 
 use std::fs::File;
 use std::io;
@@ -12,17 +12,17 @@ mod rseq;
 
 pub use inject::AdoptError;
 
-/// Faults that a userfaultfd is needed for.
+/// Faults that a userfaultfd must handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Faults {
-    /// All that wait for us, those of system calls and of KVM too. One for faults of user mode only would not do: system
-    /// calls would fail (EFAULT) where the program's own accesses wait.
+    /// All faults that user space resolves, including those of system calls and of KVM. With a userfaultfd for
+    /// user-mode faults only, system calls would fail (EFAULT) on pages for which other accesses wait.
     All,
-    /// Only faults that the kernel resolves itself (asynchronous write traces): one for user mode only will do.
+    /// Only faults that the kernel resolves (asynchronous write traces), for which user-mode faults suffice.
     Resolved,
 }
 
-/// The address space of a process, ours or another's.
+/// Address space of a process, our own or another one.
 #[derive(Debug)]
 pub struct Space {
     pid: libc::pid_t,
@@ -31,10 +31,10 @@ pub struct Space {
 }
 
 impl Space {
-    /// Opens the address space of `pid`. Nothing is done to the process.
+    /// Opens the address space of `pid`, without affecting the process.
     ///
     /// # Errors
-    /// ESRCH when there is no such process, EACCES without the right to trace it.
+    /// ESRCH if there is no such process, EACCES without permission to trace it.
     pub fn open(pid: libc::pid_t) -> io::Result<Self> {
         // SAFETY: takes no pointers; the descriptor is new.
         let pidfd = unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0)) }?;
@@ -42,12 +42,12 @@ impl Space {
         Ok(Self { pid, pidfd, pagemap })
     }
 
-    /// The process.
+    /// Returns the process ID.
     pub fn pid(&self) -> libc::pid_t {
         self.pid
     }
 
-    /// Its pagemap, for PAGEMAP_SCAN.
+    /// Returns the pagemap, for PAGEMAP_SCAN.
     pub fn pagemap(&self) -> &File {
         &self.pagemap
     }
@@ -56,11 +56,14 @@ impl Space {
         u32::try_from(self.pid).is_ok_and(|pid| pid == std::process::id())
     }
 
-    /// A userfaultfd of this address space with `features`, held by us alone: when we die, what is registered with it
-    /// is released.
+    /// Creates a userfaultfd of this address space with `features`. The engine holds the only reference: when it exits,
+    /// the kernel removes all registrations.
     ///
-    /// Ours is simply made. Another process is stopped for less than a millisecond (one thread of it, by ptrace), makes
-    /// the descriptor itself and closes it again once we hold a copy.
+    /// Another process is stopped by ptrace (one thread, for less than a millisecond), creates the descriptor, and
+    /// closes it when we have a copy.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if the process cannot be adopted or may not have a userfaultfd.
     pub fn userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
             Userfault::own().map_err(|error| self.refused(error))?
@@ -71,10 +74,11 @@ impl Space {
         Ok(uffd)
     }
 
-    /// As `userfault`, but never one for which system calls of the process fail (EFAULT) where its own accesses wait.
+    /// Like `userfault`, but never with a userfaultfd for user-mode faults only, with which system calls of the process
+    /// would fail (EFAULT).
     ///
     /// # Errors
-    /// [`AdoptError::NoFaults`] where the process may not have such a userfaultfd.
+    /// [`AdoptError::NoFaults`] if the process may not have such a userfaultfd.
     pub fn full_userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
             Userfault::own_full().map_err(|error| self.refused(error))?
@@ -96,20 +100,21 @@ impl Space {
         }
     }
 
-    /// A userfaultfd of this address space with `features`, of which the process keeps its own copy (its number there
-    /// is the second value; none for our own process): when we die, whoever waits for a page goes on waiting.
+    /// Creates a userfaultfd of this address space with `features`, of which the process keeps a copy: if the engine
+    /// exits, threads that wait for a page stay blocked. Returns our descriptor, and its number in the process (`None`
+    /// for our own process).
     ///
-    /// `wanted`: features that it has where the kernel has all of them.
+    /// `wanted` are additional features, enabled if the kernel supports all of them.
     ///
     /// # Errors
-    /// [`AdoptError::NoFaults`] where the process may not have one for these `faults`.
+    /// [`AdoptError::NoFaults`] if the process may not have a userfaultfd for these `faults`.
     pub fn kept_userfault(
         &self,
         features: u64,
         wanted: u64,
         faults: Faults,
     ) -> Result<(Userfault, Option<u64>), AdoptError> {
-        // A refusal leaves it as it was.
+        // A rejected UFFDIO_API leaves the descriptor unchanged.
         let enable = |uffd: &Userfault| uffd.enable(features | wanted).or_else(|_| uffd.enable(features));
         if self.is_own() {
             let made = if faults == Faults::All { Userfault::own_full() } else { Userfault::own() };
@@ -133,7 +138,8 @@ impl Space {
         Ok(ours)
     }
 
-    /// Has the stopped process create a userfaultfd for these faults. Returns our copy of it, and its number there.
+    /// Makes the stopped process create a userfaultfd for these faults. Returns our copy, and its number in the
+    /// process.
     fn make_userfault(&self, stopped: &inject::Stopped, faults: Faults) -> Result<(Userfault, u64), AdoptError> {
         self.check_alive()?;
         let flags = u64::from(uapi::UFFD_FLAGS.cast_unsigned());
@@ -151,7 +157,7 @@ impl Space {
             error => Err(error),
         });
         let remote = made?;
-        // SAFETY: takes no pointers; the descriptor is new.
+        // SAFETY: pidfd_getfd takes no pointers; the descriptor it returns is new and has no other owner.
         match unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), remote, 0)) } {
             Ok(ours) => Ok((Userfault::from_fd(ours), remote)),
             Err(error) => {
@@ -161,10 +167,10 @@ impl Space {
         }
     }
 
-    /// Makes a system call in the process, as it would itself: `call` with up to six plain arguments.
+    /// Makes the process execute a system call, given by its number and up to six arguments.
     ///
     /// # Errors
-    /// [`AdoptError::Call`] with the errno the call ended in, the others when it could not be made.
+    /// [`AdoptError::Call`] with the errno of the call; other errors if it could not be executed.
     pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
         inject::on_stopped(self.pid, |stopped| {
             self.check_alive()?;
@@ -172,30 +178,36 @@ impl Space {
         })
     }
 
-    /// Refuses a process that merely got the number of one that ended. Once stopped by us it keeps its number.
+    /// Rejects a process that has reused the ID of an exited one. A process that we have stopped keeps its ID.
     fn check_alive(&self) -> Result<(), AdoptError> {
         let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         loop {
-            // SAFETY: one pollfd that lives through the call.
+            // SAFETY: the pollfd lives through the call.
             match check(unsafe { libc::poll(&raw mut poll, 1, 0) }) {
                 Ok(0) => return Ok(()),
                 Ok(_) => return Err(AdoptError::Gone(self.pid)),
-                // A signal of ours that came just now.
+                // Interrupted by a signal to our process.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// Puts `[address, address + len)` on large pages (MADV_COLLAPSE): what already stands on a large page is only
-    /// mapped as one, the rest is copied to one. Works on the process from outside.
+    /// Backs `[address, address + len)` by huge pages (MADV_COLLAPSE). Existing huge pages are only mapped as such;
+    /// base pages are copied. Does not stop the process.
+    ///
+    /// # Errors
+    /// The error of process_madvise(2).
     pub fn collapse(&self, address: u64, len: u64) -> io::Result<()> {
         self.advise(address, len, libc::MADV_COLLAPSE)
     }
 
-    /// Advises on a range from outside: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE; others are EINVAL.
+    /// Advises the kernel about a range of the process: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE.
+    ///
+    /// # Errors
+    /// EINVAL for any other advice; otherwise the error of process_madvise(2).
     pub fn advise(&self, address: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
-        // Of others' memory the kernel takes no other advice; of our own, some kernels take any.
+        // Kernels reject other advice for another process, but some accept it for our own.
         if !matches!(advice, libc::MADV_COLD | libc::MADV_PAGEOUT | libc::MADV_WILLNEED | libc::MADV_COLLAPSE) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
@@ -204,14 +216,14 @@ impl Space {
             iov_len: usize::try_from(len).map_err(io::Error::other)?,
         };
         let flags: libc::c_uint = 0;
-        // SAFETY: the address is only looked up in the other address space; these advices keep contents.
+        // SAFETY: the kernel interprets the address in the other address space; this advice does not change contents.
         let result = unsafe {
             libc::syscall(libc::SYS_process_madvise, self.pidfd.as_raw_fd(), &raw const range, 1usize, advice, flags)
         };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Takes the mappings of a range of shared memory away, from the page tables of this process alone; contents stay.
+    /// Unmaps a range of shared memory from the page tables of this process. The contents are not affected.
     ///
     /// # Errors
     /// As for [`Space::call`].
@@ -221,7 +233,7 @@ impl Space {
             return self.call(libc::SYS_madvise, [address, len, u64::from(advice), 0, 0, 0]).map(drop);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: of shared memory no byte changes, by this function's contract.
+        // SAFETY: the caller passes shared memory, whose contents do not change.
         check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_DONTNEED_LOCKED) })?;
         Ok(())
     }
@@ -236,12 +248,15 @@ impl Space {
             return self.call(libc::SYS_madvise, [address, len, advice, 0, 0, 0]).map(drop);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: maps pages, changes no byte.
+        // SAFETY: maps pages without changing them.
         check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_POPULATE_READ) })?;
         Ok(())
     }
 
-    /// The parts of a range that are mapped as large pages, as (start, end).
+    /// Returns the parts of a range that are mapped as huge pages, as (start, end).
+    ///
+    /// # Errors
+    /// The error of PAGEMAP_SCAN.
     pub fn large_mapped(&self, address: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
         let mut runs = Vec::new();
         let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
@@ -249,9 +264,12 @@ impl Space {
         Ok(runs)
     }
 
-    /// A duplicate of a descriptor of the process.
+    /// Returns a duplicate of a descriptor of the process.
+    ///
+    /// # Errors
+    /// The error of pidfd_getfd(2).
     pub fn descriptor(&self, fd: libc::c_int) -> io::Result<OwnedFd> {
-        // SAFETY: takes no pointers; the descriptor is new.
+        // SAFETY: pidfd_getfd takes no pointers; the descriptor it returns is new and has no other owner.
         unsafe { owned(libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0)) }
     }
 }

@@ -1,25 +1,26 @@
-//! Restartable sequences (rseq(2)) of a thread that is stopped for calls of ours.
+//! Restartable sequences (rseq(2)) of a thread that is stopped to inject system calls.
 //!
-//! A thread names a section of its code in `rseq_cs` of its rseq area. The promise of the kernel: a thread that was
-//! preempted, or got a signal, inside the section goes on at the section's abort handler, never at the next
-//! instruction. The kernel keeps it when it returns to user code: it looks whether the instruction pointer lies in the
-//! section (`rseq_ip_fixup` in kernel/rseq.c); if not, the section is over, and it clears `rseq_cs`.
+//! A thread announces a critical section in the `rseq_cs` field of its rseq area. The kernel guarantees that a thread
+//! that was preempted or received a signal inside the section continues at its abort handler. It does so on the return
+//! to user mode: if the instruction pointer is inside the section, it redirects it (`rseq_ip_fixup` in kernel/rseq.c);
+//! otherwise the section is over, and the kernel clears `rseq_cs`.
 //!
-//! A stop is a preemption. But the thread first returns to user code for our call, with the instruction pointer outside
-//! of the section: the kernel clears `rseq_cs`, and once the thread has its own registers back nothing aborts the section
-//! any more. Other threads of that CPU have run meanwhile, so the section would commit what it must not.
+//! A ptrace stop is a preemption. However, the thread first returns to user mode for the injected call, with its
+//! instruction pointer outside the section. The kernel then clears `rseq_cs`, and the section is not aborted when the
+//! thread has its registers back. Other threads have run on that CPU in the meantime, so that the section would commit
+//! invalid data.
 //!
-//! So before our first call we do what the kernel would have done, with the same checks: the thread will go on at the
-//! abort handler, and `rseq_cs` is cleared. That is always allowed, because a section may be preempted at any
-//! instruction. What the kernel would end with SIGSEGV (another signature before the handler, an unknown version) is
-//! refused before anything is changed, and left to the kernel.
+//! Before the first call, this module therefore does what the kernel would have done, with the same checks: it
+//! redirects the thread to the abort handler and clears `rseq_cs`. This is always allowed, because a section may be
+//! preempted at any instruction. If the kernel would kill the thread by SIGSEGV (wrong signature before the handler,
+//! unknown version), the operation fails before anything is changed.
 
 use libc::user_regs_struct;
 
 use super::inject::{AdoptError, peek, request};
 
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
-/// Of `rseq_cs` in the rseq area, and of a section's fields in its descriptor (include/uapi/linux/rseq.h).
+/// Offsets of `rseq_cs` in the rseq area, and of the fields of a section descriptor (include/uapi/linux/rseq.h).
 const SECTION: u64 = 8;
 const START: u64 = 8;
 const LENGTH: u64 = 16;
@@ -36,41 +37,41 @@ struct Configuration {
     pad: u32,
 }
 
-/// Has a stopped thread go on at the abort handler of the section that it is in, if it is in one.
+/// Redirects a stopped thread to the abort handler if it is inside a critical section.
 ///
 /// # Errors
-/// [`AdoptError::Sequence`] for a section that the kernel would not abort either; nothing has changed then.
+/// [`AdoptError::Sequence`] if the kernel would not abort the section either. Nothing has been changed then.
 pub fn abort(pid: libc::pid_t, registers: &mut user_regs_struct) -> Result<(), AdoptError> {
     let Some(found) = configuration(pid) else { return Ok(()) };
     let pointer = found.area + SECTION;
-    // What cannot be read the kernel cannot read either, and ends the thread itself.
+    // Memory that we cannot read is unreadable for the kernel as well, which then kills the thread.
     let section = peek(pid, pointer)?;
     if section == 0 {
         return Ok(());
     }
     let (start, length) = (peek(pid, section + START)?, peek(pid, section + LENGTH)?);
     if registers.rip.wrapping_sub(start) >= length {
-        return Ok(()); // it is over
+        return Ok(()); // the section is over
     }
     let handler = peek(pid, section + ABORT)?;
-    // Version and flags: flags are of kernels that made exceptions from the promise.
+    // Version and flags. Only older kernels support flags, which restrict the abort.
     if peek(pid, section)? != 0 {
-        return Err(AdoptError::Sequence(pid, "it is of an unknown version, or has flags"));
+        return Err(AdoptError::Sequence(pid, "unknown version or flags of the section"));
     }
     if handler.wrapping_sub(start) < length {
-        return Err(AdoptError::Sequence(pid, "its abort handler is a part of it"));
+        return Err(AdoptError::Sequence(pid, "the abort handler is inside the section"));
     }
     if peek(pid, handler.wrapping_sub(4))?.to_le_bytes()[..4] != found.signature.to_le_bytes() {
-        return Err(AdoptError::Sequence(pid, "its abort handler lacks the signature"));
+        return Err(AdoptError::Sequence(pid, "the abort handler lacks its signature"));
     }
     request(libc::PTRACE_POKEDATA, pid, pointer, 0)?;
     registers.rip = handler;
-    // A section that made a system call, which it may not: the kernel restarts nothing at the handler.
+    // Sections must not make system calls. If this one did, the kernel must not restart it at the handler.
     registers.orig_rax = u64::MAX;
     Ok(())
 }
 
-/// None: the thread has no rseq area, or the kernel has no restartable sequences.
+/// Returns the rseq configuration of a thread, or `None` if there is none or the kernel lacks support.
 fn configuration(pid: libc::pid_t) -> Option<Configuration> {
     let mut found = Configuration::default();
     let size = size_of::<Configuration>() as u64;

@@ -1,11 +1,12 @@
-//! Storage blocks over sockets: from a region's mapping to a socket, and from a socket into a region's mapping.
+//! Transfer of storage blocks over sockets, from and into the mappings of memory regions.
 //!
-//! A stream is a connected, blocking socket, in the clear or under [TLS](tls). Several streams share the pages of a
-//! round; each ends its part with a barrier. Every wait is bounded: it ends when somebody cancels, or when the peer has
-//! not moved a byte for a while.
+//! A stream is a connected socket, either unencrypted or under [TLS](tls). Several streams share the pages of a round;
+//! each of them ends the round with a barrier. Every wait is bounded: it ends on cancellation, or if the peer has not
+//! transferred a byte within the timeout.
 //!
-//! After the switch-over of a post-copy migration the blocks come from a [`PageServer`] at the source, which pushes
-//! them over streams of their own, and answers on one more, at once, what a [`PeerSource`] at the destination asks for.
+//! After the switch-over of a post-copy migration, the blocks come from a [`PageServer`] at the source. It pushes them
+//! over separate streams, and on one more connection it replies at once to the requests of a [`PeerSource`] at the
+//! destination.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -34,52 +35,52 @@ pub use sender::{BlockSender, Format};
 pub use server::PageServer;
 pub use socket::Endpoint;
 
-/// The round of blocks that are sent after the switch-over: no round before has that number.
+/// Round number of the blocks that are sent after the switch-over. No earlier round has this number.
 pub const POSTCOPY: u32 = u32::MAX;
 
-/// Why a stream ended.
+/// Reason for which a stream ended.
 #[derive(Debug, Error)]
 pub enum WireError {
-    /// Somebody asked for it.
+    /// The transfer was cancelled.
     #[error("cancelled")]
     Cancelled,
     /// The peer closed the connection.
     #[error("the peer closed the page stream")]
     Closed,
-    /// Nothing moved.
+    /// The peer did not transfer a byte within the timeout.
     #[error("the peer has not moved a byte on the page stream for {0:?}")]
     Stalled(Duration),
-    /// The network's words.
+    /// A socket operation failed.
     #[error("page stream: {0}")]
     Io(#[from] io::Error),
-    /// What came over a secure stream is not from the peer, or not what TLS allows.
+    /// A handshake or a record was refused.
     #[error("page stream: {0}")]
     Tls(#[from] tls::TlsError),
-    /// A block that is not as it must be.
+    /// A block is malformed or damaged.
     #[error(transparent)]
     Block(#[from] BlockError),
-    /// A block that does not fit the regions.
+    /// A block does not fit the regions.
     #[error(transparent)]
     Place(#[from] PlaceError),
-    /// A barrier or block out of order.
+    /// A block or barrier arrived out of order.
     #[error("page stream out of step: {0}")]
     Order(String),
 }
 
-/// Counters that can be read while a round is under way.
+/// Counters of a sender or receiver, readable during a round.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes on the wire.
+    /// Bytes transferred, headers included.
     pub bytes: AtomicU64,
     /// Storage blocks.
     pub blocks: AtomicU64,
-    /// Pages with contents.
+    /// Pages with data.
     pub data: AtomicU64,
-    /// Pages of zeros.
+    /// Zero pages.
     pub zero: AtomicU64,
-    /// Pages that are not in memory.
+    /// Pages that are holes.
     pub absent: AtomicU64,
-    /// Storage blocks sent without the codec that was asked for, because the link was faster.
+    /// Storage blocks sent without the configured codec, because the link was faster than the compression.
     pub uncompressed: AtomicU64,
 }
 
@@ -99,7 +100,7 @@ impl Progress {
     }
 }
 
-/// Does `work` on every stream at once. The first failure ends the others, and is the one reported.
+/// Runs `work` on every stream in parallel. The first failure cancels the other streams and is returned.
 fn on_all<S: Sync>(
     streams: &[S],
     cancelled: &AtomicBool,
@@ -107,7 +108,7 @@ fn on_all<S: Sync>(
 ) -> Result<(), WireError> {
     let failure = Mutex::new(None);
     let fail = |error: WireError| {
-        // First kept, then made known: what the others end with because of it must not come before it.
+        // Record the error before the flag is set: a stream that fails because of the flag must not be first.
         failure.lock().get_or_insert(error);
         cancelled.store(true, Ordering::Release);
     };
@@ -123,17 +124,17 @@ fn on_all<S: Sync>(
     failure.into_inner().map_or(Ok(()), Err)
 }
 
-/// Sets an option of TCP; other sockets do not know it, and need it not.
+/// Sets a TCP option. Sockets of other families reject it, which is harmless.
 fn tune(socket: &OwnedFd, option: libc::c_int, value: libc::c_int) {
     let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(4);
-    // SAFETY: `value` is an integer of the length given.
+    // SAFETY: `value` is an integer that lives through the call, and `len` is its size.
     unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const value).cast(), len) };
 }
 
-/// No stream at all would be a round that ends at once, with nothing sent or received.
+/// Rejects an empty list of streams, with which a round would end at once without having transferred anything.
 fn at_least_one<S>(streams: Vec<S>) -> io::Result<Vec<S>> {
     if streams.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "no sockets to make page streams of"));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "cannot create page streams: no sockets given"));
     }
     Ok(streams)
 }

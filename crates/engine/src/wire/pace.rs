@@ -1,4 +1,4 @@
-//! How fast blocks leave: a limit for all streams together, and a codec that is left out where it only slows down.
+//! Send rate: a bandwidth limit shared by all streams, and adaptive compression.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,26 +8,26 @@ use parking_lot::Mutex;
 use super::WireError;
 use crate::block::Codec;
 
-/// Longest sleep of a stream that is ahead of the limit: then it looks whether it has been cancelled.
+/// Longest sleep between two checks for cancellation.
 const SLICE: Duration = Duration::from_millis(20);
-/// So much of a limit that was not used may be caught up with: what sleeps take longer than they should.
+/// Unused time that a stream may catch up with. It compensates for sleeps that last too long.
 const BURST: Duration = Duration::from_millis(20);
 
-/// Most bytes per second, over all streams that share it.
+/// Bandwidth limit, shared by all streams of a sender.
 #[derive(Debug)]
-pub(super) struct Limit {
+pub(super) struct RateLimit {
     bandwidth: u64,
-    /// When all bytes so far should have left.
+    /// Time at which all bytes so far should have left.
     due: Mutex<Instant>,
 }
 
-impl Limit {
-    /// Without any for 0 bytes per second.
+impl RateLimit {
+    /// Creates a limit in bytes per second; 0 means unlimited.
     pub(super) fn new(bandwidth: u64) -> Self {
         Self { bandwidth, due: Mutex::new(Instant::now()) }
     }
 
-    /// Counts bytes that leave now; returns when they may.
+    /// Counts bytes to send. Returns the time from which they may leave.
     fn take(&self, bytes: usize, now: Instant) -> Instant {
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let time = Duration::from_secs_f64(bytes as f64 / self.bandwidth as f64);
@@ -37,7 +37,7 @@ impl Limit {
         start
     }
 
-    /// Waits until so many bytes may leave; those that are `urgent` count, and leave at once.
+    /// Waits until `bytes` may leave. Urgent bytes are counted but do not wait.
     pub(super) fn wait(&self, bytes: usize, urgent: bool, cancelled: &AtomicBool) -> Result<(), WireError> {
         if self.bandwidth == 0 {
             return Ok(());
@@ -49,7 +49,7 @@ impl Limit {
         sleep_until(|| start, cancelled)
     }
 
-    /// Waits until something may leave at once, whatever leaves meanwhile.
+    /// Waits until the limit allows another send at once, including the bytes counted during the wait.
     pub(super) fn wait_for_turn(&self, cancelled: &AtomicBool) -> Result<(), WireError> {
         sleep_until(|| *self.due.lock(), cancelled)
     }
@@ -68,52 +68,54 @@ fn sleep_until(time: impl Fn() -> Instant, cancelled: &AtomicBool) -> Result<(),
     }
 }
 
-/// Blocks between two trials of the other way, first and most.
+/// Number of blocks between two trials of the other mode: initial value and maximum.
 const GAPS: (u32, u32) = (32, 1024);
-/// Blocks of a trial; the first half of them only fills, or empties, what the kernel has of buffers.
+/// Blocks of a trial. The first half is not measured: it only fills or drains the socket buffers.
 const TRIAL: u32 = 16;
-/// What the other way must be faster by.
+/// Factor by which the other mode must be faster to be selected.
 const GAIN: f64 = 1.2;
 
-/// Whether to compress, by what both ways have cost: time per byte before compression, packing and writing together.
+/// Adaptive compression: selects the faster mode by its measured cost, in seconds per uncompressed byte for packing and
+/// writing together.
 ///
-/// Neither is known without trying: a codec hides how fast the link is, and without it one does not see how well the
-/// data compresses. So the other way is tried for some blocks now and then, the less often the more often it was no
-/// better; compressing on, not at all while writing takes longer than packing, for then the link is what is slow.
+/// The cost of a mode is known only from using it: compression hides the speed of the link, and without compression the
+/// ratio is unknown. The other mode is therefore tried for a few blocks at increasing intervals, which are reset when
+/// it turns out to be faster. While blocks are compressed, no trial takes place as long as writing takes longer than
+/// packing, because then the link is the bottleneck.
 #[derive(Debug)]
 pub(super) struct Adaptive {
     codec: Codec,
     enabled: bool,
     packed: bool,
-    /// Seconds per byte, of plain and of packed blocks.
+    /// Cost of uncompressed and of compressed blocks, seconds per byte.
     cost: [f64; 2],
-    /// Of packed blocks, what packing takes.
+    /// Share of packing in the cost of compressed blocks, seconds per byte.
     packing: f64,
     gap: u32,
-    /// Blocks to the next trial, then blocks of the trial that are left.
+    /// Blocks left until the next trial, or until the end of the current one.
     left: u32,
     trying: bool,
 }
 
 impl Adaptive {
-    /// With `enabled` false it is always the codec.
+    /// Creates the policy; with `enabled` false, every block is compressed.
     pub(super) fn new(codec: Codec, enabled: bool) -> Self {
         let enabled = enabled && codec != Codec::None;
         Self { codec, enabled, packed: true, cost: [0.0; 2], packing: 0.0, gap: GAPS.0, left: GAPS.0, trying: false }
     }
 
-    /// The codec of the next block.
+    /// Returns the codec for the next block.
     pub(super) fn codec(&self) -> Codec {
         if self.packed != self.trying { self.codec } else { Codec::None }
     }
 
-    /// Whether that is not the codec that was asked for.
-    pub(super) fn left_out(&self, codec: Codec) -> bool {
+    /// Returns whether `codec` differs from the configured one.
+    pub(super) fn is_bypassed_by(&self, codec: Codec) -> bool {
         codec != self.codec
     }
 
-    /// A block of `raw` bytes has left: how long it took to pack it, and to write it.
-    pub(super) fn note(&mut self, raw: usize, packing: Duration, writing: Duration) {
+    /// Records the times of packing and writing a block of `raw` uncompressed bytes.
+    pub(super) fn record(&mut self, raw: usize, packing: Duration, writing: Duration) {
         if !self.enabled || raw == 0 {
             return;
         }
@@ -132,7 +134,7 @@ impl Adaptive {
         }
     }
 
-    /// A trial is due, or has ended.
+    /// Starts a trial, or evaluates the one that has ended.
     fn turn(&mut self) {
         let (ours, other) = (usize::from(self.packed), usize::from(!self.packed));
         if self.trying {
@@ -141,7 +143,7 @@ impl Adaptive {
             self.packed = self.packed != better;
             self.gap = if better { GAPS.0 } else { (self.gap * 2).min(GAPS.1) };
         } else {
-            // The link alone decides, or the codec alone would: no need to try.
+            // Skip the trial if the link or the codec is clearly the bottleneck.
             let writing = if self.packed { self.cost[1] - self.packing } else { self.cost[0] };
             self.trying = if self.packed { writing < self.packing } else { writing > self.packing };
             self.cost[other] = 0.0;
@@ -150,7 +152,7 @@ impl Adaptive {
     }
 }
 
-/// Moves an average an eighth of the way to a value; the first value is the average.
+/// Updates a moving average with weight 1/8; the first value initialises it.
 fn average(average: &mut f64, value: f64) {
     *average = if *average == 0.0 { value } else { *average + (value - *average) / 8.0 };
 }
@@ -161,10 +163,11 @@ mod tests {
 
     const RAW: usize = 512 << 10;
 
-    /// Sends blocks over a modelled link; returns how many of the last 1000 went packed, and how often it changed.
+    /// Sends blocks over a simulated link. Returns how many of the last 1000 were compressed, and the number of mode
+    /// changes.
     fn run(adaptive: &mut Adaptive, blocks: u32, packing: u64, link: u64, ratio: u64) -> (u32, u32) {
         let (mut packed, mut changes, mut before) = (0, 0, Codec::Lz4);
-        // What the kernel's buffer has room for hides the link, in microseconds of it.
+        // Socket buffer: hides the link up to this many microseconds of sending.
         let (mut queued, room) = (0u64, 4000u64);
         for number in 0..blocks {
             let codec = adaptive.codec();
@@ -172,7 +175,7 @@ mod tests {
             queued = queued.saturating_sub(pack) + send;
             let blocked = queued.saturating_sub(room) + 5;
             queued = queued.saturating_sub(blocked);
-            adaptive.note(RAW, Duration::from_micros(pack), Duration::from_micros(blocked));
+            adaptive.record(RAW, Duration::from_micros(pack), Duration::from_micros(blocked));
             packed += u32::from(number + 1000 >= blocks && codec != Codec::None);
             changes += u32::from(codec != before);
             before = codec;
@@ -181,23 +184,23 @@ mod tests {
     }
 
     #[test]
-    fn the_codec_is_left_out_on_a_fast_link() {
+    fn codec_is_bypassed_on_a_fast_link() {
         let mut adaptive = Adaptive::new(Codec::Lz4, true);
         let (packed, changes) = run(&mut adaptive, 4000, 1000, 50, 50);
         assert!(packed < 100 && changes < 20, "{packed} packed, {changes} changes");
     }
 
     #[test]
-    fn the_codec_is_used_on_a_slow_link() {
+    fn codec_is_used_on_a_slow_link() {
         let mut adaptive = Adaptive::new(Codec::Lz4, true);
         assert_eq!(run(&mut adaptive, 4000, 1000, 5000, 50), (1000, 0));
-        // What does not become smaller is not worth the time either, but costs next to nothing here.
+        // Compression that barely pays off is kept, because it costs next to nothing on this link.
         let (packed, changes) = run(&mut adaptive, 4000, 1000, 1500, 30);
         assert!(packed > 900 && changes < 20, "{packed} packed, {changes} changes");
     }
 
     #[test]
-    fn it_follows_the_link() {
+    fn codec_follows_changes_of_the_link() {
         let mut adaptive = Adaptive::new(Codec::Zstd, true);
         assert!(run(&mut adaptive, 4000, 2000, 50, 40).0 < 100);
         assert!(run(&mut adaptive, 8000, 2000, 20_000, 40).0 > 900);
@@ -205,16 +208,16 @@ mod tests {
     }
 
     #[test]
-    fn only_when_asked_to() {
+    fn disabled_adaptation_always_uses_the_codec() {
         let mut adaptive = Adaptive::new(Codec::Lz4, false);
         assert_eq!(run(&mut adaptive, 2000, 1000, 1, 50), (1000, 0));
         assert_eq!(Adaptive::new(Codec::None, true).codec(), Codec::None);
     }
 
     #[test]
-    fn a_turn_comes_when_all_that_was_urgent_has_left() {
-        let (limit, cancelled, start) = (Limit::new(1 << 20), AtomicBool::new(false), Instant::now());
-        let urgent = || limit.wait(256 << 10, true, &cancelled).expect("it leaves at once");
+    fn turn_waits_for_urgent_bytes() {
+        let (limit, cancelled, start) = (RateLimit::new(1 << 20), AtomicBool::new(false), Instant::now());
+        let urgent = || limit.wait(256 << 10, true, &cancelled).expect("urgent bytes do not wait");
         urgent();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limit.wait_for_turn(&cancelled).map(|()| start.elapsed()));
@@ -223,24 +226,24 @@ mod tests {
             let waited = waiting.join().expect("no panic").expect("not cancelled");
             assert!(waited + BURST >= Duration::from_millis(500), "{waited:?}");
         });
-        limit.wait(1 << 30, true, &cancelled).expect("it leaves at once");
+        limit.wait(1 << 30, true, &cancelled).expect("urgent bytes do not wait");
         cancelled.store(true, Ordering::Relaxed);
         assert!(matches!(limit.wait_for_turn(&cancelled), Err(WireError::Cancelled)));
-        assert!(Limit::new(0).wait_for_turn(&AtomicBool::new(false)).is_ok(), "no limit");
+        assert!(RateLimit::new(0).wait_for_turn(&AtomicBool::new(false)).is_ok(), "no limit");
     }
 
     #[test]
-    fn a_limit_holds_over_any_second() {
-        let (limit, start) = (Limit::new(1 << 20), Instant::now());
+    fn limit_holds_in_every_second() {
+        let (limit, start) = (RateLimit::new(1 << 20), Instant::now());
         let mut now = start;
         for _ in 0..200 {
             now = now.max(limit.take(64 << 10, now));
         }
-        // Of 200 blocks of a sixteenth of a second each, the last may leave when the others have.
+        // Of 200 blocks of 1/16 s each, the last may leave when the other 199 have left.
         let early = Duration::from_secs_f64(199.0 / 16.0).saturating_sub(now - start);
         assert!(early <= BURST, "{early:?} early");
         let idle = now + Duration::from_secs(100);
         assert!(limit.take(1 << 20, idle) <= idle);
-        assert!(limit.take(1, idle) >= idle + Duration::from_secs(1) - BURST, "an idle time is not made up for");
+        assert!(limit.take(1, idle) >= idle + Duration::from_secs(1) - BURST, "idle time is not caught up with");
     }
 }

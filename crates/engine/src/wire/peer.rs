@@ -1,4 +1,4 @@
-//! The destination's end of a post-copy migration: requests out, pages in.
+//! Destination side of post-copy: sends page requests and receives pages.
 
 use std::io;
 use std::sync::Arc;
@@ -14,15 +14,15 @@ use super::socket::{Endpoint, Socket};
 use super::{POSTCOPY, Progress, WireError, at_least_one, tune};
 use crate::block::{Head, Kind};
 
-/// Connections to a [`super::PageServer`]. What is to be done with the pages is up to the pager that it is given to.
+/// Connections to a [`super::PageServer`]. The pager that owns this source installs the received pages.
 #[derive(Debug)]
 pub struct PeerSource {
     urgent: Arc<Socket>,
-    /// Held while a request is written.
-    asking: Mutex<()>,
-    /// The first is that of the answers.
+    /// Locked while a request is written.
+    writing: Mutex<()>,
+    /// Incoming streams; the first carries the replies to requests.
     streams: Vec<Mutex<Incoming>>,
-    patience: Duration,
+    timeout: Duration,
     cancelled: Arc<AtomicBool>,
     lost: Mutex<Option<String>>,
     taken: AtomicBool,
@@ -32,25 +32,25 @@ pub struct PeerSource {
 }
 
 impl PeerSource {
-    /// Over fresh connections: one for requests and their answers, the others for what is pushed. `patience`: how long
-    /// an answer, or a byte in the middle of a block, may take.
+    /// Wraps new connections: `urgent` for requests and their replies, `streams` for pushed pages. `timeout` bounds the
+    /// wait for a reply, and for the next byte within a block.
     ///
     /// # Errors
-    /// InvalidInput without any stream, or what the kernel says about a socket.
-    pub fn new(urgent: impl Into<Endpoint>, streams: Vec<impl Into<Endpoint>>, patience: Duration) -> io::Result<Self> {
+    /// `InvalidInput` if `streams` is empty; otherwise the error of the socket operation that failed.
+    pub fn new(urgent: impl Into<Endpoint>, streams: Vec<impl Into<Endpoint>>, timeout: Duration) -> io::Result<Self> {
         let (cancelled, urgent) = (Arc::new(AtomicBool::new(false)), urgent.into());
         tune(&urgent.fd, libc::TCP_NODELAY, 1);
-        let urgent = Arc::new(Socket::new(urgent, patience, cancelled.clone())?);
+        let urgent = Arc::new(Socket::new(urgent, timeout, cancelled.clone())?);
         let mut incoming = vec![Mutex::new(Incoming::new(urgent.clone()))];
         for socket in at_least_one(streams)? {
-            let socket = Socket::new(socket.into(), patience, cancelled.clone())?;
+            let socket = Socket::new(socket.into(), timeout, cancelled.clone())?;
             incoming.push(Mutex::new(Incoming::new(Arc::new(socket))));
         }
         Ok(Self {
             urgent,
-            asking: Mutex::default(),
+            writing: Mutex::default(),
             streams: incoming,
-            patience,
+            timeout,
             cancelled,
             lost: Mutex::default(),
             taken: AtomicBool::new(false),
@@ -60,58 +60,58 @@ impl PeerSource {
         })
     }
 
-    /// Why there is no connection any more, if so.
+    /// Returns the reason for which the connection was lost, if it was.
     pub fn lost(&self) -> Option<String> {
         self.lost.lock().clone()
     }
 
-    /// Whether the source has pushed everything.
+    /// Returns whether the source has pushed all pages.
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire) == self.streams.len() - 1
     }
 
-    /// Requests sent so far.
+    /// Returns the number of requests sent so far.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// What has been received so far.
+    /// Returns the counters of the received pages.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// How long an answer may take.
-    pub(crate) fn patience(&self) -> Duration {
-        self.patience
+    /// Returns the timeout for replies.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
-    /// Claims it for a pager; false: another has it.
+    /// Claims this source for a pager. Returns false if another pager has claimed it.
     pub(crate) fn take(&self) -> bool {
         !self.taken.swap(true, Ordering::AcqRel)
     }
 
-    /// Ends all that is under way, soon.
+    /// Cancels all transfers.
     pub(crate) fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
     }
 
-    /// Whether nothing comes over it any more.
+    /// Returns whether the transfers have been cancelled or the connection was lost.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
     }
 
-    /// The connection is of no use any more; the first reason is the one that is kept.
+    /// Marks the connection as lost. Only the first reason is kept.
     pub(crate) fn lose(&self, reason: &dyn std::fmt::Display) {
         let mut lost = self.lost.lock();
-        // Cancelled before: whatever went wrong since then, nobody needs it any more.
+        // Errors after a cancellation are a consequence of it, and are not recorded.
         if !self.cancelled.swap(true, Ordering::AcqRel) {
             lost.get_or_insert(reason.to_string());
         }
     }
 
-    /// Asks for pages. Requests are small and few: it is written at once, whatever the source is doing.
-    pub(crate) fn ask(&self, request: &Request) {
-        let _alone = self.asking.lock();
+    /// Sends a page request. Requests are small and infrequent, so that writing one does not block.
+    pub(crate) fn request(&self, request: &Request) {
+        let _alone = self.writing.lock();
         if self.cancelled.load(Ordering::Acquire) {
             return;
         }
@@ -121,15 +121,15 @@ impl PeerSource {
         }
     }
 
-    /// Streams to read, the first of them that of the answers.
+    /// Returns the number of incoming streams; the first carries replies.
     pub(crate) fn streams(&self) -> usize {
         self.streams.len()
     }
 
-    /// Reads one stream to its end: calls `place` with every block, whose data pages stand verified in the buffer.
+    /// Reads one stream to its end. Calls `place` for every block, with the verified data pages in the buffer.
     ///
     /// # Errors
-    /// Those of `place`, and of the stream; an answer that does not come though one is `overdue` is one.
+    /// Errors of `place` and of the stream, including a timeout while `overdue` reports that a reply is late.
     pub(crate) fn receive<E: From<WireError>>(
         &self,
         stream: usize,
@@ -140,13 +140,13 @@ impl PeerSource {
         let mut input = self.streams[stream].lock();
         let urgent = stream == 0;
         loop {
-            // The push begins when the workload has been handed over; then it goes on to its end.
+            // The source starts to push only after the hand-over of the workload, and then continues to the end.
             let may_idle = |blocks| if urgent { !overdue() } else { blocks == 0 };
             let head = input.head(POSTCOPY, &self.progress, may_idle)?;
             if head.kind == Kind::Barrier {
                 self.ended.fetch_add(usize::from(!urgent), Ordering::AcqRel);
                 return if urgent {
-                    Err(WireError::Order("a barrier among answers".to_owned()).into())
+                    Err(WireError::Order("barrier on the stream for replies".to_owned()).into())
                 } else {
                     Ok(())
                 };

@@ -1,4 +1,4 @@
-//! Storage blocks from the sockets, through the placer into the regions.
+//! Receiver of page streams: reads storage blocks and places their pages in the regions.
 
 use std::io;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::SMALL_PAGE;
 use crate::block::{self, Class, Codec, Head, Header, Kind, Run};
 use crate::placer::Placer;
 
-/// Pages without bytes that are placed before it is checked whether all shall end: about a millisecond of work.
-const PIECE: usize = 1 << 15;
+/// Number of pages without data that are placed between two checks for cancellation: about 1 ms of work.
+const CHUNK: usize = 1 << 15;
 
-/// The receiving end of page streams.
+/// Receiving side of a set of page streams.
 #[derive(Debug)]
 pub struct BlockReceiver {
     streams: Vec<Mutex<Incoming>>,
@@ -27,7 +27,7 @@ pub struct BlockReceiver {
     progress: Progress,
 }
 
-/// One stream of blocks.
+/// One incoming stream of storage blocks.
 #[derive(Debug)]
 pub(super) struct Incoming {
     socket: Arc<Socket>,
@@ -42,7 +42,8 @@ impl Incoming {
         Self { socket, sequence: 0, table: Vec::new(), payload: Vec::new(), scratch: Vec::new() }
     }
 
-    /// The next block of a round, or its barrier. Nothing coming at all is a stall, unless the stream `may_idle`.
+    /// Reads the header of the next block, or the barrier of the round. Silence counts as a stall, unless `may_idle`
+    /// returns true.
     pub(super) fn head(
         &mut self,
         round: u32,
@@ -75,7 +76,7 @@ impl Incoming {
         Ok(head)
     }
 
-    /// What a block holds of data pages, one after the other, verified.
+    /// Reads and verifies the data pages of a block, and stores them consecutively in `contents`.
     pub(super) fn contents(&mut self, head: &Head, contents: &mut Vec<u8>) -> Result<(), WireError> {
         self.payload.resize(head.stored_len, 0);
         self.socket.read(&mut self.payload)?;
@@ -92,31 +93,34 @@ impl Incoming {
 }
 
 impl BlockReceiver {
-    /// Over connected sockets, into the placer's regions.
+    /// Creates a receiver that reads from connected sockets and places pages through `placer`.
     ///
     /// # Errors
-    /// InvalidInput without any socket, or what the kernel says about one.
-    pub fn new(sockets: Vec<impl Into<Endpoint>>, placer: Arc<Placer>, patience: Duration) -> io::Result<Self> {
+    /// `InvalidInput` if `sockets` is empty; otherwise the error of the socket operation that failed.
+    pub fn new(sockets: Vec<impl Into<Endpoint>>, placer: Arc<Placer>, timeout: Duration) -> io::Result<Self> {
         let cancelled = Arc::new(AtomicBool::new(false));
         let stream = |socket: Endpoint| {
-            let socket = Socket::new(socket, patience, cancelled.clone())?;
+            let socket = Socket::new(socket, timeout, cancelled.clone())?;
             Ok(Mutex::new(Incoming::new(Arc::new(socket))))
         };
         let streams = at_least_one(sockets.into_iter().map(Into::into).map(stream).collect::<io::Result<_>>()?)?;
         Ok(Self { streams, placer, cancelled, progress: Progress::default() })
     }
 
-    /// What has been received so far.
+    /// Returns the counters of the received pages.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// Ends all that is under way, soon, with [`WireError::Cancelled`].
+    /// Cancels all transfers; they fail with [`WireError::Cancelled`].
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// Receives and places blocks until every stream has seen the barrier of `round`.
+    /// Receives and places blocks until every stream has delivered the barrier of `round`.
+    ///
+    /// # Errors
+    /// The first error of any stream; the other streams are cancelled.
     pub fn receive(&self, round: u32) -> Result<(), WireError> {
         on_all(&self.streams, &self.cancelled, |stream| self.receive_stream(stream, round))
     }
@@ -128,8 +132,8 @@ impl BlockReceiver {
             if head.kind == Kind::Barrier {
                 return Ok(());
             }
-            // All of a block is in the regions, or nothing of it is placed.
-            head.runs.iter().try_for_each(|run| self.placer.check(head.region, run.first, run.count))?;
+            // Check every run first, so that a block is placed either completely or not at all.
+            head.runs.iter().try_for_each(|run| self.placer.check(head.region as usize, run.first, run.count))?;
             self.read_pages(&mut input, &head)?;
         }
     }
@@ -138,7 +142,7 @@ impl BlockReceiver {
         let data = |run: &&Run| run.class == Class::Data;
         let mut slots = Vec::new();
         for run in head.runs.iter().filter(data) {
-            let start = self.placer.slots(head.region, run.first, run.count)?;
+            let start = self.placer.slots(head.region as usize, run.first, run.count)?;
             slots.push(libc::iovec { iov_base: start.cast(), iov_len: run.count * SMALL_PAGE });
         }
         if head.codec == Codec::None {
@@ -148,60 +152,61 @@ impl BlockReceiver {
         }
         for run in &head.runs {
             match run.class {
-                Class::Data => self.placer.placed(head.region, run.first, run.count)?,
-                class => self.place_empty(head.region, run, class)?,
+                Class::Data => self.placer.placed(head.region as usize, run.first, run.count)?,
+                class => self.place_empty(head.region as usize, run, class)?,
             }
             self.progress.count(run.class, run.count);
         }
         Ok(())
     }
 
-    fn place_empty(&self, region: u32, run: &Run, class: Class) -> Result<(), WireError> {
+    fn place_empty(&self, region: usize, run: &Run, class: Class) -> Result<(), WireError> {
         let end = run.first + run.count;
-        for first in (run.first..end).step_by(PIECE) {
+        for first in (run.first..end).step_by(CHUNK) {
             if self.cancelled.load(Ordering::Relaxed) {
                 return Err(WireError::Cancelled);
             }
-            self.placer.place_empty(region, first, PIECE.min(end - first), class)?;
+            self.placer.place_empty(region, first, CHUNK.min(end - first), class)?;
         }
         Ok(())
     }
 }
 
-/// Reads uncompressed pages into their slots and verifies them there. Nobody but us uses the memory until the source
-/// has committed, and a block that fails its checksum ends the migration before that.
+/// Reads uncompressed pages into their slots and verifies them in place. The workload does not use the memory before
+/// the source has committed, and a failed checksum ends the migration before that.
 fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Result<(), WireError> {
     if slots.is_empty() {
         return Ok(());
     }
     let mut buffers = slots.clone();
-    // SAFETY: the slots are the placer's, for us to fill.
+    // SAFETY: the placer has reserved the slots for this stream; they lie in the mapping and are writable.
     unsafe { socket.read_into(&mut buffers) }?;
-    let mut rest = Pieces::new(&slots);
+    let mut rest = SlotCursor::new(&slots);
     for (index, record) in head.page_blocks.iter().enumerate() {
         let mut hash = Xxh3Default::new();
-        rest.take(record.raw_len.get() as usize, |piece, len| {
-            // SAFETY: a piece of a slot that the placer gave out. A source sends a page once in a round, so nobody
-            // writes to it while we verify; what one that sends it twice would spoil is the checksum.
-            hash.update(unsafe { std::slice::from_raw_parts(piece, len) });
+        rest.take(record.raw_len.get() as usize, |chunk, len| {
+            // SAFETY: the chunk lies in a slot that the placer has reserved. A valid source sends a page once per
+            // round, so no other stream writes to it. If an invalid source sends it twice, the checksum does not match.
+            hash.update(unsafe { std::slice::from_raw_parts(chunk, len) });
         });
         head.verify(index, hash.digest())?;
     }
     Ok(())
 }
 
-/// Reads compressed page blocks, verifies them, and only then lets them reach their slots.
+/// Reads compressed page blocks, verifies them, and then copies them into their slots.
 fn read_packed(input: &mut Incoming, head: &Head, slots: &[libc::iovec]) -> Result<(), WireError> {
     input.payload.resize(head.stored_len, 0);
     input.socket.read(&mut input.payload)?;
-    let (mut rest, mut at) = (Pieces::new(slots), 0);
+    let (mut rest, mut at) = (SlotCursor::new(slots), 0);
     for (index, record) in head.page_blocks.iter().enumerate() {
         let stored = &input.payload[at..at + record.stored_len.get() as usize];
         head.unpack(index, stored, &mut input.scratch)?;
         let mut done = 0;
-        rest.take(input.scratch.len(), |piece, len| {
-            // SAFETY: a piece of a slot that the placer gave out, and as many bytes of the scratch buffer.
-            unsafe { std::ptr::copy_nonoverlapping(input.scratch[done..].as_ptr(), piece, len) };
+        rest.take(input.scratch.len(), |chunk, len| {
+            // SAFETY: the chunk lies in a slot that the placer has reserved, and the scratch buffer holds `len` bytes
+            // from `done` on.
+            unsafe { std::ptr::copy_nonoverlapping(input.scratch[done..].as_ptr(), chunk, len) };
             done += len;
         });
         at += stored.len();
@@ -209,23 +214,23 @@ fn read_packed(input: &mut Incoming, head: &Head, slots: &[libc::iovec]) -> Resu
     Ok(())
 }
 
-/// Walks over slots as if they were one stretch of memory.
-struct Pieces<'a> {
+/// Cursor over slots as one contiguous range of bytes.
+struct SlotCursor<'a> {
     slots: &'a [libc::iovec],
     offset: usize,
 }
 
-impl<'a> Pieces<'a> {
+impl<'a> SlotCursor<'a> {
     fn new(slots: &'a [libc::iovec]) -> Self {
         Self { slots, offset: 0 }
     }
 
-    /// Calls `piece` for the next `len` bytes, as far as they lie together.
-    fn take(&mut self, mut len: usize, mut piece: impl FnMut(*mut u8, usize)) {
+    /// Calls `chunk` for each contiguous part of the next `len` bytes.
+    fn take(&mut self, mut len: usize, mut chunk: impl FnMut(*mut u8, usize)) {
         while len > 0 {
             let Some(slot) = self.slots.first() else { return };
             let part = len.min(slot.iov_len - self.offset);
-            piece(slot.iov_base.cast::<u8>().wrapping_add(self.offset), part);
+            chunk(slot.iov_base.cast::<u8>().wrapping_add(self.offset), part);
             self.offset += part;
             len -= part;
             if self.offset == slot.iov_len {

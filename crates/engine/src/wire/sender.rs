@@ -1,4 +1,4 @@
-//! Pages of a round, from the mappings of the regions to the sockets.
+//! Sender of page streams: reads the pages of a round from the mappings and sends them in storage blocks.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -8,92 +8,92 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::pace::{Adaptive, Limit};
+use super::pace::{Adaptive, RateLimit};
 use super::socket::{Endpoint, Socket};
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::block::{Builder, Class, Codec};
-use crate::discards::Discards;
+use crate::hole_notifications::Discards;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
-/// Pages that a stream takes from a round at a time.
+/// Number of pages that a stream takes from a round at a time.
 const SHARE: usize = 4 * LARGE_PAGE / SMALL_PAGE;
 
-/// Sizes and codec of the blocks to send, and how fast they may leave.
+/// Block sizes, codec and bandwidth limit of a sender.
 #[derive(Debug, Clone, Copy)]
 pub struct Format {
-    /// How page blocks are compressed.
+    /// Codec of the page blocks.
     pub codec: Codec,
-    /// Whether to leave the codec out while the link is faster.
+    /// Whether blocks are left uncompressed while the link is faster than the codec.
     pub adaptive: bool,
-    /// Most bytes per second, over all streams; 0: as fast as they go.
+    /// Bandwidth limit of all streams together, bytes per second; 0 means unlimited.
     pub bandwidth: u64,
     /// Data bytes of a page block.
     pub page_block: usize,
-    /// Most data bytes of a storage block.
+    /// Maximum number of data bytes of a storage block.
     pub storage_block: usize,
 }
 
-/// The sending end of page streams.
+/// Sending side of a set of page streams.
 #[derive(Debug)]
 pub struct BlockSender {
     streams: Vec<Mutex<Outgoing>>,
     cancelled: Arc<AtomicBool>,
     progress: Progress,
-    /// Per region, the pages that the peer holds contents of.
+    /// For each region, the pages whose contents the peer holds.
     held: Mutex<Vec<PageSet>>,
-    /// Of the regions, from the first pages on; none where they cannot be watched.
+    /// Watch for discards in the regions since the first send; `None` if they cannot be watched.
     discards: OnceLock<Option<Discards>>,
 }
 
-/// One stream of blocks.
+/// One outgoing stream of storage blocks.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     pub(super) socket: Socket,
     builder: Builder,
     sequence: u64,
     adaptive: Adaptive,
-    limit: Arc<Limit>,
-    /// Blocks count for the limit, and do not wait for it.
+    limit: Arc<RateLimit>,
+    /// Whether blocks are counted by the limit without waiting for it.
     urgent: bool,
     cancelled: Arc<AtomicBool>,
 }
 
 impl Outgoing {
-    pub(super) fn new(socket: Socket, format: Format, limit: &Arc<Limit>, cancelled: &Arc<AtomicBool>) -> Self {
+    pub(super) fn new(socket: Socket, format: Format, limit: &Arc<RateLimit>, cancelled: &Arc<AtomicBool>) -> Self {
         let builder = Builder::new(format.codec, format.page_block, format.storage_block);
         let adaptive = Adaptive::new(format.codec, format.adaptive);
         let (limit, cancelled) = (limit.clone(), cancelled.clone());
         Self { socket, builder, sequence: 0, adaptive, limit, urgent: false, cancelled }
     }
 
-    /// Of blocks that count for the limit, and do not wait for it.
+    /// Makes the blocks of this stream count for the limit without waiting for it.
     pub(super) fn urgent(self) -> Self {
         Self { urgent: true, ..self }
     }
 
-    /// Whether another page or run may not fit.
+    /// Returns whether the block may lack space for another page or run.
     pub(super) fn is_full(&self) -> bool {
         self.builder.is_full()
     }
 
-    /// Adds a page that is in memory.
+    /// Adds a page that is present in memory.
     pub(super) fn push_page(&mut self, mapping: &Mapping, page: usize, progress: &Progress) {
         let before = self.builder.raw_len();
-        // SAFETY: the page is within the mapping (`page` asserts it).
+        // SAFETY: the page lies within the mapping, which `page` asserts.
         unsafe { self.builder.push_page(page, mapping.page(page)) };
         let class = if self.builder.raw_len() > before { Class::Data } else { Class::Zero };
         progress.count(class, 1);
     }
 
-    /// Adds pages that are not in memory.
+    /// Adds a run of holes.
     pub(super) fn push_absent(&mut self, first: usize, count: usize, progress: &Progress) {
         self.builder.push_run(first, count, Class::Absent, 0);
         progress.count(Class::Absent, count);
     }
 
-    /// Sends what there is of a block.
+    /// Sends the current block, unless it is empty.
     pub(super) fn flush(&mut self, region: usize, round: u32, progress: &Progress) -> Result<(), WireError> {
         if self.builder.is_empty() {
             return Ok(());
@@ -104,21 +104,21 @@ impl Outgoing {
         let (bytes, packed) = (built.head.len() + built.payload.len(), Instant::now());
         self.limit.wait(bytes, self.urgent, &self.cancelled)?;
         self.socket.write([built.head, built.payload])?;
-        self.adaptive.note(raw, packed - begin, packed.elapsed());
+        self.adaptive.record(raw, packed - begin, packed.elapsed());
         self.sequence += 1;
         progress.block(bytes);
-        if self.adaptive.left_out(codec) && raw > 0 {
+        if self.adaptive.is_bypassed_by(codec) && raw > 0 {
             progress.uncompressed.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    /// Waits until something may leave: what is taken up now leaves at once.
-    pub(super) fn turn(&self) -> Result<(), WireError> {
+    /// Waits until the limit allows a send, so that pages taken now leave at once.
+    pub(super) fn wait_for_turn(&self) -> Result<(), WireError> {
         self.limit.wait_for_turn(&self.cancelled)
     }
 
-    /// Ends a round.
+    /// Sends the barrier of a round.
     pub(super) fn barrier(&mut self, round: u32, progress: &Progress) -> Result<(), WireError> {
         let built = self.builder.barrier(round, self.sequence);
         self.socket.write([built.head, built.payload])?;
@@ -128,14 +128,14 @@ impl Outgoing {
 }
 
 impl BlockSender {
-    /// Over connected sockets. `patience`: how long the peer may leave a stream untouched.
+    /// Creates a sender over connected sockets. A stream fails if the peer has not read a byte for `timeout`.
     ///
     /// # Errors
-    /// InvalidInput without any socket, or what the kernel says about one.
-    pub fn new(sockets: Vec<impl Into<Endpoint>>, format: Format, patience: Duration) -> io::Result<Self> {
-        let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(Limit::new(format.bandwidth)));
+    /// `InvalidInput` if `sockets` is empty; otherwise the error of the socket operation that failed.
+    pub fn new(sockets: Vec<impl Into<Endpoint>>, format: Format, timeout: Duration) -> io::Result<Self> {
+        let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(RateLimit::new(format.bandwidth)));
         let stream = |socket: Endpoint| {
-            let socket = Socket::new(socket, patience, cancelled.clone())?;
+            let socket = Socket::new(socket, timeout, cancelled.clone())?;
             Ok(Mutex::new(Outgoing::new(socket, format, &limit, &cancelled)))
         };
         let streams = at_least_one(sockets.into_iter().map(Into::into).map(stream).collect::<io::Result<_>>()?)?;
@@ -148,22 +148,25 @@ impl BlockSender {
         })
     }
 
-    /// What has been sent so far.
+    /// Returns the counters of the pages sent so far.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// Ends all that is under way, soon, with [`WireError::Cancelled`].
+    /// Cancels all transfers; they fail with [`WireError::Cancelled`].
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// Sends the pages of `sets` (one per region) over all streams, and with `barrier` the end of the round.
+    /// Sends the pages of `sets` (one set per region) over all streams; with `barrier`, ends the round.
     ///
-    /// Pages that were sent before and have become holes since, or were holes and are zeros now, are sent as such too:
-    /// freeing a page is no write, so no trace fires for it.
+    /// Pages that have become holes since they were sent, and holes that have become zero pages, are sent as such in
+    /// addition: freeing a page is not a write, so no trace reports it.
+    ///
+    /// # Errors
+    /// The first error of any stream; the other streams are cancelled.
     pub fn send(&self, regions: &[Arc<Mapping>], sets: &[PageSet], round: u32, barrier: bool) -> Result<(), WireError> {
-        // Before anything is read: what is discarded later is heard of by the next call.
+        // Read the notifications before the memory: a later discard is then noticed by the next call.
         let files = || regions.iter().map(|mapping| mapping.as_fd().as_raw_fd());
         let discards = self.discards.get_or_init(|| Discards::watch(files()).ok());
         let discarded = discards.as_ref().is_none_or(|discards| discards.seen().unwrap_or(true));
@@ -179,8 +182,8 @@ impl BlockSender {
         on_all(&self.streams, &self.cancelled, |stream| self.send_shares(stream, &round))
     }
 
-    /// The sets with what the peer holds and is a hole here now, and if memory was `discarded`, what is zeros; from
-    /// then on the peer holds what they leave it with.
+    /// Extends the sets by pages that the peer holds and that have since become holes or, after a discard, zeros.
+    /// Records the result as the contents of the peer.
     fn with_freed(
         &self,
         regions: &[Arc<Mapping>],
@@ -227,7 +230,7 @@ impl BlockSender {
         if round.barrier { out.barrier(round.number, &self.progress) } else { Ok(()) }
     }
 
-    /// Sends a run of pages: those in memory as what they hold, the others as absent.
+    /// Sends a run of pages: present pages with their contents, all others as holes.
     fn send_run(
         &self,
         out: &mut Outgoing,

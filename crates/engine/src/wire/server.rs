@@ -1,4 +1,4 @@
-//! The source's end of a post-copy migration: the pages of a paused workload, those asked for ahead of all others.
+//! Source side of post-copy: serves the pages of a paused workload, requested pages first.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -9,8 +9,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::pace::Limit;
-use super::request::{Asked, Request};
+use super::pace::RateLimit;
+use super::request::{PageRequest, Request};
 use super::sender::{Format, Outgoing, data_pages};
 use super::socket::{Endpoint, Socket};
 use super::{POSTCOPY, Progress, WireError, at_least_one, on_all, tune};
@@ -19,36 +19,37 @@ use crate::mapping::Mapping;
 use crate::pages::{AtomicBits, PageSet};
 use crate::uapi::short_slices;
 
-/// Pages of a block that is pushed: an access that comes meanwhile waits for no more than that.
-const PIECE: usize = 64;
-/// Bytes that may wait in the kernel for the link: an answer on another connection has those before it.
+/// Maximum number of pages in a pushed block. It bounds the delay of a request that arrives during the push.
+const CHUNK: usize = 64;
+/// RateLimit for unsent bytes in the socket buffer of a pushing stream, which delay replies on the other connection.
 const UNSENT: libc::c_int = 256 << 10;
 
-/// Serves pages of a paused workload: answers requests, and pushes everything else.
+/// Serves the pages of a paused workload: replies to requests and pushes all other pages.
 ///
-/// A page goes once, by push or by answer, whoever takes it first; only the page that an access waits for goes again
-/// when it has been pushed already, for it may be far back in a queue. The first of both counts at the destination.
+/// Each page is sent once, either pushed or in a reply, by the thread that takes it first. The exception is a page for
+/// which a thread waits at the destination: it is sent again even if it has been pushed, because the push may be
+/// delayed in a queue. The destination uses the copy that it receives first.
 #[derive(Debug)]
 pub struct PageServer {
-    shared: Arc<Shared>,
+    shared: Arc<ServerState>,
     streams: Vec<Mutex<Outgoing>>,
     urgent: Mutex<Option<Outgoing>>,
     answering: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct ServerState {
     regions: Vec<Arc<Mapping>>,
     pages: Vec<usize>,
-    /// Per region, the pages that are in memory.
+    /// For each region, the pages that are present.
     data: Vec<PageSet>,
-    /// Per region, the pages that are still to be sent.
+    /// For each region, the pages that have not been sent.
     left: Vec<AtomicBits>,
     remaining: AtomicUsize,
-    /// Region and page of it that the push goes on from.
+    /// Region and page at which the push continues.
     next: Mutex<(usize, usize)>,
     cancelled: Arc<AtomicBool>,
-    /// Why requests are not answered any more.
+    /// Error that ended the replies to requests, until `push` returns it.
     lost: Mutex<Option<WireError>>,
     reason: OnceLock<String>,
     requests: AtomicU64,
@@ -56,36 +57,37 @@ struct Shared {
 }
 
 impl PageServer {
-    /// For `missing` pages of `regions`, which nobody writes to any more; `urgent` is for requests and their answers,
-    /// the `streams` are for the push.
+    /// Creates a server for the pages `missing` at the destination. The workload must not write to `regions` any more.
+    /// Requests and replies use `urgent`; pages are pushed over `streams`.
     ///
     /// # Errors
-    /// InvalidInput without any stream or for sets that do not fit, or what the kernel says about a socket or a region.
+    /// `InvalidInput` if `streams` is empty or if the sets do not match the regions; otherwise the error of the socket
+    /// or mapping operation that failed.
     pub fn new(
         regions: Vec<Arc<Mapping>>,
         missing: &[PageSet],
         urgent: impl Into<Endpoint>,
         streams: Vec<impl Into<Endpoint>>,
         format: Format,
-        patience: Duration,
+        timeout: Duration,
     ) -> io::Result<Self> {
         let pages: Vec<usize> = regions.iter().map(|mapping| mapping.pages()).collect();
         if !missing.iter().map(PageSet::pages).eq(pages.iter().copied()) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "one set of pages for each region, over its pages",
+                "missing pages do not match the regions: expected one set per region, with as many pages",
             ));
         }
-        let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(Limit::new(format.bandwidth)));
+        let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(RateLimit::new(format.bandwidth)));
         let outgoing = |socket: Endpoint, option, value| {
             tune(&socket.fd, option, value);
-            let socket = Socket::new(socket, patience, cancelled.clone())?;
+            let socket = Socket::new(socket, timeout, cancelled.clone())?;
             Ok(Outgoing::new(socket, format, &limit, &cancelled))
         };
         let urgent = outgoing(urgent.into(), libc::TCP_NODELAY, 1)?.urgent();
         let push = |socket: Endpoint| outgoing(socket, libc::TCP_NOTSENT_LOWAT, UNSENT).map(Mutex::new);
         let streams = at_least_one(streams.into_iter().map(Into::into).map(push).collect::<io::Result<_>>()?)?;
-        let shared = Shared {
+        let shared = ServerState {
             data: regions.iter().map(|mapping| data_pages(mapping)).collect::<io::Result<_>>()?,
             left: missing.iter().map(AtomicBits::from).collect(),
             remaining: AtomicUsize::new(missing.iter().map(PageSet::count).sum()),
@@ -101,7 +103,10 @@ impl PageServer {
         Ok(Self { shared: Arc::new(shared), streams, urgent: Mutex::new(Some(urgent)), answering: Mutex::default() })
     }
 
-    /// Answers requests from now on, until the peer closes the connection, or it is cancelled.
+    /// Starts the thread that replies to requests, until the peer closes the connection or the server is cancelled.
+    ///
+    /// # Errors
+    /// The error of creating the thread.
     pub fn start(&self) -> io::Result<()> {
         let Some(urgent) = self.urgent.lock().take() else { return Ok(()) };
         let shared = self.shared.clone();
@@ -111,10 +116,10 @@ impl PageServer {
         Ok(())
     }
 
-    /// Sends all pages that are still to be sent, and the end of it on every stream.
+    /// Pushes all pages that have not been sent, followed by a barrier on every stream.
     ///
     /// # Errors
-    /// Those of the streams. What goes wrong with requests ends the push too, and is told here.
+    /// The first error of any stream. An error of the request connection ends the push as well, and is returned here.
     pub fn push(&self) -> Result<(), WireError> {
         let pushed = on_all(&self.streams, &self.shared.cancelled, |stream| self.shared.push(stream));
         match pushed {
@@ -126,27 +131,27 @@ impl PageServer {
         }
     }
 
-    /// Ends all that is under way, soon; requests are not answered any more.
+    /// Cancels the push and the replies to requests.
     pub fn cancel(&self) {
         self.shared.cancelled.store(true, Ordering::Release);
     }
 
-    /// Why requests are not answered any more, if so.
+    /// Returns the reason for which requests are no longer served, if there is one.
     pub fn lost(&self) -> Option<String> {
         self.shared.reason.get().cloned()
     }
 
-    /// What has been sent so far.
+    /// Returns the counters of the pages sent so far.
     pub fn progress(&self) -> &Progress {
         &self.shared.progress
     }
 
-    /// Requests answered so far.
+    /// Returns the number of requests served so far.
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
     }
 
-    /// Pages that are still to be sent.
+    /// Returns the number of pages that have not been sent.
     pub fn remaining(&self) -> usize {
         self.shared.remaining.load(Ordering::Acquire)
     }
@@ -161,12 +166,12 @@ impl Drop for PageServer {
     }
 }
 
-impl Shared {
+impl ServerState {
     fn answer_all(&self, mut urgent: Outgoing) {
         short_slices();
         let Err(error) = self.answer_each(&mut urgent);
         let everything = self.remaining.load(Ordering::Acquire) == 0;
-        // When everything has been sent the peer may go.
+        // The peer may close the connection once all pages have been sent.
         if matches!(error, WireError::Cancelled) || (everything && matches!(error, WireError::Closed)) {
             return;
         }
@@ -180,13 +185,13 @@ impl Shared {
             let mut request = Request::new_zeroed();
             let (first, rest) = request.as_mut_bytes().split_at_mut(1);
             while let Err(error) = urgent.socket.read(first) {
-                // Nobody needs anything at the moment.
+                // The peer may stay silent while no thread waits for a page.
                 if !matches!(error, WireError::Stalled(_)) {
                     return Err(error);
                 }
             }
             urgent.socket.read(rest)?;
-            let Asked { region, first, end, page } = request.check(&self.pages)?;
+            let PageRequest { region, first, end, page } = request.check(&self.pages)?;
             self.requests.fetch_add(1, Ordering::Relaxed);
             *self.next.lock() = (region, end);
             if let Some(page) = page {
@@ -208,9 +213,10 @@ impl Shared {
         let mut out = stream.lock();
         short_slices();
         loop {
-            // Answers count for the limit: after many of them a page taken and not sent would be nobody's for long.
-            out.turn()?;
-            let Some((region, pages)) = self.piece() else { break };
+            // Replies consume bandwidth too: wait before pages are taken, so that taken pages are not delayed by the
+            // limit.
+            out.wait_for_turn()?;
+            let Some((region, pages)) = self.chunk() else { break };
             for page in pages {
                 self.add(&mut out, region, page);
                 if out.is_full() {
@@ -222,26 +228,26 @@ impl Shared {
         out.barrier(POSTCOPY, &self.progress)
     }
 
-    /// The next pages to push, which are the caller's to send: none of one large page before all of another.
-    fn piece(&self) -> Option<(usize, Vec<usize>)> {
+    /// Takes the next pages to push, all of one huge page. The push completes a huge page before it starts another.
+    fn chunk(&self) -> Option<(usize, Vec<usize>)> {
         let mut next = self.next.lock();
         let (from, at) = *next;
         let count = self.left.len();
-        // The rest of its region, the regions after it in turn, and at last the start of its own.
+        // Visit the current region from `at` on, then all other regions, and finally the start of the current region.
         let turns = (0..=count).map(|turn| ((from + turn) % count, if turn == 0 { at } else { 0 }));
         for (region, at) in turns {
             let Some(first) = self.left[region].next(at) else { continue };
             let end = (first / SLOTS + 1) * SLOTS;
             let taken = (first..end.min(self.pages[region])).filter(|&page| self.take(region, page));
-            let pages: Vec<usize> = taken.take(PIECE).collect();
-            // Of those that were there a moment ago, answers may have taken all.
+            let pages: Vec<usize> = taken.take(CHUNK).collect();
+            // Concurrent replies may have taken all of these pages.
             *next = (region, pages.last().map_or(first, |page| page + 1));
             return Some((region, pages));
         }
         None
     }
 
-    /// Takes a page upon oneself; false: it was sent, or somebody else is at it.
+    /// Claims a page for sending. Returns false if the page has been sent or claimed.
     fn take(&self, region: usize, page: usize) -> bool {
         let taken = self.left[region].take(page);
         if taken {

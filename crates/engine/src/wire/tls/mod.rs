@@ -1,9 +1,9 @@
-//! TLS 1.3 on page streams: who the two ends are, the handshake, and the records.
+//! TLS 1.3 on page streams: identities, handshake and records.
 //!
-//! Whom to believe is decided on the control connection, where authorities, names, dates and revocations are checked.
-//! A page stream believes exactly the certificates that were accepted there, so it can only be between the same two
-//! hosts. The handshake ([`Session`]) does no input or output of its own; who has a stream that is complete hands both,
-//! descriptor and session, to a sender or receiver, which from then on opens and seals records in its own buffers.
+//! Peers are authenticated on the control connection, which checks authorities, names, dates and revocations. A page
+//! stream accepts exactly the certificates that were accepted there, so that both connections are between the same
+//! hosts. The handshake ([`Session`]) performs no I/O. When it is complete, the caller passes descriptor and session to
+//! a sender or receiver, which seals and opens records in its own buffers from then on.
 
 use std::sync::Arc;
 
@@ -25,40 +25,40 @@ mod tests;
 pub(super) use records::Records;
 pub use session::Session;
 
-/// Why a handshake or a record was refused.
+/// Reason for which a handshake or a record was refused.
 #[derive(Debug, Error)]
 pub enum TlsError {
-    /// A certificate or key that cannot be used.
+    /// The certificate or key cannot be used.
     #[error("{0}")]
     Identity(String),
-    /// What the library says: of the peer's certificate, its signature, its records.
+    /// rustls rejected the peer's certificate, signature or records.
     #[error("{0}")]
     Refused(Error),
-    /// It is somebody else than on the control connection.
-    #[error("the certificate is not the one that was shown on the control connection")]
-    Stranger,
-    /// The peer ended it, with a reason.
-    #[error("the peer ended the secure connection: {0}")]
+    /// The peer's certificate is not among those accepted on the control connection.
+    #[error("certificate differs from the one presented on the control connection")]
+    UnexpectedPeer,
+    /// The peer ended the connection with an alert.
+    #[error("the peer ended the TLS connection: {0}")]
     Ended(String),
-    /// What TLS allows, and no pageferry sends.
-    #[error("{0} on a page stream")]
+    /// The message is valid in TLS but is not part of the protocol of page streams.
+    #[error("unexpected message on a page stream: {0}")]
     Unexpected(&'static str),
-    /// More than a handshake can need.
-    #[error("the peer sent too much before it had shown who it is")]
+    /// The peer sent more bytes than a handshake needs.
+    #[error("the peer sent more bytes than a handshake needs before it was authenticated")]
     TooMuch,
 }
 
 impl From<Error> for TlsError {
     fn from(error: Error) -> Self {
         match error {
-            Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => Self::Stranger,
+            Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => Self::UnexpectedPeer,
             Error::AlertReceived(alert) => Self::Ended(format!("{alert:?}")),
             error => Self::Refused(error),
         }
     }
 }
 
-/// Our own certificate and its key.
+/// Certificate and private key of this host.
 #[derive(Debug)]
 pub struct Identity {
     key: Arc<SingleCertAndKey>,
@@ -66,11 +66,11 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// From the certificate (with those that lead to the authority, if any) and its private key, both PEM.
+    /// Creates an identity from a PEM certificate, including intermediate certificates if any, and its PEM private key.
     ///
     /// # Errors
-    /// [`TlsError::Identity`] for what is no certificate or key, or of a kind that page streams cannot use; the message
-    /// says which of the two.
+    /// [`TlsError::Identity`] if the certificate or the key is invalid or of an unsupported kind; the message names the
+    /// invalid one.
     pub fn new(certificates: &[u8], key: &[u8]) -> Result<Self, TlsError> {
         let identity = |what: &str, error: &dyn std::fmt::Display| TlsError::Identity(format!("{what}: {error}"));
         let chain: Vec<_> = CertificateDer::pem_slice_iter(certificates)
@@ -83,32 +83,38 @@ impl Identity {
         Ok(Self { key: Arc::new(certified.into()), provider })
     }
 
-    /// The connecting end of a handshake, with the one that has this certificate.
+    /// Creates the connecting side of a handshake with the host that has the certificate `expected` (DER).
+    ///
+    /// # Errors
+    /// The error of rustls if the configuration is invalid.
     pub fn connect(&self, expected: Vec<u8>) -> Result<Session, TlsError> {
         let config = rustls::ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .dangerous() // is the library's word for a verifier of one's own
-            .with_custom_certificate_verifier(Arc::new(self.known(vec![expected])))
+            .dangerous() // rustls requires this call for a custom verifier
+            .with_custom_certificate_verifier(Arc::new(self.verifier(vec![expected])))
             .with_client_cert_resolver(self.key.clone());
         Session::connect(config)
     }
 
-    /// The accepting end of a handshake, with anyone who has one of these certificates.
+    /// Creates the accepting side of a handshake with any host that has one of the certificates `accepted` (DER).
+    ///
+    /// # Errors
+    /// The error of rustls if the configuration is invalid.
     pub fn accept(&self, accepted: Vec<Vec<u8>>) -> Result<Session, TlsError> {
         let config = rustls::ServerConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_client_cert_verifier(Arc::new(self.known(accepted)))
+            .with_client_cert_verifier(Arc::new(self.verifier(accepted)))
             .with_cert_resolver(self.key.clone());
         Session::accept(config)
     }
 
-    fn known(&self, certificates: Vec<Vec<u8>>) -> Known {
+    fn verifier(&self, certificates: Vec<Vec<u8>>) -> AcceptedCertificates {
         let certificates = certificates.into_iter().map(CertificateDer::from).collect();
-        Known { certificates, algorithms: self.provider.signature_verification_algorithms }
+        AcceptedCertificates { certificates, algorithms: self.provider.signature_verification_algorithms }
     }
 }
 
-/// The quickest cipher first: both ends have it, and where the hardware has none of AES they agree on the last one.
+/// Returns the cryptography provider, fastest cipher first. Peers without AES in hardware agree on the last one.
 fn provider() -> CryptoProvider {
     let cipher_suites = vec![
         cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -118,14 +124,14 @@ fn provider() -> CryptoProvider {
     CryptoProvider { cipher_suites, ..ring::default_provider() }
 }
 
-/// Believes certificates that were accepted before, and nobody else; that the peer has the key is checked as always.
+/// Verifier that accepts a fixed set of certificates. The peer must still prove that it has the private key.
 #[derive(Debug)]
-struct Known {
+struct AcceptedCertificates {
     certificates: Vec<CertificateDer<'static>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl Known {
+impl AcceptedCertificates {
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
         if self.certificates.iter().any(|known| known == certificate) {
             return Ok(());
@@ -143,12 +149,12 @@ impl Known {
     }
 }
 
-/// What is never asked for: nothing older than TLS 1.3 is spoken.
-fn no_older_version() -> Error {
+/// Error of the TLS 1.2 callbacks, which are never called: only TLS 1.3 is enabled.
+fn unsupported_version() -> Error {
     Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic)
 }
 
-impl ServerCertVerifier for Known {
+impl ServerCertVerifier for AcceptedCertificates {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -166,7 +172,7 @@ impl ServerCertVerifier for Known {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_older_version())
+        Err(unsupported_version())
     }
 
     fn verify_tls13_signature(
@@ -183,7 +189,7 @@ impl ServerCertVerifier for Known {
     }
 }
 
-impl ClientCertVerifier for Known {
+impl ClientCertVerifier for AcceptedCertificates {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -203,7 +209,7 @@ impl ClientCertVerifier for Known {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_older_version())
+        Err(unsupported_version())
     }
 
     fn verify_tls13_signature(

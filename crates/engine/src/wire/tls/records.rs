@@ -1,7 +1,7 @@
-//! Records of an established connection: sealed into buffers that go out together, and opened where they came in.
+//! Records of an established TLS connection: sealed in batches for sending, opened in place in the receive buffer.
 //!
-//! The library derives keys, seals and opens; here is what lies between that and a socket. The two directions have
-//! nothing in common but the source of new keys, so one thread may read while another writes.
+//! rustls derives the keys and seals and opens records; this module connects it to a socket. The two directions share
+//! only the source of new keys, so one thread can read while another one writes.
 
 use std::fmt;
 use std::ops::Range;
@@ -20,22 +20,22 @@ use rustls::{
 use super::TlsError;
 use crate::wire::WireError;
 
-/// Data bytes of a record: the most that TLS allows.
+/// Data bytes of a record: the maximum that TLS allows.
 const RECORD: usize = 16 << 10;
-/// Bytes before the sealed part of a record: type, version, length.
+/// Bytes before the sealed part of a record: type, version and length.
 const HEADER: usize = 5;
-/// Most bytes of a sealed part (RFC 8446, 5.2).
+/// Maximum size of the sealed part (RFC 8446, 5.2).
 const MAX_SEALED: usize = RECORD + 256;
-/// Records that go out together.
+/// Number of records that are sent together.
 const BATCH: usize = 16;
-/// Bytes that come in together.
+/// Size of the receive buffer, bytes.
 const INCOMING: usize = 256 << 10;
-/// Records under one key: half of what AES-GCM may seal, 128 GiB (RFC 8446, 5.5).
-const UNDER_ONE_KEY: u64 = 1 << 23;
-/// The message that the sender's keys change, and that the receiver's need not (RFC 8446, 4.6.3).
+/// Maximum number of records per key: 128 GiB, half of what AES-GCM may seal (RFC 8446, 5.5).
+const RECORDS_PER_KEY: u64 = 1 << 23;
+/// KeyUpdate message: changes the sender's key without requesting a change of the receiver's key (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
 
-/// Where new keys come from.
+/// Source of new traffic keys.
 pub(super) enum Keys {
     Connecting(KernelConnection<ClientConnectionData>),
     Accepting(KernelConnection<ServerConnectionData>),
@@ -71,7 +71,7 @@ pub(in crate::wire) struct Records {
     keys: Mutex<Keys>,
     outgoing: Mutex<Outgoing>,
     incoming: Mutex<Incoming>,
-    under_one_key: u64,
+    records_per_key: u64,
 }
 
 struct Outgoing {
@@ -83,14 +83,17 @@ struct Incoming {
     opener: Box<dyn MessageDecrypter>,
     sequence: u64,
     buffer: Box<[u8]>,
-    /// Opened, not read yet.
+    /// Opened bytes that have not been read.
     plain: Range<usize>,
-    /// As it came; behind `plain`.
+    /// Sealed bytes, which follow `plain`.
     sealed: Range<usize>,
 }
 
 impl Records {
-    /// `plain` and `sealed`: what came already, opened or not.
+    /// Creates the record layer. `plain` and `sealed` are the bytes received so far, opened and not.
+    ///
+    /// # Errors
+    /// If the peer has sent more than the buffer holds, or if rustls does not support the cipher.
     pub(super) fn new(secrets: ExtractedSecrets, keys: Keys, plain: &[u8], sealed: &[u8]) -> Result<Self, TlsError> {
         let suite = keys.suite()?;
         let mut buffer = vec![0; INCOMING].into_boxed_slice();
@@ -104,10 +107,10 @@ impl Records {
         let (opener, sequence) = (opener(suite, secrets.rx.1)?, secrets.rx.0);
         let incoming = Incoming { opener, sequence, buffer, plain: 0..plain.len(), sealed: plain.len()..end };
         let (keys, outgoing, incoming) = (Mutex::new(keys), Mutex::new(outgoing), Mutex::new(incoming));
-        Ok(Self { suite, keys, outgoing, incoming, under_one_key: UNDER_ONE_KEY })
+        Ok(Self { suite, keys, outgoing, incoming, records_per_key: RECORDS_PER_KEY })
     }
 
-    /// Seals `parts`, one after the other, and sends them with `send`, which must take all it is given.
+    /// Seals `parts` in order and passes the records to `send`, which must send all of them.
     pub(in crate::wire) fn write(
         &self,
         parts: &[&[u8]],
@@ -117,7 +120,7 @@ impl Records {
         let mut rest = OutboundChunks::new(parts);
         let mut batch = Vec::with_capacity(BATCH + 1);
         while !rest.is_empty() {
-            if outgoing.sequence >= self.under_one_key {
+            if outgoing.sequence >= self.records_per_key {
                 batch.push(self.change_key(&mut outgoing)?);
             }
             let (record, after) = rest.split_at(RECORD);
@@ -131,10 +134,11 @@ impl Records {
         Ok(())
     }
 
-    /// Fills all of `buffers`. `receive` puts some bytes, at least one, into what it is given.
+    /// Fills all of `buffers`. `receive` stores at least one byte in the slice that it is given, and returns the
+    /// number.
     ///
     /// # Safety
-    /// All buffers must be valid for writing.
+    /// Every buffer must be valid for writing.
     pub(in crate::wire) unsafe fn read(
         &self,
         buffers: &[libc::iovec],
@@ -149,7 +153,8 @@ impl Records {
                     continue;
                 }
                 let piece = incoming.take(buffer.iov_len - done);
-                // SAFETY: within the buffer, which is valid by this function's contract; the piece is in ours.
+                // SAFETY: the target lies within the buffer, which the caller guarantees to be writable; the source is
+                // our buffer.
                 unsafe {
                     std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer.iov_base.cast::<u8>().add(done), piece.len());
                 };
@@ -160,15 +165,15 @@ impl Records {
     }
 
     #[cfg(test)]
-    pub(super) fn under_one_key(&mut self, records: u64) {
-        self.under_one_key = records;
+    pub(super) fn records_per_key(&mut self, records: u64) {
+        self.records_per_key = records;
     }
 
     fn change_key(&self, outgoing: &mut Outgoing) -> Result<Vec<u8>, TlsError> {
-        let said = outgoing.seal(ContentType::Handshake, OutboundChunks::Single(&KEY_UPDATE))?;
+        let message = outgoing.seal(ContentType::Handshake, OutboundChunks::Single(&KEY_UPDATE))?;
         let (sequence, secrets) = self.keys.lock().next_out()?;
         *outgoing = Outgoing { sealer: sealer(self.suite, secrets)?, sequence };
-        Ok(said)
+        Ok(message)
     }
 
     fn next_record(
@@ -195,8 +200,8 @@ impl Records {
     }
 
     fn handshake(&self, incoming: &mut Incoming) -> Result<(), TlsError> {
-        let said = incoming.plain.clone();
-        if incoming.buffer[said] != KEY_UPDATE {
+        let message = incoming.plain.clone();
+        if incoming.buffer[message] != KEY_UPDATE {
             return Err(TlsError::Unexpected("a handshake"));
         }
         incoming.plain = 0..0;
@@ -223,14 +228,14 @@ impl Outgoing {
 }
 
 impl Incoming {
-    /// Up to `most` bytes that are open.
-    fn take(&mut self, most: usize) -> &[u8] {
+    /// Returns up to `max` opened bytes and marks them as read.
+    fn take(&mut self, max: usize) -> &[u8] {
         let start = self.plain.start;
-        self.plain.start += self.plain.len().min(most);
+        self.plain.start += self.plain.len().min(max);
         &self.buffer[start..self.plain.start]
     }
 
-    /// Sees to it that at least `count` sealed bytes are here; nothing that is open may be left.
+    /// Reads until at least `count` sealed bytes are buffered. All opened bytes must have been read.
     fn fill(
         &mut self,
         count: usize,
@@ -249,13 +254,13 @@ impl Incoming {
         Ok(())
     }
 
-    /// Opens the record that comes next, where it is.
+    /// Opens the next record in place.
     fn open(&mut self, len: usize) -> Result<ContentType, TlsError> {
         let start = self.sealed.start + HEADER;
         let sealed = &mut self.buffer[start..start + len];
         let message = InboundOpaqueMessage::new(ContentType::ApplicationData, ProtocolVersion::TLSv1_2, sealed);
         let opened = self.opener.decrypt(message, self.sequence)?;
-        // It begins where the sealed part began, and is shorter.
+        // The plaintext starts where the sealed part started, and is shorter.
         let (typ, plain) = (opened.typ, opened.payload.len());
         self.sequence += 1;
         self.plain = start..start + plain;

@@ -1,4 +1,4 @@
-//! A handshake without input or output of its own, and the first bytes after it.
+//! TLS handshake without I/O, and the first bytes after it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,22 +12,22 @@ use rustls::{ClientConfig, Error, ServerConfig};
 use super::TlsError;
 use super::records::{Keys, Records};
 
-/// Bytes that may lie here, of a peer that may be anybody: certificates of 64 KiB, and the rest of a handshake.
+/// Maximum number of buffered bytes of an unauthenticated peer: 64 KiB of certificates and the rest of a handshake.
 const MAX_INCOMING: usize = 128 << 10;
-/// Nobody looks it up and no certificate is compared with it.
+/// Server name, required by rustls. It is neither resolved nor compared with a certificate.
 const NAME: &str = "peer.invalid";
 
-/// One end of a secure connection from its first byte to the moment in which a stream takes it over.
+/// One side of a TLS connection, from the first byte until a stream takes it over.
 ///
-/// What came from the peer goes in through [`feed`](Self::feed), and what [`outgoing`](Self::outgoing) gives is for the
-/// peer; also after an error, for then it is the reason.
+/// The caller passes received bytes to [`feed`](Self::feed) and sends the bytes that [`outgoing`](Self::outgoing)
+/// returns. It must do so after an error as well, because these bytes then contain the alert.
 pub struct Session {
     end: End,
-    /// From the peer, not looked at yet.
+    /// Received bytes that have not been processed.
     incoming: Vec<u8>,
-    /// For the peer.
+    /// Bytes to send.
     outgoing: Vec<u8>,
-    /// Opened and not read yet.
+    /// Opened bytes that have not been read.
     plain: Vec<u8>,
     established: bool,
     failed: bool,
@@ -60,7 +60,10 @@ impl Session {
         Self { end, incoming: Vec::new(), outgoing: Vec::new(), plain: Vec::new(), established: false, failed: false }
     }
 
-    /// Takes in what came from the peer, and goes on as far as that lets it.
+    /// Processes bytes received from the peer.
+    ///
+    /// # Errors
+    /// If the handshake fails, if the peer sends too much, or on any call after an error.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(), TlsError> {
         if self.failed {
             return Err(TlsError::Unexpected("more after an error"));
@@ -72,24 +75,24 @@ impl Session {
         self.incoming.extend_from_slice(bytes);
         let advanced = self.advance();
         if advanced.is_err() {
-            // The library has a last word for the peer, and then the same error again.
+            // Let rustls produce its alert for the peer; it then returns the same error again.
             self.failed = true;
             let _ = self.advance();
         }
         advanced
     }
 
-    /// What is for the peer now.
+    /// Takes the bytes to send to the peer.
     pub fn outgoing(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.outgoing)
     }
 
-    /// Whether both ends have shown who they are. (The connecting end cannot know whether it was believed.)
+    /// Returns whether the handshake is complete. The connecting side cannot know whether it has been accepted.
     pub fn established(&self) -> bool {
         self.established
     }
 
-    /// The certificate that the peer has shown, DER.
+    /// Returns the certificate that the peer has presented (DER).
     pub fn peer_certificate(&self) -> Option<&[u8]> {
         let shown = match &self.end {
             End::Connecting(connection) => connection.peer_certificates(),
@@ -101,7 +104,7 @@ impl Session {
     /// Seals bytes for the peer.
     ///
     /// # Errors
-    /// When the handshake is not complete.
+    /// If the handshake is not complete.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), TlsError> {
         match &mut self.end {
             End::Connecting(connection) => seal(connection.process_tls_records(&mut []), bytes, &mut self.outgoing),
@@ -109,15 +112,15 @@ impl Session {
         }
     }
 
-    /// The next `count` bytes of the peer, once so many are here.
+    /// Takes `count` opened bytes, once that many have been received.
     pub fn read(&mut self, count: usize) -> Option<Vec<u8>> {
         (self.plain.len() >= count).then(|| self.plain.drain(..count).collect())
     }
 
-    /// The records that follow, for a stream.
+    /// Converts the session into the record layer of a stream.
     ///
     /// # Errors
-    /// When the handshake is not complete.
+    /// If the handshake is not complete.
     pub(in crate::wire) fn into_records(self) -> Result<Records, TlsError> {
         let (secrets, keys) = match self.end {
             End::Connecting(connection) => {
@@ -167,7 +170,7 @@ enum Step {
     Established,
 }
 
-/// Does what a state asks for; gives how many bytes of the input are used up, and how it goes on.
+/// Performs the next step of a handshake. Returns the number of consumed input bytes, and how to continue.
 fn take_step<Data>(
     status: UnbufferedStatus<'_, '_, Data>,
     outgoing: &mut Vec<u8>,
@@ -184,7 +187,7 @@ fn take_step<Data>(
             Ok(Step::Again)
         }
         ConnectionState::TransmitTlsData(data) => {
-            data.done(); // it is in `outgoing`
+            data.done(); // the bytes are in `outgoing`
             Ok(Step::Again)
         }
         ConnectionState::ReadTraffic(mut traffic) => {
@@ -212,7 +215,7 @@ fn seal<Data>(status: UnbufferedStatus<'_, '_, Data>, bytes: &[u8], outgoing: &m
     })
 }
 
-/// Appends what `write` writes, after it has said how much room that takes.
+/// Appends the output of `write`, after a first call that returns the required size.
 fn into(
     outgoing: &mut Vec<u8>,
     mut write: impl FnMut(&mut [u8]) -> Result<usize, Option<usize>>,

@@ -1,4 +1,4 @@
-//! Handshakes and records between two ends in memory.
+//! Handshakes and records between two sides in memory.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -21,14 +21,14 @@ fn host() -> Host {
     Host { identity, certificate: cert.der().to_vec() }
 }
 
-/// Takes messages back and forth until both ends are content, or one is not: whose reason is first.
+/// Transfers messages in both directions until neither side has any left. Returns the first error.
 fn shake(source: &mut Session, receiver: &mut Session) -> Result<(), TlsError> {
     loop {
         let (there, back) = (source.outgoing(), receiver.outgoing());
         if there.is_empty() && back.is_empty() {
             return Ok(());
         }
-        // In small pieces, as a network may deliver them.
+        // In small chunks, as a network may deliver them.
         there.chunks(97).try_for_each(|piece| receiver.feed(piece))?;
         back.chunks(89).try_for_each(|piece| source.feed(piece))?;
     }
@@ -50,7 +50,7 @@ fn records() -> (Records, Records) {
     (source.into_records().unwrap(), receiver.into_records().unwrap())
 }
 
-/// Bytes on their way.
+/// Bytes in transit.
 #[derive(Default)]
 struct Wire(RefCell<VecDeque<u8>>);
 
@@ -60,10 +60,10 @@ impl Wire {
         Ok(())
     }
 
-    /// At most `most` at a time.
-    fn receive(&self, bytes: &mut [u8], most: usize) -> Result<usize, WireError> {
+    /// Takes up to `max` bytes.
+    fn receive(&self, bytes: &mut [u8], max: usize) -> Result<usize, WireError> {
         let mut waiting = self.0.borrow_mut();
-        let count = waiting.len().min(bytes.len()).min(most);
+        let count = waiting.len().min(bytes.len()).min(max);
         if count == 0 {
             return Err(WireError::Closed);
         }
@@ -76,12 +76,12 @@ fn write(records: &Records, wire: &Wire, parts: &[&[u8]]) {
     records.write(parts, |batch| wire.send(batch)).unwrap();
 }
 
-fn read(records: &Records, wire: &Wire, count: usize, most: usize) -> Result<Vec<u8>, WireError> {
+fn read(records: &Records, wire: &Wire, count: usize, max: usize) -> Result<Vec<u8>, WireError> {
     let mut bytes = vec![0; count];
     let (first, second) = bytes.split_at_mut(count / 3);
     let buffers = [first, second].map(|part| libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() });
-    // SAFETY: two parts of a vector that lives through the call.
-    unsafe { records.read(&buffers, |bytes| wire.receive(bytes, most)) }?;
+    // SAFETY: the buffers are two parts of a vector that lives through the call.
+    unsafe { records.read(&buffers, |bytes| wire.receive(bytes, max)) }?;
     Ok(bytes)
 }
 
@@ -93,10 +93,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn what_is_written_is_read(
+    fn written_bytes_are_read(
         parts in prop::collection::vec(0_usize..70_000, 1..6),
         reads in prop::collection::vec(1_usize..90_000, 1..6),
-        most in 1_usize..40_000,
+        max in 1_usize..40_000,
     ) {
         let (source, receiver) = records();
         let wire = Wire::default();
@@ -113,14 +113,14 @@ proptest! {
             if count == 0 {
                 break;
             }
-            prop_assert_eq!(&read(&receiver, &wire, count, most).unwrap(), &rest[..count]);
+            prop_assert_eq!(&read(&receiver, &wire, count, max).unwrap(), &rest[..count]);
             rest = &rest[count..];
         }
     }
 }
 
 #[test]
-fn bytes_written_in_the_handshake_are_the_first_of_the_stream() {
+fn bytes_written_during_the_handshake_start_the_stream() {
     let (a, b) = (host(), host());
     let mut source = a.identity.connect(b.certificate.clone()).unwrap();
     let mut receiver = b.identity.accept(vec![a.certificate.clone()]).unwrap();
@@ -141,25 +141,25 @@ fn bytes_written_in_the_handshake_are_the_first_of_the_stream() {
 }
 
 #[test]
-fn only_the_peers_that_were_accepted_before_are_believed() {
+fn only_accepted_certificates_are_authenticated() {
     let (a, b, stranger) = (host(), host(), host());
     let mut source = stranger.identity.connect(b.certificate.clone()).unwrap();
     let mut receiver = b.identity.accept(vec![a.certificate.clone()]).unwrap();
     let refused = shake(&mut source, &mut receiver).unwrap_err();
-    assert!(matches!(refused, TlsError::Stranger), "{refused}");
-    // It is told, in a record that it can open.
+    assert!(matches!(refused, TlsError::UnexpectedPeer), "{refused}");
+    // The peer receives the alert in a record that it can open.
     let told = source.feed(&receiver.outgoing()).unwrap_err();
     assert!(matches!(told, TlsError::Ended(_)), "{told}");
 
     let mut source = a.identity.connect(b.certificate.clone()).unwrap();
     let mut receiver = stranger.identity.accept(vec![a.certificate.clone()]).unwrap();
     let refused = shake(&mut source, &mut receiver).unwrap_err();
-    assert!(matches!(refused, TlsError::Stranger), "{refused}");
+    assert!(matches!(refused, TlsError::UnexpectedPeer), "{refused}");
     assert!(!source.established() && !receiver.established());
 }
 
 #[test]
-fn a_certificate_without_its_key_is_not_enough() {
+fn certificate_without_its_key_is_rejected() {
     let (a, b) = (host(), host());
     let CertifiedKey { cert, .. } = generate_simple_self_signed(["host.example".into()]).unwrap();
     let CertifiedKey { signing_key, .. } = generate_simple_self_signed(["host.example".into()]).unwrap();
@@ -172,19 +172,19 @@ fn a_certificate_without_its_key_is_not_enough() {
 }
 
 #[test]
-fn what_was_changed_on_the_way_is_refused() {
+fn modified_records_are_rejected() {
     for at in [0, 1, 5, 6, 1000, 16 * 1024, 16 * 1024 + 10] {
         let (source, receiver) = records();
         let wire = Wire::default();
         write(&source, &wire, &[&noise(20_000, 1)]);
         wire.0.borrow_mut()[at] ^= 0x40;
-        // The outer version means nothing in TLS 1.3, and is not looked at.
+        // TLS 1.3 ignores the outer version.
         assert_eq!(read(&receiver, &wire, 20_000, 1 << 16).is_err(), at != 1, "byte {at}");
     }
 }
 
 #[test]
-fn records_left_out_repeated_or_exchanged_are_refused() {
+fn missing_records_are_rejected() {
     let (source, receiver) = records();
     let sealed = RefCell::new(Vec::new());
     let keep = |batch: &[Vec<u8>]| {
@@ -198,11 +198,11 @@ fn records_left_out_repeated_or_exchanged_are_refused() {
 }
 
 #[test]
-fn peers_that_are_not_believed_yet_cannot_fill_memory() {
+fn unauthenticated_peer_cannot_fill_memory() {
     let b = host();
     let mut receiver = b.identity.accept(vec![b.certificate.clone()]).unwrap();
     let mut taken = 0_usize;
-    // A handshake record that announces a message of 16 MiB, and goes on for ever.
+    // Handshake record that announces a message of 16 MiB and never completes it.
     let mut record = vec![22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff];
     record.resize(5 + 0x4000, 0);
     while receiver.feed(&record).is_ok() {
@@ -212,10 +212,10 @@ fn peers_that_are_not_believed_yet_cannot_fill_memory() {
 }
 
 #[test]
-fn keys_change_before_they_have_sealed_too_much() {
+fn keys_change_before_the_record_limit() {
     let (mut source, mut receiver) = records();
-    source.under_one_key(3);
-    receiver.under_one_key(2);
+    source.records_per_key(3);
+    receiver.records_per_key(2);
     let (there, back) = (Wire::default(), Wire::default());
     for round in 0..20 {
         let data = noise(50_000, round);

@@ -1,53 +1,53 @@
-//! Regions cut into blocks, what has become of each of them, and their copies.
+//! Trap blocks: the unit in which regions are copied and unprotected, with the state of each block.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::Region;
-use super::source::Source;
+use super::SavedRegion;
+use super::source::PageOrigin;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
 
-/// Not copied yet, and protected.
+/// Not copied, and protected.
 pub(super) const UNSAVED: u8 = 0;
-/// Being copied by whoever made it so.
+/// Being copied by the thread that has claimed it.
 pub(super) const COPYING: u8 = 1;
-/// Copied: may be released.
+/// Copied; may be unprotected.
 pub(super) const SAVED: u8 = 2;
-/// Released before the instant: to be protected again.
+/// Unprotected before the snapshot point; must be protected again.
 pub(super) const RELEASED: u8 = 3;
 
-/// A region, cut into the blocks that traps copy.
+/// SavedRegion divided into trap blocks.
 #[derive(Debug)]
 pub(super) struct Area {
-    pub(super) source: Source,
-    /// Bytes of a block; the last one may be shorter.
+    pub(super) source: PageOrigin,
+    /// Bytes per block; the last block may be shorter.
     pub(super) trap_block: usize,
-    /// Number of its first page among the pages of all regions.
+    /// Index of the first page in the page map, which covers all regions.
     pub(super) first_page: usize,
-    /// hugetlbfs calls everything data.
+    /// Whether the region is in hugetlbfs, which reports all pages as data.
     pub(super) hugetlb: bool,
     states: Vec<AtomicU8>,
 }
 
-/// A copied block.
+/// Copy of a block.
 #[derive(Debug)]
 pub(super) struct Copied {
     pub(super) region: usize,
-    /// First page of the block, of its region.
+    /// First page of the block, within its region.
     pub(super) page: usize,
-    /// Pages of the block that are in memory, as (first, end) from its start.
+    /// Present pages of the block, as (first, end) relative to `page`.
     pub(super) runs: Vec<(usize, usize)>,
-    /// Pages of it that were in memory when the parent was saved, and are not now.
+    /// Pages that were present in the parent image and are holes now, as (first, end) relative to `page`.
     pub(super) absent: Vec<(usize, usize)>,
     pub(super) slot: Box<[u8]>,
     pub(super) origin: Origin,
 }
 
-/// Cuts regions into blocks of `trap_block` bytes, or of a page where that is larger.
-pub(super) fn areas(regions: Vec<Region>, trap_block: usize) -> Vec<Area> {
+/// Divides regions into blocks of `trap_block` bytes, or of one page if pages are larger.
+pub(super) fn areas(regions: Vec<SavedRegion>, trap_block: usize) -> Vec<Area> {
     let mut first_page = 0;
-    let cut = |Region { source, page_size }: Region| {
+    let cut = |SavedRegion { source, page_size }: SavedRegion| {
         let trap_block = trap_block.max(page_size);
         let states = (0..source.len().div_ceil(trap_block)).map(|_| AtomicU8::new(UNSAVED)).collect();
         let pages = source.pages();
@@ -63,7 +63,7 @@ impl Area {
         self.states.len()
     }
 
-    /// First byte and length of a block.
+    /// Returns the offset and the length of a block, in bytes.
     pub(super) fn bounds(&self, block: usize) -> (usize, usize) {
         let start = block * self.trap_block;
         (start, self.trap_block.min(self.source.len() - start))
@@ -77,19 +77,19 @@ impl Area {
         self.states[block].store(state, Ordering::Release);
     }
 
-    /// Makes a block that is `from` one that is `to`, unless somebody was faster.
+    /// Changes the state of a block atomically. Returns false if the state was not `from`.
     pub(super) fn change(&self, block: usize, from: u8, to: u8) -> bool {
         self.states[block].compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Waits for whoever copies a block; it takes some microseconds.
+    /// Waits until another thread has copied a block, which takes a few microseconds.
     pub(super) fn await_saved(&self, block: usize) {
         while self.state(block) == COPYING {
             std::thread::yield_now();
         }
     }
 
-    /// Copies what is in memory of a block, which is protected and claimed by the caller; returns its pages.
+    /// Copies the present pages of a block that is protected and claimed by the caller. Returns these pages.
     pub(super) fn copy(&self, block: usize, slot: &mut [u8]) -> io::Result<Vec<(usize, usize)>> {
         let (start, len) = self.bounds(block);
         let ranges =

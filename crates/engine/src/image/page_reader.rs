@@ -1,4 +1,4 @@
-//! Contents of pages of an image, wherever in its chain they stand.
+//! Reader of page contents, from any image of a chain.
 
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, IntoBytes};
@@ -8,7 +8,7 @@ use super::reader::{Chain, StoredBlock};
 use crate::SMALL_PAGE;
 use crate::block::{BlockError, Class};
 
-/// Reads pages one after the other; keeps the storage block and the page block it read last.
+/// Page reader that caches the storage block and the page block read last.
 #[derive(Debug)]
 pub struct PageReader<'a> {
     chain: &'a Chain,
@@ -18,12 +18,15 @@ pub struct PageReader<'a> {
 }
 
 impl<'a> PageReader<'a> {
-    /// A reader of the pages of a chain.
+    /// Creates a reader for the pages of a chain.
     pub fn new(chain: &'a Chain) -> Self {
         Self { chain, block: None, unpacked: None, contents: Vec::new() }
     }
 
-    /// Contents of a page, counted over all regions, into `out` (4 KiB). Absent pages read as zeros.
+    /// Reads a page, counted over all regions, into `out` (4 KiB). Absent pages read as zeros.
+    ///
+    /// # Errors
+    /// If there is no such page, or if its contents cannot be read or verified.
     pub fn read(&mut self, page: usize, out: &mut [u8]) -> Result<(), ImageError> {
         let (image, entry) = self.chain.find(page)?;
         match entry.class() {
@@ -34,7 +37,10 @@ impl<'a> PageReader<'a> {
         Ok(())
     }
 
-    /// Contents of a stored page of one image of the chain.
+    /// Returns the contents of a page stored in one image of the chain.
+    ///
+    /// # Errors
+    /// If the contents cannot be read or verified.
     pub fn stored(&mut self, image: usize, entry: &PageEntry) -> Result<&[u8], ImageError> {
         let number = entry.block.get();
         let kept = self.block.take().filter(|(of, block)| (*of, block.number()) == (image, number));
@@ -57,28 +63,32 @@ impl<'a> PageReader<'a> {
             block.wrong(BlockError::Field {
                 field: "number of pages",
                 value: block.slots() as u64,
-                allowed: "those that the page map looks for in it",
+                allowed: "at least the slots that the page map refers to",
             })
         };
         self.contents.get(range).ok_or_else(wrong)
     }
 }
 
-/// Repeats a 64-bit word.
+/// Fills a buffer with a repeated 64-bit word.
 pub fn fill(out: &mut [u8], word: u64) {
     for chunk in out.chunks_exact_mut(8) {
         chunk.copy_from_slice(U64::new(word).as_bytes());
     }
 }
 
-/// The word that a page repeats, if it does: 0 for zeros.
+/// Returns the word that fills a page, if a single word does; 0 for zeros.
 pub fn pattern(page: &[u8]) -> Option<u64> {
     let words = <[U64]>::ref_from_bytes(page).ok()?;
     let first = *words.first()?;
     words.iter().all(|word| *word == first).then_some(first.get())
 }
 
-/// Pages of `[first, first + count)` that differ between two chains, as runs (start, end). Absent pages read as zeros.
+/// Returns the pages of `[first, first + count)` that differ between two chains, as runs (start, end). Absent pages
+/// read as zeros.
+///
+/// # Errors
+/// If a page cannot be read or verified.
 pub fn differences(a: &Chain, b: &Chain, first: usize, count: usize) -> Result<Vec<(usize, usize)>, ImageError> {
     let (mut left, mut right) = (PageReader::new(a), PageReader::new(b));
     let (mut ours, mut theirs) = (vec![0; SMALL_PAGE], vec![0; SMALL_PAGE]);
@@ -86,7 +96,7 @@ pub fn differences(a: &Chain, b: &Chain, first: usize, count: usize) -> Result<V
     for page in first..first + count {
         let ((_, one), (_, other)) = (a.find(page)?, b.find(page)?);
         let plain = |entry: &PageEntry| matches!(entry.class(), Some(Class::Absent | Class::Zero | Class::Pattern));
-        // Plain pages are what their entries say; others are compared byte by byte, for a signature is only a hint.
+        // The entries of plain pages determine their contents. Others are compared, because signatures can collide.
         let same = if plain(&one) && plain(&other) {
             one.signature == other.signature
         } else {

@@ -1,17 +1,17 @@
-//! Saving what a trace has seen since the parent image (S2, S4): the rest is as it is there, and is not read. Or, of
-//! memory whose contents are still to come (S8), everything as it comes, and then what a trace has seen since.
+//! Checkpoints from a write trace (S2, S4). With a trace since the parent image, only the reported pages are read and
+//! saved. Without a parent, for memory whose contents are deferred (S8), all pages are saved as they are loaded, and
+//! then the pages that the trace has reported since.
 //!
-//! The trace stays on all the time. While the workload runs, what was written is saved in rounds, until little enough
-//! is left to be copied in the pause. `collect` protects before anybody reads: what is written after a round was copied
-//! is reported again, and saved again. At the instant the last of it is copied, and from there on the trace is the next
-//! one's.
+//! The trace stays installed throughout. While the workload runs, written pages are saved in rounds, until few enough
+//! are left to be copied in the pause. `collect` protects pages before they are read: a later write is reported again,
+//! and saved again. The last pages are copied at the snapshot point; from then on the trace serves the next checkpoint.
 //!
-//! A device that has pinned a page writes to it whatever is protected: between a collection and the reading of its pages
-//! such I/O has to end (docs/decisions/0012).
+//! A device that has pinned a page writes to it regardless of protection. Such I/O must be drained between the
+//! collection and the read of its pages (docs/decisions/0012).
 //!
-//! A page that is discarded, and read again, is not reported: but it has nothing but zeros, or is not there, where the
-//! parent has something. All pages are looked at for that, mostly at one word each; and while that is worth something
-//! the file tells of discards.
+//! The trace does not report a page that is discarded and then read. Such a page is zero or a hole although the parent
+//! holds contents for it. All pages are checked for this, max of them at the cost of one word; later discards are
+//! reported by the file's notifications.
 
 use std::io;
 use std::sync::Arc;
@@ -20,82 +20,82 @@ use std::sync::atomic::Ordering;
 use crossbeam_channel::Sender;
 
 use super::SaveError;
-use super::area::{Area, Copied};
-use super::shared::Shared;
 use super::staging::Origin;
+use super::state::SaverState;
+use super::trap_blocks::{Area, Copied};
 use crate::SMALL_PAGE;
 use crate::block::Class;
 use crate::image::{Chain, PageEntry};
 use crate::pages::PageSet;
 use crate::trace::Trace;
 
-/// Pages that are brought at a time, 16 MiB.
-const PORTION: usize = 4096;
+/// Number of pages loaded at a time: 16 MiB.
+const CHUNK: usize = 4096;
 
-const HUGE_PAGES_GONE: &str = "huge pages were given back";
+const HUGE_PAGES_GONE: &str = "huge pages were discarded during the checkpoint";
 
-/// How often it is begun anew when memory is discarded meanwhile.
+/// Number of attempts, if memory is discarded during the rounds.
 const ATTEMPTS: usize = 3;
 
-/// A save under way.
+/// Checkpoint from a trace, in progress.
 #[derive(Debug)]
 pub(super) struct Rounds {
-    shared: Arc<Shared>,
+    shared: Arc<SaverState>,
     trace: Trace,
     slots: Sender<Copied>,
-    /// What may be left for the instant, pages.
-    most: usize,
-    /// The parent since which the trace tells; without one, all of memory is to be saved.
+    /// Maximum number of pages left for the snapshot point.
+    max: usize,
+    /// Parent since which the trace is installed. `None`: all memory has to be saved.
     since: Option<Chain>,
-    /// Per region: what has to be saved, what has been, and what was in memory when it was looked at.
+    /// For each region: pages to save, pages saved, and pages that were present in the last scan.
     dirty: Vec<PageSet>,
     saved: Vec<PageSet>,
     present: Vec<PageSet>,
     ready: bool,
-    /// Direct I/O may be in flight that pinned pages before the last collection: it ends before they are read.
+    /// Whether direct I/O that pinned pages before the last collection must be drained before they are read.
     due: bool,
 }
 
-/// What rounds need of their caller while the workload runs.
+/// Callbacks that rounds need while the workload runs.
 #[expect(missing_debug_implementations, reason = "closures")]
-pub struct Help<'a> {
-    /// Has pages of a region, (region, first, count), in memory before they are read.
+pub struct Callbacks<'a> {
+    /// Loads the deferred pages of a range, given as (region, first, count).
     pub bring: &'a dyn Fn(usize, usize, usize) -> io::Result<()>,
-    /// Returns when direct I/O into the memory that had begun before the call has ended.
+    /// Returns when all direct I/O that had started before the call has ended.
     pub drain: &'a dyn Fn() -> io::Result<()>,
 }
 
 impl Rounds {
     pub(super) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<SaverState>,
         trace: Trace,
         since: Option<Chain>,
         slots: Sender<Copied>,
-        most: usize,
+        max: usize,
     ) -> Self {
         let empty = || shared.areas.iter().map(|area| PageSet::new(area.source.pages())).collect::<Vec<_>>();
         let (dirty, saved, present) = (empty(), empty(), empty());
-        let due = since.is_none(); // the trace has just been installed
-        Self { shared, trace, slots, most: most / SMALL_PAGE, since, dirty, saved, present, ready: false, due }
+        let due = since.is_none(); // the trace is new
+        Self { shared, trace, slots, max: max / SMALL_PAGE, since, dirty, saved, present, ready: false, due }
     }
 
-    /// While the workload runs: saves until little enough is left.
-    pub(super) fn run(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
+    /// Saves in rounds while the workload runs, until few enough pages are left.
+    pub(super) fn run(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
         if self.since.is_none() {
             self.save_all(help)?;
         }
         self.collect()?;
         for _ in 0..ATTEMPTS {
-            self.look()?;
+            self.scan()?;
             let mut left = self.count();
-            while left > self.most {
+            while left > self.max {
                 self.drain(help)?;
                 self.save(false)?;
                 self.collect()?;
                 self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
-                // What is saved again was saved in vain: together no more than once.
+                // Pages saved again cost twice: together, at max one additional copy of the first round.
                 if self.count() > left / 2 {
-                    return Err(SaveError::Untraceable("too much was written again while it was saved"));
+                    return Err(SaveError::Untraceable("rounds do not converge: memory is written faster than saved"));
                 }
                 left = self.count();
             }
@@ -106,22 +106,22 @@ impl Rounds {
             if self.since.is_none() && self.shared.areas.iter().any(|area| area.hugetlb) {
                 return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
             }
-            // What was saved may have been discarded since.
+            // Saved pages may have been discarded since.
             self.dirty.iter_mut().zip(&self.saved).for_each(|(dirty, saved)| dirty.union(saved));
         }
-        Err(SaveError::Untraceable("memory was given back all the time"))
+        Err(SaveError::Untraceable("memory was discarded in every attempt"))
     }
 
-    /// The instant: the workload is paused.
+    /// Saves the last pages at the snapshot point. The workload is paused.
     pub(super) fn end(mut self) -> Result<(), SaveError> {
         if !self.ready {
-            return Err(SaveError::Memory(io::Error::other("the instant comes after `prepare`")));
+            return Err(SaveError::Memory(io::Error::other("cannot begin a checkpoint before `prepare`")));
         }
-        // The pause has waited for all direct I/O.
+        // No drain is needed: the pause has drained all direct I/O.
         self.collect()?;
         self.save(true)?;
         if self.discarded()? {
-            return Err(SaveError::Untraceable("memory was given back at the last moment"));
+            return Err(SaveError::Untraceable("memory was discarded at the snapshot point"));
         }
         Ok(())
     }
@@ -133,7 +133,7 @@ impl Rounds {
     fn collect(&mut self) -> Result<(), SaveError> {
         let before = self.count();
         self.trace.collect(&mut self.dirty).map_err(|error| match error.raw_os_error() {
-            Some(libc::EPERM) => SaveError::Untraceable("its memory was mapped anew"),
+            Some(libc::EPERM) => SaveError::Untraceable("memory of the workload was remapped"),
             Some(libc::ESRCH) => SaveError::Gone,
             _ => SaveError::Memory(error),
         })?;
@@ -146,21 +146,21 @@ impl Rounds {
         self.dirty.iter().map(PageSet::count).sum()
     }
 
-    fn drain(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
+    fn drain(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
         if std::mem::take(&mut self.due) {
             (help.drain)().map_err(SaveError::Bring)?;
         }
         Ok(())
     }
 
-    /// The first round, of everything, as it comes.
-    fn save_all(&mut self, help: &Help<'_>) -> Result<(), SaveError> {
+    /// Saves all pages as they are loaded: the first round without a parent.
+    fn save_all(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
         self.drain(help)?;
         for region in 0..self.shared.areas.len() {
             let area = &self.shared.areas[region];
             let (pages, hugetlb) = (area.source.pages(), area.hugetlb);
-            for first in (0..pages).step_by(PORTION) {
-                let end = pages.min(first + PORTION);
+            for first in (0..pages).step_by(CHUNK) {
+                let end = pages.min(first + CHUNK);
                 (help.bring)(region, first, end - first).map_err(SaveError::Bring)?;
                 let (from, to) = (first * SMALL_PAGE, end * SMALL_PAGE);
                 let source = &self.shared.areas[region].source;
@@ -179,8 +179,8 @@ impl Rounds {
         Ok(())
     }
 
-    /// Finds what is in memory, and pages that lost their contents without having been written to.
-    fn look(&mut self) -> Result<(), SaveError> {
+    /// Scans for present pages, and for pages that have lost their contents without a write.
+    fn scan(&mut self) -> Result<(), SaveError> {
         let page_map = self.since.as_ref().map_or(&[][..], |parent| parent.nearest().page_map());
         for (region, area) in self.shared.areas.iter().enumerate() {
             let mut present = PageSet::new(area.source.pages());
@@ -194,7 +194,7 @@ impl Rounds {
                 }
                 let there = present.contains(page);
                 if !there && area.hugetlb {
-                    // There a hole cannot be told from data later, and to read it would allocate it.
+                    // In hugetlbfs, a hole cannot be told from data later, and reading it would allocate a huge page.
                     return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
                 }
                 if !there || area.source.is_zero(page).map_err(SaveError::Memory)? {
@@ -206,7 +206,7 @@ impl Rounds {
         Ok(())
     }
 
-    /// Copies what is dirty; `now`: nobody is waited for.
+    /// Copies the dirty pages; with `now`, without waiting for staging slots.
     fn save(&mut self, now: bool) -> Result<(), SaveError> {
         for (region, area) in self.shared.areas.iter().enumerate() {
             let pages = area.source.pages();
@@ -248,7 +248,7 @@ impl Rounds {
         Ok(())
     }
 
-    /// Splits a run into what is in memory and what is not, counted from page `base`.
+    /// Divides a run into present pages and holes, relative to page `base`.
     fn split(
         &self,
         region: usize,
@@ -258,7 +258,7 @@ impl Rounds {
         absent: &mut Vec<(usize, usize)>,
     ) -> io::Result<()> {
         for page in start..end {
-            // What was there is there: the file has told of no discard. What was not may have come since.
+            // Present pages are still present: there was no discard. Holes may have been filled since the scan.
             let present =
                 self.present[region].contains(page) || self.shared.areas[region].source.is_data(page * SMALL_PAGE)?;
             let runs = if present { &mut *there } else { &mut *absent };
@@ -275,7 +275,7 @@ fn read(area: &Area, page: usize, target: &mut [u8]) -> io::Result<()> {
     area.source.read(page * SMALL_PAGE, target)
 }
 
-/// Whether a page of the parent is not just zeros.
+/// Returns whether a page of the parent has contents other than zeros.
 fn has_contents(entry: &PageEntry) -> bool {
     match entry.class() {
         Some(Class::Data | Class::SameAs) => true,

@@ -1,9 +1,11 @@
-//! Write traces that go on where a save ends (S2), so that the next one knows what was written since this instant.
+//! Hand-over of saved memory to write traces (S2), which record the writes since the snapshot point for the next
+//! checkpoint.
 //!
-//! Memory is registered with one userfaultfd at a time, and one is synchronous or asynchronous for life: what the sweep
-//! has saved is handed over from the one to the other, a part of a region at a time. In between nothing is protected.
-//! So the sweep keeps what it copied of that part, and compares once the trace is on; what differs, and what traps have
-//! saved, was written since the instant: its protection is taken off again, by which the trace reports it.
+//! Memory can be registered with only one userfaultfd at a time, and a userfaultfd is either synchronous or
+//! asynchronous. Saved memory is therefore unregistered from the synchronous one and registered with the asynchronous
+//! one, a part of a region at a time. In between, that part is unprotected. The sweep keeps a copy of the part and
+//! compares it when the trace is installed. Pages that differ or that a trap has saved were written since the snapshot
+//! point: they are unprotected again, so that the trace reports them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,47 +13,47 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::SaveError;
-use super::area::Area;
-use super::shared::Shared;
+use super::state::SaverState;
+use super::trap_blocks::Area;
 use super::traps::within;
 use crate::SMALL_PAGE;
 use crate::trace::Userfaults;
 use crate::uapi::REGISTER_MODE_WP;
 
-/// The traces.
+/// Traces that take over the saved memory.
 #[derive(Debug)]
-pub(super) struct Follow {
+pub(super) struct TraceHandover {
     userfaults: Userfaults,
-    /// Per region: how many bytes from its start have been handed over.
+    /// For each region, the number of bytes from its start that have been handed over.
     handed: Vec<AtomicUsize>,
     broken: AtomicBool,
-    /// Held while registrations change hands.
+    /// Locked while registrations change.
     changing: Mutex<()>,
 }
 
-impl Follow {
+impl TraceHandover {
     pub(super) fn new(userfaults: Userfaults, regions: usize) -> Self {
         let handed = (0..regions).map(|_| AtomicUsize::new(0)).collect();
         Self { userfaults, handed, broken: AtomicBool::new(false), changing: Mutex::default() }
     }
 
-    /// Whether everything that has been handed over is traced.
+    /// Returns whether all memory that was handed over is traced.
     pub(super) fn whole(&self) -> bool {
         !self.broken.load(Ordering::Acquire)
     }
 
-    /// While this is held, what is handed over stays as it is.
+    /// Blocks hand-overs until the guard is dropped.
     pub(super) fn still(&self) -> MutexGuard<'_, ()> {
         self.changing.lock()
     }
 
-    /// Bytes from the start of a region that the saver has nothing to do with any more.
+    /// Returns the number of bytes, from the start of a region, that have been handed over.
     pub(super) fn handed(&self, region: usize) -> usize {
         self.handed[region].load(Ordering::Acquire)
     }
 }
 
-/// What the sweep has copied of a part of a region.
+/// Copy of a part of a region, made by the sweep.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     start: usize,
@@ -60,14 +62,14 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Begins with `[start, start + len)` of a region.
+    /// Starts a copy of `[start, start + len)` of a region.
     pub(super) fn begin(&mut self, start: usize, len: usize) {
         self.start = start;
         self.bytes.resize(len.max(self.bytes.len()), 0);
         self.runs.clear();
     }
 
-    /// Keeps bytes that were at `at` in the region.
+    /// Stores bytes that were at offset `at` of the region.
     pub(super) fn keep(&mut self, at: usize, bytes: &[u8]) {
         let from = at - self.start;
         self.bytes[from..from + bytes.len()].copy_from_slice(bytes);
@@ -80,8 +82,8 @@ impl Kept {
     }
 }
 
-impl Shared {
-    /// Lets go of a part of a region that is saved: to the traces where there are any, else for good.
+impl SaverState {
+    /// Hands a saved part of a region over to the traces, or only unprotects it if there are none.
     pub(super) fn hand_over(&self, region: usize, from: usize, to: usize, kept: &Kept) -> Result<(), SaveError> {
         let Some(follow) = self.follow.as_ref().filter(|follow| follow.whole()) else {
             return self.release(region, from, to - from);
@@ -97,13 +99,13 @@ impl Shared {
             follow.handed[region].store(to, Ordering::Release);
         }
         if self.trace(follow, region, from, to, kept).is_err() {
-            // The save does not need it. The next one compares.
+            // This checkpoint does not need the trace; the next one compares all pages.
             follow.broken.store(true, Ordering::Release);
         }
         Ok(())
     }
 
-    fn trace(&self, follow: &Follow, region: usize, from: usize, to: usize, kept: &Kept) -> io::Result<()> {
+    fn trace(&self, follow: &TraceHandover, region: usize, from: usize, to: usize, kept: &Kept) -> io::Result<()> {
         let none = || io::Error::from_raw_os_error(libc::ENOENT);
         for (armed, address, len) in self.mappings_of(region, from, to) {
             let uffd = follow.userfaults.get(&armed.segment.space.pid()).ok_or_else(none)?;
@@ -119,7 +121,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Where `[from, to)` of a region is mapped, as (mapping, address, length).
+    /// Returns where `[from, to)` of a region is mapped, as (mapping, address, length).
     fn mappings_of(
         &self,
         region: usize,
@@ -133,7 +135,7 @@ impl Shared {
     }
 }
 
-/// What may have been written since the instant in a part that is traced now, as (start, end) in bytes of the region.
+/// Finds the pages of a traced part that may have been written since the snapshot point, as (start, end) in bytes.
 fn written(area: &Area, from: usize, to: usize, kept: &Kept) -> io::Result<Vec<(usize, usize)>> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let mut now = vec![0; SMALL_PAGE];
@@ -141,7 +143,7 @@ fn written(area: &Area, from: usize, to: usize, kept: &Kept) -> io::Result<Vec<(
     let data = if area.hugetlb { vec![(from, to)] } else { area.source.data_within(from, to)? };
     for at in data.into_iter().flat_map(|(start, end)| (start..end).step_by(SMALL_PAGE)) {
         if let Some(then) = kept.page(at) {
-            // Who writes to it now traps, and is reported for that.
+            // Writes from now on are reported by the trace.
             area.source.read(at, &mut now)?;
             if now == then {
                 continue;

@@ -1,15 +1,15 @@
-//! Chosen pages of memory into an image, while the workload may write to them: whoever uses the image must know which
-//! pages were not written meanwhile. Equal pages are stored once. All other pages are where the parent image has them.
+//! Appends selected pages of memory to an image while the workload may write to them. The user of the image must know
+//! which pages were not written in the meantime. Duplicates are stored once. All other pages refer to the parent image.
 
 use std::io;
 use std::os::fd::OwnedFd;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::contents::pattern;
+use super::dedup_index::DedupIndex;
 use super::flatten::Copier;
 use super::format::{FLAG_IN_PARENT, ImageError, PageEntry};
-use super::known::KnownPages;
+use super::page_reader::pattern;
 use super::reader::Chain;
 use super::writer::{Finished, ImageWriter, Sizes};
 use crate::SMALL_PAGE;
@@ -17,20 +17,23 @@ use crate::block::{Builder, Class, Codec};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 
-/// An image to which pages are added.
+/// Image to which pages are appended.
 #[derive(Debug)]
-pub struct PageStore {
+pub struct PageAppender {
     copier: Copier<ImageWriter>,
-    /// Region that the open storage block is of.
+    /// Region of the open storage block.
     region: usize,
-    /// Number of the first page of each region, and of the page after the last region.
+    /// First page of each region, and the total number of pages.
     bases: Vec<usize>,
     map: Vec<PageEntry>,
-    known: KnownPages,
+    known: DedupIndex,
 }
 
-impl PageStore {
-    /// Begins an image in an empty file, for regions of so many pages.
+impl PageAppender {
+    /// Creates an image in an empty file, for regions of the given numbers of pages.
+    ///
+    /// # Errors
+    /// If the file cannot be written, or if getrandom(2) fails.
     pub fn new(file: OwnedFd, id: [u8; 16], codec: Codec, sizes: Sizes, regions: &[usize]) -> io::Result<Self> {
         let writer = ImageWriter::new(file, id, sizes)?;
         let mut bases = vec![0];
@@ -39,18 +42,19 @@ impl PageStore {
         }
         let map = vec![PageEntry::plain(Class::Absent, 0); bases[bases.len() - 1]];
         let builder = Builder::new(codec, sizes.page_block, sizes.storage_block);
-        let known = KnownPages::new()?;
+        let known = DedupIndex::new()?;
         Ok(Self { copier: Copier { writer, builder, block: 0 }, region: 0, bases, map, known })
     }
 
-    /// Adds those pages of a region that are in memory; returns which they are.
+    /// Appends the present pages among `pages` of a region. Returns these pages.
     ///
     /// # Errors
-    /// What writing the image meets; InvalidInput for pages that the image has no place for.
+    /// `InvalidInput` if the pages do not match the region; otherwise the error of writing the image.
     pub fn add(&mut self, region: usize, memory: &Mapping, pages: &PageSet) -> Result<PageSet, ImageError> {
         let count = self.bases.get(region + 1).map_or(0, |end| end - self.bases[region]);
         if count != pages.pages() || memory.pages() != count {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the regions do not match").into());
+            let words = "cannot add pages: the region does not match the image";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, words).into());
         }
         if region != self.region {
             self.copier.flush(self.region)?;
@@ -59,12 +63,12 @@ impl PageStore {
         let mut added = PageSet::new(count);
         let mut contents = [0; SMALL_PAGE];
         for (first, end) in pages.runs() {
-            // Holes are not read: that would fill them.
+            // Reading a hole would allocate it.
             for (start, stop) in memory.data_within(first * SMALL_PAGE, end * SMALL_PAGE)? {
                 let (start, stop) = ((start / SMALL_PAGE).max(first), (stop / SMALL_PAGE).min(end));
                 for page in start..stop {
-                    // SAFETY: within the mapping, by the check above. The workload may write to it at the same time:
-                    // then the copy is of no use to anybody, and is known to be.
+                    // SAFETY: the page lies within the mapping, by the check above. If the workload writes to it
+                    // concurrently, the copy may be torn; the caller discards such pages.
                     unsafe { std::ptr::copy_nonoverlapping(memory.page(page), contents.as_mut_ptr(), SMALL_PAGE) };
                     self.map[self.bases[region] + page] = self.entry(region, page, &contents)?;
                 }
@@ -90,7 +94,10 @@ impl PageStore {
         }
     }
 
-    /// Adds sections, and what `parent` says of all pages that were not added; writes the index and syncs.
+    /// Refers to `parent` for all pages that were not added, adds sections, writes the index and syncs.
+    ///
+    /// # Errors
+    /// If the parent lacks a page, or if the image cannot be written.
     pub fn finish(mut self, parent: Option<&Chain>, sections: &[(u32, Vec<u8>)]) -> Result<Finished, ImageError> {
         self.copier.flush(self.region)?;
         if let Some(parent) = parent {

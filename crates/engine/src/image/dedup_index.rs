@@ -1,4 +1,4 @@
-//! Contents that an image has already, so that equal pages are stored once.
+//! Index of the contents stored in an image, so that duplicate pages are stored once.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -8,37 +8,37 @@ use xxhash_rust::xxh3::xxh3_128_with_secret;
 
 use crate::uapi::check;
 
-/// Bytes of the secret that makes page hashes unpredictable.
+/// Size of the secret that makes page hashes unpredictable, bytes.
 const SECRET_LEN: usize = 192;
 
-/// Where contents stand, by their 128-bit hash under a secret of this set alone: nobody can make two pages that differ
-/// and are taken for the same.
+/// Places of stored contents by their 128-bit hash. The hash uses a random secret, so that a workload cannot construct
+/// two different pages with the same hash.
 #[derive(Debug)]
-pub struct KnownPages {
+pub struct DedupIndex {
     places: HashMap<u128, (u32, u16), BuildHasherDefault<AsItIs>>,
     secret: [u8; SECRET_LEN],
 }
 
-impl KnownPages {
-    /// Nothing is known.
+impl DedupIndex {
+    /// Creates an empty index.
     ///
     /// # Errors
-    /// What getrandom(2) says.
+    /// The error of getrandom(2).
     pub fn new() -> io::Result<Self> {
         Ok(Self { places: HashMap::default(), secret: random()? })
     }
 
-    /// Of the contents of a page.
+    /// Returns the hash of the contents of a page.
     pub fn hash(&self, contents: &[u8]) -> u128 {
         xxh3_128_with_secret(contents, &self.secret)
     }
 
-    /// Storage block (or what stands for its number) and slot of contents with that hash.
+    /// Returns the storage block (or its ticket) and slot of contents with a hash.
     pub fn place(&self, hash: u128) -> Option<(u32, u16)> {
         self.places.get(&hash).copied()
     }
 
-    /// Contents with that hash stand there now.
+    /// Records the place of contents with a hash.
     pub fn insert(&mut self, hash: u128, place: (u32, u16)) {
         self.places.insert(hash, place);
     }
@@ -46,13 +46,13 @@ impl KnownPages {
 
 fn random() -> io::Result<[u8; SECRET_LEN]> {
     let mut bytes = [0; SECRET_LEN];
-    // SAFETY: the buffer has the length given; a request this small is filled in one call.
+    // SAFETY: the buffer has the given length; a request of this size is not split.
     let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), SECRET_LEN, 0) };
     check(libc::c_int::try_from(got).unwrap_or(-1))?;
     Ok(bytes)
 }
 
-/// Hashes that are hashed already.
+/// Hasher that returns a hash value unchanged.
 #[derive(Debug, Default)]
 struct AsItIs(u64);
 

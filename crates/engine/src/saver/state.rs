@@ -1,4 +1,4 @@
-//! What the threads of a save share: blocks, protections, the first error, counters.
+//! State shared by the threads of a checkpoint: blocks, protections, first error and counters.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,43 +7,43 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::SaveError;
-use super::area::{Area, RELEASED, UNSAVED};
-use super::follow::Follow;
 use super::staging::Staging;
+use super::trace_handover::TraceHandover;
+use super::trap_blocks::{Area, RELEASED, UNSAVED};
 use super::traps::{Armed, is_gone, within};
-use crate::discards::Discards;
+use crate::hole_notifications::Discards;
 use crate::image::PageEntry;
 
-/// Counters of a save.
+/// Counters of a checkpoint.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Traps after the instant.
+    /// Number of traps after the snapshot point.
     pub traps: AtomicU64,
-    /// Traps before it, which were only released and noted.
+    /// Number of traps before the snapshot point, whose blocks were only unprotected and recorded.
     pub early_traps: AtomicU64,
-    /// Blocks that the sweep copied; traps copied the others.
+    /// Number of blocks copied by the sweep. All others were copied by traps.
     pub swept: AtomicU64,
-    /// Traps that waited for a staging slot.
+    /// Number of traps that waited for a staging slot.
     pub staging_waits: AtomicU64,
-    /// The longest service of a trap, nanoseconds.
+    /// Longest service time of a trap, nanoseconds.
     pub longest_trap: AtomicU64,
-    /// Service of all traps, nanoseconds.
+    /// Total service time of all traps, nanoseconds.
     pub trap_time: AtomicU64,
-    /// Pages that are in memory and have been classified.
+    /// Number of present pages that have been classified.
     pub pages: AtomicU64,
-    /// Of each [`Class`], by its number. Pages of the parent are not among them.
+    /// Number of pages of each [`Class`], by its number. Pages of the parent are not included.
     pub classes: [AtomicU64; 5],
-    /// Pages whose contents are those of the parent image.
+    /// Number of pages whose contents are in the parent image.
     pub in_parent: AtomicU64,
     /// Bytes of storage blocks.
     pub stored: AtomicU64,
-    /// Storage blocks.
+    /// Number of storage blocks.
     pub blocks: AtomicU64,
-    /// Write calls.
+    /// Number of write calls.
     pub writes: AtomicU64,
-    /// Pages that the trace since the parent reported, some of them more than once.
+    /// Number of pages reported by the trace since the parent; a page may count more than once.
     pub written: AtomicU64,
-    /// Rounds in which they were saved while the workload ran.
+    /// Number of rounds before the snapshot point.
     pub rounds: AtomicU64,
 }
 
@@ -64,27 +64,27 @@ impl Stats {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What all pages are in the end: some were seen more than once, others never.
+    /// Counts the pages of the final page map: earlier counts may include a page more than once or not at all.
     pub(super) fn recount(&self, page_map: &[PageEntry]) {
         self.classes.iter().chain([&self.in_parent]).for_each(|counter| counter.store(0, Ordering::Relaxed));
         page_map.iter().for_each(|entry| self.count(entry));
     }
 }
 
-/// See the module.
+/// SaverState state of a checkpoint.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct SaverState {
     pub(super) areas: Vec<Area>,
     pub(super) armed: Vec<Armed>,
     pub(super) staging: Staging,
     pub(super) discards: Discards,
-    /// Traces that go on where the save ends.
-    pub(super) follow: Option<Follow>,
-    /// Whether the workload runs meanwhile.
+    /// Traces that take over saved memory.
+    pub(super) follow: Option<TraceHandover>,
+    /// Whether the workload runs during the checkpoint.
     pub(super) live: bool,
     pub(super) stats: Stats,
     begun: AtomicBool,
-    /// Held while protections change before, and at, the instant.
+    /// Locked while protections change before and at the snapshot point.
     beginning: Mutex<()>,
     failed: AtomicBool,
     released: AtomicBool,
@@ -93,13 +93,13 @@ pub(super) struct Shared {
     end: Condvar,
 }
 
-impl Shared {
+impl SaverState {
     pub(super) fn new(
         areas: Vec<Area>,
         armed: Vec<Armed>,
         staging: Staging,
         discards: Discards,
-        follow: Option<Follow>,
+        follow: Option<TraceHandover>,
         live: bool,
     ) -> Self {
         Self {
@@ -126,7 +126,7 @@ impl Shared {
         self.armed.iter().try_for_each(|Armed { segment, uffd }| uffd.write_protect(segment.address, segment.len, true))
     }
 
-    /// The instant: protects again what was released since `protect_all`, in few calls.
+    /// Sets the snapshot point: protects again what was unprotected since `protect_all`, in few calls.
     pub(super) fn protect_released(&self) -> io::Result<()> {
         let _beginning = self.beginning.lock();
         for (region, area) in self.areas.iter().enumerate() {
@@ -144,14 +144,14 @@ impl Shared {
                 self.each_mapping(region, start, last + len - start, true)?;
             }
         }
-        // Their pages are holes at the instant, or were written to since and are saved as such.
+        // Pages discarded so far are holes at the snapshot point, or were written since and are saved as such.
         self.discards.seen()?;
         self.begun.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Before the instant: releases a block and notes that, and returns true. After it: false.
-    pub(super) fn release_before_instant(&self, armed: &Armed, block: usize) -> bool {
+    /// Unprotects and records a block if the snapshot point has not been set. Returns false if it has.
+    pub(super) fn release_before_snapshot(&self, armed: &Armed, block: usize) -> bool {
         if self.begun.load(Ordering::Acquire) {
             return false;
         }
@@ -167,12 +167,12 @@ impl Shared {
         true
     }
 
-    /// Takes the protection off a block in one mapping, and wakes who waits for it there.
+    /// Unprotects a block in one mapping, and wakes the threads blocked on it.
     pub(super) fn release_block(&self, armed: &Armed, block: usize) -> Result<(), SaveError> {
         let (start, len) = self.areas[armed.segment.region].bounds(block);
         let Some((address, bytes)) = within(&armed.segment, start, len) else { return Ok(()) };
         match self.check(armed.uffd.write_protect(address, bytes, false)) {
-            // Handed over meanwhile: everybody who waited there was woken.
+            // Handed over in the meantime, which has woken all threads.
             Err(_) if self.is_handed_over(armed.segment.region, start + len) => Ok(()),
             other => other,
         }
@@ -189,7 +189,7 @@ impl Shared {
         self.released.load(Ordering::Acquire)
     }
 
-    /// Takes the protection off a range of a region, in all mappings.
+    /// Unprotects a range of a region in all mappings.
     pub(super) fn release(&self, region: usize, start: usize, len: usize) -> Result<(), SaveError> {
         self.check(self.each_mapping(region, start, len, false))
     }
@@ -203,7 +203,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Once everything has been released, calls fail.
+    /// Ignores errors once all memory has been unregistered, which makes calls fail.
     pub(super) fn check(&self, result: io::Result<()>) -> Result<(), SaveError> {
         match result {
             Err(_) if self.released.load(Ordering::Acquire) => Ok(()),
@@ -212,9 +212,9 @@ impl Shared {
         }
     }
 
-    /// Takes every protection off and wakes everybody. Errors are left out: who is gone waits for nothing.
+    /// Unregisters all memory, which wakes every blocked thread. Ignores errors: an exited process has none.
     pub(super) fn release_all(&self) {
-        let _still = self.follow.as_ref().map(Follow::still);
+        let _still = self.follow.as_ref().map(TraceHandover::still);
         self.released.store(true, Ordering::Release);
         for Armed { segment, uffd } in &self.armed {
             let handed = self.follow.as_ref().map_or(0, |follow| follow.handed(segment.region));
@@ -227,7 +227,7 @@ impl Shared {
 
     // -- ends
 
-    /// Notes the first error, and lets the workload go.
+    /// Records the first error, and unregisters all memory.
     pub(super) fn fail(&self, error: SaveError) {
         let mut first = self.error.lock();
         if first.is_none() && !self.is_done() {

@@ -1,0 +1,104 @@
+//! Configuration of a pager, and its errors.
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use super::flags::Flags;
+use crate::image::{Chain, ImageError};
+use crate::placer::Target;
+use crate::segment::Segment;
+use crate::space::AdoptError;
+use crate::uapi::Userfault;
+use crate::wire::PeerSource;
+
+/// Reason for which a pager could not start or an operation failed.
+#[derive(Debug, Error)]
+pub enum PagerError {
+    /// The regions do not match the image.
+    #[error("regions do not match the image: {regions} pages, expected {image}")]
+    Regions {
+        /// Number of pages of the regions.
+        regions: usize,
+        /// Number of pages of the image.
+        image: usize,
+    },
+    /// The image is invalid.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Mappings of deferred pages could not be removed.
+    #[error("cannot unmap deferred pages from the workload: {0}")]
+    Mapped(#[from] AdoptError),
+    /// The workload maps deferred pages repeatedly.
+    #[error("cannot unmap deferred pages from the workload: it maps them again; pause it first")]
+    Running,
+    /// The peer connection cannot be used.
+    #[error("{0}")]
+    Peer(&'static str),
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Initial state of the memory and its deferred bitmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// All contents are deferred: the files are emptied, and the bitmap is set from the image.
+    Empty,
+    /// The bitmap is set; the files hold all other pages. Segments without deferred pages are not registered.
+    Kept,
+    /// Another pager has exited: the bitmap is valid, and faults that it had read are raised again.
+    TakenOver,
+}
+
+/// Page that could not be loaded.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    /// Index of the region.
+    pub region: usize,
+    /// Page within the region.
+    pub page: usize,
+    /// Whether a thread of the workload waits for the page.
+    pub accessed: bool,
+    /// Cause of the failure.
+    pub message: String,
+}
+
+/// Origin of the contents.
+#[derive(Debug)]
+pub enum Origin {
+    /// Image and its parents.
+    Images(Chain),
+    /// The source of a post-copy migration.
+    Peer(Arc<PeerSource>),
+}
+
+/// Configuration of a pager.
+#[derive(Debug)]
+pub struct Plan {
+    /// Origin of the contents.
+    pub from: Origin,
+    /// Regions. Their `large` units are allocated as huge pages.
+    pub targets: Vec<Target>,
+    /// Mappings of the regions by the workload, with the userfaultfd of their address space.
+    pub watched: Vec<(Segment, Arc<Userfault>)>,
+    /// Deferred bitmap of all pages of all regions.
+    pub flags: Flags,
+    /// Initial state of the memory.
+    pub begin: Begin,
+    /// Windows of 16 pages to load first, in this order.
+    pub working_set: Vec<u32>,
+    /// Whether to load pages that have not been requested.
+    pub background: bool,
+    /// Whether background loading runs at full speed instead of giving precedence to faults.
+    pub eager: bool,
+    /// Whether a fault loads its whole storage block, after the surrounding pages.
+    pub whole_blocks: bool,
+    /// Whether pages will be evicted. If so, the pager does not finish before [`super::Pager::evicted`].
+    pub evicting: bool,
+    /// Whether removals must be checked, as for programs, which may only unmap pages. Removals by QEMU are discards.
+    pub checks_removals: bool,
+    /// Whether an access to a page that cannot be loaded raises SIGBUS; otherwise it blocks.
+    pub fatal: bool,
+}

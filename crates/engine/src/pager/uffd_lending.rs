@@ -1,0 +1,98 @@
+//! Lending of the pager's userfaultfd, for write traces of memory whose contents are deferred (S8).
+//!
+//! Memory can be registered with only one userfaultfd at a time. During a restore it must be the pager's, because
+//! deferred pages would otherwise read as zeros. A migration or a checkpoint therefore installs its write trace (S2)
+//! through the pager's userfaultfd, which is in asynchronous mode for this purpose. While the pager is acquired it does
+//! not finish, and pages are mapped write-protected when their contents arrive: they are unchanged until they are
+//! written. All other pages that the pager maps count as written, so that no write is missed. So do all pages after the
+//! protections have been removed.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
+
+use parking_lot::MutexGuard;
+
+use super::memory::{Memory, Watched};
+use super::{Pager, PagerState};
+use crate::uapi::{REGISTER_MODE_MINOR, REGISTER_MODE_MISSING, REGISTER_MODE_WP};
+
+/// State of the lending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// Not acquired: the pager finishes when all pages are loaded.
+    No,
+    /// Acquired: the pager keeps running.
+    Yes,
+    /// No longer available: the pager is finishing.
+    Ending,
+}
+
+impl PagerState {
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock()
+    }
+
+    /// Returns whether the pager may finish now that all pages are loaded. If so, it can no longer be acquired.
+    pub(super) fn may_end(&self) -> bool {
+        let mut held = self.held();
+        if *held == Held::No {
+            *held = Held::Ending;
+        }
+        *held == Held::Ending
+    }
+
+    /// Returns whether the pager is acquired, so that it cannot finish.
+    pub(super) fn is_held(&self) -> bool {
+        *self.held() == Held::Yes
+    }
+}
+
+impl Pager {
+    /// Acquires the pager: write traces can be installed on the watched memory through [`Pager::userfaults`] until
+    /// [`Pager::release`]. Returns false if all pages are loaded, so that the memory is not registered, or soon will
+    /// not be.
+    ///
+    /// # Errors
+    /// EBUSY if the pager is acquired already, EINVAL if the kernel lacks support, ESRCH if a process has exited.
+    pub fn hold(&self) -> io::Result<bool> {
+        let memory = &self.shared.loader.memory;
+        let mut held = self.shared.held();
+        match *held {
+            Held::Ending => return Ok(false),
+            Held::Yes => return Err(io::Error::from_raw_os_error(libc::EBUSY)),
+            Held::No => {}
+        }
+        for Watched { segment, uffd } in &memory.watched {
+            // Extends the existing registration, so that memory is registered at all times.
+            let mode = REGISTER_MODE_MISSING | REGISTER_MODE_MINOR | REGISTER_MODE_WP;
+            uffd.register(segment.address, segment.len, mode)?;
+        }
+        memory.protecting.store(true, Ordering::Release);
+        *held = Held::Yes;
+        Ok(true)
+    }
+
+    /// Releases the pager: removes the traces, and lets the pager finish when all pages are loaded.
+    pub fn release(&self) {
+        let mut held = self.shared.held();
+        if *held == Held::Yes {
+            self.shared.loader.memory.protecting.store(false, Ordering::Release);
+            unprotect(&self.shared.loader.memory);
+            *held = Held::No;
+        }
+    }
+
+    /// Returns the pager's userfaultfd of each process.
+    pub fn userfaults(&self) -> Vec<(libc::pid_t, RawFd)> {
+        let number = |Watched { segment, uffd }: &Watched| (segment.space.pid(), uffd.as_raw_fd());
+        self.shared.loader.memory.watched.iter().map(number).collect()
+    }
+}
+
+/// Removes all write protections. Fails only for exited processes and for memory that is not write-protected.
+pub fn unprotect(memory: &Memory) {
+    for Watched { segment, uffd } in &memory.watched {
+        let _ = uffd.write_protect(segment.address, segment.len, false);
+    }
+}
