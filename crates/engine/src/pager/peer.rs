@@ -79,8 +79,8 @@ impl Peer {
         wanted.into_iter().for_each(|(range, page)| send(memory, &link, range, page));
     }
 
-    /// Requests the window of a fault, unless it has been requested. Returns whether the pages are present. `page` is the
-    /// faulting page, if it can be mapped alone.
+    /// Requests the window of a fault, unless it has been requested. `page` is the faulting page, if it can be mapped
+    /// alone. Returns whether the pages are present.
     pub fn fetch(&self, memory: &Memory, range: (usize, usize), page: Option<usize>) -> bool {
         self.request(memory, range, page, true);
         let (first, end) = page.map_or(range, |page| (page, page + 1));

@@ -102,7 +102,7 @@ pub enum AdoptError {
     Io(#[from] io::Error),
 }
 
-/// Returns the remedy for a userfaultfd that could not be created. Permissions do not help if the system call is missing.
+/// Returns the remedy for a userfaultfd that could not be created. Without the system call, permissions do not help.
 fn faults_remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOSYS) => "use a kernel with CONFIG_USERFAULTFD, or a seccomp profile that allows userfaultfd",
