@@ -1,7 +1,7 @@
-"""Per-page and per-fault work of pageferry, in Rust. This stub is its reference.
+"""Rust engine: per-page and per-fault mechanisms. This stub is its reference.
 
-All lengths, offsets and addresses are bytes unless named otherwise. Calls that take longer than 50 microseconds
-release the GIL; long ones check for Ctrl-C. Errors of the kernel are raised as `OSError` with its errno.
+Lengths, offsets and addresses are in bytes unless stated otherwise. Calls that take longer than 50 us release the GIL,
+and long ones check for signals. Errors of system calls are raised as OSError with their errno.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,33 +14,34 @@ LARGE_PAGE: int
 
 @disjoint_base
 class Mapping:
-    """A shared mapping of (part of) a file at a 2 MiB boundary of our own address space, with the buffer protocol.
+    """Shared mapping of a file or a part of it, aligned to 2 MiB in our address space. Supports the buffer protocol.
 
-    `memoryview(m)` and `numpy.frombuffer(m, ...)` are writable views without a copy. The descriptor is duplicated.
+    `memoryview(m)` and `numpy.frombuffer(m, ...)` return writable views without a copy. The descriptor is duplicated.
     """
 
     def __new__(cls, fd: int, length: int, offset: int = 0) -> Self: ...
     @property
     def address(self) -> int:
-        """Where it is mapped."""
+        """Address of the first byte."""
     @property
     def length(self) -> int:
-        """Bytes."""
+        """Length in bytes."""
     def fileno(self) -> int:
-        """Descriptor of the file, which stays the mapping's."""
+        """Return the descriptor of the file, which the mapping owns."""
     def data_ranges(self) -> list[tuple[int, int]]:
-        """(start, end) of the parts that hold data (SEEK_DATA/SEEK_HOLE): reading anything else would allocate."""
+        """Return the ranges that hold data (SEEK_DATA, SEEK_HOLE), as (start, end). Reading any other byte would
+        allocate a page."""
     def large_units(self) -> list[bool]:
-        """Which 2 MiB units stand on a large page; holes are left alone."""
+        """Return which 2 MiB units are backed by a huge page. Holes are not filled."""
     def close_memory(self) -> None:
-        """Make the mapping read-only. New buffers are read-only, a write to an old one ends the program with SIGSEGV,
-        after a message."""
+        """Make the mapping read-only. New buffers are read-only; a write through an existing one terminates the program
+        with a message and SIGSEGV."""
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class PageSet:
-    """A set of the small pages of one region; `pages` is the size of the region. Page numbers start at 0."""
+    """Set of base pages of a region. `pages` is the size of the region; page numbers start at 0."""
 
     def __new__(cls, pages: int, full: bool = False) -> PageSet: ...
     @property
@@ -54,54 +55,59 @@ class PageSet:
     def update(self, other: PageSet) -> None: ...
     def subtract(self, other: PageSet) -> None: ...
     def unit_counts(self) -> list[int]:
-        """How many pages of each 2 MiB unit are in the set."""
+        """Return the number of pages in the set for each 2 MiB unit."""
     def runs(self) -> list[tuple[int, int]]:
-        """Consecutive pages in the set, as (start, end)."""
+        """Return the runs of consecutive pages in the set, as (start, end)."""
     def pack(self) -> bytes:
-        """The set as bytes: its bitmap, compressed."""
+        """Serialise the set as its compressed bitmap."""
     @staticmethod
     def unpack(data: bytes, pages: int) -> PageSet:
-        """The set over a region of `pages` pages that was packed. ValueError: it is none. Allocates one bitmap."""
+        """Deserialise a packed set, for a region of `pages` pages. Allocates no more than its bitmap. Raises ValueError
+        if `data` is not a set of pages of this region."""
     def copy(self) -> PageSet: ...
 
 @final
 class Space:
-    """The address space of a process (ours without an argument). Opening it does nothing to the process."""
+    """Address space of a process; without an argument, of our own. Opening it does not affect the process."""
 
     def __new__(cls, pid: int | None = None) -> Space: ...
     @property
     def pid(self) -> int: ...
     def call(self, number: int, *arguments: int) -> int:
-        """Make a system call inside the process, by ptrace; it is stopped for well under a millisecond.
+        """Make the process execute a system call, by ptrace, which stops it for less than a millisecond.
 
-        OSError with the errno of the call; PermissionError, ProcessLookupError when it cannot be made.
+        Raises OSError with the errno of the call; PermissionError or ProcessLookupError if it cannot be executed.
         """
     def missing_faults(self, discards: bool = False) -> tuple[int, int | None]:
-        """A userfaultfd for a `Pager` (ours to close), and its number in the process, which keeps a copy of it.
+        """Create a userfaultfd for a `Pager`. Return its descriptor, which the caller must close, and its number in the
+        process, which keeps a copy (None for our own process).
 
-        The number is None for our own process. `discards`: hear of memory that is discarded (balloons).
+        With `discards`, it reports memory that is discarded, for example by a balloon.
         """
     def write_traces(self) -> tuple[int, int | None]:
-        """A userfaultfd for traces that a `Saver` leaves or takes up; the values are those of `missing_faults`."""
+        """Create a userfaultfd for traces that a `Saver` leaves or takes up. Return the same values as
+        `missing_faults`."""
     def descriptor(self, number: int) -> int:
-        """A duplicate of a descriptor of the process (pidfd_getfd)."""
+        """Return a duplicate of a descriptor of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
-        """Put a range on large pages, or map it as what it is (process_madvise, MADV_COLLAPSE)."""
+        """Back a range by huge pages, or map existing huge pages as such (process_madvise, MADV_COLLAPSE)."""
     def advise(self, address: int, length: int, advice: int) -> None:
-        """Advise on a range from outside (process_madvise): MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED, MADV_COLLAPSE."""
+        """Advise the kernel about a range (process_madvise): MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED or
+        MADV_COLLAPSE."""
     def large_mapped(self, address: int, length: int) -> list[tuple[int, int]]:
-        """The parts of a range that are mapped as large pages, as (start, end): PAGEMAP_SCAN, PAGE_IS_HUGE."""
+        """Return the parts of a range that are mapped as huge pages, as (start, end)."""
 
 _Segment = tuple[Space, int, int, int, int]
-"""(space, address, length, number of the region, first page of the region that is mapped there)"""
+"""Address space, address, length, index of the region, and first page of the region that is mapped there."""
 
 @final
 class Trace:
-    """Write traces (S2) over segments: userfaultfd write protection in asynchronous mode, read by PAGEMAP_SCAN.
+    """Write traces over segments (S2): userfaultfd write protection in asynchronous mode, collected by PAGEMAP_SCAN.
 
-    `release_after` = 0 traces small pages; n: a large page in which n traces fired is released as a whole and mapped as
-    a large page again; every page of it counts as written. `large`: which 2 MiB units of each region stand on large
-    pages; what is left out is traced by small pages. Traces go when the object or the process that made it goes.
+    With `release_after` 0, each base page is traced. With n > 0, a huge page is unprotected and mapped as such again
+    after n of its base pages were written; all of its pages count as written. `large` lists the 2 MiB units of each
+    region that are backed by huge pages; omitted regions have none. The traces are removed when the object is destroyed
+    or its process exits.
     """
 
     def __new__(
@@ -111,44 +117,48 @@ class Trace:
         large: Sequence[Sequence[bool]] | None = None,
         userfaults: dict[int, int] | None = None,
     ) -> Trace:
-        """`userfaults`: those of a pager that is held (`Pager.hold`): traces are put on by them, by small pages, and
-        stay until it is released."""
+        """Install the traces. `userfaults` are those of an acquired pager (`Pager.hold`); the traces then cover base
+        pages and stay until the pager is released."""
     @property
     def install_seconds(self) -> float: ...
     @property
     def released_units(self) -> int: ...
     def collect(self, dirty: Sequence[PageSet]) -> None:
-        """Add what was written since the last call (one set per region), having protected it again.
+        """Protect the pages written since the last call again, and add them to `dirty` (one set per region).
 
-        ProcessLookupError when a process has ended: its last writes are not known. What was found is added anyway.
+        Raises ProcessLookupError if a process has exited, in which case its last writes are unknown. The pages found
+        are added nevertheless.
         """
     def peek(self, dirty: Sequence[PageSet]) -> None:
-        """Add what was written since the last `collect`, and leave it to be reported by the next."""
+        """Add the pages written since the last `collect`, without resetting them: the next `collect` reports them
+        again."""
     def release(self, segment: int) -> None:
-        """Take the traces off one segment, by its place in the sequence: writes to it are not reported any more."""
+        """Remove the traces from one segment, given by its index. Later writes to it are not reported."""
     def remove(self) -> None: ...
 
 @final
 class ImageWriter:
-    """Writes an image, storage block by storage block. For tests, and for images of other making."""
+    """Writer of images from given storage blocks, for tests."""
 
     def __new__(
         cls, fd: int, id: bytes, codec: str = "lz4", page_block: int = 65536, storage_block: int = 1048576
     ) -> ImageWriter: ...
     def append(self, region: int, pages: Sequence[tuple[int, bytes]]) -> int:
-        """Write (page of the region, its contents) as one storage block; returns its number."""
+        """Write (page of the region, contents) pairs as one storage block. Return its number."""
     def section(self, kind: int, contents: bytes) -> None: ...
     def finish(self, regions: int, entries: Sequence[tuple[int, bool, int, int, int]]) -> tuple[int, int]:
-        """Write the page map, of (class, in parent, signature, storage block, place in it), and the index.
+        """Write the page map, given as (class, in parent, signature, storage block, slot), and the index.
 
-        Returns digest and length.
+        Return digest and length.
         """
 
 @final
 class PageStore:
-    """Writes chosen pages of regions (given by their pages) into an image, while the workload may write to them.
+    """Writer of images from selected pages of regions, while the workload may write to them. `regions` are their
+    numbers of pages.
 
-    Whoever uses the image must know which pages were written meanwhile. OSError: the image cannot be written.
+    The user of the image must know which pages were written in the meantime. Raises OSError if the image cannot be
+    written.
     """
 
     def __new__(
@@ -161,26 +171,27 @@ class PageStore:
         storage_block: int = 1048576,
     ) -> PageStore: ...
     def add(self, region: int, memory: Mapping, pages: PageSet) -> PageSet:
-        """Add those of the pages that are in memory; returns which they are."""
+        """Add the present pages among `pages`. Return these pages."""
     def finish(self, sections: Sequence[tuple[int, bytes]], parent: ImageChain | None = None) -> tuple[int, int]:
-        """Write the index and sync: (digest, length). What was not added is as the parent has it."""
+        """Write the index and sync. Return digest and length. Pages that were not added refer to `parent`."""
 
 @final
 class Pager:
-    """Brings the contents of pages on access, from an image or a peer, and all others in the background (S8, S10).
+    """Pager: loads pages on demand, from an image or a peer, and all others in the background (S8, S10).
 
-    `targets`: as for `Placer`; `userfaults`: pid -> descriptor from `Space.missing_faults`, for every process of
-    `segments`; `flags`: a file of `flags_length` bytes in which a pager that takes over finds what is still to come;
-    `working_set`: windows of 16 pages, counted over all regions, that are read first. `background`: read what nobody
-    asks for; `eager`: at full speed. `fatal`: an access to a page that cannot be had ends in SIGBUS; else it waits.
+    `targets` are as for `Placer`. `userfaults` maps the ID of every process of `segments` to a descriptor from
+    `Space.missing_faults`. `flags` is the descriptor of the deferred bitmap, a file of `flags_length` bytes from which
+    another pager can take over: bit n (little-endian) belongs to page n of all regions. `working_set` lists windows of
+    16 pages, counted over all regions, that are loaded first. With `background`, pages that have not been requested are
+    loaded as well; with `eager`, at full speed. With `fatal`, an access to a page that cannot be loaded raises SIGBUS;
+    otherwise it blocks. With `checks_removals`, a reported removal is a discard only if the file system reports a hole;
+    otherwise every removal is one.
 
-    The files must be all holes, or mapped by nobody but us and `segments`: whatever they hold is thrown away, unless
-    `taken_over`, or `kept`: then the caller has set the flags of the pages that are still to come (bit n of the file,
-    little-endian, for page n of all regions), and all others are in the files. Where a page to come is mapped it is
-    unmapped; OSError where a workload that runs maps it again and again. `checks_removals`: a removal that is reported
-    is a discard only if the file says so; without it each is one.
+    By default the files are emptied: they must not be mapped by other processes than those of `segments`. With
+    `taken_over` or `kept`, the caller has set the bits of the deferred pages, and the files hold all other pages.
+    Deferred pages that are mapped are then unmapped. Raises OSError if a running workload maps them again.
 
-    Dropping it leaves the workload waiting at the next page that is missing.
+    Dropping the pager leaves the workload blocked at its next access to a deferred page.
     """
 
     def __new__(
@@ -205,90 +216,101 @@ class Pager:
     def flags_length(pages: int) -> int: ...
     @staticmethod
     def set_flags(flags: int, missing: Sequence[PageSet]) -> None:
-        """Set the flags of pages in a file of flags (a descriptor), one set per region, before there is a pager."""
+        """Set the bits of deferred pages in a bitmap file, given by its descriptor, with one set per region. Call this
+        before a pager uses the file."""
     @property
     def pending(self) -> int:
-        """Pages whose contents are still to come."""
+        """Number of deferred pages."""
     def missing(self, region: int) -> PageSet:
-        """Those of a region."""
+        """Return the deferred pages of a region."""
     @property
     def finished(self) -> bool:
-        """Everything is in memory, and nothing traps any more."""
+        """Whether all pages are loaded and the memory is unregistered."""
     @property
     def counters(self) -> tuple[int, int, int, int, int, float, float]:
-        """(accesses that waited for us, of these to missing pages, pages read, of these in the background, bytes read,
-        seconds of service, seconds of the longest)"""
+        """Faults, faults on deferred pages, pages loaded, pages loaded in the background, bytes read, total service
+        time and longest service time in seconds."""
     @property
     def histogram(self) -> list[int]:
-        """Accesses by time of service: number k of those that took less than 2**k us, and 2**(k - 1) us or more."""
+        """Faults by service time: bin k counts those of at least 2**(k - 1) us and less than 2**k us."""
     @property
     def touched(self) -> list[int]:
-        """Windows of 16 pages in the order in which the workload first missed them."""
+        """Windows of 16 pages in the order of their first fault on a deferred page."""
     @property
     def failures(self) -> list[tuple[int, int, bool, str]]:
-        """(region, page of it, whether it has been accessed, message) of pages that cannot be had."""
+        """Pages that could not be loaded: region, page within it, whether a thread waits for it, and message."""
     def wait(self, patience: float, known: int = 0) -> bool:
-        """Wait until it is finished (True), until there are more than `known` failures, or for `patience` seconds."""
+        """Wait until the pager has finished, until there are more than `known` failures, or for `patience` seconds.
+        Return whether it has finished."""
     def ensure(self, region: int, first: int, count: int) -> None:
-        """Bring pages into memory, for who reads them past the workload's page tables. ValueError: they are damaged.
+        """Load pages, for readers that bypass the workload's page tables.
 
-        ConnectionResetError: the connection to the peer is lost, or gets lost. OSError: the pager has been stopped.
+        Raises ValueError if a page is damaged, ConnectionResetError if the connection to the peer is lost, OSError if
+        the pager has been stopped.
         """
     def hold(self) -> dict[int, int] | None:
-        """Let somebody put write traces on (`Trace`, `Saver`): pid -> our userfaultfd, until `release`. Contents go on
-        coming, and what comes does not count as written. None: everything is there, or as good as there.
+        """Acquire the pager, to install write traces (`Trace`, `Saver`) until `release`. Return its userfaultfd by
+        process ID, or None if all pages are loaded or about to be. Pages are still loaded; this does not count as a
+        write.
 
-        OSError: EBUSY, somebody does so already; EINVAL, the kernel cannot.
+        Raises OSError: EBUSY if the pager is acquired already, EINVAL if the kernel lacks support.
         """
     def release(self) -> None:
-        """Take the traces off. It may end, when everything is there."""
+        """Release the pager: remove the traces, and let it finish when all pages are loaded."""
     def large(self, region: int) -> list[bool]:
-        """Which 2 MiB units of a region stand on large pages when their contents are there."""
+        """Return the 2 MiB units of a region that are backed by huge pages once their contents are present."""
     def populate(self) -> None:
-        """Map what is in memory already, large pages as such (S1): before the workload runs on memory that was kept."""
+        """Map all present pages, huge pages as such (S1), before the workload resumes on existing memory."""
     def reconnect(self, source: PeerSource) -> None:
-        """Go on over another connection; what accesses wait for is asked for again. ValueError: it is in use."""
+        """Continue over another connection, and repeat the requests that faults wait for. Raises ValueError if the
+        connection is in use."""
     def evict(self, region: int, pages: PageSet) -> int:
-        """Let pages go that stand in the chain as memory has them: an access brings them back. How many went.
+        """Evict pages whose contents are in the chain; a later access loads them again. Return the number of evicted
+        pages.
 
-        Made with `evicting`; the workload is paused. OSError: it maps memory all the same, or that cannot be worked on;
-        nothing is lost.
+        Requires `evicting`, and the workload must be paused. Raises OSError if it maps the memory nevertheless, or if
+        its mappings cannot be changed; nothing is lost.
         """
     def evicted(self) -> None:
-        """Nothing more is let go: it may finish, when everything is back."""
+        """End evictions: the pager finishes when all pages are loaded."""
     def stop(self) -> None:
-        """End all threads. Accesses to what is missing wait for the next pager."""
+        """Stop all threads. Accesses to deferred pages block until another pager takes over."""
     def abandon(self) -> None:
-        """End all threads for a workload that will never run on this memory: who waits goes on, and finds zeros."""
+        """Stop all threads, for a workload that will never resume on this memory. Blocked threads continue, and read
+        zeros."""
 
 @final
 class Sampler:
-    """Accesses to the small pages of large ones (S3), in one process. Pages are addresses at 2 MiB boundaries.
+    """Sampler of accesses to the base pages of huge pages of a process (S3). Huge pages are given by their addresses.
 
-    What it holds is restored when it goes. Mappings are split, large pages never.
+    Splits mappings, but never huge pages. Registered pages are restored when the sampler is destroyed.
     """
 
     def __new__(cls, space: Space) -> Sampler: ...
     def hold(self, pages: Sequence[int]) -> list[int]:
-        """Make each page a mapping of its own (a userfaultfd registration); those that are not mapped any more.
+        """Make each page a separate mapping, by registering it with a userfaultfd. Return the pages that are no longer
+        mapped.
 
-        EBUSY: another userfaultfd has it.
+        Raises OSError EBUSY if a page is registered with another userfaultfd.
         """
     def split(self, pages: Sequence[int], marked: bool) -> None:
-        """Split the mappings of held pages: `marked` (shared memory) into nothing, so that accesses map small pages."""
+        """Split the mappings of registered pages. With `marked` (shared memory), unmap their base pages, so that
+        accesses map them."""
     def cool(self, pages: Sequence[int]) -> None:
-        """Clear the accessed bits of pages, with a flush (MADV_COLD); those of locked memory stay."""
+        """Clear the accessed bits of pages and flush the TLB (MADV_COLD). Locked memory is not affected."""
     def touched(self, pages: Sequence[int]) -> list[bytes]:
-        """Which small pages of each page are mapped: 512 bits each, little-endian."""
+        """Return which base pages of each page are mapped, as 512 bits (little-endian)."""
     def restore(self) -> list[tuple[int, str]]:
-        """Let go of all pages, and map those that were split as large ones again. Those that stay small, and why."""
+        """Unregister all pages, and map those that were split as huge pages again. Return those that stay split, with
+        the reason."""
 
 @final
 class Placer:
-    """Puts received pages at their slots (S6, S7) and populates the workload's page tables (S1, S5).
+    """Placer of received pages in their slots (S6, S7), which populates the workload's page tables (S1, S5).
 
-    `targets`: per region (mapping of a fresh file, page size of the file, which 2 MiB units are large at the source).
-    With `workers` > 0, units are mapped into the workload as soon as every slot of them has been received.
+    `targets` are the regions as (mapping of a new file, page size of the file, 2 MiB units that are huge at the
+    source). With `workers` > 0, units are mapped into the workload's page tables as soon as all of their slots have
+    been received.
     """
 
     def __new__(
@@ -300,44 +322,46 @@ class Placer:
     ) -> Placer: ...
     @property
     def missing(self) -> int:
-        """Pages that have not been received yet."""
+        """Number of pages that have not been received."""
     @property
     def fallbacks(self) -> int:
-        """Large pages of the source for which there was no large page here."""
+        """Number of huge pages of the source that could not be allocated as such."""
     @property
     def populated(self) -> tuple[int, int, int, float]:
-        """(large pages mapped, small pages mapped, large pages left to the first access, seconds of work)."""
+        """Huge pages mapped, base pages mapped, huge pages left to their first access, and time in seconds."""
     def populate(self, region: int, units: Sequence[int]) -> None:
-        """Map those of the 2 MiB units of a region now of which every page has been received.
+        """Map the 2 MiB units of a region of which all pages have been received.
 
-        ValueError for a region or unit that there is not.
+        Raises ValueError if there is no such region or unit.
         """
     def allocate_ahead(self, region: int, units: Sequence[int]) -> None:
-        """Allocate those of the 2 MiB units now that are large at the source, and have no large page here yet."""
+        """Allocate huge pages for those of the 2 MiB units that are huge at the source, unless they have been
+        allocated."""
     def finish(self, rest: bool) -> None:
-        """Wait for the workers; with `rest`, map everything else that is in memory, by UFFDIO_CONTINUE.
+        """Wait for the workers. With `rest`, then map all other present pages by UFFDIO_CONTINUE.
 
-        What remains for the first access: holes, and with them pages of zeros that stand on small pages.
+        Holes, including zero pages of units backed by base pages, are left to their first access.
         """
 
 @final
 class ProcessRange:
-    """A stretch of the memory of a process that can be saved, whatever it is backed by. Read by process_vm_readv."""
+    """Range of the memory of a process that can be saved, regardless of its backing. It is read by process_vm_readv."""
 
     def __new__(cls, space: Space, address: int, length: int) -> ProcessRange: ...
     def data_ranges(self) -> list[tuple[int, int]]:
-        """(start, end) of the parts that are in memory or swap."""
+        """Return the ranges that are present in memory or swap, as (start, end)."""
 
 @final
 class Saver:
-    """Saves memory as of one instant while the workload runs on (S4), into an empty file that becomes an image.
+    """Lazy checkpoint (S4): saves memory as of a snapshot point to an empty file while the workload keeps running.
 
-    `regions`: (mapping, or range of a process; page size of its file). Made with `segments` it protects them, while the
-    workload runs; without any, the workload must be paused until the end. Then `begin` at the instant, `sweep` when the
-    workload runs again, `wait` until all is written, and `finish`, each once.
+    `regions` are pairs of a mapping, or range of a process, and the page size of its file. Creating the saver protects
+    `segments` while the workload runs; without segments, the workload must stay paused until the end. Then call `begin`
+    at the snapshot point, `sweep` when the workload has resumed, `wait` until everything is written, and `finish`, each
+    once.
 
-    Raises OSError with the errno of what failed (ENOSPC: the disk is full), InterruptedError (cancelled),
-    ProcessLookupError (the workload ended), PermissionError. After any error nothing is protected any more.
+    Raises OSError with the errno of the failed call (ENOSPC: the disk is full), InterruptedError if cancelled,
+    ProcessLookupError if the workload exited, PermissionError. After an error no memory is protected.
     """
 
     def __new__(
@@ -360,98 +384,100 @@ class Saver:
         begin: dict[int, int] | None = None,
         borrow: dict[int, int] | None = None,
     ) -> Saver:
-        """`bandwidth` limits the sweep over what nobody writes to, bytes per second; 0: as fast as it can.
+        """`bandwidth` limits the sweep, in bytes per second; 0 means unlimited.
 
-        `leave`: pid -> userfaultfd (`Space.write_traces`) of every process: write traces by these are on from the
-        instant on, and stay. `take_up`: such traces are on since `parent` was saved; only what they report is saved,
-        and at most about `at_instant` bytes of it are copied in the pause. `begin`: such traces are put on now, and
-        stay; everything is saved in rounds. `borrow`: those of a pager that is held
-        (`Pager.hold`); everything is saved. LookupError, here, from `prepare` or `begin`: they cannot be used, save
-        again without.
+        `leave`, `take_up`, `begin` and `borrow` are userfaultfds by process ID, at most one of them. `leave` (from
+        `Space.write_traces`): leave write traces from the snapshot point on. `take_up`: such traces were installed when
+        `parent` was saved; only the pages that they report are saved, with at most about `at_instant` bytes of them in
+        the pause. `begin`: install traces now and leave them; all pages are saved in rounds. `borrow` (from
+        `Pager.hold`): use the traces of an acquired pager; all pages are saved. Raises LookupError, here or from
+        `prepare` or `begin`, if the traces cannot be used; save again without them.
         """
     @property
     def leaves_traces(self) -> bool:
-        """Whether traces are on all memory since the instant, once it is finished."""
+        """Whether, after `finish`, traces cover all memory since the snapshot point."""
     @property
     def arm_seconds(self) -> float:
-        """How long it took to protect everything, or to save in rounds."""
+        """Time to protect all memory or to save in rounds, seconds."""
     def prepare(
         self,
         bring: Callable[[int, int, int], object] | None = None,
         drain: Callable[[], object] | None = None,
     ) -> None:
-        """With traces that are taken up, begun or borrowed, before `begin`: save in rounds until little is left.
+        """Save in rounds until few pages are left. Call this before `begin`, with traces that are taken up, begun or
+        borrowed.
 
-        `bring`(region, first page, pages) has pages in memory before they are read; `drain`() returns when direct I/O
-        has ended that had begun before. What they raise is raised here.
+        `bring`(region, first page, pages) must load deferred pages before they are read; `drain`() must return when
+        direct I/O that had started before has ended. Their exceptions are raised here.
         """
     def begin(self) -> float:
-        """The instant: what memory holds now is saved. Returns how long it took, seconds."""
+        """Set the snapshot point, while the workload is paused. Return the duration in seconds."""
     def sweep(self) -> None:
-        """Start to save what the workload does not write to."""
+        """Start to save the blocks that the workload does not write."""
     def wait(self, seconds: float) -> bool:
-        """Wait until all is written, or has failed; False when it is not yet so after some time."""
+        """Wait up to `seconds` until everything is written or has failed. Return whether that is the case."""
     def cancel(self) -> None:
-        """End it soon. The workload is released at once."""
+        """Cancel the checkpoint. All memory is unprotected at once."""
     def finish(self, sections: Sequence[tuple[int, bytes]]) -> tuple[int, int, int, int]:
-        """Wait for the end, add sections, write the index and sync: (digest, length, write calls, storage blocks)."""
+        """Wait for all threads, add sections, write the index and sync. Return digest, length, write calls and storage
+        blocks."""
     @property
     def stats(self) -> dict[str, int]:
-        """So far: `traps`, `early_traps` (before the instant), `staging_waits`, `longest_trap` and `trap_time` (ns),
-        `swept` (blocks), `pages` classified, of them `zero`, `pattern`, `same_as`, `data`, `in_parent`; `absent` at the
-        end; `stored` bytes in `blocks` storage blocks, `writes`; `written`: pages that a trace reported, saved in
-        `rounds` and at the instant."""
+        """Counters: `traps`, `early_traps` (before the snapshot point), `staging_waits`, `longest_trap` and `trap_time`
+        (ns), `swept` (blocks), `pages` classified, of these `zero`, `pattern`, `same_as`, `data` and `in_parent`;
+        `absent` after `finish`; `stored` (bytes) in `blocks` (storage blocks), `writes` (calls); `written` (pages
+        reported by a trace), `rounds`."""
     def close(self) -> None:
-        """Cancel what is under way, and wait for its threads."""
+        """Cancel the checkpoint if it is in progress, and wait for its threads."""
 
 _Counters = tuple[int, int, int, int, int]
-"""(bytes on the wire, storage blocks, data pages, zero pages, absent pages)"""
+"""Bytes transferred, storage blocks, data pages, zero pages and absent pages."""
 
 @final
 class TlsIdentity:
-    """A certificate (with those that lead to its authority) and its private key, both PEM, for page streams.
+    """Certificate, including intermediate certificates, and private key (both PEM), for page streams.
 
-    ValueError for what is no certificate or key, are not of each other, or of a kind that page streams cannot use.
+    Raises ValueError if certificate or key is invalid or of an unsupported kind, or if they do not match.
     """
 
     def __new__(cls, certificates: bytes, key: bytes) -> TlsIdentity: ...
     def connect(self, expected: bytes) -> TlsSession:
-        """The connecting end of a handshake with the peer whose certificate (DER) this is."""
+        """Create the connecting side of a handshake with the peer that has this certificate (DER)."""
     def accept(self, accepted: Sequence[bytes]) -> TlsSession:
-        """The accepting end of a handshake with anyone whose certificate (DER) is one of these."""
+        """Create the accepting side of a handshake with any peer that has one of these certificates (DER)."""
 
 @final
 class TlsSession:
-    """One end of a TLS 1.3 connection, which does no input or output of its own: what comes from the peer goes in by
-    `feed`, and what `outgoing` returns is for the peer (after an error too: then it is the reason).
+    """One side of a TLS 1.3 connection, without I/O. Pass received bytes to `feed` and send the result of `outgoing`,
+    also after an error, because it then contains the alert.
 
-    Raises PermissionError for a peer that is not the one expected, or breaks the rules; ValueError once a stream has
-    it.
+    Raises PermissionError if the peer is not the expected one or violates the protocol; ValueError once a stream has
+    taken the session.
     """
 
     def feed(self, received: bytes) -> None: ...
     def outgoing(self) -> bytes: ...
     @property
     def established(self) -> bool:
-        """Whether both ends have shown who they are. The connecting end cannot know whether it was believed."""
+        """Whether the handshake is complete. The connecting side cannot know whether it has been accepted."""
     @property
     def peer_certificate(self) -> bytes | None:
-        """DER."""
+        """Certificate of the peer (DER); None before it was received."""
     def write(self, data: bytes) -> None:
-        """Seal data for the peer, once established."""
+        """Seal data for the peer, once the handshake is complete."""
     def read(self, count: int) -> bytes | None:
-        """The next `count` bytes of the peer, or None while they are not all here."""
+        """Return the next `count` bytes from the peer, or None if fewer have been received."""
 
 _Stream = int | tuple[int, TlsSession]
-"""A connected, blocking socket (the descriptor is duplicated), in the clear or with the session established on it."""
+"""Connected socket (the descriptor is duplicated): unencrypted, or with the TLS session established on it."""
 
 @final
 class BlockSender:
-    """Sends pages as storage blocks over connected, blocking stream sockets (descriptors are duplicated).
+    """Sender of pages in storage blocks, over connected stream sockets (the descriptors are duplicated).
 
-    Raises ConnectionResetError (peer closed), TimeoutError (no byte moved for `patience` seconds), InterruptedError
-    (cancelled), PermissionError (TLS: not from the peer), OSError. After an error the streams are out of step and must
-    be closed.
+    Raises ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `patience`
+    seconds, InterruptedError if cancelled, PermissionError for a TLS error, OSError. After an error the streams are out
+    of step and must be closed.
     """
 
     def __new__(
@@ -464,42 +490,43 @@ class BlockSender:
         bandwidth: int = 0,
         adaptive: bool = False,
     ) -> BlockSender:
-        """`bandwidth`: most bytes per second over all streams; 0: no limit. `adaptive`: no codec while the link is
-        faster."""
+        """`bandwidth` limits all streams together, in bytes per second; 0 means unlimited. With `adaptive`, blocks are
+        not compressed while the link is faster than the codec."""
     def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, barrier: bool = True) -> None:
-        """Send the pages of one set per region, and with `barrier` the end of the round on every stream.
+        """Send the pages of one set per region. With `barrier`, end the round on every stream.
 
-        Pages that were sent before and have been freed since are sent as holes: no trace reports them.
+        Pages that have been freed since they were sent are sent as holes, because no trace reports them.
         """
     @property
     def progress(self) -> _Counters: ...
     @property
     def uncompressed(self) -> int:
-        """Storage blocks sent without the codec because the link was faster (`adaptive`)."""
+        """Number of storage blocks sent without the codec because the link was faster (`adaptive`)."""
     def cancel(self) -> None: ...
 
 @final
 class BlockReceiver:
-    """Receives storage blocks and places them.
+    """Receiver of storage blocks, which places their pages.
 
-    Errors as for `BlockSender`; ValueError for a block that is wrong, OSError ENOMEM without memory for its pages.
+    Raises the same errors as `BlockSender`, ValueError if a block is invalid, and OSError ENOMEM without memory for its
+    pages.
     """
 
     def __new__(cls, sockets: Sequence[_Stream], placer: Placer, patience: float = 30.0) -> BlockReceiver: ...
     def receive(self, round: int) -> None:
-        """Receive until every stream has seen the barrier of the round."""
+        """Receive until every stream has delivered the barrier of the round."""
     @property
     def progress(self) -> _Counters: ...
     def cancel(self) -> None: ...
 
 @final
 class PageServer:
-    """The source of a post-copy migration: serves the pages of a paused workload, those asked for ahead of all others.
+    """Source side of post-copy: serves the pages of a paused workload, requested pages first.
 
-    `missing`: per region, the pages that the destination does not have; `urgent`: a connection for requests and their
-    answers; `streams`: connections for everything else. All of them fresh: none that rounds were sent over. `codec`,
-    `bandwidth` and `adaptive` as for `BlockSender`; answers count for the bandwidth, and do not wait for it.
-    After a lost connection another one is made, of what is missing then.
+    `missing` are the pages of each region that the destination lacks. `urgent` is a connection for requests and
+    replies; `streams` are connections for all other pages. All of them must be new: not used for rounds before.
+    `codec`, `bandwidth` and `adaptive` are as for `BlockSender`; replies count for the bandwidth limit without waiting
+    for it. After a lost connection, create another server for the pages that are missing then.
     """
 
     def __new__(
@@ -514,93 +541,96 @@ class PageServer:
         adaptive: bool = False,
     ) -> PageServer: ...
     def start(self) -> None:
-        """Answer requests from now on, in a thread of its own, until the peer closes the connection."""
+        """Start a thread that replies to requests until the peer closes the connection."""
     def push(self) -> None:
-        """Send everything that has not been sent, from the last request onward; returns when it has all been sent.
+        """Push all pages that have not been sent, starting at the last request. Return when all of them have been sent.
 
-        Errors as for `BlockSender`; ValueError for requests that are none.
+        Raises the same errors as `BlockSender`, and ValueError for malformed requests.
         """
     def cancel(self) -> None:
-        """End it soon. Requests are not answered any more: not before the destination has said that it has all."""
+        """Cancel the push and the replies. Do not call this before the destination has reported that it has all
+        pages."""
     @property
     def progress(self) -> _Counters: ...
     @property
     def uncompressed(self) -> int: ...
     @property
     def requests(self) -> int:
-        """Answered so far."""
+        """Number of requests served."""
     @property
     def remaining(self) -> int:
-        """Pages that are still to be sent."""
+        """Number of pages that have not been sent."""
     @property
     def lost(self) -> str | None:
-        """Why requests are not answered any more."""
+        """Reason for which requests are no longer served; None while they are."""
 
 @final
 class PeerSource:
-    """The destination's end of connections to a `PageServer`, for one `Pager`. Idle connections are no error; an answer
-    that does not come for `patience` seconds is, and a stream that breaks off."""
+    """Destination side of the connections to a `PageServer`, for one `Pager`. A reply that is late by `patience`
+    seconds and a stream that is cut off are errors; idle connections are not."""
 
     def __new__(cls, urgent: _Stream, streams: Sequence[_Stream], patience: float = 30.0) -> PeerSource: ...
     @property
     def lost(self) -> str | None:
-        """Why nothing comes any more; None as long as all is well, and when everything has come."""
+        """Reason for which the connection was lost; None while it works, and after all pages have been received."""
     @property
     def ended(self) -> bool:
-        """Every stream has come to its end."""
+        """Whether every stream has ended."""
     @property
     def requests(self) -> int:
-        """Sent so far."""
+        """Number of requests sent."""
     @property
     def progress(self) -> _Counters: ...
 
 @final
 class Image:
-    """An image, opened and verified but for its storage blocks. ValueError: it is damaged, cut off, or of a version
-    that is not known; the message says which. The descriptor is duplicated."""
+    """Open image. Everything except its storage blocks has been verified. Raises ValueError if it is damaged, truncated
+    or of an unsupported version. The descriptor is duplicated."""
 
     def __new__(cls, fd: int) -> Image: ...
     def fileno(self) -> int:
-        """The open file, which the image closes with itself."""
+        """Return the descriptor of the file, which the image owns."""
     @property
     def id(self) -> bytes: ...
     @property
     def digest(self) -> int:
-        """Checksum of the footer, which covers everything else but the contents of storage blocks."""
+        """Checksum of the footer, which covers everything except the contents of storage blocks."""
     @property
     def regions(self) -> int: ...
     @property
     def pages(self) -> int:
-        """Of all regions; in calls they are counted over all regions, in order."""
+        """Number of pages of all regions. Calls count pages over all regions, in order."""
     @property
     def length(self) -> int: ...
     @property
     def page_block(self) -> int: ...
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """(offset, length) of every storage block."""
+        """Offset and length of every storage block."""
     def section(self, kind: int) -> bytes | None: ...
     def entries(self, first: int, count: int) -> list[tuple[int, bool, int, int, int]]:
-        """The page map: (class, whether it is in the parent, signature, storage block, place in it)."""
+        """Return entries of the page map: class, whether it is in the parent, signature, storage block and slot."""
     def count(self, first: int, count: int) -> list[int]:
-        """Pages that are absent, zero, pattern, same-as, data; and those that are in the parent."""
+        """Count the pages that are absent, zero, pattern, same-as and data, and those in the parent."""
 
 @final
 class ImageChain:
-    """An image and the images it builds on, the nearest first."""
+    """Image and its parents, nearest first."""
 
     def __new__(cls, images: Sequence[Image]) -> ImageChain: ...
     def read(self, first: int, count: int) -> bytes:
-        """Contents of pages, verified. ValueError for a damaged block, or a page whose image is not in the chain."""
+        """Read and verify pages. Raises ValueError if a block is damaged or if the image of a page is not in the
+        chain."""
     def differences(self, other: ImageChain, first: int, count: int) -> list[tuple[int, int]]:
-        """Pages of a range whose contents differ, as runs (start, end)."""
+        """Return the pages of a range whose contents differ, as runs (start, end)."""
     @property
     def stored(self) -> int:
-        """Pages whose contents stand in the first image."""
+        """Number of pages stored in the first image."""
     def verify(self, first: int, count: int, most: int) -> list[tuple[int | None, str]]:
-        """Compare stored pages `first` to `first + count` with their signatures: (page, what is wrong)."""
+        """Compare stored pages `first` to `first + count` with their signatures. Return up to `most` findings (page,
+        message)."""
     def verify_unused(self) -> list[tuple[int | None, str]]:
-        """Verify the storage blocks that no page points into."""
+        """Verify the storage blocks to which no page refers."""
     def flatten(
         self,
         fd: int,
@@ -611,30 +641,32 @@ class ImageChain:
         page_block: int = 65536,
         storage_block: int = 1048576,
     ) -> tuple[int, int]:
-        """Write the chain as one image into an empty file, synced: (digest, length). `regions`: pages of each."""
+        """Write the chain as one image to an empty file, and sync. Return digest and length. `regions` are their
+        numbers of pages."""
 
 _Piece = tuple[int, Mapping | Space, int, int]
-"""(number of the workload, where it is, position, length). Positions: in the mapping, or addresses of the space."""
+"""Index of the workload, memory, position and length. Positions are offsets in the mapping, or addresses."""
 
 @final
 class PagerFlags:
-    """The flags of a pager (S8), for who looks at memory that it fills: `fd` of their file, over `pages` pages.
+    """Deferred bitmap of a pager (S8), to scan memory that it fills. `fd` is its file, for `pages` pages.
 
-    `image`: the one that contents come from; its page map tells what pages hold. ValueError when it is of other pages.
+    `image` is the origin of the contents, whose page map describes the deferred pages. Raises ValueError if it has
+    another number of pages.
     """
 
     def __new__(cls, fd: int, pages: int, image: Image | None = None) -> PagerFlags: ...
 
 @final
 class SharingScan:
-    """Looks for small pages whose content stands elsewhere too (S9), without touching large pages.
+    """Scan for duplicate base pages (S9), which does not split huge pages.
 
-    Pages that are not in memory are left alone, but for those of `deferred`: by number of the piece, (flags, first page
-    of the region over all regions, which 2 MiB units will be large). What is still to come counts by its signature in
-    the image, without being loaded; where there is no image it is left out.
+    Pages that are not in memory are ignored, except those of `deferred`. It maps the index of a piece to (bitmap, first
+    page of the region counted over all regions, 2 MiB units that will be huge). Deferred pages count by their
+    signatures in the image, without being loaded; without an image they are ignored.
 
-    `most_pages`: pages kept in mind at 24 bytes each; with more, only one of `scale` contents is kept, and counts are
-    scaled up. `every` n: only every nth unit of 2 MiB is looked at.
+    `most_pages` is the number of pages that are recorded, at 24 bytes each. Beyond it, only one of `scale` contents is
+    recorded, and counts are scaled up. With `every` n, only every nth 2 MiB unit is scanned.
     """
 
     def __new__(
@@ -646,31 +678,33 @@ class SharingScan:
     ) -> SharingScan: ...
     @property
     def remaining(self) -> int:
-        """Bytes that are left to look at."""
+        """Number of bytes that have not been scanned."""
     @property
     def scale(self) -> int:
-        """One of how many contents is kept in mind; 1: every one."""
+        """Sampling factor: one of this many contents is recorded."""
     def step(self, bytes: int, threads: int) -> int:
-        """Look at the next units, up to so many bytes; the bytes looked at, 0 at the end.
+        """Scan the next units, up to `bytes`. Return the number of bytes scanned, or 0 at the end.
 
-        ProcessLookupError when a process has ended.
+        Raises ProcessLookupError if a process has exited.
         """
     def finish(self) -> None:
-        """Find equal pages among those looked at. After this `units` and `totals` are filled in."""
+        """Find the duplicates among the scanned pages. Completes `units` and `totals`."""
     def units(self) -> list[tuple[int, int, int, bool, int, int, int, list[int]]]:
-        """Per 2 MiB unit: (piece, position, length, large, present, deferred, shared already, pages by class).
+        """Return the 2 MiB units: piece, position, length, large, present, deferred, shared already, and pages by
+        class.
 
-        The classes are zero, pattern, inside and across.
-        Pages of zeros; of one repeated word that stands elsewhere too; whose content stands in the same workload once
-        more; whose content stands once in its workload and in another.
+        The classes are: zero; pattern, with at least one duplicate; inside, with a duplicate in the same workload;
+        across, with duplicates in other workloads only.
         """
     @property
     def totals(self) -> tuple[list[int], list[int]]:
-        """Pages of each of these classes, and how many of them sharing would free."""
+        """Number of pages of each class, and how many of them sharing would free."""
     def curve(self, order: Sequence[int], pages_per_copy: int = 256, possible: bool = False) -> list[int]:
-        """Pages freed by sharing all that is shareable in the first 1, 2, 3... units (by number) of `order`.
+        """Return the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units (by index) of
+        `order`.
 
-        One copy for `pages_per_copy` pages is kept, none of zeros. `possible`: of shared files only zeros count.
+        One copy per `pages_per_copy` pages is kept; zero pages need none. With `possible`, only zero pages of shared
+        files count.
         """
 
 def free_zeros(
@@ -679,81 +713,82 @@ def free_zeros(
     seconds: float,
     waiting: tuple[PagerFlags, int] | None = None,
 ) -> tuple[int, int]:
-    """Punch pages of zeros out of a file, for at most about so many seconds: (ranges done, pages given back).
+    """Punch the zero pages in `ranges` (start, length) of a file, for at most about `seconds`. Return the number of
+    ranges that were processed and of pages that were freed.
 
-    `ranges` are (start, length) in the mapping. Nobody may write to them meanwhile: the workload is paused. `waiting`:
-    flags of a pager, and the first page of the mapping in them; what it is still to fill stays.
+    The workload must be paused, because a concurrent write would be lost. `waiting` is the deferred bitmap and the
+    first page of the mapping in it; deferred pages are skipped.
     """
 
 def end_on_truncation(code: int) -> None:
-    """Have this process end with a message and exit code `code` when it accesses memory whose file was truncated.
+    """Make this process exit with a message and exit code `code` on an access to memory whose file was truncated.
 
-    Such an access is a SIGBUS; others of them end the process as before.
+    Such an access raises SIGBUS. Other causes of SIGBUS keep their default action.
     """
 
 def large_tmpfs(size: int) -> int:
-    """A detached tmpfs mount with huge=always (fsopen/fsmount): a directory descriptor to use with O_TMPFILE.
+    """Create a detached tmpfs mount with huge=always. Return a directory descriptor for use with O_TMPFILE.
 
-    Nothing is mounted in any namespace: the mount goes with its last descriptor. OSError EPERM without CAP_SYS_ADMIN.
+    The mount is in no namespace and is freed with its last descriptor. Raises OSError EPERM without CAP_SYS_ADMIN.
     """
 
 @final
 class LedgerReport:
-    """What `Ledger.verify` found. All numbers count body pages, unless named otherwise."""
+    """Result of `Ledger.verify`. Values are numbers of body pages unless stated otherwise."""
 
     @property
     def pages(self) -> int:
-        """All there are, touched or not."""
+        """All body pages."""
     @property
     def checked(self) -> int:
-        """Those that were ever written; the others are not read."""
+        """Checked pages: all that were written. Others are not read."""
     @property
     def zeros(self) -> int:
-        """Of the checked ones: all zeros, as they should be."""
+        """Checked pages that are zeros, as expected."""
     @property
     def lost(self) -> int:
-        """Zeros that should hold content."""
+        """Zero pages that should have contents."""
     @property
     def stale(self) -> int:
-        """Whole, but of another version than the table says: the page or the table missed a write."""
+        """Intact pages of another version than their table entry: the page or the entry has missed a write."""
     @property
     def misplaced(self) -> int:
-        """Whole, but of another place."""
+        """Intact pages that are copies of other pages."""
     @property
     def torn(self) -> int:
-        """Not whole."""
+        """Pages that are not intact."""
     @property
     def first_bad(self) -> int | None:
-        """Number of the first bad page."""
+        """First damaged page."""
     @property
     def overwritten(self) -> int:
-        """Bad pages that operations met before and have overwritten since."""
+        """Damaged pages that operations have found and overwritten."""
     @property
     def versions(self) -> int:
-        """Sum of all pages' versions by the table."""
+        """Sum of all versions in the table."""
     @property
     def writes(self) -> int:
         """Sum of the counters of writes; equals `versions`."""
     @property
     def disagreeing(self) -> int:
-        """Partitions whose versions do not add up to their counter."""
+        """Number of partitions whose table does not match their counters."""
     @property
     def header(self) -> bool:
-        """Whether the header is as it was."""
+        """Whether the header is intact."""
     @property
     def intact(self) -> bool:
-        """Nothing was lost, stale, misplaced or torn, now or before, and everything adds up."""
+        """Whether no damage was found, by this verification or by operations, and all sums match."""
 
 @final
 class Ledger:
-    """The built-in workload (demo, tests): threads that rewrite self-describing pages of a mapping.
+    """Built-in workload for demonstrations and tests: threads that rewrite self-describing pages of a mapping.
 
-    Memory holds a header, counters, a table of versions and the pages; all of it moves with the memory. A lost, stale
-    or torn write is found by `verify`; the docs of the engine's `ledger` module say why. Each of the threads owns one
+    The memory contains a header, counters, a table of versions and the pages; all of it is migrated. `verify` detects
+    lost, stale and torn writes; the documentation of the engine's `ledger` module explains how. Each thread owns one
     partition of the pages. Several processes may each run a share of the partitions of the same memory.
 
-    Methods raise ValueError for options out of range, memory that is too small and memory that holds no ledger, and
-    RuntimeError for calls that do not fit what the threads are doing.
+    Methods raise ValueError if an option is out of range, if the memory is too small or if it does not contain a
+    ledger, and RuntimeError if the operation is not allowed in the current state of the threads.
     """
 
     @staticmethod
@@ -771,64 +806,66 @@ class Ledger:
         compressible: float = 0.0,
         large_fraction: float | None = None,
     ) -> Ledger:
-        """Makes a ledger in fresh memory and fills it; the threads are not started yet.
+        """Create a ledger in new memory and fill it, without starting the threads.
 
-        `rate` is bytes per second of all threads together, None for as fast as they can. Fractions are of 1: `fill` of
-        the pages is ever touched, `working_set` of these is written again (scattered over them, or the first ones),
-        `zero_fraction` of the writes make a page all zeros, `compressible` of each page is one repeated word. `skew` k
-        puts x**(1/k) of the writes into the first x of the working set. With `large_fraction` the other 2 MiB units
-        are kept from standing on large pages.
+        `rate` limits the writes of all threads together, in bytes per second; None means unlimited. Fractions are
+        between 0 and 1: `fill` of the pages is used, `working_set` of these is rewritten (with `scatter` spread over
+        them, otherwise the first ones), `zero_fraction` of the writes zero a page, and `compressible` of each page is a
+        repeated word. With `skew` k, the first fraction x of the working set receives x**(1/k) of the writes. With
+        `large_fraction`, all other 2 MiB units are excluded from huge pages.
         """
     @staticmethod
     def attach(mapping: Mapping, *, first_thread: int = 0, threads: int | None = None) -> Ledger:
-        """Takes up the ledger that the memory holds, to run `threads` partitions from `first_thread` on (None: all)."""
+        """Open the ledger in existing memory, to run `threads` partitions from `first_thread` on (None: all)."""
     @property
     def options(self) -> dict[str, Any]:
-        """What the ledger was made with: the keyword arguments of `create`, without `large_fraction`."""
+        """Keyword arguments of `create`, without `large_fraction`."""
     @property
     def pages(self) -> int:
-        """Body pages."""
+        """Number of body pages."""
     @property
     def filled(self) -> int:
-        """Body pages that are ever touched."""
+        """Number of body pages that are used."""
     @property
     def state(self) -> str:
-        """Of the threads of this object: `stopped`, `running`, `pausing` or `paused`."""
+        """State of the threads of this object: `stopped`, `running`, `pausing` or `paused`."""
     @property
     def tids(self) -> list[int]:
-        """Kernel thread ids of the threads of this object; empty when stopped."""
+        """Kernel thread IDs of the threads of this object; empty if stopped."""
     def start(self, *, paused: bool = False) -> None:
-        """Starts the threads; with `paused` they wait for `resume`, and touch nothing before."""
+        """Start the threads. With `paused`, they wait for `resume` and access nothing before it."""
     def pause(self) -> None:
-        """Parks the threads between two operations and returns when all are. Ctrl-C lets them go on."""
+        """Pause the threads between two operations, and wait for them. A signal handler that raises resumes them."""
     def resume(self) -> None: ...
     def stop(self) -> None:
-        """Ends the threads between two operations. They can be started again."""
+        """Stop the threads between two operations. They can be started again."""
     def verify(self, *, threads: int = 0) -> LedgerReport:
-        """Checks every page ever written, of all partitions; all who run them must be paused. 0: a thread per CPU."""
+        """Verify all written pages of all partitions. The ledger must be paused in all processes. 0 threads: one per
+        CPU."""
     def digest(self, *, threads: int = 0) -> int:
-        """64-bit hash of everything ever written, as of a paused ledger."""
+        """Return a 64-bit hash of all written memory of a paused ledger."""
     def fingerprint(self) -> int:
-        """64-bit hash of header and counters, which add up the table: names the instant of a paused ledger without
-        reading its pages."""
+        """Return a 64-bit hash of header and counters, and thereby of the table. It identifies the contents of a paused
+        ledger without reading its pages."""
     def table_agrees(self) -> bool:
-        """Whether the table of a paused ledger is the one that its counters have added up. Reads all of it."""
+        """Return whether the table of a paused ledger matches its counters. Reads the whole table."""
     def writes(self) -> list[int]:
-        """Writes done per partition, filling included; of all partitions, whoever runs them."""
+        """Return the number of writes of each partition, filling included, by all processes."""
     def stalls(self, *, reset: bool = False) -> tuple[int, list[int]]:
-        """How long operations of this object's threads took: the longest, ns, and how many took 2**n to 2**(n+1) ns."""
+        """Return the longest operation of this object's threads in ns, and the numbers of operations of 2**n to
+        2**(n+1) ns."""
     def page_offset(self, number: int) -> int:
-        """Where body page `number` lies in the mapping."""
+        """Return the offset of body page `number` in the mapping."""
 
 def scan_mappers(
     files: Sequence[tuple[int, int, int]],
 ) -> tuple[list[tuple[int, int, int, int, int, bool]], list[tuple[int, int, int]], list[int], int]:
-    """Find the processes that map files or have them open for writing, in /proc, without the interpreter's lock.
+    """Find the processes that map files or have them open for writing, in /proc, without the GIL.
 
-    `files`: (st_dev, st_ino, device as /proc/PID/maps shows it). Returns shared mappings (index of the file, process,
-    address, length, offset, writable), descriptors that are open for writing (index of the file, process, number),
-    processes that may not be looked into, and the number of those that were. Raises OSError.
+    `files` are given as (st_dev, st_ino, device in /proc/PID/maps). Return the shared mappings (index of the file,
+    process ID, address, length, offset, writable), the descriptors open for writing (index of the file, process ID,
+    descriptor), the processes that may not be inspected, and the number of inspected processes. Raises OSError.
     """
 
 def own_mappings() -> list[tuple[int, int]]:
-    """(address, length) of every `Mapping` of this process."""
+    """Return the address and length of every `Mapping` of this process."""

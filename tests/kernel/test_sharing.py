@@ -383,7 +383,7 @@ def test_invalid_arguments_are_refused() -> None:
         api.find([f"pid:{os.getpid()}"], threshold=513)
     with pytest.raises(UsageError, match="memory"):
         Options(memory=5)
-    with pytest.raises(TypeError, match="Mapping or of a Space"):
+    with pytest.raises(TypeError, match="expected a Mapping or a Space"):
         SharingScan([(0, 5, 0, LARGE_PAGE)], 10)  # type: ignore[list-item]
 
 

@@ -1,4 +1,4 @@
-//! Errors of the engine as Python's builtin exceptions.
+//! Conversion of engine errors to built-in exceptions of Python.
 
 use std::io;
 
@@ -11,8 +11,8 @@ use pyo3::exceptions::{
 };
 use pyo3::prelude::*;
 
-/// With its errno, and as the subclass of OSError that goes with it. (PyO3's own conversion has no errno, and makes a
-/// MemoryError of ENOMEM.)
+/// Converts an error to the subclass of OSError for its errno. (The conversion of PyO3 loses the errno, and turns
+/// ENOMEM into MemoryError.)
 pub fn kernel(error: io::Error) -> PyErr {
     let Some(number) = error.raw_os_error() else { return error.into() };
     let text = error.to_string();
@@ -20,7 +20,7 @@ pub fn kernel(error: io::Error) -> PyErr {
     PyOSError::new_err((number, text.to_owned()))
 }
 
-/// InvalidInput is a wrong argument, whatever else is the kernel's.
+/// Converts an error of arguments: InvalidInput becomes a ValueError, any other error an OSError.
 pub fn argument(error: io::Error) -> PyErr {
     if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
         return PyValueError::new_err(error.to_string());
@@ -68,7 +68,7 @@ pub fn place(error: PlaceError) -> PyErr {
     }
 }
 
-/// The process itself, as a `pid_t`.
+/// Returns the ID of our own process.
 pub fn own_pid() -> io::Result<i32> {
     i32::try_from(std::process::id()).map_err(io::Error::other)
 }

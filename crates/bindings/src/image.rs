@@ -19,11 +19,11 @@ pub fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-/// (class, in parent, signature, storage block, place in it)
+/// Page map entry: class, whether it is in the parent, signature, storage block and slot.
 pub type Entry = (u8, bool, u64, u32, u16);
-/// Pages in the order of storage blocks.
+/// Stored pages, in the order of storage blocks.
 type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
-/// (page or None, message)
+/// Page (or None) and message of each finding.
 type Findings = Vec<(Option<usize>, String)>;
 
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -96,18 +96,18 @@ impl Image {
     fn entries(&self, first: usize, count: usize) -> PyResult<Vec<Entry>> {
         let end = first.saturating_add(count);
         let part = self.inner.page_map().get(first..end);
-        let part = part.ok_or_else(|| PyValueError::new_err(format!("pages {first} to {end} of {}", self.pages())))?;
+        let part = part.ok_or_else(|| PyValueError::new_err(self.no_such_pages(first, end)))?;
         let plain = |entry: &image::PageEntry| {
             (entry.class, entry.in_parent(), entry.signature.get(), entry.block.get(), entry.slot.get())
         };
         Ok(part.iter().map(plain).collect())
     }
 
-    /// Pages by class (absent, zero, pattern, same-as, data), and those in the parent, of a range.
+    /// Counts pages by class (absent, zero, pattern, same-as, data), and those in the parent.
     fn count(&self, py: Python<'_>, first: usize, count: usize) -> PyResult<[usize; 6]> {
         let end = first.saturating_add(count);
         let part = self.inner.page_map().get(first..end);
-        let part = part.ok_or_else(|| PyValueError::new_err(format!("pages {first} to {end} of {}", self.pages())))?;
+        let part = part.ok_or_else(|| PyValueError::new_err(self.no_such_pages(first, end)))?;
         Ok(py.detach(|| {
             let mut counts = [0; 6];
             for entry in part {
@@ -119,10 +119,16 @@ impl Image {
     }
 }
 
+impl Image {
+    fn no_such_pages(&self, first: usize, end: usize) -> String {
+        format!("invalid pages {first} to {end}: the image has {}", self.pages())
+    }
+}
+
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ImageChain {
     pub inner: image::Chain,
-    /// Pages to verify, in the order of storage blocks; made when first asked for.
+    /// Pages to verify, in the order of storage blocks; created on first use.
     stored: Mutex<Option<StoredPages>>,
 }
 
@@ -137,7 +143,8 @@ impl ImageChain {
 
     fn read<'py>(&self, py: Python<'py>, first: usize, count: usize) -> PyResult<Bound<'py, PyBytes>> {
         let len = count.checked_mul(SMALL_PAGE).filter(|len| *len <= 1 << 30);
-        let len = len.ok_or_else(|| PyValueError::new_err(format!("{count} pages at once: up to 1 GiB")))?;
+        let len =
+            len.ok_or_else(|| PyValueError::new_err(format!("cannot read {count} pages at once: the limit is 1 GiB")))?;
         let contents = py.detach(|| {
             let mut contents = vec![0; len];
             let mut reader = PageReader::new(&self.inner);
@@ -149,7 +156,7 @@ impl ImageChain {
         Ok(PyBytes::new(py, &contents.map_err(image_error)?))
     }
 
-    /// Differing pages of a range, as runs (start, end).
+    /// Returns the pages of a range that differ, as runs (start, end).
     fn differences(
         &self,
         py: Python<'_>,
@@ -166,11 +173,11 @@ impl ImageChain {
         py.detach(|| self.stored_pages().len())
     }
 
-    fn verify(&self, py: Python<'_>, first: usize, count: usize, most: usize) -> Findings {
+    fn verify(&self, py: Python<'_>, first: usize, count: usize, max: usize) -> Findings {
         let findings = py.detach(|| {
             let stored = self.stored_pages();
             let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
-            image::verify(&self.inner, part, most)
+            image::verify(&self.inner, part, max)
         });
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
@@ -180,7 +187,7 @@ impl ImageChain {
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }
 
-    /// Writes one image of the whole chain; `sections`: (kind, contents).
+    /// Writes the whole chain as one image. `sections` are pairs of kind and contents.
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     #[pyo3(signature = (fd, id, regions, sections, codec = "lz4", page_block = 65536, storage_block = 1048576))]
     fn flatten(
@@ -196,7 +203,7 @@ impl ImageChain {
     ) -> PyResult<(u64, u64)> {
         let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
         if regions.iter().sum::<usize>() != self.inner.nearest().page_map().len() {
-            return Err(PyValueError::new_err("the regions do not have as many pages as the page map"));
+            return Err(PyValueError::new_err("cannot flatten: the regions do not match the page map"));
         }
         let file = duplicate(fd).map_err(errors::kernel)?;
         let written = py.detach(|| {

@@ -13,14 +13,14 @@ use crate::{blocks, errors};
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ImageWriter {
     inner: Mutex<Option<(image::ImageWriter, Builder)>>,
-    /// Pages that a storage block may hold.
-    most: usize,
+    /// Maximum number of pages of a storage block.
+    max: usize,
 }
 
 impl ImageWriter {
     fn with<T>(&self, work: impl FnOnce(&mut image::ImageWriter, &mut Builder) -> std::io::Result<T>) -> PyResult<T> {
         let mut guard = self.inner.lock();
-        let (writer, builder) = guard.as_mut().ok_or_else(|| PyValueError::new_err("the image is finished"))?;
+        let (writer, builder) = guard.as_mut().ok_or_else(|| PyValueError::new_err("the image is already finished"))?;
         work(writer, builder).map_err(errors::kernel)
     }
 }
@@ -34,17 +34,20 @@ impl ImageWriter {
         let file = duplicate(fd).map_err(errors::kernel)?;
         let writer = image::ImageWriter::new(file, id, sizes).map_err(errors::kernel)?;
         let inner = Mutex::new(Some((writer, Builder::new(codec, page_block, storage_block))));
-        Ok(Self { inner, most: storage_block / SMALL_PAGE })
+        Ok(Self { inner, max: storage_block / SMALL_PAGE })
     }
 
-    /// Writes one storage block; returns its number.
+    /// Writes a storage block. Returns its number.
     fn append(&self, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
         if let Some((page, _)) = pages.iter().find(|(_, contents)| contents.len() != SMALL_PAGE) {
-            return Err(PyValueError::new_err(format!("page {page} is not of 4096 bytes")));
+            return Err(PyValueError::new_err(format!("invalid contents of page {page}: expected 4096 bytes")));
         }
-        if pages.len() > self.most {
+        if pages.len() > self.max {
             let count = pages.len();
-            return Err(PyValueError::new_err(format!("{count} pages in a storage block: up to {}", self.most)));
+            return Err(PyValueError::new_err(format!(
+                "cannot store {count} pages in a block: the limit is {}",
+                self.max
+            )));
         }
         self.with(|writer, builder| {
             for (page, contents) in &pages {
@@ -58,10 +61,11 @@ impl ImageWriter {
         self.with(|writer, _| writer.section(kind, contents))
     }
 
-    /// Writes page map and index; returns digest and length.
+    /// Writes the page map and the index. Returns digest and length.
     fn finish(&self, py: Python<'_>, regions: usize, entries: Vec<Entry>) -> PyResult<(u64, u64)> {
         let class = |number: u8| {
-            Class::numbered(number).ok_or_else(|| PyValueError::new_err(format!("page class {number}: 0 to 4")))
+            Class::numbered(number)
+                .ok_or_else(|| PyValueError::new_err(format!("invalid page class {number}: expected 0 to 4")))
         };
         let entry = |(number, in_parent, signature, block, slot): Entry| -> PyResult<PageEntry> {
             let mut entry = PageEntry::stored(class(number)?, signature, block, slot);
@@ -70,7 +74,7 @@ impl ImageWriter {
         };
         let map = entries.into_iter().map(entry).collect::<PyResult<Vec<_>>>()?;
         let taken = self.inner.lock().take();
-        let (writer, _) = taken.ok_or_else(|| PyValueError::new_err("the image is finished"))?;
+        let (writer, _) = taken.ok_or_else(|| PyValueError::new_err("the image is already finished"))?;
         let finished = py.detach(|| writer.finish(regions, &map)).map_err(errors::kernel)?;
         Ok((finished.digest, finished.len))
     }

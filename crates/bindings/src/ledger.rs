@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use crate::errors;
 use crate::mapping::Mapping;
 
-/// How often a long call looks for signals.
+/// Interval at which a long call checks for signals.
 const SLICE: Duration = Duration::from_millis(50);
 
 fn raised(error: LedgerError) -> PyErr {
@@ -26,7 +26,8 @@ fn raised(error: LedgerError) -> PyErr {
     }
 }
 
-/// Runs `work` on a thread of its own and looks for signals meanwhile; one that raises sets the flag that `work` sees.
+/// Runs `work` in a thread and checks for signals meanwhile. A signal handler that raises sets the flag passed to
+/// `work`.
 fn interruptible<T: Send>(
     py: Python<'_>,
     work: impl FnOnce(&AtomicBool) -> Result<T, LedgerError> + Send,
@@ -102,7 +103,7 @@ pub struct Ledger {
 }
 
 impl Drop for Ledger {
-    /// Threads are waited for without the GIL: one of them may wait for a page that Python has to bring.
+    /// Joins the threads without the GIL: one of them may wait for a page that Python must load.
     fn drop(&mut self) {
         Python::try_attach(|py| py.detach(|| self.inner.stop()));
     }
@@ -143,7 +144,7 @@ impl Ledger {
         threads: Option<usize>,
     ) -> PyResult<Self> {
         let mapping = mapping.get().inner.clone();
-        // The pages that are read may still be to come.
+        // The pages to read may be deferred.
         let inner = py.detach(|| ledger::Ledger::attach(mapping, first_thread, threads)).map_err(raised)?;
         Ok(Self { inner })
     }
@@ -176,7 +177,7 @@ impl Ledger {
 
     #[getter]
     fn state(&self, py: Python<'_>) -> String {
-        // Who stops the threads meanwhile waits for them, and they, perhaps, for a page.
+        // Release the GIL: a concurrent `stop` waits for threads that may wait for a page.
         py.detach(|| self.inner.state()).to_string()
     }
 
@@ -238,7 +239,7 @@ impl Ledger {
 
     fn page_offset(&self, number: usize) -> PyResult<usize> {
         let pages = self.inner.pages();
-        let missing = || PyValueError::new_err(format!("body page {number} of {pages}"));
+        let missing = || PyValueError::new_err(format!("invalid body page {number}: the ledger has {pages}"));
         self.inner.page_offset(number).ok_or_else(missing)
     }
 }

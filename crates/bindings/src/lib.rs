@@ -1,4 +1,4 @@
-//! Python bindings of the pageferry engine: one file per part, no logic. The reference is `_engine.pyi`.
+//! Python bindings of the engine: one file per module, without logic. `_engine.pyi` is the reference.
 
 use pyo3::prelude::*;
 

@@ -3,9 +3,9 @@ use pyo3::prelude::*;
 
 use crate::errors;
 
-/// (index of the file, process, address, length, offset in the file, writable)
+/// Index of the file, process ID, address, length, offset in the file, writable.
 type MappingTuple = (usize, i32, u64, u64, u64, bool);
-/// (mappings, writers, unreadable processes, number of processes that were read)
+/// Mappings, writers, processes that may not be inspected, and number of processes inspected.
 type FoundTuple = (Vec<MappingTuple>, Vec<(usize, i32, i32)>, Vec<i32>, usize);
 
 #[pyfunction]

@@ -24,13 +24,11 @@ impl Mapping {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Where it is mapped.
     #[getter]
     fn address(&self) -> u64 {
         self.inner.address()
     }
 
-    /// Bytes.
     #[getter]
     fn length(&self) -> usize {
         self.inner.len()
@@ -40,17 +38,17 @@ impl Mapping {
         self.inner.len()
     }
 
-    /// Descriptor of the file, which stays the mapping's.
+    /// Returns the descriptor of the file, which the mapping owns.
     fn fileno(&self) -> i32 {
         self.inner.file()
     }
 
-    /// (start, end) of the parts that hold data (SEEK_DATA/SEEK_HOLE): reading anything else would allocate.
+    /// Returns the ranges that hold data (SEEK_DATA, SEEK_HOLE). Reading any other byte would allocate a page.
     fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
         py.detach(|| self.inner.data_ranges()).map_err(errors::kernel)
     }
 
-    /// Which 2 MiB units stand on a large page; holes are left alone.
+    /// Returns which 2 MiB units are backed by a huge page.
     fn large_units(&self, py: Python<'_>) -> PyResult<Vec<bool>> {
         py.detach(|| self.inner.large_units()).map_err(errors::kernel)
     }
@@ -61,17 +59,18 @@ impl Mapping {
 
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         if view.is_null() {
-            return Err(PyBufferError::new_err("no view to fill"));
+            return Err(PyBufferError::new_err("invalid buffer request: no view"));
         }
         let (base, len) = (slf.get().inner.base(), slf.get().inner.len());
-        let len = ffi::Py_ssize_t::try_from(len).map_err(|_| PyBufferError::new_err("too large for a buffer"))?;
+        let len =
+            ffi::Py_ssize_t::try_from(len).map_err(|_| PyBufferError::new_err("mapping too large for a buffer"))?;
         let closed = slf.get().inner.is_closed();
         let py = slf.py();
         let owner = slf.into_any().into_ptr();
         let readonly = c_int::from(closed);
-        // SAFETY: the view is CPython's to fill; the owner keeps the mapping alive until the buffer is released.
+        // SAFETY: CPython passes a view to fill; the owner keeps the mapping alive until the buffer is released.
         let result = unsafe { ffi::PyBuffer_FillInfo(view, owner, base.cast(), len, readonly, flags) };
-        // SAFETY: FillInfo took its own reference; this one came from `into_ptr`.
+        // SAFETY: PyBuffer_FillInfo has taken its own reference; this one comes from `into_ptr`.
         unsafe { ffi::Py_DECREF(owner) };
         if result < 0 { Err(PyErr::fetch(py)) } else { Ok(()) }
     }

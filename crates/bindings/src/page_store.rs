@@ -22,7 +22,7 @@ impl PageStore {
 }
 
 fn finished() -> PyErr {
-    PyValueError::new_err("the image is finished")
+    PyValueError::new_err("the image is already finished")
 }
 
 #[pymethods]

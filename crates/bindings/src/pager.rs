@@ -34,15 +34,15 @@ fn load_error(error: &LoadError) -> PyErr {
     }
 }
 
-/// The flags of so many pages, in a file whose descriptor stays the caller's.
+/// Opens the deferred bitmap of `pages` pages in a file. The caller keeps the descriptor.
 pub fn open_flags(fd: i32, pages: usize) -> io::Result<Flags> {
     Flags::open(duplicate(fd)?.as_fd(), pages)
 }
 
-/// (region, page of it, whether somebody waits for it, message)
+/// Region, page, whether a thread waits for it, message.
 type Failure = (usize, usize, bool, String);
 
-/// Where contents come from.
+/// Origin of contents.
 #[derive(FromPyObject)]
 enum Source<'py> {
     Images(PyRef<'py, ImageChain>),
@@ -143,7 +143,7 @@ impl Pager {
 
     fn missing(&self, py: Python<'_>, region: usize) -> PyResult<PageSet> {
         let inner = py.detach(|| self.inner.missing(region));
-        Ok(PageSet { inner: inner.ok_or_else(|| PyValueError::new_err(format!("region {region}")))? })
+        Ok(PageSet { inner: inner.ok_or_else(|| PyValueError::new_err(format!("no such region: {region}")))? })
     }
 
     #[getter]
@@ -151,7 +151,7 @@ impl Pager {
         self.inner.is_finished()
     }
 
-    /// (faults, missed, loaded, prefetched, bytes read, seconds of service, seconds of the longest)
+    /// Faults, missed, loaded, prefetched, bytes read, seconds of service, seconds of the longest service.
     #[getter]
     fn counters(&self) -> (u64, u64, u64, u64, u64, f64, f64) {
         let counters = self.inner.counters();

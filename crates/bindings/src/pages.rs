@@ -15,7 +15,7 @@ impl PageSet {
         if ours == theirs {
             return Ok(());
         }
-        Err(PyValueError::new_err(format!("sets over regions of {ours} and {theirs} pages")))
+        Err(PyValueError::new_err(format!("cannot combine sets for regions of {ours} and {theirs} pages")))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::pages::PageSet;
 use crate::wire::{Counters, Stream, counters, endpoint, endpoints, patience};
 use crate::{blocks, errors};
 
-/// Page blocks, and what a storage block holds: small, for an access may wait behind one.
+/// Sizes of page and storage blocks. They are small, because a block delays the reply to a fault behind it.
 const PAGE_BLOCK: usize = 16 * SMALL_PAGE;
 const STORAGE_BLOCK: usize = 4 * PAGE_BLOCK;
 

@@ -8,7 +8,7 @@ use crate::errors;
 use crate::mapping::Mapping;
 use crate::space::{SegmentTuple, segments};
 
-/// A region at the destination as Python gives it: (mapping, page size, which units are large).
+/// Region at the destination: mapping, page size, and which units are huge at the source.
 pub type TargetTuple<'py> = (PyRef<'py, Mapping>, usize, Vec<bool>);
 
 pub fn targets(tuples: Vec<TargetTuple<'_>>) -> Vec<placer::Target> {

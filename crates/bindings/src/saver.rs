@@ -23,7 +23,7 @@ fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
     let with_number = |error: &io::Error| PyOSError::new_err((error.raw_os_error(), message.clone()));
     match &error {
-        // The errno of trouble with memory would be taken for one of the file.
+        // The errno of a memory error would be mistaken for one of the file.
         SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Untraceable(_) => PyLookupError::new_err(message),
@@ -32,7 +32,7 @@ fn raised(error: SaveError) -> PyErr {
             PyOSError::new_err(message)
         }
         SaveError::Bring(_) => match error {
-            // As Python raised it.
+            // The exception raised by the callback.
             SaveError::Bring(error) => error.downcast::<PyErr>().unwrap_or_else(errors::kernel),
             _ => PyOSError::new_err(message),
         },
@@ -53,7 +53,9 @@ impl ProcessRange {
     #[new]
     fn new(space: PyRef<'_, Space>, address: u64, length: usize) -> PyResult<Self> {
         if length == 0 || !length.is_multiple_of(SMALL_PAGE) || !address.is_multiple_of(SMALL_PAGE as u64) {
-            return Err(PyValueError::new_err(format!("{length} bytes at {address:#x}: whole pages, at least one")));
+            return Err(PyValueError::new_err(format!(
+                "invalid range of {length} bytes at {address:#x}: expected whole pages, at least one"
+            )));
         }
         Ok(Self { inner: saver::ProcessRange { space: space.inner.clone(), address, len: length } })
     }
@@ -63,7 +65,7 @@ impl ProcessRange {
     }
 }
 
-/// Either kind of contents that can be saved.
+/// Memory that can be saved.
 #[derive(FromPyObject)]
 enum Contents<'py> {
     Mapping(PyRef<'py, Mapping>),
@@ -86,7 +88,7 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Without the GIL: `prepare` calls Python, and who has the saver meanwhile needs it for that.
+    /// Calls `work` without the GIL: `prepare` calls Python, so the thread that has the saver may need the GIL.
     fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
         work(&mut self.inner.lock())
     }

@@ -14,15 +14,15 @@ use crate::mapping::Mapping;
 use crate::pager::open_flags;
 use crate::space::Space;
 
-/// A piece as Python gives it: (number of the workload, mapping or space, position, length).
+/// Piece: number of the workload, mapping or address space, position, length.
 type PieceTuple<'py> = (u32, Bound<'py, PyAny>, u64, u64);
-/// A unit as Python gets it:
-/// (piece, position, length, large, present, deferred, shared already, [zero, pattern, inside, across]).
+/// Unit: piece, position, length, large, present, deferred, shared already, and pages by class (zero, pattern, inside,
+/// across).
 type UnitTuple = (u32, u64, usize, bool, u32, u32, u32, [u32; sharing::Class::COUNT]);
-/// What is still to come to a piece: (flags, first page of the region, large units).
+/// Deferred contents of a piece: bitmap, first page of the region, large units.
 type DeferredTuple<'py> = (PyRef<'py, PagerFlags>, usize, Vec<bool>);
 
-/// The flags of a pager (S8), for whoever looks at memory that it fills.
+/// Deferred bitmap of a pager (S8), to scan memory that it fills.
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PagerFlags {
     flags: Arc<Flags>,
@@ -36,7 +36,7 @@ impl PagerFlags {
     fn new(fd: i32, pages: usize, image: Option<PyRef<'_, Image>>) -> PyResult<Self> {
         let image = image.map(|image| image.inner.clone());
         if image.as_ref().is_some_and(|image| image.page_map().len() != pages) {
-            return Err(PyValueError::new_err(format!("flags of {pages} pages, and an image of others")));
+            return Err(PyValueError::new_err(format!("invalid image: it does not have {pages} pages")));
         }
         let flags = open_flags(fd, pages).map_err(errors::argument)?;
         Ok(Self { flags: Arc::new(flags), image })
@@ -44,11 +44,11 @@ impl PagerFlags {
 }
 
 impl PagerFlags {
-    /// The flags, if they are of so many pages from `base` on.
+    /// Returns the bitmap if it covers `pages` pages from `base` on.
     fn within(&self, base: usize, pages: usize) -> PyResult<Arc<Flags>> {
         let fits = base.checked_add(pages).is_some_and(|end| end <= self.flags.pages());
         let all = self.flags.pages();
-        let outside = || PyValueError::new_err(format!("{pages} pages from {base} on: the flags have {all}"));
+        let outside = || PyValueError::new_err(format!("invalid pages {base} and {pages} more: the bitmap has {all}"));
         fits.then(|| self.flags.clone()).ok_or_else(outside)
     }
 }
@@ -64,7 +64,7 @@ fn piece((workload, source, start, len): PieceTuple<'_>, deferred: Option<Deferr
     } else if let Ok(space) = source.cast::<Space>() {
         ScannedMemory::Process(space.get().inner.clone())
     } else {
-        return Err(PyTypeError::new_err("a piece is of a Mapping or of a Space"));
+        return Err(PyTypeError::new_err("invalid piece: expected a Mapping or a Space"));
     };
     Ok(Piece { workload, source, start, len })
 }

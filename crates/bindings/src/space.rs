@@ -70,7 +70,7 @@ impl Space {
     }
 }
 
-/// A segment as Python gives it: (space, address, length, region, first page).
+/// Segment: address space, address, length, region, first page.
 pub type SegmentTuple<'py> = (PyRef<'py, Space>, u64, u64, usize, usize);
 
 pub fn segments(tuples: Vec<SegmentTuple<'_>>) -> Vec<Segment> {
@@ -81,7 +81,7 @@ pub fn segments(tuples: Vec<SegmentTuple<'_>>) -> Vec<Segment> {
     tuples.into_iter().map(segment).collect()
 }
 
-/// Duplicates of userfaultfds, by their processes.
+/// Duplicates userfaultfds, given by process ID.
 pub fn userfaults(descriptors: HashMap<i32, i32>) -> PyResult<Userfaults> {
     let known = |(pid, fd)| Ok((pid, Arc::new(Userfault::from_fd(duplicate(fd).map_err(errors::kernel)?))));
     descriptors.into_iter().map(known).collect()

@@ -36,7 +36,7 @@ impl TlsIdentity {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct TlsSession {
-    /// None once a stream has it.
+    /// `None` once a stream has taken the session.
     inner: Mutex<Option<tls::Session>>,
 }
 
@@ -53,14 +53,14 @@ impl TlsSession {
         self.lock().as_mut().map(work).ok_or_else(taken)
     }
 
-    /// For a stream, which has it from then on.
+    /// Takes the session for a stream.
     pub fn take(&self) -> PyResult<tls::Session> {
         self.lock().take().ok_or_else(taken)
     }
 }
 
 fn taken() -> PyErr {
-    PyValueError::new_err("a stream has this session already")
+    PyValueError::new_err("the session has been taken by a stream")
 }
 
 #[pymethods]

@@ -21,8 +21,8 @@ impl Trace {
     }
 }
 
-/// Works on empty sets, so that the GIL can be released, and adds what was found, even before an error: marks that have
-/// been collected are not there to be collected again.
+/// Calls `work` with empty sets, so that the GIL can be released, and adds the pages found, even after an error:
+/// collected pages are not reported again.
 fn on_sets(
     py: Python<'_>,
     sets: &[Py<PageSet>],

@@ -14,11 +14,11 @@ use crate::tls::TlsSession;
 use crate::{blocks, errors};
 
 pub fn patience(seconds: f64) -> PyResult<Duration> {
-    let wrong = |_| PyValueError::new_err(format!("patience of {seconds} seconds"));
+    let wrong = |_| PyValueError::new_err(format!("invalid timeout of {seconds} seconds"));
     Duration::try_from_secs_f64(seconds).map_err(wrong)
 }
 
-/// A socket, or one with the session that was established on it.
+/// Socket, optionally with the TLS session established on it.
 #[derive(FromPyObject)]
 pub enum Stream<'py> {
     Plain(i32),
@@ -37,7 +37,7 @@ pub fn endpoints(streams: Vec<Stream<'_>>) -> PyResult<Vec<wire::Endpoint>> {
     streams.into_iter().map(endpoint).collect()
 }
 
-/// (bytes, blocks, data pages, zero pages, absent pages)
+/// Bytes, blocks, data pages, zero pages and absent pages.
 pub type Counters = (u64, u64, u64, u64, u64);
 
 pub fn counters(progress: &wire::Progress) -> Counters {
@@ -84,7 +84,8 @@ impl BlockSender {
         let fits = mappings.len() == pages.len()
             && mappings.iter().zip(&pages).all(|(mapping, set)| mapping.pages() == set.inner.pages());
         if !fits {
-            return Err(PyValueError::new_err("one set of pages for each region, over as many pages"));
+            let words = "pages do not match the regions: expected one set per region, with as many pages";
+            return Err(PyValueError::new_err(words));
         }
         let sets: Vec<Pages> = pages.iter().map(|set| set.inner.clone()).collect();
         py.detach(|| self.inner.send(&mappings, &sets, round, barrier)).map_err(errors::wire)
