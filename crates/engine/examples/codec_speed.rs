@@ -1,8 +1,8 @@
-//! How fast a codec makes storage blocks of an image's data pages: one thread, contents in memory, nothing written.
+//! Speed of a codec on the data pages of an image: one thread, contents in memory, no output.
 //!
 //! `cargo run --release -p pageferry-engine --example codec_speed -- IMAGE CODEC`. Prints MiB of pages per second, and
-//! bytes of pages for each byte of payload. What a checkpoint does besides (finding zeros, patterns and equal pages,
-//! copying, writing) is not in it.
+//! the compression ratio. Other work of a checkpoint (detection of zeros, patterns and duplicates, copying, writing) is
+//! not included.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ const STORAGE_BLOCK: usize = 1 << 20;
 const MOST_PAGES: usize = (512 << 20) / SMALL_PAGE;
 const TURNS: usize = 3;
 
-/// The data pages of an image, as many as fit, one after the other.
+/// Returns the data pages of an image, up to a limit.
 fn contents(chain: &Chain) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     let map = chain.images()[0].page_map();
     let data = (0..map.len()).filter(|&page| map[page].class() == Some(Class::Data)).take(MOST_PAGES);
@@ -31,7 +31,7 @@ fn contents(chain: &Chain) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     Ok(found)
 }
 
-/// Seconds for all of it, and bytes of the blocks.
+/// Compresses all pages. Returns the time in seconds, and the size of the blocks.
 fn code(contents: &[u8], codec: Codec, page_block: usize) -> (f64, usize) {
     let mut builder = Builder::new(codec, page_block, STORAGE_BLOCK);
     let begin = Instant::now();

@@ -1,8 +1,8 @@
-//! What sending a page again as its difference from what was sent before would save.
+//! Estimate of the savings from sending a page as its difference from the version sent before.
 //!
-//! `cargo run --release -p pageferry-engine --example delta -- BEFORE AFTER CODEC`: two files of pages that lie side by
-//! side, all of which differ. Prints bytes of storage blocks of the pages as they are and of the differences (exclusive
-//! or), and MiB of pages per second of one thread for each, making the differences included.
+//! `cargo run --release -p pageferry-engine --example delta -- BEFORE AFTER CODEC`: two files with corresponding pages,
+//! all of which differ. Prints the size of the storage blocks of the pages and of their differences (exclusive or), and
+//! MiB of pages per second of one thread for each, computation of the differences included.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -13,7 +13,7 @@ use pageferry_engine::block::{Builder, Codec};
 const STORAGE_BLOCK: usize = 1 << 20;
 const PAGE_BLOCK: usize = 64 << 10;
 
-/// Bytes that blocks of these pages have.
+/// Returns the size of the storage blocks of these pages, bytes.
 fn code(pages: &[u8], codec: Codec) -> usize {
     let mut builder = Builder::new(codec, PAGE_BLOCK, STORAGE_BLOCK);
     let mut coded = 0;

@@ -1,7 +1,8 @@
-//! What an access to a missing page costs: a bare loop (read the event, copy 64 KiB, map it) and the pager, in turns.
+//! Cost of a fault on a deferred page: a minimal loop (read the event, copy 64 KiB, map them) against the pager, in
+//! turns.
 //!
-//! `cargo run --release -p pageferry-engine --example fault_loop`. The bare loop has its contents in memory, and does
-//! nothing else. The pager has them in an image in the page cache, stored without compression, and verifies them.
+//! `cargo run --release -p pageferry-engine --example fault_loop`. The loop has its contents in memory and does nothing
+//! else. The pager reads them from an image in the page cache, stored without compression, and verifies them.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -28,19 +29,19 @@ const PAGES: usize = LEN / SMALL_PAGE;
 const TURNS: usize = 7;
 
 fn memory_file(len: usize) -> io::Result<OwnedFd> {
-    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"faults".as_ptr(), libc::MFD_CLOEXEC)) };
     File::from(file.try_clone()?).set_len(len as u64)?;
     Ok(file)
 }
 
-/// Touches every unit once, in an order without a pattern; nanoseconds of each access.
+/// Accesses every unit once, in an irregular order. Returns the duration of each access in nanoseconds.
 fn touch(mapping: &Mapping) -> Vec<u128> {
     let units = LEN / UNIT;
     let unit = |number: usize| number * 389 % units * (UNIT / SMALL_PAGE);
     let access = |number| {
         let begin = Instant::now();
-        // SAFETY: within the mapping.
+        // SAFETY: the unit lies within the mapping.
         unsafe { mapping.page(unit(number)).read_volatile() };
         begin.elapsed().as_nanos()
     };
@@ -66,7 +67,7 @@ fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
                         let Event::Fault { address, .. } = event else { continue };
                         let at = usize::try_from(address - theirs.address()).unwrap_or(0) / UNIT * UNIT;
                         let to = ours.page(at / SMALL_PAGE);
-                        // SAFETY: both are 64 KiB long, and nobody has this unit mapped yet.
+                        // SAFETY: both ranges are 64 KiB long, and no other thread accesses this unit yet.
                         unsafe { std::ptr::copy_nonoverlapping(contents[at..].as_ptr(), to, UNIT) };
                         let _ = uffd.resolve(theirs.address() + at as u64, UNIT as u64, SMALL_PAGE as u64, false);
                     }
@@ -103,7 +104,7 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     Ok(times)
 }
 
-/// One storage block for each unit, so that an access reads what the bare loop copies and no more.
+/// Creates an image with one storage block per unit, so that a fault reads exactly what the loop copies.
 fn image(contents: &[u8]) -> Result<Chain, Box<dyn std::error::Error>> {
     let file = memory_file(0)?;
     let mut writer = ImageWriter::new(file.try_clone()?, [1; 16], Sizes { page_block: UNIT, storage_block: UNIT })?;

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_of_another_region_are_refused() {
+    fn bytes_of_another_region_are_rejected() {
         let packed = PageSet::full(1000).pack();
         assert_eq!(
             PageSet::unpack(&packed, 960),

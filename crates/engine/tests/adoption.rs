@@ -1,6 +1,6 @@
-//! Adoption leaves a process as it was: its registers, signals, waits, filters and stops.
+//! Adoption restores a process completely: its registers, signals, waits, filters and stops.
 //!
-//! The processes are forked from the test and do nothing but system calls and atomics on shared memory.
+//! The processes are forked from the test and only use system calls and atomics on shared memory.
 
 use std::mem::zeroed;
 use std::ptr::{null, null_mut};
@@ -14,19 +14,19 @@ use pageferry_engine::uapi::{FEATURE_PAGEFAULT_FLAG_WP, FEATURE_WP_ASYNC, FEATUR
 const FEATURES: u64 = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_ASYNC;
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// What test and child see of each other.
+/// Memory shared between test and child.
 #[derive(Debug, Default)]
 struct Board {
-    /// Goes up with each thing that the child has done.
+    /// Number of steps that the child has completed.
     steps: AtomicU64,
-    /// Signals handled.
+    /// Number of handled signals.
     signals: AtomicU64,
-    /// Things that went wrong.
+    /// Number of failed checks.
     wrong: AtomicU64,
-    /// What a call returned, and how long it took, ns.
+    /// Result of a call, and its duration in nanoseconds.
     result: AtomicI64,
     time: AtomicU64,
-    /// Set by the test: the child may go on.
+    /// Set by the test to let the child continue.
     go: AtomicU64,
 }
 
@@ -36,20 +36,20 @@ struct Child {
 }
 
 thread_local! {
-    /// Tests run on threads of their own, and a forked child has just the thread that forked it.
+    /// Board of the current test: tests run in separate threads, and a forked child has only the thread that forked it.
     static BOARD: std::cell::Cell<*const Board> = const { std::cell::Cell::new(null()) };
 }
 
 fn board() -> &'static Board {
-    // SAFETY: set before the fork, to memory that is never unmapped.
+    // SAFETY: the pointer is set before the fork, to memory that is never unmapped.
     unsafe { &*BOARD.with(std::cell::Cell::get) }
 }
 
 impl Child {
-    /// Forks a process that does `work` again and again until it is killed.
+    /// Forks a process that repeats `work` until it is killed.
     fn new(work: fn()) -> Self {
         let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping, large enough for a board of zeros.
+        // SAFETY: creates a new mapping, which is large enough for a board; zeros are a valid board.
         let memory = unsafe { libc::mmap(null_mut(), 4096, access, flags, -1, 0) };
         assert_ne!(memory, libc::MAP_FAILED);
         BOARD.with(|board| board.set(memory.cast()));
@@ -57,7 +57,7 @@ impl Child {
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0);
         if pid == 0 {
-            // SAFETY: takes no pointers; the child ends with the test's thread.
+            // SAFETY: prctl takes no pointers here; the child is killed when the thread of the test exits.
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
             loop {
                 work();
@@ -75,7 +75,7 @@ impl Child {
     }
 
     fn signal(&self, signal: libc::c_int) {
-        // SAFETY: takes no pointers.
+        // SAFETY: kill takes no pointers.
         assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
     }
 
@@ -97,7 +97,7 @@ impl Child {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("a process").count()
     }
 
-    /// It is still there, does its work, and nothing went wrong in it.
+    /// Checks that the child is running, makes progress and has not failed.
     fn check(&self) {
         let steps = self.board.steps.load(Ordering::SeqCst);
         self.reaches(&self.board.steps, steps + 2);
@@ -107,7 +107,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // SAFETY: our own child, not waited for before.
+        // SAFETY: kill and waitpid are called for our own child, which has not been waited for.
         unsafe {
             libc::kill(self.pid, libc::SIGKILL);
             libc::waitpid(self.pid, null_mut(), 0);
@@ -138,7 +138,7 @@ fn handle(signal: libc::c_int) {
     }
 }
 
-/// Arithmetic that a clobbered register would spoil.
+/// Computes a value that a corrupted register would change.
 fn compute() {
     let run = |mut word: u64| {
         for _ in 0..2000 {
@@ -156,7 +156,7 @@ fn milliseconds(count: i64) -> libc::timespec {
 }
 
 #[test]
-fn a_computing_process_goes_on_unchanged() {
+fn computation_continues_unchanged() {
     let child = Child::new(compute);
     child.reaches(&child.board.steps, 1);
     let (descriptors, begin) = (child.open_descriptors(), Instant::now());
@@ -169,7 +169,7 @@ fn a_computing_process_goes_on_unchanged() {
 }
 
 #[test]
-fn calls_return_what_the_process_would_get() {
+fn injected_calls_return_their_results() {
     let child = Child::new(compute);
     let space = child.space();
     assert_eq!(space.call(libc::SYS_getpid, [0; 6]).expect("a call"), u64::try_from(child.pid).unwrap());
@@ -178,9 +178,9 @@ fn calls_return_what_the_process_would_get() {
     child.check();
 }
 
-/// Each wait returns as if nothing had happened, and not before its time.
+/// Each wait returns normally, and not before its timeout.
 #[test]
-fn waits_go_on_for_their_full_time() {
+fn waits_last_for_their_full_time() {
     fn timed(call: impl Fn() -> i64) {
         let begin = Instant::now();
         let result = call();
@@ -193,23 +193,23 @@ fn waits_go_on_for_their_full_time() {
     }
     fn sleeping() {
         let time = milliseconds(150);
-        // SAFETY: the structure lives through the call.
+        // SAFETY: the timespec lives through the call.
         timed(|| i64::from(unsafe { libc::nanosleep(&raw const time, null_mut()) }));
     }
     fn polling() {
-        // SAFETY: no descriptors are given.
+        // SAFETY: no descriptors are passed.
         timed(|| i64::from(unsafe { libc::poll(null_mut(), 0, 150) }));
     }
     fn selecting() {
         let time = milliseconds(150);
-        // SAFETY: the structure lives through the call.
+        // SAFETY: the timespec lives through the call.
         timed(|| i64::from(unsafe { libc::ppoll(null_mut(), 0, &raw const time, null()) }));
     }
     fn locking() {
         let (word, time) = (0u32, milliseconds(150));
         let (word, time) = (&raw const word, &raw const time);
         timed(|| {
-            // SAFETY: word and time live through the call.
+            // SAFETY: word and timespec live through the call.
             let result = unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, 0, time) };
             let error = std::io::Error::last_os_error().raw_os_error();
             if result == -1 && error == Some(libc::ETIMEDOUT) { 0 } else { 1 }
@@ -225,15 +225,15 @@ fn waits_go_on_for_their_full_time() {
             child.reaches(&child.board.steps, round);
             assert_eq!(child.board.result.load(Ordering::SeqCst), 0, "interrupted");
             let time = Duration::from_nanos(child.board.time.load(Ordering::SeqCst));
-            assert!(time >= Duration::from_millis(150), "back after {time:?}");
+            assert!(time >= Duration::from_millis(150), "returned after {time:?}");
             child.board.go.store(round, Ordering::SeqCst);
         }
     }
 }
 
-/// Queued signals, thousands of them, while the process is adopted again and again: none lost, none twice.
+/// Thousands of queued signals during repeated adoption: each is delivered exactly once.
 #[test]
-fn signals_arrive_exactly_once() {
+fn signals_are_delivered_exactly_once() {
     const SIGNALS: u64 = 3000;
     fn work() {
         handle(libc::SIGRTMIN() + 3);
@@ -242,7 +242,7 @@ fn signals_arrive_exactly_once() {
         loop {
             compute();
             let time = milliseconds(1);
-            // SAFETY: the structure lives through the call.
+            // SAFETY: the timespec lives through the call.
             unsafe { libc::nanosleep(&raw const time, null_mut()) };
         }
     }
@@ -251,7 +251,7 @@ fn signals_arrive_exactly_once() {
     let pid = child.pid;
     let storm = thread::spawn(move || {
         for _ in 0..SIGNALS {
-            // SAFETY: the value is a number. It fails while the queue is full.
+            // SAFETY: the value is an integer. The call fails while the queue is full.
             while unsafe { libc::sigqueue(pid, libc::SIGRTMIN() + 3, zeroed()) } != 0 {
                 thread::yield_now();
             }
@@ -262,7 +262,7 @@ fn signals_arrive_exactly_once() {
         child.adopt().expect("adoption");
         adoptions += 1;
     }
-    storm.join().expect("no panic");
+    storm.join().expect("the thread panicked");
     child.reaches(&child.board.signals, SIGNALS);
     child.check();
     assert_eq!(child.board.signals.load(Ordering::SeqCst), SIGNALS, "after {adoptions} adoptions");
@@ -270,9 +270,9 @@ fn signals_arrive_exactly_once() {
     child.reaches(&child.board.signals, SIGNALS + 1);
 }
 
-/// A wait with a signal mask of its own: the mask is back afterwards, in the wait and after it.
+/// A wait with a temporary signal mask: the mask is restored during the wait and after it.
 #[test]
-fn masks_of_waits_are_kept() {
+fn temporary_signal_masks_are_restored() {
     fn work() {
         handle(libc::SIGUSR1);
         // SAFETY: the sets live through the calls.
@@ -295,7 +295,7 @@ fn masks_of_waits_are_kept() {
             thread::sleep(Duration::from_millis(1));
         }
         child.adopt().expect("adoption");
-        assert_eq!(child.board.steps.load(Ordering::SeqCst), 2 * round - 1, "the wait ended by itself");
+        assert_eq!(child.board.steps.load(Ordering::SeqCst), 2 * round - 1, "the wait ended early");
         child.signal(libc::SIGUSR1);
         child.reaches(&child.board.steps, 2 * round);
         assert_eq!(child.board.signals.load(Ordering::SeqCst), round);
@@ -304,7 +304,7 @@ fn masks_of_waits_are_kept() {
 }
 
 #[test]
-fn a_stopped_process_stays_stopped() {
+fn stopped_process_stays_stopped() {
     let child = Child::new(compute);
     child.reaches(&child.board.steps, 1);
     child.signal(libc::SIGSTOP);
@@ -321,15 +321,15 @@ fn a_stopped_process_stays_stopped() {
     child.check();
 }
 
-/// Stopped and continued at random while it is adopted: in the end it does what it was told last.
+/// Random stops and continues during adoption: the child obeys the last one.
 #[test]
-fn stops_during_adoption_are_kept() {
+fn stops_during_adoption_are_preserved() {
     let child = Child::new(compute);
     let pid = child.pid;
     let signals = thread::spawn(move || {
         for number in 0..400 {
             let signal = if number % 2 == 0 { libc::SIGSTOP } else { libc::SIGCONT };
-            // SAFETY: takes no pointers.
+            // SAFETY: kill takes no pointers.
             unsafe { libc::kill(pid, signal) };
             thread::sleep(Duration::from_micros(300));
         }
@@ -337,27 +337,27 @@ fn stops_during_adoption_are_kept() {
     while !signals.is_finished() {
         child.adopt().expect("adoption");
     }
-    signals.join().expect("no panic");
+    signals.join().expect("the thread panicked");
     child.signal(libc::SIGCONT);
     child.check();
     child.signal(libc::SIGSTOP);
     child.adopt().expect("adoption");
     let begin = Instant::now();
     while child.state() != 'T' {
-        assert!(begin.elapsed() < DEADLINE, "it did not stop");
+        assert!(begin.elapsed() < DEADLINE, "the child did not stop");
         thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// A filter that kills the process for the very call that adoption makes.
+/// The filter kills the process for the very call that adoption injects.
 #[test]
-fn a_filter_is_suspended_and_back_again() {
+fn seccomp_filter_is_suspended_and_restored() {
     fn work() {
         if board().steps.load(Ordering::SeqCst) == 0 {
             went_wrong(!forbid_userfaultfd());
         }
         if board().go.load(Ordering::SeqCst) == 1 {
-            // SAFETY: takes no pointers. The filter must end the process here.
+            // SAFETY: userfaultfd takes no pointers. The filter must kill the process here.
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         }
         step();
@@ -372,7 +372,7 @@ fn a_filter_is_suspended_and_back_again() {
     child.board.go.store(1, Ordering::SeqCst);
     let begin = Instant::now();
     while child.state() != 'Z' {
-        assert!(begin.elapsed() < DEADLINE, "the filter is gone");
+        assert!(begin.elapsed() < DEADLINE, "the filter is not active");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -400,9 +400,9 @@ fn forbid_userfaultfd() -> bool {
 }
 
 #[test]
-fn a_process_that_somebody_traces_is_refused_by_name() {
+fn traced_process_is_rejected_with_its_tracer() {
     let child = Child::new(compute);
-    // SAFETY: seizing our own child takes no pointers.
+    // SAFETY: PTRACE_SEIZE of our own child takes no pointers.
     assert_eq!(unsafe { libc::ptrace(libc::PTRACE_SEIZE, child.pid, 0, 0) }, 0);
     let ended = child.adopt();
     let ours = std::process::id().to_string();
@@ -413,14 +413,14 @@ fn a_process_that_somebody_traces_is_refused_by_name() {
 }
 
 #[test]
-fn a_tracer_that_lets_go_is_waited_for() {
+fn adoption_waits_for_a_tracer_to_detach() {
     let child = Child::new(compute);
     let pid = child.pid;
     let (attached, ready) = std::sync::mpsc::channel();
     let other = thread::spawn(move || {
-        // SAFETY: seizing our own child takes no pointers.
+        // SAFETY: PTRACE_SEIZE of our own child takes no pointers.
         attached.send(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) }).unwrap();
-        // The kernel lets go of it when this thread ends.
+        // The kernel detaches when this thread exits.
         thread::sleep(Duration::from_millis(100));
     });
     assert_eq!(ready.recv(), Ok(0));
@@ -431,7 +431,7 @@ fn a_tracer_that_lets_go_is_waited_for() {
 }
 
 #[test]
-fn a_process_that_is_gone_is_refused() {
+fn exited_process_is_rejected() {
     let child = Child::new(compute);
     let space = child.space();
     child.signal(libc::SIGKILL);

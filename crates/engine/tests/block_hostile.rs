@@ -1,4 +1,4 @@
-//! Headers that a hostile peer or file could make up, with checksums that fit: each is refused for what is wrong.
+//! Headers with valid checksums that a hostile peer or file could contain: each is rejected with the invalid field.
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{
@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const PAGE: u32 = 4096;
 
-/// A block in parts, right until a test changes something.
+/// Block in parts, valid until a test changes one of them.
 #[derive(Clone)]
 struct Forged {
     header: Header,
@@ -28,7 +28,7 @@ fn page_block(raw_len: u32, stored_len: u32) -> PageBlockRecord {
     PageBlockRecord { raw_len: U32::new(raw_len), stored_len: U32::new(stored_len), checksum: U64::ZERO }
 }
 
-/// Three data pages in page blocks of two.
+/// Creates a block of three data pages, in page blocks of two.
 fn forged(codec: u8) -> Forged {
     let blocks = vec![page_block(2 * PAGE, 2 * PAGE), page_block(PAGE, PAGE)];
     let mut header = Header::new_zeroed();
@@ -54,7 +54,7 @@ impl Forged {
         [self.runs.as_bytes(), self.blocks.as_bytes()].concat()
     }
 
-    /// Decodes it with a checksum that fits.
+    /// Decodes the block with a valid checksum.
     fn decode(&self) -> Result<Head, BlockError> {
         let table = self.table();
         let mut header = self.header;
@@ -76,17 +76,17 @@ impl Forged {
 }
 
 #[test]
-fn the_unchanged_block_is_accepted() {
+fn valid_block_is_accepted() {
     for codec in 0..3 {
-        forged(codec).decode().expect("nothing wrong with it");
+        forged(codec).decode().expect("a valid block");
     }
 }
 
-/// A change, and the field that the refusal names.
+/// Change to a block, and the field that the error must name.
 type Change = (fn(&mut Forged), &'static str);
 
 #[test]
-fn every_wrong_field_is_named() {
+fn every_invalid_field_is_named() {
     let changes: [Change; 22] = [
         (|block| block.header.kind = 0, "kind"),
         (|block| block.header.kind = 3, "kind"),
@@ -115,7 +115,7 @@ fn every_wrong_field_is_named() {
         for codec in 0..3 {
             let mut block = forged(codec);
             change(&mut block);
-            // A codec that is none stores every page block whole, and is refused earlier; the field is the same.
+            // Without a codec, stored lengths must equal raw lengths, which is checked earlier, for the same field.
             assert_eq!(block.refused(), field, "change {number}, codec {codec}");
         }
     }
@@ -128,11 +128,11 @@ fn uncompressed_page_blocks_have_their_whole_length() {
     block.header.stored_len = U32::new(2 * PAGE);
     assert_eq!(block.refused(), "stored length of a page block");
     block.header.codec = 1;
-    block.decode().expect("compressed, it may be shorter");
+    block.decode().expect("compressed blocks may be shorter");
 }
 
 #[test]
-fn runs_and_bytes_must_agree() {
+fn raw_length_must_match_the_runs() {
     for runs in [vec![run(5, 2, 4)], vec![run(5, 4, 4)], vec![run(5, 3, 1)], vec![run(5, 3, 4), run(5, 3, 4)], vec![]] {
         let mut block = forged(0);
         block.runs = runs;
@@ -141,7 +141,7 @@ fn runs_and_bytes_must_agree() {
     }
 }
 
-/// The largest runs that there can be do not overflow the sum of their bytes.
+/// The largest possible runs do not overflow the sum of their lengths.
 #[test]
 fn sums_of_huge_runs_do_not_overflow() {
     let mut block = forged(0);
@@ -154,7 +154,7 @@ fn sums_of_huge_runs_do_not_overflow() {
 }
 
 #[test]
-fn huge_tables_are_refused_before_they_are_read() {
+fn oversized_tables_are_rejected_before_they_are_read() {
     let mut header = forged(0).header;
     header.runs = U16::new(u16::MAX);
     assert!(matches!(block::table_len(&header), Err(BlockError::Field { field: "run count", .. })));
@@ -164,7 +164,7 @@ fn huge_tables_are_refused_before_they_are_read() {
 }
 
 #[test]
-fn other_beginnings_and_versions_are_refused_by_name() {
+fn wrong_magic_and_version_are_named() {
     let mut block = forged(0);
     block.header.version = block::VERSION + 1;
     assert_eq!(block.decode().map(drop), Err(BlockError::Version(block::VERSION + 1)));
@@ -173,14 +173,14 @@ fn other_beginnings_and_versions_are_refused_by_name() {
 }
 
 #[test]
-fn a_barrier_carries_no_pages() {
+fn barrier_with_pages_is_rejected() {
     let mut block = forged(0);
     block.header.kind = 2;
     assert_eq!(block.refused(), "table length of a barrier");
 }
 
 #[test]
-fn a_table_of_another_length_is_refused() {
+fn table_of_wrong_length_is_rejected() {
     let block = forged(0);
     for table in [&block.table()[..10], &[block.table(), vec![0; 8]].concat()] {
         assert!(block::decode_head(&block.header, table).is_err());
@@ -189,9 +189,9 @@ fn a_table_of_another_length_is_refused() {
 
 type Pack = fn(&[u8]) -> Vec<u8>;
 
-/// Compressed bytes with a checksum that fits, of the right size by the header, and of another when decompressed.
+/// Compressed bytes with a valid checksum, whose decompressed length differs from that in the header.
 #[test]
-fn bytes_that_decompress_to_another_length_are_refused() {
+fn wrong_decompressed_length_is_rejected() {
     let raw = vec![7; 3 * SMALL_PAGE];
     let pack: [(u8, Pack); 2] =
         [(1, |raw| lz4_flex::block::compress(raw)), (2, |raw| zstd::bulk::compress(raw, 1).unwrap())];
@@ -207,7 +207,7 @@ fn bytes_that_decompress_to_another_length_are_refused() {
     }
 }
 
-/// One page, stored as `stored`, through a header that fits it.
+/// Unpacks one page, stored as `stored`, through a valid header.
 fn unpack(codec: u8, stored: &[u8]) -> Result<Vec<u8>, BlockError> {
     let mut block = forged(codec);
     block.runs[0].count = U32::new(1);
@@ -227,9 +227,9 @@ fn length() -> impl Strategy<Value = u32> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Any header at all with a checksum that fits: refused, or within every bound.
+    /// Any header with a valid checksum is either rejected or within all bounds.
     #[test]
-    fn whatever_is_accepted_is_bounded(
+    fn accepted_headers_are_bounded(
         noise in prop::array::uniform32(any::<u8>()),
         runs in prop::collection::vec((any::<u64>(), prop_oneof![0u32..5, any::<u32>()], 0u8..6), 0..4),
         blocks in prop::collection::vec((length(), length()), 0..4),
@@ -267,9 +267,9 @@ proptest! {
 }
 
 proptest! {
-    /// Noise with a checksum that fits does not decompress into anything but a page, and breaks nothing.
+    /// Noise with a valid checksum is rejected or decompresses to one page.
     #[test]
-    fn compressed_noise_is_survived(
+    fn compressed_noise_is_rejected_or_bounded(
         codec in 1u8..3,
         mut stored in prop::collection::vec(any::<u8>(), 1..600),
         frame in any::<bool>(),

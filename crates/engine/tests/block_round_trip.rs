@@ -1,11 +1,11 @@
-//! Storage blocks come back as they were built, and nothing that was damaged on the way is taken for whole.
+//! Storage blocks are decoded as they were built, and damaged ones are rejected.
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{self, BlockError, Builder, Class, Codec, HEADER_LEN, Head, Header, Kind, Run};
 use proptest::prelude::*;
 use zerocopy::FromBytes;
 
-/// A page to build: where it is, what it is, and what its bytes are made from.
+/// Page of a block: number, kind, and seed of its contents.
 #[derive(Debug, Clone)]
 struct Page {
     number: usize,
@@ -17,11 +17,11 @@ struct Page {
 
 #[derive(Debug, Clone, Copy)]
 enum Filler {
-    /// One byte, repeated.
+    /// Repeated byte.
     Same,
-    /// A byte that changes every 64.
+    /// Byte that changes every 64 bytes.
     Steps,
-    /// Nothing that a codec could make smaller.
+    /// Incompressible contents.
     Noise,
 }
 
@@ -80,7 +80,7 @@ fn build(builder: &mut Builder, pages: &[Page]) -> Vec<u8> {
     [built.head, built.payload].concat()
 }
 
-/// Reads a whole block as a receiver does; what is left over comes back too.
+/// Decodes a whole block like a receiver. Returns the number of remaining bytes as well.
 fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, usize), BlockError> {
     let (header, rest) = Header::read_from_prefix(bytes).map_err(|_| BlockError::HeaderChecksum)?;
     let len = block::table_len(&header)?;
@@ -96,7 +96,7 @@ fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, usize), BlockError> {
     Ok((head, raw, at))
 }
 
-/// One page after the other: number, class, value and bytes.
+/// Lists the pages of a block with number, class, value and bytes.
 fn unrolled(head: &Head, raw: &[u8]) -> Vec<(usize, Class, u64, Vec<u8>)> {
     let mut chunks = raw.chunks(SMALL_PAGE);
     let one =
@@ -112,9 +112,9 @@ fn bytes_of<'a>(class: Class, chunks: &mut impl Iterator<Item = &'a [u8]>) -> Ve
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// The builder is used again for a second block: nothing of the first may show in it.
+    /// The builder is reused for a second block, which must not contain anything of the first.
     #[test]
-    fn comes_back_as_it_was_built(codec in codecs(), unit in 1usize..5, first in pages(), second in pages()) {
+    fn decoded_block_equals_built_block(codec in codecs(), unit in 1usize..5, first in pages(), second in pages()) {
         let mut builder = Builder::new(codec, unit * SMALL_PAGE, unit * SMALL_PAGE * 64);
         for pages in [&first, &second] {
             let bytes = build(&mut builder, pages);
@@ -132,15 +132,15 @@ proptest! {
     }
 
     #[test]
-    fn every_shorter_block_is_refused(codec in codecs(), pages in pages(), cut in any::<prop::sample::Index>()) {
+    fn truncated_block_is_rejected(codec in codecs(), pages in pages(), cut in any::<prop::sample::Index>()) {
         let mut builder = Builder::new(codec, 2 * SMALL_PAGE, 64 * SMALL_PAGE);
         let bytes = build(&mut builder, &pages);
         prop_assert!(parse(&bytes[..cut.index(bytes.len())]).is_err());
     }
 
-    /// Whatever the bytes are, they are refused or understood: no panic, and nothing larger than the bounds allow.
+    /// Any bytes are either rejected or decoded within all bounds, without a panic.
     #[test]
-    fn noise_is_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..400), honest in 0usize..6) {
+    fn noise_is_rejected_or_bounded(mut bytes in prop::collection::vec(any::<u8>(), 0..400), honest in 0usize..6) {
         let start = [&block::MAGIC[..], &[block::VERSION]].concat();
         let known = honest.min(bytes.len()).min(start.len());
         bytes[..known].copy_from_slice(&start[..known]);
@@ -148,9 +148,9 @@ proptest! {
     }
 }
 
-/// Every byte of a block, changed in one bit or as a whole, is found out.
+/// Every byte of a block is changed, in one bit or completely, and must be detected.
 #[test]
-fn every_changed_byte_is_found() {
+fn every_changed_byte_is_detected() {
     let page = |number, class, filler| Page { number, class, value: 0, seed: 77, filler };
     let pages = [
         page(4, Class::Data, Filler::Steps),
@@ -165,7 +165,7 @@ fn every_changed_byte_is_found() {
         let table = whole.len() - parse(&whole).expect("whole").0.stored_len;
         let mut changed = whole.clone();
         for at in 0..whole.len() {
-            // Every bit of what is parsed; of what is only hashed, some.
+            // Change every bit of parsed bytes, but only some bits of hashed ones.
             let bits: &[u8] = if at < table { &[1, 2, 4, 8, 16, 32, 64, 128, 255] } else { &[1, 128, 255] };
             for &pattern in bits {
                 changed[at] ^= pattern;
@@ -183,9 +183,9 @@ fn every_changed_byte_is_found() {
     }
 }
 
-/// The message of a damaged page block names the page that it starts with.
+/// The error for a damaged page block names its first page.
 #[test]
-fn damage_is_named_by_its_page() {
+fn damaged_page_is_named() {
     let mut builder = Builder::new(Codec::None, 2 * SMALL_PAGE, 16 * SMALL_PAGE);
     let page = |number| Page { number, class: Class::Data, value: 0, seed: 9, filler: Filler::Noise };
     let mut bytes = build(&mut builder, &[page(10), page(11), page(12), page(90), page(91), page(92)]);
@@ -195,7 +195,7 @@ fn damage_is_named_by_its_page() {
 }
 
 #[test]
-fn runs_are_joined_up_to_their_bound() {
+fn runs_are_joined_up_to_the_maximum() {
     let mut builder = Builder::new(Codec::None, SMALL_PAGE, SMALL_PAGE);
     builder.push_run(0, block::MAX_RUN_PAGES, Class::Absent, 0);
     builder.push_run(block::MAX_RUN_PAGES, 5, Class::Absent, 0);
@@ -207,7 +207,7 @@ fn runs_are_joined_up_to_their_bound() {
 }
 
 #[test]
-fn a_block_of_as_many_runs_as_there_may_be_is_full_and_comes_back() {
+fn block_with_maximum_runs_is_full_and_decodes() {
     let mut builder = Builder::new(Codec::Lz4, SMALL_PAGE, 8 * SMALL_PAGE);
     let mut page = 0;
     while !builder.is_full() {
@@ -220,7 +220,7 @@ fn a_block_of_as_many_runs_as_there_may_be_is_full_and_comes_back() {
 }
 
 #[test]
-fn a_barrier_carries_round_and_sequence() {
+fn barrier_contains_round_and_sequence() {
     let mut builder = Builder::new(Codec::Zstd, SMALL_PAGE, SMALL_PAGE);
     let built = builder.barrier(5, 1 << 40);
     let (head, raw, end) = parse(built.head).expect("whole");
@@ -228,9 +228,9 @@ fn a_barrier_carries_round_and_sequence() {
     assert_eq!((raw.len(), end, built.payload.len()), (0, HEADER_LEN, 0));
 }
 
-/// One byte that is not zero, at every place of a page and of lengths around the widths of the comparison.
+/// One non-zero byte at every position of a page, and of lengths around the widths of the comparison.
 #[test]
-fn zeros_are_told_exactly() {
+fn zero_detection_is_exact() {
     let mut bytes = vec![0; SMALL_PAGE];
     assert!(block::is_zero(&[]) && block::is_zero(&bytes));
     for at in 0..SMALL_PAGE {

@@ -1,4 +1,4 @@
-//! Images: what is written is read, whatever is damaged is found, and nothing that a stranger wrote does harm.
+//! Images are read as they were written, damage is detected, and images of untrusted origin do no harm.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -17,13 +17,13 @@ use xxhash_rust::xxh3::xxh3_64;
 
 const SIZES: Sizes = Sizes { page_block: 2 * SMALL_PAGE, storage_block: 4 * SMALL_PAGE };
 
-/// What a page of the model is.
+/// Page of the model.
 #[derive(Debug, Clone, PartialEq)]
 enum Page {
     Absent,
     Pattern(u64),
     Data(u8),
-    /// The same as in the parent.
+    /// Unchanged since the parent.
     Parent,
 }
 
@@ -47,7 +47,7 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new(name: &str) -> Self {
-        // In memory where that is to be had: these tests write small files many times.
+        // In memory if possible, because these tests write small files many times.
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
         let path = parent.join(format!("pageferry-image-{name}-{}", std::process::id()));
@@ -74,7 +74,7 @@ fn open(path: &Path) -> Result<Image, ImageError> {
     Image::open(File::open(path).unwrap().into())
 }
 
-/// Writes an image of one region. With `share`, a page that repeats the one before it shares its place.
+/// Writes an image of one region. A page that repeats the previous one shares its slot.
 fn write(path: &Path, pages: &[Page], codec: Codec, parent: Option<&Image>) {
     let mut writer = ImageWriter::new(create(path), [7; 16], SIZES).unwrap();
     let mut builder = Builder::new(codec, SIZES.page_block, SIZES.storage_block);
@@ -138,7 +138,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn chains_read_as_they_were_written(
+    fn chains_read_as_written(
         base in prop::collection::vec(any_page(), 1..40),
         changes in prop::collection::vec(prop::option::of(any_page()), 40),
         codec in any_codec(),
@@ -160,7 +160,7 @@ proptest! {
         prop_assert_eq!(read_all(&chain).unwrap(), expected.clone());
         prop_assert_eq!(findings(&chain), vec![]);
 
-        // Flattened, it is the same, and needs no parent.
+        // The flattened image has the same contents without a parent.
         let mut writer = ImageWriter::new(create(&folder.file("flat")), [9; 16], SIZES).unwrap();
         let map = flatten(&chain, &mut writer, codec, SIZES, &[base.len()]).unwrap();
         writer.finish(1, &map).unwrap();
@@ -169,7 +169,7 @@ proptest! {
         prop_assert_eq!(findings(&flat), vec![]);
         prop_assert_eq!(differences(&flat, &chain, 0, base.len()).unwrap(), vec![]);
 
-        // And what differs from the parent is what was changed into something else.
+        // Exactly the changed pages differ from the parent.
         let old = Chain::new(vec![parent]).unwrap();
         let before = read_all(&old).unwrap();
         let changed: Vec<_> = (0..base.len()).filter(|&page| before[page] != expected[page]).collect();
@@ -178,11 +178,11 @@ proptest! {
     }
 
     #[test]
-    fn bytes_of_a_stranger_do_no_harm(mut bytes in prop::collection::vec(any::<u8>(), 0..6000), keep in any::<bool>()) {
+    fn untrusted_bytes_do_no_harm(mut bytes in prop::collection::vec(any::<u8>(), 0..6000), keep in any::<bool>()) {
         let folder = Folder::new(&format!("noise{}", rand_name()));
         let path = folder.file("image");
         if keep {
-            // A plausible beginning gets further than noise does.
+            // A plausible start passes more checks than noise.
             write(&path, &[Page::Data(3), Page::Pattern(5)], Codec::Lz4, None);
             let real = fs::read(&path).unwrap();
             let half = bytes.len().min(real.len() / 2);
@@ -197,7 +197,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pattern_is_seen_wherever_it_is_broken(word in any::<u64>(), at in 0..SMALL_PAGE, bit in 0u32..8) {
+    fn pattern_detection_checks_every_bit(word in any::<u64>(), at in 0..SMALL_PAGE, bit in 0u32..8) {
         let mut page = vec![0; SMALL_PAGE];
         fill(&mut page, word);
         prop_assert_eq!(pattern(&page), Some(word));
@@ -212,9 +212,9 @@ fn rand_name() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Every byte of a small image, changed in three ways: found, or harmless; never other contents.
+/// Every byte of a small image is changed in three ways, which must be detected or harmless.
 #[test]
-fn no_byte_can_be_changed_unseen() {
+fn every_changed_byte_is_detected_or_harmless() {
     let folder = Folder::new("flip");
     let pages = [Page::Absent, Page::Data(1), Page::Pattern(0), Page::Data(2), Page::Pattern(9), Page::Data(3)];
     for codec in [Codec::None, Codec::Lz4, Codec::Zstd] {
@@ -231,12 +231,12 @@ fn no_byte_can_be_changed_unseen() {
                 file.write_all_at(&good[at..=at], at as u64).unwrap();
             }
         }
-        // Only the padding between parts may be changed without anybody noticing, and one section.
+        // Only padding between parts and one section may be changed without detection.
         assert!(harmless < 2 * 5 * 4096, "{harmless}");
     }
 }
 
-/// Whether a changed image reads as it did before. If it does not, opening, reading or verifying it must say so.
+/// Returns whether a changed image still reads as before. Otherwise opening, reading or verifying it must fail.
 fn survives(path: &Path, expected: &[Vec<u8>], what: &str) -> bool {
     let Ok(image) = open(path) else { return false };
     let about = image.section(16);
@@ -251,7 +251,7 @@ fn survives(path: &Path, expected: &[Vec<u8>], what: &str) -> bool {
 }
 
 #[test]
-fn an_image_that_was_cut_off_is_refused() {
+fn truncated_image_is_rejected() {
     let folder = Folder::new("cut");
     let path = folder.file("image");
     write(&path, &[Page::Data(1), Page::Data(2)], Codec::None, None);
@@ -265,7 +265,7 @@ fn an_image_that_was_cut_off_is_refused() {
 }
 
 #[test]
-fn a_file_that_shrinks_under_way_fails_the_read() {
+fn read_of_a_shrunken_file_fails() {
     let folder = Folder::new("shrink");
     let path = folder.file("image");
     write(&path, &[Page::Data(1), Page::Data(2)], Codec::None, None);
@@ -275,7 +275,7 @@ fn a_file_that_shrinks_under_way_fails_the_read() {
 }
 
 #[test]
-fn parents_are_not_guessed() {
+fn missing_and_mismatched_parents_are_rejected() {
     let folder = Folder::new("orphan");
     write(&folder.file("base"), &[Page::Data(1), Page::Data(2)], Codec::None, None);
     let parent = open(&folder.file("base")).unwrap();
@@ -284,12 +284,12 @@ fn parents_are_not_guessed() {
     assert!(matches!(read_all(&alone), Err(ImageError::InParent(0))));
     write(&folder.file("other"), &[Page::Data(1)], Codec::None, None);
     let images = vec![alone.images()[0].clone(), Arc::new(open(&folder.file("other")).unwrap())];
-    assert!(Chain::new(images).is_err(), "a parent of another size");
-    assert!(Chain::new(Vec::new()).is_err(), "no image at all");
+    assert!(Chain::new(images).is_err(), "parent of another size");
+    assert!(Chain::new(Vec::new()).is_err(), "empty chain");
 }
 
 #[test]
-fn versions_and_features_are_refused_by_name() {
+fn unsupported_versions_and_features_are_named() {
     let folder = Folder::new("version");
     let path = folder.file("image");
     write(&path, &[Page::Data(1)], Codec::None, None);
@@ -309,7 +309,7 @@ fn versions_and_features_are_refused_by_name() {
     assert!(matches!(with(24, 1), ImageError::Value { what: "page-block size", .. }));
 }
 
-/// A stream of numbers that a seed decides.
+/// Pseudo-random numbers from a seed.
 struct Numbers(u64);
 
 impl Numbers {
@@ -322,7 +322,7 @@ impl Numbers {
         usize::try_from(self.next() % end.max(1) as u64).unwrap()
     }
 
-    /// A place in an image: as often in its last kilobytes, where the index is, as in all of it.
+    /// Returns a position in an image: half of the time in its last kilobytes, which contain the index.
     fn place(&mut self, len: usize) -> usize {
         let back = if self.next() & 1 == 0 { len.min(9 * 1024) } else { len };
         len - back + self.below(back)
@@ -351,7 +351,7 @@ fn mutate(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
     }
 }
 
-/// Gives header, sections and footer the checksums of what they are now: only the numbers in them can be wrong then.
+/// Updates the checksums of header, sections and footer, so that only their values can be invalid.
 fn seal(bytes: &mut [u8]) {
     const FOOTER: usize = 1024;
     let checked = |bytes: &mut [u8], at: usize| {
@@ -377,8 +377,8 @@ fn seal(bytes: &mut [u8]) {
     checked(&mut bytes[footer..], FOOTER - 8);
 }
 
-/// Images that were damaged, or made up by a stranger who knows the checksums: refused, or read without harm; and only
-/// the latter can have other contents. `PAGEFERRY_FUZZ=1000000` tries so many for each codec.
+/// Damaged images, and images of untrusted origin with valid checksums, are rejected or read without harm. Only the
+/// latter may have other contents. `PAGEFERRY_FUZZ=1000000` sets the number of attempts per codec.
 #[test]
 fn mutated_images_do_no_harm() {
     let tries = std::env::var("PAGEFERRY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(1500);
@@ -409,6 +409,6 @@ fn mutated_images_do_no_harm() {
                 }
             }
         }
-        assert!(opened > tries / 20, "{opened} of {tries} came as far as their pages");
+        assert!(opened > tries / 20, "{opened} of {tries} passed the checks of the index");
     }
 }

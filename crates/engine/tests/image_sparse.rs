@@ -1,4 +1,4 @@
-//! Images of which little exists: what they cost is bounded by what the file holds, and opening them can be ended.
+//! Sparse images: their cost is bounded by the data in the file, and opening them can be cancelled.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -13,7 +13,7 @@ const FOOTER: usize = 1024;
 const PAGE_MAP: u32 = 1;
 const METADATA: u32 = 16;
 
-/// An image whose section `kind` is a hole of `len` bytes, and has that checksum.
+/// Image whose section `kind` is a hole of `len` bytes, with a matching checksum.
 struct Sparse(PathBuf);
 
 impl Sparse {
@@ -66,22 +66,22 @@ fn zeros(mut len: u64) -> u64 {
     hash.digest()
 }
 
-/// Bytes of memory of this process, the largest so far.
-fn most() -> u64 {
+/// Returns the peak memory use of this process, bytes.
+fn peak_memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
 }
 
-/// In one test: the memory of the process is measured.
+/// A single test, because it measures the memory use of the process.
 #[test]
-fn what_an_image_costs_is_bounded_by_what_the_file_holds() {
+fn cost_of_an_image_is_bounded_by_its_data() {
     let map = Sparse::new("map", PAGE_MAP, 256 << 20, zeros(256 << 20));
-    let before = most();
+    let before = peak_memory();
     let image = Image::open(map.file()).expect("an image of pages that are absent");
     assert_eq!(image.page_map().len(), 16 << 20);
     assert!(image.page_map().iter().step_by(4096).all(|entry| entry.class() == Some(Class::Absent)));
-    assert!(most() - before < 64 << 20, "{} MiB for a file of a few KiB", (most() - before) >> 20);
+    assert!(peak_memory() - before < 64 << 20, "{} MiB for a file of a few KiB", (peak_memory() - before) >> 20);
 
     let mut slices = 0;
     let ended = Image::open_while(map.file(), &mut || {
@@ -94,7 +94,7 @@ fn what_an_image_costs_is_bounded_by_what_the_file_holds() {
     let image = Image::open(metadata.file()).expect("an image");
     let refused = image.section(METADATA);
     assert!(matches!(refused, Err(ImageError::Holes(..))), "{:?}", refused.map(|found| found.map(|found| found.len())));
-    assert!(most() - before < 64 << 20, "{} MiB for a file of a few KiB", (most() - before) >> 20);
+    assert!(peak_memory() - before < 64 << 20, "{} MiB for a file of a few KiB", (peak_memory() - before) >> 20);
 
     let endless = Sparse::new("endless", PAGE_MAP, 16 << 30, 0);
     assert!(matches!(Image::open(endless.file()), Err(ImageError::Holes(..))));

@@ -1,6 +1,6 @@
-//! The pager against a plain model: contents of an image come on access, while others write, discard, and take over.
+//! Pager against a plain model: pages of an image are loaded on demand during writes, discards and takeovers.
 //!
-//! What could hang runs on a thread with a deadline.
+//! Operations that may hang run in a thread with a deadline.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -25,23 +25,23 @@ use memory::within_a_minute;
 
 const PAGES: usize = 2048;
 const STORAGE_BLOCK: usize = 256 << 10;
-/// A page of zeros that the image leaves out.
+/// Zero page that the image omits.
 const NEVER_STORED: usize = 15;
 
 fn memory_file(len: usize) -> OwnedFd {
-    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"paging".as_ptr(), libc::MFD_CLOEXEC)) };
     File::from(file.try_clone().expect("a duplicate")).set_len(len as u64).expect("room");
     file
 }
 
-/// Word `at` of a page as the image has it.
+/// Returns word `at` of a page in the image.
 fn word(page: usize, at: usize) -> u64 {
     ((page as u64) << 32 | at as u64 | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// An image of one region in which every page is data, except for every eighth, which is zeros. Made once: that takes
-/// longer than what is tested.
+/// Returns an image of one region, in which every eighth page is zero and all others are data. It is created once,
+/// because that takes longer than the tests.
 fn image() -> Chain {
     static IMAGE: OnceLock<Chain> = OnceLock::new();
     IMAGE.get_or_init(new_image).clone()
@@ -64,7 +64,7 @@ fn new_image() -> Chain {
             map[page] = PageEntry::stored(Class::Data, 0, number, u16::try_from(slot).expect("a slot"));
         }
     };
-    // Not in order, as traps come.
+    // Not in order, like the pages of traps.
     for page in (0..PAGES).map(|number| number * 769 % PAGES).filter(|page| page % 8 != 7) {
         let contents: Vec<u8> = (0..512).flat_map(|at| word(page, at).to_le_bytes()).collect();
         let slot = builder.push_data(page, &contents);
@@ -78,7 +78,7 @@ fn new_image() -> Chain {
     Chain::new(vec![Arc::new(Image::open(file).expect("an image"))]).expect("a chain")
 }
 
-/// A workload's mapping, ours of the same file, and all that a pager needs.
+/// Mapping of a workload, our mapping of the same file, and the configuration of a pager.
 struct Scene {
     workload: Mapping,
     ours: Arc<Mapping>,
@@ -137,7 +137,7 @@ impl Scene {
     }
 
     fn read(&self, page: usize, at: usize) -> u64 {
-        // SAFETY: within the mapping, aligned; other threads write other words, or none.
+        // SAFETY: the word lies in the mapping and is aligned; other threads do not write to it.
         unsafe { self.workload.page(page).cast::<u64>().add(at).read_volatile() }
     }
 
@@ -147,7 +147,7 @@ impl Scene {
     }
 
     fn discard(&self, page: usize) {
-        // SAFETY: within the mapping, which is shared memory.
+        // SAFETY: the page lies in the mapping of shared memory.
         let result = unsafe { libc::madvise(self.workload.page(page).cast(), SMALL_PAGE, libc::MADV_REMOVE) };
         assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }
@@ -157,14 +157,14 @@ fn expected(page: usize, at: usize) -> u64 {
     if page % 8 == 7 { 0 } else { word(page, at) }
 }
 
-/// A stream of numbers.
+/// Pseudo-random number generator.
 fn random(state: &mut u64) -> usize {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     usize::try_from(*state >> 33).expect("31 bits")
 }
 
 #[test]
-fn contents_come_on_access_and_in_the_background() {
+fn pages_are_loaded_on_demand_and_in_the_background() {
     for background in [false, true] {
         within_a_minute(move || {
             let scene = Scene::new();
@@ -176,13 +176,13 @@ fn contents_come_on_access_and_in_the_background() {
             let counters = pager.counters();
             let binned: u64 = counters.histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).sum();
             let faults = counters.faults.load(Ordering::Relaxed);
-            assert!(faults > 0 && binned.abs_diff(faults) <= 1, "{binned} of {faults}: all but what is under way");
+            assert!(faults > 0 && binned.abs_diff(faults) <= 1, "{binned} of {faults}: all but those in progress");
         });
     }
 }
 
 #[test]
-fn what_was_discarded_is_zeros_and_stays_so() {
+fn discarded_pages_stay_zero() {
     for seed in 1..20 {
         within_a_minute(move || {
             let scene = Scene::new();
@@ -203,11 +203,11 @@ fn what_was_discarded_is_zeros_and_stays_so() {
 }
 
 #[test]
-fn writes_and_discards_of_others_hold_against_late_contents() {
+fn late_contents_do_not_overwrite_writes_and_discards() {
     within_a_minute(|| {
         let scene = Arc::new(Scene::new());
         let pager = scene.pager(false, true);
-        // Each thread has the pages of its own remainder, and a model of them.
+        // Each thread uses the pages with its own remainder, and a model of them.
         let threads: Vec<_> = (0..4)
             .map(|number| {
                 let scene = scene.clone();
@@ -236,9 +236,9 @@ fn writes_and_discards_of_others_hold_against_late_contents() {
     });
 }
 
-/// Old contents of pages that are still to come are mapped when the pager begins, and are never seen again.
+/// Old contents of deferred pages are mapped when the pager starts, and must not be visible afterwards.
 #[test]
-fn what_is_not_flagged_is_kept_and_what_is_flagged_is_read() {
+fn present_pages_are_kept_and_deferred_pages_loaded() {
     for background in [false, true] {
         within_a_minute(move || {
             let scene = Scene::new();
@@ -246,7 +246,7 @@ fn what_is_not_flagged_is_kept_and_what_is_flagged_is_read() {
             let flagged = |page: usize| page % 3 == 1 && page % 8 != 7;
             let flags = Mapping::new(scene.flags.as_fd(), file_len(PAGES), 0).expect("a mapping");
             for page in (0..PAGES).filter(|&page| flagged(page)) {
-                // SAFETY: within the mapping, and nobody else looks at it yet.
+                // SAFETY: the page lies in the mapping, and no other thread accesses it yet.
                 unsafe { *flags.base().add(page / 8) |= 1 << (page % 8) };
             }
             let pager = scene.begin(Begin::Kept, background);
@@ -263,9 +263,9 @@ fn what_is_not_flagged_is_kept_and_what_is_flagged_is_read() {
     }
 }
 
-/// Pages that are let go leave the file, come back with their contents, and others are never touched.
+/// Evicted pages leave the file and are loaded again; all others are not affected.
 #[test]
-fn what_is_evicted_comes_back() {
+fn evicted_pages_are_loaded_again() {
     within_a_minute(|| {
         let scene = Scene::new();
         for page in 0..PAGES {
@@ -274,15 +274,15 @@ fn what_is_evicted_comes_back() {
         let cold = |page: usize| page % 3 == 1 && page < 1024;
         let mut pages = PageSet::new(PAGES);
         (0..PAGES).filter(|&page| cold(page)).for_each(|page| pages.insert(page, page + 1));
-        scene.write(3, 7, 77); // not one of them: not as it was stored
+        scene.write(3, 7, 77); // not evicted: differs from the stored contents
         scene.discard(4);
         let pager = scene.start(Begin::Kept, false, true);
         assert_eq!(pager.pending(), 0);
         let before = scene.ours.data_ranges().expect("ranges").iter().map(|(start, end)| end - start).sum::<usize>();
-        let gone = pager.evict(0, &pages).expect("they go");
+        let gone = pager.evict(0, &pages).expect("eviction");
         let after = scene.ours.data_ranges().expect("ranges").iter().map(|(start, end)| end - start).sum::<usize>();
-        assert_eq!((gone, before - after), (pages.count() - 1, gone * SMALL_PAGE), "page 4 was gone before");
-        let again = pager.evict(0, &pages).expect_err("they are gone");
+        assert_eq!((gone, before - after), (pages.count() - 1, gone * SMALL_PAGE), "page 4 is a hole");
+        let again = pager.evict(0, &pages).expect_err("evicted pages cannot be evicted");
         assert!(again.to_string().contains("have deferred pages"), "{again}");
         assert_eq!(scene.read(4, 9), 0);
         for page in (0..PAGES).map(|number| number * 331 % PAGES).filter(|&page| page != 4) {
@@ -292,22 +292,22 @@ fn what_is_evicted_comes_back() {
         let (mut noted, touched) = (pager.touched(), pager.touched().len());
         noted.sort_unstable();
         noted.dedup();
-        assert_eq!(noted.len(), touched, "each window once, however many of its pages were missed");
+        assert_eq!(noted.len(), touched, "each window is recorded once");
         assert!(touched > 0);
-        assert!(!pager.wait(Duration::from_millis(200), 0), "more may be let go");
+        assert!(!pager.wait(Duration::from_millis(200), 0), "evictions have not ended");
         pager.evicted();
         assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
     });
 }
 
 #[test]
-fn a_file_of_flags_that_is_too_short_is_refused() {
+fn short_bitmap_file_is_rejected() {
     let refused = Flags::open(memory_file(file_len(PAGES) - SMALL_PAGE).as_fd(), PAGES).expect_err("too short");
     assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput, "{refused}");
 }
 
 #[test]
-fn a_page_that_was_never_stored_is_not_taken_for_zeros() {
+fn page_missing_from_the_image_is_an_error() {
     within_a_minute(|| {
         let scene = Scene::new();
         Flags::open(scene.flags.as_fd(), PAGES).expect("flags").set(NEVER_STORED);
@@ -317,7 +317,7 @@ fn a_page_that_was_never_stored_is_not_taken_for_zeros() {
 }
 
 #[test]
-fn another_pager_goes_on_where_one_was_stopped() {
+fn pager_takes_over_from_a_stopped_one() {
     within_a_minute(|| {
         let scene = Arc::new(Scene::new());
         let mut pager = scene.pager(false, false);

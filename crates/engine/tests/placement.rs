@@ -1,4 +1,4 @@
-//! Large pages across a transfer (S6, S7): whatever a small page holds and whenever it comes, it goes to its slot.
+//! Huge pages across a transfer (S6, S7): a page is placed in its slot regardless of contents and order of arrival.
 
 use std::sync::Arc;
 use std::thread;
@@ -12,12 +12,12 @@ use proptest::prelude::*;
 mod memory;
 use memory::{allocated, contents, fill, large_file, large_target, page, placer, small_file};
 
-/// Three whole units and one that is shorter.
+/// Three whole units and a shorter one.
 const PAGES: usize = 3 * SLOTS + 100;
 const UNITS: usize = 4;
-const ROOM: u64 = 64 << 20;
+const CAPACITY: u64 = 64 << 20;
 
-/// A run of pages that arrives; byte 0 stands for pages of zeros, none for pages that are not in memory.
+/// Run of pages received; byte 0 means zero pages, `None` means holes.
 #[derive(Debug, Clone)]
 struct Arrival {
     first: usize,
@@ -32,7 +32,7 @@ fn place(placer: &Placer, region: usize, arrival: &Arrival) -> Result<(), PlaceE
         Some(0) => placer.place_empty(region, first, count, Class::Zero),
         Some(byte) => {
             let slots = placer.slots(region, first, count)?;
-            // SAFETY: the placer gave out `count` pages from there.
+            // SAFETY: the placer has returned slots for `count` pages.
             unsafe { std::ptr::write_bytes(slots, byte, count * 4096) };
             placer.placed(region, first, count)
         }
@@ -49,7 +49,7 @@ fn arrivals(max: usize) -> impl Strategy<Value = Vec<Arrival>> {
     prop::collection::vec(arrival, 1..max)
 }
 
-/// The last byte that came for each page; zero where none did.
+/// Returns the last byte received for each page; zero if there is none.
 fn expected(arrivals: &[Arrival]) -> Vec<u8> {
     let mut pages = vec![0; PAGES];
     for arrival in arrivals {
@@ -65,7 +65,7 @@ fn check_contents(mapping: &Mapping, expected: &[u8]) {
     }
 }
 
-/// Units that some page with memory at the source arrived for.
+/// Returns the units for which a page other than a hole was received.
 fn touched(arrivals: &[Arrival]) -> Vec<bool> {
     let mut units = vec![false; UNITS];
     for Arrival { first, count, .. } in arrivals.iter().filter(|arrival| arrival.content.is_some()) {
@@ -84,7 +84,7 @@ fn check_large(arrivals: &[Arrival], copy: &Arc<Mapping>) {
     let kept: Vec<_> = large.iter().zip(&touched).map(|(large, touched)| *large && *touched).collect();
     assert_eq!(copy.large_units().expect("a pagemap")[..3], kept[..3]);
     assert_eq!(placer.fallbacks(), 0);
-    // All of a large page is allocated, and nothing of one for which nothing but absent pages came.
+    // A huge page is allocated as a whole, unless only holes were received for it.
     let whole = kept.iter().filter(|&&kept| kept).count() * LARGE_PAGE;
     assert!((whole as u64..=(whole + LARGE_PAGE) as u64).contains(&allocated(copy)));
     check_contents(copy, &expected(arrivals));
@@ -93,23 +93,23 @@ fn check_large(arrivals: &[Arrival], copy: &Arc<Mapping>) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// On a file system that gives large pages at the first touch.
+    /// On a file system that allocates huge pages on first access.
     #[test]
-    fn large_pages_stay_whole(arrivals in arrivals(30)) {
-        if let Some(copy) = large_file(PAGES, ROOM) {
+    fn huge_pages_stay_whole(arrivals in arrivals(30)) {
+        if let Some(copy) = large_file(PAGES, CAPACITY) {
             check_large(&arrivals, &copy);
         }
     }
 
-    /// On a memfd, where large pages are made by collapsing.
+    /// On a memfd, where huge pages are made by collapsing.
     #[test]
-    fn large_pages_are_made_where_none_are_given(arrivals in arrivals(30)) {
+    fn huge_pages_are_made_by_collapsing(arrivals in arrivals(30)) {
         check_large(&arrivals, &small_file(PAGES));
     }
 
-    /// Small at the source, or not to be kept: as many pages as have come with bytes, and no others.
+    /// Units backed by base pages at the source, or not to be kept: only pages with data are allocated.
     #[test]
-    fn small_pages_are_not_inflated(arrivals in arrivals(30), keep_large in any::<bool>()) {
+    fn base_pages_are_not_expanded(arrivals in arrivals(30), keep_large in any::<bool>()) {
         let copy = small_file(PAGES);
         let large = if keep_large { Vec::new() } else { vec![true; UNITS] };
         let placer = Placer::new(vec![large_target(&copy, large)], Vec::new(), keep_large, 0).expect("a placer");
@@ -125,10 +125,10 @@ proptest! {
     }
 }
 
-/// Zeros after bytes clear the slot, bytes after zeros fill it, and the large page stays the same one.
+/// Zeros after data clear the slot, data after zeros fill it, and the huge page stays the same.
 #[test]
-fn a_slot_is_cleared_and_filled_in_place() {
-    let Some(copy) = large_file(PAGES, ROOM) else { return };
+fn slot_is_cleared_and_filled_in_place() {
+    let Some(copy) = large_file(PAGES, CAPACITY) else { return };
     let placer = placer(vec![large_target(&copy, vec![true; 3])]);
     let arrival = |first, count, content| Arrival { first, count, content };
     for content in [Some(9), Some(0), Some(8), None, Some(0), Some(7), Some(0)] {
@@ -140,25 +140,25 @@ fn a_slot_is_cleared_and_filled_in_place() {
 }
 
 #[test]
-fn units_of_nothing_but_holes_stay_holes() {
-    let Some(copy) = large_file(PAGES, ROOM) else { return };
+fn units_of_holes_stay_holes() {
+    let Some(copy) = large_file(PAGES, CAPACITY) else { return };
     let placer = placer(vec![large_target(&copy, vec![true; 4])]);
     placer.place_empty(0, 0, PAGES, Class::Absent).expect("within the region");
     assert_eq!((allocated(&copy), placer.missing(), placer.fallbacks()), (0, 0, 0));
 }
 
-/// The map of large pages is the peer's word: units that there cannot be are not believed.
+/// The units of huge pages are sent by the peer: impossible ones must be ignored.
 #[test]
-fn large_units_beyond_the_region_are_left_out() {
-    let Some(copy) = large_file(SLOTS + 10, ROOM) else { return };
+fn huge_units_beyond_the_region_are_ignored() {
+    let Some(copy) = large_file(SLOTS + 10, CAPACITY) else { return };
     let placer = placer(vec![large_target(&copy, vec![true; 9000])]);
     placer.place_empty(0, 0, SLOTS + 10, Class::Zero).expect("within the region");
     assert_eq!((allocated(&copy), placer.fallbacks()), (LARGE_PAGE as u64, 0));
 }
 
-/// Room for one large page and a few small ones: the second large page falls back, is counted, and holds the same.
+/// Memory for one huge page and a few base pages: the second huge page is replaced by base pages and counted.
 #[test]
-fn without_a_large_page_small_ones_do() {
+fn base_pages_replace_an_unavailable_huge_page() {
     let Some(copy) = large_file(2 * SLOTS, LARGE_PAGE as u64 + (64 << 10)) else { return };
     let placer = placer(vec![large_target(&copy, vec![true, true])]);
     for (first, content) in [(3, 5), (SLOTS + 9, 6)] {
@@ -169,9 +169,9 @@ fn without_a_large_page_small_ones_do() {
     assert_eq!((page(&copy, 6)[4095], page(&copy, SLOTS + 12)[4095]), (5, 6));
 }
 
-/// Where nothing is left at all the refusal names the pages, and nobody is ended by a signal.
+/// Without memory, the error names the pages, and no signal is raised.
 #[test]
-fn a_full_file_system_is_an_error() {
+fn full_file_system_is_an_error() {
     let Some(copy) = large_file(2 * SLOTS, LARGE_PAGE as u64 + (16 << 10)) else { return };
     let placer = placer(vec![large_target(&copy, vec![true, true])]);
     place(&placer, 0, &Arrival { first: 0, count: SLOTS, content: Some(1) }).expect("room for a large page");
@@ -179,10 +179,10 @@ fn a_full_file_system_is_an_error() {
     assert!(matches!(full, Err(PlaceError::Memory { region: 0, .. })), "{full:?}");
 }
 
-/// Several streams bring pages of the same units at once.
+/// Several streams place pages of the same units in parallel.
 #[test]
-fn streams_share_units() {
-    for copy in [large_file(PAGES, ROOM), Some(small_file(PAGES))].into_iter().flatten() {
+fn streams_place_pages_of_the_same_unit() {
+    for copy in [large_file(PAGES, CAPACITY), Some(small_file(PAGES))].into_iter().flatten() {
         let placer = placer(vec![large_target(&copy, vec![true; 3])]);
         thread::scope(|scope| {
             for stream in 0..4 {
@@ -203,7 +203,7 @@ fn streams_share_units() {
     }
 }
 
-/// What arrives twice is counted once.
+/// A page that is received twice is counted once.
 #[test]
 fn missing_counts_each_page_once() {
     let placer = placer(vec![large_target(&small_file(PAGES), Vec::new())]);
@@ -216,7 +216,7 @@ fn missing_counts_each_page_once() {
 }
 
 #[test]
-fn what_is_not_there_is_refused() {
+fn nonexistent_pages_are_rejected() {
     let copy = small_file(PAGES);
     fill(&copy, 0, 1);
     let placer = placer(vec![large_target(&copy, Vec::new())]);

@@ -1,5 +1,5 @@
-//! Pages from a peer on access, against a plain model: while the push runs, from peers that lie, and over connections
-//! that are lost. What could hang runs on a thread with a deadline.
+//! Pages from a peer against a plain model: on demand during the push, from hostile peers, and over lost connections.
+//! Operations that may hang run in a thread with a deadline.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -21,16 +21,16 @@ use pageferry_engine::wire::{Format, POSTCOPY, PageServer, PeerSource, Request, 
 use pageferry_engine::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 mod memory;
-use memory::{PATIENCE, contents, format, large_file, small_file, within_a_minute};
+use memory::{TIMEOUT, contents, format, large_file, small_file, within_a_minute};
 
 const PAGES: usize = 4 * SLOTS;
 
-/// What the source has: every sixteenth page is a hole, another sixteenth zeros.
+/// Returns the contents at the source: every sixteenth page is a hole, another sixteenth are zeros.
 fn at_source(page: usize) -> u64 {
     if matches!(page % 16, 3 | 5) { 0 } else { (page as u64 + 1) << 20 }
 }
 
-/// What the destination has of earlier rounds: contents that were right once, of those that are missing.
+/// Returns the contents at the destination from earlier rounds, which are outdated for missing pages.
 fn at_destination(page: usize) -> u64 {
     if is_missing(page) { 0xdead } else { at_source(page) ^ 7 }
 }
@@ -39,17 +39,18 @@ fn is_missing(page: usize) -> bool {
     page / 7 % 5 != 2
 }
 
-/// What a reader must see. What is not missing differs from the source, so that nobody can have brought it.
+/// Returns the contents that a reader must see. Pages that are not missing differ from the source, to detect
+/// overwrites.
 fn expected(page: usize) -> u64 {
     if is_missing(page) { at_source(page) } else { at_destination(page) }
 }
 
 fn put(mapping: &Mapping, page: usize, word: u64) {
-    // SAFETY: `page` asserts that it is within the mapping; nobody else looks at it yet.
+    // SAFETY: the page lies within the mapping, which `page` asserts; no other thread accesses it yet.
     unsafe { mapping.page(page).cast::<u64>().write_volatile(word) }
 }
 
-/// A source, and a workload at the destination with our mapping of its memory and all that a pager needs.
+/// Source, workload at the destination, our mapping of its memory, and the configuration of a pager.
 struct Scene {
     source: Arc<Mapping>,
     ours: Arc<Mapping>,
@@ -76,11 +77,11 @@ impl Scene {
             if page % 16 != 3 {
                 put(&source, page, at_source(page));
             }
-            // By the workload, as what it had mapped before it was told to wait.
+            // Mapped by the workload, as if it had been before it was paused.
             put(&workload, page, at_destination(page));
             if missing(page) {
                 set.insert(page, page + 1);
-                // SAFETY: within the mapping, and nobody else looks at it yet.
+                // SAFETY: the page lies in the mapping, and no other thread accesses it yet.
                 unsafe { *flags.base().add(page / 8) |= 1 << (page % 8) };
             }
         }
@@ -112,11 +113,11 @@ impl Scene {
     fn server(&self, ends: Ends, missing: &PageSet, format: Format) -> Arc<PageServer> {
         let regions = vec![self.source.clone()];
         let server =
-            PageServer::new(regions, std::slice::from_ref(missing), ends.urgent, ends.streams, format, PATIENCE);
+            PageServer::new(regions, std::slice::from_ref(missing), ends.urgent, ends.streams, format, TIMEOUT);
         Arc::new(server.expect("a server"))
     }
 
-    /// A server that answers, and a pager that asks it.
+    /// Creates a server that replies to requests, and a pager connected to it.
     fn connected(&self, format: Format) -> (Arc<PageServer>, Arc<PeerSource>, Pager) {
         let (theirs, peer) = connection(2);
         let server = self.server(theirs, &self.missing, format);
@@ -126,7 +127,7 @@ impl Scene {
     }
 
     fn read(&self, page: usize) -> u64 {
-        // SAFETY: within the mapping, aligned; other threads write other words, or none.
+        // SAFETY: the word lies in the mapping and is aligned; other threads do not write to it.
         unsafe { self.workload.page(page).cast::<u64>().read_volatile() }
     }
 
@@ -139,7 +140,7 @@ impl Scene {
         }
     }
 
-    /// A thread that reads a page.
+    /// Starts a thread that reads a page.
     fn reader(self: &Arc<Self>, page: usize) -> thread::JoinHandle<u64> {
         let scene = self.clone();
         thread::spawn(move || scene.read(page))
@@ -150,27 +151,27 @@ fn space() -> Arc<Space> {
     Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own"))
 }
 
-/// The source's ends of a connection.
+/// Source side of a connection.
 struct Ends {
     urgent: OwnedFd,
     streams: Vec<OwnedFd>,
 }
 
 fn connection(streams: usize) -> (Ends, Arc<PeerSource>) {
-    connection_with(streams, PATIENCE)
+    connection_with(streams, TIMEOUT)
 }
 
-fn connection_with(streams: usize, patience: Duration) -> (Ends, Arc<PeerSource>) {
+fn connection_with(streams: usize, timeout: Duration) -> (Ends, Arc<PeerSource>) {
     let pairs = (0..=streams).map(|_| UnixStream::pair().expect("a pair of sockets"));
     let (mut theirs, mut ours): (Vec<OwnedFd>, Vec<OwnedFd>) = pairs.map(|(a, b)| (a.into(), b.into())).unzip();
-    let peer = PeerSource::new(ours.remove(0), ours, patience).expect("a peer");
+    let peer = PeerSource::new(ours.remove(0), ours, timeout).expect("a peer");
     (Ends { urgent: theirs.remove(0), streams: theirs }, Arc::new(peer))
 }
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(40);
     while !done() {
-        assert!(Instant::now() < deadline, "never: {what}");
+        assert!(Instant::now() < deadline, "timeout: {what}");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -181,7 +182,7 @@ fn random(state: &mut u64) -> usize {
 }
 
 #[test]
-fn contents_come_on_access_while_everything_is_pushed() {
+fn pages_are_loaded_on_demand_during_the_push() {
     for codec in [Codec::None, Codec::Lz4] {
         within_a_minute(move || {
             let scene = Scene::new();
@@ -208,7 +209,7 @@ fn contents_come_on_access_while_everything_is_pushed() {
 }
 
 #[test]
-fn who_waits_for_one_window_asks_once() {
+fn faults_of_one_window_cause_one_request() {
     within_a_minute(|| {
         let scene = Scene::on(small_file(PAGES), small_file(PAGES), SMALL_PAGE, |_| true);
         let (theirs, peer) = connection(1);
@@ -227,7 +228,7 @@ fn who_waits_for_one_window_asks_once() {
 }
 
 #[test]
-fn the_push_goes_on_from_the_last_request() {
+fn push_continues_from_the_last_request() {
     let scene = Scene::new();
     let (theirs, ours) = (UnixStream::pair().expect("sockets"), UnixStream::pair().expect("sockets"));
     let ends = Ends { urgent: theirs.0.into(), streams: vec![ours.0.into()] };
@@ -249,12 +250,12 @@ fn the_push_goes_on_from_the_last_request() {
 }
 
 fn zerocopy_bytes(request: &Request) -> &[u8] {
-    // SAFETY: 32 bytes without padding, which live as long as the request.
+    // SAFETY: a request is 32 bytes without padding, which live as long as the reference.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(request).cast(), size_of::<Request>()) }
 }
 
 #[test]
-fn another_connection_goes_on_where_one_was_lost() {
+fn pager_continues_over_another_connection() {
     within_a_minute(|| {
         let scene = Scene::new();
         let (mut server, mut peer, pager) = scene.connected(format(Codec::Lz4));
@@ -285,12 +286,12 @@ fn another_connection_goes_on_where_one_was_lost() {
         assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
         scene.check();
         let (_theirs, other) = connection(1);
-        assert!(scene.pager(Begin::TakenOver, &other).reconnect(other).is_err(), "it has that connection");
+        assert!(scene.pager(Begin::TakenOver, &other).reconnect(other).is_err(), "the connection is in use");
     });
 }
 
 #[test]
-fn another_pager_goes_on_where_one_ended() {
+fn pager_takes_over_from_an_exited_one() {
     within_a_minute(|| {
         let scene = Scene::new();
         let (theirs, peer) = connection(1);
@@ -312,15 +313,15 @@ fn another_pager_goes_on_where_one_ended() {
     });
 }
 
-/// A balloon makes pages of zeros of those that are still to come: they never come, and nothing fails because of it.
+/// A balloon discards deferred pages: they become zeros and are not loaded, without an error.
 #[test]
-fn what_was_discarded_is_not_brought() {
+fn discarded_pages_are_not_loaded() {
     within_a_minute(|| {
         let scene = Scene::new();
         let (server, peer, pager) = scene.connected(format(Codec::None));
         assert_eq!(scene.read(77), expected(77));
         for page in 0..PAGES {
-            // SAFETY: within the mapping, which is shared memory.
+            // SAFETY: the page lies in the mapping of shared memory.
             let result = unsafe { libc::madvise(scene.workload.page(page).cast(), SMALL_PAGE, libc::MADV_REMOVE) };
             assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
         }
@@ -332,7 +333,7 @@ fn what_was_discarded_is_not_brought() {
     });
 }
 
-/// Blocks as a peer could send them on a stream.
+/// Builds a block as a peer could send it.
 fn block(region: u32, round: u32, sequence: u64, make: impl FnOnce(&mut Builder)) -> Vec<u8> {
     let mut builder = Builder::new(Codec::None, 4 * SMALL_PAGE, 64 * SMALL_PAGE);
     make(&mut builder);
@@ -348,9 +349,9 @@ fn data(first: usize, count: usize) -> impl Fn(&mut Builder) {
     }
 }
 
-/// Whatever a peer sends, an access gets what an honest one says, or waits; and pages that are there stay as they are.
+/// Invalid blocks never change what an access reads: it waits for a valid peer, and present pages are not affected.
 #[test]
-fn peers_that_lie_are_not_believed() {
+fn invalid_blocks_do_not_reach_memory() {
     within_a_minute(|| {
         let run = |class, count| move |builder: &mut Builder| builder.push_run(PAGES - 1, count, class, 0);
         let mut damaged = block(0, POSTCOPY, 0, data(77, 3));
@@ -392,12 +393,12 @@ fn peers_that_lie_are_not_believed() {
             (theirs, peer) = connection(1);
             pager.reconnect(peer.clone()).expect("a pager of a peer");
         }
-        assert!(!reader.is_finished(), "it was given something");
+        assert!(!reader.is_finished(), "the reader continued");
         assert_eq!(contents(&scene.ours), {
             let untouched = Scene::new();
             contents(&untouched.ours)
         });
-        // Not asked for, and not missing: neither does harm.
+        // Neither requested nor missing: ignored.
         let mut urgent = UnixStream::from(theirs.urgent.try_clone().expect("a duplicate"));
         let there = (0..PAGES).find(|&page| !is_missing(page)).expect("one");
         urgent.write_all(&block(0, POSTCOPY, 0, data(there, 1))).expect("a block");
@@ -410,13 +411,13 @@ fn peers_that_lie_are_not_believed() {
 }
 
 #[test]
-fn an_answer_that_does_not_come_is_a_loss() {
+fn late_reply_loses_the_connection() {
     within_a_minute(|| {
         let scene = Scene::new();
         let (theirs, peer) = connection_with(1, Duration::from_millis(300));
         let pager = scene.pager(Begin::Kept, &peer);
         thread::sleep(Duration::from_secs(1));
-        assert_eq!(peer.lost(), None, "nobody has asked for anything");
+        assert_eq!(peer.lost(), None, "no request is pending");
         let reader = scene.reader(77);
         until("a loss", || peer.lost().is_some());
         drop(theirs);
@@ -429,7 +430,7 @@ fn an_answer_that_does_not_come_is_a_loss() {
 }
 
 #[test]
-fn requests_that_are_none_end_it() {
+fn malformed_request_ends_the_server() {
     let scene = Scene::new();
     let mut noise = [0x5a; 32];
     let mut damaged = [0; 32];
@@ -467,7 +468,7 @@ fn requests_that_are_none_end_it() {
 }
 
 #[test]
-fn a_push_that_nobody_reads_is_cancelled() {
+fn blocked_push_can_be_cancelled() {
     within_a_minute(|| {
         let scene = Scene::new();
         let (theirs, _peer) = connection(2);
@@ -478,12 +479,12 @@ fn a_push_that_nobody_reads_is_cancelled() {
         };
         until("some of it", || server.remaining() < scene.missing.count());
         server.cancel();
-        assert!(matches!(pushing.join().expect("no panic"), Err(WireError::Cancelled)));
+        assert!(matches!(pushing.join().expect("the thread panicked"), Err(WireError::Cancelled)));
     });
 }
 
 #[test]
-fn a_limit_holds_for_all_streams_together() {
+fn bandwidth_limit_covers_all_streams() {
     within_a_minute(|| {
         let scene = Scene::new();
         let bandwidth = 8 << 20;
@@ -491,16 +492,16 @@ fn a_limit_holds_for_all_streams_together() {
         let begin = Instant::now();
         server.push().expect("all of it");
         let bytes = server.progress().bytes.load(Ordering::Relaxed);
-        // All but what may be made up for, and the last block of each stream.
+        // All but the burst, and the last block of each stream.
         let least = (bytes - (1 << 18)) * 1000 / bandwidth;
         assert!(begin.elapsed() >= Duration::from_millis(least - 50), "{bytes} bytes in {:?}", begin.elapsed());
         assert!(pager.wait(Duration::from_secs(20), 0));
     });
 }
 
-/// The large page of the destination is filled in place, and is one in the workload's page tables in the end (S7).
+/// A huge page of the destination is filled in place, and is mapped as such at the end (S7).
 #[test]
-fn large_pages_stay_large() {
+fn huge_pages_stay_huge() {
     within_a_minute(|| {
         let room = 64 << 20;
         let (Some(source), Some(ours)) = (large_file(PAGES, room), large_file(PAGES, room)) else { return };
@@ -511,7 +512,7 @@ fn large_pages_stay_large() {
             found.expect("a scan").iter().map(|(start, end)| end - start).sum::<u64>()
         };
         pager.populate().expect("what is there");
-        assert_eq!(large(), LARGE_PAGE as u64, "the one of which nothing is missing");
+        assert_eq!(large(), LARGE_PAGE as u64, "the huge page without deferred pages");
         for page in (0..PAGES).step_by(37) {
             let right = if scene.missing.contains(page) { at_source(page) } else { at_destination(page) };
             assert_eq!(scene.read(page), right, "page {page}");
@@ -523,9 +524,9 @@ fn large_pages_stay_large() {
     });
 }
 
-/// On hugetlbfs pages only go together: an access waits for all of its 2 MiB, and asks for them at once.
+/// Pages of hugetlbfs are loaded as a whole: a fault waits for all of its 2 MiB and requests them at once.
 #[test]
-fn pages_of_hugetlbfs_come_whole() {
+fn hugetlbfs_pages_are_loaded_as_a_whole() {
     within_a_minute(|| {
         let (Some(source), Some(ours)) = (memory::huge_file(PAGES), memory::huge_file(PAGES)) else { return };
         let scene = Scene::on(source, ours, LARGE_PAGE, |page| page >= SLOTS && is_missing(page));

@@ -1,4 +1,4 @@
-//! Peers that lie, break off, stall or send noise: a clear error in bounded time, and no byte outside of the regions.
+//! Hostile, broken and stalled peers: an error in bounded time, and no writes outside the regions.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -16,13 +16,13 @@ use pageferry_engine::wire::{BlockReceiver, BlockSender, WireError};
 use proptest::prelude::*;
 
 mod memory;
-use memory::{PATIENCE, contents, fill, format, page, placer, small_file, target};
+use memory::{TIMEOUT, contents, fill, format, page, placer, small_file, target};
 
 const PAGES: usize = 8;
-/// No wait may be longer, whatever the peer does.
+/// Maximum duration of any wait.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// A region with a page of guard before and after it, in one file.
+/// Region between two guard pages, in one file.
 struct Guarded {
     all: Arc<Mapping>,
     region: Arc<Mapping>,
@@ -43,7 +43,7 @@ impl Guarded {
     }
 }
 
-/// Feeds bytes to a receiver of round 0 and closes; returns how that ended.
+/// Feeds bytes to a receiver of round 0 and closes the stream. Returns the result.
 fn feed(bytes: &[u8]) -> Result<(), WireError> {
     let guarded = Guarded::new();
     let placer = placer(vec![target(&guarded.region)]);
@@ -54,20 +54,20 @@ fn feed(bytes: &[u8]) -> Result<(), WireError> {
 
 fn feed_into(placer: &Arc<Placer>, bytes: &[u8]) -> Result<(), WireError> {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
-    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer.clone(), PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer.clone(), TIMEOUT).expect("a receiver");
     let begin = Instant::now();
     let ended = thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
-        // The receiver may have had enough of it already.
+        // The receiver may have failed already.
         let _ = peer.write_all(bytes);
         drop(peer);
-        receiving.join().expect("no panic")
+        receiving.join().expect("the thread panicked")
     });
     assert!(begin.elapsed() < DEADLINE);
     ended
 }
 
-/// The bytes of a block with what `make` puts in it, then of a barrier.
+/// Builds a block with the contents that `make` adds, followed by a barrier.
 fn block(codec: Codec, region: u32, round: u32, sequence: u64, make: impl Fn(&mut Builder)) -> Vec<u8> {
     let mut builder = Builder::new(codec, 2 * SMALL_PAGE, 16 * SMALL_PAGE);
     make(&mut builder);
@@ -85,14 +85,14 @@ fn data(first: usize, count: usize) -> impl Fn(&mut Builder) {
 }
 
 #[test]
-fn an_honest_peer_is_believed() {
+fn valid_stream_is_accepted() {
     for codec in [Codec::None, Codec::Lz4, Codec::Zstd] {
-        feed(&block(codec, 0, 0, 0, data(0, PAGES))).expect("nothing wrong with it");
+        feed(&block(codec, 0, 0, 0, data(0, PAGES))).expect("a valid block");
     }
 }
 
 #[test]
-fn pages_out_of_the_regions_are_refused() {
+fn pages_outside_the_regions_are_rejected() {
     for codec in [Codec::None, Codec::Lz4] {
         for (region, first, count) in [(0, PAGES - 1, 2), (0, PAGES, 1), (0, usize::MAX >> 14, 1)] {
             let ended = feed(&block(codec, region, 0, 0, data(first, count)));
@@ -110,7 +110,7 @@ fn pages_out_of_the_regions_are_refused() {
 }
 
 #[test]
-fn runs_that_overlap_are_refused() {
+fn overlapping_runs_are_rejected() {
     let run = |first, count, class| move |builder: &mut Builder| builder.push_run(first, count, class, 0);
     for second in [run(0, PAGES, Class::Zero), run(3, 1, Class::Zero), run(0, 1, Class::Absent)] {
         let ended = feed(&block(Codec::None, 0, 0, 0, |builder| {
@@ -126,9 +126,9 @@ fn runs_that_overlap_are_refused() {
     feed(&apart).expect("no page is in two runs");
 }
 
-/// A page that is discarded while a round is sent is sent twice in it.
+/// A page that is discarded during a round is sent twice.
 #[test]
-fn a_page_may_come_again_in_a_round() {
+fn page_may_be_sent_twice_in_a_round() {
     let whole = |sequence| {
         let mut builder = Builder::new(Codec::None, SMALL_PAGE, SMALL_PAGE);
         builder.push_run(0, PAGES, Class::Absent, 0);
@@ -136,16 +136,16 @@ fn a_page_may_come_again_in_a_round() {
         [built.head, built.payload].concat()
     };
     let barrier = Builder::new(Codec::None, SMALL_PAGE, SMALL_PAGE).barrier(0, 2).head.to_vec();
-    feed(&[whole(0), whole(1), barrier].concat()).expect("nothing wrong with it");
+    feed(&[whole(0), whole(1), barrier].concat()).expect("a valid block");
 }
 
-/// One run of 88 bytes on the wire may stand for all of a large region.
+/// A run of 88 bytes on the wire may cover a whole large region.
 #[test]
-fn a_long_run_is_cancelled_in_the_middle() {
+fn long_run_can_be_cancelled() {
     let file = memory::small_file(1 << 24);
     let placer = placer(vec![target(&file)]);
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
-    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer.clone(), PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer.clone(), TIMEOUT).expect("a receiver");
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
         peer.write_all(&block(Codec::None, 0, 0, 0, |builder| builder.push_run(0, 1 << 24, Class::Absent, 0)))
@@ -154,14 +154,14 @@ fn a_long_run_is_cancelled_in_the_middle() {
             thread::yield_now();
         }
         receiver.cancel();
-        let ended = receiving.join().expect("no panic");
+        let ended = receiving.join().expect("the thread panicked");
         assert!(matches!(ended, Err(WireError::Cancelled)), "{ended:?}");
         assert!(placer.missing() > 0);
     });
 }
 
 #[test]
-fn contents_by_reference_are_refused() {
+fn contents_by_reference_are_rejected() {
     for class in [Class::Pattern, Class::SameAs] {
         let ended = feed(&block(Codec::None, 0, 0, 0, |builder| builder.push_run(0, 1, class, 1)));
         assert!(matches!(ended, Err(WireError::Place(PlaceError::Class(refused))) if refused == class), "{ended:?}");
@@ -169,7 +169,7 @@ fn contents_by_reference_are_refused() {
 }
 
 #[test]
-fn blocks_out_of_step_are_refused() {
+fn blocks_out_of_order_are_rejected() {
     for (round, sequence) in [(1, 0), (u32::MAX, 0), (0, 1), (0, u64::MAX - 1)] {
         let ended = feed(&block(Codec::None, 0, round, sequence, data(0, 1)));
         assert!(matches!(ended, Err(WireError::Order(_))), "{ended:?}");
@@ -181,7 +181,7 @@ fn blocks_out_of_step_are_refused() {
 }
 
 #[test]
-fn breaking_off_anywhere_is_a_closed_stream() {
+fn stream_cut_off_anywhere_is_closed() {
     for codec in [Codec::None, Codec::Zstd] {
         let whole = block(codec, 0, 0, 0, data(0, 3));
         for cut in (0..whole.len()).step_by(whole.len() / 40 + 1).chain([1, 63, 64, 65, whole.len() - 1]) {
@@ -192,7 +192,7 @@ fn breaking_off_anywhere_is_a_closed_stream() {
 }
 
 #[test]
-fn damaged_pages_are_refused_by_name() {
+fn damaged_pages_are_named() {
     for codec in [Codec::None, Codec::Lz4] {
         let mut bytes = block(codec, 0, 0, 0, data(2, 2));
         let last = bytes.len() - 64 - 1;
@@ -211,9 +211,9 @@ proptest! {
         prop_assert!(feed(&bytes).is_err());
     }
 
-    /// One byte of an honest stream changed: found out, unless it is the barrier that is not needed for the pages.
+    /// A changed byte of a valid stream is detected, unless it is in the barrier after the pages.
     #[test]
-    fn one_changed_byte_is_found(at in any::<prop::sample::Index>(), change in 1u8.., lz4 in any::<bool>()) {
+    fn changed_byte_is_detected(at in any::<prop::sample::Index>(), change in 1u8.., lz4 in any::<bool>()) {
         let codec = if lz4 { Codec::Lz4 } else { Codec::None };
         let mut bytes = block(codec, 0, 0, 0, data(1, 4));
         let at = at.index(bytes.len());
@@ -222,9 +222,9 @@ proptest! {
     }
 }
 
-/// A peer that sends nothing, or stops within a block, is waited for no longer than agreed.
+/// The wait for a silent peer, also within a block, is bounded by the timeout.
 #[test]
-fn a_peer_that_stalls_is_given_up() {
+fn stalled_peer_times_out() {
     let whole = block(Codec::None, 0, 0, 0, data(0, 2));
     for sent in [0, 10, 64, whole.len() - 65] {
         let (mut peer, ours) = UnixStream::pair().expect("sockets");
@@ -239,9 +239,9 @@ fn a_peer_that_stalls_is_given_up() {
     }
 }
 
-/// A peer that takes nothing off the socket.
+/// The peer does not read from the socket.
 #[test]
-fn a_peer_that_does_not_read_is_given_up() {
+fn peer_that_does_not_read_times_out() {
     let source = full_file(4096);
     let (peer, ours) = UnixStream::pair().expect("sockets");
     let sender =
@@ -250,7 +250,7 @@ fn a_peer_that_does_not_read_is_given_up() {
     assert!(matches!(ended, Err(WireError::Stalled(_))), "{ended:?}");
     drop(peer);
     let ended = sender.send(&[source], &[PageSet::full(4096)], 0, true);
-    assert!(matches!(ended, Err(WireError::Cancelled)), "once failed, always: {ended:?}");
+    assert!(matches!(ended, Err(WireError::Cancelled)), "failed before: {ended:?}");
 }
 
 fn full_file(pages: usize) -> Arc<Mapping> {
@@ -259,14 +259,14 @@ fn full_file(pages: usize) -> Arc<Mapping> {
     file
 }
 
-/// A socket that never blocks is waited for just the same, without a processor spinning on it.
+/// Sockets in non-blocking mode are waited for as well, without busy waiting.
 #[test]
-fn sockets_that_never_block_work_and_sleep() {
+fn non_blocking_sockets_are_polled() {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
     ours.set_nonblocking(true).expect("an option");
     let copy = small_file(PAGES);
     let placer = placer(vec![target(&copy)]);
-    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, TIMEOUT).expect("a receiver");
     let used = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let before = thread_time();
@@ -275,7 +275,7 @@ fn sockets_that_never_block_work_and_sleep() {
         });
         thread::sleep(Duration::from_millis(400));
         peer.write_all(&block(Codec::None, 0, 0, 0, data(0, PAGES))).expect("room");
-        receiving.join().expect("no panic")
+        receiving.join().expect("the thread panicked")
     });
     assert_eq!(page(&copy, PAGES - 1)[0], 3);
     assert!(used < Duration::from_millis(200), "{used:?} of processor time in 400 ms of waiting");
@@ -283,25 +283,25 @@ fn sockets_that_never_block_work_and_sleep() {
 
 fn thread_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is valid for writing.
+    // SAFETY: `time` is a timespec that is valid for writing.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     Duration::new(u64::try_from(time.tv_sec).unwrap(), u32::try_from(time.tv_nsec).unwrap())
 }
 
 #[test]
-fn cancelling_ends_blocked_ends_soon() {
+fn cancellation_unblocks_sender_and_receiver() {
     let (peer, ours) = UnixStream::pair().expect("sockets");
     let placer = placer(vec![target(&small_file(PAGES))]);
-    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, PATIENCE).expect("a receiver");
-    let sender = BlockSender::new(vec![OwnedFd::from(peer)], format(Codec::None), PATIENCE).expect("a sender");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, TIMEOUT).expect("a receiver");
+    let sender = BlockSender::new(vec![OwnedFd::from(peer)], format(Codec::None), TIMEOUT).expect("a sender");
     let source = full_file(4096);
     let begin = Instant::now();
     thread::scope(|scope| {
-        // Round 9 never comes, and what comes in its place is refused only when it is read: both are blocked for good.
+        // Round 9 is never received, and other blocks are only rejected when they are read: both sides stay blocked.
         let sending = scope.spawn(|| sender.send(&[source], &[PageSet::full(4096)], 0, true));
         thread::sleep(Duration::from_millis(100));
         sender.cancel();
-        assert!(matches!(sending.join().expect("no panic"), Err(WireError::Cancelled)));
+        assert!(matches!(sending.join().expect("the thread panicked"), Err(WireError::Cancelled)));
     });
     receiver.cancel();
     assert!(matches!(receiver.receive(0), Err(WireError::Cancelled)));
@@ -309,58 +309,57 @@ fn cancelling_ends_blocked_ends_soon() {
 }
 
 #[test]
-fn cancelling_a_receiver_that_waits_ends_it() {
+fn cancellation_unblocks_a_waiting_receiver() {
     let (_peer, ours) = UnixStream::pair().expect("sockets");
     let placer = placer(vec![target(&small_file(PAGES))]);
-    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, PATIENCE).expect("a receiver");
+    let receiver = BlockReceiver::new(vec![OwnedFd::from(ours)], placer, TIMEOUT).expect("a receiver");
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
         thread::sleep(Duration::from_millis(50));
         receiver.cancel();
-        assert!(matches!(receiving.join().expect("no panic"), Err(WireError::Cancelled)));
+        assert!(matches!(receiving.join().expect("the thread panicked"), Err(WireError::Cancelled)));
     });
 }
 
-/// Of several streams one fails: the others end too, and its error is the one that is told. Many times, because it is
-/// a race that must not be there.
+/// If one of several streams fails, the others are cancelled and its error is returned. Repeated to detect races.
 #[test]
-fn the_first_failure_is_told() {
+fn first_failure_is_returned() {
     for _ in 0..50 {
         let pairs: Vec<_> = (0..4).map(|_| UnixStream::pair().expect("sockets")).collect();
         let (mut peers, ours): (Vec<UnixStream>, Vec<OwnedFd>) = pairs.into_iter().map(|(a, b)| (a, b.into())).unzip();
         let placer = placer(vec![target(&small_file(PAGES))]);
-        let receiver = BlockReceiver::new(ours, placer, PATIENCE).expect("a receiver");
+        let receiver = BlockReceiver::new(ours, placer, TIMEOUT).expect("a receiver");
         let ended = thread::scope(|scope| {
             let receiving = scope.spawn(|| receiver.receive(0));
             peers[2].write_all(&[0x47; 64]).expect("room");
             for peer in [0, 1, 3] {
-                // A header at a time, so that the others are woken again and again while the third fails.
+                // One header at a time, so that the other streams are woken repeatedly while the third one fails.
                 let _ = peers[peer].write_all(&block(Codec::None, 0, 0, 0, data(0, 4))[..100]);
             }
-            receiving.join().expect("no panic")
+            receiving.join().expect("the thread panicked")
         });
         assert!(matches!(ended, Err(WireError::Block(BlockError::Magic(_)))), "{ended:?}");
     }
 }
 
-/// The sender's peer goes away in the middle of a round.
+/// The peer of a sender closes the connection during a round.
 #[test]
-fn a_peer_that_goes_away_is_a_closed_stream() {
+fn closed_peer_is_reported() {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
-    let sender = BlockSender::new(vec![OwnedFd::from(ours)], format(Codec::None), PATIENCE).expect("a sender");
+    let sender = BlockSender::new(vec![OwnedFd::from(ours)], format(Codec::None), TIMEOUT).expect("a sender");
     let source = full_file(4096);
     let ended = thread::scope(|scope| {
         let sending = scope.spawn(|| sender.send(&[source], &[PageSet::full(4096)], 0, true));
         peer.read_exact(&mut [0; 100_000]).expect("a beginning");
         drop(peer);
-        sending.join().expect("no panic")
+        sending.join().expect("the thread panicked")
     });
     assert!(matches!(ended, Err(WireError::Closed)), "{ended:?}");
 }
 
-/// A round that came whole is what the source holds, even where an earlier page of the region was refused.
+/// Blocks received before a rejected one are complete.
 #[test]
-fn what_came_before_a_refusal_is_whole() {
+fn pages_before_a_rejected_block_are_complete() {
     let copy = small_file(PAGES);
     let placer = placer(vec![target(&copy)]);
     let good = block(Codec::Lz4, 0, 0, 0, data(0, 2));

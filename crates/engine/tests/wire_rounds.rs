@@ -1,4 +1,4 @@
-//! Rounds over real sockets against a plain model: after each barrier the destination holds what the source holds.
+//! Rounds over sockets against a plain model: after each barrier, the destination equals the source.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,16 +13,16 @@ use pageferry_engine::{SLOTS, SMALL_PAGE};
 use proptest::prelude::*;
 
 mod memory;
-use memory::{PATIENCE, contents, ends, fill, format, placer, small_file, target};
+use memory::{TIMEOUT, contents, ends, fill, format, placer, small_file, target};
 
-/// Pages of the regions: one that is no multiple of 2 MiB, one of more than a share, one that is tiny.
+/// Numbers of pages of the regions: not a multiple of 2 MiB, more than one share, and very small.
 const REGIONS: [usize; 3] = [SLOTS + 37, 4 * SLOTS + 3, 1];
 
 #[derive(Debug, Clone)]
 enum Change {
-    /// Pages overwritten with a byte; zero makes them pages of zeros.
+    /// Pages filled with a byte; 0 makes them zero pages.
     Write { region: usize, first: prop::sample::Index, count: usize, byte: u8 },
-    /// Pages freed, which no trace would report.
+    /// Pages freed, which no trace reports.
     Punch { region: usize, first: prop::sample::Index, count: usize },
 }
 
@@ -35,7 +35,7 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
     prop::collection::vec(prop_oneof![4 => write, 1 => punch], 0..12)
 }
 
-/// Applies the changes; returns what a write trace would report.
+/// Applies the changes. Returns the pages that a write trace would report.
 fn apply(source: &[Arc<Mapping>], changes: &[Change]) -> Vec<PageSet> {
     let mut dirty: Vec<_> = source.iter().map(|mapping| PageSet::new(mapping.pages())).collect();
     for change in changes {
@@ -61,7 +61,7 @@ fn round(sender: &BlockSender, receiver: &BlockReceiver, source: &[Arc<Mapping>]
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(number));
         sender.send(source, sets, number, true).expect("a round sent");
-        receiving.join().expect("no panic").expect("a round received");
+        receiving.join().expect("the thread panicked").expect("a round received");
     });
 }
 
@@ -83,7 +83,7 @@ proptest! {
         let source = REGIONS.map(small_file);
         let copies = REGIONS.map(small_file);
         let placer = placer(copies.iter().map(target).collect());
-        let (sender, receiver) = ends(streams, format(codec), &placer, PATIENCE);
+        let (sender, receiver) = ends(streams, format(codec), &placer, TIMEOUT);
         apply(&source, &before);
         let mut sets = REGIONS.map(PageSet::full).to_vec();
         for (number, changes) in (0..).zip(std::iter::once(&Vec::new()).chain(&rounds)) {
@@ -103,25 +103,25 @@ proptest! {
     }
 }
 
-/// Holes are told by the file, not by reading: a source of nothing takes up nothing afterwards, and so does its copy.
+/// Holes are found without reading: neither the source nor its copy is allocated.
 #[test]
-fn nothing_is_allocated_for_holes() {
+fn holes_are_not_allocated() {
     let (source, copy) = (small_file(64 * SLOTS), small_file(64 * SLOTS));
     fill(&source, 9 * SLOTS, 1);
     let placer = placer(vec![target(&copy)]);
-    let (sender, receiver) = ends(2, format(Codec::None), &placer, PATIENCE);
+    let (sender, receiver) = ends(2, format(Codec::None), &placer, TIMEOUT);
     round(&sender, &receiver, std::slice::from_ref(&source), &[PageSet::full(64 * SLOTS)], 0);
     assert_eq!((memory::allocated(&source), memory::allocated(&copy)), (4096, 4096));
     let progress = receiver.progress();
     assert_eq!(counted(progress)[2..], [1, 0, 64 * 512 - 1]);
 }
 
-/// A part of a round without a barrier is not the end of it.
+/// A part of a round without a barrier does not end it.
 #[test]
-fn a_round_may_be_sent_in_parts() {
+fn round_may_be_sent_in_parts() {
     let (source, copy) = (small_file(600), small_file(600));
     let placer = placer(vec![target(&copy)]);
-    let (sender, receiver) = ends(2, format(Codec::Lz4), &placer, PATIENCE);
+    let (sender, receiver) = ends(2, format(Codec::Lz4), &placer, TIMEOUT);
     (0..600).for_each(|page| fill(&source, page, 7));
     let (mut first, mut second) = (PageSet::new(600), PageSet::new(600));
     first.insert(0, 300);
@@ -131,14 +131,14 @@ fn a_round_may_be_sent_in_parts() {
         let receiving = scope.spawn(|| receiver.receive(4));
         sender.send(&regions, &[first], 4, false).expect("a part sent");
         sender.send(&regions, &[second], 4, true).expect("the rest sent");
-        receiving.join().expect("no panic").expect("a round received");
+        receiving.join().expect("the thread panicked").expect("a round received");
     });
     assert_eq!(contents(&source), contents(&copy));
 }
 
 #[test]
-fn ends_without_sockets_are_refused() {
+fn empty_lists_of_sockets_are_rejected() {
     let placer = placer(vec![target(&small_file(1))]);
-    assert!(BlockSender::new(Vec::<OwnedFd>::new(), format(Codec::None), PATIENCE).is_err());
-    assert!(BlockReceiver::new(Vec::<OwnedFd>::new(), placer, PATIENCE).is_err());
+    assert!(BlockSender::new(Vec::<OwnedFd>::new(), format(Codec::None), TIMEOUT).is_err());
+    assert!(BlockReceiver::new(Vec::<OwnedFd>::new(), placer, TIMEOUT).is_err());
 }

@@ -35,7 +35,7 @@ fn digest(ledger: &Ledger) -> u64 {
 }
 
 fn pause(ledger: &Ledger) {
-    assert!(ledger.pause(Duration::from_secs(60)).unwrap(), "threads did not park");
+    assert!(ledger.pause(Duration::from_secs(60)).unwrap(), "threads did not pause");
     assert_eq!(ledger.state(), State::Paused);
 }
 
@@ -44,7 +44,7 @@ fn wait_for(ledger: &Ledger, writes: u64) {
     let goal = ledger.writes().iter().sum::<u64>() + writes;
     let end = Instant::now() + Duration::from_secs(60);
     while ledger.writes().iter().sum::<u64>() < goal {
-        assert!(Instant::now() < end, "the ledger does not write");
+        assert!(Instant::now() < end, "the ledger makes no progress");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -91,7 +91,7 @@ fn writes_and_pauses_are_consistent() {
 }
 
 #[test]
-fn calls_that_do_not_fit_are_refused() {
+fn calls_in_the_wrong_state_are_rejected() {
     let (_mapping, ledger) = sample();
     assert!(matches!(ledger.pause(Duration::ZERO), Err(LedgerError::WrongState(State::Stopped))));
     assert!(matches!(ledger.resume(), Err(LedgerError::WrongState(State::Stopped))));
@@ -105,7 +105,7 @@ fn calls_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn bad_options_are_refused() {
+fn invalid_options_are_rejected() {
     let refused = |options: Options| {
         let made = Ledger::create(memory(MIB), &options, None, &AtomicBool::new(false));
         assert!(matches!(made, Err(LedgerError::BadOption(_))), "{options:?}");
@@ -125,7 +125,7 @@ fn bad_options_are_refused() {
 }
 
 #[test]
-fn pages_that_are_not_filled_are_never_touched() {
+fn unfilled_pages_are_never_accessed() {
     let mapping = memory(64 * MIB);
     let ledger = create(&mapping, &Options { threads: 2, fill: 0.25, scatter: true, ..Options::default() });
     run_and_pause(&ledger, 20_000);
@@ -138,7 +138,7 @@ fn pages_that_are_not_filled_are_never_touched() {
 }
 
 #[test]
-fn another_process_or_host_goes_on_from_it() {
+fn ledger_continues_from_a_copy() {
     let (mapping, ledger) = sample();
     run_and_pause(&ledger, 1000);
     let moved = memory(mapping.len());
@@ -157,7 +157,7 @@ fn another_process_or_host_goes_on_from_it() {
 }
 
 #[test]
-fn shares_of_partitions_make_up_the_whole() {
+fn shares_run_all_partitions() {
     let mapping = memory(2 * MIB);
     create(&mapping, &Options { threads: 3, ..Options::default() });
     let first = Ledger::attach(Arc::clone(&mapping), 0, Some(1)).unwrap();
@@ -176,7 +176,7 @@ fn shares_of_partitions_make_up_the_whole() {
 }
 
 #[test]
-fn the_rate_is_kept() {
+fn write_rate_is_limited() {
     let mapping = memory(4 * MIB);
     let ledger = create(&mapping, &Options { threads: 2, rate: Some(8 << 20), ..Options::default() });
     let before: u64 = ledger.writes().iter().sum();
@@ -218,13 +218,13 @@ fn put(layout: &Layout, number: usize, of: usize, version: u64) {
 }
 
 #[test]
-fn a_lost_page_shows() {
+fn lost_page_is_detected() {
     let report = damaged(|layout, _| store(layout.body(with_content(layout)), &[0; WORDS]));
     assert_eq!((report.lost, report.stale, report.torn), (1, 0, 0));
 }
 
 #[test]
-fn a_stale_page_shows() {
+fn stale_page_is_detected() {
     let mut planted = 0;
     let report = damaged(|layout, _| {
         planted = with_content(layout);
@@ -235,7 +235,7 @@ fn a_stale_page_shows() {
 }
 
 #[test]
-fn zeros_that_did_not_arrive_show() {
+fn missing_zeros_are_detected() {
     let report = damaged(|layout, _| {
         let number = of_zeros(layout);
         put(layout, number, number, 1);
@@ -244,7 +244,7 @@ fn zeros_that_did_not_arrive_show() {
 }
 
 #[test]
-fn a_misplaced_page_shows() {
+fn misplaced_page_is_detected() {
     let report = damaged(|layout, _| {
         let number = with_content(layout);
         put(layout, number, number + 1, Entry(layout.entry(number).load(Ordering::Relaxed)).version());
@@ -253,7 +253,7 @@ fn a_misplaced_page_shows() {
 }
 
 #[test]
-fn a_torn_page_shows() {
+fn torn_page_is_detected() {
     let report = damaged(|layout, _| {
         let number = with_content(layout);
         let (mut old, mut new) = ([0; WORDS], [0; WORDS]);
@@ -266,7 +266,7 @@ fn a_torn_page_shows() {
 }
 
 #[test]
-fn one_bit_shows() {
+fn single_changed_bit_is_detected() {
     let report = damaged(|layout, _| {
         layout.body(of_zeros(layout))[17].store(1 << 40, Ordering::Relaxed);
         let number = with_content(layout);
@@ -276,7 +276,7 @@ fn one_bit_shows() {
 }
 
 #[test]
-fn a_stale_table_entry_shows() {
+fn stale_table_entry_is_detected() {
     let report = damaged(|layout, _| {
         layout.entry(with_content(layout)).fetch_sub(2, Ordering::Relaxed);
     });
@@ -284,7 +284,7 @@ fn a_stale_table_entry_shows() {
 }
 
 #[test]
-fn a_page_stale_together_with_its_entry_shows() {
+fn page_stale_with_its_entry_is_detected() {
     let report = damaged(|layout, _| {
         let number = with_content(layout);
         let entry = Entry(layout.entry(number).load(Ordering::Relaxed));
@@ -295,7 +295,7 @@ fn a_page_stale_together_with_its_entry_shows() {
 }
 
 #[test]
-fn entries_of_other_instants_whose_versions_add_up_show() {
+fn inconsistent_entries_with_equal_sum_are_detected() {
     let report = damaged(|layout, _| {
         let number = with_content(layout);
         for (number, change) in [(number, 1), (number + 1, -1)] {
@@ -309,7 +309,7 @@ fn entries_of_other_instants_whose_versions_add_up_show() {
 }
 
 #[test]
-fn stale_and_lost_counters_show() {
+fn stale_and_lost_counters_are_detected() {
     let stale = damaged(|_, mapping| {
         // SAFETY: the counter of writes of the first partition lies in the mapping and is aligned; no other thread
         // accesses it.
@@ -324,7 +324,7 @@ fn stale_and_lost_counters_show() {
 }
 
 #[test]
-fn a_damaged_header_shows() {
+fn damaged_header_is_detected() {
     let damage = |_: &Layout, mapping: &Mapping| {
         // SAFETY: the word of the header lies in the mapping and is aligned; no other thread accesses it.
         unsafe { *mapping.base().cast::<u64>().add(5) += 1 };
@@ -336,7 +336,7 @@ fn a_damaged_header_shows() {
 }
 
 #[test]
-fn memory_without_a_ledger_is_refused() {
+fn memory_without_a_ledger_is_rejected() {
     assert!(matches!(Ledger::attach(memory(MIB), 0, None), Err(LedgerError::NoLedger(_))));
     let (mapping, _ledger) = sample();
     let larger = memory(2 * mapping.len());
@@ -345,7 +345,7 @@ fn memory_without_a_ledger_is_refused() {
 }
 
 #[test]
-fn damage_that_was_written_over_still_shows() {
+fn overwritten_damage_is_detected() {
     let (_mapping, ledger) = sample();
     run_and_pause(&ledger, 100);
     let number = with_content(&ledger.layout);
@@ -359,7 +359,7 @@ fn damage_that_was_written_over_still_shows() {
         if report.lost == 0 {
             break report;
         }
-        assert!(Instant::now() < end, "the page is never written");
+        assert!(Instant::now() < end, "the page is not written");
         ledger.resume().unwrap();
     };
     assert_eq!((report.overwritten, report.first_bad), (1, Some(number)));
@@ -367,7 +367,7 @@ fn damage_that_was_written_over_still_shows() {
 }
 
 #[test]
-fn large_pages_can_be_forbidden_in_part() {
+fn huge_pages_can_be_excluded_in_part() {
     let mapping = memory(8 * LARGE_PAGE);
     let ledger = Ledger::create(Arc::clone(&mapping), &Options::default(), Some(0.5), &AtomicBool::new(false)).unwrap();
     assert!(verify(&ledger).intact());
@@ -403,7 +403,7 @@ proptest! {
 
     /// Compares the table with a plain model of the operations, for any options and interleaving.
     #[test]
-    fn the_table_follows_from_the_counters(
+    fn table_follows_from_the_counters(
         options in any_options(),
         order in prop::collection::vec(0..4_usize, 0..400),
     ) {
@@ -445,7 +445,7 @@ proptest! {
 
     /// Any change of a written word changes the digest and fails the verification, unless the word is unused.
     #[test]
-    fn any_damage_shows(page in 0..64_usize, word in 0..WORDS, bits in 1_u64..) {
+    fn any_damage_is_detected(page in 0..64_usize, word in 0..WORDS, bits in 1_u64..) {
         let mapping = memory(64 * SMALL_PAGE);
         let ledger = create(&mapping, &Options { threads: 2, zero_fraction: 0.5, ..Options::default() });
         let before = digest(&ledger);

@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tells_zeros_patterns_and_data_apart() {
+    fn zeros_patterns_and_data_are_distinguished() {
         assert_eq!(Content::of(&[0; WORDS]), Content::Zero);
         assert_eq!(Content::of(&[0x6b6b; WORDS]), Content::Pattern(0x6b6b));
         for at in [0, 1, 255, WORDS - 1] {

@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_survives_a_call_that_does_not_come_back() {
+    fn process_survives_a_call_that_does_not_return() {
         let mut child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().expect("a shell");
         let pid = libc::pid_t::try_from(child.id()).expect("a pid");
         std::thread::sleep(Duration::from_millis(50));

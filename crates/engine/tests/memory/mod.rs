@@ -1,4 +1,4 @@
-//! Files to map, sockets to move their pages over, and a deadline, for the tests of wire, placer and pager.
+//! Memory files, sockets and a deadline, for the tests of wire, placer and pager.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::ffi::CStr;
@@ -16,10 +16,10 @@ use pageferry_engine::placer::{Placer, Target};
 use pageferry_engine::wire::{BlockReceiver, BlockSender, Format};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
-/// Longer than anything here takes, and short enough to fail a test instead of hanging it.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Timeout that no operation of these tests reaches.
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Does what may hang, on a thread of its own.
+/// Runs `work`, which may hang, in a separate thread.
 pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
     let (done, finished) = mpsc::channel();
     let worker = thread::spawn(move || {
@@ -27,19 +27,19 @@ pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
         let _ = done.send(());
     });
     match finished.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        _ => worker.join().expect("it ends"),
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("the operation hangs"),
+        _ => worker.join().expect("the thread panicked"),
     }
 }
 
-/// A fresh file of small pages, all holes.
+/// Creates a memory file of base pages, all holes.
 pub fn small_file(pages: usize) -> Arc<Mapping> {
-    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
     mapped(&file, pages)
 }
 
-/// A fresh file on a detached tmpfs with huge=always; none without the right to mount.
+/// Creates a file on a detached tmpfs with huge=always. Returns `None` without permission to mount.
 pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
     let directory = match mapping::large_tmpfs(room) {
         Ok(directory) => directory,
@@ -51,9 +51,9 @@ pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
     Some(mapped(&open_unnamed(directory.as_fd().as_raw_fd(), c"."), pages))
 }
 
-/// A fresh file on hugetlbfs, reserved; none where there are not as many pages to be had.
+/// Creates a hugetlbfs file with reserved pages. Returns `None` if there are too few free huge pages.
 pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
-    // SAFETY: the name is NUL-terminated; the descriptor is new.
+    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
     if file < 0 {
         return None;
@@ -62,7 +62,7 @@ pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
     let file = unsafe { File::from_raw_fd(file) };
     let len = pages * SMALL_PAGE;
     file.set_len(len as u64).ok()?;
-    // A mapping reserves its pages, or fails.
+    // Mapping the file reserves its pages, or fails.
     let mapping = Mapping::new(file.as_fd(), len, 0);
     if mapping.is_err() {
         eprintln!("skipped: {} pages of 2 MiB are not to be had", len / LARGE_PAGE);
@@ -72,7 +72,7 @@ pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
 
 fn open_unnamed(directory: i32, path: &CStr) -> File {
     let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
-    // SAFETY: the path is NUL-terminated; the descriptor is new.
+    // SAFETY: the path is NUL-terminated; the returned descriptor is new and has no other owner.
     unsafe { File::from_raw_fd(libc::openat(directory, path.as_ptr(), flags, 0o600)) }
 }
 
@@ -81,25 +81,25 @@ fn mapped(file: &File, pages: usize) -> Arc<Mapping> {
     Arc::new(Mapping::new(file.as_fd(), pages * SMALL_PAGE, 0).expect("a mapping"))
 }
 
-/// Bytes that a file takes up.
+/// Returns the allocated size of a file, bytes.
 pub fn allocated(mapping: &Mapping) -> u64 {
     let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
     file.metadata().expect("metadata").blocks() * 512
 }
 
-/// Overwrites a page with one byte, which is zero for a page of zeros.
+/// Fills a page with a byte; 0 makes it a zero page.
 pub fn fill(mapping: &Mapping, page: usize, byte: u8) {
-    // SAFETY: `page` asserts that the page is within the mapping.
+    // SAFETY: the page lies within the mapping, which `page` asserts.
     unsafe { std::ptr::write_bytes(mapping.page(page), byte, SMALL_PAGE) }
 }
 
-/// What a page holds. (Reading a hole may allocate it.)
+/// Returns the contents of a page. Reading a hole may allocate it.
 pub fn page(mapping: &Mapping, page: usize) -> &[u8] {
-    // SAFETY: within the mapping, and the tests write only when they do not read.
+    // SAFETY: the page lies within the mapping, and the tests do not write while they read.
     unsafe { std::slice::from_raw_parts(mapping.page(page), SMALL_PAGE) }
 }
 
-/// The whole contents, read through the file so that holes stay holes.
+/// Reads the whole file with read(2), so that holes stay holes.
 pub fn contents(mapping: &Mapping) -> Vec<u8> {
     let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
     let mut bytes = vec![0; mapping.len()];
@@ -107,12 +107,12 @@ pub fn contents(mapping: &Mapping) -> Vec<u8> {
     bytes
 }
 
-/// A target on small pages whose every unit stands on small pages at the source.
+/// Creates a target of base pages, all of whose units are backed by base pages at the source.
 pub fn target(mapping: &Arc<Mapping>) -> Target {
     Target { mapping: mapping.clone(), page_size: SMALL_PAGE, large: Vec::new() }
 }
 
-/// A target whose units are as `large` says at the source.
+/// Creates a target whose units are backed by huge pages at the source as `large` says.
 pub fn large_target(mapping: &Arc<Mapping>, large: Vec<bool>) -> Target {
     Target { mapping: mapping.clone(), page_size: SMALL_PAGE, large }
 }
@@ -121,19 +121,19 @@ pub fn placer(targets: Vec<Target>) -> Arc<Placer> {
     Arc::new(Placer::new(targets, Vec::new(), true, 0).expect("a placer"))
 }
 
-/// Both ends of `streams` connected sockets.
-pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, patience: Duration) -> (BlockSender, BlockReceiver) {
+/// Creates both sides of `streams` connected sockets.
+pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, timeout: Duration) -> (BlockSender, BlockReceiver) {
     let pairs = (0..streams).map(|_| UnixStream::pair().expect("a pair of sockets"));
     let (ours, theirs): (Vec<OwnedFd>, Vec<OwnedFd>) = pairs.map(|(a, b)| (a.into(), b.into())).unzip();
-    let sender = BlockSender::new(ours, format, patience).expect("a sender");
-    (sender, BlockReceiver::new(theirs, placer.clone(), patience).expect("a receiver"))
+    let sender = BlockSender::new(ours, format, timeout).expect("a sender");
+    (sender, BlockReceiver::new(theirs, placer.clone(), timeout).expect("a receiver"))
 }
 
 pub fn format(codec: Codec) -> Format {
     Format { codec, adaptive: false, bandwidth: 0, page_block: 4 * SMALL_PAGE, storage_block: 32 * SMALL_PAGE }
 }
 
-/// Units of 2 MiB that a mapping has, the last one counted when it is shorter.
+/// Returns the number of 2 MiB units of a mapping, including a shorter last one.
 pub fn units(mapping: &Mapping) -> usize {
     mapping.len().div_ceil(LARGE_PAGE)
 }
