@@ -10,6 +10,7 @@ mod image_writer;
 mod ledger;
 mod mappers;
 mod mapping;
+mod options;
 mod page_store;
 mod pager;
 mod pages;

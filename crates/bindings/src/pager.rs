@@ -8,9 +8,11 @@ use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pager::{self, Begin, Flags, LoadError, Origin, PagerError, Plan};
 use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::errors;
 use crate::image::{ImageChain, image_error};
+use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::peer::PeerSource;
 use crate::placer::{TargetTuple, targets};
@@ -49,6 +51,49 @@ enum Source<'py> {
     Peer(PyRef<'py, PeerSource>),
 }
 
+/// Keyword arguments of `Pager`.
+struct PagerOptions {
+    working_set: Vec<u32>,
+    begin: Begin,
+    background: bool,
+    eager: bool,
+    fatal: bool,
+    whole_blocks: bool,
+    evicting: bool,
+    checks_removals: bool,
+}
+
+impl PagerOptions {
+    fn take(keywords: &Keywords<'_>) -> PyResult<Self> {
+        let choice = |name, default: &str| keywords.take(name, default.to_owned());
+        let (background, eager) = choose("fill", &choice("fill", "gentle")?, FILL)?;
+        let options = Self {
+            working_set: keywords.take("working_set", Vec::new())?,
+            begin: choose("begin", &choice("begin", "empty")?, BEGIN)?,
+            background,
+            eager,
+            fatal: choose("on_failure", &choice("on_failure", "block")?, ON_FAILURE)?,
+            whole_blocks: keywords.take("whole_blocks", true)?,
+            evicting: keywords.take("evicting", false)?,
+            checks_removals: keywords.take("checks_removals", false)?,
+        };
+        keywords.finish().map(|()| options)
+    }
+}
+
+const BEGIN: &[(&str, Begin)] = &[("empty", Begin::Empty), ("kept", Begin::Kept), ("taken-over", Begin::TakenOver)];
+/// Whether to load pages in the background, and whether at full speed.
+const FILL: &[(&str, (bool, bool))] = &[("none", (false, false)), ("gentle", (true, false)), ("eager", (true, true))];
+/// Whether an access to a page that cannot be loaded raises SIGBUS.
+const ON_FAILURE: &[(&str, bool)] = &[("block", false), ("sigbus", true)];
+
+fn choose<T: Copy>(option: &str, given: &str, choices: &[(&str, T)]) -> PyResult<T> {
+    choices.iter().find(|(name, _)| *name == given).map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+        PyValueError::new_err(format!("invalid {option} {given:?}: expected {}", names.join(", ")))
+    })
+}
+
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Pager {
     inner: pager::Pager,
@@ -57,10 +102,8 @@ pub struct Pager {
 #[pymethods]
 impl Pager {
     #[new]
-    #[pyo3(signature = (source, targets, segments, userfaults, flags, *, working_set = Vec::new(), background = true,
-                        eager = false, taken_over = false, kept = false, fatal = false, whole_blocks = true,
-                        evicting = false, checks_removals = false))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    #[pyo3(signature = (source, targets, segments, userfaults, flags, **options))]
+    #[expect(clippy::too_many_arguments, reason = "six arguments in Python, besides the interpreter token")]
     fn new(
         py: Python<'_>,
         source: Source<'_>,
@@ -68,16 +111,9 @@ impl Pager {
         segments: Vec<SegmentTuple<'_>>,
         userfaults: HashMap<i32, i32>,
         flags: i32,
-        working_set: Vec<u32>,
-        background: bool,
-        eager: bool,
-        taken_over: bool,
-        kept: bool,
-        fatal: bool,
-        whole_blocks: bool,
-        evicting: bool,
-        checks_removals: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
+        let options = PagerOptions::take(&Keywords::new(py, options)?)?;
         let known = space::userfaults(userfaults)?;
         let mut watched = Vec::new();
         for segment in self::segments(segments) {
@@ -93,24 +129,19 @@ impl Pager {
             Source::Images(chain) => Origin::Images(chain.inner.clone()),
             Source::Peer(peer) => Origin::Peer(peer.inner.clone()),
         };
-        let begin = match (taken_over, kept) {
-            (true, _) => Begin::TakenOver,
-            (false, true) => Begin::Kept,
-            (false, false) => Begin::Empty,
-        };
         let plan = Plan {
             from,
             targets,
             watched,
             flags,
-            begin,
-            working_set,
-            background,
-            eager,
-            whole_blocks,
-            evicting,
-            checks_removals,
-            fatal,
+            begin: options.begin,
+            working_set: options.working_set,
+            background: options.background,
+            eager: options.eager,
+            whole_blocks: options.whole_blocks,
+            evicting: options.evicting,
+            checks_removals: options.checks_removals,
+            fatal: options.fatal,
         };
         let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;
         Ok(Self { inner })

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pageferry_engine::image::Sizes;
 use pageferry_engine::mapping::duplicate;
-use pageferry_engine::saver::{self, Handle, Options, PageOrigin, SaveError, SavedRegion, Traces};
+use pageferry_engine::saver::{self, Handle, NewImage, Options, PageOrigin, SaveError, SavedRegion, Traces};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 use parking_lot::Mutex;
 use pyo3::exceptions::{
@@ -16,6 +16,7 @@ use pyo3::types::PyDict;
 
 use crate::image::ImageChain;
 use crate::mapping::Mapping;
+use crate::options::Keywords;
 use crate::space::{SegmentTuple, Space, segments, userfaults};
 use crate::{blocks, errors};
 
@@ -81,6 +82,55 @@ impl Contents<'_> {
     }
 }
 
+/// Keyword arguments of `Saver`.
+struct SaverOptions<'py> {
+    parent: Option<PyRef<'py, ImageChain>>,
+    traces: Traces,
+    engine: Options,
+}
+
+impl<'py> SaverOptions<'py> {
+    fn take(keywords: &Keywords<'py>) -> PyResult<Self> {
+        let codec = keywords.take("codec", "lz4".to_owned())?;
+        let (page_block, storage_block) =
+            (keywords.take("page_block", 65_536)?, keywords.take("storage_block", 1_048_576)?);
+        let Sizes { page_block, storage_block } = blocks::sizes(page_block, storage_block)?;
+        let trap_block: usize = keywords.take("trap_block", 65_536)?;
+        if !trap_block.is_power_of_two() || !(SMALL_PAGE..=LARGE_PAGE).contains(&trap_block) {
+            return Err(PyValueError::new_err(format!(
+                "invalid trap block of {trap_block} bytes: expected a power of two, 4 KiB to 2 MiB"
+            )));
+        }
+        let engine = Options {
+            codec: blocks::codec(&codec)?,
+            page_block,
+            storage_block,
+            trap_block,
+            staging: keywords.take("staging", 16_777_216)?,
+            bandwidth: keywords.take("bandwidth", 0)?,
+            packers: keywords.take("packers", 1)?,
+            max_pause_bytes: keywords.take("max_pause_bytes", 16_777_216)?,
+        };
+        let (parent, traces) = (keywords.take("parent", None)?, traces(keywords.take("traces", None)?)?);
+        keywords.finish().map(|()| Self { parent, traces, engine })
+    }
+}
+
+fn traces(given: Option<(String, HashMap<i32, i32>)>) -> PyResult<Traces> {
+    let Some((use_, descriptors)) = given else { return Ok(Traces::Without) };
+    let known = userfaults(descriptors)?;
+    match use_.as_str() {
+        "leave" => Ok(Traces::Leave(known)),
+        "take-up" => Ok(Traces::TakeUp(known)),
+        "begin" => Ok(Traces::Begin(known)),
+        "borrow" => Ok(Traces::Borrow(known)),
+        _ => {
+            let words = format!("invalid use of traces {use_:?}: expected leave, take-up, begin or borrow");
+            Err(PyValueError::new_err(words))
+        }
+    }
+}
+
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Saver {
     inner: Mutex<saver::Saver>,
@@ -97,67 +147,27 @@ impl Saver {
 #[pymethods]
 impl Saver {
     #[new]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    #[pyo3(signature = (regions, segments, fd, id, parent = None, codec = "lz4", page_block = 65536,
-                        storage_block = 1_048_576, trap_block = 65536, staging = 16_777_216, bandwidth = 0, packers = 1,
-                        at_instant = 16_777_216, leave = None, take_up = None, begin = None, borrow = None))]
+    #[pyo3(signature = (regions, segments, fd, id, **options))]
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
         segments: Vec<SegmentTuple<'_>>,
         fd: i32,
         id: [u8; 16],
-        parent: Option<PyRef<'_, ImageChain>>,
-        codec: &str,
-        page_block: usize,
-        storage_block: usize,
-        trap_block: usize,
-        staging: usize,
-        bandwidth: u64,
-        packers: usize,
-        at_instant: usize,
-        leave: Option<HashMap<i32, i32>>,
-        take_up: Option<HashMap<i32, i32>>,
-        begin: Option<HashMap<i32, i32>>,
-        borrow: Option<HashMap<i32, i32>>,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
-        let (codec, Sizes { page_block, storage_block }) =
-            (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
-        if !trap_block.is_power_of_two() || !(SMALL_PAGE..=LARGE_PAGE).contains(&trap_block) {
-            return Err(PyValueError::new_err(format!(
-                "trap block of {trap_block} bytes: 4 KiB to 2 MiB, a power of two"
-            )));
-        }
-        let options = Options {
-            codec,
-            page_block,
-            storage_block,
-            trap_block,
-            staging,
-            bandwidth,
-            packers,
-            max_pause_bytes: at_instant,
-        };
-        let traces = match (leave, take_up, begin, borrow) {
-            (None, None, None, None) => Traces::Without,
-            (Some(found), None, None, None) => Traces::Leave(userfaults(found)?),
-            (None, Some(found), None, None) => Traces::TakeUp(userfaults(found)?),
-            (None, None, Some(found), None) => Traces::Begin(userfaults(found)?),
-            (None, None, None, Some(found)) => Traces::Borrow(userfaults(found)?),
-            _ => return Err(PyValueError::new_err("traces are left, taken up, begun or borrowed")),
-        };
-        let file = duplicate(fd).map_err(errors::kernel)?;
+        let SaverOptions { parent, traces, engine: options } = SaverOptions::take(&Keywords::new(py, options)?)?;
         let region =
             |(contents, page_size): (Contents<'_>, usize)| SavedRegion { source: contents.source(), page_size };
         let regions: Vec<_> = regions.into_iter().map(region).collect();
         let parent = parent.map(|parent| parent.inner.clone());
         let pages: usize = regions.iter().map(|region| region.source.pages()).sum();
         if parent.as_ref().is_some_and(|parent| parent.nearest().page_map().len() != pages) {
-            return Err(PyValueError::new_err("the parent has another number of pages"));
+            return Err(PyValueError::new_err("invalid parent: it has another number of pages"));
         }
         let segments = self::segments(segments);
-        let inner =
-            py.detach(|| saver::Saver::arm(regions, segments, file, id, parent, traces, &options)).map_err(raised)?;
+        let image = NewImage { file: duplicate(fd).map_err(errors::kernel)?, id, parent };
+        let inner = py.detach(|| saver::Saver::arm(regions, segments, image, traces, &options)).map_err(raised)?;
         Ok(Self { handle: inner.handle(), inner: Mutex::new(inner) })
     }
 

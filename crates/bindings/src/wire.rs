@@ -56,6 +56,7 @@ impl BlockSender {
     #[new]
     #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, patience = 30.0,
                         bandwidth = 0, adaptive = false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
         sockets: Vec<Stream<'_>>,
         codec: &str,

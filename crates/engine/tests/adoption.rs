@@ -180,6 +180,7 @@ fn injected_calls_return_their_results() {
 
 /// Each wait returns normally, and not before its timeout.
 #[test]
+#[expect(clippy::too_many_lines, reason = "one function per kind of wait, used here only")]
 fn waits_last_for_their_full_time() {
     fn timed(call: impl Fn() -> i64) {
         let begin = Instant::now();

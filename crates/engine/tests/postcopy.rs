@@ -351,6 +351,7 @@ fn data(first: usize, count: usize) -> impl Fn(&mut Builder) {
 
 /// Invalid blocks never change what an access reads: it waits for a valid peer, and present pages are not affected.
 #[test]
+#[expect(clippy::too_many_lines, reason = "one table of blocks and one sequence of connections")]
 fn invalid_blocks_do_not_reach_memory() {
     within_a_minute(|| {
         let run = |class, count| move |builder: &mut Builder| builder.push_run(PAGES - 1, count, class, 0);

@@ -38,7 +38,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use blocks::{Blocks, Fetched};
@@ -55,7 +55,7 @@ use uffd_lending::Held;
 
 use crate::block::Head;
 use crate::pages::PageSet;
-use crate::placer::Placer;
+use crate::placer::{Placer, Target};
 use crate::uapi::{self, Userfault};
 use crate::wire::PeerSource;
 use crate::{SLOTS, SMALL_PAGE};
@@ -186,6 +186,20 @@ impl PagerState {
         }
     }
 
+    /// Waits until all pages are loaded and the pager is neither acquired nor evicting, and finishes. Checks at an
+    /// interval, and returns early if the pager is stopped.
+    fn wait_and_finish(&self, interval: Duration) {
+        let memory = &self.loader.memory;
+        let unfinished = || self.is_held() || self.evicting.load(Ordering::Acquire) || memory.flags.any();
+        while !self.stopping() && (unfinished() || !self.may_end()) {
+            memory.take_reports();
+            std::thread::sleep(interval);
+        }
+        if !self.stopping() {
+            self.finish();
+        }
+    }
+
     /// Finishes after all pages are loaded: unregisters the memory, and maps huge pages as such.
     fn finish(&self) {
         self.unregister();
@@ -222,33 +236,14 @@ impl Pager {
     /// # Errors
     /// If the configuration is inconsistent, if a mapping cannot be registered, or if a thread cannot be started.
     pub fn start(plan: Plan) -> Result<Self, PagerError> {
-        let mut base = 0;
-        let mut regions = Vec::new();
-        for target in &plan.targets {
-            regions.push(PagedRegion { mapping: target.mapping.clone(), page_size: target.page_size, base });
-            base += target.mapping.pages();
-        }
+        let regions = paged_regions(&plan.targets);
+        let base = regions.last().map_or(0, PagedRegion::end);
         let flags = plan.flags;
         if flags.pages() != base {
             let words = format!("deferred bitmap does not match the regions: {} pages, expected {base}", flags.pages());
             return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
         }
-        let source = match plan.from {
-            Origin::Images(chain) => {
-                let image = chain.nearest().page_map().len();
-                if image != base {
-                    return Err(PagerError::Regions { regions: base, image });
-                }
-                if plan.begin == Begin::Empty {
-                    mark(&chain, &flags);
-                }
-                PageSource::Images(Blocks::new(chain))
-            }
-            Origin::Peer(_) if plan.begin == Begin::Empty => {
-                return Err(PagerError::Peer("cannot start from a peer without a deferred bitmap"));
-            }
-            Origin::Peer(link) => PageSource::Peer(Peer::new(taken(link)?)),
-        };
+        let source = source(plan.from, plan.begin, &flags)?;
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let large = plan.targets.iter().map(|target| target.large.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
@@ -258,12 +253,12 @@ impl Pager {
         let memory = Memory::new(regions, watched, flags, placer, removals);
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
-        let (ask, jobs) = bounded(MAX_REST);
+        let (rest, jobs) = bounded(MAX_REST);
         let shared = Arc::new(PagerState {
             loader: Loader { memory, source },
             stop: AtomicBool::new(false),
             demanding: AtomicUsize::new(0),
-            rest: Mutex::new(Some(ask)),
+            rest: Mutex::new(Some(rest)),
             failures: Mutex::default(),
             finished: (Mutex::new(false), Condvar::new()),
             eager: plan.eager,
@@ -275,30 +270,32 @@ impl Pager {
             loading: RwLock::default(),
         });
         let abandoned = AtomicBool::new(false);
-        let pager = Self { shared: shared.clone(), threads: Mutex::default(), readers: Mutex::default(), abandoned };
-        pager.spawn_readers()?;
-        pager.spawn_servers()?;
-        if plan.begin == Begin::TakenOver {
+        let pager = Self { shared, threads: Mutex::default(), readers: Mutex::default(), abandoned };
+        pager.spawn_all(plan.begin, jobs, plan.working_set, plan.background)?;
+        Ok(pager)
+    }
+
+    fn spawn_all(
+        &self,
+        begin: Begin,
+        jobs: Receiver<Fetched>,
+        working_set: Vec<u32>,
+        everything: bool,
+    ) -> io::Result<()> {
+        self.spawn_readers()?;
+        self.spawn_servers()?;
+        if begin == Begin::TakenOver {
             // Traces of the process that had acquired the previous pager. Not earlier: this fails while a discard is
             // pending.
-            uffd_lending::unprotect(&shared.loader.memory);
+            uffd_lending::unprotect(&self.shared.loader.memory);
         }
-        let rest = shared.clone();
-        pager.spawn("pf-rest", move || background::install_rest(&rest, &jobs))?;
-        let (set, everything) = (plan.working_set, plan.background);
-        pager.spawn("pf-fill", move || {
-            background::fill(&shared, &set, everything);
-            let unfinished =
-                || shared.is_held() || shared.evicting.load(Ordering::Acquire) || shared.loader.memory.flags.any();
-            while !shared.stopping() && (unfinished() || !shared.may_end()) {
-                shared.loader.memory.take_reports();
-                std::thread::sleep(if everything { SOON } else { LATER });
-            }
-            if !shared.stopping() {
-                shared.finish();
-            }
-        })?;
-        Ok(pager)
+        let shared = self.shared.clone();
+        self.spawn("pf-rest", move || background::install_rest(&shared, &jobs))?;
+        let shared = self.shared.clone();
+        self.spawn("pf-fill", move || {
+            background::fill(&shared, &working_set, everything);
+            shared.wait_and_finish(if everything { SOON } else { LATER });
+        })
     }
 
     fn spawn_servers(&self) -> io::Result<()> {
@@ -500,6 +497,35 @@ impl Drop for Pager {
             // Closing the last descriptor would unregister the memory, and deferred pages would read as zeros.
             self.shared.loader.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
+    }
+}
+
+fn paged_regions(targets: &[Target]) -> Vec<PagedRegion> {
+    let place = |base: &mut usize, target: &Target| {
+        let region = PagedRegion { mapping: target.mapping.clone(), page_size: target.page_size, base: *base };
+        *base = region.end();
+        Some(region)
+    };
+    targets.iter().scan(0, place).collect()
+}
+
+/// Opens the origin of the contents, and sets the deferred bitmap from an image if all contents are deferred.
+fn source(from: Origin, begin: Begin, flags: &Flags) -> Result<PageSource, PagerError> {
+    match from {
+        Origin::Images(chain) => {
+            let image = chain.nearest().page_map().len();
+            if image != flags.pages() {
+                return Err(PagerError::Regions { regions: flags.pages(), image });
+            }
+            if begin == Begin::Empty {
+                mark(&chain, flags);
+            }
+            Ok(PageSource::Images(Blocks::new(chain)))
+        }
+        Origin::Peer(_) if begin == Begin::Empty => {
+            Err(PagerError::Peer("cannot start from a peer without a deferred bitmap"))
+        }
+        Origin::Peer(link) => Ok(PageSource::Peer(Peer::new(taken(link)?))),
     }
 }
 

@@ -23,6 +23,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -136,6 +137,42 @@ pub enum Traces {
     Borrow(Userfaults),
 }
 
+/// File and parent of the image to write.
+#[derive(Debug)]
+pub struct NewImage {
+    /// Empty file.
+    pub file: OwnedFd,
+    /// Random identifier.
+    pub id: [u8; 16],
+    /// Chain of parent images over the same regions.
+    pub parent: Option<Chain>,
+}
+
+/// Protections and traces at the start of a checkpoint.
+struct Installed {
+    armed: Vec<traps::Armed>,
+    handover: Option<TraceHandover>,
+    trace: Option<Trace>,
+}
+
+/// Registers the segments for traps, or installs the trace that reports the pages to save.
+fn install(traces: Traces, segments: Vec<Segment>, regions: usize) -> Result<Installed, SaveError> {
+    let traced = |trace| Ok(Installed { armed: Vec::new(), handover: None, trace: Some(trace) });
+    match traces {
+        Traces::Without => Ok(Installed { armed: traps::register(segments)?, handover: None, trace: None }),
+        Traces::Leave(userfaults) => {
+            let handover = Some(TraceHandover::new(userfaults, regions));
+            Ok(Installed { armed: traps::register(segments)?, handover, trace: None })
+        }
+        Traces::Begin(userfaults) => traced(Trace::begin_on(segments, &userfaults).map_err(trouble)?),
+        Traces::Borrow(userfaults) => traced(Trace::install_on(segments, &userfaults).map_err(trouble)?),
+        Traces::TakeUp(userfaults) => {
+            let lost = |_| SaveError::Untraceable("the trace since the parent does not cover all memory");
+            traced(Trace::take_up(segments, &userfaults).map_err(lost)?)
+        }
+    }
+}
+
 /// Method of finding the pages to save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pages {
@@ -180,12 +217,11 @@ impl Saver {
     pub fn arm(
         regions: Vec<SavedRegion>,
         segments: Vec<Segment>,
-        file: OwnedFd,
-        id: [u8; 16],
-        parent: Option<Chain>,
+        image: NewImage,
         traces: Traces,
         options: &Options,
     ) -> Result<Self, SaveError> {
+        let NewImage { file, id, parent } = image;
         let sizes = Sizes { page_block: options.page_block, storage_block: options.storage_block };
         let image = ImageWriter::new(file, id, sizes).map_err(SaveError::Write)?;
         let areas = trap_blocks::areas(regions, options.trap_block);
@@ -196,27 +232,11 @@ impl Saver {
         if as_parent && parent.is_none() {
             return Err(SaveError::Untraceable("cannot use the trace since the parent: no parent image given"));
         }
-        let (armed, follow, trace) = match traces {
-            Traces::Without => (traps::register(segments)?, None, None),
-            Traces::Leave(userfaults) => {
-                (traps::register(segments)?, Some(TraceHandover::new(userfaults, areas.len())), None)
-            }
-            Traces::Begin(userfaults) => {
-                (Vec::new(), None, Some(Trace::begin_on(segments, &userfaults).map_err(trouble)?))
-            }
-            Traces::Borrow(userfaults) => {
-                (Vec::new(), None, Some(Trace::install_on(segments, &userfaults).map_err(trouble)?))
-            }
-            Traces::TakeUp(userfaults) => {
-                let found = Trace::take_up(segments, &userfaults);
-                let lost = |_| SaveError::Untraceable("the trace since the parent does not cover all memory");
-                (Vec::new(), None, Some(found.map_err(lost)?))
-            }
-        };
+        let Installed { armed, handover, trace } = install(traces, segments, areas.len())?;
         let files = areas.iter().filter_map(|area| area.source.file());
         let discards = Discards::watch(files).map_err(SaveError::Memory)?;
         let live = trace.is_some() || !armed.is_empty();
-        let shared = Arc::new(SaverState::new(areas, armed, staging, discards, follow, live));
+        let shared = Arc::new(SaverState::new(areas, armed, staging, discards, handover, live));
         let mut saver = Self {
             shared,
             start: None,
@@ -277,15 +297,7 @@ impl Saver {
             let _ = spare.send(Vec::new());
         }
         let (start, started) = bounded::<()>(1);
-        let mut wakeups = Vec::new();
-        for (number, uffd) in traps::processes(&shared.armed).into_iter().enumerate() {
-            let (wakeup, woken) = std::os::unix::net::UnixStream::pair().map_err(SaveError::Memory)?;
-            wakeups.push(wakeup);
-            let (shared, slots) = (shared.clone(), slots.clone());
-            self.threads.push(thread(&all, &format!("pf-trap-{number}"), move || {
-                traps::serve(&shared, &uffd, &woken, &slots)
-            })?);
-        }
+        let wakeups = self.spawn_traps(&slots)?;
         let (swept, bandwidth, rounds) = (shared.clone(), options.bandwidth, slots.clone());
         self.threads.push(background(&all, "pf-sweep", move || {
             if started.recv().is_ok() && pages == Pages::Swept {
@@ -306,6 +318,20 @@ impl Saver {
         self.writer = Some(background(&all, "pf-write", move || output::write(&shared, image, &to_write, &spare))?);
         self.start = Some(start);
         Ok(rounds)
+    }
+
+    /// Starts one trap thread per process. Returns the sockets whose closing ends them.
+    fn spawn_traps(&mut self, slots: &Sender<Copied>) -> Result<Vec<UnixStream>, SaveError> {
+        let mut wakeups = Vec::new();
+        for (number, uffd) in traps::processes(&self.shared.armed).into_iter().enumerate() {
+            let (wakeup, woken) = UnixStream::pair().map_err(SaveError::Memory)?;
+            wakeups.push(wakeup);
+            let (shared, slots) = (self.shared.clone(), slots.clone());
+            self.threads.push(thread(&self.shared, &format!("pf-trap-{number}"), move || {
+                traps::serve(&shared, &uffd, &woken, &slots)
+            })?);
+        }
+        Ok(wakeups)
     }
 
     /// Sets the snapshot point, while the workload is paused. The workload may resume when this returns. Returns the
