@@ -80,7 +80,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
                 [(Space(process.pid), address, length, 0, 0)],
                 {process.pid: userfault},
                 flags,
-                kept=True,
+                begin="kept",
             )
             pushing = threading.Thread(target=server.push)
             if bandwidth is not None:

@@ -5,7 +5,7 @@ and long ones check for signals. Errors of system calls are raised as OSError wi
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, final
+from typing import Any, Literal, Self, TypedDict, Unpack, final
 
 from typing_extensions import disjoint_base
 
@@ -175,21 +175,35 @@ class PageStore:
     def finish(self, sections: Sequence[tuple[int, bytes]], parent: ImageChain | None = None) -> tuple[int, int]:
         """Write the index and sync. Return digest and length. Pages that were not added refer to `parent`."""
 
+class _PagerOptions(TypedDict, total=False):
+    working_set: Sequence[int]
+    """Windows of 16 pages, counted over all regions, that are loaded first (default: none)."""
+    begin: Literal["empty", "kept", "taken-over"]
+    """Initial state. `empty` (default): the files are emptied, and all contents are deferred. `kept`: the bitmap is
+    set, and the files hold all other pages. `taken-over`: as `kept`, from another pager."""
+    fill: Literal["none", "gentle", "eager"]
+    """Loading of pages that have not been requested: not at all, with precedence for faults (default), or at full
+    speed."""
+    on_failure: Literal["block", "sigbus"]
+    """Result of an access to a page that cannot be loaded (default: `block`)."""
+    whole_blocks: bool
+    """Whether a fault loads its whole storage block (default: True)."""
+    evicting: bool
+    """Whether pages will be evicted (default: False)."""
+    checks_removals: bool
+    """Whether a reported removal is a discard only if the file system reports a hole; by default, every removal is
+    one."""
+
 @final
 class Pager:
     """Pager: loads pages on demand, from an image or a peer, and all others in the background (S8, S10).
 
     `targets` are as for `Placer`. `userfaults` maps the ID of every process of `segments` to a descriptor from
     `Space.missing_faults`. `flags` is the descriptor of the deferred bitmap, a file of `flags_length` bytes from which
-    another pager can take over: bit n (little-endian) belongs to page n of all regions. `working_set` lists windows of
-    16 pages, counted over all regions, that are loaded first. With `background`, pages that have not been requested are
-    loaded as well; with `eager`, at full speed. With `fatal`, an access to a page that cannot be loaded raises SIGBUS;
-    otherwise it blocks. With `checks_removals`, a reported removal is a discard only if the file system reports a hole;
-    otherwise every removal is one.
+    another pager can take over: bit n (little-endian) belongs to page n of all regions.
 
-    By default the files are emptied: they must not be mapped by other processes than those of `segments`. With
-    `taken_over` or `kept`, the caller has set the bits of the deferred pages, and the files hold all other pages.
-    Deferred pages that are mapped are then unmapped. Raises OSError if a running workload maps them again.
+    With `begin` = `empty`, the files must not be mapped by other processes than those of `segments`. Otherwise deferred
+    pages that are mapped are unmapped. Raises OSError if a running workload maps them again.
 
     Dropping the pager leaves the workload blocked at its next access to a deferred page.
     """
@@ -201,16 +215,7 @@ class Pager:
         segments: Sequence[_Segment],
         userfaults: dict[int, int],
         flags: int,
-        *,
-        working_set: Sequence[int] = ...,
-        background: bool = True,
-        eager: bool = False,
-        taken_over: bool = False,
-        kept: bool = False,
-        fatal: bool = False,
-        whole_blocks: bool = True,
-        evicting: bool = False,
-        checks_removals: bool = False,
+        **options: Unpack[_PagerOptions],
     ) -> Pager: ...
     @staticmethod
     def flags_length(pages: int) -> int: ...
@@ -239,8 +244,8 @@ class Pager:
     @property
     def failures(self) -> list[tuple[int, int, bool, str]]:
         """Pages that could not be loaded: region, page within it, whether a thread waits for it, and message."""
-    def wait(self, patience: float, known: int = 0) -> bool:
-        """Wait until the pager has finished, until there are more than `known` failures, or for `patience` seconds.
+    def wait(self, timeout: float, known: int = 0) -> bool:
+        """Wait until the pager has finished, until there are more than `known` failures, or for `timeout` seconds.
         Return whether it has finished."""
     def ensure(self, region: int, first: int, count: int) -> None:
         """Load pages, for readers that bypass the workload's page tables.
@@ -351,6 +356,31 @@ class ProcessRange:
     def data_ranges(self) -> list[tuple[int, int]]:
         """Return the ranges that are present in memory or swap, as (start, end)."""
 
+class _SaverOptions(TypedDict, total=False):
+    parent: ImageChain | None
+    """Chain of parent images. Pages that it holds are not stored again."""
+    codec: str
+    """Codec of the page blocks: none, lz4 (default) or zstd."""
+    page_block: int
+    """Unit of compression, bytes (default: 64 KiB)."""
+    storage_block: int
+    """Unit of reading, bytes (default: 1 MiB)."""
+    trap_block: int
+    """Bytes that a trap copies and unprotects (default: 64 KiB)."""
+    staging: int
+    """Size of the staging buffer, bytes (default: 16 MiB)."""
+    bandwidth: int
+    """Bandwidth limit of the sweep, bytes per second; 0 (default) means unlimited."""
+    packers: int
+    """Number of compression threads (default: 1)."""
+    max_pause_bytes: int
+    """Maximum number of bytes copied in the pause, if a trace reports the pages to save (default: 16 MiB)."""
+    traces: tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]] | None
+    """Use of write traces, and the userfaultfds by process ID. `leave` (from `Space.write_traces`): leave traces from
+    the snapshot point on. `take-up`: such traces were installed when `parent` was saved; only the pages that they
+    report are saved. `begin`: install traces now and leave them; all pages are saved in rounds. `borrow` (from
+    `Pager.hold`): use the traces of an acquired pager; all pages are saved."""
+
 @final
 class Saver:
     """Lazy checkpoint (S4): saves memory as of a snapshot point to an empty file while the workload keeps running.
@@ -370,29 +400,10 @@ class Saver:
         segments: Sequence[_Segment],
         fd: int,
         id: bytes,
-        parent: ImageChain | None = None,
-        codec: str = "lz4",
-        page_block: int = 65536,
-        storage_block: int = 1048576,
-        trap_block: int = 65536,
-        staging: int = 16777216,
-        bandwidth: int = 0,
-        packers: int = 1,
-        at_instant: int = 16777216,
-        leave: dict[int, int] | None = None,
-        take_up: dict[int, int] | None = None,
-        begin: dict[int, int] | None = None,
-        borrow: dict[int, int] | None = None,
+        **options: Unpack[_SaverOptions],
     ) -> Saver:
-        """`bandwidth` limits the sweep, in bytes per second; 0 means unlimited.
-
-        `leave`, `take_up`, `begin` and `borrow` are userfaultfds by process ID, at most one of them. `leave` (from
-        `Space.write_traces`): leave write traces from the snapshot point on. `take_up`: such traces were installed when
-        `parent` was saved; only the pages that they report are saved, with at most about `at_instant` bytes of them in
-        the pause. `begin`: install traces now and leave them; all pages are saved in rounds. `borrow` (from
-        `Pager.hold`): use the traces of an acquired pager; all pages are saved. Raises LookupError, here or from
-        `prepare` or `begin`, if the traces cannot be used; save again without them.
-        """
+        """Protect the segments, or install the traces. Raises LookupError, here or from `prepare` or `begin`, if the
+        traces cannot be used; save again without them."""
     @property
     def leaves_traces(self) -> bool:
         """Whether, after `finish`, traces cover all memory since the snapshot point."""
@@ -475,7 +486,7 @@ _Stream = int | tuple[int, TlsSession]
 class BlockSender:
     """Sender of pages in storage blocks, over connected stream sockets (the descriptors are duplicated).
 
-    Raises ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `patience`
+    Raises ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `timeout`
     seconds, InterruptedError if cancelled, PermissionError for a TLS error, OSError. After an error the streams are out
     of step and must be closed.
     """
@@ -486,7 +497,7 @@ class BlockSender:
         codec: str = "none",
         page_block: int = 65536,
         storage_block: int = 524288,
-        patience: float = 30.0,
+        timeout: float = 30.0,
         bandwidth: int = 0,
         adaptive: bool = False,
     ) -> BlockSender:
@@ -512,7 +523,7 @@ class BlockReceiver:
     pages.
     """
 
-    def __new__(cls, sockets: Sequence[_Stream], placer: Placer, patience: float = 30.0) -> BlockReceiver: ...
+    def __new__(cls, sockets: Sequence[_Stream], placer: Placer, timeout: float = 30.0) -> BlockReceiver: ...
     def receive(self, round: int) -> None:
         """Receive until every stream has delivered the barrier of the round."""
     @property
@@ -536,7 +547,7 @@ class PageServer:
         urgent: _Stream,
         streams: Sequence[_Stream],
         codec: str = "none",
-        patience: float = 30.0,
+        timeout: float = 30.0,
         bandwidth: int = 0,
         adaptive: bool = False,
     ) -> PageServer: ...
@@ -566,10 +577,10 @@ class PageServer:
 
 @final
 class PeerSource:
-    """Destination side of the connections to a `PageServer`, for one `Pager`. A reply that is late by `patience`
+    """Destination side of the connections to a `PageServer`, for one `Pager`. A reply that is late by `timeout`
     seconds and a stream that is cut off are errors; idle connections are not."""
 
-    def __new__(cls, urgent: _Stream, streams: Sequence[_Stream], patience: float = 30.0) -> PeerSource: ...
+    def __new__(cls, urgent: _Stream, streams: Sequence[_Stream], timeout: float = 30.0) -> PeerSource: ...
     @property
     def lost(self) -> str | None:
         """Reason for which the connection was lost; None while it works, and after all pages have been received."""

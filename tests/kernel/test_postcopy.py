@@ -95,8 +95,7 @@ class Scene:
             [(space, self.address, LENGTH, 0, 0)],
             {self.target.pid: self.userfault if userfault is None else userfault},
             self.flags,
-            kept=not taken_over,
-            taken_over=taken_over,
+            begin="taken-over" if taken_over else "kept",
         )
 
     def server(self, descriptors: list[int], missing: PageSet | None = None, codec: str = "lz4") -> PageServer:

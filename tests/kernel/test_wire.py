@@ -122,8 +122,8 @@ def test_bandwidth_limit_and_codec_are_optional() -> None:
         assert BlockSender(numbers(ours), "lz4").uncompressed == 0
 
 
-def receiver_of(end: socket.socket, patience: float = 20.0) -> BlockReceiver:
-    return BlockReceiver([end.fileno()], Placer([(memory(), SMALL_PAGE, [])], []), patience)
+def receiver_of(end: socket.socket, timeout: float = 20.0) -> BlockReceiver:
+    return BlockReceiver([end.fileno()], Placer([(memory(), SMALL_PAGE, [])], []), timeout)
 
 
 def test_closed_peer_is_an_error() -> None:
@@ -211,9 +211,9 @@ def test_invalid_arguments_are_refused() -> None:
         for storage_block in (0, 65537, 8 << 20):
             with pytest.raises(ValueError, match="storage block"):
                 BlockSender([fd], storage_block=storage_block)
-        for patience in (-1.0, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match="patience"):
-                BlockSender([fd], patience=patience)
+        for timeout in (-1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="invalid timeout"):
+                BlockSender([fd], timeout=timeout)
         with pytest.raises(ValueError, match="no sockets"):
             BlockSender([])
         with pytest.raises(ValueError, match="no sockets"):

@@ -215,10 +215,10 @@ impl Pager {
         self.inner.failures().into_iter().map(plain).collect()
     }
 
-    #[pyo3(signature = (patience, known = 0))]
-    fn wait(&self, py: Python<'_>, patience: f64, known: usize) -> PyResult<bool> {
-        let patience = Duration::try_from_secs_f64(patience).map_err(|e| PyValueError::new_err(e.to_string()))?;
-        let deadline = std::time::Instant::now() + patience;
+    #[pyo3(signature = (timeout, known = 0))]
+    fn wait(&self, py: Python<'_>, timeout: f64, known: usize) -> PyResult<bool> {
+        let timeout = Duration::try_from_secs_f64(timeout).map_err(|e| PyValueError::new_err(e.to_string()))?;
+        let deadline = std::time::Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
             let slice = left.min(Duration::from_millis(100));

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
-use crate::wire::{Counters, Stream, counters, endpoint, endpoints, patience};
+use crate::wire::{Counters, Stream, counters, endpoint, endpoints, timeout};
 use crate::{blocks, errors};
 
 /// Sizes of page and storage blocks. They are small, because a block delays the reply to a fault behind it.
@@ -23,7 +23,7 @@ pub struct PageServer {
 #[pymethods]
 impl PageServer {
     #[new]
-    #[pyo3(signature = (regions, missing, urgent, streams, codec = "none", patience = 30.0, bandwidth = 0,
+    #[pyo3(signature = (regions, missing, urgent, streams, codec = "none", timeout = 30.0, bandwidth = 0,
                         adaptive = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
@@ -33,7 +33,7 @@ impl PageServer {
         urgent: Stream<'_>,
         streams: Vec<Stream<'_>>,
         codec: &str,
-        patience: f64,
+        timeout: f64,
         bandwidth: u64,
         adaptive: bool,
     ) -> PyResult<Self> {
@@ -42,8 +42,8 @@ impl PageServer {
         let codec = blocks::codec(codec)?;
         let format = wire::Format { codec, adaptive, bandwidth, page_block: PAGE_BLOCK, storage_block: STORAGE_BLOCK };
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
-        let patience = self::patience(patience)?;
-        let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, patience));
+        let timeout = self::timeout(timeout)?;
+        let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, timeout));
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
@@ -93,10 +93,10 @@ pub struct PeerSource {
 #[pymethods]
 impl PeerSource {
     #[new]
-    #[pyo3(signature = (urgent, streams, patience = 30.0))]
-    fn new(urgent: Stream<'_>, streams: Vec<Stream<'_>>, patience: f64) -> PyResult<Self> {
+    #[pyo3(signature = (urgent, streams, timeout = 30.0))]
+    fn new(urgent: Stream<'_>, streams: Vec<Stream<'_>>, timeout: f64) -> PyResult<Self> {
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
-        let inner = wire::PeerSource::new(urgent, streams, self::patience(patience)?).map_err(errors::argument)?;
+        let inner = wire::PeerSource::new(urgent, streams, self::timeout(timeout)?).map_err(errors::argument)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 

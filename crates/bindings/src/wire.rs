@@ -13,7 +13,7 @@ use crate::placer::Placer;
 use crate::tls::TlsSession;
 use crate::{blocks, errors};
 
-pub fn patience(seconds: f64) -> PyResult<Duration> {
+pub fn timeout(seconds: f64) -> PyResult<Duration> {
     let wrong = |_| PyValueError::new_err(format!("invalid timeout of {seconds} seconds"));
     Duration::try_from_secs_f64(seconds).map_err(wrong)
 }
@@ -54,7 +54,7 @@ pub struct BlockSender {
 #[pymethods]
 impl BlockSender {
     #[new]
-    #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, patience = 30.0,
+    #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, timeout = 30.0,
                         bandwidth = 0, adaptive = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
@@ -62,13 +62,13 @@ impl BlockSender {
         codec: &str,
         page_block: usize,
         storage_block: usize,
-        patience: f64,
+        timeout: f64,
         bandwidth: u64,
         adaptive: bool,
     ) -> PyResult<Self> {
         blocks::sizes(page_block, storage_block)?;
         let format = wire::Format { codec: blocks::codec(codec)?, adaptive, bandwidth, page_block, storage_block };
-        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::patience(patience)?);
+        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::timeout(timeout)?);
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
@@ -115,10 +115,10 @@ pub struct BlockReceiver {
 #[pymethods]
 impl BlockReceiver {
     #[new]
-    #[pyo3(signature = (sockets, placer, patience = 30.0))]
-    fn new(sockets: Vec<Stream<'_>>, placer: PyRef<'_, Placer>, patience: f64) -> PyResult<Self> {
-        let (endpoints, patience) = (endpoints(sockets)?, self::patience(patience)?);
-        let inner = wire::BlockReceiver::new(endpoints, placer.inner.clone(), patience);
+    #[pyo3(signature = (sockets, placer, timeout = 30.0))]
+    fn new(sockets: Vec<Stream<'_>>, placer: PyRef<'_, Placer>, timeout: f64) -> PyResult<Self> {
+        let (endpoints, timeout) = (endpoints(sockets)?, self::timeout(timeout)?);
+        let inner = wire::BlockReceiver::new(endpoints, placer.inner.clone(), timeout);
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 

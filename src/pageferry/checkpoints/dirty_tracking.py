@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, TypedDict
+from typing import Literal
 
 from pageferry.checkpoints.options import Options
 from pageferry.host.fault_points import fault_point
@@ -18,13 +18,8 @@ Means = Literal["trace", "compare", "none"]
 """How the pages that the parent holds are found; `none` without a parent."""
 
 
-class Descriptors(TypedDict, total=False):
-    """Arguments of `Saver` for traces."""
-
-    leave: dict[int, int]
-    take_up: dict[int, int]
-    begin: dict[int, int]
-    borrow: dict[int, int]
+Traces = tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]]
+"""Use of write traces by a `Saver`, and the userfaultfds by process ID."""
 
 
 class Tracking:
@@ -73,19 +68,19 @@ class Tracking:
         self._close()
         persistent_trace.forget(self.workload)
 
-    def descriptors(self) -> Descriptors:
-        """Return the arguments for the saver."""
+    def traces(self) -> Traces | None:
+        """Return the traces for the saver; None without any."""
         if self._hold is not None:
-            return {"borrow": self._hold.userfaults}
+            return "borrow", self._hold.userfaults
         if self.means == "trace":
-            return {"take_up": self._ours}
+            return "take-up", self._ours
         if not self.leaves:
-            return {}
+            return None
         self._ours = persistent_trace.begin(self.workload, self.memory.segments)
         fault_point("checkpoint.trace-begun")
         # Pages can be pinned while a trap is replaced by a trace, which reports neither the pin nor later writes. With
         # direct I/O, the trace is therefore installed before anything is read.
-        return {"begin": self._ours} if self.direct_io else {"leave": self._ours}
+        return ("begin" if self.direct_io else "leave"), self._ours
 
     def finish(self, image: tuple[str, str] | None) -> bool:
         """Leave the trace for a child of the image (id, digest), or remove it if there is none. Return whether one is

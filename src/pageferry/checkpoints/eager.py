@@ -50,7 +50,7 @@ def _loading(image: ImageFile, targets: Sequence[PagerTarget], reason: str, list
     listener(EagerEvent(image=str(image.path), length=image.pages * SMALL_PAGE, reason=reason))
     flags = records.create_flags(None, Pager.flags_length(image.pages))
     try:
-        pager = Pager(image.chain, targets, [], {}, flags, eager=True)
+        pager = Pager(image.chain, targets, [], {}, flags, fill="eager")
     finally:
         os.close(flags)
     try:

@@ -229,9 +229,8 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, ea
             userfaults,
             arena._flags,
             working_set=working_set if prefetch else [],
-            background=prefetch,
-            eager=eager,
-            fatal=True,
+            fill=("eager" if eager else "gentle") if prefetch else "none",
+            on_failure="sigbus",
             checks_removals=True,
         )
     finally:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pageferry import values
 from pageferry._engine import Saver
 from pageferry.checkpoints import events
-from pageferry.checkpoints.dirty_tracking import Descriptors, Means, Tracking
+from pageferry.checkpoints.dirty_tracking import Means, Tracking
 from pageferry.checkpoints.options import Options
 from pageferry.errors import CheckpointError, UsageError, WorkloadDied, WorkloadError
 from pageferry.events import Listener, ignore
@@ -251,7 +251,6 @@ class Save:
 
     def _open_saver(self, file: int, segments: list[Any]) -> Saver:
         chosen = self.options
-        traces: Descriptors = self.tracking.descriptors() if self.tracking is not None else {}
         return Saver(
             self.memory.contents(),
             segments,
@@ -265,8 +264,8 @@ class Save:
             staging=chosen.staging,
             bandwidth=chosen.bandwidth,
             packers=chosen.packers,
-            at_instant=chosen.at_instant,
-            **traces,
+            max_pause_bytes=chosen.at_instant,
+            traces=self.tracking.traces() if self.tracking is not None else None,
         )
 
     async def _prepare(self) -> None:

@@ -124,8 +124,7 @@ class PostcopyMemory:
                 self.segments,
                 ours,
                 self._flags,
-                kept=missing is not None,
-                taken_over=missing is None,
+                begin="taken-over" if missing is None else "kept",
                 checks_removals=os.getpid() in self.spaces,
             )
         finally:
@@ -134,7 +133,7 @@ class PostcopyMemory:
 
     def _peer(self, late: Sequence[PageStream]) -> PeerSource:
         urgent, *streams = [connection.handle for connection in late]
-        return PeerSource(urgent, streams, patience=self.timeout)
+        return PeerSource(urgent, streams, timeout=self.timeout)
 
     def _targets(self) -> list[tuple[Mapping, int, list[bool]]]:
         return [

@@ -69,7 +69,7 @@ class PageService:
             urgent,
             streams,
             sending.codec,
-            patience=timeout,
+            timeout=timeout,
             bandwidth=sending.bandwidth,
             adaptive=sending.adaptive,
         )

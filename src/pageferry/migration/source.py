@@ -184,7 +184,7 @@ class Source:
             self.sender = BlockSender(
                 [stream.handle for stream in streams],
                 chosen.codec,
-                patience=chosen.timeout,
+                timeout=chosen.timeout,
                 bandwidth=chosen.bandwidth,
                 adaptive=chosen.adaptive,
             )

@@ -18,7 +18,7 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import msgspec
 
@@ -108,6 +108,10 @@ class GuestPager:
             (self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
             for number, segment in self._watched()
         ]
+        fill: Literal["none", "gentle", "eager"] = "none"
+        if self.work.prefetch and taken_over:
+            fill = "eager" if self.work.eager else "gentle"
+        begin: Literal["empty", "kept", "taken-over"] = "empty" if self.work.cold is None else "kept"
         return Pager(
             self.image.chain,
             targets.targets(self.image, self.regions),
@@ -115,10 +119,8 @@ class GuestPager:
             ours,
             self.flags,
             working_set=self.working_set.windows if self.work.prefetch and taken_over else [],
-            background=self.work.prefetch and taken_over,
-            eager=self.work.eager,
-            taken_over=taken_over,
-            kept=self.work.cold is not None,
+            fill=fill,
+            begin="taken-over" if taken_over else begin,
             whole_blocks=self.work.cold is None,
             evicting=evicting,
             checks_removals=self.work.qmp_socket is None,

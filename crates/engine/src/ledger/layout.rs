@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use super::LedgerError;
 use super::options::{Options, part};
-use super::page::{GOLDEN, WORDS, Words, mix};
+use super::page::{WORDS, Words, mix};
 use crate::mapping::Mapping;
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
@@ -18,29 +18,6 @@ const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
 const VERSION: u64 = 2;
 /// Header: magic, layout version, bytes, body pages, options, and a checksum of all of these.
 const HEADER: usize = 4 + Options::WORDS;
-
-/// Table entry: number of writes of a body page, and whether it is currently zeros.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Entry(pub(super) u64);
-
-impl Entry {
-    pub(super) fn new(version: u64, zeros: bool) -> Self {
-        Self(version << 1 | u64::from(zeros))
-    }
-
-    pub(super) fn version(self) -> u64 {
-        self.0 >> 1
-    }
-
-    pub(super) fn is_zeros(self) -> bool {
-        self.0 & 1 == 1
-    }
-
-    /// Returns a hash of this entry at its place. The hashes of a table are summed, so that a change updates the sum.
-    pub(super) fn hash(self, number: usize) -> u64 {
-        mix((number as u64 + 1).wrapping_mul(GOLDEN).wrapping_add(self.0))
-    }
-}
 
 /// Memory of a ledger, and the positions of its parts.
 pub(super) struct Layout {

@@ -3,7 +3,6 @@
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
 
-use super::layout::Entry;
 use super::options::part;
 
 /// Number of 64-bit words of a page.
@@ -23,6 +22,29 @@ pub(super) fn mix(mut word: u64) -> u64 {
     word ^= word >> 32;
     word = word.wrapping_mul(0xd6e8_feb8_6659_fd93);
     word ^ (word >> 32)
+}
+
+/// Table entry: number of writes of a body page, and whether it is currently zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry(pub(super) u64);
+
+impl Entry {
+    pub(super) fn new(version: u64, zeros: bool) -> Self {
+        Self(version << 1 | u64::from(zeros))
+    }
+
+    pub(super) fn version(self) -> u64 {
+        self.0 >> 1
+    }
+
+    pub(super) fn is_zeros(self) -> bool {
+        self.0 & 1 == 1
+    }
+
+    /// Returns a hash of this entry at its place. The hashes of a table are summed, so that a change updates the sum.
+    pub(super) fn hash(self, number: usize) -> u64 {
+        mix((number as u64 + 1).wrapping_mul(GOLDEN).wrapping_add(self.0))
+    }
 }
 
 /// Generates the contents of page `number` in `version` (at least 1).

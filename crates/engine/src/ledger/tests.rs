@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::layout::{Entry, Layout, load, store};
-use super::page::{WORDS, compose};
+use super::layout::{Layout, load, store};
+use super::page::{Entry, WORDS, compose};
 use super::writer::{Writer, choose};
 use super::{Ledger, LedgerError, Options, Report, State};
 use crate::mapping::Mapping;

@@ -7,8 +7,8 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use zerocopy::IntoBytes;
 
 use super::LedgerError;
-use super::layout::{Entry, Layout, load};
-use super::page::{Finding, WORDS, Words, examine};
+use super::layout::{Layout, load};
+use super::page::{Entry, Finding, WORDS, Words, examine};
 
 /// Result of [`super::Ledger::verify`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

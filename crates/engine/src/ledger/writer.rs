@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::LedgerError;
-use super::layout::{Counters, Entry, Layout, load, store};
+use super::layout::{Counters, Layout, load, store};
 use super::options::{part, unit};
-use super::page::{Finding, GOLDEN, WORDS, Words, compose, examine, mix};
+use super::page::{Entry, Finding, GOLDEN, WORDS, Words, compose, examine, mix};
 
 /// Writer of one partition.
 pub(super) struct Writer<'a> {

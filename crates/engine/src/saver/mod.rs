@@ -38,6 +38,7 @@ use crate::segment::Segment;
 use crate::space::AdoptError;
 use crate::trace::{Trace, Userfaults};
 
+mod armed;
 mod classify;
 mod incremental;
 mod output;
@@ -49,6 +50,7 @@ mod trace_handover;
 mod trap_blocks;
 mod traps;
 
+use armed::TraceHandover;
 use classify::{Classified, Classifier};
 pub use incremental::Callbacks;
 use incremental::Rounds;
@@ -57,7 +59,6 @@ pub use source::{PageOrigin, ProcessRange};
 use staging::Staging;
 use state::SaverState;
 pub use state::Stats;
-use trace_handover::TraceHandover;
 use trap_blocks::Copied;
 
 /// Number of queued builders, in addition to those being filled.
@@ -150,7 +151,7 @@ pub struct NewImage {
 
 /// Protections and traces at the start of a checkpoint.
 struct Installed {
-    armed: Vec<traps::Armed>,
+    armed: Vec<armed::Armed>,
     handover: Option<TraceHandover>,
     trace: Option<Trace>,
 }
@@ -467,7 +468,7 @@ fn thread<T: Send + 'static>(
 }
 
 fn trouble(error: io::Error) -> SaveError {
-    if traps::is_gone(&error) { SaveError::Gone } else { SaveError::Memory(error) }
+    if armed::is_gone(&error) { SaveError::Gone } else { SaveError::Memory(error) }
 }
 
 /// Starts a thread with a lower priority than the workload and the trap threads.

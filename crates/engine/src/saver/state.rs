@@ -7,10 +7,9 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::SaveError;
+use super::armed::{Armed, TraceHandover, is_gone, within};
 use super::staging::Staging;
-use super::trace_handover::TraceHandover;
 use super::trap_blocks::{Area, RELEASED, UNSAVED};
-use super::traps::{Armed, is_gone, within};
 use crate::hole_notifications::Discards;
 use crate::image::PageEntry;
 

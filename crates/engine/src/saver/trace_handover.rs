@@ -8,50 +8,14 @@
 //! point: they are unprotected again, so that the trace reports them.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-
-use parking_lot::{Mutex, MutexGuard};
+use std::sync::atomic::Ordering;
 
 use super::SaveError;
+use super::armed::{Armed, TraceHandover, within};
 use super::state::SaverState;
 use super::trap_blocks::Area;
-use super::traps::within;
 use crate::SMALL_PAGE;
-use crate::trace::Userfaults;
 use crate::uapi::REGISTER_MODE_WP;
-
-/// Traces that take over the saved memory.
-#[derive(Debug)]
-pub(super) struct TraceHandover {
-    userfaults: Userfaults,
-    /// For each region, the number of bytes from its start that have been handed over.
-    handed: Vec<AtomicUsize>,
-    broken: AtomicBool,
-    /// Locked while registrations change.
-    changing: Mutex<()>,
-}
-
-impl TraceHandover {
-    pub(super) fn new(userfaults: Userfaults, regions: usize) -> Self {
-        let handed = (0..regions).map(|_| AtomicUsize::new(0)).collect();
-        Self { userfaults, handed, broken: AtomicBool::new(false), changing: Mutex::default() }
-    }
-
-    /// Returns whether all memory that was handed over is traced.
-    pub(super) fn whole(&self) -> bool {
-        !self.broken.load(Ordering::Acquire)
-    }
-
-    /// Blocks hand-overs until the guard is dropped.
-    pub(super) fn still(&self) -> MutexGuard<'_, ()> {
-        self.changing.lock()
-    }
-
-    /// Returns the number of bytes, from the start of a region, that have been handed over.
-    pub(super) fn handed(&self, region: usize) -> usize {
-        self.handed[region].load(Ordering::Acquire)
-    }
-}
 
 /// Copy of a part of a region, made by the sweep.
 #[derive(Debug, Default)]
@@ -122,12 +86,7 @@ impl SaverState {
     }
 
     /// Returns where `[from, to)` of a region is mapped, as (mapping, address, length).
-    fn mappings_of(
-        &self,
-        region: usize,
-        from: usize,
-        to: usize,
-    ) -> impl Iterator<Item = (&super::traps::Armed, u64, u64)> {
+    fn mappings_of(&self, region: usize, from: usize, to: usize) -> impl Iterator<Item = (&Armed, u64, u64)> {
         let here = self.armed.iter().filter(move |armed| armed.segment.region == region);
         here.filter_map(move |armed| {
             within(&armed.segment, from, to - from).map(|(address, len)| (armed, address, len))

@@ -1,6 +1,5 @@
 //! Trap threads: serve writes of the workload to unsaved blocks. There is one thread per process of the workload.
 
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::SaveError;
+use super::armed::Armed;
 use super::staging::Origin;
 use super::state::SaverState;
 use super::trap_blocks::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
@@ -21,13 +21,6 @@ use crate::uapi::{self, Userfault};
 
 /// Time to poll for the next trap before blocking: a wake-up takes longer than a trap.
 const SPIN: Duration = Duration::from_micros(30);
-
-/// Segment registered with a userfaultfd.
-#[derive(Debug)]
-pub(super) struct Armed {
-    pub(super) segment: Segment,
-    pub(super) uffd: Arc<Userfault>,
-}
 
 /// Registers segments, with one userfaultfd per process. Nothing is protected yet.
 pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError> {
@@ -123,14 +116,4 @@ fn save(shared: &SaverState, region: usize, block: usize, slots: &Sender<Copied>
     area.await_saved(block);
     debug_assert!(shared.failed() || area.state(block) != RELEASED);
     Ok(())
-}
-
-/// Returns the address and length of a byte range of a region in a segment, or `None` if they do not overlap.
-pub(super) fn within(segment: &Segment, start: usize, len: usize) -> Option<(u64, u64)> {
-    segment.part(start / SMALL_PAGE, (start + len) / SMALL_PAGE)
-}
-
-/// Returns whether the error of a userfaultfd call means that the process has exited.
-pub(super) fn is_gone(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ESRCH)
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::content::{Content, WORDS};
-use super::source::{Others, Reader, Span, split};
+use super::span::{Others, Reader, Span, split};
 use crate::block::Class;
 use crate::image::{Image, PageEntry};
 use crate::mapping::Mapping;

@@ -20,11 +20,13 @@ mod file;
 mod groups;
 pub mod holes;
 mod source;
+mod span;
 
 pub use content::{Content, WORDS};
 pub use file::{Deferred, SharedFile};
 pub use groups::{Limits, Totals};
-pub use source::{Others, Reader, ScannedMemory, Span};
+pub use source::ScannedMemory;
+pub use span::{Others, Reader, Span};
 
 use groups::{Groups, Signature};
 

@@ -8,13 +8,11 @@ use zerocopy::IntoBytes;
 
 use super::content::{Content, WORDS};
 use super::file::SharedFile;
+use super::span::{CHUNK, Others, Reader, Span, pages, split};
 use crate::mapping::scan;
 use crate::space::Space;
 use crate::uapi::{PAGE_IS_HUGE, PAGE_IS_PRESENT};
-use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
-
-/// Number of pages read at a time from another process, so that they stay in the L2 cache until they are hashed.
-const CHUNK: usize = 64;
+use crate::{LARGE_PAGE, SMALL_PAGE};
 
 /// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
 const PM_PRESENT: u64 = 1 << 63;
@@ -29,39 +27,6 @@ pub enum ScannedMemory {
     File(Arc<SharedFile>),
     /// Private anonymous memory of a process. Positions are addresses.
     Process(Arc<Space>),
-}
-
-/// Part of a [`ScannedMemory`] within a 2 MiB unit.
-#[derive(Debug, Clone, Copy)]
-pub struct Span {
-    /// Position of the first byte.
-    pub start: u64,
-    /// Number of pages, up to 512.
-    pub pages: usize,
-}
-
-/// Pages of a [`Span`] that were not read from memory.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Others {
-    /// Pages already shared, with a forked process or by KSM.
-    pub shared: u32,
-    /// Deferred pages (S8), known by their signatures.
-    pub deferred: u32,
-}
-
-/// Buffers of a thread.
-#[derive(Debug)]
-pub struct Reader {
-    entries: Vec<u64>,
-    /// Whether each page is in memory, see `Mapping::resident`.
-    pub(super) resident: Vec<u8>,
-    pub(super) chunk: Vec<[u64; WORDS]>,
-}
-
-impl Default for Reader {
-    fn default() -> Self {
-        Self { entries: vec![0; SLOTS], resident: vec![0; SLOTS], chunk: vec![[0; WORDS]; CHUNK] }
-    }
 }
 
 impl ScannedMemory {
@@ -99,24 +64,6 @@ impl ScannedMemory {
             Self::Process(space) => read_process(space, span, reader, found),
         }
     }
-}
-
-/// Appends the 2 MiB units that overlap `[start, end)`; runs in the same unit become one span. Runs must be in order.
-pub(super) fn split(start: u64, end: u64, spans: &mut Vec<Span>) {
-    let unit_len = LARGE_PAGE as u64;
-    let mut at = start;
-    while at < end {
-        let stop = end.min((at / unit_len + 1) * unit_len);
-        match spans.last_mut() {
-            Some(last) if last.start / unit_len == at / unit_len => last.pages = pages(last.start, stop),
-            _ => spans.push(Span { start: at, pages: pages(at, stop) }),
-        }
-        at = stop;
-    }
-}
-
-fn pages(start: u64, end: u64) -> usize {
-    usize::try_from((end - start) / SMALL_PAGE as u64).unwrap_or(0)
 }
 
 /// Extends spans to their units within `[start, end)`, because pages may be populated during the scan.
