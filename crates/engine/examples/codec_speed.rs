@@ -14,13 +14,13 @@ use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, PageReader};
 
 const STORAGE_BLOCK: usize = 1 << 20;
-const MOST_PAGES: usize = (512 << 20) / SMALL_PAGE;
+const MAX_PAGES: usize = (512 << 20) / SMALL_PAGE;
 const TURNS: usize = 3;
 
 /// Returns the data pages of an image, up to a limit.
 fn contents(chain: &Chain) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     let map = chain.images()[0].page_map();
-    let data = (0..map.len()).filter(|&page| map[page].class() == Some(Class::Data)).take(MOST_PAGES);
+    let data = (0..map.len()).filter(|&page| map[page].class() == Some(Class::Data)).take(MAX_PAGES);
     let mut reader = PageReader::new(chain);
     let mut found = Vec::new();
     for page in data {
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         best = best.min(seconds);
         coded = bytes;
     }
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    #[expect(clippy::cast_precision_loss, reason = "printed figures")]
     let (mib, ratio) = (contents.len() as f64 / f64::from(1 << 20), contents.len() as f64 / coded.max(1) as f64);
     writeln!(io::stdout(), "{:.1} {ratio:.3}", mib / best)?;
     Ok(())

@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let differences: Vec<u8> = before.iter().zip(&after).map(|(old, new)| old ^ new).collect();
     let delta = code(&differences, codec);
     let delta_seconds = begin.elapsed().as_secs_f64();
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    #[expect(clippy::cast_precision_loss, reason = "printed figures")]
     let mib = after.len() as f64 / f64::from(1 << 20);
     writeln!(io::stdout(), "{whole} {delta} {:.1} {:.1}", mib / whole_seconds, mib / delta_seconds)?;
     Ok(())

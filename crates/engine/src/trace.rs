@@ -7,10 +7,10 @@
 //!
 //! *Coarse* traces mark a whole huge page when one of its base pages is written, and unprotect the remaining ones, so
 //! that the workload takes one fault instead of up to 512. A helper thread polls for huge pages that have been written.
-//! It marks them as written while they are still registered, so that all later writes are covered; then it unregisters
-//! them and has them mapped as huge pages again. Removing only the protection would not help: protecting a huge page
-//! splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the huge pages
-//! again. Memory backed by base pages is always traced page by page.
+//! The helper marks them as written while they are still registered, so that all later writes are covered; then it
+//! unregisters them and has them mapped as huge pages again. Removing only the protection would not help: protecting a
+//! huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
+//! huge pages again. Memory backed by base pages is always traced page by page.
 //!
 //! Correctness follows from the order: `collect` protects pages before the caller reads them, so that a later write is
 //! reported by the next `collect`.

@@ -248,8 +248,8 @@ pub(crate) unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T)
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Creates a userfaultfd of our own address space, without features: for all faults if this process may have such a
-    /// one, otherwise for user-mode faults only.
+    /// Creates a userfaultfd of our address space, without features: for all faults if this process may have one,
+    /// otherwise for user-mode faults only.
     ///
     /// # Errors
     /// EPERM or ENOSYS if this process may not have any.

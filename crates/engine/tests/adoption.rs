@@ -163,7 +163,7 @@ fn computation_continues_unchanged() {
     for _ in 0..100 {
         child.adopt().expect("adoption");
     }
-    eprintln!("adopted and let go in {:?} each", begin.elapsed() / 100);
+    eprintln!("{:?} per adoption", begin.elapsed() / 100);
     child.check();
     assert_eq!(child.open_descriptors(), descriptors);
 }

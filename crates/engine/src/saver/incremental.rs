@@ -194,7 +194,7 @@ impl Rounds {
                 }
                 let there = present.contains(page);
                 if !there && area.hugetlb {
-                    // In hugetlbfs, a hole cannot be told from data later, and reading it would allocate a huge page.
+                    // In hugetlbfs, a hole cannot be distinguished from data later, and reading it would allocate a huge page.
                     return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
                 }
                 if !there || area.source.is_zero(page).map_err(SaveError::Memory)? {

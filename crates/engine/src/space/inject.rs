@@ -199,7 +199,7 @@ impl Stopped {
         let mut registers = self.saved;
         registers.rip = self.instruction;
         registers.rax = number.cast_unsigned();
-        // Not in a system call any longer: the kernel must not restart the interrupted one instead of ours.
+        // Not in a system call any longer: the kernel must not restart the interrupted one instead of the injected one.
         registers.orig_rax = u64::MAX;
         [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = arguments;
         set_registers(self.pid, &registers)?;

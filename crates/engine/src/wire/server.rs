@@ -57,7 +57,7 @@ struct ServerState {
 }
 
 impl PageServer {
-    /// Creates a server for the pages `missing` at the destination. The workload must not write to `regions` any more.
+    /// Creates a server for the pages `missing` at the destination. The workload must no longer write to `regions`.
     /// Requests and replies use `urgent`; pages are pushed over `streams`.
     ///
     /// # Errors

@@ -65,7 +65,7 @@ pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
     // Mapping the file reserves its pages, or fails.
     let mapping = Mapping::new(file.as_fd(), len, 0);
     if mapping.is_err() {
-        eprintln!("skipped: {} pages of 2 MiB are not to be had", len / LARGE_PAGE);
+        eprintln!("skipped: fewer than {} free huge pages", len / LARGE_PAGE);
     }
     mapping.ok().map(Arc::new)
 }
