@@ -216,7 +216,7 @@ def test_damaged_page_is_an_error_and_never_zeros(tmp_path: Path) -> None:
     done = in_child("print(words[33, 0])", path)
     assert done.returncode == -signal.SIGBUS
     assert done.stdout == ""
-    assert "pageferry: page 33 of region 0 cannot be read: storage block" in done.stderr
+    assert "pageferry: cannot read page 33 of region 0: storage block" in done.stderr
     arena = pageferry.restore(path)
     good = [page for page in range(64) if _readable(arena, page)]
     assert 33 not in good

@@ -1,4 +1,4 @@
-//! Images: files of storage blocks, with what is needed to find any page in them (S4, S10, S8).
+//! Images: files of storage blocks with an index of all pages (S4, S8, S10).
 
 mod dedup_index;
 mod flatten;

@@ -92,7 +92,7 @@ fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratc
             let new = shared.fail(failure);
             if shared.fatal {
                 if new {
-                    eprintln!("pageferry: page {} of region {region} cannot be read: {error}", page - base);
+                    eprintln!("pageferry: cannot read page {} of region {region}: {error}", page - base);
                 }
                 // No other process can stop the workload: the access raises SIGBUS instead of reading zeros. Poisoning
                 // fails with EAGAIN while a discard is pending; the woken thread then faults again.

@@ -1,4 +1,4 @@
-//! Removals of deferred pages: tells discards, after which pages are zeros, from mere unmapping.
+//! Removals of deferred pages: distinguishes discards, after which pages are zeros, from mere unmapping.
 //!
 //! The kernel reports MADV_DONTNEED and MADV_REMOVE by the same event, before it performs either, and the caller waits
 //! only until the event has been read. For shared memory, the former only unmaps pages and keeps their contents; the
