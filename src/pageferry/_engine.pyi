@@ -637,8 +637,8 @@ class ImageChain:
     @property
     def stored(self) -> int:
         """Number of pages stored in the first image."""
-    def verify(self, first: int, count: int, most: int) -> list[tuple[int | None, str]]:
-        """Compare stored pages `first` to `first + count` with their signatures. Return up to `most` findings (page,
+    def verify(self, first: int, count: int, limit: int) -> list[tuple[int | None, str]]:
+        """Compare stored pages `first` to `first + count` with their signatures. Return up to `limit` findings (page,
         message)."""
     def verify_unused(self) -> list[tuple[int | None, str]]:
         """Verify the storage blocks to which no page refers."""

@@ -173,11 +173,11 @@ impl ImageChain {
         py.detach(|| self.stored_pages().len())
     }
 
-    fn verify(&self, py: Python<'_>, first: usize, count: usize, max: usize) -> Findings {
+    fn verify(&self, py: Python<'_>, first: usize, count: usize, limit: usize) -> Findings {
         let findings = py.detach(|| {
             let stored = self.stored_pages();
             let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
-            image::verify(&self.inner, part, max)
+            image::verify(&self.inner, part, limit)
         });
         findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
     }

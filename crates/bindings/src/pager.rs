@@ -46,7 +46,7 @@ type Failure = (usize, usize, bool, String);
 
 /// Origin of contents.
 #[derive(FromPyObject)]
-enum Source<'py> {
+enum ContentOrigin<'py> {
     Images(PyRef<'py, ImageChain>),
     Peer(PyRef<'py, PeerSource>),
 }
@@ -106,7 +106,7 @@ impl Pager {
     #[expect(clippy::too_many_arguments, reason = "six arguments in Python, besides the interpreter token")]
     fn new(
         py: Python<'_>,
-        source: Source<'_>,
+        source: ContentOrigin<'_>,
         targets: Vec<TargetTuple<'_>>,
         segments: Vec<SegmentTuple<'_>>,
         userfaults: HashMap<i32, i32>,
@@ -126,8 +126,8 @@ impl Pager {
         let pages = targets.iter().map(|target| target.mapping.pages()).sum();
         let flags = open_flags(flags, pages).map_err(errors::argument)?;
         let from = match source {
-            Source::Images(chain) => Origin::Images(chain.inner.clone()),
-            Source::Peer(peer) => Origin::Peer(peer.inner.clone()),
+            ContentOrigin::Images(chain) => Origin::Images(chain.inner.clone()),
+            ContentOrigin::Peer(peer) => Origin::Peer(peer.inner.clone()),
         };
         let plan = Plan {
             from,
