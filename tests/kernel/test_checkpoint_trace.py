@@ -231,7 +231,7 @@ def test_trace_is_not_used_after_memory_was_mapped_again(tmp_path: Path) -> None
     words[105] = 1
     result = save(arena, tmp_path / "1", parent=tmp_path / "0")
     assert (result.tracking, result.tracked) == ("compare", True)
-    assert "not on all of its memory" in result.tracking_note
+    assert "does not cover all memory" in result.tracking_note
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
     words[106] = 1
     assert save(arena, tmp_path / "2", parent=tmp_path / "1").tracking == "trace"

@@ -209,7 +209,7 @@ def test_state_without_its_memory_is_refused() -> None:
     os.close(file)
     state = json.dumps({"options": {}, "writes": [1], "fingerprint": 1, "digest": None}).encode()
     assert json.loads(state).keys() == set(LedgerState.__struct_fields__)
-    with pytest.raises(WorkloadError, match="no ledger"):
+    with pytest.raises(WorkloadError, match="not a ledger"):
         asyncio.run(workload.load_state(state))
 
 

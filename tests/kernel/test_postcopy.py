@@ -233,7 +233,7 @@ def test_server_can_be_cancelled_and_refuses_malformed_requests() -> None:
         server.start()
         os.write(more[0], b"PFRQ" + bytes(28))
         assert lost(server) == "page stream out of step: a request with a wrong magic or checksum"
-        with pytest.raises(ValueError, match="a request that is none"):
+        with pytest.raises(ValueError, match="a request with a wrong magic or checksum"):
             server.push()
         assert ours
 
@@ -254,7 +254,7 @@ def test_invalid_arguments_are_refused() -> None:
         pager = made.pager(source)
         with pytest.raises(ValueError, match="connection is in use by another pager"):
             pager.reconnect(source)
-        with pytest.raises(ValueError, match="region 1"):
+        with pytest.raises(ValueError, match="no such region: 1"):
             pager.missing(1)
         server = made.server(theirs)
         server.start()
