@@ -72,7 +72,7 @@ def interruptible(call: Callable[[], T]) -> T:
 def synchronous(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
     """Return the synchronous form of a public coroutine function, whose name ends in `_async`.
 
-    The synchronous form runs the coroutine on an event loop of its own. It raises UsageError in a thread whose event
+    The synchronous form runs the coroutine on a separate event loop. It raises UsageError in a thread whose event
     loop is running, because it would block that loop. Ctrl-C cancels the operation before KeyboardInterrupt is raised.
     """
     name = function.__name__.removesuffix("_async")

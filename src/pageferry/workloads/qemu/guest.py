@@ -1,7 +1,7 @@
 """Unmodified QEMU guests as workloads: started under management, or adopted.
 
-Guest memory is a shared file that QEMU and pageferry both map; QMP does the rest: `stop` and `cont` pause and resume,
-QEMU's own migration saves and loads the device state (`device_state`).
+Guest memory is a shared file that QEMU and pageferry both map. QMP does the rest: `stop` and `cont` pause and resume
+the guest, and QEMU's own migration saves and loads the device state (`device_state`).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from pageferry.workloads.qemu.process import QemuProcess
 from pageferry.workloads.qemu.run_state import LastSeen
 
 _QUIT_TIMEOUT = 10.0
-"""Seconds for QEMU to end after `quit`: it closes its disks first."""
+"""Seconds for QEMU to exit after `quit`: it closes its disks first."""
 
 _ANSWER_TIMEOUT = 0.5
-"""Seconds for QEMU to answer `quit`. It answers before it closes its disks."""
+"""Seconds for QEMU to reply to `quit`. It replies before it closes its disks."""
 
 _RECENT = 0.05
-"""Seconds for which `pause` relies on the checks of `prepare_pause`, as far as devices and open files of QEMU are the
-same after `stop`."""
+"""Seconds for which `pause` relies on the checks of `prepare_pause`, if devices and open files of QEMU are the same
+after `stop`."""
 
 _LOG = "log"
 
@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 class QemuWorkload:
-    """A QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, may be about one.
+    """QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, can refer to one guest.
 
     The monitor is held from `pause` (or `load_state`) to `resume` or `discard`: see `control`.
     """
@@ -85,12 +85,12 @@ class QemuWorkload:
         self._child = child
         self._control = QemuControl(folder.name, entry.qmp_socket)
         self._loading: device_state.Loading | None = None
-        """What waits for the device state."""
+        """Listener for the device state, until `load_state`."""
         self._seen = LastSeen(folder.name, machine, ran=ran)
         self._prepared = -math.inf
         """Time of the last `_prepare_pause`."""
 
-    # -- making one --------------------------------------------------------------------------------------------------
+    # -- start, attach, adopt -----------------------------------------------------------------------------------------
 
     @classmethod
     async def start(
@@ -106,11 +106,12 @@ class QemuWorkload:
     ) -> Self:
         """Start a QEMU from the user's command line, program first, with its memory in a shared file.
 
-        `incoming`: the guest waits, paused, for `load_state`, which comes `at_once`: the monitor is held for it.
-        `detach`: in a session of its own, with its output in the log of its folder; else on our terminal. `hugetlb`:
-        memory on hugetlbfs. A failure leaves nothing behind.
+        `incoming`: the guest waits, paused, for `load_state`. `at_once`: that follows soon, so the monitor is kept
+        open. `detach`: run in a separate session, with the output in the log of the workload; otherwise on our
+        terminal. `hugetlb`: memory on hugetlbfs. A failure leaves nothing behind.
 
-        Raises UsageError, UnsupportedError for what cannot be managed, NameInUse, WorkloadError with QEMU's words.
+        Raises UsageError, UnsupportedError for options that cannot be managed, NameInUse, WorkloadError with QEMU's
+        message.
         """
         command = command_line.parse(arguments)
         for warning in command.warnings:
@@ -136,9 +137,10 @@ class QemuWorkload:
 
     @classmethod
     async def attach(cls, name: str, *, registry: Registry | None = None, timeout: float = TIMEOUT) -> Self:
-        """The guest of that name, whoever started it; `timeout`: seconds to wait for its monitor.
+        """Return the guest of that name, regardless of the process that started it. `timeout`: seconds to wait for its
+        monitor.
 
-        Raises NoSuchWorkload, also where the name is another kind of workload's; WorkloadError, WorkloadDied.
+        Raises NoSuchWorkload, also if the name belongs to another kind of workload, WorkloadError, WorkloadDied.
         """
         folder = (registry or Registry()).folder(name)
         entry = folder.registry.lookup(name)
@@ -157,9 +159,9 @@ class QemuWorkload:
 
     @classmethod
     async def adopt(cls, name: str, qmp_socket: str, *, registry: Registry | None = None) -> Self:
-        """Manage, as `name`, a QEMU that somebody else has started with its memory in a shared file.
+        """Manage, as `name`, a running QEMU with its memory in a shared file that another process has started.
 
-        Raises UnsupportedError, saying with which options it should have been started; NameInUse, WorkloadError.
+        Raises UnsupportedError, with the options that it should have been started with, NameInUse, WorkloadError.
         """
         folder = (registry or Registry()).claim(name)
         try:
@@ -170,7 +172,7 @@ class QemuWorkload:
 
     @classmethod
     async def _take_over(cls, folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Self:
-        """Look at a QEMU that answers on its monitor, and publish it."""
+        """Check the QEMU behind a monitor, and publish it."""
         opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
         async with await opening as monitor:
             machine, pid = await _ask_machine(monitor)
@@ -188,21 +190,21 @@ class QemuWorkload:
 
     @property
     def identity(self) -> Identity:
-        """Kind, name, and the details `qemu` (its version), `machine` (type with version), `cpus`, `devices`, and the
-        CPU: `cpu` (model), `cpu-signature`, `cpu-features`."""
+        """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, and of the
+        CPU `cpu` (model), `cpu-signature`, `cpu-features`."""
         return Identity("qemu", self.name, self._seen.machine.details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
-        """Raises WorkloadError if a guest whose identity has these details cannot be received here, and says why."""
+        """Raise WorkloadError, with the reason, if a guest with these details cannot be received here."""
         self._seen.machine.check_source(details, "the source", f"{self.name} at the destination")
 
     def check_image(self, details: Mapping[str, Any], path: str) -> None:
-        """The same for a guest whose identity is recorded in an image. Raises WorkloadError."""
+        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot be restored here."""
         self._seen.machine.check_source(details, path, self.name)
 
     @property
     def pid(self) -> int:
-        """Of QEMU."""
+        """Process id of QEMU."""
         return self._entry.pid
 
     @property
@@ -212,45 +214,46 @@ class QemuWorkload:
 
     @property
     def guardian(self) -> int | None:
-        """Pid of the process that acts if we die (see `guardian`); None while there is no need for one."""
+        """Process id of the guardian, which acts if this process exits (see `guardian`); None while none is needed."""
         return self._control.guardian
 
     @property
     def log(self) -> Path | None:
-        """Where a detached QEMU's output goes; None for one on a terminal, or adopted."""
+        """Output of a detached QEMU; None if it is on a terminal, or adopted."""
         path = self._folder.path / _LOG
         return path if path.exists() else None
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Guest memory, one region for each memory backend, named as QEMU's ramblocks."""
+        """Guest memory, one region per memory backend, named like QEMU's ramblocks."""
         return self._regions
 
     @property
     def handed_out(self) -> bool:
-        """False: a guest's file is not given to other processes."""
+        """False: the file of a guest is not handed out to other processes."""
         return False
 
     async def check_mappers(self) -> None:
-        """Raise WorkloadError where another process maps the guest's memory for writing (see `mappers`)."""
+        """Raise WorkloadError if another process maps the guest's memory for writing (see `mappers`)."""
         await in_thread(lambda: mappers.refuse_strangers(self.name, self._regions))
 
     async def prepare_pause(self) -> None:
-        """All of `pause` that can be done while the guest still runs, some 50 ms of work; `pause` does it if need be.
+        """Do the part of `pause` that is possible while the guest runs, about 50 ms of work; `pause` does it if
+        necessary.
 
-        Raises UnsupportedError where QEMU cannot save its state alone, WorkloadError.
+        Raises UnsupportedError if QEMU cannot save its state alone, WorkloadError.
         """
         await self._prepare_pause()
         files = await in_thread(direct_io.direct_files, self.pid, self.name)
         await direct_io.await_requests(self.pid, files, self.name)
 
     async def pause(self) -> None:
-        """Stop the vCPUs (QMP `stop`), and find out what the guest and its machine are now.
+        """Stop the vCPUs (QMP `stop`), and determine the run state and the machine.
 
-        A guest that does not run already, also one that another client has paused meanwhile, is left so by `resume`
-        too. Until `commit` a guardian resumes the guest if this process dies.
+        A guest that is already paused, also one that another client has paused since, stays paused in `resume`. Until
+        `commit`, a guardian resumes the guest if this process exits.
 
-        Raises WorkloadError if the guest has ended since the last look and cannot run again without a reset.
+        Raises WorkloadError if the guest has shut down since the last check and cannot run without a reset.
         """
         if time.monotonic() - self._prepared > _RECENT:
             await self._prepare_pause()
@@ -265,18 +268,19 @@ class QemuWorkload:
         direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
 
     async def does_direct_io(self) -> bool:
-        """Whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError, WorkloadDied."""
+        """Return whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError,
+        WorkloadDied."""
         return bool(await in_thread(direct_io.direct_files, self.pid, self.name))
 
     async def drain(self) -> float | None:
-        """Wait for the requests of disks that write to guest memory directly, in a short pause (`stop`, `cont`).
+        """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`).
 
-        The only command of QEMU that is documented to wait for all requests is `stop`. A guardian lets the guest run
-        if this process exits meanwhile.
+        `stop` is the only command of QEMU that is documented to wait for all requests. A guardian resumes the guest if
+        this process exits during the pause.
         """
         files = await in_thread(direct_io.direct_files, self.pid, self.name)
         if not files:
-            return None  # nothing to wait for: the monitor is not opened in each round, and `pause` checks the devices
+            return None  # the monitor is not opened in each round for this; `pause` checks the devices
         async with self._control.session() as monitor:
             await unsupported.refuse_running(monitor)
             if not (await monitor.execute("query-status"))["running"]:
@@ -285,34 +289,36 @@ class QemuWorkload:
             return await self._to_the_end(self._stop_briefly(monitor))
 
     async def commit(self, witness: Witness | None = None) -> None:
-        """The guest may run elsewhere from now on: it stays paused, even if this process dies.
+        """Leave the guest paused, even if this process exits: from now on it may run elsewhere.
 
-        With a `witness` the guardian will read it then: the guest runs here, or ends. Raises WorkloadDied, and
-        WorkloadError if another client has changed the guest since its state was saved or loaded.
+        With a `witness`, the guardian reads it if this process exits, and then resumes the guest or ends it. Raises
+        WorkloadDied, and WorkloadError if another client has changed the guest since its state was saved or loaded.
         """
         monitor = await self._control.hold()
         if witness is None:
             await self._seen.check_unchanged(monitor)
             self._control.bequeath([])
             if self._control.stays_paused:
-                # The destination opens the disks before this QEMU ends. Of a guest that ran `save_state` did this.
+                # The destination opens the disks before this QEMU exits. For a running guest, `save_state` has released
+                # them.
                 self._control.disks_released = True
                 await qemu_disks.release(await self._control.hold())
             return
         self._control.bequeath_to_owner(witness)
-        # Also proves that QEMU lives: a process that is being killed is still seen in /proc, but does not answer.
+        # Also checks that QEMU lives: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
 
     async def resume(self) -> None:
-        """Let the vCPUs run (QMP `cont`), also after `save_state`; unless the guest was not running to begin with.
+        """Resume the vCPUs (QMP `cont`), also after `save_state`, unless the guest was paused in the first place.
 
-        Raises WorkloadError where it does not run then; WorkloadDied, with `never_ran` where it cannot have heard this.
+        Raises WorkloadError if it does not run then; WorkloadDied, with `never_ran` if QEMU cannot have received
+        `cont`.
         """
         if self._control.given_up:
             log.warning("%s: paused until its disks respond; a guardian process resumes it then", self.name)
             return
         monitor = await self._control.hold()
-        if monitor.hung_up:  # nobody has been told to run it, and nobody is left who could
+        if monitor.hung_up:  # `cont` was not sent, and no other client can send it
             raise WorkloadDied(
                 f"{self.name} (process {self.pid}) ended before it ran{self._last_words()}", never_ran=True
             )
@@ -325,15 +331,15 @@ class QemuWorkload:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What another process has to undo, by `revert`, if this one ends after `commit`."""
+        """Changes that another process has to undo, with `revert`, if this one exits after `commit`."""
         found: dict[str, Any] = msgspec.to_builtins(self._control.changes)
         return found
 
     async def revert(self, changes: Mapping[str, Any]) -> None:
-        """Make a committed guest as it was before the process that committed it changed it: running or paused, with
-        the migration settings of its user. Empty `changes` are those of an older release: the guest is resumed.
+        """Undo the changes of the process that committed the guest: restore its run state, running or paused, and the
+        migration settings of its user. Empty `changes` are those of an older release: the guest is resumed.
 
-        Raises WorkloadError for changes that cannot be read, and as `resume`.
+        Raises WorkloadError for invalid changes, and as `resume`.
         """
         if changes:
             try:
@@ -346,9 +352,9 @@ class QemuWorkload:
         await self._control.settled()
 
     async def save_state(self) -> bytes:
-        """The device state of the paused guest, by QEMU's own migration or snapshot without memory.
+        """Return the device state of the paused guest, saved by QEMU's own migration or by a snapshot without memory.
 
-        Raises WorkloadError with QEMU's words; the guest can be resumed then, and after success, too.
+        Raises WorkloadError with QEMU's message. The guest can be resumed in either case.
         """
         was_running = not self._control.stays_paused
         async with self._control.session() as monitor:
@@ -358,9 +364,9 @@ class QemuWorkload:
         return device_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
 
     async def prepare_load(self) -> None:
-        """Have a guest started with `incoming` listen for its state, which saves some 5 ms in `load_state`.
+        """Let a guest started with `incoming` listen for its state, which saves about 5 ms in `load_state`.
 
-        Raises UnsupportedError where QEMU cannot load its state alone, WorkloadError.
+        Raises UnsupportedError if QEMU cannot load its state alone, WorkloadError.
         """
         if self._loading is None:
             monitor = await self._control.hold()
@@ -368,10 +374,11 @@ class QemuWorkload:
             self._loading = await device_state.Loading.begin(monitor)
 
     async def load_state(self, state: bytes) -> None:
-        """Load a device state into a guest started with `incoming`, which stays paused; until `commit` it ends with us.
+        """Load a device state into a guest started with `incoming`. It stays paused, and ends with this process until
+        `commit`.
 
-        Raises WorkloadError with QEMU's words where it does not fit this machine, or if the guest could not run then;
-        WorkloadDied.
+        Raises WorkloadError, with QEMU's message, if the state does not match this machine or the guest could not run
+        then, WorkloadDied.
         """
         saved = device_state.SavedState.decode(state)
         if saved.machine != self._seen.machine.type:
@@ -390,7 +397,8 @@ class QemuWorkload:
         await self._seen.loaded(await self._control.hold(), was_running=saved.was_running)
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Fill KVM's tables where the guest runs on KVM, and the kernel can (see `kvm_prefault`); bytes mapped.
+        """Populate KVM's page tables, if the guest runs on KVM and the kernel supports it (see `kvm_prefault`). Return
+        the bytes mapped.
 
         Raises OSError with the kernel's reason, WorkloadError, WorkloadDied.
         """
@@ -401,13 +409,14 @@ class QemuWorkload:
             return await kvm_prefault.prefault(monitor, machine, self._regions, units)
 
     async def quit(self, answer: float = _ANSWER_TIMEOUT) -> bool:
-        """Have QEMU end (QMP `quit`). Return False if it does not answer in time, or has not ended 10 s after that."""
+        """Let QEMU exit (QMP `quit`). Return False if it does not reply in time, or is still running 10 s after the
+        reply."""
         self._control.bequeath([])
         try:
             async with asyncio.timeout(answer), self._control.session() as monitor:
                 await monitor.run(QUIT)
         except WorkloadError:
-            pass  # it has ended, or ends
+            pass  # it has exited, or is exiting
         except TimeoutError:
             return False
         self._stop_loading()
@@ -418,7 +427,7 @@ class QemuWorkload:
         return not self._entry.alive
 
     async def discard(self) -> None:
-        """End QEMU (QMP `quit`, or SIGKILL if that does not help), and forget the workload."""
+        """End QEMU (QMP `quit`, or else SIGKILL), and remove the workload."""
         if not await self.quit():
             log.warning("%s: process %d has not exited after `quit`, and is killed", self.name, self.pid)
             self._stop_loading()
@@ -428,46 +437,47 @@ class QemuWorkload:
         await self.forget()
 
     async def running(self) -> bool:
-        """Whether the vCPUs run. Raises WorkloadDied when QEMU is gone."""
+        """Return whether the vCPUs run. Raises WorkloadDied if QEMU has exited."""
         return await self.run_state() == "running"
 
     async def run_state(self) -> str:
-        """QEMU's name of what the guest does, such as `running`, `paused`, `postmigrate`. Raises WorkloadDied."""
+        """Return QEMU's run state, such as `running`, `paused`, `postmigrate`. Raises WorkloadDied."""
         if not self._entry.alive:
             raise WorkloadDied(f"{self.name} (process {self.pid}) has ended{self._last_words()}")
         async with self._control.session() as monitor:
             return str((await monitor.execute("query-status"))["status"])
 
     def faults(self) -> Faults:
-        """Page faults of the vCPU threads. Raises WorkloadDied when QEMU is gone."""
+        """Return the page faults of the vCPU threads. Raises WorkloadDied if QEMU has exited."""
         ours = proc.inner_threads(self.pid)
         vcpus = {ours[thread] for thread in self._seen.machine.vcpu_threads if thread in ours}
         return Faults(*proc.thread_faults(self.pid, vcpus))
 
     def close(self) -> None:
-        """Let go of the guest: one that we have paused and not committed runs on, one that waits for its state ends."""
+        """Release the guest: resume it if it is paused by us and not committed, and end it if it waits for its
+        state."""
         for region in self._regions:
             os.close(region.fd)
         self._regions = ()
         self._stop_loading()
         self._control.abandon()
 
-    # -- the end of one ------------------------------------------------------------------------------------------------
+    # -- exit ---------------------------------------------------------------------------------------------------------
 
     async def ended(self) -> int | None:
-        """Wait until QEMU has ended; its exit code (-N: signal N) where it is our child. Also see `forget`."""
+        """Wait until QEMU has exited. Return its exit code (-N for signal N) if it is our child. See also `forget`."""
         if self._child is not None:
             return await self._child.wait()
         await processes.wait_for_end(self.pid, self._entry.started)
         return None
 
     async def died(self) -> NoReturn:
-        """Wait until QEMU has ended. Raises WorkloadDied then, with what it said."""
+        """Wait until QEMU has exited, then raise WorkloadDied with its message."""
         await self.ended()
         raise WorkloadDied(f"{self.name} (process {self.pid}) ended while it waited for its source{self._last_words()}")
 
     async def forget(self) -> None:
-        """After QEMU's end: close our files, and remove name, log and records."""
+        """Close our files, and remove name, log and records, after QEMU has exited."""
         if self._child is not None:
             await self._child.wait()
         self.close()
@@ -479,7 +489,7 @@ class QemuWorkload:
         monitor = await self._control.hold()
         self._control.have_will()
         known = self._control.prepared
-        # Devices may have been added since the guest was last looked at.
+        # Devices may have been added since the last check.
         status, _ = await asyncio.gather(self._control.note_status(monitor), unsupported.refuse_running(monitor))
         if status == MIGRATED and not known:
             log.warning("%s: migrated by QEMU, not by pageferry: %s", self.name, MAY_RUN)
@@ -488,7 +498,8 @@ class QemuWorkload:
         self._prepared = time.monotonic()
 
     async def _stop_briefly(self, monitor: Monitor) -> float:
-        """Stop the guest and continue it; the seconds between. A guest that another client has paused stays so."""
+        """Stop and continue the guest; return the seconds between. A guest that another client has paused stays
+        paused."""
         self._control.have_will()
         self._control.bequeath([{"execute": "cont"}, *self._control.undo])
         started, ran = time.perf_counter(), True
@@ -504,7 +515,8 @@ class QemuWorkload:
         return time.perf_counter() - started
 
     async def _bounded(self, stopping: Coroutine[Any, Any, T], timeout: float) -> T:
-        """A call that waits for all requests of the guest to its disks (QMP `stop`), and cannot be cut short."""
+        """Limit the time of a call that waits for all disk requests of the guest (QMP `stop`), and cannot be
+        cancelled."""
         try:
             async with asyncio.timeout(timeout):
                 return await stopping
@@ -517,7 +529,8 @@ class QemuWorkload:
             ) from late
 
     async def _to_the_end(self, work: Coroutine[Any, Any, float]) -> float:
-        """A cancellation waits until the guest runs again."""
+        """Return the result of `work`. A cancellation takes effect when it has completed, so that the guest runs
+        again."""
         task = asyncio.ensure_future(work)
         try:
             return await asyncio.shield(task)
@@ -528,7 +541,7 @@ class QemuWorkload:
     async def _continue(self, monitor: Monitor) -> None:
         with monitor.events("RESUME") as resumed:
             await self._tell_to_run(monitor)
-            # The event comes before the answer; without it there is something to find out.
+            # The event precedes the reply; if it is missing, the run state has to be queried.
             if not resumed.empty():
                 return
         status = await monitor.execute("query-status")
@@ -543,7 +556,7 @@ class QemuWorkload:
             raise WorkloadDied(
                 f"{self.name} (process {self.pid}): {died}{self._last_words()}", never_ran=never_ran
             ) from died
-        except WorkloadError as refused:  # for example because another process has a disk locked
+        except WorkloadError as refused:  # for example, another process holds a lock on a disk
             refused.never_ran = True
             raise
 
@@ -568,7 +581,7 @@ class QemuWorkload:
             self._loading = None
 
     async def _await_state(self, at_once: bool) -> None:
-        """Be ready for `load_state`; until then the guest is worth nothing, and ends with this process."""
+        """Prepare for `load_state`. Until then the guest has no state, and ends with this process."""
         self._control.have_will()
         self._control.bequeath([QUIT])
         async with self._control.session(keep=at_once) as monitor:
@@ -581,7 +594,7 @@ class QemuWorkload:
 def _launch(
     folder: Folder, command: command_line.CommandLine, *, incoming: bool, detach: bool, hugetlb: bool
 ) -> tuple[QemuProcess, str]:
-    """Start QEMU with a memory file, and publish it already: it must not be lost if we are killed now."""
+    """Start QEMU with a memory file, and publish it at once, so that it is not lost if this process is killed."""
     qmp_socket = folder.socket_path("qmp.sock")
     if hugetlb and not command.needs_ram_file:
         raise UsageError(
@@ -601,7 +614,7 @@ def _launch(
     finally:
         if ram is not None:
             os.close(ram.fd)
-    with contextlib.suppress(WorkloadDied):  # why it has ended is told by whoever waits for its monitor
+    with contextlib.suppress(WorkloadDied):  # the caller, which waits for the monitor, reports why it has exited
         folder.publish(_entry(child.pid, qmp_socket, adopted=False))
     return child, qmp_socket
 
@@ -611,7 +624,7 @@ def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
 
 
 async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
-    """The machine behind a monitor, and the pid of its QEMU."""
+    """Return the machine behind a monitor, and the process id of its QEMU."""
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
     pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
     return await Machine.ask(monitor), pid
