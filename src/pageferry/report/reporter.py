@@ -9,10 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    import msgspec
-    from rich.console import RenderableType
-
     from pageferry.events import Event
+    from pageferry.report.view import View
 
 
 class Reporter(Protocol):
@@ -29,19 +27,6 @@ class Reporter(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
-
-
-class View(Protocol):
-    """Human-readable form of the events and the result of a command."""
-
-    def line(self, event: msgspec.Struct) -> str | None:
-        """Return an event as a line of text; None to omit it."""
-
-    def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return the live display after this event; None to leave the display unchanged."""
-
-    def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the result as printed on stdout."""
 
 
 class Sink(Protocol):

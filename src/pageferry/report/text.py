@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pageferry.events import Event
 from pageferry.printable import printable
-from pageferry.report.reporter import View
+from pageferry.report.view import View
 
 WIDE = 500
 """Width for files and pipes, columns: wide enough that no line is folded or cut."""

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
@@ -19,8 +19,38 @@ from pageferry.workloads import callbacks
 from pageferry.workloads.callbacks import Callback, Callbacks, Plain
 from pageferry.workloads.protocols import Faults
 
-if TYPE_CHECKING:
-    from pageferry.workloads.arena.arena import Arena
+
+class ArenaMemory(Protocol):
+    """Memory of an arena, and its state outside of that memory."""
+
+    pager: Pager | None
+    received_state: bytes | None
+
+    @property
+    def name(self) -> str | None:
+        """Name on this host, if it has one."""
+
+    @property
+    def address(self) -> int:
+        """Start of the memory in this process, bytes."""
+
+    @property
+    def length(self) -> int:
+        """Size of the memory, bytes."""
+
+    @property
+    def descriptor(self) -> int:
+        """Descriptor of the memory."""
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether the program has taken a descriptor of the memory."""
+
+    def pagers(self) -> list[int]:
+        """Return the processes that may load contents of the memory."""
+
+    def close_memory(self) -> None:
+        """Close the memory."""
 
 
 class ArenaControl:
@@ -28,7 +58,7 @@ class ArenaControl:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: ArenaMemory,
         on_pause: Callback | None,
         on_resume: Plain | None,
         on_moved: Plain | None,
@@ -60,7 +90,7 @@ class ArenaControl:
         """(process, start time)"""
 
     @property
-    def _arena(self) -> Arena:
+    def _arena(self) -> ArenaMemory:
         """The arena. Callers refer to it; this object does not, so that dropping an arena frees it at once."""
         arena = self._reference()
         assert arena is not None

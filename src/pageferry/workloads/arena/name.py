@@ -12,23 +12,28 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pageferry.errors import ImageError, RestoreError
 from pageferry.host import registry
 from pageferry.host.blocking import interruptible
 from pageferry.pager import client, records
-from pageferry.workloads.arena.control_socket.server import ControlServer
+from pageferry.workloads.arena.control_socket.server import ControlServer, Owned
 from pageferry.workloads.persistent_trace import note_forks
 
-if TYPE_CHECKING:
-    from pageferry.workloads.arena.arena import Arena
+
+class Nameable(Owned, Protocol):
+    """An arena that can be given a name."""
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether the program has taken a descriptor of the memory."""
 
 
 class NamedArena:
     """The name of one arena, claimed by this process. Raises NameInUse, UsageError."""
 
-    def __init__(self, arena: Arena, name: str) -> None:
+    def __init__(self, arena: Nameable, name: str) -> None:
         self._owner = os.getpid()
         self._abandoned = False
         self.closers: list[Callable[[], object]] = []
@@ -73,7 +78,7 @@ class NamedArena:
         self.release()
         self._server.close()
 
-    def abandon(self, arena: Arena) -> None:
+    def abandon(self, arena: object) -> None:
         """The arena is being collected: warn if it still has its name, and have a thread give up the name.
 
         The garbage collector runs anywhere, also while this very thread holds the lock of the run directory. So nothing
