@@ -1,4 +1,4 @@
-"""Control groups of processes that write to memory of another one (memory is charged to the group of the writer)."""
+"""Control groups of processes that write to memory of another process: the kernel charges the writer's group."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pageferry.host import proc
 from pageferry.host.cpu_quota import Mount, mounts
 
 _V1 = {"memory", "name=systemd"}
-"""Controllers of version 1 that matter: who is charged, and whose session a process ends with."""
+"""Relevant controllers of version 1: memory, for charging, and the systemd hierarchy, which ends sessions."""
 
 
 def join_groups_of(pid: int) -> list[str]:
-    """Move this process to the control groups of another one. Return what did not work, as `GROUP: ERROR`.
+    """Move this process to the control groups of another one. Return the failures, as `GROUP: ERROR`.
 
-    From then on shared memory that this process allocates counts as that of the other one, and a login session that
-    ends does not end it. Takes root, or the right to write to both groups.
+    Shared memory that this process allocates is then charged to the group of the other one, and the end of its login
+    session does not end it. Requires root, or permission to write to both groups.
     """
     failures = []
     ours, theirs = (proc.lines(proc.read(process, "cgroup")) for process in (os.getpid(), pid))
@@ -31,7 +31,7 @@ def join_groups_of(pid: int) -> list[str]:
 
 
 def _group(mount: Mount, lines: list[bytes]) -> Path | None:
-    """The folder of a process in a hierarchy; None for one that does not matter, or is not shown there."""
+    """Return the directory of a process in a hierarchy; None if it is irrelevant or not visible there."""
     if mount.version == 1 and not mount.controllers & _V1:
         return None
     for line in lines:

@@ -1,4 +1,4 @@
-"""What this machine can do for pageferry: its features, the systems, its QEMUs, and whether the main job can run."""
+"""Result of `pageferry check`: features and systems of this host, its QEMU binaries, and whether migration can run."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pageferry.host.qemus import Qemu, QemuSearch
 
 
 class Check(Event, frozen=True, tag="check"):
-    """Everything that was found."""
+    """Features, systems and QEMU binaries of this host."""
 
     kernel: str
-    """Release, for people: nothing is decided by it."""
+    """Release of the kernel; informative only."""
     user: int
     """Effective user id."""
     features: list[Feature]
     systems: list[SystemReport]
     qemu: list[Qemu]
     main_job: bool
-    """Whether arenas can be migrated while they are in use, and guests too if there is a QEMU."""
+    """Whether live migration can run: of arenas, and of guests too if there is a QEMU."""
     reason: str | None
-    """Why not, and what to do about it."""
+    """Reason why live migration cannot run, with a remedy; None if it can."""
 
 
 def check() -> Check:
-    """Try everything. Takes well under a second, and a few where something hangs; forks (see `check_features`)."""
+    """Run all probes. Takes less than a second, or a few seconds if a probe blocks; forks (see `check_features`)."""
     with QemuSearch() as search:
         features = check_features()
         qemus = search.results()
@@ -45,9 +45,9 @@ def check() -> Check:
 
 
 def obstacle(features: Mapping[str, Feature], guests: bool) -> str | None:
-    """What stands in the way of live migration, and what to do: of arenas, and with `guests` of QEMU guests too."""
+    """Return what prevents live migration of arenas, and with `guests` of QEMU guests, with a remedy, or None."""
     for needs, what in ((ARENAS_MOVE, "arenas and guests"), (GUESTS_MOVE, "QEMU guests") if guests else ((), "")):
         if missing := lacking(needs, features):
             first = features[missing[0]]
-            return f"live migration of {what} needs {', '.join(missing)}: {first.detail}; {first.remedy}"
+            return f"live migration of {what} requires {', '.join(missing)}: {first.detail}; {first.remedy}"
     return None

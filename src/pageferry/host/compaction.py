@@ -1,4 +1,4 @@
-"""Large pages that the kernel has free, and memory compaction, which makes more of them."""
+"""Free huge pages of the kernel, and memory compaction, which creates more of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from pageferry.host import proc
 
 BUDDYINFO = Path("/proc/buddyinfo")
-"""Free blocks by zone and order (proc(5))."""
+"""Number of free blocks by zone and order (proc(5))."""
 COMPACT = Path("/proc/sys/vm/compact_memory")
-"""Written to by root, it compacts all zones (Documentation/admin-guide/sysctl/vm.rst)."""
+"""File that compacts all zones when root writes to it (Documentation/admin-guide/sysctl/vm.rst)."""
 
 _ORDER = 9
-"""Of a block of 2 MiB in small pages."""
+"""Order of a block of 2 MiB in base pages."""
 _TIMEOUT = 2.0
-"""Seconds. On a host of a terabyte compaction takes longer, and goes on while its first large pages are used."""
+"""Seconds to wait for compaction. On large hosts it takes longer, and continues while the first huge pages are used."""
 
 log = logging.getLogger(__name__)
 
 
 def free_large_pages(buddyinfo: Path = BUDDYINFO) -> int:
-    """Large pages that can be had without compaction: a free block of more than 2 MiB counts as several."""
+    """Return the number of huge pages available without compaction; a larger free block counts as several."""
     free = 0
     for line in proc.lines(buddyinfo.read_bytes()):
         _, *counts = line.partition(b" zone ")[2].split()

@@ -1,4 +1,4 @@
-"""Kinds of file systems (`f_type` of statfs(2), which Python does not report): which of them keep files in memory."""
+"""Types of file systems (`f_type` of statfs(2), which Python does not report), and which keep files in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 
 TMPFS, HUGETLBFS = 0x01021994, 0x958458F6
-"""Magic numbers of include/uapi/linux/magic.h; a memfd is on one of the two."""
+"""Magic numbers of include/uapi/linux/magic.h; a memfd is on one of these two file systems."""
 
 _NAMES = {
     TMPFS: "tmpfs",
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def file_system(descriptor: int) -> int:
-    """Magic number of the file system of an open file, O_PATH included. Raises OSError."""
+    """Return the magic number of the file system of an open file, O_PATH included. Raises OSError."""
     status = (ctypes.c_long * 64)()
     if _libc.fstatfs(descriptor, status):
         number = ctypes.get_errno()
@@ -34,10 +34,10 @@ def file_system(descriptor: int) -> int:
 
 
 def in_memory(descriptor: int) -> bool:
-    """Whether an open file lives in memory alone: on tmpfs or hugetlbfs, memfds included. Raises OSError."""
+    """Return whether an open file is in memory only: on tmpfs or hugetlbfs, or a memfd. Raises OSError."""
     return file_system(descriptor) in (TMPFS, HUGETLBFS)
 
 
 def name_of(kind: int) -> str:
-    """Name of a file system by its magic number, or the number itself."""
+    """Return the name of a file system by its magic number, or the number itself."""
     return _NAMES.get(kind, f"a file system of type {kind:#x}")

@@ -1,4 +1,4 @@
-"""Processes: children that outlive us, signals, and waiting for the end of any, by pid and start time (see `proc`)."""
+"""Child processes that outlive this one, signals, and waiting for processes by pid and start time (see `proc`)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pageferry.host import proc
 
 
 class Outliving(subprocess.Popen[AnyStr]):
-    """A child that may run on when we end: nobody complains (ResourceWarning) that it was not waited for."""
+    """Child that may outlive this process: no ResourceWarning is issued if it was not waited for."""
 
     def __del__(self) -> None:
-        """Nothing: not that of Popen, which complains."""
+        """Do nothing, unlike Popen, which issues a ResourceWarning."""
 
 
 async def wait_for_end(pid: int, started: int) -> None:
-    """Wait until the process that started at `started` (see `proc.start_time`) has ended; it need not be ours."""
+    """Wait until the process that started at `started` (see `proc.start_time`) has exited; it need not be a child."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     with _opened(pid, started) as descriptor:
@@ -36,7 +36,7 @@ async def wait_for_end(pid: int, started: int) -> None:
 
 
 def send_signal(pid: int, started: int, number: signal.Signals) -> None:
-    """Send a signal to the process that started at `started`; nothing happens when it has ended."""
+    """Send a signal to the process that started at `started`; does nothing if it has exited."""
     with _opened(pid, started) as descriptor, contextlib.suppress(ProcessLookupError):
         if descriptor is not None:
             signal.pidfd_send_signal(descriptor, number)
@@ -44,7 +44,7 @@ def send_signal(pid: int, started: int, number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def _opened(pid: int, started: int) -> Iterator[int | None]:
-    """A pidfd of that very process, or None when it has ended."""
+    """Return a pidfd of exactly this process, or None if it has exited."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -57,7 +57,7 @@ def _opened(pid: int, started: int) -> Iterator[int | None]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Living children of a process, their children and so on (proc(5), /proc/PID/stat field 4)."""
+    """Return the running descendants of a process (proc(5), /proc/PID/stat field 4)."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     for child in proc.pids():
         if (parent := proc.parent(child)) is not None:

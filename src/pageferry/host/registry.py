@@ -1,20 +1,20 @@
-"""The workloads of this host, by name: which process each one is, and how to speak to it.
+"""Registry of the workloads of this host: name, process and control socket of each.
 
-Every workload has a folder in the run directory, named as it is and holding `workload.json`, its sockets, its log and
-its durable records::
+Every workload has a directory of its name in the run directory, with `workload.json`, its sockets, its log and its
+durable records::
 
     /run/pageferry/             (or $XDG_RUNTIME_DIR/pageferry, or $PAGEFERRY_RUN_DIR)
     ├── .lock                   held while names are claimed, published, pruned or removed
     └── web/
-        ├── workload.json       an Entry
-        ├── migration.json      who owns the workload (pageferry.migration)
+        ├── workload.json       an `Entry`
+        ├── migration.json      ownership of the workload (pageferry.migration)
         ├── qmp.sock
-        └── log                 what a detached QEMU says
+        └── log                 output of a detached QEMU
 
-A name is *claimed* first, by the process that is about to start the workload, and *published* once there is one. An
-entry counts while its process lives: by pid and start time, which mean something only in one PID namespace and until
-the host is booted again. The next command that finds the process to have exited removes the folder. What a command
-cannot judge, because the workload was started in another PID namespace, it leaves alone.
+A name is *claimed* by the process that is about to start the workload, and *published* when the workload exists. An
+entry is valid while its process runs, which is identified by pid and start time; both are valid in one PID namespace
+and until the next boot. The first command that finds the process to have exited removes the directory. Entries of other
+PID namespaces, whose state a command cannot determine, are left unchanged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pageferry.errors import (
 from pageferry.host import files, proc
 
 VERSION = 1
-"""Of the entries; one of another version is refused by name."""
+"""Version of the entries; other versions are rejected."""
 
 LONGEST_SOCKET_PATH = 107
 """sun_path of unix(7), without the final NUL."""
@@ -55,23 +55,23 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENTRY_FILE = "workload.json"
 _REMEDY = "set PAGEFERRY_RUN_DIR to a folder of your own"
 MAX_RECORD = 64 << 20
-"""Bytes of a record that is read."""
+"""Maximum size of a record, bytes."""
 _STARTUP = 120.0
-"""Seconds after which a program listens on a socket that it has made."""
+"""Seconds within which a program listens on a socket that it has created."""
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """What is common to every kind: the process that the workload lives and dies with."""
+    """Entry of any kind of workload: the process that runs it."""
 
     pid: int
     started: int
-    """`proc.start_time` of the process, so that a reused pid is not taken for it."""
+    """`proc.start_time` of the process, to detect a reused pid."""
     boot: str = ""
     """`proc.boot_id` of the host at that time; empty in entries of older versions."""
     namespace: str = ""
-    """`proc.namespace` of which `pid` and `started` are; empty in entries of older versions."""
+    """`proc.namespace` to which `pid` and `started` refer; empty in entries of older versions."""
     version: int = VERSION
 
     @property
@@ -81,11 +81,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
     @property
     def socket(self) -> str | None:
-        """Path of the socket on which the workload listens."""
+        """Path of the control socket of the workload."""
         return None
 
     def liveness(self) -> bool | None:
-        """Whether the process still runs; None where this process cannot judge that."""
+        """Return whether the process runs; None if this process cannot determine it."""
         if self.boot and self.boot != proc.boot_id():
             return False
         if self.namespace and self.namespace == proc.namespace():
@@ -97,7 +97,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 def identify(pid: int) -> dict[str, Any]:
-    """The fields of an `Entry` for a process. Raises WorkloadDied when it has exited, UnsupportedError."""
+    """Return the fields of an `Entry` for a process. Raises WorkloadDied if it has exited, UnsupportedError."""
     namespace, started = proc.namespace(), proc.start_time(pid)
     if namespace is None:
         raise UnsupportedError(
@@ -109,24 +109,24 @@ def identify(pid: int) -> dict[str, Any]:
 
 
 class Claim(Entry, frozen=True, kw_only=True, tag="claim"):
-    """A name that a process of ours holds until the workload it starts is there."""
+    """Name claimed by a process until the workload that it starts is published."""
 
 
 class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
-    """A QEMU under management."""
+    """QEMU guest."""
 
     qmp_socket: str
     adopted: bool = False
-    """Somebody else started it: the socket is theirs."""
+    """Whether another program started the guest and owns the socket."""
 
     @property
     def socket(self) -> str | None:
-        """Its monitor."""
+        """Socket of its monitor."""
         return self.qmp_socket
 
 
 class ArenaEntry(Entry, frozen=True, kw_only=True, tag="arena"):
-    """A Python program with an arena."""
+    """Python program with an arena."""
 
     control_socket: str
 
@@ -141,18 +141,18 @@ AnyEntry = Claim | QemuEntry | ArenaEntry
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """The place of one claimed name. Whoever claimed it either publishes an entry or releases it."""
+    """Directory of one claimed name. The claiming process publishes an entry or releases the name."""
 
     registry: Registry
     name: str
 
     @property
     def path(self) -> Path:
-        """The folder itself."""
+        """Path of the directory."""
         return self.registry.path / self.name
 
     def socket_path(self, file_name: str) -> str:
-        """Where a socket of this workload goes. Raises UsageError where the path is longer than a socket's may be."""
+        """Return the path of a socket of this workload. Raises UsageError if it is longer than unix(7) allows."""
         path = str(self.path / file_name)
         if len(path.encode()) > LONGEST_SOCKET_PATH:
             raise UsageError(
@@ -162,12 +162,12 @@ class Folder:
         return path
 
     def publish(self, entry: AnyEntry) -> None:
-        """Say what the workload is; replaces the claim, or an earlier entry."""
+        """Store the entry of the workload; replaces the claim or an earlier entry."""
         with self.registry.locked():
             self.store(_ENTRY_FILE, entry)
 
     def release(self) -> None:
-        """Give the name back, with everything in the folder."""
+        """Release the name, and remove the directory."""
         with self.registry.locked():
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -208,14 +208,14 @@ class Folder:
             raise _unreadable(path, wrong) from wrong
 
     def forget(self, file_name: str) -> None:
-        """Remove a durable record; nothing happens where there is none."""
+        """Remove a durable record, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             (self.path / file_name).unlink()
             _sync_folder(self.path)
 
 
 class Registry:
-    """The run directory of this user, or the one that is given."""
+    """Run directory: that of this user, or the given one."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path if path is not None else default_run_directory()
@@ -259,13 +259,13 @@ class Registry:
         return entry
 
     def receiver_socket(self, name: str) -> str:
-        """Where a receiver of a workload of that name listens by default. Raises UsageError for a bad name."""
+        """Return the default address of a receiver of a workload of this name. Raises UsageError if it is invalid."""
         check_name(name)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return str(self.path / f".{name}.receive")
 
     def folder(self, name: str) -> Folder:
-        """The folder of a workload that `lookup` knows, for its durable records. Raises as `lookup`."""
+        """Return the directory of a registered workload, for its durable records. Raises as `lookup`."""
         self.lookup(name)
         return Folder(self, name)
 
@@ -281,12 +281,12 @@ class Registry:
         return {name: entry for name, entry in found.items() if entry is not None and not isinstance(entry, Claim)}
 
     def remove(self, name: str) -> None:
-        """Forget a workload, dead or alive, with everything in its folder. Nothing happens where there is none."""
+        """Remove a workload, whether it runs or not, with its directory. Does nothing if it does not exist."""
         check_name(name)
         Folder(self, name).release()
 
     def _read_living(self, folder: Folder) -> AnyEntry | None:
-        """The entry of a workload that runs, or may; any other folder is removed. Lock held."""
+        """Return the entry of a workload that runs or may run, or remove the directory. The lock must be held."""
         try:
             written = files.read_regular(folder.path / _ENTRY_FILE, MAX_RECORD, follow=False)
             entry: AnyEntry | None = msgspec.json.decode(written, type=AnyEntry)
@@ -313,7 +313,7 @@ class Registry:
         try:
             files.check_private(self.path, _REMEDY)
             descriptor = files.open_private(self.path / ".lock", os.O_RDWR)
-        except FileNotFoundError:  # no run directory: nothing to be alone with
+        except FileNotFoundError:  # no run directory: nothing to lock
             yield
             return
         try:
@@ -341,7 +341,7 @@ def default_run_directory() -> Path:
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError for what cannot be the name of a workload, WrongType for what is not a text."""
+    """Check the name of a workload. Raises UsageError if it is invalid, WrongType if it is not a text."""
     if not isinstance(name, str):
         raise WrongType(f"invalid `name` of type {type(name).__name__}: expected a text")
     if not _NAME.fullmatch(name):
@@ -359,7 +359,7 @@ def _unknown(folder: Folder, advice: str) -> str:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Whether a socket is there that nothing listens on any more."""
+    """Return whether a socket exists on which no process listens."""
     try:
         if time.time() - os.stat(path).st_mtime < _STARTUP:
             return False  # bind(2) comes before listen(2)

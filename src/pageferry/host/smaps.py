@@ -1,4 +1,4 @@
-"""What a process maps and how: the lines of /proc/PID/smaps (proc(5)), one record per mapping; bytes, as in `proc`."""
+"""Mappings of a process from /proc/PID/smaps (proc(5)), one record per mapping; sizes in bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 @dataclass(frozen=True, slots=True)
 class Smap:
-    """A mapping with its accounting."""
+    """Mapping with its accounting."""
 
     mapping: Mapping
-    """Where it is and what is behind it; inode 0: no file."""
+    """Address range and file; inode 0 if there is no file."""
     counts: dict[str, int]
     """Bytes by the kernel's names: `Rss`, `Pss`, `Referenced`, `Anonymous`, `AnonHugePages`, `ShmemPmdMapped`, ..."""
     flags: frozenset[str]
@@ -26,12 +26,12 @@ class Smap:
 
     @property
     def large_mapped(self) -> int:
-        """Bytes that are mapped as large pages."""
+        """Bytes mapped as huge pages."""
         return sum(self.counts.get(name, 0) for name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"))
 
 
 def smaps(pid: int) -> list[Smap]:
-    """All mappings of a process, by address. Raises WorkloadDied, and UnsupportedError without the right to look."""
+    """Return all mappings of a process by address. Raises WorkloadDied, and UnsupportedError without permission."""
     found: list[Smap] = []
     mapping: Mapping | None = None
     counts: dict[str, int] = {}
@@ -73,17 +73,17 @@ def rollup(pid: int) -> dict[str, int]:
 
 
 def total(pid: int, name: str) -> int:
-    """Bytes of one count of `rollup`; 0 where the kernel does not know it. Raises as that."""
+    """Return one count of `rollup`, bytes; 0 if the kernel does not report it. Raises as `rollup`."""
     return rollup(pid).get(name, 0)
 
 
 def spare_mappings(pid: int) -> int:
-    """Mappings that a process can be given so that it still has half of those it may have. Raises as `smaps`."""
+    """Return the number of mappings that can be added to a process up to half of its limit. Raises as `smaps`."""
     return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0)
 
 
 def _lines(pid: int, name: str) -> list[bytes]:
-    """Of a file in the process's folder."""
+    """Return the lines of a file in the /proc directory of a process."""
     try:
         return proc.lines(proc.read(pid, name))
     except PermissionError as refused:

@@ -1,4 +1,4 @@
-"""Named spans of time that add up, and one that runs from the beginning."""
+"""Stopwatch with named spans that accumulate, and a total."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Measures spans by name; spans of the same name add up. The span `total` runs until `stop_all`."""
+    """Stopwatch for named spans; spans of one name accumulate. The span `total` runs until `stop_all`."""
 
     def __init__(self, phase: str | None = None) -> None:
-        """Start `total`, and at the same moment the first phase, if it is given."""
+        """Start `total` and, if given, the first phase at the same time."""
         self._since = time.perf_counter()
         self._spent: dict[str, float] = {}
         self._running: dict[str, float] = {"total": self._since}
@@ -28,21 +28,21 @@ class Stopwatch:
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - self._running.pop(name)
 
     def phase(self, name: str) -> None:
-        """End the phase before and begin this one at the same moment: phases are consecutive and add up."""
+        """End the current phase and start this one at the same time, so that phases add up."""
         now = time.perf_counter()
         if self._phase is not None:
             self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now
 
     def stop_all(self) -> None:
-        """End everything that runs."""
+        """End all running spans."""
         self.phase("")
         for name in tuple(self._running):
             self.stop(name)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """A span around a block of code."""
+        """Measure a block of code as a span."""
         self.start(name)
         try:
             yield
@@ -50,13 +50,13 @@ class Stopwatch:
             self.stop(name)
 
     def seconds(self, name: str) -> float:
-        """Time of all ended spans of that name; 0 where there are none."""
+        """Return the time of all ended spans of this name, seconds; 0 if there are none."""
         return self._spent.get(name, 0.0)
 
     def phase_milliseconds(self) -> dict[str, float]:
-        """Milliseconds of the phases that have ended, by name, to the microsecond."""
+        """Return the milliseconds of all ended phases by name, rounded to the microsecond."""
         return {name: round(seconds * 1e3, 3) for name, seconds in self.phases.items() if name}
 
     def milliseconds(self, name: str) -> float:
-        """As `seconds`, to the microsecond."""
+        """Return the milliseconds of all ended spans of this name, rounded to the microsecond."""
         return round(self.seconds(name) * 1e3, 3)

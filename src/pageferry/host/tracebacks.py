@@ -1,4 +1,4 @@
-"""Errors that do not keep memory: a traceback refers to every local variable of the frames that it passed."""
+"""Release of memory that errors keep: a traceback refers to the local variables of all its frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Daemon threads for blocking calls: a call that hangs delays its caller, never the end of the process."""
+"""Daemon threads for blocking calls: a blocked call delays its caller, but not the exit of the process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Workers:
         self._begin()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run a call on a thread."""
+        """Run a call in a thread."""
         if self._pid != os.getpid():  # threads do not survive a fork
             self._begin()
         future: Future[T] = Future()
@@ -38,7 +38,7 @@ class Workers:
         return future
 
     def within(self) -> bool:
-        """Whether the calling thread is one of these."""
+        """Return whether the calling thread is one of the workers."""
         return threading.current_thread() in self._threads
 
     def _begin(self) -> None:
