@@ -11,7 +11,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
 # Tests wait as much as they compute.
 WORKERS ?= $(shell echo $$((2 * $$(nproc))))
-PYTEST := $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20
+PYTEST := scripts/pytest.sh $(PYTHON) $(WORKERS)
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
 BENCHMARKS := $(subst _,-,$(patsubst benchmarks/%/__main__.py,bench-%,$(wildcard benchmarks/*/__main__.py)))
@@ -28,11 +28,11 @@ demo: build system ## Migrate a running workload to another process and verify e
 test: test-engine test-package ## Run the tests of engine and package (PYTEST_ARGS="-k name" selects)
 
 .PHONY: test-engine
-test-engine: build ## Run the tests of the engine alone
+test-engine: build ## Run the tests of the engine
 	cargo test --locked --workspace --quiet
 
 .PHONY: test-package
-test-package: build system ## Run the tests of the package alone, side by side (WORKERS=N)
+test-package: build system ## Run the tests of the package: side by side (WORKERS=N), then those that run alone
 	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-full

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +24,6 @@ ORDER = ["qemu", "faults", "kernel"]
 """Directories with the slowest tests, slowest first."""
 CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "switches"}
 """Fixtures that change machine-wide settings: KSM, huge pages, /dev/userfaultfd."""
-LOCK = Path(tempfile.gettempdir()) / "pageferry-tests.lock"
-"""Lock file held by every test of every run on this machine."""
 
 # Tests start thousands of programs. Without byte code each would compile the whole package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -45,17 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if CHANGES_MACHINE & set(getattr(item, "fixturenames", ())) or "hugetlb" in item.name:
             item.add_marker("alone")
     items.sort(key=lambda item: ORDER.index(item.path.parent.name) if item.path.parent.name in ORDER else len(ORDER))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hold the machine lock during a test: shared, or exclusive for tests that run alone. The wait is not test time."""
-    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
-    with open(f"{LOCK}.next", "ab") as next_turn, open(LOCK, "ab") as machine:
-        fcntl.flock(next_turn, fcntl.LOCK_EX)  # otherwise shared holders could starve an exclusive one
-        fcntl.flock(machine, how)
-        fcntl.flock(next_turn, fcntl.LOCK_UN)
-        return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
