@@ -1,4 +1,5 @@
-"""A workload's memory as the engine sees it: a second mapping of every region, and where the workload maps it."""
+"""View of a workload's memory for the engine: a mapping of every region, and the addresses where the workload maps
+it."""
 
 from __future__ import annotations
 
@@ -17,52 +18,53 @@ _SYS_MPROTECT = 10
 _libc = ctypes.CDLL(None, use_errno=True)
 
 EngineSegment = tuple[Space, int, int, int, int]
-"""A `memory.regions.Segment` as the engine takes it: (address space, address, length, number of the region, first page
-of the region)."""
+"""`memory.regions.Segment` for the engine: (address space, address, length, region number, first page in the
+region)."""
 
 
 class Extent(Protocol):
-    """A piece of memory: a region of a workload, or a range of a process."""
+    """Piece of memory: a region of a workload, or a range of a process."""
 
     @property
     def name(self) -> str:
-        """What it is called in an image."""
+        """Name in an image."""
 
     @property
     def length(self) -> int:
-        """Bytes."""
+        """Length, bytes."""
 
     @property
     def page_size(self) -> int:
-        """Bytes."""
+        """Page size, bytes."""
 
 
 class Readable:
-    """Memory that can be read, piece by piece: what a checkpoint needs to know about it."""
+    """Memory that a checkpoint can read."""
 
     regions: Sequence[Extent]
     mappings: Sequence[Mapping | ProcessRange]
-    """Of every region, where it can be read."""
+    """Source to read each region from."""
 
     @property
     def size(self) -> int:
-        """Bytes of all regions."""
+        """Size of all regions, bytes."""
         return sum(region.length for region in self.regions)
 
     def contents(self) -> list[tuple[Mapping | ProcessRange, int]]:
-        """Of every region, where it can be read, and its page size."""
+        """Return the source and the page size of each region."""
         return [(mapping, region.page_size) for mapping, region in zip(self.mappings, self.regions, strict=True)]
 
     def check_files(self) -> None:
-        """Raises WorkloadError if a file of the memory is shorter than what is mapped: what was lost is not zeros."""
+        """Raise WorkloadError if a file of the memory has been truncated: the lost contents must not be read as
+        zeros."""
 
     def present(self) -> int:
-        """Bytes that are in memory (or in the file's holes' neighbours: what SEEK_DATA calls data)."""
+        """Return the number of bytes in data extents (SEEK_DATA)."""
         return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
 
 
 class HasRegions(Protocol):
-    """A workload with its memory."""
+    """Workload with its memory."""
 
     @property
     def name(self) -> str:
@@ -74,9 +76,9 @@ class HasRegions(Protocol):
 
 
 class Memory(Readable):
-    """The regions of a workload, mapped into our own address space, page sets and segments to go with them.
+    """Regions of a workload, mapped into this process, with page sets and segments for them.
 
-    Raises WorkloadDied when a process of the workload is gone, WorkloadError when its memory cannot be mapped.
+    Raises WorkloadDied if a process of the workload has exited, WorkloadError if its memory cannot be mapped.
     """
 
     def __init__(self, workload: HasRegions) -> None:
@@ -94,7 +96,7 @@ class Memory(Readable):
         self.check_files()
 
     def check_files(self) -> None:
-        """As of `Readable`."""
+        """See `Readable`."""
         for region in self.regions:
             found, mapped = os.fstat(region.fd).st_size, region.file_offset + region.length
             if found < mapped:
@@ -104,18 +106,18 @@ class Memory(Readable):
                 )
 
     def large_units(self) -> list[list[bool]]:
-        """Per region, which 2 MiB units stand on large pages. Regions on hugetlbfs: those that hold data."""
+        """Return, per region, the 2 MiB units that are backed by huge pages; on hugetlbfs, those that contain data."""
         return [
             _data_units(mapping) if region.page_size == LARGE_PAGE else mapping.large_units()
             for region, mapping in zip(self.regions, self.mappings, strict=True)
         ]
 
     def page_sets(self, *, full: bool = False) -> list[PageSet]:
-        """One set per region, empty or full."""
+        """Return one page set per region, empty or full."""
         return [PageSet(region.length // SMALL_PAGE, full) for region in self.regions]
 
     def data_of(self, pages: list[PageSet]) -> list[PageSet]:
-        """Of these pages, those that are in memory: all others are holes, which read as zeros."""
+        """Return the given pages that are present; all others are holes, which read as zeros."""
         found = []
         for mapping, wanted in zip(self.mappings, pages, strict=True):
             holes = PageSet(wanted.pages, True)
@@ -127,13 +129,13 @@ class Memory(Readable):
         return found
 
     def collapsible(self, units: list[list[bool]]) -> list[list[bool]]:
-        """Of these units, those whose mapping can be split and made large again: hugetlbfs knows no other."""
+        """Return the given units whose PMD mapping can be split and restored; on hugetlbfs there are none."""
         return [
             large if region.page_size == SMALL_PAGE else [] for region, large in zip(self.regions, units, strict=True)
         ]
 
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
-        """Map large pages as such again, after write traces have split their mappings. What fails stays small."""
+        """Restore the PMD mappings of huge pages that write traces have split. Failures leave PTE mappings."""
         for space, address, length, region, first_page in self.segments:
             for start, end in _runs(units[region]):
                 begin = max(start * LARGE_PAGE - first_page * SMALL_PAGE, 0)
@@ -143,13 +145,13 @@ class Memory(Readable):
 
 
 def _collapse(space: Space, address: int, length: int) -> None:
-    # Not aligned, or gone: then the next access maps it small.
+    # If the range is not aligned or no longer huge, the next access maps base pages.
     with contextlib.suppress(OSError):
         space.collapse(address, length)
 
 
 def close_to_writes(space: Space, address: int, length: int) -> None:
-    """Make a mapping read-only. Raises OSError where the process has ended or does not map it."""
+    """Make a mapping read-only. Raises OSError if the process has exited or does not map it."""
     if space.pid != os.getpid():
         space.call(_SYS_MPROTECT, address, length, mmap.PROT_READ)
     elif _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.PROT_READ):
@@ -158,7 +160,7 @@ def close_to_writes(space: Space, address: int, length: int) -> None:
 
 
 def segments_of(regions: Sequence[Region]) -> list[EngineSegment]:
-    """Where the regions are mapped. Raises ProcessLookupError, OSError."""
+    """Return the segments of the regions. Raises ProcessLookupError, OSError."""
     spaces = {pid: Space(pid) for pid in {segment.pid for region in regions for segment in region.segments}}
     return [
         (

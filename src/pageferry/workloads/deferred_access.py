@@ -1,9 +1,10 @@
-"""The page tables of a workload whose contents are still to come, for who does not wait until they are there (S8).
+"""Acquire the pager of a workload, to write-trace memory whose contents are deferred (S8).
 
-A migration or a checkpoint puts write traces on, and memory has one userfaultfd at a time: that of the pager, without
-which missing pages would be zeros. So the pager is *held*: traces are put on by its userfaultfd, it does not end
-meanwhile, and it brings what is asked for. It takes the traces off when it is released, and when who holds it dies.
-If the pager dies, whatever is asked of it fails; the next one takes the traces off.
+A migration or a checkpoint installs write traces. Memory can be registered with only one userfaultfd at a time, and
+during a restore that is the pager's: without it, deferred pages would read as zeros. The pager therefore lends its
+userfaultfd. While it is acquired, the pager keeps running and loads the pages that are requested. It removes the traces
+when it is released, and when the process that acquired it exits. If the pager itself exits, requests fail, and the
+pager that takes over removes the traces.
 """
 
 from __future__ import annotations
@@ -33,35 +34,38 @@ from pageferry.workloads.process import ProcessMemory
 from pageferry.workloads.protocols import Workload
 
 _HANDOVER = 1.0
-"""Seconds within which one pager goes on for another."""
+"""Maximum time between the end of one pager and the start of the next, seconds."""
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 
 class AcquiredPager(Protocol):
-    """A pager that is held. Calls may take long: they are not for the event loop."""
+    """Acquired pager. Its calls can block for long: do not call them from the event loop."""
 
     userfaults: dict[int, int]
-    """Process -> a descriptor, in our own process, of the userfaultfd that its memory is registered with."""
+    """Descriptor, in this process, of the userfaultfd that memory is registered with, by pid of the workload's
+    process."""
     large: list[list[bool]]
-    """Per region, which 2 MiB units will stand on large pages when their contents are there."""
+    """2 MiB units of each region that will be backed by huge pages once their contents are loaded."""
 
     def ensure(self, region: int, first: int, count: int) -> None:
-        """Have pages in memory, counted in the region. Raises RestoreError, ImageError: they cannot be had."""
+        """Load pages, numbered within the region. Raises RestoreError, ImageError."""
 
     def cancel(self) -> None:
-        """Have an `ensure` of another thread end, as soon as it can. Nothing can be asked for any more."""
+        """End an `ensure` of another thread as soon as possible. Later requests fail."""
 
     def release(self) -> None:
-        """Let the pager go, and take off the traces. May be called twice."""
+        """Release the pager, and remove the traces. May be called twice."""
 
 
 async def acquire_uffd(workload: Workload) -> AcquiredPager | None:
-    """Acquire the pager of a workload, if it has one. None: everything is in memory now, and nothing traps.
+    """Acquire the pager of a workload, if it has one. None if nothing is deferred, and no userfaultfd covers the
+    workload.
 
-    What cannot be held (a cold store, a kernel without asynchronous traces) is waited for until all of it is there.
+    A pager that cannot be acquired (of a cold store, or without asynchronous write protection in the kernel) first
+    loads everything.
 
-    Raises RestoreError (its pager is gone), ImageError, WorkloadError (somebody else holds it).
+    Raises RestoreError (its pager has exited), ImageError, WorkloadError (another process has acquired it).
     """
     found = await in_thread(_held, workload)
     if found is None:
@@ -70,7 +74,7 @@ async def acquire_uffd(workload: Workload) -> AcquiredPager | None:
 
 
 def large_units(memory: Memory | ProcessMemory, hold: AcquiredPager | None) -> list[list[bool]]:
-    """Per region, which 2 MiB units stand on large pages, or will when a pager that is held has brought them."""
+    """Return, per region, the 2 MiB units that are backed by huge pages, or will be once the pager has loaded them."""
     units = memory.large_units()
     if hold is None:
         return units
@@ -120,7 +124,7 @@ def _busy(name: str) -> WorkloadError:
 
 
 class _PagerHere:
-    """A pager of this process."""
+    """Pager of this process."""
 
     def __init__(self, pager: Pager, userfaults: dict[int, int]) -> None:
         self.userfaults = userfaults
@@ -128,20 +132,20 @@ class _PagerHere:
         self._pager = pager
 
     def ensure(self, region: int, first: int, count: int) -> None:
-        """As of `AcquiredPager`."""
+        """See `AcquiredPager`."""
         assert region == 0, "an arena has one"
         load_pages(self._pager, first, count)
 
     def cancel(self) -> None:
-        """Nothing: an arena's image is a local file."""
+        """Do nothing: the image of an arena is a local file."""
 
     def release(self) -> None:
-        """As of `AcquiredPager`."""
+        """See `AcquiredPager`."""
         self._pager.release()
 
 
 class _PagerElsewhere:
-    """A pager that answers on a socket. It is released when the connection is closed, whoever closes it."""
+    """Pager that is reached over a socket. It is released when either side closes the connection."""
 
     def __init__(self, line: _Line, given: HoldGiven) -> None:
         assert given.userfaults is not None
@@ -157,16 +161,16 @@ class _PagerElsewhere:
             raise client.gone(line.folder, gone) from gone
 
     def ensure(self, region: int, first: int, count: int) -> None:
-        """As of `AcquiredPager`."""
+        """See `AcquiredPager`."""
         self._line.ask(PagerRequest(what="ensure", region=region, first=first, count=count), PagerStatus)
 
     def cancel(self) -> None:
-        """As of `AcquiredPager`."""
+        """See `AcquiredPager`."""
         self._line.cut()
 
     def release(self) -> None:
-        """As of `AcquiredPager`."""
-        with contextlib.suppress(RestoreError, ImageError):  # it has ended, with its workload
+        """See `AcquiredPager`."""
+        with contextlib.suppress(RestoreError, ImageError):  # the pager has exited, with its workload
             self._line.ask(PagerRequest(what="release"), PagerStatus)
         self._close()
 
@@ -177,7 +181,7 @@ class _PagerElsewhere:
 
 
 class _Line:
-    """A connection to a pager, for one question at a time."""
+    """Connection to a pager, for one request at a time."""
 
     def __init__(self, folder: Folder, connection: socket.socket) -> None:
         self.folder = folder
@@ -185,7 +189,7 @@ class _Line:
         self._answers = connection.makefile("rb")
 
     def ask(self, question: PagerRequest, kind: type[Answer]) -> Answer:
-        """Raises RestoreError, ImageError."""
+        """Send a request and return the reply. Raises RestoreError, ImageError."""
         try:
             self._connection.sendall(msgspec.json.encode(question) + b"\n")
             line = self._answers.readline()
@@ -199,18 +203,18 @@ class _Line:
         return answer
 
     def cut(self) -> None:
-        """Whoever waits for an answer gets none."""
+        """Shut down the connection, so that a request in progress fails."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close the connection. May be called twice."""
         self._answers.close()
         self._connection.close()
 
 
 def _connected(folder: Folder) -> _Line:
-    """A connection to the pager: to the next one, where one goes on for another. Raises RestoreError."""
+    """Connect to the pager, or to the next one during a handover. Raises RestoreError."""
     deadline = time.monotonic() + _HANDOVER
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -226,11 +230,11 @@ def _connected(folder: Folder) -> _Line:
 
 
 async def wait_complete(workload: Workload, *, traces: bool = True) -> None:
-    """When a restore of the workload is under way, have all of it in memory, and its traps gone.
+    """Complete a restore of the workload: load everything, and unregister its memory from userfaultfd.
 
-    `traces`: take off the trace that the last checkpoint left, too.
+    `traces`: also remove the write trace of the last checkpoint.
 
-    Raises RestoreError when its pager is gone, ImageError when the image cannot be read.
+    Raises RestoreError if its pager has exited, ImageError if the image cannot be read.
     """
     if isinstance(workload, LocalWorkload) and workload.pager is not None:
         pager, length = workload.pager, workload.regions[0].length
@@ -244,9 +248,10 @@ async def wait_complete(workload: Workload, *, traces: bool = True) -> None:
 
 
 def load_pages(pager: Pager, first: int, count: int, origin: str = "") -> None:
-    """Have `count` pages in memory that a pager of this process brings; `origin`: where from, for people.
+    """Load `count` pages from page `first` on, with a pager of this process. `origin`: source of the contents, for
+    messages.
 
-    Raises ImageError for a damaged one, RestoreError where there is nobody to bring it any more.
+    Raises ImageError for a damaged page, RestoreError if the pager has stopped.
     """
     told = f"{origin}: " if origin else ""
     try:
@@ -258,7 +263,7 @@ def load_pages(pager: Pager, first: int, count: int, origin: str = "") -> None:
 
 
 def load_all(pager: Pager, length: int, origin: str = "") -> None:
-    """Have all `length` bytes in memory, and the pager's traps gone. Raises as `load_pages`."""
+    """Load all `length` bytes, and wait until the memory is unregistered from userfaultfd. Raises as `load_pages`."""
     while not pager.finished:
         load_pages(pager, 0, length // SMALL_PAGE, origin)
         pager.wait(1.0)
