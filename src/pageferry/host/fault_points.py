@@ -1,9 +1,9 @@
-"""Named points at which a process can be made to fail, for tests of what happens then.
+"""Fault points: named points at which a process can be made to fail, for tests.
 
-They are off unless the environment variable PAGEFERRY_FAULT says `POINT=ACTION`, for example `source.paused=kill`.
-Actions: `kill` (SIGKILL to this process), `stop` (SIGSTOP: it hangs there until somebody sends SIGCONT) and `drop`
-(every TCP connection of this process is cut, as if the link had gone). Each happens once. docs/protocol.md lists the
-points of a migration.
+They are disabled unless the environment variable PAGEFERRY_FAULT is `POINT=ACTION`, such as `source.paused=kill`.
+Actions: `kill` (SIGKILL to this process), `stop` (SIGSTOP, until SIGCONT is sent) and `drop` (every TCP connection of
+this process is cut, as after the loss of the link). Each action is run once. docs/protocol.md lists the fault points of
+a migration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _planned: list[tuple[str, str]] = [
 
 
 def fault_point(name: str) -> None:
-    """Fail here if that has been asked for."""
+    """Fail at this point if PAGEFERRY_FAULT names it."""
     if not _planned or _planned[0][0] != name:
         return
     match _planned.pop()[1]:

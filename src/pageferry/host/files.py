@@ -60,7 +60,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY, *, follow: bool = T
 
 
 def read_regular(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
-    """Read a regular file of at most `limit` bytes. Raises SpecialFile, OSError (EFBIG: it is larger)."""
+    """Read a regular file of at most `limit` bytes. Raises SpecialFile, OSError (EFBIG if it is larger)."""
     with open(open_regular(path, follow=follow), "rb") as file:
         contents = file.read(limit + 1)
     if len(contents) > limit:
@@ -74,13 +74,13 @@ def open_private(path: str | Path, flags: int) -> int:
 
 
 def create_hidden(folder: Path, name: str) -> tuple[int, Path]:
-    """A new private file in a folder, under a random name that begins with `.name.`. Raises OSError."""
+    """Create a private file in a directory, with a random name that starts with `.name.`. Raises OSError."""
     path = folder / f".{name}.{secrets.token_hex(4)}"
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE), path
 
 
 def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bool = False) -> None:
-    """Write a file whole: readers see the old contents or the new. Raises OSError; then the old file is as it was."""
+    """Replace a file atomically: readers see the old or the new contents. After OSError the old file is unchanged."""
     with new_file(path, mode=mode, synced=synced) as descriptor, open(os.dup(descriptor), "wb") as file:
         file.write(contents)
 
@@ -158,7 +158,7 @@ def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
 
 
 def _publish(descriptor: int, name: str, temporary: str | None, folder: int, linked: Callable[[], None]) -> None:
-    """Give a file its name. A link does not replace, so a nameless one goes through a hidden name."""
+    """Publish a file under its name. A link cannot replace a file: an unnamed file gets a hidden name first."""
     if temporary is None:
         temporary = f".{name}.{secrets.token_hex(4)}"
         os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
@@ -198,6 +198,6 @@ def check_private(folder: Path, remedy: str) -> None:
 
 
 def bind_private(listener: socket.socket, path: str) -> None:
-    """Bind with mode 0600 from the start. The umask is the process's, so the mode is set on the unbound socket."""
+    """Bind a socket with mode 0600 from the start. The umask is process-wide, so the mode is set before bind(2)."""
     os.fchmod(listener.fileno(), PRIVATE)
     listener.bind(path)

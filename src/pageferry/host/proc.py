@@ -22,7 +22,7 @@ from pageferry.errors import WorkloadDied
 from pageferry.host import file_systems
 
 _DEAD_STATES = frozenset("ZXx")
-"""Zombie and dead, in /proc/PID/stat: such a thread runs no code any more."""
+"""States zombie and dead in /proc/PID/stat: such a thread no longer runs code."""
 _KERNEL_THREAD = 0x00200000
 """PF_KTHREAD of include/linux/sched.h, in field 9 of /proc/PID/stat."""
 
@@ -42,16 +42,16 @@ class Mapping:
     address: int
     length: int
     offset: int
-    """Where in the file the mapping starts, bytes."""
+    """Offset of the mapping in the file, bytes."""
     device: int
-    """As in `os.stat_result.st_dev`."""
+    """Device of the file, as in `os.stat_result.st_dev`."""
     inode: int
-    """0: there is no file."""
+    """Inode of the file; 0 if there is none."""
     access: str
-    """`rwx`, with a hyphen for each access that is not allowed."""
+    """`rwx`, with a hyphen for each access that is denied."""
     shared: bool
     path: bytes
-    """As the kernel prints it, which identifies nothing: a file can be called `x (deleted)` too."""
+    """Path as printed by the kernel; not an identity: a file can be named `x (deleted)`."""
 
     @property
     def end(self) -> int:
@@ -60,7 +60,7 @@ class Mapping:
 
     @property
     def writable(self) -> bool:
-        """Whether the process may write to it."""
+        """Whether the process can write to the mapping."""
         return "w" in self.access
 
     @property
@@ -70,7 +70,7 @@ class Mapping:
 
     @property
     def name(self) -> str:
-        """The path for display; bytes that are not UTF-8 as `\\xNN`."""
+        """Path for display, with bytes that are not UTF-8 as `\\xNN`."""
         return printable(self.path)
 
 
@@ -78,18 +78,18 @@ class Mapping:
 
 
 def lines(text: bytes) -> list[bytes]:
-    """The lines of a file in /proc, split at newlines only."""
+    """Return the lines of a file in /proc, split at newlines only."""
     found = text.split(b"\n")
     return found[:-1] if found[-1] == b"" else found
 
 
 def printable(text: bytes) -> str:
-    """A name as text; bytes that are not UTF-8 as `\\xNN`."""
+    """Return a name as text, with bytes that are not UTF-8 as `\\xNN`."""
     return text.decode("utf-8", "backslashreplace")
 
 
 def read(pid: int, name: str) -> bytes:
-    """A file of /proc/PID. Raises WorkloadDied when the process has exited, PermissionError."""
+    """Return the contents of a file of /proc/PID. Raises WorkloadDied if the process has exited, PermissionError."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as gone:
@@ -97,12 +97,12 @@ def read(pid: int, name: str) -> bytes:
 
 
 def pids() -> list[int]:
-    """All processes that /proc shows."""
+    """Return the pids of all processes in /proc."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
 def boot_id() -> str:
-    """Random id that the kernel has had since the host was booted."""
+    """Return the random id of the current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -132,12 +132,12 @@ def start_time(pid: int) -> int | None:
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Whether the process that had `pid` and started at `started` still runs."""
+    """Return whether the process with `pid` that started at `started` is running."""
     return start_time(pid) == started
 
 
 def thread_states(pid: int) -> list[str]:
-    """The states of a process's threads (`R`, `S`, `T`, `Z`, ...). Raises WorkloadDied when it is gone."""
+    """The states of a process's threads (`R`, `S`, `T`, `Z`, ...). Raises WorkloadDied if it has exited."""
     found = (_stat_fields(f"{pid}/task/{thread}") for thread in threads(pid))
     return [_state(fields) for fields in found if fields is not None]
 
@@ -154,7 +154,7 @@ def _living_threads(pid: int) -> Iterator[int]:
 
 
 def threads(pid: int) -> tuple[int, ...]:
-    """The thread ids of a process. Raises WorkloadDied when it is gone."""
+    """The thread ids of a process. Raises WorkloadDied if it has exited."""
     try:
         return tuple(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError) as gone:
@@ -164,7 +164,7 @@ def threads(pid: int) -> tuple[int, ...]:
 def inner_threads(pid: int) -> dict[int, int]:
     """The threads of a process: id in the PID namespace that the process itself is in -> id in ours (`NSpid`).
 
-    Raises WorkloadDied when it is gone.
+    Raises WorkloadDied if it has exited.
     """
     found = {}
     for thread in threads(pid):
@@ -177,7 +177,7 @@ def inner_threads(pid: int) -> dict[int, int]:
 
 
 def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
-    """The fields of /proc/PID/status, or of one thread's, by name. Raises WorkloadDied when it is gone."""
+    """The fields of /proc/PID/status, or of one thread's, by name. Raises WorkloadDied if it has exited."""
     found: dict[bytes, list[bytes]] = {}
     for line in lines(read(pid, "status" if thread is None else f"task/{thread}/status")):
         name, _, rest = line.partition(b":")
@@ -186,12 +186,12 @@ def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
 
 
 def users(pid: int) -> frozenset[int]:
-    """Real, effective, saved and file system uid of a process. Raises WorkloadDied when it is gone."""
+    """Real, effective, saved and file system uid of a process. Raises WorkloadDied if it has exited."""
     return frozenset(int(number) for number in status(pid)[b"Uid"])
 
 
 def parent(pid: int) -> int | None:
-    """Pid of the parent of a process; None when the process has exited."""
+    """Return the pid of the parent of a process; None if the process has exited."""
     fields = _stat_fields(f"{pid}")
     return None if fields is None else int(fields[1])
 
@@ -211,7 +211,7 @@ def kernel_thread(name: bytes, pid: int) -> bool:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of all threads that a process has had. Raises WorkloadDied when it is gone."""
+    """User and system time of all threads that a process has had. Raises WorkloadDied if it has exited."""
     fields = _stat_fields(f"{pid}")
     if fields is None:
         raise WorkloadDied(f"process {pid} has exited")
@@ -221,7 +221,7 @@ def cpu_seconds(pid: int) -> float:
 def thread_faults(pid: int, thread_ids: Iterable[int]) -> tuple[int, int]:
     """Minor and major page faults that these threads of a process have taken since they started.
 
-    A thread that has ended counts no more. Raises WorkloadDied when the process is gone.
+    A thread that has ended counts no more. Raises WorkloadDied if the process has exited.
     """
     minor = major = 0
     for thread in thread_ids:
@@ -251,7 +251,7 @@ def _stat_fields(folder: str) -> list[bytes] | None:
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """All mappings of a process, by address. Raises WorkloadDied when it is gone, PermissionError."""
+    """All mappings of a process, by address. Raises WorkloadDied if it has exited, PermissionError."""
     return [mapping for line in lines(read(pid, "maps")) if (mapping := parse_mapping(line)) is not None]
 
 
@@ -327,7 +327,7 @@ def _descriptors(pid: int) -> list[str]:
 
 
 def meminfo() -> dict[str, int]:
-    """Bytes by the kernel's names; counts without a unit are left out."""
+    """Return sizes in bytes by the kernel's names; counts without a unit are omitted."""
     found = {}
     for line in lines(Path("/proc/meminfo").read_bytes()):
         name, _, rest = line.partition(b":")
@@ -337,6 +337,6 @@ def meminfo() -> dict[str, int]:
 
 
 def available() -> float:
-    """Part of the memory that can be had without swapping."""
+    """Return the fraction of the memory that is available without swapping."""
     counts = meminfo()
     return counts["MemAvailable"] / counts["MemTotal"]
