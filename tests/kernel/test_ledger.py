@@ -76,7 +76,7 @@ def test_invalid_calls_are_refused() -> None:
     arena = Arena(MIB)
     with pytest.raises(ValueError, match="not a ledger"):
         _engine.Ledger.attach(arena)
-    with pytest.raises(ValueError, match="working_set is 2"):
+    with pytest.raises(ValueError, match="invalid working_set 2"):
         _engine.Ledger.create(arena, working_set=2)
     with pytest.raises(ValueError, match="too small"):
         _engine.Ledger.create(arena, threads=200)
