@@ -119,7 +119,7 @@ def test_another_pager_takes_over_from_a_killed_one(guest: Make, image: Path) ->
                 await restored.status()
             status = await take_over(restored.folder)
             assert status is not None
-            with pytest.raises(RestoreError, match="alive"):
+            with pytest.raises(RestoreError, match="its pager is running"):
                 await take_over(restored.folder)
             await restored.serial.ticks(1)
         await restored.serial.passes(2)
