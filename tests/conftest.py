@@ -22,7 +22,7 @@ ROOM = 96
 """Free huge pages wanted before a test; builds and caches fragment memory."""
 ORDER = ["qemu", "faults", "kernel"]
 """Directories with the slowest tests, slowest first."""
-CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "switches"}
+CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "swap", "switches"}
 """Fixtures that change machine-wide settings: KSM, huge pages, /dev/userfaultfd."""
 
 # Tests start thousands of programs. Without byte code each would compile the whole package again.

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 SOURCE = "connected set-up in-round between-rounds paused last-pages-sent state-sent ready recorded".split()
 """Fault points before commit. At the last three the destination is prepared, and stays so until the source decides."""
 DESTINATION = "accepted in-round state-received loaded promised".split()
-SEVERAL_ROUNDS = ("--max-downtime", "1")
+SEVERAL_ROUNDS = ("--max-downtime", "50")
 """A downtime limit, in milliseconds, that the first round does not reach."""
 
 
