@@ -121,6 +121,7 @@ def test_cold_pages_are_evicted_and_reloaded(processes: int) -> None:
         assert "cannot undo" in again.stderr
 
 
+@pytest.mark.alone  # needs free huge pages
 def test_large_mappings_are_restored_with_the_pages() -> None:
     with ledger():
         whole = len(reclaim("--threshold", "0")["samples"])
