@@ -76,7 +76,7 @@ def test_moves_under_write_load_lose_no_write(moves: int, setup: dict[str, Any])
                 check_counts(moving.until(migration, "migration"), chosen[-1])
                 assert migration.wait() == 0
             received = {"type": "received", "workload": f"move-{number}", "kind": "arena", "paused": False}
-            assert there.json() == received
+            assert there.json().items() >= received.items()
             end = moving.until(here, "ledger")
             assert end["intact"], end
             assert end["writes"] > writes
