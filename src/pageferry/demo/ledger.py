@@ -1,4 +1,4 @@
-"""The built-in workload: an arena that threads of one or more processes write to, in which every lost write shows."""
+"""Built-in workload: an arena to which threads of one or more processes write, and which detects every lost write."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pageferry.workloads.lifecycle import LocalWorkload
 
 
 class LedgerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a ledger is made and written; `_engine.Ledger.create` explains each of them. Fractions are of 1."""
+    """Options of a ledger, explained at `_engine.Ledger.create`. Fractions are between 0 and 1."""
 
     threads: int = 1
-    """Of all processes together; each owns a part of the pages."""
+    """Number of threads of all processes together; each owns a part of the pages."""
     seed: int = 1
     rate: int | None = None
-    """Bytes per second of all threads together; None: as fast as they can."""
+    """Bytes written per second by all threads together; None: unlimited."""
     working_set: float = 1.0
     scatter: bool = False
     skew: float = 1.0
@@ -31,25 +31,25 @@ class LedgerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The instant at which a ledger was paused, so that the destination can tell whether it got exactly that."""
+    """State of a paused ledger, by which the destination verifies that it has received the same contents."""
 
     options: LedgerOptions
     writes: list[int]
-    """Per partition."""
+    """Number of writes per partition."""
     fingerprint: int
-    """Of header, counters and table: with these as they were, `verify` finds any page that is not."""
+    """Fingerprint of header, counters and table. If these are intact, `verify` detects every damaged page."""
     digest: int | None
-    """Of every page, if it was wanted: reading them all takes its time while the ledger is paused."""
+    """Digest of all pages; None if not requested, because the ledger is paused while all pages are read."""
 
 
 class LedgerWorkload(LocalWorkload):
-    """An arena with a ledger in it, as a workload of this process (and of its children).
+    """Arena that contains a ledger, as a workload of this process (and of its children).
 
-    `create` makes one that runs. The constructor takes an arena that will receive one: `load_state` takes up what has
-    come to be in memory, and `resume` lets it run. With `processes` > 1 all but one share of the threads run in child
-    processes; a child that dies makes the next pause raise WorkloadDied. With `exact` a digest of every page goes with
-    the state. `on_moved` is called when the ledger runs elsewhere. `late`: pages may be missing when the state comes,
-    and come on access.
+    `create` makes a running one. The constructor takes an arena that will receive a ledger: `load_state` attaches to
+    the received memory, and `resume` starts the threads. With `processes` > 1 all but one share of the threads run in
+    child processes; if a child exits, the next pause raises WorkloadDied. With `exact` the state contains a digest of
+    all pages. `on_moved` is called when the ledger runs at the destination. `late`: pages may be missing when the state
+    is loaded, and are loaded on demand.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LedgerWorkload(LocalWorkload):
         except BaseException:
             self.stop()
             raise
-        super().__init__(arena.lifecycle)  # the children have mapped the arena: they are in its regions
+        super().__init__(arena.lifecycle)  # the children have mapped the arena: its regions list them
 
     @classmethod
     def create(
@@ -98,10 +98,11 @@ class LedgerWorkload(LocalWorkload):
         large_fraction: float | None = None,
         on_moved: Callable[[], object] | None = None,
     ) -> Self:
-        """Make an arena of `size` bytes, fill a ledger in it and start its threads; with a name, register it.
+        """Create an arena of `size` bytes, fill a ledger in it and start its threads; with a name, register it.
 
-        `large_fraction` keeps the other part of the 2 MiB units on small pages. Raises UsageError for options out of
-        range, fewer threads than processes, or a size too small.
+        `large_fraction`: part of the 2 MiB units that may be huge pages; the others keep base pages. None: all units
+        may be huge pages. Raises UsageError for options out of range, fewer threads than processes, or a size that is
+        too small.
         """
         options = options or LedgerOptions()
         arena = Arena(size, large_pages=large_pages)
@@ -123,21 +124,21 @@ class LedgerWorkload(LocalWorkload):
         return workload
 
     def verify(self) -> _engine.LedgerReport:
-        """Check every page. The workload is paused or stopped. Raises WorkloadError when memory holds no ledger."""
+        """Verify every page of the paused or stopped workload. Raises WorkloadError if there is no ledger."""
         return self._view().verify()
 
     def stalls(self, *, reset: bool = False) -> Stalls:
-        """How long single writes took, in all processes: (longest, ns; how many took 2**n up to 2**(n+1) ns)."""
+        """Return the durations of writes, in all processes: (longest, ns; number that took 2**n up to 2**(n+1) ns)."""
         every = [share.stalls(reset) for share in self._shares]
         histograms = zip(*(histogram for _, histogram in every), strict=True)
         return max(longest for longest, _ in every), [sum(bucket) for bucket in histograms]
 
     def writes(self) -> int:
-        """Pages written so far, filling included, by all processes and on all hosts that this ledger has been on."""
+        """Return the number of pages written so far by all processes, on all hosts of the ledger, filling included."""
         return sum(self._local.ledger.writes())
 
     def stop(self) -> None:
-        """End all threads and children for good, give up the name, leave the memory as it is."""
+        """End all threads and child processes permanently, and release the name. The memory is not changed."""
         self._stopped = True
         self.arena.close()
         for share in reversed(self._shares):
@@ -153,7 +154,7 @@ class LedgerWorkload(LocalWorkload):
             share.start()
 
     def _pause(self) -> None:
-        for share in reversed(self._shares):  # children first: they park while we wait for our own threads
+        for share in reversed(self._shares):  # children first: they park while this process waits for its own threads
             share.begin_pause()
         for share in self._shares:
             share.end_pause()
@@ -162,7 +163,7 @@ class LedgerWorkload(LocalWorkload):
         for share in self._shares if not self._stopped else ():
             try:
                 share.resume()
-            except WorkloadDied:  # the others go on; the next pause says so
+            except WorkloadDied:  # the other shares continue; the next pause reports it
                 continue
 
     def _save(self) -> bytes:
@@ -188,7 +189,7 @@ class LedgerWorkload(LocalWorkload):
             )
         if state.digest is not None and ledger.digest() != state.digest:
             raise WorkloadError("pages differ from those of the instant of the pause")
-        self._exact = state.digest is not None  # on its next journey, too
+        self._exact = state.digest is not None  # also in the next migration
         self._start(state.options)
 
     def _view(self) -> _engine.Ledger:
@@ -198,9 +199,9 @@ class LedgerWorkload(LocalWorkload):
             raise WorkloadError(str(wrong)) from wrong
 
     def _mapped_again(self) -> _engine.Mapping:
-        """A mapping for looking at the memory: through the arena's own it would populate the workload's page tables.
+        """Map the memory again for inspection: reads through the arena's mapping would populate its page tables.
 
-        Where pages may be missing only the arena's own traps.
+        If pages may be missing, return the arena's own mapping, since only that one is registered with userfaultfd.
         """
         if self._late:
             return self.arena

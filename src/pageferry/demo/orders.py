@@ -1,4 +1,4 @@
-"""What the process of a ledger tells its children, and what they answer: one JSON packet each, over a socket pair."""
+"""Orders of the process of a ledger to its children, and their answers: one JSON packet each, over a socket pair."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ Verb = Literal["map", "attach", "start", "pause", "resume", "stop", "stalls"]
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One thing to do. A child whose socket is closed ends."""
+    """Request for one operation. A child whose socket is closed exits."""
 
     verb: Verb
     first_thread: int = 0
     threads: int = 0
-    """Of `attach`: the partitions to run."""
+    """For `attach`: number of partitions to run."""
     reset: bool = False
-    """Of `stalls`."""
+    """For `stalls`: whether to reset the durations."""
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """It is done, unless there is an error."""
+    """Reply to an order. The order was carried out unless there is an error."""
 
     error: str | None = None
     tids: list[int] = []
-    """Of `start`: the threads that write."""
+    """For `start`: thread ids of the writing threads."""
     longest_stall: int = 0
-    """Of `stalls`: ns."""
+    """For `stalls`: longest duration of an operation, ns."""
     stalls: list[int] = []
-    """Of `stalls`: how many operations took 2**n up to 2**(n+1) ns."""
+    """For `stalls`: number of operations that took 2**n up to 2**(n+1) ns, by n."""
 
 
 _encoder = msgspec.json.Encoder()
@@ -40,15 +40,15 @@ _answers = msgspec.json.Decoder(Answer)
 
 
 def encode(packet: Order | Answer) -> bytes:
-    """The bytes of a packet."""
+    """Encode a packet."""
     return _encoder.encode(packet)
 
 
 def decode_order(data: bytes) -> Order:
-    """An order from its bytes."""
+    """Decode an order. Raises msgspec.ValidationError if `data` is not a valid order."""
     return _orders.decode(data)
 
 
 def decode_answer(data: bytes) -> Answer:
-    """An answer from its bytes."""
+    """Decode an answer. Raises msgspec.ValidationError if `data` is not a valid answer."""
     return _answers.decode(data)

@@ -1,7 +1,8 @@
-"""A separate process for the built-in workload, started by `host.python` with the argument SETUP.
+"""Separate process for the built-in workload, started by `host.python` with the argument SETUP.
 
-SETUP is a `Setup` as JSON. One line of JSON says that it runs and can be migrated by its name; on SIGTERM or SIGINT, or
-when it has moved away, a last line says what became of it, and the exit code is 0 if no write was lost::
+SETUP is a `Setup` as JSON. The process prints a line of JSON as soon as it runs and can be migrated by its name. On
+SIGTERM or SIGINT, or when the workload has been migrated, it prints a last line with the result; the exit code is 0 if
+no write was lost::
 
     {"type": "ready", "name": "demo", "pid": 4711}
     {"type": "ledger", "reason": "stopped", "intact": true, "writes": 1234567, "checked": 65000, ...}
@@ -21,16 +22,16 @@ from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.errors import PageferryError, UsageError
 
 LOOK = 0.2
-"""Seconds between two looks at signals."""
+"""Interval between two checks for signals, seconds."""
 FOUND = ("pages", "checked", "zeros", "lost", "stale", "misplaced", "torn", "overwritten", "writes", "disagreeing")
 
 
 class Setup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to run; see `LedgerWorkload.create`."""
+    """Setup of the workload; see `LedgerWorkload.create`."""
 
     name: str
     size: int
-    """Bytes."""
+    """Size of the arena, bytes."""
     options: LedgerOptions = LedgerOptions()
     processes: int = 1
     exact: bool = False
@@ -39,7 +40,7 @@ class Setup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def run(setup: Setup) -> int:
-    """Run the workload until it is told to end or has moved away. Returns the exit code."""
+    """Run the workload until a signal is received or it has been migrated. Return the exit code."""
     ends: queue.SimpleQueue[str] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ends.put("stopped"))
@@ -64,14 +65,14 @@ def run(setup: Setup) -> int:
 
 
 def _first(ends: queue.SimpleQueue[str]) -> str:
-    """Why it ends. A signal that another thread has taken (after SIGCONT it may be any) wakes nobody here."""
+    """Wait for the end and return its reason. Polls, because another thread may handle a signal (after SIGCONT)."""
     while True:
         with contextlib.suppress(queue.Empty):
             return ends.get(timeout=LOOK)
 
 
 def main() -> int:
-    """Run what the only argument says."""
+    """Run the setup that is the only argument."""
     try:
         if len(sys.argv) != 2:
             raise UsageError("one argument: a setup as JSON")

@@ -25,7 +25,8 @@ TIMEOUT = 30.0
 
 
 async def demonstrate(setup: Setup, duration: float, listener: Listener, options: dict[str, Any]) -> DemoResult:
-    """Start the workload, migrate it once and verify its memory. It writes for `duration` seconds before and after.
+    """Start the workload, migrate it once, and verify its memory. The workload writes for `duration` seconds before and
+    after.
 
     `options` are those of `migrate`, whose errors are raised. Raises WorkloadError if a process of the demo fails.
     """
@@ -78,6 +79,6 @@ async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
                 if event["type"] == kind:
                     return event
     except TimeoutError as slow:
-        process.kill()  # ends the thread that reads its next line
+        process.kill()  # ends the thread that reads the next line of its output
         raise WorkloadError(f"no {kind!r} event from a process of the demo within {TIMEOUT:.0f} s") from slow
     raise WorkloadError(f"a process of the demo exited: {process.stderr.read().decode().strip()}")

@@ -1,4 +1,4 @@
-"""Shares of a ledger's partitions: run by threads of this process, or of a child process of its own."""
+"""Shares of a ledger's partitions: each is run by threads of this process, or of a separate child process."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
 
 TIMEOUT = 60.0
-"""Seconds that a child may take to answer."""
+"""Seconds within which a child must reply."""
 
 Stalls = tuple[int, list[int]]
-"""(longest, ns; how many operations took 2**n up to 2**(n+1) ns)"""
+"""Longest duration, ns, and the number of operations that took 2**n up to 2**(n+1) ns, by n."""
 
 
 class Share(Protocol):
-    """A part of a ledger's partitions and the threads that run them. All calls raise WorkloadDied, WorkloadError."""
+    """Part of a ledger's partitions, and the threads that run them. All calls raise WorkloadDied, WorkloadError."""
 
     pid: int
     tids: list[int]
-    """Kernel thread ids, once started."""
+    """Kernel thread ids; empty before `start`."""
 
     def attach(self, first_thread: int, threads: int) -> None:
-        """Take up the ledger that is in memory now."""
+        """Attach to the ledger that is now in memory."""
 
     def start(self) -> None:
-        """Make the threads; they wait for `resume`."""
+        """Create the threads, which wait for `resume`."""
 
     def begin_pause(self) -> None:
-        """Have the threads park; `end_pause` waits for it."""
+        """Request the threads to park; `end_pause` waits until they do."""
 
     def end_pause(self) -> None:
         """Wait until all threads are parked."""
 
     def resume(self) -> None:
-        """Let the threads go on."""
+        """Let the threads continue."""
 
     def stop(self) -> None:
         """End the threads, and the process if it is a child. Never raises."""
 
     def stalls(self, reset: bool) -> Stalls:
-        """How long operations took since the last reset."""
+        """Return the durations of operations since the last reset."""
 
 
 class LocalShare:
@@ -60,7 +60,7 @@ class LocalShare:
 
     @property
     def ledger(self) -> _engine.Ledger:
-        """The ledger object whose threads these are."""
+        """Ledger object that the threads belong to."""
         if self._ledger is None:
             raise WorkloadError("there is no ledger in this memory yet")
         return self._ledger
@@ -75,7 +75,7 @@ class LocalShare:
         self.tids = self.ledger.tids
 
     def begin_pause(self) -> None:
-        """See `Share`: nothing to send to anybody."""
+        """Do nothing: `end_pause` parks the threads of this process."""
 
     def end_pause(self) -> None:
         """See `Share`."""
@@ -97,13 +97,13 @@ class LocalShare:
 
 
 class ChildShare:
-    """Threads of a child process, which maps the same file. It ends when this object's end of the socket is closed."""
+    """Threads of a child process, which maps the same file. The child exits when this object closes the socket."""
 
     def __init__(self, mapping: _engine.Mapping) -> None:
         self.tids: list[int] = []
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders.settimeout(TIMEOUT)
-        # Not handed out: the child maps it now, and is known to pageferry by its mapping.
+        # This does not count as handing out: the child maps the memory now, and pageferry finds the mapping.
         memory = _engine.Mapping.fileno(mapping)
         arguments = [str(memory), str(mapping.length), str(theirs.fileno())]
         with theirs:
@@ -133,7 +133,7 @@ class ChildShare:
 
     def stop(self) -> None:
         """See `Share`."""
-        with contextlib.suppress(WorkloadError):  # dead, or about to be
+        with contextlib.suppress(WorkloadError):  # the child has exited, or is exiting
             self._do(Order("stop"))
         self._orders.close()
         try:

@@ -1,9 +1,9 @@
 """Processes that can write to a workload's memory: found in /proc, and traced or refused.
 
-A process writes to memory that it maps shared and writable. One that only holds a descriptor that is open for writing
-may write by system calls or map the memory at any time; no trace sees that, so it is refused. What cannot be found: a
-descriptor in flight between two processes, one that is registered with io_uring, and processes outside our PID
-namespace. See docs/guide/python.md.
+A process writes to memory that it maps shared and writable. A process that only holds a descriptor that is open for
+writing may write by system calls or map the memory at any time. No trace records that, so the process is refused. The
+following cannot be found: a descriptor in flight between two processes, one that is registered with io_uring, and
+processes outside the PID namespace of this process. See docs/guide/python.md.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pageferry.host import proc
 from pageferry.memory.regions import Region, Segment
 
 _CONFIRM = 0.02
-"""Seconds between two scans where the first found a process that may be about to execute another program."""
+"""Seconds between two scans, if the first found a process that may be about to execute another program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How the memory of an arena may have come to other processes."""
+    """Ways in which other processes may have received the memory of an arena."""
 
     handed_out: bool = False
-    """The program has taken the descriptor (`fileno`): it may have given it to any process."""
+    """Whether the program has obtained the descriptor (`fileno`), and so may have passed it to any process."""
     observers: tuple[int, ...] = ()
-    """Processes of pageferry that have been given the memory, and do not write to it."""
+    """Processes of pageferry that have received the memory, and do not write to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,16 @@ class Found:
     segments: tuple[Segment, ...]
     """Shared, writable mappings of the program and of other processes, without those of pageferry."""
     holders: tuple[int, ...]
-    """Processes that have it open for writing and do not map it."""
+    """Processes that have the file open for writing and do not map it."""
     unreadable: tuple[int, ...]
-    """Processes that may not be looked into."""
+    """Processes that may not be inspected."""
 
 
 def find(file: int, length: int, sharing: Sharing) -> Found:
     """Scan /proc for processes that can write to the first `length` bytes of a file.
 
-    Mappings that pageferry has made in this process are left out. A process that is found to share the file is looked
-    for a second time: between fork and exec a child has everything of its parent.
+    Mappings that pageferry has made in this process are left out. If another process shares the file, /proc is scanned
+    a second time: between fork and exec a child has all mappings and descriptors of its parent.
     """
     found = _scan(file, length, sharing)
     if {segment.pid for segment in found.segments} - {os.getpid()} or found.holders:
@@ -61,13 +61,13 @@ def find(file: int, length: int, sharing: Sharing) -> Found:
 
 
 def check(name: str, found: Found, sharing: Sharing) -> None:
-    """Raise WorkloadError for processes that cannot be traced, UnsupportedError where they cannot be looked for."""
+    """Raise WorkloadError for processes that cannot be traced, UnsupportedError if processes cannot be inspected."""
     if found.holders:
         raise WorkloadError(
             f"cannot trace {name}: {_processes(found.holders)} has its memory open for writing without a mapping, "
             "and such writes are not traced; map the memory there, or close the descriptor"
         )
-    hidden = set(found.unreadable) - {1}  # no program gives its memory to init
+    hidden = set(found.unreadable) - {1}  # a program does not pass its memory to init
     if sharing.handed_out and (hidden or not os.path.exists("/proc/1")):
         raise UnsupportedError(
             f"cannot trace {name}: its descriptor was passed on by fileno(), and this user cannot inspect all "
@@ -88,10 +88,10 @@ def check_again(name: str, traced: Iterable[Segment], found: Found) -> None:
 
 
 def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
-    """Raise WorkloadError where a process other than a guest's own, or pageferry's, maps the guest's memory.
+    """Raise WorkloadError if a process other than the guest's own, or pageferry's, maps the guest's memory for writing.
 
-    Pausing the guest does not stop it. Processes that may not be looked into belong to other users, who cannot open
-    the file for writing unless its permissions allow that.
+    A pause of the guest does not stop such a process. Processes that may not be inspected belong to other users, who
+    cannot open the file for writing unless its permissions allow that.
     """
     ids, own = [], set()
     for region in regions:
@@ -111,7 +111,7 @@ def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
 
 
 def threads(pid: int) -> list[int]:
-    """The thread ids of a process; none when it has ended."""
+    """Return the thread ids of a process; none if it has exited."""
     try:
         return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except (FileNotFoundError, ProcessLookupError):
@@ -132,21 +132,21 @@ def _scan(file: int, length: int, sharing: Sharing) -> Found:
 
 
 def _is_ours(pid: int, address: int) -> bool:
-    """Whether pageferry has made the mapping in this process: the arena itself, or a view of its memory."""
+    """Return whether pageferry has made the mapping in this process: the arena itself, or a view of its memory."""
     if pid != os.getpid():
         return False
     return any(start <= address < start + length for start, length in _engine.own_mappings())
 
 
 def _is_pageferry(pid: int) -> bool:
-    """Whether a process has loaded pageferry's engine: it reads the memory for another command."""
+    """Return whether a process has loaded pageferry's engine, and so reads the memory for another command."""
     with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
         return b"/_engine.abi3.so" in file.read()
     return False
 
 
 def _shows(known: Segment, found: Segment) -> bool:
-    """Whether a mapping is (a part of) one that is known."""
+    """Return whether the mapping `found` is `known`, or a part of it."""
     within = known.address <= found.address and found.address + found.length <= known.address + known.length
     return known.pid == found.pid and within
 

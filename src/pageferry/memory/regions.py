@@ -14,21 +14,21 @@ LARGE_PAGE = _engine.LARGE_PAGE
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One mapping of a part of a region in the address space of a process that runs the workload.
+    """Mapping of a part of a region in the address space of a process that runs the workload.
 
-    A region may be mapped by several processes, and one process may map it in several pieces.
+    Several processes may map a region, and one process may map it in several parts.
     """
 
     pid: int
     address: int
-    """Start of the mapping in the process, bytes."""
+    """Address of the mapping in the process."""
     length: int
-    """Bytes."""
+    """Length, bytes."""
     offset: int
-    """Where in the region the mapping starts, bytes."""
+    """Start of the mapping within the region, bytes."""
 
     def within(self, parts: Iterable[tuple[int, int]]) -> Iterator[Segment]:
-        """Yield the parts of the mapping that show these parts of its region, given as (first byte, length)."""
+        """Yield the parts of the mapping that map these parts of its region, given as (first byte, length)."""
         for start, length in parts:
             first = max(start, self.offset)
             end = min(start + length, self.offset + self.length)
@@ -38,28 +38,28 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A contiguous piece of a workload's memory that is backed by one shared file."""
+    """Contiguous part of a workload's memory that is backed by one shared file."""
 
     name: str
-    """Stable across hosts: QEMU's ramblock id, or `arena`; of any other process, the file that it maps."""
+    """Name, the same on all hosts: QEMU's ramblock id, or `arena`; of any other process, the file that it maps."""
     length: int
-    """Bytes."""
+    """Length, bytes."""
     fd: int
     """File descriptor of the backing file, open for reading and writing; owned by the workload object."""
     file_offset: int
-    """Where in the file the region starts, bytes."""
+    """Start of the region within the file, bytes."""
     page_size: int
-    """4096, or 2 MiB where the file is on hugetlbfs."""
+    """Page size in bytes: 4096, or 2 MiB if the file is on hugetlbfs."""
     segments: tuple[Segment, ...]
-    """Where the workload's processes map it."""
+    """Mappings of the region in the workload's processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Kind, name and details of a workload. A destination may refuse them before anything else is sent."""
+    """Kind, name and details of a workload. A destination may refuse them before other data is sent."""
 
     kind: str
     """`arena`, `qemu` or `process`."""
     name: str
     details: dict[str, Any] = field(default_factory=dict)
-    """Kind-specific facts worth a check or a message (QEMU version, machine type...)."""
+    """Details that depend on the kind, for checks and messages (QEMU version, machine type...)."""

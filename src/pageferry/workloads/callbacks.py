@@ -1,8 +1,8 @@
 """Callbacks of a program: plain functions, coroutine functions, and context managers (synchronous or asynchronous).
 
-Plain functions and context managers run in the calling thread, which is the arena's own. Coroutines and asynchronous
-context managers run on an event loop of the program, and the calling thread waits for them. Methods of asyncio's own
-objects (`asyncio.Lock.release`) run there too: those objects are not thread-safe.
+Plain functions and context managers run in the calling thread, which belongs to the arena. Coroutines and asynchronous
+context managers run on an event loop of the program, while the calling thread waits for them. Methods of asyncio's own
+objects (`asyncio.Lock.release`) also run on the loop, because those objects are not thread-safe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Plain = Callable[[], object]
 Callback = Plain | AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 
 START_TIMEOUT = 10.0
-"""Seconds for an event loop to begin a coroutine. A loop that takes longer is blocked."""
+"""Seconds within which an event loop must start a coroutine. A loop that takes longer counts as blocked."""
 
 _POLL = 0.5
 _ASYNCIO = (asyncio.Lock, asyncio.Event, asyncio.Condition, asyncio.Semaphore, asyncio.Queue)
@@ -35,7 +35,7 @@ _blocked: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("blocked", d
 
 
 def check(name: str, callback: object, *, gate: bool = False) -> None:
-    """Raise TypeError for a callback that cannot be called. `gate`: a context manager is allowed."""
+    """Raise TypeError for a callback that cannot be called. `gate`: also accept a context manager."""
     function = _underlying(callback)
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
@@ -58,7 +58,7 @@ def check_listener(name: str, listener: object) -> None:
 
 
 def needs_loop(callback: object) -> bool:
-    """Whether the callback has to run on an event loop, as far as that is known before the call."""
+    """Return whether the callback must run on an event loop, if that is known before the call; otherwise False."""
     function = _underlying(callback)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(inspect.unwrap(function)):
         return True
@@ -68,7 +68,7 @@ def needs_loop(callback: object) -> bool:
 
 
 def acquires_lock(callback: object) -> bool:
-    """Whether the callback is the `acquire` of a lock of `threading`."""
+    """Return whether the callback is the `acquire` method of a lock of `threading`."""
     return getattr(callback, "__name__", "") == "acquire" and isinstance(
         getattr(callback, "__self__", None), _THREADING
     )
@@ -76,7 +76,7 @@ def acquires_lock(callback: object) -> bool:
 
 @contextlib.contextmanager
 def blocking_loop() -> Iterator[None]:
-    """Mark the event loop of the calling thread as blocked until this ends: a callback that needs it is refused."""
+    """Mark the event loop of the calling thread as blocked, so that callbacks that need the loop are refused."""
     try:
         token = _blocked.set(asyncio.get_running_loop())
     except RuntimeError:
@@ -89,12 +89,14 @@ def blocking_loop() -> Iterator[None]:
 
 
 class Callbacks:
-    """Runs callbacks; `loop`: of the program, for coroutines (None: that of the caller which awaits the operation)."""
+    """Runner of callbacks. `loop`: event loop of the program, for coroutines; None: that of the caller that awaits the
+    operation.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self.loop = loop
         self._exits: list[Callable[[], object]] = []
-        """Of the context managers that have been entered."""
+        """Exit functions of the entered context managers."""
         self._running: asyncio.Task[Any] | None = None
 
     def call(self, name: str, callback: Callable[..., Any], *arguments: Any) -> Any:
@@ -108,7 +110,7 @@ class Callbacks:
             return self._on_loop(name, lambda: _awaited(result))
         except WorkloadError:
             if inspect.iscoroutine(result):
-                result.close()  # where it has not begun
+                result.close()  # if it has not started
             raise
 
     def enter(self, name: str, callback: Callback) -> None:
@@ -126,12 +128,12 @@ class Callbacks:
             self._exits.append(functools.partial(manager.__exit__, None, None, None))
 
     def exit(self) -> None:
-        """Leave the context managers that have been entered."""
+        """Exit the entered context managers, in reverse order."""
         while self._exits:
             self._exits.pop()()
 
     def cancel(self) -> None:
-        """Cancel the coroutine that a call of another thread waits for."""
+        """Cancel the coroutine for which another thread waits in a call."""
         task = self._running
         if task is not None:
             with contextlib.suppress(RuntimeError):  # its loop has just been closed
@@ -140,7 +142,7 @@ class Callbacks:
     def _on_loop(self, name: str, make: Callable[[], Awaitable[Any]]) -> Any:
         loop = self._usable_loop(name)
         begun = threading.Event()
-        claimed = threading.Lock()  # by the coroutine that begins, or by the caller that waits no longer
+        claimed = threading.Lock()  # taken by the coroutine when it starts, or by the caller after a timeout
 
         async def run() -> Any:
             if not claimed.acquire(blocking=False):
@@ -199,12 +201,12 @@ async def _awaited(work: Awaitable[Any]) -> Any:
 
 
 def is_manager(callback: object) -> bool:
-    """Whether it is a context manager, synchronous or asynchronous."""
+    """Return whether the callback is a context manager, synchronous or asynchronous."""
     return isinstance(callback, AbstractContextManager | AbstractAsyncContextManager)
 
 
 def _underlying(callback: object) -> Any:
-    """The function behind partial objects, bound methods and callable objects."""
+    """Return the function behind partial objects, bound methods and callable objects."""
     while isinstance(callback, functools.partial):
         callback = callback.func
     if inspect.isroutine(callback) or inspect.isclass(callback):

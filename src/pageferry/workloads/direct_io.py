@@ -1,9 +1,10 @@
-"""Direct I/O: devices and the kernel write to memory past all page tables, through pages that they have pinned.
+"""Direct I/O: devices and the kernel write to pinned pages directly, without the page tables of the process.
 
-`get_user_pages` for write marks a page as written when it pins it, and a write trace (S2) sees that. It does not see
-what the device writes later. So no page may be read between its collection and the end of an I/O that had pinned it
-before: `Drains` waits for such I/O. Buffers registered with io_uring stay pinned for good, and are sent as a whole in
-the pause (`registered_buffers`). docs/decisions/0012 has the argument.
+`get_user_pages` for write marks a page as written when it pins the page, and a write trace (S2) records that. The trace
+does not record the later write of the device. So no page may be read between its collection and the end of an I/O that
+pinned the page before: `Drains` waits for such I/O. Buffers registered with io_uring stay pinned until they are
+unregistered, and all of their pages are sent in the pause (`registered_buffers`). docs/decisions/0012 gives the
+rationale.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pageferry.errors import WorkloadError
 from pageferry.memory.regions import SMALL_PAGE, Region
 
 DRAIN_TIMEOUT = 10.0
-"""Seconds that a drain may take. The workload may be paused for as long."""
+"""Maximum duration of a drain, seconds. The workload may be paused for as long."""
 
 PAUSE_TIMEOUT = 60.0
-"""Seconds that the pause of an operation may take: QEMU also writes out the cached data of its disks."""
+"""Maximum duration of the pause of an operation, seconds: QEMU also writes out the cached data of its disks."""
 
 _ATTEMPTS = 200
 _RETRY = 0.005
@@ -35,28 +36,31 @@ _BUFFER = re.compile(rb" *\d+: (?:0x([0-9a-f]+)/(\d+)|<none>)")
 
 
 class Drainable(Protocol):
-    """As much of a workload as a drain needs; see `workloads.protocols.Workload`."""
+    """Part of the interface of a workload that a drain needs; see `workloads.protocols.Workload`."""
 
     async def drain(self) -> float | None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
 
 class Drains:
-    """The drains of one migration or checkpoint."""
+    """Drains of one migration or checkpoint."""
 
     def __init__(self, workload: Drainable) -> None:
         self.workload = workload
         self.due = False
-        """The trace has been installed or collected since the last drain: before memory is read there must be one."""
+        """Whether the trace has been installed or collected since the last drain. Memory may then be read only after a
+        drain.
+        """
         self.count = 0
         self.seconds = 0.0
-        """That the workload was paused for, together."""
+        """Total time for which the workload was paused, seconds."""
         self.longest = 0.0
 
     async def drain_if_due(self) -> None:
-        """Before memory is read: wait for direct I/O that may be older than the last collection of the trace.
+        """Before memory is read, wait for direct I/O that may have begun before the last collection of the trace.
 
-        Raises WorkloadError where it does not end in time, UnsupportedError for pins that never end, WorkloadDied.
+        Raises WorkloadError if the I/O does not complete in time, UnsupportedError if a device keeps memory pinned,
+        WorkloadDied.
         """
         if not self.due:
             return
@@ -69,19 +73,19 @@ class Drains:
 
 
 class Pausable(Protocol):
-    """As much of a workload as `pause_briefly` needs."""
+    """Part of the interface of a workload that `pause_briefly` needs."""
 
     async def pause(self) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     async def resume(self) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
 
 async def pause_briefly(workload: Pausable) -> float:
-    """Drain a workload whose `pause` waits for direct I/O; return the seconds that took.
+    """Drain a workload whose `pause` waits for direct I/O. Return the duration in seconds.
 
-    A cancellation does not leave it paused.
+    The workload is resumed even if the call is cancelled.
     """
     started = time.perf_counter()
     try:
@@ -92,10 +96,10 @@ async def pause_briefly(workload: Pausable) -> float:
 
 
 def registered_buffers(regions: Sequence[Region]) -> list[PageSet]:
-    """Per region, the pages that lie in buffers registered with io_uring by the processes that map it.
+    """Return, per region, the pages in buffers that the mapping processes have registered with io_uring.
 
-    Such pages are pinned until the buffer is unregistered: a write to them is reported by no trace. Raises
-    WorkloadError where a process keeps its list of buffers busy, PermissionError.
+    Such pages are pinned until the buffer is unregistered, and no trace records writes through the pins. Raises
+    WorkloadError if the list of buffers of a process stays locked, PermissionError.
     """
     found = [PageSet(region.length // SMALL_PAGE, False) for region in regions]
     pids = {segment.pid for region in regions for segment in region.segments}
@@ -111,20 +115,20 @@ def registered_buffers(regions: Sequence[Region]) -> list[PageSet]:
 
 
 def _buffers(pid: int) -> Iterator[tuple[int, int]]:
-    """Address and length of every registered buffer of a process."""
+    """Yield address and length of every registered buffer of a process."""
     folder = Path(f"/proc/{pid}/fd")
     try:
         numbers = os.listdir(folder)
-    except (FileNotFoundError, ProcessLookupError):  # it has ended: that is reported by whoever works on its memory
+    except (FileNotFoundError, ProcessLookupError):  # the process has exited: the operation on its memory reports that
         return
     for number in numbers:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed since it was listed
             if os.readlink(folder / number) == _RING:
                 yield from _buffers_of(pid, number)
 
 
 def _buffers_of(pid: int, number: str) -> list[tuple[int, int]]:
-    """Of one ring. The kernel leaves its list out of fdinfo while another thread holds the ring's lock."""
+    """Return the buffers of one ring. The kernel omits them from fdinfo while another thread holds the ring's lock."""
     for _ in range(_ATTEMPTS):
         text = Path(f"/proc/{pid}/fdinfo/{number}").read_bytes()
         if (buffers := parse_buffers(text)) is not None:
@@ -134,7 +138,7 @@ def _buffers_of(pid: int, number: str) -> list[tuple[int, int]]:
 
 
 def parse_buffers(fdinfo: bytes) -> list[tuple[int, int]] | None:
-    """(address, length) of the buffers in a ring's fdinfo; None where the kernel has left them out."""
+    """Return (address, length) of the buffers in the fdinfo of a ring; None if the kernel has omitted them."""
     counted = _COUNT.search(fdinfo)
     if counted is None:
         return None

@@ -1,4 +1,4 @@
-"""Where the durable records of a workload go."""
+"""Folders for the persistent records of workloads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pageferry.workloads.protocols import Workload
 
 
 def folder_of(workload: Workload) -> Folder | None:
-    """The folder of a registered workload; None for one without a name on this host."""
+    """Return the folder of a registered workload; None for one without a name on this host."""
     if isinstance(workload, LocalWorkload) and not workload.registered:
         return None
     try:
@@ -17,6 +17,6 @@ def folder_of(workload: Workload) -> Folder | None:
         entry = registry.lookup(workload.name)
     except (UsageError, WorkloadError):
         return None
-    # A workload without a name here may be called like another one that has it.
+    # An unregistered workload may have the same name as a registered one.
     pids = {segment.pid for region in workload.regions for segment in region.segments}
     return Folder(registry, workload.name) if entry.pid in pids else None

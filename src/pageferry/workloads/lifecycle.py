@@ -1,7 +1,7 @@
-"""Who may run a workload of this process: paused, committed and let go on behalf of one controller at a time.
+"""Life cycle of a workload of this process: one controller at a time may pause, commit, resume and discard it.
 
-A *controller* is whoever migrates or checkpoints the workload: code of this process, or a process at the other end of
-the control socket. ::
+A *controller* is the client that migrates or checkpoints the workload: code of this process, or a process that is
+connected to the control socket. ::
 
                pause                     commit
     running ──────────▶ paused ───────────────────▶ committed ── discard ──▶ moved
@@ -10,9 +10,9 @@ the control socket. ::
        ▲   is lost                                      │  or by another once it is lost)
        └────────────────────────────────────────────────┘
 
-What always holds: until `commit` the workload is ours, so a controller that dies or goes away lets it run on. From
-`commit` on it may be running elsewhere, so losing the controller leaves it paused, and only somebody who knows what
-became of the migration may `resume` or `discard` it.
+Invariant: until `commit` this process owns the workload, so that the workload continues when its controller exits or
+disconnects. From `commit` on the workload may be running at the destination, so that it stays paused when its
+controller is lost. Only a controller that knows the outcome of the migration may then `resume` or `discard` it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Status(StrEnum):
-    """Where a workload is in its life."""
+    """Status of a workload."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -45,25 +45,25 @@ class Status(StrEnum):
 
 
 class Controlled(Protocol):
-    """A workload of this process, as a `Lifecycle` needs it: plain calls, one at a time, all in one thread."""
+    """Workload of this process, as used by `Lifecycle`: synchronous calls, one at a time, all in one thread."""
 
     name: str
 
     @property
     def registered(self) -> bool:
-        """Whether it has that name on this host: others may be called so by chance."""
+        """Whether the workload is registered under its name on this host. Only registered names are unique."""
 
     @property
     def identity(self) -> Identity:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     @property
     def pager(self) -> Pager | None:
-        """As of `LocalWorkload`."""
+        """See `LocalWorkload`."""
 
     @property
     def direct_io(self) -> bool:
@@ -71,45 +71,45 @@ class Controlled(Protocol):
 
     @property
     def sharing(self) -> Sharing:
-        """How the memory may have come to other processes."""
+        """Ways in which other processes may have received the memory."""
 
     def observed_by(self, pid: int) -> None:
-        """Note a process of pageferry that is given the memory."""
+        """Record a pageferry process that receives a descriptor of the memory."""
 
     def check_mappers(self, regions: Sequence[Region]) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def pause(self) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def resume(self) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def cancel(self) -> None:
-        """End a callback that another thread waits for, where that is possible."""
+        """Cancel the running callback if it is a coroutine; a plain callback cannot be cancelled."""
 
     def save_state(self) -> bytes:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def load_state(self, state: bytes) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def discard(self) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def faults(self) -> Faults:
-        """As of `Workload`."""
+        """See `Workload`."""
 
     def report(self) -> dict[str, object]:
-        """What the workload has to say about itself, for people and benchmarks."""
+        """Return data of the workload about itself, for display and for benchmarks."""
 
 
 class Lifecycle:
-    """Lets one controller at a time act on a workload, and sees to it that it has exactly one owner.
+    """Life cycle of one workload: lets one controller at a time act on it, and ensures that it has exactly one owner.
 
-    Calls may come from any thread; each raises WorkloadError when it does not fit the status, or when somebody else
-    controls the workload. Calls that would change nothing do nothing. All run in one thread of the lifecycle: what a
-    callback acquires there (a reentrant lock) a later callback can release.
+    Calls may come from any thread. Each raises WorkloadError if the status does not permit it, or if another controller
+    has the workload. A call that would not change the status does nothing. All calls run in one thread of the
+    lifecycle, so that a lock that a callback acquires (a reentrant lock) can be released by a later callback.
     """
 
     def __init__(self, workload: Controlled, received: bool = False) -> None:
@@ -120,39 +120,39 @@ class Lifecycle:
 
     @property
     def status(self) -> Status:
-        """What the workload is now; may be another at once."""
+        """Current status; other threads may change it at any time."""
         return self._status
 
     def pause(self, controller: object) -> None:
-        """Pause the workload; it is this controller's until `resume`, `discard`, or until the controller is lost."""
+        """Pause the workload for this controller, until `resume` or `discard`, or until the controller is lost."""
         self._run(lambda: self._paused(controller))
 
     def resume(self, controller: object) -> None:
-        """Let the workload run."""
+        """Resume the workload."""
         self._run(lambda: self._resumed(controller))
 
     def save_state(self, controller: object) -> bytes:
-        """The state of the paused workload."""
+        """Return the state of the paused workload."""
         return self._run(lambda: self._saved(controller))
 
     def load_state(self, controller: object, state: bytes) -> None:
-        """Give the paused workload its state."""
+        """Load a state into the paused workload."""
         self._run(lambda: self._loaded(controller, state))
 
     def commit(self, controller: object) -> None:
-        """From here on the paused workload may be running elsewhere."""
+        """Commit the paused workload: from now on it may be running at the destination."""
         self._run(lambda: self._committed(controller))
 
     def discard(self, controller: object) -> None:
-        """It runs elsewhere, or never came to run here: end it."""
+        """End a workload that runs at the destination, or that was received and has never run."""
         self._run(lambda: self._discarded(controller))
 
     def lost(self, controller: object) -> None:
-        """The controller is gone for good: the workload runs on, unless it was committed."""
+        """Record that the controller is permanently lost, and resume its workload unless that is committed."""
         self._run(lambda: self._lost(controller))
 
     def abandon(self, controller: object) -> None:
-        """As `lost`, without waiting: callbacks that run are cancelled where that is possible, or end first."""
+        """Do as `lost`, without waiting. A running callback is cancelled if it is a coroutine."""
         self.workload.cancel()
         self.thread.submit(lambda: self._lost(controller))
 
@@ -162,7 +162,7 @@ class Lifecycle:
         with blocking_loop():
             return self.thread.submit(call).result()
 
-    # -- in the thread
+    # -- run in the thread of the lifecycle
 
     def _paused(self, controller: object) -> None:
         self._check(controller, "paused", Status.RUNNING, Status.PAUSED)
@@ -222,105 +222,107 @@ class Lifecycle:
 
 
 class LocalWorkload:
-    """A `Workload` of this process. Its calls run in the lifecycle's thread; the event loop is not blocked by them."""
+    """`Workload` of this process. Its calls run in the thread of the lifecycle, and do not block the event loop."""
 
     def __init__(self, lifecycle: Lifecycle, memory: object = None) -> None:
-        """`memory`: object that owns the memory; it lives at least as long as this one."""
+        """Become a controller of a workload. `memory`: owner of the memory, kept alive as long as this object."""
         self._lifecycle = lifecycle
         self._memory = memory
         self._abandoned = False
-        """A call was cancelled: the workload runs again as soon as its callback has ended."""
+        """Whether a call was cancelled. The workload then resumes as soon as its callback has returned."""
         self.name = lifecycle.workload.name
         self.regions = lifecycle.workload.regions
 
     @property
     def registered(self) -> bool:
-        """Whether it has its name on this host."""
+        """Whether the workload is registered under its name on this host."""
         return self._lifecycle.workload.registered
 
     @property
     def identity(self) -> Identity:
-        """What this workload is."""
+        """Kind, name and details of the workload."""
         return self._lifecycle.workload.identity
 
     @property
     def pager(self) -> Pager | None:
-        """What brings its contents, in this process; None where all were there from the start."""
+        """Pager of this process that loads the contents; None if all contents were present from the start."""
         return self._lifecycle.workload.pager
 
     @property
     def handed_out(self) -> bool:
-        """Whether the program has taken the descriptor of the memory."""
+        """Whether the program has obtained the descriptor of the memory."""
         return self._lifecycle.workload.sharing.handed_out
 
     async def check_mappers(self) -> None:
-        """As of `Workload`."""
+        """See `Workload`."""
         await in_thread(lambda: self._lifecycle.workload.check_mappers(self.regions))
 
     async def prepare_pause(self) -> None:
-        """Start the thread for the callbacks."""
+        """Start the thread of the callbacks."""
         await self._run(lambda: None)
 
     async def prepare_load(self) -> None:
-        """Nothing: there is nobody to be told."""
+        """Do nothing: the program has no callback for this."""
 
     async def does_direct_io(self) -> bool:
-        """As the program says; False without a pause callback, which could not wait for it."""
+        """Return the setting of the program; False without a pause callback, since none could wait for direct I/O."""
         return self._lifecycle.workload.direct_io
 
     async def drain(self) -> float | None:
-        """Run the workload's pause and resume callbacks, unless it does no direct I/O."""
+        """Run the pause and resume callbacks of the workload, unless it does no direct I/O."""
         if self._lifecycle.status is not Status.RUNNING or not self._lifecycle.workload.direct_io:
             return None
         return await pause_briefly(self)
 
     async def pause(self) -> None:
-        """Run the workload's pause callback. Raises what it raises, after the resume callback."""
+        """Run the pause callback. If it raises, run the resume callback, and raise the same exception."""
         self._abandoned = False
         await self._cancellable(lambda: self._lifecycle.pause(self))
 
     async def resume(self) -> None:
-        """Run the workload's resume callback."""
+        """Run the resume callback of the workload."""
         if not self._abandoned:
             await self._run(lambda: self._lifecycle.resume(self))
 
     async def save_state(self) -> bytes:
-        """What the workload's state callback gives."""
+        """Return the result of the state callback of the workload."""
         return await self._cancellable(lambda: self._lifecycle.save_state(self))
 
     async def commit(self, witness: Witness | None = None) -> None:
-        """It stays paused until `resume` or `discard`, even if this object is forgotten. It cannot outlive us."""
+        """Leave the workload paused until `resume` or `discard`, even if this object is deleted. `witness` is not used:
+        the workload ends with this process.
+        """
         await self._run(lambda: self._lifecycle.commit(self))
 
     async def load_state(self, state: bytes) -> None:
-        """Give the state to the workload's callback."""
+        """Pass the state to the state callback of the workload."""
         await self._cancellable(lambda: self._lifecycle.load_state(self, state))
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Nothing: its threads use the page tables of their process."""
+        """Do nothing and return 0: the threads of the workload use the page tables of their process."""
         return 0
 
     async def discard(self) -> None:
-        """It runs elsewhere now."""
-        if self._abandoned:  # a callback may still run: it is not waited for
+        """End the workload, which runs at the destination or was received and never ran."""
+        if self._abandoned:  # a callback may still run: do not wait for it
             self._lifecycle.thread.submit(lambda: self._lifecycle.discard(self))
         else:
             await self._run(lambda: self._lifecycle.discard(self))
 
     async def running(self) -> bool:
-        """Whether it runs; it cannot die before we do."""
+        """Return whether the workload runs. It ends with this process, so that WorkloadDied is never raised."""
         return self._lifecycle.status is Status.RUNNING
 
     def faults(self) -> Faults:
-        """Page faults of the workload's own threads."""
+        """Return the page-fault counts of the workload's own threads."""
         return self._lifecycle.workload.faults()
 
     def report(self) -> dict[str, object]:
-        """What the workload says about itself."""
+        """Return data of the workload about itself."""
         return self._lifecycle.workload.report()
 
     def close(self) -> None:
-        """Be no controller any more: a workload that is paused and not committed runs on."""
+        """Stop being a controller: a workload that is paused and not committed is resumed."""
         if not self._abandoned:
             self._lifecycle.lost(self)
 
@@ -330,7 +332,7 @@ class LocalWorkload:
         return await asyncio.wrap_future(self._lifecycle.thread.submit(call))
 
     async def _cancellable(self, call: Callable[[], T]) -> T:
-        """A call that runs a callback of the program. On cancellation it is not waited for: it may hang."""
+        """Run a call that invokes a callback of the program. On cancellation do not wait: the callback may hang."""
         try:
             return await self._run(call)
         except asyncio.CancelledError:

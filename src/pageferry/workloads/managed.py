@@ -1,4 +1,4 @@
-"""Checks of workloads that callers give. Raises UsageError."""
+"""Checks of workloads that callers pass. They raise UsageError."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pageferry.workloads.protocols import Workload
 
 
 def managed(workload: object) -> Arena | Workload:
-    """An arena, or a workload that can be migrated and saved."""
+    """Return `workload` if it is an arena, or a workload that can be migrated and saved."""
     if isinstance(workload, Arena):
         return workload
     if isinstance(workload, type) or not all(hasattr(workload, name) for name in ("identity", "regions", "resume")):

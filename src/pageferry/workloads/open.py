@@ -1,4 +1,4 @@
-"""Registered workloads by name, whatever kind they are."""
+"""Access to registered workloads of all kinds by name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 async def open_workload(name: str) -> Workload:
-    """The workload of that name on this host, to be worked on from outside.
+    """Open the workload of that name on this host, for an operation by this process.
 
-    Raises NoSuchWorkload, WorkloadDied, WorkloadError when it does not answer.
+    Raises NoSuchWorkload, WorkloadDied, WorkloadError if the workload does not reply.
     """
     match Registry().lookup(name):
         case QemuEntry():

@@ -1,8 +1,8 @@
-"""The workloads of this host at a moment, looked at from outside: nobody is spoken to that could be at work.
+"""Memory use of the workloads of this host, read without sending requests to them.
 
-What is cheap to read, that is: `smaps_rollup` of each process (the kernel walks its page tables, which takes
-milliseconds where large pages are mapped), what pagers say, and the records of verbs at work. Only a migration knows
-how fast memory is modified: nothing is traced for this.
+The sources are cheap to read: `smaps_rollup` of each process (the kernel walks its page tables, which takes
+milliseconds if huge pages are mapped), the status of the pagers, and the records of running operations. The dirty rate
+is known only during a migration, because no write traces are installed for the overview.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ _LARGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", 
 
 
 class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """The host's memory, bytes."""
+    """Memory of the host, bytes."""
 
     total: int
     available: int
-    """Without swapping."""
+    """Memory available to new processes without swapping, bytes."""
     large: int
-    """Of all processes and files, on large pages; without hugetlbfs."""
+    """Memory of all processes and files that is backed by huge pages, bytes; without hugetlbfs."""
     swap: int
     swap_free: int
 
 
 class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """A workload at a moment, bytes."""
+    """Memory use of one workload at one point in time."""
 
     name: str
     kind: str
     pid: int
     memory: int | None
-    """Mapped by its process, hugetlbfs included; None: it may not be looked at."""
+    """Resident memory of the process, including hugetlbfs, bytes; None if the process cannot be inspected."""
     large: int | None
-    """Of that, on large pages."""
+    """Part of `memory` that is backed by huge pages, bytes; None if the process cannot be inspected."""
     deferred: int
-    """Contents still to come, from an image or another host."""
+    """Contents not loaded yet, from an image or another host, bytes."""
     waiting: str | None
-    """Why they do not come."""
+    """Reason why deferred contents cannot be loaded; None if they can."""
     dirty_rate: int | None
-    """Modified per second, as a migration under way has found in its last round."""
+    """Memory modified per second, bytes, as measured by a running migration in its last round; None without one."""
     jobs: list[Job]
 
 
 class Overview(Event, frozen=True, kw_only=True, tag="top"):
-    """Everything at a moment."""
+    """Memory use of the host and of every registered workload at one point in time."""
 
     time: float
-    """Seconds since 1970."""
+    """Time of the measurement, seconds since 1970."""
     host: HostMemory
     workloads: list[WorkloadMemory]
 
 
 def overview(registry: Registry | None = None) -> Overview:
-    """Look at all of them. Takes milliseconds for each; call it off the event loop."""
+    """Return the memory use of all workloads. Blocks for milliseconds per workload: do not call from the event loop."""
     registry = registry or Registry()
     looks = (_look(registry, name, entry) for name, entry in registry.entries().items())
     return Overview(time=time.time(), host=_host(), workloads=[found for found in looks if found is not None])
@@ -83,7 +83,7 @@ def _host() -> HostMemory:
 def _look(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | None:
     memory, large = None, None
     try:
-        if entry.alive:  # or its pid may be another process's
+        if entry.alive:  # the pid of an exited process may have been reused
             counts = smaps.rollup(entry.pid)
             memory = counts["Rss"] + counts.get("Shared_Hugetlb", 0) + counts.get("Private_Hugetlb", 0)
             large = sum(counts.get(kind, 0) for kind in _LARGE)

@@ -1,12 +1,12 @@
-"""The write trace that a checkpoint leaves on a workload, so that the next one knows what was written since (S2, S4).
+"""Write trace that a checkpoint leaves installed, for the next checkpoint to find the pages written since (S2, S4).
 
-The trace is a userfaultfd in asynchronous mode: nobody needs to read it, and nobody waits for it. The process that it
-is on keeps its descriptor. What else the next checkpoint has to know is in the workload's folder, as `trace.json`; for
-an arena without a name, in the memory of its program.
+The trace is a userfaultfd in asynchronous mode: no process has to read it, and no write waits for a reader. The traced
+process keeps the descriptor open. All other data for the next checkpoint are in the workload's folder, as `trace.json`;
+for an arena without a name, in the memory of its program.
 
-A record counts only for exactly the memory that it was made for: the same processes, mappings and descriptors, no fork
-since, and the image that the next one names as its parent. Everything else that wants the workload's page tables
-(a migration, large pages) takes the trace off with `forget`; so does `pageferry checkpoint --no-track`.
+A record is valid only for the memory that it was made for: the same processes, mappings and descriptors, no fork since,
+and the image that the next checkpoint names as its parent. Other operations that need the workload's page tables (a
+migration, huge-page management) remove the trace with `forget`; so does `pageferry checkpoint --no-track`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _SYS_CLOSE = 3
 
 
 class Unusable(Exception):
-    """Why a trace cannot be taken up."""
+    """Raised if a trace cannot be used, with the reason."""
 
 
 class Descriptor(msgspec.Struct, frozen=True):
-    """A userfaultfd of a process."""
+    """Userfaultfd of a process."""
 
     number: int
-    """In that process."""
+    """Descriptor number in that process."""
     inode: int
-    """Every userfaultfd has its own: another one of the same number is not taken for it."""
+    """Inode of the userfaultfd. Inodes are unique, so that a reused descriptor number is detected."""
     started: int
-    """`proc.start_time` of the process."""
+    """Start time of the process, as `proc.start_time` returns it."""
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A mapping that is traced: process, address, bytes, number of the region, first page of it."""
+    """Traced mapping: process, address, length in bytes, number of the region, and its first page in the region."""
 
     pid: int
     address: int
@@ -56,21 +56,22 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """The record."""
+    """Record of a trace."""
 
     descriptors: dict[int, Descriptor]
-    """By process."""
+    """Descriptors by process id."""
     places: list[Place]
     forks: int
-    """How often the program had forked: what a child writes is not traced."""
+    """Number of forks of the program when the trace was installed. Writes of a child are not traced."""
     image: tuple[str, str] | None = None
-    """Id and digest of the image since which it tells; None while a checkpoint is under way."""
+    """Id and digest of the image since which writes are recorded; None while a checkpoint is running."""
 
 
 def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, int]:
-    """Make userfaultfds for the processes of `segments`; pid -> our descriptor, the caller's to close.
+    """Create userfaultfds for the processes of `segments`. Return descriptors of this process by pid, which the caller
+    closes.
 
-    They are on record before anything is registered with them: whoever dies, the next one can take them away.
+    The record is stored before any memory is registered: if this process exits, a later checkpoint can remove them.
     """
     forget(workload)
     _tidy()
@@ -81,7 +82,7 @@ def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, in
         for space, *_ in segments:
             if space.pid not in ours:
                 ours[space.pid], number = space.write_traces()
-                # Our own process keeps one as another would.
+                # This process, too, keeps a descriptor open.
                 kept[space.pid] = _describe(space.pid, os.dup(ours[space.pid]) if number is None else number)
     except BaseException:
         for descriptor in ours.values():
@@ -93,9 +94,9 @@ def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, in
 
 
 def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> dict[int, int]:
-    """The userfaultfds of a trace that tells what was written since `image` (id, digest); as `begin`.
+    """Return the userfaultfds of the trace that records the writes since `image` (id, digest), as `begin` does.
 
-    From now on the record counts for no image, until `leave`. Raises Unusable, with the reason.
+    From now on the record is not valid for any image, until `leave`. Raises Unusable, with the reason.
     """
     record = _load(workload)
     if record is None:
@@ -127,9 +128,9 @@ def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[
 
 
 def leave(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> bool:
-    """From now on the trace tells what is written since `image`; false, and it is gone, where it missed something."""
+    """Keep the trace, to record the writes since `image`. If the trace is incomplete, remove it and return False."""
     record = _load(workload)
-    # A process that came meanwhile has written without being traced.
+    # A process that mapped the memory after `begin` has written without being traced.
     if record is None or record.forks != _forks(workload) or record.places != _places(segments):
         forget(workload)
         return False
@@ -138,18 +139,18 @@ def leave(workload: Workload, segments: Sequence[EngineSegment], image: tuple[st
 
 
 def forget(workload: Workload) -> None:
-    """Take the trace off, if there is one, and map large pages as such again."""
+    """Remove the trace, if there is one, and map huge pages as such again."""
     record = _load(workload)
     if record is not None:
         _close(record.descriptors)
         _remove(workload)
-        with contextlib.suppress(PageferryError, OSError):  # it has just ended
+        with contextlib.suppress(PageferryError, OSError):  # the workload has just exited
             memory = Memory(workload)
             memory.restore_large_mappings(memory.large_units())
 
 
 def note_forks(folder: Folder) -> None:
-    """Have it known in a folder, from now on, when this program forks."""
+    """Record all further forks of this program in `folder`."""
     _noted.add(folder)
 
 
@@ -161,7 +162,7 @@ def _describe(pid: int, number: int) -> Descriptor:
 
 
 def _inode(pid: int, number: int) -> int | None:
-    """Of an open descriptor of a process; None where there is none."""
+    """Return the inode of an open descriptor of a process; None if the descriptor is not open."""
     with contextlib.suppress(OSError):
         return os.stat(f"/proc/{pid}/fd/{number}").st_ino
     return None
@@ -178,7 +179,7 @@ def _close(descriptors: dict[int, Descriptor]) -> None:
         if pid == os.getpid():
             os.close(descriptor.number)
         else:
-            with contextlib.suppress(OSError):  # it has just ended, and everything with it
+            with contextlib.suppress(OSError):  # the process has just exited, and its descriptors are closed
                 Space(pid).call(_SYS_CLOSE, descriptor.number)
 
 
@@ -186,16 +187,16 @@ def _places(segments: Sequence[EngineSegment]) -> list[Place]:
     return sorted((Place(space.pid, *rest) for space, *rest in segments), key=lambda place: (place.pid, place.address))
 
 
-# -- where records are
+# -- storage of the records
 
 _own: dict[tuple[int, int], LeftTrace] = {}
-"""Of arenas without a name, by the file of their memory."""
+"""Records of arenas without a name, by device and inode of their memory file."""
 _noted: set[Folder] = set()
 _own_forks = 0
 
 
 def _tidy() -> None:
-    """Close descriptors of memory that is mapped nowhere any more."""
+    """Close the descriptors of memory files that are no longer mapped."""
     mapped = {(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())}
     for key in [key for key in _own if key not in mapped]:
         _close(_own.pop(key).descriptors)

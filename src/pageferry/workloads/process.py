@@ -1,4 +1,4 @@
-"""Any process as a workload: its memory can be saved while it is stopped. Nothing makes it run elsewhere."""
+"""Any process as a workload: its memory can be saved while it is stopped. It cannot be migrated."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from pageferry.memory.view import Readable
 from pageferry.workloads.protocols import Faults
 
 PREFIX = "pid:"
-"""Names of processes: `pid:4711`."""
+"""Prefix of the names of processes: `pid:4711`."""
 MOST_REGIONS = 4096
 _STOP_TIMEOUT = 5.0
-"""Seconds for all threads to stop; one in an uninterruptible sleep takes as long as that does."""
+"""Maximum time until all threads have stopped, seconds. A thread in an uninterruptible sleep stops when it wakes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A part of a process's memory."""
+    """Range of the memory of a process."""
 
     name: str
     address: int
     length: int
-    """Bytes."""
+    """Length, bytes."""
     page_size: int = SMALL_PAGE
 
 
 class ProcessMemory(Readable):
-    """What a checkpoint needs to know about the memory of a process; as `memory.view.Memory`."""
+    """Memory of a process, with the interface that a checkpoint needs; see `memory.view.Memory`."""
 
     def __init__(self, pid: int, regions: tuple[Range, ...]) -> None:
         self.regions = regions
         space = Space(pid)
         self.mappings = [ProcessRange(space, region.address, region.length) for region in regions]
         self.segments: list[Any] = []
-        """Nothing is traced: the process is stopped."""
+        """Empty: writes to the memory of a stopped process need not be traced."""
 
     def large_units(self) -> list[list[bool]]:
-        """None: nothing is restored to them."""
+        """Return no units: the memory is not restored to huge pages."""
         return [[] for _ in self.regions]
 
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
-        """Nothing: none were split."""
+        """Do nothing: no mappings of huge pages were split."""
 
 
 class ProcessWorkload:
-    """A process, paused by SIGSTOP. It runs on when we die: a guardian sees to that."""
+    """Process that is paused by SIGSTOP. If pageferry exits, a guardian continues the process."""
 
     def __init__(self, pid: int, ranges: str) -> None:
-        """`ranges`, separated by commas: `heap`, `stack`, `anon` (all private anonymous memory that it may write to),
-        or START-END in hexadecimal.
+        """Open the process `pid`. `ranges`, separated by commas: `heap`, `stack`, `anon` (all private anonymous memory
+        that the process may write to), or START-END in hexadecimal.
 
-        Raises UsageError for ranges that there are not, or our own process; WorkloadDied, WorkloadError.
+        Raises UsageError for ranges that do not exist, or for the process of the caller; WorkloadDied, WorkloadError.
         """
         if proc.start_time(pid) is None:
             raise WorkloadDied(f"no process {pid}")
@@ -80,7 +80,7 @@ class ProcessWorkload:
 
     @classmethod
     def named(cls, name: str, ranges: str | None) -> ProcessWorkload:
-        """From a name such as `pid:4711`. Raises as the constructor."""
+        """Open the process with a name such as `pid:4711`. Raises as the constructor."""
         number = name.removeprefix(PREFIX)
         if not number.isdecimal():
             raise UsageError(f"invalid process {name}: expected pid: and a number")
@@ -90,11 +90,11 @@ class ProcessWorkload:
 
     @property
     def identity(self) -> Identity:
-        """The process and its command."""
+        """Process id and command of the process."""
         return Identity("process", self.name, {"command": self._command, "pid": self.pid})
 
     def memory(self) -> ProcessMemory:
-        """Its memory, for a checkpoint. Raises WorkloadDied, WorkloadError where it may not be read."""
+        """Return the memory of the process for a checkpoint. Raises WorkloadDied, WorkloadError if access is denied."""
         try:
             return ProcessMemory(self.pid, self.regions)
         except ProcessLookupError as gone:
@@ -108,7 +108,7 @@ class ProcessWorkload:
             self._guardian = self._start_guardian()
 
     async def pause(self) -> None:
-        """SIGSTOP, and wait until every thread has stopped. Raises WorkloadError when one does not."""
+        """Send SIGSTOP, and wait until all threads have stopped. Raises WorkloadError if a thread does not stop."""
         await self.prepare_pause()
         self._was_stopped = _stopped(self.pid)
         self._signal(signal.SIGSTOP)
@@ -122,37 +122,37 @@ class ProcessWorkload:
             await asyncio.sleep(0.001)
 
     async def resume(self) -> None:
-        """SIGCONT, unless it was stopped before."""
+        """Send SIGCONT, unless the process was already stopped before `pause`."""
         if not self._was_stopped:
             self._signal(signal.SIGCONT)
         self._dismiss()
 
     async def save_state(self) -> bytes:
-        """Nothing: registers and files are not saved."""
+        """Return an empty state: registers and files are not saved."""
         return b""
 
     async def load_state(self, state: bytes) -> None:
-        """Raises UnsupportedError."""
+        """Raise UnsupportedError: the memory of a process cannot be restored."""
         raise UnsupportedError(f"cannot restore {self.name}: memory of a process can be saved, not restored")
 
     async def commit(self) -> None:
-        """Raises UnsupportedError."""
+        """Raise UnsupportedError: a process cannot be migrated."""
         raise UnsupportedError(f"cannot migrate {self.name}: it is a process, not a managed workload")
 
     async def discard(self) -> None:
-        """Raises UnsupportedError."""
+        """Raise UnsupportedError: a process that is not managed cannot be ended."""
         raise UnsupportedError(f"cannot end {self.name}: it is a process, not a managed workload")
 
     async def running(self) -> bool:
-        """Whether it runs. Raises WorkloadDied when it is gone."""
+        """Return whether the process runs. Raises WorkloadDied if it has exited."""
         return not _stopped(self.pid)
 
     def faults(self) -> Faults:
-        """Page faults of all its threads."""
+        """Return the page faults of all threads of the process."""
         return Faults(*proc.thread_faults(self.pid, proc.threads(self.pid)))
 
     def close(self) -> None:
-        """Let go: if it is stopped by us it runs on."""
+        """Close all descriptors. A process that was stopped by this object continues."""
         if self._guardian is not None:
             assert self._guardian.stdin is not None
             self._guardian.stdin.close()
@@ -185,7 +185,7 @@ class ProcessWorkload:
             ) from denied
 
     def _dismiss(self) -> None:
-        """The guardian is not needed any more."""
+        """End the guardian, which is no longer needed."""
         guardian, self._guardian = self._guardian, None
         if guardian is not None:
             assert guardian.stdin is not None
@@ -235,7 +235,7 @@ def _matching(word: str, mappings: list[Range]) -> list[Range]:
 
 
 def _anonymous(pid: int) -> Iterator[Range]:
-    """Private writable memory without a file behind it."""
+    """Yield the private writable memory without a file."""
     try:
         mappings = proc.mappings(pid)
     except PermissionError as denied:

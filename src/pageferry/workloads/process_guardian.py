@@ -1,7 +1,7 @@
-"""Lets a stopped process run on when whoever stopped it dies: `python process_guardian.py PIDFD`.
+"""Guardian of a stopped process: continues it when its controller exits. `python process_guardian.py PIDFD`.
 
-A script in a session of its own, with nothing of pageferry imported. It waits for the end of its standard input. A line
-on it means that the process needs no help any more.
+The guardian is a script in a separate session, which imports nothing of pageferry. It waits for the end of its standard
+input. A line on its standard input means that the process no longer needs the guardian.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every kind of workload offers: named regions of memory, pause and resume, and a state that is not memory."""
+"""Interface of all kinds of workloads: named memory regions, pause and resume, and state outside of the memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pageferry.memory.regions import Identity, Region
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Page faults that a workload's own threads have taken so far."""
+    """Page faults of a workload's own threads since they started."""
 
     minor: int
     major: int
@@ -20,119 +20,125 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """A file that tells whose a workload is when whoever decided it cannot be asked any more."""
+    """File that records the owner of a workload, for when the process that made the decision has exited."""
 
     path: Path
     says: str
-    """Its contents once the workload is this host's. Anything else, or no file: it is not."""
+    """Contents of the file if this host owns the workload. With other contents, or without the file, it does not."""
 
 
 @runtime_checkable
 class Workload(Protocol):
-    """A running workload whose memory is managed from outside of it.
+    """Running workload whose memory is managed by another process, or by code of its own process.
 
-    The calls that change its state are coroutines: they speak to another process, or run callbacks of the program.
+    Calls that change its state are coroutines: they send requests to another process, or run callbacks of the program.
     """
 
     name: str
 
     @property
     def identity(self) -> Identity:
-        """What this workload is."""
+        """Kind, name and details of the workload."""
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """The memory to be managed. Does not change while the workload is open."""
+        """Memory to be managed. Constant while the workload is open."""
 
     @property
     def handed_out(self) -> bool:
-        """Whether a process may have got the memory, and lost it again, without being found by `check_mappers`."""
+        """Whether a process may have received the memory, and closed it again, without being found by
+        `check_mappers`.
+        """
 
     async def check_mappers(self) -> None:
-        """Look for processes that can write to the memory and that `regions` does not name.
+        """Check for processes, not named by `regions`, that can write to the memory.
 
-        Raises WorkloadError for one that is found, UnsupportedError where this user cannot look.
+        Raises WorkloadError if there is one, UnsupportedError if this user may not inspect the processes.
         """
 
     async def prepare_pause(self) -> None:
-        """Do what can be done while it runs to make the pause that follows short. Undone by `resume` and `close`."""
+        """Do the part of `pause` that is possible while the workload runs. `resume` and `close` undo it."""
 
     async def does_direct_io(self) -> bool:
-        """Whether devices or the kernel may write to the regions through pages that they pin. Raises as `drain`."""
+        """Return whether devices or the kernel may write to the regions through pinned pages. Raises as `drain`."""
 
     async def drain(self) -> float | None:
-        """Wait until direct I/O that has begun before this call has ended; the workload runs afterwards, as before.
+        """Wait until direct I/O that began before this call has completed. The workload runs afterwards, as before.
 
-        Return the seconds that it was paused for; None where there is no direct I/O and nothing was done. Raises
-        WorkloadError where a request does not end, UnsupportedError where a device keeps memory pinned. Neither leaves
-        the workload paused for longer than the request lasts.
+        Return the seconds for which it was paused; None if it does no direct I/O and was not paused. Raises
+        WorkloadError if a request does not complete, UnsupportedError if a device keeps memory pinned. In both cases
+        the workload is paused no longer than the request takes.
         """
 
     async def pause(self) -> None:
-        """Stop every thread that can touch the regions. Returns when none will touch them any more, nor any device."""
+        """Stop all threads that can access the regions. Return when neither they nor any device can access them."""
 
     async def resume(self) -> None:
-        """Let the workload run. Also called after a failed migration, when `save_state` has been called already.
+        """Resume the workload. Also called after a failed migration, when `save_state` has been called already.
 
-        WorkloadDied that says `never_ran` is a promise: it did not run by this call, and it never will.
+        A WorkloadDied with `never_ran` guarantees that this call has not resumed the workload, and that it will never
+        run.
         """
 
     async def save_state(self) -> bytes:
-        """Everything that is not in the regions and is needed to run elsewhere. The workload is paused."""
+        """Return the state outside of the regions that is needed to run at the destination. The workload is paused."""
 
     async def commit(self, witness: Witness | None = None) -> None:
-        """It may run elsewhere from now on: it stays paused whoever dies, until `resume` or `discard` is called.
+        """Commit the workload: it may run at the destination from now on. It stays paused until `resume` or `discard`,
+        even if the process that paused it exits.
 
-        Before this call, the death of whoever paused it lets it run on by itself. At the destination a `witness` is
-        given: if we die, a workload that outlives us runs on where the witness says that it is ours, or else ends.
+        Before this call, the workload continues if that process exits. At the destination a `witness` is given: if this
+        process exits and the workload does not, the workload continues if the file assigns it to this host, and
+        otherwise ends.
         """
 
     async def prepare_load(self) -> None:
-        """Do what can be done before a state comes to make the `load_state` that follows short."""
+        """Do the part of `load_state` that is possible before the state is received."""
 
     async def load_state(self, state: bytes) -> None:
-        """Take the state that `save_state` gave on another host. The workload has not run here yet.
+        """Load a state that was returned by `save_state` on another host. The workload has not run on this host yet.
 
-        Raises WorkloadError when the state does not fit.
+        Raises WorkloadError if the state does not match the workload.
         """
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Map what stands between its memory and who runs in it, such as a hypervisor's tables; bytes mapped.
+        """Populate the second-stage page tables (EPT, NPT) of a paused guest. Return the number of bytes mapped.
 
-        It is paused, and its own page tables are as they shall be. `units`: 2 MiB units by number of region; None: all
-        that is in memory. Raises OSError, WorkloadError: it may run all the same.
+        The page tables of its process must be complete. `units`: 2 MiB units by number of region; None: all memory that
+        is present. Raises OSError, WorkloadError; the workload can be resumed all the same.
         """
 
     async def discard(self) -> None:
-        """End the workload without a trace: it runs elsewhere now, or it never came to run here."""
+        """End a workload that runs at the destination, or was received and never ran. Remove its files and records."""
 
     async def running(self) -> bool:
-        """Whether it exists and runs (False: paused). Raises WorkloadDied when it is gone."""
+        """Return whether the workload runs; False if it is paused. Raises WorkloadDied if it has exited."""
 
     def faults(self) -> Faults:
-        """Page faults of the workload's own threads since they started (not those of agents in the same process)."""
+        """Return the page faults of the workload's threads since their start, without those of pageferry's threads."""
 
     def close(self) -> None:
-        """Let go of files and sockets; the workload itself is left as it is."""
+        """Close files and sockets. The workload itself is not changed."""
 
 
 @runtime_checkable
 class Revertible(Protocol):
-    """A workload whose settings are changed for a migration, and not put back by the death of the process that did it.
+    """Workload whose settings are changed for a migration, and are not restored when the process that changed them
+    exits.
 
-    After `commit` another process undoes the changes, if the workload turns out to be still the source's.
+    After `commit` another process undoes the changes if the workload still belongs to the source.
     """
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What has been changed so far, as data for the record of the commit."""
+        """Changes made so far, as data for the record of the commit."""
 
     async def revert(self, changes: Mapping[str, Any]) -> None:
-        """Make the committed workload as it was before these changes: running, or paused if its user had paused it."""
+        """Undo these changes of the committed workload, and resume it unless its user had paused it."""
 
 
 def stays_paused(workload: object) -> bool:
-    """Whether `resume` leaves a workload paused, because its user had paused it. Known from `prepare_pause` or
-    `load_state` on, until `resume` is called.
+    """Return whether `resume` leaves a workload paused, because its user had paused it. The result is valid from
+    `prepare_pause` or `load_state` on, until `resume` is called.
     """
     return isinstance(workload, Revertible) and bool(workload.changes.get("paused"))

@@ -1,8 +1,8 @@
-"""The memory that large pages (S3) and sharing (S9) work on: that of a managed workload, or of any process.
+"""Targets of huge-page management (S3) and page sharing (S9): memory of a managed workload, or of any process.
 
-A *target* is `NAME`, a workload of this host, or `pid:N`, a process that knows nothing of us: its writable private
-anonymous mappings and its writable shared mappings of files in memory (memfd, tmpfs, shared anonymous memory). It can
-be looked at and shaped; it cannot be paused, saved or moved.
+A *target* is `NAME`, a workload of this host, or `pid:N`, a process that is not managed by pageferry: its writable
+private anonymous mappings and its writable shared mappings of memory files (memfd, tmpfs, shared anonymous memory). The
+memory of a target can be inspected, split, collapsed and shared. A process cannot be paused, saved or migrated.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ from pageferry.workloads.protocols import Workload
 Kind = Literal["shared", "anon"]
 
 _NOT_OURS = ("[stack]", "[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
-"""Mappings without a file that are the kernel's, or that calls made inside the process stand on."""
+"""Mappings without a file that belong to the kernel, or that are used by system calls injected into the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """A mapping of a target in one process: what is sampled, broken or shared."""
+    """Mapping of a target in one process: the unit that is sampled, split or shared."""
 
     pid: int
     address: int
     length: int
-    """Bytes, as `address`: multiples of 4 KiB."""
+    """Length in bytes. `address` and `length` are multiples of 4 KiB."""
     kind: Kind
-    """`shared`: a file in memory, which others may map as well; `anon`: private to the process."""
+    """`shared`: memory file, which other processes may map too; `anon`: private anonymous memory."""
     region: int | None
-    """Number of the region of the target that is mapped here; None: anonymous."""
+    """Number of the mapped region of the target; None for anonymous memory."""
     offset: int
-    """Where in that region the mapping starts, bytes."""
+    """Start of the mapping within that region, bytes."""
     page_size: int
-    """4096, or 2 MiB where the file is on hugetlbfs."""
+    """Page size in bytes: 4096, or 2 MiB if the file is on hugetlbfs."""
     name: str
-    """Of the region, or as the kernel prints it (`[heap]`); may be empty."""
+    """Name of the region, or of the mapping as printed by the kernel (`[heap]`); may be empty."""
 
     @property
     def end(self) -> int:
-        """First address after it."""
+        """First address after the mapping."""
         return self.address + self.length
 
     def large_pages(self) -> range:
-        """Addresses of the 2 MiB units that lie in it whole and could be large pages."""
+        """Return the addresses of the 2 MiB units that lie completely in the mapping and can be huge pages."""
         if self.kind == "shared" and (self.address - self.offset) % LARGE_PAGE:
-            return range(0)  # the file's large pages do not fall on boundaries of the address space
+            return range(0)  # 2 MiB boundaries of the file are not 2 MiB boundaries of the address space
         first = -(-self.address // LARGE_PAGE) * LARGE_PAGE
         return range(first, self.end - LARGE_PAGE + 1, LARGE_PAGE)
 
 
 @dataclass(slots=True)
 class Target:
-    """Memory to be worked on. Close it, or use it in a `with` block."""
+    """Memory to be processed. Close it, or use it in a `with` block."""
 
     name: str
-    """As it was asked for."""
+    """Name as given by the caller."""
     regions: tuple[Region, ...]
-    """The shared files, with an open descriptor each. A region starts at a multiple of 2 MiB of its file."""
+    """Shared files, each with an open descriptor. A region starts at a multiple of 2 MiB of its file."""
     areas: tuple[Area, ...]
-    """By process and address."""
+    """Mappings, sorted by process and address."""
     skipped: tuple[str, ...] = ()
-    """What had to be left out, and why."""
+    """Mappings that were left out, each with the reason."""
     workload: Workload | None = None
-    """The managed workload, if it is one."""
+    """Managed workload; None for a process."""
     _spaces: dict[int, Space] = field(default_factory=dict)
     _started: dict[int, int | None] = field(default_factory=dict)
 
@@ -84,11 +84,11 @@ class Target:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The processes."""
+        """Process ids, sorted."""
         return tuple(sorted({area.pid for area in self.areas}))
 
     def space(self, pid: int) -> Space:
-        """The address space of one of the processes. Raises WorkloadDied when it is not the one any more."""
+        """Return the address space of a process of the target. Raises WorkloadDied if the process has exited."""
         try:
             found = self._spaces.get(pid) or self._spaces.setdefault(pid, Space(pid))
         except ProcessLookupError as gone:
@@ -101,13 +101,13 @@ class Target:
         return found
 
     def check_alive(self, pid: int) -> None:
-        """Raises WorkloadDied when the process has ended."""
+        """Raise WorkloadDied if the process has exited."""
         started = self._started.get(pid)
         if started is None or not proc.is_alive(pid, started):
             raise WorkloadDied(f"{self.name}: process {pid} is gone")
 
     def close(self) -> None:
-        """Close the files; the processes are left as they are."""
+        """Close the files. The processes are not changed."""
         if self.workload is not None:
             self.workload.close()
         else:
@@ -123,9 +123,9 @@ class Target:
 
 
 async def open_target_async(text: str) -> Target:
-    """The target `NAME` or `pid:N`.
+    """Open the target `NAME` or `pid:N`.
 
-    Raises UsageError, NoSuchWorkload, WorkloadDied, and UnsupportedError where its memory may not be looked at.
+    Raises UsageError, NoSuchWorkload, WorkloadDied, and UnsupportedError if its memory may not be inspected.
     """
     if values.text("text", text).startswith("pid:"):
         digits = text.removeprefix("pid:")
@@ -140,7 +140,7 @@ open_target = synchronous(open_target_async)
 
 
 def workload_target(workload: Workload) -> Target:
-    """A managed workload as a target, which closes it with itself."""
+    """Return a managed workload as a target. Closing the target closes the workload object."""
     managed(workload)
     areas = [
         Area(
@@ -161,7 +161,7 @@ def workload_target(workload: Workload) -> Target:
 
 
 def process_target(pid: int) -> Target:
-    """Any process as a target. Raises NoSuchWorkload without one, UnsupportedError where it may not be looked at."""
+    """Return any process as a target. Raises NoSuchWorkload if there is none, UnsupportedError if access is denied."""
     if proc.start_time(values.count("pid", pid, 1, (1 << 31) - 1)) is None:
         raise NoSuchWorkload(f"no process {pid}")
     files = _Files(pid)
@@ -182,10 +182,10 @@ def process_target(pid: int) -> Target:
 
 
 def _is_anonymous(smap: Smap) -> bool:
-    """Private memory of the process's own that may be advised upon."""
+    """Return whether a mapping is private anonymous memory of the process on which madvise(2) may be used."""
     mapping = smap.mapping
     ours = mapping.inode == 0 and mapping.writable and not mapping.shared and mapping.name not in _NOT_OURS
-    return ours and not smap.flags & {"io", "pf", "ht"}  # devices', raw frames, hugetlb
+    return ours and not smap.flags & {"io", "pf", "ht"}  # device memory, raw page frames, hugetlb
 
 
 def _anonymous(pid: int, smap: Smap) -> Area:
@@ -194,7 +194,7 @@ def _anonymous(pid: int, smap: Smap) -> Area:
 
 
 class _Files:
-    """The files in memory that a process maps, each opened once."""
+    """Memory files that a process maps, each opened once."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -203,10 +203,10 @@ class _Files:
         self._mappings: dict[tuple[int, int], list[proc.Mapping]] = {}
 
     def add(self, mapping: proc.Mapping) -> None:
-        """A mapping of one more file, or of one that is known; files that are not in memory are passed over."""
+        """Add a mapping, and open its file if that is new. Files that are not memory files are skipped."""
         identity = mapping.identity
         if identity not in self._mappings:
-            if os.major(mapping.device):  # a file on a disk: tmpfs and hugetlbfs have no device
+            if os.major(mapping.device):  # file on a disk: tmpfs and hugetlbfs have major number 0
                 return
             try:
                 self._opened[identity] = proc.open_mapped_file(self.pid, mapping)
@@ -218,7 +218,7 @@ class _Files:
         self._mappings.setdefault(identity, []).append(mapping)
 
     def regions(self) -> tuple[list[Region], list[Area]]:
-        """A region per file, and an area per mapping of it."""
+        """Return one region per file, and one area per mapping of a file."""
         regions: list[Region] = []
         areas: list[Area] = []
         for identity, mappings in self._mappings.items():
@@ -252,7 +252,7 @@ class _Files:
                 yield Segment(self.pid, mapping.address, length, mapping.offset - first)
 
     def close(self) -> None:
-        """Let go of all files, when something went wrong."""
+        """Close all files, after an error."""
         for descriptor in self._opened.values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)

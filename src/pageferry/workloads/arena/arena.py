@@ -1,4 +1,4 @@
-"""Arenas: memory of a Python program that can move to another process or host while the program uses it."""
+"""Arenas: memory of a Python program that can be migrated to another process or host while the program uses it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
 
 
 class Stateful(Protocol):
-    """An object whose state moves with an arena."""
+    """Object whose state is migrated together with an arena."""
 
     def save_state(self) -> bytes | Awaitable[bytes]:
-        """Called while the arena is paused at the source."""
+        """Return the state. Called at the source, while the arena is paused."""
 
     def load_state(self, state: bytes, /) -> object:
-        """Called at the destination when all memory is there, before the resume callback."""
+        """Load the state. Called at the destination when all memory is present, before the resume callback."""
 
 
 State = Stateful | tuple[Callable[[], bytes | Awaitable[bytes]], Callable[[bytes], object]]
@@ -51,54 +51,55 @@ class Arena(_engine.Mapping):
         table[:] = 1.0
         await pageferry.migrate(arena, "host:port")
 
-    An arena without a name is migrated by the program itself, as above. One with a name is listed by `pageferry list`,
-    and `pageferry migrate NAME host:port` in another process moves it at any time; that is why a named arena needs
-    `on_pause`. The name is this host's until `close()`, the end of the program, or until the arena has moved away. A
-    named arena that is collected without `close()` gives up its name and its memory, with a ResourceWarning.
+    An arena without a name is migrated by the program itself, as above. `pageferry list` lists an arena with a name,
+    and `pageferry migrate NAME host:port` in another process can migrate it at any time; therefore a named arena
+    requires `on_pause`. The name is reserved on this host until `close()`, the end of the program, or the end of a
+    migration. A named arena that is collected without `close()` releases its name and its memory, with a
+    ResourceWarning.
 
     Parameters:
-        size: bytes, rounded up to a multiple of 4096. Nothing is allocated before it is touched; reading counts.
+        size: size in bytes, rounded up to a multiple of 4096. Memory is allocated at the first access, also by reading.
         name: 1 to 64 letters, digits, dots, underscores and hyphens, unique on this host.
-        large_pages: back the memory with 2 MiB pages where that is allowed; `large_pages_by` says how.
-        state: what has to move besides the memory: a pair of callbacks (save() -> bytes, load(bytes)), or an object
-            with `save_state` and `load_state`. Saved while paused, loaded at the destination before it resumes.
-        on_pause: stops everything that writes to the arena, in all processes; no write may follow its return. An
-            exception ends the migration, and the program continues. Or a context manager (a lock), or a function
-            that returns one: entered to pause, left when the arena runs again and after `on_moved`.
-        on_resume: lets the writers continue, here (the migration failed) or at the destination.
-        on_moved: called when the arena runs elsewhere; `on_pause` was the last callback before. Not called for a
-            received arena that has never run here.
-        direct_io: whether the program may have data read into the arena past the page tables: O_DIRECT, io_uring,
-            RDMA. If so, `on_pause` must return after such requests have ended, and is also called, with `on_resume`
-            right after it, once in each round of a migration. False saves these short pauses.
-        loop: event loop of the program, for coroutine callbacks (default: the loop that makes the arena; without one,
+        large_pages: whether to back the memory with 2 MiB pages if that is permitted; `large_pages_by` shows how.
+        state: data that is migrated besides the memory: a pair of callbacks (save() -> bytes, load(bytes)), or an
+            object with `save_state` and `load_state`. Saved in the pause; loaded before the arena resumes.
+        on_pause: callback that stops all writes to the arena, in all processes; no write may follow its return. If it
+            raises, the migration fails, and the program continues. Alternatively a context manager (a lock), or a
+            function that returns one: entered to pause, exited when the arena runs again and after `on_moved`.
+        on_resume: callback that lets the writers continue, at the source (after a failure) or at the destination.
+        on_moved: callback for an arena that now runs at the destination; the previous callback was `on_pause`. Not
+            called for a received arena that has never run in this program.
+        direct_io: whether the program may have data read into the arena without the page tables: O_DIRECT, io_uring,
+            RDMA. If so, `on_pause` must return after such requests have completed, and is also called, followed at once
+            by `on_resume`, once in each round of a migration. False avoids these short pauses.
+        loop: event loop of the program, for coroutine callbacks (default: the loop that creates the arena; without one,
             the loop that awaits `migrate` or `checkpoint`).
 
     Callbacks are called one at a time. Coroutine functions and asynchronous context managers run on `loop`; plain
     functions, and locks of `threading`, run in one thread that belongs to the arena. `migrate`, `checkpoint` and
-    `receive` work beside the loop that awaits them, so a coroutine that blocks it (`with lock:`) delays no pause.
-    Between `on_pause` and `on_resume` a write to the arena is lost. From `on_moved` on the memory is read-only in every
+    `receive` do not run on the loop that awaits them: a coroutine that blocks the loop (`with lock:`) delays no pause.
+    A write to the arena between `on_pause` and `on_resume` is lost. From `on_moved` on the memory is read-only in every
     process that was traced, and keeps its last contents. New buffers are read-only, and methods raise WorkloadError. A
-    write through an older view ends its process with SIGSEGV, after a message, instead of being lost: a writer that
-    runs after a move checks `status` first. Without `on_pause` the caller of `migrate` promises
-    that nothing writes from the last round on.
+    write through an older view is not lost silently: it ends its process with SIGSEGV, after a message. A writer that
+    may run after a migration therefore checks `status` first. Without `on_pause` the caller of `migrate` guarantees
+    that there are no writes from the last round on.
 
     The arena is a buffer of `len(arena)` bytes: `memoryview(arena)`, `numpy.frombuffer(arena, ...)`, `readinto`. Other
-    processes may map it too (children that inherit it, `mmap.mmap(arena.fileno(), ...)`): those that have it mapped
-    when a migration begins are traced as well. `fileno` names the limits, and what it means for deferred contents.
+    processes may map the memory too (children that inherit it, `mmap.mmap(arena.fileno(), ...)`): processes that have
+    mapped it when a migration begins are traced as well. `fileno` describes the limits.
 
-    Raises UsageError for a size or name that cannot be, NameInUse, and OSError when memory cannot be had.
+    Raises UsageError for an invalid size or name, NameInUse, and OSError if the memory cannot be allocated.
     """
 
     large_pages_by: LargePagesBy
-    """How large pages come about: `tmpfs`, at first touch (as root); `collapse`, by `collapse()`; `none`, not wanted;
-    `file`, as in the file that was given."""
+    """How huge pages are allocated. `tmpfs`: by the kernel at the first access (requires root); `collapse`: by
+    `collapse()`; `none`: not at all; `file`: as the file system of the given file does."""
     pager: _engine.Pager | None = None
-    """What brings its contents, where they were not there from the start."""
+    """Pager that loads deferred contents; None if all contents were present from the start."""
     _handed_out: bool = False
     _named: NamedArena | None = None
     received_state: bytes | None = None
-    """State that came with a received arena and had no callback to go to."""
+    """State of a received arena that has no callback to load it; None otherwise."""
 
     def __new__(
         cls,
@@ -141,11 +142,11 @@ class Arena(_engine.Mapping):
         paused: bool = True,
         private: bool = False,
     ) -> Self:
-        """An arena over the first `size` bytes of a file that is there already: one that is, or will be, received.
+        """Create an arena over the first `size` bytes of an existing file: one that is, or will be, received.
 
         `file` is a descriptor of a shared memory file (`memory_file` makes one), open for reading and writing; it is
         duplicated. A `paused` arena waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
-        `private`: the file is used by this arena alone; otherwise it counts as handed out (see `fileno`).
+        `private`: no other process uses the file; otherwise the memory counts as handed out (see `fileno`).
         """
         check_arena(name, state, on_pause, on_resume, on_moved, paused=paused)
         values.count("file", file, 0, (1 << 31) - 1)
@@ -185,44 +186,43 @@ class Arena(_engine.Mapping):
 
     @property
     def name(self) -> str | None:
-        """The name it is registered under on this host; None without one."""
+        """Name under which the arena is registered on this host; None without one."""
         return None if self._folder is None else self._folder.name
 
     @property
     def status(self) -> Status:
-        """`running`, `paused`, `committed` (paused, and maybe running elsewhere) or `moved`."""
+        """`running`, `paused`, `committed` (paused, and possibly running at the destination) or `moved`."""
         return self.lifecycle.status
 
     @property
     def descriptor(self) -> int:
-        """Descriptor of its memory, for the work of pageferry, which knows what is deferred; others take `fileno()`."""
+        """Descriptor of the memory for pageferry itself, which handles deferred contents; programs use `fileno()`."""
         return super().fileno()
 
     @property
     def handed_out(self) -> bool:
-        """Whether the program has called `fileno`, or has made the arena over a file of its own."""
+        """Whether the program has called `fileno`, or has made the arena over its own file."""
         return self._handed_out
 
     def fileno(self) -> int:
-        """Descriptor of the memory: to map it at another place or in another process, to read and write it as a file.
+        """Return the descriptor of the memory, to map it again, also in another process, or to use it as a file.
 
-        Through another mapping, or the file, deferred contents would read as zeros, and no discard would be noticed. So
-        the first call waits until all contents are in memory (lazy restore, cold store), and from then on nothing of
-        the arena is sent to a cold store: that is refused by name. The same holds for the file given to `from_file`.
+        Another mapping, or the file, would read deferred contents as zeros and not notice a discard. The first call
+        therefore waits until all contents are in memory (lazy restore, cold store). From then on the arena cannot be
+        moved to a cold store; such a request fails with this reason. The same holds for the file given to `from_file`.
 
-        A process that maps the memory shared and writable is traced when a migration or a checkpoint begins. One that
-        has it open for writing without mapping it is refused. Not found: writes by system calls on the descriptor
-        (`os.pwrite`), descriptors in flight between two processes or registered with io_uring, mappings that exist only
-        between two scans (at the beginning and before the pause), and processes outside this PID namespace. After this
-        call, a user who may not look into all processes cannot migrate or save the arena. A descriptor that a process
-        of the same user takes by other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but does not count as this call.
+        A process that maps the memory shared and writable is traced when a migration or a checkpoint begins. If a
+        process only has the memory open for writing, the operation is refused. Not found are writes by system calls on
+        the descriptor (`os.pwrite`), descriptors in flight between two processes or registered with io_uring, mappings
+        that exist only between two scans (at the beginning and before the pause), and processes outside this PID
+        namespace. After this call, a user who may not inspect all processes cannot migrate or save the arena. A
+        descriptor obtained by other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but does not count as this call.
 
-        Raises RestoreError when the contents cannot be loaded, ImageError when their image is damaged, WorkloadError
-        when the arena has moved.
+        Raises RestoreError if contents cannot be loaded, ImageError if damaged, WorkloadError after a migration.
         """
         self.check_here()
         if not self._handed_out:
-            # The mark comes first: a store that is being filled looks at it before each page that leaves memory.
+            # Set the mark first: a store that is being filled checks it before each page that leaves memory.
             if self._folder is not None:
                 records.mark_handed_out(self._folder)
                 bring_back(self._folder)
@@ -232,22 +232,22 @@ class Arena(_engine.Mapping):
         return super().fileno()
 
     def pagers(self) -> list[int]:
-        """Processes of pageferry that bring contents of the memory from a store."""
+        """Return the pageferry processes that load contents of the memory from a store."""
         if self._folder is None or not (self._folder.path / records.RECORD).exists():
             return []
-        with contextlib.suppress(RestoreError):  # it has been killed: what needs it reports that
+        with contextlib.suppress(RestoreError):  # the pager was killed: the operations that need it report that
             status = client.status(self._folder)
             return [] if status is None else [status.pager]
         return []
 
     def workload(self) -> LocalWorkload:
-        """This arena as a `Workload`, to be migrated by this process."""
+        """Return this arena as a `Workload`, to be migrated by this process."""
         return LocalWorkload(self.lifecycle, self)
 
     def register(self, name: str) -> None:
-        """Give the arena a name on this host, under which other processes may migrate it.
+        """Register the arena under a name on this host, by which other processes may migrate it.
 
-        Raises UsageError without `on_pause`, when it has a name already or the name is none; NameInUse.
+        Raises UsageError without `on_pause`, if the arena has a name already, or if the name is invalid; NameInUse.
         """
         self.check_here()
         if self._folder is not None:
@@ -267,7 +267,7 @@ class Arena(_engine.Mapping):
         self.control.moved = self._named.release
 
     def check_here(self) -> None:
-        """Raise WorkloadError where the arena has moved, or has been given away."""
+        """Raise WorkloadError if the arena has been migrated, or is committed."""
         match self.status:
             case Status.MOVED:
                 raise WorkloadError(
@@ -280,7 +280,7 @@ class Arena(_engine.Mapping):
                 )
 
     def check_lock(self) -> None:
-        """Raise UsageError where coroutines of a loop may wait for a lock that is held for ever after a move."""
+        """Raise UsageError if coroutines may wait for a lock that is never released after a migration."""
         if self.control.keeps_lock:
             raise UsageError(
                 "on_pause acquires a lock that is not released when the arena has been migrated: a coroutine "
@@ -289,12 +289,12 @@ class Arena(_engine.Mapping):
             )
 
     def collapse(self) -> int:
-        """Put what has been filled onto large pages, and say how many bytes now are (MADV_COLLAPSE).
+        """Move the filled parts of the arena onto huge pages (MADV_COLLAPSE). Return the bytes backed by huge pages.
 
-        Only whole 2 MiB units that hold data are tried; without memory for a large page a unit stays as it is. What is
-        in a store comes back first: a large page that is not all there must not be mapped.
+        Only whole 2 MiB units that contain data are collapsed; if no huge page is free, a unit keeps its base pages.
+        Contents in a store are loaded first: a huge page must not be mapped while some of its contents are deferred.
 
-        Raises RestoreError, ImageError when that cannot be.
+        Raises RestoreError, ImageError if these contents cannot be loaded.
         """
         self.check_here()
         if self._folder is not None:
@@ -307,7 +307,7 @@ class Arena(_engine.Mapping):
         return sum(self.large_units()) * LARGE_PAGE
 
     def close(self) -> None:
-        """Give up the name and refuse further control. The memory stays as long as the object or a view of it does."""
+        """Release the name and refuse further control. The memory exists as long as this object or a view of it."""
         if self._named is not None:
             self._named.close()
 
@@ -329,7 +329,7 @@ class Arena(_engine.Mapping):
 
     @property
     def _folder(self) -> registry.Folder | None:
-        """Its folder, as long as it has a name."""
+        """Folder of the registered name; None without a name."""
         return None if self._named is None else self._named.folder
 
 
@@ -338,13 +338,13 @@ def _rounded(size: int) -> int:
 
 
 _NO_MOUNT = (errno.EPERM, errno.EACCES, errno.ENOSYS)
-"""Errors of users, and of sandboxes, that may mount no tmpfs."""
+"""Errors for users, and in sandboxes, that may not mount a tmpfs."""
 
 
 def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]:
-    """A fresh file of that size in memory (a descriptor, the caller's to close), and how it comes by large pages.
+    """Create a memory file. Return its descriptor, which the caller closes, and how its huge pages are allocated.
 
-    A tmpfs that gives large pages at first touch needs root; otherwise it is a memfd.
+    Mounting a tmpfs that allocates huge pages at the first access requires root; without it the file is a memfd.
     """
     large_pages_by: LargePagesBy = "none"
     if large_pages:
@@ -360,7 +360,7 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
         file = _memfd()
     try:
         os.ftruncate(file, size)
-        if large_pages_by != "tmpfs":  # whose files cannot be sealed
+        if large_pages_by != "tmpfs":  # files of a tmpfs cannot be sealed
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     except BaseException:
         os.close(file)
@@ -369,7 +369,7 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
 
 
 def _memfd() -> int:
-    """A memfd that was opened again: the kernel reports holes that are punched by such a descriptor only."""
+    """Create a memfd and open it again: the kernel reports hole punching only through a reopened descriptor."""
     first = os.memfd_create("arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         return os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
@@ -378,7 +378,7 @@ def _memfd() -> int:
 
 
 def _tmpfs_file(size: int) -> int:
-    """A file without a name on a tmpfs of its own that is mounted nowhere and goes with the file."""
+    """Create an unnamed file on a private, detached tmpfs mount, which is freed with the file."""
     folder = _engine.large_tmpfs(size + LARGE_PAGE)
     try:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
@@ -390,7 +390,7 @@ _all_named: weakref.WeakSet[Arena] = weakref.WeakSet()
 
 
 def _before_fork() -> None:
-    """A child has no pager: what is in a store comes back first (or is not mapped in the child)."""
+    """Load contents that are in a store before fork(2): the child has no pager (or does not map the memory)."""
     for arena in list(_all_named):
         if arena._named is not None:
             arena._named.bring_back()

@@ -1,4 +1,4 @@
-"""Arguments of arenas, checked before anything happens. Raises UsageError."""
+"""Checks of the arguments of arenas, made before any other action. They raise UsageError."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pageferry.host.registry import check_name
 from pageferry.workloads import callbacks
 
 MAX_ARENA = 1 << 46
-"""Bytes: a quarter of the address space of a process."""
+"""Maximum size of an arena, bytes: half of the user address space on x86-64."""
 
 
 def check_arena(
     name: Any, state: object, on_pause: object, on_resume: object, on_moved: object, **flags: object
 ) -> None:
-    """Check what `Arena`, `receive` and `restore` take alike; `flags`: further parameters that are True or False."""
+    """Check the parameters that `Arena`, `receive` and `restore` share. `flags`: further Boolean parameters."""
     if name is not None:
         check_name(name)
     check_state(state)
@@ -30,7 +30,7 @@ def check_arena(
 
 
 def check_state(state: object) -> None:
-    """None, a pair of functions, or an object with `save_state` and `load_state`."""
+    """Check that `state` is None, a pair of functions, or an object with `save_state` and `load_state`."""
     pair = (
         state if isinstance(state, tuple) else (getattr(state, "save_state", None), getattr(state, "load_state", None))
     )
@@ -39,5 +39,5 @@ def check_state(state: object) -> None:
 
 
 def arena_size(size: object) -> int:
-    """Bytes of an arena, from a number or a text such as `1G`."""
+    """Return the size of an arena in bytes, from a number or a text such as `1G`."""
     return values.size("size", size, 1, MAX_ARENA)

@@ -1,4 +1,4 @@
-"""An arena as its `Lifecycle` sees it: callbacks of the program, the processes that map it, their faults."""
+"""Interface of an arena for its `Lifecycle`: callbacks of the program, processes that map the arena, page faults."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ArenaMemory(Protocol):
 
     @property
     def name(self) -> str | None:
-        """Name on this host, if it has one."""
+        """Name on this host; None without one."""
 
     @property
     def address(self) -> int:
-        """Start of the memory in this process, bytes."""
+        """Start of the memory in this process, as an address."""
 
     @property
     def length(self) -> int:
@@ -54,7 +54,9 @@ class ArenaMemory(Protocol):
 
 
 class ArenaControl:
-    """Runs an arena's callbacks. Pageferry's own workloads replace its attributes; see `Controlled` for the methods."""
+    """Runner of an arena's callbacks; see `Controlled` for its methods. Pageferry's own workloads replace
+    attributes.
+    """
 
     def __init__(
         self,
@@ -74,24 +76,26 @@ class ArenaControl:
         self.on_resume = on_resume
         self.on_moved = on_moved
         self.on_abandoned: Plain | None = None
-        """Called instead of `on_moved` when a received arena never came to run here."""
+        """Callback that replaces `on_moved` for a received arena that has never run in this program."""
         self.has_run = has_run
         self.does_direct_io = True
-        """The program may have the kernel or a device write to the arena through pages that it pins (O_DIRECT)."""
+        """Whether the program may have the kernel or a device write to the arena through pinned pages (O_DIRECT)."""
         self.save: Callable[[], object] = self._received_state
         self.load: Callable[[bytes], object] = self._keep_state
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
         self.moved: Callable[[], object] = lambda: None
-        """Called after either: the arena's own affairs."""
+        """Internal function, called after `on_moved` or `on_abandoned`."""
         self._reference = weakref.ref(arena)
         self._callbacks = Callbacks(loop)
         self._observers: set[tuple[int, int]] = set()
-        """(process, start time)"""
+        """pairs of process id and start time"""
 
     @property
     def _arena(self) -> ArenaMemory:
-        """The arena. Callers refer to it; this object does not, so that dropping an arena frees it at once."""
+        """Arena of this object. The callers hold the references: this object has only a weak one, so that an arena that
+        is dropped is freed at once.
+        """
         arena = self._reference()
         assert arena is not None
         return arena
@@ -103,12 +107,12 @@ class ArenaControl:
 
     @property
     def identity(self) -> Identity:
-        """An arena of that name."""
+        """Identity of an arena with this name."""
         return Identity("arena", self.name, self.details)
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """The one region of an arena, and the processes that map it now."""
+        """Only region of the arena, with the processes that map it now."""
         arena = self._arena
         own = Segment(os.getpid(), arena.address, arena.length, 0)
         found = mappers.find(arena.descriptor, arena.length, self.sharing)
@@ -116,15 +120,15 @@ class ArenaControl:
 
     @property
     def sharing(self) -> mappers.Sharing:
-        """How the memory may have come to other processes."""
-        # A pager that has loaded everything removes its record first, and maps the memory until it exits.
+        """Ways in which other processes may have received the memory."""
+        # A pager that has loaded all contents first removes its record, and maps the memory until it exits.
         for pager in self._arena.pagers():
             self.observed_by(pager)
         observers = tuple(pid for pid, started in self._observers if proc.is_alive(pid, started))
         return mappers.Sharing(self._arena.handed_out, observers)
 
     def observed_by(self, pid: int) -> None:
-        """Note a process of pageferry that is given the memory."""
+        """Record a pageferry process that receives a descriptor of the memory."""
         started = proc.start_time(pid)
         if started is not None:
             self._observers.add((pid, started))
@@ -138,12 +142,12 @@ class ArenaControl:
 
     @property
     def pager(self) -> Pager | None:
-        """Of an arena that is restored."""
+        """Pager of an arena that is restored; None otherwise."""
         return self._arena.pager
 
     @property
     def direct_io(self) -> bool:
-        """Whether direct I/O is possible, and there is a callback that waits for it."""
+        """Whether direct I/O is possible, and the program has a callback that waits for it."""
         return self.does_direct_io and self.on_pause is not None
 
     @property
@@ -153,7 +157,7 @@ class ArenaControl:
 
     @property
     def needs_loop(self) -> str | None:
-        """Name of a callback that has to run on an event loop, if there is one and no loop is known."""
+        """Name of a callback that requires an event loop although none is known; None if there is none."""
         if self.has_loop:
             return None
         known: list[tuple[str, object]] = [("on_pause", self.on_pause), ("on_resume", self.on_resume)]
@@ -162,23 +166,23 @@ class ArenaControl:
 
     @property
     def keeps_lock(self) -> bool:
-        """Whether a lock of `threading` that `on_pause` acquires is held for ever once the arena has moved."""
+        """Whether `on_pause` acquires a lock of `threading` that is never released after a migration."""
         return self.on_moved is None and callbacks.acquires_lock(self.on_pause)
 
     def pause(self) -> None:
-        """Call or enter `on_pause`."""
+        """Call `on_pause`, or enter it if it is a context manager."""
         if self.on_pause is not None:
             self._callbacks.enter("on_pause", self.on_pause)
 
     def resume(self) -> None:
-        """Call `on_resume`, then leave `on_pause` where that is a context manager."""
+        """Call `on_resume`, then exit `on_pause` if it is a context manager."""
         self.has_run = True
         if self.on_resume is not None:
             self._callbacks.call("on_resume", self.on_resume)
         self._callbacks.exit()
 
     def cancel(self) -> None:
-        """Cancel a coroutine callback that runs."""
+        """Cancel the running callback if it is a coroutine."""
         self._callbacks.cancel()
 
     def save_state(self) -> bytes:
@@ -189,13 +193,13 @@ class ArenaControl:
         return bytes(state)
 
     def load_state(self, state: bytes) -> None:
-        """Call the state callback, or keep the state for the program to look at."""
+        """Call the state callback; without one, keep the state for the program."""
         self._callbacks.call("load of state", self.load, state)
 
     def discard(self) -> None:
-        """Call `on_moved` if the arena has run in this program, then leave `on_pause` as `resume` does.
+        """Call `on_moved` if the arena has run in this program, then exit `on_pause` as `resume` does.
 
-        The memory is closed to writes first: they would be lost.
+        Before that, write-protect the memory, because later writes would be lost.
         """
         if self.has_run:
             self._arena.close_memory()
@@ -208,7 +212,7 @@ class ArenaControl:
             self._callbacks.exit()
 
     def faults(self) -> Faults:
-        """Of all processes that map the arena; threads that serve the control socket are not counted."""
+        """Return the page faults of all processes that map the arena, without those of the control socket's threads."""
         minor = major = 0
         for pid, thread_ids in self.threads().items():
             more = proc.thread_faults(pid, thread_ids)

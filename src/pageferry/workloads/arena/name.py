@@ -23,7 +23,7 @@ from pageferry.workloads.persistent_trace import note_forks
 
 
 class Nameable(Owned, Protocol):
-    """An arena that can be given a name."""
+    """Arena that can be given a name."""
 
     @property
     def handed_out(self) -> bool:
@@ -31,13 +31,13 @@ class Nameable(Owned, Protocol):
 
 
 class NamedArena:
-    """The name of one arena, claimed by this process. Raises NameInUse, UsageError."""
+    """Name of one arena, claimed by this process. The constructor raises NameInUse, UsageError."""
 
     def __init__(self, arena: Nameable, name: str) -> None:
         self._owner = os.getpid()
         self._abandoned = False
         self.closers: list[Callable[[], object]] = []
-        """Called when the name is given up."""
+        """Functions that are called when the name is released."""
         folder = registry.Registry().claim(name)
         server: ControlServer | None = None
         try:
@@ -52,7 +52,7 @@ class NamedArena:
             folder.release()
             raise
         self.folder: registry.Folder | None = folder
-        """None once the name has been given up."""
+        """Folder of the name; None after the name has been released."""
         note_forks(folder)
         atexit.register(self.close)
 
@@ -62,7 +62,7 @@ class NamedArena:
             bring_back(self.folder)
 
     def release(self) -> None:
-        """Give up the name: accept no more clients, and remove the folder. A forked child leaves the folder alone."""
+        """Release the name: accept no further clients, and remove the folder, except in a forked child."""
         folder, self.folder = self.folder, None
         if folder is None or os.getpid() != self._owner:
             return
@@ -74,15 +74,15 @@ class NamedArena:
         folder.release()
 
     def close(self) -> None:
-        """Give up the name, and disconnect the clients."""
+        """Release the name, and disconnect the clients."""
         self.release()
         self._server.close()
 
     def abandon(self, arena: object) -> None:
-        """The arena is being collected: warn if it still has its name, and have a thread give up the name.
+        """Warn if an arena that is being collected still has its name, and start a thread that releases the name.
 
-        The garbage collector runs anywhere, also while this very thread holds the lock of the run directory. So nothing
-        here may wait.
+        The garbage collector can run at any point, also while this thread holds the lock of the run directory. So this
+        method must not block.
         """
         if self.folder is not None and os.getpid() == self._owner:
             warnings.warn(f"unclosed {arena!r}: close it, or use it in a with statement", ResourceWarning, 2, arena)
@@ -90,9 +90,9 @@ class NamedArena:
             self._server.stop_listening()
 
     def _stopped(self) -> None:
-        """In the thread of the server, which accepts no more clients."""
+        """Release the name in the thread of the server, which no longer accepts clients."""
         if self._abandoned:
-            with contextlib.suppress(RestoreError, ImageError):  # these contents are not needed: their arena is gone
+            with contextlib.suppress(RestoreError, ImageError):  # not needed: their arena has been freed
                 self.close()
 
 

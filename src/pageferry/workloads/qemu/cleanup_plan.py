@@ -1,4 +1,4 @@
-"""What is to happen to a QEMU guest if its controller, this process, is lost: see `guardian`."""
+"""Cleanup plan of a QEMU guest: actions of the guardian if the controller, this process, exits. See `guardian`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pageferry.workloads.protocols import Witness
 log = logging.getLogger(__name__)
 
 _guardians: list[processes.Outliving[bytes]] = []
-"""Those that may still be at work, to be waited for when the next one is started."""
+"""Guardians that may still be running; they are waited for when the next one is started."""
 
 
 class CleanupPlan:
-    """QMP commands that are carried out when this process dies, or closes the will."""
+    """QMP commands that the guardian executes when this process exits or closes the plan."""
 
     def __init__(self, qmp_socket: str) -> None:
         _guardians[:] = [guardian for guardian in _guardians if guardian.poll() is None]
@@ -38,15 +38,16 @@ class CleanupPlan:
 
     @property
     def guardian(self) -> int:
-        """Pid of the process that keeps the will."""
+        """Process id of the guardian."""
         return self._guardian.pid
 
     def write(
         self, commands: Sequence[Command], *, witness: Witness | None = None, otherwise: Sequence[Command] = ()
     ) -> None:
-        """Replace the will. It holds from here on, even if this process dies at once.
+        """Replace the plan. The new plan is in effect from now on, even if this process exits at once.
 
-        With a `witness` it is looked at then: `otherwise` is done where it does not say that the guest is ours.
+        With a `witness`, the guardian reads that file, and executes `otherwise` if the file does not assign the guest
+        to this host.
         """
         assert self._guardian.stdin is not None
         will: dict[str, object] = {"commands": list(commands), "otherwise": list(otherwise)}
@@ -59,7 +60,7 @@ class CleanupPlan:
             log.warning("the guardian of the guest has exited: if pageferry is killed now, the guest remains as it is")
 
     def close(self) -> None:
-        """Let the guardian carry out the will; it goes away by itself."""
+        """Let the guardian execute the plan; it exits afterwards."""
         assert self._guardian.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._guardian.stdin.close()

@@ -1,15 +1,16 @@
-"""QEMU command lines: what the user gives, and what pageferry makes of it.
+"""QEMU command lines: checks the user's, and derives the one that pageferry starts.
 
-Guest memory must be a shared file that we can map a second time and whose large pages line up with the guest's, so that
-the user's ``qemu-system-x86_64 -m 4G ...`` becomes::
+Guest memory must be a shared file that pageferry can map too, and the file's huge pages must be aligned with the
+guest's. The user's ``qemu-system-x86_64 -m 4G ...`` therefore becomes::
 
     qemu-system-x86_64 -m 4G ...
         -object memory-backend-file,id=pageferry-ram,size=S,share=on,align=2M,mem-path=/proc/self/fd/N
         -machine memory-backend=pageferry-ram
         -qmp unix:RUN/NAME/qmp.sock,server=on,wait=off
 
-QEMU merges repeated `-machine` options. A backend of the user's own is taken as it is when it is a shared file; what
-cannot work (private memory, memory that is written to without a trace, hotplug, `-incoming`) is refused by name.
+QEMU merges repeated `-machine` options. A memory backend of the user is used unchanged if it is a shared file.
+Configurations that cannot be managed (private memory, memory that is written to without a trace, hotplug, `-incoming`)
+are refused with an error that names the option.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from pageferry.workloads.qemu import unsupported
 from pageferry.workloads.qemu.option_syntax import block_properties, options, properties
 
 BACKEND = "pageferry-ram"
-"""Id of the memory backend that we add, and so the name of the region and of QEMU's ramblock."""
+"""Id of the memory backend that pageferry adds, and so the name of the region and of QEMU's ramblock."""
 
 DEFAULT_RAM = 128 << 20
-"""QEMU's own, for the PC machines."""
+"""QEMU's default memory size of the PC machines, bytes."""
 
 _REFUSED_OPTIONS = {
     "incoming": "the guest would wait for a migration by another program; remove it, or use `pageferry receive`",
@@ -51,14 +52,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """A QEMU command line of the user's, understood and found fit to be managed."""
+    """Parsed QEMU command line of the user, which has passed the checks for management."""
 
     arguments: tuple[str, ...]
-    """As given, the program first."""
+    """Arguments as given, the program first."""
     ram_size: int
-    """Bytes."""
+    """Size of guest memory, bytes."""
     needs_ram_file: bool
-    """False where the user has given guest memory a shared file already."""
+    """Whether pageferry must add a memory file. False if the user has given guest memory a shared file."""
     warnings: tuple[str, ...]
 
     @property
@@ -70,8 +71,8 @@ class CommandLine:
         )
 
     def managed(self, *, ram_path: str | None, qmp_socket: str, incoming: bool) -> list[str]:
-        """The command line to start: with guest memory in the file at `ram_path`, a monitor of ours on `qmp_socket`;
-        `incoming`: waiting, paused, for a device state.
+        """Return the command line to start: with guest memory in the file at `ram_path`, and a monitor on `qmp_socket`.
+        `incoming`: QEMU waits, paused, for a device state.
         """
         result = list(self.arguments)
         if self.needs_ram_file:
@@ -85,9 +86,9 @@ class CommandLine:
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:
-    """Understand a QEMU command line, program first.
+    """Parse a QEMU command line, program first.
 
-    Raises UsageError where it makes no sense, UnsupportedError where such a guest cannot be managed.
+    Raises UsageError if it is invalid, UnsupportedError if such a guest cannot be managed.
     """
     if not arguments:
         raise UsageError(
@@ -110,7 +111,9 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
 
 def parse_size(text: str, what: str, *, bare: str = "M") -> int:
-    """Bytes from a size as QEMU writes it: a number with B, K, M, G or T; `bare` without. Raises UsageError."""
+    """Return the bytes of a size in QEMU's notation: a number with B, K, M, G or T; `bare`: unit of a number without
+    one. Raises UsageError.
+    """
     matched = _SIZE.fullmatch(text)
     if matched is None:
         raise UsageError(f"{what}: invalid size {text!r}: expected 512M or 4G, for example")
@@ -119,7 +122,7 @@ def parse_size(text: str, what: str, *, bare: str = "M") -> int:
 
 
 def _merged(given: Sequence[tuple[str, str]], option: str, implied: str) -> dict[str, str]:
-    """The properties of all uses of an option together, the later ones winning, as QEMU merges them."""
+    """Return the properties of all uses of an option, merged as in QEMU: later values override earlier ones."""
     result: dict[str, str] = {}
     for name, value in given:
         if name == option:
@@ -128,7 +131,7 @@ def _merged(given: Sequence[tuple[str, str]], option: str, implied: str) -> dict
 
 
 def _refuse(name: str, value: str) -> None:
-    """Raises UnsupportedError for an option with which a guest cannot be managed."""
+    """Raise UnsupportedError for an option with which a guest cannot be managed."""
     if name in _REFUSED_OPTIONS:
         raise UnsupportedError(f"unsupported option -{name}: {_REFUSED_OPTIONS[name]}")
     match name:
@@ -151,7 +154,7 @@ def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
         if key.startswith("memory."):
             raise UnsupportedError(f"unsupported option -machine {key}: give the size with -m")
     size = parse_size(memory["size"], "-m") if "size" in memory else DEFAULT_RAM
-    size = -(-size // 8192) * 8192  # as QEMU rounds it
+    size = -(-size // 8192) * 8192  # QEMU rounds the size in the same way
     largest = parse_size(memory["maxmem"], "-m maxmem") if "maxmem" in memory else size
     if largest != size or memory.get("slots", "0") != "0":
         raise UnsupportedError(
@@ -163,7 +166,7 @@ def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
 
 
 def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str]) -> list[dict[str, str]]:
-    """The memory backends of the user's own that are guest memory, each found fit; empty when QEMU would choose."""
+    """Check and return the user's memory backends that are guest memory; an empty list if QEMU would choose."""
     objects = [properties(value, "qom-type") for name, value in given if name == "object"]
     backends = {
         one["id"]: one for one in objects if one.get("qom-type", "").startswith("memory-backend-") and "id" in one

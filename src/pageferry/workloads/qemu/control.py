@@ -1,8 +1,8 @@
-"""What a controller of a QEMU guest holds on to: the monitor, a last will, and settings that are to be put back.
+"""Monitor, cleanup plan and changed settings of a QEMU guest, for the process that controls it.
 
-The monitor is held from `hold` on until the guest has been resumed or let go, so that nobody slows the switch-over
-down; otherwise every `session` opens it for itself. While it is held a guardian (`guardian`) knows what is to
-happen to the guest if this process dies.
+The monitor is kept open from `hold` on until the guest is resumed or released, so that no other client delays the
+switch-over. Otherwise each `session` opens a monitor connection. While the monitor is kept open, the guardian
+(`guardian`) has a plan for the guest, which it carries out if this process exits.
 """
 
 from __future__ import annotations
@@ -28,54 +28,56 @@ log = logging.getLogger(__name__)
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a controller has changed of a guest, for the record of its commit: see `QemuWorkload.revert`."""
+    """Changes that a controller has made to a guest, for the record of its commit: see `QemuWorkload.revert`."""
 
     paused: bool
-    """The guest did not run before it was paused for this."""
+    """Whether the guest was already paused before the controller paused it."""
     undo: list[dict[str, Any]]
-    """QMP commands that put QEMU's migration settings back."""
+    """QMP commands that restore QEMU's migration settings."""
 
 
 class QemuControl:
-    """The hold of this process on one guest."""
+    """Control of one guest by this process."""
 
     def __init__(self, name: str, qmp_socket: str) -> None:
         self.stays_paused = False
-        """The guest did not run to begin with, and is left so."""
+        """Whether the guest was paused by its user, and stays paused after the operation."""
         self.disks_released = False
-        """The disks of a guest that stays paused are to be locked again before it is left: no `cont` does that."""
+        """Whether the disks of a guest that stays paused must be locked again at the end (`cont` does so otherwise)."""
         self.given_up = False
-        """QEMU does not answer a command that we do not wait for any more; the guardian carries the will out."""
+        """Whether QEMU has not replied to a command, and this process no longer waits for it. The guardian then carries
+        out the cleanup plan.
+        """
         self._name = name
         self._qmp_socket = qmp_socket
         self._held: Monitor | None = None
         self._will: CleanupPlan | None = None
         self._undo: list[Command] | None = None
-        """Commands that put QEMU's migration settings back; None while they are the user's."""
+        """Commands that restore QEMU's migration settings; None while the settings are unchanged."""
         self._settling: asyncio.Task[None] | None = None
 
     @property
     def undo(self) -> list[Command]:
-        """Commands that put QEMU's migration settings back."""
+        """Commands that restore QEMU's migration settings."""
         return self._undo or []
 
     def give_up(self) -> None:
-        """Leave a QEMU that does not answer to the guardian, which carries the will out when it does."""
+        """Stop waiting for QEMU. The guardian carries out the cleanup plan as soon as QEMU replies."""
         self.given_up = True
         self.abandon()
 
     @property
     def guardian(self) -> int | None:
-        """Pid of the process that acts if we die; None while there is no need for one."""
+        """Process id of the guardian, which acts if this process exits; None while none is needed."""
         return self._will.guardian if self._will is not None else None
 
     @property
     def prepared(self) -> bool:
-        """Whether QEMU's migration is set up by `prepare_state`."""
+        """Whether `prepare_state` has set up QEMU's migration."""
         return self._undo is not None
 
     async def hold(self) -> Monitor:
-        """The monitor, kept from now on. Raises WorkloadError, WorkloadDied."""
+        """Return the monitor, and keep it open from now on. Raises WorkloadError, WorkloadDied."""
         await self.settled()
         if self._held is None:
             self._held = await Monitor.open(self._qmp_socket)
@@ -83,7 +85,7 @@ class QemuControl:
 
     @contextlib.asynccontextmanager
     async def session(self, *, keep: bool = False) -> AsyncIterator[Monitor]:
-        """The monitor for a few commands: the one that is held, or one of their own, which `keep` holds after them."""
+        """Yield the open monitor, or a new one for a few commands, which `keep` keeps open afterwards."""
         await self.settled()
         if self._held is not None:
             yield self._held
@@ -102,34 +104,35 @@ class QemuControl:
         return str(status["status"])
 
     async def prepare_state(self, monitor: Monitor, *, incoming: bool = False) -> None:
-        """Set QEMU's migration up for the device state alone; the settings of before are put back in the end."""
+        """Set up QEMU's migration for the device state alone. The previous settings are restored at the end."""
         if self._undo is None:
             settings = await device_state.plan(monitor, incoming=incoming)
             self._undo = settings.undo
-            # First the will: if this process is killed between two commands, the guardian puts all of them back.
+            # Write the plan first: if this process is killed between two commands, the guardian restores all settings.
             if self._undo and self._held is monitor:
                 self.bequeath(self._undo)
             for command in settings.apply:
                 await monitor.run(command)
 
-    # -- what is to happen if we die -----------------------------------------------------------------------------------
+    # -- cleanup plan
+    # ------------------------------------------------------------------------------------------------------
 
     def have_will(self) -> None:
-        """From now on there is a guardian, whose will is empty."""
+        """Start a guardian with an empty cleanup plan, unless one is running."""
         if self._will is None:
             self._will = CleanupPlan(self._qmp_socket)
 
     def bequeath(self, commands: Sequence[Command]) -> None:
-        """They are the will."""
+        """Replace the cleanup plan by these commands, if there is a guardian."""
         if self._will is not None:
             self._will.write(commands)
 
     def bequeath_as_before(self, first: Sequence[Command] = ()) -> None:
-        """The will is what makes a paused guest as it was before, after the commands that come `first`."""
+        """Replace the cleanup plan by `first` and the commands that restore the guest as it was before the pause."""
         self.bequeath([*first, *self._as_before()])
 
     def bequeath_to_owner(self, witness: Witness) -> None:
-        """The guest is as it was before where the witness says that it is ours, and ends where it does not."""
+        """Plan according to `witness`: restore the guest if the file assigns it to this host, and otherwise end it."""
         if self._will is not None:
             self._will.write(self._as_before(), witness=witness, otherwise=[QUIT])
 
@@ -137,22 +140,24 @@ class QemuControl:
         locked = [disks.LOCK] if self.disks_released else []
         return [*(locked if self.stays_paused else [_CONT]), *(self._undo or [])]
 
-    # -- what another process undoes ---------------------------------------------------------------------------------
+    # -- changes that another process undoes
+    # ------------------------------------------------------------------------------
 
     @property
     def changes(self) -> Changes:
-        """What this process has changed so far."""
+        """Changes that this process has made so far."""
         return Changes(paused=self.stays_paused, undo=self._undo or [])
 
     def take_over(self, changes: Changes) -> None:
-        """Answer for the changes of a process that has ended after `commit`."""
+        """Take over the changes of a process that has exited after `commit`."""
         self.stays_paused = self.disks_released = changes.paused
         self._undo = changes.undo
 
-    # -- the end of it -------------------------------------------------------------------------------------------------
+    # -- release
+    # -----------------------------------------------------------------------------------------------------------
 
     def settle(self, monitor: Monitor) -> None:
-        """The guest has been resumed. The settings are put back, and all is let go, while nobody waits for it."""
+        """Restore the settings of a resumed guest and release the monitor, in a background task."""
         self.stays_paused = self.disks_released = False
         self.bequeath(self._undo or [])
         self._settling = asyncio.create_task(self._settle(monitor))
@@ -163,7 +168,7 @@ class QemuControl:
                 await monitor.run(command)
             self._undo = None
             self.bequeath([])
-        except WorkloadError as failed:  # the guardian will have another try
+        except WorkloadError as failed:  # the guardian tries again
             log.debug("%s: %s", self._name, failed)
         finally:
             if self._held is monitor:
@@ -172,20 +177,20 @@ class QemuControl:
             self._close_will()
 
     async def settled(self) -> None:
-        """Wait until the settings of a guest that was resumed are put back."""
+        """Wait until the settings of a resumed guest are restored."""
         if self._settling is not None:
             settling, self._settling = self._settling, None
             await settling
 
     async def let_go(self) -> None:
-        """Of the monitor, and of the guardian, who carries the will out."""
+        """Close the monitor, and the connection to the guardian, which then carries out the cleanup plan."""
         if self._held is not None:
             monitor, self._held = self._held, None
             await monitor.close()
         self._close_will()
 
     def abandon(self) -> None:
-        """As `let_go`, without a word to the monitor."""
+        """Do as `let_go`, without sending anything to the monitor."""
         if self._held is not None:
             self._held.abandon()
             self._held = None

@@ -1,9 +1,9 @@
-"""The CPU that a guest sees: model, signature, and the feature words of CPUID, read from its running vCPUs.
+"""CPU of a guest: model, signature, and the feature words of CPUID, read from its running vCPUs.
 
-QEMU does not compare CPUs when it loads a state, and a guest whose instructions are missing dies at the first of them.
-So the CPU of a guest is in the first message of a migration and in every image, and is compared with the vCPUs that
+QEMU does not compare CPUs when it loads a state, and a guest crashes at the first instruction that the CPU lacks. So
+the CPU of a guest is part of the first message of a migration and of every image. It is compared with the vCPUs that
 wait for the state, which QEMU has created already. The feature words (QOM property `feature-words`) reflect the flags
-of the command line, the defaults of the machine type, and what accelerator and host lack.
+of the command line, the defaults of the machine type, and the features that accelerator and host lack.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _MAX_LENGTH = 16 << 10
 _MAX_NAME = 200
 _MAX_SHOWN = 12
 _WORD = re.compile(r"([0-9a-f]{1,8}(?:\.[0-9a-f]{1,8})?\.e[abcd]x)=([0-9a-f]{1,8})")
-"""A feature word as text: leaf, subleaf if there are several, register, and the bits, all in hexadecimal."""
+"""Text of a feature word: leaf, subleaf if there are several, register, and the bits, all in hexadecimal."""
 
 Words = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """The CPU of a guest."""
+    """CPU of a guest."""
 
     model: str
-    """As in `-cpu`, without flags, such as `qemu64`."""
+    """Model as in `-cpu`, without flags, such as `qemu64`."""
     signature: str
     """Vendor, family, model, stepping, and bits of a physical address, separated by slashes."""
     features: str
-    """Feature words of CPUID that are not zero; those of vCPUs that differ, separated by `;`."""
+    """Feature words of CPUID that are not zero; words of vCPUs that differ are separated by `;`."""
 
     @classmethod
     async def ask(cls, monitor: Monitor, paths: list[str]) -> Self:
-        """From the vCPUs at these QOM paths. Raises WorkloadError, WorkloadDied."""
+        """Read the CPU from the vCPUs at these QOM paths. Raises WorkloadError, WorkloadDied."""
         kind = await _property(monitor, paths[0], "type")
         signature = [str(await _property(monitor, paths[0], name)) for name in _SIGNATURE]
         words = [_text(await _property(monitor, path, "feature-words")) for path in paths]
@@ -51,13 +51,14 @@ class Cpu:
 
     @property
     def details(self) -> dict[str, Any]:
-        """For the identity of a workload."""
+        """Details for the identity of a workload."""
         return {"cpu": self.model, "cpu-signature": self.signature, "cpu-features": self.features}
 
     def mismatch(self, theirs: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Where a CPU with these details differs: what it has, and what this one has instead; None if it does not.
+        """Compare with a CPU that has the details `theirs`. Return the first difference: the property of that CPU and
+        that of this one; None if the CPUs match.
 
-        Raises WorkloadError if the details are invalid: they come from a peer or a file.
+        Raises WorkloadError if the details are invalid, since they are received from a peer or read from a file.
         """
         model, signature = theirs.get("cpu", self.model), theirs.get("cpu-signature", self.signature)
         if model != self.model:
@@ -107,7 +108,7 @@ def _parse_word(word: str) -> tuple[str, int]:
 
 
 def _bits(words: Words, others: Words) -> Iterator[str]:
-    """Bits that are set in the first words and not in the others."""
+    """Yield the bits that are set in `words` and not in `others`."""
     for name, bits in words.items():
         left = bits & ~others.get(name, 0)
         yield from (f"CPUID {name} bit {bit}" for bit in range(32) if left >> bit & 1)

@@ -1,13 +1,13 @@
-"""The device state of a QEMU guest: everything but its memory, saved and loaded by QEMU's own migration.
+"""Device state of a QEMU guest: its state without memory, saved and loaded by QEMU's own migration.
 
-With the capability `x-ignore-shared` QEMU leaves memory in shared files out of its migration stream; what is left
-(CPUs, devices, ROMs, video memory: about 1 MiB) goes through one end of a socket pair that QEMU is given (`getfd`), so
-that nothing is left behind by any failure. Checked with QEMU 7.2 and 10.0; newer ones ignore only files with a path,
-which ours has.
+With the capability `x-ignore-shared` QEMU omits memory in shared files from its migration stream. The remaining stream
+(CPUs, devices, ROMs, video memory: about 1 MiB) is sent through one end of a socket pair that is passed to QEMU
+(`getfd`), so that no failure leaves a file behind. Tested with QEMU 7.2 and 10.0; newer versions ignore only files with
+a path, which pageferry's memory file has.
 
-QEMU's migration changes more than that: it releases the disks of the guest, and the run state becomes `postmigrate`,
-from which only `cont` leads back. A guest that is to run next bears that; the state of one that stays paused is saved
-by `snapshot`.
+QEMU's migration has two side effects: it releases the disks of the guest, and it sets the run state to `postmigrate`,
+which only `cont` can change. For a guest that runs next, these effects do no harm. The state of a guest that stays
+paused is saved by `snapshot`.
 """
 
 from __future__ import annotations
@@ -25,45 +25,47 @@ from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host.qmp import Command, Monitor
 
 LARGEST = 512 << 20
-"""Bytes of a stream that we are willing to hold: one that is larger has guest memory in it."""
+"""Maximum size of a stream, bytes. A larger stream contains guest memory."""
 
 _DESCRIPTOR = "pageferry-state"
 _CHUNK = 1 << 20
 _UNLIMITED = 1 << 40
-"""Bytes per second: the stream goes to the memory of a process next door."""
+"""Bandwidth limit, bytes per second: in effect none, because the stream is received by a process of the same host."""
 
 _NEEDED = ("x-ignore-shared", "events")
 _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
-"""Capabilities about what is migrated, not how: they stay as the user has set them."""
+"""Capabilities that determine the contents of a migration, not its method: they keep the values set by the user."""
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
 _CANCEL_TIMEOUT = 5.0
 
 _LATE_ACTIVATION = "late-block-activate"
-"""Capability of an incoming QEMU: `cont` opens and locks the disks, not the end of the stream. Without it QEMU before
-10.0 holds the locks of shared disks before the source has committed, and the source cannot continue."""
+"""Capability of an incoming QEMU: the disks are opened and locked by `cont`, not at the end of the stream. Without this
+capability, QEMU before 10.0 holds the locks of shared disks before the source has committed, and the source cannot
+continue.
+"""
 
 T = TypeVar("T")
 
 
 class SavedState(msgspec.Struct, frozen=True, kw_only=True):
-    """What `QemuWorkload.save_state` gives and `load_state` takes, as MessagePack."""
+    """Result of `QemuWorkload.save_state` and argument of `load_state`, as MessagePack."""
 
     version: int = 1
     machine: str
-    """Machine type with its version, such as `pc-i440fx-7.2`: the other end must be the same."""
+    """Machine type with its version, such as `pc-i440fx-7.2`; source and destination must have the same."""
     was_running: bool
-    """Whether the guest ran before it was paused: one that its user had stopped stays stopped at the other end."""
+    """Whether the guest ran before it was paused. A guest that its user had paused stays paused at the destination."""
     stream: bytes
     """QEMU's migration stream."""
 
     def encode(self) -> bytes:
-        """As bytes."""
+        """Return the state as bytes."""
         return msgspec.msgpack.encode(self)
 
     @classmethod
     def decode(cls, data: bytes) -> SavedState:
-        """From bytes. Raises WorkloadError when they are no saved state of a version we know."""
+        """Decode a state. Raises WorkloadError if `data` is not a saved state of a supported version."""
         try:
             state = msgspec.msgpack.decode(data, type=cls)
         except msgspec.MsgspecError as wrong:
@@ -76,16 +78,16 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(NamedTuple):
-    """Commands with which QEMU migrates device state alone, plainly and fast, and those that put its settings back."""
+    """Commands that set QEMU up to migrate device state alone, at unlimited bandwidth, and those that undo them."""
 
     apply: list[Command]
     undo: list[Command]
 
 
 async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
-    """Settings for saving, or with `incoming` for loading; nothing is changed yet.
+    """Return the settings for saving, or with `incoming` for loading. QEMU is not changed yet.
 
-    Raises UnsupportedError if QEMU lacks a capability that is needed, WorkloadError.
+    Raises UnsupportedError if QEMU lacks a required capability, WorkloadError.
     """
     reported = await monitor.execute("query-migrate-capabilities")
     before = {item["capability"]: item["state"] for item in reported}
@@ -108,10 +110,10 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
 
 
 async def save(monitor: Monitor) -> bytes:
-    """The migration stream of a guest that has been stopped, with the settings of `plan`. `cont` lets it run again,
-    also after a failure.
+    """Return the migration stream of a paused guest, to which the settings of `plan` were applied. `cont` resumes the
+    guest, also after a failure.
 
-    Raises WorkloadError with QEMU's words when it cannot be saved, WorkloadDied.
+    Raises WorkloadError with QEMU's message if the state cannot be saved, WorkloadDied.
     """
     with await _channel(monitor) as ours:
         try:
@@ -123,7 +125,7 @@ async def save(monitor: Monitor) -> bytes:
 
 
 class Loading:
-    """A QEMU that waits for a device state on a connection of ours. Made by `begin`; `finish` or `close` it."""
+    """QEMU that waits for a device state on a connection of this process. Made by `begin`; `finish` or `close` it."""
 
     def __init__(
         self, monitor: Monitor, ours: socket.socket, events: EventListener, held: contextlib.ExitStack
@@ -135,7 +137,9 @@ class Loading:
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> Self:
-        """For a QEMU started with `-incoming defer`, after `plan` was applied. Raises WorkloadError, WorkloadDied."""
+        """Let a QEMU that was started with `-incoming defer` wait for a state, after `plan` was applied. Raises
+        WorkloadError, WorkloadDied.
+        """
         with contextlib.ExitStack() as held:
             ours = held.enter_context(await _channel(monitor))
             events = held.enter_context(monitor.events("MIGRATION"))
@@ -143,20 +147,20 @@ class Loading:
             return cls(monitor, ours, events, held.pop_all())
 
     async def finish(self, stream: bytes) -> None:
-        """Give it a migration stream; it stays paused.
+        """Load a migration stream. The guest stays paused.
 
-        Raises WorkloadError with QEMU's words, or WorkloadDied: some QEMUs end when they cannot take a stream.
+        Raises WorkloadError with QEMU's message, or WorkloadDied: some QEMU versions exit if they cannot load a stream.
         """
         with self._held:
             await _until_ended(self._monitor, self._events, asyncio.ensure_future(_send(self._ours, stream)))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._held.close()
 
 
 async def _channel(monitor: Monitor) -> socket.socket:
-    """Our end of a socket pair, of which QEMU has been given the other."""
+    """Create a socket pair, pass one end to QEMU, and return the other."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
@@ -169,7 +173,7 @@ async def _channel(monitor: Monitor) -> socket.socket:
 
 
 async def _run(monitor: Monitor, command: str, transfer: Coroutine[Any, Any, T]) -> T:
-    """Start a migration over the descriptor, and run `transfer` beside it until both have ended."""
+    """Start a migration over the descriptor, and run `transfer` concurrently until both have ended."""
     moving = asyncio.ensure_future(transfer)
     try:
         with monitor.events("MIGRATION") as events:
@@ -180,10 +184,10 @@ async def _run(monitor: Monitor, command: str, transfer: Coroutine[Any, Any, T])
 
 
 async def _until_ended(monitor: Monitor, events: EventListener, moving: asyncio.Future[T]) -> T:
-    """The result of a transfer, once QEMU's migration has ended too."""
+    """Return the result of a transfer, once QEMU's migration has ended too."""
     ended = asyncio.ensure_future(_end(monitor, events))
     try:
-        # The first error ends both: a transfer that fails leaves QEMU waiting for ever, and vice versa.
+        # The first error ends both: after a failed transfer QEMU would wait forever, and vice versa.
         result, _ = await asyncio.gather(moving, ended)
     finally:
         moving.cancel()
@@ -207,7 +211,7 @@ async def _receive(source: socket.socket) -> bytes:
             chunk = await loop.sock_recv(source, _CHUNK)
         except ConnectionResetError:
             chunk = b""
-        if not chunk:  # whether this is the end or a failure is said by QEMU's event
+        if not chunk:  # QEMU's event reports whether this is the end or a failure
             return bytes(data)
         data += chunk
         if len(data) > LARGEST:
@@ -217,18 +221,18 @@ async def _receive(source: socket.socket) -> bytes:
 
 
 async def _send(target: socket.socket, stream: bytes) -> None:
-    # QEMU hangs up at the first byte that it does not like, and says why in its event.
+    # QEMU closes the connection at the first invalid byte, and reports the reason in its event.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         await asyncio.get_running_loop().sock_sendall(target, stream)
     target.close()
 
 
 async def _cancel(monitor: Monitor) -> None:
-    """Wait until an outgoing migration that failed on our side has left QEMU."""
+    """Wait until QEMU has ended an outgoing migration that failed in this process."""
     with contextlib.suppress(WorkloadError, TimeoutError):
         await monitor.execute("migrate_cancel")
         async with asyncio.timeout(_CANCEL_TIMEOUT):
-            # Once our listener has gone this is the only way to hear of it.
+            # The listener is closed, so that the end can only be found by polling.
             while (await monitor.execute("query-migrate")).get("status", "none") not in _ENDED | {"none"}:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 

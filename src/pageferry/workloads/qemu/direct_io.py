@@ -1,8 +1,9 @@
-"""Direct I/O of QEMU guests: which disks do it, how long their requests have been in flight, and what is refused.
+"""Direct I/O of QEMU guests: disks that use it, duration of their requests, and devices that are refused.
 
-What QEMU has open says it: files opened with O_DIRECT, block devices (their requests may be SG_IO), and files of file
-systems that read past the page cache whatever they are asked. QEMU's `stop` waits for all requests (`bdrv_drain_all`),
-and cannot be cut short. So requests are watched first: one that stays in flight is named, and the guest runs on.
+The open files of QEMU show whether it uses direct I/O: files opened with O_DIRECT, block devices (their requests may be
+SG_IO), and files of file systems that bypass the page cache regardless of the flags. QEMU's `stop` waits for all
+requests (`bdrv_drain_all`), and cannot be cancelled. So the requests are polled before: if one does not complete, an
+error names it, and the guest keeps running.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pageferry.host import proc
 from pageferry.workloads.direct_io import DRAIN_TIMEOUT
 
 _SETTLE = 0.02
-"""Seconds between two looks at the requests in flight."""
+"""Interval between two polls of the requests in flight, seconds."""
 
 _PAGE_CACHE = frozenset(
     {
@@ -38,16 +39,16 @@ _PAGE_CACHE = frozenset(
         0x6969,  # nfs
     }
 )
-"""File systems (statfs f_type) whose buffered reads copy from the page cache. Of all others it is not known."""
+"""File systems (statfs f_type) whose buffered reads copy from the page cache. For all others this is not known."""
 
 _PINNED_FOR_GOOD = ("/dev/vfio/", "/dev/vhost-vdpa", "/dev/vhost-scsi", "/dev/infiniband/", "/dev/iommu")
-"""Devices that write to guest memory at any time, through pages that stay pinned; `unsupported` asks QEMU."""
+"""Path prefixes of devices that write to guest memory at any time, through permanently pinned pages."""
 
 _NO_FILES = ("socket:", "pipe:", "anon_inode:")
-"""Beginnings of what /proc/PID/fd shows for a descriptor without a path. Such a descriptor reads no disk."""
+"""Prefixes in /proc/PID/fd of descriptors without a path. Such a descriptor does not refer to a disk."""
 
 _PASSTHROUGH = ("/dev/sg", "/dev/bsg/", "/dev/ng")
-"""Character devices whose requests pin the memory that they transfer to."""
+"""Prefixes of character devices whose requests pin the memory of the transfer."""
 _IO_CALLS = frozenset({"0", "1", "17", "18", "19", "20", "295", "296", "327", "328", "74", "75", "16"})
 """read, write, pread, pwrite, readv, writev, preadv, pwritev, preadv2, pwritev2, fsync, fdatasync, ioctl (x86-64)."""
 
@@ -57,7 +58,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def direct_files(pid: int, name: str) -> dict[int, str]:
-    """What a QEMU may read past the page cache, by descriptor: path.
+    """Return the files that a QEMU may read without the page cache, as paths by descriptor.
 
     Raises as `refuse_pinning`.
     """
@@ -65,20 +66,20 @@ def direct_files(pid: int, name: str) -> dict[int, str]:
     for number, path in _unpinned(pid, name):
         if path.startswith(_NO_FILES):
             continue
-        with suppress(FileNotFoundError, ProcessLookupError):  # closed meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # closed since it was listed
             if _reads_directly(pid, number, path):
                 found[number] = path
     return found
 
 
 def refuse_pinning(pid: int, name: str) -> None:
-    """Raises UnsupportedError for devices that keep guest memory pinned, WorkloadDied, WorkloadError."""
+    """Raise UnsupportedError for devices that keep guest memory pinned, WorkloadDied, WorkloadError."""
     for _ in _unpinned(pid, name):
         pass
 
 
 def _unpinned(pid: int, name: str) -> Iterator[tuple[int, str]]:
-    """The open files of a process, by descriptor. Raises as `refuse_pinning`."""
+    """Yield the open files of a process, as descriptor and path. Raises as `refuse_pinning`."""
     for number, path in _open_files(pid):
         if path.startswith(_PINNED_FOR_GOOD):
             raise UnsupportedError(
@@ -89,9 +90,9 @@ def _unpinned(pid: int, name: str) -> Iterator[tuple[int, str]]:
 
 
 async def await_requests(pid: int, files: dict[int, str], name: str, timeout: float = DRAIN_TIMEOUT) -> None:
-    """Wait until no request to these files has been in flight for longer than a moment; the guest runs.
+    """Wait until no request to these files stays in flight between two polls, while the guest runs.
 
-    Only requests of QEMU's threads are seen (`aio=threads`). Raises WorkloadError, naming the file, for one that lasts
+    Only requests of QEMU's threads are found (`aio=threads`). Raises WorkloadError, naming the file, if a request takes
     longer than `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
@@ -108,7 +109,7 @@ async def await_requests(pid: int, files: dict[int, str], name: str, timeout: fl
 
 
 def slow(name: str, path: str, timeout: float) -> str:
-    """Message about requests that do not end."""
+    """Return the message about requests that do not complete."""
     return (
         f"cannot copy the memory of {name}: a request to {path} has been in flight for more than {timeout:g} s; retry "
         f"when the disk responds"
@@ -146,7 +147,7 @@ def _flags(pid: int, number: int) -> int:
 
 
 def _file_system(path: str) -> int | None:
-    """The f_type of statfs(2); None where it cannot be read."""
+    """Return the f_type of statfs(2); None if it cannot be read."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.statfs(os.fsencode(path), buffer):
         return None
@@ -154,11 +155,11 @@ def _file_system(path: str) -> int | None:
 
 
 def _requests(pid: int, files: dict[int, str]) -> set[tuple[int, int, int]]:
-    """(thread, number of its context switches, descriptor) of the I/O calls on these files that wait just now."""
+    """Return the blocked I/O calls on these files, each as (thread, number of its context switches, descriptor)."""
     found = set()
     for thread in proc.threads(pid):
         folder = Path(f"/proc/{pid}/task/{thread}")
-        with suppress(OSError):  # it has ended, or may not be looked at
+        with suppress(OSError):  # the thread has exited, or may not be inspected
             words = (folder / "syscall").read_text().split()
             if len(words) > 1 and words[0] in _IO_CALLS and (number := int(words[1], 16)) in files:
                 found.add((thread, _switches(folder), number))

@@ -1,9 +1,9 @@
-"""The disks of a paused QEMU guest: released for another QEMU, and locked again, while no vCPU runs.
+"""Disks of a paused QEMU guest: released for another QEMU, and locked again, while no vCPU runs.
 
-QEMU calls a disk *active* while it may write to the image and holds the locks of its file. `cont` activates the disks
-of a guest that is to run. For one that stays paused there is `blockdev-set-active` from QEMU 10.0 on. Older ones
-activate a disk when it is exported (by an NBD server on a socket that no client can find: its name is removed first),
-and release all disks of a stopped guest with `xen-save-devices-state`, whose output is of no use here.
+QEMU calls a disk *active* while QEMU may write to the image and holds the locks of its file. `cont` activates the disks
+of a guest that is to run. For a guest that stays paused, QEMU 10.0 and later have `blockdev-set-active`. Older versions
+activate a disk when it is exported (by an NBD server on a socket that is unlinked first, so that no client can find
+it). They release all disks of a stopped guest with `xen-save-devices-state`, whose output is discarded.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pageferry.host.qmp import Command, Monitor
 
 _SET_ACTIVE = "blockdev-set-active"
 LOCK: Command = {"execute": _SET_ACTIVE, "arguments": {"active": True}}
-"""`lock` as a single command, for the will of a guest: older QEMUs refuse it."""
+"""Single command of `lock`, for the cleanup plan of a guest. QEMU before 10.0 refuses it."""
 
 
 async def lock(monitor: Monitor) -> None:
     """Activate all disks of a paused guest, which stays paused.
 
-    Raises WorkloadError with QEMU's words, for example if another process has a disk locked; WorkloadDied.
+    Raises WorkloadError with QEMU's message, for example if another process has locked a disk; WorkloadDied.
     """
     if await monitor.supports(_SET_ACTIVE):
         await monitor.run(LOCK)
@@ -34,12 +34,12 @@ async def lock(monitor: Monitor) -> None:
 async def release(monitor: Monitor) -> None:
     """Deactivate all disks of a paused guest, so that another QEMU can lock them.
 
-    Raises WorkloadError with QEMU's words, WorkloadDied.
+    Raises WorkloadError with QEMU's message, WorkloadDied.
     """
     if await monitor.supports(_SET_ACTIVE):
         await monitor.execute(_SET_ACTIVE, active=False)
     else:
-        await _export(monitor)  # these QEMUs abort when a disk that is released already is released once more
+        await _export(monitor)  # these QEMU versions abort if a released disk is released again
         await monitor.execute("xen-save-devices-state", filename="/dev/null", live=True)
 
 
@@ -63,7 +63,7 @@ async def _export_node(monitor: Monitor, node: str) -> None:
 
 
 async def _start_server(monitor: Monitor) -> bool:
-    """Start an NBD server that no client can reach; False if QEMU has one already, which does as well."""
+    """Start an NBD server that no client can reach. Return False if QEMU already has an NBD server; it is used then."""
     with socket.socket(socket.AF_UNIX) as listening, tempfile.TemporaryDirectory(prefix="pageferry-") as private:
         listening.bind(f"{private}/nbd.sock")
         listening.listen(1)

@@ -1,10 +1,10 @@
-"""The guardian: a small process that outlives a controller of a QEMU guest and carries out its last will.
+"""Guardian of a QEMU guest: a small process that outlives the controller and executes its cleanup plan.
 
-A controller that has paused a guest may be killed at any moment, and the guest must run on then. So the guardian,
-started as a script (`python guardian.py QMP_SOCKET`, with nothing of pageferry imported, in a session of its own),
-reads wills from its standard input, one JSON object a line, the last one holding. When the input ends, because the
-controller has closed it or has died, it carries the will out: the QMP commands `commands`; or `otherwise`, where there
-is a `witness` (path and text) and that file does not hold that text. An empty list leaves everything as it is.
+A controller that has paused a guest may be killed at any time, and the guest must then continue. The guardian is a
+script (`python guardian.py QMP_SOCKET`) in a separate session, which imports nothing of pageferry. It reads plans from
+its standard input, one JSON object per line; each replaces the one before. At the end of the input, when the controller
+has closed it or has exited, the guardian executes the last plan: the QMP commands `commands`; or `otherwise`, if there
+is a `witness` (path and text) and that file does not contain that text. An empty list changes nothing.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import time
 from typing import IO, Any
 
 TIMEOUT = 86400.0
-"""Seconds to try for: QEMU does not answer while it waits for a disk, or another client has the monitor."""
+"""Seconds to retry: QEMU does not reply while it waits for a disk, or while another client uses the monitor."""
 
 _MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling"})
 
 
 def main() -> None:
-    """Wait for the end of the controller, then do what it wanted."""
+    """Wait for the end of the controller, then execute its plan."""
     will: dict[str, Any] = {"commands": []}
     for line in sys.stdin:
-        if line.endswith("\n"):  # else it died while it wrote: the will before holds
+        if line.endswith("\n"):  # else the controller exited while writing: the previous plan holds
             will = json.loads(line)
     commands = _decided(will)
     deadline = time.monotonic() + TIMEOUT
     while commands and time.monotonic() < deadline:
         try:
             _carry_out(sys.argv[1], commands, deadline)
-        except (ConnectionRefusedError, FileNotFoundError):  # QEMU is gone
+        except (ConnectionRefusedError, FileNotFoundError):  # QEMU has exited
             return
         except OSError:
             time.sleep(0.05)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _decided(will: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is to be done: nobody but the controller could have written what the witness says, and it is gone."""
+    """Return the commands to execute. Only the controller, which has exited, could have written the witness."""
     commands: list[dict[str, Any]] = will["commands"]
     if "witness" in will:
         path, says = will["witness"]
@@ -62,7 +62,7 @@ def _carry_out(path: str, commands: list[dict[str, Any]], deadline: float) -> No
         with connection.makefile("rw") as monitor:
             _answer(monitor)  # the greeting
             _execute(monitor, {"execute": "qmp_capabilities"})
-            # The controller may have died in the middle of saving the device state.
+            # The controller may have exited while it was saving the device state.
             while _execute(monitor, {"execute": "query-migrate"}).get("status") in _MIGRATING:
                 _execute(monitor, {"execute": "migrate_cancel"})
                 time.sleep(0.01)
@@ -71,7 +71,7 @@ def _carry_out(path: str, commands: list[dict[str, Any]], deadline: float) -> No
 
 
 def _execute(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
-    """What a command returns. One that QEMU refuses returns nothing: there is nobody to tell."""
+    """Return the result of a command; an empty one if QEMU refuses the command: the guardian cannot report errors."""
     monitor.write(json.dumps(command) + "\n")
     monitor.flush()
     answer = _answer(monitor)

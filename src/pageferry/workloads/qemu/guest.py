@@ -106,9 +106,9 @@ class QemuWorkload:
     ) -> Self:
         """Start a QEMU from the user's command line, program first, with its memory in a shared file.
 
-        `incoming`: the guest waits, paused, for `load_state`. `at_once`: that follows soon, so the monitor is kept
-        open. `detach`: run in a separate session, with the output in the log of the workload; otherwise on our
-        terminal. `hugetlb`: memory on hugetlbfs. A failure leaves nothing behind.
+        `incoming`: the guest waits, paused, for `load_state`. `at_once`: `load_state` follows soon, so the monitor is
+        kept open. `detach`: run in a separate session, with the output in the log of the workload; otherwise on the
+        terminal of this process. `hugetlb`: memory on hugetlbfs. A failed start leaves no process and no file behind.
 
         Raises UsageError, UnsupportedError for options that cannot be managed, NameInUse, WorkloadError with QEMU's
         message.
@@ -172,7 +172,7 @@ class QemuWorkload:
 
     @classmethod
     async def _take_over(cls, folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Self:
-        """Check the QEMU behind a monitor, and publish it."""
+        """Check the QEMU behind a monitor, and register it."""
         opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
         async with await opening as monitor:
             machine, pid = await _ask_machine(monitor)
@@ -195,11 +195,11 @@ class QemuWorkload:
         return Identity("qemu", self.name, self._seen.machine.details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
-        """Raise WorkloadError, with the reason, if a guest with these details cannot be received here."""
+        """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host."""
         self._seen.machine.check_source(details, "the source", f"{self.name} at the destination")
 
     def check_image(self, details: Mapping[str, Any], path: str) -> None:
-        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot be restored here."""
+        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host."""
         self._seen.machine.check_source(details, path, self.name)
 
     @property
@@ -209,7 +209,7 @@ class QemuWorkload:
 
     @property
     def qmp_socket(self) -> str:
-        """Path of its monitor."""
+        """Path of QEMU's monitor socket."""
         return self._entry.qmp_socket
 
     @property
@@ -289,10 +289,12 @@ class QemuWorkload:
             return await self._to_the_end(self._stop_briefly(monitor))
 
     async def commit(self, witness: Witness | None = None) -> None:
-        """Leave the guest paused, even if this process exits: from now on it may run elsewhere.
+        """Commit the paused guest: it may run at the destination from now on, and stays paused even if this process
+        exits.
 
-        With a `witness`, the guardian reads it if this process exits, and then resumes the guest or ends it. Raises
-        WorkloadDied, and WorkloadError if another client has changed the guest since its state was saved or loaded.
+        With a `witness`, the guardian reads that file if this process exits, and then resumes the guest or ends it.
+        Raises WorkloadDied, and WorkloadError if another client has changed the guest since its state was saved or
+        loaded.
         """
         monitor = await self._control.hold()
         if witness is None:
@@ -305,14 +307,14 @@ class QemuWorkload:
                 await qemu_disks.release(await self._control.hold())
             return
         self._control.bequeath_to_owner(witness)
-        # Also checks that QEMU lives: a process that is being killed is still visible in /proc, but does not reply.
+        # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
 
     async def resume(self) -> None:
-        """Resume the vCPUs (QMP `cont`), also after `save_state`, unless the guest was paused in the first place.
+        """Resume the vCPUs (QMP `cont`), also after `save_state`, unless the guest was already paused before `pause`.
 
-        Raises WorkloadError if it does not run then; WorkloadDied, with `never_ran` if QEMU cannot have received
-        `cont`.
+        Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
+        received `cont`.
         """
         if self._control.given_up:
             log.warning("%s: paused until its disks respond; a guardian process resumes it then", self.name)
@@ -374,11 +376,11 @@ class QemuWorkload:
             self._loading = await device_state.Loading.begin(monitor)
 
     async def load_state(self, state: bytes) -> None:
-        """Load a device state into a guest started with `incoming`. It stays paused, and ends with this process until
-        `commit`.
+        """Load a device state into a guest started with `incoming`. The guest stays paused, and ends with this process
+        until `commit`.
 
         Raises WorkloadError, with QEMU's message, if the state does not match this machine or the guest could not run
-        then, WorkloadDied.
+        with it; WorkloadDied.
         """
         saved = device_state.SavedState.decode(state)
         if saved.machine != self._seen.machine.type:
@@ -409,8 +411,8 @@ class QemuWorkload:
             return await kvm_prefault.prefault(monitor, machine, self._regions, units)
 
     async def quit(self, answer: float = _ANSWER_TIMEOUT) -> bool:
-        """Let QEMU exit (QMP `quit`). Return False if it does not reply in time, or is still running 10 s after the
-        reply."""
+        """Let QEMU exit (QMP `quit`). Return False if it does not reply within `answer` seconds, or exit within 10 s
+        after."""
         self._control.bequeath([])
         try:
             async with asyncio.timeout(answer), self._control.session() as monitor:
@@ -454,7 +456,7 @@ class QemuWorkload:
         return Faults(*proc.thread_faults(self.pid, vcpus))
 
     def close(self) -> None:
-        """Release the guest: resume it if it is paused by us and not committed, and end it if it waits for its
+        """Release the guest: resume it if this process has paused and not committed it; end it if it waits for a
         state."""
         for region in self._regions:
             os.close(region.fd)
@@ -465,7 +467,8 @@ class QemuWorkload:
     # -- exit ---------------------------------------------------------------------------------------------------------
 
     async def ended(self) -> int | None:
-        """Wait until QEMU has exited. Return its exit code (-N for signal N) if it is our child. See also `forget`."""
+        """Wait until QEMU has exited. Return its exit code (-N for signal N) if it is a child of this process,
+        otherwise None. See also `forget`."""
         if self._child is not None:
             return await self._child.wait()
         await processes.wait_for_end(self.pid, self._entry.started)
@@ -477,7 +480,7 @@ class QemuWorkload:
         raise WorkloadDied(f"{self.name} (process {self.pid}) ended while it waited for its source{self._last_words()}")
 
     async def forget(self) -> None:
-        """Close our files, and remove name, log and records, after QEMU has exited."""
+        """Close the files of this object, and remove name, log and records, after QEMU has exited."""
         if self._child is not None:
             await self._child.wait()
         self.close()
@@ -498,8 +501,8 @@ class QemuWorkload:
         self._prepared = time.monotonic()
 
     async def _stop_briefly(self, monitor: Monitor) -> float:
-        """Stop and continue the guest; return the seconds between. A guest that another client has paused stays
-        paused."""
+        """Stop the guest and, unless another client had paused it, continue it. Return the duration of the pause in
+        seconds."""
         self._control.have_will()
         self._control.bequeath([{"execute": "cont"}, *self._control.undo])
         started, ran = time.perf_counter(), True
@@ -594,7 +597,7 @@ class QemuWorkload:
 def _launch(
     folder: Folder, command: command_line.CommandLine, *, incoming: bool, detach: bool, hugetlb: bool
 ) -> tuple[QemuProcess, str]:
-    """Start QEMU with a memory file, and publish it at once, so that it is not lost if this process is killed."""
+    """Start QEMU with a memory file, and register it at once, so that it is not lost if this process is killed."""
     qmp_socket = folder.socket_path("qmp.sock")
     if hugetlb and not command.needs_ram_file:
         raise UsageError(

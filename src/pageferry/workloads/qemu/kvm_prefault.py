@@ -1,10 +1,11 @@
-"""The second-stage page tables of a guest under KVM, filled before it runs (S1, S5): KVM_PRE_FAULT_MEMORY.
+"""Population of the second-stage page tables of a KVM guest before it runs (S1, S5): KVM_PRE_FAULT_MEMORY.
 
-A page that QEMU has mapped costs the guest another fault all the same, at its first access, when KVM maps it from
-guest-physical to host memory. KVM_PRE_FAULT_MEMORY does so ahead (since Linux 6.11; Documentation/virt/kvm/api.rst
-4.143): an ioctl of a vCPU, heeded only from inside of the process that made the virtual machine. So it is called there,
-as every other call of ours (`Space.call`), on QEMU's own descriptors and while the vCPUs stand still. Where RAM lies in
-guest-physical memory is told by the monitor (`info mtree -f`); QMP has no command for it.
+The first access of the guest to a page causes a fault, even if QEMU has mapped the page, because KVM must map it from
+guest-physical to host memory. KVM_PRE_FAULT_MEMORY maps pages in advance (since Linux 6.11;
+Documentation/virt/kvm/api.rst 4.143). It is an ioctl of a vCPU, and works only in the process that created the virtual
+machine. So it is called in that process, like all injected system calls (`Space.call`), on QEMU's own descriptors and
+while the vCPUs are stopped. The monitor reports the position of RAM in guest-physical memory (`info mtree -f`); QMP has
+no command for it.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from pageferry.host.qmp import Monitor
 from pageferry.memory.regions import Region
 
 _PIECE = 64 << 20
-"""Bytes of one call, during which a thread of QEMU is stopped."""
+"""Bytes per call, during which a thread of QEMU is stopped."""
 
-# x86-64 (arch/x86/entry/syscalls/syscall_64.tbl) and include/uapi/linux/kvm.h.
+# From x86-64 (arch/x86/entry/syscalls/syscall_64.tbl) and include/uapi/linux/kvm.h.
 _MMAP, _MUNMAP, _IOCTL = 9, 11, 16
 _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_FILE = 3, 0x22, (1 << 64) - 1
 _CHECK_EXTENSION = 0xAE03
 _CAP_PRE_FAULT_MEMORY = 236
 _RANGE = struct.Struct("=QQQ40x")
-"""struct kvm_pre_fault_memory: gpa, size, flags; the kernel moves the first two on by what it has mapped."""
+"""struct kvm_pre_fault_memory: gpa, size, flags. The kernel advances gpa, and reduces size, by the bytes mapped."""
 _PRE_FAULT_MEMORY = 3 << 30 | _RANGE.size << 16 | 0xAE << 8 | 0xD5
 
 _AGAIN = frozenset({errno.EINTR, errno.EAGAIN})
@@ -46,17 +47,17 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class RamRange:
-    """Where a part of a memory backend is in guest-physical memory. All in bytes."""
+    """Position of a part of a memory backend in guest-physical memory. All values are in bytes."""
 
     address: int
-    """Guest-physical."""
+    """Guest-physical address."""
     length: int
     offset: int
-    """In the backend."""
+    """Offset in the backend."""
 
 
 def ram_ranges(mtree: str, backend: str) -> list[RamRange]:
-    """The parts of a backend that the vCPUs see, from what `info mtree -f` says."""
+    """Return the parts of a backend that the vCPUs can access, from the output of `info mtree -f`."""
     found = []
     for line in _system_memory(mtree):
         matched = _LINE.match(line)
@@ -67,7 +68,7 @@ def ram_ranges(mtree: str, backend: str) -> list[RamRange]:
 
 
 def guest_physical(parts: Iterable[Range], ranges: Iterable[RamRange]) -> list[Range]:
-    """Where these parts of a backend are in guest-physical memory, whole pages."""
+    """Return the positions of these parts of a backend in guest-physical memory, as whole pages."""
     known = list(ranges)
     found = []
     for start, end in parts:
@@ -81,16 +82,18 @@ def guest_physical(parts: Iterable[Range], ranges: Iterable[RamRange]) -> list[R
 
 @dataclass(frozen=True, slots=True)
 class VirtualMachine:
-    """The virtual machine of a process, by the process's own descriptors."""
+    """Virtual machine of a process, accessed through the descriptors of the process."""
 
     pid: int
     machine: int
     vcpu: int
-    """Any of them: they share the tables."""
+    """Descriptor of any vCPU: all vCPUs share the page tables."""
 
     @classmethod
     def find(cls, pid: int) -> Self | None:
-        """That of a process; None where it has none, as a QEMU without KVM. Raises WorkloadDied, PermissionError."""
+        """Find the virtual machine of a process. Return None if it has none, as a QEMU without KVM. Raises
+        WorkloadDied, PermissionError.
+        """
         machine = vcpu = None
         for number, target in _descriptors(pid):
             if target == "anon_inode:kvm-vm":
@@ -101,13 +104,13 @@ class VirtualMachine:
 
     @property
     def can_prefault(self) -> bool:
-        """Whether its kernel has KVM_PRE_FAULT_MEMORY, for a machine of this kind."""
+        """Whether the kernel supports KVM_PRE_FAULT_MEMORY for this virtual machine."""
         return Space(self.pid).call(_IOCTL, self.machine, _CHECK_EXTENSION, _CAP_PRE_FAULT_MEMORY) > 0
 
     def prefault(self, ranges: Iterable[Range]) -> int:
-        """Map ranges of guest-physical memory; bytes mapped. No vCPU may run: the call would wait for it.
+        """Map ranges of guest-physical memory, while the vCPUs are stopped. Return the bytes mapped.
 
-        What is not in memory yet is brought there. Raises OSError with the kernel's reason.
+        Pages that are not in memory yet are allocated or loaded. Raises OSError with the kernel's reason.
         """
         space = Space(self.pid)
         scratch = space.call(_MMAP, 0, SMALL_PAGE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_FILE, 0)
@@ -135,7 +138,8 @@ async def prefault(
     regions: Sequence[Region],
     units: Mapping[int, Sequence[int]] | None,
 ) -> int:
-    """Map 2 MiB `units` of regions, by their numbers, or all that is in memory; bytes mapped, 0 where KVM cannot.
+    """Map 2 MiB `units` of regions, by number of the region; None: all memory that is present. Return the bytes mapped,
+    0 if KVM does not support it.
 
     Raises OSError with the kernel's reason, WorkloadError.
     """
@@ -158,7 +162,7 @@ def _units(region: Region, units: Sequence[int]) -> list[Range]:
 
 
 def _system_memory(mtree: str) -> Iterator[str]:
-    """The lines about the address space `memory`, the one that vCPUs see."""
+    """Yield the lines about the address space `memory`, which is that of the vCPUs."""
     for view in mtree.replace("\r", "").split("FlatView #"):
         if '\n AS "memory", root: system\n' in view:
             yield from view.splitlines()
@@ -179,5 +183,5 @@ def _descriptors(pid: int) -> Iterator[tuple[int, str]]:
     except (FileNotFoundError, ProcessLookupError) as gone:
         raise WorkloadDied(f"process {pid} is gone") from gone
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             yield int(name), os.readlink(f"{folder}/{name}")

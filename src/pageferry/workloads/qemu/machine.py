@@ -1,4 +1,4 @@
-"""What a running QEMU is: its version, machine, CPU, number of vCPUs, and devices."""
+"""Description of a running QEMU: its version, machine, CPU, number of vCPUs, and devices."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pageferry.workloads.qemu.cpu import Cpu
 log = getLogger(__name__)
 
 MAX_SHOWN = 1000
-"""Characters of a description by a peer that a message repeats."""
+"""Maximum number of characters of a peer's description that a message quotes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine of a guest, as its monitor tells."""
+    """Machine of a guest, as reported by its monitor."""
 
     qemu_version: str
     type: str
     vcpu_threads: tuple[int, ...]
-    """By their ids in QEMU's PID namespace: see `proc.inner_threads`."""
+    """Threads of the vCPUs, by their ids in QEMU's PID namespace: see `proc.inner_threads`."""
     devices: tuple[tuple[str, str], ...]
-    """Type and id of those that the user has added."""
+    """Type and id of each device that the user has added."""
     cpu: Cpu
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
-        """QMP `qom-get`, `query-cpus-fast` and `qom-list`."""
+        """Read the machine with QMP `qom-get`, `query-cpus-fast` and `qom-list`."""
         kind = await monitor.execute("qom-get", path="/machine", property="type")
         cpus = await monitor.execute("query-cpus-fast")
         threads = tuple(cpu["thread-id"] for cpu in cpus)
@@ -42,13 +42,13 @@ class Machine:
         return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
 
     async def again(self, monitor: Monitor) -> Self:
-        """The machine now: other clients can add and remove devices and vCPUs."""
+        """Read the machine again: other clients can add and remove devices and vCPUs."""
         cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), ram.devices(monitor))
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         return replace(self, vcpu_threads=threads, devices=tuple(sorted(devices)))
 
     def check_unchanged(self, now: Self, name: str) -> None:
-        """Raises WorkloadError if the machine of `name` is another one now."""
+        """Raise WorkloadError if the machine of `name` has changed to `now`."""
         if now != self:
             raise WorkloadError(
                 f"{name} was reconfigured during the operation: {self._described}, now {now._described}; do not "
@@ -66,8 +66,9 @@ class Machine:
 
     @property
     def details(self) -> dict[str, Any]:
-        """For the other side of a migration, and for an image: `qemu` (its version), `machine` (type with version),
-        `cpus`, `devices`, and those of the CPU."""
+        """Details for the peer of a migration, and for an image: `qemu` (its version), `machine` (type with version),
+        `cpus`, `devices`, and those of the CPU.
+        """
         return {
             "qemu": self.qemu_version,
             "machine": self.type,
@@ -77,9 +78,9 @@ class Machine:
         }
 
     def check_source(self, details: Mapping[str, Any], source: str, here: str) -> None:
-        """Raises WorkloadError if a guest with these details, of `source`, cannot run `here`, and says why.
+        """Raise WorkloadError, with the reason, if a guest with these details, of `source`, cannot run `here`.
 
-        QEMU itself notices less: it takes a state that lacks some of its devices, and compares no CPUs.
+        QEMU itself checks less: it loads a state that lacks some of its devices, and does not compare CPUs.
         """
         for theirs, ours in self._differences(details):
             raise WorkloadError(

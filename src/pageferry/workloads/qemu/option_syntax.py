@@ -1,7 +1,7 @@
-"""The syntax of QEMU's command line: which words are options and values, and the properties that a value holds.
+"""Syntax of QEMU's command line: separates options from values, and parses the properties in a value.
 
-Whether a value follows an option depends on the option, and newer QEMUs have more of them. Those of QEMU 7.2 to 11.1
-are known; for another one the QEMU itself is asked (`-help`).
+Whether an option takes a value depends on the option, and newer versions have more options. Those of QEMU 7.2 to 11.1
+are known; for any other option, the QEMU binary is queried (`-help`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _WITH_VALUE = frozenset(
 )
 
 _PART = re.compile(r"(?:[^,]|,,)+")
-"""A property: `,,` is a comma in it."""
+"""Property; `,,` in it stands for a comma."""
 
 
 def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The options by name, without hyphens, and their values; `drive` for an argument that is a disk image.
+    """Yield the options by name, without hyphens, and their values; `drive` for an argument that is a disk image.
 
-    `arguments`: the program first. Raises UsageError for an option that neither we nor that program know, or that lacks
-    its value.
+    `arguments`: the program first. Raises UsageError for an option that is known neither to pageferry nor to that
+    program, or that lacks its value.
     """
     words = iter(arguments[1:])
     for word in words:
@@ -57,9 +57,9 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def properties(value: str, implied: str) -> dict[str, str]:
-    """The properties of an option value: `first,key=value,flag`, where `first` belongs to `implied`; or JSON.
+    """Return the properties of an option value: `first,key=value,flag`, where `first` belongs to `implied`; or JSON.
 
-    What JSON nests is named as QEMU names it elsewhere: `file.driver`, `host-nodes.0`. Raises UsageError.
+    Nested JSON properties have the names that QEMU uses elsewhere: `file.driver`, `host-nodes.0`. Raises UsageError.
     """
     if value.startswith("{"):
         return dict(_flat("", _decoded(value)))
@@ -76,7 +76,7 @@ def properties(value: str, implied: str) -> dict[str, str]:
 
 
 def block_properties(value: str, implied: str) -> Iterator[tuple[str, str]]:
-    """As `properties`, of a disk: with what file names that are JSON (`json:{...}`) hold. Raises UsageError."""
+    """Yield the properties of a disk, including those in file names that are JSON (`json:{...}`). Raises UsageError."""
     for key, text in properties(value, implied).items():
         yield key, text
         if text.startswith("json:"):

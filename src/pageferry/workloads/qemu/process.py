@@ -1,4 +1,4 @@
-"""A QEMU process that we start: its output, its end, and what it said before it ended."""
+"""QEMU process that pageferry starts: its output, its exit, and its last messages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pageferry.host import files, proc, processes
 from pageferry.host.qmp import Monitor
 
 _STARTUP_TIMEOUT = 120.0
-"""Seconds until the monitor answers. Preallocated memory takes its time."""
+"""Seconds until the monitor must reply. Preallocation of memory can take long."""
 
 _LOG_TAIL = 2000
 """Bytes of the log that an error message quotes."""
 
 
 class QemuProcess:
-    """A process that we have started."""
+    """QEMU process that was started by pageferry."""
 
     def __init__(self, popen: subprocess.Popen[bytes], program: str, log: Path | None) -> None:
         self._popen = popen
@@ -30,24 +30,24 @@ class QemuProcess:
 
     @property
     def pid(self) -> int:
-        """Of what we have started, which may be a wrapper around QEMU."""
+        """Process id of the started program, which may be a wrapper around QEMU."""
         return self._popen.pid
 
     def poll(self) -> int | None:
-        """Its exit code (-N: signal N), or None while it runs."""
+        """Return the exit code (-N: signal N), or None while the process runs."""
         return self._popen.poll()
 
     async def wait(self) -> int:
-        """Wait for its end and return its exit code (-N: signal N)."""
+        """Wait until the process has exited, and return its exit code (-N: signal N)."""
         started = proc.start_time(self.pid)
         if started is not None:
             await processes.wait_for_end(self.pid, started)
-        return self._popen.wait()  # it has ended, there is nothing to wait for
+        return self._popen.wait()  # the process has exited: this does not block
 
     async def monitor(self, socket_path: str) -> Monitor:
-        """A session with its monitor, as soon as it has one.
+        """Open a session with the monitor, as soon as QEMU serves it.
 
-        Raises WorkloadError, with what QEMU said, when it ends instead.
+        Raises WorkloadError, with QEMU's message, if the process exits before.
         """
         deadline = asyncio.get_running_loop().time() + _STARTUP_TIMEOUT
         while True:
@@ -61,23 +61,23 @@ class QemuProcess:
             await asyncio.sleep(0.01)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process at once."""
         if self.poll() is None:
             self._popen.kill()
             self._popen.wait()
 
     def last_words(self) -> str:
-        """The end of its log, to be put after a message; what it said on a terminal needs no repeating."""
+        """Return the end of the log, to be appended to a message; empty if the output is on a terminal."""
         if self._log is None:
             return ""
         return f"; its output:\n{tail}" if (tail := log_tail(self._log)) else " without output"
 
 
 def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -> QemuProcess:
-    """Start QEMU: on our terminal, or, with a `log`, in a session of its own that outlives ours.
+    """Start QEMU: on the terminal of this process, or, with a `log`, in a separate session that outlives this process.
 
-    `inherited`: descriptors that it is to have too, under the same numbers. Raises UsageError where the program is not
-    found or may not be run.
+    `inherited`: descriptors that QEMU inherits, under the same numbers. Raises UsageError if the program does not exist
+    or may not be executed.
     """
     output: IO[bytes] | None = None
     try:
@@ -100,7 +100,7 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of a log, or an empty string where there is none."""
+    """Return the last lines of a log; an empty string if there is none."""
     try:
         return log.read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Where the memory of a running QEMU guest is: its backends, the files behind them, and where QEMU maps those.
+"""Memory of a running QEMU guest: its backends, the files behind them, and their mappings in QEMU.
 
-QMP: `query-memdev` names the backends, `qom-get` their files and offsets; /proc/PID/maps shows where the files are
-mapped. A backend is identified by the device and inode of its file. Where `mem-path` is a folder QEMU creates a file
-`qemu_back_mem.ID.XXXXXX` in it for each backend and unlinks it (`file_ram_open` of system/physmem.c). What two backends
-could both be is refused.
+QMP `query-memdev` returns the backends, and `qom-get` their files and offsets; /proc/PID/maps shows where the files are
+mapped. A backend is identified by the device and inode of its file. If `mem-path` is a folder, QEMU creates a file
+`qemu_back_mem.ID.XXXXXX` in it for each backend and unlinks it (`file_ram_open` of system/physmem.c). A file that two
+backends could match is refused.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _IN_MEMORY = (
 
 @dataclass(frozen=True, slots=True)
 class _Backend:
-    """A memory backend as the monitor describes it."""
+    """Memory backend as described by the monitor."""
 
     name: str
     size: int
-    """Bytes."""
+    """Size, bytes."""
     path: str
-    """As it was given to QEMU: a file or a folder."""
+    """Path as given to QEMU: a file or a folder."""
     offset: int
-    """Where in the file the memory starts, bytes."""
+    """Start of the memory in the file, bytes."""
 
 
 async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
-    """The guest's memory, with an open file each; the caller closes them.
+    """Return the regions of guest memory, each with an open file, which the caller closes.
 
-    Raises UnsupportedError where some of it is not in shared files of its own on tmpfs or hugetlbfs, PermissionError
-    where we may not open them, WorkloadError.
+    Raises UnsupportedError if some of the memory is not in separate shared files on tmpfs or hugetlbfs, PermissionError
+    if this process may not open them, WorkloadError.
     """
     backends = [await _describe(monitor, item) for item in await monitor.execute("query-memdev")]
     mappings = [mapping for mapping in proc.file_mappings(pid) if mapping.shared and mapping.writable]
@@ -58,7 +58,7 @@ async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
     regions: list[Region] = []
     try:
         for backend, shown in found:
-            regions.append(_open_region(pid, backend, shown))  # those open are closed below
+            regions.append(_open_region(pid, backend, shown))  # opened files are closed below
         await _check_completeness(monitor, sum(region.length for region in regions))
     except BaseException:
         for region in regions:
@@ -68,12 +68,12 @@ async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
 
 
 def misaligned(region: Region) -> bool:
-    """Whether large pages of the file cannot be mapped as such where QEMU maps it."""
+    """Return whether huge pages of the file cannot be mapped as such at the address where QEMU maps the file."""
     return any((segment.address - segment.offset - region.file_offset) % LARGE_PAGE for segment in region.segments)
 
 
 async def devices(monitor: Monitor) -> list[tuple[str, str]]:
-    """Type and id of all devices that are not part of the machine itself."""
+    """Return type and id of all devices that are not part of the machine itself."""
     paths = ("/machine/peripheral", "/machine/peripheral-anon")
     folders = await asyncio.gather(*(monitor.execute("qom-list", path=path) for path in paths))
     items = [(item["type"], item["name"]) for folder in folders for item in folder]
@@ -94,7 +94,7 @@ async def _describe(monitor: Monitor, backend: dict[str, object]) -> _Backend:
         )
     path = await monitor.execute("qom-get", path=f"/objects/{name}", property="mem-path")
     offset = 0
-    if "offset" in properties:  # since QEMU 8.1
+    if "offset" in properties:  # available since QEMU 8.1
         offset = await monitor.execute("qom-get", path=f"/objects/{name}", property="offset")
     return _Backend(name, size, path, offset)
 
@@ -123,7 +123,7 @@ def _open_region(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
 
 
 def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) -> list[proc.Mapping]:
-    """The mappings of a backend's file, all of them of one file. Raises UnsupportedError where several could be it."""
+    """Return the mappings of a backend's file. Raises UnsupportedError if the mappings of several files match."""
     path = backend.path
     seen = path.replace("/proc/self/", f"/proc/{pid}/") if path.startswith("/proc/self/") else _within(pid, path)
     try:
@@ -134,7 +134,7 @@ def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
         found = [one for one in mappings if one.device == status.st_dev and _is_unlinked_file_of(backend.name, one)]
     else:
         found = [one for one in mappings if status is not None and one.identity == (status.st_dev, status.st_ino)]
-        if not found:  # the file has been removed since, or replaced: its old name is all there is
+        if not found:  # the file has been removed or replaced: only its old name is left
             names = {os.fsencode(path), os.fsencode(f"{path} (deleted)")}
             found = [one for one in mappings if one.path in names]
     if len({one.identity for one in found}) > 1:
@@ -146,19 +146,19 @@ def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
 
 
 def _is_unlinked_file_of(backend: str, mapping: proc.Mapping) -> bool:
-    """Whether QEMU named the file of a mapping for this backend, in a folder: by its id, or its path among objects."""
+    """Return whether a mapped file has the name that QEMU gives to a backend's file: with its id, or object path."""
     name = re.escape(os.fsencode(backend))
     pattern = rb"qemu_back_mem\.(?:_objects_)?" + name + rb"\.[A-Za-z0-9]{6}(?: \(deleted\))?"
     return re.fullmatch(pattern, mapping.path.rpartition(b"/")[2]) is not None
 
 
 def _within(pid: int, path: str) -> str:
-    """A path of another process, as we can open it: its root and working folder may be others."""
+    """Return a path of another process, whose root and working directory may differ, as a path for this process."""
     return f"/proc/{pid}/{'root' if Path(path).is_absolute() else 'cwd/'}{path}"
 
 
 def _segments(pid: int, mappings: Sequence[proc.Mapping], backend: _Backend) -> Iterator[Segment]:
-    """The parts of the mappings that show the backend, which lies at `offset` of the file."""
+    """Yield the parts of the mappings that map the backend, which begins at `offset` of the file."""
     for mapping in mappings:
         first = max(mapping.offset, backend.offset)
         last = min(mapping.offset + mapping.length, backend.offset + backend.size)
@@ -172,7 +172,7 @@ def _segments(pid: int, mappings: Sequence[proc.Mapping], backend: _Backend) -> 
 
 
 def _covers(segments: Sequence[Segment], size: int) -> bool:
-    """Whether every byte of a backend is in a segment."""
+    """Return whether every byte of a backend is in a segment."""
     end = 0
     for segment in sorted(segments, key=lambda segment: segment.offset):
         if segment.offset > end:
@@ -182,7 +182,7 @@ def _covers(segments: Sequence[Segment], size: int) -> bool:
 
 
 def _check_apart(found: Sequence[tuple[_Backend, list[proc.Mapping]]]) -> None:
-    """Raises UnsupportedError where two backends are the same bytes of one file."""
+    """Raise UnsupportedError if two backends use the same bytes of one file."""
     places = sorted(
         (mappings[0].identity, backend.offset, backend.offset + backend.size, backend.name)
         for backend, mappings in found

@@ -1,7 +1,7 @@
-"""The run state of a QEMU guest and its machine, as last seen, and what other clients change meanwhile.
+"""Last known run state and machine of a QEMU guest, and detection of changes by other clients.
 
-QMP `stop` does nothing to a guest that does not run: it may have shut down, panicked, or been paused by another client
-since the last look. Only the event STOP, which QEMU sends before it answers, says that the guest ran until then.
+QMP `stop` has no effect on a guest that does not run: it may have shut down, panicked, or been paused by another client
+since the last check. Only the event STOP, which QEMU sends before its reply, shows that the guest ran until then.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _ENDED = {
     "guest-panicked": "the guest has panicked",
     "internal-error": "the guest has failed in a way that QEMU cannot continue",
 }
-"""Run states from which only a reset leads to a running guest, and what they mean."""
+"""Run states that a guest can leave only by a reset, each with its meaning."""
 
 
 class LastSeen:
-    """What was last seen of one guest."""
+    """Last known state of one guest."""
 
     def __init__(self, name: str, machine: Machine, *, ran: bool) -> None:
         self.name = name
         self.machine = machine
         self.ran = ran
-        """Whether it ran, or was about to be stopped."""
+        """Whether the guest ran, or was about to be stopped."""
         self.status = ""
-        """Run state, as in `query-status`: that of a paused guest."""
+        """Run state of the paused guest, as in `query-status`."""
         self._interference: EventListener | None = None
         """Events of other clients that resume or reset the guest after `stop`."""
 
     async def stop(self, monitor: Monitor) -> bool:
-        """Stop the vCPUs, and look at guest and machine; returns whether the guest ran until then.
+        """Stop the vCPUs, and read run state and machine. Return whether the guest ran until then.
 
-        Raises WorkloadError if it cannot be stopped, WorkloadDied.
+        Raises WorkloadError if the guest cannot be stopped, WorkloadDied.
         """
         with monitor.events("STOP") as stopped:
             await monitor.execute("stop")
@@ -53,7 +53,9 @@ class LastSeen:
         return ran
 
     def check_not_ended(self, stopped: bool) -> None:
-        """Raises WorkloadError if the guest has ended since it was last seen running; once only. `stopped`: it ran."""
+        """Raise WorkloadError, once only, if the guest has ended since it last ran. `stopped`: whether it ran until
+        now.
+        """
         ran, self.ran = self.ran, stopped
         if (how := _ENDED.get(self.status)) is not None and ran:
             raise WorkloadError(
@@ -62,11 +64,13 @@ class LastSeen:
             )
 
     async def saved(self, monitor: Monitor) -> None:
-        """The device state was saved: that may have changed the run state."""
+        """Update the run state, which saving the device state may have changed."""
         self.status = await _status(monitor)
 
     async def loaded(self, monitor: Monitor, *, was_running: bool) -> None:
-        """The device state was loaded. Raises WorkloadError if the guest could not run with it, or runs already."""
+        """Update the run state after a device state was loaded. Raises WorkloadError if the guest runs already, or
+        could not run with this state.
+        """
         await self._check_machine(monitor)
         if self.status == "running":
             raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
@@ -74,7 +78,7 @@ class LastSeen:
             raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
 
     async def check_unchanged(self, monitor: Monitor) -> None:
-        """Raises WorkloadError unless guest and machine are as they were when the state was saved or loaded."""
+        """Raise WorkloadError unless guest and machine are unchanged since the state was saved or loaded."""
         before = self.status
         await self._check_machine(monitor)
         if self.status != before or (self._interference is not None and not self._interference.empty()):
@@ -93,7 +97,7 @@ class LastSeen:
 
 
 async def runs(monitor: Monitor) -> bool:
-    """Whether the guest runs now."""
+    """Return whether the guest runs now."""
     return bool((await monitor.execute("query-status"))["running"])
 
 

@@ -1,12 +1,12 @@
-"""The device state of a QEMU guest that stays paused, by an internal snapshot into a file in memory.
+"""Device state of a QEMU guest that stays paused, saved by an internal snapshot into a memory file.
 
-QEMU's own migration would release the disks of the guest and leave it in the run state `postmigrate`, in which QEMU
-refuses to migrate it ever again before it has run. `snapshot-save` writes the same stream, and changes neither. It
-needs a qcow2 file to write to: here a memfd that QEMU gets as a descriptor, attached to no device and removed in the
-end. `x-ignore-shared` leaves memory in shared files out of this stream, too.
+QEMU's own migration would release the disks of the guest and set its run state to `postmigrate`, in which QEMU refuses
+another migration until the guest has run. `snapshot-save` writes the same stream, and changes neither. It needs a qcow2
+file to write to: a memfd that is passed to QEMU as a descriptor, attached to no device, and removed at the end.
+`x-ignore-shared` omits memory in shared files from this stream, too.
 
 Layout of qcow2 (numbers big endian): a header, a table of refcount blocks, a refcount block, a two-level table of
-clusters. The state is in the clusters behind those of the disk, found by the level-1 table of the snapshot.
+clusters. The state is in the clusters after those of the disk, located by the level-1 table of the snapshot.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _TAG = "state"
 _CLUSTER_BITS = 16
 _CLUSTER = 1 << _CLUSTER_BITS
 _DISK = 1 << 20
-"""Bytes of the disk, which nothing is written to."""
+"""Size of the disk, bytes. The disk stays empty."""
 _LIMIT = LARGEST + (16 << 20)
-"""Bytes of the file: the largest state that we accept, and its tables."""
+"""Maximum size of the file, bytes: the largest accepted state, and its tables."""
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 """Magic, version, backing file (offset, length), cluster bits, size, encryption, level-1 entries and offset, refcount
 table (offset, clusters), snapshots (number, offset), features (incompatible, compatible, autoclear), refcount order,
@@ -39,11 +39,11 @@ _SNAPSHOT = struct.Struct(">QIHHIIQII")
 """Level-1 table (offset, entries), lengths of id and name, date, nanoseconds, clock, size of the state (32 bits),
 length of the extra data, which begin with the size of the state in 64 bits."""
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
-"""Bits of a table entry that are an offset in the file."""
+"""Bits of a table entry that contain an offset in the file."""
 
 
 class Snapshot:
-    """A snapshot of one paused guest, to be saved once."""
+    """Snapshot of one paused guest, saved once."""
 
     def __init__(self) -> None:
         name = f"pageferry-{secrets.token_hex(4)}"
@@ -51,7 +51,7 @@ class Snapshot:
 
     @property
     def removal(self) -> list[Command]:
-        """Commands that remove everything that `save` has made in QEMU, wherever it was interrupted."""
+        """Commands that remove all objects that `save` has created in QEMU, even if it was interrupted."""
         return [
             {"execute": "job-dismiss", "arguments": {"id": self._job}},
             {"execute": "blockdev-del", "arguments": {"node-name": self._node}},
@@ -59,10 +59,10 @@ class Snapshot:
         ]
 
     async def save(self, monitor: Monitor) -> bytes:
-        """The migration stream of a paused guest, with the settings of `device_state.plan`. Run state and disks of the
-        guest stay as they are.
+        """Return the migration stream of a paused guest, to which the settings of `device_state.plan` were applied. Run
+        state and disks of the guest are not changed.
 
-        Raises UnsupportedError if this QEMU has no `snapshot-save`, WorkloadError with QEMU's words, WorkloadDied.
+        Raises UnsupportedError if this QEMU has no `snapshot-save`, WorkloadError with QEMU's message, WorkloadDied.
         """
         if not await monitor.supports(_COMMAND):
             raise UnsupportedError(
@@ -76,7 +76,7 @@ class Snapshot:
                 await asyncio.shield(self._remove(monitor))
             return _state_in(file)
         finally:
-            os.ftruncate(file, 0)  # QEMU may keep the descriptor, although it was removed, until the guest runs
+            os.ftruncate(file, 0)  # QEMU may keep the removed descriptor open until the guest runs
             os.close(file)
 
     async def _write(self, monitor: Monitor, file: int) -> None:
@@ -94,12 +94,12 @@ class Snapshot:
 
     async def _remove(self, monitor: Monitor) -> None:
         for command in self.removal:
-            with contextlib.suppress(WorkloadError):  # what `save` has not come to is not there
+            with contextlib.suppress(WorkloadError):  # objects that `save` has not created do not exist
                 await monitor.run(command)
 
 
 def _new_file() -> int:
-    """An empty qcow2 file in memory that cannot grow beyond `_LIMIT`."""
+    """Create an empty qcow2 file in memory, of at most `_LIMIT` bytes. Return its descriptor."""
     file = os.memfd_create("pageferry-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(file, _LIMIT)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -107,12 +107,12 @@ def _new_file() -> int:
     header = (b"QFI\xfb", 3, 0, 0, _CLUSTER_BITS, _DISK, 0, 1, level1, table, 1, 0, 0, 0, 0, 0, 4, _HEADER.size)
     os.pwrite(file, _HEADER.pack(*header), 0)
     os.pwrite(file, struct.pack(">Q", block), table)
-    os.pwrite(file, struct.pack(">4H", 1, 1, 1, 1), block)  # the four clusters up to here are in use
+    os.pwrite(file, struct.pack(">4H", 1, 1, 1, 1), block)  # the first four clusters are in use
     return file
 
 
 def _state_in(file: int) -> bytes:
-    """The state in the only snapshot of a file. Raises WorkloadError."""
+    """Return the state in the only snapshot of a file. Raises WorkloadError."""
     snapshots, first = _HEADER.unpack(os.pread(file, _HEADER.size, 0))[11:13]
     if snapshots != 1:
         raise WorkloadError(f"QEMU has written {snapshots} snapshots instead of its device state")
@@ -124,7 +124,7 @@ def _state_in(file: int) -> bytes:
         raise WorkloadError(
             f"the device state is larger than {LARGEST >> 20} MiB: guest memory is in it, not in a shared file"
         )
-    covered = _CLUSTER * _CLUSTER // 8  # bytes, by one level-2 table
+    covered = _CLUSTER * _CLUSTER // 8  # bytes covered by one level-2 table
     level1 = struct.unpack(f">{entries}Q", os.pread(file, 8 * entries, offset))
     state = bytearray()
     for entry in level1[-(-_DISK // covered) :]:

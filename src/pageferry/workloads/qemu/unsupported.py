@@ -1,8 +1,8 @@
-"""Devices, back ends and block drivers of QEMU with which a guest cannot be managed: the one list of them.
+"""Devices, back ends and block drivers of QEMU with which a guest cannot be managed. This is the only list of them.
 
-Most of them write to guest memory past the page tables of the QEMU process: a device of the host through pages that it
-has pinned, or another process through a mapping of its own. No write trace (S2) sees that. The names are those of QEMU
-7.2 to 11.1. A command line is checked before QEMU starts; a running QEMU is asked what it has, since devices can be
+Most of them write to guest memory without the page tables of the QEMU process: a device of the host through pages that
+it has pinned, or another process through a separate mapping. No write trace (S2) records these writes. The names are
+those of QEMU 7.2 to 11.1. A command line is checked before QEMU starts; a running QEMU is queried, since devices can be
 added at any time and the file of a disk can name further drivers.
 """
 
@@ -23,7 +23,7 @@ PERSISTENT = "persistent memory is not managed: use a virtio-blk or virtio-scsi 
 CONFIDENTIAL = "the memory of a confidential guest cannot be read from outside"
 
 DEVICES = {
-    "vfio-": HOST_DEVICE,  # vfio-user-pci of 10.1 too, whose device is another process
+    "vfio-": HOST_DEVICE,  # also vfio-user-pci of 10.1, whose device is another process
     "x-vfio-user-": OTHER_PROCESS,
     "vhost-user-": OTHER_PROCESS,
     "vhost-vdpa-": HOST_DEVICE,
@@ -37,10 +37,10 @@ DEVICES = {
     "virtio-mem": HOTPLUG,
     "virtio-pmem": PERSISTENT,
 }
-"""By the beginning of the type's name (`-device`)."""
+"""Devices, by prefix of the type (`-device`)."""
 
 NETWORKS = {"vhost-user": OTHER_PROCESS, "vhost-vdpa": HOST_DEVICE}
-"""By type (`-netdev`, `-nic`)."""
+"""Network back ends, by type (`-netdev`, `-nic`)."""
 
 BLOCK_DRIVERS = {
     "nvme": HOST_DEVICE,
@@ -49,7 +49,7 @@ BLOCK_DRIVERS = {
     "virtio-blk-vhost-user": OTHER_PROCESS,
     "virtio-blk-vhost-vdpa": HOST_DEVICE,
 }
-"""By name (`-blockdev`, `-drive`); the last four are those of libblkio."""
+"""Block drivers, by name (`-blockdev`, `-drive`); the last four are those of libblkio."""
 
 OBJECTS = {
     "cryptodev-vhost-user": OTHER_PROCESS,
@@ -59,19 +59,19 @@ OBJECTS = {
     "sev-": CONFIDENTIAL,
     "tdx-guest": CONFIDENTIAL,
 }
-"""By the beginning of the type's name (`-object`)."""
+"""Objects, by prefix of the type (`-object`)."""
 
 _NETWORK = re.compile(r"\btype=([\w-]+)")
 _ON = frozenset(("on", "yes", "true", "y"))
 
 
 def refuse_device(driver: str) -> None:
-    """Raises UnsupportedError for a type of device with which a guest cannot be managed."""
+    """Raise UnsupportedError for a type of device with which a guest cannot be managed."""
     _refuse(f"device {driver}", driver, DEVICES)
 
 
 def refuse_network(properties: Mapping[str, str]) -> None:
-    """Raises UnsupportedError for a network back end with which a guest cannot be managed."""
+    """Raise UnsupportedError for a network back end with which a guest cannot be managed."""
     kind = properties.get("type", "")
     if kind in NETWORKS:
         raise UnsupportedError(f"unsupported network {kind}: {NETWORKS[kind]}")
@@ -80,12 +80,12 @@ def refuse_network(properties: Mapping[str, str]) -> None:
 
 
 def refuse_object(kind: str) -> None:
-    """Raises UnsupportedError for a type of object with which a guest cannot be managed."""
+    """Raise UnsupportedError for a type of object with which a guest cannot be managed."""
     _refuse(f"object {kind}", kind, OBJECTS)
 
 
 def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
-    """Raises UnsupportedError where a disk, by its flat properties, uses a driver with which it cannot be managed."""
+    """Raise UnsupportedError if a disk, by its flat properties, uses a driver with which guests cannot be managed."""
     for key, value in properties:
         named = value if key.rpartition(".")[2] in ("driver", "format") else ""
         if value.startswith("nvme:"):
@@ -95,12 +95,12 @@ def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
 
 
 async def refuse_running(monitor: Monitor) -> None:
-    """Raises UnsupportedError where a running QEMU has any of them now."""
+    """Raise UnsupportedError if a running QEMU uses any of them now."""
     devices, more_devices, objects, networks, nodes = await asyncio.gather(
         _types(monitor, "/machine/peripheral"),
         _types(monitor, "/machine/peripheral-anon"),
         _types(monitor, "/objects"),
-        # QMP has no command for this.
+        # QMP has no command that returns this.
         monitor.execute("human-monitor-command", command_line="info network"),
         monitor.execute("query-named-block-nodes", flat=True),
     )

@@ -1,24 +1,25 @@
-"""How another process of this host controls an arena: a unix socket that the owner of the arena serves.
+"""Control of an arena by another process of this host, over a Unix socket that is served by the owner of the arena.
 
-Each request has one answer, and each message is a 32-bit length (big endian) and a MessagePack map with the name of
-the message under `type`. The description carries a descriptor of the memory::
+Each request has one reply. Each message is a 32-bit length (big endian) and a MessagePack map with the name of the
+message under `type`. A descriptor of the memory is sent with the description::
 
     client (a migration, a checkpoint)          owner of the arena
       │ ── Describe ─────────────────────────▶ │
       │ ◀──────────── Description + descriptor ─ │  regions, processes that map them
       │ ── Pause ────────────────────────────▶ │  on_pause
-      │ ◀─────────────────────────────── Done ─ │  ← nothing writes any more, as long as this client lives
+      │ ◀─────────────────────────────── Done ─ │  ← no more writes, as long as this client is connected
       │ ── SaveState ────────────────────────▶ │
-      │ ◀────────────────── StateIs, n pieces ─ │
-      │ ── Commit ───────────────────────────▶ │  ← from here the memory stays paused even if the client dies
+      │ ◀────────────────── StateIs, n chunks ─ │
+      │ ── Commit ───────────────────────────▶ │  ← from here the arena stays paused if the client exits
       │ ◀─────────────────────────────── Done ─ │
       │ ── Discard (or Resume) ──────────────▶ │  on_moved (on_resume)
       │ ◀─────────────────────────────── Done ─ │
 
-A client that goes away between Pause and Commit lets the program run on at once: the kernel closes its socket however
-it dies. After Commit another client may say Resume or Discard, once it knows what became of the migration. Who may do
-what when is decided by `workloads.lifecycle`; a request that does not fit is answered by Refused, and nothing happens.
+If a client disconnects between Pause and Commit, the program continues at once: the kernel closes the socket however
+the client ends. After Commit another client may send Resume or Discard, once it knows the outcome of the migration.
+`workloads.lifecycle` decides which requests are permitted. The reply to any other request is Refused, and nothing is
+changed.
 
-Only the user that owns the program, and root, may connect: the socket is 0600, and the peer is asked for its
-credentials.
+Only the user that owns the program, and root, may connect: the socket has mode 0600, and the server checks the
+credentials of the peer (SO_PEERCRED).
 """

@@ -1,4 +1,4 @@
-"""The controlling side: an arena of another process as a `Workload`."""
+"""Client of the control socket: an arena of another process as a `Workload`."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ from pageferry.workloads.lifecycle import Status
 from pageferry.workloads.protocols import Faults, Witness
 
 TIMEOUT = 60.0
-"""Seconds to wait for an answer: pause and state callbacks are the program's own."""
+"""Seconds to wait for a reply. Pause and state callbacks are code of the program, and may take long."""
 
 T = TypeVar("T")
 Wanted = TypeVar("Wanted", bound=wire.Message)
 
 
 class RemoteArena:
-    """An arena that another process of this host owns. Made by `connect`.
+    """Arena of another process of this host. Made by `connect`.
 
-    While this object has it paused and has not committed it, the arena runs on as soon as the object is closed or this
-    process dies. Methods raise WorkloadError when the program refuses, WorkloadDied when it is gone.
+    An arena that is paused by this object and not committed continues as soon as the object is closed or this process
+    exits. Methods raise WorkloadError if the program refuses a request, WorkloadDied if the program has exited.
     """
 
     def __init__(self, connection: socket.socket, path: str) -> None:
-        """Ask the owner at the other end of `connection` (a blocking socket) what it has. `path` is for messages."""
+        """Request the description of the arena over `connection`, a blocking socket. `path` is used in messages."""
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
         self._cut = False
-        """A request was cancelled: the program may hang, and runs on as after the death of a client."""
+        """Whether a request was cancelled and the connection shut down. The program, which may hang, continues as if
+        its client had exited.
+        """
         try:
             description, files = self._describe()
         except BaseException:
@@ -54,7 +56,7 @@ class RemoteArena:
 
     @classmethod
     async def connect(cls, path: str) -> Self:
-        """Connect to the control socket at `path`. Raises WorkloadDied when nobody serves it, WorkloadError."""
+        """Connect to the control socket at `path`. Raises WorkloadDied if no process serves it, WorkloadError."""
         return await in_thread(cls._connect, path)
 
     @classmethod
@@ -75,79 +77,79 @@ class RemoteArena:
 
     @property
     def identity(self) -> Identity:
-        """What this workload is, as its owner describes it."""
+        """Kind, name and details of the workload, as described by its owner."""
         return self._identity
 
     async def check_mappers(self) -> None:
-        """As of `Workload`; the program looks."""
+        """See `Workload`. The check runs in the program."""
         await self._do(wire.CheckMappers())
 
     async def prepare_pause(self) -> None:
-        """Nothing: the program's callbacks are for the pause itself."""
+        """Do nothing: the program has no callback for this."""
 
     async def prepare_load(self) -> None:
-        """Nothing: the program is asked when there is a state."""
+        """Do nothing: the program has no callback for this."""
 
     async def does_direct_io(self) -> bool:
-        """As the program says."""
+        """Return the setting of the program."""
         return self._direct_io
 
     async def drain(self) -> float | None:
-        """Run the program's pause and resume callbacks, unless it does no direct I/O into the arena."""
+        """Run the pause and resume callbacks of the program, unless it does no direct I/O into the arena."""
         if not self._direct_io or not await self.running():
             return None
         return await pause_briefly(self)
 
     async def pause(self) -> None:
-        """Have the program stop everything that writes. It runs on if we go away before `commit`."""
+        """Request that the program stops all writes. The program continues if this process exits before `commit`."""
         await self._do(wire.Pause())
 
     async def resume(self) -> None:
-        """Let the program go on."""
+        """Resume the program."""
         if not self._cut:
             await self._do(wire.Resume())
 
     async def save_state(self) -> bytes:
-        """What the program wants to move besides its memory."""
+        """Return the state of the program that is migrated besides its memory."""
         return await self._cancellable(self._save_state)
 
     async def load_state(self, state: bytes) -> None:
-        """Give the program a state."""
+        """Send a state to the program."""
         for data, last in wire.pieces(state):
             await self._do(wire.LoadState(data=data, last=last))
 
     async def commit(self, witness: Witness | None = None) -> None:
-        """From here on the program stays paused, whoever dies, until `resume` or `discard`; no `witness` is needed."""
+        """Leave the program paused until `resume` or `discard`, even if this process exits. `witness` is not used."""
         await self._do(wire.Commit())
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Nothing: the program's threads use the page tables of its processes."""
+        """Do nothing and return 0: the threads of the program use the page tables of its processes."""
         return 0
 
     async def discard(self) -> None:
-        """Tell the program that its arena has moved. It may end on that, even before it answers."""
+        """Report to the program that its arena has been migrated. The program may exit before it replies."""
         with contextlib.suppress(WorkloadDied):
             await self._do(wire.Discard())
 
     async def running(self) -> bool:
-        """Whether the program has not paused it."""
+        """Return whether the arena is running."""
         return await self.status() is Status.RUNNING
 
     async def status(self) -> Status:
-        """Where the arena is in its life."""
+        """Return the status of the arena."""
         return Status((await in_thread(self._ask, wire.AskStatus(), wire.StatusIs)).status)
 
     def faults(self) -> Faults:
-        """Page faults of the program's own threads."""
+        """Return the page faults of the program's own threads."""
         answer = self._ask(wire.AskFaults(), wire.FaultsAre)
         return Faults(answer.minor, answer.major)
 
     async def report(self) -> dict[str, object]:
-        """What the program says about itself."""
+        """Return data of the program about itself."""
         return (await in_thread(self._ask, wire.AskReport(), wire.ReportIs)).report
 
     def close(self) -> None:
-        """Let go of socket and files. An arena that is paused and not committed runs on."""
+        """Close socket and files. An arena that is paused by this object and not committed continues."""
         self._connection.close()
         wire.close_all([region.fd for region in self.regions])
         self.regions = ()
@@ -156,7 +158,7 @@ class RemoteArena:
         await self._cancellable(lambda: self._ask(request, wire.Done))
 
     async def _cancellable(self, call: Callable[[], T]) -> T:
-        """Run a request. On cancellation the connection is cut, which ends the thread that waits for the answer."""
+        """Run a request. On cancellation, shut down the connection, which ends the thread that waits for the reply."""
         try:
             return await in_thread(call)
         except asyncio.CancelledError:
@@ -203,7 +205,7 @@ class RemoteArena:
         try:
             answer, files = wire.receive_answer(self._connection, most)
         except TimeoutError as slow:
-            # An answer that comes later would be taken for that of another request.
+            # A later reply would be taken for the reply to another request.
             self._connection.close()
             raise WorkloadError(f"no reply from the program at {self._path} within {TIMEOUT:.0f} s") from slow
         except (EOFError, OSError) as gone:

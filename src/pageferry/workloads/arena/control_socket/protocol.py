@@ -1,4 +1,4 @@
-"""Messages of the control socket, and their framing. The package draws their order."""
+"""Messages of the control socket, and their framing. The docstring of the package shows their order."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pageferry import errors
 from pageferry.errors import WorkloadError
 
 VERSION = 2
-"""Of the protocol; another one is refused by name."""
+"""Version of the protocol; other versions are refused."""
 
 MAX_MESSAGE = 4 << 20
-"""Largest message, bytes."""
+"""Maximum size of a message, bytes."""
 STATE_CHUNK = 1 << 20
 """Bytes of state per message."""
 MAX_STATE = 512 << 20
-"""Largest state, bytes."""
+"""Maximum size of a state, bytes."""
 MAX_REGIONS = 16
 _LENGTH_BYTES = 4
 
@@ -28,17 +28,17 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Base of all messages; a field nobody knows is refused."""
+    """Base of all messages. Unknown fields are refused."""
 
 
 class Describe(Message):
-    """What are you?"""
+    """Request for the description of the arena."""
 
     version: Count = VERSION
 
 
 class SegmentInfo(msgspec.Struct, forbid_unknown_fields=True):
-    """A `memory.regions.Segment`."""
+    """Encoding of `memory.regions.Segment`."""
 
     pid: Count
     address: Count
@@ -47,7 +47,7 @@ class SegmentInfo(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RegionInfo(msgspec.Struct, forbid_unknown_fields=True):
-    """A `memory.regions.Region`; its descriptor comes with the message, in the same order."""
+    """Encoding of `memory.regions.Region`. The descriptors are sent with the message, in the order of the regions."""
 
     name: str
     length: Count
@@ -57,7 +57,7 @@ class RegionInfo(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Description(Message):
-    """This. One descriptor per region comes with it."""
+    """Reply to Describe, sent with one descriptor per region."""
 
     version: Count
     pid: Count
@@ -68,84 +68,84 @@ class Description(Message):
     direct_io: bool = True
     """Whether direct I/O into the memory is possible, and Pause waits for it."""
     handed_out: bool = True
-    """As `Workload.handed_out`."""
+    """See `Workload.handed_out`."""
 
 
 class CheckMappers(Message):
-    """Which processes can write to the memory, other than those of the Description?"""
+    """Request to refuse other processes, not listed in the Description, that can write to the memory."""
 
 
 class Pause(Message):
-    """Stop everything that writes to the memory."""
+    """Request to stop all writes to the memory."""
 
 
 class Resume(Message):
-    """Let it go on."""
+    """Request to resume the workload."""
 
 
 class SaveState(Message):
-    """What has to move besides the memory?"""
+    """Request for the state that is migrated besides the memory."""
 
 
 class LoadState(Message):
-    """A piece of the state to be loaded; the last one is marked."""
+    """Chunk of the state to be loaded; `last` marks the last one."""
 
     data: Annotated[bytes, Meta(max_length=STATE_CHUNK)]
     last: bool
 
 
 class StateIs(Message):
-    """A piece of the state; the last one is marked."""
+    """Chunk of the saved state; `last` marks the last one."""
 
     data: Annotated[bytes, Meta(max_length=STATE_CHUNK)]
     last: bool
 
 
 class Commit(Message):
-    """It may be running elsewhere from now on."""
+    """Notice that the workload may be running at the destination from now on."""
 
 
 class Discard(Message):
-    """It runs elsewhere."""
+    """Notice that the workload runs at the destination, and is to be ended."""
 
 
 class AskStatus(Message):
-    """Do you run?"""
+    """Request for the status."""
 
 
 class StatusIs(Message):
-    """A `lifecycle.Status`."""
+    """Reply to AskStatus: a `lifecycle.Status`."""
 
     status: str
 
 
 class AskFaults(Message):
-    """How many page faults have your threads taken?"""
+    """Request for the page-fault counts of the workload's threads."""
 
 
 class FaultsAre(Message):
-    """A `workloads.protocols.Faults`."""
+    """Reply to AskFaults: encoding of `workloads.protocols.Faults`."""
 
     minor: Count
     major: Count
 
 
 class AskReport(Message):
-    """What have you to say about yourself?"""
+    """Request for data of the workload about itself."""
 
 
 class ReportIs(Message):
-    """What a kind of workload chooses to tell."""
+    """Reply to AskReport. The contents depend on the kind of workload."""
 
     report: dict[str, object]
 
 
 class Done(Message):
-    """It is done."""
+    """Reply to a request that was carried out."""
 
 
 class Refused(Message):
-    """It is not done, and nothing has changed. `error` is the name of an error of `pageferry.errors`."""
+    """Reply to a request that failed without any change. `error`: name of a class of `pageferry.errors`."""
 
     error: str
     reason: str
@@ -172,7 +172,7 @@ _answers = msgspec.msgpack.Decoder(Answer)
 
 
 def send(connection: socket.socket, message: Message, descriptors: tuple[int, ...] = ()) -> None:
-    """Send one message, and descriptors with its first byte. Raises ValueError when it is too long, and OSError."""
+    """Send one message, and descriptors with its first byte. Raises ValueError if the message is too long, OSError."""
     body = _encoder.encode(message)
     if len(body) > MAX_MESSAGE:
         raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE}")
@@ -186,16 +186,16 @@ def send(connection: socket.socket, message: Message, descriptors: tuple[int, ..
 
 
 def receive_request(connection: socket.socket) -> Request | None:
-    """The next request; None when the client is gone. Raises msgspec.MsgspecError or ValueError for anything else."""
+    """Return the next request; None if the client has disconnected. Raises MsgspecError, ValueError if invalid."""
     length = _exactly(connection, _LENGTH_BYTES)
     body = None if length is None else _exactly(connection, _bounded(length))
     return None if body is None else _requests.decode(body)
 
 
 def receive_answer(connection: socket.socket, most: int = 0) -> tuple[Answer, list[int]]:
-    """The next answer and up to `most` descriptors with it, which are the caller's to close.
+    """Return the next reply, and up to `most` descriptors received with it, which the caller closes.
 
-    Raises EOFError when the other side is gone, msgspec.MsgspecError or ValueError for what is no answer.
+    Raises EOFError if the peer has disconnected, msgspec.MsgspecError or ValueError for an invalid reply.
     """
     if most:
         length, descriptors, _, _ = socket.recv_fds(connection, _LENGTH_BYTES, most)
@@ -213,18 +213,20 @@ def receive_answer(connection: socket.socket, most: int = 0) -> tuple[Answer, li
 
 
 def close_all(descriptors: list[int]) -> None:
-    """Close descriptors that came with a message."""
+    """Close descriptors that were received with a message."""
     for descriptor in descriptors:
         socket.close(descriptor)
 
 
 def refusal(error: Exception) -> Refused:
-    """An exception as an answer."""
+    """Return an exception as a reply."""
     return Refused(error=type(error).__name__, reason=str(error) or type(error).__name__)
 
 
 def raise_refusal(refused: Refused) -> NoReturn:
-    """The answer as an exception: of the class it names, where that is a WorkloadError, otherwise WorkloadError."""
+    """Raise the exception of a reply: of the class that it names, if that is a WorkloadError, otherwise
+    WorkloadError.
+    """
     kind = getattr(errors, refused.error, None)
     if isinstance(kind, type) and issubclass(kind, WorkloadError):
         raise kind(refused.reason)
@@ -232,9 +234,9 @@ def raise_refusal(refused: Refused) -> NoReturn:
 
 
 def pieces(state: bytes) -> list[tuple[bytes, bool]]:
-    """State cut up for `StateIs` and `LoadState`: (data, whether it is the last); at least one piece.
+    """Split a state into chunks for `StateIs` and `LoadState`. Return at least one pair (data, whether it is the last).
 
-    Raises WorkloadError for more than MAX_STATE.
+    Raises WorkloadError if the state is larger than MAX_STATE.
     """
     if len(state) > MAX_STATE:
         raise WorkloadError(f"the state is {len(state)} bytes, the limit is {MAX_STATE}: put it in the arena")
@@ -250,7 +252,7 @@ def _bounded(length: bytes | bytearray) -> int:
 
 
 def _exactly(connection: socket.socket, count: int) -> bytearray | None:
-    """`count` bytes, or None when the other side went away first."""
+    """Return `count` bytes; None if the peer disconnected before."""
     data = bytearray(count)
     rest = memoryview(data)
     while rest:

@@ -1,4 +1,4 @@
-"""The owner's side of the control socket: threads that answer requests about one arena."""
+"""Server of the control socket: threads that reply to requests about one arena."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from pageferry.workloads.arena.control_socket import protocol as wire
 from pageferry.workloads.lifecycle import Lifecycle
 
 THREAD_NAME = "pageferry-control"
-"""Of every thread of a server: they are ours, not the workload's."""
+"""Name of every thread of a server. Such threads belong to pageferry, not to the workload."""
 
 MOST_CLIENTS = 16
 
 
 class Owned(Protocol):
-    """A workload of this process."""
+    """Workload of this process."""
 
     lifecycle: Lifecycle
 
 
 class ControlServer:
-    """Serves the control socket at `path` for one workload, from daemon threads, until it is closed.
+    """Server of the control socket at `path` for one workload. It runs in daemon threads until it is closed.
 
-    The socket is made with mode 0600. Each connection is a separate controller (`workloads.lifecycle`). Only
-    connections keep the workload alive: the server itself refers to it weakly. `stopped` is called by the thread that
-    accepts connections when it ends.
+    The socket is created with mode 0600. Each connection is a separate controller (`workloads.lifecycle`). Only
+    connections keep the workload alive: the server itself has a weak reference. The thread that accepts connections
+    calls `stopped` when it ends.
     """
 
     def __init__(self, workload: Owned, path: str, stopped: Callable[[], object] = lambda: None) -> None:
@@ -54,12 +54,14 @@ class ControlServer:
         self._thread = _start(self._accept)
 
     def stop_listening(self) -> None:
-        """Take no more clients."""
+        """Accept no further clients."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Take no more clients, and let go of those there are: what they have paused and not committed runs on."""
+        """Accept no further clients, and disconnect the connected ones. If a client had paused the workload without a
+        commit, the workload continues.
+        """
         self.stop_listening()
         with self._lock:
             for client in self._clients:
@@ -98,17 +100,17 @@ class ControlServer:
 
 
 class _Session:
-    """One client, as a controller of the workload."""
+    """Session of one client, which is a controller of the workload."""
 
     def __init__(self, lifecycle: Lifecycle, client: socket.socket) -> None:
         self._lifecycle = lifecycle
         self._client = client
         self._state = bytearray()
         self._regions: tuple[Region, ...] = ()
-        """As described."""
+        """Regions that were sent in the description."""
 
     def run(self) -> None:
-        """Answer requests until the client goes away, or says something that is no request."""
+        """Reply to requests until the client disconnects or sends an invalid message."""
         while True:
             try:
                 request = wire.receive_request(self._client)
@@ -121,7 +123,7 @@ class _Session:
     def _answer(self, request: wire.Request) -> None:
         try:
             answers = list(self._answers(request))
-        except Exception as error:  # a callback may raise anything: it is the client's to know
+        except Exception as error:  # a callback may raise any exception: report it to the client
             wire.send(self._client, wire.refusal(error))
             return
         for answer in answers:
@@ -220,12 +222,12 @@ def _start(target: object, *arguments: object) -> threading.Thread:
 
 
 def _is_trusted(client: socket.socket) -> bool:
-    """Whether the peer runs as our user, or as root."""
+    """Return whether the peer runs as the user of this process, or as root."""
     return _credentials(client)[1] in (0, os.geteuid())
 
 
 def _credentials(client: socket.socket) -> tuple[int, int]:
-    """Process and user of the peer."""
+    """Return the process id and the user id of the peer."""
     credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
     return pid, uid
