@@ -1,4 +1,4 @@
-"""Checkpoint of a guest of 1 GiB that writes all over its memory, by pageferry and by QEMU's own methods, in turn."""
+"""Checkpoints of a guest of 1 GiB that writes to all of its memory, by pageferry and by QEMU's own methods, in turn."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from benchmarks.peers.qemu import QemuLine
 from tests.guest import initrd
 
 FULL, SMALL = 860, 64
-"""MiB: what a guest of 1 GiB can touch besides its kernel, and a small size for --quick."""
+"""Memory that the guest writes to, MiB: the maximum for a guest of 1 GiB, and a small size for --quick."""
 RATES = {"20 MiB/s": 5120, "as fast as it can": 1_000_000}
-"""Pages written per second, at random."""
+"""Rates of random writes, pages per second."""
 USUAL = 1.0
 """Seconds before the checkpoint in which the usual rate is measured."""
 AFTER = 0.2
-"""Seconds to wait for the last ticks."""
+"""Seconds to wait for the last ticks after the checkpoint."""
 PEERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "background-snapshot": (("background-snapshot",), False),
     "mapped-ram, multifd": (("mapped-ram", "multifd"), False),
     "stop-and-copy, mapped-ram, multifd": (("mapped-ram", "multifd"), True),
 }
-"""Capabilities, and whether the guest is stopped before the migration."""
+"""QEMU's methods: their capabilities, and whether the guest is stopped before the migration."""
 CAPABILITIES = ("mapped-ram", "multifd", "background-snapshot")
 OURS: dict[str, tuple[str, ...]] = {"lazy": (), "stop": ("--mode", "stop")}
 
@@ -55,13 +55,13 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def checker(mebibytes: int, rate: int, hot: int = 100) -> str:
-    """Options of the checker: MiB of memory, pages written per second, and the percentage of memory that is written."""
+    """Return the options of the checker: MiB of memory, pages written per second, and percentage of memory written."""
     return f"ferry.mib={mebibytes} ferry.rate={rate} ferry.hot={hot} ferry.verify=0 ferry.tick=10 ferry.zero=10"
 
 
 @contextlib.contextmanager
 def guests(place: Place, words: str, load: str) -> Iterator[tuple[PageferryLine, QemuLine]]:
-    """The same guest twice, paused: managed by pageferry, and in QEMU alone."""
+    """Yield the same guest twice, paused: managed by pageferry, and in QEMU without pageferry."""
     stem = load.replace("/", " per ")
     ours = PageferryLine(f"ours {stem}", place, machine.QEMU, words)
     theirs = QemuLine(f"theirs {stem}", place, machine.QEMU, words)
@@ -78,7 +78,7 @@ def save(line: PageferryLine, image: Path, *words: str) -> dict[str, Any]:
 
 
 def told_by(told: dict[str, Any]) -> dict[str, Any]:
-    """Figures of a checkpoint under the names of the tables. Rates are in MiB of data pages per second."""
+    """Return the figures of a checkpoint under the names of the tables. Rates are in MiB of data pages per second."""
     seconds = max(told["total-time"] - told["arm-time"], 1) / 1e3
     return {
         "total-ms": told["total-time"],
@@ -99,7 +99,7 @@ def told_by(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopped: bool = False) -> dict[str, Any]:
-    """Save to a file with QEMU's own migration; the guest keeps running."""
+    """Save the running guest to a file with QEMU's own migration. Return the figures."""
     assert line.current is not None
     monitor = line.current.monitor
     line.set_up(line.current, {name: name in capabilities for name in CAPABILITIES})
@@ -141,7 +141,10 @@ def _go_on(monitor: Monitor) -> None:
 
 
 def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Save a running guest. Include its pause from QEMU's events, and its loss of write rate."""
+    """Save a running guest.
+
+    Return the figures, with its pause according to QEMU's events, and its loss of write rate.
+    """
     assert line.current is not None
     monitor = line.current.monitor
     monitor.execute("cont")
@@ -150,7 +153,7 @@ def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     seen = len(monitor.history)
     run = save()
     time.sleep(AFTER)
-    monitor.execute("query-status")  # its reply follows all earlier events
+    monitor.execute("query-status")  # the reply follows all earlier events
     happened = dict(monitor.history[seen:])
     begin, end = run.pop("begin"), run.pop("end")
     usual = line.serial.rate(begin - USUAL, begin)
@@ -165,6 +168,6 @@ def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _io(pid: int) -> tuple[int, int]:
-    """Number of write calls of a process, and bytes written (proc(5), /proc/PID/io)."""
+    """Return the number of write calls of a process, and the bytes written (proc(5), /proc/PID/io)."""
     lines = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
     return int(lines["syscw"]), int(lines["wchar"])

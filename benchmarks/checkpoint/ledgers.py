@@ -1,4 +1,4 @@
-"""Checkpoint of the built-in workload: effect on its writer, parts of the pause, cost of a second checkpoint."""
+"""Checkpoints of the built-in workload: effect on its writer, parts of the pause, cost of a second checkpoint."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CODECS = ("none", "lz4", "zstd")
 USUAL = 1.0
 """Seconds before the checkpoint in which the usual rate is measured."""
 GIB = (1, 4)
-"""Sizes of the arenas for the pause."""
+"""Sizes of the arenas whose pause is measured, GiB."""
 SPARSE = {"rate": 4 << 20, "working_set": 0.02, "scatter": True}
-"""Writes between two checkpoints of a chain."""
+"""Options of the writer between two checkpoints of a chain."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Measure both loads, lazy and stopped."""
+    """Measure lazy and stopped checkpoints under both loads."""
     runs = []
     for load, options in LOADS.items():
         with Ledger("saved", SMALL if setting.quick else FULL, CONTENTS | options) as ledger:
@@ -40,7 +40,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
-    """Measure data saved per second, and the speed of the codec alone on the same pages."""
+    """Measure the rate at which data is saved, and the speed of the codec alone on the same pages."""
     runs = []
     image = setting.folder / "image"
     with Ledger("coded", SMALL if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
@@ -53,7 +53,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_pause(setting: Setting) -> list[dict[str, Any]]:
-    """Measure the pause by size, for an arena whose writer keeps writing."""
+    """Measure the pause for each arena size while the writer keeps writing."""
     runs = []
     for gib in GIB:
         size = SMALL if setting.quick else gib << 30
@@ -66,7 +66,7 @@ def measure_pause(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_increments(setting: Setting) -> list[dict[str, Any]]:
-    """Measure a checkpoint, and a second one a second later with the first as its parent."""
+    """Measure a checkpoint, and an incremental one a second later."""
     runs = []
     parent, child = setting.folder / "parent", setting.folder / "child"
     with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | SPARSE) as ledger:
@@ -79,7 +79,7 @@ def measure_increments(setting: Setting) -> list[dict[str, Any]]:
 
 
 async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
-    """Take one checkpoint. Include the writer's own statistics."""
+    """Take one checkpoint. Return its figures and the statistics of the writer."""
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)
     try:
@@ -99,7 +99,7 @@ async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
 
 
 async def _rate(workload: RemoteArena, meanwhile: Any) -> dict[str, Any]:
-    """Writes per second during an awaitable, the longest write, and the result."""
+    """Return the writes per second during an awaitable, the longest write, and the awaitable's result."""
     before, began = await workload.report(), time.perf_counter()
     result = await meanwhile
     after, ended = await workload.report(), time.perf_counter()

@@ -1,1 +1,1 @@
-"""Programs whose pages are sent again."""
+"""Benchmark of deltas: programs whose pages are sent again."""

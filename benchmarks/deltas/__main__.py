@@ -1,8 +1,8 @@
-"""Size of pages that are sent again, whole or as deltas: `make bench-deltas`, or `python -m benchmarks.deltas
-[--quick]`.
+"""Size of pages that are sent again, whole or as deltas: `make bench-deltas` or `python -m benchmarks.deltas`.
 
 Compares the pages that a round would send again with their contents in the previous round, for programs with different
-write patterns and for the built-in workload (docs/decisions/0011-pages-are-sent-again-whole.md).
+write patterns and for the built-in workload (docs/decisions/0011-pages-are-sent-again-whole.md). `--quick` measures
+small workloads once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 Pages = dict[int, bytes]
-"""Contents by address."""
+"""Contents of pages by address."""
 
 
 def measure(setting: Setting) -> list[Run]:
@@ -56,7 +56,7 @@ def measure(setting: Setting) -> list[Run]:
 
 
 def _round(pid: int) -> Pages:
-    """Wait for half a second, then return the contents of a process's writable memory, read while it is stopped."""
+    """Wait for the length of a round, stop a process, and return the contents of its writable memory."""
     time.sleep(ROUND)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -76,7 +76,7 @@ def _pages(pid: int) -> Iterator[tuple[int, bytes]]:
             memory.seek(start)
             try:
                 data = memory.read(end - start)
-            except OSError:  # memory that cannot be read
+            except OSError:  # the memory cannot be read
                 continue
             for at in range(0, len(data), SMALL_PAGE):
                 if (page := data[at : at + SMALL_PAGE]) != zeros:

@@ -1,9 +1,8 @@
-"""Programs with typical write patterns: `python -m benchmarks.deltas.programs NAME`. Prints `ready` and keeps
-writing.
+"""Programs with typical write patterns: `python -m benchmarks.deltas.programs NAME`.
 
-`database`: SQLite in memory, with random updates of rows of 200 bytes; `dictionary`: a dict of Python objects, some of
-which are replaced; `array`: random changes in a large array of numbers; `text`: lines that are appended while old ones
-are dropped.
+Each program prints `ready` and keeps writing. `database`: SQLite in memory, with random updates of rows of 200 bytes;
+`dictionary`: a dict of Python objects, some of which are replaced; `array`: random changes in a large array of numbers;
+`text`: lines that are appended while old ones are removed.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from collections.abc import Callable
 
 ROWS = 100_000
 PAUSE = 0.0005
-"""Seconds between two small batches, so that programs are busy, but not at full speed."""
+"""Seconds between two small batches, so that a program is busy, but not at full speed."""
 
 
 def database(choice: random.Random) -> Callable[[], object]:
-    """Create a table; return a function that updates rows."""
+    """Create a table. Return a function that updates rows."""
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER, note TEXT)")
     rows = ((number, 0, choice.randbytes(100).hex()) for number in range(ROWS))
@@ -37,7 +36,7 @@ def database(choice: random.Random) -> Callable[[], object]:
 
 
 def dictionary(choice: random.Random) -> Callable[[], object]:
-    """Create objects by key; return a function that replaces some."""
+    """Create objects by key. Return a function that replaces some of them."""
     held = {number: (number, choice.random(), str(number) * 4) for number in range(ROWS * 2)}
 
     def step() -> None:
@@ -49,7 +48,7 @@ def dictionary(choice: random.Random) -> Callable[[], object]:
 
 
 def numbers(choice: random.Random) -> Callable[[], object]:
-    """Create an array; return a function that changes some numbers."""
+    """Create an array. Return a function that changes some numbers."""
     held = array.array("d", (choice.random() for _ in range(ROWS * 60)))
 
     def step() -> None:
@@ -60,7 +59,7 @@ def numbers(choice: random.Random) -> Callable[[], object]:
 
 
 def text(choice: random.Random) -> Callable[[], object]:
-    """Create lines of a log; return a function that appends lines and drops the oldest."""
+    """Create lines of a log. Return a function that appends lines and removes the oldest."""
     held = collections.deque(
         (f"{number} GET /{choice.randbytes(40).hex()} 200\n" for number in range(ROWS * 2)), ROWS * 2
     )
@@ -81,7 +80,7 @@ PROGRAMS: dict[str, Callable[[random.Random], Callable[[], object]]] = {
 
 
 def main() -> None:
-    """Modify memory until killed."""
+    """Run the program named on the command line until it is killed."""
     step = PROGRAMS[sys.argv[1]](random.Random(1))
     print("ready", flush=True)
     while True:

@@ -1,1 +1,1 @@
-"""Shared parts of benchmarks: backed memory, process accounting, serial lines, tables."""
+"""Shared parts of the benchmarks: allocated memory, process accounting, serial lines, tables."""

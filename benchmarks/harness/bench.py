@@ -1,4 +1,4 @@
-"""Frame of a benchmark command: measures, judges, and writes the results."""
+"""Command of a benchmark: measures, compares with the targets, and writes the results."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ class Setting:
     """Directory for sockets and images, on tmpfs so that no disk is measured."""
     repetitions: int
     quick: bool
-    """Measure small workloads once, to check that everything works. The figures are meaningless."""
+    """Whether to measure small workloads once, as a test of the benchmark. The figures are meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One benchmark command."""
+    """Benchmark command."""
 
     name: str
     questions: Mapping[str, Callable[[Setting], list[Run]]]
-    """Measurements in order; `--only` selects some."""
+    """Measurements by name, in order; `--only` selects some."""
     judge: Callable[[Results], list[Target]]
     tables: Callable[[Results], list[str]]
-    """Returns headings and tables, alternating."""
+    """Function that returns headings and tables, alternating."""
 
     def main(self) -> int:
         """Measure as the command line requests. Return the exit code, 0 unless an operation failed.
 
-        Only a complete run at full size is written to benchmarks/results; other runs are printed as JSON.
+        Only a complete run at full size is written to benchmarks/results; the results of other runs are printed as
+        JSON.
         """
         args = self._arguments()
         chosen = args.only or list(self.questions)
@@ -58,7 +59,9 @@ class Bench:
         return 0
 
     def _arguments(self) -> argparse.Namespace:
-        parser = argparse.ArgumentParser(description=f"Benchmark {self.name} of pageferry, with its peers.")
+        parser = argparse.ArgumentParser(
+            description=f"Run the {self.name} benchmark of pageferry and of the programs that it is compared with."
+        )
         parser.add_argument(
             "--repetitions", type=int, default=3, help="repetitions of each measurement (default: %(default)s)"
         )

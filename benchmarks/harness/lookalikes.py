@@ -1,8 +1,9 @@
-"""A process with private memory on huge pages, some of which contain many duplicate pages.
+"""Process with private memory on huge pages, some of which contain many duplicate pages.
 
-`python -m benchmarks.harness.lookalikes MIB RICH PER_RICH SEED`: one huge page in RICH has PER_RICH base pages that
-are worth sharing (a quarter zeros, the others from a library of contents). All other huge pages have one or two, as a
-shared header or an empty table would be. Prints its pid and address; exits at the end of standard input.
+`python -m benchmarks.harness.lookalikes MIB RICH PER_RICH SEED`: one of every RICH huge pages contains PER_RICH
+duplicate base pages (a quarter of them zeros, the others from a library of contents). Every other huge page contains
+one or two, such as a shared header or an empty table. Prints its pid and address, and exits at the end of standard
+input.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import sys
 LARGE, SMALL = 2 << 20, 4 << 10
 SLOTS = LARGE // SMALL
 LIBRARY = 2000
-"""Number of contents in the library."""
+"""Number of different contents in the library."""
 
 
 def fill(memory: mmap.mmap, start: int, units: int, rich: int, per_rich: int, seed: int) -> None:
-    """Fill the memory."""
+    """Fill `units` huge pages of the memory from `start` on."""
     choice = random.Random(seed)
     library = [random.Random(number).randbytes(SMALL) for number in range(LIBRARY)]
     for unit in range(units):

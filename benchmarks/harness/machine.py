@@ -1,4 +1,4 @@
-"""Requirements of benchmarks, and the description of the machine."""
+"""Requirements of the benchmarks, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KERNEL = ROOT / ".cache" / "guest" / "vmlinuz"
 QEMU = ROOT / ".cache" / "qemu-10" / "bin" / "qemu-system-x86_64"
 OWN_QEMU = Path("/usr/bin/qemu-system-x86_64")
-"""QEMU of the machine's own release, which may differ in version."""
+"""QEMU of the machine's distribution, which may be of another version than `QEMU`."""
 CHECKER = ROOT / ".cache" / "guest" / "checker"
 
 
@@ -29,7 +29,7 @@ def require(target: str, *programs: str) -> None:
 
 
 def about() -> dict[str, str]:
-    """Description of the machine, and versions of the programs."""
+    """Return a description of the machine, with the versions of the programs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpus = (line.split(":")[1].strip() for line in lines if "model name" in line)
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / (1 << 20)
@@ -43,7 +43,7 @@ def about() -> dict[str, str]:
 
 
 def qemu_version(program: Path) -> str:
-    """Version of a QEMU, such as `10.0.2`."""
+    """Return the version of a QEMU binary, such as `10.0.2`."""
     said = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"version (\S+)", said)
     return version[1] if version else said.strip()

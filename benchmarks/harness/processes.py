@@ -1,4 +1,4 @@
-"""Kernel statistics of a process: CPU time, faults, huge page mappings."""
+"""Kernel statistics of a process: CPU time, page faults, huge page mappings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _fields(path: str) -> list[str]:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """User and system time of all threads of a process, seconds; None if it has exited."""
+    """Return the user and system time of all threads of a process, seconds; None if it has exited."""
     try:
         fields = _fields(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
@@ -25,13 +25,13 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def faults(pid: int, threads: Iterable[int]) -> int:
-    """Minor and major page faults of these threads."""
+    """Return the number of minor and major page faults of these threads."""
     every = [_fields(f"/proc/{pid}/task/{thread}/stat") for thread in threads]
     return sum(int(fields[7]) + int(fields[9]) for fields in every)
 
 
 def large_mappings(pid: int, size: int) -> int:
-    """Number of 2 MiB mappings in writable, non-executable mappings of at least `size` bytes (smaps)."""
+    """Return the number of 2 MiB mappings in writable, non-executable mappings of at least `size` bytes (smaps)."""
     total, counted = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")
@@ -45,14 +45,14 @@ def large_mappings(pid: int, size: int) -> int:
 
 
 class Meter:
-    """CPU time of processes since construction; for a process that has exited, its last value."""
+    """CPU time of processes since construction; of a process that has exited, the last value read."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._start = {pid: cpu_seconds(pid) or 0.0 for pid in pids}
         self._last = dict(self._start)
 
     def read(self) -> float:
-        """Seconds of all processes together."""
+        """Return the CPU time of all processes together, seconds."""
         for pid in self._last:
             self._last[pid] = cpu_seconds(pid) or self._last[pid]
         return sum(self._last[pid] - self._start[pid] for pid in self._last)

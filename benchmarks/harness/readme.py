@@ -1,6 +1,6 @@
-"""Include results in README: the text between `<!-- include: FILE -->` and `<!-- end -->` comes from that file.
+"""Copies of results in README: the text between `<!-- include: FILE -->` and `<!-- end -->` is taken from FILE.
 
-If a file has sections, only the first is shown. Comments and headings are left out. `python -m
+Of a file with sections, only the first is included. Comments and headings are left out. `python -m
 benchmarks.harness.readme` updates README.
 """
 
@@ -15,7 +15,7 @@ _INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def update() -> None:
-    """Update README if a file has changed."""
+    """Update README if an included file has changed."""
     before = README.read_text()
     after = included(before)
     if after != before:
@@ -23,7 +23,7 @@ def update() -> None:
 
 
 def included(text: str) -> str:
-    """Return the text with each included part replaced; parts whose file does not exist stay."""
+    """Return the text with each included part replaced. Parts whose file does not exist are not changed."""
 
     def fill(found: re.Match[str]) -> str:
         path = ROOT / found[2]
@@ -33,7 +33,7 @@ def included(text: str) -> str:
 
 
 def summary(results: str) -> str:
-    """The part of a result file that README shows."""
+    """Return the part of a result file that README includes."""
     parts = re.split(r"^#+ .*\n", results, flags=re.MULTILINE)
     shown = re.sub(r"<!-- .*? -->\n*", "", "".join(parts[:2]))
     return re.sub(r"\n{3,}", "\n\n", shown).strip()

@@ -15,16 +15,16 @@ _TICK = re.compile(rb"FERRY tick \d+ writes=(\d+) .*errors=(\d+)")
 
 
 class SerialLines:
-    """Serial line of one guest; each QEMU that runs the guest connects to the same socket."""
+    """Serial line of one guest. Each QEMU that runs the guest connects to the same socket."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ready = threading.Event()
         self.ticks: list[tuple[float, int]] = []
-        """(seconds on the monotonic clock, pages written so far)."""
+        """Ticks: time in seconds on the monotonic clock, and number of pages written until then."""
         self.errors = 0
         self.words: list[str] = []
-        """All lines other than ticks."""
+        """All lines that are not ticks."""
         self._selector = selectors.DefaultSelector()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
@@ -34,13 +34,13 @@ class SerialLines:
         threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
 
     def longest_silence(self, start: float, end: float) -> float:
-        """Longest interval between two ticks that overlaps the period from `start` to `end`, seconds."""
+        """Return the longest interval between two ticks that overlaps the period from `start` to `end`, seconds."""
         times = [at for at, _ in list(self.ticks)]
         gaps = [(late - early) for early, late in itertools.pairwise(times) if late > start and early < end]
         return max(gaps, default=0.0)
 
     def speaks(self, start: float, end: float, timeout: float = 0.0) -> bool:
-        """Whether a tick was received between `start` and `end`; wait up to `timeout` seconds for one."""
+        """Return whether a tick was received between `start` and `end`. Wait up to `timeout` seconds for one."""
         until = time.monotonic() + timeout
         while not (spoken := any(start < at < end for at, _ in list(self.ticks))) and time.monotonic() < until:
             time.sleep(0.01)
@@ -48,17 +48,17 @@ class SerialLines:
         return spoken
 
     def time_to_writes(self, start: float, count: int) -> float | None:
-        """Seconds from `start` until `count` more pages had been written; None: not yet."""
+        """Return the seconds from `start` until `count` more pages had been written; None if they have not been."""
         ticks = list(self.ticks)
         before = max((writes for at, writes in ticks if at <= start), default=0)
         return next((at - start for at, writes in ticks if at > start and writes >= before + count), None)
 
     def rate(self, start: float, end: float) -> float:
-        """Pages written per second between two times."""
+        """Return the number of pages written per second between two times."""
         return (self._written(end) - self._written(start)) / (end - start)
 
     def _written(self, at: float) -> float:
-        """Pages written until a time, interpolated linearly between ticks."""
+        """Return the number of pages written until a time, interpolated linearly between ticks."""
         ticks = list(self.ticks)
         late = bisect.bisect_left(ticks, (at, 0))
         if not 0 < late < len(ticks):

@@ -10,22 +10,22 @@ __all__ = ["having", "median", "median_of", "spread", "values"]
 
 
 def values(runs: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """Values of a key in all runs that have one other than None."""
+    """Return the values of a key, except None, in all runs that have the key."""
     return [float(run[key]) for run in runs if run.get(key) is not None]
 
 
 def median_of(runs: Sequence[dict[str, Any]], key: str) -> float:
-    """Median of `values`."""
+    """Return the median of `values`."""
     return median(values(runs, key))
 
 
 def having(runs: Sequence[dict[str, Any]], **wanted: object) -> list[dict[str, Any]]:
-    """Runs whose keys have these values."""
+    """Return the runs whose keys have these values."""
     return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
 
 def spread(numbers: Sequence[float], digits: int = 0) -> str:
-    """Text of the form `median (minimum–maximum)`."""
+    """Return a text of the form `median (minimum–maximum)`."""
     if not numbers:
         return "-"
     least, most = (f"{number:,.{digits}f}" for number in (min(numbers), max(numbers)))

@@ -1,4 +1,4 @@
-"""Markdown tables from raw results, and targets."""
+"""Markdown tables of raw results and of targets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.harness.statistics import spread, values
 
 Run = dict[str, Any]
 Column = tuple[str, str, int, float]
-"""Heading, key, digits after the decimal point, unit by which values are divided."""
+"""Heading, key, digits after the decimal point, and unit by which values are divided."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One figure with its target."""
+    """Measured figure with its target."""
 
     what: str
     wanted: str
@@ -28,25 +28,28 @@ class Target:
 
 
 def at_most(what: str, found: float | None, wanted: float, unit: str, digits: int = 1) -> Target:
-    """Target for a maximum; None: not measured, which misses the target."""
+    """Return a target that is a maximum. `found` None: not measured, which misses the target."""
     text = "-" if found is None else f"{found:,.{digits}f} {unit}".strip()
     return Target(what, f"<= {wanted:,g} {unit}".strip(), text, found is not None and found <= wanted)
 
 
 def at_least(what: str, found: float | None, wanted: float, unit: str, digits: int = 1) -> Target:
-    """Target for a minimum; None: not measured, which misses the target."""
+    """Return a target that is a minimum. `found` None: not measured, which misses the target."""
     text = "-" if found is None else f"{found:,.{digits}f} {unit}".strip()
     return Target(what, f">= {wanted:,g} {unit}".strip(), text, found is not None and found >= wanted)
 
 
 def verdict(targets: Sequence[Target]) -> str:
-    """Table of all targets, with pass or fail."""
+    """Return a table of all targets, with pass or fail."""
     lines = [(target.what, target.wanted, target.found, "pass" if target.reached else "**fail**") for target in targets]
     return rows(("what", "target", "measured", ""), lines)
 
 
 def table(runs: Sequence[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:
-    """Table of medians and ranges, with one row per combination of the keys `by`, in the order of their first run."""
+    """Return a table of medians and ranges.
+
+    The table has one row per combination of the keys `by`, in the order of their first run.
+    """
 
     def names(run: Run) -> tuple[str, ...]:
         return tuple(str(run[key]) for key in by)
@@ -58,7 +61,7 @@ def table(runs: Sequence[Run], by: tuple[str, ...], columns: Sequence[Column]) -
 
 
 def rows(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Markdown table of these cells."""
+    """Return a Markdown table of these cells."""
     headings = list(headings)
     every = [headings, ["---"] * len(headings), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in every)

@@ -1,12 +1,12 @@
-"""Huge page sampling (S3): `make bench-large-pages`, or `python -m benchmarks.large_pages [--quick]`.
+"""Benchmark of huge page sampling (S3): `make bench-large-pages`, or `python -m benchmarks.large_pages [--quick]`.
 
 Measures the cost of sampling for a workload, and the accuracy of its results. A process reads memory at random while 1,
 5, 25 or 100 % of its huge pages are sampled per second, in windows of 200 ms. Periods with and without sampling
-alternate; each is compared with the one before, by wall-clock time and by the CPU time of the reader, which other load
-on the machine disturbs less. For accuracy, another process reads known numbers of base pages. Finally the cold memory
-of a workload that writes to a part of its memory is evicted to a cold store, and reloaded.
+alternate. Each is compared with the previous one, by wall-clock time and by the CPU time of the reader, which depends
+less on other load on the machine. For accuracy, another process reads known numbers of base pages. Finally the cold
+memory of a workload that writes to a part of its memory is evicted to a cold store, and reloaded.
 
-Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed; missed targets are
+Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed. Missed targets are
 printed, but are not errors.
 """
 
@@ -43,7 +43,7 @@ KINDS = ("shared", "anon")
 
 
 class Reader:
-    """The reader process, with a target that is restricted to its memory."""
+    """Reader process, and a target that is restricted to its memory."""
 
     def __init__(self, process: subprocess.Popen[str], size: int) -> None:
         assert process.stdout is not None
@@ -55,7 +55,7 @@ class Reader:
         return int.from_bytes(self.counter.read_bytes(), "little")
 
     def on_cpu(self) -> float:
-        """CPU time of the reader in seconds, user and kernel (proc(5), /proc/PID/schedstat)."""
+        """Return the CPU time of the reader, user and kernel, in seconds (proc(5), /proc/PID/schedstat)."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def target(self) -> Memory:
@@ -83,8 +83,9 @@ def reader(kind: str, mebibytes: int, mode: str) -> Iterator[Reader]:
 
 
 async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, float, list[float]]:
-    """Sample a fraction of the huge pages for some seconds. Return accesses per second, accesses per CPU second, and
-    CPU microseconds per sampled page.
+    """Sample a fraction of the huge pages for `seconds`.
+
+    Return the accesses per second, the accesses per CPU second, and the CPU microseconds per sampled page.
     """
     costs = []
     begin, before, ran = time.monotonic(), one.count(), one.on_cpu()
@@ -100,7 +101,7 @@ async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, floa
 
 
 async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) -> list[Run]:
-    """Measure each fraction in turn; one row per fraction and repetition."""
+    """Measure each fraction in turn. Return one row per fraction and repetition."""
     rows: list[Run] = []
     with reader(kind, mebibytes, "random") as one:
         await stretch(one, 0, 1)
@@ -123,7 +124,7 @@ async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) 
 
 
 async def accuracy(kind: str, mebibytes: int) -> Run:
-    """Fraction of huge pages that are classified exactly."""
+    """Return the fraction of huge pages that are classified exactly."""
     wrong, samples = [], 0
     with reader(kind, mebibytes, "pattern") as one, one.target() as target:
         before = one.large()
@@ -146,7 +147,7 @@ async def accuracy(kind: str, mebibytes: int) -> Run:
 
 @contextmanager
 def ledger(mebibytes: int) -> Iterator[str]:
-    """Name of a workload that writes to a quarter of its memory. At the end it must have lost no write."""
+    """Yield the name of a workload that writes to a quarter of its memory. Check at the end that no write was lost."""
     name = f"bench-{os.getpid()}"
     options = {"threads": 1, "working_set": 0.25, "rate": 32 << 20, "compressible": 0.5}
     setup = json.dumps({"name": name, "size": mebibytes << 20, "options": options})
@@ -162,7 +163,7 @@ def ledger(mebibytes: int) -> Iterator[str]:
 
 
 async def store(mebibytes: int) -> Run:
-    """Evict the cold memory of a ledger to a cold store and reload it. Return the sizes and costs."""
+    """Evict the cold memory of a ledger to a cold store, and reload it. Return sizes and costs."""
     with ledger(mebibytes) as name, tempfile.TemporaryDirectory() as folder, await open_target_async(name) as target:
         begin = time.monotonic()
         chosen = Options(sample=1.0, budget=None, window=1.0, rounds=1, reclaim="store", store=Path(folder))
@@ -190,12 +191,12 @@ async def store(mebibytes: int) -> Run:
 
 
 def size(setting: Setting) -> int:
-    """Size of the sampled memory, MiB."""
+    """Return the size of the sampled memory, MiB."""
     return 128 if setting.quick else 512
 
 
 def measure_slowdown(setting: Setting) -> list[Run]:
-    """Measure shared and private memory, with more repetitions than elsewhere because the differences are small."""
+    """Measure shared and private memory. The differences are small, which requires more repetitions than elsewhere."""
     repetitions, seconds = (1, 1.0) if setting.quick else (3 * setting.repetitions, 2.0)
     return [row for kind in KINDS for row in asyncio.run(slowdown(kind, size(setting), repetitions, seconds))]
 
@@ -206,17 +207,17 @@ def measure_accuracy(setting: Setting) -> list[Run]:
 
 
 def measure_store(setting: Setting) -> list[Run]:
-    """Evict to a cold store, and reload."""
+    """Measure the eviction to a cold store and the reload."""
     return [asyncio.run(store(size(setting))) for _ in range(setting.repetitions)]
 
 
 def measure_damo(_: Setting) -> list[Run]:
-    """Report whether the host has a peer: the `damo` command, and DAMON for virtual addresses. Nothing is measured."""
+    """Return whether the host has the `damo` command, and DAMON for virtual addresses; measure nothing."""
     return [{"peer": "damo", "in PATH": shutil.which("damo") is not None, "DAMON for virtual addresses": _vaddr()}]
 
 
 def _vaddr() -> str:
-    """`yes` or `no`, by DAMON's list of operations or by the kernel's configuration; `not known` without either."""
+    """Return `yes` or `no`, by DAMON's list of operations or the kernel's configuration; `not known` without either."""
     offers = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/avail_operations")
     offered = [offer.read_text().split() for offer in offers]
     if offered:

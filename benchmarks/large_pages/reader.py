@@ -1,8 +1,8 @@
-"""A process that reads memory at random and counts accesses, or reads known numbers of base pages in turn.
+"""Process that reads memory at random and counts accesses, or reads known numbers of base pages in turn.
 
 `python -m benchmarks.large_pages.reader KIND SIZE MODE`: KIND `shared` or `anon`, SIZE in MiB, MODE `random` (reads
 three quarters of the huge pages; the last quarter is cold) or `pattern` (see `truth`). Prints `{"address": ...,
-"counter": ...}`: the address of the memory, and the path of a file of 8 bytes with the number of accesses so far.
+"counter": ...}`: the address of the memory, and the path of a file of 8 bytes with the number of accesses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ BATCH = 1 << 16
 
 
 def truth(unit: int) -> int:
-    """Number of base pages of a huge page, from its start, that are accessed in mode `pattern`."""
+    """Return the number of base pages, from the start of a huge page, that are accessed in mode `pattern`."""
     return (0, 1, 8, 64, 200, 511, 512)[unit % 7]
 
 
 def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.uint64]], object]:
-    """Memory on huge pages: its address, its contents as numbers, and an object that keeps it allocated."""
+    """Allocate memory on huge pages.
+
+    Return its address, its contents as an array, and an object that keeps the memory allocated.
+    """
     if kind == "shared":
         mapping = Mapping(memory_file(size)[0], size)
         return mapping.address, np.frombuffer(memoryview(mapping), dtype=np.uint64), mapping
@@ -43,7 +46,7 @@ def allocate(kind: str, size: int) -> tuple[int, np.ndarray[tuple[int], np.dtype
 
 
 def indices(mode: str, size: int) -> list[np.ndarray[tuple[int], np.dtype[np.intp]]]:
-    """Batches of indices to read, in 8-byte words."""
+    """Return batches of indices to read, in 8-byte words."""
     if mode == "pattern":
         pages = [unit * SLOTS + slot for unit in range(size // LARGE_PAGE) for slot in range(truth(unit))]
         return [np.array(pages, dtype=np.intp) * (SMALL_PAGE // 8)]
@@ -53,7 +56,7 @@ def indices(mode: str, size: int) -> list[np.ndarray[tuple[int], np.dtype[np.int
 
 
 def main() -> None:
-    """Read until killed."""
+    """Read the memory until killed."""
     kind, size, mode = sys.argv[1], int(sys.argv[2]) << 20, sys.argv[3]
     address, memory, _keep = allocate(kind, size)
     memory[:] = 1

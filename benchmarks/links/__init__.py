@@ -1,1 +1,1 @@
-"""Parts of the benchmark of links: streams, TLS, and long, slow or lossy networks."""
+"""Parts of the benchmark of links: streams, TLS, and slow, lossy or high-latency networks."""

@@ -1,7 +1,7 @@
-"""Benchmark of streams, TLS and long links: `make bench-links`, or `python -m benchmarks.links [--quick]`.
+"""Benchmark of streams, TLS and high-latency links: `make bench-links`, or `python -m benchmarks.links [--quick]`.
 
 Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
-operation failed; missed targets are printed, but are not errors.
+operation failed. Missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Throughput of migration over loopback with incompressible memory: plain and with TLS, over one or more streams."""
+"""Throughput of migration over loopback with incompressible memory: unencrypted and with TLS, by number of streams."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests import certificates
 
 FULL, SMALL = 1 << 30, 64 << 20
 CALM = {"rate": 1 << 20, "working_set": 0.01}
-"""Few writes, so that the first round sends nearly all data."""
+"""Options of a workload that writes little, so that the first round sends nearly all data."""
 STREAMS = (1, 2, 4)
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Measure all numbers of streams, plain and with TLS, in turn."""
+    """Measure all numbers of streams, unencrypted and with TLS, in turn."""
     source, receiver = certificates.hosts(setting.folder / "certificates")
     ends = {"plain": Ends(), "TLS": Ends(sending=("--tls", str(source)), receiving=("--tls", str(receiver)))}
     size = SMALL if setting.quick else FULL

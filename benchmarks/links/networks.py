@@ -1,4 +1,4 @@
-"""Migration of the built-in workload between network namespaces, over long, slow or lossy links."""
+"""Migration of the built-in workload between network namespaces, over slow, lossy or high-latency links."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network. For `conditions` see `tests.network.carrier.Order`."""
+    """Network link. `conditions`: see `tests.network.carrier.Order`."""
 
     conditions: dict[str, float]
     size: int
     """Size of the migrated workload, bytes."""
     segments: bool
-    """Whether the kernel may pass many packets as one; False on lossy links."""
+    """Whether the kernel may pass many packets as one (segmentation offload); False on lossy links."""
 
 
 LINKS = {
     "1 Gbit/s, 50 ms": Link({"delay": 0.025, "rate": 125e6}, 192 << 20, segments=True),
     "100 Mbit/s, 20 ms, 0.1 % lost": Link({"delay": 0.01, "rate": 12.5e6, "loss": 0.001}, 24 << 20, segments=False),
 }
-"""The names contain round-trip times."""
+"""Links by name; the names contain round-trip times."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:

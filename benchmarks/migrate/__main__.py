@@ -1,7 +1,7 @@
-"""Migration benchmark, with peers: `make bench-migrate`, or `python -m benchmarks.migrate [--quick]`.
+"""Migration benchmark of pageferry and QEMU: `make bench-migrate`, or `python -m benchmarks.migrate [--quick]`.
 
 Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
-operation failed; missed targets are printed, but are not errors.
+operation failed. Missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Migration of a guest between QEMU processes, and the figures that are measured for each migration.
+"""Migration of a guest between QEMU processes, and the figures measured for each migration.
 
-A *line* is a guest together with a method of migration. It is booted once and then migrated repeatedly, each time to a
-new QEMU. Between migrations it is paused, so that it does not compete with other lines.
+A *line* is a guest together with a method of migration. The guest is booted once and then migrated repeatedly, each
+time to a new QEMU. Between migrations the guest is paused, so that it does not compete with those of other lines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIRST_WRITES = 1000
 """Number of pages that a guest under load writes in half a second."""
 
 BUSY = "ferry.mib=200 ferry.rate=2000 ferry.tick=10"
-"""200 MiB of pages that are verified continuously; 2000 of them are written per second."""
+"""Options of the checker: 200 MiB of pages that are verified continuously, of which 2000 are written per second."""
 IDLE = "ferry.mib=200 ferry.rate=0 ferry.verify=0 ferry.tick=10"
 
 
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(slots=True)
 class Running:
-    """A QEMU that runs the guest, or waits for it."""
+    """QEMU that runs the guest, or waits for it."""
 
     monitor: Monitor
     pid: int
@@ -50,13 +50,13 @@ class Running:
 
     @classmethod
     def behind(cls, path: Path) -> Running:
-        """The QEMU whose monitor has this path."""
+        """Return the QEMU whose monitor has this path."""
         monitor = Monitor(path)
         return cls(monitor, monitor.pid(), monitor.threads())
 
 
 class Line(ABC):
-    """A guest and a method of migration."""
+    """Guest, and method of migration."""
 
     may_be_lost = False
 
@@ -73,11 +73,11 @@ class Line(ABC):
         self.current: Running | None = None
 
     def monitor_path(self, number: int) -> Path:
-        """Path of the benchmark's monitor of a QEMU, by its number."""
+        """Return the path of the benchmark's monitor of a QEMU, by the number of the QEMU."""
         return self.place.folder / f"{self.stem}.{number}"
 
     def command(self, number: int) -> list[str]:
-        """Command line of a QEMU by its number, without memory options."""
+        """Return the command line of a QEMU, by its number, without memory options."""
         return [
             str(self.qemu),
             *"-accel tcg -m 1G -smp 1 -nodefaults -display none".split(),
@@ -88,7 +88,7 @@ class Line(ABC):
         ]
 
     def boot(self) -> None:
-        """Start the guest; `serial.ready` is set when it has booted."""
+        """Start the guest. `serial.ready` is set when the guest has booted."""
         self.start()
         self.current = Running.behind(self.monitor_path(0))
 
@@ -143,7 +143,7 @@ class Line(ABC):
         }
         run |= self.finish(source, destination)
         self.under_way = (began + clock, began + clock + run["total-ms"] / 1e3)
-        # A post-copy guest may have waited for pages until now.
+        # Until now, a guest in post-copy may have waited for pages.
         run["alive"] = self.serial.speaks(resumed + clock, time.monotonic(), WATCHED)
         run["silence-ms"] = self.serial.longest_silence(stopped + clock, resumed + clock) * 1e3
         run["first-writes-ms"] = _milliseconds(self.serial.time_to_writes(resumed + clock, FIRST_WRITES))
@@ -152,7 +152,10 @@ class Line(ABC):
         return run
 
     def _look_after(self, run: dict[str, Any]) -> None:
-        """End the benchmark if a guest is damaged, or lost by pageferry; a guest lost by QEMU is only reported."""
+        """End the benchmark if a guest is damaged, or lost by pageferry.
+
+        A guest that QEMU has lost is only reported.
+        """
         if self.serial.errors:
             raise RuntimeError(f"{self.label}: the guest has found wrong pages")
         if not run["alive"]:
@@ -171,11 +174,11 @@ class Line(ABC):
 
     @abstractmethod
     def prepare(self, number: int, options: dict[str, Any]) -> None:
-        """Start the QEMU with this number to receive the guest."""
+        """Start the QEMU with this number, which is to receive the guest."""
 
     @abstractmethod
     def accept(self, destination: Running) -> None:
-        """Make the destination listen, if it does not yet."""
+        """Make the destination listen, unless it already does."""
 
     @abstractmethod
     def begin(self, source: Running, options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The built-in workload in a sequence of processes; lost writes are detected when it ends."""
+"""Built-in workload that is migrated from process to process; lost writes are detected when it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pageferry.host.python import start_python
 
 
 class Ledger:
-    """A ledger in a separate process that can be migrated. `options`: of `LedgerOptions`; `setup`: of `Setup`."""
+    """Ledger in a separate process that can be migrated.
+
+    `options`: fields of `LedgerOptions`; `setup`: fields of `Setup`.
+    """
 
     def __init__(self, stem: str, size: int, options: dict[str, Any], **setup: Any) -> None:
         self._stem = f"{stem}-{os.getpid()}"
@@ -28,21 +31,21 @@ class Ledger:
 
     @property
     def name(self) -> str:
-        """Name of the workload in its current process."""
+        """Return the name of the workload in its current process."""
         return f"{self._stem}-{self._number}"
 
     @property
     def pid(self) -> int:
-        """Pid of the current process."""
+        """Return the pid of the current process."""
         return self._owner.pid
 
     @property
     def next_name(self) -> str:
-        """Name of the workload in the next process."""
+        """Return the name of the workload in the next process."""
         return f"{self._stem}-{self._number + 1}"
 
     def prepare(self, through: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
-        """Start the process to migrate to; `through`: a command prefix; `words`: further arguments."""
+        """Start the process to migrate to. `through`: command prefix; `words`: further arguments."""
         receive = ("receive", self.next_name, *LISTEN, "--workload", "demo", "--output", "json", *words)
         self._next = pageferry(*receive, through=through)
         self.address = expect(self._next, "listening")["address"]
@@ -53,14 +56,14 @@ class Ledger:
         expect(self._next, "received")
 
     def stays(self) -> None:
-        """End the next process after a migration that failed."""
+        """End the next process after a failed migration."""
         assert self._next is not None
         self._next.kill()
         self._next.wait()
         self._next = None
 
     def moved(self) -> None:
-        """End the former process after a migration."""
+        """End the previous process after a migration."""
         assert self._next is not None
         self._end()
         self._owner, self._next = self._next, None

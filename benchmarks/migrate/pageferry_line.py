@@ -14,12 +14,12 @@ from benchmarks.migrate.guest import Line, Running
 
 PAGEFERRY = Path(sys.executable).with_name("pageferry")
 LISTEN = ("--listen", "127.0.0.1:0")
-"""Options of receivers: TCP, as in QEMU's own migration."""
+"""Options of receivers: TCP, as for QEMU's own migration."""
 Process = subprocess.Popen[bytes]
 
 
 def pageferry(*words: str, through: tuple[str, ...] = ()) -> Process:
-    """Start a pageferry command with JSON lines on its standard output; `through`: a command prefix."""
+    """Start a pageferry command that prints JSON lines on its standard output. `through`: command prefix."""
     return subprocess.Popen([*through, str(PAGEFERRY), *words], stdout=subprocess.PIPE)
 
 
@@ -45,8 +45,9 @@ def reap(process: Process) -> float:
 
 
 class PageferryLine(Line):
-    """A guest managed by pageferry. Options of a migration: `words` for `pageferry migrate`; `through`, a command
-    prefix of the receiver.
+    """Guest managed by pageferry.
+
+    Options of a migration: `words` for `pageferry migrate`; `through`, a command prefix of the receiver.
     """
 
     def start(self) -> None:
@@ -89,5 +90,5 @@ class PageferryLine(Line):
             subprocess.run([str(PAGEFERRY), "stop", name], check=False, capture_output=True)
 
     def name(self, number: int) -> str:
-        """Name of the guest in the QEMU with this number."""
+        """Return the name of the guest in the QEMU with this number."""
         return f"{self.stem}-{number}"

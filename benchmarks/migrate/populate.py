@@ -1,4 +1,4 @@
-"""Preparation of the destination before the workload resumes, on and off: page tables (S1, S5) and huge pages (S6)."""
+"""Preparation of the destination before the workload resumes: page tables (S1, S5) and huge pages (S6), on and off."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ LARGE_PAGES = ("keep", "ignore")
 FULL, SMALL = 512 << 20, 64 << 20
 BALLAST = 1152 << 20
 SLOW = 14
-"""Writes of at least 2**14 ns (16 us) count as slow; on a quiet machine these are writes that cause a page fault."""
+"""Writes of at least 2**14 ns (16 us) count as slow. On an idle machine these are writes that cause a page fault."""
 WRITER = {"working_set": 0.1, "scatter": True, "zero_fraction": 0.1, "rate": 400 << 20}
-"""Writes a tenth of all pages at random positions: the migration converges, and each huge page is used."""
+"""Options of a workload that writes to a tenth of all pages at random.
+
+The migration converges, and every huge page is used.
+"""
 
 
 def choices() -> list[tuple[str, str]]:
-    """All combinations; those that ignore huge pages last, because they may lose them permanently."""
+    """Return all combinations.
+
+    Those that ignore huge pages are last, because the workload may lose them permanently.
+    """
     return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
 
 
@@ -53,7 +59,7 @@ def measure_ledger(setting: Setting) -> list[dict[str, Any]]:
 
 
 def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Migrate the built-in workload once; `through` is a command prefix of the receiver."""
+    """Migrate the built-in workload once, and return the figures. `through`: command prefix of the receiver."""
     ledger.prepare(through)
     ballast.hold()
     ballast.release()
@@ -63,7 +69,7 @@ def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: t
     ledger.moved()
     if sender.wait():
         raise RuntimeError("pageferry migrate failed")
-    # The command has observed the first second by now; this covers all writes since the resume.
+    # The command has observed the first second by now; the histogram covers all writes since the resume.
     stalls: dict[str, Any] = asyncio.run(_report(ledger.name))
     return {
         "populate": populate,

@@ -16,7 +16,7 @@ from benchmarks.peers.qemu import QemuLine
 from tests.guest import initrd
 
 BALLAST = 1280 << 20
-"""Bytes: a guest of 1 GiB that is fully allocated, and a reserve."""
+"""Size of the ballast, bytes: a fully allocated guest of 1 GiB, and a reserve."""
 BOOT = 90.0
 LOADS = {"busy": BUSY, "idle": IDLE}
 Method = tuple[str, dict[str, Any]]
@@ -58,13 +58,13 @@ def _lines(place: Place, load: str) -> list[tuple[Line, list[Method]]]:
 
 
 def _qemus() -> dict[str, Path]:
-    """Available QEMU versions: the machine's own and the newest."""
+    """Return the available QEMU binaries by version: the machine's own and the newest."""
     found = [path for path in (machine.OWN_QEMU, machine.QEMU) if path.exists()]
     return {".".join(machine.qemu_version(path).split(".")[:2]): path for path in found}
 
 
 def _as_shipped(lines: Sequence[tuple[Line, list[Method]]], load: str, ballast: Ballast) -> list[dict[str, Any]]:
-    """Migrate once per QEMU with the default bandwidth limit, as without any settings."""
+    """Migrate once with each QEMU, with the default bandwidth limit and all other settings unchanged."""
     name, options = DEFAULT
     chosen = [line for line, _ in lines if isinstance(line, QemuLine) and not line.shared_file]
     return [{"load": load, "method": name, "repetition": 0} | line.move(ballast, **options) for line in chosen]

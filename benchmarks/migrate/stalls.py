@@ -1,4 +1,4 @@
-"""Cost of a write trace for the workload (S2) by granularity, and of pausing the workload during the copy."""
+"""Cost of a write trace for the workload (S2), by granularity, and of pausing the workload during the copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 256 << 20, 64 << 20
 ROUND = 0.15
-"""Seconds between two collections, similar to the time to send the arena."""
+"""Seconds between two collections, similar to the time in which the arena is sent."""
 ROUNDS = 4
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -27,11 +27,11 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "everything, 20 MiB/s": {"rate": 20 << 20},
 }
 RELEASES = {"no trace": None, "4K": 0, "2M": 1, "auto 64": 64, "auto 256": 256, "auto 448": 448}
-"""`release_after` of the trace."""
+"""`release_after` of the trace, by name of the granularity; None: no trace."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Measure each pattern with each granularity, in turn."""
+    """Measure each write pattern with each granularity, in turn."""
     runs = []
     for pattern, options in PATTERNS.items():
         with Ledger("stalls", SMALL if setting.quick else FULL, {"compressible": 0.0, **options}) as ledger:
@@ -56,7 +56,7 @@ async def _pattern(ledger: Ledger, pattern: str, repetitions: int) -> list[dict[
 
 
 async def traced(workload: RemoteArena, memory: Memory, release: int | None) -> dict[str, Any]:
-    """Trace some rounds, including the installation of the trace. Return the cost for the writer."""
+    """Trace for some rounds, including the installation of the trace. Return the cost for the writer."""
     large = memory.collapsible(memory.large_units())
     before = await workload.report()
     began = time.perf_counter()
@@ -83,7 +83,7 @@ async def traced(workload: RemoteArena, memory: Memory, release: int | None) -> 
 
 
 async def stopped(workload: RemoteArena, memory: Memory) -> dict[str, Any]:
-    """Pause the writer while all memory is sent once."""
+    """Pause the writer while all memory is sent once. Return the cost for the writer."""
     near, far = _connection()
     sink = threading.Thread(target=_drain, args=(far,))
     sink.start()

@@ -12,7 +12,7 @@ PEERS = ("precopy", "multifd")
 
 
 def best(runs: list[dict[str, Any]], load: str, key: str, methods: tuple[str, ...]) -> tuple[float, str]:
-    """Smallest median of a key over lines and methods, with the name of its line."""
+    """Return the smallest median of a key over lines and methods, with the name of its line."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if run["load"] == load and run["method"] in methods and run["alive"]:

@@ -1,4 +1,4 @@
-"""Throughput of one page stream with checksums and incompressible memory, compared with one iperf3 stream."""
+"""Throughput of one page stream with checksums and incompressible memory, compared with that of one iperf3 stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FULL, SMALL = 1 << 30, 64 << 20
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Migrate one arena repeatedly, and measure iperf3 before each migration."""
+    """Migrate one arena repeatedly. Measure iperf3 before each migration."""
     runs = []
     size = SMALL if setting.quick else FULL
     with (

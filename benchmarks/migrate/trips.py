@@ -1,4 +1,4 @@
-"""Migration of the built-in workload with any options, also between hosts, and its statistics."""
+"""Migration of the built-in workload with given options, also between hosts, and its statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Ends:
 
 
 def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = Ends()) -> dict[str, Any]:
-    """Migrate once, and end the former process."""
+    """Migrate once, end the previous process, and return the figures."""
     ledger.prepare(ends.there, ends.receiving)
     ballast.hold()
     ballast.release()
@@ -35,13 +35,13 @@ def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = 
 
 
 def begin(ledger: Ledger, words: tuple[str, ...], ends: Ends = Ends()) -> Process:
-    """Start the migration to the destination of `prepare`."""
+    """Start the migration to the destination that `prepare` has started. Return the process of the command."""
     command = ("migrate", ledger.name, ledger.address, "--output", "json", *ends.sending, *words)
     return pageferry(*command, through=ends.here)
 
 
 def summary(told: dict[str, Any], first_round: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Figures of a migration for tables; `first_round`: event of the first round, if any."""
+    """Return the figures of a migration for tables. `first_round`: event of the first round; None if there was none."""
     late = told["postcopy"] or {}
     waits = late.get("waits") or {}
     return {

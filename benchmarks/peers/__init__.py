@@ -1,1 +1,1 @@
-"""Peers of pageferry, driven through their own interfaces."""
+"""Programs that pageferry is compared with, driven through their own interfaces."""

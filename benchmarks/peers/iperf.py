@@ -1,4 +1,4 @@
-"""Throughput of one TCP stream with iperf3, over loopback or between hosts."""
+"""Throughput of one TCP stream, measured with iperf3 over loopback or between hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def one_stream(
     here: tuple[str, ...] = (),
     port: int = 52017,
 ) -> float:
-    """Received megabits per second of one stream. `there`, `here`: command prefixes on the two hosts.
+    """Return the megabits per second that one stream received. `there`, `here`: command prefixes on the two hosts.
 
     Raises CalledProcessError if iperf3 fails.
     """

@@ -1,4 +1,4 @@
-"""A QMP session with any QEMU: commands, and events with QEMU's time stamps."""
+"""QMP session with a QEMU of any version: commands, and events with QEMU's time stamps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Monitor:
-    """A session; waits for the socket to be created."""
+    """QMP session. The constructor waits until the socket exists."""
 
     def __init__(self, path: Path, timeout: float = 30.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -26,12 +26,15 @@ class Monitor:
         self._rest = b""
         self._events: list[dict[str, Any]] = []
         self.history: list[tuple[str, float]] = []
-        """All events so far with their times, seconds since the epoch; `wait` does not remove any."""
+        """All events received, with their times in seconds since the epoch.
+
+        `wait` does not remove events from this list.
+        """
         self._next(deadline)
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """Return value of a command. Raises RuntimeError with QEMU's error."""
+        """Run a command and return its result. Raises RuntimeError with QEMU's error."""
         words = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
         self._socket.sendall(json.dumps(words).encode())
         while True:
@@ -43,7 +46,10 @@ class Monitor:
             self._events.append(answer)
 
     def wait(self, event: str, timeout: float = 60.0, **data: Any) -> float:
-        """Time of the next event with this name and data, seconds since the epoch; discards earlier events."""
+        """Wait for the next event with this name and data, and discard earlier events.
+
+        Return the time of the event, seconds since the epoch.
+        """
         deadline = time.monotonic() + timeout
         while True:
             said = self._events.pop(0) if self._events else self._next(deadline)
@@ -51,11 +57,11 @@ class Monitor:
                 return _time(said)
 
     def threads(self) -> list[int]:
-        """Thread ids of the vCPUs."""
+        """Return the thread ids of the vCPUs."""
         return [cpu["thread-id"] for cpu in self.execute("query-cpus-fast")]
 
     def pid(self) -> int:
-        """Pid of QEMU, also if it was started through another program."""
+        """Return the pid of QEMU, also if QEMU was started through another program."""
         status = Path(f"/proc/{self.threads()[0]}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:")))
 

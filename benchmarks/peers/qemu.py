@@ -11,17 +11,18 @@ from benchmarks.migrate.guest import MEMORY, Line, Place, Running
 from pageferry.workloads.arena.arena import memory_file
 
 BANDWIDTH = 10 << 30
-"""Bytes per second, effectively unlimited."""
+"""Bandwidth limit that is never reached, bytes per second."""
 DEFAULT_BANDWIDTH = 128 << 20
-"""Bytes per second, default since QEMU 5.2 (`max-bandwidth`)."""
+"""Default of `max-bandwidth` since QEMU 5.2, bytes per second."""
 DOWNTIME_LIMIT = 300
-"""Milliseconds, the default of QEMU and of pageferry."""
+"""Default of QEMU and of pageferry, milliseconds."""
 CHANNELS = 2
 
 
 class QemuLine(Line):
-    """A guest in QEMU without pageferry. `shared_file`: memory in a shared file as pageferry uses, instead of
-    anonymous.
+    """Guest in QEMU without pageferry.
+
+    `shared_file`: whether its memory is a shared file, as with pageferry, instead of anonymous memory.
     """
 
     may_be_lost = True
@@ -72,7 +73,7 @@ class QemuLine(Line):
             process.wait()
 
     def launch(self, number: int, more: tuple[str, ...]) -> None:
-        """Start the QEMU with this number, with further options."""
+        """Start the QEMU with this number, with additional options."""
         memory, inherited = _shared_memory() if self.shared_file else ((), [])
         try:
             self._processes.append(subprocess.Popen([*self.command(number), *memory, *more], pass_fds=inherited))

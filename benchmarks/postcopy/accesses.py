@@ -1,7 +1,7 @@
-"""Latency of accesses to pages that are still at the source: when idle, and while all other pages are pushed.
+"""Latency of accesses to missing pages: without other transfers, and while all other pages are pushed.
 
-The two ends of a post-copy migration without the migration itself: a process whose memory is all missing, its pager,
-and the page server of the source, on TCP connections over loopback.
+Measures both sides of a post-copy migration without the migration itself: a process whose pages are all missing, its
+pager, and the page server of the source, with TCP connections over loopback.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pageferry.workloads.arena.arena import memory_file
 
 FULL, SMALL = 512 << 20, 32 << 20
 ACCESSES = 2000
-"""Number of pages that are read, in random order. During the push, only those that are still missing count."""
+"""Number of pages that are read, in random order. During the push, only accesses to missing pages are counted."""
 WAITED = 5000
-"""Nanoseconds. The page of a faster access was present."""
+"""Nanoseconds. If an access is faster, its page was present."""
 METHODS: dict[str, int | None] = {"idle": None, "pushed at 1 Gbit/s": 125_000_000, "pushed without limit": 0}
-"""Push bandwidth in bytes per second; None: no push, only requested pages are sent."""
+"""Push bandwidth in bytes per second, 0 for unlimited; None: no push, only requested pages are sent."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[int]:
-    """Latency of each access that waited, nanoseconds."""
+    """Return the latency of each access that waited, nanoseconds."""
     pages = length // SMALL_PAGE
     wanted = choice.sample(range(pages), min(ACCESSES, pages // 16))
     with _file(length) as there, _file(length) as here, _toucher(here, length) as (process, address), _links() as links:
@@ -106,7 +106,7 @@ def _touch(process: subprocess.Popen[bytes], pages: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def _file(length: int) -> Iterator[int]:
-    """A memory file on huge pages."""
+    """Yield the descriptor of a memory file on huge pages."""
     descriptor, _ = memory_file(length)
     try:
         yield descriptor
@@ -115,7 +115,7 @@ def _file(length: int) -> Iterator[int]:
 
 
 def _fill(descriptor: int, length: int) -> None:
-    """Fill with incompressible contents without zero pages."""
+    """Fill a file with incompressible contents without zero pages."""
     piece = os.urandom(1 << 20)
     for at in range(0, length, len(piece)):
         os.pwrite(descriptor, piece, at)
@@ -135,7 +135,7 @@ def _toucher(descriptor: int, length: int) -> Iterator[tuple[subprocess.Popen[by
 
 @contextlib.contextmanager
 def _links() -> Iterator[tuple[list[int], list[int]]]:
-    """Descriptors of both ends of two connections, for requests and for the push."""
+    """Yield the descriptors of both ends of two connections, one for requests and one for the push."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(2)]

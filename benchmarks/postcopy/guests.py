@@ -1,4 +1,4 @@
-"""Post-copy and hybrid migration of a guest that writes faster than the link carries, by QEMU and by pageferry."""
+"""Post-copy and hybrid migration of a guest that writes faster than the link transfers, by QEMU and by pageferry."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from benchmarks.peers.qemu import QemuLine
 from tests.guest import initrd
 
 FULL, SMALL = 160, 48
-"""MiB that the guest writes to."""
+"""Memory that the guest writes to, MiB; the second value is for --quick."""
 RATE = 12800
-"""Pages per second, at random: 50 MiB/s."""
+"""Rate of random writes, pages per second: 50 MiB/s."""
 LINK = 32 << 20
-"""Bandwidth limit of both, bytes per second."""
+"""Bandwidth limit of QEMU and pageferry, bytes per second."""
 TIMEOUT = 4.0
-"""Limit for QEMU's pre-copy, in multiples of the time to send the memory once; QEMU itself never gives up."""
+"""Time limit for QEMU's pre-copy, in multiples of the time to send the memory once. QEMU itself has no limit."""
 SLICE = 0.25
 """Seconds per sample of the throughput."""
 MODES = ("postcopy", "hybrid")
 
 
 class LateQemuLine(QemuLine):
-    """QEMU's own post-copy; `hybrid` starts it after the first round. Options of a migration: `mode`."""
+    """Guest that is migrated by QEMU's own post-copy; `hybrid` starts it after the first round.
+
+    Options of a migration: `mode`.
+    """
 
     def set_up(self, running: Running, capabilities: dict[str, bool]) -> None:
         super().set_up(running, {"postcopy-ram": True, "postcopy-blocktime": True})
@@ -47,7 +50,10 @@ class LateQemuLine(QemuLine):
         return told | {"blocked-ms": destination.monitor.execute("query-migrate").get("postcopy-blocktime")}
 
     def never_ends(self, seconds: float) -> dict[str, Any]:
-        """Migrate by pre-copy over the same link, and give up after `seconds`. Report whether the migration ended."""
+        """Migrate by pre-copy over the same link, and cancel after `seconds`.
+
+        Return whether the migration was completed.
+        """
         source = self.current
         assert source is not None
         source.monitor.execute("cont")
@@ -90,13 +96,13 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def once(runs: list[dict[str, Any]]) -> float:
-    """Seconds to send all of the memory once, from the bytes that a post-copy sent."""
+    """Return the seconds needed to send all of the memory once, by the number of bytes that post-copy sent."""
     sent = [run["transferred"] for run in runs if (run["mode"], run["line"]) == ("postcopy", "pageferry")]
     return float(max(sent) / LINK)
 
 
 def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
-    """Migrate once; include the guest's write rate in each slice."""
+    """Migrate once. Return the figures, with the guest's write rate in each slice."""
     run = line.move(ballast, **options)
     line.rest()
     begin, end = line.under_way

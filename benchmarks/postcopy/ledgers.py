@@ -1,4 +1,4 @@
-"""Migration in each mode of the built-in workload, which writes faster than the link carries."""
+"""Migration of the built-in workload, which writes faster than the link transfers, in each mode."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pageferry.workloads.protocols import Workload
 
 FULL, SMALL = 256 << 20, 32 << 20
 LINK = 64 << 20
-"""`--bandwidth`, bytes per second."""
+"""Bandwidth limit (`--bandwidth`), bytes per second."""
 WRITER = {"rate": 2 * LINK}
-"""Writes all pages of the arena."""
+"""Options of a ledger that writes to all pages of the arena; `rate` is in bytes per second."""
 MODES = ("postcopy", "hybrid")
 SLICE = 0.1
 """Seconds per sample of the throughput."""
@@ -35,21 +35,21 @@ AFTER = 0.5
 
 
 class Throughput:
-    """Samples of a ledger's number of writes, on source and destination."""
+    """Samples of the number of writes of a ledger, at the source and at the destination."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._name = ledger.name
         self._end = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._watch()), daemon=True)
         self.readings: list[tuple[float, int]] = []
-        """(seconds on the monotonic clock, pages written so far)."""
+        """Samples: time in seconds on the monotonic clock, and number of pages written until then."""
 
     def goes_on_at(self, name: str) -> None:
-        """Continue with the workload of this name."""
+        """Continue to sample the workload of this name."""
         self._name = name
 
     def between(self, begin: float, end: float) -> float:
-        """Pages per second."""
+        """Return the pages written per second between two times."""
         inside = [reading for reading in self.readings if begin <= reading[0] <= end]
         if len(inside) < 2:
             return 0.0
@@ -57,7 +57,7 @@ class Throughput:
         return (last - first) / (late - early)
 
     def over_time(self, begin: float, end: float) -> list[float]:
-        """Pages per second in each slice."""
+        """Return the pages written per second in each slice."""
         count = max(round((end - begin) / SLICE), 1)
         edges = [begin + number * SLICE for number in range(count + 1)]
         totals = [max((done for at, done in self.readings if at <= edge), default=0) for edge in edges]
@@ -68,7 +68,7 @@ class Throughput:
             name = self._name
             try:
                 workload = await open_workload(name)
-            except PageferryError:  # during the switch-over
+            except PageferryError:  # no process runs the workload during the switch-over
                 await asyncio.sleep(SLICE / 4)
                 continue
             try:
@@ -77,7 +77,7 @@ class Throughput:
                 workload.close()
 
     async def _read(self, workload: Workload, name: str) -> None:
-        """Sample from the memory file, because the process may wait for pages."""
+        """Sample the number of writes in the memory file, because the process may be waiting for pages."""
         (region,) = workload.regions
         mapping = Mapping(region.fd, region.length)
         while not self._end.is_set() and name == self._name:
@@ -133,7 +133,10 @@ def _moved(ledger: Ledger, ballast: Ballast, mode: str) -> dict[str, Any]:
 
 
 def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
-    """Migrate the same workload by pre-copy, which gives up; the workload keeps running at the source."""
+    """Migrate the same workload by pre-copy, which is not expected to converge.
+
+    Return whether it completed, the duration in milliseconds and the number of rounds.
+    """
     ledger.prepare()
     ballast.hold()
     ballast.release()
@@ -147,5 +150,5 @@ def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
 
 
 def once(runs: list[dict[str, Any]]) -> float:
-    """Seconds to send all of the memory once, from the bytes that a post-copy sent."""
+    """Return the seconds needed to send all of the memory once, by the number of bytes that post-copy sent."""
     return float(max(run["transferred"] for run in runs if run["mode"] == "postcopy") / LINK)

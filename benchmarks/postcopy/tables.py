@@ -31,7 +31,7 @@ ACCESSES: tuple[Column, ...] = (
     ("longest us", "longest-us", 0, 1),
 )
 DOWNTIME = 50.0
-"""Maximum downtime of a post-copy migration, ms."""
+"""Maximum downtime of a post-copy migration, milliseconds."""
 SLICES = 10
 
 
@@ -94,7 +94,7 @@ def _hybrid(what: str, runs: list[Run], once: float) -> Target:
 
 
 def _accesses(runs: list[Run]) -> list[Target]:
-    """Access latency during each kind of push, relative to that without a push."""
+    """Return the targets for the access latency during each kind of push, relative to that without a push."""
     idle, *pushed = accesses.METHODS
     alone = median_of(having(runs, method=idle), "p50-us")
     found = {method: median_of(having(runs, method=method), "p99-us") for method in pushed}
@@ -105,7 +105,7 @@ def _accesses(runs: list[Run]) -> list[Target]:
 
 
 def _over_time(runs: list[Run], by: tuple[str, ...]) -> str:
-    """Table of the first repetition of each group, with the rates of a migration reduced to ten columns."""
+    """Return a table of the first repetition of each group, with the rates of a migration reduced to ten columns."""
     first: dict[tuple[str, ...], Run] = {}
     for run in runs:
         if "writes-per-second" in run:

@@ -1,7 +1,7 @@
-"""A process that reads pages of a file's mapping one by one and times each: `python -m benchmarks.postcopy.toucher`.
+"""Process that reads pages of a file's mapping and times each read: `python -m benchmarks.postcopy.toucher`.
 
-Arguments: an inherited descriptor, and the length. Prints the address of the mapping. For each line of standard input,
-a JSON list of pages, prints the list of read times in nanoseconds.
+Arguments: an inherited descriptor, and the length in bytes. Prints the address of the mapping. For each line of
+standard input, a JSON list of page numbers, the process prints the list of read times in nanoseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pageferry._engine import SMALL_PAGE, Mapping
 
 
 def main() -> None:
-    """Read the requested pages until standard input ends."""
+    """Read the requested pages until the end of standard input."""
     descriptor, length = map(int, sys.argv[1:])
     mapping = Mapping(descriptor, length)
     view, clock = memoryview(mapping), time.perf_counter_ns

@@ -1,4 +1,4 @@
-"""Opening an arena of some gigabytes from an image, and the cost of a single fault."""
+"""Opening of an arena of some gigabytes from an image, and the cost of a single fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1, "rate": 1 << 20}
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Open an arena lazily and eagerly."""
+    """Measure lazy and eager opening of an arena."""
     image = setting.folder / "arena.image"
     size = SMALL if setting.quick else FULL
     with Ledger("opened", size, CONTENTS) as ledger:
@@ -32,7 +32,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def opened(image: Path, mode: str) -> dict[str, Any]:
-    """Output of a program that opens an arena; for `mode` see `opener`."""
+    """Run a program that opens an arena, and return its output. `mode`: see `opener`."""
     words = [sys.executable, "-m", "benchmarks.restore.opener", str(image), mode]
     done = subprocess.run(words, cwd=machine.ROOT, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -40,11 +40,11 @@ def opened(image: Path, mode: str) -> dict[str, Any]:
 
 
 def demanded(image: Path) -> dict[str, Any]:
-    """Cost of random accesses without read-ahead."""
+    """Return the cost of random accesses without read-ahead."""
     found = opened(image, "demand")
     return {key: found[key] for key in ("access-us", "read-kib")}
 
 
 def measure_faults(setting: Setting) -> list[dict[str, Any]]:
-    """Measure the bare loop and the pager; the program repeats by itself."""
+    """Measure the bare loop and the pager; the example program repeats the measurement itself."""
     return examples.fault_loop(setting.quick)

@@ -1,4 +1,4 @@
-"""Restore of a guest of 1 GiB that has touched all of it, by pageferry and by QEMU's incoming migration, in turn."""
+"""Restore of a guest of 1 GiB that has accessed all of its memory, by pageferry and by QEMU, in turn."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from benchmarks.peers.qemu import QemuLine
 from tests.guest import initrd
 
 RATE, HOT = 5120, 5
-"""The guest writes 20 MiB/s, all in 5 % of its memory."""
+"""Load of the guest: 5120 pages (20 MiB) written per second, within 5 % of its memory."""
 WATCHED = 4.0
-"""Minimum seconds that a guest is observed after its resume; `HURRIED` with --quick."""
+"""Minimum time for which a guest is observed after its resume, seconds; `HURRIED` with --quick."""
 HURRIED = 2.0
 TIMEOUT = 60.0
-"""Maximum seconds until all memory is loaded."""
+"""Maximum time until all memory is loaded, seconds."""
 WINDOW, UTILISATION = 1.0, 0.8
-"""Parameters of the time to responsiveness, TTR(1 s, 80 %): see `responsive`."""
+"""Parameters of the time to responsiveness, TTR(1 s, 80 %); see `responsive`."""
 STEP = 0.01
 OURS: dict[str, tuple[str, ...]] = {
     "lazy": (),
@@ -41,7 +41,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "mapped-ram": ("mapped-ram",),
     "stream": (),
 }
-"""Capabilities of the incoming migration; the second uses the file of the first."""
+"""QEMU's methods, with the capabilities of the incoming migration. The second one uses the file of the first."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
@@ -68,7 +68,10 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
-    """Restore with `pageferry restore`; observe the guest for `watched` seconds, or until its memory is complete."""
+    """Restore with `pageferry restore`, and return the figures.
+
+    The guest is observed for `watched` seconds, or until all of its memory is loaded.
+    """
     line.hops += 1
     name = line.name(line.hops)
     line.serial.ticks.clear()
@@ -104,7 +107,7 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str, watch
 def restore_by_qemu(
     line: QemuLine, file: Path, usual: float, capabilities: tuple[str, ...], *, watched: float = WATCHED
 ) -> dict[str, Any]:
-    """Restore with `migrate-incoming` in a QEMU that is already waiting."""
+    """Restore with `migrate-incoming` in a QEMU that is already waiting, and return the figures."""
     line.hops += 1
     line.serial.ticks.clear()
     start = time.time()
@@ -129,9 +132,9 @@ def restore_by_qemu(
 
 
 def responsive(serial: SerialLines, resumed: float, end: float, usual: float) -> float | None:
-    """TTR(w, u): time after which the utilisation of each window of w seconds stays at or above u.
+    """Return TTR(w, u): the time after which the utilisation of each window of w seconds is at least u.
 
-    Utilisation is the write rate divided by the usual rate. None: not before `end`.
+    Utilisation is the write rate divided by the usual rate. None: not reached before `end`.
     """
     starts = list(itertools.takewhile(lambda at: at + WINDOW <= end, itertools.count(resumed, STEP)))
     good = [serial.rate(at, at + WINDOW) >= UTILISATION * usual for at in starts]
@@ -145,20 +148,20 @@ class Told:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.at: dict[str, float] = {}
-        """Time of the last event by type, seconds since the epoch."""
+        """Time of the last event of each type, seconds since the epoch."""
         self._last: dict[str, dict[str, Any]] = {}
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def wait(self, kind: str, timeout: float) -> dict[str, Any] | None:
-        """Last event of this type; wait for one."""
+        """Wait for an event of this type, and return the last one; None after the timeout or the end of the command."""
         with self._news:
             self._news.wait_for(lambda: kind in self._last or not self._reader.is_alive(), timeout)
             return self._last.get(kind)
 
     def end(self) -> None:
-        """Wait for the end of the command; kill it after 10 s."""
+        """Wait for the end of the command. Kill it after 10 s."""
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -195,7 +198,7 @@ def _save_theirs(line: QemuLine, mapped: Path, stream: Path) -> float:
 
 
 def _usual(line: Line) -> float:
-    """Run a guest undisturbed; return its writes per second."""
+    """Run a guest without interference. Return its writes per second."""
     assert line.current is not None
     line.current.monitor.execute("cont")
     time.sleep(2 * USUAL + 0.5)
@@ -204,7 +207,7 @@ def _usual(line: Line) -> float:
 
 
 def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -> dict[str, Any]:
-    """Check that the guest is intact; return its activity since it was resumed (seconds since the epoch)."""
+    """Check that the guest is intact. Return its activity since `resumed` (seconds since the epoch)."""
     if line.serial.errors:
         raise RuntimeError(f"{line.label}: the guest has found wrong pages")
     clock = time.monotonic() - time.time()
@@ -221,5 +224,5 @@ def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -
 
 
 def _resumed(running: Running) -> float:
-    running.monitor.execute("query-status")  # its reply follows all earlier events
+    running.monitor.execute("query-status")  # the reply follows all earlier events
     return dict(running.monitor.history)["RESUME"]

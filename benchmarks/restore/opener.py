@@ -1,9 +1,9 @@
-"""A process that opens an arena from an image: `python -m benchmarks.restore.opener IMAGE MODE`.
+"""Process that opens an arena from an image: `python -m benchmarks.restore.opener IMAGE MODE`.
 
 MODE: `lazy`; `demand`, the same without read-ahead; `eager`, which waits until all memory is loaded; `peek`, which
-reads one page through the file; `whole`, the same after all memory was loaded. Prints JSON: milliseconds
-until the arena is usable (`restore` has returned and one byte has been read), the median latency of random accesses in
-microseconds, and milliseconds until all memory is loaded.
+reads one page through the file; `whole`, the same after all memory has been loaded. Prints JSON: milliseconds until the
+arena is usable (`restore` has returned and one byte has been read), median latency of random accesses in microseconds,
+and milliseconds until all memory is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ ACCESSES = 200
 
 
 def peek(arena: RestoredArena) -> dict[str, float]:
-    """Read a page from the file, not through the mapping. Return the total bytes read and milliseconds."""
+    """Read a page through the file instead of the mapping.
+
+    Return the total number of bytes read, and the milliseconds.
+    """
     begin = time.perf_counter()
     at = len(memoryview(arena)) // 2
     arena.ensure(at, SMALL_PAGE)
@@ -32,7 +35,7 @@ def peek(arena: RestoredArena) -> dict[str, float]:
 
 
 def main() -> None:
-    """Open the arena, access pages, and wait until it is complete."""
+    """Open the arena, access pages, and wait until all memory is loaded."""
     path, mode = sys.argv[1:]
     begin = time.perf_counter()
     arena = pageferry.restore(path, eager=mode == "eager", prefetch=mode in ("lazy", "eager"))

@@ -30,7 +30,7 @@ FAULTS: tuple[Column, ...] = (
     ("ratio", "ratio", 2, 1),
 )
 SOONER = 20
-"""Required ratio to QEMU's time."""
+"""Minimum ratio of QEMU's time to pageferry's."""
 
 
 def render(results: Results) -> list[str]:

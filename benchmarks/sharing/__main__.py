@@ -1,9 +1,9 @@
 """Sharing benchmark (S9): `make bench-sharing`, or `python -m benchmarks.sharing [--quick]`.
 
 Compares KSM on all memory with KSM on the huge pages that pageferry selects, and measures the scan rate. Each round
-starts new processes with the same contents for each line, in turn. Freed memory is the decrease of their PSS, split
-huge pages the decrease of AnonHugePages, CPU time that of ksmd and pageferry together. Requires root, and a machine on
-which no other program uses KSM. Writes raw data and tables to benchmarks/results.
+starts new processes with the same contents for each line, in turn. Freed memory is the decrease of their PSS, the
+number of split huge pages is the decrease of AnonHugePages, and CPU time is that of ksmd and pageferry together.
+Requires root, and a machine on which no other program uses KSM. Writes raw data and tables to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from pageferry.workloads.target import process_target
 
 PROCESSES = 2
 RICH, PER_RICH = 8, 300
-"""One huge page in eight has 300 pages worth sharing; the others have one or two."""
+"""Contents of the processes: one huge page in eight has 300 duplicate pages; the others have one or two."""
 
 
 @contextmanager
 def lookalikes(mib: int) -> Iterator[list[tuple[int, int]]]:
-    """Pid and address of processes with `mib` MiB of memory each."""
+    """Yield pid and address of processes with `mib` MiB of memory each."""
     with ExitStack() as stack:
         found = []
         for seed in range(PROCESSES):
@@ -51,13 +51,13 @@ def lookalikes(mib: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def sums(processes: list[tuple[int, int]]) -> tuple[int, int]:
-    """PSS in bytes, and the number of huge pages, of all processes."""
+    """Return the PSS of all processes in bytes, and the number of their huge pages."""
     pss = sum(total(pid, "Pss_Anon") for pid, _ in processes)
     return pss, sum(total(pid, "AnonHugePages") for pid, _ in processes) // LARGE_PAGE
 
 
 def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
-    """Register all memory with KSM. Return CPU seconds."""
+    """Register all memory with KSM. Return the CPU time, seconds."""
     for pid, address in processes:
         with process_target(pid) as target:
             ranges.advise(target, Range(pid, address, mib << 20), ranges.MERGEABLE)
@@ -65,7 +65,7 @@ def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
 
 
 def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], threshold: int) -> float:
-    """Share only the selected huge pages. Return CPU seconds."""
+    """Share only the selected huge pages. Return the CPU time, seconds."""
     names = [f"pid:{pid}" for pid, _ in processes]
     begin = time.process_time()
     result = asyncio.run(api.share_async(names, threshold=threshold, merge_with_others=True))
@@ -94,13 +94,13 @@ def measure(line: str, mib: int) -> dict[str, Any]:
 
 
 def scan_rates(mib: int) -> Run:
-    """Scan rate of one thread in GB per CPU second: of a shared file, of another process, and of a plain copy."""
+    """Return the scan rates of one thread, GB per CPU second: shared file, other process, and plain copy."""
     fd, _ = memory_file(mib << 20)
     mapping = Mapping(fd, mib << 20)
     memory = memoryview(mapping).cast("B")
     for at in range(0, mib << 20, LARGE_PAGE):
         memory[at : at + LARGE_PAGE] = os.urandom(LARGE_PAGE)
-    copy = bytearray(1 << 20)  # stays in the cache, so that the rate is that of reading
+    copy = bytearray(1 << 20)  # it stays in the CPU cache, so that the rate is that of reading
     rates: dict[str, list[float]] = {"copy": [], "file": [], "process": []}
     with lookalikes(mib) as processes:
         pid, address = processes[0]
@@ -123,7 +123,7 @@ def scan_rates(mib: int) -> Run:
 
 LINES = ("KSM alone", "pageferry, threshold 64", "pageferry, threshold 256")
 SAVING = 0.9
-"""Minimum fraction of KSM's saving; a line that frees less does not count for the huge pages that it spares."""
+"""Minimum fraction of KSM's saving. A line that frees less is not credited with the huge pages that it preserves."""
 
 
 def measure_ksm(setting: Setting) -> list[Run]:
@@ -138,7 +138,7 @@ def measure_rates(setting: Setting) -> list[Run]:
 
 
 def size(setting: Setting) -> int:
-    """Memory of each process, MiB."""
+    """Return the memory of each process, MiB."""
     return 64 if setting.quick else 512
 
 

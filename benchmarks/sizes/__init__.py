@@ -1,1 +1,1 @@
-"""Benchmark of the sizes of a checkpoint."""
+"""Benchmark of the block sizes of a checkpoint."""

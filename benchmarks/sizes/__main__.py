@@ -1,7 +1,7 @@
-"""Sizes of a checkpoint, changed one at a time: `make bench-sizes`, or `python -m benchmarks.sizes [--quick]`.
+"""Benchmark of checkpoint sizes, varied one at a time: `make bench-sizes`, or `python -m benchmarks.sizes [--quick]`.
 
-Measures the cost of the trap block, page block and storage block sizes for the workload, the checkpoint and a later
-restore. The defaults were chosen by this table (docs/format.md, docs/systems/s4.md).
+Measures the effect of the trap block, page block and storage block sizes on the workload, the checkpoint and a later
+restore. The defaults were chosen with this table (docs/format.md, docs/systems/s4.md).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def choices() -> Iterator[tuple[str, int, dict[str, int]]]:
-    """Name of the changed size, its value, and all sizes."""
+    """Yield the name of the varied size, its value, and all sizes."""
     for name, sizes in SIZES.items():
         for size in sizes:
             chosen = DEFAULTS | {name: size}
@@ -50,7 +50,7 @@ def choices() -> Iterator[tuple[str, int, dict[str, int]]]:
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Checkpoint with each size in turn under each load, and read random pages from each image."""
+    """Take a checkpoint with each size in turn under each load, and read random pages from each image."""
     runs = []
     image = setting.folder / "image"
     for load, options in LOADS.items():
@@ -70,7 +70,7 @@ def render(results: Results) -> list[str]:
 
 
 def judge(_: Results) -> list[Target]:
-    """Return no targets: the table is for choosing defaults."""
+    """Return no targets: the table serves to choose defaults."""
     return []
 
 

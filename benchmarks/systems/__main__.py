@@ -1,8 +1,8 @@
 """Table of all ten systems: `make systems`, or `python -m benchmarks.systems [--quick] [--without S7]`.
 
-Measures each system for some seconds with and without its mechanism, and a peer if there is one, and compares it with
-the target in docs/benchmarks.md. `--without` switches a mechanism off: its row fails. Only a complete run at full size
-is written to benchmarks/results and into README.md.
+Measures each system for some seconds with and without its mechanism, and another program if one is comparable. The
+figure is compared with the target in docs/benchmarks.md. `--without` disables a mechanism, so that its row fails. Only
+a complete run at full size is written to benchmarks/results and into README.md.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ SHOWS: dict[str, tuple[tuple[str, ...], Show]] = {
 }
 SYSTEMS = tuple(f"S{number}" for number in range(1, 11))
 MAX_SECONDS = 150
-"""Maximum seconds for one measurement, so that all take less than ten minutes."""
+"""Maximum duration of one measurement, seconds, so that all take less than ten minutes."""
 
 
 def main() -> int:
-    """Measure and write the table. Return the exit code, 0 if everything could be measured; missed targets are not
-    errors.
+    """Measure all systems and write the table.
+
+    Return the exit code, 0 if everything could be measured; missed targets are not errors.
     """
     args = _arguments()
     machine.require("make systems", "rustc", "setpriv")
@@ -96,7 +97,7 @@ def _measure(args: argparse.Namespace) -> list[Row]:
 
 
 def _shown(name: str, systems: tuple[str, ...], show: Callable[[], list[Row]]) -> list[Row]:
-    """Rows of a measurement; if it fails, one row per system with the reason."""
+    """Return the rows of a measurement; if the measurement fails, one row per system with the reason."""
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(MAX_SECONDS)
     try:

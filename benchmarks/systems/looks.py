@@ -16,11 +16,11 @@ from pageferry.host import smaps
 from pageferry.large_pages import Options, sample_async
 
 WINDOW = 1.0
-"""Seconds per window."""
+"""Length of a window, seconds."""
 
 
 def activity(setting: Setting, switches: Switches) -> list[Row]:
-    """A process that uses a known part of each huge page (S3): the kernel's accessed bits compared with sampling."""
+    """Measure a process that uses a known part of each huge page (S3): kernel accessed bits compared with sampling."""
     mebibytes = 28 if setting.quick else 224
     with reader("shared", mebibytes, "pattern") as one:
         used = sum(truth(unit) for unit in range(one.size // LARGE_PAGE)) * 4096 / (1 << 20)
@@ -40,7 +40,7 @@ def activity(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def sharable(setting: Setting, switches: Switches) -> list[Row]:
-    """Two processes with duplicate pages (S9): KSM on all memory compared with KSM on pageferry's selection."""
+    """Measure two processes with duplicate pages (S9), with KSM on all memory and on pageferry's selection."""
     mebibytes = 32 if setting.quick else 192
     alone = sharing.measure("KSM alone", mebibytes)
     chosen = sharing.measure(switches.choose("S9", "pageferry, threshold 64", "KSM alone"), mebibytes)
@@ -61,7 +61,7 @@ def sharable(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def _referenced(one: Reader) -> float:
-    """MiB in use by the accessed bits of the process's mappings (proc(5), clear_refs and smaps)."""
+    """Return the memory in use, MiB, by the accessed bits of the process's mappings (proc(5), clear_refs and smaps)."""
     Path(f"/proc/{one.pid}/clear_refs").write_text("1")
     time.sleep(WINDOW)
     areas = (area for area in smaps.smaps(one.pid) if area.mapping.address <= one.address < area.mapping.end)

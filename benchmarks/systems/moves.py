@@ -22,18 +22,16 @@ from tests.guest import initrd
 
 FULL, SMALL = 512 << 20, 64 << 20
 WRITER = {"working_set": 0.1, "zero_fraction": 0.1, "rate": 40 << 20}
-"""Writes the first tenth of the memory, in order."""
+"""Options of a workload that writes to the first tenth of its memory, in order."""
 SCATTERED = WRITER | {"scatter": True}
 QUIET = {"working_set": 0.01, "zero_fraction": 0.5, "rate": 1 << 20}
-"""Half of all pages are zeros, and few are sent again."""
+"""Options of a workload with half of its pages zero, few of which are sent again."""
 NO_MOUNTS = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
-"""Runs a program that cannot mount a tmpfs with huge pages, so that its memory has only huge pages that it makes
-itself.
-"""
+"""Command prefix without the right to mount a tmpfs with huge pages: the program has to make its huge pages itself."""
 
 
 def arena(setting: Setting, switches: Switches) -> list[Row]:
-    """The built-in workload, migrated with and without populated page tables (S1, S5)."""
+    """Migrate the built-in workload with and without populated page tables (S1, S5)."""
     size = SMALL if setting.quick else FULL
     what = f"arena of {size >> 20} MiB, a tenth of it written, "
     with Ballast(size * 3 // 2) as ballast, Ledger("scattered", size, SCATTERED) as ledger:
@@ -48,7 +46,10 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def guest(setting: Setting, switches: Switches) -> list[Row]:
-    """A guest, migrated likewise (S1), and to a QEMU that has to make its huge pages itself (S7); and by QEMU."""
+    """Migrate a guest with and without populated page tables (S1), and by QEMU.
+
+    In a further migration (S7) the destination's QEMU has to make its huge pages itself.
+    """
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     load = "ferry.mib=48" if setting.quick else BUSY
     ours = PageferryLine("moved", place, machine.QEMU, load)
@@ -77,7 +78,7 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def large(setting: Setting, switches: Switches) -> list[Row]:
-    """Huge pages at a destination that has to make them itself (S6, S7)."""
+    """Measure huge pages at a destination that has to make them itself (S6, S7)."""
     size = SMALL if setting.quick else FULL
     rows = []
     for system, options, which in (
@@ -98,7 +99,7 @@ def large(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def traces(setting: Setting, switches: Switches) -> list[Row]:
-    """Effect of write traces on a writer (S2), compared with a pause during the copy."""
+    """Measure the effect of write traces on a writer (S2), compared with that of a pause during the copy."""
     size = SMALL if setting.quick else FULL
     with Ledger("traced", size, {"compressible": 0.0, "rate": 20 << 20}) as ledger:
         stopped, traced = asyncio.run(_stalls(ledger, "S2" in switches.off))
@@ -116,7 +117,7 @@ def traces(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
-    """Migrate a guest, and pause it afterwards."""
+    """Migrate a guest, pause it afterwards, and return the figures."""
     ballast.hold()
     run = line.move(ballast, **options)
     line.rest()
@@ -124,17 +125,17 @@ def _moved(line: Line, ballast: Ballast, **options: Any) -> dict[str, Any]:
 
 
 def _of(peer: dict[str, Any], key: str) -> float | None:
-    """Figure of a peer; None if the peer has lost its guest."""
+    """Return a figure of QEMU's own migration; None if QEMU has lost its guest."""
     return float(peer[key]) if peer["alive"] else None
 
 
 def _faults(ledger: Ledger, ballast: Ballast, choice: str) -> float:
-    """Faults after a migration with this `--populate`."""
+    """Return the number of page faults in the first second after a migration with this `--populate`."""
     return float(populate.move(ledger, ballast, choice, "keep")["faults-first-second"])
 
 
 def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
-    """Huge pages in the page tables of the writer after a migration."""
+    """Return the number of huge pages in the page tables of the writer after a migration."""
     populate.move(ledger, ballast, choice, "keep")
     workload = asyncio.run(open_workload(ledger.name))
     assert isinstance(workload, RemoteArena)
@@ -147,7 +148,7 @@ def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
 
 
 async def _stalls(ledger: Ledger, off: bool) -> tuple[float, float]:
-    """Longest write in milliseconds: paused during the copy, and traced."""
+    """Return the longest write in milliseconds, when paused during the copy and when traced."""
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)
     try:

@@ -1,4 +1,4 @@
-"""A row of the table of the ten systems."""
+"""Row of the table of the ten systems."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from benchmarks.harness import tables
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure of one system."""
+    """Measured figure of a system."""
 
     system: str
-    """S1 to S10."""
+    """Number of the system, S1 to S10."""
     exercised: str
     figure: str
     """Name and unit of the figure."""
     without: float | None
     mechanism: float | None
-    """Figure with the mechanism, or measured like `without` if it is switched off. None: not measured."""
+    """Figure with the mechanism; if it is disabled, measured like `without`. None: not measured."""
     target: str
     """Target in words, as in docs/benchmarks.md."""
     reached: bool
     peer: float | None = None
     whose: str = ""
-    """Name of the peer."""
+    """Name of the program that is compared."""
 
     @classmethod
     def unmeasured(cls, system: str, exercised: str, why: BaseException) -> Row:
-        """Row of a figure that could not be measured, with the reason."""
+        """Return the row of a figure that could not be measured, with the reason."""
         words = " ".join(str(why).split()).replace("|", "/") or "no error message"
         return cls(system, exercised, f"not measured, {type(why).__name__}: {words}", None, None, "", False)
 
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """Systems that are switched off, to check that their rows fail."""
+    """Systems whose mechanisms are disabled, to check that their rows fail."""
 
     off: frozenset[str]
 
     def choose(self, system: str, mechanism: str, without: str) -> str:
-        """Return the option to measure as the mechanism."""
+        """Return the option with which the mechanism is measured."""
         return without if system in self.off else mechanism
 
 
@@ -50,7 +50,7 @@ HEADINGS = ("", "workload", "figure", "without", "with", "peer", "target", "")
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Table in the order of the systems."""
+    """Return the table, in the order of the systems."""
     ordered = sorted(rows, key=lambda row: int(row.system[1:]))
     return tables.rows(HEADINGS, [_cells(row) for row in ordered])
 

@@ -1,4 +1,4 @@
-"""Checkpoints of running workloads (S4), running during a restore (S10), and reading deferred pages (S8)."""
+"""Checkpoints of running workloads (S4), execution during a restore (S10), and access to deferred pages (S8)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAZY, STOPPED = "--mode=lazy", "--mode=stop"
 
 
 def guest(setting: Setting, switches: Switches) -> list[Row]:
-    """A guest, saved and restored by pageferry and by QEMU."""
+    """Save and restore a guest by pageferry and by QEMU."""
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     mebibytes = saving.SMALL if setting.quick else saving.FULL
     words = saving.checker(mebibytes, restoring.RATE, restoring.HOT)
@@ -54,7 +54,7 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def arena(setting: Setting, switches: Switches) -> list[Row]:
-    """The built-in workload, saved, and a program that opens the image (S4, S10, S8)."""
+    """Save the built-in workload, and open its image in another program (S4, S10, S8)."""
     size = SMALL if setting.quick else FULL
     image = setting.folder / "image"
     with Ledger("kept", size, ledgers.CONTENTS | ledgers.LOADS["20 MiB/s"]) as ledger:
@@ -78,7 +78,7 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def _times(setting: Setting) -> int:
-    """Number of measurements of a short pause; another process may be scheduled in one of them."""
+    """Return the number of measurements of a short pause; one may be disturbed by another scheduled process."""
     return 1 if setting.quick else 3
 
 
@@ -88,7 +88,7 @@ def _save(ledger: Ledger, image: Path, option: str) -> float:
 
 
 def _until_complete(run: dict[str, Any]) -> float:
-    """Milliseconds until all memory is loaded, without the start of QEMU, like `running-ms`."""
+    """Return the milliseconds until all memory is loaded, excluding the start of QEMU, as `running-ms` does."""
     return float(run["complete-ms"] - run["command-to-resume-ms"] + run["running-ms"])
 
 

@@ -52,7 +52,7 @@ class Memory:
     kind: str
 
     def access(self) -> None:
-        """Read some pages and write others, as in PATTERNS."""
+        """Access the base pages in PATTERNS: read and write them alternately."""
         pages = [unit * SLOTS + slot for unit, slots in PATTERNS.items() for slot in slots]
         self.owner.order("read", self.address, pages[::2])
         self.owner.order("write", self.address, pages[1::2], 1)

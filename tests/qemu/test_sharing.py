@@ -26,7 +26,7 @@ SerialMaker = Callable[[str], Serial]
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """The scan reads memory files, which do not depend on the QEMU version."""
+    """Return the newest QEMU only: the scan reads memory files, which do not depend on the QEMU version."""
     return newest_parts
 
 

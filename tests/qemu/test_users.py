@@ -1,4 +1,7 @@
-"""Restores by three kinds of users: on demand if userfaultfd is permitted, loaded in full before the start if not."""
+"""Restores by three kinds of users.
+
+Memory is loaded on demand if userfaultfd is permitted, and before the start otherwise.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Result tables of the benchmarks, and their copies in README."""
+"""Tests of the result tables of the benchmarks, and of their copies in README."""
 
 from __future__ import annotations
 

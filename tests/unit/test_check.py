@@ -1,4 +1,4 @@
-"""`pageferry check`: choice of mechanisms, QEMU versions, output, and completeness of the support matrix."""
+"""Tests of `pageferry check`: choice of mechanisms, QEMU versions, output, and completeness of the support matrix."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_real_qemu_is_found(qemu_system: Path) -> None:
 
 @pytest.fixture(scope="module")
 def report() -> tuple[int, dict[str, Any]]:
-    """Return the exit code and the JSON of the command."""
+    """Run `pageferry check` once. Return its exit code and its JSON output."""
     command = [sys.executable, "-m", "pageferry", "check", "--output", "json"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     (line,) = ended.stdout.splitlines()

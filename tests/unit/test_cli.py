@@ -1,4 +1,4 @@
-"""The command line: parsing, lazy imports, output, exit codes."""
+"""Tests of the command line: parsing, lazy imports, output, exit codes."""
 
 from __future__ import annotations
 

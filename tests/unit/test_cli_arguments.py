@@ -1,4 +1,4 @@
-"""Parsing and formatting of sizes, rates and times."""
+"""Tests of the parsing and formatting of sizes, rates and times."""
 
 import argparse
 

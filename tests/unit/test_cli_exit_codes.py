@@ -1,4 +1,4 @@
-"""The table of exit codes in the documentation matches the error classes."""
+"""Tests that the documented exit codes match the error classes."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def descendants(error: type[PageferryError]) -> Iterator[type[PageferryError]]:
 
 
 def named() -> list[type[PageferryError]]:
-    """Return the errors with an exit code of their class; others inherit it."""
+    """Return the error classes that define an exit code; all others inherit one."""
     ours = [error for error in descendants(PageferryError) if error.__module__ == "pageferry.errors"]
     return [error for error in ours if "exit_code" in vars(error)]
 

@@ -1,4 +1,4 @@
-"""The command line in a separate process: signals, closed pipes, terminals."""
+"""Tests of the command line in a separate process: signals, closed pipes, terminals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEADLINE = 60
 
 @contextmanager
 def asleep(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """Start the command, and yield it once it reports that it sleeps."""
+    """Start the command, and yield its process when it reports that it sleeps."""
     child = subprocess.Popen(
         [*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -94,7 +94,7 @@ def test_progress_on_a_terminal_is_replaced_by_the_result() -> None:
         try:
             while piece := os.read(ours, 4096):
                 screen += piece
-        except OSError:  # EIO: the last user of the terminal has closed it
+        except OSError:  # EIO: the last process that had the terminal open has closed it
             pass
         os.close(ours)
         assert child.stdout is not None

@@ -1,4 +1,4 @@
-"""Free huge pages, and when memory compaction is triggered."""
+"""Tests of the number of free huge pages, and of the conditions for memory compaction."""
 
 from __future__ import annotations
 

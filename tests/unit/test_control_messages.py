@@ -1,4 +1,4 @@
-"""Framing of the control socket: messages round-trip, and oversized or malformed ones are refused."""
+"""Tests of the control socket's framing: messages are preserved, and oversized or malformed ones are rejected."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A saver executes its steps. Between any two steps the processor may write, and devices may pin the page, write to it and
 complete. A pin marks the page as written and removes its protection; later writes by the device do neither. `drain` and
 `pause` complete only when no I/O is in flight. Property: at the end the copy equals the memory. Wrong orders must
-violate it, otherwise the model proves nothing.
+violate the property, otherwise the model proves nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class State:
     copy: int | None = None
     protected: bool = False
     marked: bool = False
-    """Whether the next collection reports the page."""
+    """Whether the next collection of the trace reports the page."""
     to_send: bool = False
     flight: tuple[bool, ...] = ()
-    """For each request that has pinned the page, whether the device has written."""
+    """Whether the device has written, for each request that has pinned the page."""
     begun: int = 0
     written: bool = False
     """Whether the processor has written; it writes once."""
@@ -43,12 +43,15 @@ PAUSE = ("pause", "collect", "send")
 PRECOPY = ("install", "all", "drain", "send", *ROUND, *ROUND, *PAUSE)
 HYBRID = ("install", "all", "drain", "send", *ROUND, "collect", "pause", "collect", "resume there", "send")
 CHAIN = (*PRECOPY, "resume", *ROUND, *ROUND, *PAUSE)
-"""A checkpoint whose trace is installed before any page is read, and the next one, which collects that trace."""
+"""Steps of a checkpoint whose trace is installed before any page is read, and of the next one.
+
+The next checkpoint collects that trace.
+"""
 REGISTERED = ("install", "all", "drain", "send", *ROUND, "pause", "collect", "all", "send")
 
 
 def saver(state: State, name: str) -> State | None:
-    """Return the state after a step, or None if the step has to wait."""
+    """Return the state after the saver's step `name`, or None if the step has to wait."""
     after = replace(state, step=state.step + 1)
     match name:
         case "install":
@@ -127,7 +130,7 @@ def test_no_write_is_lost(order: tuple[str, ...]) -> None:
 
 
 def without_drain(order: tuple[str, ...], number: int) -> tuple[str, ...]:
-    """Return an order without one of its drains."""
+    """Return the order of steps without one of its drains."""
     places = [place for place, name in enumerate(order) if name == "drain"]
     return order[: places[number]] + order[places[number] + 1 :]
 
@@ -157,7 +160,7 @@ def test_registered_buffer_must_be_sent_in_the_pause() -> None:
 
 
 def test_exchanging_a_trap_for_a_trace_misses_a_pin() -> None:
-    """Traces are not installed this way with direct I/O: a range has one registration, so the exchange leaves a gap."""
+    """With direct I/O, no trap is exchanged for a trace: a range has one registration, so the exchange leaves a gap."""
     trapped = ("install", "pause", "collect", "sweep", "resume")
     exchange = (*trapped, "remove trap", "protect", "compare", *ROUND, *PAUSE)
     assert wrong(exchange, requests=0) == []

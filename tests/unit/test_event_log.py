@@ -1,4 +1,4 @@
-"""Event logs: their contents, and how damaged ones are read."""
+"""Tests of event logs: contents, and reading of damaged logs."""
 
 from __future__ import annotations
 

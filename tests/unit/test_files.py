@@ -1,4 +1,4 @@
-"""Files in folders where another user has planted something: it is not followed, opened or written to."""
+"""Tests that files planted by another user are not followed, opened or written to."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ OTHERS = {
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command with a deadline, since opening a FIFO could block."""
+    """Run the command with a timeout, because opening a FIFO could block."""
     command = [sys.executable, "-I", "-m", "pageferry", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE)
 
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """Return a file that no command may open."""
+    """Return the path of a file that no command may open."""
     path = tmp_path / "secret"
     path.write_bytes(SECRET)
     return path
@@ -197,7 +197,7 @@ def test_log_that_replaces_a_readable_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("old")
     path.chmod(0o644)
-    with open(path) as reader:  # opened while every user could read it
+    with open(path) as reader:  # opened while every user could read the file
         assert main(["list", "--log", str(path)]) == 0
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.read_text().startswith('{"at-ms"')
@@ -261,7 +261,7 @@ def test_record_replaces_a_planted_link(tmp_path: Path, secret: Path) -> None:
 
 
 def test_every_file_is_opened_by_one_module() -> None:
-    """A module that opens files itself must be listed above."""
+    """A module that opens files itself must be listed in this test."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
@@ -294,7 +294,7 @@ def _special(path: Path, kind: str) -> Path:
 
 
 def _child_of(folder: Path, parent: Path, image: Path | None = None) -> Path:
-    """Return an image built on `parent`, which is written unless `image` is given instead."""
+    """Return an image built on `parent`. Unless `image` is given, the image is written first."""
     made: Any = Maker(16)
     if image is None:
         made.write(parent)

@@ -1,4 +1,4 @@
-"""Image files: atomic replacement, and removal of leftovers of crashed writers, with and without O_TMPFILE."""
+"""Tests of image files: atomic replacement, and removal of files of crashed writers, with and without O_TMPFILE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ["unnamed", "hidden"]
 
 @pytest.fixture(params=NAMES)
 def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Return a folder on a file system with O_TMPFILE, and on one without (such as NFS or FAT)."""
+    """Return a directory on a file system with O_TMPFILE, and on one without (such as NFS or FAT)."""
     if request.param == "hidden":
         really = os.open
 

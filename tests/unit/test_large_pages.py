@@ -1,4 +1,4 @@
-"""Choice of samples, estimates from them, the policy, and the human-readable result."""
+"""Tests of huge page sampling: choice of samples, estimates, policy, and human-readable output."""
 
 from __future__ import annotations
 

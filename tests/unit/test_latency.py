@@ -1,4 +1,4 @@
-"""Percentiles of histograms, compared with those of the values."""
+"""Tests that the percentiles of histograms agree with those of the values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Man pages and completions match the parser."""
+"""Tests that man pages and completions match the parser."""
 
 from __future__ import annotations
 

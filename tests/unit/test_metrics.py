@@ -1,4 +1,4 @@
-"""Metrics: values from events, the scraped text, and completeness of the documentation."""
+"""Tests of metrics: values computed from events, text output, and completeness of the documentation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scraped(url: str) -> dict[str, float]:
 
 
 def told(path: Path) -> Metrics:
-    """Return metrics after all events of a log."""
+    """Return the metrics after all events of a log."""
     kinds, sink = events.events(), Metrics("verb", "web")
     for line in Log.read(path).lines:
         sink.event(line.to(kinds[line.tag]))

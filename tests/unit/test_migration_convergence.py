@@ -1,4 +1,4 @@
-"""Convergence policy: decisions after simulated rounds."""
+"""Tests of the convergence policy: decisions after simulated rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 def decisions(policy: Convergence, remaining: list[int], bandwidth: int = 100 * MIB) -> list[Decision]:
-    """Return the decisions after rounds of one second each, with these remaining bytes."""
+    """Return the decisions after rounds of one second each. `remaining`: bytes that remain after each round."""
     return [policy.after_round(bandwidth, 1.0, left) for left in remaining]
 
 

@@ -1,4 +1,4 @@
-"""Requests that a hybrid migration switch over: received by the running one, an error without one."""
+"""Tests of requests to switch over a hybrid migration: a running one accepts them, without one they fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_request_is_received_by_the_running_migration(folder: Folder) -> None:
         switchover_request.request(folder)
         assert switchover_request.requested(folder)
     assert not switchover_request.requested(folder)
-    # A received request does not apply to the next migration.
+    # An accepted request does not apply to the next migration.
     with switchover_request.listening(folder):
         assert not switchover_request.requested(folder)
 

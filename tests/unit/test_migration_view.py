@@ -1,4 +1,4 @@
-"""Human-readable output of a migration."""
+"""Tests of the human-readable output of a migration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ faults in the first second  7 minor, 0 major
 
 
 def shown(view: MigrationView, *told: Event, result: Event | None = None) -> tuple[str, str]:
-    """Return the output on stdout and stderr without a terminal."""
+    """Return the output on stdout and on stderr without a terminal."""
     data, progress = (Console(file=io.StringIO(), width=200, color_system=None) for _ in range(2))
     with HumanReporter(view, data, progress) as reporter:
         for event in told:
@@ -120,7 +120,7 @@ def test_terminal_shows_rounds_and_a_progress_bar() -> None:
     assert lines[2].startswith("round 2 ━━━━")
     assert lines[2].rstrip().endswith("100 MiB/s")
     assert len(lines) == 3
-    # Between rounds there is no bar, and no empty line instead.
+    # Between rounds, neither a bar nor an empty line is shown.
     content = view.live(ROUND)
     console = Console(file=io.StringIO(), width=100, color_system=None)
     assert content is not None

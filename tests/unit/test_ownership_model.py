@@ -1,16 +1,18 @@
 """Model of the ownership protocol; every reachable state is examined.
 
 The model contains both agents with the steps of `migration.source` and `migration.destination`, their persistent
-records, the messages in transit, and all failures: an agent is killed between any two steps, fails by itself, or the
+records, the messages in transit, and all failures: an agent is killed between any two steps or fails by itself, or the
 link is cut and any suffix of the messages in transit is lost. The source runs `--recover` whenever the outcome is
-unknown, at any state of the destination. `--take-back` is left out: there an operator overrides the protocol.
+unknown, in any state of the destination. `--take-back` is left out: with it, an operator overrides the protocol.
 
 In post-copy the workload runs at the destination before its pages are present. The source serves the pages, and
-`--recover` continues to serve them after any crash; at the destination another agent can take over (`receive
+`--recover` continues to serve them after any crash. At the destination another agent can take over (`receive
 --resume`).
 
-Properties: at most one process runs the workload; if none runs it, a recovery is possible; recovery ends with an answer
-once both hosts are up; and the source keeps its pages until the destination has all of them, which it gets in the end.
+Properties: at most one process runs the workload; if none runs it, a recovery is possible; recovery ends with a reply
+once both hosts are up; and the source keeps its pages until the destination has received all of them, which happens
+eventually.
+
 Wrong variants of the protocol must violate a property, otherwise the model proves nothing.
 """
 
@@ -78,30 +80,31 @@ class State:
     to_source: tuple[str, ...] = ()
     link: bool = True
     settled: bool = False
-    """Whether the destination has forgotten the migration, as the source knows."""
+    """Whether the source knows that the destination has forgotten the migration."""
     withdrawn: bool = False
-    """Whether the destination had decided to run it, but its process was killed before it was resumed."""
+    """Whether the destination decided to run the workload, but its process was killed before the workload was resumed.
+    """
     ran_there: bool = False
     postcopy: bool = False
     complete: bool = False
-    """Whether the destination has every page."""
+    """Whether the destination has received every page."""
     arrived: bool = False
-    """Whether the destination has recorded that it has every page."""
+    """Whether the destination has recorded that it has received every page."""
 
     @property
     def owners(self) -> int:
-        """Number of processes that run the workload."""
+        """Return the number of processes that run the workload."""
         return (self.here == "runs") + (self.there == "runs")
 
     @property
     def died_there(self) -> bool:
-        """Whether the process of the workload at the destination was killed after the decision."""
+        """Return whether the process of the workload at the destination was killed after the decision."""
         return (self.verdict == "committed" or self.withdrawn) and self.there == "gone"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The protocol, and the ways in which a variant can be wrong."""
+    """Rules of the protocol. Each field that differs from its default makes a wrong variant."""
 
     records_first: bool = True
     decides_first: bool = True
@@ -117,7 +120,7 @@ class Rules:
 
 
 def decide(state: State, wanted: str, rules: Rules) -> State:
-    """`Verdicts.decide`."""
+    """Return the state after a decision by the destination, as in `Verdicts.decide`."""
     if state.verdict is None or not rules.first_decision_holds:
         return replace(state, verdict=wanted)
     return state
@@ -148,7 +151,7 @@ def source_steps(state: State, rules: Rules) -> Iterator[State]:
 
 
 def source_hears(state: State, rules: Rules) -> Iterator[State]:
-    """Yield the states after the next message from the destination, or after the end of the link."""
+    """Yield the states after the next message from the destination, or after the loss of the link."""
     if state.source in (Source.ENDED, *GIVING_BACK):
         return
     expected = {
@@ -160,7 +163,7 @@ def source_hears(state: State, rules: Rules) -> Iterator[State]:
     if state.source in expected and first == expected[state.source][0]:
         yield replace(state, source=expected[state.source][1], to_source=state.to_source[1:])
     elif first == "abort" and state.source is not Source.DISCARD:
-        # Also after Commit: the source decides before it sends the decision.
+        # Also after Commit: the source decides before sending the decision.
         yield replace(state, source=Source.RESUME, to_source=state.to_source[1:])
     elif first is None and not state.link:
         yield from source_fails(state, rules)
@@ -225,17 +228,17 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
 
 
 def after_the_end(state: State) -> set[str]:
-    """Return the possible states of the workload after the destination's agent ends.
+    """Return the possible states of the workload after the end of the destination's agent.
 
-    An arena is killed with its process. A guest that was made to survive has a guardian, which executes the decision. A
-    guest that runs keeps running.
+    An arena is killed with its process. A paused guest that can outlive the agent has a guardian, which executes the
+    decision. A running guest keeps running.
     """
     decided = state.there == "committed" and state.verdict == "committed"
     return {"gone", "runs" if decided or state.there == "runs" else "gone"}
 
 
 def destination_hears(state: State, rules: Rules) -> Iterator[State]:
-    """Yield the states after the next message from the source, or after the end of the link."""
+    """Yield the states after the next message from the source, or after the loss of the link."""
     first = state.to_destination[0] if state.to_destination else None
     rest = replace(state, to_destination=state.to_destination[1:])
     match state.destination, first:
@@ -258,12 +261,12 @@ def destination_hears(state: State, rules: Rules) -> Iterator[State]:
 
 
 def closed(state: State) -> State:
-    """Close the connection of an agent that ends; messages in transit are still delivered."""
+    """Close the connection of an agent that ends. Messages in transit are still delivered."""
     return replace(state, link=False)
 
 
 def send(state: State, message: str) -> State:
-    """Add a message to those in transit, or drop it if the link is cut."""
+    """Add a message to those in transit; drop the message if the link is cut."""
     if not state.link:
         return state
     if message in ("state", "commit", "pages", "done") or (message == "abort" and state.source is Source.ENDED):
@@ -279,7 +282,7 @@ def recovery(state: State, rules: Rules) -> Iterator[State]:
         return  # `unknown`
     decided = decide(state, "aborted", rules)
     if decided.verdict == "committed" and state.postcopy and not (state.arrived or rules.discards_on_decision):
-        # Only the process with the pager can continue; another receiver replies with its identity.
+        # Only the process with the pager can continue. Another receiver replies with its own identity.
         if state.destination is Destination.AWAIT_PAGES:
             yield replace(decided, source=Source.SERVE, link=True, to_destination=(), to_source=())
     elif decided.verdict == "committed":
@@ -297,7 +300,7 @@ def failures(state: State, rules: Rules) -> Iterator[State]:
     if state.destination is not Destination.ENDED:
         for there in after_the_end(state):
             yield from cut(replace(state, destination=Destination.ENDED, there=there))
-        if state.there in ("committed", "runs"):  # the process of the workload is killed, the agent continues
+        if state.there in ("committed", "runs"):  # the process of the workload is killed, and the agent continues
             yield replace(state, there="gone")
         if state.destination not in GIVING_UP:
             yield replace(state, destination=Destination.DECIDE_ABORTED)
@@ -322,7 +325,7 @@ def steps(state: State, rules: Rules) -> Iterator[State]:
 
 
 def reachable(rules: Rules) -> dict[State, State | None]:
-    """Return all reachable states, each with a predecessor."""
+    """Return all reachable states, each with the state from which it was reached."""
     found: dict[State, State | None] = {State(): None, State(postcopy=True): None}
     waiting = list(found)
     while waiting:
@@ -335,7 +338,7 @@ def reachable(rules: Rules) -> dict[State, State | None]:
 
 
 def wrong(state: State, rules: Rules) -> str | None:
-    """Return the property that a state violates, or None."""
+    """Return the property that a state violates; None if it violates none."""
     if state.owners > 1:
         return "two processes run it"
     if state.there == "runs" and state.verdict != "committed":
@@ -349,7 +352,7 @@ def wrong(state: State, rules: Rules) -> str | None:
     if state.arrived and not state.complete:
         return "the destination reports pages that it lacks"
     at_an_end = next(steps(state, rules), None) is None
-    # A workload whose process is killed after the decision is lost, as any other is.
+    # A workload whose process is killed after the decision is lost, like any workload whose process is killed.
     if at_an_end and state.owners == 0 and not state.died_there:
         return "no process runs it, and no recovery is possible"
     if at_an_end and state.there == "runs" and not state.complete:
@@ -372,7 +375,7 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
     for state in states:
         problem = wrong(state, Rules())
         assert problem is None, f"{problem}:\n{history(states, state)}"
-    # The relevant states are reachable.
+    # The states that matter are reachable.
     assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
     assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
     assert any(state.there == "runs" and not state.complete and not state.link for state in states)
@@ -380,7 +383,7 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
 
 
 def test_protocol_terminates_without_further_failures() -> None:
-    """The steps have no cycle, so repeated recovery always ends with an answer."""
+    """The steps have no cycle, so that repeated recovery always ends with a reply."""
     rules = Rules()
     states = reachable(rules)
     depth: dict[State, int] = {}
@@ -395,7 +398,7 @@ def test_protocol_terminates_without_further_failures() -> None:
     for state in states:
         measure(state)
     ends = [state for state in states if next(steps(state, rules), None) is None]
-    # In post-copy the source keeps its pages if the workload was killed at the destination, as no message reports it.
+    # In post-copy, no message reports that the workload was killed at the destination; the source then keeps its pages.
     assert all(not state.record or state.here == "runs" or (state.postcopy and state.died_there) for state in ends)
 
 
@@ -405,7 +408,7 @@ def test_source_discards_only_after_the_destination_has_committed() -> None:
 
 
 def test_workload_killed_before_it_ran_returns_to_the_source() -> None:
-    """Unless a recovery ran in between and found that the destination owns it."""
+    """The exception is a recovery in between that found that the destination owns the workload."""
     withdrawn = [state for state in reachable(Rules()) if state.withdrawn]
     assert any(state.here == "runs" for state in withdrawn)
     assert all(state.there == "gone" and not state.ran_there for state in withdrawn)

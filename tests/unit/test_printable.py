@@ -1,4 +1,4 @@
-"""Terminal escapes in data of a peer, a guest, an image or a log are neutralised in all output."""
+"""Tests that terminal escapes in data of a peer, a guest, an image or a log are neutralised in all output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_clean(text: str) -> None:
 
 @pytest.fixture
 def hostile_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an image with escapes in its metadata."""
+    """Return an image whose metadata contains escapes."""
     kind = Metadata
     changes = {"name": HOSTILE, "details": {HOSTILE: HOSTILE}}
     monkeypatch.setattr(images, "Metadata", lambda **fields: kind(**(fields | changes)))
@@ -126,7 +126,7 @@ def test_views_show_records_without_their_escapes(terminal: bool) -> None:
             data, progress = (
                 _Console(file=io.StringIO(), width=200, color_system=None, force_terminal=terminal) for _ in range(2)
             )
-            with contextlib.suppress(Exception):  # records that the view does not support
+            with contextlib.suppress(Exception):  # the view does not support the record
                 made = view([]) if view.__name__ == "RunsView" else view()
                 reporter = HumanReporter(made, data=data, progress=progress)
                 with contextlib.suppress(Exception):
@@ -180,7 +180,7 @@ def test_event_log_has_no_escapes_and_the_same_values(tmp_path: Path) -> None:
 
 
 class Named(msgspec.Struct):
-    """A record with a text field."""
+    """Record with a text field."""
 
     name: str
 
@@ -215,7 +215,7 @@ def _kinds(base: type[Any]) -> list[type[Any]]:
 
 
 def _hostile(kind: type[Any], text: str = HOSTILE) -> Any:
-    """Return a record with `text` in all text fields."""
+    """Return a record of class `kind` with `text` in all text fields."""
     return _sample(msgspec.inspect.type_info(kind), text)
 
 

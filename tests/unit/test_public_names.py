@@ -1,4 +1,4 @@
-"""Public names of the package, and their documentation."""
+"""Tests of the public names of the package, and of their documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Python children import nothing from the current directory: each starts in a folder with planted modules."""
+"""Tests that Python children import nothing from the current directory.
+
+Each child starts in a directory with planted modules.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
 raise ImportError(__name__)
 """
 OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
-"""Modules that start programs other than Python: QEMU."""
+"""Modules that start only programs other than Python: QEMU."""
 
 CHILDREN = {
     "pageferry.pager.process": """
@@ -115,7 +118,7 @@ CHILDREN = {
         asyncio.run(listening())
     """,
 }
-"""By module of the child: a program that starts it, after `hostile()` has planted modules everywhere."""
+"""Programs by module of the child that they start, after `hostile()` has planted modules in all import locations."""
 
 HOSTILE = """
 import os
@@ -128,7 +131,7 @@ def hostile():
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """Return a folder with planted modules and packages."""
+    """Return a directory with planted modules and packages."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     for name in PLANTED:
@@ -169,11 +172,11 @@ def test_module_command_in_hostile_folder_imports_nothing_planted(hostile: Path,
 
 
 def test_child_imports_packages_of_this_process_from_other_paths(tmp_path: Path) -> None:
-    """As with PYTHONPATH or user site-packages: the child's own site-packages do not contain pageferry."""
+    """The child's own site-packages do not contain pageferry, as with PYTHONPATH or user site-packages."""
     root = tmp_path / "elsewhere"
     root.mkdir()
     (root / "pageferry").symlink_to(PACKAGE)
-    (root / "enum.py").write_text(PLANT)  # must not replace that of the standard library
+    (root / "enum.py").write_text(PLANT)  # must not replace the module of the standard library
     program = (
         f"import sys; sys.path.append({str(root)!r})\n"
         "import msgspec, pageferry, subprocess\n"

@@ -1,4 +1,4 @@
-"""QEMU command lines: parsing, added options, and refusals with their messages."""
+"""Tests of QEMU command lines: parsing, added options, and error messages."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_any_json_is_parsed(option: str, value: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", ["qemu_system", "qemu_10", "qemu_11"])
 def test_option_table_matches_help_of_this_qemu(request: pytest.FixtureRequest, name: str) -> None:
     qemu: Path = request.getfixturevalue(name)
-    listed = {name: takes for name, takes in qemus._options_of(str(qemu)).items() if name != "M"}  # is `-machine`
+    listed = {name: takes for name, takes in qemus._options_of(str(qemu)).items() if name != "M"}  # `-M` is `-machine`
     assert len(listed) > 80
     table = dict.fromkeys(option_syntax._FLAGS, False) | dict.fromkeys(option_syntax._WITH_VALUE, True)
     assert {name: takes for name, takes in listed.items() if table.get(name) is not takes} == {}

@@ -1,4 +1,4 @@
-"""Comparison of guest CPUs by their features; data of a peer or an image is validated."""
+"""Tests of the comparison of guest CPUs by their features, and of the validation of data from a peer or an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guest-physical addresses of RAM, from the output of QEMU's monitor."""
+"""Tests of the guest-physical addresses of RAM, parsed from the output of QEMU's monitor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pageferry.workloads.qemu.kvm_prefault import RamRange, guest_physical, ram_ranges
 
-# QEMU 7.2, `-machine pc -m 5G -accel tcg`, abridged; the word `kvm` is printed under KVM.
+# Output of QEMU 7.2, `-machine pc -m 5G -accel tcg`, abridged. The word `kvm` is printed under KVM.
 SAID = """\
 FlatView #0
  AS "I/O", root: io
@@ -67,7 +67,7 @@ pages = st.integers(0, 5 * GIB // 4096)
 
 @given(st.lists(st.tuples(pages, pages)))
 def test_every_page_has_its_guest_physical_address(parts: list[tuple[int, int]]) -> None:
-    """Compare with a simple rule for single pages, at the edges of the ranges."""
+    """Compare the addresses at the edges of the ranges with a simple rule for single pages."""
     found = guest_physical([(first * 4096, last * 4096) for first, last in parts], RAM)
     inside = {edge for first, last in parts if first < last for edge in (first, last - 1)}
     for page in inside:

@@ -1,4 +1,4 @@
-"""Files for guest memory, and the error if none can be created."""
+"""Tests of files for guest memory, and of the error if none can be created."""
 
 from __future__ import annotations
 

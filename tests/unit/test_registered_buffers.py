@@ -1,4 +1,4 @@
-"""Buffers registered with io_uring, as listed in /proc/PID/fdinfo: complete, or known to be incomplete."""
+"""Tests of buffers registered with io_uring, as listed in /proc/PID/fdinfo: complete, or known to be incomplete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry: names, claims, stale entries, records."""
+"""Tests of the registry: names, claims, stale entries, records."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def entry_of_ours() -> QemuEntry:
 
 
 def entry_of_the_dead() -> QemuEntry:
-    """Return an entry with our pid, reused: its process started at another time."""
+    """Return an entry with the pid of this process, but another start time: the pid has been reused."""
     return msgspec.structs.replace(entry_of_ours(), started=1)
 
 
@@ -150,7 +150,7 @@ def test_entry_that_cannot_be_judged_is_pruned_once_its_socket_is_abandoned(
 
 
 def test_entry_of_an_older_version_is_read(registry: Registry) -> None:
-    """An entry without boot id and namespace."""
+    """Entries of older versions have no boot id and no namespace."""
     path = registry.claim("web").path / WORKLOAD_FILE
     entry = entry_of_ours()
     path.write_text(f'{{"kind":"qemu","pid":{entry.pid},"started":{entry.started},"qmp_socket":"/x","version":1}}')
@@ -242,7 +242,7 @@ def test_damaged_entry_is_named(registry: Registry, content: str) -> None:
 
 
 class Note(msgspec.Struct, frozen=True):
-    """A record."""
+    """Record for the tests."""
 
     text: str
 
@@ -296,7 +296,7 @@ def test_run_directory_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unnamed_workload_has_no_folder(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if another workload has its name; no run directory is needed either."""
+    """The workload has none even if another one has its name, and needs no run directory."""
     monkeypatch.setenv("PAGEFERRY_RUN_DIR", str(registry.path))
     unnamed = Arena(4096).workload()
     with Arena(4096, unnamed.name, on_pause=lambda: None) as named:

@@ -1,4 +1,4 @@
-"""Reports from event logs, human-readable and as JSON, and their charts."""
+"""Tests of reports on event logs, human-readable and as JSON, and of their charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharing without a kernel: choice of huge pages, pace, order of KSM settings, and human-readable results."""
+"""Tests of sharing without the kernel: choice of huge pages, pace, order of KSM settings, and human-readable output."""
 
 from __future__ import annotations
 

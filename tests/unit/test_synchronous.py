@@ -1,4 +1,4 @@
-"""The synchronous forms of public coroutine functions."""
+"""Tests of the synchronous forms of public coroutine functions."""
 
 from __future__ import annotations
 

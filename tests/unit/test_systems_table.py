@@ -1,4 +1,4 @@
-"""The table of the ten systems: order, numbers, and failed measurements."""
+"""Tests of the table of the ten systems: order, numbers, and failed measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_failed_measurement_has_a_reason_and_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(systems, "SHOWS", {"last": (("S10",), shown), "broken": (("S6", "S7"), fails)})
-    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # set by the tested function; restored afterwards
+    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # set by the tested function, and restored after the test
     rows = systems._measure(argparse.Namespace(folder=tmp_path, quick=True, without=[], only=None))
     lines = render(rows).splitlines()[2:]
     assert lines == [

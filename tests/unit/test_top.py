@@ -1,4 +1,4 @@
-"""Progress records of running operations, and the view of all workloads."""
+"""Tests of the progress records of running verbs, and of the view of all workloads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 @pytest.fixture
 def web(registry: Registry) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a process that is registered as an arena, with 8 MiB of private memory."""
+    """Start a process that is registered as an arena, with 8 MiB of private memory. Yield it."""
     program = "import sys; data = bytearray(b'x' * (8 << 20)); print('ready', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -44,7 +44,7 @@ def web(registry: Registry) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def ended() -> Job:
-    """Return the job of an exited process."""
+    """Return the job record of a process that has exited."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
         started = proc.start_time(process.pid) or 1
     return Job(pid=process.pid, started=started, verb="migrate", started_at=1.0)

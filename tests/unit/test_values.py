@@ -1,4 +1,4 @@
-"""Validation of arguments: public functions check them first, with the same rules in Python and on the command line."""
+"""Tests of argument validation: public functions check their arguments first, by the same rules as the command line."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FLAGS = ("auto_converge", "adaptive", "insecure", "track")
 
 
 def _name(wrong: object) -> str:
-    """Return a test id that, unlike the address of an object, is the same in every process."""
+    """Return a test id that is the same in every process, unlike the address of an object."""
     return "object" if type(wrong) is object else repr(wrong)
 
 
@@ -103,7 +103,7 @@ async def _awaited(result: Any) -> Any:
 
 
 def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Return calls of public functions that fail with a named error, quickly and without effect."""
+    """Return calls of public functions that fail with a named error, quickly and without side effects."""
     arena = pageferry.Arena(4096)
     return {
         "Arena": (pageferry.Arena, {"size": -1}),
@@ -128,7 +128,7 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
 @pytest.mark.parametrize("wrong", WRONG, ids=_name)
 @pytest.mark.parametrize("name", list(_arguments(Path("/"))))
 def test_wrong_argument_ends_in_an_error_of_the_package(name: str, wrong: Any, tmp_path: Path) -> None:
-    """Each parameter of the signature in turn, so that new parameters are covered."""
+    """Pass the invalid value as each parameter of the signature in turn, so that new parameters are covered."""
     function, base = _arguments(tmp_path)[name]
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -240,7 +240,7 @@ def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
 def test_option_out_of_range_is_named_as_given(
     words: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The option is checked before the workload is looked up: there is none of that name."""
+    """The option is checked before the workload is looked up: no workload has this name."""
     assert named in _said(words, capsys)
 
 

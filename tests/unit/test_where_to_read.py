@@ -1,4 +1,4 @@
-"""Names of functions in the documentation of the systems exist in the code."""
+"""Tests that functions named in the documentation of the systems exist in the code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NAME = re.compile(r"`(pageferry(?:\.\w+)+|[\w/]+\.rs::\w+)`")
 
 
 def section(page: Path) -> str:
-    """Return the text of a page from the heading to the next one."""
+    """Return the text of a page from the heading to the next heading."""
     return page.read_text().split("\n## Where to read it\n")[1].split("\n## ")[0]
 
 
 def defined(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
-    """Return whether a module or class defines a function or class, and that one the next name."""
+    """Return whether a module or class defines the first name, as a class with the second name if there is one."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == names[0]:
             return len(names) == 1 or (isinstance(node, ast.ClassDef) and defined(node, names[1:]))
@@ -28,7 +28,7 @@ def defined(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
 
 
 def python_exists(name: str) -> bool:
-    """Return whether `package.module.function` or `package.module.Class.method` is defined in src."""
+    """Return whether src defines `package.module.function` or `package.module.Class.method`."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         path = (ROOT / "src").joinpath(*parts[:length])
@@ -39,7 +39,7 @@ def python_exists(name: str) -> bool:
 
 
 def rust_exists(name: str) -> bool:
-    """Return whether a file of the engine, given as `directory/file.rs::function`, defines the function."""
+    """Return whether a file of the engine defines a function, given as `directory/file.rs::function`."""
     file, function = name.split("::")
     path = ENGINE / file
     return path.is_file() and re.search(rf"\bfn {function}\b", path.read_text()) is not None

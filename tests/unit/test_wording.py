@@ -1,4 +1,4 @@
-"""Files have no discouraged phrases beyond the table."""
+"""Tests that no file has more discouraged phrases than the table permits."""
 
 import subprocess
 from pathlib import Path

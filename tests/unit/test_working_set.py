@@ -1,4 +1,4 @@
-"""Working sets: what is recorded from run to run."""
+"""Tests of working sets: the pages that are recorded from run to run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pageferry.images.working_set import WorkingSet
 
 
 def image(path: Path, identity: bytes = b"one") -> ImageFile:
-    """Return a stand-in for an image of 100 windows."""
+    """Return a stand-in for an image, with 100 windows."""
     return cast(ImageFile, SimpleNamespace(path=path, image=SimpleNamespace(id=identity), pages=1600))
 
 
 def learnt(path: Path, *runs: tuple[list[int], bool]) -> list[int]:
-    """Return the record after these runs, each with a new object, as in separate processes."""
+    """Return the record after these runs. Each uses a new object, as separate processes do."""
     for touched, prefetched in runs:
         WorkingSet(image(path)).learn(touched, prefetched)
     return WorkingSet(image(path)).windows

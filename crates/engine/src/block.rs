@@ -659,7 +659,7 @@ fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-/// Returns whether all bytes are zero. Checks the first bytes first, which decide for max other pages.
+/// Returns whether all bytes are zero. Checks the first bytes first, which decide for most other pages.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (head, tail) = bytes.split_at(bytes.len().min(64));
     // Branch-free over 256 bytes, so that the compiler vectorises it.

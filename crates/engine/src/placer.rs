@@ -30,7 +30,7 @@ const LOCKS: usize = 64;
 /// Reason for which pages could not be placed.
 #[derive(Debug, Error)]
 pub enum PlaceError {
-    /// PlacedRegion that was not announced.
+    /// The region was not announced.
     #[error("cannot place pages of region {0}: only {1} regions were announced")]
     Region(usize, usize),
     /// Pages outside the region.
@@ -63,7 +63,7 @@ pub enum PlaceError {
     },
 }
 
-/// PlacedRegion at the destination.
+/// Region at the destination.
 #[derive(Debug)]
 pub struct Target {
     /// Our mapping of its file. The file must be new, that is, all holes.
@@ -251,7 +251,8 @@ impl Placer {
                 self.begin(found, unit);
             }
             (start..end).filter(|&page| found.filled.take(page)).for_each(|page| {
-                // SAFETY: the page lies within the mapping. A filled slot is allocated, so that writing cannot fail.
+                // SAFETY: the page lies within the mapping. A filled slot is allocated, so that the write cannot raise
+                // SIGBUS. The bit is taken atomically, so that no other thread clears the same slot.
                 unsafe { std::ptr::write_bytes(found.target.mapping.page(page), 0, SMALL_PAGE) }
             });
         }

@@ -40,7 +40,10 @@ class Tracking:
         self.direct_io = False
         """Whether the workload does direct I/O."""
         self.pinned = False
-        """Whether memory stays pinned: traces do not report writes to it."""
+        """Whether buffers in the memory are registered with io_uring.
+
+        They stay pinned, and traces do not report I/O into them.
+        """
         self._ours: dict[int, int] = {}
 
     def take_up(self) -> None:

@@ -137,7 +137,10 @@ class RestoredArena(Arena):
         interruptible(lambda: load_pages(self.pager, first, end - first, str(self.image.path)))
 
     def load(self) -> None:
-        """Load everything, and wait until the memory is unregistered from userfaultfd. Raises ImageError."""
+        """Load all deferred pages, and wait until the memory is unregistered from userfaultfd.
+
+        Raises ImageError if a page cannot be read or is damaged.
+        """
         interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
 
 

@@ -90,7 +90,10 @@ async def run(args: argparse.Namespace) -> int:
             process.close()
         return 0
     if args.regions is not None:
-        raise UsageError("--regions requires a process (pid:N): all memory of other workloads is saved")
+        raise UsageError(
+            "--regions requires a process (pid:N): a checkpoint of a guest or an arena always contains all of its "
+            "memory; omit --regions"
+        )
     workload = await open_workload(args.name)
     try:
         with Registry().folder(args.name).exclusively(f"a checkpoint to {args.image}"):

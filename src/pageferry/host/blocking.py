@@ -1,4 +1,4 @@
-"""Blocking calls from coroutines, and coroutines beside a loop that may be blocked."""
+"""Blocking calls from coroutines, and operations on a separate event loop."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 Work = Callable[[Callable[[Any], object]], Coroutine[Any, Any, T]]
-"""Makes the coroutine of an operation; the argument is the listener for its events."""
+"""Factory of the coroutine of an operation; the argument is the listener for the events of the operation."""
 
 CALLER: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("caller", default=None)
-"""Event loop of the program that awaits an operation which runs beside it (`beside_loop`)."""
+"""Event loop of the program that awaits an operation run by `beside_loop`; None outside of such an operation."""
 
 
 def program_loop() -> asyncio.AbstractEventLoop | None:
-    """Event loop of the program: the one that awaits the operation, or else the one that runs this code."""
+    """Return the event loop of the program: the one that awaits a `beside_loop` operation, or else the running one.
+
+    None if there is neither.
+    """
     if (caller := CALLER.get()) is not None:
         return caller
     try:
@@ -41,7 +44,7 @@ _pool = Workers("pageferry-call", 64)
 async def in_thread(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Run a call on a daemon thread. On cancellation the call continues, and its result is dropped.
 
-    As asyncio.to_thread, whose threads keep the process from ending while a call hangs.
+    Like asyncio.to_thread, whose threads, however, keep the process from exiting while a call blocks.
     """
     return await asyncio.wrap_future(_pool.submit(lambda: call(*arguments, **options)))
 
@@ -60,7 +63,7 @@ async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None =
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """Run a call on a daemon thread and wait for it so that a signal handler may raise: Ctrl-C ends the wait at once.
+    """Run a call on a daemon thread and wait for its result, so that Ctrl-C ends the wait at once.
 
     The call itself continues after an interrupt, and its result is dropped.
     """
@@ -91,11 +94,11 @@ def synchronous(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]
 
 
 async def beside_loop(work: Work[T], listen: Callable[[Any], object]) -> T:
-    """Run a coroutine on an event loop of a separate thread, so that nothing that blocks the caller's loop stops it.
+    """Run a coroutine on an event loop in a separate thread, which a blocked loop of the caller does not stop.
 
-    `work` is given a listener for its events; `listen` is called with each of them on the caller's loop, in order and
-    before this returns. If it raises, the work is cancelled, and its error is raised. Cancellation cancels the work and
-    waits for its end. Tasks that the work leaves on its loop continue there after this has returned.
+    `work` receives a listener for its events. `listen` is called with each event on the caller's loop, in order, before
+    this function returns. If `listen` raises, the work is cancelled, and the error is raised. Cancellation cancels the
+    work and waits for its end. Tasks that the work leaves on its loop continue after this function has returned.
     """
     operation = _Operation(work, listen)
     threading.Thread(target=copy_context().run, args=(operation.run,), name="pageferry-loop", daemon=True).start()
@@ -103,7 +106,7 @@ async def beside_loop(work: Work[T], listen: Callable[[Any], object]) -> T:
 
 
 class _Operation(Generic[T]):
-    """One coroutine on its own loop, and the loop that awaits it."""
+    """Coroutine on a separate event loop, and the loop that awaits it."""
 
     def __init__(self, work: Work[T], listen: Callable[[Any], object]) -> None:
         self._work = work
@@ -115,7 +118,7 @@ class _Operation(Generic[T]):
         self._cancelled = False
         self._ended: asyncio.Task[T] | None = None
         self._unheard: Exception | None = None
-        """First error of the listener."""
+        """First error that the listener raised; None if there was none."""
 
     # -- on the caller's loop
 
@@ -139,7 +142,7 @@ class _Operation(Generic[T]):
             tracebacks.release(error)
             raise
         finally:
-            del ended, unheard  # an error that is kept keeps this frame
+            del ended, unheard  # a stored error keeps this frame alive
 
     def _cancel(self) -> None:
         with self._lock:
@@ -168,12 +171,12 @@ class _Operation(Generic[T]):
     # -- in the other thread
 
     def run(self) -> None:
-        """Run the work, and then what it has left on its loop."""
+        """Run the work, and then the tasks that it has left on its loop."""
         CALLER.set(self._caller)
         try:
             asyncio.run(self._supervise())
         finally:
-            del self._work  # and the arena that it refers to, before the caller continues
+            del self._work  # releases the arena that the work refers to, before the caller continues
             self._post(self._finish)
 
     async def _supervise(self) -> None:
@@ -191,5 +194,5 @@ class _Operation(Generic[T]):
             await asyncio.wait(left)
 
     def _post(self, call: Callable[..., object], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the caller's loop is closed: it waits no longer
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed: the caller no longer waits
             self._caller.call_soon_threadsafe(call, *arguments)

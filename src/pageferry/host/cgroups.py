@@ -1,4 +1,4 @@
-"""Control groups of processes that write to memory of another process: the kernel charges the writer's group."""
+"""Control groups of processes that write to memory of another process: the kernel charges the group of the writer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _V1 = {"memory", "name=systemd"}
 
 
 def join_groups_of(pid: int) -> list[str]:
-    """Move this process to the control groups of another one. Return the failures, as `GROUP: ERROR`.
+    """Move this process to the control groups of process `pid`. Return the failures, as `GROUP: ERROR`.
 
-    Shared memory that this process allocates is then charged to the group of the other one, and the end of its login
-    session does not end it. Requires root, or permission to write to both groups.
+    Shared memory that this process allocates is then charged to the groups of process `pid`, and the end of this
+    process's login session does not kill this process. Requires root, or permission to write to the groups of both
+    processes.
     """
     failures = []
     ours, theirs = (proc.lines(proc.read(process, "cgroup")) for process in (os.getpid(), pid))
@@ -31,7 +32,10 @@ def join_groups_of(pid: int) -> list[str]:
 
 
 def _group(mount: Mount, lines: list[bytes]) -> Path | None:
-    """Return the directory of a process in a hierarchy; None if it is irrelevant or not visible there."""
+    """Return the directory of a process's group in a hierarchy.
+
+    None if the hierarchy is irrelevant, or if the mount does not show the group.
+    """
     if mount.version == 1 and not mount.controllers & _V1:
         return None
     for line in lines:

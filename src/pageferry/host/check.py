@@ -45,7 +45,7 @@ def check() -> Check:
 
 
 def obstacle(features: Mapping[str, Feature], guests: bool) -> str | None:
-    """Return what prevents live migration of arenas, and with `guests` of QEMU guests, with a remedy, or None."""
+    """Return the reason why arenas, or with `guests` guests, cannot be migrated, and a remedy; None if they can."""
     for needs, what in ((ARENAS_MOVE, "arenas and guests"), (GUESTS_MOVE, "QEMU guests") if guests else ((), "")):
         if missing := lacking(needs, features):
             first = features[missing[0]]

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def free_large_pages(buddyinfo: Path = BUDDYINFO) -> int:
-    """Return the number of huge pages available without compaction; a larger free block counts as several."""
+    """Return the number of huge pages available without compaction. A larger free block counts as several."""
     free = 0
     for line in proc.lines(buddyinfo.read_bytes()):
         _, *counts = line.partition(b" zone ")[2].split()
@@ -31,19 +31,19 @@ def free_large_pages(buddyinfo: Path = BUDDYINFO) -> int:
 
 
 def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = COMPACT) -> int:
-    """Compact memory where the kernel has fewer large pages free than `wanted`; how many it has free then.
+    """Compact memory if fewer than `wanted` huge pages are free. Return the number of free huge pages afterwards.
 
-    One allocation by itself makes the kernel try, too, but not for long, and less after every failure: where memory is
-    fragmented most of a guest would end on small pages. Without root nothing is done.
+    The kernel also compacts when a huge page is allocated, but briefly, and less after each failure: on a host with
+    fragmented memory, most of a guest would be backed by base pages. Does nothing without root.
     """
     try:
         free = free_large_pages(buddyinfo)
-    except OSError as error:  # a container that does not show it
+    except OSError as error:  # a container may hide the file
         log.info("cannot count free huge pages: %s", error)
         return 0
     if free >= wanted:
         return free
-    # Not to be waited for at the end of the program, which ends it.
+    # A daemon thread: the program does not wait for it at exit, and its exit ends the write.
     thread = threading.Thread(target=_compact, args=(compact,), name="pageferry-compaction", daemon=True)
     thread.start()
     thread.join(_TIMEOUT)

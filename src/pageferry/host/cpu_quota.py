@@ -1,8 +1,9 @@
-"""A limit on the CPU time of processes by their control group, which ends with whoever has set it.
+"""CPU time limit of processes by their control group, which ends with the process that has set it.
 
-Where the cpu controller is one of cgroup v1, the processes go to a child of the group that they are in. In cgroup v2 a
-group with processes has no children with controllers, so the group that they are in is limited itself, if nobody else
-is in it. A guardian process (`cpu_quota_guardian`) puts everything back, also when we are killed.
+If the cpu controller belongs to cgroup v1, the processes are moved to a child of their group. In cgroup v2, a group
+with processes cannot have children with controllers, so the group of the processes is limited itself, provided that it
+contains no other processes. A guardian process (`cpu_quota_guardian`) restores the groups, also if this process is
+killed.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from pageferry.host import proc
 from pageferry.host.python import start_python
 
 PERIOD = 100_000
-"""Microseconds over which a limit holds: the kernel's default."""
+"""Period of a limit, microseconds; the default of the kernel."""
 LEAST = 1000
-"""Microseconds of each period that the kernel leaves to any group."""
+"""Minimum of a limit that the kernel accepts, microseconds per period."""
 TIMEOUT = 10.0
-"""Seconds that the guardian may take."""
+"""Seconds to wait for the guardian to exit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A file system of control groups."""
+    """Mounted file system of control groups."""
 
     version: int
     root: bytes
-    """Group that it shows at its top."""
+    """Group that is shown at the root of the mount."""
     point: Path
     controllers: frozenset[str]
-    """Of version 1; those of version 2 differ from group to group."""
+    """Controllers of version 1; empty in version 2, where each group has its own."""
 
 
 def mounts() -> Iterator[Mount]:
-    """All of them (/proc/self/mountinfo)."""
+    """Yield the mounted file systems of control groups (/proc/self/mountinfo)."""
     for line in proc.lines(Path("/proc/self/mountinfo").read_bytes()):
-        # The name of a device, between type and options, may be empty or a hyphen.
+        # The file system's source, between type and options, may be empty or a hyphen.
         before, _, after = line.partition(b" - ")
         fields, (kind, _, options) = before.split(b" "), after.split(b" ")
         if kind in (b"cgroup", b"cgroup2"):
@@ -54,14 +55,14 @@ def mounts() -> Iterator[Mount]:
 
 
 def _unescaped(path: bytes) -> bytes:
-    """Undo the octal escapes of blanks, newlines and backslashes."""
+    """Decode the octal escapes of blanks, newlines and backslashes."""
     return re.sub(rb"\\(\d{3})", lambda octal: bytes([int(octal[1], 8)]), path)
 
 
 class CpuQuota:
-    """Limits the CPU time of some processes together, until `close` or our own end.
+    """Limit on the total CPU time of processes, until `close` or the exit of this process.
 
-    Raises WorkloadError, with the reason, where that is not possible; WorkloadDied.
+    Raises WorkloadError, with the reason, if no limit can be set, and WorkloadDied if a process has exited.
     """
 
     def __init__(self, pids: Sequence[int]) -> None:
@@ -77,7 +78,7 @@ class CpuQuota:
             self._file = group / "cpu.max"
             undo = {"file": str(self._file), "text": _read(self._file)}
         self.where = f"cgroup v{version}, {group}"
-        """The group that the processes are in, for people."""
+        """Version and name of the group of the processes, human-readable."""
         self._none = "-1" if version == 1 else undo["text"]
         self._version = version
         self._guardian = start_python(
@@ -98,7 +99,7 @@ class CpuQuota:
             raise WorkloadError(f"{error.filename or group}: {error.strerror}") from error
 
     def limit(self, cpus: float) -> None:
-        """From now on they get so many CPUs together. Raises WorkloadError."""
+        """Limit the processes together to `cpus` CPUs. Raises WorkloadError if the kernel refuses the limit."""
         quota = max(int(cpus * PERIOD), LEAST)
         try:
             _write(self._file, str(quota) if self._version == 1 else f"{quota} {PERIOD}")
@@ -106,13 +107,13 @@ class CpuQuota:
             raise WorkloadError(f"{self._file}: {error.strerror}") from error
 
     def lift(self) -> None:
-        """No limit for now. Raises OSError."""
+        """Remove the limit until the next call of `limit`. Raises OSError."""
         _write(self._file, self._none)
 
     def close(self) -> None:
-        """Put everything back."""
+        """Restore the groups: end the guardian, which undoes the changes."""
         assert self._guardian.stdin is not None
-        with suppress(OSError):  # the group is gone: so are its processes
+        with suppress(OSError):  # the group has been removed, because its processes have exited
             self.lift()
         self._guardian.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -126,7 +127,7 @@ class CpuQuota:
 
 
 def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
-    """Version and folder of the group with a cpu controller that all of them are in."""
+    """Return version and directory of the group with a cpu controller that contains all of the processes."""
     found = {_place(pid) for pid in pids}
     if len(found) != 1:
         raise WorkloadError("its processes are in different control groups; start them in one group")
@@ -165,7 +166,7 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one write, as control groups want it."""
+    """Write a text with one write(2), as files of control groups require."""
     file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(file, text.encode())

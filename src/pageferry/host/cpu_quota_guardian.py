@@ -1,7 +1,8 @@
-"""Ends a limit on CPU time when whoever has set it is done, or dies: `python cpu_quota_guardian.py UNDO`.
+"""Guardian that ends a CPU time limit when the process that has set it exits: `python cpu_quota_guardian.py UNDO`.
 
-A script in a separate session, with nothing of pageferry imported. It waits for the end of its standard input, then
-does what UNDO (JSON) says: move all processes of `group` to `parent` and remove it; or write `text` to `file`.
+A script in a separate session that imports nothing of pageferry. It waits for the end of its standard input, and then
+undoes the limit as UNDO (JSON) specifies: it moves all processes of `group` to `parent` and removes the group, or
+writes `text` to `file`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ ATTEMPTS = 200
 
 
 def main() -> None:
-    """Wait for the end of the controller, then undo."""
+    """Wait for the end of standard input, then undo the limit."""
     sys.stdin.read()
     undo = json.loads(sys.argv[1])
-    with contextlib.suppress(FileNotFoundError):  # never made, or gone with its processes
+    with contextlib.suppress(FileNotFoundError):  # never created, or already removed
         if "file" in undo:
             _write(undo["file"], undo["text"])
         else:
@@ -28,7 +29,7 @@ def main() -> None:
 
 def _empty(group: str, parent: str) -> None:
     _write(os.path.join(group, "cpu.cfs_quota_us"), "-1")
-    for _ in range(ATTEMPTS):  # a process may fork meanwhile, or be ending
+    for _ in range(ATTEMPTS):  # a process may fork during the move, or be exiting
         with open(os.path.join(group, "cgroup.procs"), encoding="ascii") as file:
             pids = file.read().split()
         for pid in pids:

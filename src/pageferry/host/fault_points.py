@@ -22,7 +22,7 @@ _planned: list[tuple[str, str]] = [
 
 
 def fault_point(name: str) -> None:
-    """Fail at this point if PAGEFERRY_FAULT names it."""
+    """Run the action of this fault point if PAGEFERRY_FAULT names it."""
     if not _planned or _planned[0][0] != name:
         return
     match _planned.pop()[1]:
@@ -38,7 +38,7 @@ def fault_point(name: str) -> None:
 
 def _cut_connections() -> None:
     for entry in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed by another thread
             if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
                 _cut(int(entry))
 

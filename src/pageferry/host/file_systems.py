@@ -1,4 +1,4 @@
-"""Types of file systems (`f_type` of statfs(2), which Python does not report), and which keep files in memory."""
+"""Types of file systems (`f_type` of statfs(2), which Python does not report), and those that keep files in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def file_system(descriptor: int) -> int:
-    """Return the magic number of the file system of an open file, O_PATH included. Raises OSError."""
+    """Return the magic number of the file system of an open file; O_PATH suffices. Raises OSError."""
     status = (ctypes.c_long * 64)()
     if _libc.fstatfs(descriptor, status):
         number = ctypes.get_errno()
@@ -34,10 +34,10 @@ def file_system(descriptor: int) -> int:
 
 
 def in_memory(descriptor: int) -> bool:
-    """Return whether an open file is in memory only: on tmpfs or hugetlbfs, or a memfd. Raises OSError."""
+    """Return whether an open file is stored in memory: on tmpfs or hugetlbfs, or as a memfd. Raises OSError."""
     return file_system(descriptor) in (TMPFS, HUGETLBFS)
 
 
 def name_of(kind: int) -> str:
-    """Return the name of a file system by its magic number, or the number itself."""
+    """Return the name of the file system with a magic number; for unknown ones, a text with the number."""
     return _NAMES.get(kind, f"a file system of type {kind:#x}")

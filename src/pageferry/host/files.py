@@ -1,9 +1,9 @@
-"""Opening and creation of files in folders where other users may have planted something.
+"""Opening and creation of files in directories in which other users may have planted files.
 
-Files that are read are opened without side effects first (O_PATH), checked, and then opened again through that
-descriptor: a FIFO or a device in place of a file is refused by name, and is never opened. Files that are written are
-new ones (no name, or a random hidden name with O_EXCL) and are published by rename or link, so that a symbolic link,
-a FIFO or a file of another user at a foreseeable name is neither followed nor written to.
+A file to be read is first opened without side effects (O_PATH), checked, and opened again through that descriptor: a
+FIFO or a device in place of a file is rejected by name and never opened. A file to be written is a new one (unnamed, or
+with a random hidden name and O_EXCL), published by rename or link. A symbolic link, a FIFO or a file of another user at
+a predictable name is therefore neither followed nor written to.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
 }
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
-"""Errors of file systems and kernels without O_TMPFILE; the folder is open, so they mean nothing else."""
+"""Errors of open(2) with O_TMPFILE where it is unsupported; the directory exists, which excludes other causes."""
 
 
 class SpecialFile(OSError):
-    """The path is not a regular file; `strerror` says what it is."""
+    """Error for a path that is not a regular file; `strerror` states its type."""
 
     def __init__(self, path: str | Path, mode: int) -> None:
         kind = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
@@ -43,9 +43,9 @@ class SpecialFile(OSError):
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
-    """Open a regular file that exists; return the descriptor. Never blocks, and never opens a FIFO or a device.
+    """Open an existing regular file; return the descriptor. Never blocks, and never opens a FIFO or a device.
 
-    `follow`: whether a symbolic link as the last part of the path is followed. Raises SpecialFile, OSError.
+    `follow`: whether a symbolic link as the last component of the path is followed. Raises SpecialFile, OSError.
     """
     if "\0" in str(path):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
@@ -60,7 +60,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY, *, follow: bool = T
 
 
 def read_regular(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
-    """Read a regular file of at most `limit` bytes. Raises SpecialFile, OSError (EFBIG if it is larger)."""
+    """Return the contents of a regular file. Raises SpecialFile, OSError (EFBIG if it is larger than `limit` bytes)."""
     with open(open_regular(path, follow=follow), "rb") as file:
         contents = file.read(limit + 1)
     if len(contents) > limit:
@@ -69,7 +69,10 @@ def read_regular(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
 
 
 def open_private(path: str | Path, flags: int) -> int:
-    """Open a file in a private folder (see `check_private`), creating it with mode 0600. Raises OSError."""
+    """Open a file in a private directory (see `check_private`), and create it with mode 0600 if missing.
+
+    Raises OSError.
+    """
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, PRIVATE)
 
 
@@ -86,9 +89,9 @@ def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bo
 
 
 def create_log(path: Path) -> int:
-    """A new file for a log that its owner alone can read, for writing; an earlier file of that name is replaced.
+    """Create a log that only its owner can read, and return its descriptor. Replaces a file of the same name.
 
-    Raises SpecialFile for anything but a regular file, OSError (EPERM: the earlier file is of another user).
+    Raises SpecialFile if the path exists and is not a regular file, OSError (EPERM: the file is of another user).
     """
     with contextlib.suppress(FileNotFoundError):
         earlier = os.lstat(path)
@@ -111,11 +114,12 @@ def create_log(path: Path) -> int:
 def new_file(
     path: Path, *, mode: int = PRIVATE, synced: bool = True, linked: Callable[[], None] = lambda: None
 ) -> Iterator[int]:
-    """A descriptor of a file that appears as `path` when the block ends without an error, replacing an earlier one.
+    """Yield a descriptor of a file that is published as `path` when the block ends without an error.
 
-    Until then the file has no name, so that nothing is left of it if its writer is killed. On file systems without
-    O_TMPFILE its name is hidden, and the next writer of `path` removes it. `synced`: it is durable when the block has
-    ended; `linked`: called when the file has its hidden name. Raises OSError.
+    It replaces a file of that name. Until then the file is unnamed, so that nothing is left if the writer is killed. On
+    file systems without O_TMPFILE it has a hidden name, and the next writer of `path` removes a left-over file.
+    `synced`: whether the file is durable when the block has ended. `linked`: called when the file has its hidden name.
+    Raises OSError.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -140,7 +144,10 @@ def new_file(
 
 
 def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
-    """A locked file without a name, or with a hidden one. The lock says that its writer is alive."""
+    """Create a locked file, unnamed or with a hidden name, and return descriptor and name.
+
+    The lock shows that the writer runs.
+    """
     while True:
         temporary = None
         try:
@@ -154,11 +161,11 @@ def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if temporary is None or os.fstat(descriptor).st_nlink:
             return descriptor, temporary
-        os.close(descriptor)  # another writer removed it as left over before it was locked
+        os.close(descriptor)  # another writer took the file for a left-over one and removed it before it was locked
 
 
 def _publish(descriptor: int, name: str, temporary: str | None, folder: int, linked: Callable[[], None]) -> None:
-    """Publish a file under its name. A link cannot replace a file: an unnamed file gets a hidden name first."""
+    """Publish a file under its name. A link cannot replace a file, so an unnamed file gets a hidden name first."""
     if temporary is None:
         temporary = f".{name}.{secrets.token_hex(4)}"
         os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
@@ -171,10 +178,10 @@ def _publish(descriptor: int, name: str, temporary: str | None, folder: int, lin
 
 
 def _remove_left_over(name: str, folder: int) -> None:
-    """Files that were to become `name`, of which the writer died."""
+    """Remove hidden files that were to be published as `name` and whose writers have exited."""
     pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
     for found in filter(pattern.fullmatch, os.listdir(folder)):
-        with contextlib.suppress(OSError):  # removed, or its writer is alive
+        with contextlib.suppress(OSError):  # already removed, or its writer runs
             descriptor = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,7 +191,7 @@ def _remove_left_over(name: str, folder: int) -> None:
 
 
 def check_private(folder: Path, remedy: str) -> None:
-    """Refuse a folder that other users own or can write to: they could plant sockets, records and links in it.
+    """Reject a directory that other users own or can write to: they could plant sockets, records and links in it.
 
     `remedy`: what the user can do, for the message. Raises UsageError, FileNotFoundError.
     """

@@ -25,7 +25,7 @@ MAX_LENGTH = 64 << 10
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Running verb and its progress."""
+    """Running verb, with its progress."""
 
     version: int = VERSION
     pid: int
@@ -66,7 +66,7 @@ def running(folder: Path) -> list[Job]:
         if job is None or job.version != VERSION:
             continue
         if job.namespace not in (None, namespace):
-            continue  # this namespace cannot determine whether it runs
+            continue  # the namespace of the record is not visible to this process
         if proc.is_alive(job.pid, job.started):
             found.append(job)
         else:
@@ -78,7 +78,7 @@ def _read(path: Path) -> Job | None:
     try:
         return msgspec.json.decode(files.read_regular(path, MAX_LENGTH, follow=False), type=Job)
     except (OSError, msgspec.MsgspecError):
-        return None  # it has just ended, or is of another version
+        return None  # removed by its process, or written by another version
 
 
 def _name(pid: int) -> str:
@@ -86,7 +86,7 @@ def _name(pid: int) -> str:
 
 
 def ours(verb: str, started_at: float) -> Job:
-    """Return a job of this process."""
+    """Return the record of a verb that runs as this process, started at `started_at` (seconds since 1970)."""
     started = proc.start_time(os.getpid())
     assert started is not None
     return Job(pid=os.getpid(), started=started, namespace=proc.namespace(), verb=verb, started_at=started_at)

@@ -1,10 +1,10 @@
-"""Files for guest memory: on a tmpfs of our own that gives large pages at first touch, on hugetlbfs, or on /dev/shm.
+"""Files for guest memory: on a private tmpfs with huge pages, on hugetlbfs, or on /dev/shm.
 
-Neither the file nor its file system has a name: the file is made by O_TMPFILE in a mount that is attached nowhere
-(fsopen(2), fsmount(2): Linux 5.2). QEMU gets it as an open descriptor. So whatever dies, and when, the memory goes with
-the last process that has it open, and there is nothing to unmount or to remove.
+Neither the file nor its file system has a name: the file is created with O_TMPFILE in a detached mount (fsopen(2),
+fsmount(2): Linux 5.2), and QEMU inherits an open descriptor. The kernel frees the memory when the last process that has
+the file open exits; nothing has to be unmounted or removed.
 
-Kernel: `huge=always` of tmpfs(5) puts large pages into shared memory whatever `shmem_enabled` says, except for `deny`.
+Kernel: `huge=always` of tmpfs(5) allocates huge pages regardless of `shmem_enabled`, except for `deny`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _FALLBACK = Path("/dev/shm")
 _HUGE_PAGE_COUNTS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
-# The same on all architectures but Alpha (include/uapi/asm-generic/unistd.h, include/uapi/linux/mount.h).
+# System call numbers of all architectures except Alpha (include/uapi/asm-generic/unistd.h), and flags of
+# include/uapi/linux/mount.h.
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _SET_STRING, _CREATE = 1, 6
@@ -34,24 +35,24 @@ _libc.syscall.restype = ctypes.c_long
 
 @dataclass(frozen=True, slots=True)
 class RamFile:
-    """A nameless file for guest memory, as long as it was asked to be, all holes."""
+    """Unnamed file for guest memory, of the requested length, without allocated pages."""
 
     fd: int
-    """Open for reading and writing; the caller closes it."""
+    """Descriptor, open for reading and writing; the caller closes it."""
     warning: str | None
-    """Why large pages are off, and what to do; None when they are on."""
+    """Reason why the file has no huge pages, with a remedy; None if it has them."""
 
     @property
     def inherited_path(self) -> str:
-        """What a child process that inherits the descriptor opens to get the file."""
+        """Path by which a child process opens the inherited descriptor."""
         return f"/proc/self/fd/{self.fd}"
 
 
 def create_ram_file(size: int, *, hugetlb: bool = False) -> RamFile:
-    """A file for `size` bytes of guest memory. Nothing is allocated but, with `hugetlb`, reserved at mapping time.
+    """Create a file for `size` bytes of guest memory. With `hugetlb`, pages are reserved when the file is mapped.
 
-    Raises UnsupportedError where `hugetlb` is asked for and not permitted, or not enough pages are free. Without
-    `hugetlb` it falls back to /dev/shm, with a warning; UnsupportedError where that is too small.
+    Nothing is allocated. Raises UnsupportedError if `hugetlb` is not permitted, or if too few huge pages are free.
+    Without `hugetlb`, falls back to /dev/shm with a warning, and raises UnsupportedError if that is too small.
     """
     return _hugetlb_file(size) if hugetlb else _tmpfs_file(size)
 
@@ -102,7 +103,7 @@ def _hugetlb_file(size: int) -> RamFile:
 
 
 def _huge_pages_available() -> int:
-    """Free pages that nobody has reserved, and those the kernel may still add as surplus."""
+    """Return the number of free, unreserved huge pages plus that of surplus pages that the kernel may still add."""
     if not _HUGE_PAGE_COUNTS.is_dir():
         return 0
 
@@ -114,7 +115,7 @@ def _huge_pages_available() -> int:
 
 
 def _file_on_own(kind: str, options: Mapping[str, str], size: int) -> int:
-    """A nameless file on a file system of its own. Raises OSError where we may not have one."""
+    """Create an unnamed file on a new detached file system. Raises OSError if this process may not mount one."""
     context = _call(_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
     try:
         for name, value in options.items():

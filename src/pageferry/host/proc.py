@@ -1,11 +1,12 @@
-"""Parsers of /proc (proc(5)), one for each file: identity and state of processes, what they map, their faults.
+"""Parsers of /proc (proc(5)), one per file: identity and state of processes, their mappings and page faults.
 
-All users of /proc come through this module and `smaps`. The files are read as bytes and split at newlines only: names
-of processes and files hold any byte but NUL, and Python's `splitlines` splits text at ten more characters. The kernel
-escapes a newline in a file's name (`\\012`); /proc/PID/stat and /proc/PID/comm show the name of a process as it is.
+All of pageferry reads /proc through this module and `smaps`. The files are read as bytes and split at newlines only:
+names of processes and files may contain any byte except NUL, and Python's `splitlines` splits text at ten more
+characters. The kernel escapes a newline in a file name (`\\012`); /proc/PID/stat and /proc/PID/comm contain the name of
+a process unescaped.
 
-A pid alone names a process only until it is reused. Everywhere in pageferry a process is a pid together with the time
-it started, in clock ticks since boot (/proc/PID/stat field 22).
+A pid identifies a process only until the kernel reuses it. Everywhere in pageferry a process is therefore identified by
+its pid and its start time, in clock ticks since boot (/proc/PID/stat field 22).
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ def boot_id() -> str:
 
 
 def namespace() -> str | None:
-    """The namespaces that give pids and start times their meaning; None where /proc is of another than ours."""
+    """Return the namespaces that pids and start times refer to; None if /proc shows those of another PID namespace."""
     try:
         numbers = status(int(os.readlink("/proc/self")))[b"NSpid"]
-    except FileNotFoundError:  # not visible there
+    except FileNotFoundError:  # the file is not visible in this container
         return None
-    if len(numbers) != 1:  # the number in the namespace of /proc comes first, that in ours last
+    if len(numbers) != 1:  # the first is that in the namespace of /proc, the last ours
         return None
     return ",".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
 
@@ -121,9 +122,10 @@ def namespace() -> str | None:
 
 
 def start_time(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None when there is none, or all its threads have exited.
+    """Return the start time of process `pid`, in clock ticks since boot; None if all of its threads have exited.
 
-    A process whose main thread has exited and is a zombie lives as long as another of its threads.
+    None also means that no such process exists. A process whose main thread is a zombie runs as long as another of its
+    threads does.
     """
     fields = _stat_fields(f"{pid}")
     if fields is None or (_state(fields) in _DEAD_STATES and not any(_living_threads(pid))):
@@ -137,7 +139,7 @@ def is_alive(pid: int, started: int) -> bool:
 
 
 def thread_states(pid: int) -> list[str]:
-    """The states of a process's threads (`R`, `S`, `T`, `Z`, ...). Raises WorkloadDied if it has exited."""
+    """Return the states of the threads of a process (`R`, `S`, `T`, `Z`, ...). Raises WorkloadDied if it has exited."""
     found = (_stat_fields(f"{pid}/task/{thread}") for thread in threads(pid))
     return [_state(fields) for fields in found if fields is not None]
 
@@ -154,7 +156,7 @@ def _living_threads(pid: int) -> Iterator[int]:
 
 
 def threads(pid: int) -> tuple[int, ...]:
-    """The thread ids of a process. Raises WorkloadDied if it has exited."""
+    """Return the thread ids of a process. Raises WorkloadDied if it has exited."""
     try:
         return tuple(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError) as gone:
@@ -162,7 +164,7 @@ def threads(pid: int) -> tuple[int, ...]:
 
 
 def inner_threads(pid: int) -> dict[int, int]:
-    """The threads of a process: id in the PID namespace that the process itself is in -> id in ours (`NSpid`).
+    """Return the threads of a process: id in the process's own PID namespace -> id in our namespace (`NSpid`).
 
     Raises WorkloadDied if it has exited.
     """
@@ -170,14 +172,17 @@ def inner_threads(pid: int) -> dict[int, int]:
     for thread in threads(pid):
         try:
             numbers = status(pid, thread)[b"NSpid"]
-        except WorkloadDied:  # the thread has exited meanwhile
+        except WorkloadDied:  # the thread has exited since `threads` listed it
             continue
         found[int(numbers[-1])] = thread
     return found
 
 
 def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
-    """The fields of /proc/PID/status, or of one thread's, by name. Raises WorkloadDied if it has exited."""
+    """Return the fields of /proc/PID/status, or of that of one thread, by name.
+
+    Raises WorkloadDied if it has exited.
+    """
     found: dict[bytes, list[bytes]] = {}
     for line in lines(read(pid, "status" if thread is None else f"task/{thread}/status")):
         name, _, rest = line.partition(b":")
@@ -186,7 +191,7 @@ def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
 
 
 def users(pid: int) -> frozenset[int]:
-    """Real, effective, saved and file system uid of a process. Raises WorkloadDied if it has exited."""
+    """Return the real, effective, saved and file system uids of a process. Raises WorkloadDied if it has exited."""
     return frozenset(int(number) for number in status(pid)[b"Uid"])
 
 
@@ -197,12 +202,15 @@ def parent(pid: int) -> int | None:
 
 
 def command(pid: int) -> str:
-    """Name of a process (/proc/PID/comm), for display: any process may take any name. Raises WorkloadDied."""
+    """Return the name of a process (/proc/PID/comm), for display only: any process may take any name.
+
+    Raises WorkloadDied.
+    """
     return printable(read(pid, "comm").removesuffix(b"\n"))
 
 
 def kernel_thread(name: bytes, pid: int) -> bool:
-    """Whether `pid` is a kernel thread with a name that begins with `name`; a process with such a name is not."""
+    """Return whether `pid` is a kernel thread whose name begins with `name`; False for a process with such a name."""
     fields = _stat_fields(f"{pid}")
     try:
         return fields is not None and bool(int(fields[6]) & _KERNEL_THREAD) and read(pid, "comm").startswith(name)
@@ -211,7 +219,7 @@ def kernel_thread(name: bytes, pid: int) -> bool:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of all threads that a process has had. Raises WorkloadDied if it has exited."""
+    """Return the user and system time of all present and past threads of a process, seconds. Raises WorkloadDied."""
     fields = _stat_fields(f"{pid}")
     if fields is None:
         raise WorkloadDied(f"process {pid} has exited")
@@ -219,9 +227,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def thread_faults(pid: int, thread_ids: Iterable[int]) -> tuple[int, int]:
-    """Minor and major page faults that these threads of a process have taken since they started.
+    """Return the numbers of minor and major page faults of these threads of a process since their start.
 
-    A thread that has ended counts no more. Raises WorkloadDied if the process has exited.
+    Threads that have exited are not counted. Raises WorkloadDied if the process has exited.
     """
     minor = major = 0
     for thread in thread_ids:
@@ -239,7 +247,10 @@ def _state(fields: list[bytes]) -> str:
 
 
 def _stat_fields(folder: str) -> list[bytes] | None:
-    """The fields of a stat file from the third (state) on; the second, the name, may hold anything, even `)`."""
+    """Return the fields of a stat file from the third (state) on; None if it does not exist.
+
+    The second field, the name, may contain any character, even `)`.
+    """
     try:
         text = Path(f"/proc/{folder}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -251,17 +262,17 @@ def _stat_fields(folder: str) -> list[bytes] | None:
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """All mappings of a process, by address. Raises WorkloadDied if it has exited, PermissionError."""
+    """Return all mappings of a process, by address. Raises WorkloadDied if it has exited, PermissionError."""
     return [mapping for line in lines(read(pid, "maps")) if (mapping := parse_mapping(line)) is not None]
 
 
 def file_mappings(pid: int) -> Iterator[Mapping]:
-    """The file-backed mappings of a process, by address. Raises as `mappings`."""
+    """Yield the file-backed mappings of a process, by address. Raises as `mappings`."""
     return (mapping for mapping in mappings(pid) if mapping.inode != 0)
 
 
 def parse_mapping(line: bytes) -> Mapping | None:
-    """A line of /proc/PID/maps, or the first line of a mapping in smaps; None for another line."""
+    """Parse a line of /proc/PID/maps, or the first line of a mapping in smaps. Return None for any other line."""
     matched = _MAPPING.fullmatch(line)
     if matched is None:
         return None
@@ -279,29 +290,32 @@ def parse_mapping(line: bytes) -> Mapping | None:
 
 
 def open_mapped_file(pid: int, mapping: Mapping) -> int:
-    """A descriptor, open for reading and writing, of the file in memory behind a shared, writable mapping.
+    """Open, for reading and writing, the memory file behind a shared, writable mapping; return the descriptor.
 
-    By a descriptor that the process has of it (needs no privilege for our own processes), else by /proc/PID/map_files
-    (needs CAP_CHECKPOINT_RESTORE). The process may change its descriptors and mappings at any time: what is opened has
-    been found before to be the file that is mapped, and opening is the only step with effects. Raises NotInMemory;
-    PermissionError where neither way is allowed, or the mapping is private or read-only; other OSErrors; WorkloadDied.
+    The file is opened through a descriptor of the process (no privilege is needed for processes of the same user), or
+    else through /proc/PID/map_files (requires CAP_CHECKPOINT_RESTORE). The process may change its descriptors and
+    mappings at any time. The file is therefore identified as the mapped one first; opening it is the only step with
+    side effects.
+
+    Raises NotInMemory; PermissionError if neither way is permitted, or the mapping is private or read-only; other
+    OSErrors; WorkloadDied.
     """
     if not (mapping.shared and mapping.writable):
         raise PermissionError(errno.EACCES, "the process cannot write to it through its mapping")
     for entry in _descriptors(pid):
         try:
             return _open_if_mapped(entry, mapping)
-        except FileNotFoundError:  # another file, or closed meanwhile
+        except FileNotFoundError:  # another file, or closed by the process
             continue
     return _open_if_mapped(f"/proc/{pid}/map_files/{mapping.address:x}-{mapping.end:x}", mapping)
 
 
 def _open_if_mapped(entry: str, mapping: Mapping) -> int:
-    """Open the file that a link of /proc/PID refers to for reading and writing.
+    """Open the file behind a link of /proc/PID for reading and writing.
 
-    Raises FileNotFoundError where it is not the file of the mapping, NotInMemory, other OSErrors.
+    Raises FileNotFoundError if it is not the file of the mapping, NotInMemory, other OSErrors.
     """
-    # O_PATH opens nothing: a device, terminal or FIFO does not notice.
+    # O_PATH has no side effects on a device, terminal or FIFO.
     reference = os.open(entry, os.O_PATH | os.O_CLOEXEC)
     try:
         found = os.fstat(reference)
@@ -327,7 +341,7 @@ def _descriptors(pid: int) -> list[str]:
 
 
 def meminfo() -> dict[str, int]:
-    """Return sizes in bytes by the kernel's names; counts without a unit are omitted."""
+    """Return the fields of /proc/meminfo that have a unit, by the kernel's names, bytes."""
     found = {}
     for line in lines(Path("/proc/meminfo").read_bytes()):
         name, _, rest = line.partition(b":")
@@ -337,6 +351,6 @@ def meminfo() -> dict[str, int]:
 
 
 def available() -> float:
-    """Return the fraction of the memory that is available without swapping."""
+    """Return the fraction of the memory that is available without swapping, 0 to 1."""
     counts = meminfo()
     return counts["MemAvailable"] / counts["MemTotal"]

@@ -15,14 +15,17 @@ from pageferry.host import proc
 
 
 class Outliving(subprocess.Popen[AnyStr]):
-    """Child that may outlive this process: no ResourceWarning is issued if it was not waited for."""
+    """Child that may outlive this process: no ResourceWarning is issued if the child was not waited for."""
 
     def __del__(self) -> None:
-        """Do nothing, unlike Popen, which issues a ResourceWarning."""
+        """Do nothing; Popen would issue a ResourceWarning."""
 
 
 async def wait_for_end(pid: int, started: int) -> None:
-    """Wait until the process that started at `started` (see `proc.start_time`) has exited; it need not be a child."""
+    """Wait until the process `pid` that started at `started` (see `proc.start_time`) has exited.
+
+    It need not be a child.
+    """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     with _opened(pid, started) as descriptor:
@@ -36,7 +39,7 @@ async def wait_for_end(pid: int, started: int) -> None:
 
 
 def send_signal(pid: int, started: int, number: signal.Signals) -> None:
-    """Send a signal to the process that started at `started`; does nothing if it has exited."""
+    """Send a signal to the process `pid` that started at `started`. Does nothing if it has exited."""
     with _opened(pid, started) as descriptor, contextlib.suppress(ProcessLookupError):
         if descriptor is not None:
             signal.pidfd_send_signal(descriptor, number)
@@ -44,7 +47,7 @@ def send_signal(pid: int, started: int, number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def _opened(pid: int, started: int) -> Iterator[int | None]:
-    """Return a pidfd of exactly this process, or None if it has exited."""
+    """Yield a pidfd of the process `pid` that started at `started`, or None if it has exited."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

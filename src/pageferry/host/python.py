@@ -1,9 +1,9 @@
-"""Python children of pageferry: the one place that starts them.
+"""Start of Python children, in this module only.
 
-`python -m` puts the current directory first on `sys.path`, so a child that is started in a folder of another user would
+`python -m` puts the current directory first on `sys.path`: a child that is started in a directory of another user would
 import code from there. A child therefore runs isolated (`-I`: no current directory, no PYTHON* variables, no user
 site), in `/`, and without PYTHON* variables, which its own children would inherit. It finds pageferry and its
-dependencies where this process has found them: `run_module` adds those folders, behind the standard library.
+dependencies where this process has found them: `run_module` appends their directories after the standard library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pageferry.host import run_module
 from pageferry.host.processes import Outliving
 
 _DEPENDENCIES = ("msgspec", "qemu.qmp", "rich", "rich_argparse", "shtab", "prometheus_client")
-"""Packages whose folders a child is given, if this process has imported them."""
+"""Packages whose directories are passed to a child if this process has imported them."""
 
 
 def start_python(
@@ -31,10 +31,10 @@ def start_python(
     pass_fds: Sequence[int] = (),
     start_new_session: bool = False,
 ) -> Outliving[bytes]:
-    """Start a module of pageferry as a process that imports nothing from the current directory.
+    """Start a module of pageferry as a child process that imports nothing from the current directory.
 
-    `script`: the module uses the standard library alone; it is run as a file, without site-packages, and so starts in a
-    few milliseconds. Raises OSError if the process cannot be started.
+    `script`: the module uses only the standard library; it is run as a file without site-packages, and therefore starts
+    within a few milliseconds. Raises OSError if the child cannot be started.
     """
     return Outliving(
         [sys.executable, *_words(module, script), *arguments],
@@ -49,7 +49,7 @@ def start_python(
 
 
 def _environment() -> dict[str, str]:
-    """Variables of this process without PYTHON*; a relative run directory is made absolute."""
+    """Return the variables of this process without PYTHON*, and with an absolute run directory."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     if given := kept.get("PAGEFERRY_RUN_DIR"):
         kept["PAGEFERRY_RUN_DIR"] = os.path.abspath(given)
@@ -63,7 +63,7 @@ def _words(module: str, script: bool) -> list[str]:
 
 
 def _roots() -> list[str]:
-    """Absolute folders on `sys.path` that pageferry and its dependencies were imported from, pageferry's first."""
+    """Return the absolute directories from which pageferry and its dependencies were imported, pageferry's first."""
     names = ["pageferry", *(name for name in _DEPENDENCIES if name in sys.modules)]
     return list(dict.fromkeys(str(_root(name)) for name in names))
 

@@ -1,4 +1,4 @@
-"""The QEMUs of this machine: which there are, and whether they run."""
+"""QEMU binaries of this host: paths, versions and options."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _DESCRIPTION = 16
 
 
 class Qemu(msgspec.Struct, frozen=True, rename="kebab"):
-    """A QEMU in PATH."""
+    """QEMU binary in PATH."""
 
     path: str
     usable: bool
-    """It runs, and says its version."""
+    """Whether the binary runs and prints its version."""
     detail: str
-    """What it says of itself, or why it does not."""
+    """First line of its version output, or the reason why it is not usable."""
     version: str | None = None
 
 
 class QemuSearch:
-    """Asks every QEMU in PATH for its version (`-version`), all at once and beside other work."""
+    """Search that runs every QEMU in PATH with `-version`, all of them in parallel."""
 
     def __init__(self, search_path: str | None = None) -> None:
-        """`search_path` as in PATH, which is the default. Starts them; `results` waits for them."""
+        """Start the QEMU binaries; `results` waits for them. `search_path`: directories as in PATH (default: PATH)."""
         self._asked = [(path, _ask(path, "-version")) for path in find_qemus(search_path)]
 
     def results(self) -> list[Qemu]:
-        """Waits a few seconds for each at most."""
+        """Return the result of each binary, waiting a few seconds for each at most."""
         return [_answer(path, asked) for path, asked in self._asked]
 
     def __enter__(self) -> Self:
@@ -56,13 +56,16 @@ class QemuSearch:
 
 
 def option_takes_value(program: str, option: str) -> bool | None:
-    """Whether a value follows an option of a QEMU, by its `-help`; None where that does not list it."""
+    """Return whether an option of the QEMU binary `program` takes a value, according to its `-help` output.
+
+    None if the output does not list the option.
+    """
     return _options_of(program).get(option)
 
 
 @functools.lru_cache
 def _options_of(program: str) -> dict[str, bool]:
-    """Whether each option takes a value. Descriptions start in column 16, or after two blanks."""
+    """Return whether each option takes a value. Descriptions start in column 16, or after two blanks."""
     asked = _ask(program, "-help")
     if isinstance(asked, OSError):
         return {}
@@ -83,7 +86,7 @@ def _options_of(program: str) -> dict[str, bool]:
 
 
 def find_qemus(search_path: str | None = None) -> list[Path]:
-    """Executable QEMUs in PATH, in the order of their precedence; links to the same program count once."""
+    """Return the QEMU binaries in PATH, in order of precedence. Links to the same program count once."""
     folders = (os.environ.get("PATH", os.defpath) if search_path is None else search_path).split(os.pathsep)
     candidates = (Path(folder or ".") / PROGRAM for folder in folders)
     by_program: dict[str, Path] = {}

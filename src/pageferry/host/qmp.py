@@ -1,7 +1,7 @@
-"""A session with QEMU's machine protocol (QMP), with the errors of pageferry.
+"""Session of QEMU's machine protocol (QMP) that raises pageferry's errors.
 
-A QMP socket serves one client at a time; the others wait in its backlog and get no greeting. So sessions are opened
-late and closed early, and who waits too long is told why.
+A QMP socket serves one client at a time; other clients wait in its backlog without a greeting. Sessions are therefore
+opened late and closed early, and a client that waits too long gets an error with the reason.
 """
 
 from __future__ import annotations
@@ -20,53 +20,54 @@ from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.qmp_peer import Peer, peer_of
 
 TIMEOUT = 10.0
-"""Seconds to wait for the greeting: a command that has the session open keeps it for less."""
+"""Seconds to wait for the greeting. Every pageferry command closes its session in less time."""
 
 Command = dict[str, Any]
-"""A QMP command as data, as it goes over the wire: `execute` and perhaps `arguments`."""
+"""QMP command as sent on the wire: `execute` and, if needed, `arguments`."""
 
 _LOOK_AGAIN = 0.2
-"""Seconds between two looks at whether QEMU is still there, while no event comes."""
+"""Seconds between two checks whether QEMU has closed the connection, while a session waits for an event."""
 
 
 class _Client(QMPClient):
-    """A client that may be let go of without waiting, which the library does not provide for."""
+    """QMP client whose connection can be closed without waiting, which the library does not support."""
 
     def expect_abandonment(self) -> None:
-        """What ends the session is told by the call that it cuts off; there need not be any."""
+        """Retrieve errors of the library's tasks: the call that they interrupt reports them, if there is one."""
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     @property
     def hung_up(self) -> bool:
-        """Whether the other end of the connection is closed."""
+        """Return whether the peer has closed the connection."""
         if self.runstate is not Runstate.RUNNING or self._writer is None:
             return True
         poll = select.poll()
         poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLRDHUP)
-        return bool(poll.poll(0))  # POLLHUP and POLLERR count without being asked for
+        return bool(poll.poll(0))  # POLLHUP and POLLERR are always reported
 
     def abandon(self) -> None:
-        """Close the connection at once, with or without an event loop that would have the time for it."""
+        """Close the connection at once, with or without a running event loop."""
         if self._writer is not None:
             self._writer.transport.abort()
 
 
 class Monitor:
-    """An open session. Use `open`; close it, or use it as an asynchronous context manager."""
+    """Open QMP session, created by `open`; to be closed, or used as an asynchronous context manager."""
 
     def __init__(self, client: _Client, path: str, peer: Peer) -> None:
         self._client = client
         self._commands: frozenset[str] | None = None
         self.path = path
         self.peer = peer
-        """The process that listens on the socket."""
+        """Process that listens on the socket."""
 
     @classmethod
     async def open(cls, path: str, *, timeout: float = TIMEOUT) -> Monitor:
-        """Connect to the socket at `path` and wait up to `timeout` seconds for QEMU to answer.
+        """Connect to the socket at `path` and wait up to `timeout` seconds for the greeting.
 
-        Raises WorkloadDied where nobody listens, WorkloadError where somebody else has the session, or it is no QMP.
+        Raises WorkloadDied if no process listens, WorkloadError if another client has the session or if the socket is
+        not a QMP socket.
         """
         connection = await _connect(path, timeout)
         client = _Client()
@@ -90,23 +91,23 @@ class Monitor:
 
     @property
     def qemu_version(self) -> str:
-        """As QEMU greets, such as `10.0.2`: to be told, never to be compared."""
+        """Return the version in QEMU's greeting, such as `10.0.2`; for display only, never to be compared."""
         greeting = self._client.greeting
         assert greeting is not None
         numbers = cast("Mapping[str, int]", greeting.QMP.version["qemu"])
         return ".".join(str(numbers[part]) for part in ("major", "minor", "micro"))
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """Run a QMP command and return what it returns. Underscores in argument names stand for hyphens.
+        """Run a QMP command and return its result. Underscores in argument names become hyphens.
 
-        Raises WorkloadError with QEMU's words where it refuses, WorkloadDied where it goes away.
+        Raises WorkloadError with QEMU's message if the command fails, WorkloadDied if QEMU exits.
         """
         return await self._execute(
             command, {name.replace("_", "-"): value for name, value in arguments.items()} or None
         )
 
     async def run(self, command: Command) -> Any:
-        """Run a QMP command that is kept as data. Raises as `execute`."""
+        """Run a QMP command given as data, and return its result. Raises as `execute`."""
         return await self._execute(command["execute"], command.get("arguments"))
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None) -> Any:
@@ -118,35 +119,35 @@ class Monitor:
             raise WorkloadDied(f"QEMU closed the monitor during {command}") from gone
 
     async def give_descriptor(self, name: str, descriptor: int) -> None:
-        """Pass a copy of an open file to QEMU (`getfd`), which then knows it as `fd:NAME`."""
+        """Pass a copy of a descriptor to QEMU (`getfd`), for use as `fd:NAME`."""
         self._client.send_fd_scm(descriptor)
         await self.execute("getfd", fdname=name)
 
     async def add_descriptor(self, fdset: int, descriptor: int) -> None:
-        """Pass a copy of an open file to QEMU (`add-fd`), which can open it as `/dev/fdset/FDSET`."""
+        """Pass a copy of a descriptor to QEMU (`add-fd`), for use as `/dev/fdset/FDSET`."""
         self._client.send_fd_scm(descriptor)
         await self.execute("add-fd", fdset_id=fdset)
 
     async def supports(self, command: str) -> bool:
-        """Whether this QEMU has a QMP command of that name."""
+        """Return whether this QEMU has a QMP command of this name."""
         if self._commands is None:
             self._commands = frozenset(one["name"] for one in await self.execute("query-commands"))
         return command in self._commands
 
     @contextlib.contextmanager
     def events(self, name: str) -> Iterator[EventListener]:
-        """Listen to one kind of event from here on; to be read with `next_event`."""
+        """Listen to one type of event during the block; read the events with `next_event`."""
         with self._client.listener(name) as listener:
             yield listener
 
     def listen(self, *names: str) -> EventListener:
-        """Listen to these kinds of events until the session ends."""
+        """Return a listener to these types of events, which is active until the session ends."""
         listener = EventListener(names)
         self._client.register_listener(listener)
         return listener
 
     async def next_event(self, listener: EventListener) -> dict[str, Any]:
-        """The data of the next event. Raises WorkloadDied when QEMU goes away instead."""
+        """Return the data of the next event. Raises WorkloadDied if QEMU exits first."""
         waiting = asyncio.ensure_future(listener.get())
         try:
             while not (await asyncio.wait({waiting}, timeout=_LOOK_AGAIN))[0]:
@@ -158,14 +159,15 @@ class Monitor:
 
     @property
     def hung_up(self) -> bool:
-        """Whether QEMU has closed its end: by now, and not only as far as the event loop has come."""
+        """Return whether QEMU has closed the connection, even if the event loop has not yet processed that."""
         return self._client.hung_up
 
     async def left_unread(self) -> bool:
-        """After a command without an answer: whether QEMU is known to have ended without having read all of it.
+        """Return whether QEMU is known to have exited without reading all of a command that got no reply.
 
-        A Unix socket whose other end is closed says ECONNRESET where something was still unread there, EPIPE where it
-        was closed before. What comes to QEMU ends with the brace that it cannot do without.
+        A Unix socket whose peer is closed returns ECONNRESET if the peer had unread data, and EPIPE if the peer was
+        closed before the write. The last byte of a command is its closing brace, without which QEMU does not run the
+        command.
         """
         try:
             await self._client.disconnect()
@@ -176,12 +178,12 @@ class Monitor:
         return False
 
     def abandon(self) -> None:
-        """Cut the session without waiting; QEMU takes the next client."""
+        """Close the session without waiting; QEMU serves the next client."""
         self._client.abandon()
 
     async def close(self) -> None:
-        """End the session."""
-        # What ended it, if it has ended already, was told to whoever was speaking.
+        """Close the session, and wait until the connection is closed."""
+        # If the session has already failed, the call that was running has raised the error.
         with contextlib.suppress(QMPError, EOFError, OSError):
             await self._client.disconnect()
 
@@ -200,7 +202,7 @@ async def _connect(path: str, timeout: float) -> socket.socket:
         while True:
             try:
                 connection.connect(path)
-            except BlockingIOError:  # the backlog is full of others who wait
+            except BlockingIOError:  # the backlog is full of other waiting clients
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.02)

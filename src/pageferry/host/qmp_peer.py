@@ -1,11 +1,11 @@
-"""The process that serves a QMP socket, from the socket's credentials: a monitor's own word is not trusted.
+"""Process that serves a QMP socket, identified by the credentials of the socket.
 
-Any process can serve QMP on a socket and name threads of another process as its vCPUs; a command run by root would then
-open the memory of that other process and end it. The kernel records which process called listen(2) and as which user
-(SO_PEERCRED, SO_PEERPIDFD). The guest's process must be that process, or one that it has started and given the socket
-to, as launchers do; it must run as the user that listens. A listener that is root may have dropped its privileges since
-(`-runas`). The vCPU threads must be threads of that process, by their ids in the PID namespace that it runs in, since
-those are the ids that QEMU knows.
+The monitor's own statements are not trusted. Any process can serve QMP on a socket and report threads of another
+process as its vCPUs; a command run by root would then open the memory of that other process and end it. The kernel
+records the process and the user that called listen(2) (SO_PEERCRED, SO_PEERPIDFD). The guest's process must be that
+process, or one to which that process has passed the socket, as launchers do, and it must run as the user that called
+listen(2). A listener that is root may have dropped its privileges since (`-runas`). The vCPU threads must be threads of
+the guest's process, by their ids in the PID namespace of that process, because QEMU reports those ids.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from pageferry.host import proc
 from pageferry.host.processes import descendants
 
 _SO_PEERPIDFD = 77
-"""Linux 6.5; asm-generic/socket.h."""
+"""Socket option of Linux 6.5 (include/uapi/asm-generic/socket.h)."""
 _CREDENTIALS = struct.Struct("3i")
-"""struct ucred: pid, uid, gid."""
+"""Layout of struct ucred: pid, uid, gid."""
 _CAP_SYS_PTRACE = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The listener of a Unix socket."""
+    """Listener of a Unix socket."""
 
     pid: int | None
-    """In our PID namespace; 0: it has none there; None: the listener has exited."""
+    """Pid in our PID namespace; 0 if the listener is not visible there, None if it has exited."""
     uid: int
-    """User that it ran as when it called listen(2)."""
+    """User id of the listener when it called listen(2)."""
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """The listener that a connected Unix socket leads to."""
+    """Return the listener of a connected Unix socket."""
     pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     try:
         descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as refused:
-        # A kernel without it: the number may have been reused since. Other errors: the listener has exited.
+        # A kernel without SO_PEERPIDFD: the pid may have been reused. Other errors: the listener has exited.
         return Peer(pid if refused.errno == errno.ENOPROTOOPT else None, uid)
     try:
         return Peer(_pid_of(descriptor), uid)
@@ -54,10 +54,10 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
-    """The pid of the process that serves the QMP socket at `path`, whose monitor reports these vCPU threads.
+    """Return the pid of the process that serves the QMP socket at `path` and whose monitor reports these vCPU threads.
 
-    Raises UnsupportedError where the process is outside of our PID namespace, WorkloadError where the threads are not
-    its own or this user has no rights over it, WorkloadDied.
+    Raises UnsupportedError if the process is outside of our PID namespace, WorkloadError if the threads are not its own
+    or if this user has no rights over the process, WorkloadDied.
     """
     if peer.pid == 0:
         raise UnsupportedError(
@@ -88,7 +88,7 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
 
 
 def _matches(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> bool:
-    """Whether a process has all of these threads, and runs as the user that listens."""
+    """Return whether a process has all of these threads, and runs as the user that listens."""
     with contextlib.suppress(WorkloadDied):
         if peer.uid != 0 and proc.users(pid) != {peer.uid}:
             return False
@@ -97,7 +97,7 @@ def _matches(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> bool:
 
 
 def _check_caller(peer: Peer, path: str) -> None:
-    """Raises WorkloadError where this process may not act for the user that listens, UnsupportedError."""
+    """Raise WorkloadError if this process has no rights over processes of the listening user, or UnsupportedError."""
     if proc.namespace() is None:
         raise UnsupportedError(
             "cannot use /proc: it belongs to another PID namespace; mount proc(5) in the namespace of pageferry"
@@ -111,7 +111,7 @@ def _check_caller(peer: Peer, path: str) -> None:
 
 
 def _pid_of(pidfd: int) -> int | None:
-    """The pid behind a pidfd (`Pid` in /proc/PID/fdinfo/N); None where the process has exited."""
+    """Return the pid behind a pidfd (`Pid` in /proc/PID/fdinfo/N); None if the process has exited."""
     for line in proc.lines(proc.read(os.getpid(), f"fdinfo/{pidfd}")):
         if line.startswith(b"Pid:"):
             return pid if (pid := int(line.split()[1])) >= 0 else None

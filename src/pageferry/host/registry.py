@@ -63,7 +63,7 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """Entry of any kind of workload: the process that runs it."""
+    """Entry of a workload of any kind: the process that runs it."""
 
     pid: int
     started: int
@@ -76,12 +76,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
     @property
     def alive(self) -> bool:
-        """Whether the process is known to run."""
+        """Return whether the process is known to run."""
         return self.liveness() is True
 
     @property
     def socket(self) -> str | None:
-        """Path of the control socket of the workload."""
+        """Return the path of the control socket of the workload; None if it has none."""
         return None
 
     def liveness(self) -> bool | None:
@@ -92,7 +92,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
             return proc.is_alive(self.pid, self.started)
         if not self.namespace and proc.is_alive(self.pid, self.started):
             return True
-        # In any namespace a socket refuses connections once its last listener has exited.
+        # A socket refuses connections from any namespace once its last listener has exited.
         return False if self.socket is not None and _is_abandoned(self.socket) else None
 
 
@@ -109,7 +109,7 @@ def identify(pid: int) -> dict[str, Any]:
 
 
 class Claim(Entry, frozen=True, kw_only=True, tag="claim"):
-    """Name claimed by a process until the workload that it starts is published."""
+    """Name claimed by a process, until that process has started the workload and publishes its entry."""
 
 
 class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
@@ -121,18 +121,18 @@ class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
 
     @property
     def socket(self) -> str | None:
-        """Socket of its monitor."""
+        """Return the path of the QMP socket."""
         return self.qmp_socket
 
 
 class ArenaEntry(Entry, frozen=True, kw_only=True, tag="arena"):
-    """Python program with an arena."""
+    """Python program that has an arena."""
 
     control_socket: str
 
     @property
     def socket(self) -> str | None:
-        """Its control socket."""
+        """Return the path of the arena's control socket."""
         return self.control_socket
 
 
@@ -148,7 +148,7 @@ class Folder:
 
     @property
     def path(self) -> Path:
-        """Path of the directory."""
+        """Return the path of the directory."""
         return self.registry.path / self.name
 
     def socket_path(self, file_name: str) -> str:
@@ -173,9 +173,9 @@ class Folder:
 
     @contextmanager
     def exclusively(self, purpose: str) -> Iterator[None]:
-        """Work on the workload that nobody else of ours may do at the same time (migrate, checkpoint).
+        """Exclude other exclusive operations (migrate, checkpoint) on the workload during the block.
 
-        Raises WorkloadError, naming the process and its purpose, when another one is at it.
+        Raises WorkloadError, naming the process and its purpose, if another operation is running.
         """
         with open(files.open_private(self.path / "busy", os.O_RDWR | os.O_APPEND), "r+", encoding="utf-8") as file:
             try:
@@ -191,14 +191,14 @@ class Folder:
             yield
 
     def store(self, file_name: str, record: msgspec.Struct, *, synced: bool = True) -> None:
-        """Write a durable record of this workload: under a temporary name, synced, then renamed.
+        """Store a durable record of this workload: write it under a temporary name, sync it, and rename it.
 
-        Not `synced`: it outlives every process, and not the machine, after whose end nobody has a use for it.
+        Not `synced`: the record outlives processes, but not a crash of the host, after which it is not needed.
         """
         files.replace_file(self.path / file_name, msgspec.json.encode(record), synced=synced)
 
     def load(self, file_name: str, kind: type[Record]) -> Record | None:
-        """A durable record of this workload; None when there is none. Raises WorkloadError when it cannot be read."""
+        """Load a durable record of this workload; None if there is none. Raises WorkloadError if it cannot be read."""
         path = self.path / file_name
         try:
             return msgspec.json.decode(files.read_regular(path, MAX_RECORD, follow=False), type=kind)
@@ -215,15 +215,15 @@ class Folder:
 
 
 class Registry:
-    """Run directory: that of this user, or the given one."""
+    """Registry in a run directory: that of this user, or a given one."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path if path is not None else default_run_directory()
 
     def claim(self, name: str) -> Folder:
-        """Take a name for a workload that is about to be started by this process.
+        """Claim a name for a workload that this process is about to start.
 
-        Raises UsageError for a bad name, NameInUse when a living workload (or claim) has it.
+        Raises UsageError if the name is invalid, NameInUse if a running workload or another claim has it.
         """
         check_name(name)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -243,9 +243,10 @@ class Registry:
         return folder
 
     def lookup(self, name: str) -> AnyEntry:
-        """The living workload of that name, or the claim on it.
+        """Return the entry of the running workload of this name, or the claim on the name.
 
-        Raises UsageError for a bad name, NoSuchWorkload; WorkloadError where it cannot be judged from this process.
+        Raises UsageError if the name is invalid, NoSuchWorkload, and WorkloadError if this process cannot determine
+        whether the workload runs.
         """
         check_name(name)
         entry = None
@@ -259,7 +260,10 @@ class Registry:
         return entry
 
     def receiver_socket(self, name: str) -> str:
-        """Return the default address of a receiver of a workload of this name. Raises UsageError if it is invalid."""
+        """Return the default address of a receiver of a workload of this name.
+
+        Raises UsageError if the name is invalid.
+        """
         check_name(name)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return str(self.path / f".{name}.receive")
@@ -270,8 +274,9 @@ class Registry:
         return Folder(self, name)
 
     def entries(self) -> dict[str, AnyEntry]:
-        """The workloads by name that run, or may (`Entry.liveness`), without mere claims. An entry that cannot be read
-        raises WorkloadError.
+        """Return the entries of workloads that run, or may run (`Entry.liveness`), by name; claims are left out.
+
+        Raises WorkloadError if an entry cannot be read.
         """
         if not self.path.is_dir():
             return {}
@@ -281,12 +286,15 @@ class Registry:
         return {name: entry for name, entry in found.items() if entry is not None and not isinstance(entry, Claim)}
 
     def remove(self, name: str) -> None:
-        """Remove a workload, whether it runs or not, with its directory. Does nothing if it does not exist."""
+        """Remove the directory of a workload, whether the workload runs or not. Does nothing if there is none."""
         check_name(name)
         Folder(self, name).release()
 
     def _read_living(self, folder: Folder) -> AnyEntry | None:
-        """Return the entry of a workload that runs or may run, or remove the directory. The lock must be held."""
+        """Return the entry of a workload that runs or may run; otherwise remove its directory.
+
+        The lock must be held.
+        """
         try:
             written = files.read_regular(folder.path / _ENTRY_FILE, MAX_RECORD, follow=False)
             entry: AnyEntry | None = msgspec.json.decode(written, type=AnyEntry)
@@ -306,14 +314,14 @@ class Registry:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the run directory among all pageferry processes; the lock goes with the process that holds it.
+        """Lock the run directory against all other pageferry processes. The lock is released when its process exits.
 
-        Raises UsageError for a run directory that other users own or can write to.
+        Raises UsageError if other users own the run directory or can write to it.
         """
         try:
             files.check_private(self.path, _REMEDY)
             descriptor = files.open_private(self.path / ".lock", os.O_RDWR)
-        except FileNotFoundError:  # no run directory: nothing to lock
+        except FileNotFoundError:  # without a run directory there is nothing to lock
             yield
             return
         try:
@@ -324,9 +332,9 @@ class Registry:
 
 
 def default_run_directory() -> Path:
-    """$PAGEFERRY_RUN_DIR, /run/pageferry as root, $XDG_RUNTIME_DIR/pageferry otherwise.
+    """Return $PAGEFERRY_RUN_DIR, or else /run/pageferry as root, and $XDG_RUNTIME_DIR/pageferry otherwise.
 
-    Raises UsageError when none of them can be told.
+    Raises UsageError if none of them can be determined.
     """
     if given := os.environ.get("PAGEFERRY_RUN_DIR"):
         return Path(given).absolute()
@@ -341,7 +349,7 @@ def default_run_directory() -> Path:
 
 
 def check_name(name: str) -> None:
-    """Check the name of a workload. Raises UsageError if it is invalid, WrongType if it is not a text."""
+    """Check the name of a workload. Raises UsageError if it is invalid, WrongType if it is not a string."""
     if not isinstance(name, str):
         raise WrongType(f"invalid `name` of type {type(name).__name__}: expected a text")
     if not _NAME.fullmatch(name):
@@ -362,13 +370,13 @@ def _is_abandoned(path: str) -> bool:
     """Return whether a socket exists on which no process listens."""
     try:
         if time.time() - os.stat(path).st_mtime < _STARTUP:
-            return False  # bind(2) comes before listen(2)
+            return False  # the owner has called bind(2), but not yet listen(2)
         with socket.socket(socket.AF_UNIX) as connection:
             connection.setblocking(False)
             connection.connect(path)
     except ConnectionRefusedError:
         return True
-    except OSError:  # busy, or not in this mount namespace
+    except OSError:  # the socket is busy, or is not in this mount namespace
         pass
     return False
 

@@ -1,7 +1,8 @@
-"""First code of a Python child: `python -I run_module.py ROOTS MODULE ARGUMENTS...` (see `host.python`).
+"""Entry point of Python children: `python -I run_module.py ROOTS MODULE ARGUMENTS...` (see `host.python`).
 
-ROOTS: folders of packages as a JSON list. Those that are missing on `sys.path` are inserted in front of site-packages
-and behind the standard library, so that nothing in them replaces a module of it. Then MODULE runs as `__main__`.
+ROOTS is a JSON list of directories that contain packages. Those that are missing on `sys.path` are inserted before
+site-packages and after the standard library, so that no file in them replaces a module of the standard library. MODULE
+is then run as `__main__`.
 """
 
 from __future__ import annotations

@@ -15,18 +15,19 @@ _MAX_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 @dataclass(frozen=True, slots=True)
 class Smap:
-    """Mapping with its accounting."""
+    """Mapping with its memory accounting."""
 
     mapping: Mapping
     """Address range and file; inode 0 if there is no file."""
     counts: dict[str, int]
-    """Bytes by the kernel's names: `Rss`, `Pss`, `Referenced`, `Anonymous`, `AnonHugePages`, `ShmemPmdMapped`, ..."""
+    """Sizes by the kernel's names, bytes: `Rss`, `Pss`, `Referenced`, `AnonHugePages`, `ShmemPmdMapped`, ..."""
     flags: frozenset[str]
-    """VmFlags: `uw` registered for write protection, `hg`/`nh` advised (not) to be huge, `mg` mergeable, `lo` locked"""
+    """VmFlags: `uw` registered for write protection, `hg`/`nh` advised (not) to be huge, `mg` mergeable, `lo` locked.
+    """
 
     @property
     def large_mapped(self) -> int:
-        """Bytes mapped as huge pages."""
+        """Return the number of bytes mapped as huge pages."""
         return sum(self.counts.get(name, 0) for name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"))
 
 
@@ -49,9 +50,10 @@ def smaps(pid: int) -> list[Smap]:
 
 
 def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
-    """Bytes accessed (`Referenced`) of those mappings that start at a wanted address and have that length.
+    """Return the accessed bytes (`Referenced`) of the mappings that start at one of the `wanted` addresses, by address.
 
-    Reads no more of smaps than that, since it is done often. Raises WorkloadDied when the process is gone.
+    Only mappings of `length` bytes are included, and no more of smaps is parsed than necessary, because the function is
+    called often. Raises WorkloadDied if the process has exited.
     """
     text = b"\n" + proc.read(pid, "smaps")
     counts, position = {}, 0
@@ -64,16 +66,16 @@ def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
 
 
 def rollup(pid: int) -> dict[str, int]:
-    """Bytes by the kernel's names (`Rss`, `Pss_Anon`, `AnonHugePages`, ...) over all mappings, from smaps_rollup.
+    """Return sizes over all mappings by the kernel's names (`Rss`, `Pss_Anon`, ...), bytes, from smaps_rollup.
 
-    Raises WorkloadDied when the process is gone, UnsupportedError without the right to look.
+    Raises WorkloadDied if the process has exited, UnsupportedError without permission.
     """
     lines = _lines(pid, "smaps_rollup")
     return {line.partition(b":")[0].decode(): int(line.split()[-2]) << 10 for line in lines if line.endswith(b" kB")}
 
 
 def total(pid: int, name: str) -> int:
-    """Return one count of `rollup`, bytes; 0 if the kernel does not report it. Raises as `rollup`."""
+    """Return one size of `rollup`, bytes; 0 if the kernel does not report it. Raises as `rollup`."""
     return rollup(pid).get(name, 0)
 
 
@@ -83,7 +85,7 @@ def spare_mappings(pid: int) -> int:
 
 
 def _lines(pid: int, name: str) -> list[bytes]:
-    """Return the lines of a file in the /proc directory of a process."""
+    """Return the lines of a file in /proc/PID."""
     try:
         return proc.lines(proc.read(pid, name))
     except PermissionError as refused:

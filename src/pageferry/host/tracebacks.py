@@ -1,4 +1,4 @@
-"""Release of memory that errors keep: a traceback refers to the local variables of all its frames."""
+"""Release of memory that errors keep alive: a traceback refers to the local variables of all its frames."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import traceback
 
 
 def release(error: BaseException) -> None:
-    """Clear the local variables of all frames that have ended on the way of an error, and of those it came from.
+    """Clear the local variables of all ended frames in the tracebacks of an error and of its causes.
 
-    An operation holds mappings and userfaultfds of a workload. The caller may keep its error for as long as it likes
-    (`OutcomeUnknown` is needed to recover), and the next operation must find the workload free.
+    An operation holds mappings and userfaultfds of a workload. The caller may keep its error for any time
+    (`OutcomeUnknown` is needed to recover), and the next operation must be able to acquire the workload.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]

@@ -17,9 +17,9 @@ _Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 class Workers:
-    """Threads that run calls in the context of their submitter, at most `limit` at a time; one runs them in order.
+    """Threads that run calls in the context of the submitter, at most `limit` at a time; with a limit of 1, in order.
 
-    A thread that is idle takes the next call. The threads end when this object is collected.
+    An idle thread takes the next call. The threads end when this object is collected.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -28,7 +28,7 @@ class Workers:
         self._begin()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run a call in a thread."""
+        """Queue a call for the next free thread. Return its future."""
         if self._pid != os.getpid():  # threads do not survive a fork
             self._begin()
         future: Future[T] = Future()
@@ -68,7 +68,7 @@ def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
         try:
             result = context.run(call)
         except BaseException as error:
-            del call  # before the caller continues, which may rely on what it refers to being gone
+            del call  # releases objects of the call before the caller continues, which may depend on that
             future.set_exception(error)
         else:
             del call
@@ -87,7 +87,7 @@ def _work(jobs: _Jobs, idle: threading.Semaphore) -> None:
         if job is None:
             return
         job()
-        del job  # and with it what the call refers to
+        del job  # releases the objects that the call refers to
 
 
 def _end(jobs: _Jobs, threads: list[Any]) -> None:

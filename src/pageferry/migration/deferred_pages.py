@@ -70,7 +70,10 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
 
 
 async def load_all(hold: AcquiredPager, regions: Sequence[int]) -> None:
-    """Load all pages of regions, given by their number of pages: post-copy needs them present."""
+    """Load all deferred pages of the regions; `regions` is the number of pages of each.
+
+    In post-copy the source must hold every page that it serves.
+    """
     for part in parts(regions):
         await _load(hold, part)
 

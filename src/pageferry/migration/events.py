@@ -178,7 +178,7 @@ class PostcopyCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     faults: int
     """Number of accesses that waited for a page."""
     service_us: float
-    """Average waiting time of these accesses, microseconds."""
+    """Average time that an access waited for a missing page, microseconds."""
     waits: Latency
     """Distribution of the waiting times."""
 

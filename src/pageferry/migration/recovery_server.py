@@ -40,7 +40,7 @@ class RecoveryServer:
         self.migration: str | None = None
         """Identifier of the migration that is being received."""
         self.arrivals: Arrivals | None = None
-        """Receiver of its missing pages, once the workload may run before it has all of them."""
+        """Receiver of the missing pages; None unless the workload may run before all of its pages are received."""
         self.acknowledged = asyncio.Event()
         """Set once the source of this migration knows the outcome."""
         self._task: asyncio.Task[None] | None = None

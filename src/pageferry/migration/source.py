@@ -471,7 +471,10 @@ class Source:
             self.unreported[-1] = statistics.with_remaining(self.unreported[-1], _count(pages))
 
     async def _save_state(self) -> bytes:
-        """Save the device state and send the beginning of it: the peer queues it until the last pages are received."""
+        """Save the device state, and send its first `EARLY_STATE` bytes. Return the whole state.
+
+        The destination queues these bytes until it has received the last pages.
+        """
         state = await self.workload.save_state()
         await self._send_state(state[: messages.EARLY_STATE])
         return state

@@ -257,7 +257,9 @@ class MetricsServer:
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
-            raise UsageError(f"cannot listen on --metrics {host}:{port}: {error.strerror or error}") from error
+            raise UsageError(
+                f"cannot serve metrics on {host}:{port}: {error.strerror or error}; give another address with --metrics"
+            ) from error
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
         log.info("serving metrics at %s", self.url)

@@ -17,7 +17,7 @@ const ZEROS: usize = 512;
 /// Origin of contents.
 #[derive(Debug)]
 pub enum PageSource {
-    /// Images: requested pages are read.
+    /// Image chain, from which requested pages are read synchronously.
     Images(Blocks),
     /// Peer: requested pages arrive later, on the same streams as pushed ones.
     Peer(Peer),

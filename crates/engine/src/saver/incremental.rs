@@ -10,7 +10,7 @@
 //! collection and the read of its pages (docs/decisions/0012).
 //!
 //! The trace does not report a page that is discarded and then read. Such a page is zero or a hole although the parent
-//! holds contents for it. All pages are checked for this, max of them at the cost of one word; later discards are
+//! holds contents for it. All pages are checked for this, most of them at the cost of one word; later discards are
 //! reported by the file's notifications.
 
 use std::io;
@@ -79,7 +79,7 @@ impl Rounds {
         Self { shared, trace, slots, max: max / SMALL_PAGE, since, dirty, saved, present, ready: false, due }
     }
 
-    /// Saves in rounds while the workload runs, until few enough pages are left.
+    /// Saves pages in rounds while the workload runs, until at most `max` are left for the snapshot point.
     pub(super) fn run(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
         if self.since.is_none() {
             self.save_all(help)?;
@@ -93,7 +93,7 @@ impl Rounds {
                 self.save(false)?;
                 self.collect()?;
                 self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
-                // Pages saved again cost twice: together, at max one additional copy of the first round.
+                // Pages saved again cost twice: together, at most one additional copy of the first round.
                 if self.count() > left / 2 {
                     return Err(SaveError::Untraceable("rounds do not converge: memory is written faster than saved"));
                 }

@@ -183,7 +183,7 @@ enum Pages {
     InRounds { as_parent: bool },
 }
 
-/// SavedRegion to save.
+/// Region to save.
 #[derive(Debug, Clone)]
 pub struct SavedRegion {
     /// Origin of the contents.
@@ -335,8 +335,8 @@ impl Saver {
         Ok(wakeups)
     }
 
-    /// Sets the snapshot point, while the workload is paused. The workload may resume when this returns. Returns the
-    /// duration.
+    /// Sets the snapshot point. The workload must be paused, and may resume when this returns. Returns the duration of
+    /// the call.
     ///
     /// # Errors
     /// As for [`arm`](Self::arm) and [`prepare`](Self::prepare).

@@ -12,7 +12,7 @@ use crate::uapi::{PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PmScanArg};
 /// Origin of the contents of a region.
 #[derive(Debug, Clone)]
 pub enum PageOrigin {
-    /// SaverState file, through our mapping.
+    /// Memory file, through our mapping.
     Shared(Arc<Mapping>),
     /// Memory of a process that we may read.
     Process(ProcessRange),

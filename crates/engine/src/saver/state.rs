@@ -70,7 +70,7 @@ impl Stats {
     }
 }
 
-/// SaverState state of a checkpoint.
+/// State of a checkpoint.
 #[derive(Debug)]
 pub(super) struct SaverState {
     pub(super) areas: Vec<Area>,

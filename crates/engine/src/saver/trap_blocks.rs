@@ -17,7 +17,7 @@ pub(super) const SAVED: u8 = 2;
 /// Unprotected before the snapshot point; must be protected again.
 pub(super) const RELEASED: u8 = 3;
 
-/// SavedRegion divided into trap blocks.
+/// Region divided into trap blocks.
 #[derive(Debug)]
 pub(super) struct Area {
     pub(super) source: PageOrigin,

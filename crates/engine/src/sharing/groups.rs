@@ -60,8 +60,9 @@ impl Groups {
 
     /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`.
     ///
-    /// For each contents, the copies encountered first are kept, one per `pages_per_copy` pages. All zero pages are
-    /// freed. In units for which `only_zeros` returns true, no other pages are freed.
+    /// One copy is kept for every `pages_per_copy` pages of a group of identical pages, beginning with the pages
+    /// encountered first. All zero pages are freed. In units for which `only_zeros` returns true, no other pages are
+    /// freed.
     pub fn curve(&self, units: &[Unit], order: &[u32], limits: Limits, only_zeros: impl Fn(&Unit) -> bool) -> Vec<u64> {
         let mut met = vec![0u32; self.count];
         let mut freed = 0;

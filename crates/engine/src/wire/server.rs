@@ -21,7 +21,7 @@ use crate::uapi::short_slices;
 
 /// Maximum number of pages in a pushed block. It bounds the delay of a request that arrives during the push.
 const CHUNK: usize = 64;
-/// RateLimit for unsent bytes in the socket buffer of a pushing stream, which delay replies on the other connection.
+/// Limit for unsent bytes in the socket buffer of a pushing stream, which delay replies on the other connection.
 const UNSENT: libc::c_int = 256 << 10;
 
 /// Serves the pages of a paused workload: replies to requests and pushes all other pages.

@@ -1,8 +1,8 @@
-"""What this kernel and this user allow, found out by trying (`pageferry check`).
+"""Features that this kernel permits to this user, determined by trying them (`pageferry check`).
 
-No version is ever compared: a kernel with a feature taken back, or one with it brought forward, is what it does. Every
-probe does the real thing to memory of its own: a trace has to show a write that was made, a collapse to show a large
-page in the page table. No switch of the machine is changed.
+Versions are never compared, because distributions backport and disable features. Each probe performs the real operation
+on its own memory: a trace must report a write, a collapse must produce a huge page in the page table. No machine-wide
+switch is changed.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from pageferry.host.probes.probe import Probe
 __all__ = ["PROBES", "Feature", "Probe", "Unavailable", "check_features"]
 
 PROBES: tuple[Probe, ...] = (*userfault.PROBES, *pages.PROBES, *processes.PROBES, *machine.PROBES)
-"""All of them, in the order in which they are shown."""
+"""All probes, in the order in which their results are shown."""
 
 
 class Feature(msgspec.Struct, frozen=True, rename="kebab"):
-    """What was found about a feature of the kernel."""
+    """Result of the probe of a kernel feature."""
 
     name: str
     available: bool
     detail: str
-    """What was seen, or why it does not work."""
+    """Observation, or the reason why the feature is unavailable."""
     remedy: str | None = None
-    """What to do about it; None where it works."""
+    """Action that makes the feature available; None if it is available."""
 
 
 def check_features(probes: Sequence[Probe] = PROBES, deadline: float = DEADLINE) -> dict[str, Feature]:
-    """Try features, by name. Takes `deadline` seconds at most, and much less unless something hangs.
+    """Probe features; return the results by name. Takes at most `deadline` seconds, and far less unless a probe blocks.
 
-    Forks; to be called where no other thread runs.
+    Forks; no other thread may be running.
     """
     outcomes = run_all([probe.attempt for probe in probes], deadline)
     return {

@@ -1,7 +1,7 @@
-"""Probes run in child processes: one that hangs or dies says so about itself and harms nobody.
+"""Probes in child processes: one that blocks or crashes is reported, and affects no other process.
 
-All probes run at once, each in a fork of its own and in a process group of its own, so that whatever it started ends
-with it. Fork needs a process without other threads that hold locks; the command is one.
+All probes run in parallel, each in a separate fork and process group, so that processes started by a probe end with it.
+A fork requires that no other thread of the process holds locks, which is true of the command.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from dataclasses import dataclass
 import msgspec
 
 DEADLINE = 5.0
-"""Seconds that all probes together may take. They need a fraction of one."""
+"""Limit for all probes together, seconds; normally they take a fraction of a second."""
 
 _POLL = 0.002
 
 
 class Unavailable(Exception):
-    """Raised by a probe: the kernel did not do what was tried."""
+    """Error of a probe: the kernel did not perform the operation."""
 
     def __init__(self, reason: str, *, remedy: str | None = None, error: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.remedy = remedy
-        """What to do, where the probe knows better than its table of remedies."""
+        """Remedy that replaces those of the probe's table; None for the table's."""
         self.error = error
-        """The errno it ended in, if it did."""
+        """Errno of the failed operation; None if there is none."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a child found."""
+    """Result of a probe in a child."""
 
     available: bool
     detail: str
@@ -45,7 +45,7 @@ class Outcome(msgspec.Struct, frozen=True):
     remedy: str | None = None
 
     def detail_or_raise(self) -> str:
-        """The detail of what is available; raises Unavailable with it otherwise."""
+        """Return the detail if the feature is available. Raises Unavailable with the detail otherwise."""
         if not self.available:
             raise Unavailable(self.detail, remedy=self.remedy, error=self.error)
         return self.detail
@@ -55,14 +55,14 @@ class Outcome(msgspec.Struct, frozen=True):
 class _Child:
     pid: int
     result: int
-    """Reading end of the pipe that the outcome comes through. It is far smaller than the pipe."""
+    """Reading end of the pipe for the outcome, which is far smaller than the capacity of the pipe."""
     leads_group: bool
 
     def exited(self) -> bool:
-        """Whether it has ended; it is not reaped yet, so that its pid stays its own."""
+        """Return whether the child has exited. It is not reaped, so that its pid is not reused."""
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-        except ChildProcessError:  # SIGCHLD is ignored: the kernel reaped it
+        except ChildProcessError:  # SIGCHLD is ignored: the kernel has reaped the child
             return True
 
     def kill(self) -> None:
@@ -70,14 +70,14 @@ class _Child:
             (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
 
     def outcome(self, deadline: float) -> Outcome:
-        """Reap it, with all that it started, and read what it found."""
+        """Reap the child, kill its process group, and return the outcome that it has written."""
         in_time = self.exited()
         self.kill()
         status = _reap(self.pid)
         os.set_blocking(self.result, False)
         try:
             answer = os.read(self.result, 1 << 16)
-        except BlockingIOError:  # nothing came, and something that it started still has the other end
+        except BlockingIOError:  # nothing was written; a process of the group has the other end open
             answer = b""
         finally:
             os.close(self.result)
@@ -87,15 +87,15 @@ class _Child:
 
 
 def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, groups: bool = True) -> list[Outcome]:
-    """Run functions in children, all at once; what they return, or how they failed, in the same order.
+    """Run functions in children, in parallel. Return results and failures in the same order.
 
-    `deadline` is in seconds, for all together. Without `groups` the children stay in the caller's process group: for
-    children of a probe, which end with it.
+    `deadline`: limit for all of them together, seconds. Without `groups`, the children stay in the caller's process
+    group: for children of a probe, which end with the probe.
     """
     children: list[_Child] = []
     try:
         for work in works:
-            children.append(_start(work, groups))  # noqa: PERF401  # what has started must be known if the next fails
+            children.append(_start(work, groups))  # noqa: PERF401  # the handler below ends it if the next start fails
         end = time.monotonic() + deadline
         while time.monotonic() < end and not all(child.exited() for child in children):
             time.sleep(_POLL)
@@ -107,7 +107,7 @@ def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, g
 
 
 def outcome_of(work: Callable[[], str]) -> Outcome:
-    """Run a function here and say how it went; no exception passes."""
+    """Run a function in this process and return its outcome. Raises nothing."""
     try:
         return Outcome(True, work())
     except Unavailable as missing:
@@ -123,21 +123,21 @@ def _start(work: Callable[[], str], groups: bool) -> _Child:
     pid = os.fork()
     if pid == 0:
         try:
-            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # where standard streams are closed, it may be one
+            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # its number may be that of a closed standard stream
             _settle(groups)
             os.write(writing, msgspec.json.encode(outcome_of(work)))
         finally:
             os._exit(0)
     os.close(writing)
     if groups:
-        # Also done by the child; whoever comes first, the group exists before anybody has to kill it.
+        # The child does the same, so that the group exists before the parent may have to kill it.
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
     return _Child(pid, reading, groups)
 
 
 def _settle(group: bool) -> None:
-    """Make a fork independent of what it was forked from: signals, terminal, core dumps."""
+    """Detach a fork from its parent: signals, terminal, core dumps."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if group:
@@ -149,7 +149,7 @@ def _settle(group: bool) -> None:
 
 
 def _reap(pid: int) -> int | None:
-    """Wait status of a process that was killed; None when it cannot die (it waits in the kernel) and is left behind."""
+    """Kill a process and return its wait status; None if it cannot exit (it waits in the kernel) and is left behind."""
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         try:

@@ -1,7 +1,7 @@
 """Kernel calls that only probes make: userfaultfd, PAGEMAP_SCAN and madvise on memory of this process.
 
-What workloads need of these is in the engine, and probes use the engine for it. Structures and numbers are those of
-linux/userfaultfd.h and linux/fs.h.
+The engine contains the calls that workloads need, and probes use the engine for them. Structures and numbers are those
+of linux/userfaultfd.h and linux/fs.h.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FEATURES = (
     *("minor-hugetlbfs", "minor-shmem", "exact-address", "wp-hugetlbfs-shmem", "wp-unpopulated", "poison"),
     *("wp-async", "move"),
 )
-"""Features of userfaultfd, by bit."""
+"""Features of userfaultfd, by bit number."""
 
 DEVICE = "/dev/userfaultfd"
-"""Gives a userfaultfd for all faults to each user that may open it."""
+"""Device that provides a userfaultfd for all faults to each user that may open it."""
 
 MISSING, WP, MINOR = 1, 2, 4
 """Modes of a registration."""
@@ -58,7 +58,7 @@ _UFFDIO_CONTINUE = 0xC020AA07
 _UFFDIO_POISON = 0xC020AA08
 _PAGEMAP_SCAN = 0xC0606610
 
-# Calls through it release the GIL: a thread that waits for a fault to be served must not keep others from serving it.
+# Calls through `libc` release the GIL: a thread that waits for a fault must not block the thread that resolves it.
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 for _function in (libc.read, libc.write):
@@ -71,19 +71,22 @@ T = TypeVar("T")
 
 
 def checked(result: int, step: str) -> int:
-    """The result of a libc call; -1 raises OSError with the step that failed as its file name."""
+    """Return the result of a libc call. Raises OSError for -1, with the failed step as its file name."""
     if result == -1:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), step)
     return result
 
 
 def system_call(step: str, number: int, *arguments: int) -> int:
-    """Make a system call. Raises OSError with the step that failed as its file name."""
+    """Make a system call and return its result. Raises OSError with the failed step as its file name."""
     return checked(libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(argument) for argument in arguments)), step)
 
 
 def ioctl(descriptor: int, step: str, request: int, layout: str, *fields: int) -> tuple[int, ...]:
-    """An ioctl with a structure of those fields; returns them as the kernel left them. Raises OSError with the step."""
+    """Make an ioctl with a structure of these fields. Return the fields as modified by the kernel.
+
+    Raises OSError with the failed step as its file name.
+    """
     argument = bytearray(struct.pack(layout, *fields))
     try:
         fcntl.ioctl(descriptor, request, argument, True)
@@ -93,29 +96,29 @@ def ioctl(descriptor: int, step: str, request: int, layout: str, *fields: int) -
 
 
 def read_memory(address: int, length: int) -> bytes:
-    """Bytes at an address of ours; may wait for a fault to be served by another thread."""
+    """Return the bytes at an address of this process. May wait until another thread resolves a fault."""
     buffer = ctypes.create_string_buffer(length)
     libc.memcpy(buffer, address, length)
     return buffer.raw
 
 
 def write_memory(address: int, content: bytes) -> None:
-    """Put bytes at an address of ours; may wait like `read_memory`."""
+    """Write bytes to an address of this process. May wait like `read_memory`."""
     libc.memcpy(address, content, len(content))
 
 
 def madvise(address: int, length: int, advice: int, step: str) -> None:
-    """madvise(2). Raises OSError naming the step."""
+    """Call madvise(2). Raises OSError with the failed step as its file name."""
     checked(libc.madvise(address, length, advice), step)
 
 
 def large_pages_mapped(address: int, pid: int | str = "self") -> bool:
-    """Whether a 2 MiB unit of a process is mapped as one page (PAGEMAP_SCAN)."""
+    """Return whether a 2 MiB unit of a process is mapped as one page (PAGEMAP_SCAN)."""
     return scan(address, address + LARGE_PAGE, PAGE_IS_PRESENT | PAGE_IS_HUGE, pid) == [(address, address + LARGE_PAGE)]
 
 
 def scan(start: int, end: int, categories: int, pid: int | str = "self") -> list[tuple[int, int]]:
-    """Ranges of a process whose pages are of all the categories, as (start, end)."""
+    """Return the ranges of a process whose pages are in all the categories, as (start, end)."""
     found = (ctypes.c_uint64 * (3 * 512))()
     size = 12 * 8
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
@@ -130,7 +133,7 @@ def scan(start: int, end: int, categories: int, pid: int | str = "self") -> list
 
 
 class Anonymous:
-    """Private memory of this process, at a 2 MiB boundary. It stays until the process ends."""
+    """Private memory of this process, aligned to 2 MiB. It is never unmapped."""
 
     def __init__(self, length: int) -> None:
         self._map = mmap.mmap(-1, length + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -140,7 +143,7 @@ class Anonymous:
 
 
 def shared_memory(length: int = LARGE_PAGE) -> _engine.Mapping:
-    """A fresh memfd, mapped."""
+    """Return a mapping of a new memfd."""
     file = os.memfd_create("pageferry-check", os.MFD_CLOEXEC)
     try:
         os.ftruncate(file, length)
@@ -150,7 +153,7 @@ def shared_memory(length: int = LARGE_PAGE) -> _engine.Mapping:
 
 
 def _userfaultfd_of_device(flags: int) -> int:
-    """A userfaultfd by `DEVICE`. Raises OSError."""
+    """Create a userfaultfd through `DEVICE`. Raises OSError."""
     device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
         return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, flags)
@@ -160,20 +163,20 @@ def _userfaultfd_of_device(flags: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault that waits to be served."""
+    """Fault that waits to be resolved."""
 
     flags: int
     address: int
 
 
 class Userfault:
-    """A userfaultfd of this process with the features named."""
+    """Userfaultfd of this process with the given features."""
 
     def __init__(self, *features: str, user_mode_only: bool | None = None) -> None:
-        """`user_mode_only` None: only where the other kind is refused, as the engine has it."""
+        """Create the userfaultfd. `user_mode_only` None: only if the other mode is denied, as in the engine."""
         self.user_mode_only = bool(user_mode_only)
         self.by_device = False
-        """Whether it was created by `DEVICE`, because the system call is refused."""
+        """Whether the userfaultfd was created through `DEVICE`, because the system call is denied."""
         try:
             self.fd = self._open()
         except OSError:
@@ -199,37 +202,37 @@ class Userfault:
             return file
 
     def register(self, address: int, length: int, mode: int) -> None:
-        """Trap the faults of `mode` in a range."""
+        """Register a range for faults of `mode`."""
         ioctl(self.fd, "UFFDIO_REGISTER", _UFFDIO_REGISTER, "=4Q", address, length, mode, 0)
 
     def unregister(self, address: int, length: int) -> None:
-        """Trap them no more."""
+        """Unregister a range."""
         ioctl(self.fd, "UFFDIO_UNREGISTER", _UFFDIO_UNREGISTER, "=2Q", address, length)
 
     def write_protect(self, address: int, length: int, protect: bool) -> None:
-        """Protect a range, or release it and wake who waits there."""
+        """Write-protect a range, or unprotect it and wake the waiting threads."""
         ioctl(self.fd, "UFFDIO_WRITEPROTECT", _UFFDIO_WRITEPROTECT, "=3Q", address, length, int(protect))
 
     def copy(self, address: int, content: bytes) -> None:
-        """Install missing pages with content."""
+        """Install contents in missing pages (UFFDIO_COPY)."""
         source = ctypes.create_string_buffer(content, len(content))
         arguments = (address, ctypes.addressof(source), len(content), 0, 0)
         ioctl(self.fd, "UFFDIO_COPY", _UFFDIO_COPY, "=4Qq", *arguments)
 
     def move(self, address: int, source: int, length: int) -> None:
-        """Move pages from elsewhere in this process to where they are missing."""
+        """Move pages of this process to missing pages (UFFDIO_MOVE)."""
         ioctl(self.fd, "UFFDIO_MOVE", _UFFDIO_MOVE, "=4Qq", address, source, length, 0, 0)
 
     def map_existing(self, address: int, length: int) -> None:
-        """Map pages that are in the page cache (UFFDIO_CONTINUE)."""
+        """Map pages that exist in the page cache (UFFDIO_CONTINUE)."""
         ioctl(self.fd, "UFFDIO_CONTINUE", _UFFDIO_CONTINUE, "=3Qq", address, length, 0, 0)
 
     def poison(self, address: int, length: int) -> None:
-        """Make every access to missing pages fail."""
+        """Make every access to missing pages fail (UFFDIO_POISON)."""
         ioctl(self.fd, "UFFDIO_POISON", _UFFDIO_POISON, "=3Qq", address, length, 0, 0)
 
     def wait(self) -> Fault:
-        """The next fault. Raises Unavailable when none comes."""
+        """Return the next fault. Raises Unavailable if none is reported in time."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if not poll.poll(_FAULT_TIMEOUT_MS):
@@ -240,15 +243,15 @@ class Userfault:
         return Fault(flags, address)
 
     def serve(self, access: Callable[[], T], server: Callable[[Fault], object]) -> T:
-        """Run `access` in a thread, hand its fault to `server`, and return what the access then did."""
-        pool = ThreadPoolExecutor(1)  # never joined: a fault that is not served would hold up the end
+        """Run `access` in a thread, pass its fault to `server`, and return the result of the access."""
+        pool = ThreadPoolExecutor(1)  # never joined: an unresolved fault would delay the exit
         future = pool.submit(access)
         server(self.wait())
         return future.result(_FAULT_TIMEOUT_MS / 1000)
 
 
 def kernel_reads(address: int) -> None:
-    """Let the kernel read a byte at an address. Raises OSError EFAULT where it cannot."""
+    """Make the kernel read a byte at an address. Raises OSError EFAULT if it cannot."""
     reading, writing = os.pipe()
     try:
         checked(libc.write(writing, address, 1), "write")
@@ -258,7 +261,7 @@ def kernel_reads(address: int) -> None:
 
 
 def kernel_writes(address: int, content: bytes) -> int:
-    """Let the kernel write up to a page of bytes to an address. Raises OSError EFAULT where it cannot."""
+    """Make the kernel write up to a page of bytes to an address. Return the number written. Raises OSError EFAULT."""
     reading, writing = os.pipe()
     try:
         os.write(writing, content)
@@ -269,6 +272,6 @@ def kernel_writes(address: int, content: bytes) -> int:
 
 
 def expect(condition: bool, otherwise: str) -> None:
-    """Raise Unavailable with that reason unless the condition holds."""
+    """Raise Unavailable with the reason `otherwise` unless the condition holds."""
     if not condition:
         raise Unavailable(otherwise)

@@ -1,4 +1,4 @@
-"""Probes of page tables and large pages: each makes some and looks in the page table whether they are there."""
+"""Probes of page tables and huge pages: each creates some, and checks the page table for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _THP = newer_kernel("6.1", "CONFIG_TRANSPARENT_HUGEPAGE")
 
 
 def mode(switch: str) -> str:
-    """What a switch of transparent huge pages (`enabled`, `shmem_enabled`) stands on. Raises Unavailable without it."""
+    """Return the selected value of a transparent huge page switch (`enabled`, `shmem_enabled`).
+
+    Raises Unavailable if the kernel does not have the switch.
+    """
     try:
         text = (THP / switch).read_text()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a probe is: a name, something to try, and what to do when it fails."""
+"""Probe: name of a feature, operation to try, and remedies."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ AS_ROOT = "run as root"
 
 
 def newer_kernel(release: str, option: str | None = None) -> str:
-    """The remedy for a kernel that does not have it: the release it came with, and what it is built with."""
+    """Return the remedy for a kernel that lacks a feature: its first release, and the build option if there is one."""
     return f"use a kernel from {release} on" + (f", built with {option}" if option else "")
 
 
 def unknown_to_kernel(remedy: str) -> dict[int, str]:
-    """One remedy for every errno that says the kernel does not know what was asked of it."""
+    """Map every errno with which a kernel rejects an unknown request to this remedy."""
     return dict.fromkeys((errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP), remedy)
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A feature, and how to find out whether it works here."""
+    """Kernel feature, and the operation that tests whether it is available."""
 
     name: str
-    """Of the feature, as in reports and docs/support.md."""
+    """Name of the feature, as in reports and docs/support.md."""
     attempt: Callable[[], str]
-    """Tries the real thing, and returns a few words on what was found. Raises OSError or Unavailable."""
+    """Function that performs the operation and returns a short observation. Raises OSError or Unavailable."""
     remedy: str
-    """What to do when it fails in a way that says no more."""
+    """Remedy for failures without a more specific one."""
     remedies: Mapping[int, str] = field(default_factory=dict)
-    """What to do, by errno."""
+    """Remedies by errno."""
 
     def remedy_for(self, outcome: Outcome) -> str | None:
-        """What to do about an outcome; None when there is nothing to be done."""
+        """Return the remedy for an outcome; None if there is nothing to do."""
         if outcome.available:
             return None
         if outcome.error is None:

@@ -1,7 +1,7 @@
-"""Probes of what one process may do to the memory of another one of the same user.
+"""Probes of access to the memory of another process of the same user.
 
-The other process is no descendant of the one that tries, as a QEMU that somebody else started is none: where Yama is
-in force (kernel.yama.ptrace_scope), that makes the difference.
+The other process is not a descendant of the probing process, like a QEMU that another program has started. With Yama
+(kernel.yama.ptrace_scope), this restricts the access.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TIMEOUT = 4.0
 
 
 class Neighbour:
-    """A process that writes to pages of memory shared with us, at the same address as here, when told to."""
+    """Process that writes to pages of memory shared with this process, at the same address, on request."""
 
     def __init__(self) -> None:
         self.memory = kernel.shared_memory()
@@ -34,7 +34,7 @@ class Neighbour:
         self.parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(self._orders)  # or it would never see the end of it
+            os.close(self._orders)  # otherwise the child would never see the end of the pipe
             self._work(orders, done)
 
     def _work(self, orders: int, done: int) -> None:
@@ -47,12 +47,12 @@ class Neighbour:
             os._exit(0)
 
     def end(self) -> None:
-        """End it; called by its parent."""
+        """Kill the process and reap it; to be called by its parent."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
     def write_to(self, page: int) -> None:
-        """Have a page (1 to 255) written to."""
+        """Make the process write to a page (1 to 255), and wait until it has."""
         order = bytes([page])
         os.write(self._orders, order)
         expect(os.read(self._done, 1) == order, "the other process is gone")
@@ -85,7 +85,7 @@ def _pidfd_getfd(neighbour: Neighbour) -> str:
 
 
 def _adopt(neighbour: Neighbour) -> str:
-    """The engine's whole trace of another process: a userfaultfd made in it, taken from it, and read from outside."""
+    """Trace another process with the engine: create a userfaultfd in it, copy the descriptor, and read the trace."""
     space = _engine.Space(neighbour.pid)
     trace = _engine.Trace([(space, neighbour.memory.address, LARGE_PAGE, 0, 0)])
     before, after = _engine.PageSet(LARGE_PAGE // SMALL_PAGE), _engine.PageSet(LARGE_PAGE // SMALL_PAGE)

@@ -1,7 +1,7 @@
-"""The ten systems, and which kernel mechanism each of them uses here.
+"""Table of the ten systems, and the kernel mechanism that each of them uses on this host.
 
-One table says it all: what a system can be made of, best first, and which features (pageferry.host.probes) each way
-needs. A way that needs nothing is what happens without the system.
+The table lists the possible mechanisms of each system, best first, and the features (pageferry.host.probes) that each
+mechanism needs. A mechanism without needs is the behaviour without the system.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from pageferry.host.probes import Feature
 Status = Literal["ok", "fallback", "unavailable"]
 
 ADOPT = ("ptrace", "pidfd-getfd", "adopt")
-"""What it takes to work on the memory of another process."""
+"""Features for access to the memory of another process."""
 ARENAS_MOVE = ("userfaultfd", "uffd-wp-async-shmem", "pagemap-scan")
-"""Without these no arena migrates."""
+"""Features without which arenas cannot be migrated."""
 GUESTS_MOVE = (*ARENAS_MOVE, *ADOPT)
-"""Without these no guest does."""
+"""Features without which guests cannot be migrated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """A way to do it."""
+    """Kernel mechanism that can implement a system."""
 
     text: str
     needs: tuple[str, ...] = ()
-    """Names of features."""
+    """Names of the required features."""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A row of the table."""
+    """Row of the table."""
 
     number: str
     title: str
     included: bool
-    """Whether this release of pageferry does it; the others say what the kernel would allow."""
+    """Whether this release of pageferry implements the system; for others, the kernel's support is reported."""
     mechanisms: tuple[Mechanism, ...]
-    """Best first."""
+    """Mechanisms, best first."""
 
 
 _FAULTS = ("userfaultfd-kernel-faults",)
-"""Traps at which system calls and KVM wait, instead of failing."""
+"""Features with which system calls and KVM wait at a fault instead of failing."""
 _DEFERS = (*_FAULTS, "uffd-missing-shmem", "uffd-minor-shmem")
 
 _POPULATE = (
@@ -110,25 +110,25 @@ SYSTEMS = (
 
 
 class SystemReport(msgspec.Struct, frozen=True, rename="kebab"):
-    """What a system uses on this machine."""
+    """Mechanism of a system on this host."""
 
     system: str
-    """S1 to S10."""
+    """Number of the system, S1 to S10."""
     title: str
     included: bool
-    """Whether this release does it."""
+    """Whether this release implements the system."""
     status: Status
-    """`ok`: in the best way. `fallback`: in another one. `unavailable`: not at all."""
+    """`ok`: the best mechanism. `fallback`: another one. `unavailable`: none."""
     mechanism: str | None
-    """The way; None where there is none."""
+    """Selected mechanism; None if there is none."""
     preferred: str
-    """The best way."""
+    """Best mechanism."""
     missing: list[str]
-    """Features that the best way lacks here."""
+    """Features that the best mechanism needs and this host lacks."""
 
 
 def choose(system: System, features: Mapping[str, Feature]) -> SystemReport:
-    """The best way for a system that those features allow."""
+    """Return the report of a system with the best mechanism that the available features allow."""
     best = system.mechanisms[0]
     chosen = next((way for way in system.mechanisms if not lacking(way.needs, features)), None)
     status: Status = "unavailable" if chosen is None else "ok" if chosen is best else "fallback"
@@ -144,5 +144,5 @@ def choose(system: System, features: Mapping[str, Feature]) -> SystemReport:
 
 
 def lacking(needs: tuple[str, ...], features: Mapping[str, Feature]) -> list[str]:
-    """Those of the needs that are not there."""
+    """Return the needed features that are unavailable."""
     return [name for name in needs if not features[name].available]

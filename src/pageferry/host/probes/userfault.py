@@ -1,4 +1,4 @@
-"""Probes of userfaultfd: each registers memory of its own, has it touched, and looks at what the access met."""
+"""Probes of userfaultfd: each registers its own memory, accesses it, and checks the result of the access."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _kernel_faults() -> str:
 
 
 def _write_async(address: int) -> str:
-    """Trace eight pages with the engine's own trace, write to two of them, and see whether it says so."""
-    Userfault()  # a kernel without userfaultfd is reported by its own error, which has another remedy than rights
+    """Trace eight pages with the engine, write to two of them, and check that the trace reports exactly these."""
+    Userfault()  # a kernel without userfaultfd fails here, with a remedy other than permissions
     trace = _engine.Trace([(_engine.Space(), address, 8 * SMALL_PAGE, 0, 0)])
     before, after = _engine.PageSet(8), _engine.PageSet(8)
     trace.collect([before])
@@ -132,7 +132,8 @@ def _poison() -> str:
     uffd = Userfault("poison")
     uffd.register(memory.address, 2 * SMALL_PAGE, kernel.MISSING)
     uffd.poison(memory.address, SMALL_PAGE)
-    # Without a registration only the poison is left to refuse an access; the kernel's own ends in EFAULT, not SIGBUS.
+    # Without a registration only the poison can make an access fail; an access by the kernel fails with EFAULT, not
+    # SIGBUS.
     uffd.unregister(memory.address, 2 * SMALL_PAGE)
     kernel.kernel_reads(memory.address + SMALL_PAGE)
     with contextlib.suppress(OSError):
