@@ -63,7 +63,7 @@ def until(program: Program, kind: str) -> dict[str, Any]:
             return line
 
 
-@pytest.mark.parametrize("point", ["armed", "instant", "saving"])
+@pytest.mark.parametrize("point", ["armed", "snapshot-point", "checkpoint-progress"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_or_interrupted_checkpoint_leaves_no_image(tmp_path: Path, point: str, number: signal.Signals) -> None:
     with ledger("victim", processes=2):
@@ -128,7 +128,7 @@ def test_failed_checkpoint_leaves_the_previous_image(tmp_path: Path) -> None:
         assert (tmp_path / "image").read_bytes() == before
 
 
-@pytest.mark.parametrize("point", ["instant", "saving"])
+@pytest.mark.parametrize("point", ["snapshot-point", "checkpoint-progress"])
 def test_checkpoint_fails_without_an_image_if_the_workload_dies(tmp_path: Path, point: str) -> None:
     with ledger("dying", dies=True) as workload:
         with Program(*command("dying", tmp_path / "image", *SLOWLY), stderr=subprocess.PIPE) as saver:

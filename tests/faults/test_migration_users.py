@@ -177,7 +177,7 @@ def test_only_the_socket_of_a_dead_receiver_is_replaced(folder: Path) -> None:
         await second.close()
         assert os.listdir(folder) == []
         (folder / "there.sock").touch()
-        with pytest.raises(UsageError, match="not a socket"):
+        with pytest.raises(UsageError, match="other than a socket"):
             Reception(address)
 
     asyncio.run(run())
