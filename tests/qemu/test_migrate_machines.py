@@ -36,7 +36,7 @@ def test_q35_guest_with_devices_and_balloon_is_migrated(parts: GuestParts, tmp_p
         balloon(guest, 192)
         with guest.receiver() as there:
             fault = "source.between-rounds=stop"
-            with guest.migrating(moving.address_of(there), "--max-downtime", "1", fault=fault) as migration:
+            with guest.migrating(moving.address_of(there), "--max-downtime", "50", fault=fault) as migration:
                 moving.stopped(migration)
                 balloon(guest, 160)
                 migration.process.send_signal(signal.SIGCONT)
