@@ -78,7 +78,7 @@ def test_check_reports_how_a_restore_and_a_checkpoint_work(folder: Path, kind: s
     for system in ("S4", "S8", "S10"):
         assert systems[system]["status"] == ("ok" if LAZY[kind] else "fallback")
     if not LAZY[kind]:
-        assert "before a workload runs" in systems["S10"]["mechanism"]
+        assert "before the workload runs" in systems["S10"]["mechanism"]
         assert "--mode stop" in systems["S4"]["mechanism"]
         assert "/dev/userfaultfd" in features["userfaultfd-kernel-faults"]["remedy"]
     assert features["userfaultfd"]["available"] == (kind != "sandbox")

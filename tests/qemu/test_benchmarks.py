@@ -21,6 +21,8 @@ from tests.network import hosts
 
 ROOT = Path(__file__).parent.parent.parent
 
+pytestmark = pytest.mark.alone  # benchmarks use all cores
+
 
 def quick(name: str, *options: str) -> dict[str, Any]:
     """Results of a benchmark, run with --quick."""
