@@ -12,13 +12,15 @@ from typing import Any, Self
 class Interruption:
     """Context in which the first SIGINT or SIGTERM becomes a cancellation, so that the verb can undo its changes.
 
-    A coroutine started by `run` is cancelled as a task. Synchronous code, and a coroutine at the second signal, receive
-    KeyboardInterrupt.
+    A coroutine started by `run` is cancelled as a task; at the second signal its event loop raises KeyboardInterrupt.
+    Synchronous code receives KeyboardInterrupt, as does a coroutine at the third signal, wherever it is.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         """First signal received, or None."""
+        self._count = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._cancel: Callable[[], object] | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -38,7 +40,7 @@ class Interruption:
     async def _supervised(self, coroutine: Coroutine[Any, Any, int]) -> int:
         task = asyncio.current_task()
         assert task is not None
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         # Only this call is guaranteed to wake the loop from a signal handler.
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         try:
@@ -47,11 +49,18 @@ class Interruption:
             self._cancel = None
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        first = self.received is None
-        if first:
+        self._count += 1
+        if self.received is None:
             self.received = signal.Signals(number)
+        if self._loop is None or self._loop.is_closed() or self._count > 2:
+            # The interpreter may discard this exception (in finalizers), but not a cancellation.
+            raise KeyboardInterrupt
         if self._cancel is not None:
             self._cancel()
-        if not first or self._cancel is None:
-            # The interpreter may discard this exception (in finalizers), but not the cancellation.
-            raise KeyboardInterrupt
+            if self._count == 2:
+                # Raised here, the exception could discard a callback of the loop, whose task would then wait for ever.
+                self._loop.call_soon_threadsafe(_interrupt)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,40 @@
+"""Signals during a verb."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from pageferry.cli.signals import Interruption
+
+
+@pytest.mark.timeout(20)
+def test_second_signal_discards_no_callback_of_the_event_loop() -> None:
+    """An exception raised by the handler could end a callback halfway, and a task would wait for the rest for ever."""
+    steps = []
+
+    async def verb() -> int:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def callback() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            steps.append("callback")
+            done.set_result(None)
+
+        loop.call_soon(callback)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.shield(done)
+            steps.append("cleanup")
+        return 0
+
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+        interruption.run(verb())
+    assert interruption.received is signal.SIGTERM
+    assert steps == ["callback", "cleanup"]
