@@ -9,8 +9,8 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
-# Tests wait as much as they compute.
-WORKERS ?= $(shell echo $$((2 * $$(nproc))))
+# One process more than cores: tests wait now and then, and some of them measure time.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PYTEST := scripts/pytest.sh $(PYTHON) $(WORKERS)
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)

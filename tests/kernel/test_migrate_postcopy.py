@@ -143,7 +143,7 @@ def test_receiver_waits_for_the_source_after_a_lost_link() -> None:
 @contextmanager
 def arriving() -> Iterator[tuple[Program, Program, Program]]:
     """Yield a ledger, its receiver, in which it already runs, and the migration, which takes some more seconds."""
-    slowly = ("--mode", "postcopy", "--bandwidth", "24M")
+    slowly = ("--mode", "postcopy", "--bandwidth", "12M")
     with (
         moving.ledger("here", size=64 * MIB) as here,
         moving.receiver("there") as there,
