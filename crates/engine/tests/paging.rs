@@ -174,9 +174,13 @@ fn pages_are_loaded_on_demand_and_in_the_background() {
             }
             assert!(pager.wait(Duration::from_secs(10), 0), "{} pages are missing", pager.pending());
             let counters = pager.counters();
-            let binned: u64 = counters.histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).sum();
+            // A fault is added to the histogram after the access has continued.
+            let binned = || counters.histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).sum::<u64>();
             let faults = counters.faults.load(Ordering::Relaxed);
-            assert!(faults > 0 && binned.abs_diff(faults) <= 1, "{binned} of {faults}: all but those in progress");
+            while binned() != faults {
+                std::thread::sleep(Duration::from_millis(1)); // fails after a minute
+            }
+            assert!(faults > 0);
         });
     }
 }
