@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -23,8 +24,10 @@ from pageferry.pager.records import FLAGS, POSTCOPY, RECORD, SOCKET, Deferred, i
 _TIMEOUT = 5.0
 """Timeout of replies that do not wait for pages, seconds."""
 
-_HANDOVER = 1.0
+HANDOVER = 1.0
 """Maximum time between the end of one pager and the start of the next, seconds."""
+
+Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
@@ -34,10 +37,10 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
     """
     if not is_restoring(folder):
         return None
-    deadline = time.monotonic() + _HANDOVER
+    deadline = time.monotonic() + HANDOVER
     while True:
         try:
-            status = _exchange(folder.path / SOCKET, question, timeout)
+            status = _ask_once(folder.path / SOCKET, question, timeout)
             break
         except (OSError, msgspec.MsgspecError) as failed:
             if not is_restoring(folder):  # completed just now
@@ -114,13 +117,21 @@ def _next_pager(folder: Folder) -> str:
     return f"an image; `pageferry restore --takeover {folder.name}`"
 
 
-def _exchange(path: Path, question: PagerRequest, timeout: float | None) -> PagerStatus:
+def exchange(connection: socket.socket, replies: BinaryIO, request: PagerRequest, kind: type[Reply]) -> Reply:
+    """Send a request over a connection to a pager, and return the reply. `replies`: the connection, as a file.
+
+    Raises OSError, msgspec.MsgspecError.
+    """
+    connection.sendall(msgspec.json.encode(request) + b"\n")
+    line = replies.readline()
+    if not line:
+        raise ConnectionResetError("the pager closed the connection")
+    return msgspec.json.decode(line, type=kind)
+
+
+def _ask_once(path: Path, request: PagerRequest, timeout: float | None) -> PagerStatus:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout)
         connection.connect(str(path))
-        connection.sendall(msgspec.json.encode(question) + b"\n")
-        with connection.makefile("rb") as answers:
-            line = answers.readline()
-    if not line:
-        raise ConnectionResetError("it hung up")
-    return msgspec.json.decode(line, type=PagerStatus)
+        with connection.makefile("rb") as replies:
+            return exchange(connection, replies, request, PagerStatus)

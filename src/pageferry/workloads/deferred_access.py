@@ -14,9 +14,7 @@ import errno
 import os
 import socket
 import time
-from typing import Protocol, TypeVar
-
-import msgspec
+from typing import Protocol
 
 from pageferry._engine import Pager, Space
 from pageferry.errors import ImageError, RestoreError, WorkloadError
@@ -25,6 +23,7 @@ from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
 from pageferry.pager import client, records
+from pageferry.pager.client import Reply
 from pageferry.pager.protocol import HoldGiven, PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 from pageferry.workloads import persistent_trace
@@ -32,11 +31,6 @@ from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.process import ProcessMemory
 from pageferry.workloads.protocols import Workload
-
-_HANDOVER = 1.0
-"""Maximum time between the end of one pager and the start of the next, seconds."""
-
-Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 
 class AcquiredPager(Protocol):
@@ -186,21 +180,17 @@ class _Line:
     def __init__(self, folder: Folder, connection: socket.socket) -> None:
         self.folder = folder
         self._connection = connection
-        self._answers = connection.makefile("rb")
+        self._replies = connection.makefile("rb")
 
-    def ask(self, question: PagerRequest, kind: type[Answer]) -> Answer:
+    def ask(self, request: PagerRequest, kind: type[Reply]) -> Reply:
         """Send a request and return the reply. Raises RestoreError, ImageError."""
         try:
-            self._connection.sendall(msgspec.json.encode(question) + b"\n")
-            line = self._answers.readline()
-            if not line:
-                raise ConnectionResetError("it hung up")
-            answer = msgspec.json.decode(line, type=kind)
+            reply = client.exchange(self._connection, self._replies, request, kind)
         except (OSError, ValueError) as failed:
             raise client.gone(self.folder, failed) from failed
-        if isinstance(answer, PagerStatus):
-            client.check(answer)
-        return answer
+        if isinstance(reply, PagerStatus):
+            client.check(reply)
+        return reply
 
     def cut(self) -> None:
         """Shut down the connection, so that a request in progress fails."""
@@ -209,13 +199,13 @@ class _Line:
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
-        self._answers.close()
+        self._replies.close()
         self._connection.close()
 
 
 def _connected(folder: Folder) -> _Line:
     """Connect to the pager, or to the next one during a handover. Raises RestoreError."""
-    deadline = time.monotonic() + _HANDOVER
+    deadline = time.monotonic() + client.HANDOVER
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:
