@@ -52,29 +52,14 @@ class RestoredArena(Arena):
         *,
         eager: bool = False,
         prefetch: bool = True,
-        state: State | None = None,
-        on_pause: Callback | None = None,
-        on_resume: Plain | None = None,
-        on_moved: Plain | None = None,
-        direct_io: bool = True,
-        loop: asyncio.AbstractEventLoop | None = None,
         listener: Listener = ignore,
+        **arena: Any,
     ) -> Self:
-        """See `restore`."""
+        """See `restore`. `arena`: arguments of `Arena.from_file`."""
         size = _size(image)
         file, large_pages_by = memory_file(size)
         try:
-            self = cls.from_file(
-                file,
-                size,
-                state=state,
-                on_pause=on_pause,
-                on_resume=on_resume,
-                on_moved=on_moved,
-                direct_io=direct_io,
-                loop=loop,
-                private=True,
-            )
+            self = cls.from_file(file, size, private=True, **arena)
             self.large_pages_by = large_pages_by
             self.image = image
             working_set = WorkingSet(image)
@@ -168,8 +153,7 @@ def restore(
     `eager`: load in the background at full speed, without yielding to accesses. `prefetch=False`: load only accessed
     pages. The other arguments are those of `Arena`. The saved state is passed to `state`, or stored in
     `received_state`. The image is only read, and can be restored any number of times concurrently; it must not be moved
-    until `deferred` is 0. This call blocks; a coroutine awaits
-    `restore_async` instead.
+    until `deferred` is 0. This call blocks; a coroutine awaits `restore_async` instead.
 
     Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
     """
