@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import pageferry
+from pageferry.host import proc
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.arena.control_socket.client import RemoteArena
@@ -29,14 +30,15 @@ def nothing() -> None:
     """Do nothing, as a callback."""
 
 
-def mappings_of(inode: int) -> int:
+def mappings_of(file: tuple[int, int]) -> int:
     """Return how often this process maps a file."""
-    lines = Path("/proc/self/maps").read_bytes().split(b"\n")
-    return sum(int(line.split()[4]) == inode for line in lines if line)
+    return [(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())].count(file)
 
 
-def inode_of(arena: Arena) -> int:
-    return os.fstat(arena.descriptor).st_ino
+def file_of(arena: Arena) -> tuple[int, int]:
+    """Return the device and the inode of the memory file. Inode numbers of several arenas are equal."""
+    status = os.fstat(arena.descriptor)
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
@@ -55,19 +57,19 @@ def warned(count: int = 1) -> Iterator[None]:
     assert len(ours) == count, found
 
 
-def is_free(inode: int) -> None:
-    wait_until(lambda: mappings_of(inode) == 0, "no mapping is left")
+def is_free(file: tuple[int, int]) -> None:
+    wait_until(lambda: mappings_of(file) == 0, "no mapping is left")
     wait_until(lambda: Registry().entries() == {}, "the name is free")
 
 
 def test_dropped_arena_is_freed_with_a_warning() -> None:
     arena = Arena(4 * MIB, "dropped", on_pause=nothing)
-    inode = inode_of(arena)
+    file = file_of(arena)
     memoryview(arena)[0] = 1
-    assert mappings_of(inode) == 1
+    assert mappings_of(file) == 1
     with warned():
         del arena
-    is_free(inode)
+    is_free(file)
     Arena(MIB, "dropped", on_pause=nothing).close()
 
 
@@ -79,23 +81,23 @@ def test_arena_in_a_cycle_with_its_callbacks_is_freed_by_the_collector() -> None
         def pause(self) -> None:
             """Do nothing; as a bound method it refers to the holder."""
 
-    inode = inode_of(Holder().arena)
+    file = file_of(Holder().arena)
     with warned():
         gc.collect()
-    is_free(inode)
+    is_free(file)
 
 
 def test_collecting_arena_does_not_wait_for_run_directory_lock() -> None:
     arena = Arena(4 * MIB, "dropped", on_pause=nothing)
-    inode = inode_of(arena)
+    file = file_of(arena)
     with warned(), Registry().locked():
         del arena
-    is_free(inode)
+    is_free(file)
 
 
 def test_views_keep_a_named_arena() -> None:
     arena = Arena(4 * MIB, "dropped", on_pause=nothing)
-    inode = inode_of(arena)
+    file = file_of(arena)
     words = np.frombuffer(arena, dtype=np.uint8)  # type: ignore[call-overload]
     with warned(0):
         del arena
@@ -104,12 +106,12 @@ def test_views_keep_a_named_arena() -> None:
     words[5] = 1
     with warned():
         del words
-    is_free(inode)
+    is_free(file)
 
 
 def test_client_keeps_the_arena_that_it_has_paused() -> None:
     arena = Arena(4 * MIB, "dropped", on_pause=nothing)
-    inode = inode_of(arena)
+    file = file_of(arena)
     entry = Registry().lookup("dropped")
     assert isinstance(entry, ArenaEntry)
 
@@ -126,20 +128,20 @@ def test_client_keeps_the_arena_that_it_has_paused() -> None:
 
     with warned():
         asyncio.run(drop())
-        wait_until(lambda: mappings_of(inode) == 0, "no mapping is left")
-    is_free(inode)
+        wait_until(lambda: mappings_of(file) == 0, "no mapping is left")
+    is_free(file)
 
 
 def test_dropped_arena_of_an_image_is_freed_while_pages_are_deferred(tmp_path: Path) -> None:
     path = Maker(2048).write(tmp_path / "image")
     arena = pageferry.restore(path, "dropped", prefetch=False, on_pause=nothing)
-    inode = inode_of(arena)
+    file = file_of(arena)
     assert arena.deferred > 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         del arena
         gc.collect()
-    is_free(inode)
+    is_free(file)
 
 
 @pytest.mark.parametrize("end", ["arena.close()", "pass"], ids=["closed", "end-of-program"])
