@@ -119,7 +119,7 @@ def test_guest_keeps_running_after_a_failed_save(guest: Guest, monkeypatch: pyte
     async def scenario() -> None:
         await guest.workload.pause()
         with monkeypatch.context() as patch:
-            patch.setattr(device_state, "LARGEST", 1000)
+            patch.setattr(device_state, "MAX_STATE", 1000)
             with pytest.raises(WorkloadError, match="guest memory is in it"):
                 await guest.workload.save_state()
         await guest.workload.resume()

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from pageferry import _engine
-from pageferry.demo.orders import LARGEST_PACKET, Answer, Order, decode_order, encode
+from pageferry.demo.orders import MAX_PACKET, Answer, Order, decode_order, encode
 
 
 class Child:
@@ -60,7 +60,7 @@ def main() -> None:
     file, size, descriptor = (int(argument) for argument in sys.argv[1:4])
     child = Child(file, size)
     with socket.socket(fileno=descriptor) as orders:
-        while data := orders.recv(LARGEST_PACKET):
+        while data := orders.recv(MAX_PACKET):
             orders.send(encode(child.obey(decode_order(data))))
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-LARGEST_PACKET = 64 << 10
+MAX_PACKET = 64 << 10
 
 Verb = Literal["map", "attach", "start", "pause", "resume", "stop", "stalls"]
 

@@ -9,7 +9,7 @@ import subprocess
 from typing import Protocol
 
 from pageferry import _engine
-from pageferry.demo.orders import LARGEST_PACKET, Answer, Order, decode_answer, encode
+from pageferry.demo.orders import MAX_PACKET, Answer, Order, decode_answer, encode
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
 
@@ -160,7 +160,7 @@ class ChildShare:
 
     def _receive(self) -> Answer:
         try:
-            data = self._orders.recv(LARGEST_PACKET)
+            data = self._orders.recv(MAX_PACKET)
         except TimeoutError as slow:
             raise WorkloadError(f"ledger process {self.pid} has not answered for {TIMEOUT:.0f} s") from slow
         except OSError as gone:

@@ -48,7 +48,7 @@ from pageferry.host import files, proc
 VERSION = 1
 """Version of the entries; other versions are rejected."""
 
-LONGEST_SOCKET_PATH = 107
+MAX_SOCKET_PATH = 107
 """sun_path of unix(7), without the final NUL."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -154,9 +154,9 @@ class Folder:
     def socket_path(self, file_name: str) -> str:
         """Return the path of a socket of this workload. Raises UsageError if it is longer than unix(7) allows."""
         path = str(self.path / file_name)
-        if len(path.encode()) > LONGEST_SOCKET_PATH:
+        if len(path.encode()) > MAX_SOCKET_PATH:
             raise UsageError(
-                f"invalid socket path {path}: longer than {LONGEST_SOCKET_PATH} bytes; use a shorter name, or a "
+                f"invalid socket path {path}: longer than {MAX_SOCKET_PATH} bytes; use a shorter name, or a "
                 "shorter run directory (PAGEFERRY_RUN_DIR)"
             )
         return path

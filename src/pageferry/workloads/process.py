@@ -23,7 +23,7 @@ from pageferry.workloads.protocols import Faults
 
 PREFIX = "pid:"
 """Prefix of the names of processes: `pid:4711`."""
-MOST_REGIONS = 4096
+MAX_REGIONS = 4096
 _STOP_TIMEOUT = 5.0
 """Maximum time until all threads have stopped, seconds. A thread in an uninterruptible sleep stops when it wakes."""
 
@@ -208,10 +208,9 @@ def _chosen(pid: int, ranges: str) -> Iterator[Range]:
     for word in ranges.split(","):
         for part in _matching(word.strip(), mappings):
             found[part.address] = part
-    if len(found) > MOST_REGIONS:
+    if len(found) > MAX_REGIONS:
         raise UsageError(
-            f"cannot save {ranges}: {len(found)} mappings, at most {MOST_REGIONS} can be saved; select some by "
-            "START-END"
+            f"cannot save {ranges}: {len(found)} mappings, at most {MAX_REGIONS} can be saved; select some by START-END"
         )
     yield from (found[address] for address in sorted(found))
 

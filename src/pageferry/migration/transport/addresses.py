@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from pageferry import values
 from pageferry.errors import UsageError
-from pageferry.host.registry import LONGEST_SOCKET_PATH
+from pageferry.host.registry import MAX_SOCKET_PATH
 from pageferry.migration.transport.tls import Trust
 
 UNIX = "unix:"
@@ -93,6 +93,6 @@ def _unix(text: str, what: str, trust: Trust | None) -> Address:
             "socket"
         )
     path = os.path.abspath(path)
-    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise UsageError(f"invalid {what} {text!r}: the path of a socket has at most {LONGEST_SOCKET_PATH} bytes")
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise UsageError(f"invalid {what} {text!r}: the path of a socket has at most {MAX_SOCKET_PATH} bytes")
     return Address("", 0, path=path)

@@ -118,7 +118,7 @@ class ControlSession:
             self.feed(b"")
 
     def feed(self, received: bytes) -> None:
-        """Process received bytes, and continue the handshake as far as they allow."""
+        """Process received bytes, and continue the handshake up to the next missing byte."""
         if received:
             self._incoming.write(received)
         if self.established:

@@ -24,7 +24,7 @@ from qemu.qmp import EventListener
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host.qmp import Command, Monitor
 
-LARGEST = 512 << 20
+MAX_STATE = 512 << 20
 """Maximum size of a stream, bytes. A larger stream contains guest memory."""
 
 _DESCRIPTOR = "pageferry-state"
@@ -214,9 +214,9 @@ async def _receive(source: socket.socket) -> bytes:
         if not chunk:  # QEMU's event reports whether this is the end or a failure
             return bytes(data)
         data += chunk
-        if len(data) > LARGEST:
+        if len(data) > MAX_STATE:
             raise WorkloadError(
-                f"the device state is larger than {LARGEST >> 20} MiB: guest memory is in it, not in a shared file"
+                f"the device state is larger than {MAX_STATE >> 20} MiB: guest memory is in it, not in a shared file"
             )
 
 

@@ -20,7 +20,7 @@ import struct
 
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host.qmp import Command, Monitor
-from pageferry.workloads.qemu.device_state import LARGEST
+from pageferry.workloads.qemu.device_state import MAX_STATE
 
 _COMMAND = "snapshot-save"
 _TAG = "state"
@@ -29,7 +29,7 @@ _CLUSTER_BITS = 16
 _CLUSTER = 1 << _CLUSTER_BITS
 _DISK = 1 << 20
 """Size of the disk, bytes. The disk stays empty."""
-_LIMIT = LARGEST + (16 << 20)
+_LIMIT = MAX_STATE + (16 << 20)
 """Maximum size of the file, bytes: the largest accepted state, and its tables."""
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 """Magic, version, backing file (offset, length), cluster bits, size, encryption, level-1 entries and offset, refcount
@@ -120,9 +120,9 @@ def _state_in(file: int) -> bytes:
     if extra < 8:
         raise WorkloadError("the snapshot of QEMU does not state the size of the device state")
     (size,) = struct.unpack(">Q", os.pread(file, 8, first + _SNAPSHOT.size))
-    if size > LARGEST:
+    if size > MAX_STATE:
         raise WorkloadError(
-            f"the device state is larger than {LARGEST >> 20} MiB: guest memory is in it, not in a shared file"
+            f"the device state is larger than {MAX_STATE >> 20} MiB: guest memory is in it, not in a shared file"
         )
     covered = _CLUSTER * _CLUSTER // 8  # bytes covered by one level-2 table
     level1 = struct.unpack(f">{entries}Q", os.pread(file, 8 * entries, offset))
