@@ -356,6 +356,15 @@ impl Userfault {
         }
         Ok(mapped)
     }
+
+    /// Returns whether a thread is removing pages of registered memory, and waits until its event has been read.
+    pub fn is_removing(&self) -> bool {
+        // The kernel refuses with EAGAIN before it looks at the range, which is empty and therefore changes nothing.
+        let mut argument = UffdioContinue { range: UffdioRange { start: 0, len: 0 }, mode: 0, mapped: 0 };
+        // SAFETY: the range is empty.
+        let result = unsafe { ioctl(&self.0, UFFDIO_CONTINUE, &mut argument) };
+        result.is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+    }
 }
 
 impl From<Userfault> for OwnedFd {

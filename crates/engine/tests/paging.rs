@@ -240,6 +240,34 @@ fn late_contents_do_not_overwrite_writes_and_discards() {
     });
 }
 
+/// Threads discard pages until the pager has finished: none of them may wait for an event that no thread reads.
+#[test]
+fn pager_finishes_only_after_the_discards_in_progress() {
+    for round in 0..30 {
+        within_a_minute(move || {
+            let scene = Arc::new(Scene::new());
+            let pager = scene.pager(false, true);
+            let ended = Arc::new(AtomicBool::new(false));
+            let threads: Vec<_> = (0..4)
+                .map(|number| {
+                    let (scene, ended) = (scene.clone(), ended.clone());
+                    thread::spawn(move || {
+                        let mut state = round * 4 + number;
+                        while !ended.load(Ordering::Relaxed) {
+                            let page = random(&mut state) % PAGES;
+                            scene.discard(page);
+                            assert_eq!(scene.read(page, 3), 0, "page {page}");
+                        }
+                    })
+                })
+                .collect();
+            assert!(pager.wait(Duration::from_secs(30), 0));
+            ended.store(true, Ordering::Relaxed);
+            threads.into_iter().for_each(|thread| thread.join().expect("a thread"));
+        });
+    }
+}
+
 /// Old contents of deferred pages are mapped when the pager starts, and must not be visible afterwards.
 #[test]
 fn present_pages_are_kept_and_deferred_pages_loaded() {

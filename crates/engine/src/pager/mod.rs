@@ -203,6 +203,12 @@ impl PagerState {
     /// Finishes after all pages are loaded: unregisters the memory, and maps huge pages as such.
     fn finish(&self) {
         self.unregister();
+        // A removal that began before that waits until a demand thread has read its event.
+        for Watched { uffd, .. } in &self.loader.memory.watched {
+            while uffd.is_removing() && !self.stopping() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         self.loader.memory.removals.close();
         // Keep receiving from the peer: it completes the block that it is pushing; its pages are ignored.
         self.stop.store(true, Ordering::Release);
