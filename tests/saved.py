@@ -16,7 +16,7 @@ from pageferry.checkpoints.events import CheckpointResult
 from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.images.image import ImageFile
 from pageferry.memory.regions import Region
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 SLICE = 8192
 """Pages read at once."""
@@ -94,7 +94,7 @@ def _digest(data: bytes) -> bytes:
 class DigestedWorkload:
     """A workload whose memory is digested at the snapshot point."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Migratable) -> None:
         self._workload = workload
         self.digests: list[bytes] = []
 

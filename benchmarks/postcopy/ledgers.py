@@ -19,7 +19,7 @@ from pageferry import _engine
 from pageferry._engine import Mapping
 from pageferry.errors import PageferryError
 from pageferry.workloads.open import open_workload
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 FULL, SMALL = 256 << 20, 32 << 20
 LINK = 64 << 20
@@ -76,7 +76,7 @@ class Throughput:
             finally:
                 workload.close()
 
-    async def _read(self, workload: Workload, name: str) -> None:
+    async def _read(self, workload: Migratable, name: str) -> None:
         """Sample the number of writes in the memory file, because the process may be waiting for pages."""
         (region,) = workload.regions
         mapping = Mapping(region.fd, region.length)

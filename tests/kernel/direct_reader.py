@@ -21,7 +21,7 @@ from pageferry.migration.destination import Destination
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.transport import messages
 from pageferry.workloads.arena.arena import Arena
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from tests.slow_disk import HELD, contents
 from tests.uring import Ring
 
@@ -104,7 +104,7 @@ async def late_destination() -> None:
     """Receive an arena whose pages may be deferred, which `pageferry.receive` refuses."""
     arenas: list[Arena] = []
 
-    async def prepare(hello: messages.Hello) -> Workload:
+    async def prepare(hello: messages.Hello) -> Migratable:
         fresh = api.arena_for(hello)
         arenas.append(Arena.from_file(fresh.descriptor, fresh.length, private=True))
         return arenas[0].workload()

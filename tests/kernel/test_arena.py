@@ -14,7 +14,7 @@ from pageferry.errors import NameInUse, NoSuchWorkload, UsageError, WorkloadErro
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.lifecycle import Status
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 MIB = 1 << 20
 
@@ -131,7 +131,7 @@ def test_callbacks_are_called_in_order() -> None:
         on_moved=lambda: calls.append("moved"),
     )
     workload = arena.workload()
-    assert isinstance(workload, Workload)
+    assert isinstance(workload, Migratable)
 
     async def move() -> None:
         await workload.pause()

@@ -14,7 +14,7 @@ from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.lifecycle import Status
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from tests.kernel.programs import Program, wait_until
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ def stands_still(owner: Program) -> bool:
 def test_controlled_arena_moves(owner: Program) -> None:
     async def move() -> None:
         arena = await RemoteArena.connect(control_socket())
-        assert isinstance(arena, Workload)
+        assert isinstance(arena, Migratable)
         assert (arena.name, arena.pid, await arena.running()) == ("owned", owner.process.pid, True)
         (region,) = arena.regions
         assert {segment.pid for segment in region.segments} == {owner.process.pid}

@@ -19,7 +19,7 @@ from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.lifecycle import Status
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from tests.kernel.programs import Program, wait_until
 
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def copy(source: int, destination: int, length: int) -> None:
 
 def test_ledger_in_this_process_is_a_workload() -> None:
     workload = LedgerWorkload.create(8 * MIB, OPTIONS, name="inside")
-    assert isinstance(workload, Workload)
+    assert isinstance(workload, Migratable)
     assert isinstance(Registry().lookup("inside"), ArenaEntry)
     assert workload.identity.name == workload.name == "inside"
     before = workload.writes()

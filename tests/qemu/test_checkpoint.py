@@ -16,7 +16,7 @@ from pageferry.checkpoints import events
 from pageferry.events import Event
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
@@ -31,7 +31,7 @@ BUSY = "ferry.mib=64 ferry.rate=5000"
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
     """Take a checkpoint, and compare the image with memory at the snapshot point."""
     digested = DigestedWorkload(workload)
-    result = await pageferry.checkpoint_async(cast(Workload, digested), path, **options)
+    result = await pageferry.checkpoint_async(cast(Migratable, digested), path, **options)
     assert digests_of_image(ImageFile(path)) == digested.digests
     return result
 

@@ -19,7 +19,7 @@ from pageferry.host import proc, processes
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
 from pageferry.memory.regions import LARGE_PAGE
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu import device_state, ram
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
@@ -70,8 +70,8 @@ async def settings(guest: Guest) -> tuple[Any, Any]:
 
 
 def test_guest_implements_the_workload_protocol(guest: Guest) -> None:
-    workload: Workload = guest.workload
-    assert isinstance(workload, Workload)
+    workload: Migratable = guest.workload
+    assert isinstance(workload, Migratable)
     assert workload.identity.kind == "qemu"
     assert workload.identity.details["cpus"] == 2
     assert str(workload.identity.details["machine"]).startswith("pc-i440fx-")

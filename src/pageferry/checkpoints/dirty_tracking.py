@@ -12,7 +12,7 @@ from pageferry.memory.view import Memory
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.persistent_trace import Unusable
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 Means = Literal["trace", "compare", "none"]
 """How the pages that the parent holds are found; `none` without a parent."""
@@ -27,7 +27,12 @@ class Tracking:
     loop."""
 
     def __init__(
-        self, workload: Workload, memory: Memory, parent: ImageFile | None, options: Options, hold: AcquiredPager | None
+        self,
+        workload: Migratable,
+        memory: Memory,
+        parent: ImageFile | None,
+        options: Options,
+        hold: AcquiredPager | None,
     ) -> None:
         self.workload = workload
         self.memory = memory

@@ -27,7 +27,6 @@ from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.process import GuestPager
 from pageferry.pager.protocol import PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
-from pageferry.workloads.protocols import stays_paused
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 _POLL = 0.2
@@ -89,7 +88,7 @@ async def restore_guest(
         present = time.monotonic()
         await workload.load_state(state)
         loaded = time.monotonic()
-        paused = stays_paused(workload)
+        paused = workload.stays_paused
         await workload.resume()
     except BaseException:
         await asyncio.shield(_withdraw(workload, first))

@@ -27,15 +27,14 @@ from pageferry.host.stopwatch import Stopwatch
 from pageferry.images import metadata
 from pageferry.images.image import ImageFile, beside, new_file
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.memory.view import Memory
+from pageferry.memory.view import Memory, Readable
 from pageferry.workloads import deferred_access
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.deferred_access import AcquiredPager, wait_complete
 from pageferry.workloads.direct_io import Drains, registered_buffers
-from pageferry.workloads.managed import managed
-from pageferry.workloads.process import ProcessMemory, ProcessWorkload
-from pageferry.workloads.protocols import Workload, stays_paused
+from pageferry.workloads.managed import saveable
+from pageferry.workloads.protocols import Migratable, Saveable
 
 PROGRESS_INTERVAL = 0.2
 """Interval of progress events, seconds."""
@@ -46,7 +45,7 @@ log = getLogger(__name__)
 
 
 async def checkpoint_async(
-    workload: Arena | Workload | ProcessWorkload,
+    workload: Arena | Saveable,
     path: str | Path,
     *,
     parent: str | Path | None = None,
@@ -63,10 +62,9 @@ async def checkpoint_async(
     Raises CheckpointError if no image was written (such as for a full disk); the workload keeps running. Raises
     ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
-    if isinstance(workload, ProcessWorkload):
-        options["mode"] = "stop"  # a process can only be saved while it is stopped
-    else:
-        managed(workload)
+    saveable(workload)
+    if not isinstance(workload, Arena) and workload.live is None:
+        options["mode"] = "stop"
     chosen = values.options(Options, options)
     target, older = values.path("path", path), values.optional(values.path, "parent", parent)
     values.function("listener", listener)
@@ -89,7 +87,7 @@ checkpoint = synchronous(checkpoint_async)
 class Save:
     """One checkpoint of one workload."""
 
-    def __init__(self, workload: Workload | ProcessWorkload, path: Path, options: Options, listener: Listener) -> None:
+    def __init__(self, workload: Saveable, path: Path, options: Options, listener: Listener) -> None:
         self.workload = workload
         self.path = path.absolute()
         self.options = options
@@ -152,22 +150,11 @@ class Save:
             self.__dict__.pop("memory", None)
 
     async def _save(self, file: int) -> tuple[int, int, int, int]:
-        self.memory: Memory | ProcessMemory
-        if isinstance(self.workload, ProcessWorkload):
-            self.memory = self.workload.memory()
+        self.memory: Readable
+        if (live := self.workload.live) is not None:
+            await self._open_live(live)
         else:
-            pinned = await self._heed_registered_buffers()
-            if self.options.mode == "lazy":
-                self.hold = await deferred_access.acquire_uffd(self.workload)
-            else:
-                await wait_complete(self.workload, traces=False)
-            self.memory = Memory(self.workload)
-            await self.workload.check_mappers()
-            self.drains = Drains(self.workload)
-            self.tracking = Tracking(self.workload, self.memory, self.parent, self.options, self.hold)
-            self.tracking.pinned = pinned
-            self.tracking.direct_io = await self.workload.does_direct_io()
-            await self._native(self.tracking.take_up)
+            self.memory = self.workload.open_memory()
         self.large = await self._native(lambda: deferred_access.large_units(self.memory, self.hold))
         self.present = self.memory.present() if self.hold is None else self.memory.size
         try:
@@ -175,16 +162,30 @@ class Save:
         except LookupError as lost:
             # The trace since the parent cannot be used: repeat, comparing with the parent.
             assert self.tracking is not None
-            assert not isinstance(self.workload, ProcessWorkload)
             tracking, why = self.tracking, str(lost)
             await self._native(lambda: tracking.lost(why))
             if self.hold is not None:
                 # By now, most of the deferred memory has been loaded.
                 await self._release_pager()
-                await wait_complete(self.workload, traces=False)
+                await wait_complete(tracking.workload, traces=False)
             os.ftruncate(file, 0)
             os.lseek(file, 0, os.SEEK_SET)
             return await self._save_once(file)
+
+    async def _open_live(self, live: Migratable) -> None:
+        """Open the memory of a workload that can be saved while it runs, and take up the trace since the parent."""
+        pinned = await self._heed_registered_buffers(live)
+        if self.options.mode == "lazy":
+            self.hold = await deferred_access.acquire_uffd(live)
+        else:
+            await wait_complete(live, traces=False)
+        self.memory = Memory(live)
+        await live.check_mappers()
+        self.drains = Drains(live)
+        self.tracking = Tracking(live, self.memory, self.parent, self.options, self.hold)
+        self.tracking.pinned = pinned
+        self.tracking.direct_io = await live.does_direct_io()
+        await self._native(self.tracking.take_up)
 
     async def _release_pager(self) -> None:
         """Release the pager, which removes the trace installed with its userfaultfd."""
@@ -247,7 +248,7 @@ class Save:
     def _traced_segments(self) -> list[Any]:
         """Return the segments whose trace is used: in mode stop, those of a trace that exists already."""
         traced = self.tracking is not None and self.tracking.means == "trace"
-        return self.memory.segments if traced and isinstance(self.memory, Memory) else []
+        return self.memory.segments if traced else []
 
     def _open_saver(self, file: int, segments: list[Any]) -> Saver:
         chosen = self.options
@@ -291,10 +292,9 @@ class Save:
         self.drains.due = True
         await self.drains.drain_if_due()
 
-    async def _heed_registered_buffers(self) -> bool:
+    async def _heed_registered_buffers(self, live: Migratable) -> bool:
         """Switch to mode stop for a workload with registered buffers: neither traces nor traps cover writes to them."""
-        assert not isinstance(self.workload, ProcessWorkload)
-        regions = self.workload.regions
+        regions = live.regions
         if not any(await self._native(lambda: registered_buffers(regions))):
             return False
         log.warning("%s: saving while paused: it has registered buffers with io_uring", self.workload.name)
@@ -302,8 +302,8 @@ class Save:
         return True
 
     def _refuse_registered_buffers(self) -> None:
-        assert not isinstance(self.workload, ProcessWorkload)
-        if any(registered_buffers(self.workload.regions)):
+        live = self.workload.live
+        if live is not None and any(registered_buffers(live.regions)):
             raise WorkloadError(
                 f"cannot save {self.workload.name}: it registered buffers with io_uring during the checkpoint; "
                 "retry, or save it paused (--mode stop)"
@@ -311,8 +311,8 @@ class Save:
 
     async def _check_mappers(self) -> None:
         """Check the processes that map the memory again, after all known mappings are protected."""
-        if not isinstance(self.workload, ProcessWorkload):
-            await self.workload.check_mappers()
+        if (live := self.workload.live) is not None:
+            await live.check_mappers()
 
     async def _report_regularly(self) -> None:
         while True:
@@ -332,7 +332,7 @@ class Save:
         self.times.phase("state")
         with self.times.measure("state"):
             state = await self.workload.save_state()
-        self.stays_paused = stays_paused(self.workload)
+        self.stays_paused = self.workload.stays_paused
         self.created = time.time()
         return state
 
@@ -375,7 +375,7 @@ class Save:
             self.memory.regions,
             created=self.created,
             codec=self.options.codec,
-            restorable=identity.kind != "process",
+            restorable=self.workload.live is not None,
             parent=self.parent.as_parent() if self.parent is not None else None,
         )
 

@@ -14,7 +14,7 @@ from pageferry.report.checkpoint import CheckpointView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.open import open_workload
 from pageferry.workloads.process import PREFIX, ProcessWorkload
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Saveable
 
 WORKS_ON = "name"
 DEFAULTS = Options()
@@ -107,7 +107,7 @@ def _options(args: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
 
 
-async def _save(args: argparse.Namespace, workload: Workload | ProcessWorkload) -> None:
+async def _save(args: argparse.Namespace, workload: Saveable) -> None:
     options = _options(args)
     with open_reporter(args.output, CheckpointView()) as out:
         out.final(await checkpoint_async(workload, args.image, parent=args.parent, listener=out.event, **options))

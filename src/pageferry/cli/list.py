@@ -17,11 +17,8 @@ from pageferry.pager import client
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.qemu.guest import MAY_RUN, MIGRATED, QemuWorkload
-
-_RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
-_PAUSED_BY_USER = frozenset({"paused", "prelaunch"})
-"""Run states of QEMU: running, or waiting for the source of a migration; and paused by QMP `stop` or by -S."""
+from pageferry.workloads.protocols import Condition, Migratable
+from pageferry.workloads.qemu.guest import QemuWorkload
 
 TIMEOUT = 1.0
 """Seconds to wait for the monitor of a guest, which another command may be using."""
@@ -86,7 +83,7 @@ async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
     return msgspec.structs.replace(info, deferred=status.deferred, waiting=status.waiting)
 
 
-async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:
+async def _open(name: str, entry: AnyEntry) -> Migratable:
     match entry:
         case QemuEntry():
             return await QemuWorkload.attach(name, timeout=TIMEOUT)
@@ -96,35 +93,25 @@ async def _open(name: str, entry: AnyEntry) -> QemuWorkload | RemoteArena:
             raise NoSuchWorkload(f"cannot open {name}: it is still being started; retry when it runs")
 
 
-async def describe(workload: QemuWorkload | RemoteArena) -> WorkloadInfo:
+async def describe(workload: Migratable) -> WorkloadInfo:
     """Return the description of an open workload. Raises WorkloadDied."""
-    reason = None
-    if isinstance(workload, RemoteArena):
-        status = str(await workload.status())
-    else:
-        state = await workload.run_state()
-        status = "running" if state == "running" else "paused"
-        reason = _why_paused(workload.name, state)
+    condition = await workload.condition()
     return WorkloadInfo(
         name=workload.name,
         kind=workload.identity.kind,
         pid=workload.pid,
-        status=status,
-        reason=reason,
+        status=condition.status,
+        reason=_reason(workload.name, condition),
         memory=sum(region.length for region in workload.regions),
         resident=sum(map(_allocated, workload.regions)),
     )
 
 
-def _why_paused(name: str, state: str) -> str | None:
-    """Return why a guest in this run state of QEMU is paused; None if it runs, or was paused by its user."""
-    if state in _RUNS_OR_WAITS:
-        return None
-    if committed(Folder(Registry(), name)) is not None:
+def _reason(name: str, condition: Condition) -> str | None:
+    """Return why a workload is paused; None if it runs, or was paused by its user."""
+    if condition.status == "paused" and committed(Folder(Registry(), name)) is not None:
         return f"committed by a migration whose outcome is unknown; run `pageferry migrate {name} --recover`"
-    if state == MIGRATED:
-        return f"migrated by QEMU, not by pageferry: {MAY_RUN}"
-    return None if state in _PAUSED_BY_USER else f"QEMU state {state}"
+    return condition.reason
 
 
 def _allocated(region: Region) -> int:

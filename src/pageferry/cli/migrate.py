@@ -15,7 +15,7 @@ from pageferry.migration.transport.messages import Owner
 from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.open import open_workload
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 WORKS_ON = "name"
 DEFAULTS = Options()
@@ -185,7 +185,7 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _recover(args: argparse.Namespace, workload: Workload) -> int:
+async def _recover(args: argparse.Namespace, workload: Migratable) -> int:
     folder = Registry().folder(args.name)
     with folder.exclusively("a recovery"), open_reporter(args.output, MigrationView()) as out:
         if args.take_back:

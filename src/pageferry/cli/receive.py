@@ -30,7 +30,7 @@ from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
 from pageferry.workloads.arena.arguments import MAX_ARENA
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
@@ -170,7 +170,7 @@ async def _resume(args: argparse.Namespace, reception: Reception, out: Reporter)
 async def _receive_guest(args: argparse.Namespace, command: list[str], reception: Reception, out: Reporter) -> int:
     guest = await QemuWorkload.start(args.name, command, incoming=True, detach=args.detach, hugetlb=args.hugetlb)
 
-    async def prepare(hello: messages.Hello) -> Workload:
+    async def prepare(hello: messages.Hello) -> Migratable:
         if hello.kind != "qemu":
             raise UsageError(
                 f"cannot receive {hello.name}: its kind is {hello.kind}, and this receiver expects a QEMU guest"
@@ -197,7 +197,7 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
     moved = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    async def prepare(hello: messages.Hello) -> Workload:
+    async def prepare(hello: messages.Hello) -> Migratable:
         arena = api.arena_for(hello, args.max_size)
         fresh = type(arena).from_file(arena.descriptor, arena.length, private=True)
         late = hello.mode != "precopy"
@@ -243,7 +243,7 @@ async def _received(
         destination.close()
 
 
-async def _run(destination: Destination) -> Workload:
+async def _run(destination: Destination) -> Migratable:
     try:
         return await destination.run()
     except BaseException as error:

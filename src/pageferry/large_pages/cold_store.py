@@ -50,7 +50,7 @@ from pageferry.pager.records import Deferred, OwnImage
 from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Target
 
 PAUSE = 0.01
@@ -208,7 +208,7 @@ def _check_descriptor(folder: Folder) -> None:
         )
 
 
-def _folder(workload: Workload) -> Folder:
+def _folder(workload: Migratable) -> Folder:
     folder = folder_of(workload)
     if folder is None:
         raise NoSuchWorkload(
@@ -251,7 +251,7 @@ def _plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> _Plan:
     return _Plan(dict(sorted(cold.items())), memory.page_sets())
 
 
-def _segments(workload: Workload, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:
+def _segments(workload: Migratable, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:
     """Return every mapping of every huge page."""
     return [
         (unit, part)
@@ -269,7 +269,7 @@ def _resident(memory: Memory) -> int:
 # -- writing the store
 
 
-async def _drain(workload: Workload, trace: Trace, memory: Memory, plan: _Plan, done: Stored) -> None:
+async def _drain(workload: Migratable, trace: Trace, memory: Memory, plan: _Plan, done: Stored) -> None:
     """Drain I/O that had started before the traces were installed, which do not report its writes.
 
     Pages that stay pinned, in buffers registered with io_uring, are kept. A buffer that is registered later is reported
@@ -288,7 +288,7 @@ async def _drain(workload: Workload, trace: Trace, memory: Memory, plan: _Plan, 
 
 
 async def _write(
-    workload: Workload,
+    workload: Migratable,
     folder: Folder,
     memory: Memory,
     plan: _Plan,
@@ -342,7 +342,7 @@ async def _write(
 
 async def _evict(
     target: Target,
-    workload: Workload,
+    workload: Migratable,
     folder: Folder,
     memory: Memory,
     plan: _Plan,
@@ -380,7 +380,7 @@ async def _leave(pager: GuestPager) -> None:
 
 
 async def _batches(
-    workload: Workload, folder: Folder, memory: Memory, plan: _Plan, trace: Trace, pager: GuestPager, done: Stored
+    workload: Migratable, folder: Folder, memory: Memory, plan: _Plan, trace: Trace, pager: GuestPager, done: Stored
 ) -> None:
     """Evict pages, one batch per pause, except those written since they were copied.
 
@@ -430,7 +430,7 @@ def _keep_from_children(target: Target, work: Deferred) -> None:
                 target.space(part.pid).call(_SYS_MADVISE, part.address, part.length, _MADV_DONTFORK)
 
 
-def _work(workload: Workload, image: ImageFile, units: Sequence[Unit], record: Deferred | None) -> Deferred:
+def _work(workload: Migratable, image: ImageFile, units: Sequence[Unit], record: Deferred | None) -> Deferred:
     """Return the record for a pager that takes over."""
     cold = record.cold if record is not None and record.cold is not None else [[] for _ in workload.regions]
     added = [[(first * SMALL_PAGE, LARGE_PAGE) for region, first in units if region == n] for n in range(len(cold))]

@@ -58,6 +58,18 @@ class Readable:
         """Raise WorkloadError if a file of the memory has been truncated: the lost contents must not be read as
         zeros."""
 
+    @property
+    def segments(self) -> list[EngineSegment]:
+        """Mappings whose writes can be traced; none of a process that is saved while it is stopped."""
+        return []
+
+    def large_units(self) -> list[list[bool]]:
+        """Return, per region, the 2 MiB units to be backed by huge pages after a restore."""
+        return [[] for _ in self.regions]
+
+    def restore_large_mappings(self, units: list[list[bool]]) -> None:
+        """Restore the PMD mappings of huge pages that write traces have split."""
+
     def present(self) -> int:
         """Return the number of bytes in data extents (SEEK_DATA)."""
         return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
@@ -87,13 +99,18 @@ class Memory(Readable):
             self.mappings: list[Mapping] = [
                 Mapping(region.fd, region.length, region.file_offset) for region in self.regions
             ]
-            self.segments = segments_of(self.regions)
+            self._segments = segments_of(self.regions)
         except ProcessLookupError as gone:
             raise WorkloadDied(f"{workload.name}: one of its processes has exited") from gone
         except OSError as error:
             raise WorkloadError(f"cannot map the memory of {workload.name}: {error}") from error
         self.name = workload.name
         self.check_files()
+
+    @property
+    def segments(self) -> list[EngineSegment]:
+        """Mappings of the regions in the workload's processes."""
+        return self._segments
 
     def check_files(self) -> None:
         """See `Readable`."""

@@ -45,7 +45,7 @@ from pageferry.workloads.deferred_access import AcquiredPager, acquire_uffd, wai
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.managed import managed
-from pageferry.workloads.protocols import Revertible, Workload
+from pageferry.workloads.protocols import Migratable
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ _reports: set[asyncio.Task[None]] = set()
 
 
 async def migrate_async(
-    workload: Arena | Workload, address: str, *, listener: Listener = ignore, **options: Any
+    workload: Arena | Migratable, address: str, *, listener: Listener = ignore, **options: Any
 ) -> MigrationResult:
     """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT); on return it runs there.
 
@@ -118,7 +118,7 @@ async def _of_arena(
     return await beside_loop(run, listener)
 
 
-async def _state_of(workload: Workload) -> str:
+async def _state_of(workload: Migratable) -> str:
     """Describe the state of a workload after a failed migration."""
     with contextlib.suppress(WorkloadError):
         if not await workload.running():
@@ -126,7 +126,7 @@ async def _state_of(workload: Workload) -> str:
     return "is still running"
 
 
-async def _page_tables(workload: Workload, options: Options) -> AcquiredPager | None:
+async def _page_tables(workload: Migratable, options: Options) -> AcquiredPager | None:
     """Ensure that write traces can be installed. Return the pager, acquired, of a workload with deferred memory."""
     if options.mode == "postcopy":
         # The destination may request any page once the workload runs there, so all pages must be loaded first.
@@ -208,7 +208,7 @@ async def _receive(
 ) -> Arena:
     received: list[Arena] = []
 
-    async def prepare(hello: messages.Hello) -> Workload:
+    async def prepare(hello: messages.Hello) -> Migratable:
         if hello.mode != "precopy":
             raise UsageError(
                 "cannot receive an arena in post-copy: all of its memory must be sent first; use `mode` precopy"
@@ -261,7 +261,7 @@ def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
 
 
 async def recover_async(
-    workload: Arena | Workload,
+    workload: Arena | Migratable,
     doubt: OutcomeUnknown | None = None,
     *,
     timeout: float = 30.0,
@@ -322,7 +322,7 @@ async def recover_async(
 recover = synchronous(recover_async)
 
 
-async def take_back_async(workload: Arena | Workload, doubt: OutcomeUnknown | None = None) -> None:
+async def take_back_async(workload: Arena | Migratable, doubt: OutcomeUnknown | None = None) -> None:
     """Restore the workload at the source to its state before the migration: running, or paused if its user had paused
     it.
 
@@ -335,10 +335,7 @@ async def take_back_async(workload: Arena | Workload, doubt: OutcomeUnknown | No
         await _of_arena(workload, lambda moved, _: take_back_async(moved, doubt))
         return
     record = _in_doubt(workload, doubt)
-    if isinstance(workload, Revertible):
-        await workload.revert(record.changes)
-    else:
-        await workload.resume()
+    await workload.revert(record.changes)
     if (folder := folder_of(workload)) is not None:
         folder.forget(RECORD)
 
@@ -346,7 +343,7 @@ async def take_back_async(workload: Arena | Workload, doubt: OutcomeUnknown | No
 take_back = synchronous(take_back_async)
 
 
-def _in_doubt(workload: Workload, doubt: OutcomeUnknown | None) -> Committed:
+def _in_doubt(workload: Migratable, doubt: OutcomeUnknown | None) -> Committed:
     record = committed(folder_of(workload))
     if doubt is not None and doubt.migration and (record is None or record.migration != doubt.migration):
         return Committed(migration=doubt.migration, peer=doubt.peer, hostname=doubt.hostname)

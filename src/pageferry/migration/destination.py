@@ -46,7 +46,7 @@ from pageferry.migration.transport.connection import PageStream, Reception
 from pageferry.pager import page_faults, records
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.records import PostcopyRecord
-from pageferry.workloads.protocols import Faults, Workload, stays_paused
+from pageferry.workloads.protocols import Faults, Migratable
 
 log = getLogger(__name__)
 
@@ -55,7 +55,7 @@ POPULATE_WORKERS = 1
 WATCH_FAULTS = 1.0
 """Seconds after the resume during which page faults of the workload are counted."""
 
-Prepare = Callable[[messages.Hello], Awaitable[Workload]]
+Prepare = Callable[[messages.Hello], Awaitable[Migratable]]
 """Creates or looks up the workload to receive; raises UsageError or WorkloadError to refuse the source."""
 
 
@@ -99,7 +99,7 @@ class Destination:
         """Pager of the missing pages, in post-copy."""
         self._preparing: asyncio.Task[None] | None = None
 
-    async def run(self) -> Workload:
+    async def run(self) -> Migratable:
         """Receive a workload; on return it runs here. Raises MigrationError if it stays at the source.
 
         Other connections are served until `close`.
@@ -400,7 +400,7 @@ class Destination:
         # Before the decision: from then on the workload must survive the exit of this process.
         await self.workload.commit(self.verdicts.witness(self.migration))
         self.faults = self.workload.faults()
-        self.stays_paused = stays_paused(self.workload)
+        self.stays_paused = self.workload.stays_paused
         if self.verdicts.decide(self.migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
             raise Cancelled("the migration was aborted in reply to a recovery request of the source")
         # Resuming may access a missing page after the link is lost, so a reconnecting source is served from here on.

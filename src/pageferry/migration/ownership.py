@@ -25,7 +25,7 @@ from pageferry.errors import UsageError, WorkloadError
 from pageferry.host import files
 from pageferry.host.registry import Folder
 from pageferry.migration.transport.messages import Codec
-from pageferry.workloads.protocols import Witness
+from pageferry.workloads.protocols import OwnershipRecord
 
 RECORD = "migration.json"
 """File name of the source's record, in the directory of the workload."""
@@ -54,7 +54,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     adaptive: bool = False
     """With `streams`, `codec` and `bandwidth`: how the missing pages are sent, as in `Options`."""
     changes: dict[str, Any] = {}
-    """Changes to undo before the workload runs at the source again: see `workloads.protocols.Revertible`. Empty if
+    """Changes to undo before the workload runs at the source again: see `workloads.protocols.Migratable`. Empty if
     unknown."""
 
 
@@ -171,9 +171,9 @@ class Verdicts:
         """Return whether `arrive` was called for this migration."""
         return self._arrived(migration).exists()
 
-    def witness(self, migration: str) -> Witness:
+    def witness(self, migration: str) -> OwnershipRecord:
         """Return the file and contents that prove the decision COMMITTED."""
-        return Witness(self._verdict(migration), Verdict.COMMITTED.value)
+        return OwnershipRecord(self._verdict(migration), Verdict.COMMITTED.value)
 
     def forget(self, migration: str) -> None:
         """Delete all records of a migration whose source knows the decision and will not ask."""

@@ -26,7 +26,7 @@ from pageferry.migration.transport import messages
 from pageferry.migration.transport.addresses import Address
 from pageferry.migration.transport.channel import Channel
 from pageferry.migration.transport.connection import PageStream, connect_streams
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
@@ -121,7 +121,7 @@ class PageService:
 
 
 async def serve_on(
-    workload: Workload,
+    workload: Migratable,
     record: Committed,
     channel: Channel,
     address: Address,

@@ -46,7 +46,7 @@ from pageferry.migration.transport.connection import PageStream, connect_control
 from pageferry.migration.transport.tls import Trust
 from pageferry.workloads.deferred_access import AcquiredPager, large_units
 from pageferry.workloads.direct_io import Drains, registered_buffers
-from pageferry.workloads.protocols import Revertible, Workload, stays_paused
+from pageferry.workloads.protocols import Migratable
 
 log = getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Source:
 
     def __init__(
         self,
-        workload: Workload,
+        workload: Migratable,
         options: Options,
         listener: Listener,
         folder: Folder | None = None,
@@ -506,7 +506,7 @@ class Source:
     async def _commit(self) -> messages.Running:
         """Hand over the workload. Once this is recorded, the source never runs it on its own."""
         self.times.phase("hand-over")
-        self.stays_paused = stays_paused(self.workload)
+        self.stays_paused = self.workload.stays_paused
         self._record_commit()
         fault_point("source.recorded")
         await self.workload.commit()
@@ -661,7 +661,7 @@ class Source:
         if self.folder is not None:
             record = Committed(
                 version=ownership.VERSION,
-                changes=self.workload.changes if isinstance(self.workload, Revertible) else {},
+                changes=self.workload.changes,
                 migration=self.migration,
                 peer=self.peer,
                 hostname=self.hostname,

@@ -23,7 +23,7 @@ from pageferry.sharing.events import ApplyEvent
 from pageferry.sharing.ranges import Range
 from pageferry.sharing.scan import Findings, Place, Unit
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Area, Target
 
 PAUSE = 0.01
@@ -133,7 +133,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
     applied.freed += (before - os.fstat(mapping.fileno()).st_blocks) * 512
 
 
-def _unpinned(workload: Workload, place: Place, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _unpinned(workload: Migratable, place: Place, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Exclude units that contain a registered buffer: a device would write to the page that was punched out."""
     assert place.region is not None
     counts = registered_buffers(workload.regions)[place.region].unit_counts()

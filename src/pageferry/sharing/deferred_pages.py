@@ -12,7 +12,7 @@ from pageferry.images import targets
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import client
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class DeferredPages:
     """2 MiB units of each region that will be backed by huge pages."""
 
 
-def look(workload: Workload) -> DeferredPages | None:
+def look(workload: Migratable) -> DeferredPages | None:
     """Return the deferred contents of a workload, or None if it has none. Loads nothing.
 
     Raises RestoreError if its pager has failed or another image has replaced the image, ImageError if the image cannot

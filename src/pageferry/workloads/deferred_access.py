@@ -21,16 +21,14 @@ from pageferry.errors import ImageError, RestoreError, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.memory.view import Memory
+from pageferry.memory.view import Readable
 from pageferry.pager import client, records
 from pageferry.pager.client import Reply
 from pageferry.pager.protocol import HoldGiven, PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.lifecycle import LocalWorkload
-from pageferry.workloads.process import ProcessMemory
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 
 class AcquiredPager(Protocol):
@@ -52,7 +50,7 @@ class AcquiredPager(Protocol):
         """Release the pager, and remove the traces. May be called twice."""
 
 
-async def acquire_uffd(workload: Workload) -> AcquiredPager | None:
+async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
     """Acquire the pager of a workload, if it has one. None if nothing is deferred, and no userfaultfd covers the
     workload.
 
@@ -67,7 +65,7 @@ async def acquire_uffd(workload: Workload) -> AcquiredPager | None:
     return found
 
 
-def large_units(memory: Memory | ProcessMemory, hold: AcquiredPager | None) -> list[list[bool]]:
+def large_units(memory: Readable, hold: AcquiredPager | None) -> list[list[bool]]:
     """Return, per region, the 2 MiB units that are backed by huge pages, or will be once the pager has loaded them."""
     units = memory.large_units()
     if hold is None:
@@ -78,8 +76,8 @@ def large_units(memory: Memory | ProcessMemory, hold: AcquiredPager | None) -> l
     ]
 
 
-def _held(workload: Workload) -> AcquiredPager | None:
-    if isinstance(workload, LocalWorkload) and workload.pager is not None:
+def _held(workload: Migratable) -> AcquiredPager | None:
+    if workload.pager is not None:
         return _held_here(workload.name, workload.pager)
     folder = folder_of(workload)
     if folder is None or not records.is_restoring(folder):
@@ -219,14 +217,14 @@ def _connected(folder: Folder) -> _Line:
             return _Line(folder, connection)
 
 
-async def wait_complete(workload: Workload, *, traces: bool = True) -> None:
+async def wait_complete(workload: Migratable, *, traces: bool = True) -> None:
     """Complete a restore of the workload: load everything, and unregister its memory from userfaultfd.
 
     `traces`: also remove the write trace of the last checkpoint.
 
     Raises RestoreError if its pager has exited, ImageError if the image cannot be read.
     """
-    if isinstance(workload, LocalWorkload) and workload.pager is not None:
+    if workload.pager is not None:
         pager, length = workload.pager, workload.regions[0].length
         await in_thread(load_all, pager, length)
     else:

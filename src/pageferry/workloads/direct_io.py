@@ -36,10 +36,10 @@ _BUFFER = re.compile(rb" *\d+: (?:0x([0-9a-f]+)/(\d+)|<none>)")
 
 
 class Drainable(Protocol):
-    """Part of the interface of a workload that a drain needs; see `workloads.protocols.Workload`."""
+    """Part of the interface of a workload that a drain needs; see `workloads.protocols.Migratable`."""
 
     async def drain(self) -> float | None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
 
 class Drains:
@@ -76,10 +76,10 @@ class Pausable(Protocol):
     """Part of the interface of a workload that `pause_briefly` needs."""
 
     async def pause(self) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     async def resume(self) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
 
 async def pause_briefly(workload: Pausable) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
-from pageferry.workloads.lifecycle import LocalWorkload
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 
-def folder_of(workload: Workload) -> Folder | None:
+def folder_of(workload: Migratable) -> Folder | None:
     """Return the folder of a registered workload; None for one without a name on this host."""
-    if isinstance(workload, LocalWorkload) and not workload.registered:
+    if not workload.registered:
         return None
     try:
         registry = Registry()

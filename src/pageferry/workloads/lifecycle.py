@@ -18,7 +18,8 @@ controller is lost. Only a controller that knows the outcome of the migration ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
@@ -30,7 +31,8 @@ from pageferry.memory.mappers import Sharing
 from pageferry.memory.regions import Identity, Region
 from pageferry.workloads.callbacks import blocking_loop
 from pageferry.workloads.direct_io import pause_briefly
-from pageferry.workloads.protocols import Faults, Witness
+from pageferry.workloads.program import ProgramWorkload
+from pageferry.workloads.protocols import Condition, Faults, OwnershipRecord
 
 T = TypeVar("T")
 
@@ -55,11 +57,11 @@ class Controlled(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     @property
     def pager(self) -> Pager | None:
@@ -77,28 +79,28 @@ class Controlled(Protocol):
         """Record a pageferry process that receives a descriptor of the memory."""
 
     def check_mappers(self, regions: Sequence[Region]) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def pause(self) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def resume(self) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def cancel(self) -> None:
         """Cancel the running callback if it is a coroutine; a plain callback cannot be cancelled."""
 
     def save_state(self) -> bytes:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def load_state(self, state: bytes) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def discard(self) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def faults(self) -> Faults:
-        """See `Workload`."""
+        """See `Migratable`."""
 
     def report(self) -> dict[str, object]:
         """Return data of the workload about itself, for display and for benchmarks."""
@@ -221,8 +223,8 @@ class Lifecycle:
             )
 
 
-class LocalWorkload:
-    """`Workload` of this process. Its calls run in the thread of the lifecycle, and do not block the event loop."""
+class LocalWorkload(ProgramWorkload):
+    """`Migratable` of this process. Its calls run in the thread of the lifecycle, and do not block the event loop."""
 
     def __init__(self, lifecycle: Lifecycle, memory: object = None) -> None:
         """Become a controller of a workload. `memory`: owner of the memory, kept alive as long as this object."""
@@ -232,6 +234,11 @@ class LocalWorkload:
         """Whether a call was cancelled. The workload then resumes as soon as its callback has returned."""
         self.name = lifecycle.workload.name
         self.regions = lifecycle.workload.regions
+
+    @property
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
 
     @property
     def registered(self) -> bool:
@@ -253,16 +260,17 @@ class LocalWorkload:
         """Whether the program has obtained the descriptor of the memory."""
         return self._lifecycle.workload.sharing.handed_out
 
+    async def condition(self) -> Condition:
+        """Return the status of the lifecycle."""
+        return Condition(str(self._lifecycle.status))
+
     async def check_mappers(self) -> None:
-        """See `Workload`."""
+        """See `Migratable`."""
         await in_thread(lambda: self._lifecycle.workload.check_mappers(self.regions))
 
     async def prepare_pause(self) -> None:
         """Start the thread of the callbacks."""
         await self._run(lambda: None)
-
-    async def prepare_load(self) -> None:
-        """Do nothing: the program has no callback for this."""
 
     async def does_direct_io(self) -> bool:
         """Return the setting of the program; False without a pause callback, since none could wait for direct I/O."""
@@ -288,19 +296,16 @@ class LocalWorkload:
         """Return the result of the state callback of the workload."""
         return await self._cancellable(lambda: self._lifecycle.save_state(self))
 
-    async def commit(self, witness: Witness | None = None) -> None:
-        """Leave the workload paused until `resume` or `discard`, even if this object is deleted. `witness` is not used:
-        the workload ends with this process.
+    async def commit(self, record: OwnershipRecord | None = None) -> None:
+        """Leave the workload paused until `resume` or `discard`, even if this object is deleted.
+
+        `record` is not used: the workload ends with this process.
         """
         await self._run(lambda: self._lifecycle.commit(self))
 
     async def load_state(self, state: bytes) -> None:
         """Pass the state to the state callback of the workload."""
         await self._cancellable(lambda: self._lifecycle.load_state(self, state))
-
-    async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Do nothing and return 0: the threads of the workload use the page tables of their process."""
-        return 0
 
     async def discard(self) -> None:
         """End the workload, which runs at the destination or was received and never ran."""

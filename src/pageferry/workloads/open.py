@@ -5,11 +5,11 @@ from __future__ import annotations
 from pageferry.errors import NoSuchWorkload
 from pageferry.host.registry import ArenaEntry, QemuEntry, Registry
 from pageferry.workloads.arena.control_socket.client import RemoteArena
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 
-async def open_workload(name: str) -> Workload:
+async def open_workload(name: str) -> Migratable:
     """Open the workload of that name on this host, for an operation by this process.
 
     Raises NoSuchWorkload, WorkloadDied, WorkloadError if the workload does not reply.

@@ -23,7 +23,7 @@ from pageferry.host import files, proc
 from pageferry.host.registry import Folder
 from pageferry.memory.view import EngineSegment, Memory
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 RECORD = "trace.json"
 _FORKS = "forks"
@@ -67,7 +67,7 @@ class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
     """Id and digest of the image since which writes are recorded; None while a checkpoint is running."""
 
 
-def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, int]:
+def begin(workload: Migratable, segments: Sequence[EngineSegment]) -> dict[int, int]:
     """Create userfaultfds for the processes of `segments`. Return descriptors of this process by pid, which the caller
     closes.
 
@@ -93,7 +93,7 @@ def begin(workload: Workload, segments: Sequence[EngineSegment]) -> dict[int, in
     return ours
 
 
-def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> dict[int, int]:
+def take_up(workload: Migratable, segments: Sequence[EngineSegment], image: tuple[str, str]) -> dict[int, int]:
     """Return the userfaultfds of the trace that records the writes since `image` (id, digest), as `begin` does.
 
     From now on the record is not valid for any image, until `leave`. Raises Unusable, with the reason.
@@ -127,7 +127,7 @@ def take_up(workload: Workload, segments: Sequence[EngineSegment], image: tuple[
     return ours
 
 
-def leave(workload: Workload, segments: Sequence[EngineSegment], image: tuple[str, str]) -> bool:
+def leave(workload: Migratable, segments: Sequence[EngineSegment], image: tuple[str, str]) -> bool:
     """Keep the trace, to record the writes since `image`. If the trace is incomplete, remove it and return False."""
     record = _load(workload)
     # A process that mapped the memory after `begin` has written without being traced.
@@ -138,7 +138,7 @@ def leave(workload: Workload, segments: Sequence[EngineSegment], image: tuple[st
     return True
 
 
-def forget(workload: Workload) -> None:
+def forget(workload: Migratable) -> None:
     """Remove the trace, if there is one, and map huge pages as such again."""
     record = _load(workload)
     if record is not None:
@@ -202,17 +202,17 @@ def _tidy() -> None:
         _close(_own.pop(key).descriptors)
 
 
-def _key(workload: Workload) -> tuple[int, int]:
+def _key(workload: Migratable) -> tuple[int, int]:
     status = os.fstat(workload.regions[0].fd)
     return status.st_dev, status.st_ino
 
 
-def _load(workload: Workload) -> LeftTrace | None:
+def _load(workload: Migratable) -> LeftTrace | None:
     folder = folder_of(workload)
     return _own.get(_key(workload)) if folder is None else folder.load(RECORD, LeftTrace)
 
 
-def _store(workload: Workload, record: LeftTrace) -> None:
+def _store(workload: Migratable, record: LeftTrace) -> None:
     folder = folder_of(workload)
     if folder is None:
         _own[_key(workload)] = record
@@ -220,7 +220,7 @@ def _store(workload: Workload, record: LeftTrace) -> None:
         folder.store(RECORD, record)
 
 
-def _remove(workload: Workload) -> None:
+def _remove(workload: Migratable) -> None:
     folder = folder_of(workload)
     if folder is None:
         _own.pop(_key(workload), None)
@@ -228,7 +228,7 @@ def _remove(workload: Workload) -> None:
         folder.forget(RECORD)
 
 
-def _forks(workload: Workload) -> int:
+def _forks(workload: Migratable) -> int:
     folder = folder_of(workload)
     if folder is None:
         return _own_forks

@@ -11,10 +11,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pageferry._engine import ProcessRange, Space
-from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
+from pageferry.errors import UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.python import start_python
 from pageferry.memory.regions import SMALL_PAGE, Identity
@@ -46,15 +45,6 @@ class ProcessMemory(Readable):
         self.regions = regions
         space = Space(pid)
         self.mappings = [ProcessRange(space, region.address, region.length) for region in regions]
-        self.segments: list[Any] = []
-        """Empty: writes to the memory of a stopped process need not be traced."""
-
-    def large_units(self) -> list[list[bool]]:
-        """Return no units: the memory is not restored to huge pages."""
-        return [[] for _ in self.regions]
-
-    def restore_large_mappings(self, units: list[list[bool]]) -> None:
-        """Do nothing: no mappings of huge pages were split."""
 
 
 class ProcessWorkload:
@@ -93,7 +83,16 @@ class ProcessWorkload:
         """Process id and command of the process."""
         return Identity("process", self.name, {"command": self._command, "pid": self.pid})
 
-    def memory(self) -> ProcessMemory:
+    @property
+    def live(self) -> None:
+        """None: the process can only be saved while it is stopped."""
+
+    @property
+    def stays_paused(self) -> bool:
+        """Whether the process was already stopped before `pause`."""
+        return self._was_stopped
+
+    def open_memory(self) -> ProcessMemory:
         """Return the memory of the process for a checkpoint. Raises WorkloadDied, WorkloadError if access is denied."""
         try:
             return ProcessMemory(self.pid, self.regions)
@@ -130,18 +129,6 @@ class ProcessWorkload:
     async def save_state(self) -> bytes:
         """Return an empty state: registers and files are not saved."""
         return b""
-
-    async def load_state(self, state: bytes) -> None:
-        """Raise UnsupportedError: the memory of a process cannot be restored."""
-        raise UnsupportedError(f"cannot restore {self.name}: memory of a process can be saved, not restored")
-
-    async def commit(self) -> None:
-        """Raise UnsupportedError: a process cannot be migrated."""
-        raise UnsupportedError(f"cannot migrate {self.name}: it is a process, not a managed workload")
-
-    async def discard(self) -> None:
-        """Raise UnsupportedError: a process that is not managed cannot be ended."""
-        raise UnsupportedError(f"cannot end {self.name}: it is a process, not a managed workload")
 
     async def running(self) -> bool:
         """Return whether the process runs. Raises WorkloadDied if it has exited."""

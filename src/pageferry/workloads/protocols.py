@@ -1,4 +1,9 @@
-"""Interface of all kinds of workloads: named memory regions, pause and resume, and state outside of the memory."""
+"""Interfaces of workloads: what can be paused, saved to an image, and migrated.
+
+`Pausable`, `Saveable` and `Migratable` each extend the one before. QEMU guests and arenas, of this or of another
+process, are migratable; a process that pageferry does not manage can only be saved. Calls that change the state of a
+workload are coroutines: they send requests to another process, or run callbacks of the program.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from pageferry._engine import Pager
 from pageferry.memory.regions import Identity, Region
+from pageferry.memory.view import Extent, Readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,30 +26,103 @@ class Faults:
 
 
 @dataclass(frozen=True, slots=True)
-class Witness:
+class OwnershipRecord:
     """File that records the owner of a workload, for when the process that made the decision has exited."""
 
     path: Path
-    says: str
+    contents: str
     """Contents of the file if this host owns the workload. With other contents, or without the file, it does not."""
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Whether a workload runs, and why not."""
+
+    status: str
+    """`running`, `paused`, `committed` (the destination may own it) or `moved`."""
+    reason: str | None = None
+    """Reason why it is paused, unless its user has paused it."""
+
+
 @runtime_checkable
-class Workload(Protocol):
-    """Running workload whose memory is managed by another process, or by code of its own process.
+class Pausable(Protocol):
+    """Workload whose threads can be stopped and continued."""
 
-    Calls that change its state are coroutines: they send requests to another process, or run callbacks of the program.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Name of the workload on this host, or text that identifies it in messages."""
 
     @property
     def identity(self) -> Identity:
         """Kind, name and details of the workload."""
 
     @property
+    def stays_paused(self) -> bool:
+        """Whether `resume` leaves the workload paused, because its user had paused it. Valid from `prepare_pause` or
+        `load_state` on, until `resume` is called.
+        """
+
+    async def prepare_pause(self) -> None:
+        """Do the part of `pause` that is possible while the workload runs. `resume` and `close` undo it."""
+
+    async def pause(self) -> None:
+        """Stop all threads that can access the memory. Return when neither they nor any device can access it."""
+
+    async def resume(self) -> None:
+        """Resume the workload. Also called after a failed migration, when `save_state` has been called already.
+
+        A WorkloadDied with `never_ran` guarantees that this call has not resumed the workload, and that it will never
+        run.
+        """
+
+    async def running(self) -> bool:
+        """Return whether the workload runs; False if it is paused. Raises WorkloadDied if it has exited."""
+
+    def faults(self) -> Faults:
+        """Return the page faults of the workload's threads since their start, without those of pageferry's threads."""
+
+    def close(self) -> None:
+        """Close files and sockets. A workload that this process has paused and not committed is resumed."""
+
+
+@runtime_checkable
+class Saveable(Pausable, Protocol):
+    """Workload whose memory and state can be saved to an image."""
+
+    @property
+    def regions(self) -> Sequence[Extent]:
+        """Memory to be saved. Constant while the workload is open."""
+
+    @property
+    def live(self) -> Migratable | None:
+        """This workload, if it can be saved while it runs; None if it can only be saved while it is paused."""
+
+    def open_memory(self) -> Readable:
+        """Return the memory, for reading. Raises WorkloadDied, WorkloadError if it cannot be read."""
+
+    async def save_state(self) -> bytes:
+        """Return the state outside of the memory that is needed to run elsewhere. The workload is paused."""
+
+
+@runtime_checkable
+class Migratable(Saveable, Protocol):
+    """Workload with a name on this host, whose memory is shared files, and which can run at another host."""
+
+    @property
+    def pid(self) -> int:
+        """Process that runs the workload, or the program that owns it."""
+
+    @property
+    def registered(self) -> bool:
+        """Whether the workload may be registered under its name on this host. Only registered names are unique."""
+
+    @property
     def regions(self) -> tuple[Region, ...]:
         """Memory to be managed. Constant while the workload is open."""
+
+    @property
+    def pager(self) -> Pager | None:
+        """Pager of this process that loads deferred contents; None if there is none, or in another process."""
 
     @property
     def handed_out(self) -> bool:
@@ -50,14 +130,14 @@ class Workload(Protocol):
         `check_mappers`.
         """
 
+    async def condition(self) -> Condition:
+        """Return the status for display. Raises WorkloadDied if the workload has exited."""
+
     async def check_mappers(self) -> None:
         """Check for processes, not named by `regions`, that can write to the memory.
 
         Raises WorkloadError if there is one, UnsupportedError if this user may not inspect the processes.
         """
-
-    async def prepare_pause(self) -> None:
-        """Do the part of `pause` that is possible while the workload runs. `resume` and `close` undo it."""
 
     async def does_direct_io(self) -> bool:
         """Return whether devices or the kernel may write to the regions through pinned pages. Raises as `drain`."""
@@ -70,27 +150,24 @@ class Workload(Protocol):
         the workload is paused no longer than the request takes.
         """
 
-    async def pause(self) -> None:
-        """Stop all threads that can access the regions. Return when neither they nor any device can access them."""
-
-    async def resume(self) -> None:
-        """Resume the workload. Also called after a failed migration, when `save_state` has been called already.
-
-        A WorkloadDied with `never_ran` guarantees that this call has not resumed the workload, and that it will never
-        run.
-        """
-
-    async def save_state(self) -> bytes:
-        """Return the state outside of the regions that is needed to run at the destination. The workload is paused."""
-
-    async def commit(self, witness: Witness | None = None) -> None:
+    async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Commit the workload: it may run at the destination from now on. It stays paused until `resume` or `discard`,
         even if the process that paused it exits.
 
-        Before this call, the workload continues if that process exits. At the destination a `witness` is given: if this
+        Before this call, the workload continues if that process exits. At the destination a `record` is given: if this
         process exits and the workload does not, the workload continues if the file assigns it to this host, and
         otherwise ends.
         """
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Changes of settings made so far, as data for the record of the commit; empty if there are none.
+
+        They are not undone when the process that made them exits after `commit`: see `revert`.
+        """
+
+    async def revert(self, changes: Mapping[str, Any]) -> None:
+        """Undo these changes of the committed workload, and resume it unless its user had paused it."""
 
     async def prepare_load(self) -> None:
         """Do the part of `load_state` that is possible before the state is received."""
@@ -110,35 +187,3 @@ class Workload(Protocol):
 
     async def discard(self) -> None:
         """End a workload that runs at the destination, or was received and never ran. Remove its files and records."""
-
-    async def running(self) -> bool:
-        """Return whether the workload runs; False if it is paused. Raises WorkloadDied if it has exited."""
-
-    def faults(self) -> Faults:
-        """Return the page faults of the workload's threads since their start, without those of pageferry's threads."""
-
-    def close(self) -> None:
-        """Close files and sockets. The workload itself is not changed."""
-
-
-@runtime_checkable
-class Revertible(Protocol):
-    """Workload whose settings are changed for a migration, and are not restored when the process that changed them
-    exits.
-
-    After `commit` another process undoes the changes if the workload still belongs to the source.
-    """
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Changes made so far, as data for the record of the commit."""
-
-    async def revert(self, changes: Mapping[str, Any]) -> None:
-        """Undo these changes of the committed workload, and resume it unless its user had paused it."""
-
-
-def stays_paused(workload: object) -> bool:
-    """Return whether `resume` leaves a workload paused, because its user had paused it. The result is valid from
-    `prepare_pause` or `load_state` on, until `resume` is called.
-    """
-    return isinstance(workload, Revertible) and bool(workload.changes.get("paused"))

@@ -22,7 +22,7 @@ from pageferry.host.smaps import Smap, smaps
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region, Segment
 from pageferry.workloads.managed import managed
 from pageferry.workloads.open import open_workload
-from pageferry.workloads.protocols import Workload
+from pageferry.workloads.protocols import Migratable
 
 Kind = Literal["shared", "anon"]
 
@@ -74,7 +74,7 @@ class Target:
     """Mappings, sorted by process and address."""
     skipped: tuple[str, ...] = ()
     """Mappings that were left out, each with the reason."""
-    workload: Workload | None = None
+    workload: Migratable | None = None
     """Managed workload; None for a process."""
     _spaces: dict[int, Space] = field(default_factory=dict)
     _started: dict[int, int | None] = field(default_factory=dict)
@@ -139,7 +139,7 @@ async def open_target_async(text: str) -> Target:
 open_target = synchronous(open_target_async)
 
 
-def workload_target(workload: Workload) -> Target:
+def workload_target(workload: Migratable) -> Target:
     """Return a managed workload as a target. Closing the target closes the workload object."""
     managed(workload)
     areas = [

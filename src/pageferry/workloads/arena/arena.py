@@ -241,7 +241,7 @@ class Arena(_engine.Mapping):
         return []
 
     def workload(self) -> LocalWorkload:
-        """Return this arena as a `Workload`, to be migrated by this process."""
+        """Return this arena as a `Migratable`, to be migrated by this process."""
         return LocalWorkload(self.lifecycle, self)
 
     def register(self, name: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pageferry.host import processes
 from pageferry.host.python import start_python
 from pageferry.host.qmp import Command
-from pageferry.workloads.protocols import Witness
+from pageferry.workloads.protocols import OwnershipRecord
 
 log = logging.getLogger(__name__)
 
@@ -42,17 +42,17 @@ class CleanupPlan:
         return self._guardian.pid
 
     def write(
-        self, commands: Sequence[Command], *, witness: Witness | None = None, otherwise: Sequence[Command] = ()
+        self, commands: Sequence[Command], *, record: OwnershipRecord | None = None, otherwise: Sequence[Command] = ()
     ) -> None:
         """Replace the plan. The new plan is in effect from now on, even if this process exits at once.
 
-        With a `witness`, the guardian reads that file, and executes `otherwise` if the file does not assign the guest
+        With a `record`, the guardian reads that file, and executes `otherwise` if the file does not assign the guest
         to this host.
         """
         assert self._guardian.stdin is not None
         will: dict[str, object] = {"commands": list(commands), "otherwise": list(otherwise)}
-        if witness is not None:
-            will["witness"] = [str(witness.path), witness.says]
+        if record is not None:
+            will["witness"] = [str(record.path), record.contents]
         try:
             self._guardian.stdin.write(json.dumps(will).encode() + b"\n")
             self._guardian.stdin.flush()

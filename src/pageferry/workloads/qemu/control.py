@@ -17,7 +17,7 @@ import msgspec
 
 from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Command, Monitor
-from pageferry.workloads.protocols import Witness
+from pageferry.workloads.protocols import OwnershipRecord
 from pageferry.workloads.qemu import device_state, disks
 from pageferry.workloads.qemu.cleanup_plan import CleanupPlan
 
@@ -131,10 +131,10 @@ class QemuControl:
         """Replace the cleanup plan by `first` and the commands that restore the guest as it was before the pause."""
         self.bequeath([*first, *self._as_before()])
 
-    def bequeath_to_owner(self, witness: Witness) -> None:
-        """Plan according to `witness`: restore the guest if the file assigns it to this host, and otherwise end it."""
+    def bequeath_to_owner(self, record: OwnershipRecord) -> None:
+        """Plan according to `record`: restore the guest if the file assigns it to this host, and otherwise end it."""
         if self._will is not None:
-            self._will.write(self._as_before(), witness=witness, otherwise=[QUIT])
+            self._will.write(self._as_before(), record=record, otherwise=[QUIT])
 
     def _as_before(self) -> list[Command]:
         locked = [disks.LOCK] if self.disks_released else []

@@ -26,8 +26,9 @@ from pageferry.host.qmp import TIMEOUT, Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
 from pageferry.memory import mappers
 from pageferry.memory.regions import Identity, Region
+from pageferry.memory.view import Memory
 from pageferry.workloads.direct_io import DRAIN_TIMEOUT, PAUSE_TIMEOUT
-from pageferry.workloads.protocols import Faults, Witness
+from pageferry.workloads.protocols import Condition, Faults, Migratable, OwnershipRecord
 from pageferry.workloads.qemu import command_line, device_state, direct_io, kvm_prefault, process, unsupported
 from pageferry.workloads.qemu import disks as qemu_disks
 from pageferry.workloads.qemu import ram as qemu_ram
@@ -52,10 +53,6 @@ after `stop`."""
 _LOG = "log"
 
 _NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
-
-MIGRATED = "postmigrate"
-"""Run state of a QEMU whose own migration has completed."""
-MAY_RUN = "it may run on another host; if it does not, QMP cont resumes it"
 
 log = logging.getLogger(__name__)
 
@@ -229,9 +226,27 @@ class QemuWorkload:
         return self._regions
 
     @property
+    def live(self) -> Migratable:
+        """This guest, which can be saved while it runs."""
+        return self
+
+    @property
+    def registered(self) -> bool:
+        """True: every guest has a name on this host."""
+        return True
+
+    @property
+    def pager(self) -> None:
+        """None: another process loads deferred contents."""
+
+    @property
     def handed_out(self) -> bool:
         """False: the file of a guest is not handed out to other processes."""
         return False
+
+    def open_memory(self) -> Memory:
+        """Map the memory of the guest. Raises WorkloadDied, WorkloadError."""
+        return Memory(self)
 
     async def check_mappers(self) -> None:
         """Raise WorkloadError if another process maps the guest's memory for writing (see `mappers`)."""
@@ -288,16 +303,16 @@ class QemuWorkload:
             await direct_io.await_requests(self.pid, files, self.name)
             return await self._to_the_end(self._stop_briefly(monitor))
 
-    async def commit(self, witness: Witness | None = None) -> None:
+    async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Commit the paused guest: it may run at the destination from now on, and stays paused even if this process
         exits.
 
-        With a `witness`, the guardian reads that file if this process exits, and then resumes the guest or ends it.
+        With a `record`, the guardian reads that file if this process exits, and then resumes the guest or ends it.
         Raises WorkloadDied, and WorkloadError if another client has changed the guest since its state was saved or
         loaded.
         """
         monitor = await self._control.hold()
-        if witness is None:
+        if record is None:
             await self._seen.check_unchanged(monitor)
             self._control.bequeath([])
             if self._control.stays_paused:
@@ -306,7 +321,7 @@ class QemuWorkload:
                 self._control.disks_released = True
                 await qemu_disks.release(await self._control.hold())
             return
-        self._control.bequeath_to_owner(witness)
+        self._control.bequeath_to_owner(record)
         # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
 
@@ -330,6 +345,11 @@ class QemuWorkload:
         elif self._control.disks_released:
             await self._lock_disks(monitor)
         self._control.settle(monitor)
+
+    @property
+    def stays_paused(self) -> bool:
+        """Whether another client had paused the guest, so that `resume` leaves it paused."""
+        return self._control.stays_paused
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -442,6 +462,13 @@ class QemuWorkload:
         """Return whether the vCPUs run. Raises WorkloadDied if QEMU has exited."""
         return await self.run_state() == "running"
 
+    async def condition(self) -> Condition:
+        """Return `running` or `paused`, with the reason unless a client of the monitor has paused the guest. Raises
+        WorkloadDied.
+        """
+        state = await self.run_state()
+        return Condition("running" if state == "running" else "paused", qemu_run_state.reason(state))
+
     async def run_state(self) -> str:
         """Return QEMU's run state, such as `running`, `paused`, `postmigrate`. Raises WorkloadDied."""
         if not self._entry.alive:
@@ -494,8 +521,8 @@ class QemuWorkload:
         known = self._control.prepared
         # Devices may have been added since the last check.
         status, _ = await asyncio.gather(self._control.note_status(monitor), unsupported.refuse_running(monitor))
-        if status == MIGRATED and not known:
-            log.warning("%s: migrated by QEMU, not by pageferry: %s", self.name, MAY_RUN)
+        if status == qemu_run_state.MIGRATED and not known:
+            log.warning("%s: %s", self.name, qemu_run_state.reason(status))
         self._seen.ran = self._seen.ran or not self._control.stays_paused
         await self._control.prepare_state(monitor)
         self._prepared = time.monotonic()

@@ -21,6 +21,22 @@ _ENDED = {
 }
 """Run states that a guest can leave only by a reset, each with its meaning."""
 
+_RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
+"""Run states of a guest that runs, or waits for the source of a migration."""
+
+_PAUSED_BY_USER = frozenset({"paused", "prelaunch"})
+"""Run states of a guest that was paused by QMP `stop`, or started with -S."""
+
+MIGRATED = "postmigrate"
+"""Run state of a QEMU whose own migration has completed."""
+
+
+def reason(state: str) -> str | None:
+    """Return why a guest in this run state is paused; None if it runs, or was paused by its user."""
+    if state == MIGRATED:
+        return "migrated by QEMU, not by pageferry: it may run on another host; if it does not, QMP cont resumes it"
+    return None if state in _RUNS_OR_WAITS | _PAUSED_BY_USER else f"QEMU state {state}"
+
 
 class LastSeen:
     """Last known state of one guest."""

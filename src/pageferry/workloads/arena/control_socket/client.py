@@ -1,4 +1,4 @@
-"""Client of the control socket: an arena of another process as a `Workload`."""
+"""Client of the control socket: an arena of another process as a `Migratable`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Self, TypeVar
 
 import msgspec
@@ -17,7 +17,8 @@ from pageferry.memory.regions import Identity, Region, Segment
 from pageferry.workloads.arena.control_socket import protocol as wire
 from pageferry.workloads.direct_io import pause_briefly
 from pageferry.workloads.lifecycle import Status
-from pageferry.workloads.protocols import Faults, Witness
+from pageferry.workloads.program import ProgramWorkload
+from pageferry.workloads.protocols import Condition, Faults, OwnershipRecord
 
 TIMEOUT = 60.0
 """Seconds to wait for a reply. Pause and state callbacks are code of the program, and may take long."""
@@ -26,7 +27,7 @@ T = TypeVar("T")
 Wanted = TypeVar("Wanted", bound=wire.Message)
 
 
-class RemoteArena:
+class RemoteArena(ProgramWorkload):
     """Arena of another process of this host. Made by `connect`.
 
     An arena that is paused by this object and not committed continues as soon as the object is closed or this process
@@ -80,14 +81,24 @@ class RemoteArena:
         """Kind, name and details of the workload, as described by its owner."""
         return self._identity
 
+    @property
+    def registered(self) -> bool:
+        """True: only arenas with a name have a control socket."""
+        return True
+
+    @property
+    def pager(self) -> None:
+        """None: deferred contents are loaded by another process."""
+
+    async def condition(self) -> Condition:
+        """Return the status of the arena."""
+        return Condition(str(await self.status()))
+
     async def check_mappers(self) -> None:
-        """See `Workload`. The check runs in the program."""
+        """See `Migratable`. The check runs in the program."""
         await self._do(wire.CheckMappers())
 
     async def prepare_pause(self) -> None:
-        """Do nothing: the program has no callback for this."""
-
-    async def prepare_load(self) -> None:
         """Do nothing: the program has no callback for this."""
 
     async def does_direct_io(self) -> bool:
@@ -118,13 +129,9 @@ class RemoteArena:
         for data, last in wire.pieces(state):
             await self._do(wire.LoadState(data=data, last=last))
 
-    async def commit(self, witness: Witness | None = None) -> None:
-        """Leave the program paused until `resume` or `discard`, even if this process exits. `witness` is not used."""
+    async def commit(self, record: OwnershipRecord | None = None) -> None:
+        """Leave the program paused until `resume` or `discard`, even if this process exits. `record` is not used."""
         await self._do(wire.Commit())
-
-    async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Do nothing and return 0: the threads of the program use the page tables of its processes."""
-        return 0
 
     async def discard(self) -> None:
         """Report to the program that its arena has been migrated. The program may exit before it replies."""
