@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import pkgutil
-import textwrap
 from collections.abc import Iterator
 
 import msgspec
 
 import pageferry
+from pageferry.docstrings import field_docstrings
 from pageferry.events import SCHEMA, Event
 from pageferry.report.event_log import LogEnd, LogHeader
 
@@ -79,25 +78,12 @@ def _text(kind: type) -> str:
 
 
 def _table(kind: type[msgspec.Struct], inner: dict[str, type[msgspec.Struct]]) -> str:
-    described = {name: text for one in reversed(kind.__mro__) for name, text in _descriptions(one).items()}
+    described = field_docstrings(kind)
     rows = ["| field | JSON | meaning |", "| --- | --- | --- |"]
     for field in msgspec.structs.fields(kind):
-        meaning = " ".join(described.get(field.name, "").split()).replace("|", "\\|")
+        meaning = described.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{field.encode_name}` | {_json(msgspec.inspect.type_info(field.type), inner)} | {meaning} |")
     return "\n".join(rows) + "\n" if len(rows) > 2 else ""
-
-
-def _descriptions(kind: type) -> dict[str, str]:
-    """Docstrings of the fields of a class, by field name."""
-    if not kind.__module__.startswith("pageferry."):
-        return {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for one, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
-            found[one.target.id] = str(ast.literal_eval(after.value))
-    return found
 
 
 def _json(info: msgspec.inspect.Type, inner: dict[str, type[msgspec.Struct]]) -> str:

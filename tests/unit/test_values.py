@@ -15,9 +15,17 @@ import pytest
 import pageferry
 from pageferry import large_pages, sharing
 from pageferry.checkpoints.options import Options as CheckpointOptions
+from pageferry.cli.foreground import GuestOptions
 from pageferry.cli.main import main
+from pageferry.cli.options import given
+from pageferry.cli.parser import parse
+from pageferry.cli.receive import ReceiveOptions
+from pageferry.cli.restore import RestoreOptions
+from pageferry.demo.run import DemoOptions
+from pageferry.docstrings import field_docstrings
 from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
 from pageferry.migration.options import Options as MigrationOptions
+from pageferry.options import options_of
 
 WRONG: list[Any] = [
     object(),
@@ -161,31 +169,64 @@ def test_checkpoint_with_unknown_mode_saves_nothing(mode: Any, tmp_path: Path) -
 # -- one parser
 
 
+def _option(verb: str, option: str, text: str) -> Any:
+    """Return the value that the command line makes of an option."""
+    args = parse([verb, "x", "y", option, text])
+    return getattr(args, option.removeprefix("--").replace("-", "_"))
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30ms", 0.03), ("10s", 10), ("1m", 60), ("1min", 60), ("0.5 h", 1800), ("200us", 2e-4)]
 )
 def test_durations_are_the_same_in_python_and_on_the_command_line(text: str, seconds: float) -> None:
-    from pageferry.cli import arguments
-
     assert MigrationOptions(max_downtime=text).max_downtime == pytest.approx(seconds)  # type: ignore[arg-type]
-    assert arguments.milliseconds(text) == arguments.seconds(text) == pytest.approx(seconds)
+    for option in ("--max-downtime", "--timeout"):
+        assert _option("migrate", option, text) == pytest.approx(seconds)
 
 
 def test_number_alone_has_the_documented_unit() -> None:
-    from pageferry.cli import arguments
-
-    assert MigrationOptions(max_downtime=0.3).max_downtime == arguments.milliseconds("300") == 0.3
-    assert MigrationOptions(timeout=10).timeout == arguments.seconds("10") == 10
+    assert MigrationOptions(max_downtime=0.3).max_downtime == _option("migrate", "--max-downtime", "300") == 0.3
+    assert MigrationOptions(timeout=10).timeout == _option("migrate", "--timeout", "10") == 10
 
 
 def test_sizes_and_rates_are_the_same_in_python_and_on_the_command_line() -> None:
-    from pageferry.cli import arguments
-
-    assert MigrationOptions(bandwidth="100M/s").bandwidth == arguments.rate("100M") == 100 << 20  # type: ignore[arg-type]
+    rate = MigrationOptions(bandwidth="100M/s").bandwidth  # type: ignore[arg-type]
+    assert rate == _option("migrate", "--bandwidth", "100M") == 100 << 20
     assert MigrationOptions(bandwidth=1e9).bandwidth == 10**9  # type: ignore[arg-type]
-    assert CheckpointOptions(staging="32MiB").staging == arguments.size("32M") == 32 << 20  # type: ignore[arg-type]
+    size = CheckpointOptions(staging="32MiB").staging  # type: ignore[arg-type]
+    assert size == _option("checkpoint", "--staging", "32M") == 32 << 20
     assert large_pages.Options(sample="5%", window="100ms").window == 0.1  # type: ignore[arg-type]
     assert len(pageferry.Arena("1M")) == 1 << 20  # type: ignore[arg-type]
+
+
+# -- options of the command line
+
+
+VERB_OPTIONS: dict[str, type] = {
+    "migrate": MigrationOptions,
+    "checkpoint": CheckpointOptions,
+    "large-pages": large_pages.Options,
+    "sharing": sharing.Options,
+    "receive": ReceiveOptions,
+    "restore": RestoreOptions,
+    "run": GuestOptions,
+    "demo": DemoOptions,
+}
+
+
+@pytest.mark.parametrize("verb", VERB_OPTIONS)
+def test_every_field_is_an_option_with_default_and_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = VERB_OPTIONS[verb]
+    assert main([verb, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    args = parse(
+        [verb, *([] if verb == "demo" else ["x", "y"][: 2 if verb in ("migrate", "checkpoint", "restore") else 1])]
+    )
+    for option in options_of(kind):
+        flag = "--" + option.name.replace("_", "-")
+        assert (flag in text) == (not option.api_only), flag
+        assert field_docstrings(kind)[option.name], flag
+    assert kind(**given(args, kind)) == kind()
 
 
 # -- errors on the command line

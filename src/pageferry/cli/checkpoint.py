@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from pageferry import values
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import checkpoint_async
-from pageferry.cli.arguments import rate, size
+from pageferry.cli.options import add_options, given
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.report.checkpoint import CheckpointView
@@ -17,7 +16,6 @@ from pageferry.workloads.process import PREFIX, ProcessWorkload
 from pageferry.workloads.protocols import Saveable
 
 WORKS_ON = "name"
-DEFAULTS = Options()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,54 +32,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="earlier image of the workload: store only pages that differ; a restore then needs both images",
     )
     parser.add_argument(
-        "--track",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="leave a write trace installed, so that a later checkpoint with this image as its --parent reads only "
-        "written pages; until then the first write to each page costs a minor fault, and huge pages are mapped as base "
-        "pages (default: only with --parent)",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=("lazy", "stop"),
-        default=DEFAULTS.mode,
-        help="save memory while the workload runs, or keep it paused until the checkpoint ends (default: %(default)s)",
-    )
-    parser.add_argument(
         "--regions",
         metavar="LIST",
         help="memory of pid:N to save while the process is stopped: heap, stack, anon or START-END, separated by "
         "commas; such an image can be inspected but not restored",
     )
-    parser.add_argument(
-        "--codec",
-        choices=("none", "lz4", "zstd"),
-        default=DEFAULTS.codec,
-        help="compression of page blocks (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--bandwidth",
-        type=rate,
-        default=DEFAULTS.bandwidth,
-        metavar="SIZE",
-        help="limit for saving pages that the workload does not write to, in bytes per second (default: unlimited)",
-    )
-    sizes = parser.add_argument_group("sizes")
-    for name, what in (
-        ("trap_block", "block that is copied when the workload first writes to it"),
-        ("page_block", "unit of compression"),
-        ("storage_block", "unit of reads from the image"),
-        ("staging", "memory for copies that are not compressed yet"),
-    ):
-        default = values.size_text(getattr(DEFAULTS, name))
-        flag = "--" + name.replace("_", "-")
-        text = f"{what} (default: %(default)s)"
-        sizes.add_argument(flag, type=size, default=default, metavar="SIZE", help=text)
+    add_options(parser, Options)
 
 
 async def run(args: argparse.Namespace) -> int:
     """Save the workload."""
-    Options(**_options(args))  # type: ignore[arg-type]  # checked before anything happens
+    Options(**given(args, Options))  # checked before anything happens
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:
@@ -103,11 +64,7 @@ async def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace) -> dict[str, object]:
-    return {name: getattr(args, name) for name in Options.__dataclass_fields__ if hasattr(args, name)}
-
-
 async def _save(args: argparse.Namespace, workload: Saveable) -> None:
-    options = _options(args)
+    options = given(args, Options)
     with open_reporter(args.output, CheckpointView()) as out:
         out.final(await checkpoint_async(workload, args.image, parent=args.parent, listener=out.event, **options))

@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from logging import getLogger
+from typing import Annotated, Literal
 
 import msgspec
 
-from pageferry import values
-from pageferry.cli.arguments import seconds, size
-from pageferry.cli.foreground import run_in_foreground
+from pageferry.cli.foreground import GuestOptions, run_in_foreground
+from pageferry.cli.options import add_options, given
 from pageferry.demo.events import LedgerResult
 from pageferry.demo.ledger import LedgerWorkload
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
@@ -21,11 +22,12 @@ from pageferry.host.registry import Registry
 from pageferry.migration import api, events
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
-from pageferry.migration.options import Options, timeout
+from pageferry.migration.options import TIMEOUT, Options
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import Reception
+from pageferry.options import Size, Text, Texts, check
 from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
@@ -37,6 +39,39 @@ log = getLogger(__name__)
 
 TAKES_COMMAND = True
 WORKS_ON = "name"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiveOptions(GuestOptions):
+    """Options of the verb. Raises UsageError."""
+
+    listen: Annotated[
+        str | None,
+        Text(metavar="ADDRESS", unset="a Unix socket in the run directory; with --tls or --insecure 127.0.0.1:0"),
+    ] = None
+    """Listen on unix:PATH, for sources on this host, or on HOST:PORT, where port 0 selects a free port."""
+    resume: bool = False
+    """Receive the remaining memory of a guest that runs on this host; then run `pageferry migrate --recover` at its
+    source."""
+    workload: Literal["demo"] | None = None
+    """Receive the built-in workload instead of a QEMU guest."""
+    max_size: Annotated[int | None, Size(1, MAX_ARENA, unset="the available memory")] = None
+    """Maximum size of the memory to accept."""
+    timeout: Annotated[float, TIMEOUT] = Options().timeout
+    """Fail when the peer has been silent for this time, such as 30s or 1m."""
+    tls: Annotated[str | None, Text(metavar="DIR")] = None
+    """Use TLS 1.3, and require a certificate of the source; DIR contains ca-cert.pem, ca-crl.pem (optional),
+    server-cert.pem and server-key.pem, as for QEMU."""
+    allow: Annotated[
+        tuple[str, ...],
+        Texts(metavar="NAME", unset="all sources with a certificate of the authority in ca-cert.pem"),
+    ] = ()
+    """With `tls`: authorise sources whose certificate has this common or alternative name; can be repeated."""
+    insecure: bool = False
+    """Allow unencrypted connections to addresses other than loopback."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class ReceiveView(PlainView):
@@ -64,62 +99,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "received."
     )
     parser.add_argument("name", metavar="NAME", help="name of the workload on this host")
-    parser.add_argument(
-        "--listen",
-        metavar="ADDRESS",
-        help="listen on unix:PATH, for sources on this host, or on HOST:PORT, where port 0 selects a free port "
-        "(default: a Unix socket in the run directory; with --tls or --insecure 127.0.0.1:0)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="receive the remaining memory of a guest that runs on this host; then run `pageferry migrate --recover` "
-        "at its source",
-    )
-    parser.add_argument("--workload", choices=("demo",), help="receive the built-in workload instead of a QEMU guest")
-    parser.add_argument(
-        "--max-size",
-        type=size,
-        metavar="SIZE",
-        help="maximum size of the memory to accept (default: the available memory)",
-    )
-    parser.add_argument("--hugetlb", action="store_true", help="place guest memory in reserved 2 MiB pages (hugetlbfs)")
-    parser.add_argument(
-        "--detach", action="store_true", help="return when the guest runs, and write its output to a log"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=seconds,
-        default=values.duration_text(Options().timeout),
-        metavar="DURATION",
-        help="fail when the peer has been silent for DURATION, such as 30s or 1m; a plain number is in seconds "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tls",
-        metavar="DIR",
-        help="use TLS 1.3, and require a certificate of the source; DIR contains ca-cert.pem, ca-crl.pem (optional), "
-        "server-cert.pem and server-key.pem, as for QEMU",
-    )
-    parser.add_argument(
-        "--allow",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="with --tls: authorise sources whose certificate has this common or alternative name; can be repeated "
-        "(default: all sources with a certificate of the authority in ca-cert.pem)",
-    )
-    parser.add_argument(
-        "--insecure", action="store_true", help="allow unencrypted connections to addresses other than loopback"
-    )
+    add_options(parser, ReceiveOptions)
     parser.usage = "pageferry receive NAME [options] [-- QEMU ARGS...]"
 
 
 async def run(args: argparse.Namespace) -> int:
     """Receive a workload, and wait until it ends unless it is detached."""
     command = args.command
-    timeout(args.timeout)
-    values.optional(values.size, "max_size", args.max_size, 1, MAX_ARENA)
+    ReceiveOptions(**given(args, ReceiveOptions))  # checked before anything happens
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
     with open_reporter(args.output, ReceiveView()) as out:

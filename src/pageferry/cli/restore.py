@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from dataclasses import dataclass
 from logging import getLogger
 
 from pageferry.checkpoints.events import RestoreResult
 from pageferry.checkpoints.restore_guest import completed, restore_guest
-from pageferry.cli.foreground import run_in_foreground
+from pageferry.cli.foreground import GuestOptions, run_in_foreground
+from pageferry.cli.options import add_options
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.pager.launcher import take_over
@@ -22,6 +24,18 @@ WORKS_ON = "name"
 log = getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions(GuestOptions):
+    """Options of the verb."""
+
+    eager: bool = False
+    """Load in the background without yielding to page faults."""
+    no_prefetch: bool = False
+    """Load pages only on demand."""
+    takeover: bool = False
+    """Start another pager for a guest whose pager has exited; give IMAGE if the image has been moved."""
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb; the command line of QEMU follows `--`."""
     parser.description = (
@@ -31,17 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="name of the guest on this host")
     parser.add_argument("image", metavar="IMAGE", nargs="?", help="image file written by `pageferry checkpoint`")
-    parser.add_argument(
-        "--detach", action="store_true", help="return when the guest runs, and write its output to a log"
-    )
-    parser.add_argument("--hugetlb", action="store_true", help="place guest memory in reserved 2 MiB pages (hugetlbfs)")
-    parser.add_argument("--eager", action="store_true", help="load in the background without yielding to page faults")
-    parser.add_argument("--no-prefetch", action="store_true", help="load pages only on demand")
-    parser.add_argument(
-        "--takeover",
-        action="store_true",
-        help="start another pager for a guest whose pager has exited; give IMAGE if the image has been moved",
-    )
+    add_options(parser, RestoreOptions)
     parser.usage = "pageferry restore NAME IMAGE [options] -- QEMU ARGS..."
 
 

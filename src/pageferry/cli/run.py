@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from logging import getLogger
 
-from pageferry.cli.foreground import run_in_foreground
+from pageferry.cli.foreground import GuestOptions, run_in_foreground
 from pageferry.cli.list import describe
+from pageferry.cli.options import add_options
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.report.reporter import open_reporter
 from pageferry.report.workloads import WorkloadsView
@@ -24,10 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "a QMP monitor. Without --detach it stays attached to the terminal, and Ctrl-C ends it."
     )
     parser.add_argument("name", metavar="NAME", help="name of the guest on this host")
-    parser.add_argument(
-        "--detach", action="store_true", help="return when the guest runs, and write its output to a log"
-    )
-    parser.add_argument("--hugetlb", action="store_true", help="place guest memory in reserved 2 MiB pages (hugetlbfs)")
+    add_options(parser, GuestOptions)
     parser.usage = "pageferry run NAME [options] -- QEMU ARGS..."
 
 

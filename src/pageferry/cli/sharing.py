@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from pageferry import values
-from pageferry.cli.arguments import fraction, integer, seconds, size
+from pageferry.cli.arguments import integer, seconds
+from pageferry.cli.options import add_options, given
 from pageferry.density import hot_large_pages
 from pageferry.errors import UsageError
 from pageferry.events import Event
@@ -18,7 +18,6 @@ from pageferry.sharing.events import Undone
 from pageferry.sharing.scan import Options
 
 WORKS_ON = "names"
-DEFAULTS = Options()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--apply", action="store_true", help="merge duplicate pages; without this option, only print the estimate"
     )
     acting.add_argument("--undo", action="store_true", help="undo sharing, and allow huge pages again")
-    choosing = parser.add_argument_group("selection")
+    _add_selection(parser.add_argument_group("selection"))
+    add_options(parser, Options)
+    _add_watching(parser.add_argument_group("repetition"))
+
+
+def _add_selection(choosing: argparse._ArgumentGroup) -> None:
     choosing.add_argument(
         "--threshold",
         type=integer,
@@ -62,39 +66,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="use KSM even if other processes have mergeable memory (as QEMU has without mem-merge=off), which is then "
         "merged with that of the workloads named",
     )
-    scanning = parser.add_argument_group("scanning")
-    scanning.add_argument(
-        "--budget",
-        type=fraction,
-        metavar="FRACTION",
-        help="limit for the scan, as a fraction of one CPU, such as 5%% or 0.05 (default: unlimited; with --watch "
-        "adapted to the available memory)",
-    )
-    scanning.add_argument(
-        "--memory",
-        type=size,
-        default=values.size_text(DEFAULTS.memory),
-        metavar="SIZE",
-        help="limit for the memory of the scan itself; beyond it, contents are sampled (default: %(default)s)",
-    )
-    scanning.add_argument(
-        "--every",
-        type=integer,
-        default=DEFAULTS.every,
-        metavar="N",
-        help="scan only every Nth unit of 2 MiB (default: %(default)s)",
-    )
-    scanning.add_argument(
-        "--threads",
-        type=integer,
-        default=DEFAULTS.threads,
-        metavar="N",
-        help="number of threads; 0: one per CPU (default: %(default)s)",
-    )
-    scanning.add_argument(
+
+
+def _add_watching(watching: argparse._ArgumentGroup) -> None:
+    watching.add_argument(
         "--watch", action="store_true", help="scan repeatedly until interrupted, faster when memory is scarce"
     )
-    scanning.add_argument(
+    watching.add_argument(
         "--interval",
         type=seconds,
         default="60s",
@@ -127,7 +105,7 @@ async def _watch(args: argparse.Namespace, out: Reporter) -> None:
 
 
 async def _once(args: argparse.Namespace, budget: float | None, out: Reporter) -> Event:
-    options = Options(memory=args.memory, every=args.every, threads=args.threads, budget=budget)
+    options = Options(**{**given(args, Options), "budget": budget})
     if args.apply:
         chosen = {name: getattr(args, name) for name in ("threshold", "max_large_pages", "merge_with_others")}
         hot = set() if args.break_hot else await hot_large_pages(args.names)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from subprocess import PIPE, Popen
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from pageferry.demo.events import DemoResult
+from pageferry.demo.ledger import LedgerOptions
 from pageferry.demo.process import Setup
 from pageferry.errors import WorkloadError
 from pageferry.events import Listener
@@ -18,18 +21,54 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.migration import api
 from pageferry.migration.events import MigrationResult
+from pageferry.options import Count, Duration, Fraction, Size, check
+from pageferry.workloads.arena.arguments import MAX_ARENA
 from pageferry.workloads.open import open_workload
 
 TIMEOUT = 30.0
 """Seconds to wait for the next event of a child process."""
 
 
-async def demonstrate(setup: Setup, duration: float, listener: Listener, options: dict[str, Any]) -> DemoResult:
-    """Start the workload, migrate it once, and verify its memory. The workload writes for `duration` seconds before and
-    after.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """Options of the built-in workload. Raises UsageError."""
+
+    size: Annotated[int, Size(1, MAX_ARENA), "workload"] = 512 << 20
+    """Size of its memory."""
+    rate: Annotated[int, Size(0, 1 << 50), "workload"] = 20 << 20
+    """Bytes written per second."""
+    working_set: Annotated[float, Fraction(), "workload"] = 0.3
+    """Fraction of the memory that is written to."""
+    zeros: Annotated[float, Fraction(zero=True), "workload"] = 0.2
+    """Fraction of the writes that fill a page with zeros."""
+    threads: Annotated[int, Count(1, 4096), "workload"] = 2
+    """Number of writer threads."""
+    processes: Annotated[int, Count(1, 4096), "workload"] = 1
+    """Number of processes that the threads are distributed over."""
+    seconds: Annotated[float, Duration(0.0, 3600.0), "workload"] = 1.0
+    """Time to write before and after the migration."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def setup(self) -> Setup:
+        """Return the setup of the process that runs the workload, whose name no other process uses."""
+        options = LedgerOptions(
+            threads=self.threads,
+            rate=self.rate,
+            working_set=self.working_set,
+            zero_fraction=self.zeros,
+            seed=os.getpid(),
+        )
+        return Setup(name=f"demo-{os.getpid()}", size=self.size, options=options, processes=self.processes)
+
+
+async def demonstrate(demo: DemoOptions, listener: Listener, options: dict[str, Any]) -> DemoResult:
+    """Start the workload, migrate it once, and verify its memory.
 
     `options` are those of `migrate`, whose errors are raised. Raises WorkloadError if a process of the demo fails.
     """
+    setup = demo.setup()
     receive = ("receive", f"{setup.name}-moved", "--workload", "demo", "--output", "json")
     async with (
         _process("pageferry.demo.process", msgspec.json.encode(setup).decode()) as source,
@@ -37,14 +76,14 @@ async def demonstrate(setup: Setup, duration: float, listener: Listener, options
     ):
         await _expect(source, "ready")
         address = (await _expect(destination, "listening"))["address"]
-        await asyncio.sleep(duration)
+        await asyncio.sleep(demo.seconds)
         workload = await open_workload(setup.name)
         try:
             moved = await api.migrate_async(workload, address, listener=listener, **options)
         finally:
             workload.close()
         await _expect(source, "ledger")
-        await asyncio.sleep(duration)
+        await asyncio.sleep(demo.seconds)
         destination.terminate()
         found = await _expect(destination, "ledger")
     fields = {field: getattr(moved, field) for field in MigrationResult.__struct_fields__}

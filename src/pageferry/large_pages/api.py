@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from pageferry import values
 from pageferry.errors import UsageError
@@ -30,6 +30,7 @@ from pageferry.large_pages.events import (
 from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
 from pageferry.large_pages.sampler import Activity, LargePage, Tracker
 from pageferry.large_pages.selection import Limit, Sampling
+from pageferry.options import API_ONLY, Count, Duration, Fraction, PathName, check
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.target import Target
 
@@ -41,36 +42,31 @@ BINS = 11
 class Options:
     """Options of sampling and reclaim. Raises UsageError if they are invalid."""
 
-    sample: float = 0.05
-    """Maximum fraction of the huge pages sampled per round."""
-    window: float = 0.2
-    """Duration of a window in which accesses are counted, seconds."""
-    rounds: int = 5
-    """Maximum number of rounds; there are fewer if all huge pages have been sampled."""
-    budget: float | None = 0.01
-    """Limit for the CPU time of sampling, as a fraction of one CPU; None for no limit."""
-    reclaim: Literal["store", "swap"] | None = None
-    """Destination of cold base pages; None to leave huge pages as they are."""
-    store: Path | None = None
-    """Directory for the store; None for the workload's directory in the run directory (which is often in memory)."""
-    codec: Codec = "lz4"
+    sample: Annotated[float, Fraction(), "sampling"] = 0.05
+    """Maximum fraction of the huge pages to sample per round."""
+    window: Annotated[float, Duration(1e-3, 60.0), "sampling"] = 0.2
+    """Time during which accesses are counted, such as 200ms or 1s."""
+    rounds: Annotated[int, Count(1, 1_000_000), "sampling"] = 5
+    """Maximum number of rounds, each with other samples."""
+    budget: Annotated[float | None, Fraction(zero=True), "sampling"] = 0.01
+    """Limit for sampling, as a fraction of one CPU; the number of samples is reduced to stay below it; 0: unlimited."""
+    reclaim: Annotated[Literal["store", "swap"] | None, "reclaiming"] = None
+    """Split the huge pages selected by the policy and move their cold base pages to swap, or (guests and arenas) to a
+    compressed store from which they are reloaded on demand."""
+    store: Annotated[
+        Path | None,
+        PathName(metavar="DIR", unset="that of the workload in the run directory, usually a tmpfs"),
+        "reclaiming",
+    ] = None
+    """Directory for the store."""
+    codec: Annotated[Codec, "reclaiming"] = "lz4"
     """Compression of the store."""
-    seed: int | None = None
+    seed: Annotated[int | None, Count(0, 1 << 63), API_ONLY] = None
     """Seed of the random choice of samples."""
 
     def __post_init__(self) -> None:
-        checked = {
-            "sample": values.fraction("sample", self.sample),
-            "window": values.duration("window", self.window, 1e-3, 60.0),
-            "rounds": values.count("rounds", self.rounds, 1, 1_000_000),
-            "budget": values.optional(values.fraction, "budget", self.budget),
-            "store": values.optional(values.path, "store", self.store),
-            "seed": values.optional(values.count, "seed", self.seed, 0, 1 << 63),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        values.optional(values.choice, "reclaim", self.reclaim, ("store", "swap"))
-        values.choice("codec", self.codec, get_args(Codec))
+        check(self)
+        object.__setattr__(self, "budget", self.budget or None)
         if self.store is not None and (self.reclaim != "store" or not self.store.is_dir()):
             raise UsageError(
                 f"invalid `store` {self.store}: expected an existing directory, together with `reclaim` store"

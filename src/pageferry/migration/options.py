@@ -5,22 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.migration.transport.messages import MAX_STREAMS, Codec, Mode, Populate
 from pageferry.migration.transport.tls import Trust
+from pageferry.options import Count, Duration, PathName, Rate, Text, check
 
 Granularity = Literal["4K", "2M", "auto"]
 LargePages = Literal["keep", "ignore"]
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": get_args(Mode),
-    "trace_granularity": get_args(Granularity),
-    "large_pages": get_args(LargePages),
-    "populate": get_args(Populate),
-    "codec": get_args(Codec),
-}
+TIMEOUT = Duration(0.1, 3600.0)
+"""Seconds of silence after which a peer counts as lost."""
 
 AUTO_RELEASE = 256
 """`auto` releases a huge page once this many of its 512 traces have fired. At half, at most twice the written memory is
@@ -31,59 +26,45 @@ sent; lower values help fast writers, but can keep a migration from converging (
 class Options:
     """Options of a migration, as those of `pageferry migrate`.
 
-    Durations, sizes and rates are numbers in the unit of the field, or strings such as `30ms` and `100M`. Raises
-    UsageError.
+    Durations are in seconds and rates in bytes per second, or strings such as `30ms` and `100M`. Raises UsageError.
     """
 
-    mode: Mode = "precopy"
-    """Pages that are present before the workload runs at the destination: all (`precopy`); none, they are fetched on
-    demand (`postcopy`); or all that were sent until the rounds stopped converging, the others on demand (`hybrid`)."""
-    max_downtime: float = 0.3
-    """Maximum time for sending the last pages while the workload is paused, seconds (S2)."""
-    max_rounds: int = 30
-    """Maximum number of rounds; the migration fails if they do not reach `max_downtime`."""
-    auto_converge: bool = False
-    """Withhold CPU time from the workload, in steps, while rounds do not converge, so that pre-copy completes."""
-    trace_granularity: Granularity = "auto"
-    """Unit of the write trace (S2): base pages, huge pages, or adapted to the workload's writes."""
-    large_pages: LargePages = "keep"
-    """Whether to back memory by huge pages at the destination where the source does (S6, S7)."""
-    populate: Populate = "all"
-    """Page-table entries to populate before the workload resumes: of all pages, during the transfer (S5); of the pages
-    modified during the migration (S1); or none."""
-    codec: Codec = "none"
-    """Compression of storage blocks."""
-    adaptive: bool = False
-    """Send uncompressed while the link is faster than the codec."""
-    bandwidth: int = 0
-    """Limit for all page streams together, bytes per second; 0 for none."""
-    streams: int = 1
+    mode: Annotated[Mode, "copying"] = "precopy"
+    """Pages sent before the workload resumes at the destination: all (`precopy`), none (`postcopy`), or all until the
+    rounds stop converging or a switch is requested (`hybrid`). Pages not sent by then are fetched on demand."""
+    max_downtime: Annotated[float, Duration(0.0, 3600.0, 1e-3), "copying"] = 0.3
+    """Switch over when the remaining pages can be sent in this time, such as 300ms or 1s."""
+    max_rounds: Annotated[int, Count(1, 10_000), "copying"] = 30
+    """Fail if the workload cannot switch over after N rounds."""
+    auto_converge: Annotated[bool, "copying"] = False
+    """Throttle the CPU time of the workload in steps while the rounds do not converge (control groups)."""
+    trace_granularity: Annotated[Granularity, "copying"] = "auto"
+    """Unit of the write trace: base pages, huge pages, or adapted to the writes."""
+    large_pages: Annotated[LargePages, "memory at the destination"] = "keep"
+    """Preserve huge pages at the destination, or ignore them."""
+    populate: Annotated[Populate, "memory at the destination"] = "all"
+    """Page-table entries created before the workload resumes: of all pages, during the transfer; of the pages modified
+    during the migration (`hot`); or none."""
+    codec: Annotated[Codec, "copying"] = "none"
+    """Compression of page blocks."""
+    adaptive: Annotated[bool, "copying"] = False
+    """Do not compress while the link is faster than `codec`."""
+    bandwidth: Annotated[int, Rate(), "copying"] = 0
+    """Limit for all page streams together, in bytes per second, such as 100M."""
+    streams: Annotated[int, Count(1, MAX_STREAMS), "copying"] = 1
     """Number of parallel page streams."""
-    timeout: float = 30.0
-    """Seconds of silence after which the peer counts as lost."""
-    insecure: bool = False
-    """Allow addresses other than loopback without encryption."""
-    tls: str | os.PathLike[str] | None = None
-    """Directory of certificates (`tls.Trust`): use TLS with mutual authentication."""
-    tls_hostname: str | None = None
-    """Host name expected in the receiver's certificate; None for the host of its address."""
+    timeout: Annotated[float, TIMEOUT, "connection"] = 30.0
+    """Fail when the peer has been silent for this time, such as 30s or 1m."""
+    tls: Annotated[str | os.PathLike[str] | None, PathName(metavar="DIR"), "connection"] = None
+    """Use TLS 1.3, and require a certificate of the receiver; DIR contains ca-cert.pem, ca-crl.pem (optional),
+    client-cert.pem and client-key.pem, as for QEMU."""
+    tls_hostname: Annotated[str | None, Text(metavar="NAME", unset="HOST"), "connection"] = None
+    """Name to expect in the receiver's certificate."""
+    insecure: Annotated[bool, "connection"] = False
+    """Allow unencrypted connections to addresses other than loopback."""
 
     def __post_init__(self) -> None:
-        checked = {
-            "max_downtime": values.duration("max_downtime", self.max_downtime, 0.0, 3600.0),
-            "max_rounds": values.count("max_rounds", self.max_rounds, 1, 10_000),
-            "bandwidth": values.rate("bandwidth", self.bandwidth),
-            "streams": values.count("streams", self.streams, 1, MAX_STREAMS),
-            "timeout": timeout(self.timeout),
-            "tls": values.optional(values.path, "tls", self.tls),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        for name in ("auto_converge", "adaptive", "insecure"):
-            values.flag(name, getattr(self, name))
-        for name, choices in _CHOICES.items():
-            values.choice(name, getattr(self, name), choices)
-        values.optional(values.text, "tls_hostname", self.tls_hostname)
+        check(self)
         if self.auto_converge and self.mode != "precopy":
             raise UsageError(f"`auto_converge` requires `mode` precopy: {self.mode} ends at any dirty rate")
         if self.tls_hostname is not None and self.tls is None:
@@ -103,5 +84,5 @@ class Options:
 
 
 def timeout(value: object) -> float:
-    """Check a timeout: seconds of silence after which a peer counts as lost. Raises UsageError."""
-    return values.duration("timeout", value, 0.1, 3600.0)
+    """Check a timeout. Raises UsageError."""
+    return TIMEOUT.check("timeout", value)

@@ -12,13 +12,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pageferry import values
 from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
+from pageferry.options import Count, Fraction, Size, check
 from pageferry.sharing import deferred_pages
 from pageferry.sharing.deferred_pages import DeferredPages
 from pageferry.sharing.events import ScanEvent
@@ -35,28 +35,23 @@ ClassName = Literal["zero", "pattern", "inside", "across"]
 CLASSES: tuple[ClassName, ...] = ("zero", "pattern", "inside", "across")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a scan."""
+    """Options of a scan. Sizes are in bytes, or strings such as `256M`. Raises UsageError."""
 
-    memory: int = 256 << 20
-    """Limit for the memory that the scan uses, bytes. If there are more pages, contents are sampled by their hash."""
-    every: int = 1
-    """Scan every nth 2 MiB unit only. A page whose duplicates are all in other units looks unique."""
-    threads: int = 0
-    """Number of threads; 0 for one per CPU."""
-    budget: float | None = None
-    """Limit for CPU time, as a fraction of one CPU; None for no limit."""
+    budget: Annotated[
+        float | None, Fraction(64.0, unset="unlimited; with --watch adapted to the available memory"), "scanning"
+    ] = None
+    """Limit for the scan, as a fraction of one CPU, such as 5% or 0.05."""
+    memory: Annotated[int, Size(1 << 20, 1 << 50), "scanning"] = 256 << 20
+    """Limit for the memory of the scan itself; beyond it, contents are sampled by their hash."""
+    every: Annotated[int, Count(1, 1 << 40), "scanning"] = 1
+    """Scan only every Nth unit of 2 MiB. A page whose duplicates are all in other units looks unique."""
+    threads: Annotated[int, Count(0, 1024), "scanning"] = 0
+    """Number of threads; 0: one per CPU."""
 
     def __post_init__(self) -> None:
-        checked = {
-            "memory": values.size("memory", self.memory, 1 << 20, 1 << 50),
-            "every": values.count("every", self.every, 1, 1 << 40),
-            "threads": values.count("threads", self.threads, 0, 1024),
-            "budget": values.optional(values.fraction, "budget", self.budget, 64.0),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        check(self)
 
 
 @dataclass(slots=True)

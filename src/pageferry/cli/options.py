@@ -1,0 +1,88 @@
+"""Options of verbs, made from the fields of dataclasses (`pageferry.options`)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+from pageferry.docstrings import field_docstrings
+from pageferry.errors import UsageError
+from pageferry.options import Choice, Flag, Option, Texts, options_of
+
+T = TypeVar("T")
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Add an option for each field of a dataclass, under the headings that the fields name."""
+    texts = field_docstrings(kind)
+    groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
+    for option in options_of(kind):
+        if option.api_only:
+            continue
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        groups[option.group].add_argument(
+            f"--{option.name.replace('_', '-')}",
+            help=_help(option, texts.get(option.name, ""), texts),
+            **_arguments(option),
+        )
+
+
+def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return the values of the options that `add_options` has added for a dataclass, by the names of its fields."""
+    return {option.name: getattr(args, option.name) for option in options_of(kind) if not option.api_only}
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return the parser with its errors converted: argparse prefixes them with the name of the option."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def _arguments(option: Option) -> dict[str, Any]:
+    metavar = option.kind.metavar or option.kind.placeholder
+    match option.kind:
+        case Flag() if option.optional:
+            return {"action": argparse.BooleanOptionalAction, "default": option.default}
+        case Flag():
+            return {"action": "store_true"}
+        case Choice(choices=choices):
+            return {"choices": choices, "default": option.default}
+        case Texts():
+            return {"action": "append", "metavar": metavar, "default": []}
+        case kind:
+            return {"type": argument(kind.parse), "metavar": metavar, "default": option.default}
+
+
+def _help(option: Option, docstring: str, names: Collection[str]) -> str:
+    text = re.sub(r"`([a-z_0-9]+)`", lambda word: _plain(word[1], names), docstring).removesuffix(".")
+    if text[1:2].islower() or text[1:2] == " ":
+        text = text[:1].lower() + text[1:]
+    if option.kind.note:
+        text += f"; {option.kind.note}"
+    default = _default(option)
+    return (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+
+
+def _default(option: Option) -> str | None:
+    """Return the default for the help; None for flags and where the default needs no words."""
+    if option.default in (None, ()):
+        return option.kind.unset
+    return None if isinstance(option.kind, Flag) else option.kind.show(option.default)
+
+
+def _plain(word: str, names: Collection[str]) -> str:
+    """Return a word without backticks: as an option if it is the name of one."""
+    return _flag(word) if word in names else word
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
