@@ -84,6 +84,13 @@ def room() -> None:
 
 
 @pytest.fixture(scope="session")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder for the states of booted guests, which all processes of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "states"
+
+
+@pytest.fixture(scope="session")
 def guest_kernel() -> Path:
     """Return the path of a Linux kernel image for guests."""
     return _fetched("guest/vmlinuz")

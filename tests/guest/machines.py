@@ -17,6 +17,9 @@ class GuestParts:
     initrd: Path | None = None
     """None for the payload, which needs no initrd."""
     accel: str = "tcg"
+    states: Path | None = None
+    """Folder for the states of booted guests (see `booted`), shared by all processes of a test session; None: each
+    guest is booted."""
 
     def command(self, serial: Serial, *options: str, memory: str = "256M", checker: str = "ferry.mib=64") -> list[str]:
         """Command line of a guest that boots the checker or the payload; `checker`: its options (checker.rs,

@@ -15,7 +15,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, Registry
 from pageferry.pager import client
 from pageferry.pager.protocol import PagerStatus
-from pageferry.workloads.qemu.guest import QemuWorkload
+from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
@@ -28,8 +28,7 @@ def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -
 
     async def make() -> Path:
         serial = Serial(folder / "serial")
-        source = await QemuWorkload.start("source", parts.command(serial, *OPTIONS, checker=BUSY))
-        await serial.ready()
+        source = await booted.start("source", parts, serial, *OPTIONS, checker=BUSY)
         await serial.ticks(2)
         if paused:
             async with await Monitor.open(source.qmp_socket) as monitor:

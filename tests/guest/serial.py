@@ -53,8 +53,8 @@ class Serial:
         return Tick(*map(int, found[-1])) if found else None
 
     async def ready(self) -> None:
-        """Wait until memory is filled and the checker is running."""
-        await self._until(lambda: "FERRY ready" in self.text, BOOT, "was not ready")
+        """Wait until memory is filled and the checker is running; a guest that has been ready before prints ticks."""
+        await self._until(lambda: "FERRY ready" in self.text or self.last is not None, BOOT, "was not ready")
 
     async def ticks(self, count: int, timeout: float = 30.0) -> Tick:
         """Wait for `count` more ticks and return the last. Raises GuestFailed if a page was wrong."""

@@ -20,6 +20,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.host.registry import QemuEntry, Registry
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests import accounting
+from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial, Tick
 from tests.kernel import moving
@@ -79,8 +80,11 @@ class Traveller:
         return entry(self.name).pid
 
     def start(self) -> None:
-        """Boot the guest, and wait until its checker is running."""
+        """Start the guest, and wait until its checker is running."""
         self.serial.path.unlink(missing_ok=True)
+        if self.parts.states is not None and self.checker is not None and not self.flags:
+            asyncio.run(self._resume(self.checker))
+            return
         words = ["run", self.name, "--detach", *self.flags, "--", *self.command(self.name)]
         subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
         if self.checker is not None:
@@ -174,6 +178,12 @@ class Traveller:
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Reply of its monitor to a command."""
         return asyncio.run(ask(self.name, command, **arguments))
+
+    async def _resume(self, checker: str) -> None:
+        """Start the guest from the state of one that has booted before."""
+        details = {"memory": self.memory, "checker": checker}
+        guest = await booted.start(self.name, self.parts, self.serial, *self.options, **details)
+        guest.close()
 
     def end(self) -> None:
         """End all QEMU processes of the guest, also after a failed test."""

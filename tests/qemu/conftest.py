@@ -22,9 +22,9 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture(scope="session")
-def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
+def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
     """QEMU, kernel and initrd of a Linux guest, for each QEMU in turn."""
-    return GuestParts(qemu, guest_kernel, checker_initrd)
+    return GuestParts(qemu, guest_kernel, checker_initrd, states=states)
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +36,13 @@ def payload_on_tcg(qemu: Path) -> GuestParts:
 
 
 @pytest.fixture(scope="session")
-def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path) -> GuestParts:
+def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
     """The newest available QEMU, for modules whose subject does not depend on the QEMU version."""
     try:
         newest: Path = request.getfixturevalue("qemu_10")
     except pytest.skip.Exception:
         newest = request.getfixturevalue("qemu_system")
-    return GuestParts(newest, guest_kernel, checker_initrd)
+    return GuestParts(newest, guest_kernel, checker_initrd, states=states)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
 from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
+from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.saved import DigestedWorkload, digests_of_image
@@ -25,7 +26,8 @@ from tests.saved import DigestedWorkload, digests_of_image
 MakeSerial = Callable[[str], Serial]
 
 SMP = ("-smp", "2")
-BUSY = "ferry.mib=64 ferry.rate=5000"
+MEMORY = "160M"
+BUSY = "ferry.mib=32 ferry.rate=5000"
 
 
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
@@ -36,10 +38,15 @@ async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.Che
     return result
 
 
+async def started(parts: GuestParts, serial: Serial) -> QemuWorkload:
+    """A running guest that writes to its memory."""
+    return await booted.start("source", parts, serial, *SMP, memory=MEMORY, checker=BUSY)
+
+
 async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:
     """Start a guest from an image, without the product's restore."""
     image = ImageFile(path)
-    workload = await QemuWorkload.start("restored", parts.command(serial, *options), incoming=True)
+    workload = await QemuWorkload.start("restored", parts.command(serial, *options, memory=MEMORY), incoming=True)
     (region,) = workload.regions
     for first in range(0, image.pages, 1024):
         data = image.read(first, 1024)
@@ -56,10 +63,7 @@ def test_checkpointed_guest_keeps_running_and_can_be_restored(
 ) -> None:
     async def run() -> None:
         here, there = serial("source"), serial("restored")
-        command = parts.command(here, *SMP, checker=BUSY)
-        source = await QemuWorkload.start("source", command)
-        await here.ready()
-        await here.ticks(1)
+        source = await started(parts, here)
         result = await save(source, tmp_path / "image", mode=mode)
         assert result.downtime_parts.device_state > 0
         assert await source.running()
@@ -79,8 +83,7 @@ def test_chain_of_images_of_a_running_guest_can_be_restored(
 ) -> None:
     async def run() -> None:
         here, there = serial("source"), serial("restored")
-        source = await QemuWorkload.start("source", parts.command(here, *SMP, checker="ferry.mib=64 ferry.rate=200"))
-        await here.ready()
+        source = await started(parts, here)
         await save(source, tmp_path / "0", track=track)
         for number in range(1, 4):
             later = await save(source, tmp_path / str(number), parent=tmp_path / str(number - 1), track=track)
@@ -139,8 +142,7 @@ def test_no_image_is_left_if_the_guest_dies_during_a_checkpoint(
 ) -> None:
     async def run() -> None:
         here = serial("source")
-        source = await QemuWorkload.start("source", parts.command(here, *SMP, checker=BUSY))
-        await here.ready()
+        source = await started(parts, here)
 
         def kill(event: Event) -> None:
             if isinstance(event, events.InstantEvent):
@@ -159,8 +161,7 @@ def test_guest_keeps_running_after_a_refused_checkpoint(
 ) -> None:
     async def run() -> None:
         here = serial("source")
-        source = await QemuWorkload.start("source", parts.command(here, checker=BUSY))
-        await here.ready()
+        source = await started(parts, here)
         with pytest.raises(errors.CheckpointError, match="directory does not exist"):
             await pageferry.checkpoint_async(source, tmp_path / "none" / "image")
         assert await source.running()

@@ -17,6 +17,7 @@ from pageferry.pager.launcher import take_over
 from pageferry.pager.records import Deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.target import Target, open_target_async
+from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 
@@ -32,10 +33,9 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
 ) -> None:
     async def run() -> None:
         line = serial("guest")
-        workload = await QemuWorkload.start("guest", parts.command(line))
+        workload = await booted.start("guest", parts, line)
         folder = registry.folder("guest")
         try:
-            await line.ready()
             with await open_target_async("guest") as target:
                 before = _resident(target)
                 options = Options(sample=1.0, budget=None, window=0.3, rounds=1, reclaim="store")

@@ -22,7 +22,9 @@ from pageferry.memory.regions import LARGE_PAGE
 from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu import device_state, ram
 from pageferry.workloads.qemu.guest import QemuWorkload
+from tests.guest import booted
 from tests.guest.machines import GuestParts
+from tests.guest.restored import BUSY, OPTIONS
 from tests.guest.serial import Serial
 
 NAME = "guest"
@@ -46,9 +48,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     serial = Serial(tmp_path_factory.mktemp("guest") / "serial")
 
     async def boot() -> QemuWorkload:
-        workload = await QemuWorkload.start(NAME, parts.command(serial, "-smp", "2", "-device", "virtio-balloon-pci"))
-        await serial.ready()
-        return workload
+        return await booted.start(NAME, parts, serial, *OPTIONS, checker=BUSY)
 
     async def end() -> None:
         # Attach again: a failed test may have left the first connection in any state.

@@ -12,6 +12,7 @@ from pageferry.host.registry import Registry
 from pageferry.large_pages.api import Options, sample_async
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.target import workload_target
+from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.kernel.swap import swap_space
@@ -28,9 +29,8 @@ def test_huge_pages_of_a_guest_are_sampled_and_restored(
 ) -> None:
     async def run() -> None:
         line = serial("guest")
-        workload = await QemuWorkload.start("guest", parts.command(line))
+        workload = await booted.start("guest", parts, line)
         try:
-            await line.ready()
             with workload_target(workload) as target:
                 (area,) = target.areas
                 space = Space(area.pid)
@@ -59,9 +59,8 @@ def test_cold_memory_of_a_guest_is_swapped_out(
 
     async def run() -> None:
         line = serial("guest")
-        workload = await QemuWorkload.start("guest", parts.command(line))
+        workload = await booted.start("guest", parts, line)
         try:
-            await line.ready()
             with workload_target(workload) as target:
                 options = Options(sample=1.0, budget=None, window=0.2, rounds=1, reclaim="swap")
                 result = await sample_async(target, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ from tests.kernel.programs import wait_until
 pytestmark = pytest.mark.usefixtures("root")
 
 Q35 = ("-machine", "q35", "-smp", "2", "-device", "virtio-balloon-pci", "-device", "virtio-rng-pci")
+
+
+@pytest.fixture(scope="module")
+def parts(parts: GuestParts) -> GuestParts:
+    """Each kind of guest is started once, so that a saved state would be of no use."""
+    return replace(parts, states=None)
 
 
 def balloon(guest: Traveller, mib: int) -> None:
