@@ -12,7 +12,7 @@ import msgspec
 import pageferry
 from pageferry.docstrings import field_docstrings
 from pageferry.events import SCHEMA, Event
-from pageferry.report.event_log import LogEnd, LogHeader
+from pageferry.report.events import LogEnd, LogHeader
 
 HEAD = f"""# Events
 

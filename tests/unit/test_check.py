@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from pageferry.host import qemus
-from pageferry.host.check import Check, obstacle
+from pageferry.host.check import obstacle
+from pageferry.host.events import Check
 from pageferry.host.probes import PROBES, Feature
 from pageferry.host.probes.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, choose
 from pageferry.host.qemus import Qemu, QemuSearch, find_qemus

@@ -135,6 +135,10 @@ def test_documentation_of_events_is_up_to_date() -> None:
     assert (ROOT / "docs" / "events.md").read_text() == page.page(), "run `make docs/events.md`"
 
 
+def test_events_are_defined_in_modules_of_that_name() -> None:
+    assert {event.__module__.rpartition(".")[2] for event in page.events().values()} == {"events"}
+
+
 def test_event_tags_are_unique_and_reserved_keys_unused() -> None:
     for tag, event in page.events().items():
         assert issubclass(event, Event), tag

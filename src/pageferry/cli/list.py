@@ -15,8 +15,9 @@ from pageferry.memory.regions import Region
 from pageferry.migration.ownership import committed
 from pageferry.pager import client
 from pageferry.report.reporter import open_reporter
-from pageferry.report.workloads import Listing, WorkloadInfo, WorkloadsView
+from pageferry.report.workloads import WorkloadsView
 from pageferry.workloads.arena.control_socket.client import RemoteArena
+from pageferry.workloads.events import Listing, WorkloadInfo
 from pageferry.workloads.protocols import Condition, Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
 

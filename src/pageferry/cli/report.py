@@ -8,8 +8,9 @@ from pathlib import Path
 from pageferry.errors import UsageError
 from pageferry.host import files
 from pageferry.report.event_log import Log
+from pageferry.report.events import ReportResult
 from pageferry.report.reporter import open_reporter
-from pageferry.report.run import ReportResult, Run
+from pageferry.report.run import Run
 from pageferry.report.runs import RunsView
 
 

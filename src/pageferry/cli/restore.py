@@ -13,6 +13,7 @@ from pageferry.cli.foreground import GuestOptions, run_in_foreground
 from pageferry.cli.options import add_options
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
+from pageferry.pager.events import TakenOver
 from pageferry.pager.launcher import take_over
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.restore import RestoreView
@@ -97,5 +98,12 @@ async def _report_completion(name: str, result: RestoreResult, reporter: Reporte
 async def _take_over(args: argparse.Namespace, reporter: Reporter) -> int:
     status = await take_over(Registry().folder(args.name), args.image)
     if status is not None:
-        reporter.final(status)
+        result = TakenOver(
+            workload=args.name,
+            image=status.image,
+            pager=status.pager,
+            deferred=status.deferred,
+            failures=status.failures,
+        )
+        reporter.final(result)
     return 0

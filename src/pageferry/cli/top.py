@@ -9,7 +9,8 @@ from pageferry.cli.arguments import seconds
 from pageferry.host.blocking import in_thread
 from pageferry.report.reporter import open_reporter
 from pageferry.report.top import TopView
-from pageferry.workloads.overview import Overview, overview
+from pageferry.workloads.events import Overview
+from pageferry.workloads.overview import overview
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

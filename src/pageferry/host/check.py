@@ -1,30 +1,14 @@
-"""Result of `pageferry check`: features and systems of this host, its QEMU binaries, and whether migration can run."""
+"""Checks of a host: features and systems of this host, its QEMU binaries, and whether migration can run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-from pageferry.events import Event
+from pageferry.host.events import Check
 from pageferry.host.probes import Feature, check_features
-from pageferry.host.probes.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, SystemReport, choose, lacking
-from pageferry.host.qemus import Qemu, QemuSearch
-
-
-class Check(Event, frozen=True, tag="check"):
-    """Features, systems and QEMU binaries of this host."""
-
-    kernel: str
-    """Release of the kernel; informative only."""
-    user: int
-    """Effective user id."""
-    features: list[Feature]
-    systems: list[SystemReport]
-    qemu: list[Qemu]
-    main_job: bool
-    """Whether live migration can run: of arenas, and of guests too if there is a QEMU."""
-    reason: str | None
-    """Reason why live migration cannot run, with a remedy; None if it can."""
+from pageferry.host.probes.systems import ARENAS_MOVE, GUESTS_MOVE, SYSTEMS, choose, lacking
+from pageferry.host.qemus import QemuSearch
 
 
 def check() -> Check:

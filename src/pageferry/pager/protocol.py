@@ -6,7 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from pageferry.events import Event
 from pageferry.images.metadata import ImageIdentity
 
 MAX_TOUCHED = 16384
@@ -42,7 +41,7 @@ class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
     """Whether another client has acquired the pager."""
 
 
-class PagerStatus(Event, frozen=True, kw_only=True, tag="pager"):
+class PagerStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Reply to every other request."""
 
     image: str

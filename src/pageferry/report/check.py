@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.host.check import Check
+from pageferry.host.events import Check
 from pageferry.host.probes import Feature
 from pageferry.host.probes.systems import SystemReport
 from pageferry.report.text import PlainView

@@ -29,6 +29,7 @@ from pageferry.errors import UsageError
 from pageferry.events import SCHEMA, Event
 from pageferry.host import files
 from pageferry.printable import printable_json
+from pageferry.report.events import LogEnd, LogHeader
 
 log = getLogger(__name__)
 
@@ -40,33 +41,6 @@ OF_THE_PARSER = ("verb", "version", "completion", "takes_command", "works_on")
 """Attributes of the namespace that are not arguments of the verb."""
 HIDDEN = ("pass", "secret", "token", "psk", "credential")
 """Arguments whose names contain one of these words are not recorded."""
-
-
-class LogHeader(Event, frozen=True, kw_only=True, tag="log"):
-    """First line of a log: the command."""
-
-    schema: int
-    """Version of the events that follow."""
-    verb: str
-    arguments: dict[str, Any]
-    """Arguments by name, with defaults and without secrets. A command line after `--` is reduced to its program."""
-    pageferry: str
-    """Version of pageferry."""
-    kernel: str
-    """Release of the kernel."""
-    host: str
-    pid: int
-    started: str
-    """Start time, UTC, ISO 8601."""
-
-
-class LogEnd(Event, frozen=True, kw_only=True, tag="end"):
-    """Last line of a log: exit code and error."""
-
-    exit_code: int
-    error: str | None = None
-    """Class of the error: one of docs/exit-codes.md, or a Python exception."""
-    message: str | None = None
 
 
 def header(verb: str, arguments: Mapping[str, Any]) -> LogHeader:
@@ -179,15 +153,14 @@ class Log:
     cut: bool
     """Whether the last line is incomplete."""
 
-    def of(self, kind: type[Kind], *tags: str) -> list[tuple[float, Kind]]:
-        """Return the events of a kind with their times, milliseconds. `tags`: types to use instead of that of `kind`.
+    def of(self, kind: type[Kind]) -> list[tuple[float, Kind]]:
+        """Return the events of a kind with their times, milliseconds.
 
         Events that do not match the record are omitted: another version of pageferry has written them.
         """
-        wanted = tags or (str(kind.__struct_config__.tag),)
         found = []
         for line in self.lines:
-            if line.tag in wanted:
+            if line.tag == kind.__struct_config__.tag:
                 with contextlib.suppress(msgspec.ValidationError):
                     found.append((line.at, line.to(kind)))
         return found

@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pageferry.demo.events import DemoResult
 from pageferry.migration.events import (
     DirectIo,
     LargePagesEvent,
@@ -80,10 +81,11 @@ class DemoView(MigrationView):
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return the table of the migration, and whether writes were lost."""
-        intact, writes, checked = (getattr(result, name) for name in ("intact", "writes", "checked"))
-        verdict = "no lost writes" if intact else "WRITES LOST"
-        line = f"{verdict}: {writes:,} writes, {checked:,} pages verified"
-        return Group(super().result(result), Text(line, style="bold green" if intact else "bold red"))
+        if not isinstance(result, DemoResult):
+            return super().result(result)
+        verdict = "no lost writes" if result.intact else "WRITES LOST"
+        line = f"{verdict}: {result.writes:,} writes, {result.checked:,} pages verified"
+        return Group(super().result(result), Text(line, style="bold green" if result.intact else "bold red"))
 
 
 def postcopy_line(event: PostcopyEvent) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.checkpoints.events import EagerEvent, ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
+from pageferry.pager.events import TakenOver
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import duration, ms, size
 
@@ -56,10 +57,15 @@ class RestoreView(PlainView):
         return lines
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the result as a table."""
-        if not isinstance(result, RestoreResult):
-            return super().result(result)
-        return named_values(_rows(result))
+        """Return the result as a table, that of a takeover as lines."""
+        match result:
+            case RestoreResult():
+                return named_values(_rows(result))
+            case TakenOver():
+                state = f"{size(result.deferred)} deferred, loaded from {result.image} by process {result.pager}"
+                return Text("\n".join([f"{result.workload}: {state}", *result.failures]))
+            case _:
+                return super().result(result)
 
 
 def _rows(result: RestoreResult) -> list[tuple[str, str]]:

@@ -5,66 +5,17 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import msgspec
+from typing import Any
 
 from pageferry.errors import UsageError
-from pageferry.events import Event
 from pageferry.report.event_log import Log
+from pageferry.report.events import FactRecord, FigureRecord, Outcome, RunRecord
 from pageferry.report.figures import checkpoint, large_pages, migration, restore, sharing
 from pageferry.report.figures.base import Cell, Fact, Figure
 
 KINDS = (migration, checkpoint, restore, large_pages, sharing)
 NAMES = ("name", "target", "names", "image")
 """Arguments that name the subject of a verb; the first one present is used."""
-
-Outcome = Literal["done", "failed", "interrupted", "unfinished"]
-
-
-class FactRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Fact in JSON output."""
-
-    name: str
-    value: float | str | None
-    unit: str
-    """`bytes`, `bytes/s`, `ms`, `us`, `count`, `part` (of 1) or `text`."""
-
-
-class FigureRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers of a figure in JSON output."""
-
-    name: str
-    title: str
-    columns: list[tuple[str, str]]
-    """Name and unit of each column; units as in facts."""
-    rows: list[list[float | str | None]]
-
-
-class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Run in JSON output."""
-
-    path: str
-    verb: str
-    subject: str
-    """Workload, process or image that the command worked on."""
-    started: str
-    outcome: Outcome
-    """`unfinished`: killed or still running."""
-    exit_code: int | None
-    message: str | None
-    duration_ms: float
-    """Milliseconds from the first to the last line of the log."""
-    facts: list[FactRecord]
-    figures: list[FigureRecord]
-
-
-class ReportResult(Event, frozen=True, kw_only=True, tag="report"):
-    """Result of `pageferry report`."""
-
-    runs: list[RunRecord]
-    html: str | None
-    """Path of the page, if --html was given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pageferry.report.events import ReportResult
 from pageferry.report.figures.base import Figure, shown, thinned
-from pageferry.report.run import ReportResult, Run, families, side_by_side
+from pageferry.report.run import Run, families, side_by_side
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration
 

@@ -13,14 +13,14 @@ from rich.text import Text
 from pageferry.host.jobs import Job
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
-from pageferry.workloads.overview import HostMemory, Overview, WorkloadMemory
+from pageferry.workloads.events import HostMemory, Overview, WorkloadMemory
 
 BAR = 16
 """Width of a bar, columns."""
 
 
 class TopView(PlainView):
-    """View of `workloads.overview.Overview`."""
+    """View of `workloads.events.Overview`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """Return a line per workload."""

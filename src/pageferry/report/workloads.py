@@ -7,39 +7,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.events import Event
 from pageferry.report.text import PlainView
 from pageferry.report.units import size
-
-
-class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
-    """Description of a workload."""
-
-    name: str
-    kind: str
-    """`qemu` or `arena`."""
-    pid: int
-    """Process id in the PID namespace in which the workload was started."""
-    status: str
-    """`running`, `paused`, `committed` (the destination may own it), `moved`; `busy`: in use by another command;
-    `unknown`: started in another PID namespace, and not accessible from this one.
-    """
-    reason: str | None = None
-    """Reason why it is paused, unless its user has paused it."""
-    memory: int | None
-    """Size of the memory, bytes; None if it is busy or unknown."""
-    resident: int | None
-    """Allocated bytes of the memory, mapped or not; None if it is busy or unknown."""
-    deferred: int = 0
-    """Deferred bytes, to be loaded from an image or fetched from another host."""
-    waiting: str | None = None
-    """Reason why deferred bytes are not loaded: no pager, no connection, or unreadable pages."""
-
-
-class Listing(Event, frozen=True, tag="workloads"):
-    """All workloads of a host."""
-
-    workloads: list[WorkloadInfo]
+from pageferry.workloads.events import Listing, WorkloadInfo
 
 
 class WorkloadsView(PlainView):

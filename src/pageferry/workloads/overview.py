@@ -9,57 +9,14 @@ from __future__ import annotations
 
 import time
 
-import msgspec
-
 from pageferry.errors import RestoreError, UnsupportedError, WorkloadDied
-from pageferry.events import Event
 from pageferry.host import jobs, smaps
-from pageferry.host.jobs import Job
 from pageferry.host.proc import meminfo
 from pageferry.host.registry import AnyEntry, Folder, QemuEntry, Registry
 from pageferry.pager import client
+from pageferry.workloads.events import HostMemory, Overview, WorkloadMemory
 
 _LARGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
-
-
-class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Memory of the host, bytes."""
-
-    total: int
-    available: int
-    """Memory available to new processes without swapping, bytes."""
-    large: int
-    """Memory of all processes and files that is backed by huge pages, bytes; without hugetlbfs."""
-    swap: int
-    swap_free: int
-
-
-class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Memory use of one workload at one point in time."""
-
-    name: str
-    kind: str
-    pid: int
-    memory: int | None
-    """Resident memory of the process, including hugetlbfs, bytes; None if the process cannot be inspected."""
-    large: int | None
-    """Part of `memory` that is backed by huge pages, bytes; None if the process cannot be inspected."""
-    deferred: int
-    """Contents not loaded yet, from an image or another host, bytes."""
-    waiting: str | None
-    """Reason why deferred contents cannot be loaded; None if they can."""
-    dirty_rate: int | None
-    """Memory modified per second, bytes, as measured by a running migration in its last round; None without one."""
-    jobs: list[Job]
-
-
-class Overview(Event, frozen=True, kw_only=True, tag="top"):
-    """Memory use of the host and of every registered workload at one point in time."""
-
-    time: float
-    """Time of the measurement, seconds since 1970."""
-    host: HostMemory
-    workloads: list[WorkloadMemory]
 
 
 def overview(registry: Registry | None = None) -> Overview:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pageferry.demo.events import DemoResult
 from pageferry.migration.events import LargePagesEvent, MigrationResult, PostcopyEvent, RoundEvent, SetupEvent
 from pageferry.report.charts import Bar, Line, Series, Strip, bars, columns, lines, strips
 from pageferry.report.event_log import Log
@@ -11,12 +14,11 @@ from pageferry.report.units import duration, rate, size
 
 MAX_ROWS = 40
 """Maximum number of rows of a table."""
-RESULTS = ("migration", "demo")
 
 
 def result_of(log: Log) -> MigrationResult | None:
     """Return the result of `migrate` or `demo`, if the log has one."""
-    found = log.of(MigrationResult, *RESULTS)
+    found: Sequence[tuple[float, MigrationResult]] = log.of(MigrationResult) or log.of(DemoResult)
     return found[-1][1] if found else None
 
 
@@ -48,9 +50,8 @@ def facts(log: Log) -> list[Fact]:
         facts.append(Fact("p99 of service times", late.waits.p99_us, "us"))
     if faults is not None:
         facts.append(Fact("faults in the first second", faults.minor + faults.major, "count"))
-    for line in log.lines:
-        if line.tag == "demo":
-            facts.insert(0, Fact("lost writes", "none" if line.fields.get("intact") else "SOME", lead=True))
+    if isinstance(result, DemoResult):
+        facts.insert(0, Fact("lost writes", "none" if result.intact else "SOME", lead=True))
     return facts
 
 

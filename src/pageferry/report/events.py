@@ -1,0 +1,83 @@
+"""First and last lines of event logs, and the result of `pageferry report`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from pageferry.events import Event
+
+Outcome = Literal["done", "failed", "interrupted", "unfinished"]
+
+
+class LogHeader(Event, frozen=True, kw_only=True, tag="log"):
+    """First line of a log: the command."""
+
+    schema: int
+    """Version of the events that follow."""
+    verb: str
+    arguments: dict[str, Any]
+    """Arguments by name, with defaults and without secrets. A command line after `--` is reduced to its program."""
+    pageferry: str
+    """Version of pageferry."""
+    kernel: str
+    """Release of the kernel."""
+    host: str
+    pid: int
+    started: str
+    """Start time, UTC, ISO 8601."""
+
+
+class LogEnd(Event, frozen=True, kw_only=True, tag="end"):
+    """Last line of a log: exit code and error."""
+
+    exit_code: int
+    error: str | None = None
+    """Class of the error: one of docs/exit-codes.md, or a Python exception."""
+    message: str | None = None
+
+
+class FactRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Fact in JSON output."""
+
+    name: str
+    value: float | str | None
+    unit: str
+    """`bytes`, `bytes/s`, `ms`, `us`, `count`, `part` (of 1) or `text`."""
+
+
+class FigureRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers of a figure in JSON output."""
+
+    name: str
+    title: str
+    columns: list[tuple[str, str]]
+    """Name and unit of each column; units as in facts."""
+    rows: list[list[float | str | None]]
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Run in JSON output."""
+
+    path: str
+    verb: str
+    subject: str
+    """Workload, process or image that the command worked on."""
+    started: str
+    outcome: Outcome
+    """`unfinished`: killed or still running."""
+    exit_code: int | None
+    message: str | None
+    duration_ms: float
+    """Milliseconds from the first to the last line of the log."""
+    facts: list[FactRecord]
+    figures: list[FigureRecord]
+
+
+class ReportResult(Event, frozen=True, kw_only=True, tag="report"):
+    """Result of `pageferry report`."""
+
+    runs: list[RunRecord]
+    html: str | None
+    """Path of the page, if --html was given."""

@@ -1,0 +1,78 @@
+"""Descriptions of workloads: results of `list`, `run`, `adopt` and `top`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pageferry.events import Event
+from pageferry.host.jobs import Job
+
+
+class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
+    """Description of a workload."""
+
+    name: str
+    kind: str
+    """`qemu` or `arena`."""
+    pid: int
+    """Process id in the PID namespace in which the workload was started."""
+    status: str
+    """`running`, `paused`, `committed` (the destination may own it), `moved`; `busy`: in use by another command;
+    `unknown`: started in another PID namespace, and not accessible from this one.
+    """
+    reason: str | None = None
+    """Reason why it is paused, unless its user has paused it."""
+    memory: int | None
+    """Size of the memory, bytes; None if it is busy or unknown."""
+    resident: int | None
+    """Allocated bytes of the memory, mapped or not; None if it is busy or unknown."""
+    deferred: int = 0
+    """Deferred bytes, to be loaded from an image or fetched from another host."""
+    waiting: str | None = None
+    """Reason why deferred bytes are not loaded: no pager, no connection, or unreadable pages."""
+
+
+class Listing(Event, frozen=True, tag="workloads"):
+    """All workloads of a host."""
+
+    workloads: list[WorkloadInfo]
+
+
+class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Memory of the host, bytes."""
+
+    total: int
+    available: int
+    """Memory available to new processes without swapping, bytes."""
+    large: int
+    """Memory of all processes and files that is backed by huge pages, bytes; without hugetlbfs."""
+    swap: int
+    swap_free: int
+
+
+class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Memory use of one workload at one point in time."""
+
+    name: str
+    kind: str
+    pid: int
+    memory: int | None
+    """Resident memory of the process, including hugetlbfs, bytes; None if the process cannot be inspected."""
+    large: int | None
+    """Part of `memory` that is backed by huge pages, bytes; None if the process cannot be inspected."""
+    deferred: int
+    """Contents not loaded yet, from an image or another host, bytes."""
+    waiting: str | None
+    """Reason why deferred contents cannot be loaded; None if they can."""
+    dirty_rate: int | None
+    """Memory modified per second, bytes, as measured by a running migration in its last round; None without one."""
+    jobs: list[Job]
+
+
+class Overview(Event, frozen=True, kw_only=True, tag="top"):
+    """Memory use of the host and of every registered workload at one point in time."""
+
+    time: float
+    """Time of the measurement, seconds since 1970."""
+    host: HostMemory
+    workloads: list[WorkloadMemory]
