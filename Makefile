@@ -48,12 +48,13 @@ soak: build system ## Migrate at random between three hosts under failures (SOAK
 	$(PYTHON) -u -m tests.network.soak
 
 .PHONY: lint
-lint: build ## Check format, types, stubs and import rules
+lint: build ## Check format, types, stubs, import rules and the length of functions
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(PYTHON) -m mypy.stubtest --allowlist scripts/stubtest.allow --ignore-unused-allowlist pageferry._engine
 	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(PYTHON) scripts/function_length.py
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 

@@ -21,6 +21,7 @@ from pageferry.report.svg import WIDTH, binary_ticks, ticks
 from tests.logs import MAKERS, failed, migrate, save, written
 
 FORM = "{:.0f}".format
+AXES = charts.Axes(FORM, FORM, "x", binary=False)
 
 
 def parsed(svg: str) -> ElementTree.Element:
@@ -62,12 +63,12 @@ def test_charts_are_well_formed_and_stay_in_their_frame(values: list[float], kin
     points = list(enumerate(values))
     svg = {
         "columns": lambda: charts.columns("l", names, [charts.Series("s", 1, values)], FORM, "x"),
-        "lines": lambda: charts.lines("l", [charts.Line("s", 1, points, area=True)], FORM, FORM, "x", marks=[(1, "m")]),
+        "lines": lambda: charts.lines("l", [charts.Line("s", 1, points, area=True)], AXES, [(1, "m")]),
         "bars": lambda: charts.bars("l", rows, FORM),
         "stack": lambda: charts.stack("l", rows, FORM),
         "strips": lambda: charts.strips("l", cells, "a", "b"),
         "histogram": lambda: charts.histogram("l", [*names, "end"], list(map(int, values)), "x", [(0.5, "m")]),
-        "dots": lambda: charts.dots("l", points, (len(values), max(values)), FORM, FORM, "x"),
+        "dots": lambda: charts.dots("l", points, (len(values), max(values)), AXES),
         "heat": lambda: charts.heat("l", cells, "x"),
     }[kind]()
     root = parsed(svg)

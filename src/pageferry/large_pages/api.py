@@ -73,6 +73,18 @@ class Options:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Samples of all rounds, with the decision of the policy about each."""
+
+    candidates: list[LargePage]
+    activities: list[Activity]
+    decisions: list[Decision]
+    rounds: int
+    limited_by: Limit | None
+    elapsed: float
+
+
 async def sample_async(
     target: Target,
     options: Options | None = None,
@@ -94,7 +106,7 @@ async def sample_async(
     values.function("listener", listener)
     if policy is not None:
         values.function("policy", getattr(policy, "decide", None))
-    options, policy = options or Options(), policy or Threshold()
+    options = options or Options()
     if options.reclaim == "swap":
         swap.check_swap()
     elif options.reclaim == "store":
@@ -102,38 +114,26 @@ async def sample_async(
     if target.workload is not None:
         await in_thread(persistent_trace.forget, target.workload)  # a persistent write trace would interfere
     tracker = Tracker(target)
+    sampled = await _sample_all(tracker, options, policy or Threshold(), sharing or {}, listener)
+    broken, reclaimed, store = await _reclaim(target, options, sampled)
+    return _result(tracker, options, sampled, broken=broken, reclaimed=reclaimed, store=store)
+
+
+sample = synchronous(sample_async)
+
+
+async def _sample_all(
+    tracker: Tracker,
+    options: Options,
+    policy: Policy,
+    sharing: Mapping[tuple[int, int], int],
+    listener: Listener,
+) -> _Sampled:
     candidates = tracker.large_pages()
     begin = time.monotonic()
     seen, rounds, limited_by = await _run_rounds(tracker, candidates, options, listener)
     elapsed = time.monotonic() - begin
-    decisions = _decide(seen, policy, sharing or {})
-    broken, reclaimed, store = 0, 0, None
-    idle = [activity for activity, decision in zip(seen, decisions, strict=True) if decision == "break"]
-    if options.reclaim == "swap":
-        broken, reclaimed = swap.to_swap(target, idle)
-    elif options.reclaim == "store":
-        stored = await cold_store.to_store(target, idle, options.store, options.codec)
-        broken, reclaimed, store = stored.broken, stored.freed, _figures(stored)
-    return LargePagesResult(
-        target=target.name,
-        window_ms=options.window * 1e3,
-        rounds=rounds,
-        regions=_regions(target, candidates, seen),
-        samples=[_sample(activity, decision) for activity, decision in zip(seen, decisions, strict=True)],
-        histogram=_histogram(seen),
-        estimate=estimate([activity.count for activity in seen], len(candidates)),
-        reclaimed=reclaimed,
-        broken=broken,
-        restored=tracker.restored,
-        not_restored=len(tracker.small),
-        overhead=_overhead(tracker, seen, elapsed, options.budget),
-        skipped=list(target.skipped),
-        store=store,
-        limited_by=limited_by,
-    )
-
-
-sample = synchronous(sample_async)
+    return _Sampled(candidates, seen, _decide(seen, policy, sharing), rounds, limited_by, elapsed)
 
 
 async def _run_rounds(
@@ -161,6 +161,41 @@ def _decide(seen: Sequence[Activity], policy: Policy, sharing: Mapping[tuple[int
         )
         for one in seen
     ]
+
+
+async def _reclaim(target: Target, options: Options, sampled: _Sampled) -> tuple[int, int, StoreFigures | None]:
+    """Reclaim the pages that the policy has selected. Return the huge pages split, the bytes freed, and the store."""
+    pairs = zip(sampled.activities, sampled.decisions, strict=True)
+    idle = [activity for activity, decision in pairs if decision == "break"]
+    if options.reclaim == "swap":
+        return *swap.to_swap(target, idle), None
+    if options.reclaim == "store":
+        stored = await cold_store.to_store(target, idle, options.store, options.codec)
+        return stored.broken, stored.freed, _figures(stored)
+    return 0, 0, None
+
+
+def _result(
+    tracker: Tracker, options: Options, sampled: _Sampled, *, broken: int, reclaimed: int, store: StoreFigures | None
+) -> LargePagesResult:
+    target, seen = tracker.target, sampled.activities
+    return LargePagesResult(
+        target=target.name,
+        window_ms=options.window * 1e3,
+        rounds=sampled.rounds,
+        regions=_regions(target, sampled.candidates, seen),
+        samples=[_sample(activity, decision) for activity, decision in zip(seen, sampled.decisions, strict=True)],
+        histogram=_histogram(seen),
+        estimate=estimate([activity.count for activity in seen], len(sampled.candidates)),
+        reclaimed=reclaimed,
+        broken=broken,
+        restored=tracker.restored,
+        not_restored=len(tracker.small),
+        overhead=_overhead(tracker, seen, sampled.elapsed, options.budget),
+        skipped=list(target.skipped),
+        store=store,
+        limited_by=sampled.limited_by,
+    )
 
 
 async def undo_async(target: Target) -> BroughtBack:

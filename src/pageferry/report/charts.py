@@ -38,6 +38,16 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Axes:
+    """Formatters of the values on both axes, and the name of the x axis. `binary`: y ticks in binary units."""
+
+    x: Format
+    y: Format
+    name: str
+    binary: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
     """Single bar. `note`: label to print after it instead of its value."""
 
@@ -89,29 +99,20 @@ def columns(
     return chart(frame.height, label, *parts)
 
 
-def lines(
-    label: str,
-    drawn: Sequence[Line],
-    x_form: Format,
-    y_form: Format,
-    axis: str,
-    *,
-    binary: bool = False,
-    marks: Sequence[tuple[float, str]] = (),
-) -> str:
+def lines(label: str, drawn: Sequence[Line], axes: Axes, marks: Sequence[tuple[float, str]] = ()) -> str:
     """Return a line chart. `marks`: labelled positions on the x axis."""
     points = [point for one in drawn for point in one.points]
     most_x = max([x for x, _ in points] + [x for x, _ in marks], default=1) or 1
-    frame = Frame(most_x, (binary_ticks if binary else ticks)(max((y for _, y in points), default=0)), top=22)
-    parts = [frame.y_axis(y_form), frame.floor(), frame.x_axis(ticks(most_x, 5), x_form, axis)]
+    frame = Frame(most_x, (binary_ticks if axes.binary else ticks)(max((y for _, y in points), default=0)), top=22)
+    parts = [frame.y_axis(axes.y), frame.floor(), frame.x_axis(ticks(most_x, 5), axes.x, axes.name)]
     for one in drawn:
-        parts += _line(frame, one, x_form, y_form)
+        parts += _line(frame, one, axes)
     for x, word in marks:
         parts.append(_mark(frame, frame.x(x), word))
     return chart(frame.height, label, *parts)
 
 
-def _line(frame: Frame, line: Line, x_form: Format, y_form: Format) -> list[str]:
+def _line(frame: Frame, line: Line, axes: Axes) -> list[str]:
     if not line.points:
         return []
     path, before = "", None
@@ -128,7 +129,7 @@ def _line(frame: Frame, line: Line, x_form: Format, y_form: Format) -> list[str]
     parts.append(element("path", d=path, class_=f"s{line.colour} line"))
     few = len(line.points) <= 30
     for x, y in line.points if few else line.points[:: -(-len(line.points) // 30)]:
-        title = f"{line.name}: {y_form(y)} at {x_form(x)}"
+        title = f"{line.name}: {axes.y(y)} at {axes.x(x)}"
         hidden = "" if few and not line.steps else " unseen"
         dot = f"f{line.colour}{hidden}"
         parts.append(element("circle", title=title, cx=frame.x(x), cy=frame.y(y), r=3 if few else 6, class_=dot))
@@ -271,12 +272,12 @@ def _cells(row: Strip, x: float, y: float, width: float, height: float) -> str:
     return "".join(parts)
 
 
-def dots(label: str, points: Points, most: tuple[float, float], x_form: Format, y_form: Format, axis: str) -> str:
+def dots(label: str, points: Points, most: tuple[float, float], axes: Axes) -> str:
     """Return a scatter plot. `most`: upper ends of the x axis and the y axis."""
     frame = Frame(most[0] or 1, binary_ticks(most[1]))
-    parts = [frame.y_axis(y_form), frame.floor(), frame.x_axis(ticks(most[0], 5), x_form, axis)]
+    parts = [frame.y_axis(axes.y), frame.floor(), frame.x_axis(ticks(most[0], 5), axes.x, axes.name)]
     for x, y in points:
-        title = f"{x_form(x)}: {y_form(y)}"
+        title = f"{axes.x(x)}: {axes.y(y)}"
         parts.append(
             element("rect", title=title, x=frame.x(x) - 1, y=frame.y(y) - 1, width=2.2, height=2.2, class_="f1")
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pageferry.checkpoints.events import ArmedEvent, CheckpointResult, InstantEvent, SavingEvent
-from pageferry.report.charts import Bar, Line, bars, lines, stack
+from pageferry.report.charts import Axes, Bar, Line, bars, lines, stack
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
 from pageferry.report.units import duration, size
@@ -63,11 +63,8 @@ def _progress(log: Log) -> list[Figure]:
             lines(
                 "Memory saved and bytes stored over time",
                 [Line("memory saved", 1, saved, area=True), Line("in the image", 5, stored)],
-                time_axis(saved[-1][0]),
-                size,
-                "time since the command began",
-                binary=True,
-                marks=marks,
+                Axes(time_axis(saved[-1][0]), size, "time since the command began"),
+                marks,
             ),
             (("time", "ms"), ("memory saved", "bytes"), ("in the image", "bytes"), ("trapped writes", "count")),
             thinned([(at, one.done * PAGE, one.stored, one.traps) for at, one in events], MAX_ROWS),

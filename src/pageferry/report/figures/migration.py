@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pageferry.demo.events import DemoResult
 from pageferry.migration.events import LargePagesEvent, MigrationResult, PostcopyEvent, RoundEvent, SetupEvent
-from pageferry.report.charts import Bar, Line, Series, Strip, bars, columns, lines, strips
+from pageferry.report.charts import Axes, Bar, Line, Series, Strip, bars, columns, lines, strips
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
 from pageferry.report.figures.latency import latency
@@ -83,8 +83,12 @@ def _rounds(log: Log) -> list[Figure]:
     if not rounds:
         return []
     names = ["post-copy" if event.postcopy else str(event.round) for event in rounds]
+    return [_amounts(rounds, names), _speeds(rounds, names)]
+
+
+def _amounts(rounds: list[RoundEvent], names: list[str]) -> Figure:
     sent, left = [event.sent for event in rounds], [event.remaining for event in rounds]
-    amounts = columns(
+    chart = columns(
         f"Bytes sent and bytes modified in {len(rounds)} rounds",
         names,
         [Series("sent", 1, sent), Series("modified", 2, left)],
@@ -92,8 +96,20 @@ def _rounds(log: Log) -> list[Figure]:
         "round",
         binary=True,
     )
+    return Figure(
+        "rounds",
+        "Rounds",
+        "Bytes that each round sent, and memory that was modified during the round and had to be sent again.",
+        chart,
+        (("round", "count"), ("pages", "count"), ("sent", "bytes"), ("modified", "bytes"), ("time", "ms")),
+        [(one.round, one.pages, one.sent, one.remaining, one.ms) for one in rounds],
+        ((1, "sent"), (2, "modified")),
+    )
+
+
+def _speeds(rounds: list[RoundEvent], names: list[str]) -> Figure:
     speed = [event.mbps * 1e6 / 8 for event in rounds]
-    speeds = columns(
+    chart = columns(
         f"Send rate and dirty rate in {len(rounds)} rounds",
         names,
         [Series("send rate", 1, speed), Series("dirty rate", 3, [one.dirty_rate for one in rounds])],
@@ -101,33 +117,16 @@ def _rounds(log: Log) -> list[Figure]:
         "round",
         binary=True,
     )
-    return [
-        Figure(
-            "rounds",
-            "Rounds",
-            "Bytes that each round sent, and memory that was modified during the round and had to be sent again.",
-            amounts,
-            (
-                ("round", "count"),
-                ("pages", "count"),
-                ("sent", "bytes"),
-                ("modified", "bytes"),
-                ("time", "ms"),
-            ),
-            [(one.round, one.pages, one.sent, one.remaining, one.ms) for one in rounds],
-            ((1, "sent"), (2, "modified")),
-        ),
-        Figure(
-            "speeds",
-            "Send rate and dirty rate",
-            "Rounds become smaller while memory is sent faster than it is modified. The send rate counts compressed "
-            "bytes; the dirty rate counts uncompressed memory.",
-            speeds,
-            (("round", "count"), ("send rate", "bytes/s"), ("dirty rate", "bytes/s")),
-            [(one.round, value, one.dirty_rate) for one, value in zip(rounds, speed, strict=True)],
-            ((1, "send rate"), (3, "dirty rate")),
-        ),
-    ]
+    return Figure(
+        "speeds",
+        "Send rate and dirty rate",
+        "Rounds become smaller while memory is sent faster than it is modified. The send rate counts compressed "
+        "bytes; the dirty rate counts uncompressed memory.",
+        chart,
+        (("round", "count"), ("send rate", "bytes/s"), ("dirty rate", "bytes/s")),
+        [(one.round, value, one.dirty_rate) for one, value in zip(rounds, speed, strict=True)],
+        ((1, "send rate"), (3, "dirty rate")),
+    )
 
 
 def _downtime(result: MigrationResult | None) -> list[Figure]:
@@ -169,10 +168,7 @@ def _postcopy(log: Log) -> list[Figure]:
             lines(
                 "Deferred memory over time",
                 [Line("deferred", 2, drawn, area=True)],
-                time_axis(drawn[-1][0]),
-                size,
-                "time since the start of the command",
-                binary=True,
+                Axes(time_axis(drawn[-1][0]), size, "time since the start of the command"),
             ),
             (("time", "ms"), ("deferred", "bytes"), ("requests", "count")),
             thinned([(at, one.remaining, one.postcopy_requests) for at, one in events], MAX_ROWS),

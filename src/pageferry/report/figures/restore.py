@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pageferry.checkpoints.events import ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
-from pageferry.report.charts import Bar, Line, bars, dots, lines
+from pageferry.report.charts import Axes, Bar, Line, bars, dots, lines
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
 from pageferry.report.figures.latency import latency
@@ -93,11 +93,8 @@ def _loading(log: Log) -> list[Figure]:
             lines(
                 "Deferred memory over time",
                 [Line("deferred", 2, left, area=True)],
-                time_axis(left[-1][0]),
-                size,
-                "time since the start of the command",
-                binary=True,
-                marks=[(start / 1e3, "running")],
+                Axes(time_axis(left[-1][0]), size, "time since the start of the command"),
+                [(start / 1e3, "running")],
             ),
             (("time", "ms"), ("deferred", "bytes"), ("faults", "count"), ("read", "bytes")),
             thinned([(at, one.deferred, one.faults, one.bytes_read) for at, one in events], MAX_ROWS),
@@ -125,9 +122,7 @@ def _working_set(log: Log) -> list[Figure]:
                 "Windows of memory in the order of their first access",
                 shown,
                 (len(order), memory),
-                lambda value: f"{value:,.0f}",
-                size,
-                "order of first access",
+                Axes(lambda value: f"{value:,.0f}", size, "order of first access"),
             ),
             (("order", "count"), ("offset", "bytes")),
             thinned(order, MAX_ROWS),

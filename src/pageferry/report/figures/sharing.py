@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pageferry.report.charts import Bar, Line, bars, lines
+from pageferry.report.charts import Axes, Bar, Line, bars, lines
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import Fact, Figure, thinned
 from pageferry.report.units import duration, rate, size
@@ -61,10 +61,7 @@ def _curve(result: SharingResult) -> list[Figure]:
             lines(
                 "Memory freed by the number of huge pages split",
                 [Line("if all could be shared", 2, every, area=True), Line("possible here", 1, possible)],
-                lambda value: f"{value:,.0f}",
-                size,
-                "huge pages split",
-                binary=True,
+                Axes(lambda value: f"{value:,.0f}", size, "huge pages split"),
             ),
             (("huge pages split", "count"), ("if all could be shared", "bytes"), ("possible here", "bytes")),
             thinned([(one.large_pages, one.reclaimable, one.possible) for one in result.curve], MAX_ROWS),

@@ -1,0 +1,58 @@
+"""Print functions of more than 40 lines in src/pageferry and benchmarks; `make lint` runs it.
+
+A function whose length is that of a table or a record states so in a comment on its first line or the line above::
+
+    def tables(results: Results) -> list[str]:  # over 40 lines: a table
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("src/pageferry", "benchmarks")
+MAX_LINES = 40
+"""Maximum number of lines of a function, with signature and docstring."""
+REASON = "# over 40 lines: "
+
+LATER = {
+    "src/pageferry/checkpoints/restore_arena.py",
+    "src/pageferry/checkpoints/restore_guest.py",
+    "src/pageferry/checkpoints/save.py",
+    "src/pageferry/large_pages/cold_store.py",
+    "src/pageferry/migration/api.py",
+    "src/pageferry/migration/source.py",
+    "src/pageferry/migration/statistics.py",
+    "src/pageferry/sharing/api.py",
+    "src/pageferry/workloads/qemu/guest.py",
+}
+"""Files whose functions are to be divided."""
+
+
+def long_functions(path: Path) -> Iterator[tuple[int, str, int]]:
+    """First line, name and number of lines of each function of a file that is too long without a reason."""
+    text = path.read_text()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_LINES and not any(REASON in line for line in lines[node.lineno - 2 : node.body[0].lineno]):
+                yield node.lineno, node.name, length
+
+
+def found() -> Iterator[str]:
+    """Messages on all such functions."""
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = str(path.relative_to(ROOT))
+            for line, function, length in long_functions(path) if name not in LATER else ():
+                yield f"{name}:{line}: {function} has {length} lines, more than {MAX_LINES}: divide it"
+
+
+if __name__ == "__main__":
+    messages = list(found())
+    print("\n".join(messages))
+    sys.exit(1 if messages else 0)

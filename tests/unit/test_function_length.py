@@ -1,0 +1,20 @@
+"""Tests that functions are short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scripts import function_length
+
+
+def test_no_function_is_long_without_a_reason() -> None:
+    assert list(function_length.found()) == []
+
+
+def test_long_functions_are_found_unless_they_state_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    body = "    pass\n" * 40
+    path.write_text(
+        f"def long():\n{body}\n\ndef table():  # over 40 lines: a table\n{body}\n\ndef short():\n    pass\n"
+    )
+    assert list(function_length.long_functions(path)) == [(1, "long", 41)]
