@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from pageferry import values
 from pageferry.checkpoints.options import Options
-from pageferry.checkpoints.save import checkpoint_async
+from pageferry.checkpoints.save import save
 from pageferry.cli.options import add_options, given
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
@@ -42,11 +43,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 async def run(args: argparse.Namespace) -> int:
     """Save the workload."""
-    Options(**given(args, Options))  # checked before anything happens
+    options = Options(**given(args, Options))  # checked before anything happens
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:
-            await _save(args, process)
+            await _save(args, process, options)
         finally:
             process.close()
         return 0
@@ -58,13 +59,13 @@ async def run(args: argparse.Namespace) -> int:
     workload = await open_workload(args.name)
     try:
         with Registry().folder(args.name).exclusively(f"a checkpoint to {args.image}"):
-            await _save(args, workload)
+            await _save(args, workload, options)
     finally:
         workload.close()
     return 0
 
 
-async def _save(args: argparse.Namespace, workload: Saveable) -> None:
-    options = given(args, Options)
+async def _save(args: argparse.Namespace, workload: Saveable, options: Options) -> None:
+    path, parent = values.path("path", args.image), values.optional(values.path, "parent", args.parent)
     with open_reporter(args.output, CheckpointView()) as out:
-        out.final(await checkpoint_async(workload, args.image, parent=args.parent, listener=out.event, **options))
+        out.final(await save(workload, path, parent, options, out.event))

@@ -1,0 +1,264 @@
+"""One attempt at a checkpoint: from the protection of the memory to the complete image (S4)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from pageferry._engine import Saver
+from pageferry.checkpoints import events
+from pageferry.checkpoints.preparation import Preparation
+from pageferry.checkpoints.statistics import Phase
+from pageferry.errors import WorkloadError
+from pageferry.host.blocking import in_thread
+from pageferry.host.fault_points import fault_point
+from pageferry.images import metadata
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.workloads.deferred_access import AcquiredPager
+from pageferry.workloads.direct_io import registered_buffers
+from pageferry.workloads.protocols import Migratable
+
+PROGRESS_INTERVAL = 0.2
+"""Interval of progress events, seconds."""
+
+
+class Attempt(ABC):
+    """Attempt to save a prepared workload to an empty file. Raises LookupError if the trace cannot be used."""
+
+    def __init__(self, preparation: Preparation, file: int) -> None:
+        self.preparation = preparation
+        self.request = preparation.request
+        self.statistics = preparation.statistics
+        self.covers_memory = False
+        """Whether traces cover all memory since the snapshot point."""
+        self._file = file
+        self._paused = False
+        self._created = 0.0
+        """Time of the snapshot point, seconds since the epoch."""
+        self._open_saver: Saver | None = None
+
+    async def run(self) -> None:
+        """Save the workload, which runs afterwards, even after an error."""
+        await self.request.workload.prepare_pause()
+        try:
+            await self._save()
+            self.preparation.record_trace()
+        finally:
+            await asyncio.shield(self._restore_state())
+
+    @abstractmethod
+    async def _save(self) -> None:
+        """Save all memory as of the snapshot point, and complete the image."""
+
+    async def _restore_state(self) -> None:
+        """Restore the previous state: the workload runs, on PMD mappings."""
+        if self._paused:
+            self.statistics.enter(Phase.RESUME)
+            await self.request.workload.resume()
+        self.statistics.enter(Phase.PUBLISH)
+        if self.statistics.mode == "lazy" and not self.preparation.keeps_small_mappings:
+            await in_thread(self.preparation.memory.restore_large_mappings, self.preparation.large)
+
+    # -- the saver
+
+    @property
+    def _saver(self) -> Saver:
+        if self._open_saver is None:
+            raise RuntimeError("the memory is not protected")
+        return self._open_saver
+
+    async def _arm(self, segments: list[Any]) -> None:
+        """Open the saver, which protects these segments."""
+        self.statistics.enter(Phase.ARM)
+        self._open_saver = await self.preparation.engine(lambda: self._new_saver(segments))
+
+    def _new_saver(self, segments: list[Any]) -> Saver:
+        chosen, parent = self.preparation.options, self.request.parent
+        return Saver(
+            self.preparation.memory.contents(),
+            segments,
+            self._file,
+            self.request.id,
+            parent=parent.chain if parent is not None else None,
+            codec=chosen.codec,
+            page_block=chosen.page_block,
+            storage_block=chosen.storage_block,
+            trap_block=chosen.trap_block,
+            staging=chosen.staging,
+            bandwidth=chosen.bandwidth,
+            packers=chosen.packers,
+            max_pause_bytes=chosen.at_instant,
+            traces=self.preparation.traces(),
+        )
+
+    async def _close_saver(self) -> None:
+        saver, self._open_saver = self._saver, None
+        await asyncio.shield(in_thread(saver.close))
+
+    async def _complete(self, state: bytes) -> None:
+        """Save all pages, then the sections and the index."""
+        preparation = self.preparation
+        self._saver.sweep()
+        while not await preparation.engine(lambda: self._saver.wait(PROGRESS_INTERVAL)):
+            self._report_progress()
+        preparation.memory.check_files()
+        fault_point("checkpoint.saved")
+        sections = [
+            (metadata.METADATA, metadata.encode(self._metadata())),
+            (metadata.STATE, state),
+            (metadata.LARGE_UNITS, b"".join(map(_bits, preparation.large))),
+        ]
+        finished = await preparation.engine(lambda: self._saver.finish(sections))
+        self.statistics.saved(self._saver, finished)
+        self.covers_memory = self._saver.leaves_traces
+
+    def _metadata(self) -> metadata.Metadata:
+        workload, parent = self.request.workload, self.request.parent
+        return metadata.describe(
+            workload.identity,
+            self.preparation.memory.regions,
+            created=self._created,
+            codec=self.preparation.options.codec,
+            restorable=workload.live is not None,
+            parent=parent.as_parent() if parent is not None else None,
+        )
+
+    # -- the pause
+
+    async def _pause(self) -> bytes:
+        """Pause the workload, and return its state."""
+        self.statistics.enter(Phase.STOP)
+        self._paused = True
+        await self.request.workload.pause()
+        # Before memory is protected: saving the state may itself write to memory (devices flush their queues).
+        self.statistics.enter(Phase.STATE)
+        state = await self.request.workload.save_state()
+        self.statistics.paused = self.request.workload.stays_paused
+        self._created = time.time()
+        return state
+
+    async def _resume(self) -> None:
+        self.statistics.enter(Phase.RESUME)
+        await self.request.workload.resume()
+        self._paused = False
+
+    # -- events
+
+    def _report_armed(self) -> None:
+        fault_point("checkpoint.armed")
+        self.request.listener(
+            events.ArmedEvent(
+                memory=self.preparation.memory.size,
+                present=self.preparation.present,
+                large_pages=sum(map(sum, self.preparation.large)),
+                arm_ms=self._saver.arm_seconds * 1e3,
+            )
+        )
+
+    def _report_progress(self) -> None:
+        count, total = self._saver.stats, self.preparation.present // SMALL_PAGE
+        self.request.listener(
+            events.SavingEvent(
+                done=min(count["pages"], total), total=total, traps=count["traps"], stored=count["stored"]
+            )
+        )
+
+
+class LazyAttempt(Attempt):
+    """Attempt that protects the memory, pauses the workload at the snapshot point, and saves while it runs."""
+
+    def __init__(self, preparation: Preparation, file: int, live: Migratable) -> None:
+        super().__init__(preparation, file)
+        self.live = live
+
+    async def _save(self) -> None:
+        await self._arm(self.preparation.memory.segments)
+        try:
+            await self._save_in_rounds()
+            await self.live.check_mappers()  # again, since all known mappings are protected
+            self._report_armed()
+            state = await self._pause()
+            self._refuse_registered_buffers()
+            self.statistics.enter(Phase.PROTECT)
+            self._saver.begin()  # not in a thread: switching to one would take longer
+            await self._resume()
+            self.statistics.enter(Phase.SAVE)
+            fault_point("checkpoint.instant")
+            paused = self.statistics.paused
+            self.request.listener(events.InstantEvent(downtime=self.statistics.downtime, paused=paused))
+            await self._complete(state)
+        finally:
+            await self._close_saver()
+
+    async def _save_in_rounds(self) -> None:
+        """Save pages in rounds while the workload runs, if a trace reports the written ones. Deferred pages are loaded
+        first."""
+        hold, loop = self.preparation.hold, asyncio.get_running_loop()
+
+        def drain() -> None:
+            asyncio.run_coroutine_threadsafe(self.preparation.drain(), loop).result()
+
+        if hold is None:
+            await self.preparation.engine(lambda: self._saver.prepare(drain=drain))
+            return
+        reporting = asyncio.create_task(self._report_regularly())
+        try:
+            await self.preparation.engine(lambda: self._saver.prepare(_loader(hold), drain), cancel=hold.cancel)
+        finally:
+            reporting.cancel()
+
+    def _refuse_registered_buffers(self) -> None:
+        if any(registered_buffers(self.live.regions)):
+            raise WorkloadError(
+                f"cannot save {self.live.name}: it registered buffers with io_uring during the checkpoint; "
+                "retry, or save it paused (--mode stop)"
+            )
+
+    async def _report_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL)
+            self._report_progress()
+
+
+class StoppedAttempt(Attempt):
+    """Attempt that saves while the workload is paused, without protecting its memory."""
+
+    async def _save(self) -> None:
+        state = await self._pause()
+        await self._arm(self.preparation.traced_segments())
+        try:
+            await self.preparation.engine(self._saver.prepare)
+            self._report_armed()
+            self.statistics.enter(Phase.SAVE)
+            self._saver.begin()
+            await self._complete(state)
+        finally:
+            await self._close_saver()
+        await self._resume()
+
+
+def attempt(preparation: Preparation, file: int) -> Attempt:
+    """Return an attempt in the mode of the checkpoint."""
+    live = preparation.request.workload.live
+    if preparation.options.mode == "stop" or live is None:
+        return StoppedAttempt(preparation, file)
+    return LazyAttempt(preparation, file, live)
+
+
+def _loader(hold: AcquiredPager) -> Callable[[int, int, int], None]:
+    """Return a function that loads pages, with a fault point."""
+
+    def load(region: int, first: int, count: int) -> None:
+        hold.ensure(region, first, count)
+        fault_point("checkpoint.part-brought")
+
+    return load
+
+
+def _bits(units: list[bool]) -> bytes:
+    """Pack one bit per unit, least significant bit of the first byte first."""
+    number = sum(1 << position for position, unit in enumerate(units) if unit)
+    return number.to_bytes(-(-len(units) // 8), "little")

@@ -1,0 +1,167 @@
+"""Preparation of a workload for a checkpoint: its memory, its traces, and the pager that is acquired for it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from logging import getLogger
+from typing import Any, TypeVar
+
+from pageferry.checkpoints.dirty_tracking import Traces, Tracking
+from pageferry.checkpoints.request import Request
+from pageferry.checkpoints.statistics import Statistics
+from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.host.blocking import in_thread, on_thread
+from pageferry.memory.view import Memory, Readable
+from pageferry.workloads import deferred_access
+from pageferry.workloads.deferred_access import AcquiredPager, wait_complete
+from pageferry.workloads.direct_io import Drains, registered_buffers
+from pageferry.workloads.protocols import Migratable
+
+T = TypeVar("T")
+
+log = getLogger(__name__)
+
+
+class Preparation:
+    """Everything that a checkpoint needs of its workload, from `set_up` to `close`."""
+
+    def __init__(self, request: Request, statistics: Statistics) -> None:
+        self.request = request
+        self.options = request.options
+        """Options in effect: a workload with registered buffers is saved in mode `stop`."""
+        self.statistics = statistics
+        self.hold: AcquiredPager | None = None
+        """Acquired pager of a workload with deferred memory."""
+        self.large: list[list[bool]] = []
+        """2 MiB units of each region that are backed by huge pages."""
+        self.present = 0
+        """Present memory, bytes."""
+        self._memory: Readable | None = None
+        self._tracking: Tracking | None = None
+
+    async def set_up(self) -> None:
+        """Open the memory, and take up the trace that the parent has left. Call `close` even if this fails."""
+        if (live := self.request.workload.live) is not None:
+            await self._set_up_live(live)
+        else:
+            self._memory = self.request.workload.open_memory()
+        self.statistics.memory = self.memory.size
+        self.large = await self.engine(lambda: deferred_access.large_units(self.memory, self.hold))
+        self.present = self.memory.present() if self.hold is None else self.memory.size
+
+    async def _set_up_live(self, live: Migratable) -> None:
+        """Open the memory of a workload that can be saved while it runs, and take up the trace since the parent."""
+        pinned = await self._switch_mode_for_registered_buffers(live)
+        if self.options.mode == "lazy":
+            self.hold = await deferred_access.acquire_uffd(live)
+        else:
+            await wait_complete(live, traces=False)
+        self._memory = memory = Memory(live)
+        await live.check_mappers()
+        self.statistics.drains = Drains(live)
+        self._tracking = tracking = Tracking(live, memory, self.request.parent, self.options, self.hold)
+        tracking.pinned = pinned
+        tracking.direct_io = await live.does_direct_io()
+        await self.engine(tracking.take_up)
+
+    async def _switch_mode_for_registered_buffers(self, live: Migratable) -> bool:
+        """Switch to mode stop for a workload with registered buffers: neither traces nor traps cover writes to them."""
+        regions = live.regions
+        if not any(await self.engine(lambda: registered_buffers(regions))):
+            return False
+        log.warning("%s: saving while paused: it has registered buffers with io_uring", live.name)
+        self.options = replace(self.options, mode="stop", track=False)
+        self.statistics.mode = "stop"
+        return True
+
+    @property
+    def memory(self) -> Readable:
+        """Memory of the workload. Raises RuntimeError before `set_up` and after `close`."""
+        if self._memory is None:
+            raise RuntimeError("the memory of the workload is not open")
+        return self._memory
+
+    @property
+    def keeps_small_mappings(self) -> bool:
+        """Whether huge pages must stay mapped by PTEs after the checkpoint: a persistent trace needs PTEs, and the
+        pager maps deferred memory as huge pages when it is loaded."""
+        return self.hold is not None or (self._tracking is not None and self._tracking.leaves)
+
+    def traces(self) -> Traces | None:
+        """Return the traces for the saver; None without any."""
+        return self._tracking.traces() if self._tracking is not None else None
+
+    def traced_segments(self) -> list[Any]:
+        """Return the segments whose trace is used: in mode stop, those of a trace that exists already."""
+        traced = self._tracking is not None and self._tracking.means == "trace"
+        return self.memory.segments if traced else []
+
+    async def lose_trace(self, why: str) -> None:
+        """Remove a trace that cannot be used; the next attempt compares with the parent."""
+        tracking = self._tracking
+        assert tracking is not None, "without traces the saver raises no LookupError"
+        await self.engine(lambda: tracking.lost(why))
+        if self.hold is not None:
+            # By now, most of the deferred memory has been loaded.
+            await self._release_pager()
+            await wait_complete(tracking.workload, traces=False)
+
+    def record_trace(self) -> None:
+        """Record in the statistics how pages of the parent were found."""
+        if self._tracking is not None:
+            self.statistics.means, self.statistics.note = self._tracking.means, self._tracking.note
+
+    async def leave_trace(self, covers_memory: bool) -> None:
+        """Leave the trace for a child of the image, or remove it unless it covers all memory."""
+        if self._tracking is not None:
+            tracking, self._tracking = self._tracking, None
+            image = (self.request.id.hex(), f"{self.statistics.digest:016x}") if covers_memory else None
+            self.statistics.tracked = await self.engine(lambda: tracking.finish(image))
+
+    async def close(self) -> None:
+        """Remove the trace unless it was left, release the pager, and unmap the memory. May be called twice."""
+        tracking, self._tracking = self._tracking, None
+        try:
+            if tracking is not None:
+                await in_thread(tracking.finish, None)
+            await self._release_pager()
+        finally:
+            self._memory = None  # unmapped now: an exception may keep a reference to this object
+
+    async def _release_pager(self) -> None:
+        """Release the pager, which removes the trace installed with its userfaultfd."""
+        if self.hold is not None:
+            hold, self.hold = self.hold, None
+            await in_thread(hold.release)
+
+    async def drain(self) -> None:
+        """Complete direct I/O that may be older than the trace just installed or collected, before memory is read."""
+        drains = self.statistics.drains
+        assert drains is not None, "a process is saved in mode stop"
+        drains.due = True
+        await drains.drain_if_due()
+
+    async def engine(self, call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
+        """Run an engine call in a thread, as `on_thread` does, with its errors translated."""
+        name = self.request.workload.name
+        try:
+            return await on_thread(call, cancel)
+        except ProcessLookupError as gone:
+            raise WorkloadDied(f"cannot save {name}: it ended during the checkpoint; no image was written") from gone
+        except PermissionError as denied:
+            raise WorkloadError(f"cannot save {name}: {denied}{self._alternative()}") from denied
+        except OSError as busy:
+            if busy.errno != errno.EBUSY:
+                raise
+            raise WorkloadError(f"cannot save {name}: {busy.strerror}") from busy
+
+    def _alternative(self) -> str:
+        """Return advice for a user without the permissions for a checkpoint of a running workload."""
+        if self.options.mode != "lazy":
+            return ""
+        return (
+            '; --mode stop (in Python mode="stop") saves it without that right, and keeps it paused until the image is '
+            "complete"
+        )

@@ -1,0 +1,162 @@
+"""Phases and statistics of one checkpoint."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pageferry._engine import Saver
+from pageferry.checkpoints import events
+from pageferry.checkpoints.dirty_tracking import Means
+from pageferry.checkpoints.options import Mode
+from pageferry.checkpoints.request import Request
+from pageferry.host.stopwatch import Stopwatch
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.workloads.direct_io import Drains
+
+
+class Phase(StrEnum):
+    """Phase of a checkpoint."""
+
+    SET_UP = "set-up"
+    ARM = "arm"
+    """Protect the memory, and save in rounds."""
+    STOP = "stop"
+    STATE = "state"
+    PROTECT = "protect"
+    RESUME = "resume"
+    SAVE = "save"
+    PUBLISH = "publish"
+    """Restore huge mappings, and name the image."""
+    PUBLISHED = "published"
+
+
+_ATTEMPT: dict[Mode, tuple[Phase, ...]] = {
+    "lazy": (Phase.ARM, Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME, Phase.SAVE, Phase.PUBLISH),
+    "stop": (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBLISH),
+}
+"""Order of the phases of one attempt."""
+
+_DOWNTIME: dict[Mode, tuple[Phase, ...]] = {
+    "lazy": (Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME),
+    "stop": (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME),
+}
+"""Phases in which the workload is paused."""
+
+
+class Statistics:
+    """Phase of a checkpoint, the time of each phase, and the statistics that its phases record.
+
+    The phases of an attempt follow each other in the order of its mode. An attempt that fails goes to RESUME if the
+    workload is paused, and to PUBLISH, from which another attempt may begin.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.phase = Phase.SET_UP
+        self._times = Stopwatch(Phase.SET_UP.value)
+        self.paused = False
+        """Whether its user had paused the workload."""
+        self.memory = 0
+        """Size of the memory, bytes."""
+        self.means: Means = "none"
+        self.note = ""
+        self.tracked = False
+        """Whether a write trace was left."""
+        self.drains: Drains | None = None
+        self.counters: dict[str, int] = {}
+        """Counters of the saver (see `Saver.stats`)."""
+        self.arm_seconds = 0.0
+        self.digest = 0
+        self.length = 0
+        """Length of the image, bytes."""
+        self.writes = 0
+        self.blocks = 0
+
+    def enter(self, phase: Phase) -> None:
+        """End the current phase and begin this one. Raises RuntimeError if it may not follow the current phase."""
+        if phase not in self._following():
+            raise RuntimeError(f"checkpoint phase {phase} cannot follow phase {self.phase}")
+        self.phase = phase
+        if phase is Phase.PUBLISHED:
+            self._times.stop_all()
+        else:
+            self._times.phase(phase.value)
+
+    def _following(self) -> set[Phase]:
+        attempt = _ATTEMPT[self.mode]
+        if self.phase is Phase.PUBLISHED:
+            return set()
+        if self.phase is Phase.SET_UP:
+            return {attempt[0]}
+        if self.phase is Phase.PUBLISH:
+            return {attempt[0], Phase.PUBLISHED}
+        return {attempt[attempt.index(self.phase) + 1], Phase.RESUME, Phase.PUBLISH}
+
+    @property
+    def downtime(self) -> float:
+        """Duration of the pause, milliseconds; complete when the phase after it has begun."""
+        return sum(self._milliseconds(phase) for phase in _DOWNTIME[self.mode])
+
+    def saved(self, saver: Saver, finished: tuple[int, int, int, int]) -> None:
+        """Record the results of a saver: its counters, and what `Saver.finish` returned."""
+        self.counters = saver.stats
+        self.arm_seconds = saver.arm_seconds
+        self.digest, self.length, self.writes, self.blocks = finished
+
+    def result(self, request: Request) -> events.CheckpointResult:
+        """Return the result of the checkpoint."""
+        count = self.counters
+        return events.CheckpointResult(
+            status="completed",
+            workload=request.workload.name,
+            image=str(request.path),
+            id=request.id.hex(),
+            digest=f"{self.digest:016x}",
+            parent=str(request.parent.path) if request.parent is not None else None,
+            mode=self.mode,
+            paused=self.paused,
+            tracking=self.means,
+            tracking_note=self.note,
+            drains=self.drains.count if self.drains is not None else 0,
+            drain_time=round(self.drains.seconds * 1e3, 3) if self.drains is not None else 0.0,
+            tracked=self.tracked,
+            written=count["written"],
+            rounds=count["rounds"],
+            codec=request.options.codec,
+            total_time=self._times.milliseconds("total"),
+            phases=self._times.phase_milliseconds(),
+            arm_time=round(self.arm_seconds * 1e3, 3),
+            downtime=round(self.downtime, 3),
+            downtime_parts=self._downtime_parts(),
+            memory=self.memory,
+            pages=events.PageCount(**{name: count[name] for name in events.PageCount.__struct_fields__}),
+            bytes_written=self.length,
+            writes=self.writes,
+            mean_write=self.length // max(self.writes, 1),
+            blocks=self.blocks,
+            traps=count["traps"],
+            trap_details=_trap_count(count),
+            compression=round(count["data"] * SMALL_PAGE / count["stored"], 3) if count["stored"] else 1.0,
+        )
+
+    def _downtime_parts(self) -> events.Downtime:
+        return events.Downtime(
+            total=round(self.downtime, 3),
+            stop=self._milliseconds(Phase.STOP),
+            device_state=self._milliseconds(Phase.STATE),
+            protect=self._milliseconds(Phase.PROTECT),
+            save=self._milliseconds(Phase.SAVE) if self.mode == "stop" else 0.0,
+            resume=self._milliseconds(Phase.RESUME),
+        )
+
+    def _milliseconds(self, phase: Phase) -> float:
+        return round(self._times.phases.get(phase.value, 0.0) * 1e3, 3)
+
+
+def _trap_count(count: dict[str, int]) -> events.TrapCount:
+    return events.TrapCount(
+        before=count["early_traps"],
+        longest_us=count["longest_trap"] / 1e3,
+        mean_us=count["trap_time"] / 1e3 / max(count["traps"], 1),
+        staging_waits=count["staging_waits"],
+    )
