@@ -14,6 +14,7 @@ import pytest
 import pageferry
 from pageferry import large_pages, sharing
 from pageferry.checkpoints import options as checkpoints
+from pageferry.checkpoints import restore_options
 from pageferry.migration import options as migration
 
 PARTS = (pageferry, large_pages, sharing)
@@ -34,7 +35,11 @@ def test_other_names_are_refused(part: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("function", "options"),
-    [(pageferry.migrate, migration.Options), (pageferry.checkpoint, checkpoints.Options)],
+    [
+        (pageferry.migrate, migration.Options),
+        (pageferry.checkpoint, checkpoints.Options),
+        (pageferry.restore, restore_options.ArenaOptions),
+    ],
 )
 def test_docstrings_name_all_options(function: object, options: Any) -> None:
     text = inspect.getdoc(function) or ""

@@ -14,6 +14,7 @@ from typing import Any, Self
 from pageferry import values
 from pageferry._engine import Mapping, Pager, Space
 from pageferry.checkpoints.eager import load
+from pageferry.checkpoints.restore_options import ArenaOptions
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread, interruptible
@@ -24,9 +25,7 @@ from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import page_faults, records
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.server import PagerServer
-from pageferry.workloads.arena.arena import Arena, State, memory_file
-from pageferry.workloads.arena.arguments import check_arena
-from pageferry.workloads.callbacks import Callback, Plain
+from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.deferred_access import load_all, load_pages
 
 log = getLogger(__name__)
@@ -45,43 +44,38 @@ class RestoredArena(Arena):
     """Descriptor of the deferred bitmap, for other processes that read it."""
 
     @classmethod
-    def from_image(
-        cls,
-        image: ImageFile,
-        name: str | None = None,
-        *,
-        eager: bool = False,
-        prefetch: bool = True,
-        listener: Listener = ignore,
-        **arena: Any,
-    ) -> Self:
-        """See `restore`. `arena`: arguments of `Arena.from_file`."""
+    def from_image(cls, image: ImageFile, options: ArenaOptions, listener: Listener = ignore) -> Self:
+        """See `restore`."""
         size = _size(image)
         file, large_pages_by = memory_file(size)
         try:
-            self = cls.from_file(file, size, private=True, **arena)
+            self = cls.from_file(file, size, private=True, **options.arena())
             self.large_pages_by = large_pages_by
-            self.image = image
-            working_set = WorkingSet(image)
-            self._flags = records.create_flags(None, Pager.flags_length(image.pages))
-            weakref.finalize(self, os.close, self._flags)
-            try:
-                self.pager = _pager(image, self, working_set.windows, eager=eager, prefetch=prefetch)
-            except CannotHandleFaults as refused:
-                self.pager = _loaded(image, self, str(refused), listener)
+            self._load_from(image, options, listener)
         finally:
             os.close(file)
+        self.lifecycle.load_state(self, image.state())
+        if options.name is not None:
+            self.register(options.name)
+        self.lifecycle.resume(self)
+        return self
+
+    def _load_from(self, image: ImageFile, options: ArenaOptions, listener: Listener) -> None:
+        """Start the pager, or load everything if page faults of this process cannot be handled."""
+        self.image = image
+        working_set = WorkingSet(image)
+        self._flags = records.create_flags(None, Pager.flags_length(image.pages))
+        weakref.finalize(self, os.close, self._flags)
+        try:
+            self.pager = _pager(image, self, working_set.windows, options)
+        except CannotHandleFaults as refused:
+            self.pager = _loaded(image, self, str(refused), listener)
         if not self.pager.finished:
             _inherit(self, _MADV_DONTFORK)
             _restoring.add(self)
         # The end of an arena's first use is not reported, so the working set is recorded when the arena or the program
         # ends.
-        weakref.finalize(self, _learn, working_set, self.pager, prefetch, os.getpid())
-        self.lifecycle.load_state(self, image.state())
-        if name is not None:
-            self.register(name)
-        self.lifecycle.resume(self)
-        return self
+        weakref.finalize(self, _learn, working_set, self.pager, options.prefetch, os.getpid())
 
     def collapse(self) -> int:
         """See `Arena.collapse`. All contents are loaded first: a huge page with missing base pages must not be
@@ -129,48 +123,25 @@ class RestoredArena(Arena):
         interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
 
 
-def restore(
-    path: str | Path,
-    name: str | None = None,
-    *,
-    eager: bool = False,
-    prefetch: bool = True,
-    state: State | None = None,
-    on_pause: Callback | None = None,
-    on_resume: Plain | None = None,
-    on_moved: Plain | None = None,
-    direct_io: bool = True,
-    loop: asyncio.AbstractEventLoop | None = None,
-    listener: Listener = ignore,
-) -> RestoredArena:
+def restore(path: str | Path, name: str | None = None, *, listener: Listener = ignore, **options: Any) -> RestoredArena:
     """Create an arena from an image. It is usable at once: accessed pages are loaded first, the others in the
-    background.
+    background. With a `name`, it is registered on this host.
 
     If this user cannot handle page faults (including those of system calls), all contents are loaded before this
     returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and with
     ProgressEvents.
 
-    `eager`: load in the background at full speed, without yielding to accesses. `prefetch=False`: load only accessed
-    pages. The other arguments are those of `Arena`. The saved state is passed to `state`, or stored in
-    `received_state`. The image is only read, and can be restored any number of times concurrently; it must not be moved
-    until `deferred` is 0. This call blocks; a coroutine awaits `restore_async` instead.
+    `options`: with `eager`, load in the background at full speed, without yielding to accesses. With `prefetch=False`,
+    load only accessed pages. The others are those of `Arena`: state, on_pause, on_resume, on_moved, direct_io, loop.
+    The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can be restored any
+    number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a coroutine awaits
+    `restore_async` instead.
 
     Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
     """
-    check_arena(name, state, on_pause, on_resume, on_moved, eager=eager, prefetch=prefetch)
-    return RestoredArena.from_image(
-        interruptible(lambda: ImageFile(values.path("path", path))),
-        name,
-        eager=eager,
-        prefetch=prefetch,
-        state=state,
-        on_pause=on_pause,
-        on_resume=on_resume,
-        on_moved=on_moved,
-        direct_io=direct_io,
-        loop=loop,
-        listener=listener,
-    )
+    chosen = values.options(ArenaOptions, options | {"name": name})
+    source = values.path("path", path)
+    return RestoredArena.from_image(interruptible(lambda: ImageFile(source)), chosen, listener)
 
 
 async def restore_async(
@@ -202,7 +173,7 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
         working_set.learn(pager.touched, prefetch)
 
 
-def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, eager: bool, prefetch: bool) -> Pager:
+def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], options: ArenaOptions) -> Pager:
     mapping = Mapping(arena.descriptor, arena.length)
     target = (mapping, SMALL_PAGE, targets.large_units(image)[0])
     space = Space()
@@ -215,8 +186,8 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], *, ea
             [segment],
             userfaults,
             arena._flags,
-            working_set=working_set if prefetch else [],
-            fill=("eager" if eager else "gentle") if prefetch else "none",
+            working_set=working_set if options.prefetch else [],
+            fill=("eager" if options.eager else "gentle") if options.prefetch else "none",
             on_failure="sigbus",
             checks_removals=True,
         )

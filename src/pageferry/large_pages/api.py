@@ -16,7 +16,6 @@ from pageferry.host.blocking import in_thread, synchronous
 from pageferry.host.proc import available
 from pageferry.images.metadata import Codec
 from pageferry.large_pages import cold_store, swap
-from pageferry.large_pages.cold_store import Stored
 from pageferry.large_pages.estimate import estimate
 from pageferry.large_pages.events import (
     BroughtBack,
@@ -30,6 +29,7 @@ from pageferry.large_pages.events import (
 from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
 from pageferry.large_pages.sampler import Activity, LargePage, Tracker
 from pageferry.large_pages.selection import Limit, Sampling
+from pageferry.large_pages.store_move import Stored
 from pageferry.options import API_ONLY, Count, Duration, Fraction, PathName, check
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.target import Target
