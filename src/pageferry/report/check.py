@@ -44,7 +44,7 @@ def _features(features: list[Feature]) -> RenderableType:
 
 
 def _systems(systems: list[SystemReport]) -> RenderableType:
-    table = _table("system", "status", "included", "description", "mechanism")
+    table = _table("system", "status", "description", "mechanism")
     for system in systems:
         mechanism = Text(system.mechanism or "none")
         if system.missing:
@@ -52,7 +52,6 @@ def _systems(systems: list[SystemReport]) -> RenderableType:
         table.add_row(
             Text(system.system),
             Text(system.status, style=_COLOURS[system.status]),
-            Text("yes" if system.included else "later", style="" if system.included else "dim"),
             Text(system.title),
             mechanism,
         )

@@ -39,8 +39,6 @@ class System:
 
     number: str
     title: str
-    included: bool
-    """Whether this release of pageferry implements the system; for others, the kernel's support is reported."""
     mechanisms: tuple[Mechanism, ...]
     """Mechanisms, best first."""
 
@@ -65,40 +63,40 @@ _KEEP_LARGE = (
 )
 
 SYSTEMS = (
-    System("S1", "Page tables populated before resume", True, _POPULATE),
-    System("S2", "Write traces with little CPU time", True, (
+    System("S1", "Page tables populated before resume", _POPULATE),
+    System("S2", "Write traces with little CPU time", (
         Mechanism("userfaultfd WP_ASYNC, read by PAGEMAP_SCAN",
                   GUESTS_MOVE),
         Mechanism("userfaultfd WP_ASYNC, in arenas of the program itself only", ARENAS_MOVE),
     )),
-    System("S3", "Reclaim from huge pages with low activity", True, (
+    System("S3", "Reclaim from huge pages with low activity", (
         Mechanism("PMD mappings split by write protection, PAGEMAP_SCAN, MADV_COLLAPSE to restore them",
                   (*GUESTS_MOVE, "madv-collapse-remote", "break-large-page")),
         Mechanism("PMD mappings split by write protection, in arenas of the program itself only",
                   (*ARENAS_MOVE, "madv-collapse", "break-large-page")),
     )),
-    System("S4", "Lazy checkpoint", True, (
+    System("S4", "Lazy checkpoint", (
         Mechanism("synchronous userfaultfd write protection",
                   (*_FAULTS, "uffd-wp-sync", *ADOPT)),
         Mechanism("synchronous userfaultfd write protection, in arenas of the program itself only",
                   (*_FAULTS, "uffd-wp-sync")),
         Mechanism("none: the workload is paused while it is saved (--mode stop)"),
     )),
-    System("S5", "Page tables populated during transmission", True, _POPULATE),
-    System("S6", "Huge pages stay contiguous: pages of zeros", True, _KEEP_LARGE),
-    System("S7", "Huge pages stay contiguous: pages sent again", True, _KEEP_LARGE),
-    System("S8", "Deferred contents behind page metadata", True, (
+    System("S5", "Page tables populated during transmission", _POPULATE),
+    System("S6", "Huge pages stay contiguous: pages of zeros", _KEEP_LARGE),
+    System("S7", "Huge pages stay contiguous: pages sent again", _KEEP_LARGE),
+    System("S8", "Deferred contents behind page metadata", (
         Mechanism("userfaultfd MISSING and MINOR faults",
                   (*_DEFERS, *ADOPT)),
         Mechanism("userfaultfd MISSING and MINOR faults, in arenas of the program itself only", _DEFERS),
         Mechanism("none: contents are loaded before the workload runs; no post-copy, no cold store"),
     )),
-    System("S9", "Duplicate pages inside huge pages", True, (
+    System("S9", "Duplicate pages inside huge pages", (
         Mechanism("KSM on selected huge pages, MADV_MERGEABLE called in the process",
                   ("ksm", "break-large-page", *ADOPT)),
         Mechanism("zeros of guests and arenas freed, other duplicates estimated only"),
     )),
-    System("S10", "Lazy restore", True, (
+    System("S10", "Lazy restore", (
         Mechanism("userfaultfd MISSING and MINOR faults, POISON for pages that cannot be read",
                   (*_DEFERS, "uffd-poison", *ADOPT)),
         Mechanism("userfaultfd MISSING and MINOR faults; accesses to pages that cannot be read wait",
@@ -115,8 +113,6 @@ class SystemReport(msgspec.Struct, frozen=True, rename="kebab"):
     system: str
     """Number of the system, S1 to S10."""
     title: str
-    included: bool
-    """Whether this release implements the system."""
     status: Status
     """`ok`: the best mechanism. `fallback`: another one. `unavailable`: none."""
     mechanism: str | None
@@ -135,7 +131,6 @@ def choose(system: System, features: Mapping[str, Feature]) -> SystemReport:
     return SystemReport(
         system=system.number,
         title=system.title,
-        included=system.included,
         status=status,
         mechanism=None if chosen is None else chosen.text,
         preferred=best.text,
