@@ -75,11 +75,6 @@ systems: build system ## Measure the ten systems, each with and without its mech
 docs: build ## Build the documentation into site/; warnings are errors
 	$(VENV)/bin/mkdocs build --strict --quiet
 
-.PHONY: docs/events.md docs/metrics.md
-docs/events.md docs/metrics.md: docs/%.md: build
-	$(PYTHON) scripts/$*.py >$@.new
-	mv $@.new $@
-
 .PHONY: manual
 manual: build ## Generate man pages and shell completions from the parser
 	$(PYTHON) scripts/manual.py

@@ -1,4 +1,7 @@
-"""Print docs/events.md, generated from the event types and their docstrings; `make docs/events.md` writes the file."""
+"""Print the page Events of the documentation, made from the event types and their docstrings.
+
+`make docs` adds it to the site (`scripts/generated_pages.py`).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,7 @@ from pageferry.report.events import LogEnd, LogHeader
 HEAD = f"""# Events
 
 With `--log FILE` each command writes its events to FILE as JSON lines. With `--output json` the same objects are
-written to stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is generated from the code by
-`make docs/events.md`; a test compares the two.
+written to stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is made from the code.
 
 A log consists of a `log` line, events (in most cases with a result), and an `end` line. Each line has a `type` and
 `at-ms`, the milliseconds since the first line by a monotonic clock. If a log has no `end`, its command was killed or is

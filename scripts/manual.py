@@ -3,7 +3,8 @@
     python scripts/manual.py            # writes the files
     python scripts/manual.py --check    # prints the names of stale files; exit code 1 if there are any
 
-The files are part of the wheel.
+The files are part of the wheel. They are in git because maturin copies them into it and cannot run the parser:
+`pip install` of a checkout would lack them. A test compares them with the parser.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Events and results of operations, as typed records.
 
-Each package defines its records in a module `events`; docs/events.md lists all of them. Fields can be added at any
-time. Renaming or removing a field, or changing its meaning, increments `SCHEMA`, so that old logs are not misread.
+Each package defines its records in a module `events`; the page Events of the documentation lists all of them. Fields
+can be added at any time. Renaming or removing a field, or changing its meaning, increments `SCHEMA`, so that old logs
+are not misread.
 """
 
 from __future__ import annotations

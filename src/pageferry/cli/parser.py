@@ -123,7 +123,7 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics",
         metavar="HOST:PORT",
-        help="serve Prometheus metrics at this address while the command runs (docs/metrics.md)",
+        help="serve Prometheus metrics at this address while the command runs",
     )
     group.add_argument(
         "--metrics-insecure", action="store_true", help="allow addresses other than loopback for --metrics, unencrypted"

@@ -3,7 +3,7 @@
 ::
 
     {"at-ms": 0.0, "type": "log", "schema": 1, "verb": "migrate", ...}        command, host and time
-    {"at-ms": 12.4, "type": "setup", ...}                                     events (docs/events.md)
+    {"at-ms": 12.4, "type": "setup", ...}                                     events
     {"at-ms": 612.9, "type": "migration", "status": "completed", ...}         result, if any
     {"at-ms": 613.0, "type": "end", "exit-code": 0, ...}                      exit code and error
 
@@ -131,7 +131,7 @@ class Line:
     tag: str
     """Type of the event, `type` in the file."""
     fields: dict[str, Any]
-    """Fields by their names in docs/events.md."""
+    """Fields by their names in JSON."""
 
     def to(self, kind: type[Kind]) -> Kind:
         """Return the event as a record. Raises msgspec.ValidationError."""

@@ -1,6 +1,7 @@
 """Prometheus metrics of a running command (`--metrics HOST:PORT`).
 
-The values are taken from the events of the command. `METRICS` lists all metrics; docs/metrics.md is generated from it.
+The values are taken from the events of the command. `METRICS` lists all metrics; the page Metrics of the documentation
+is made from it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Metric:
     kind: Literal["gauge", "counter"]
     help: str
     events: tuple[str, ...]
-    """Types of the events (docs/events.md) that have the value."""
+    """Types of the events that have the value."""
     field: str
     """Path of the field in the event, with dots for nested fields."""
     factor: float = 1.0
