@@ -4,7 +4,7 @@ Lengths, offsets and addresses are in bytes unless stated otherwise. Calls that 
 and long ones check for signals. Errors of system calls are raised as OSError with their errno.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self, TypedDict, Unpack, final
 
 from typing_extensions import disjoint_base
@@ -373,8 +373,6 @@ class _SaverOptions(TypedDict, total=False):
     """Bandwidth limit of the sweep, bytes per second; 0 (default) means unlimited."""
     packers: int
     """Number of compression threads (default: 1)."""
-    max_pause_bytes: int
-    """Maximum number of bytes copied in the pause, if a trace reports the pages to save (default: 16 MiB)."""
     traces: tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]] | None
     """Use of write traces, and the userfaultfds by process ID. `leave` (from `Space.write_traces`): leave traces from
     the snapshot point on. `take-up`: such traces were installed when `parent` was saved; only the pages that they
@@ -402,25 +400,32 @@ class Saver:
         id: bytes,
         **options: Unpack[_SaverOptions],
     ) -> Saver:
-        """Protect the segments, or install the traces. Raises LookupError, here or from `prepare` or `begin`, if the
+        """Protect the segments, or install the traces. Raises LookupError, here or from any call before `sweep`, if the
         traces cannot be used; save again without them."""
     @property
     def leaves_traces(self) -> bool:
         """Whether, after `finish`, traces cover all memory since the snapshot point."""
     @property
     def arm_seconds(self) -> float:
-        """Time to protect all memory or to save in rounds, seconds."""
-    def prepare(
-        self,
-        bring: Callable[[int, int, int], object] | None = None,
-        drain: Callable[[], object] | None = None,
-    ) -> None:
-        """Save in rounds until few pages are left. Call this before `begin`, with traces that are taken up, begun or
-        borrowed.
-
-        `bring`(region, first page, pages) must load deferred pages before they are read; `drain`() must return when
-        direct I/O that had started before has ended. Their exceptions are raised here.
-        """
+        """Time to protect all memory or to install the traces, seconds."""
+    @property
+    def pages(self) -> Literal["swept", "written", "all"]:
+        """How pages to save are found: `swept` by traps and the sweep; `written` by a trace since the parent; `all`
+        pages, and then those that a trace reports, which is installed now. With a trace, copy in rounds while the
+        workload runs: call `copy_range` for all pages if `all`, then `collect`, `scan`, and `copy` and `collect` until
+        few pages remain. `begin` copies the last ones."""
+    def collect(self) -> int:
+        """Collect the pages that have been written, protect them again, and return the number of pages to copy."""
+    def scan(self) -> int:
+        """Find pages that have lost their contents without a write, and return the number of pages to copy. Required
+        before `begin`."""
+    def copy(self) -> None:
+        """Copy the collected pages. Wait for the staging buffer. Direct I/O must have been drained since `collect`."""
+    def copy_range(self, region: int, first: int, count: int) -> None:
+        """Copy all present pages of a range. Direct I/O must have been drained since the traces were installed."""
+    def lost(self) -> bool:
+        """Return whether memory has been discarded since the last call. If so, `scan` again: copied pages may have to
+        be copied once more."""
     def begin(self) -> float:
         """Set the snapshot point, while the workload is paused. Return the duration in seconds."""
     def sweep(self) -> None:
@@ -437,7 +442,7 @@ class Saver:
         """Counters: `traps`, `early_traps` (before the snapshot point), `staging_waits`, `longest_trap` and `trap_time`
         (ns), `swept` (blocks), `pages` classified, of these `zero`, `pattern`, `same_as`, `data` and `in_parent`;
         `absent` after `finish`; `stored` (bytes) in `blocks` (storage blocks), `writes` (calls); `written` (pages
-        reported by a trace), `rounds`."""
+        reported by a trace)."""
     def close(self) -> None:
         """Cancel the checkpoint if it is in progress, and wait for its threads."""
 

@@ -32,11 +32,6 @@ fn raised(error: SaveError) -> PyErr {
         SaveError::Write(_) | SaveError::Memory(_) | SaveError::Discarded | SaveError::Thread => {
             PyOSError::new_err(message)
         }
-        SaveError::Bring(_) => match error {
-            // The exception raised by the callback.
-            SaveError::Bring(error) => error.downcast::<PyErr>().unwrap_or_else(errors::kernel),
-            _ => PyOSError::new_err(message),
-        },
         SaveError::Adopt(_) => match error {
             SaveError::Adopt(error) => errors::adopt(error),
             _ => PyOSError::new_err(message),
@@ -109,7 +104,6 @@ impl<'py> SaverOptions<'py> {
             staging: keywords.take("staging", 16_777_216)?,
             bandwidth: keywords.take("bandwidth", 0)?,
             packers: keywords.take("packers", 1)?,
-            max_pause_bytes: keywords.take("max_pause_bytes", 16_777_216)?,
         };
         let (parent, traces) = (keywords.take("parent", None)?, traces(keywords.take("traces", None)?)?);
         keywords.finish().map(|()| Self { parent, traces, engine })
@@ -138,7 +132,6 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Calls `work` without the GIL: `prepare` calls Python, so the thread that has the saver may need the GIL.
     fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
         work(&mut self.inner.lock())
     }
@@ -181,18 +174,33 @@ impl Saver {
         py.detach(|| self.with(|saver| saver.leaves_traces()))
     }
 
-    #[pyo3(signature = (bring = None, drain = None))]
-    fn prepare(&self, py: Python<'_>, bring: Option<Py<PyAny>>, drain: Option<Py<PyAny>>) -> PyResult<()> {
-        let bring = |region: usize, first: usize, count: usize| {
-            let Some(call) = &bring else { return Ok(()) };
-            Python::attach(|py| call.call1(py, (region, first, count))).map(drop).map_err(io::Error::other)
-        };
-        let drain = || {
-            let Some(call) = &drain else { return Ok(()) };
-            Python::attach(|py| call.call0(py)).map(drop).map_err(io::Error::other)
-        };
-        let prepare = || self.with(|saver| saver.prepare(&saver::Callbacks { bring: &bring, drain: &drain }));
-        py.detach(prepare).map_err(raised)
+    #[getter]
+    fn pages(&self, py: Python<'_>) -> &'static str {
+        match py.detach(|| self.with(|saver| saver.pages())) {
+            saver::Pages::Swept => "swept",
+            saver::Pages::InRounds { as_parent: true } => "written",
+            saver::Pages::InRounds { as_parent: false } => "all",
+        }
+    }
+
+    fn collect(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.with(saver::Saver::collect)).map_err(raised)
+    }
+
+    fn scan(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.with(saver::Saver::scan)).map_err(raised)
+    }
+
+    fn copy(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.with(saver::Saver::copy)).map_err(raised)
+    }
+
+    fn copy_range(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {
+        py.detach(|| self.with(|saver| saver.copy_range(region, first, count))).map_err(raised)
+    }
+
+    fn lost(&self, py: Python<'_>) -> PyResult<bool> {
+        py.detach(|| self.with(saver::Saver::lost)).map_err(raised)
     }
 
     fn begin(&self, py: Python<'_>) -> PyResult<f64> {
@@ -239,7 +247,6 @@ impl Saver {
             ("blocks", &stats.blocks),
             ("writes", &stats.writes),
             ("written", &stats.written),
-            ("rounds", &stats.rounds),
         ];
         let dict = PyDict::new(py);
         for (name, counter) in named {

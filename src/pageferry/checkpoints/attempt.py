@@ -11,6 +11,7 @@ from typing import Any
 from pageferry._engine import Saver
 from pageferry.checkpoints import events
 from pageferry.checkpoints.preparation import Preparation
+from pageferry.checkpoints.rounds import Rounds
 from pageferry.checkpoints.statistics import Phase
 from pageferry.errors import WorkloadError
 from pageferry.host.blocking import in_thread
@@ -34,6 +35,7 @@ class Attempt(ABC):
         self.statistics = preparation.statistics
         self.covers_memory = False
         """Whether traces cover all memory since the snapshot point."""
+        self.rounds = Rounds(preparation.options.at_instant // SMALL_PAGE)
         self._file = file
         self._paused = False
         self._created = 0.0
@@ -90,9 +92,12 @@ class Attempt(ABC):
             staging=chosen.staging,
             bandwidth=chosen.bandwidth,
             packers=chosen.packers,
-            max_pause_bytes=chosen.at_instant,
             traces=self.preparation.traces(),
         )
+
+    def _region_pages(self) -> list[int]:
+        """Return the number of pages of each region."""
+        return [region.length // SMALL_PAGE for region in self.preparation.memory.regions]
 
     async def _close_saver(self) -> None:
         saver, self._open_saver = self._saver, None
@@ -112,7 +117,7 @@ class Attempt(ABC):
             (metadata.LARGE_UNITS, b"".join(map(_bits, preparation.large))),
         ]
         finished = await preparation.engine(lambda: self._saver.finish(sections))
-        self.statistics.saved(self._saver, finished)
+        self.statistics.saved(self._saver, self.rounds, finished)
         self.covers_memory = self._saver.leaves_traces
 
     def _metadata(self) -> metadata.Metadata:
@@ -154,7 +159,7 @@ class Attempt(ABC):
                 memory=self.preparation.memory.size,
                 present=self.preparation.present,
                 large_pages=sum(map(sum, self.preparation.large)),
-                arm_ms=self._saver.arm_seconds * 1e3,
+                arm_ms=(self._saver.arm_seconds + self.rounds.seconds) * 1e3,
             )
         )
 
@@ -196,17 +201,20 @@ class LazyAttempt(Attempt):
     async def _save_in_rounds(self) -> None:
         """Save pages in rounds while the workload runs, if a trace reports the written ones. Deferred pages are loaded
         first."""
-        hold, loop = self.preparation.hold, asyncio.get_running_loop()
+        hold, loop, regions = self.preparation.hold, asyncio.get_running_loop(), self._region_pages()
 
         def drain() -> None:
             asyncio.run_coroutine_threadsafe(self.preparation.drain(), loop).result()
 
         if hold is None:
-            await self.preparation.engine(lambda: self._saver.prepare(drain=drain))
+            await self.preparation.engine(lambda: self.rounds.run(self._saver, regions, drain))
             return
         reporting = asyncio.create_task(self._report_regularly())
         try:
-            await self.preparation.engine(lambda: self._saver.prepare(_loader(hold), drain), cancel=hold.cancel)
+            load = _loader(hold)
+            await self.preparation.engine(
+                lambda: self.rounds.run(self._saver, regions, drain, load), cancel=hold.cancel
+            )
         finally:
             reporting.cancel()
 
@@ -230,7 +238,8 @@ class StoppedAttempt(Attempt):
         state = await self._pause()
         await self._arm(self.preparation.traced_segments())
         try:
-            await self.preparation.engine(self._saver.prepare)
+            regions = self._region_pages()
+            await self.preparation.engine(lambda: self.rounds.run(self._saver, regions, _drained))
             self._report_armed()
             self.statistics.enter(Phase.SAVE)
             self._saver.begin()
@@ -246,6 +255,10 @@ def attempt(preparation: Preparation, file: int) -> Attempt:
     if preparation.options.mode == "stop" or live is None:
         return StoppedAttempt(preparation, file)
     return LazyAttempt(preparation, file, live)
+
+
+def _drained() -> None:
+    """Do nothing: the pause has drained all direct I/O."""
 
 
 def _loader(hold: AcquiredPager) -> Callable[[int, int, int], None]:

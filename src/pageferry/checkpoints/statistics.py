@@ -9,6 +9,7 @@ from pageferry.checkpoints import events
 from pageferry.checkpoints.dirty_tracking import Means
 from pageferry.checkpoints.options import Mode
 from pageferry.checkpoints.request import Request
+from pageferry.checkpoints.rounds import Rounds
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.direct_io import Drains
@@ -65,7 +66,10 @@ class Statistics:
         self.drains: Drains | None = None
         self.counters: dict[str, int] = {}
         """Counters of the saver (see `Saver.stats`)."""
+        self.rounds = 0
+        """Number of rounds before the snapshot point."""
         self.arm_seconds = 0.0
+        """Time to protect all memory and to save in rounds."""
         self.digest = 0
         self.length = 0
         """Length of the image, bytes."""
@@ -97,10 +101,11 @@ class Statistics:
         """Duration of the pause, milliseconds; complete when the phase after it has begun."""
         return sum(self._milliseconds(phase) for phase in _DOWNTIME[self.mode])
 
-    def saved(self, saver: Saver, finished: tuple[int, int, int, int]) -> None:
-        """Record the results of a saver: its counters, and what `Saver.finish` returned."""
+    def saved(self, saver: Saver, rounds: Rounds, finished: tuple[int, int, int, int]) -> None:
+        """Record the results of a saver: its counters, its rounds, and what `Saver.finish` returned."""
         self.counters = saver.stats
-        self.arm_seconds = saver.arm_seconds
+        self.rounds = rounds.count
+        self.arm_seconds = saver.arm_seconds + rounds.seconds
         self.digest, self.length, self.writes, self.blocks = finished
 
     def result(self, request: Request) -> events.CheckpointResult:
@@ -121,7 +126,7 @@ class Statistics:
             drain_time=round(self.drains.seconds * 1e3, 3) if self.drains is not None else 0.0,
             tracked=self.tracked,
             written=count["written"],
-            rounds=count["rounds"],
+            rounds=self.rounds,
             codec=request.options.codec,
             total_time=self._times.milliseconds("total"),
             phases=self._times.phase_milliseconds(),

@@ -2,12 +2,12 @@
 //! saved. Without a parent, for memory whose contents are deferred (S8), all pages are saved as they are loaded, and
 //! then the pages that the trace has reported since.
 //!
-//! The trace stays installed throughout. While the workload runs, written pages are saved in rounds, until few enough
-//! are left to be copied in the pause. `collect` protects pages before they are read: a later write is reported again,
-//! and saved again. The last pages are copied at the snapshot point; from then on the trace serves the next checkpoint.
+//! The trace stays installed throughout. While the workload runs, written pages are saved in rounds, which the caller
+//! controls. `collect` protects pages before they are read: a later write is reported again, and saved again. The last
+//! pages are copied at the snapshot point; from then on the trace serves the next checkpoint.
 //!
-//! A device that has pinned a page writes to it regardless of protection. Such I/O must be drained between the
-//! collection and the read of its pages (docs/decisions/0012).
+//! A device that has pinned a page writes to it regardless of protection. The caller must drain such I/O between a
+//! collection and the next copy (docs/decisions/0012).
 //!
 //! The trace does not report a page that is discarded and then read. Such a page is zero or a hole although the parent
 //! holds contents for it. All pages are checked for this, most of them at the cost of one word; later discards are
@@ -29,93 +29,35 @@ use crate::image::{Chain, PageEntry};
 use crate::pages::PageSet;
 use crate::trace::Trace;
 
-/// Number of pages loaded at a time: 16 MiB.
-const CHUNK: usize = 4096;
-
 const HUGE_PAGES_GONE: &str = "huge pages were discarded during the checkpoint";
 
-/// Number of attempts, if memory is discarded during the rounds.
-const ATTEMPTS: usize = 3;
-
-/// Checkpoint from a trace, in progress.
+/// Checkpoint from a trace, in progress. The caller decides when to collect, to scan and to copy.
 #[derive(Debug)]
 pub(super) struct Rounds {
     shared: Arc<SaverState>,
     trace: Trace,
     slots: Sender<Copied>,
-    /// Maximum number of pages left for the snapshot point.
-    max: usize,
     /// Parent since which the trace is installed. `None`: all memory has to be saved.
     since: Option<Chain>,
     /// For each region: pages to save, pages saved, and pages that were present in the last scan.
     dirty: Vec<PageSet>,
     saved: Vec<PageSet>,
     present: Vec<PageSet>,
-    ready: bool,
-    /// Whether direct I/O that pinned pages before the last collection must be drained before they are read.
-    due: bool,
-}
-
-/// Callbacks that rounds need while the workload runs.
-#[expect(missing_debug_implementations, reason = "closures")]
-pub struct Callbacks<'a> {
-    /// Loads the deferred pages of a range, given as (region, first, count).
-    pub bring: &'a dyn Fn(usize, usize, usize) -> io::Result<()>,
-    /// Returns when all direct I/O that had started before the call has ended.
-    pub drain: &'a dyn Fn() -> io::Result<()>,
+    /// Whether no memory has been discarded since the last scan.
+    unchanged: bool,
 }
 
 impl Rounds {
-    pub(super) fn new(
-        shared: Arc<SaverState>,
-        trace: Trace,
-        since: Option<Chain>,
-        slots: Sender<Copied>,
-        max: usize,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<SaverState>, trace: Trace, since: Option<Chain>, slots: Sender<Copied>) -> Self {
         let empty = || shared.areas.iter().map(|area| PageSet::new(area.source.pages())).collect::<Vec<_>>();
         let (dirty, saved, present) = (empty(), empty(), empty());
-        let due = since.is_none(); // the trace is new
-        Self { shared, trace, slots, max: max / SMALL_PAGE, since, dirty, saved, present, ready: false, due }
-    }
-
-    /// Saves pages in rounds while the workload runs, until at most `max` are left for the snapshot point.
-    pub(super) fn run(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
-        if self.since.is_none() {
-            self.save_all(help)?;
-        }
-        self.collect()?;
-        for _ in 0..ATTEMPTS {
-            self.scan()?;
-            let mut left = self.count();
-            while left > self.max {
-                self.drain(help)?;
-                self.save(false)?;
-                self.collect()?;
-                self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
-                // Pages saved again cost twice: together, at most one additional copy of the first round.
-                if self.count() > left / 2 {
-                    return Err(SaveError::Untraceable("rounds do not converge: memory is written faster than saved"));
-                }
-                left = self.count();
-            }
-            if !self.discarded()? {
-                self.ready = true;
-                return Ok(());
-            }
-            if self.since.is_none() && self.shared.areas.iter().any(|area| area.hugetlb) {
-                return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
-            }
-            // Saved pages may have been discarded since.
-            self.dirty.iter_mut().zip(&self.saved).for_each(|(dirty, saved)| dirty.union(saved));
-        }
-        Err(SaveError::Untraceable("memory was discarded in every attempt"))
+        Self { shared, trace, slots, since, dirty, saved, present, unchanged: false }
     }
 
     /// Saves the last pages at the snapshot point. The workload is paused.
     pub(super) fn end(mut self) -> Result<(), SaveError> {
-        if !self.ready {
-            return Err(SaveError::Memory(io::Error::other("cannot begin a checkpoint before `prepare`")));
+        if !self.unchanged {
+            return Err(SaveError::Memory(io::Error::other("cannot begin a checkpoint before its memory is scanned")));
         }
         // No drain is needed: the pause has drained all direct I/O.
         self.collect()?;
@@ -126,61 +68,65 @@ impl Rounds {
         Ok(())
     }
 
+    /// Returns whether memory has been discarded since the last call. If so, pages that have been saved are to be
+    /// copied again, because their contents may be gone.
+    pub(super) fn lost(&mut self) -> Result<bool, SaveError> {
+        let lost = self.discarded()?;
+        self.unchanged &= !lost;
+        if lost && self.since.is_none() && self.shared.areas.iter().any(|area| area.hugetlb) {
+            return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
+        }
+        if lost {
+            self.dirty.iter_mut().zip(&self.saved).for_each(|(dirty, saved)| dirty.union(saved));
+        }
+        Ok(lost)
+    }
+
     fn discarded(&self) -> Result<bool, SaveError> {
         self.shared.discards.seen().map_err(SaveError::Memory)
     }
 
-    fn collect(&mut self) -> Result<(), SaveError> {
+    /// Collects the written pages, and protects them again. Returns the number of pages to copy.
+    pub(super) fn collect(&mut self) -> Result<usize, SaveError> {
         let before = self.count();
         self.trace.collect(&mut self.dirty).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM) => SaveError::Untraceable("memory of the workload was remapped"),
             Some(libc::ESRCH) => SaveError::Gone,
             _ => SaveError::Memory(error),
         })?;
-        self.due = true;
-        self.shared.stats.written.fetch_add((self.count() - before) as u64, Ordering::Relaxed);
-        Ok(())
+        let count = self.count();
+        self.shared.stats.written.fetch_add((count - before) as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+
+    /// Copies the pages that have been collected.
+    pub(super) fn copy(&mut self) -> Result<(), SaveError> {
+        self.save(false)
     }
 
     fn count(&self) -> usize {
         self.dirty.iter().map(PageSet::count).sum()
     }
 
-    fn drain(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
-        if std::mem::take(&mut self.due) {
-            (help.drain)().map_err(SaveError::Bring)?;
-        }
-        Ok(())
-    }
-
-    /// Saves all pages as they are loaded: the first round without a parent.
-    fn save_all(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
-        self.drain(help)?;
-        for region in 0..self.shared.areas.len() {
-            let area = &self.shared.areas[region];
-            let (pages, hugetlb) = (area.source.pages(), area.hugetlb);
-            for first in (0..pages).step_by(CHUNK) {
-                let end = pages.min(first + CHUNK);
-                (help.bring)(region, first, end - first).map_err(SaveError::Bring)?;
-                let (from, to) = (first * SMALL_PAGE, end * SMALL_PAGE);
-                let source = &self.shared.areas[region].source;
-                let found = if hugetlb { source.data_ranges() } else { source.data_within(from, to) };
-                for (start, stop) in found.map_err(SaveError::Memory)? {
-                    let (start, stop) = (start.max(from) / SMALL_PAGE, stop.min(to).div_ceil(SMALL_PAGE));
-                    if start < stop {
-                        self.present[region].insert(start, stop);
-                        self.dirty[region].insert(start, stop);
-                    }
-                }
-                self.save(false)?;
+    /// Copies the present pages among `count` pages of a region.
+    pub(super) fn copy_range(&mut self, region: usize, first: usize, count: usize) -> Result<(), SaveError> {
+        let Some(area) = self.shared.areas.get(region) else { return Ok(()) };
+        let end = first.saturating_add(count).min(area.source.pages());
+        let (from, to) = (first.min(end) * SMALL_PAGE, end * SMALL_PAGE);
+        let found = if area.hugetlb { area.source.data_ranges() } else { area.source.data_within(from, to) };
+        for (start, stop) in found.map_err(SaveError::Memory)? {
+            let (start, stop) = (start.max(from) / SMALL_PAGE, stop.min(to).div_ceil(SMALL_PAGE));
+            if start < stop {
+                self.present[region].insert(start, stop);
+                self.dirty[region].insert(start, stop);
             }
         }
-        self.shared.stats.rounds.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        self.save(false)
     }
 
-    /// Scans for present pages, and for pages that have lost their contents without a write.
-    fn scan(&mut self) -> Result<(), SaveError> {
+    /// Scans for present pages, and for pages that have lost their contents without a write. Returns the number of
+    /// pages to copy.
+    pub(super) fn scan(&mut self) -> Result<usize, SaveError> {
         let page_map = self.since.as_ref().map_or(&[][..], |parent| parent.nearest().page_map());
         for (region, area) in self.shared.areas.iter().enumerate() {
             let mut present = PageSet::new(area.source.pages());
@@ -203,7 +149,8 @@ impl Rounds {
             }
             self.present[region] = present;
         }
-        Ok(())
+        self.unchanged = true;
+        Ok(self.count())
     }
 
     /// Copies the dirty pages; with `now`, without waiting for staging slots.

@@ -52,7 +52,6 @@ mod traps;
 
 use armed::TraceHandover;
 use classify::{Classified, Classifier};
-pub use incremental::Callbacks;
 use incremental::Rounds;
 use output::Written;
 pub use source::{PageOrigin, ProcessRange};
@@ -78,9 +77,6 @@ pub enum SaveError {
     /// The image could not be written.
     #[error("cannot write the image: {0}")]
     Write(io::Error),
-    /// Deferred pages could not be loaded, or direct I/O could not be drained.
-    #[error("{0}")]
-    Bring(io::Error),
     /// Memory could not be read or protected.
     #[error("cannot read or protect memory of the workload: {0}")]
     Memory(io::Error),
@@ -118,8 +114,6 @@ pub struct Options {
     pub bandwidth: u64,
     /// Number of compression threads.
     pub packers: usize,
-    /// Maximum number of bytes copied during the pause, if a trace reports the pages to save.
-    pub max_pause_bytes: usize,
 }
 
 /// Write traces shared with earlier and later checkpoints.
@@ -176,11 +170,14 @@ fn install(traces: Traces, segments: Vec<Segment>, regions: usize) -> Result<Ins
 
 /// Method of finding the pages to save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pages {
+pub enum Pages {
     /// All pages, by traps and the sweep.
     Swept,
     /// Pages reported by a trace. All others are unchanged since the parent if `as_parent`, else holes.
-    InRounds { as_parent: bool },
+    InRounds {
+        /// Whether the trace is installed since the parent.
+        as_parent: bool,
+    },
 }
 
 /// Region to save.
@@ -197,6 +194,7 @@ pub struct SavedRegion {
 pub struct Saver {
     shared: Arc<SaverState>,
     start: Option<Sender<()>>,
+    pages: Pages,
     rounds: Option<Rounds>,
     leaves: bool,
     threads: Vec<JoinHandle<()>>,
@@ -210,7 +208,7 @@ impl Saver {
     ///
     /// Pages that `parent` (a chain over the same regions) holds are not stored again. Without segments nothing is
     /// protected, and the workload must stay paused until the end. With [`Traces::TakeUp`], [`Traces::Begin`] or
-    /// [`Traces::Borrow`], [`prepare`](Self::prepare) must be called before `begin`.
+    /// [`Traces::Borrow`], [`scan`](Self::scan) must be called before `begin`.
     ///
     /// # Errors
     /// If a process cannot be adopted, or if a segment is registered with another userfaultfd (EBUSY).
@@ -238,9 +236,11 @@ impl Saver {
         let discards = Discards::watch(files).map_err(SaveError::Memory)?;
         let live = trace.is_some() || !armed.is_empty();
         let shared = Arc::new(SaverState::new(areas, armed, staging, discards, handover, live));
+        let pages = if trace.is_some() { Pages::InRounds { as_parent } } else { Pages::Swept };
         let mut saver = Self {
             shared,
             start: None,
+            pages,
             rounds: None,
             leaves,
             threads: Vec::new(),
@@ -251,29 +251,68 @@ impl Saver {
         let begin = Instant::now();
         if let Some(trace) = trace {
             let since = parent.clone().filter(|_| as_parent);
-            let slots = saver.spawn(image, parent, Pages::InRounds { as_parent }, options)?;
-            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots, options.max_pause_bytes));
+            let slots = saver.spawn(image, parent, options)?;
+            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots));
         } else {
-            saver.spawn(image, parent, Pages::Swept, options)?;
+            saver.spawn(image, parent, options)?;
             saver.shared.protect_all().map_err(SaveError::Memory)?;
         }
         saver.arm_time = begin.elapsed();
         Ok(saver)
     }
 
-    /// Saves in rounds while the workload runs, until few enough pages are left for the pause. Does nothing without a
-    /// trace that reports the pages to save.
+    /// Returns how pages to save are found.
+    pub fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    /// Collects the pages written since the trace was installed or last collected, and protects them again. Returns the
+    /// number of pages to copy.
     ///
     /// # Errors
-    /// [`SaveError::Untraceable`] if rounds do not converge or memory is discarded, and errors of the memory and of
-    /// `help`.
-    pub fn prepare(&mut self, help: &Callbacks<'_>) -> Result<(), SaveError> {
-        let begin = Instant::now();
-        if let Some(rounds) = &mut self.rounds {
-            rounds.run(help)?;
-        }
-        self.arm_time += begin.elapsed();
-        Ok(())
+    /// [`SaveError::Untraceable`] if the trace no longer covers all memory, and errors of the memory.
+    pub fn collect(&mut self) -> Result<usize, SaveError> {
+        self.rounds()?.collect()
+    }
+
+    /// Scans for present pages, and for pages that have lost their contents without a write. Returns the number of pages
+    /// to copy.
+    ///
+    /// # Errors
+    /// [`SaveError::Untraceable`] if huge pages were discarded, and errors of the memory.
+    pub fn scan(&mut self) -> Result<usize, SaveError> {
+        self.rounds()?.scan()
+    }
+
+    /// Copies the pages that have been collected. Waits for the staging buffer. Direct I/O must have been drained since
+    /// the last collection.
+    ///
+    /// # Errors
+    /// [`SaveError::Cancelled`], the first error of another thread, and errors of the memory.
+    pub fn copy(&mut self) -> Result<(), SaveError> {
+        self.rounds()?.copy()
+    }
+
+    /// Like `copy`, for the present pages among `count` pages of a region, whether or not they have been written.
+    ///
+    /// # Errors
+    /// As for [`copy`](Self::copy).
+    pub fn copy_range(&mut self, region: usize, first: usize, count: usize) -> Result<(), SaveError> {
+        self.rounds()?.copy_range(region, first, count)
+    }
+
+    /// Returns whether memory has been discarded since the last call. If so, [`scan`](Self::scan) must be called again,
+    /// and finds the saved pages to be copied once more.
+    ///
+    /// # Errors
+    /// [`SaveError::Untraceable`] if huge pages were discarded.
+    pub fn lost(&mut self) -> Result<bool, SaveError> {
+        self.rounds()?.lost()
+    }
+
+    fn rounds(&mut self) -> Result<&mut Rounds, SaveError> {
+        let none = || SaveError::Memory(io::Error::other("cannot save in rounds without a trace"));
+        self.rounds.as_mut().ok_or_else(none)
     }
 
     /// Starts all threads. Returns the channel for blocks that are copied in rounds.
@@ -281,9 +320,9 @@ impl Saver {
         &mut self,
         image: ImageWriter,
         parent: Option<Chain>,
-        pages: Pages,
         options: &Options,
     ) -> Result<Sender<Copied>, SaveError> {
+        let pages = self.pages;
         let all = self.shared.clone();
         let shared = &all;
         let (slots, filled) = unbounded();
@@ -339,7 +378,7 @@ impl Saver {
     /// the call.
     ///
     /// # Errors
-    /// As for [`arm`](Self::arm) and [`prepare`](Self::prepare).
+    /// As for [`arm`](Self::arm) and [`copy`](Self::copy).
     pub fn begin(&mut self) -> Result<Duration, SaveError> {
         let begin = Instant::now();
         match self.rounds.take() {
@@ -362,7 +401,7 @@ impl Saver {
         self.leaves || self.shared.follow.as_ref().is_some_and(TraceHandover::whole)
     }
 
-    /// Returns how long it took to protect all memory or, with a trace since the parent, to save in rounds.
+    /// Returns how long it took to protect all memory.
     pub fn arm_time(&self) -> Duration {
         self.arm_time
     }

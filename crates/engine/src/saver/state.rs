@@ -42,8 +42,6 @@ pub struct Stats {
     pub writes: AtomicU64,
     /// Number of pages reported by the trace since the parent; a page may count more than once.
     pub written: AtomicU64,
-    /// Number of rounds before the snapshot point.
-    pub rounds: AtomicU64,
 }
 
 impl Stats {
