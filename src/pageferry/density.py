@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pageferry.events import Listener, ignore
-from pageferry.large_pages.api import Options, sample_async
+from pageferry.large_pages.api import sample_async
 from pageferry.large_pages.events import Sample
+from pageferry.large_pages.options import Options
 from pageferry.sharing import scan
+from pageferry.sharing.options import Options as ScanOptions
 from pageferry.workloads.target import Target, open_target_async
 
 HOT = 64
@@ -31,7 +33,7 @@ async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> 
 
 async def shareable_pages(target: Target, listener: Listener = ignore) -> dict[tuple[int, int], int]:
     """Count the base pages with a duplicate in the target, per huge page, as `large_pages.api.sample` takes them."""
-    findings = await scan.look([target], scan.Options(), listener)
+    findings = await scan.look([target], ScanOptions(), listener)
     found: dict[tuple[int, int], int] = {}
     for unit in findings.units:
         area = unit.place.area

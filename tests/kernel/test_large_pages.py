@@ -18,8 +18,9 @@ from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, Sampler, 
 from pageferry.density import HOT, hot_large_pages, shareable_pages
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps
-from pageferry.large_pages.api import Options, sample_async
+from pageferry.large_pages.api import sample_async
 from pageferry.large_pages.events import LargePagesResult
+from pageferry.large_pages.options import Options
 from pageferry.large_pages.policy import Threshold
 from pageferry.large_pages.sampler import Tracker
 from pageferry.large_pages.swap import check_swap

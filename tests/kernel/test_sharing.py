@@ -21,7 +21,8 @@ from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
 from pageferry.host.smaps import total
 from pageferry.sharing import api, ksm
 from pageferry.sharing.events import SharingResult
-from pageferry.sharing.scan import CLASSES, Options
+from pageferry.sharing.options import Options
+from pageferry.sharing.scan import CLASSES
 from tests.kernel.backing import backing
 from tests.kernel.lookalike import SLOTS, Lookalike, content, unique, worth
 from tests.kernel.programs import Program, wait_until

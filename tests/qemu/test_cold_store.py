@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from pageferry.host.registry import Registry
-from pageferry.large_pages.api import Options, sample_async, undo_async
+from pageferry.large_pages.api import sample_async, undo_async
 from pageferry.large_pages.events import Sample
+from pageferry.large_pages.options import Options
 from pageferry.pager import client, records
 from pageferry.pager.launcher import take_over
 from pageferry.pager.records import Deferred

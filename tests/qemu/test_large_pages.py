@@ -9,7 +9,8 @@ import pytest
 
 from pageferry._engine import Space
 from pageferry.host.registry import Registry
-from pageferry.large_pages.api import Options, sample_async
+from pageferry.large_pages.api import sample_async
+from pageferry.large_pages.options import Options
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.target import workload_target
 from tests.guest import booted

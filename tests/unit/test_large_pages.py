@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pageferry.errors import UsageError
-from pageferry.large_pages.api import Options
 from pageferry.large_pages.estimate import estimate
 from pageferry.large_pages.events import LargePagesResult, Overhead, RegionActivity, Sample
+from pageferry.large_pages.options import Options
 from pageferry.large_pages.policy import Facts, Threshold
 from pageferry.large_pages.sampler import LargePage
 from pageferry.large_pages.selection import Sampling

@@ -15,13 +15,13 @@ import pytest
 import pageferry
 from pageferry import large_pages, sharing
 from pageferry.checkpoints.options import Options as CheckpointOptions
-from pageferry.cli.foreground import GuestOptions
 from pageferry.cli.main import main
 from pageferry.cli.options import given
 from pageferry.cli.parser import parse
-from pageferry.cli.receive import ReceiveOptions
-from pageferry.cli.restore import RestoreOptions
-from pageferry.demo.run import DemoOptions
+from pageferry.cli.syntax.guests import GuestOptions
+from pageferry.cli.syntax.receive import ReceiveOptions
+from pageferry.cli.syntax.restore import RestoreOptions
+from pageferry.demo.options import DemoOptions
 from pageferry.docstrings import field_docstrings
 from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
 from pageferry.migration.options import Options as MigrationOptions

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from pageferry.cli.parser import shared_options
 from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
@@ -21,30 +19,9 @@ from pageferry.workloads.qemu.device_state import SavedState
 CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the operations and their arguments."""
-    operations = parser.add_subparsers(title="operations", dest="what", required=True, metavar="OPERATION")
-    works = {
-        "info": (_info, "print the contents of an image by class of page"),
-        "verify": (_verify, "read and check every byte of an image and its parents; exit code 31 on damage"),
-        "diff": (_diff, "compare two images; exit code 0 if they are identical, 1 if they differ"),
-        "flatten": (_flatten, "merge an incremental image and its parents into one image"),
-    }
-    for name, (work, text) in works.items():
-        below = operations.add_parser(name, help=text, description=f"{text.capitalize()}.", parents=[shared_options()])
-        below.set_defaults(work=work, usage_error=below.error)
-        below.add_argument("image", metavar="IMAGE", type=Path, help="image file written by `pageferry checkpoint`")
-    operations.choices["diff"].add_argument("other", metavar="OTHER", type=Path, help="image to compare with")
-    operations.choices["flatten"].add_argument("target", metavar="TARGET", type=Path, help="file to write")
-    operations.choices["flatten"].add_argument(
-        "--codec", choices=("none", "lz4", "zstd"), help="compression of the new image (default: that of IMAGE)"
-    )
-
-
 async def run(args: argparse.Namespace) -> int:
     """Run the operation in a thread, so that Ctrl-C can end it between two slices."""
-    work: Callable[[argparse.Namespace], tuple[Event, int]] = args.work
-    result, code = await in_thread(work, args)
+    result, code = await in_thread(OPERATIONS[args.what], args)
     with open_reporter(args.output, ImageView()) as out:
         out.final(result)
     return code
@@ -109,3 +86,11 @@ def _flatten(args: argparse.Namespace) -> tuple[Event, int]:
     except OSError as error:
         raise ImageError(f"cannot write {args.target}: {error.strerror}") from error
     return Flattened(str(args.target), args.target.stat().st_size), 0
+
+
+OPERATIONS: dict[str, Callable[[argparse.Namespace], tuple[Event, int]]] = {
+    "info": _info,
+    "verify": _verify,
+    "diff": _diff,
+    "flatten": _flatten,
+}

@@ -25,14 +25,6 @@ TIMEOUT = 1.0
 """Seconds to wait for the monitor of a guest, which another command may be using."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Set the description; the verb has no arguments."""
-    parser.description = (
-        "List the workloads of this host: guests started by `pageferry run`, `receive` or `restore`, adopted guests, "
-        "and named arenas of Python programs. With --output json, print one object of type `workload` per line."
-    )
-
-
 async def run(args: argparse.Namespace) -> int:
     """Query all workloads concurrently and print them."""
     queries = [_query(name, entry) for name, entry in Registry().entries().items()]

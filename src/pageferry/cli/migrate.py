@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pageferry.cli.options import add_options, given
+from pageferry.cli.options import given
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.migration import api, switchover_request
@@ -15,43 +15,6 @@ from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.open import open_workload
 from pageferry.workloads.protocols import Migratable
-
-WORKS_ON = "name"
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb."""
-    parser.description = (
-        "Migrate a running workload to `pageferry receive` on another host. Memory is copied in rounds; each round "
-        "sends the pages that were modified during the previous one. When few pages remain, the workload is paused, "
-        "these pages and its state are sent, and it resumes at the destination. Any failure before that leaves it "
-        "running at the source. With --mode postcopy or hybrid, it resumes before all of its memory is sent, and "
-        "the remaining pages are fetched on demand. If the connection is lost then, it waits for --recover."
-    )
-    parser.add_argument("name", metavar="NAME", help="workload to migrate (see `pageferry list`)")
-    parser.add_argument("address", metavar="ADDRESS", nargs="?", help="address of the receiver: unix:PATH or HOST:PORT")
-    add_options(parser, Options)
-    parser.add_argument(
-        "--switch",
-        action="store_true",
-        help="switch a running migration of NAME with --mode hybrid to post-copy now",
-    )
-    _add_recovery(parser)
-
-
-def _add_recovery(parser: argparse.ArgumentParser) -> None:
-    after = parser.add_argument_group("recovery").add_mutually_exclusive_group()
-    after.add_argument(
-        "--recover",
-        action="store_true",
-        help="ask the receiver which side owns the workload, and complete or undo the migration; in post-copy, "
-        "send the remaining pages",
-    )
-    after.add_argument(
-        "--take-back",
-        action="store_true",
-        help="resume the workload on this host; only if the receiver does not run it and never will",
-    )
 
 
 async def run(args: argparse.Namespace) -> int:

@@ -108,7 +108,7 @@ def build_parser(words: Sequence[str]) -> Parser:
             module = importlib.import_module(verb.module)
             module.configure(below)
             below.set_defaults(
-                run=module.run,
+                run=lambda args, work=verb.work or verb.module: importlib.import_module(work).run(args),
                 takes_command=getattr(module, "TAKES_COMMAND", False),
                 works_on=getattr(module, "WORKS_ON", None),
                 usage_error=below.error,

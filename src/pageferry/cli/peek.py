@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pageferry.cli.arguments import size
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
 from pageferry.memory.events import Peeked
@@ -20,24 +19,6 @@ from pageferry.workloads.open import open_workload
 
 MAX_LENGTH = 64 << 20
 """Maximum number of bytes to print."""
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb."""
-    parser.description = (
-        "Print memory of a running workload, addressed by the offset in a region. Deferred pages of the range are "
-        "loaded first."
-    )
-    parser.add_argument("name", metavar="NAME", help="workload to read (see `pageferry list`)")
-    parser.add_argument(
-        "offset",
-        metavar="OFFSET",
-        type=_number,
-        help="bytes from the start of the region, decimal or 0x..., or a size such as 1M",
-    )
-    parser.add_argument("length", metavar="LENGTH", type=size, help="number of bytes, such as 64 or 4K")
-    parser.add_argument("--region", metavar="REGION", help="name of the region (default: the first one)")
-    parser.add_argument("--raw", action="store_true", help="write the bytes unformatted")
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -84,10 +65,3 @@ def _lines(offset: int, data: bytes) -> Iterator[str]:
         row = data[start : start + 16]
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
         yield f"{offset + start:012x}  {row.hex(' ', 1):<47}  {text}\n"
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        return size(text)

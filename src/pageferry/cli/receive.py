@@ -6,14 +6,13 @@ import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from logging import getLogger
-from typing import Annotated, Literal
 
 import msgspec
 
-from pageferry.cli.foreground import GuestOptions, run_in_foreground
-from pageferry.cli.options import add_options, given
+from pageferry.cli.foreground import run_in_foreground
+from pageferry.cli.options import given
+from pageferry.cli.syntax.receive import ReceiveOptions
 from pageferry.demo.events import LedgerResult
 from pageferry.demo.ledger import LedgerWorkload
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
@@ -22,56 +21,17 @@ from pageferry.host.registry import Registry
 from pageferry.migration import api, events
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
-from pageferry.migration.options import TIMEOUT, Options
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import Reception
-from pageferry.options import Size, Text, Texts, check
 from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.text import PlainView
-from pageferry.workloads.arena.arguments import MAX_ARENA
 from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
-
-TAKES_COMMAND = True
-WORKS_ON = "name"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiveOptions(GuestOptions):
-    """Options of the verb. Raises UsageError."""
-
-    listen: Annotated[
-        str | None,
-        Text(metavar="ADDRESS", unset="a Unix socket in the run directory; with --tls or --insecure 127.0.0.1:0"),
-    ] = None
-    """Listen on unix:PATH, for sources on this host, or on HOST:PORT, where port 0 selects a free port."""
-    resume: bool = False
-    """Receive the remaining memory of a guest that runs on this host; then run `pageferry migrate --recover` at its
-    source."""
-    workload: Literal["demo"] | None = None
-    """Receive the built-in workload instead of a QEMU guest."""
-    max_size: Annotated[int | None, Size(1, MAX_ARENA, unset="the available memory")] = None
-    """Maximum size of the memory to accept."""
-    timeout: Annotated[float, TIMEOUT] = Options().timeout
-    """Fail when the peer has been silent for this time, such as 30s or 1m."""
-    tls: Annotated[str | None, Text(metavar="DIR")] = None
-    """Use TLS 1.3, and require a certificate of the source; DIR contains ca-cert.pem, ca-crl.pem (optional),
-    server-cert.pem and server-key.pem, as for QEMU."""
-    allow: Annotated[
-        tuple[str, ...],
-        Texts(metavar="NAME", unset="all sources with a certificate of the authority in ca-cert.pem"),
-    ] = ()
-    """With `tls`: authorise sources whose certificate has this common or alternative name; can be repeated."""
-    insecure: bool = False
-    """Allow unencrypted connections to addresses other than loopback."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 class ReceiveView(PlainView):
@@ -88,19 +48,6 @@ class ReceiveView(PlainView):
                 return postcopy_line(event) if event.status != "postcopy-active" else None
             case _:
                 return super().line(event)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb."""
-    parser.description = (
-        "Wait for one workload from `pageferry migrate`, and run it on this host. QEMU is started immediately with the "
-        "given command line, and waits for memory and state; the machine must be the same as at the source. With "
-        "--resume, serve a post-copy guest of this host whose receiver was killed before all of its memory had been "
-        "received."
-    )
-    parser.add_argument("name", metavar="NAME", help="name of the workload on this host")
-    add_options(parser, ReceiveOptions)
-    parser.usage = "pageferry receive NAME [options] [-- QEMU ARGS...]"
 
 
 async def run(args: argparse.Namespace) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from dataclasses import dataclass
 from logging import getLogger
 
 from pageferry.checkpoints.events import RestoreResult
 from pageferry.checkpoints.restore_guest import completed, restore_guest
-from pageferry.cli.foreground import GuestOptions, run_in_foreground
-from pageferry.cli.options import add_options
+from pageferry.cli.foreground import run_in_foreground
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.pager.events import TakenOver
@@ -19,35 +17,7 @@ from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.report.restore import RestoreView
 from pageferry.workloads.qemu.guest import QemuWorkload
 
-TAKES_COMMAND = True
-WORKS_ON = "name"
-
 log = getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreOptions(GuestOptions):
-    """Options of the verb."""
-
-    eager: bool = False
-    """Load in the background without yielding to page faults."""
-    no_prefetch: bool = False
-    """Load pages only on demand."""
-    takeover: bool = False
-    """Start another pager for a guest whose pager has exited; give IMAGE if the image has been moved."""
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb; the command line of QEMU follows `--`."""
-    parser.description = (
-        "Start a QEMU guest that continues from the snapshot point of an image. It runs immediately; its memory is "
-        "loaded on demand and in the background. Without --detach it stays attached to the terminal, and Ctrl-C ends "
-        "it. The image is opened read-only, and must stay in place until `pageferry list` shows no deferred memory."
-    )
-    parser.add_argument("name", metavar="NAME", help="name of the guest on this host")
-    parser.add_argument("image", metavar="IMAGE", nargs="?", help="image file written by `pageferry checkpoint`")
-    add_options(parser, RestoreOptions)
-    parser.usage = "pageferry restore NAME IMAGE [options] -- QEMU ARGS..."
 
 
 async def run(args: argparse.Namespace) -> int:

@@ -15,16 +15,6 @@ TIMEOUT = 10.0
 """Seconds to wait for a program to exit."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb."""
-    parser.description = (
-        "Stop a workload: a QEMU guest by the monitor command `quit`, which equals a power cut; the program of an "
-        "arena by SIGTERM."
-    )
-    parser.add_argument("name", metavar="NAME", help="workload to stop (see `pageferry list`)")
-    parser.add_argument("--kill", action="store_true", help="send SIGKILL, for a workload that does not respond")
-
-
 async def run(args: argparse.Namespace) -> int:
     """Stop the workload and remove its entry."""
     registry = Registry()

@@ -1,9 +1,11 @@
 """The verbs of the command line.
 
-A verb is a module of two functions::
+A verb has two functions::
 
     def configure(parser: argparse.ArgumentParser) -> None     sets the description and adds the arguments
     def run(args: argparse.Namespace) -> int                   runs the verb, returns the exit code; may be `async def`
+
+They are in two modules, so that `--help` and the check of arguments import only the former, in `pageferry.cli.syntax`.
 
 A verb that starts another program sets `TAKES_COMMAND = True`; `args.command` has the words after `--`. A long-running
 verb sets `WORKS_ON` to the name of the argument that has its workload or workloads: `pageferry top` shows it, and it
@@ -23,29 +25,33 @@ class Verb:
     """Row of the table: what `--help` needs without importing the module."""
 
     module: str
-    """Full name of the module."""
+    """Full name of the module that has `configure`."""
     help: str
     """Summary, one sentence."""
+    work: str | None = None
+    """Full name of the module that has `run`, which is imported when the verb runs; None for the same module."""
+
+
+def _verb(name: str, text: str) -> Verb:
+    return Verb(f"pageferry.cli.syntax.{name}", text, f"pageferry.cli.{name}")
 
 
 VERBS: dict[str, Verb] = {
-    "check": Verb("pageferry.cli.check", "Check kernel features and permissions, and suggest remedies."),
-    "demo": Verb("pageferry.cli.demo", "Migrate a self-checking workload between two local processes."),
-    "receive": Verb("pageferry.cli.receive", "Wait for a migrating workload and run it on this host."),
-    "migrate": Verb("pageferry.cli.migrate", "Migrate a running workload to a receiver."),
-    "checkpoint": Verb("pageferry.cli.checkpoint", "Save a running workload to an image file."),
-    "restore": Verb("pageferry.cli.restore", "Start a QEMU guest from an image, loading its memory on demand."),
-    "image": Verb("pageferry.cli.image", "Inspect, verify, compare or flatten images."),
-    "run": Verb("pageferry.cli.run", "Start a QEMU guest under management."),
-    "adopt": Verb("pageferry.cli.adopt", "Register a QEMU guest that is already running."),
-    "large-pages": Verb(
-        "pageferry.cli.large_pages", "Estimate how much of each huge page is used, and reclaim cold memory."
-    ),
-    "sharing": Verb("pageferry.cli.sharing", "Find duplicate pages, and merge them where it pays off."),
-    "report": Verb("pageferry.cli.report", "Summarise event logs as text, JSON or one HTML page."),
-    "list": Verb("pageferry.cli.list", "List the workloads of this host."),
-    "top": Verb("pageferry.cli.top", "Show workloads and running operations, refreshed periodically."),
-    "peek": Verb("pageferry.cli.peek", "Print memory of a workload."),
-    "stop": Verb("pageferry.cli.stop", "Stop a workload."),
+    "check": _verb("check", "Check kernel features and permissions, and suggest remedies."),
+    "demo": _verb("demo", "Migrate a self-checking workload between two local processes."),
+    "receive": _verb("receive", "Wait for a migrating workload and run it on this host."),
+    "migrate": _verb("migrate", "Migrate a running workload to a receiver."),
+    "checkpoint": _verb("checkpoint", "Save a running workload to an image file."),
+    "restore": _verb("restore", "Start a QEMU guest from an image, loading its memory on demand."),
+    "image": _verb("image", "Inspect, verify, compare or flatten images."),
+    "run": _verb("run", "Start a QEMU guest under management."),
+    "adopt": _verb("adopt", "Register a QEMU guest that is already running."),
+    "large-pages": _verb("large_pages", "Estimate how much of each huge page is used, and reclaim cold memory."),
+    "sharing": _verb("sharing", "Find duplicate pages, and merge them where it pays off."),
+    "report": _verb("report", "Summarise event logs as text, JSON or one HTML page."),
+    "list": _verb("list", "List the workloads of this host."),
+    "top": _verb("top", "Show workloads and running operations, refreshed periodically."),
+    "peek": _verb("peek", "Print memory of a workload."),
+    "stop": _verb("stop", "Stop a workload."),
 }
 """Verbs by their name on the command line, in the order of `--help`."""

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from subprocess import PIPE, Popen
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from pageferry.demo.events import DemoResult
 from pageferry.demo.ledger import LedgerOptions
+from pageferry.demo.options import DemoOptions
 from pageferry.demo.process import Setup
 from pageferry.errors import WorkloadError
 from pageferry.events import Listener
@@ -21,46 +21,10 @@ from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.migration import api
 from pageferry.migration.events import MigrationResult
-from pageferry.options import Count, Duration, Fraction, Size, check
-from pageferry.workloads.arena.arguments import MAX_ARENA
 from pageferry.workloads.open import open_workload
 
 TIMEOUT = 30.0
 """Seconds to wait for the next event of a child process."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoOptions:
-    """Options of the built-in workload. Raises UsageError."""
-
-    size: Annotated[int, Size(1, MAX_ARENA), "workload"] = 512 << 20
-    """Size of its memory."""
-    rate: Annotated[int, Size(0, 1 << 50), "workload"] = 20 << 20
-    """Bytes written per second."""
-    working_set: Annotated[float, Fraction(), "workload"] = 0.3
-    """Fraction of the memory that is written to."""
-    zeros: Annotated[float, Fraction(zero=True), "workload"] = 0.2
-    """Fraction of the writes that fill a page with zeros."""
-    threads: Annotated[int, Count(1, 4096), "workload"] = 2
-    """Number of writer threads."""
-    processes: Annotated[int, Count(1, 4096), "workload"] = 1
-    """Number of processes that the threads are distributed over."""
-    seconds: Annotated[float, Duration(0.0, 3600.0), "workload"] = 1.0
-    """Time to write before and after the migration."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def setup(self) -> Setup:
-        """Return the setup of the process that runs the workload, whose name no other process uses."""
-        options = LedgerOptions(
-            threads=self.threads,
-            rate=self.rate,
-            working_set=self.working_set,
-            zero_fraction=self.zeros,
-            seed=os.getpid(),
-        )
-        return Setup(name=f"demo-{os.getpid()}", size=self.size, options=options, processes=self.processes)
 
 
 async def demonstrate(demo: DemoOptions, listener: Listener, options: dict[str, Any]) -> DemoResult:
@@ -68,7 +32,7 @@ async def demonstrate(demo: DemoOptions, listener: Listener, options: dict[str, 
 
     `options` are those of `migrate`, whose errors are raised. Raises WorkloadError if a process of the demo fails.
     """
-    setup = demo.setup()
+    setup = _setup(demo)
     receive = ("receive", f"{setup.name}-moved", "--workload", "demo", "--output", "json")
     async with (
         _process("pageferry.demo.process", msgspec.json.encode(setup).decode()) as source,
@@ -88,6 +52,18 @@ async def demonstrate(demo: DemoOptions, listener: Listener, options: dict[str, 
         found = await _expect(destination, "ledger")
     fields = {field: getattr(moved, field) for field in MigrationResult.__struct_fields__}
     return DemoResult(**fields, intact=found["intact"], writes=found["writes"], checked=found["checked"])
+
+
+def _setup(demo: DemoOptions) -> Setup:
+    """Return the setup of the process that runs the workload, whose name no other process uses."""
+    options = LedgerOptions(
+        threads=demo.threads,
+        rate=demo.rate,
+        working_set=demo.working_set,
+        zero_fraction=demo.zeros,
+        seed=os.getpid(),
+    )
+    return Setup(name=f"demo-{os.getpid()}", size=demo.size, options=options, processes=demo.processes)
 
 
 @contextlib.asynccontextmanager

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from pageferry.lazy import lazily
 
 if TYPE_CHECKING:
-    from pageferry.large_pages.api import Options, sample, sample_async, undo, undo_async
+    from pageferry.large_pages.api import sample, sample_async, undo, undo_async
     from pageferry.large_pages.events import BroughtBack, LargePagesResult
+    from pageferry.large_pages.options import Options
     from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
     from pageferry.workloads.target import Target, open_target, open_target_async, process_target, workload_target
 
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazily(
         "Decision": "pageferry.large_pages.policy",
         "Facts": "pageferry.large_pages.policy",
         "LargePagesResult": "pageferry.large_pages.events",
-        "Options": "pageferry.large_pages.api",
+        "Options": "pageferry.large_pages.options",
         "Policy": "pageferry.large_pages.policy",
         "Target": "pageferry.workloads.target",
         "Threshold": "pageferry.large_pages.policy",

@@ -6,15 +6,11 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
 from pageferry import values
-from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread, synchronous
 from pageferry.host.proc import available
-from pageferry.images.metadata import Codec
 from pageferry.large_pages import cold_store, swap
 from pageferry.large_pages.estimate import estimate
 from pageferry.large_pages.events import (
@@ -26,51 +22,16 @@ from pageferry.large_pages.events import (
     SampleEvent,
     StoreFigures,
 )
+from pageferry.large_pages.options import Options
 from pageferry.large_pages.policy import Decision, Facts, Policy, Threshold
 from pageferry.large_pages.sampler import Activity, LargePage, Tracker
 from pageferry.large_pages.selection import Limit, Sampling
 from pageferry.large_pages.store_move import Stored
-from pageferry.options import API_ONLY, Count, Duration, Fraction, PathName, check
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.target import Target
 
 BINS = 11
 """Number of bins of the histogram: 0, 1, 2-3, ..., 256-511, 512 base pages."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of sampling and reclaim. Raises UsageError if they are invalid."""
-
-    sample: Annotated[float, Fraction(), "sampling"] = 0.05
-    """Maximum fraction of the huge pages to sample per round."""
-    window: Annotated[float, Duration(1e-3, 60.0), "sampling"] = 0.2
-    """Time during which accesses are counted, such as 200ms or 1s."""
-    rounds: Annotated[int, Count(1, 1_000_000), "sampling"] = 5
-    """Maximum number of rounds, each with other samples."""
-    budget: Annotated[float | None, Fraction(zero=True), "sampling"] = 0.01
-    """Limit for sampling, as a fraction of one CPU; the number of samples is reduced to stay below it; 0: unlimited."""
-    reclaim: Annotated[Literal["store", "swap"] | None, "reclaiming"] = None
-    """Split the huge pages selected by the policy and move their cold base pages to swap, or (guests and arenas) to a
-    compressed store from which they are reloaded on demand."""
-    store: Annotated[
-        Path | None,
-        PathName(metavar="DIR", unset="that of the workload in the run directory, usually a tmpfs"),
-        "reclaiming",
-    ] = None
-    """Directory for the store."""
-    codec: Annotated[Codec, "reclaiming"] = "lz4"
-    """Compression of the store."""
-    seed: Annotated[int | None, Count(0, 1 << 63), API_ONLY] = None
-    """Seed of the random choice of samples."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        object.__setattr__(self, "budget", self.budget or None)
-        if self.store is not None and (self.reclaim != "store" or not self.store.is_dir()):
-            raise UsageError(
-                f"invalid `store` {self.store}: expected an existing directory, together with `reclaim` store"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pageferry.errors import UsageError
 from pageferry.migration.transport.messages import MAX_STREAMS, Codec, Mode, Populate
-from pageferry.migration.transport.tls import Trust
 from pageferry.options import Count, Duration, PathName, Rate, Text, check
+
+if TYPE_CHECKING:
+    from pageferry.migration.transport.tls import Trust
 
 Granularity = Literal["4K", "2M", "auto"]
 LargePages = Literal["keep", "ignore"]
@@ -74,6 +76,8 @@ class Options:
         """Load our certificate and the trusted authority if `tls` is set. Raises UsageError."""
         if self.tls is None:
             return None
+        from pageferry.migration.transport.tls import Trust
+
         return Trust(Path(self.tls), "source", hostname=self.tls_hostname)
 
     @property

@@ -14,7 +14,7 @@ from pageferry.lazy import lazily
 if TYPE_CHECKING:
     from pageferry.sharing.api import find, find_async, share, share_async, undo, undo_async
     from pageferry.sharing.events import SharingResult
-    from pageferry.sharing.scan import Options
+    from pageferry.sharing.options import Options
 
 __all__ = ["Options", "SharingResult", "find", "find_async", "share", "share_async", "undo", "undo_async"]
 
@@ -22,7 +22,7 @@ __all__ = ["Options", "SharingResult", "find", "find_async", "share", "share_asy
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "Options": "pageferry.sharing.scan",
+        "Options": "pageferry.sharing.options",
         "SharingResult": "pageferry.sharing.events",
         "find": "pageferry.sharing.api",
         "find_async": "pageferry.sharing.api",

@@ -17,7 +17,8 @@ from pageferry.pager import records
 from pageferry.pager.records import Deferred
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
-from pageferry.sharing.scan import Options, look
+from pageferry.sharing.options import Options
+from pageferry.sharing.scan import look
 from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.target import Target, open_target_async

@@ -1,0 +1,32 @@
+"""Arguments of `pageferry checkpoint`."""
+
+from __future__ import annotations
+
+import argparse
+
+from pageferry.checkpoints.options import Options
+from pageferry.cli.options import add_options
+
+WORKS_ON = "name"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    parser.description = (
+        "Save a running workload to an image file. The workload is paused for milliseconds to save its state; its "
+        "memory as of that snapshot point is written while it keeps running. IMAGE appears only when it is complete."
+    )
+    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or a process as pid:N")
+    parser.add_argument("image", metavar="IMAGE", help="file to write; an existing file is replaced")
+    parser.add_argument(
+        "--parent",
+        metavar="IMAGE",
+        help="earlier image of the workload: store only pages that differ; a restore then needs both images",
+    )
+    parser.add_argument(
+        "--regions",
+        metavar="LIST",
+        help="memory of pid:N to save while the process is stopped: heap, stack, anon or START-END, separated by "
+        "commas; such an image can be inspected but not restored",
+    )
+    add_options(parser, Options)

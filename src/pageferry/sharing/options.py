@@ -1,0 +1,27 @@
+"""Options of a scan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pageferry.options import Count, Fraction, Size, check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of a scan. Sizes are in bytes, or strings such as `256M`. Raises UsageError."""
+
+    budget: Annotated[
+        float | None, Fraction(64.0, unset="unlimited; with --watch adapted to the available memory"), "scanning"
+    ] = None
+    """Limit for the scan, as a fraction of one CPU, such as 5% or 0.05."""
+    memory: Annotated[int, Size(1 << 20, 1 << 50), "scanning"] = 256 << 20
+    """Limit for the memory of the scan itself; beyond it, contents are sampled by their hash."""
+    every: Annotated[int, Count(1, 1 << 40), "scanning"] = 1
+    """Scan only every Nth unit of 2 MiB. A page whose duplicates are all in other units looks unique."""
+    threads: Annotated[int, Count(0, 1024), "scanning"] = 0
+    """Number of threads; 0: one per CPU."""
+
+    def __post_init__(self) -> None:
+        check(self)
