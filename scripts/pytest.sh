@@ -6,7 +6,7 @@ workers=$2
 shift 2
 
 # Exit code 5 of pytest: the arguments select no such test.
-"$python" -m pytest --durations 20 -m "not alone" --numprocesses "$workers" --dist loadfile "$@"
+"$python" -m pytest --durations 20 -m "not alone" --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
 together=$?
 "$python" -m pytest --durations 20 -m alone "$@"
 alone=$?

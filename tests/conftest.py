@@ -25,8 +25,9 @@ ROOM = 96
 MIN_FREE = 2 << 30
 """Free memory wanted before a test, bytes: compaction needs free pages, which builds turn into page cache."""
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-ORDER = ["qemu", "faults", "kernel"]
-"""Directories with the slowest tests, slowest first."""
+ORDER = ["test_benchmarks", "test_commands", "test_migration_hosts", "qemu", "faults", "use", "kernel"]
+"""Files and directories with the slowest tests, slowest first: each file is run by one process, and a slow file that
+begins late would run alone at the end."""
 CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "swap", "switches"}
 """Fixtures that change machine-wide settings: KSM, huge pages, /dev/userfaultfd."""
 
@@ -45,7 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(directory)
         if CHANGES_MACHINE & set(getattr(item, "fixturenames", ())) or "hugetlb" in item.name:
             item.add_marker("alone")
-    items.sort(key=lambda item: ORDER.index(item.path.parent.name) if item.path.parent.name in ORDER else len(ORDER))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    """Return the place of a test in `ORDER`."""
+    return next((ORDER.index(name) for name in (item.path.stem, item.path.parent.name) if name in ORDER), len(ORDER))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,6 +16,8 @@ from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 1 << 30, 64 << 20
+CODED = 4 << 20
+"""Size of the arena for the codecs with --quick: the debug build of a codec is slow."""
 CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
 LOADS: dict[str, dict[str, Any]] = {"20 MiB/s": {"rate": 20 << 20}, "as fast as it can": {}}
 CODECS = ("none", "lz4", "zstd")
@@ -30,7 +32,7 @@ SPARSE = {"rate": 4 << 20, "working_set": 0.02, "scatter": True}
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Measure lazy and stopped checkpoints under both loads."""
     runs = []
-    for load, options in LOADS.items():
+    for load, options in setting.chosen(list(LOADS.items())):
         with Ledger("saved", SMALL if setting.quick else FULL, CONTENTS | options) as ledger:
             for _ in range(setting.repetitions):
                 for method, words in OURS.items():
@@ -43,7 +45,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
     """Measure the rate at which data is saved, and the speed of the codec alone on the same pages."""
     runs = []
     image = setting.folder / "image"
-    with Ledger("coded", SMALL if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
+    with Ledger("coded", CODED if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
         for _ in range(setting.repetitions):
             for codec in CODECS:
                 run = {"codec": codec} | asyncio.run(save(ledger, image, "--codec", codec))
@@ -55,7 +57,7 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
 def measure_pause(setting: Setting) -> list[dict[str, Any]]:
     """Measure the pause for each arena size while the writer keeps writing."""
     runs = []
-    for gib in GIB:
+    for gib in setting.chosen(GIB):
         size = SMALL if setting.quick else gib << 30
         parts = size / (1 << 30)
         with Ledger("paused", size, CONTENTS | LOADS["20 MiB/s"]) as ledger:

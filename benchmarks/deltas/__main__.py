@@ -25,7 +25,9 @@ from pageferry._engine import SMALL_PAGE
 
 ROUND = 0.5
 """Seconds between two rounds."""
-CODECS = ("lz4", "zstd")
+CODECS = ("zstd", "lz4")
+MAX_QUICK = 512
+"""Maximum number of pages that are compared with --quick: the debug build of a codec is slow."""
 LEDGER = {"rate": 20 << 20, "compressible": 0.5}
 COLUMNS: tuple[Column, ...] = (
     ("memory MiB", "memory", 0, 1 << 20),
@@ -49,8 +51,9 @@ def measure(setting: Setting) -> list[Run]:
             with _running(name) as pid:
                 early, late = _round(pid), _round(pid)
             changed = sorted(address for address in early.keys() & late.keys() if early[address] != late[address])
-            for codec in CODECS:
-                found = _compare([early[at] for at in changed], [late[at] for at in changed], codec, setting)
+            compared = changed[:: len(changed) // MAX_QUICK + 1] if setting.quick else changed
+            for codec in setting.chosen(CODECS):
+                found = _compare([early[at] for at in compared], [late[at] for at in compared], codec, setting)
                 runs.append({"program": name, "codec": codec, "memory": len(late) * SMALL_PAGE} | found)
     return runs
 

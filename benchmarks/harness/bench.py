@@ -9,14 +9,16 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.harness import machine, tables
 from benchmarks.harness.tables import Run, Target
 
 Results = dict[str, list[Run]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,10 @@ class Setting:
     repetitions: int
     quick: bool
     """Whether to measure small workloads once, as a test of the benchmark. The figures are meaningless."""
+
+    def chosen(self, cases: Sequence[T]) -> Sequence[T]:
+        """Return the cases to measure: only the first with `quick`."""
+        return cases[:1] if self.quick else cases
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from benchmarks.migrate.trips import Ends
 from benchmarks.peers import iperf
 from tests import certificates
 
-FULL, SMALL = 1 << 30, 64 << 20
+FULL, SMALL = 1 << 30, 32 << 20
 CALM = {"rate": 1 << 20, "working_set": 0.01}
 """Options of a workload that writes little, so that the first round sends nearly all data."""
 STREAMS = (1, 2, 4)

@@ -23,6 +23,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "postcopy, 4 streams": ("--mode", "postcopy", "--streams", "4"),
 }
 CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
+SMALL = 8 << 20
+"""Size of the migrated workload with --quick, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def _over(network: Network, link: Link, setting: Setting) -> list[dict[str, Any]
     here, there = network.hosts
     assert there.address is not None
     ends = Ends(here.within, there.within, ("--insecure",), ("--listen", f"{there.address}:0", "--insecure"))
-    size = min(link.size, 24 << 20) if setting.quick else link.size
+    size = SMALL if setting.quick else link.size
     runs = []
     with Ledger("far", size, WRITER | CONTENTS) as ledger, Ballast(size + (64 << 20)) as ballast:
         for _ in range(setting.repetitions):

@@ -56,7 +56,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     for load, options in LOADS.items():
         with Ledger("sized", SMALL if setting.quick else FULL, ledgers.CONTENTS | options) as ledger:
             for _ in range(setting.repetitions):
-                for name, size, sizes in list(choices())[:: 5 if setting.quick else 1]:
+                for name, size, sizes in setting.chosen(list(choices())):
                     words = [f"--{each}={value}" for each, value in sizes.items()]
                     run = asyncio.run(ledgers.save(ledger, image, *words))
                     mark = ", default" if size == DEFAULTS[name] else ""

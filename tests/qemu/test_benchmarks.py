@@ -21,8 +21,6 @@ from tests.network import hosts
 
 ROOT = Path(__file__).parent.parent.parent
 
-pytestmark = pytest.mark.alone  # benchmarks use all cores
-
 
 def quick(name: str, *options: str) -> dict[str, Any]:
     """Results of a benchmark, run with --quick."""
@@ -123,6 +121,7 @@ def of_arenas(rows: list[dict[str, Any]]) -> dict[str, bool]:
     return {row["system"]: row["reached"] for row in rows if row["system"] in COUNTED}
 
 
+@pytest.mark.alone  # judges counts of huge pages and faults
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("root", "qemu_10")
 def test_each_system_reaches_its_target_only_with_its_mechanism() -> None:

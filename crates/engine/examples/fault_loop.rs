@@ -130,9 +130,10 @@ fn median(mut times: Vec<u128>) -> u128 {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let contents: Vec<u8> = (0..LEN).map(|at| ((at * 7919) >> 5).to_le_bytes()[0] | 1).collect();
     let chain = image(&contents)?;
+    let turns = std::env::args().nth(1).map_or(Ok(TURNS), |word| word.parse())?;
     let mut out = io::stdout();
     let mut ratios = Vec::new();
-    for turn in 0..TURNS {
+    for turn in 0..turns {
         let (bare, paged) = (median(bare(&contents)?), median(paged(&chain)?));
         ratios.push(paged * 1000 / bare);
         writeln!(out, "turn {turn}: bare loop {} us, pager {} us for 64 KiB", bare / 1000, paged / 1000)?;
