@@ -39,6 +39,7 @@ async def start(name: str, parts: GuestParts, serial: Serial, *options: str, **d
     await workload.load_state((state / STATE).read_bytes())
     await workload.resume()
     await serial.ready()
+    assert await workload.running()  # the migration settings of its user are restored before the reply
     return workload
 
 

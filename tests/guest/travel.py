@@ -82,13 +82,13 @@ class Traveller:
     def start(self) -> None:
         """Start the guest, and wait until its checker is running."""
         self.serial.path.unlink(missing_ok=True)
-        if self.parts.states is not None and self.checker is not None and not self.flags:
-            asyncio.run(self._resume(self.checker))
-            return
-        words = ["run", self.name, "--detach", *self.flags, "--", *self.command(self.name)]
-        subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
-        if self.checker is not None:
+        if self.flags:
+            words = ["run", self.name, "--detach", *self.flags, "--", *self.command(self.name)]
+            call = [sys.executable, "-m", "pageferry", *words]
+            subprocess.run(call, check=True, timeout=DEADLINE, capture_output=True)
             asyncio.run(self.serial.ready())
+        else:  # as `pageferry run`, without the start of an interpreter
+            asyncio.run(self._start())
 
     def command(self, name: str) -> list[str]:
         """Command line of the QEMU with this name."""
@@ -179,16 +179,23 @@ class Traveller:
         """Reply of its monitor to a command."""
         return asyncio.run(ask(self.name, command, **arguments))
 
-    async def _resume(self, checker: str) -> None:
-        """Start the guest from the state of one that has booted before."""
-        details = {"memory": self.memory, "checker": checker}
-        guest = await booted.start(self.name, self.parts, self.serial, *self.options, **details)
-        guest.close()
-
     def end(self) -> None:
         """End all QEMU processes of the guest, also after a failed test."""
-        for name in [name for name in Registry().entries() if name.startswith(f"{self._name}-")]:
-            subprocess.run([sys.executable, "-m", "pageferry", "stop", "--kill", name], check=True, timeout=DEADLINE)
+        for name, found in Registry().entries().items():
+            if name.startswith(f"{self._name}-"):
+                processes.send_signal(found.pid, found.started, signal.SIGKILL)
+                asyncio.run(processes.wait_for_end(found.pid, found.started))
+                Registry().remove(name)
+
+    async def _start(self) -> None:
+        if self.checker is not None and self.parts.states is not None:
+            details = {"memory": self.memory, "checker": self.checker}
+            guest = await booted.start(self.name, self.parts, self.serial, *self.options, **details)
+        else:
+            guest = await QemuWorkload.start(self.name, self.command(self.name))
+            if self.checker is not None:
+                await self.serial.ready()
+        guest.close()
 
     def _serial(self, name: str) -> Serial:
         return Serial(self.folder / f"{name}.serial")
