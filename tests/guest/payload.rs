@@ -1,9 +1,11 @@
 //! A guest without an operating system, for KVM hosts on which Linux does not boot. Rewrites and verifies
-//! self-describing pages in ring 3.
+//! self-describing pages.
 //!
 //! QEMU loads the program with `-kernel` and enters it in 32-bit protected mode (PVH). The program enables long mode
-//! with its own page tables and leaves ring 0 permanently: a KVM without hardware virtualization emulates ring 0 and
-//! runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. There are no interrupts.
+//! with its own page tables. On KVM it leaves ring 0 permanently: a KVM without hardware virtualization emulates ring 0
+//! and runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. There are no interrupts.
+//! On TCG it stays in ring 0, and sleeps after each sweep until the next interrupt of the timer, so that a waiting guest
+//! does not use the whole core of a test machine.
 //!
 //! Each page holds its number and version at both ends and in the middle. A table elsewhere holds the current version
 //! of each page, and a third place the sum of all versions. The output has the format of `checker.rs`; a tick is
@@ -62,6 +64,8 @@ descriptors:                            # all with the accessed bit; SYSEXIT wan
 task: .quad 0, 0                        # 0x48 the task, filled in below
 pointer: .word . - descriptors - 1
     .quad descriptors
+gates: .word 0x20f
+    .quad interrupts
     .balign 16
 state: .fill 102, 1, 0
     .word 104                           # where the bitmap begins
@@ -73,6 +77,7 @@ state: .fill 102, 1, 0
     .balign 16
     .skip 65536
 stack:
+interrupts: .skip 0x210                 # gates up to vector 0x20, the timer
 
     .section .text
     .code32
@@ -124,22 +129,57 @@ long:
     mov eax, 0x40000000                 # the hypervisor
     cpuid
     mov edi, ebp
+    xor esi, esi
     cmp ebx, 0x4b4d564b                 # "KVMK": it emulates SYSEXIT, and IRET not
     jne 1f
     mov rdx, offset run
     mov rcx, offset stack - 8
     sysexitq
-1:  push 0x43
-    push offset stack - 8
-    push 2
-    push 0x3b
-    push offset run
+1:  mov eax, offset timer
+    mov word ptr [interrupts + 0x200], ax
+    mov word ptr [interrupts + 0x202], 0x18
+    mov word ptr [interrupts + 0x204], 0x8e00
+    shr eax, 16
+    mov word ptr [interrupts + 0x206], ax
+    lidt [gates]
+    mov al, 0x11                        # interrupt controllers: vectors from 0x20 and 0x28, only the timer enabled
+    out 0x20, al
+    out 0xa0, al
+    mov al, 0x20
+    out 0x21, al
+    mov al, 0x28
+    out 0xa1, al
+    mov al, 4
+    out 0x21, al
+    mov al, 2
+    out 0xa1, al
+    mov al, 1
+    out 0x21, al
+    out 0xa1, al
+    mov al, 0xfe
+    out 0x21, al
+    mov al, 0xff
+    out 0xa1, al
+    mov al, 0x34                        # timer: 100 Hz
+    out 0x43, al
+    mov al, 0x9c
+    out 0x40, al
+    mov al, 0x2e
+    out 0x40, al
+    inc esi
+    mov rsp, offset stack - 8
+    jmp run
+timer:
+    push rax
+    mov al, 0x20
+    out 0x20, al
+    pop rax
     iretq
 "#
 );
 
 #[unsafe(no_mangle)]
-extern "C" fn run(start_info: u64) -> ! {
+extern "C" fn run(start_info: u64, sleeps: u64) -> ! {
     let line = unsafe { *((start_info + COMMAND_LINE) as *const u64) as *const u8 };
     let pages = (option(line, b"ferry.mib=", 32) as usize * 256).min(MAX_PAGES);
     let writes = option(line, b"ferry.writes=", 4);
@@ -157,6 +197,10 @@ extern "C" fn run(start_info: u64) -> ! {
         }
         verify_all(pages, &mut errors);
         sweeps += 1;
+        if sleeps != 0 {
+            // Interrupts are handled on this stack, and only here.
+            unsafe { asm!("sti", "hlt", "cli") };
+        }
         if sweeps % SWEEPS_PER_TICK == 0 {
             print(b"FERRY tick ", sweeps / SWEEPS_PER_TICK);
             print(b" writes=", sweeps * writes);
