@@ -27,7 +27,7 @@ MANUAL = "pageferry manual"
 
 def pages() -> Iterator[tuple[str, str]]:
     """Path below packaging/data/share and contents of each file."""
-    parser = build_parser(list(VERBS))
+    parser = build_parser([*VERBS, "--help"])
     summary = parser.description or ""
     also = [f"pageferry-{verb}" for verb in VERBS]
     yield "man/man1/pageferry.1", _page("pageferry", parser, summary, also)

@@ -3,12 +3,11 @@
 A value is a number in the documented unit, or a text such as `30ms`, `10s`, `1.5G` or `5%`. Every check takes the name
 of the parameter for its message, and raises `UsageError`; for a value of the wrong type `WrongType`, which is also a
 `TypeError`. Messages put names of parameters in backticks; the command line replaces them by options
-(`pageferry.cli.main`).
+(`pageferry.cli.execution`).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import os
@@ -197,6 +196,8 @@ def options(kind: type[T], given: Mapping[str, Any]) -> T:
 
 def suggestion(word: str, known: Collection[str]) -> str:
     """Return `; did you mean 'x'?` with a similar known word, or an empty text."""
+    import difflib  # needed only for messages
+
     close = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

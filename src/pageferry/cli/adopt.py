@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from pageferry import report
 from pageferry.cli.list import describe
 from pageferry.report.reporter import open_reporter
-from pageferry.report.workloads import WorkloadsView
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 
@@ -14,7 +14,7 @@ async def run(args: argparse.Namespace) -> int:
     """Register the guest and print its entry."""
     workload = await QemuWorkload.adopt(args.name, args.qmp)
     try:
-        with open_reporter(args.output, WorkloadsView()) as reporter:
+        with open_reporter(args.output, lambda: report.WorkloadsView()) as reporter:
             reporter.final(await describe(workload))
     finally:
         workload.close()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from pageferry import report
 from pageferry.errors import UnsupportedError
 from pageferry.host.check import check
-from pageferry.report.check import CheckView
 from pageferry.report.reporter import open_reporter
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Raises UnsupportedError if live migration cannot run on this host."""
     result = check()
-    with open_reporter(args.output, CheckView()) as reporter:
+    with open_reporter(args.output, lambda: report.CheckView()) as reporter:
         reporter.final(result)
     if result.reason is not None:
         raise UnsupportedError(result.reason)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from pageferry import values
+from pageferry import report, values
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import save
 from pageferry.cli.options import given
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
-from pageferry.report.checkpoint import CheckpointView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.open import open_workload
 from pageferry.workloads.process import PREFIX, ProcessWorkload
@@ -43,5 +42,5 @@ async def run(args: argparse.Namespace) -> int:
 
 async def _save(args: argparse.Namespace, workload: Saveable, options: Options) -> None:
     path, parent = values.path("path", args.image), values.optional(values.path, "parent", args.parent)
-    with open_reporter(args.output, CheckpointView()) as out:
+    with open_reporter(args.output, lambda: report.CheckpointView()) as out:
         out.final(await save(workload, path, parent, options, out.event))

@@ -6,13 +6,13 @@ import argparse
 import time
 from collections.abc import Callable
 
+from pageferry import report
 from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
 from pageferry.images.events import Difference, Flattened, ImageSummary, RegionSummary, Verification
 from pageferry.images.image import ImageFile
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.report.image import ImageView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.qemu.device_state import SavedState
 
@@ -22,7 +22,7 @@ CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
 async def run(args: argparse.Namespace) -> int:
     """Run the operation in a thread, so that Ctrl-C can end it between two slices."""
     result, code = await in_thread(OPERATIONS[args.what], args)
-    with open_reporter(args.output, ImageView()) as out:
+    with open_reporter(args.output, lambda: report.ImageView()) as out:
         out.final(result)
     return code
 

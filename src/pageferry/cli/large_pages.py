@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from pageferry import report
 from pageferry.cli.options import given
 from pageferry.density import shareable_pages
 from pageferry.errors import UsageError
@@ -12,7 +13,6 @@ from pageferry.large_pages.api import sample_async, undo_async
 from pageferry.large_pages.events import LargePagesResult
 from pageferry.large_pages.options import Options
 from pageferry.large_pages.policy import Threshold
-from pageferry.report.large_pages import LargePagesView
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.workloads.target import Target, open_target_async
 
@@ -25,7 +25,7 @@ async def run(args: argparse.Namespace) -> int:
         raise UsageError("--undo cannot be combined with --watch or --reclaim: remove them")
     options, policy = Options(**given(args, Options)), Threshold(activity=args.threshold)
     target = await open_target_async(args.target)
-    with target, open_reporter(args.output, LargePagesView()) as out:
+    with target, open_reporter(args.output, lambda: report.LargePagesView()) as out:
         if args.undo:
             out.final(await undo_async(target))
         elif args.watch:

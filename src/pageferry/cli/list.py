@@ -8,6 +8,7 @@ import os
 
 import msgspec
 
+from pageferry import report
 from pageferry.errors import NoSuchWorkload, RestoreError, WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import AnyEntry, ArenaEntry, Folder, QemuEntry, Registry
@@ -15,11 +16,8 @@ from pageferry.memory.regions import Region
 from pageferry.migration.ownership import committed
 from pageferry.pager import client
 from pageferry.report.reporter import open_reporter
-from pageferry.report.workloads import WorkloadsView
-from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.events import Listing, WorkloadInfo
 from pageferry.workloads.protocols import Condition, Migratable
-from pageferry.workloads.qemu.guest import QemuWorkload
 
 TIMEOUT = 1.0
 """Seconds to wait for the monitor of a guest, which another command may be using."""
@@ -29,7 +27,7 @@ async def run(args: argparse.Namespace) -> int:
     """Query all workloads concurrently and print them."""
     queries = [_query(name, entry) for name, entry in Registry().entries().items()]
     found = [info for info in await asyncio.gather(*queries) if info is not None]
-    with open_reporter(args.output, WorkloadsView()) as reporter:
+    with open_reporter(args.output, lambda: report.WorkloadsView()) as reporter:
         if args.output == "human":
             reporter.final(Listing(found))
         else:
@@ -79,8 +77,12 @@ async def _with_deferred(info: WorkloadInfo) -> WorkloadInfo:
 async def _open(name: str, entry: AnyEntry) -> Migratable:
     match entry:
         case QemuEntry():
+            from pageferry.workloads.qemu.guest import QemuWorkload
+
             return await QemuWorkload.attach(name, timeout=TIMEOUT)
         case ArenaEntry(control_socket=path):
+            from pageferry.workloads.arena.control_socket.client import RemoteArena
+
             return await RemoteArena.connect(path)
         case _:
             raise NoSuchWorkload(f"cannot open {name}: it is still being started; retry when it runs")

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import os
-import select
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from pageferry._engine import end_on_truncation
-from pageferry.cli.logs import configure_logging, with_options
 from pageferry.cli.parser import parse
-from pageferry.cli.signals import Interruption
-from pageferry.cli.sinks import open_sinks
-from pageferry.errors import Cancelled, PageferryError, WorkloadError
-from pageferry.printable import message, printable
-
-if TYPE_CHECKING:
-    from pageferry.report.event_log import EventLog
+from pageferry.errors import WorkloadError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,49 +32,9 @@ def _run(words: list[str]) -> int:
         args = parse(words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
-    configure_logging(args.debug, vars(args))
-    with Interruption() as interruption, ExitStack() as stack:
-        log: EventLog | None = None
-        try:
-            log = open_sinks(args, stack)
-            code, ended_by = _run_verb(args, interruption), None
-        except BaseException as error:
-            code, ended_by = _end_of(error, args, interruption.received), error
-        if log is not None:
-            log.end(code, ended_by)
-        return code
+    from pageferry.cli.execution import execute  # imports asyncio, which --help does not need
 
-
-def _run_verb(args: argparse.Namespace, interruption: Interruption) -> int:
-    outcome = args.run(args)
-    return outcome if isinstance(outcome, int) else interruption.run(outcome)
-
-
-def _end_of(error: BaseException, args: argparse.Namespace, received: signal.Signals | None) -> int:
-    """Report on stderr how a verb ended, and return its exit code. Raises BrokenPipeError if stdout was closed."""
-    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
-        raise error
-    if args.debug:
-        sys.stderr.write(printable("".join(traceback.format_exception(error))))
-    if received is not None and isinstance(error, (KeyboardInterrupt, asyncio.CancelledError, Cancelled)):
-        _print_error(str(error) or "interrupted")
-        return 128 + received
-    if isinstance(error, PageferryError):
-        _print_error(f"error: {with_options(str(error), vars(args))}")
-        return error.exit_code
-    hint = "" if args.debug else " (unexpected; --debug shows the traceback)"
-    _print_error(f"error: {type(error).__name__}: {error}{hint}")
-    return 1
-
-
-def _print_error(text: str) -> None:
-    print(f"pageferry: {message(text)}", file=sys.stderr)  # noqa: T201
-
-
-def _stdout_is_closed() -> bool:
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(state & select.POLLERR for _, state in poll.poll(0))
+    return execute(args)
 
 
 def _discard_stdout() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from pageferry import report
 from pageferry.cli.options import given
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
@@ -11,7 +12,6 @@ from pageferry.migration import api, switchover_request
 from pageferry.migration.events import Recovered
 from pageferry.migration.options import Options
 from pageferry.migration.transport.messages import Owner
-from pageferry.report.migration import MigrationView
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.open import open_workload
 from pageferry.workloads.protocols import Migratable
@@ -33,7 +33,10 @@ async def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 "ADDRESS is missing: give the address of a receiver (unix:PATH or HOST:PORT), or --recover"
             )
-        with folder.exclusively(f"a migration to {args.address}"), open_reporter(args.output, MigrationView()) as out:
+        with (
+            folder.exclusively(f"a migration to {args.address}"),
+            open_reporter(args.output, lambda: report.MigrationView()) as out,
+        ):
             result = await api.migrate_async(workload, args.address, listener=out.event, **options)
             out.final(result)
     finally:
@@ -43,7 +46,7 @@ async def run(args: argparse.Namespace) -> int:
 
 async def _recover(args: argparse.Namespace, workload: Migratable) -> int:
     folder = Registry().folder(args.name)
-    with folder.exclusively("a recovery"), open_reporter(args.output, MigrationView()) as out:
+    with folder.exclusively("a recovery"), open_reporter(args.output, lambda: report.MigrationView()) as out:
         if args.take_back:
             await api.take_back_async(workload)
             owner: Owner = "source"

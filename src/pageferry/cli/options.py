@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from pageferry.docstrings import field_docstrings
+from pageferry.cli.parser import Parser
 from pageferry.errors import UsageError
 from pageferry.options import Choice, Flag, Option, Texts, options_of
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """Add an option for each field of a dataclass, under the headings that the fields name."""
-    texts = field_docstrings(kind)
+    texts = _docstrings(kind) if not isinstance(parser, Parser) or parser.described else {}
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for option in options_of(kind):
         if option.api_only:
@@ -28,6 +28,12 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
             help=_help(option, texts.get(option.name, ""), texts),
             **_arguments(option),
         )
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    from pageferry.docstrings import field_docstrings  # parses source
+
+    return field_docstrings(kind)
 
 
 def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -9,26 +9,25 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NoReturn
 
-from rich_argparse import RichHelpFormatter
-
 from pageferry import printable, values
 from pageferry.cli.verbs import VERBS
 from pageferry.errors import UsageError
-
-
-class HelpFormatter(RichHelpFormatter):
-    """Coloured help without rich markup: square brackets are printed literally."""
-
-    help_markup = False
-    text_markup = False
-    group_name_formatter = str.capitalize
 
 
 class Parser(argparse.ArgumentParser):
     """Parser of the command and of its verbs. Abbreviations are disabled: they would freeze the names of options."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+        super().__init__(**{"formatter_class": _checker, "allow_abbrev": False, **options})
+        self.described = True
+        """Whether help is needed. `pageferry.cli.options` reads it from source, which takes longer than to parse."""
+
+    def format_help(self) -> str:
+        """Return the help text, with colours on a terminal."""
+        from pageferry.cli.help import HelpFormatter
+
+        self.formatter_class = HelpFormatter
+        return super().format_help()
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Reject an invalid choice or verb, and suggest a similar one."""
@@ -43,6 +42,12 @@ class Parser(argparse.ArgumentParser):
         """Report a usage error in one line: a long usage text would hide its cause."""
         text = f"{self.prog}: error: {message} (see `{self.prog} --help`)"
         self.exit(UsageError.exit_code, f"{printable.message(text)}\n")
+
+
+def _checker(prog: str) -> argparse.HelpFormatter:
+    """Return the formatter with which argparse checks each new argument. The width is that of no terminal: asking for
+    it imports a dozen modules."""
+    return argparse.HelpFormatter(prog, width=78)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -101,10 +106,12 @@ def build_parser(words: Sequence[str]) -> Parser:
         help="print a completion script for this shell and exit",
     )
     completing = any(word.split("=")[0] == "--completion" for word in words)
+    described = completing or not {"-h", "--help"}.isdisjoint(words)
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         below = verbs.add_parser(name, help=verb.help, description=verb.help, parents=[shared])
         if completing or name in words:
+            below.described = described
             module = importlib.import_module(verb.module)
             module.configure(below)
             below.set_defaults(

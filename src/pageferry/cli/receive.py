@@ -8,8 +8,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from logging import getLogger
 
-import msgspec
-
+from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
 from pageferry.cli.options import given
 from pageferry.cli.syntax.receive import ReceiveOptions
@@ -18,36 +17,18 @@ from pageferry.demo.ledger import LedgerWorkload
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Registry
-from pageferry.migration import api, events
+from pageferry.migration import api
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import Reception
-from pageferry.report.migration import postcopy_line
 from pageferry.report.reporter import Reporter, open_reporter
-from pageferry.report.text import PlainView
 from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
-
-
-class ReceiveView(PlainView):
-    """One sentence per event."""
-
-    def line(self, event: msgspec.Struct) -> str | None:
-        """Return the sentence for an event; None for progress."""
-        match event:
-            case Listening():
-                return f"{event.workload}: listening on {event.address}"
-            case Received():
-                return f"{event.workload}: received, {'still paused' if event.paused else 'running'}"
-            case events.PostcopyEvent():
-                return postcopy_line(event) if event.status != "postcopy-active" else None
-            case _:
-                return super().line(event)
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -56,7 +37,7 @@ async def run(args: argparse.Namespace) -> int:
     ReceiveOptions(**given(args, ReceiveOptions))  # checked before anything happens
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
-    with open_reporter(args.output, ReceiveView()) as out:
+    with open_reporter(args.output, lambda: report.ReceiveView()) as out:
         reception = api.open_reception(
             _address(args), args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pageferry import report
 from pageferry.errors import UsageError
 from pageferry.host import files
 from pageferry.report.event_log import Log
 from pageferry.report.events import ReportResult
 from pageferry.report.reporter import open_reporter
 from pageferry.report.run import Run
-from pageferry.report.runs import RunsView
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
         _write(args.html, page(runs))
     written = str(args.html) if args.html is not None else None
-    with open_reporter(args.output, RunsView(runs)) as out:
+    with open_reporter(args.output, lambda: report.RunsView(runs)) as out:
         out.final(ReportResult(runs=[run.record() for run in runs], html=written))
     return 0
 

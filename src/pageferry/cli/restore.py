@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from logging import getLogger
 
+from pageferry import report
 from pageferry.checkpoints.events import RestoreResult
 from pageferry.checkpoints.restore_guest import completed, restore_guest
 from pageferry.cli.foreground import run_in_foreground
@@ -14,7 +15,6 @@ from pageferry.host.registry import Registry
 from pageferry.pager.events import TakenOver
 from pageferry.pager.launcher import take_over
 from pageferry.report.reporter import Reporter, open_reporter
-from pageferry.report.restore import RestoreView
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
@@ -22,7 +22,7 @@ log = getLogger(__name__)
 
 async def run(args: argparse.Namespace) -> int:
     """Restore the guest, or start another pager for it."""
-    with open_reporter(args.output, RestoreView()) as reporter:
+    with open_reporter(args.output, lambda: report.RestoreView()) as reporter:
         if args.takeover:
             return await _take_over(args, reporter)
         if args.image is None or not args.command:

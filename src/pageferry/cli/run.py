@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from logging import getLogger
 
+from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
 from pageferry.cli.list import describe
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.report.reporter import open_reporter
-from pageferry.report.workloads import WorkloadsView
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
@@ -21,7 +21,7 @@ async def run(args: argparse.Namespace) -> int:
         raise UsageError("the command line of QEMU is missing: give NAME -- QEMU ARGS...")
     workload = await QemuWorkload.start(args.name, args.command, detach=args.detach, hugetlb=args.hugetlb)
     if args.detach:
-        with open_reporter(args.output, WorkloadsView()) as reporter:
+        with open_reporter(args.output, lambda: report.WorkloadsView()) as reporter:
             reporter.final(await describe(workload))
         workload.close()
         return 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from pageferry import report
 from pageferry.cli.options import given
 from pageferry.density import hot_large_pages
 from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.proc import available
 from pageferry.report.reporter import Reporter, open_reporter
-from pageferry.report.sharing import SharingView
 from pageferry.sharing import api, policy
 from pageferry.sharing.events import Undone
 from pageferry.sharing.options import Options
@@ -21,7 +21,7 @@ async def run(args: argparse.Namespace) -> int:
     """Estimate, merge or undo."""
     if args.undo and args.watch:
         raise UsageError("--undo cannot be combined with --watch: remove one of them")
-    with open_reporter(args.output, SharingView()) as out:
+    with open_reporter(args.output, lambda: report.SharingView()) as out:
         if args.undo:
             out.final(Undone(args.names, await api.undo_async(args.names)))
         elif args.watch:

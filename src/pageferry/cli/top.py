@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from pageferry import report
 from pageferry.host.blocking import in_thread
 from pageferry.report.reporter import open_reporter
-from pageferry.report.top import TopView
 from pageferry.workloads.events import Overview
 from pageferry.workloads.overview import overview
 
@@ -15,7 +15,7 @@ from pageferry.workloads.overview import overview
 async def run(args: argparse.Namespace) -> int:
     """Show the workloads once, or until interrupted."""
     last: Overview | None = None
-    with open_reporter(args.output, TopView()) as out:
+    with open_reporter(args.output, lambda: report.TopView()) as out:
         if args.once:
             out.final(await in_thread(overview))
             return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pageferry.options import Count, Duration, Fraction, Size, check
-from pageferry.workloads.arena.arguments import MAX_ARENA
+from pageferry.workloads.arena.limits import MAX_ARENA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,8 @@ from pageferry.migration.transport.messages import Owner
 from pageferry.migration.transport.tls import Trust
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.arena.arena import Arena, State
-from pageferry.workloads.arena.arguments import MAX_ARENA, check_arena
+from pageferry.workloads.arena.arguments import check_arena
+from pageferry.workloads.arena.limits import MAX_ARENA
 from pageferry.workloads.callbacks import Callback, Plain, check_listener
 from pageferry.workloads.deferred_access import AcquiredPager, acquire_uffd, wait_complete
 from pageferry.workloads.folders import folder_of

@@ -12,9 +12,11 @@ from pageferry.demo.events import DemoResult
 from pageferry.migration.events import (
     DirectIo,
     LargePagesEvent,
+    Listening,
     MigrationResult,
     PostcopyEvent,
     ProgressEvent,
+    Received,
     RoundEvent,
     SetupEvent,
 )
@@ -86,6 +88,22 @@ class DemoView(MigrationView):
         verdict = "no lost writes" if result.intact else "WRITES LOST"
         line = f"{verdict}: {result.writes:,} writes, {result.checked:,} pages verified"
         return Group(super().result(result), Text(line, style="bold green" if result.intact else "bold red"))
+
+
+class ReceiveView(PlainView):
+    """View of a receiver: one sentence per event."""
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """Return the sentence for an event; None for progress."""
+        match event:
+            case Listening():
+                return f"{event.workload}: listening on {event.address}"
+            case Received():
+                return f"{event.workload}: received, {'still paused' if event.paused else 'running'}"
+            case PostcopyEvent():
+                return postcopy_line(event) if event.status != "postcopy-active" else None
+            case _:
+                return super().line(event)
 
 
 def postcopy_line(event: PostcopyEvent) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -49,8 +49,8 @@ def add_sink(sink: Sink) -> Iterator[None]:
         _SINKS.reset(token)
 
 
-def open_reporter(output: str, view: View | None = None) -> Reporter:
-    """Return the reporter for `--output`: `json`, or `human` with a view (default: names and values)."""
+def open_reporter(output: str, view: Callable[[], View] | None = None) -> Reporter:
+    """Return the reporter for `--output`: `json`, or `human` with the view that `view` makes (default: `PlainView`)."""
     reporter = _for_stdout(output, view)
     sinks = _SINKS.get()
     return _WithSinks(reporter, sinks) if sinks else reporter
@@ -83,11 +83,11 @@ class _WithSinks:
         self._reporter.__exit__(kind, error, trace)
 
 
-def _for_stdout(output: str, view: View | None) -> Reporter:
+def _for_stdout(output: str, view: Callable[[], View] | None) -> Reporter:
     if output == "json":
         from pageferry.report.json import JsonReporter
 
         return JsonReporter()
     from pageferry.report.text import HumanReporter, PlainView
 
-    return HumanReporter(view or PlainView())
+    return HumanReporter((view or PlainView)())

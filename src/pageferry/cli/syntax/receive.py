@@ -10,7 +10,7 @@ from pageferry.cli.options import add_options
 from pageferry.cli.syntax.guests import GuestOptions
 from pageferry.migration.options import TIMEOUT, Options
 from pageferry.options import Size, Text, Texts, check
-from pageferry.workloads.arena.arguments import MAX_ARENA
+from pageferry.workloads.arena.limits import MAX_ARENA
 
 TAKES_COMMAND = True
 WORKS_ON = "name"

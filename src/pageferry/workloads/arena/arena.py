@@ -19,8 +19,9 @@ from pageferry.host.blocking import program_loop
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.pager import client, records
 from pageferry.workloads import callbacks
-from pageferry.workloads.arena.arguments import MAX_ARENA, arena_size, check_arena
+from pageferry.workloads.arena.arguments import arena_size, check_arena
 from pageferry.workloads.arena.control import ArenaControl
+from pageferry.workloads.arena.limits import MAX_ARENA
 from pageferry.workloads.arena.name import NamedArena, bring_back
 from pageferry.workloads.callbacks import Callback, Plain
 from pageferry.workloads.deferred_access import load_all

@@ -8,9 +8,7 @@ from pageferry import values
 from pageferry.errors import UsageError, WrongType
 from pageferry.host.registry import check_name
 from pageferry.workloads import callbacks
-
-MAX_ARENA = 1 << 46
-"""Maximum size of an arena, bytes: half of the user address space on x86-64."""
+from pageferry.workloads.arena.limits import MAX_ARENA
 
 
 def check_arena(

@@ -1,0 +1,65 @@
+"""Tests of what each command imports: commands start quickly because they import only what they use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pageferry.cli.verbs import VERBS
+
+NEVER = {"numpy", "prometheus_client", "cryptography", "mkdocs", "hypothesis"}
+WORK = {"asyncio", "qemu.qmp", "ssl", "pageferry.workloads.qemu.guest", "pageferry.migration.api"}
+"""Modules that no help text needs."""
+
+MAX_MODULES = {"list": 85, "top": 85, "check": 80, "report": 175, "peek": 130, "stop": 112, "image": 85}
+"""Maximum number of modules that a verb imports, apart from those of `import asyncio, msgspec`, on a host without
+workloads and with --output json, which needs no rich."""
+COMMANDS = {
+    "list": ["list"],
+    "top": ["top", "--once"],
+    "check": ["check"],
+    "report": ["report", "/dev/null/none"],
+    "peek": ["peek", "none", "0", "1"],
+    "stop": ["stop", "none"],
+    "image": ["image", "info", "/none"],
+}
+
+
+def imported(program: str, run_directory: Path) -> set[str]:
+    """Return the modules that a program has imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\nimport sys\nprint('\\nmodules', *sys.modules)"],
+        env={"PATH": os.environ["PATH"], "PAGEFERRY_RUN_DIR": str(run_directory)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("modules "))
+    return set(line.split()[1:])
+
+
+def command(words: list[str], run_directory: Path) -> set[str]:
+    return imported(f"from pageferry.cli.main import main\nmain({words!r})", run_directory)
+
+
+@pytest.fixture(scope="module")
+def base() -> set[str]:
+    return imported("import asyncio, msgspec", Path("/"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_imports_no_part_of_the_work(verb: str, tmp_path: Path) -> None:
+    found = command([verb, "--help"], tmp_path)
+    assert not found & (NEVER | WORK)
+    assert len([name for name in found if name.startswith("pageferry.")]) <= 30
+
+
+@pytest.mark.parametrize("verb", MAX_MODULES)
+def test_verb_imports_only_what_it_uses(verb: str, base: set[str], tmp_path: Path) -> None:
+    found = command([*COMMANDS[verb], "--output", "json"], tmp_path) - base
+    assert not {name.split(".")[0] for name in found} & (NEVER | {"rich", "rich_argparse", "shtab"})
+    assert len(found) <= MAX_MODULES[verb], sorted(found)
