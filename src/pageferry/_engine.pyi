@@ -247,6 +247,9 @@ class Pager:
     def wait(self, timeout: float, known: int = 0) -> bool:
         """Wait until the pager has finished, until there are more than `known` failures, or for `timeout` seconds.
         Return whether it has finished."""
+    def fill(self, working_set: Sequence[int], eager: bool = False) -> None:
+        """Start to load the working set, then all pages, for a pager that was created with `fill` = `none`. `eager`: at
+        full speed. Call this once."""
     def ensure(self, region: int, first: int, count: int) -> None:
         """Load pages, for readers that bypass the workload's page tables.
 

@@ -230,6 +230,11 @@ impl Pager {
         }
     }
 
+    #[pyo3(signature = (working_set, eager = false))]
+    fn fill(&self, working_set: Vec<u32>, eager: bool) -> PyResult<()> {
+        self.inner.fill(working_set, eager).map_err(errors::kernel)
+    }
+
     fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {
         py.detach(|| self.inner.ensure(region, first, count)).map_err(|error| load_error(&error))
     }

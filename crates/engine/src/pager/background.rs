@@ -117,7 +117,7 @@ impl DemandThrottle<'_> {
             self.pause /= 2;
         }
         self.faults = missed;
-        if self.pause >= shortest && !self.shared.eager {
+        if self.pause >= shortest && !self.shared.eager.load(Ordering::Relaxed) {
             std::thread::sleep(self.pause);
         }
     }

@@ -91,7 +91,7 @@ struct PagerState {
     rest: Mutex<Option<Sender<Fetched>>>,
     failures: Mutex<Vec<Failure>>,
     finished: (Mutex<bool>, Condvar),
-    eager: bool,
+    eager: AtomicBool,
     whole_blocks: bool,
     evicting: AtomicBool,
     fatal: bool,
@@ -267,7 +267,7 @@ impl Pager {
             rest: Mutex::new(Some(rest)),
             failures: Mutex::default(),
             finished: (Mutex::new(false), Condvar::new()),
-            eager: plan.eager,
+            eager: AtomicBool::new(plan.eager),
             whole_blocks: plan.whole_blocks,
             evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
@@ -302,6 +302,17 @@ impl Pager {
             background::fill(&shared, &working_set, everything);
             shared.wait_and_finish(if everything { SOON } else { LATER });
         })
+    }
+
+    /// Starts to load the working set and then all pages in the background, for a pager that was created without
+    /// background loading.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn fill(&self, working_set: Vec<u32>, eager: bool) -> io::Result<()> {
+        self.shared.eager.store(eager, Ordering::Relaxed);
+        let shared = self.shared.clone();
+        self.spawn("pf-fill", move || background::fill(&shared, &working_set, true))
     }
 
     fn spawn_servers(&self) -> io::Result<()> {
