@@ -7,11 +7,11 @@ installs write traces on those page tables, and borrows the userfaultfd of the p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +30,64 @@ HANDOVER = 1.0
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
+class Connection:
+    """Connection to the pager of a workload, for one request at a time. Raises OSError if no pager listens.
+
+    `timeout`: maximum time to wait for a reply, seconds.
+    """
+
+    def __init__(self, folder: Folder, timeout: float | None = None) -> None:
+        self.folder = folder
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(timeout)
+        self._replies = self._socket.makefile("rb")
+        try:
+            self._socket.connect(str(folder.path / SOCKET))
+        except BaseException:
+            self.close()
+            raise
+
+    def exchange(self, request: PagerRequest, kind: type[Reply]) -> Reply:
+        """Send a request, and return the reply. Raises OSError, msgspec.MsgspecError."""
+        self._socket.sendall(msgspec.json.encode(request) + b"\n")
+        line = self._replies.readline()
+        if not line:
+            raise ConnectionResetError("the pager closed the connection")
+        return msgspec.json.decode(line, type=kind)
+
+    def ask(self, request: PagerRequest, kind: type[Reply]) -> Reply:
+        """Send a request, and return the reply. Raises RestoreError, ImageError."""
+        try:
+            reply = self.exchange(request, kind)
+        except (OSError, ValueError) as failed:
+            raise gone(self.folder, failed) from failed
+        if isinstance(reply, PagerStatus):
+            check(reply)
+        return reply
+
+    def cut(self) -> None:
+        """Shut down the connection, so that a request in progress fails."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection. May be called twice."""
+        self._replies.close()
+        self._socket.close()
+
+
+def connect(folder: Folder) -> Connection:
+    """Connect to the pager, or to the next one while one takes over from another. Raises RestoreError."""
+    deadline = time.monotonic() + HANDOVER
+    while True:
+        try:
+            return Connection(folder)
+        except OSError as failed:
+            if time.monotonic() > deadline:
+                raise gone(folder, failed) from failed
+        time.sleep(0.02)
+
+
 def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
     """Send a request to the pager of a workload; return its reply, or None if no restore is in progress.
 
@@ -40,7 +98,8 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
     deadline = time.monotonic() + HANDOVER
     while True:
         try:
-            status = _ask_once(folder.path / SOCKET, question, timeout)
+            with contextlib.closing(Connection(folder, timeout)) as connection:
+                status = connection.exchange(question, PagerStatus)
             break
         except (OSError, msgspec.MsgspecError) as failed:
             if not is_restoring(folder):  # completed just now
@@ -115,23 +174,3 @@ def _next_pager(folder: Folder) -> str:
     if (folder.path / POSTCOPY).exists():
         return f"another host; `pageferry receive --resume {folder.name}`"
     return f"an image; `pageferry restore --takeover {folder.name}`"
-
-
-def exchange(connection: socket.socket, replies: BinaryIO, request: PagerRequest, kind: type[Reply]) -> Reply:
-    """Send a request over a connection to a pager, and return the reply. `replies`: the connection, as a file.
-
-    Raises OSError, msgspec.MsgspecError.
-    """
-    connection.sendall(msgspec.json.encode(request) + b"\n")
-    line = replies.readline()
-    if not line:
-        raise ConnectionResetError("the pager closed the connection")
-    return msgspec.json.decode(line, type=kind)
-
-
-def _ask_once(path: Path, request: PagerRequest, timeout: float | None) -> PagerStatus:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(timeout)
-        connection.connect(str(path))
-        with connection.makefile("rb") as replies:
-            return exchange(connection, replies, request, PagerStatus)

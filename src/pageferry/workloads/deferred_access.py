@@ -12,18 +12,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
-import time
 from typing import Protocol
 
 from pageferry._engine import Pager, Space
 from pageferry.errors import ImageError, RestoreError, WorkloadError
 from pageferry.host.blocking import in_thread
-from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Readable
 from pageferry.pager import client, records
-from pageferry.pager.client import Reply
+from pageferry.pager.client import Connection
 from pageferry.pager.protocol import HoldGiven, PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 from pageferry.workloads import persistent_trace
@@ -85,7 +82,7 @@ def _held(workload: Migratable) -> AcquiredPager | None:
     record = folder.load(records.RECORD, Deferred)
     if record is not None and record.cold is not None:
         return None
-    line = _connected(folder)
+    line = client.connect(folder)
     try:
         given = line.ask(PagerRequest(what="hold"), HoldGiven)
         if given.busy:
@@ -139,7 +136,7 @@ class _PagerHere:
 class _PagerElsewhere:
     """Pager that is reached over a socket. It is released when either side closes the connection."""
 
-    def __init__(self, line: _Line, given: HoldGiven) -> None:
+    def __init__(self, line: Connection, given: HoldGiven) -> None:
         assert given.userfaults is not None
         self.userfaults: dict[int, int] = {}
         self.large = [[bool(unit) for unit in units] for units in given.large]
@@ -170,51 +167,6 @@ class _PagerElsewhere:
         while self.userfaults:
             os.close(self.userfaults.popitem()[1])
         self._line.close()
-
-
-class _Line:
-    """Connection to a pager, for one request at a time."""
-
-    def __init__(self, folder: Folder, connection: socket.socket) -> None:
-        self.folder = folder
-        self._connection = connection
-        self._replies = connection.makefile("rb")
-
-    def ask(self, request: PagerRequest, kind: type[Reply]) -> Reply:
-        """Send a request and return the reply. Raises RestoreError, ImageError."""
-        try:
-            reply = client.exchange(self._connection, self._replies, request, kind)
-        except (OSError, ValueError) as failed:
-            raise client.gone(self.folder, failed) from failed
-        if isinstance(reply, PagerStatus):
-            client.check(reply)
-        return reply
-
-    def cut(self) -> None:
-        """Shut down the connection, so that a request in progress fails."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection. May be called twice."""
-        self._replies.close()
-        self._connection.close()
-
-
-def _connected(folder: Folder) -> _Line:
-    """Connect to the pager, or to the next one during a handover. Raises RestoreError."""
-    deadline = time.monotonic() + client.HANDOVER
-    while True:
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.connect(str(folder.path / records.SOCKET))
-        except OSError as failed:
-            connection.close()
-            if time.monotonic() > deadline:
-                raise client.gone(folder, failed) from failed
-            time.sleep(0.02)
-        else:
-            return _Line(folder, connection)
 
 
 async def wait_complete(workload: Migratable, *, traces: bool = True) -> None:
