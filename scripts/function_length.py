@@ -19,10 +19,6 @@ MAX_LINES = 40
 REASON = "# over 40 lines: "
 
 LATER = {
-    "src/pageferry/checkpoints/restore_arena.py",
-    "src/pageferry/checkpoints/restore_guest.py",
-    "src/pageferry/checkpoints/save.py",
-    "src/pageferry/large_pages/cold_store.py",
     "src/pageferry/migration/api.py",
     "src/pageferry/migration/source.py",
     "src/pageferry/migration/statistics.py",

@@ -271,14 +271,13 @@ def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
         undo()
 
 
-@pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handover"])
+@pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handed-over"])
 def test_reclaim_killed_at_fault_point_loses_no_write(point: str) -> None:
+    """The pager continues without the command."""
     with ledger():
         done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, fault=f"reclaim.{point}=kill")
         assert done.returncode == -9
         if record() is not None:
-            taken = pageferry("restore", "cold", "--takeover")
-            assert taken.returncode == 0, taken.stderr
             # Exit code 2: the pager has already reloaded everything.
             wait_until(lambda: pageferry("large-pages", "cold", "--undo").returncode in (0, 2), "the end of the store")
         reclaim()  # evicts the units that are still huge pages

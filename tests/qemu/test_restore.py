@@ -27,6 +27,7 @@ from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 from tests.guest.restored import OPTIONS, Restored, image_of_a_guest
 from tests.guest.serial import Serial
+from tests.kernel.programs import Program
 
 MakeSerial = Callable[[str], Serial]
 
@@ -128,23 +129,76 @@ def test_another_pager_takes_over_from_a_killed_one(guest: Make, image: Path) ->
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("point", ["opened", "registered", "taken-over"])
-def test_pager_killed_during_a_takeover_can_be_replaced(
+POINTS = ["opened", "registered", "taken-over"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_restore_fails_if_its_pager_is_killed_before_the_guest_runs(
     guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    """Both the first takeover, from the command, and one from a killed pager."""
+    """Nothing is left behind, and the restore can be repeated under the same name."""
 
     async def run() -> None:
         restored = guest("restored")
         monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
-        with pytest.raises(RestoreError, match="restored runs and waits for its memory"):
+        with pytest.raises(RestoreError, match="cannot start the pager: it exited"):
             await restored.start(image)
-        restored.workload = await QemuWorkload.attach("restored")
+        assert not restored.folder.path.exists()
+        monkeypatch.delenv("PAGEFERRY_FAULT")
+        await restored.start(image)
+        await restored.serial.passes(2)
+        await restored.end()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_pager_killed_during_a_takeover_can_be_replaced(
+    guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    async def run() -> None:
+        restored = guest("restored")
+        await restored.start(image, prefetch=False)
+        await restored.kill_pager()
+        monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
         with pytest.raises(RestoreError, match="cannot start the pager: it exited"):
             await take_over(restored.folder)
         monkeypatch.delenv("PAGEFERRY_FAULT")
         await take_over(restored.folder)
         await restored.serial.passes(2)
+        await restored.end()
+
+    asyncio.run(run())
+
+
+async def killed_restore(restored: Restored, image: Path, point: str) -> None:
+    """Restore the guest by a command that is killed at a fault point."""
+    words = ["-m", "pageferry", "restore", restored.folder.name, str(image), "--detach", "--", *restored.command]
+    with Program(*words, env=os.environ | {"PAGEFERRY_FAULT": f"restore.{point}=kill"}) as command:
+        assert await asyncio.to_thread(command.wait) == -9
+
+
+def test_guest_of_a_command_killed_before_it_runs_ends(guest: Make, image: Path, registry: Registry) -> None:
+    async def run() -> None:
+        await killed_restore(guest("restored"), image, "adopted")
+        async with asyncio.timeout(30):
+            while "restored" in registry.entries():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+
+
+def test_guest_of_a_command_killed_when_it_runs_continues(guest: Make, image: Path, tmp_path: Path) -> None:
+    """The pager continues without the command."""
+
+    async def run() -> None:
+        restored = guest("restored")
+        await killed_restore(restored, image, "resumed")
+        restored.workload = await QemuWorkload.attach("restored")
+        await restored.arrived()
+        await restored.serial.passes(2)
+        await pageferry.checkpoint_async(restored.workload, tmp_path / "again")
+        assert ImageFile(tmp_path / "again").verify() == []
         await restored.end()
 
     asyncio.run(run())

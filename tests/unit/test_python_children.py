@@ -30,12 +30,11 @@ OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
 CHILDREN = {
     "pageferry.pager.process": """
         import asyncio
-        from pageferry.images.image import ImageFile
         from pageferry.pager.launcher import PagerProcess
-        image = ImageFile(os.environ["IMAGE"])
         hostile()
-        pager = PagerProcess(image)
-        asyncio.run(pager.ready())
+        pager = PagerProcess()
+        opened = asyncio.run(pager.open(os.environ["IMAGE"], "planted"))
+        assert opened.pages == 16
         pager.give_up()
     """,
     "pageferry.demo.child": """

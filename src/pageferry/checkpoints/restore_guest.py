@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import time
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from pageferry._engine import Pager
-from pageferry.checkpoints.eager import load_guest
-from pageferry.checkpoints.events import ProgressEvent, RestoreResult, RunningEvent, TimeToRunning, TouchedEvent
+from pageferry import values
+from pageferry.checkpoints.eager import reporter
+from pageferry.checkpoints.events import (
+    EagerEvent,
+    ProgressEvent,
+    RestoreResult,
+    RunningEvent,
+    TimeToRunning,
+    TouchedEvent,
+)
+from pageferry.checkpoints.restore_options import GuestOptions
 from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host.blocking import in_thread
+from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder, Registry
-from pageferry.images import targets
-from pageferry.images.image import ImageFile
+from pageferry.host.stopwatch import Stopwatch
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import client, records
-from pageferry.pager.launcher import hand_over
+from pageferry.pager.launcher import PagerProcess
+from pageferry.pager.orders import Loading, Opened
 from pageferry.pager.page_faults import CannotHandleFaults
-from pageferry.pager.process import GuestPager
 from pageferry.pager.protocol import PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 from pageferry.workloads.qemu.guest import QemuWorkload
@@ -33,135 +39,200 @@ _POLL = 0.2
 """Interval at which the progress is polled, seconds."""
 
 
-_CLOSE_TIMEOUT = 0.3
-"""Maximum time for a pager in this process to end after an error, seconds."""
-
-
 async def restore_guest(
     name: str,
     path: str | Path,
     arguments: Sequence[str],
     *,
-    eager: bool = False,
-    prefetch: bool = True,
-    detach: bool = True,
-    hugetlb: bool = False,
     listener: Listener = ignore,
     registry: Registry | None = None,
+    pager: PagerProcess | None = None,
+    **options: Any,
 ) -> tuple[QemuWorkload, RestoreResult]:
     """Start QEMU from the user's command line, and resume the guest at once where the image was taken.
 
-    Its memory is loaded on demand by a separate process that outlives this one; the result has the time until the guest
-    ran. `eager`: the background fill does not yield to accesses; `prefetch=False`: there is none. If page faults of
-    QEMU cannot be handled, all memory is loaded before the guest runs, and the result has the reason.
+    Its memory is loaded on demand by a pager process that outlives this one; the result has the time until the guest
+    ran. If page faults of QEMU cannot be handled, all memory is loaded before the guest runs, and the result has the
+    reason. `options` are the fields of `pageferry.checkpoints.restore_options.GuestOptions`. `pager`: one that the
+    caller has started, to save time.
 
     Raises ImageError, UsageError (not an image of a guest), RestoreError (it does not match this guest), and the errors
-    of `QemuWorkload.start`; nothing is left behind then.
+    of `QemuWorkload.start`; nothing is left behind then. Raises RestoreError if the pager exits after the guest was
+    resumed; the guest then waits for its memory.
     """
-    begin = time.monotonic()
-    opening = asyncio.ensure_future(in_thread(_open, path))  # faster than the start of QEMU
-    try:
-        workload = await QemuWorkload.start(
-            name, arguments, incoming=True, at_once=True, detach=detach, hugetlb=hugetlb, registry=registry
-        )
-    except asyncio.CancelledError:
-        raise  # do not wait for the image: its disk may not respond
-    except BaseException:
-        (opened,) = await asyncio.gather(opening, return_exceptions=True)
-        if isinstance(opened, PageferryError):  # an invalid image is the more useful error
-            raise opened from None
-        raise
-    started = time.monotonic()
-    first: GuestPager | None = None
-    reason: str | None = None
-    try:
-        image, state, open_image = await opening
-        _compare(image, workload)
-        folder = (registry or Registry()).folder(name)
+    chosen = values.options(GuestOptions, options)
+    folder = Folder(registry or Registry(), name)
+    restore = GuestRestore(folder, path, chosen, listener, pager if pager is not None else PagerProcess())
+    return await restore.run(arguments)
+
+
+class GuestRestore:
+    """Restore of one guest. `run` is the whole sequence."""
+
+    def __init__(
+        self, folder: Folder, path: str | Path, options: GuestOptions, listener: Listener, pager: PagerProcess
+    ) -> None:
+        self.folder = folder
+        self.path = Path(path)
+        self.options = options
+        self.listener = listener
+        self._pager = pager
+        self._times = Stopwatch("qemu_start")
+        self._loaded: tuple[str, Loading] | None = None
+        """Why all contents were loaded before the guest ran, and the final progress."""
+
+    async def run(self, arguments: Sequence[str]) -> tuple[QemuWorkload, RestoreResult]:
+        """Restore the guest with this command line of QEMU."""
+        opening = asyncio.ensure_future(self._pager.open(self.path, self.folder.name))  # faster than the start of QEMU
+        opening.add_done_callback(_retrieve)
         try:
-            first = await _adopt(workload, image, folder, _work(image, workload, prefetch, eager))
-        except CannotHandleFaults as refused:
-            reason = str(refused)
-        adopted = time.monotonic()
-        if reason is not None:
-            filled = await load_guest(image, targets.targets(image, workload.regions), reason, listener)
-        present = time.monotonic()
-        await workload.load_state(state)
-        loaded = time.monotonic()
-        paused = workload.stays_paused
-        await workload.resume()
-    except BaseException:
-        await asyncio.shield(_withdraw(workload, first))
-        raise
-    running = time.monotonic()
-    times = TimeToRunning(
-        total=(running - begin) * 1e3,
-        qemu_start=(started - begin) * 1e3,
-        open_image=open_image * 1e3,
-        adopt=(adopted - started) * 1e3,
-        load=(present - adopted) * 1e3,
-        device_state=(loaded - present) * 1e3,
-        resume=(running - loaded) * 1e3,
-    )
-    ran = times.total - times.qemu_start
-    if first is None:
-        listener(RunningEvent(workload=name, time_to_running=ran, deferred=0, paused=paused))
-        return workload, _loaded(_result(name, image, times, paused), filled, reason)
-    left = first.server.status().deferred
-    listener(RunningEvent(workload=name, time_to_running=ran, deferred=left, paused=paused))
-    try:
-        last = await hand_over(first)
-    except asyncio.CancelledError:
-        await asyncio.shield(_withdraw(workload, first))
-        raise
-    listener(TouchedEvent(windows=last.touched))
-    return workload, _updated(_result(name, image, times, paused), last)
+            workload = await self._start_guest(arguments, opening)
+        except BaseException:
+            await asyncio.shield(in_thread(self._pager.give_up))
+            raise
+        try:
+            self._times.phase("adopt")
+            image = await opening
+            await self._prepare(workload, image)
+            fault_point("restore.adopted")
+            self._times.phase("device_state")
+            await self._pager.during(workload.load_state(image.state))
+            paused = workload.stays_paused
+            self._times.phase("resume")
+            await self._pager.during(workload.resume())
+        except BaseException:
+            await asyncio.shield(self._withdraw(workload))
+            raise
+        self._times.stop_all()
+        fault_point("restore.resumed")
+        return workload, await self._running(image, paused)
 
+    # -- before the guest runs
 
-async def _withdraw(workload: QemuWorkload, first: GuestPager | None) -> None:
-    """End a guest that was not restored. Its pager ends first, unless it waits for a disk that does not respond."""
-    if first is not None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIMEOUT):
-                await in_thread(first.close)
-    await workload.discard()
+    async def _start_guest(self, arguments: Sequence[str], opening: asyncio.Future[Opened]) -> QemuWorkload:
+        """Start QEMU. If that fails, an image that cannot be used is the more useful error."""
+        try:
+            return await QemuWorkload.start(
+                self.folder.name,
+                arguments,
+                incoming=True,
+                at_once=True,
+                detach=self.options.detach,
+                hugetlb=self.options.hugetlb,
+                registry=self.folder.registry,
+            )
+        except asyncio.CancelledError:
+            raise  # do not wait for the image: its disk may not respond
+        except BaseException:
+            (opened,) = await asyncio.gather(opening, return_exceptions=True)
+            if isinstance(opened, PageferryError):
+                raise opened from None
+            raise
 
-
-def _open(path: str | Path) -> tuple[ImageFile, bytes, float]:
-    """Open an image of a guest. Return it, its device state, and the seconds taken. Raises ImageError, UsageError."""
-    begin = time.monotonic()
-    image = ImageFile(path)
-    found = image.metadata
-    if found.kind != "qemu" or not found.restorable:
-        raise UsageError(
-            f"cannot restore {image.path} as a QEMU guest: it is of {found.name}, a workload of kind {found.kind}"
+    async def _prepare(self, workload: QemuWorkload, image: Opened) -> None:
+        """Let the pager handle every access to missing memory, or load everything if it cannot."""
+        self._check(workload, image)
+        work = Deferred(
+            image=str(self.path.absolute()),
+            identity=image.identity,
+            qmp_socket=workload.qmp_socket,
+            regions=[records.record_of(region) for region in workload.regions],
+            userfaults={},
+            prefetch=self.options.prefetch,
+            eager=self.options.eager,
         )
-    return image, image.state(), time.monotonic() - begin
-
-
-def _compare(image: ImageFile, workload: QemuWorkload) -> None:
-    """Raise RestoreError if the machine or its memory does not match the image."""
-    try:
-        workload.check_image(image.metadata.details, str(image.path))
-    except WorkloadError as error:
-        raise RestoreError(f"cannot restore {workload.name}: {error}") from error
-    targets.compare(image, workload.regions)
-
-
-async def _adopt(workload: QemuWorkload, image: ImageFile, folder: Folder, work: Deferred) -> GuestPager:
-    """Start a pager in this process, while QEMU prepares to load its state. It is closed if that fails.
-
-    It serves until the separate pager process has started, which takes much longer than the rest of the restore.
-    """
-    making = asyncio.ensure_future(in_thread(GuestPager, image, folder, work))
-    try:
+        serving = asyncio.ensure_future(self._pager.serve(self.folder, work))
+        serving.add_done_callback(_retrieve)
         await workload.prepare_load()
-        return await asyncio.shield(making)
-    except BaseException:
-        await asyncio.wait({making}, timeout=_CLOSE_TIMEOUT)
-        if making.done() and making.exception() is None:
-            making.result().close()
-        raise
+        try:
+            await serving
+        except CannotHandleFaults as refused:
+            self._times.phase("load")
+            self._loaded = str(refused), await self._load(work, str(refused), image)
+
+    def _check(self, workload: QemuWorkload, image: Opened) -> None:
+        """Raise UsageError if the image is not of a guest, RestoreError if the machine does not match it."""
+        found = image.metadata
+        if found.kind != "qemu" or not found.restorable:
+            raise UsageError(
+                f"cannot restore {self.path} as a QEMU guest: it is of {found.name}, a workload of kind {found.kind}"
+            )
+        try:
+            workload.check_image(found.details, str(self.path))
+        except WorkloadError as error:
+            raise RestoreError(f"cannot restore {self.folder.name}: {error}") from error
+
+    async def _load(self, work: Deferred, reason: str, image: Opened) -> Loading:
+        self.listener(EagerEvent(image=str(self.path), length=image.pages * SMALL_PAGE, reason=reason))
+        report = reporter(self.listener)
+        async for progress in self._pager.load(work):
+            report(progress.deferred, progress.prefetched, progress.bytes_read)
+        return progress
+
+    async def _withdraw(self, workload: QemuWorkload) -> None:
+        """End a guest that was not restored. Its pager ends first."""
+        await in_thread(self._pager.give_up)
+        await workload.discard()
+
+    # -- while it runs
+
+    async def _running(self, image: Opened, paused: bool) -> RestoreResult:
+        """Let the pager continue without this process, and return the result so far."""
+        result = self._result(image, paused)
+        if self._loaded is not None:
+            self._pager.close()
+            self._emit_running(result)
+            return result
+        status = await in_thread(client.ask, self.folder, PagerRequest(what="touched")) or _last_words(self.folder, 0)
+        self._pager.leave()
+        if status is not None:
+            result = _updated(result, status)
+        self._emit_running(result)
+        if status is not None:
+            self.listener(TouchedEvent(windows=status.touched))
+        return result
+
+    def _emit_running(self, result: RestoreResult) -> None:
+        self.listener(
+            RunningEvent(
+                workload=self.folder.name,
+                time_to_running=result.time_to_running,
+                deferred=result.deferred,
+                paused=result.paused,
+            )
+        )
+
+    def _time_parts(self, image: Opened) -> TimeToRunning:
+        phases = {name: seconds * 1e3 for name, seconds in self._times.phases.items() if name}
+        return TimeToRunning(total=sum(phases.values()), open_image=image.seconds * 1e3, **phases)
+
+    def _result(self, image: Opened, paused: bool) -> RestoreResult:
+        times = self._time_parts(image)
+        reason, loaded = self._loaded or (None, None)
+        return RestoreResult(
+            status="active" if loaded is None else "completed",
+            workload=self.folder.name,
+            image=str(self.path.absolute()),
+            paused=paused,
+            time_to_running=times.total - times.qemu_start,
+            time_parts=times,
+            memory=sum(region.length for region in image.metadata.regions),
+            deferred=0,
+            faults=0,
+            missed=0,
+            prefetched=loaded.prefetched if loaded is not None else 0,
+            bytes_read=loaded.bytes_read if loaded is not None else 0,
+            service_us=0.0,
+            longest_us=0.0,
+            service_times=Latency.of([], 0.0),
+            eager_reason=reason,
+        )
+
+
+def _retrieve(reply: asyncio.Future[Any]) -> None:
+    """Retrieve an error of the pager that is no longer awaited, which asyncio would report."""
+    if not reply.cancelled():
+        reply.exception()
 
 
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:
@@ -197,60 +268,17 @@ def _last_words(folder: Folder, known: int) -> PagerStatus | None:
     return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 
 
-def _work(image: ImageFile, workload: QemuWorkload, prefetch: bool, eager: bool) -> Deferred:
-    regions = [records.record_of(region) for region in workload.regions]
-    return Deferred(
-        image=str(image.path.absolute()),
-        identity=image.identity,
-        qmp_socket=workload.qmp_socket,
-        regions=regions,
-        userfaults={},
-        prefetch=prefetch,
-        eager=eager,
-    )
-
-
-def _result(name: str, image: ImageFile, times: TimeToRunning, paused: bool) -> RestoreResult:
-    return RestoreResult(
-        status="active",
-        workload=name,
-        image=os.fspath(image.path.absolute()),
-        paused=paused,
-        time_to_running=times.total - times.qemu_start,
-        time_parts=times,
-        memory=sum(region.length for region in image.metadata.regions),
-        deferred=0,
-        faults=0,
-        missed=0,
-        prefetched=0,
-        bytes_read=0,
-        service_us=0.0,
-        longest_us=0.0,
-        service_times=Latency.of([], 0.0),
-    )
-
-
-def _loaded(before: RestoreResult, pager: Pager, reason: str | None) -> RestoreResult:
-    """Return the result for a pager that has loaded everything before the guest ran."""
-    _, _, _, prefetched, bytes_read, _, _ = pager.counters
-    return msgspec.structs.replace(
-        before, status="completed", prefetched=prefetched, bytes_read=bytes_read, eager_reason=reason
-    )
-
-
 def _updated(before: RestoreResult, status: PagerStatus) -> RestoreResult:
-    """Add the statistics of a pager to those of the pagers before it."""
-    faults = before.faults + status.faults
-    longest = max(before.longest_us, status.longest * 1e6)
-    bins = [one + other for one, other in zip_longest(before.service_times.bins, status.histogram, fillvalue=0)]
+    """Return the result with the statistics of the pager."""
+    longest = status.longest * 1e6
     return msgspec.structs.replace(
         before,
         deferred=status.deferred,
-        faults=faults,
-        missed=before.missed + status.missed,
-        prefetched=before.prefetched + status.prefetched,
-        bytes_read=before.bytes_read + status.bytes_read,
-        service_us=(before.service_us * before.faults + status.service * 1e6) / max(faults, 1),
+        faults=status.faults,
+        missed=status.missed,
+        prefetched=status.prefetched,
+        bytes_read=status.bytes_read,
+        service_us=status.service * 1e6 / max(status.faults, 1),
         longest_us=longest,
-        service_times=Latency.of(bins, longest),
+        service_times=Latency.of(status.histogram, longest),
     )

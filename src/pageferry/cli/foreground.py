@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
-from pageferry.workloads.qemu.guest import QemuWorkload
+if TYPE_CHECKING:
+    from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 async def run_in_foreground(workload: QemuWorkload) -> int | None:

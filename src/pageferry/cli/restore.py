@@ -1,21 +1,26 @@
-"""`pageferry restore`: start a QEMU guest from an image, loading its memory on demand."""
+"""`pageferry restore`: start a QEMU guest from an image, loading its memory on demand.
+
+The pager process is started before the modules of a restore are imported, so that both happen at the same time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 from logging import getLogger
+from typing import TYPE_CHECKING
 
 from pageferry import report
-from pageferry.checkpoints.events import RestoreResult
-from pageferry.checkpoints.restore_guest import completed, restore_guest
 from pageferry.cli.foreground import run_in_foreground
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.pager.events import TakenOver
-from pageferry.pager.launcher import take_over
+from pageferry.pager.launcher import PagerProcess, take_over
 from pageferry.report.reporter import Reporter, open_reporter
-from pageferry.workloads.qemu.guest import QemuWorkload
+
+if TYPE_CHECKING:
+    from pageferry.checkpoints.events import RestoreResult
+    from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
 
@@ -27,21 +32,33 @@ async def run(args: argparse.Namespace) -> int:
             return await _take_over(args, reporter)
         if args.image is None or not args.command:
             raise UsageError("IMAGE or the command line is missing: give NAME IMAGE -- QEMU ARGS...")
-        workload, result = await restore_guest(
-            args.name,
-            args.image,
-            args.command,
-            eager=args.eager,
-            prefetch=not args.no_prefetch,
-            detach=args.detach,
-            hugetlb=args.hugetlb,
-            listener=reporter.event,
-        )
-        if args.detach:
-            reporter.final(result)
-            workload.close()
-            return 0
-        return await _run_in_foreground(args, workload, result, reporter)
+        pager = PagerProcess()
+        try:
+            return await _restore(args, reporter, pager)
+        except BaseException:
+            pager.close()
+            raise
+
+
+async def _restore(args: argparse.Namespace, reporter: Reporter, pager: PagerProcess) -> int:
+    from pageferry.checkpoints.restore_guest import restore_guest
+
+    workload, result = await restore_guest(
+        args.name,
+        args.image,
+        args.command,
+        eager=args.eager,
+        prefetch=not args.no_prefetch,
+        detach=args.detach,
+        hugetlb=args.hugetlb,
+        listener=reporter.event,
+        pager=pager,
+    )
+    if args.detach:
+        reporter.final(result)
+        workload.close()
+        return 0
+    return await _run_in_foreground(args, workload, result, reporter)
 
 
 async def _run_in_foreground(
@@ -59,6 +76,8 @@ async def _run_in_foreground(
 
 
 async def _report_completion(name: str, result: RestoreResult, reporter: Reporter) -> None:
+    from pageferry.checkpoints.restore_guest import completed
+
     try:
         reporter.final(await completed(Registry().folder(name), result, reporter.event))
     except (RestoreError, WorkloadError) as error:

@@ -24,8 +24,7 @@ from pageferry.large_pages.store_plan import Plan, Unit, joined, segments
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.memory.view import Memory
 from pageferry.pager import client, records
-from pageferry.pager.launcher import dismiss, hand_over
-from pageferry.pager.process import GuestPager
+from pageferry.pager.launcher import PagerProcess, dismiss
 from pageferry.pager.records import Deferred, OwnImage
 from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.protocols import Migratable
@@ -163,14 +162,16 @@ class Move:
     # -- evicting
 
     async def evict(self, image: ImageFile) -> None:
-        """Evict the pages in the store, in short pauses, with a pager in this process; then start a separate one."""
-        work = self._work(image)
-        if work.qmp_socket is None:
-            self._keep_from_children(work)
-        status = await in_thread(client.status, self.folder) if self.record is not None else None
-        if status is not None:
-            await dismiss(self.folder, status)
-        pager = await in_thread(GuestPager, image, self.folder, work, self.record is not None, evicting=True)
+        """Evict the pages in the store, in short pauses, and leave the workload to a pager process.
+
+        The process continues if this one is killed, and the workload never waits for another pager.
+        """
+        pager = PagerProcess()
+        try:
+            await self._serve(pager, image)
+        except BaseException:
+            await asyncio.shield(in_thread(pager.give_up))
+            raise
         try:
             await self._evict_in_batches(pager)
         except BaseException:
@@ -179,7 +180,18 @@ class Move:
             raise
         await asyncio.shield(_leave(pager))
 
-    async def _evict_in_batches(self, pager: GuestPager) -> None:
+    async def _serve(self, pager: PagerProcess, image: ImageFile) -> None:
+        """Let a new pager serve the workload, in place of that of the existing store."""
+        await pager.open(image.path, self.folder.name, image.identity)
+        work = self._work(image)
+        if work.qmp_socket is None:
+            self._keep_from_children(work)
+        status = await in_thread(client.status, self.folder) if self.record is not None else None
+        if status is not None:
+            await dismiss(self.folder, status)
+        await pager.serve(self.folder, work, taken_over=self.record is not None, evicting=True)
+
+    async def _evict_in_batches(self, pager: PagerProcess) -> None:
         """Evict pages, one batch per pause, except those written since they were copied.
 
         The record of the store exists by now. A program that takes the descriptor of its memory either sees the record,
@@ -209,7 +221,7 @@ class Move:
             self._paused_since(begin)
             size = max(1, min(4 * size, round(size * PAUSE / max(worked, 1e-4))))
 
-    def _evict_batch(self, pager: GuestPager, batch: Sequence[Unit], written: Sequence[PageSet]) -> None:
+    def _evict_batch(self, pager: PagerProcess, batch: Sequence[Unit], written: Sequence[PageSet]) -> None:
         done = self.done
         for region, pages in self.plan.pages(batch).items():
             pages.subtract(self.plan.kept[region])
@@ -219,7 +231,7 @@ class Move:
             broken = [unit for unit, count in enumerate(pages.unit_counts()) if count]
             done.broken += len(broken)
             self.plan.broken.update((region, unit * SLOTS) for unit in broken)
-            done.pages += pager.pager.evict(region, pages)
+            done.pages += pager.evict(region, pages)
 
     def _keep_from_children(self, work: Deferred) -> None:
         """Exclude memory in a store from children of the program: they have no pager, so it would read as zeros
@@ -270,12 +282,10 @@ def resident(memory: Memory) -> int:
     return sum(os.fstat(mapping.fileno()).st_blocks * 512 for mapping in memory.mappings)
 
 
-async def _leave(pager: GuestPager) -> None:
-    """Hand over to a separate pager process."""
-    if pager.pager.pending:
-        fault_point("reclaim.handover")
-        await hand_over(pager)
-    else:  # nothing was evicted
-        pager.pager.evicted()
-        await in_thread(pager.run)
-        await in_thread(pager.close)
+async def _leave(pager: PagerProcess) -> None:
+    """Let the pager continue without this process; if nothing was evicted, wait until it has ended."""
+    if await pager.end_evictions() == 0:
+        await pager.wait_for_end()
+        pager.close()
+    else:
+        pager.leave()

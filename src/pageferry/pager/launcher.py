@@ -1,110 +1,158 @@
-"""Start of a pager process, and the handover of a workload from one pager to the next."""
+"""Start of a pager process, and the orders to it (see `orders`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
+from pageferry._engine import PageSet
 from pageferry.errors import RestoreError, UsageError
 from pageferry.host import proc, processes
 from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.host.registry import Folder
-from pageferry.images import targets
-from pageferry.images.image import ImageFile
-from pageferry.pager import client, records
-from pageferry.pager.process import GuestPager, Order, Serving
+from pageferry.images.metadata import ImageIdentity
+from pageferry.pager import client, orders, records
 from pageferry.pager.protocol import PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 
+_END_TIMEOUT = 0.3
+"""Maximum time to wait for a killed pager, seconds: one that waits for a disk does not end."""
+
+T = TypeVar("T")
+Expected = TypeVar("Expected", bound=orders.Reply)
+
 
 class PagerProcess:
-    """Pager process of a guest. It inherits the open files of the image and of its parents, not their paths."""
+    """Pager process, started by the constructor. It outlives this process once it serves a workload.
 
-    def __init__(self, image: ImageFile) -> None:
-        descriptors = [link.image.fileno() for link in image.links]
-        paths = [str(link.path.absolute()) for link in image.links]
-        files = [f"{descriptor}:{path}" for descriptor, path in zip(descriptors, paths, strict=True)]
-        self._process = start_python(
-            "pageferry.pager.process",
-            *files,
-            pass_fds=descriptors,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    Orders to it are coroutines, except in a pause. They raise the errors of the pager, and RestoreError if it exits.
+    """
+
+    def __init__(self) -> None:
+        self._connection, inherited = socket.socketpair()
+        with inherited:
+            self._process = start_python(
+                "pageferry.pager.process",
+                stdin=inherited.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:
         """Process id of the pager."""
         return self._process.pid
 
-    async def ready(self) -> None:
-        """Wait until it has opened the image. Raises RestoreError, with its error message, if it cannot."""
-        await in_thread(self._answer)
+    # -- orders
 
-    async def take_over(self, order: Order) -> None:
-        """Let it serve the guest, after `ready`. Raises RestoreError, with its error message, if it does not."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-            self._process.stdin.close()
-        await in_thread(self._answer)
-        for stream in (self._process.stdout, self._process.stderr):
-            assert stream is not None
-            stream.close()
+    async def open(self, path: str | Path, name: str, expected: ImageIdentity | None = None) -> orders.Opened:
+        """Open the image of workload `name`. `expected`: identity of the image that the restore began with.
 
-    def _answer(self) -> None:
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        line = self._process.stdout.readline()
-        if not line:
-            words = self._process.stderr.read().decode(errors="replace").strip()
-            raise RestoreError(f"cannot start the pager: it exited{': ' + words if words else ' without output'}")
-        serving = msgspec.json.decode(line, type=Serving)
-        if serving.error is not None:
-            raise RestoreError(serving.error)
+        Raises ImageError, RestoreError if another image is at `path`.
+        """
+        order = orders.Open(path=_absolute(path), expected=expected, name=name)
+        return await in_thread(self._ask, order, orders.Opened)
+
+    async def serve(self, folder: Folder, work: Deferred, *, taken_over: bool = False, evicting: bool = False) -> None:
+        """Serve a workload, on demand only. Raises CannotHandleFaults, RestoreError, WorkloadError, UsageError."""
+        order = orders.Serve(
+            registry=_absolute(folder.registry.path),
+            name=folder.name,
+            work=work,
+            taken_over=taken_over,
+            evicting=evicting,
+        )
+        await in_thread(self._ask, order, orders.Serving)
+
+    async def load(self, work: Deferred) -> AsyncIterator[orders.Loading]:
+        """Load all contents, for a workload that does not run yet. Yield the progress. Raises ImageError."""
+        reply = await in_thread(self._ask, orders.Load(work=work), orders.Loading)
+        yield reply
+        while not reply.finished:
+            reply = await in_thread(self._reply, orders.Loading)
+            yield reply
+
+    def evict(self, region: int, pages: PageSet) -> int:
+        """Evict pages of a paused workload. Return their number. Blocks for milliseconds."""
+        return self._ask(orders.Evict(region=region, pages=pages.pack()), orders.Evicted).pages
+
+    async def end_evictions(self) -> int:
+        """Let the pager finish when all pages are loaded. Return the number of deferred pages."""
+        return (await in_thread(self._ask, orders.EndEvictions(), orders.Evicted)).pages
+
+    def leave(self) -> None:
+        """Let the pager continue without this process: it loads in the background, if the restore is with prefetch."""
+        with contextlib.suppress(OSError):  # it has exited: requests to the workload report that
+            orders.send(self._connection, orders.Fill())
+        self.close()
+
+    # -- its end
+
+    async def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, which must not be completed without the pager. Raises RestoreError if the pager exits
+        first."""
+        task = asyncio.ensure_future(work)
+        ended = asyncio.ensure_future(self.wait_for_end())
+        try:
+            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise RestoreError(f"the pager exited before the workload ran{self._last_words()}")
+        finally:
+            ended.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=_END_TIMEOUT)
+
+    async def wait_for_end(self) -> None:
+        """Wait until the process has exited."""
+        started = proc.start_time(self.pid)
+        if started is not None:
+            await processes.wait_for_end(self.pid, started)
 
     def give_up(self) -> None:
         """Kill the process. May be called twice."""
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_TIMEOUT)
+        self.close()
 
+    def close(self) -> None:
+        """Close the connection: a process that serves no workload exits. May be called twice."""
+        with contextlib.suppress(OSError):  # it has exited
+            self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a reply
+        self._connection.close()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
 
-async def hand_over(first: GuestPager) -> PagerStatus:
-    """Hand over from the pager in this process to a separate one. In between, the guest waits at missing pages.
+    def _ask(self, order: orders.AnyOrder, kind: type[Expected]) -> Expected:
+        with contextlib.suppress(BrokenPipeError):  # it has exited: there is no reply
+            orders.send(self._connection, order)
+        return self._reply(kind)
 
-    Return what the first one has done.
-    """
-    pager = PagerProcess(first.image)
-    name, serving = first.folder.name, True
-    try:
-        await pager.ready()
-        touched = first.pager.touched
-        last = first.server.status(touched=touched)
-        serving = False
-        await in_thread(first.close)
-        await pager.take_over(Order(name=name, touched=touched))
-    except asyncio.CancelledError:
-        pager.give_up()
-        raise
-    except RestoreError as error:
-        pager.give_up()
-        if serving:
-            await in_thread(first.close)  # otherwise no pager could take over while this process lives
-        raise RestoreError(
-            f"{error}; {name} runs and waits for its memory: to start another pager, run pageferry restore "
-            f"--takeover {name}"
-        ) from error
-    return last
+    def _reply(self, kind: type[Expected]) -> Expected:
+        reply = orders.receive_reply(self._connection)
+        if isinstance(reply, orders.Failed):
+            raise reply.error()
+        if not isinstance(reply, kind):
+            raise RestoreError(f"cannot start the pager: it exited{self._last_words()}")
+        return reply
+
+    def _last_words(self) -> str:
+        """Return the output of an exited process, to be appended to a message."""
+        stream = self._process.stderr
+        assert stream is not None
+        words = "" if stream.closed else stream.read().decode(errors="replace").strip()
+        return f": {words}" if words else " without output"
 
 
 async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
@@ -116,16 +164,25 @@ async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStat
     record = folder.load(records.RECORD, Deferred)
     if record is None:
         raise UsageError(f"cannot take over the restore of {folder.name}: all of its memory is loaded")
-    image = targets.open_expected(path if path is not None else record.image, record.identity, folder.name)
-    await _dismiss_failed(folder)
-    pager = PagerProcess(image)
+    pager = PagerProcess()
     try:
-        await pager.ready()
-        await pager.take_over(Order(name=folder.name))
+        image = path if path is not None else record.image
+        await pager.open(image, folder.name, record.identity)
+        await _dismiss_failed(folder)
+        work = msgspec.structs.replace(record, image=_absolute(image))
+        await pager.serve(folder, work, taken_over=True)
+    except UsageError as running:
+        pager.give_up()
+        raise RestoreError(str(running)) from running
     except BaseException:
         pager.give_up()
         raise
+    pager.leave()
     return await in_thread(client.status, folder)
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).absolute())
 
 
 async def _dismiss_failed(folder: Folder) -> None:

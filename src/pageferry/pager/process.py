@@ -1,263 +1,151 @@
-"""Pager of a guest: a small process that loads the contents of its memory, and outlives the command.
+"""Pager process: loads the contents of a workload's memory, and outlives the command.
 
-Started by `host.python` with the arguments FD:PATH..., the open files of the image and of its parents, so that it reads
-the same files that its caller has verified. It writes a `Serving` message to standard output when it has read their
-indexes, then reads one `Order`, a line of JSON, from standard input, and writes `Serving` again once it handles every
-access to missing memory. It exits when all contents are loaded, or with the guest. If it is killed, the guest waits at
-the next access to a missing page. The guest keeps a descriptor of the userfaultfd, and the record and the deferred
-bitmap in its directory allow another pager to take over.
+A command starts it once, by `host.python`, before anything else, so that the start of the interpreter overlaps with the
+start of QEMU; it opens the image, which no other process does. Standard input is the socket for `orders`. A fork of the
+command would save the start of the interpreter, but a program with threads must not be forked, and one way serves both
+(docs/decisions/0017).
+
+The process exits when all contents are loaded, or with the workload. If it is killed, the workload waits at the next
+access to a missing page: its processes keep descriptors of their userfaultfds, and the record and the deferred bitmap
+in its directory allow another pager to take over.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
-import stat
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
 from pathlib import Path
-from typing import BinaryIO, Literal
 
-import msgspec
-
-from pageferry._engine import Pager, end_on_truncation
-from pageferry.errors import ImageError, PageferryError, UsageError, WorkloadError
-from pageferry.host import files, proc
-from pageferry.host.cgroups import join_groups_of
+from pageferry._engine import PageSet, end_on_truncation
+from pageferry.errors import PageferryError, RestoreError, WorkloadError
+from pageferry.host import files
 from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder, Registry
 from pageferry.images import targets
-from pageferry.images.image import ImageFile, open_link
-from pageferry.images.working_set import WorkingSet
-from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
-from pageferry.pager import page_faults, records
-from pageferry.pager.records import Deferred, OwnImage
-from pageferry.pager.server import PagerServer
+from pageferry.images.image import ImageFile
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.pager import orders, records
+from pageferry.pager.eager import load
+from pageferry.pager.image_pager import ImagePager
 from pageferry.printable import PrintableFormatter
 
 log = logging.getLogger("pageferry.pager")
 
-_SYS_CLOSE, _SYS_MADVISE = 3, 28
-_MADV_DOFORK = 11
-_POLL = 0.05
-"""Interval at which to check that the guest lives, seconds."""
-_MOST_KEPT = 1 << 17
-"""Maximum number of touched windows in the summary: 8 GiB of memory."""
-_SELDOM = 0.5
-"""Interval of these checks for the pager of a cold store, which rarely has work, seconds."""
 
+class Session:
+    """Orders of one command."""
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """Request to take over a workload."""
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._image: ImageFile | None = None
+        self.pager: ImagePager | None = None
+        """Pager of the workload, after `Serve`."""
 
-    name: str
-    """Name of the workload, which has a record of the restore."""
-    touched: list[int] = []
-    """Windows of the working set observed by the previous pager."""
+    def until_serving(self) -> bool:
+        """Carry out orders until the process serves a workload. Return False if the command does not need it."""
+        while self.pager is None and self._next():
+            pass
+        return self.pager is not None
 
-
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """Reply to an order."""
-
-    error: str | None = None
-
-
-class GuestPager:
-    """Loads the memory of one guest. The first pager only serves accesses, so as not to delay the start of the guest.
-
-    Raises RestoreError, WorkloadError, UsageError (another pager is running), CannotHandleFaults; nothing of it is left
-    behind then.
-    """
-
-    def __init__(
-        self, image: ImageFile, folder: Folder, work: Deferred, taken_over: bool = False, *, evicting: bool = False
-    ) -> None:
-        self.image = image
-        self.folder = folder
-        self.regions = [records.open_region(record) for record in work.regions]
-        self.spaces = page_faults.open_spaces(segment.pid for region in self.regions for segment in region.segments)
-        self.started = {pid: proc.start_time(pid) for pid in self.spaces}
-        length = Pager.flags_length(image.pages)
-        self.work = work
-        ours = self._taken_over() if taken_over else self._adopt()
+    def until_closed(self) -> None:
+        """Carry out orders until the command closes the connection, then continue without it."""
         try:
-            self.flags = records.open_flags(folder, length) if taken_over else records.create_flags(folder, length)
-            self.working_set = WorkingSet(image)
-            self.touched: list[int] = []
-            self.pager = self._begin(ours, taken_over, evicting)
-        except BaseException:
-            if not taken_over:
-                page_faults.close(self.spaces, {}, self.work.userfaults)
-            raise
+            while self._next():
+                pass
         finally:
-            for descriptor in ours.values():
-                os.close(descriptor)
-        fault_point("pager.registered")
-        # Only now: a bitmap without a pager that has set it means that all pages are present. Not synced, because the
-        # guest waits for this, and does not outlive the host.
-        folder.store(records.RECORD, self.work, synced=False)
-        socket_path = folder.socket_path(records.SOCKET)
-        self.server = PagerServer(
-            socket_path, self.pager, str(image.path), targets.extents(image), identity=image.identity
-        )
+            self._serving.end_evictions()
+            self._serving.fill()
+            self._connection.close()
 
-    def _begin(self, ours: dict[int, int], taken_over: bool, evicting: bool) -> Pager:
-        segments = [
-            (self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
-            for number, segment in self._watched()
-        ]
-        fill: Literal["none", "gentle", "eager"] = "none"
-        if self.work.prefetch and taken_over:
-            fill = "eager" if self.work.eager else "gentle"
-        begin: Literal["empty", "kept", "taken-over"] = "empty" if self.work.cold is None else "kept"
-        return Pager(
-            self.image.chain,
-            targets.targets(self.image, self.regions),
-            segments,
-            ours,
-            self.flags,
-            working_set=self.working_set.windows if self.work.prefetch and taken_over else [],
-            fill=fill,
-            begin="taken-over" if taken_over else begin,
-            whole_blocks=self.work.cold is None,
-            evicting=evicting,
-            checks_removals=self.work.qmp_socket is None,
-        )
-
-    def _watched(self) -> Iterator[tuple[int, Segment]]:
-        """Yield what this pager watches, with region numbers: every mapping, or the parts of them in a cold store."""
-        for number, region in enumerate(self.regions):
-            parts = [(0, region.length)] if self.work.cold is None else self.work.cold[number]
-            for segment in region.segments:
-                yield from ((number, part) for part in segment.within(parts))
-
-    def _adopt(self) -> dict[int, int]:
-        """Create a userfaultfd in every process, and record it. Return our descriptors of them."""
-        ours, numbers = page_faults.userfaults(self.spaces)
-        assert ours.keys() == numbers.keys(), "a guest is another process"
-        self.work = msgspec.structs.replace(self.work, userfaults=numbers)
-        return ours
-
-    def _taken_over(self) -> dict[int, int]:
-        """Return descriptors of the userfaultfds that the previous pager has left in every process."""
-        return {pid: self.spaces[pid].descriptor(number) for pid, number in self.work.userfaults.items()}
-
-    def run(self) -> None:
-        """Serve until all contents are loaded, or the guest has exited."""
-        known = 0
-        poll = _POLL if self.work.cold is None else _SELDOM
-        while not self.pager.wait(poll, known):
-            if not all(proc.start_time(pid) == started for pid, started in self.started.items()):
-                log.info("%s has ended", self.folder.name)
-                self._remove_store()
-                return
-            if self.server.asked_to_stop.is_set():
-                return
-            failures = self.pager.failures
-            if len(failures) > known:
-                known = len(failures)
-                self._complain(failures[known - 1])
-        self._finish()
-
-    def close(self) -> None:
-        """Release the guest's memory. Missing pages stay missing, for another pager."""
-        self.server.close()
-        self.pager.stop()
-        fcntl.flock(self.flags, fcntl.LOCK_UN)
-        os.close(self.flags)
-        del self.server, self.pager
-        for region in self.regions:
-            os.close(region.fd)
-
-    def _complain(self, failure: tuple[int, int, bool, str]) -> None:
-        log.error("%s: %s", self.folder.name, self.server.describe(failure))
-        if failure[2] and self.work.qmp_socket is not None:
-            from pageferry.pager.alarm import stop_guest
-
-            paused = stop_guest(self.work.qmp_socket)
-            log.error(
-                "%s %s", self.folder.name, "is paused" if paused else "was told to pause, and waits at the access"
-            )
-            log.error(
-                "to continue with an intact copy of the image, run: pageferry restore --takeover %s IMAGE",
-                self.folder.name,
-            )
-
-    def _finish(self) -> None:
-        fault_point("pager.settled")
-        if self.work.cold is None:
-            self.working_set.learn(self.touched + self.pager.touched, self.work.prefetch)
-        else:
-            self._make_large()
-        status = self.server.status(touched=self.pager.touched[:_MOST_KEPT])
-        self.folder.store(records.SUMMARY, status)  # before the record is removed: its readers then look for this
-        # The record before the descriptors: no other pager could take over with the record alone.
-        self.folder.forget(records.RECORD)
-        fault_point("pager.forgotten")
-        (self.folder.path / records.FLAGS).unlink(missing_ok=True)
-        for pid, number in self.work.userfaults.items():
-            with contextlib.suppress(OSError):
-                self.spaces[pid].call(_SYS_CLOSE, number)
-        fault_point("pager.closed")
-        self._remove_store()
-        log.info("%s: restore complete: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
-
-    def _make_large(self) -> None:
-        """Collapse the split pages to huge pages again, where possible."""
-        for number, segment in self._watched():
-            if self.regions[number].page_size == SMALL_PAGE:
-                space = self.spaces[segment.pid]
-                for address in range(segment.address, segment.address + segment.length, LARGE_PAGE):
-                    with contextlib.suppress(OSError):
-                        space.collapse(address, LARGE_PAGE)
-                if self.work.qmp_socket is None:
-                    with contextlib.suppress(OSError):
-                        space.call(_SYS_MADVISE, segment.address, segment.length, _MADV_DOFORK)
-
-    def _remove_store(self) -> None:
-        """Remove the images that reclaim has created, after their pages are reloaded or their workload has exited.
-
-        Files that have replaced one of them are kept.
-        """
-        for own in self.work.own:
-            if self._is_own(own):
-                Path(own.path).unlink(missing_ok=True)
-
-    def _is_own(self, own: OwnImage) -> bool:
-        """Return whether the file at the path is that image: the one that is open, or one of the same identity."""
-        try:
-            found = os.lstat(own.path)
-            opened = [os.fstat(link.image.fileno()) for link in self.image.links if link.identity == own.identity]
-            return any(os.path.samestat(found, one) for one in opened) or (
-                stat.S_ISREG(found.st_mode) and open_link(Path(own.path)).identity == own.identity
-            )
-        except (OSError, ImageError):
+    def _next(self) -> bool:
+        """Carry out one order. Return False if the command has closed the connection, or does not receive replies."""
+        order = orders.receive_order(self._connection)
+        if order is None:
             return False
+        try:
+            reply = self._carry_out(order)
+        except (PageferryError, OSError, ValueError) as error:
+            reply = orders.Failed(kind=type(error).__name__, message=str(error))
+        try:
+            if reply is not None:
+                orders.send(self._connection, reply)
+        except OSError:
+            return False
+        if isinstance(reply, orders.Opened):
+            from pageferry.host import cgroups  # noqa: F401  # imported now, while QEMU starts: it takes 30 ms
+        return True
 
+    def _carry_out(self, order: orders.AnyOrder) -> orders.AnyReply | None:
+        match order:
+            case orders.Open():
+                return self._open(order)
+            case orders.Serve():
+                return self._serve(order)
+            case orders.Load():
+                return self._load(order)
+            case orders.Fill():
+                self._serving.fill()
+                fault_point("pager.serving")
+                return None
+            case orders.Evict():
+                region = self._serving.regions[order.region]
+                pages = PageSet.unpack(order.pages, region.length // SMALL_PAGE)
+                return orders.Evicted(pages=self._serving.service.pager.evict(order.region, pages))
+            case orders.EndEvictions():
+                pending = self._serving.service.pager.pending
+                self._serving.end_evictions()
+                return orders.Evicted(pages=pending)
 
-def _take_over(image: ImageFile, order: Order) -> GuestPager:
-    folder = Registry().folder(order.name)
-    work = folder.load(records.RECORD, Deferred)
-    if work is None:
-        raise UsageError(f"cannot start a pager for {order.name}: all of its memory is loaded")
-    targets.check_identity(image, work.identity, order.name)
-    for failure in join_groups_of(work.regions[0].segments[0].pid):
-        log.info("%s: memory is charged to the control group of this pager: %s", order.name, failure)
-    pager = GuestPager(image, folder, msgspec.structs.replace(work, image=str(image.path)), True)
-    pager.touched = order.touched
-    return pager
+    @property
+    def _opened(self) -> ImageFile:
+        if self._image is None:
+            raise RestoreError("the pager has no image open")
+        return self._image
 
+    @property
+    def _serving(self) -> ImagePager:
+        if self.pager is None:
+            raise RestoreError("the pager serves no workload")
+        return self.pager
 
-def _image(files: Sequence[str]) -> ImageFile:
-    """Open the image from the files that were handed over, as FD:PATH. Raises ImageError."""
-    opened = [(int(number), Path(path)) for number, _, path in (file.partition(":") for file in files)]
-    try:
-        return ImageFile.from_files(opened)
-    finally:
-        for number, _ in opened:
-            os.close(number)
+    def _open(self, order: orders.Open) -> orders.Opened:
+        begin = time.monotonic()
+        self._image = image = ImageFile(order.path)
+        if order.expected is not None:
+            targets.check_identity(image, order.expected, order.name)
+        fault_point("pager.opened")
+        return orders.Opened(
+            identity=image.identity,
+            metadata=image.metadata,
+            pages=image.pages,
+            state=image.state(),
+            seconds=time.monotonic() - begin,
+        )
+
+    def _serve(self, order: orders.Serve) -> orders.Serving:
+        from pageferry.host.cgroups import join_groups_of
+
+        for failure in join_groups_of(order.work.regions[0].segments[0].pid):
+            log.info("%s: memory is charged to the control group of this pager: %s", order.name, failure)
+        folder = Registry(Path(order.registry)).folder(order.name)
+        self.pager = ImagePager(self._opened, folder, order.work, taken_over=order.taken_over, evicting=order.evicting)
+        fault_point("pager.taken-over")
+        _log_to(folder)
+        return orders.Serving()
+
+    def _load(self, order: orders.Load) -> orders.Loading:
+        regions = [records.open_region(record) for record in order.work.regions]
+
+        def report(deferred: int, prefetched: int, bytes_read: int) -> None:
+            progress = orders.Loading(deferred=deferred, prefetched=prefetched, bytes_read=bytes_read, finished=False)
+            orders.send(self._connection, progress)
+
+        pager = load(self._opened, targets.targets(self._opened, regions), report)
+        return orders.Loading(deferred=0, prefetched=pager.counters[3], bytes_read=pager.counters[4], finished=True)
 
 
 def _log_to(folder: Folder) -> None:
@@ -267,39 +155,23 @@ def _log_to(folder: Folder) -> None:
     os.close(descriptor)
 
 
-def main(orders: BinaryIO, answers: BinaryIO) -> int:
-    """Execute one order."""
+def main(connection: socket.socket) -> int:
+    """Serve the workload of one command."""
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("pageferry").setLevel(logging.INFO)
     logging.getLogger("qemu").setLevel(logging.CRITICAL)
-
-    def answer(serving: Serving) -> None:
-        answers.write(msgspec.json.encode(serving) + b"\n")
-        answers.flush()
-
-    try:
-        end_on_truncation(WorkloadError.exit_code)
-        image = _image(sys.argv[1:])
-        fault_point("pager.opened")
-        answer(Serving())
-        line = orders.readline()
-        if not line:  # the caller does not need this pager
-            return 0
-        pager = _take_over(image, msgspec.json.decode(line, type=Order))
-    except (PageferryError, OSError, msgspec.MsgspecError) as error:
-        answer(Serving(error=str(error)))
-        return getattr(error, "exit_code", 1)
-    fault_point("pager.taken-over")
-    _log_to(pager.folder)
-    answer(Serving())
-    fault_point("pager.serving")
-    answers.close()
-    pager.run()
-    pager.close()
+    end_on_truncation(WorkloadError.exit_code)
+    session = Session(connection)
+    if not session.until_serving():
+        return 0
+    assert session.pager is not None
+    threading.Thread(target=session.until_closed, name="pageferry-orders", daemon=True).start()
+    session.pager.run()
+    session.pager.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.stdin.buffer, sys.stdout.buffer))
+    sys.exit(main(socket.socket(fileno=0)))

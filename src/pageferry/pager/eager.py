@@ -1,0 +1,45 @@
+"""Loading of all contents before the workload runs, for hosts where its page faults cannot be handled (S10).
+
+The pager of a lazy restore is used without an address space to watch. Its background thread loads everything before the
+workload runs, so no access and no system call reaches a page that is not loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from pageferry._engine import Pager
+from pageferry.errors import ImageError
+from pageferry.images.image import ImageFile
+from pageferry.images.targets import PagerTarget
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.pager import records
+
+_POLL = 0.2
+"""Interval of reports, seconds."""
+
+Report = Callable[[int, int, int], None]
+"""Called with the deferred memory in bytes, the number of pages loaded, and the number of bytes read."""
+
+
+def load(image: ImageFile, targets: Sequence[PagerTarget], report: Report) -> Pager:
+    """Load all contents of an image into files that no workload runs on yet; return the pager, which has finished.
+
+    Raises ImageError for a page that cannot be read.
+    """
+    flags = records.create_flags(None, Pager.flags_length(image.pages))
+    try:
+        pager = Pager(image.chain, targets, [], {}, flags, fill="eager")
+    finally:
+        os.close(flags)
+    try:
+        finished = False
+        while not finished:
+            finished = pager.wait(_POLL)
+            for _, page, _, message in pager.failures:
+                raise ImageError(f"cannot read page {page} (byte {page * SMALL_PAGE}) of {image.path}: {message}")
+            report(pager.pending * SMALL_PAGE, pager.counters[3], pager.counters[4])
+        return pager
+    finally:
+        pager.stop()

@@ -1,0 +1,213 @@
+"""Pager of a workload whose contents are in an image: a guest that is being restored, or a workload with a cold store.
+
+The record and the deferred bitmap in the directory of the workload, and the userfaultfds that its processes keep, allow
+another pager to take over at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pageferry._engine import Pager
+from pageferry.errors import ImageError
+from pageferry.host.fault_points import fault_point
+from pageferry.host.registry import Folder
+from pageferry.images import targets
+from pageferry.images.image import ImageFile, open_link
+from pageferry.images.working_set import WorkingSet
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
+from pageferry.pager import records
+from pageferry.pager.records import Deferred, OwnImage
+from pageferry.pager.service import PagerService
+
+log = logging.getLogger("pageferry.pager")
+
+_SYS_MADVISE = 28
+_MADV_DOFORK = 11
+_POLL = 0.05
+"""Interval at which to check that the workload lives, seconds."""
+_SELDOM = 0.5
+"""Interval of these checks for the pager of a cold store, which rarely has work, seconds."""
+_MOST_KEPT = 1 << 17
+"""Maximum number of touched windows in the summary: 8 GiB of memory."""
+
+
+class ImagePager:
+    """Loads the memory of one workload from an image, first on demand only, and from `fill` on in the background too.
+
+    Raises RestoreError, WorkloadError, UsageError (another pager is running), CannotHandleFaults; nothing of it is left
+    behind then.
+    """
+
+    def __init__(
+        self, image: ImageFile, folder: Folder, work: Deferred, *, taken_over: bool = False, evicting: bool = False
+    ) -> None:
+        self.image = image
+        self.folder = folder
+        self.work = work
+        self.regions = [records.open_region(record) for record in work.regions]
+        targets.compare(image, self.regions)
+        self.working_set = WorkingSet(image)
+        self.service = PagerService(self.regions, folder)
+        self._filling = not work.prefetch
+        self._evicting = evicting
+        try:
+            self._start(taken_over)
+            fault_point("pager.registered")
+            # Only now: a bitmap without a pager that has set it means that all pages are present. Not synced, because
+            # the guest waits for this, and does not outlive the host.
+            self.work = msgspec.structs.replace(work, userfaults=self.service.userfaults)
+            folder.store(records.RECORD, self.work, synced=False)
+            self.service.serve(str(image.path), image.identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, taken_over: bool) -> None:
+        if taken_over:
+            self.service.take_bitmap(self.folder)
+            self.service.start(lambda ours, flags: self._pager(ours, flags, "taken-over"), self.work.userfaults)
+        else:
+            begin: Literal["empty", "kept"] = "empty" if self.work.cold is None else "kept"
+            self.service.start(lambda ours, flags: self._pager(ours, flags, begin))
+
+    def _pager(self, ours: dict[int, int], flags: int, begin: Literal["empty", "kept", "taken-over"]) -> Pager:
+        spaces = self.service.spaces
+        segments = [
+            (spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
+            for number, segment in self._watched()
+        ]
+        return Pager(
+            self.image.chain,
+            targets.targets(self.image, self.regions),
+            segments,
+            ours,
+            flags,
+            fill="none",
+            begin=begin,
+            whole_blocks=self.work.cold is None,
+            evicting=self._evicting,
+            checks_removals=self.work.qmp_socket is None,
+        )
+
+    def _watched(self) -> Iterator[tuple[int, Segment]]:
+        """Yield what this pager watches, with region numbers: every mapping, or the parts of them in a cold store."""
+        for number, region in enumerate(self.regions):
+            parts = [(0, region.length)] if self.work.cold is None else self.work.cold[number]
+            for segment in region.segments:
+                yield from ((number, part) for part in segment.within(parts))
+
+    # -- while the workload runs
+
+    def fill(self) -> None:
+        """Load all contents in the background from now on, unless the restore is without prefetch."""
+        if not self._filling:
+            self._filling = True
+            self.service.pager.fill(self.working_set.windows, self.work.eager)
+
+    def end_evictions(self) -> None:
+        """Finish when all pages are loaded; until then, the pager of an evicting reclaim does not finish."""
+        if self._evicting:
+            self._evicting = False
+            self.service.pager.evicted()
+
+    def run(self) -> None:
+        """Serve until all contents are loaded, the workload has exited, or the pager is asked to stop."""
+        known = 0
+        poll = _POLL if self.work.cold is None else _SELDOM
+        server = self.service.server
+        assert server is not None
+        while not self.service.pager.wait(poll, known):
+            if self.service.ended() is not None:
+                log.info("%s has ended", self.folder.name)
+                self._remove_store()
+                return
+            if server.asked_to_stop.is_set():
+                return
+            failures = self.service.pager.failures
+            if len(failures) > known:
+                known = len(failures)
+                self._complain(server.describe(failures[known - 1]), accessed=failures[known - 1][2])
+        self._finish()
+
+    def close(self) -> None:
+        """Release the memory. Missing pages stay missing, for another pager."""
+        self.service.close()
+        while self.regions:
+            os.close(self.regions.pop().fd)
+
+    def _complain(self, description: str, *, accessed: bool) -> None:
+        """Log a page that cannot be read, and pause a guest that waits for it."""
+        log.error("%s: %s", self.folder.name, description)
+        if accessed and self.work.qmp_socket is not None:
+            from pageferry.pager.alarm import stop_guest
+
+            paused = stop_guest(self.work.qmp_socket)
+            log.error(
+                "%s %s",
+                self.folder.name,
+                "is paused" if paused else "does not respond to the request to pause: it waits at the access",
+            )
+            log.error(
+                "to continue with an intact copy of the image, run: pageferry restore --takeover %s IMAGE",
+                self.folder.name,
+            )
+
+    # -- the end
+
+    def _finish(self) -> None:
+        fault_point("pager.settled")
+        pager, server = self.service.pager, self.service.server
+        assert server is not None
+        if self.work.cold is None:
+            self.working_set.learn(pager.touched, self.work.prefetch)
+        else:
+            self._make_large()
+        status = server.status(touched=pager.touched[:_MOST_KEPT])
+        self.folder.store(records.SUMMARY, status)  # before the record is removed: its readers then look for this
+        self.service.forget(records.RECORD)
+        fault_point("pager.forgotten")
+        self.service.release_userfaults()
+        fault_point("pager.closed")
+        self._remove_store()
+        log.info("%s: restore complete: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
+
+    def _make_large(self) -> None:
+        """Collapse the split pages to huge pages again, where possible."""
+        for number, segment in self._watched():
+            if self.regions[number].page_size == SMALL_PAGE:
+                space = self.service.spaces[segment.pid]
+                for address in range(segment.address, segment.address + segment.length, LARGE_PAGE):
+                    with contextlib.suppress(OSError):
+                        space.collapse(address, LARGE_PAGE)
+                if self.work.qmp_socket is None:
+                    with contextlib.suppress(OSError):
+                        space.call(_SYS_MADVISE, segment.address, segment.length, _MADV_DOFORK)
+
+    def _remove_store(self) -> None:
+        """Remove the images that reclaim has created, after their pages are reloaded or their workload has exited.
+
+        Files that have replaced one of them are kept.
+        """
+        for own in self.work.own:
+            if self._is_own(own):
+                Path(own.path).unlink(missing_ok=True)
+
+    def _is_own(self, own: OwnImage) -> bool:
+        """Return whether the file at the path is that image: the one that is open, or one of the same identity."""
+        try:
+            found = os.lstat(own.path)
+            opened = [os.fstat(link.image.fileno()) for link in self.image.links if link.identity == own.identity]
+            return any(os.path.samestat(found, one) for one in opened) or (
+                stat.S_ISREG(found.st_mode) and open_link(Path(own.path)).identity == own.identity
+            )
+        except (OSError, ImageError):
+            return False
