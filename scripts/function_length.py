@@ -22,7 +22,6 @@ LATER = {
     "src/pageferry/migration/api.py",
     "src/pageferry/migration/source.py",
     "src/pageferry/migration/statistics.py",
-    "src/pageferry/sharing/api.py",
     "src/pageferry/workloads/qemu/guest.py",
 }
 """Files whose functions are to be divided."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import msgspec
 
@@ -17,8 +18,8 @@ from pageferry.pager import records
 from pageferry.pager.records import Deferred
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
-from pageferry.sharing.options import Options
-from pageferry.sharing.scan import look
+from pageferry.sharing.options import Options, Selection
+from pageferry.sharing.scan import Findings, look
 from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.target import Target, open_target_async
@@ -32,7 +33,8 @@ async def find_async(
     `threshold`: minimum number of shareable base pages for which splitting a huge page pays; None to derive it from the
     available memory. Raises the errors of `open_target` and `look`.
     """
-    _check(options, listener, threshold)
+    _check(options, listener)
+    values.optional(values.count, "threshold", threshold, 1, 512)
     async with _opened(names) as targets:
         findings = await look(targets, options or Options(), listener)
         return estimate.result(findings, _threshold(threshold))
@@ -45,47 +47,51 @@ async def share_async(
     names: Sequence[str],
     options: Options | None = None,
     *,
-    threshold: int | None = None,
-    max_large_pages: int | None = None,
-    merge_with_others: bool = False,
     hot: Collection[tuple[int, int]] = frozenset(),
     listener: Listener = ignore,
+    **selection: Any,
 ) -> SharingResult:
-    """Scan, then share in the huge pages where it pays, at most `max_large_pages` of them.
+    """Scan, then share in the huge pages where it pays.
 
     Pages are shared between the targets because the caller has named all of them: a process that shares pages can infer
-    from the duration of its writes whether another has the same contents. `merge_with_others`: also allow merging with
-    memory that other processes have offered to KSM. `hot`: huge pages in use (S3), which are not split, as (number of
-    the target, address or byte offset in its region). A restore in progress is completed first (S8). Also raises
-    UnsupportedError if KSM is needed and in use.
+    from the duration of its writes whether another has the same contents. `selection` are the fields of
+    `pageferry.sharing.options.Selection`: threshold, max_large_pages, merge_with_others. `hot`: huge pages in use (S3),
+    which are not split, as (number of the target, address or byte offset in its region). A restore in progress is
+    completed first (S8). Also raises UnsupportedError if KSM is needed and in use.
     """
-    _check(options, listener, threshold)
-    values.optional(values.count, "max_large_pages", max_large_pages, 0, 1 << 40)
-    values.flag("merge_with_others", merge_with_others)
+    chosen = values.options(Selection, selection)
+    _check(options, listener)
     async with _opened(names, "sharing") as targets:
-        apply.check_possible(targets, merge_with_others)
+        apply.check_possible(targets, chosen.merge_with_others)
         for target in targets:
             await _complete(target)
         findings = await look(targets, options or Options(), listener)
-        least = _threshold(threshold)
-        found = estimate.result(findings, least)
-        chosen = policy.choose(findings.units, least, hot, max_large_pages)
-        expected = estimate.freed_by(findings, chosen)
-        done = await apply.apply(findings, chosen, listener, merge_with_others=merge_with_others)
-        return msgspec.structs.replace(
-            found,
-            freed=done.freed,
-            estimated=expected[-1] if expected else 0,
-            large_pages_chosen=sum(unit.large for unit in chosen),
-            large_pages_broken=done.broken,
-            ksm_scans=done.ksm_scans,
-            ksm_cpu_ms=done.ksm_cpu * 1e3,
-            longest_pause_ms=done.longest_pause * 1e3,
-            pauses=done.pauses,
-        )
+        return await _share(findings, chosen, hot, listener)
 
 
 share = synchronous(share_async)
+
+
+async def _share(
+    findings: Findings, selection: Selection, hot: Collection[tuple[int, int]], listener: Listener
+) -> SharingResult:
+    """Share in the huge pages where it pays, and add the outcome to the estimate."""
+    least = _threshold(selection.threshold)
+    found = estimate.result(findings, least)
+    chosen = policy.choose(findings.units, least, hot, selection.max_large_pages)
+    expected = estimate.freed_by(findings, chosen)
+    done = await apply.apply(findings, chosen, listener, merge_with_others=selection.merge_with_others)
+    return msgspec.structs.replace(
+        found,
+        freed=done.freed,
+        estimated=expected[-1] if expected else 0,
+        large_pages_chosen=sum(unit.large for unit in chosen),
+        large_pages_broken=done.broken,
+        ksm_scans=done.ksm_scans,
+        ksm_cpu_ms=done.ksm_cpu * 1e3,
+        longest_pause_ms=done.longest_pause * 1e3,
+        pauses=done.pauses,
+    )
 
 
 async def undo_async(names: Sequence[str]) -> int:
@@ -106,10 +112,9 @@ async def _complete(target: Target) -> None:
             await wait_complete(target.workload, traces=False)
 
 
-def _check(options: Options | None, listener: Listener, threshold: int | None) -> None:
+def _check(options: Options | None, listener: Listener) -> None:
     values.optional(values.instance, "options", options, Options)
     values.function("listener", listener)
-    values.optional(values.count, "threshold", threshold, 1, 512)
 
 
 def _threshold(asked: int | None) -> int:

@@ -1,11 +1,11 @@
-"""Options of a scan."""
+"""Options of a scan, and of sharing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from pageferry.options import Count, Fraction, Size, check
+from pageferry.options import API_ONLY, Count, Fraction, Size, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,22 @@ class Options:
     """Scan only every Nth unit of 2 MiB. A page whose duplicates are all in other units looks unique."""
     threads: Annotated[int, Count(0, 1024), "scanning"] = 0
     """Number of threads; 0: one per CPU."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Huge pages to split, and processes to share with. Raises UsageError."""
+
+    threshold: Annotated[int | None, Count(1, 512), API_ONLY] = None
+    """Minimum number of shareable base pages for which a huge page is split; None to derive it from the available
+    memory."""
+    max_large_pages: Annotated[int | None, Count(0, 1 << 40), API_ONLY] = None
+    """Maximum number of huge pages to split; None for no limit."""
+    merge_with_others: bool = False
+    """Whether memory that other processes have offered to KSM may be merged too."""
 
     def __post_init__(self) -> None:
         check(self)
