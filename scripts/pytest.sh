@@ -4,10 +4,15 @@ set -u
 python=$1
 workers=$2
 shift 2
+TEST_DURATIONS=$(mktemp)
+export TEST_DURATIONS
+trap 'rm -f "$TEST_DURATIONS"' EXIT
 
 # Exit code 5 of pytest: the arguments select no such test.
-"$python" -m pytest --durations 20 -m "not alone" --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+"$python" -m pytest -m "not alone" --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
 together=$?
-"$python" -m pytest --durations 20 -m alone "$@"
+"$python" -m pytest -m alone "$@"
 alone=$?
+echo "slowest 20, seconds:"
+sort -rn "$TEST_DURATIONS" | head -n 20
 [ "$together$alone" != 55 ] && { [ $together = 0 ] || [ $together = 5 ]; } && { [ $alone = 0 ] || [ $alone = 5 ]; }

@@ -49,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_rank)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Append the duration of each phase to the file TEST_DURATIONS, if any, for the list of `make test`."""
+    if (path := os.environ.get("TEST_DURATIONS")) is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a") as file:
+            file.write(f"{report.duration:8.2f} {report.when:8} {report.nodeid}\n")
+
+
 def _rank(item: pytest.Item) -> int:
     """Return the place of a test in `ORDER`."""
     return next((ORDER.index(name) for name in (item.path.stem, item.path.parent.name) if name in ORDER), len(ORDER))

@@ -65,7 +65,7 @@ def test_second_signal_ends_an_unresponsive_verb() -> None:
 
 
 @pytest.mark.parametrize("output", ["human", "json"])
-@pytest.mark.parametrize("steps", ["0", "100000"])
+@pytest.mark.parametrize("steps", ["0", "2000"])
 def test_closed_reader_is_not_an_error(output: str, steps: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -100,7 +100,7 @@ def test_index_server_is_replaced_without_failing_a_request(hosts: tuple[Host, H
 
 def test_clones_run_from_one_image(hosts: tuple[Host, Host]) -> None:
     here, _ = hosts
-    here.environment["BOOT_SECONDS"] = "3"
+    here.environment["BOOT_SECONDS"] = "1"
     done = here.run(f"{EXAMPLES / 'clones.sh'} {GUEST}")
     assert done.returncode == 0, done.stdout + done.stderr
     for guest in ("base", "clone1", "clone2"):
