@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from tests.guest.restored import Restored, image_of_a_guest
 from tests.guest.serial import Serial
 
 pytestmark = pytest.mark.usefixtures("root")
+
+
+@pytest.fixture(scope="module")
+def payload_parts(payload_parts: GuestParts, states: Path) -> GuestParts:
+    """Two images are made of this guest, whose firmware takes 5 s of a core on an emulated KVM."""
+    return replace(payload_parts, states=states)
 
 
 @pytest.fixture(scope="module")
