@@ -112,6 +112,11 @@ class Memory(Readable):
         """Mappings of the regions in the workload's processes."""
         return self._segments
 
+    def close(self) -> None:
+        """Unmap the regions now, and close the segments: an exception may keep a reference to this object."""
+        self.mappings.clear()
+        self._segments.clear()
+
     def check_files(self) -> None:
         """See `Readable`."""
         for region in self.regions:

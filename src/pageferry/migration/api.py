@@ -30,6 +30,7 @@ from pageferry.migration.options import Options
 from pageferry.migration.options import timeout as options_timeout
 from pageferry.migration.ownership import RECORD, Committed, Verdicts, committed
 from pageferry.migration.postcopy_source import serve_on
+from pageferry.migration.session import Job
 from pageferry.migration.source import Source
 from pageferry.migration.transport import messages, peer_users
 from pageferry.migration.transport.addresses import Address, resolve
@@ -89,7 +90,8 @@ async def migrate_async(
         )
     hold = await _page_tables(moved, chosen)
     try:
-        return await Source(moved, chosen, listener, folder, trust, hold).run(target)
+        job = Job(workload=moved, options=chosen, listener=listener, folder=folder, trust=trust, hold=hold)
+        return await Source(job).run(target)
     except WorkloadDied as died:
         raise WorkloadDied(f"{moved.name} ended during its migration to {target}: {died}; restart it") from died
     except (AuthenticationError, ConnectionLost, PeerRefused, ProtocolError) as error:
@@ -298,7 +300,7 @@ async def recover_async(
     owners = peer_users.owners_of(segment.pid for region in moved.regions for segment in region.segments)
     async with _asked(address, record, moved.name, timeout, trust, owners) as (outcome, channel):
         if outcome.owner == "destination":
-            if record.owes and not outcome.complete:
+            if record.keeps_pages and not outcome.complete:
                 await serve_on(moved, record, channel, address, timeout, listener)
             await moved.discard()
             with contextlib.suppress(MigrationError):
@@ -364,7 +366,7 @@ async def _asked(
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
     """Ask the peer for the outcome of a migration; yield it and the connection."""
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
-    if record.owes:
+    if record.keeps_pages:
         again = (
             f"{name} stays paused, with all its pages; if it is no more received there, start "
             f"`pageferry receive --resume` on that host and ask again"

@@ -23,9 +23,6 @@ T = TypeVar("T")
 GRACE = 0.6
 """Seconds for cleaning up after a cancellation, so that a command ends within a second of a signal."""
 
-Counters = tuple[int, int, int, int, int]
-"""Counters of a page stream: (bytes on the wire, storage blocks, data pages, zero pages, absent pages)."""
-
 
 async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
     """Run a blocking engine call in a thread, as `on_thread` does.

@@ -45,7 +45,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     """Address of the destination."""
     hostname: str = ""
     """Host name expected in the certificate of the destination, with TLS."""
-    owes: bool = False
+    keeps_pages: bool = msgspec.field(name="owes", default=False)
     """Whether the source holds pages that the destination lacks; it must not discard them before the destination
     reports that it has all."""
     streams: int = 1

@@ -1,207 +1,193 @@
-"""Statistics of a migration at the source: its events, its result, and the error if it does not converge."""
+"""Statistics of a migration at the source: one record, which each phase fills in, and the result made of it."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import msgspec
-
-from pageferry.errors import NotConverging
 from pageferry.events import Latency
+from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration import events
-from pageferry.migration.engine_call import Counters
+from pageferry.migration.options import Options
 from pageferry.migration.transport import messages
-
-if TYPE_CHECKING:
-    from pageferry.migration.postcopy_source import PageService
-    from pageferry.migration.source import Source
-
-PROGRESS_INTERVAL = 0.2
-"""Seconds between progress events."""
+from pageferry.workloads.direct_io import Drains
 
 
-def report_setup(source: Source) -> None:
-    """Report the setup: the peer, the size of the memory and its huge pages."""
-    source.listener(
-        events.SetupEvent(
-            peer=source.peer,
-            memory=source.memory.size,
-            present=source.memory.present(),
-            large_pages=sum(map(sum, source.large)),
-            install_ms=_ms(source.install_seconds),
+class Counters(NamedTuple):
+    """Counters of page streams, as the engine returns them in `progress`."""
+
+    sent: int = 0
+    """Bytes on the wire."""
+    blocks: int = 0
+    """Storage blocks."""
+    data: int = 0
+    """Pages sent with their contents."""
+    zero: int = 0
+    """Pages sent as zeros."""
+    absent: int = 0
+    """Pages that are not present."""
+
+    @property
+    def pages(self) -> int:
+        """Number of pages, of all classes."""
+        return self.data + self.zero + self.absent
+
+    @property
+    def covered(self) -> int:
+        """Bytes of memory covered, without holes, which take no time."""
+        return (self.data + self.zero) * SMALL_PAGE
+
+    def since(self, before: Counters) -> Counters:
+        """Return the difference to an earlier reading."""
+        return Counters(*(now - then for now, then in zip(self, before, strict=True)))
+
+    def plus(self, other: Counters) -> Counters:
+        """Return the sums with the counters of other streams."""
+        return Counters(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
+
+
+def megabits(sent: int, seconds: float) -> float:
+    """Return a rate in megabits per second, for an event."""
+    return round(sent * 8 / 1e6 / max(seconds, 1e-6), 1)
+
+
+def milliseconds(seconds: float) -> float:
+    """Convert to milliseconds, rounded to the microsecond."""
+    return round(seconds * 1e3, 3)
+
+
+@dataclass
+class MigrationStatistics:
+    """Statistics of one migration. Each field is set by the phase that learns it."""
+
+    workload: str
+    """Name of the workload."""
+    options: Options
+    drains: Drains
+    times: Stopwatch = field(default_factory=lambda: Stopwatch("setup"))
+    peer: str = ""
+    """Address of the destination."""
+    memory: int = 0
+    """Size of all regions, bytes."""
+    large: Sequence[list[bool]] = ()
+    """Units of each region that are backed by huge pages at the source."""
+    install_seconds: float = 0.0
+    """Time for installing the write traces, seconds."""
+    released_units: int = 0
+    """Number of 2 MiB units unprotected as a whole."""
+    collections: int = 0
+    """Number of collections of the write trace."""
+    transferred: Counters = field(default_factory=Counters)
+    """Counters of all rounds together."""
+    cpu_throttle_percentage: int = 0
+    """Highest throttle percentage so far."""
+    pinned: int = 0
+    """Number of pages sent during the pause because they belong to buffers that stay pinned."""
+    ready: messages.Ready | None = None
+    stays_paused: bool = False
+    """Whether the workload stays paused at the destination, because its user had paused it."""
+    running: messages.Running | None = None
+    postcopy_requests: int = 0
+    """Number of pages that the destination has requested."""
+    postcopy_pages: int = 0
+    """Number of pages missing at the switch-over."""
+    arrived: messages.Arrived | None = None
+    """None unless the migration has switched to post-copy."""
+    report: messages.Report | None = None
+    """None if the destination has not sent it."""
+
+    def result(self) -> events.MigrationResult:
+        """Return the result of the completed migration."""
+        times = self.times
+        return events.MigrationResult(
+            status="completed",
+            mode=self.options.mode,
+            workload=self.workload,
+            peer=self.peer,
+            paused=self.stays_paused,
+            total_time=times.milliseconds("total"),
+            phases=times.phase_milliseconds(),
+            setup_time=times.milliseconds("setup"),
+            downtime=times.milliseconds("downtime"),
+            downtime_parts=self._downtime(),
+            transferred=self.transferred.sent,
+            memory=self.memory,
+            normal=self.transferred.data,
+            duplicate=self.transferred.zero,
+            skipped=self.transferred.absent,
+            dirty_sync_count=self.collections,
+            cpu_throttle_percentage=self.cpu_throttle_percentage,
+            mbps=megabits(self.transferred.sent, times.seconds("total")),
+            large_pages=self._large_pages(),
+            populated=self._populated(),
+            faults_after_resume=self._faults(),
+            trace=self._trace(),
+            direct_io=self._direct_io(),
+            postcopy_requests=self.postcopy_requests,
+            postcopy=self._postcopy(),
         )
-    )
-    _report_large_pages(source, "source", source.large)
 
+    def _downtime(self) -> events.Downtime:
+        times, ready, running = self.times, self.ready, self.running
+        assert ready is not None
+        assert running is not None
+        return events.Downtime(
+            total=times.milliseconds("downtime"),
+            stop=times.milliseconds("stop"),
+            last_pages=times.milliseconds("last pages"),
+            device_state=milliseconds(times.seconds("save") + ready.load),
+            populate=milliseconds(ready.populate),
+            resume=milliseconds(running.resume),
+        )
 
-async def report_progress(source: Source, number: int, total: int) -> None:
-    """Report the progress of a round of `total` pages until cancelled."""
-    start, since = source.sender.progress, time.perf_counter()
-    while True:
-        await asyncio.sleep(PROGRESS_INTERVAL)
-        now = source.sender.progress
-        bits = (now[0] - start[0]) * 8
-        mbps = bits / 1e6 / (time.perf_counter() - since)
-        done = sum(now[2:]) - sum(start[2:])
-        source.listener(events.ProgressEvent(round=number, done=done, total=total, mbps=round(mbps, 1)))
+    def _large_pages(self) -> events.LargePageCount:
+        return events.LargePageCount(
+            source=sum(map(sum, self.large)),
+            destination=self.report.large_pages if self.report else 0,
+            fallbacks=self.report.fallbacks if self.report else 0,
+        )
 
-
-def round_event(
-    source: Source, before: Counters, seconds: float, *, remaining: int = 0, modified: int = 0
-) -> events.RoundEvent:
-    """Return the event of a completed round. `before`: counters at its start; `remaining`: pages to send after it, of
-    which `modified` were written during the round."""
-    event = _round(source, before, source.sender.progress, seconds)
-    return with_remaining(msgspec.structs.replace(event, dirty_rate=round(modified * SMALL_PAGE / seconds)), remaining)
-
-
-def with_remaining(event: events.RoundEvent, pages: int) -> events.RoundEvent:
-    """Return the event with the number of pages that were left to send after the round."""
-    return msgspec.structs.replace(event, remaining=pages * SMALL_PAGE)
-
-
-def postcopy_round(source: Source, service: PageService, seconds: float) -> events.RoundEvent:
-    """Return the event of the pages sent after the switch-over, as the last round."""
-    return msgspec.structs.replace(_round(source, (0, 0, 0, 0, 0), service.counters, seconds), postcopy=True)
-
-
-def _round(source: Source, before: Counters, after: Counters, seconds: float) -> events.RoundEvent:
-    sent = after[0] - before[0]
-    return events.RoundEvent(
-        round=source.round,
-        pages=sum(after[2:]) - sum(before[2:]),
-        sent=sent,
-        remaining=0,
-        ms=_ms(seconds),
-        mbps=round(sent * 8 / 1e6 / max(seconds, 1e-6), 1),
-        dirty_rate=0,
-        cpu_throttle_percentage=source.throttle.percentage if source.throttle else 0,
-        switch_over=source.touched,
-    )
-
-
-def report_destination(source: Source) -> None:
-    """Report the huge pages at the destination. Maps that do not match our regions are ignored."""
-    if source.report is None or len(source.report.units) != len(source.memory.regions):
-        return
-    with contextlib.suppress(ValueError):
-        units = [
-            messages.unpack_units(packed, len(ours))
-            for packed, ours in zip(source.report.units, source.large, strict=True)
-        ]
-        _report_large_pages(source, "destination", units)
-
-
-def _report_large_pages(source: Source, side: Literal["source", "destination"], units: Sequence[list[bool]]) -> None:
-    maps = [
-        events.LargeMap.of(region.name, region.length, large)
-        for region, large in zip(source.memory.regions, units, strict=True)
-    ]
-    source.listener(events.LargePagesEvent(side=side, regions=maps))
-
-
-def result_of(source: Source, running: messages.Running) -> events.MigrationResult:
-    """Return the result of a completed migration."""
-    times, ready, report = source.times.milliseconds, source.ready, source.report
-    transferred, _, data, zero, absent = source.sender.progress
-    if source.service is not None:
-        late = source.service.counters
-        transferred, data, zero, absent = transferred + late[0], data + late[2], zero + late[3], absent + late[4]
-    populated = report.populated if report else ready.populated
-    return events.MigrationResult(
-        status="completed",
-        mode=source.options.mode,
-        workload=source.workload.name,
-        peer=source.peer,
-        paused=source.stays_paused,
-        total_time=times("total"),
-        phases=source.times.phase_milliseconds(),
-        setup_time=times("setup"),
-        downtime=times("downtime"),
-        downtime_parts=events.Downtime(
-            total=times("downtime"),
-            stop=times("stop"),
-            last_pages=times("last pages"),
-            device_state=_ms(source.times.seconds("save") + ready.load),
-            populate=_ms(ready.populate),
-            resume=_ms(running.resume),
-        ),
-        transferred=transferred,
-        memory=source.memory.size,
-        normal=data,
-        duplicate=zero,
-        skipped=absent,
-        dirty_sync_count=source.collections,
-        cpu_throttle_percentage=source.throttle.highest if source.throttle else 0,
-        mbps=round(transferred * 8 / 1e3 / times("total"), 1),
-        large_pages=events.LargePageCount(
-            source=sum(map(sum, source.large)),
-            destination=report.large_pages if report else 0,
-            fallbacks=report.fallbacks if report else 0,
-        ),
-        populated=events.PopulateCount(
-            mode=source.options.populate,
+    def _populated(self) -> events.PopulateCount:
+        source = self.report or self.ready
+        assert source is not None
+        populated = source.populated
+        return events.PopulateCount(
+            mode=self.options.populate,
             large=populated.large,
             small=populated.small,
             failed=populated.failed,
-            work_ms=_ms(populated.seconds),
-        ),
-        faults_after_resume=events.FaultCount(minor=report.minor_faults, major=report.major_faults) if report else None,
-        trace=events.TraceCount(
-            granularity=source.options.trace_granularity,
-            install_ms=_ms(source.install_seconds),
-            released_units=source.released_units,
-        ),
-        direct_io=events.DirectIo(
-            drains=source.drains.count,
-            time=_ms(source.drains.seconds),
-            longest=_ms(source.drains.longest),
-            pinned_pages=source.pinned,
-        ),
-        postcopy_requests=source.service.requests if source.service else 0,
-        postcopy=_postcopy_count(source),
-    )
+            work_ms=milliseconds(populated.seconds),
+        )
 
+    def _faults(self) -> events.FaultCount | None:
+        if (report := self.report) is None:
+            return None
+        return events.FaultCount(minor=report.minor_faults, major=report.major_faults)
 
-def _postcopy_count(source: Source) -> events.PostcopyCount | None:
-    if source.service is None or (arrived := source.arrived) is None:
-        return None
-    return events.PostcopyCount(
-        time=source.times.milliseconds("postcopy"),
-        pages=source.service.pages,
-        faults=arrived.requests,
-        service_us=round(arrived.service / max(arrived.requests, 1) * 1e6, 1),
-        waits=Latency.of(arrived.waits, round(arrived.longest * 1e6, 1)),
-    )
+    def _trace(self) -> events.TraceCount:
+        return events.TraceCount(
+            granularity=self.options.trace_granularity,
+            install_ms=milliseconds(self.install_seconds),
+            released_units=self.released_units,
+        )
 
+    def _direct_io(self) -> events.DirectIo:
+        return events.DirectIo(
+            drains=self.drains.count,
+            time=milliseconds(self.drains.seconds),
+            longest=milliseconds(self.drains.longest),
+            pinned_pages=self.pinned,
+        )
 
-OWN_LIMIT = 1.25
-"""The user's bandwidth limit is reported as the cause if it is at most this many times the measured rate."""
-
-
-def not_converging(source: Source, remaining: int, seconds: float) -> NotConverging:
-    """Return the error for a migration that does not converge, after a round of `seconds` that left `remaining`
-    bytes."""
-    expected = source.convergence.expected_downtime(remaining)
-    slower = "" if source.options.auto_converge else ", throttle the workload with `auto_converge`"
-    rate = source.convergence.bandwidth
-    limit = source.options.bandwidth
-    own = 0 < limit <= OWN_LIMIT * rate
-    taken = f"`bandwidth` allows {limit / 2**20:.0f}" if own else f"{source.peer} takes {rate / 2**20:.0f}"
-    faster = "Raise `bandwidth`, allow" if own else "Allow"
-    return NotConverging(
-        f"migration of {source.workload.name} does not converge: it modifies {remaining / seconds / 2**20:.0f} MiB/s "
-        f"and {taken} MiB/s; {remaining >> 20} MiB remain after {source.convergence.rounds} rounds. It is still "
-        f"running on this host. {faster} `max_downtime` {expected * 1e3:.0f}ms{slower}, or use post-copy with "
-        f"`mode` hybrid"
-    )
-
-
-def _ms(seconds: float) -> float:
-    """Convert to milliseconds, rounded to the microsecond."""
-    return round(seconds * 1e3, 3)
+    def _postcopy(self) -> events.PostcopyCount | None:
+        if (arrived := self.arrived) is None:
+            return None
+        return events.PostcopyCount(
+            time=self.times.milliseconds("postcopy"),
+            pages=self.postcopy_pages,
+            faults=arrived.requests,
+            service_us=round(arrived.service / max(arrived.requests, 1) * 1e6, 1),
+            waits=Latency.of(arrived.waits, round(arrived.longest * 1e6, 1)),
+        )

@@ -1,0 +1,140 @@
+"""Pre-copy: rounds of copying while the workload runs, until the policy decides to switch over (S2)."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from pageferry._engine import PageSet
+from pageferry.errors import NotConverging
+from pageferry.host.fault_points import fault_point
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.migration import switchover_request
+from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
+from pageferry.migration.options import Options
+from pageferry.migration.rounds import Round, Rounds, count, subtract, union
+from pageferry.migration.session import Session
+from pageferry.migration.throttle import STEPS
+from pageferry.migration.write_trace import WriteTrace
+
+OWN_LIMIT = 1.25
+"""The user's bandwidth limit is reported as the cause if it is at most this many times the measured rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Pages whose current contents have not been sent when the workload is about to be paused."""
+
+    pages: list[PageSet]
+    late: bool
+    """Whether they are sent after the switch-over (post-copy)."""
+
+
+class Precopy:
+    """Rounds of a migration while the workload runs, in `precopy` and `hybrid` mode."""
+
+    def __init__(self, session: Session, trace: WriteTrace, rounds: Rounds) -> None:
+        options = session.job.options
+        self._session = session
+        self._trace = trace
+        self._rounds = rounds
+        self._hybrid = options.mode == "hybrid"
+        self._requests = session.job.folder if self._hybrid else None
+        """Directory in which a switch to post-copy can be requested."""
+        self._convergence = convergence_of(options)
+
+    async def run(self) -> Rest:
+        """Send all pages in round 1, and in each further round those modified since, until the policy decides to
+        switch over. Return the pages that are left.
+
+        Raises NotConverging.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._requests is not None:
+                stack.enter_context(switchover_request.listening(self._requests))
+            pages = self._session.memory.page_sets(full=True)
+            while True:
+                sent = await self._rounds.send(pages, self._stops_early if self._hybrid else None)
+                if not any(sent.left):
+                    self._session.deferred = None  # round 1 has loaded all pages
+                fault_point("source.between-rounds")
+                pages = await self._collect_after(sent)
+                if (rest := await self._after(sent, pages)) is not None:
+                    return rest
+
+    async def _collect_after(self, sent: Round) -> list[PageSet]:
+        """Return the pages to send after a round, and complete the figures of the round."""
+        pages = await self._trace.collect()
+        self._session.drains.due = True
+        sent.modified = count(pages)
+        sent.remaining = count(union(pages, sent.left))
+        self._rounds.measure(sent)
+        return pages
+
+    async def _after(self, sent: Round, pages: list[PageSet]) -> Rest | None:
+        """Report the round and decide what follows. Return the rest to switch over with, or None for another round."""
+        remaining = sent.remaining * SMALL_PAGE
+        decision = self._convergence.after_round(sent.transferred.covered, sent.seconds, remaining)
+        self._rounds.report(sent)
+        if self._switch_requested() or (decision is Decision.STALLED and self._hybrid):
+            return Rest(pages, late=True)
+        match decision:
+            case Decision.SWITCH_OVER:
+                return Rest(pages, late=False)
+            case Decision.STALLED:
+                raise self._not_converging(remaining, sent.seconds)
+            case Decision.THROTTLE:
+                await self._tighten_throttle()
+            case Decision.CONTINUE:
+                pass
+        return None
+
+    async def _stops_early(self, sent: Round) -> bool:
+        """Return whether a hybrid migration need not complete this round: it was requested to switch to post-copy, or
+        is certain to stall."""
+        return self._switch_requested() or (sent.number == 1 and await self._will_stall(sent))
+
+    async def _will_stall(self, sent: Round) -> bool:
+        again = await self._trace.peek()
+        subtract(again, sent.left)
+        total = self._session.memory.size // SMALL_PAGE
+        self._rounds.measure(sent)
+        return self._convergence.will_stall(total, total - count(sent.left), sent.seconds, count(again))
+
+    def _switch_requested(self) -> bool:
+        return self._requests is not None and switchover_request.requested(self._requests)
+
+    async def _tighten_throttle(self) -> None:
+        throttle = self._session.throttle
+        assert throttle is not None
+        if not await throttle.tighten():
+            self._convergence.throttles = 0
+        self._session.statistics.cpu_throttle_percentage = throttle.highest
+        fault_point("source.throttled")
+
+    def _not_converging(self, remaining: int, seconds: float) -> NotConverging:
+        """Return the error after a round of `seconds` that left `remaining` bytes."""
+        job, convergence = self._session.job, self._convergence
+        expected = convergence.expected_downtime(remaining)
+        slower = "" if job.options.auto_converge else ", throttle the workload with `auto_converge`"
+        rate, limit = convergence.bandwidth, job.options.bandwidth
+        own = 0 < limit <= OWN_LIMIT * rate
+        taken = (
+            f"`bandwidth` allows {limit / 2**20:.0f}"
+            if own
+            else f"{self._session.statistics.peer} takes {rate / 2**20:.0f}"
+        )
+        faster = "Raise `bandwidth`, allow" if own else "Allow"
+        return NotConverging(
+            f"migration of {job.workload.name} does not converge: it modifies {remaining / seconds / 2**20:.0f} MiB/s "
+            f"and {taken} MiB/s; {remaining >> 20} MiB remain after {convergence.rounds} rounds. It is still "
+            f"running on this host. {faster} `max_downtime` {expected * 1e3:.0f}ms{slower}, or use post-copy with "
+            f"`mode` hybrid"
+        )
+
+
+def convergence_of(options: Options) -> Convergence:
+    """Return the policy for these options."""
+    budget = HYBRID_BUDGET if options.mode == "hybrid" else float("inf")
+    throttles = len(STEPS) if options.auto_converge else 0
+    return Convergence(options.max_downtime, options.max_rounds, budget, throttles)

@@ -1,0 +1,134 @@
+"""Job of a source, and the session with its destination that the phases of the migration share."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from pageferry._engine import BlockSender
+from pageferry.events import Listener, ignore
+from pageferry.host.registry import Folder
+from pageferry.memory.view import Memory
+from pageferry.migration.options import Options
+from pageferry.migration.page_service import PageService
+from pageferry.migration.statistics import MigrationStatistics
+from pageferry.migration.throttle import Throttle
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.addresses import Address
+from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.connection import PageStream, connect_streams
+from pageferry.migration.transport.tls import Trust
+from pageferry.migration.write_trace import WriteTrace
+from pageferry.workloads.deferred_access import AcquiredPager
+from pageferry.workloads.direct_io import Drains
+from pageferry.workloads.protocols import Migratable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Migration of one workload, as it was requested."""
+
+    workload: Migratable
+    options: Options
+    listener: Listener = ignore
+    folder: Folder | None = None
+    """Directory for the durable records of the workload; None for a workload without a name."""
+    trust: Trust | None = None
+    """Certificates that authenticate the destination; None without TLS."""
+    hold: AcquiredPager | None = None
+    """Acquired pager of a workload with deferred memory, released by the caller."""
+    migration: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Identifier of the migration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Connections to the destination."""
+
+    channel: Channel
+    sender: BlockSender
+    """Sender over the page streams."""
+    postcopy: list[PageStream]
+    """Post-copy streams, for pages that are sent after the switch-over; none in pre-copy."""
+    hostname: str
+    """Host name expected in the certificate of the destination."""
+
+
+async def open_link(options: Options, channel: Channel, address: Address, token: bytes) -> Link:
+    """Connect the streams of a migration that the destination has accepted. Raises MigrationError."""
+    count = options.streams
+    streams = await connect_streams(channel, address, token, range(count))
+    try:
+        sender = BlockSender(
+            [stream.handle for stream in streams],
+            options.codec,
+            timeout=options.timeout,
+            bandwidth=options.bandwidth,
+            adaptive=options.adaptive,
+        )
+    finally:
+        for stream in streams:  # the engine has duplicates
+            stream.close()
+    postcopy: list[PageStream] = []
+    if options.mode != "precopy":
+        postcopy = await connect_streams(channel, address, token, range(count, 2 * count + 1))
+    return Link(channel, sender, postcopy, options.tls_hostname or address.name)
+
+
+class Session:
+    """Migration that is connected to its destination: the memory of the workload, its traces, and the connections."""
+
+    def __init__(
+        self, job: Job, memory: Memory, link: Link, hello: messages.Hello, statistics: MigrationStatistics
+    ) -> None:
+        self.job = job
+        self.memory = memory
+        self.link = link
+        self.hello = hello
+        """Description of the workload that the destination has accepted."""
+        self.statistics = statistics
+        self.deferred = job.hold
+        """Pager that has to load pages before they are sent; None once all pages are loaded."""
+        self.trace: WriteTrace | None = None
+        """None in `postcopy` mode, in which the workload does not run after its pages were sent."""
+        self.throttle: Throttle | None = None
+        """None without `auto_converge`."""
+        self.service: PageService | None = None
+        """Service of the missing pages, once the migration has switched to post-copy."""
+
+    @property
+    def channel(self) -> Channel:
+        """Control connection."""
+        return self.link.channel
+
+    @property
+    def drains(self) -> Drains:
+        """Drains of direct I/O."""
+        return self.statistics.drains
+
+    async def drain(self) -> None:
+        """Complete I/O that had pinned pages before the last collection, so that its writes are part of the data
+        sent."""
+        await self.channel.during(self.drains.drain_if_due())
+
+    async def end_throttle(self) -> None:
+        """Remove the CPU limit of the workload permanently."""
+        if self.throttle is not None:
+            await self.throttle.close()
+
+    async def remove_trace(self) -> None:
+        """Remove the write traces."""
+        if self.trace is not None:
+            await self.trace.remove()
+
+    def stop_service(self) -> None:
+        """Stop serving missing pages."""
+        if self.service is not None:
+            self.service.close()
+
+    def close(self) -> None:
+        """Close the page streams and drop everything of the engine now: an exception may keep this object for long."""
+        self.stop_service()
+        for stream in self.link.postcopy:
+            stream.close()
+        del self.memory, self.link, self.service, self.trace

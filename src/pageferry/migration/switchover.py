@@ -1,0 +1,204 @@
+"""Switch-over at the source: pauses the workload, and sends the last pages and the device state."""
+
+from __future__ import annotations
+
+import asyncio
+from hashlib import blake2b
+
+from pageferry._engine import PageSet
+from pageferry.errors import WorkloadError
+from pageferry.host.fault_points import fault_point
+from pageferry.migration.deferred_pages import load_all
+from pageferry.migration.engine_call import off_loop
+from pageferry.migration.missing_pages import send_missing
+from pageferry.migration.page_service import PageService
+from pageferry.migration.precopy import Rest
+from pageferry.migration.rounds import Round, Rounds, count, union
+from pageferry.migration.session import Session
+from pageferry.migration.transport import messages
+from pageferry.migration.write_trace import WriteTrace
+from pageferry.workloads.direct_io import registered_buffers
+
+
+class SwitchOver:
+    """Switch-over of a migration. Its steps are `_prepare`, `_pause`, `_finish_memory` (with the device state), and
+    waiting for Ready.
+
+    This class sends all remaining pages before the workload resumes; `PostcopySwitchOver` sends their numbers.
+    """
+
+    def __init__(self, session: Session, rounds: Rounds, rest: Rest) -> None:
+        self._session = session
+        self._rounds = rounds
+        self._rest = rest.pages
+        self.sent: list[Round] = []
+        """Rounds of the switch-over. They are reported after it, so that no listener prolongs the pause."""
+
+    async def run(self) -> messages.Ready:
+        """Switch over. On return the workload is paused, and the destination is ready to run it."""
+        session, times = self._session, self._session.statistics.times
+        times.phase("prepare")
+        await self._prepare()
+        if session.throttle is not None:
+            session.throttle.lift()
+        await self._pause()
+        state = await self._finish_memory()
+        session.memory.check_files()
+        await self._send_state(state[messages.EARLY_STATE :])
+        digest = blake2b(state, digest_size=32).digest()
+        await session.channel.send(messages.StateEnd(length=len(state), digest=digest))
+        fault_point("source.state-sent")
+        times.phase("load")
+        ready = await session.channel.receive(messages.Ready, session.job.options.timeout)
+        session.memory.check_files()
+        fault_point("source.ready")
+        return ready
+
+    # -- before the pause
+
+    async def _prepare(self) -> None:
+        """Prepare the pause, and send the remaining pages once more during it; only later writes are left for the
+        pause."""
+        workload = self._session.job.workload
+        if self._sends_before_pause:
+            await self._session.drain()
+        preparing = asyncio.create_task(workload.prepare_pause())
+        try:
+            await self._load_deferred()
+            if self._sends_before_pause:
+                await self._send(self._rest)
+        finally:
+            was_prepared = preparing.done()
+            await preparing
+        if was_prepared:  # for some time: the workload is checked again, now and not in the pause
+            await workload.prepare_pause()
+
+    @property
+    def _sends_before_pause(self) -> bool:
+        return any(self._rest)
+
+    async def _load_deferred(self) -> None:
+        if (hold := self._session.deferred) is not None:
+            await self._session.channel.during(load_all(hold, [region.pages for region in self._rest]))
+            self._session.deferred = None
+
+    async def _pause(self) -> None:
+        """Pause the workload: the downtime begins."""
+        session, times = self._session, self._session.statistics.times
+        times.start("downtime")
+        times.phase("stop")
+        with times.measure("stop"):
+            await session.job.workload.pause()
+        times.phase("last-pages")
+        session.drains.due = False  # pausing has completed all I/O
+        fault_point("source.paused")
+        self._check_identity()
+
+    def _check_identity(self) -> None:
+        """Raise WorkloadError if the configuration of the workload has changed since Hello: the destination matches
+        that."""
+        workload = self._session.job.workload
+        told, now = self._session.hello.details, workload.identity.details
+        if changed := [key for key in told if told[key] != now.get(key)]:
+            raise WorkloadError(
+                f"{workload.name} was reconfigured while it was moved: "
+                + "; ".join(f"{key} was {told[key] or 'none'}, is now {now.get(key) or 'none'}" for key in changed)
+                + ": try again with a destination that is configured the same way"
+            )
+
+    # -- in the pause
+
+    async def _finish_memory(self) -> bytes:
+        """Send the last pages while the device state is saved; return the state."""
+        times, trace = self._session.statistics.times, self._trace
+        with times.measure("save"):
+            saving = asyncio.create_task(self._save_state())
+            try:
+                with times.measure("last pages"):
+                    await self._send(union(await trace.collect(), await self._pinned()))
+            finally:
+                state = await saving
+        # Saving the state may itself write to memory (devices flush their queues).
+        last = await trace.collect()
+        if any(last):
+            with times.measure("last pages"):
+                await self._send(last)
+        fault_point("source.last-pages-sent")
+        if self._session.job.options.populate == "hot":
+            await self._send_hot(trace)
+        return state
+
+    @property
+    def _trace(self) -> WriteTrace:
+        trace = self._session.trace
+        assert trace is not None, "pre-copy installs the traces first"
+        return trace
+
+    async def _pinned(self) -> list[PageSet]:
+        """Return the pages in buffers that stay pinned: the trace does not report writes to them."""
+        memory, statistics = self._session.memory, self._session.statistics
+        pinned = await off_loop(lambda: registered_buffers(memory.regions))
+        statistics.pinned = count(pinned)
+        return pinned
+
+    async def _send(self, pages: list[PageSet]) -> None:
+        """Send a round, and keep it to be reported later."""
+        self._note_remaining(pages)
+        sent = await self._rounds.send(pages)
+        sent.switch_over = True
+        self.sent.append(sent)
+
+    def _note_remaining(self, pages: list[PageSet]) -> None:
+        """Complete the figures of the last round, which left these pages to send."""
+        if self.sent:
+            self.sent[-1].remaining = count(pages)
+
+    async def _send_hot(self, trace: WriteTrace) -> None:
+        for number, hot in enumerate(trace.hot):
+            units = messages.pack_units([modified > 0 for modified in hot.unit_counts()])
+            await self._session.channel.send(messages.Hot(region=number, units=units))
+
+    async def _save_state(self) -> bytes:
+        """Save the device state, and send its first `EARLY_STATE` bytes. Return the whole state.
+
+        The destination queues these bytes until it has received the last pages.
+        """
+        state = await self._session.job.workload.save_state()
+        await self._send_state(state[: messages.EARLY_STATE])
+        return state
+
+    async def _send_state(self, part: bytes) -> None:
+        for start in range(0, len(part), messages.STATE_CHUNK):
+            await self._session.channel.send(messages.State(data=part[start : start + messages.STATE_CHUNK]))
+
+
+class PostcopySwitchOver(SwitchOver):
+    """Switch-over to post-copy: the remaining pages are sent after it, by the session's page service."""
+
+    async def announce(self) -> None:
+        """Send an empty round: the workload keeps running here until the destination has allocated its huge pages."""
+        sent = await self._rounds.send(self._session.memory.page_sets())
+        self.sent.append(sent)
+
+    @property
+    def _sends_before_pause(self) -> bool:
+        return False
+
+    async def _finish_memory(self) -> bytes:
+        """Save the device state and send the set of missing pages, which can be requested from then on."""
+        session, times = self._session, self._session.statistics.times
+        with times.measure("save"):
+            state = await self._save_state()
+        if session.trace is not None:
+            # An empty round, for pages freed since they were sent: the destination must discard them.
+            with times.measure("last pages"):
+                await self._send(session.memory.page_sets())
+            self._rest = union(union(await session.trace.collect(), self._rest), await self._pinned())
+        missing = await off_loop(lambda: session.memory.data_of(self._rest))
+        self._note_remaining(missing)
+        await send_missing(session.channel, missing)
+        fault_point("source.missing-sent")
+        options = session.job.options
+        session.service = PageService(session.memory, missing, session.link.postcopy, options, options.timeout)
+        session.service.start()
+        return state
