@@ -20,8 +20,6 @@ REASON = "# over 40 lines: "
 
 LATER = {
     "src/pageferry/migration/api.py",
-    "src/pageferry/migration/source.py",
-    "src/pageferry/migration/statistics.py",
     "src/pageferry/workloads/qemu/guest.py",
 }
 """Files whose functions are to be divided."""

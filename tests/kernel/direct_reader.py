@@ -18,6 +18,7 @@ import pageferry
 from pageferry.host.registry import Registry
 from pageferry.migration import api
 from pageferry.migration.destination import Destination
+from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.transport import messages
 from pageferry.workloads.arena.arena import Arena
@@ -111,7 +112,7 @@ async def late_destination() -> None:
 
     reception = api.open_reception("127.0.0.1:0", 30.0, insecure=False, tls=None, allow=())
     say(str(reception.address))
-    destination = Destination(reception, prepare, Verdicts(Registry().path))
+    destination = Destination(reception, prepare, ReceivingHost(verdicts=Verdicts(Registry().path)))
     await destination.run()
     await destination.report()
     say(is_fresh(memoryview(arenas[0])))

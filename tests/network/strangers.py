@@ -168,7 +168,20 @@ WRONG: dict[str, tuple[int, list[messages.Message]]] = {
     "2 bytes for 2 units": (22, [large_pages(b"\0\0")]),
     "sent Commit during the transfer": (22, [large_pages(), messages.Commit()]),
     "sent Hello during the transfer": (22, [large_pages(), hello()]),
-    "region 1 of 1": (22, [large_pages(), messages.Hot(region=1, units=b"")]),
+    "sent Round during the transfer; expected State or StateEnd": (
+        22,
+        [large_pages(), messages.Hot(region=0, units=b"\0"), messages.Round(number=1)],
+    ),
+    "sent Hot during the transfer; expected State or StateEnd": (
+        22,
+        [large_pages(), *[messages.Hot(region=0, units=b"\0")] * 2],
+    ),
+    "announced pre-copy but withholds pages": (
+        22,
+        [large_pages(), messages.Missing(region=0, data=b"", last=True)],
+    ),
+    "sent LargePages during the transfer": (22, [large_pages(), large_pages()]),
+    "Hot of region 1, expected 0": (22, [large_pages(), messages.Hot(region=1, units=b"")]),
     "was corrupted in transfer": (22, [large_pages(), messages.StateEnd(length=1, digest=DIGEST)]),
     "the source has not sent 1024 pages": (22, [large_pages(), messages.StateEnd(length=0, digest=DIGEST)]),
     "the peer ended the migration: mind\\x1bchanged": (

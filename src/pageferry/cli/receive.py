@@ -20,6 +20,7 @@ from pageferry.host.registry import Registry
 from pageferry.migration import api
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
+from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
 from pageferry.migration.transport import messages
@@ -61,21 +62,21 @@ def _address(args: argparse.Namespace) -> str:
 def _destination(
     args: argparse.Namespace, reception: Reception, prepare: Prepare, out: Reporter, guest: QemuWorkload | None = None
 ) -> Destination:
+    return Destination(reception, prepare, _host(args, out), guest.died if guest is not None else None)
+
+
+def _host(args: argparse.Namespace, out: Reporter) -> ReceivingHost:
     registry = Registry()
-    return Destination(
-        reception,
-        prepare,
-        Verdicts(registry.path),
-        args.timeout,
+    return ReceivingHost(
+        verdicts=Verdicts(registry.path),
+        timeout=args.timeout,
         folder=lambda: registry.folder(args.name),
         listener=out.event,
-        ended=guest.died if guest is not None else None,
     )
 
 
 async def _resume(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:
-    registry = Registry()
-    resumption = Resumption(registry.folder(args.name), reception, Verdicts(registry.path), args.timeout, out.event)
+    resumption = Resumption(Registry().folder(args.name), reception, _host(args, out))
     out.event(Listening(args.name, str(reception.address)))
     await resumption.run()
     out.final(Resumed(args.name))
@@ -162,7 +163,7 @@ async def _run(destination: Destination) -> Migratable:
     try:
         return await destination.run()
     except BaseException as error:
-        if destination.prepared and not destination.acknowledged.is_set():
+        if destination.promised and not destination.acknowledged.is_set():
             log.warning("the source may not know the outcome: waiting for it to recover (Ctrl-C ends the wait)")
             _heed_cancellation()
             await destination.acknowledged.wait()

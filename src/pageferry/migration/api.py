@@ -26,6 +26,7 @@ from pageferry.host.proc import meminfo
 from pageferry.host.registry import Registry
 from pageferry.migration.destination import Destination
 from pageferry.migration.events import MigrationResult
+from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.options import Options
 from pageferry.migration.options import timeout as options_timeout
 from pageferry.migration.ownership import RECORD, Committed, Verdicts, committed
@@ -221,7 +222,7 @@ async def _receive(
         received.append(arena)
         return arena.workload()
 
-    destination = Destination(reception, prepare, Verdicts(Registry().path), timeout)
+    destination = Destination(reception, prepare, ReceivingHost(verdicts=Verdicts(Registry().path), timeout=timeout))
     try:
         await destination.run()
     finally:

@@ -21,7 +21,6 @@ import msgspec
 
 from pageferry._engine import Mapping, Pager, PageSet, PeerSource, Space
 from pageferry.errors import PageferryError, UsageError, WorkloadDied
-from pageferry.events import Listener
 from pageferry.host import proc
 from pageferry.host.blocking import in_thread
 from pageferry.host.cgroups import join_groups_of
@@ -31,8 +30,8 @@ from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.memory.view import EngineSegment, segments_of
 from pageferry.migration import events
 from pageferry.migration.engine_call import off_loop
+from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.missing_pages import send_missing
-from pageferry.migration.ownership import Verdicts
 from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import Channel
@@ -58,10 +57,7 @@ class PostcopyMemory:
         self,
         record: PostcopyRecord,
         regions: Sequence[Region],
-        folder: Folder | None,
-        verdicts: Verdicts,
-        timeout: float,
-        listener: Listener,
+        host: ReceivingHost,
         flags: int = -1,
     ) -> None:
         self.record = record
@@ -70,12 +66,11 @@ class PostcopyMemory:
         self.segments: list[EngineSegment] = segments_of(self.regions)
         self.spaces: dict[int, Space] = {space.pid: space for space, *_ in self.segments}
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
-        self.folder = folder
-        self.verdicts = verdicts
-        self.timeout = timeout
-        self.listener = listener
-        self.begun = time.monotonic()
-        self.complete = False
+        self.folder = host.folder()
+        self.host = host
+        self._begun = time.monotonic()
+        self._arrived: messages.Arrived | None = None
+        """Report of the completion; None while pages are missing."""
         self.pager: Pager | None = None
         self._source: PeerSource | None = None
         self._server: PagerServer | None = None
@@ -133,7 +128,7 @@ class PostcopyMemory:
 
     def _peer(self, late: Sequence[PageStream]) -> PeerSource:
         urgent, *streams = [connection.handle for connection in late]
-        return PeerSource(urgent, streams, timeout=self.timeout)
+        return PeerSource(urgent, streams, timeout=self.host.timeout)
 
     def _targets(self) -> list[tuple[Mapping, int, list[bool]]]:
         return [
@@ -161,7 +156,7 @@ class PostcopyMemory:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
         reception.expect(token, channel)
         await channel.send(messages.Welcome(token=token))
-        late = await channel.during(reception.streams(token, 1 + serve.streams, self.timeout))
+        late = await channel.during(reception.streams(token, 1 + serve.streams, self.host.timeout))
         try:
             if self.pager is None:
                 await off_loop(lambda: self._start(late, None))
@@ -246,11 +241,13 @@ class PostcopyMemory:
     async def _finish(self) -> None:
         """Complete the migration: record that all pages are present before reporting it."""
         fault_point("destination.all-here")
-        self.seconds = time.monotonic() - self.begun
-        self.verdicts.arrive(self.record.migration)
+        seconds = time.monotonic() - self._begun
+        self.host.verdicts.arrive(self.record.migration)
         fault_point("destination.arrival-noted")
-        self.complete = True
-        self._counters, self._waits = self._pager.counters, self._pager.histogram
+        faults, _, _, _, _, service, longest = self._pager.counters
+        self._arrived = messages.Arrived(
+            requests=faults, service=service, longest=longest, waits=self._pager.histogram, seconds=seconds
+        )
         await in_thread(self._release)
         # The workload may have been migrated further, and its name be in use by another one.
         if self.folder is not None and self._is_recorded(self.folder):
@@ -268,14 +265,13 @@ class PostcopyMemory:
                 self.spaces[pid].call(_SYS_CLOSE, number)
 
     def arrived(self) -> messages.Arrived:
-        """Return the message that reports completion to the source."""
-        faults, _, _, _, _, service, longest = self._counters
-        return messages.Arrived(
-            requests=faults, service=service, longest=longest, waits=self._waits, seconds=self.seconds
-        )
+        """Return the message that reports completion to the source, after `wait_complete`."""
+        if self._arrived is None:
+            raise RuntimeError("pages are missing")
+        return self._arrived
 
     def _report_progress(self, status: events.PostcopyStatus) -> None:
-        self.listener(
+        self.host.listener(
             events.PostcopyEvent(
                 status=status,
                 remaining=self._pager.pending * SMALL_PAGE,
@@ -314,9 +310,7 @@ class Resumption:
     Raises UsageError if there is nothing to resume or another process does so already, RestoreError, WorkloadError.
     """
 
-    def __init__(
-        self, folder: Folder, reception: Reception, verdicts: Verdicts, timeout: float, listener: Listener
-    ) -> None:
+    def __init__(self, folder: Folder, reception: Reception, host: ReceivingHost) -> None:
         record = folder.load(records.POSTCOPY, PostcopyRecord)
         if record is None:
             raise UsageError(
@@ -327,8 +321,8 @@ class Resumption:
         regions = [records.open_region(one) for one in record.regions]
         pages = sum(region.length for region in regions) // SMALL_PAGE
         flags = records.open_flags(folder, Pager.flags_length(pages))
-        self.late = PostcopyMemory(record, regions, folder, verdicts, timeout, listener, flags)
-        self.recovery = RecoveryServer(reception, verdicts)
+        self.late = PostcopyMemory(record, regions, host, flags)
+        self.recovery = RecoveryServer(reception, host.verdicts)
         self.recovery.arrivals = self.late
 
     async def run(self) -> None:
@@ -339,10 +333,10 @@ class Resumption:
             try:
                 await channel.send(self.late.arrived())
                 await channel.receive(messages.Done)
-                self.late.verdicts.forget(self.late.record.migration)
+                self.late.host.verdicts.forget(self.late.record.migration)
             except PageferryError as error:
                 log.warning("%s: all memory received; the source may not be informed yet: %s", self.late.name, error)
-                await self.recovery.wait_acknowledged(self.late.timeout)
+                await self.recovery.wait_acknowledged(self.late.host.timeout)
             finally:
                 await channel.close()
         finally:

@@ -100,9 +100,9 @@ class Channel:
             raise ProtocolError(f"the peer sent {type(message).__name__} instead of {kind.__name__}")
         return message
 
-    async def receive_any(self) -> AnyMessage:
-        """Return the next message, of any kind. Raises as `receive`."""
-        return await self._next("what comes next")
+    async def receive_any(self, expected: str = "what comes next") -> AnyMessage:
+        """Return the next message, of any kind. `expected`: for the error if none is received. Raises as `receive`."""
+        return await self._next(expected)
 
     async def during(self, work: Awaitable[T]) -> T:
         """Return the result of `work`. If the connection fails first, cancel `work` and raise the failure."""

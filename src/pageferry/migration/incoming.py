@@ -1,0 +1,75 @@
+"""A migration that this host has accepted, and what this host uses to receive one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pageferry.errors import WorkloadError
+from pageferry.events import Listener, ignore
+from pageferry.host.registry import Folder
+from pageferry.host.stopwatch import Stopwatch
+from pageferry.migration.message_order import MessageOrder
+from pageferry.migration.ownership import Verdicts
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.channel import Channel
+from pageferry.workloads.protocols import Migratable
+
+M = TypeVar("M", bound=messages.Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivingHost:
+    """This host as a destination."""
+
+    verdicts: Verdicts
+    """Decisions of this host."""
+    timeout: float = 30.0
+    """Seconds of silence after which a peer counts as lost."""
+    folder: Callable[[], Folder | None] = lambda: None
+    """Returns the directory for records of post-copy; None for a workload without a name."""
+    listener: Listener = ignore
+
+
+@dataclass(slots=True)
+class Incoming:
+    """Migration that was accepted."""
+
+    channel: Channel
+    hello: messages.Hello
+    workload: Migratable
+    order: MessageOrder
+    times: Stopwatch = field(default_factory=lambda: Stopwatch("setup"))
+
+    async def receive(self) -> messages.AnyMessage:
+        """Return the next message. Raises ProtocolError if it may not be received now, and the errors of `Channel`."""
+        message = await self.channel.receive_any(self.order.expected)
+        self.order.receive(message)
+        return message
+
+    async def receive_one(self, kind: type[M]) -> M:
+        """Return the next message, in a state that permits only messages of this kind."""
+        message = await self.receive()
+        assert isinstance(message, kind), "checked by the order of messages"
+        return message
+
+    async def send(self, message: messages.Message) -> None:
+        """Send a message. Raises ConnectionLost."""
+        self.order.send(message)
+        await self.channel.send(message)
+
+
+def compare_regions(workload: Migratable, regions: list[messages.RegionInfo]) -> None:
+    """Compare the regions of both sides. Raises WorkloadError if they differ."""
+    ours = [(region.name, region.length) for region in workload.regions]
+    theirs = [(region.name, region.length) for region in regions]
+    if ours != theirs:
+        raise WorkloadError(
+            f"the memory does not match: the source has {_describe(theirs)}, the destination has "
+            f"{_describe(ours)}; start the destination with the options of the source"
+        )
+
+
+def _describe(regions: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} of {length >> 20} MiB" for name, length in regions)

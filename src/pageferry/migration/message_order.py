@@ -1,0 +1,139 @@
+"""Order of the messages of a migration, as the destination permits it: a state machine of the receiver.
+
+`docs/protocol.md` draws the same order. `Abort` and `Alive` may be received in every state, and are handled by the
+channel.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pageferry.errors import ProtocolError
+from pageferry.host.state_machine import WrongState
+from pageferry.migration.transport.messages import (
+    AnyMessage,
+    Arrived,
+    Commit,
+    Done,
+    Hot,
+    LargePages,
+    Message,
+    Missing,
+    Mode,
+    Ready,
+    Report,
+    Round,
+    RoundDone,
+    Running,
+    State,
+    StateEnd,
+)
+
+
+class ReceiverState(StrEnum):
+    """State of a receiver that has accepted a migration."""
+
+    SETUP = "set-up"
+    """LargePages of each region, in order."""
+    ROUNDS = "rounds"
+    """Rounds. The state of the workload may begin before the last one."""
+    HOT = "hot"
+    """All rounds are received; Hot of the other regions follows, in order."""
+    MISSING = "missing"
+    """The set of missing pages, in order of the regions (post-copy)."""
+    STATE = "state"
+    """All pages are received or named; the rest of the state follows."""
+    LOADING = "loading"
+    """The state is complete. The source waits for Ready."""
+    READY = "ready"
+    """The source may commit."""
+    RESUMING = "resuming"
+    """The source has committed, and waits for Running."""
+    RUNNING = "running"
+    """The workload runs here. The source waits for the report."""
+    REPORTED = "reported"
+    ENDED = "ended"
+
+
+_RECEIVED: dict[ReceiverState, dict[type[Message], ReceiverState]] = {
+    ReceiverState.SETUP: {LargePages: ReceiverState.SETUP},
+    ReceiverState.ROUNDS: {
+        Round: ReceiverState.ROUNDS,
+        State: ReceiverState.ROUNDS,
+        Hot: ReceiverState.HOT,
+        Missing: ReceiverState.MISSING,
+        StateEnd: ReceiverState.LOADING,
+    },
+    ReceiverState.HOT: {Hot: ReceiverState.HOT},
+    ReceiverState.MISSING: {Missing: ReceiverState.MISSING},
+    ReceiverState.STATE: {State: ReceiverState.STATE, StateEnd: ReceiverState.LOADING},
+    ReceiverState.READY: {Commit: ReceiverState.RESUMING},
+    ReceiverState.REPORTED: {Done: ReceiverState.ENDED},
+}
+"""State after each message that may be received in a state."""
+
+_AFTER_LAST_REGION = {
+    ReceiverState.SETUP: ReceiverState.ROUNDS,
+    ReceiverState.HOT: ReceiverState.STATE,
+    ReceiverState.MISSING: ReceiverState.STATE,
+}
+"""State after the messages for all regions."""
+
+_SENT: dict[ReceiverState, dict[type[Message], ReceiverState]] = {
+    ReceiverState.ROUNDS: {RoundDone: ReceiverState.ROUNDS},
+    ReceiverState.LOADING: {Ready: ReceiverState.READY},
+    ReceiverState.RESUMING: {Running: ReceiverState.RUNNING},
+    ReceiverState.RUNNING: {Arrived: ReceiverState.RUNNING, Report: ReceiverState.REPORTED},
+}
+"""State after each message that this side may send."""
+
+
+class MessageOrder:
+    """State of the receiver of one migration, from the page streams on. `regions`: number of regions."""
+
+    def __init__(self, regions: int, mode: Mode) -> None:
+        self.state = ReceiverState.SETUP
+        self._regions = regions
+        self._mode = mode
+        self._region = 0
+        """Region that the next message has to be about, in states with a message per region."""
+
+    @property
+    def expected(self) -> str:
+        """Messages that may be received next, for a text."""
+        kinds = [kind.__name__ for kind in _RECEIVED.get(self.state, {})]
+        return " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds) or "nothing"
+
+    def receive(self, message: AnyMessage) -> None:
+        """Change the state for a received message. Raises ProtocolError if it may not be received in this state."""
+        kind = type(message)
+        following = _RECEIVED.get(self.state, {}).get(kind)
+        if following is None:
+            raise self._refused(kind)
+        if isinstance(message, Missing) and self._mode == "precopy":
+            raise ProtocolError("the source announced pre-copy but withholds pages")
+        self.state = following
+        if isinstance(message, LargePages | Hot | Missing):
+            self._count(message)
+
+    def send(self, message: Message) -> None:
+        """Change the state for a message that is about to be sent. Raises WrongState."""
+        following = _SENT.get(self.state, {}).get(type(message))
+        if following is None:
+            raise WrongState(f"{type(message).__name__} cannot be sent in state '{self.state}'")
+        self.state = following
+
+    def _count(self, message: LargePages | Hot | Missing) -> None:
+        """Check the region of a message, and change the state after the last region."""
+        if message.region != self._region:
+            what = "bitmap of huge pages" if isinstance(message, LargePages) else type(message).__name__
+            raise ProtocolError(f"{what} of region {message.region}, expected {self._region}")
+        if not isinstance(message, Missing) or message.last:
+            self._region += 1
+        if self._region == self._regions:
+            self.state, self._region = _AFTER_LAST_REGION[self.state], 0
+
+    def _refused(self, kind: type[Message]) -> ProtocolError:
+        if len(_RECEIVED.get(self.state, {})) == 1:
+            return ProtocolError(f"the peer sent {kind.__name__} instead of {self.expected}")
+        return ProtocolError(f"the peer sent {kind.__name__} during the transfer; expected {self.expected}")

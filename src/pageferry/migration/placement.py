@@ -1,0 +1,71 @@
+"""Memory of a workload at the destination, with the parts of the engine that receive and place its pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pageferry._engine import BlockReceiver, Placer
+from pageferry.errors import ProtocolError
+from pageferry.memory.regions import LARGE_PAGE
+from pageferry.memory.view import Memory
+from pageferry.migration import preallocate
+from pageferry.migration.incoming import Incoming
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.connection import PageStream
+
+POPULATE_WORKERS = 1
+"""Threads that map complete units during the transfer. One suffices: mapping is much faster than receiving."""
+
+
+class Placement:
+    """Places received pages in the memory of the workload."""
+
+    def __init__(self, memory: Memory, large: list[list[bool]], placer: Placer, receiver: BlockReceiver) -> None:
+        self.memory = memory
+        self.large = large
+        """Units of each region that are backed by huge pages at the source."""
+        self.placer = placer
+        self.receiver = receiver
+
+    @classmethod
+    async def open(cls, incoming: Incoming, memory: Memory, streams: Sequence[PageStream], timeout: float) -> Placement:
+        """Receive which units are huge, and prepare the memory for them. Raises MigrationError, WorkloadError."""
+        hello, channel = incoming.hello, incoming.channel
+        large = [await _large_pages(incoming, memory) for _ in hello.regions]
+        if hello.keep_large:
+            await channel.during(preallocate.compact(memory.regions, large))
+        placer = Placer(
+            [
+                (mapping, region.page_size, units)
+                for mapping, region, units in zip(memory.mappings, memory.regions, large, strict=True)
+            ],
+            memory.segments,
+            hello.keep_large,
+            POPULATE_WORKERS if hello.populate == "all" else 0,
+        )
+        if hello.keep_large and hello.mode == "postcopy":
+            await channel.during(preallocate.allocate(placer, large))
+        return cls(memory, large, placer, BlockReceiver([stream.handle for stream in streams], placer, timeout))
+
+    def populated(self) -> messages.Populated:
+        """Return the number of page-table entries populated so far."""
+        large, small, failed, seconds = self.placer.populated
+        return messages.Populated(large=large, small=small, failed=failed, seconds=seconds)
+
+    def close(self) -> None:
+        """Drop everything of the engine now: an exception may keep this object for long."""
+        self.receiver.cancel()
+        del self.placer, self.receiver
+
+
+async def _large_pages(incoming: Incoming, memory: Memory) -> list[bool]:
+    message = await incoming.receive_one(messages.LargePages)
+    return units_of(memory, message)
+
+
+def units_of(memory: Memory, message: messages.LargePages | messages.Hot) -> list[bool]:
+    """Return the units in a message. Raises ProtocolError if they are not those of the region."""
+    try:
+        return messages.unpack_units(message.units, -(-memory.regions[message.region].length // LARGE_PAGE))
+    except ValueError as error:
+        raise ProtocolError(f"units of region {message.region}: {error}") from error

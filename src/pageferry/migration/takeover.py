@@ -1,0 +1,142 @@
+"""Take-over at the destination: decides and resumes the workload after Commit, and reports to the source."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from enum import StrEnum
+from logging import getLogger
+
+from pageferry.errors import Cancelled, MigrationError, PageferryError, WorkloadDied, WorkloadError
+from pageferry.host.fault_points import fault_point
+from pageferry.host.state_machine import StateMachine
+from pageferry.migration.engine_call import off_loop
+from pageferry.migration.incoming import Incoming
+from pageferry.migration.loading import populate_cold
+from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.recovery_server import RecoveryServer
+from pageferry.migration.transfer import Transfer
+from pageferry.migration.transport import messages
+from pageferry.workloads.protocols import Faults
+
+log = getLogger(__name__)
+
+WATCH_FAULTS = 1.0
+"""Seconds after the resume during which page faults of the workload are counted."""
+
+
+class DestinationState(StrEnum):
+    """State of a migration at the destination."""
+
+    LISTENING = "listening"
+    """No source was accepted."""
+    RECEIVING = "receiving"
+    PROMISED = "promised"
+    """Ready was sent: the source may commit at any time, and may send Recover later."""
+    RUNNING = "running"
+    """The workload runs here, or is paused because its user had paused it."""
+    GIVEN_UP = "given up"
+    """The source owns the workload, and will not ask."""
+    RENOUNCED = "renounced"
+    """The source owns the workload, and may ask. So it may in state PROMISED if the decision could not be written."""
+
+
+_FOLLOWS = {
+    DestinationState.LISTENING: {DestinationState.RECEIVING},
+    DestinationState.RECEIVING: {DestinationState.PROMISED, DestinationState.GIVEN_UP},
+    DestinationState.PROMISED: {DestinationState.RUNNING, DestinationState.RENOUNCED},
+}
+
+
+def destination_states() -> StateMachine[DestinationState]:
+    """Return the state machine of a destination."""
+    return StateMachine("the reception of a workload", DestinationState.LISTENING, _FOLLOWS)
+
+
+class TakeOver:
+    """Takes over a workload that its source has committed."""
+
+    def __init__(self, incoming: Incoming, transfer: Transfer, verdicts: Verdicts, recovery: RecoveryServer) -> None:
+        self._incoming = incoming
+        self._transfer = transfer
+        self._verdicts = verdicts
+        self._recovery = recovery
+        self._faults = Faults(0, 0)
+        """Page faults of the workload before it was resumed."""
+        self.stays_paused = False
+        """Whether the workload is left paused, because its user had paused it."""
+
+    async def run(self) -> None:
+        """Decide, resume the workload, and send Running."""
+        fault_point("destination.commit-received")
+        incoming, migration = self._incoming, self._incoming.hello.migration
+        # Before the decision: from then on the workload must survive the exit of this process.
+        await incoming.workload.commit(self._verdicts.witness(migration))
+        self._faults = incoming.workload.faults()
+        self.stays_paused = incoming.workload.stays_paused
+        if self._verdicts.decide(migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
+            raise Cancelled("the migration was aborted in reply to a recovery request of the source")
+        # Resuming may access a missing page after the link is lost, so a reconnecting source is served from here on.
+        self._recovery.arrivals = self._transfer.postcopy
+        fault_point("destination.decided")
+        with incoming.times.measure("resume"):
+            await self._resume()
+        incoming.times.stop_all()
+        fault_point("destination.resumed")
+        with contextlib.suppress(MigrationError):
+            await incoming.send(messages.Running(resume=incoming.times.seconds("resume")))
+
+    async def _resume(self) -> None:
+        """Resume the workload. If it certainly has not run, withdraw the decision: the source still has everything."""
+        try:
+            await self._incoming.workload.resume()
+        except WorkloadError as failed:
+            if failed.never_ran:
+                self._recovery.arrivals = None
+                self._verdicts.withdraw(self._incoming.hello.migration)
+            raise
+
+    async def report(self) -> bool:
+        """Send the statistics. Return whether the source knows that the workload runs here.
+
+        In post-copy, fetch the missing pages first, over any number of links. Raises WorkloadDied.
+        """
+        incoming = self._incoming
+        try:
+            if (postcopy := self._transfer.postcopy) is not None:
+                incoming.channel = await postcopy.wait_complete()
+                await incoming.send(postcopy.arrived())
+            else:
+                await populate_cold(self._transfer)
+                await asyncio.sleep(WATCH_FAULTS)
+            await incoming.send(await self._report())
+            await incoming.receive_one(messages.Done)
+        except WorkloadDied:
+            raise
+        except PageferryError as error:
+            log.warning("the workload runs on this host; the source may not be informed yet: %s", error)
+            return False
+        finally:
+            await incoming.channel.close()
+        return True
+
+    async def _report(self) -> messages.Report:
+        placement, faults = self._transfer.placement, self._faults_by_now()
+        large = await off_loop(placement.memory.large_units)
+        return messages.Report(
+            # The faults of a thread that has exited since are no longer counted.
+            minor_faults=max(faults.minor - self._faults.minor, 0),
+            major_faults=max(faults.major - self._faults.major, 0),
+            large_pages=sum(map(sum, large)),
+            fallbacks=placement.placer.fallbacks,
+            populated=placement.populated(),
+            units=[messages.pack_units(units) for units in large],
+        )
+
+    def _faults_by_now(self) -> Faults:
+        try:
+            return self._incoming.workload.faults()
+        except WorkloadDied:
+            if self._transfer.postcopy is None:
+                raise
+            return self._faults  # all pages were received: the workload may have moved on, or exited

@@ -1,0 +1,136 @@
+"""Transfer at the destination: receives the pages and the device state while the workload belongs to the source."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from pageferry.errors import ProtocolError
+from pageferry.host.fault_points import fault_point
+from pageferry.memory.regions import SMALL_PAGE
+from pageferry.migration import preallocate
+from pageferry.migration.engine_call import off_loop
+from pageferry.migration.incoming import Incoming, ReceivingHost
+from pageferry.migration.missing_pages import MissingPages
+from pageferry.migration.placement import Placement, units_of
+from pageferry.migration.postcopy_destination import PostcopyMemory
+from pageferry.migration.transport import messages
+from pageferry.migration.transport.connection import PageStream
+from pageferry.pager import records
+from pageferry.pager.records import PostcopyRecord
+
+
+class DeviceState:
+    """Device state, assembled from its messages."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._digest = blake2b(digest_size=32)
+
+    def add(self, message: messages.State) -> None:
+        """Add the next chunk. Raises ProtocolError if the state becomes too long."""
+        if len(self._data) + len(message.data) > messages.MAX_STATE:
+            raise ProtocolError(f"more than {messages.MAX_STATE} bytes of state")
+        self._data += message.data
+        self._digest.update(message.data)
+
+    def verified(self, end: messages.StateEnd) -> bytes:
+        """Return the complete state. Raises ProtocolError if it is not the one that was sent."""
+        if end.length != len(self._data) or end.digest != self._digest.digest():
+            raise ProtocolError("the state of the workload was corrupted in transfer")
+        return bytes(self._data)
+
+
+class Transfer:
+    """Receives the pages and the device state, until both are complete. In post-copy, some pages remain missing."""
+
+    def __init__(self, incoming: Incoming, placement: Placement, host: ReceivingHost) -> None:
+        self.placement = placement
+        self.hot: dict[int, list[int]] = {}
+        """Units of each region that were modified during the migration, if they were sent."""
+        self.missing = MissingPages([region.length // SMALL_PAGE for region in incoming.hello.regions])
+        self.postcopy: PostcopyMemory | None = None
+        """Pager of the missing pages, in post-copy."""
+        self._incoming = incoming
+        self._host = host
+        self._state = DeviceState()
+        self._preparing: asyncio.Task[None] | None = None
+        """Preparation for loading the state; None before the first round has ended."""
+
+    async def run(self, late: Sequence[PageStream]) -> bytes:
+        """Receive everything up to the end of the device state, and return that. `late`: post-copy streams.
+
+        Raises MigrationError, WorkloadError.
+        """
+        while True:
+            message = await self._incoming.receive()
+            if isinstance(message, messages.StateEnd):
+                state = self._verified(message)
+                fault_point("destination.state-received")
+                return state
+            await self._handle(message)
+            if self.missing.complete and self.postcopy is None:
+                await self._start_postcopy(late)
+
+    async def _handle(self, message: messages.AnyMessage) -> None:
+        match message:
+            case messages.Round():
+                await self._receive_round(message)
+            case messages.Hot():
+                units = units_of(self.placement.memory, message)
+                self.hot[message.region] = [unit for unit, hot in enumerate(units) if hot]
+            case messages.Missing():
+                self.missing.add(message)
+            case messages.State():
+                self._state.add(message)
+
+    async def _receive_round(self, message: messages.Round) -> None:
+        fault_point("destination.in-round")
+        receiver = self.placement.receiver
+        await self._incoming.channel.during(off_loop(lambda: receiver.receive(message.number), cancel=receiver.cancel))
+        if self._preparing is None:
+            # Not earlier: the first round takes long, and each later one may be the last.
+            self._preparing = asyncio.create_task(self._incoming.workload.prepare_load())
+        await self._incoming.send(messages.RoundDone(number=message.number))
+
+    def _verified(self, end: messages.StateEnd) -> bytes:
+        state, absent = self._state.verified(end), self.placement.placer.missing
+        if absent and self.postcopy is None:
+            raise ProtocolError(f"the source has not sent {absent} pages")
+        return state
+
+    async def _start_postcopy(self, late: Sequence[PageStream]) -> None:
+        """Start the pager (post-copy): from here on, accesses to missing pages wait until these are received."""
+        placement, memory = self.placement, self.placement.memory
+        await off_loop(lambda: placement.placer.finish(False))
+        preallocate.check_space(memory.regions, self.missing.sets)
+        record = PostcopyRecord(
+            migration=self._incoming.hello.migration,
+            source=self._incoming.hello.name,
+            regions=[records.record_of(region) for region in memory.regions],
+            large=[messages.pack_units(units) for units in placement.large],
+            userfaults={},
+        )
+        self.postcopy = PostcopyMemory(record, memory.regions, self._host)
+        channel = self._incoming.channel
+        await channel.during(self.postcopy.begin(self.missing.sets, late, channel))
+        fault_point("destination.pager-begun")
+
+    async def prepared(self) -> None:
+        """Wait until the workload is prepared for loading its state."""
+        if self._preparing is not None:
+            await self._preparing
+
+    async def abandon(self) -> None:
+        """Stop preparing, and fail accesses to missing pages: the workload stays at the source."""
+        if self._preparing is not None:
+            self._preparing.cancel()
+            await asyncio.gather(self._preparing, return_exceptions=True)
+        if self.postcopy is not None:
+            await self.postcopy.abandon()
+
+    def close(self) -> None:
+        """Stop the pager."""
+        if self.postcopy is not None:
+            self.postcopy.close()
