@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from pageferry.migration.api import (
         migrate,
         migrate_async,
-        receive,
-        receive_async,
         recover,
         recover_async,
         take_back,
         take_back_async,
     )
+    from pageferry.migration.receiving import receive, receive_async
     from pageferry.workloads.arena.arena import Arena
 
 __all__ = [
@@ -63,8 +62,8 @@ __getattr__, __dir__ = lazily(
         "large_pages": "pageferry.large_pages",
         "migrate": "pageferry.migration.api",
         "migrate_async": "pageferry.migration.api",
-        "receive": "pageferry.migration.api",
-        "receive_async": "pageferry.migration.api",
+        "receive": "pageferry.migration.receiving",
+        "receive_async": "pageferry.migration.receiving",
         "recover": "pageferry.migration.api",
         "recover_async": "pageferry.migration.api",
         "restore": "pageferry.checkpoints.restore_arena",

@@ -16,10 +16,10 @@ import threading
 
 import pageferry
 from pageferry.host.registry import Registry
-from pageferry.migration import api
 from pageferry.migration.destination import Destination
 from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.ownership import Verdicts
+from pageferry.migration.receiving import ReceptionOptions, arena_for
 from pageferry.migration.transport import messages
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.protocols import Migratable
@@ -106,11 +106,11 @@ async def late_destination() -> None:
     arenas: list[Arena] = []
 
     async def prepare(hello: messages.Hello) -> Migratable:
-        fresh = api.arena_for(hello)
+        fresh = arena_for(hello)
         arenas.append(Arena.from_file(fresh.descriptor, fresh.length, private=True))
         return arenas[0].workload()
 
-    reception = api.open_reception("127.0.0.1:0", 30.0, insecure=False, tls=None, allow=())
+    reception = ReceptionOptions().open("127.0.0.1:0")
     say(str(reception.address))
     destination = Destination(reception, prepare, ReceivingHost(verdicts=Verdicts(Registry().path)))
     await destination.run()

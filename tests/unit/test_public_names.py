@@ -16,6 +16,7 @@ from pageferry import large_pages, sharing
 from pageferry.checkpoints import options as checkpoints
 from pageferry.checkpoints import restore_options
 from pageferry.migration import options as migration
+from pageferry.migration import receiving
 
 PARTS = (pageferry, large_pages, sharing)
 
@@ -37,6 +38,8 @@ def test_other_names_are_refused(part: ModuleType) -> None:
     ("function", "options"),
     [
         (pageferry.migrate, migration.Options),
+        (pageferry.recover, migration.RecoverOptions),
+        (pageferry.receive, receiving.ReceiveOptions),
         (pageferry.checkpoint, checkpoints.Options),
         (pageferry.restore, restore_options.ArenaOptions),
     ],

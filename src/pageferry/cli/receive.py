@@ -17,12 +17,12 @@ from pageferry.demo.ledger import LedgerWorkload
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Registry
-from pageferry.migration import api
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
 from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.ownership import Verdicts
 from pageferry.migration.postcopy_destination import Resumption
+from pageferry.migration.receiving import ReceptionOptions, arena_for
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import Reception
 from pageferry.report.reporter import Reporter, open_reporter
@@ -39,9 +39,8 @@ async def run(args: argparse.Namespace) -> int:
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
     with open_reporter(args.output, lambda: report.ReceiveView()) as out:
-        reception = api.open_reception(
-            _address(args), args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow
-        )
+        chosen = ReceptionOptions(timeout=args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow)
+        reception = chosen.open(_address(args))
         try:
             if args.resume:
                 return await _resume(args, reception, out)
@@ -114,7 +113,7 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
     loop = asyncio.get_running_loop()
 
     async def prepare(hello: messages.Hello) -> Migratable:
-        arena = api.arena_for(hello, args.max_size)
+        arena = arena_for(hello, args.max_size)
         fresh = type(arena).from_file(arena.descriptor, arena.length, private=True)
         late = hello.mode != "precopy"
         ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set), late=late)

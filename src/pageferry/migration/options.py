@@ -69,16 +69,11 @@ class Options:
         check(self)
         if self.auto_converge and self.mode != "precopy":
             raise UsageError(f"`auto_converge` requires `mode` precopy: {self.mode} ends at any dirty rate")
-        if self.tls_hostname is not None and self.tls is None:
-            raise UsageError("`tls_hostname` requires `tls`: without certificates there is no name to compare")
+        _check_hostname(self.tls_hostname, self.tls)
 
     def trust(self) -> Trust | None:
         """Load our certificate and the trusted authority if `tls` is set. Raises UsageError."""
-        if self.tls is None:
-            return None
-        from pageferry.migration.transport.tls import Trust
-
-        return Trust(Path(self.tls), "source", hostname=self.tls_hostname)
+        return _trust(self.tls, self.tls_hostname)
 
     @property
     def release_after(self) -> int:
@@ -87,6 +82,36 @@ class Options:
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 
-def timeout(value: object) -> float:
-    """Check a timeout. Raises UsageError."""
-    return TIMEOUT.check("timeout", value)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverOptions:
+    """Options of a recovery, as those of a migration. Raises UsageError."""
+
+    timeout: Annotated[float, TIMEOUT] = 30.0
+    """Fail when the peer has been silent for this time."""
+    tls: Annotated[str | os.PathLike[str] | None, PathName(metavar="DIR")] = None
+    """Directory of certificates, as for the migration."""
+    tls_hostname: str | None = None
+    """Name to expect in the receiver's certificate; None for the name that the migration was sent to."""
+    insecure: bool = False
+    """Allow unencrypted connections to addresses other than loopback."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_hostname(self.tls_hostname, self.tls)
+
+    def trust(self, hostname: str) -> Trust | None:
+        """Load the certificates if `tls` is set. `hostname`: that of the migration. Raises UsageError."""
+        return _trust(self.tls, self.tls_hostname or hostname)
+
+
+def _trust(tls: str | os.PathLike[str] | None, hostname: str | None) -> Trust | None:
+    if tls is None:
+        return None
+    from pageferry.migration.transport.tls import Trust
+
+    return Trust(Path(tls), "source", hostname=hostname)
+
+
+def _check_hostname(hostname: str | None, tls: str | os.PathLike[str] | None) -> None:
+    if hostname is not None and tls is None:
+        raise UsageError("`tls_hostname` requires `tls`: without certificates there is no name to compare")
