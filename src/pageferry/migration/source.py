@@ -24,7 +24,7 @@ from pageferry.migration.rounds import Rounds
 from pageferry.migration.session import Job, Session, open_link
 from pageferry.migration.source_state import SourceState, source_states
 from pageferry.migration.statistics import MigrationStatistics, milliseconds
-from pageferry.migration.switchover import PostcopySwitchOver, SwitchOver
+from pageferry.migration.switchover import PostcopySwitchOver, PrecopySwitchOver, SwitchOver
 from pageferry.migration.throttle import Throttle
 from pageferry.migration.transport import messages, peer_users
 from pageferry.migration.transport.addresses import Address
@@ -138,7 +138,9 @@ class Source:
             await switch_over.announce()
             return switch_over
         rest = await Precopy(session, session.trace, rounds).run()
-        return (PostcopySwitchOver if rest.late else SwitchOver)(session, rounds, rest)
+        if rest.late:
+            return PostcopySwitchOver(session, rounds, rest)
+        return PrecopySwitchOver(session, rounds, rest, session.trace)
 
     async def _switch_over(self, switch_over: SwitchOver) -> None:
         await self.job.workload.check_mappers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from hashlib import blake2b
 
 from pageferry._engine import PageSet
@@ -20,11 +21,9 @@ from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.direct_io import registered_buffers
 
 
-class SwitchOver:
+class SwitchOver(ABC):
     """Switch-over of a migration. Its steps are `_prepare`, `_pause`, `_finish_memory` (with the device state), and
-    waiting for Ready.
-
-    This class sends all remaining pages before the workload resumes; `PostcopySwitchOver` sends their numbers.
+    waiting for Ready. Subclasses define which pages are sent before the workload resumes.
     """
 
     def __init__(self, session: Session, rounds: Rounds, rest: Rest) -> None:
@@ -74,8 +73,9 @@ class SwitchOver:
             await workload.prepare_pause()
 
     @property
+    @abstractmethod
     def _sends_before_pause(self) -> bool:
-        return any(self._rest)
+        """Whether to send the remaining pages before the pause."""
 
     async def _load_deferred(self) -> None:
         if (hold := self._session.deferred) is not None:
@@ -108,31 +108,9 @@ class SwitchOver:
 
     # -- in the pause
 
+    @abstractmethod
     async def _finish_memory(self) -> bytes:
-        """Send the last pages while the device state is saved; return the state."""
-        times, trace = self._session.statistics.times, self._trace
-        with times.measure("save"):
-            saving = asyncio.create_task(self._save_state())
-            try:
-                with times.measure("last pages"):
-                    await self._send(union(await trace.collect(), await self._pinned()))
-            finally:
-                state = await saving
-        # Saving the state may itself write to memory (devices flush their queues).
-        last = await trace.collect()
-        if any(last):
-            with times.measure("last pages"):
-                await self._send(last)
-        fault_point("source.last-pages-sent")
-        if self._session.job.options.populate == "hot":
-            await self._send_hot(trace)
-        return state
-
-    @property
-    def _trace(self) -> WriteTrace:
-        trace = self._session.trace
-        assert trace is not None, "pre-copy installs the traces first"
-        return trace
+        """Save the device state, and send the last pages or their numbers; return the state."""
 
     async def _pinned(self) -> list[PageSet]:
         """Return the pages in buffers that stay pinned: the trace does not report writes to them."""
@@ -153,11 +131,6 @@ class SwitchOver:
         if self.sent:
             self.sent[-1].remaining = count(pages)
 
-    async def _send_hot(self, trace: WriteTrace) -> None:
-        for number, hot in enumerate(trace.hot):
-            units = messages.pack_units([modified > 0 for modified in hot.unit_counts()])
-            await self._session.channel.send(messages.Hot(region=number, units=units))
-
     async def _save_state(self) -> bytes:
         """Save the device state, and send its first `EARLY_STATE` bytes. Return the whole state.
 
@@ -170,6 +143,43 @@ class SwitchOver:
     async def _send_state(self, part: bytes) -> None:
         for start in range(0, len(part), messages.STATE_CHUNK):
             await self._session.channel.send(messages.State(data=part[start : start + messages.STATE_CHUNK]))
+
+
+class PrecopySwitchOver(SwitchOver):
+    """Switch-over after which no page is missing: the last pages are sent in the pause."""
+
+    def __init__(self, session: Session, rounds: Rounds, rest: Rest, trace: WriteTrace) -> None:
+        super().__init__(session, rounds, rest)
+        self._trace = trace
+
+    @property
+    def _sends_before_pause(self) -> bool:
+        return any(self._rest)
+
+    async def _finish_memory(self) -> bytes:
+        """Send the last pages while the device state is saved; return the state."""
+        times, trace = self._session.statistics.times, self._trace
+        with times.measure("save"):
+            saving = asyncio.create_task(self._save_state())
+            try:
+                with times.measure("last pages"):
+                    await self._send(union(await trace.collect(), await self._pinned()))
+            finally:
+                state = await saving
+        # Saving the state may itself write to memory (devices flush their queues).
+        last = await trace.collect()
+        if any(last):
+            with times.measure("last pages"):
+                await self._send(last)
+        fault_point("source.last-pages-sent")
+        if self._session.job.options.populate == "hot":
+            await self._send_hot()
+        return state
+
+    async def _send_hot(self) -> None:
+        for number, hot in enumerate(self._trace.hot):
+            units = messages.pack_units([modified > 0 for modified in hot.unit_counts()])
+            await self._session.channel.send(messages.Hot(region=number, units=units))
 
 
 class PostcopySwitchOver(SwitchOver):
