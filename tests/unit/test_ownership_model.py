@@ -1,6 +1,6 @@
 """Model of the ownership protocol; every reachable state is examined.
 
-The model contains both agents with the steps of `migration.source` and `migration.destination`, their persistent
+The model contains both agents with the steps of `migration.commit` and `migration.takeover`, their persistent
 records, the messages in transit, and all failures: an agent is killed between any two steps or fails by itself, or the
 link is cut and any suffix of the messages in transit is lost. The source runs `--recover` whenever the outcome is
 unknown, in any state of the destination. `--take-back` is left out: with it, an operator overrides the protocol.

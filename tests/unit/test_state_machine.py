@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from pageferry.host.state_machine import WrongState
+from pageferry.migration.options import Options
+from pageferry.migration.session import Job
+from pageferry.migration.source import Source
 from pageferry.migration.source_state import SourceState, source_states
+from pageferry.migration.transport.addresses import resolve
+from pageferry.workloads.protocols import Migratable
 
 ORDER = (
     SourceState.NEW,
@@ -51,6 +59,14 @@ def test_source_enters_its_phases_in_their_order_only(before: SourceState, after
         with pytest.raises(WrongState, match=f"migration of web is in state '{before}', and cannot change to"):
             machine.enter(after)
         assert machine.state is before
+
+
+def test_source_runs_once() -> None:
+    workload = cast(Migratable, SimpleNamespace(name="web"))
+    source = Source(Job(workload=workload, options=Options()))
+    source.state.enter(SourceState.SETUP)
+    with pytest.raises(WrongState):
+        asyncio.run(source.run(resolve("127.0.0.1:1", insecure=False, what="destination", trust=None)))
 
 
 def test_committed_migration_does_not_fail_on_its_own() -> None:
