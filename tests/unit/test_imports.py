@@ -15,7 +15,7 @@ NEVER = {"numpy", "prometheus_client", "cryptography", "mkdocs", "hypothesis"}
 WORK = {"asyncio", "qemu.qmp", "ssl", "pageferry.workloads.qemu.guest", "pageferry.migration.api"}
 """Modules that no help text needs."""
 
-MAX_MODULES = {"list": 85, "top": 85, "check": 80, "report": 175, "peek": 130, "stop": 112, "image": 85}
+MAX_MODULES = {"list": 85, "top": 85, "check": 80, "report": 175, "peek": 80, "stop": 112, "image": 85}
 """Maximum number of modules that a verb imports, apart from those of `import asyncio, msgspec`, on a host without
 workloads and with --output json, which needs no rich."""
 COMMANDS = {

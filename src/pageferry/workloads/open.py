@@ -1,12 +1,10 @@
-"""Access to registered workloads of all kinds by name."""
+"""Access to registered workloads of all kinds by name. Only the modules of the kind that is opened are imported."""
 
 from __future__ import annotations
 
 from pageferry.errors import NoSuchWorkload
 from pageferry.host.registry import ArenaEntry, QemuEntry, Registry
-from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.protocols import Migratable
-from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 async def open_workload(name: str) -> Migratable:
@@ -16,8 +14,12 @@ async def open_workload(name: str) -> Migratable:
     """
     match Registry().lookup(name):
         case QemuEntry():
+            from pageferry.workloads.qemu.guest import QemuWorkload
+
             return await QemuWorkload.attach(name)
         case ArenaEntry(control_socket=path):
+            from pageferry.workloads.arena.control_socket.client import RemoteArena
+
             return await RemoteArena.connect(path)
         case _:
             raise NoSuchWorkload(f"cannot open {name}: it is still being started; retry when `pageferry list` shows it")
