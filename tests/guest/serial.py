@@ -10,7 +10,7 @@ from pathlib import Path
 
 _TICK = re.compile(r"FERRY tick (\d+) writes=(\d+) verified=(\d+) passes=(\d+) errors=(\d+)\r?\n")
 
-BOOT = 60.0
+BOOT = 100.0
 """Maximum seconds for the checker to start, on a busy machine without KVM."""
 
 
