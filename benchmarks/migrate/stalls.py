@@ -95,7 +95,7 @@ async def stopped(workload: RemoteArena, memory: Memory) -> dict[str, Any]:
     finally:
         await workload.resume()
     stall = time.perf_counter() - began
-    sent = sender.progress[2]
+    sent = sender.progress.data
     del sender
     near.close()
     sink.join()

@@ -22,6 +22,7 @@ from benchmarks.harness import machine
 from benchmarks.harness.bench import Setting
 from pageferry._engine import (
     SMALL_PAGE,
+    MappedSegment,
     Mapping,
     Pager,
     PageServer,
@@ -29,6 +30,7 @@ from pageferry._engine import (
     PeerSource,
     Placer,
     Space,
+    TargetRegion,
 )
 from pageferry.migration import preallocate
 from pageferry.workloads.arena.arena import memory_file
@@ -64,10 +66,10 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
         source, ours = Mapping(there, length), Mapping(here, length)
         large = source.large_units()
         # The destination does this before the source pauses.
-        asyncio.run(preallocate.allocate(Placer([(ours, SMALL_PAGE, large)], []), [large]))
-        server = PageServer([source], [missing], links[0][0], links[0][1:], "none", bandwidth=bandwidth or 0)
+        asyncio.run(preallocate.allocate(Placer([TargetRegion(ours, SMALL_PAGE, large)], []), [large]))
+        server = PageServer([source], [missing], links[0][0], links[0][1:], bandwidth=bandwidth or 0)
         server.start()
-        userfault, _ = Space(process.pid).missing_faults(discards=True)
+        userfault = Space(process.pid).missing_faults(discards=True).descriptor
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, userfault)
             flags = os.memfd_create("flags", os.MFD_CLOEXEC)
@@ -76,8 +78,8 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
             Pager.set_flags(flags, [missing])
             pager = Pager(
                 PeerSource(links[1][0], links[1][1:]),
-                [(ours, SMALL_PAGE, large)],
-                [(Space(process.pid), address, length, 0, 0)],
+                [TargetRegion(ours, SMALL_PAGE, large)],
+                [MappedSegment(Space(process.pid), address, length)],
                 {process.pid: userfault},
                 flags,
                 begin="kept",

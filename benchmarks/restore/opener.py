@@ -31,7 +31,7 @@ def peek(arena: RestoredArena) -> dict[str, float]:
     at = len(memoryview(arena)) // 2
     arena.ensure(at, SMALL_PAGE)
     os.pread(arena.descriptor, SMALL_PAGE, at)
-    return {"bytes-read": arena.pager.counters[4], "peek-ms": (time.perf_counter() - begin) * 1e3}
+    return {"bytes-read": arena.pager.counters.bytes_read, "peek-ms": (time.perf_counter() - begin) * 1e3}
 
 
 def main() -> None:
@@ -54,12 +54,20 @@ def main() -> None:
         start = time.perf_counter()
         first += view[at]
         times.append(time.perf_counter() - start)
-    faults, missed, *_ = arena.pager.counters
-    read = arena.pager.counters[4]
+    counters = arena.pager.counters
     arena.load()
     end = time.perf_counter()
     found = {"open-ms": (opened - begin) * 1e3, "access-us": median(times) * 1e6, "complete-ms": (end - begin) * 1e3}
-    print(json.dumps(found | {"faults": faults, "missed": missed, "read-kib": read / 1024 / max(missed, 1)}))
+    print(
+        json.dumps(
+            found
+            | {
+                "faults": counters.faults,
+                "missed": counters.missed,
+                "read-kib": counters.bytes_read / 1024 / max(counters.missed, 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

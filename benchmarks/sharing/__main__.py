@@ -22,7 +22,7 @@ from benchmarks.harness import machine
 from benchmarks.harness.bench import Bench, Results, Setting
 from benchmarks.harness.statistics import having, median_of, values
 from benchmarks.harness.tables import Run, Target, at_least, at_most, table
-from pageferry._engine import LARGE_PAGE, Mapping, SharingScan, Space
+from pageferry._engine import LARGE_PAGE, Advice, Mapping, SharingScan, Space
 from pageferry.host.smaps import total
 from pageferry.sharing import api, ksm, ranges
 from pageferry.sharing.ranges import Range
@@ -60,7 +60,7 @@ def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
     """Register all memory with KSM. Return the CPU time, seconds."""
     for pid, address in processes:
         with process_target(pid) as target:
-            ranges.advise(target, Range(pid, address, mib << 20), ranges.MERGEABLE)
+            ranges.advise(target, Range(pid, address, mib << 20), Advice.MERGEABLE)
     return asyncio.run(ksm.run_once()).cpu
 
 

@@ -5,7 +5,7 @@ and long ones check for signals. Errors of system calls are raised as OSError wi
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self, TypedDict, Unpack, final
+from typing import Final, Literal, Self, TypedDict, Unpack, final
 
 from typing_extensions import disjoint_base
 
@@ -28,7 +28,7 @@ class Mapping:
         """Length in bytes."""
     def fileno(self) -> int:
         """Return the descriptor of the file, which the mapping owns."""
-    def data_ranges(self) -> list[tuple[int, int]]:
+    def data_ranges(self) -> list[_Range]:
         """Return the ranges that hold data (SEEK_DATA, SEEK_HOLE), as (start, end). Reading any other byte would
         allocate a page."""
     def large_units(self) -> list[bool]:
@@ -43,7 +43,10 @@ class Mapping:
 class PageSet:
     """Set of base pages of a region. `pages` is the size of the region; page numbers start at 0."""
 
-    def __new__(cls, pages: int, full: bool = False) -> PageSet: ...
+    def __new__(cls, pages: int) -> PageSet: ...
+    @staticmethod
+    def full(pages: int) -> PageSet:
+        """Create the set of all pages."""
     @property
     def pages(self) -> int: ...
     def __len__(self) -> int: ...
@@ -56,7 +59,7 @@ class PageSet:
     def subtract(self, other: PageSet) -> None: ...
     def unit_counts(self) -> list[int]:
         """Return the number of pages in the set for each 2 MiB unit."""
-    def runs(self) -> list[tuple[int, int]]:
+    def runs(self) -> list[_Range]:
         """Return the runs of consecutive pages in the set, as (start, end)."""
     def pack(self) -> bytes:
         """Serialise the set as its compressed bitmap."""
@@ -67,38 +70,95 @@ class PageSet:
     def copy(self) -> PageSet: ...
 
 @final
+class Advice:
+    """Advice of madvise(2) about a range of memory: `Advice.COLD` is MADV_COLD."""
+
+    COLD: Final[Advice]
+    COLLAPSE: Final[Advice]
+    DOFORK: Final[Advice]
+    DONTFORK: Final[Advice]
+    HUGEPAGE: Final[Advice]
+    MERGEABLE: Final[Advice]
+    NOHUGEPAGE: Final[Advice]
+    PAGEOUT: Final[Advice]
+    POPULATE_READ: Final[Advice]
+    POPULATE_WRITE: Final[Advice]
+    UNMERGEABLE: Final[Advice]
+    def __hash__(self) -> int: ...
+
+@final
+class KeptUserfault:
+    """Userfaultfd of which its process keeps a copy, so that blocked threads stay blocked if this process exits."""
+
+    @property
+    def descriptor(self) -> int:
+        """Descriptor in this process, which the caller closes."""
+    @property
+    def number(self) -> int | None:
+        """Number of the descriptor in the process; None for our own process."""
+
+@final
 class Space:
-    """Address space of a process; without an argument, of our own. Opening it does not affect the process."""
+    """Address space of a process; without an argument, of our own. Opening it does not affect the process.
+
+    A system call in another process is executed by ptrace, which stops the process for less than a millisecond. Such a
+    call raises OSError with the errno of the call; PermissionError or ProcessLookupError if it cannot be executed.
+    """
 
     def __new__(cls, pid: int | None = None) -> Space: ...
     @property
     def pid(self) -> int: ...
-    def call(self, number: int, *arguments: int) -> int:
-        """Make the process execute a system call, by ptrace, which stops it for less than a millisecond.
-
-        Raises OSError with the errno of the call; PermissionError or ProcessLookupError if it cannot be executed.
-        """
-    def missing_faults(self, discards: bool = False) -> tuple[int, int | None]:
-        """Create a userfaultfd for a `Pager`. Return its descriptor, which the caller must close, and its number in the
-        process, which keeps a copy (None for our own process).
-
-        With `discards`, it reports memory that is discarded, for example by a balloon.
-        """
-    def write_traces(self) -> tuple[int, int | None]:
-        """Create a userfaultfd for traces that a `Saver` leaves or takes up. Return the same values as
-        `missing_faults`."""
+    def missing_faults(self, *, discards: bool = False) -> KeptUserfault:
+        """Create a userfaultfd for a `Pager`. With `discards`, it reports memory that is discarded, for example by a
+        balloon."""
+    def write_traces(self) -> KeptUserfault:
+        """Create a userfaultfd for traces that a `Saver` leaves or takes up."""
     def descriptor(self, number: int) -> int:
         """Return a duplicate of a descriptor of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
         """Back a range by huge pages, or map existing huge pages as such (process_madvise, MADV_COLLAPSE)."""
-    def advise(self, address: int, length: int, advice: int) -> None:
-        """Advise the kernel about a range (process_madvise): MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED or
-        MADV_COLLAPSE."""
-    def large_mapped(self, address: int, length: int) -> list[tuple[int, int]]:
+    def madvise(self, address: int, length: int, advice: Advice) -> None:
+        """Advise the kernel about a range. COLD, COLLAPSE and PAGEOUT do not stop the process (process_madvise); the
+        process itself executes all other advice."""
+    def make_read_only(self, address: int, length: int) -> None:
+        """Make a mapping read-only (mprotect)."""
+    def mmap(self, length: int) -> int:
+        """Map private memory, readable and writable, at an address that the kernel chooses. Return the address."""
+    def munmap(self, address: int, length: int) -> None:
+        """Unmap a range of another process."""
+    def ioctl(self, descriptor: int, request: int, argument: int) -> int:
+        """Make another process call ioctl(2) on one of its descriptors. `argument` is a number, or an address in that
+        process. Return the result."""
+    def close_fd(self, number: int) -> None:
+        """Close a descriptor of another process."""
+    def getppid(self) -> int:
+        """Return the result of getppid(2), executed by another process: proof that it executes calls."""
+    def present(self, address: int, length: int) -> list[_Range]:
+        """Return the parts of a range whose pages are mapped, as (start, end)."""
+    def large_mapped(self, address: int, length: int) -> list[_Range]:
         """Return the parts of a range that are mapped as huge pages, as (start, end)."""
 
-_Segment = tuple[Space, int, int, int, int]
-"""Address space, address, length, index of the region, and first page of the region that is mapped there."""
+@final
+class MappedSegment:
+    """Part of a region that a process maps."""
+
+    def __new__(
+        cls, space: Space, address: int, length: int, region: int = 0, first_page: int = 0
+    ) -> MappedSegment: ...
+    @property
+    def space(self) -> Space:
+        """Address space of the process."""
+    @property
+    def address(self) -> int: ...
+    @property
+    def length(self) -> int:
+        """Bytes."""
+    @property
+    def region(self) -> int:
+        """Index of the region."""
+    @property
+    def first_page(self) -> int:
+        """First page of the region that is mapped at `address`."""
 
 @final
 class Trace:
@@ -112,7 +172,7 @@ class Trace:
 
     def __new__(
         cls,
-        segments: Sequence[_Segment],
+        segments: Sequence[MappedSegment],
         release_after: int = 0,
         large: Sequence[Sequence[bool]] | None = None,
         userfaults: dict[int, int] | None = None,
@@ -136,21 +196,44 @@ class Trace:
         """Remove the traces from one segment, given by its index. Later writes to it are not reported."""
     def remove(self) -> None: ...
 
+_Section = tuple[int, bytes]
+"""Kind of a section (see `pageferry.images.metadata`), and its contents."""
+
+_Range = tuple[int, int]
+"""Start and end of a range: bytes, addresses or pages, as the call says. The end is exclusive."""
+
+_Extent = tuple[int, int]
+"""Address or offset of a part of memory or of a file, and its length, bytes."""
+
+class _ImageFormat(TypedDict, total=False):
+    codec: str
+    """Codec of the page blocks: none, lz4 (default) or zstd."""
+    page_block: int
+    """Unit of compression, bytes (default: 64 KiB)."""
+    storage_block: int
+    """Unit of reading, bytes (default: 1 MiB)."""
+
+@final
+class WrittenImage:
+    """Complete image file."""
+
+    @property
+    def digest(self) -> int:
+        """Checksum of the footer (`Image.digest`)."""
+    @property
+    def length(self) -> int:
+        """Size of the file, bytes."""
+
 @final
 class ImageWriter:
     """Writer of images from given storage blocks, for tests."""
 
-    def __new__(
-        cls, fd: int, id: bytes, codec: str = "lz4", page_block: int = 65536, storage_block: int = 1048576
-    ) -> ImageWriter: ...
+    def __new__(cls, fd: int, id: bytes, **format: Unpack[_ImageFormat]) -> ImageWriter: ...
     def append(self, region: int, pages: Sequence[tuple[int, bytes]]) -> int:
         """Write (page of the region, contents) pairs as one storage block. Return its number."""
     def section(self, kind: int, contents: bytes) -> None: ...
-    def finish(self, regions: int, entries: Sequence[tuple[int, bool, int, int, int]]) -> tuple[int, int]:
-        """Write the page map, given as (class, in parent, signature, storage block, slot), and the index.
-
-        Return digest and length.
-        """
+    def finish(self, regions: int, entries: Sequence[tuple[int, bool, int, int, int]]) -> WrittenImage:
+        """Write the page map, given as (class, in parent, signature, storage block, slot), and the index."""
 
 @final
 class PageStore:
@@ -161,19 +244,11 @@ class PageStore:
     written.
     """
 
-    def __new__(
-        cls,
-        fd: int,
-        id: bytes,
-        regions: Sequence[int],
-        codec: str = "lz4",
-        page_block: int = 65536,
-        storage_block: int = 1048576,
-    ) -> PageStore: ...
+    def __new__(cls, fd: int, id: bytes, regions: Sequence[int], **format: Unpack[_ImageFormat]) -> PageStore: ...
     def add(self, region: int, memory: Mapping, pages: PageSet) -> PageSet:
         """Add the present pages among `pages`. Return these pages."""
-    def finish(self, sections: Sequence[tuple[int, bytes]], parent: ImageChain | None = None) -> tuple[int, int]:
-        """Write the index and sync. Return digest and length. Pages that were not added refer to `parent`."""
+    def finish(self, sections: Sequence[_Section], parent: ImageChain | None = None) -> WrittenImage:
+        """Write the index and sync. Pages that were not added refer to `parent`."""
 
 class _PagerOptions(TypedDict, total=False):
     working_set: Sequence[int]
@@ -195,10 +270,66 @@ class _PagerOptions(TypedDict, total=False):
     one."""
 
 @final
+class TargetRegion:
+    """Region whose contents a `Placer` or `Pager` provides. `large` lists the 2 MiB units that are huge at the source
+    or in the image; missing ones are not."""
+
+    def __new__(cls, mapping: Mapping, page_size: int, large: Sequence[bool] = ...) -> TargetRegion: ...
+    @property
+    def mapping(self) -> Mapping:
+        """Our mapping of the file."""
+    @property
+    def page_size(self) -> int:
+        """Page size of the file, bytes."""
+
+@final
+class PagerCounters:
+    """Counters of a `Pager`."""
+
+    @property
+    def faults(self) -> int:
+        """Faults."""
+    @property
+    def missed(self) -> int:
+        """Faults on deferred pages."""
+    @property
+    def loaded(self) -> int:
+        """Pages loaded."""
+    @property
+    def prefetched(self) -> int:
+        """Pages loaded in the background."""
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the image, or received from the peer."""
+    @property
+    def service(self) -> float:
+        """Total service time of the faults, seconds."""
+    @property
+    def longest(self) -> float:
+        """Longest service time of a fault, seconds."""
+
+@final
+class Failure:
+    """Page that a `Pager` could not load."""
+
+    @property
+    def region(self) -> int:
+        """Index of the region."""
+    @property
+    def page(self) -> int:
+        """Page within the region."""
+    @property
+    def accessed(self) -> bool:
+        """Whether a thread waits for the page."""
+    @property
+    def message(self) -> str:
+        """Reason."""
+
+@final
 class Pager:
     """Pager: loads pages on demand, from an image or a peer, and all others in the background (S8, S10).
 
-    `targets` are as for `Placer`. `userfaults` maps the ID of every process of `segments` to a descriptor from
+    `userfaults` maps the ID of every process of `segments` to a descriptor from
     `Space.missing_faults`. `flags` is the descriptor of the deferred bitmap, a file of `flags_length` bytes from which
     another pager can take over: bit n (little-endian) belongs to page n of all regions.
 
@@ -211,8 +342,8 @@ class Pager:
     def __new__(
         cls,
         source: ImageChain | PeerSource,
-        targets: Sequence[tuple[Mapping, int, Sequence[bool]]],
-        segments: Sequence[_Segment],
+        targets: Sequence[TargetRegion],
+        segments: Sequence[MappedSegment],
         userfaults: dict[int, int],
         flags: int,
         **options: Unpack[_PagerOptions],
@@ -232,9 +363,7 @@ class Pager:
     def finished(self) -> bool:
         """Whether all pages are loaded and the memory is unregistered."""
     @property
-    def counters(self) -> tuple[int, int, int, int, int, float, float]:
-        """Faults, faults on deferred pages, pages loaded, pages loaded in the background, bytes read, total service
-        time and longest service time in seconds."""
+    def counters(self) -> PagerCounters: ...
     @property
     def histogram(self) -> list[int]:
         """Faults by service time: bin k counts those of at least 2**(k - 1) us and less than 2**k us."""
@@ -242,8 +371,8 @@ class Pager:
     def touched(self) -> list[int]:
         """Windows of 16 pages in the order of their first fault on a deferred page."""
     @property
-    def failures(self) -> list[tuple[int, int, bool, str]]:
-        """Pages that could not be loaded: region, page within it, whether a thread waits for it, and message."""
+    def failures(self) -> list[Failure]:
+        """Pages that could not be loaded."""
     def wait(self, timeout: float, known: int = 0) -> bool:
         """Wait until the pager has finished, until there are more than `known` failures, or for `timeout` seconds.
         Return whether it has finished."""
@@ -288,6 +417,17 @@ class Pager:
         zeros."""
 
 @final
+class SplitPage:
+    """Huge page that a `Sampler` could not restore."""
+
+    @property
+    def address(self) -> int:
+        """Address of the huge page."""
+    @property
+    def reason(self) -> str:
+        """Error of the kernel."""
+
+@final
 class Sampler:
     """Sampler of accesses to the base pages of huge pages of a process (S3). Huge pages are given by their addresses.
 
@@ -301,30 +441,46 @@ class Sampler:
 
         Raises OSError EBUSY if a page is registered with another userfaultfd.
         """
-    def split(self, pages: Sequence[int], marked: bool) -> None:
+    def split(self, pages: Sequence[int], *, marked: bool) -> None:
         """Split the mappings of registered pages. With `marked` (shared memory), unmap their base pages, so that
         accesses map them."""
     def cool(self, pages: Sequence[int]) -> None:
         """Clear the accessed bits of pages and flush the TLB (MADV_COLD). Locked memory is not affected."""
     def touched(self, pages: Sequence[int]) -> list[bytes]:
         """Return which base pages of each page are mapped, as 512 bits (little-endian)."""
-    def restore(self) -> list[tuple[int, str]]:
-        """Unregister all pages, and map those that were split as huge pages again. Return those that stay split, with
-        the reason."""
+    def restore(self) -> list[SplitPage]:
+        """Unregister all pages, and map those that were split as huge pages again. Return those that stay split."""
+
+@final
+class Populated:
+    """Pages that a `Placer` has mapped into the workload's page tables."""
+
+    @property
+    def large(self) -> int:
+        """Huge pages mapped as such."""
+    @property
+    def small(self) -> int:
+        """Base pages mapped."""
+    @property
+    def failed(self) -> int:
+        """Huge pages left to their first access."""
+    @property
+    def seconds(self) -> float:
+        """Time in all workers, seconds."""
 
 @final
 class Placer:
     """Placer of received pages in their slots (S6, S7), which populates the workload's page tables (S1, S5).
 
-    `targets` are the regions as (mapping of a new file, page size of the file, 2 MiB units that are huge at the
-    source). With `workers` > 0, units are mapped into the workload's page tables as soon as all of their slots have
-    been received.
+    `targets` are the regions, in new files. With `workers` > 0, units are mapped into the workload's page tables as
+    soon as all of their slots have been received.
     """
 
     def __new__(
         cls,
-        targets: Sequence[tuple[Mapping, int, Sequence[bool]]],
-        segments: Sequence[_Segment],
+        targets: Sequence[TargetRegion],
+        segments: Sequence[MappedSegment],
+        *,
         keep_large: bool = True,
         workers: int = 0,
     ) -> Placer: ...
@@ -335,8 +491,7 @@ class Placer:
     def fallbacks(self) -> int:
         """Number of huge pages of the source that could not be allocated as such."""
     @property
-    def populated(self) -> tuple[int, int, int, float]:
-        """Huge pages mapped, base pages mapped, huge pages left to their first access, and time in seconds."""
+    def populated(self) -> Populated: ...
     def populate(self, region: int, units: Sequence[int]) -> None:
         """Map the 2 MiB units of a region of which all pages have been received.
 
@@ -345,8 +500,8 @@ class Placer:
     def allocate_ahead(self, region: int, units: Sequence[int]) -> None:
         """Allocate huge pages for those of the 2 MiB units that are huge at the source, unless they have been
         allocated."""
-    def finish(self, rest: bool) -> None:
-        """Wait for the workers. With `rest`, then map all other present pages by UFFDIO_CONTINUE.
+    def finish(self, *, populate_rest: bool) -> None:
+        """Wait for the workers. With `populate_rest`, then map all other present pages by UFFDIO_CONTINUE.
 
         Holes, including zero pages of units backed by base pages, are left to their first access.
         """
@@ -356,18 +511,12 @@ class ProcessRange:
     """Range of the memory of a process that can be saved, regardless of its backing. It is read by process_vm_readv."""
 
     def __new__(cls, space: Space, address: int, length: int) -> ProcessRange: ...
-    def data_ranges(self) -> list[tuple[int, int]]:
+    def data_ranges(self) -> list[_Range]:
         """Return the ranges that are present in memory or swap, as (start, end)."""
 
-class _SaverOptions(TypedDict, total=False):
+class _SaverOptions(_ImageFormat, total=False):
     parent: ImageChain | None
     """Chain of parent images. Pages that it holds are not stored again."""
-    codec: str
-    """Codec of the page blocks: none, lz4 (default) or zstd."""
-    page_block: int
-    """Unit of compression, bytes (default: 64 KiB)."""
-    storage_block: int
-    """Unit of reading, bytes (default: 1 MiB)."""
     trap_block: int
     """Bytes that a trap copies and unprotects (default: 64 KiB)."""
     staging: int
@@ -381,6 +530,79 @@ class _SaverOptions(TypedDict, total=False):
     the snapshot point on. `take-up`: such traces were installed when `parent` was saved; only the pages that they
     report are saved. `begin`: install traces now and leave them; all pages are saved in rounds. `borrow` (from
     `Pager.hold`): use the traces of an acquired pager; all pages are saved."""
+
+@final
+class SaveCounters:
+    """Counters of a `Saver`."""
+
+    @property
+    def traps(self) -> int:
+        """Writes that were trapped."""
+    @property
+    def early_traps(self) -> int:
+        """Traps before the snapshot point."""
+    @property
+    def swept(self) -> int:
+        """Blocks saved by the sweep."""
+    @property
+    def staging_waits(self) -> int:
+        """Traps that waited for the staging buffer."""
+    @property
+    def longest_trap(self) -> int:
+        """Longest trap, ns."""
+    @property
+    def trap_time(self) -> int:
+        """Total time in traps, ns."""
+    @property
+    def pages(self) -> int:
+        """Pages classified."""
+    @property
+    def absent(self) -> int:
+        """Pages not in memory; complete after `finish`."""
+    @property
+    def zero(self) -> int:
+        """Pages of zeros."""
+    @property
+    def pattern(self) -> int:
+        """Pages of one repeated word."""
+    @property
+    def same_as(self) -> int:
+        """Pages equal to another page of the image."""
+    @property
+    def data(self) -> int:
+        """Pages stored."""
+    @property
+    def in_parent(self) -> int:
+        """Pages stored in the parent."""
+    @property
+    def stored(self) -> int:
+        """Bytes in storage blocks."""
+    @property
+    def blocks(self) -> int:
+        """Storage blocks."""
+    @property
+    def writes(self) -> int:
+        """Write calls."""
+    @property
+    def written(self) -> int:
+        """Pages that a trace has reported as written."""
+
+@final
+class SaveFinished:
+    """Image written by a `Saver`."""
+
+    @property
+    def digest(self) -> int:
+        """Checksum of the footer (`Image.digest`)."""
+    @property
+    def length(self) -> int:
+        """Size of the file, bytes."""
+    @property
+    def writes(self) -> int:
+        """Write calls."""
+    @property
+    def blocks(self) -> int:
+        """Storage blocks."""
 
 @final
 class Saver:
@@ -398,7 +620,7 @@ class Saver:
     def __new__(
         cls,
         regions: Sequence[tuple[Mapping | ProcessRange, int]],
-        segments: Sequence[_Segment],
+        segments: Sequence[MappedSegment],
         fd: int,
         id: bytes,
         **options: Unpack[_SaverOptions],
@@ -437,20 +659,37 @@ class Saver:
         """Wait up to `seconds` until everything is written or has failed. Return whether that is the case."""
     def cancel(self) -> None:
         """Cancel the checkpoint. All memory is unprotected at once."""
-    def finish(self, sections: Sequence[tuple[int, bytes]]) -> tuple[int, int, int, int]:
-        """Wait for all threads, add sections, write the index and sync. Return digest, length, write calls and storage
-        blocks."""
+    def finish(self, sections: Sequence[_Section]) -> SaveFinished:
+        """Wait for all threads, add sections, write the index and sync."""
     @property
-    def stats(self) -> dict[str, int]:
-        """Counters: `traps`, `early_traps` (before the snapshot point), `staging_waits`, `longest_trap` and `trap_time`
-        (ns), `swept` (blocks), `pages` classified, of these `zero`, `pattern`, `same_as`, `data` and `in_parent`;
-        `absent` after `finish`; `stored` (bytes) in `blocks` (storage blocks), `writes` (calls); `written` (pages
-        reported by a trace)."""
+    def counters(self) -> SaveCounters: ...
     def close(self) -> None:
         """Cancel the checkpoint if it is in progress, and wait for its threads."""
 
-_Counters = tuple[int, int, int, int, int]
-"""Bytes transferred, storage blocks, data pages, zero pages and absent pages."""
+@final
+class SendProgress:
+    """Pages sent or received over streams so far; without arguments, none."""
+
+    def __new__(cls) -> SendProgress: ...
+    @property
+    def bytes(self) -> int:
+        """Bytes transferred."""
+    @property
+    def blocks(self) -> int:
+        """Storage blocks."""
+    @property
+    def data(self) -> int:
+        """Pages with contents."""
+    @property
+    def zero(self) -> int:
+        """Pages of zeros."""
+    @property
+    def absent(self) -> int:
+        """Pages that are holes."""
+    @property
+    def pages(self) -> int:
+        """All pages."""
+    def __hash__(self) -> int: ...
 
 @final
 class TlsIdentity:
@@ -490,6 +729,22 @@ class TlsSession:
 _Stream = int | tuple[int, TlsSession]
 """Connected socket (the descriptor is duplicated): unencrypted, or with the TLS session established on it."""
 
+class _SendOptions(TypedDict, total=False):
+    codec: str
+    """Codec of the page blocks: none (default), lz4 or zstd."""
+    timeout: float
+    """Time without a transferred byte after which a stream has failed, seconds (default: 30)."""
+    bandwidth: int
+    """Bandwidth limit of all streams together, bytes per second; 0 (default) means unlimited."""
+    adaptive: bool
+    """Whether blocks are not compressed while the link is faster than the codec (default: False)."""
+
+class _BlockSenderOptions(_SendOptions, total=False):
+    page_block: int
+    """Unit of compression, bytes (default: 64 KiB)."""
+    storage_block: int
+    """Unit of sending, bytes (default: 512 KiB)."""
+
 @final
 class BlockSender:
     """Sender of pages in storage blocks, over connected stream sockets (the descriptors are duplicated).
@@ -499,25 +754,14 @@ class BlockSender:
     of step and must be closed.
     """
 
-    def __new__(
-        cls,
-        sockets: Sequence[_Stream],
-        codec: str = "none",
-        page_block: int = 65536,
-        storage_block: int = 524288,
-        timeout: float = 30.0,
-        bandwidth: int = 0,
-        adaptive: bool = False,
-    ) -> BlockSender:
-        """`bandwidth` limits all streams together, in bytes per second; 0 means unlimited. With `adaptive`, blocks are
-        not compressed while the link is faster than the codec."""
-    def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, barrier: bool = True) -> None:
+    def __new__(cls, sockets: Sequence[_Stream], **options: Unpack[_BlockSenderOptions]) -> BlockSender: ...
+    def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, *, barrier: bool = True) -> None:
         """Send the pages of one set per region. With `barrier`, end the round on every stream.
 
         Pages that have been freed since they were sent are sent as holes, because no trace reports them.
         """
     @property
-    def progress(self) -> _Counters: ...
+    def progress(self) -> SendProgress: ...
     @property
     def uncompressed(self) -> int:
         """Number of storage blocks sent without the codec because the link was faster (`adaptive`)."""
@@ -535,7 +779,7 @@ class BlockReceiver:
     def receive(self, round: int) -> None:
         """Receive until every stream has delivered the barrier of the round."""
     @property
-    def progress(self) -> _Counters: ...
+    def progress(self) -> SendProgress: ...
     def cancel(self) -> None: ...
 
 @final
@@ -544,8 +788,8 @@ class PageServer:
 
     `missing` are the pages of each region that the destination lacks. `urgent` is a connection for requests and
     replies; `streams` are connections for all other pages. All of them must be new: not used for rounds before.
-    `codec`, `bandwidth` and `adaptive` are as for `BlockSender`; replies count for the bandwidth limit without waiting
-    for it. After a lost connection, create another server for the pages that are missing then.
+    Replies count for the bandwidth limit without waiting for it. After a lost connection, create another server for
+    the pages that are missing then.
     """
 
     def __new__(
@@ -554,10 +798,7 @@ class PageServer:
         missing: Sequence[PageSet],
         urgent: _Stream,
         streams: Sequence[_Stream],
-        codec: str = "none",
-        timeout: float = 30.0,
-        bandwidth: int = 0,
-        adaptive: bool = False,
+        **options: Unpack[_SendOptions],
     ) -> PageServer: ...
     def start(self) -> None:
         """Start a thread that replies to requests until the peer closes the connection."""
@@ -570,7 +811,7 @@ class PageServer:
         """Cancel the push and the replies. Do not call this before the destination has reported that it has all
         pages."""
     @property
-    def progress(self) -> _Counters: ...
+    def progress(self) -> SendProgress: ...
     @property
     def uncompressed(self) -> int: ...
     @property
@@ -599,7 +840,41 @@ class PeerSource:
     def requests(self) -> int:
         """Number of requests sent."""
     @property
-    def progress(self) -> _Counters: ...
+    def progress(self) -> SendProgress: ...
+
+@final
+class PageCounts:
+    """Numbers of pages of an image by class. A page in the parent has no other class."""
+
+    @property
+    def absent(self) -> int:
+        """Pages without contents."""
+    @property
+    def zero(self) -> int:
+        """Pages of zeros."""
+    @property
+    def pattern(self) -> int:
+        """Pages of one repeated word."""
+    @property
+    def same_as(self) -> int:
+        """Pages equal to another page of the image."""
+    @property
+    def data(self) -> int:
+        """Pages with contents of their own."""
+    @property
+    def in_parent(self) -> int:
+        """Pages whose contents are in the parent."""
+
+@final
+class Finding:
+    """Damage that a verification has found."""
+
+    @property
+    def page(self) -> int | None:
+        """Page, counted over all regions; None for a storage block to which no page refers."""
+    @property
+    def message(self) -> str:
+        """Description."""
 
 @final
 class Image:
@@ -624,13 +899,13 @@ class Image:
     @property
     def page_block(self) -> int: ...
     @property
-    def blocks(self) -> list[tuple[int, int]]:
+    def blocks(self) -> list[_Extent]:
         """Offset and length of every storage block."""
     def section(self, kind: int) -> bytes | None: ...
-    def entries(self, first: int, count: int) -> list[tuple[int, bool, int, int, int]]:
-        """Return entries of the page map: class, whether it is in the parent, signature, storage block and slot."""
-    def count(self, first: int, count: int) -> list[int]:
-        """Count the pages that are absent, zero, pattern, same-as and data, and those in the parent."""
+    def classes(self, first: int, count: int) -> bytes:
+        """Return the class of each page, as bytes: 0 absent, 1 zero, 2 pattern, 3 same as another, 4 data."""
+    def count(self, first: int, count: int) -> PageCounts:
+        """Count the pages of a range by class."""
 
 @final
 class ImageChain:
@@ -640,28 +915,24 @@ class ImageChain:
     def read(self, first: int, count: int) -> bytes:
         """Read and verify pages. Raises ValueError if a block is damaged or if the image of a page is not in the
         chain."""
-    def differences(self, other: ImageChain, first: int, count: int) -> list[tuple[int, int]]:
+    def differences(self, other: ImageChain, first: int, count: int) -> list[_Range]:
         """Return the pages of a range whose contents differ, as runs (start, end)."""
     @property
     def stored(self) -> int:
         """Number of pages stored in the first image."""
-    def verify(self, first: int, count: int, limit: int) -> list[tuple[int | None, str]]:
-        """Compare stored pages `first` to `first + count` with their signatures. Return up to `limit` findings (page,
-        message)."""
-    def verify_unused(self) -> list[tuple[int | None, str]]:
+    def verify(self, first: int, count: int, limit: int) -> list[Finding]:
+        """Compare stored pages `first` to `first + count` with their signatures. Return up to `limit` findings."""
+    def verify_unused(self) -> list[Finding]:
         """Verify the storage blocks to which no page refers."""
     def flatten(
         self,
         fd: int,
         id: bytes,
         regions: Sequence[int],
-        sections: Sequence[tuple[int, bytes]],
-        codec: str = "lz4",
-        page_block: int = 65536,
-        storage_block: int = 1048576,
-    ) -> tuple[int, int]:
-        """Write the chain as one image to an empty file, and sync. Return digest and length. `regions` are their
-        numbers of pages."""
+        sections: Sequence[_Section],
+        **format: Unpack[_ImageFormat],
+    ) -> WrittenImage:
+        """Write the chain as one image to an empty file, and sync. `regions` are their numbers of pages."""
 
 _Piece = tuple[int, Mapping | Space, int, int]
 """Index of the workload, memory, position and length. Positions are offsets in the mapping, or addresses."""
@@ -675,6 +946,74 @@ class PagerFlags:
     """
 
     def __new__(cls, fd: int, pages: int, image: Image | None = None) -> PagerFlags: ...
+
+@final
+class ClassCounts:
+    """Numbers of duplicate pages by class."""
+
+    @property
+    def zero(self) -> int:
+        """Pages of zeros."""
+    @property
+    def pattern(self) -> int:
+        """Pages of one repeated word with at least one duplicate."""
+    @property
+    def inside(self) -> int:
+        """Other pages with a duplicate in the same workload."""
+    @property
+    def across(self) -> int:
+        """Other pages with duplicates in other workloads only."""
+
+@final
+class ScannedUnit:
+    """Scanned 2 MiB unit."""
+
+    @property
+    def piece(self) -> int:
+        """Index of the piece."""
+    @property
+    def position(self) -> int:
+        """Offset in the mapping, or address."""
+    @property
+    def length(self) -> int:
+        """Bytes; less than 2 MiB at the end of a piece."""
+    @property
+    def large(self) -> bool:
+        """Whether the unit is, or will be, a huge page."""
+    @property
+    def present(self) -> int:
+        """Pages in memory."""
+    @property
+    def deferred(self) -> int:
+        """Pages that a pager has not loaded yet."""
+    @property
+    def shared(self) -> int:
+        """Pages that are shared already."""
+    @property
+    def counts(self) -> ClassCounts:
+        """Duplicate pages."""
+
+@final
+class SharingTotals:
+    """Duplicate pages of all scanned units."""
+
+    @property
+    def pages(self) -> ClassCounts:
+        """Duplicate pages."""
+    @property
+    def freed(self) -> ClassCounts:
+        """Pages that sharing would free."""
+
+@final
+class FreedZeros:
+    """Result of `free_zeros`."""
+
+    @property
+    def ranges(self) -> int:
+        """Ranges processed."""
+    @property
+    def pages(self) -> int:
+        """Pages freed."""
 
 @final
 class SharingScan:
@@ -708,17 +1047,10 @@ class SharingScan:
         """
     def finish(self) -> None:
         """Find the duplicates among the scanned pages. Completes `units` and `totals`."""
-    def units(self) -> list[tuple[int, int, int, bool, int, int, int, list[int]]]:
-        """Return the 2 MiB units: piece, position, length, large, present, deferred, shared already, and pages by
-        class.
-
-        The classes are: zero; pattern, with at least one duplicate; inside, with a duplicate in the same workload;
-        across, with duplicates in other workloads only.
-        """
+    def units(self) -> list[ScannedUnit]: ...
     @property
-    def totals(self) -> tuple[list[int], list[int]]:
-        """Number of pages of each class, and how many of them sharing would free."""
-    def curve(self, order: Sequence[int], pages_per_copy: int = 256, possible: bool = False) -> list[int]:
+    def totals(self) -> SharingTotals: ...
+    def curve(self, order: Sequence[int], pages_per_copy: int = 256, *, possible: bool = False) -> list[int]:
         """Return the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units (by index) of
         `order`.
 
@@ -728,12 +1060,11 @@ class SharingScan:
 
 def free_zeros(
     mapping: Mapping,
-    ranges: Sequence[tuple[int, int]],
+    ranges: Sequence[_Extent],
     seconds: float,
     waiting: tuple[PagerFlags, int] | None = None,
-) -> tuple[int, int]:
-    """Punch the zero pages in `ranges` (start, length) of a file, for at most about `seconds`. Return the number of
-    ranges that were processed and of pages that were freed.
+) -> FreedZeros:
+    """Punch the zero pages in `ranges` (start, length) of a file, for at most about `seconds`.
 
     The workload must be paused, because a concurrent write would be lost. `waiting` is the deferred bitmap and the
     first page of the mapping in it; deferred pages are skipped.
@@ -750,6 +1081,33 @@ def large_tmpfs(size: int) -> int:
 
     The mount is in no namespace and is freed with its last descriptor. Raises OSError EPERM without CAP_SYS_ADMIN.
     """
+
+def hugetlbfs(size: int) -> int:
+    """Like `large_tmpfs`, of hugetlbfs with pages of 2 MiB."""
+
+def file_system_type(fd: int) -> int:
+    """Return the type of the file system of an open file (`f_type` of statfs(2)); O_PATH suffices. Raises OSError."""
+
+def userfaultfd(*, user_mode_only: bool) -> int:
+    """Create a userfaultfd of this process by the system call, without features. For probes. Raises OSError."""
+
+def read_memory(address: int, length: int) -> bytes:
+    """Return mapped memory of this process. For probes: may wait until another thread resolves a fault."""
+
+def write_memory(address: int, contents: bytes) -> None:
+    """Write to mapped memory of this process. For probes: may wait until another thread resolves a fault."""
+
+def kernel_reads(address: int) -> None:
+    """Make the kernel read a byte at an address, for probes. Raises OSError EFAULT if it cannot."""
+
+def kernel_writes(address: int, contents: bytes) -> int:
+    """Make the kernel write up to a page of bytes to an address, for probes. Return the number of bytes written.
+
+    Raises OSError EFAULT.
+    """
+
+def unshare_network() -> None:
+    """Move this process to a new network namespace, for probes. Raises OSError."""
 
 @final
 class LedgerReport:
@@ -799,11 +1157,43 @@ class LedgerReport:
         """Whether no damage was found, by this verification or by operations, and all sums match."""
 
 @final
+class Stalls:
+    """Durations of the operations of a `Ledger`."""
+
+    def __new__(cls, longest: int, histogram: Sequence[int]) -> Stalls: ...
+    @property
+    def longest(self) -> int:
+        """Longest operation, ns."""
+    @property
+    def histogram(self) -> list[int]:
+        """Number of operations that took 2**n up to 2**(n+1) ns, by n."""
+
+class _LedgerOptions(TypedDict, total=False):
+    threads: int
+    """Number of threads, and of partitions (default: 1)."""
+    seed: int
+    """Seed of all contents and choices (default: 1)."""
+    rate: int | None
+    """Limit of the writes of all threads together, bytes per second; None (default) means unlimited."""
+    working_set: float
+    """Fraction of the used pages that is rewritten (default: 1)."""
+    scatter: bool
+    """Whether the working set is spread over the used pages (default: False, the first ones)."""
+    skew: float
+    """With skew k, the first fraction x of the working set receives x**(1/k) of the writes (default: 1)."""
+    zero_fraction: float
+    """Fraction of the writes that zero a page (default: 0)."""
+    fill: float
+    """Fraction of the pages that is used (default: 1)."""
+    compressible: float
+    """Fraction of each page that is a repeated word (default: 0)."""
+
+@final
 class Ledger:
     """Built-in workload for demonstrations and tests: threads that rewrite self-describing pages of a mapping.
 
     The memory contains a header, counters, a table of versions and the pages; all of it is migrated. `verify` detects
-    lost, stale and torn writes; the documentation of the engine's `ledger` module explains how. Each thread owns one
+    lost, stale and torn writes; the documentation of the crate `pageferry-ledger` explains how. Each thread owns one
     partition of the pages. Several processes may each run a share of the partitions of the same memory.
 
     Methods raise ValueError if an option is out of range, if the memory is too small or if it does not contain a
@@ -811,34 +1201,17 @@ class Ledger:
     """
 
     @staticmethod
-    def create(
-        mapping: Mapping,
-        *,
-        threads: int = 1,
-        seed: int = 1,
-        rate: int | None = None,
-        working_set: float = 1.0,
-        scatter: bool = False,
-        skew: float = 1.0,
-        zero_fraction: float = 0.0,
-        fill: float = 1.0,
-        compressible: float = 0.0,
-        large_fraction: float | None = None,
-    ) -> Ledger:
+    def create(mapping: Mapping, *, large_fraction: float | None = None, **options: Unpack[_LedgerOptions]) -> Ledger:
         """Create a ledger in new memory and fill it, without starting the threads.
 
-        `rate` limits the writes of all threads together, in bytes per second; None means unlimited. Fractions are
-        between 0 and 1: `fill` of the pages is used, `working_set` of these is rewritten (with `scatter` spread over
-        them, otherwise the first ones), `zero_fraction` of the writes zero a page, and `compressible` of each page is a
-        repeated word. With `skew` k, the first fraction x of the working set receives x**(1/k) of the writes. With
-        `large_fraction`, all other 2 MiB units are excluded from huge pages.
+        With `large_fraction`, the fraction of the 2 MiB units that may be huge pages, all others are excluded.
         """
     @staticmethod
     def attach(mapping: Mapping, *, first_thread: int = 0, threads: int | None = None) -> Ledger:
         """Open the ledger in existing memory, to run `threads` partitions from `first_thread` on (None: all)."""
     @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `create`, without `large_fraction`."""
+    def options(self) -> _LedgerOptions:
+        """Options of `create`."""
     @property
     def pages(self) -> int:
         """Number of body pages."""
@@ -846,8 +1219,8 @@ class Ledger:
     def filled(self) -> int:
         """Number of body pages that are used."""
     @property
-    def state(self) -> str:
-        """State of the threads of this object: `stopped`, `running`, `pausing` or `paused`."""
+    def state(self) -> Literal["stopped", "running", "pausing", "paused"]:
+        """State of the threads of this object."""
     @property
     def tids(self) -> list[int]:
         """Kernel thread IDs of the threads of this object; empty if stopped."""
@@ -870,21 +1243,50 @@ class Ledger:
         """Return whether the table of a paused ledger matches its counters. Reads the whole table."""
     def writes(self) -> list[int]:
         """Return the number of writes of each partition, filling included, by all processes."""
-    def stalls(self, *, reset: bool = False) -> tuple[int, list[int]]:
-        """Return the longest operation of this object's threads in ns, and the numbers of operations of 2**n to
-        2**(n+1) ns."""
+    def stalls(self, *, reset: bool = False) -> Stalls:
+        """Return the durations of the operations of this object's threads, and forget them with `reset`."""
     def page_offset(self, number: int) -> int:
         """Return the offset of body page `number` in the mapping."""
 
-def scan_mappers(
-    files: Sequence[tuple[int, int, int]],
-) -> tuple[list[tuple[int, int, int, int, int, bool]], list[tuple[int, int, int]], list[int], int]:
+@final
+class FileMapping:
+    """Shared mapping of one of the files given to `scan_mappers`."""
+
+    @property
+    def file(self) -> int:
+        """Index of the file."""
+    @property
+    def pid(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def length(self) -> int:
+        """Bytes."""
+    @property
+    def offset(self) -> int:
+        """Offset in the file, bytes."""
+    @property
+    def writable(self) -> bool: ...
+
+@final
+class Mappers:
+    """Result of `scan_mappers`."""
+
+    @property
+    def mappings(self) -> list[FileMapping]:
+        """Shared mappings of the files."""
+    @property
+    def writers(self) -> list[int]:
+        """Process ID for each descriptor of a file that is open for writing."""
+    @property
+    def unreadable(self) -> list[int]:
+        """Processes that may not be inspected."""
+
+def scan_mappers(files: Sequence[tuple[int, int, int]]) -> Mappers:
     """Find the processes that map files or have them open for writing, in /proc, without the GIL.
 
-    `files` are given as (st_dev, st_ino, device in /proc/PID/maps). Return the shared mappings (index of the file,
-    process ID, address, length, offset, writable), the descriptors open for writing (index of the file, process ID,
-    descriptor), the processes that may not be inspected, and the number of inspected processes. Raises OSError.
+    `files` are given as (st_dev, st_ino, device in /proc/PID/maps). Raises OSError.
     """
 
-def own_mappings() -> list[tuple[int, int]]:
+def own_mappings() -> list[_Extent]:
     """Return the address and length of every `Mapping` of this process."""

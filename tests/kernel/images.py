@@ -60,7 +60,9 @@ class Maker:
         data = [page for page in order if self.classes[page] == DATA and not self.inherited[page]]
         entries = [(kind, inherited, 0, 0, 0) for kind, inherited in zip(self.classes, self.inherited, strict=True)]
         with new_file(path) as descriptor:
-            writer = ImageWriter(descriptor, secrets.token_bytes(16), self.codec, 65536, self.storage_block)
+            writer = ImageWriter(
+                descriptor, secrets.token_bytes(16), codec=self.codec, storage_block=self.storage_block
+            )
             for start in range(0, len(data), self.storage_block // PAGE):
                 group = data[start : start + self.storage_block // PAGE]
                 number = writer.append(0, [(page, self.contents[page].tobytes()) for page in group])

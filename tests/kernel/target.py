@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, Sampler, Space, Trace
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, MappedSegment, Mapping, Sampler, Space, Trace
 from tests.kernel.programs import Program
 
 
@@ -74,7 +74,7 @@ def _read(address: int, _: int, size: int) -> bytes:
 
 def _trace(pid: int, address: int, length: int) -> None:
     """Trace another process."""
-    _traces.append(Trace([(Space(pid), address, length, 0, 0)]))
+    _traces.append(Trace([MappedSegment(Space(pid), address, length)]))
 
 
 def _anonymous(length: int) -> int:
@@ -108,7 +108,7 @@ def _split(pid: int, pages: list[int], shared: bool) -> None:
     """Split the PMD mappings of another process, and keep them split."""
     sampler = Sampler(Space(pid))
     sampler.hold(pages)
-    sampler.split(pages, shared)
+    sampler.split(pages, marked=shared)
     _samplers.append(sampler)
 
 

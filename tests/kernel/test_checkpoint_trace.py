@@ -185,7 +185,7 @@ def test_memory_traced_by_another_userfaultfd_is_refused(tmp_path: Path) -> None
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     persistent_trace.forget(arena.workload())
-    other = _engine.Trace([(_engine.Space(), arena.address, arena.length, 0, 0)])
+    other = _engine.Trace([_engine.MappedSegment(_engine.Space(), arena.address, arena.length)])
     with pytest.raises(pageferry.errors.WorkloadError, match="another userfaultfd"):
         save(arena, tmp_path / "1", parent=tmp_path / "0")
     other.remove()

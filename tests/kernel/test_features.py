@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from pageferry import _engine
+from pageferry._engine import Advice
 from pageferry.host.probes import PROBES, Feature, kernel, machine, pages, processes
 from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous
 from tests.kernel.probing import Seen
@@ -194,14 +196,14 @@ def test_probes_change_no_machine_wide_setting() -> None:
 
 def test_pagemap_scan_matches_pagemap() -> None:
     memory = Anonymous(LARGE_PAGE)
-    kernel.madvise(memory.address, LARGE_PAGE, 15, "MADV_NOHUGEPAGE")
+    kernel.madvise(memory.address, LARGE_PAGE, Advice.NOHUGEPAGE)
     for page in (0, 1, 7, 100, 511):
-        kernel.write_memory(memory.address + page * SMALL_PAGE, b"x")
+        _engine.write_memory(memory.address + page * SMALL_PAGE, b"x")
     with open("/proc/self/pagemap", "rb") as pagemap:
         pagemap.seek(memory.address // SMALL_PAGE * 8)
         entries = pagemap.read(512 * 8)
     present = {page for page in range(512) if entries[page * 8 + 7] & 0x80}
-    ranges = kernel.scan(memory.address, memory.address + LARGE_PAGE, kernel.PAGE_IS_PRESENT)
+    ranges = kernel.present(memory.address, LARGE_PAGE)
     found = {(at - memory.address) // SMALL_PAGE for start, end in ranges for at in range(start, end, SMALL_PAGE)}
     assert found == present == {0, 1, 7, 100, 511}
 
@@ -221,10 +223,10 @@ def test_large_pages_match_smaps() -> None:
     if pages.mode("enabled") == "never":
         pytest.skip("transparent huge pages are disabled")
     memory = Anonymous(LARGE_PAGE)
-    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
-    kernel.write_memory(memory.address, b"x")
+    kernel.madvise(memory.address, LARGE_PAGE, Advice.HUGEPAGE)
+    _engine.write_memory(memory.address, b"x")
     assert kernel.large_pages_mapped(memory.address) == (large_bytes(memory.address) >= LARGE_PAGE)
-    kernel.madvise(memory.address, SMALL_PAGE, kernel.MADV_COLD, "MADV_COLD")
+    kernel.madvise(memory.address, SMALL_PAGE, Advice.COLD)
     assert kernel.large_pages_mapped(memory.address) == (large_bytes(memory.address) >= LARGE_PAGE)
 
 

@@ -135,7 +135,7 @@ def test_sampling_keeps_shared_frames(root: None) -> None:
         assert before == list(range(before[0], before[0] + SLOTS))
         sampler = Sampler(Space(owner.pid))
         sampler.hold([address])
-        sampler.split([address], True)
+        sampler.split([address], marked=True)
         assert frames(owner.pid, address, SLOTS) == [0] * SLOTS
         owner.order("read", address, [3, 400])
         during = frames(owner.pid, address, SLOTS)
@@ -151,7 +151,7 @@ def test_sampling_keeps_private_frames_until_restored(root: None) -> None:
         before = frames(owner.pid, address, SLOTS)
         sampler = Sampler(Space(owner.pid))
         sampler.hold([address])
-        sampler.split([address], False)
+        sampler.split([address], marked=False)
         sampler.cool([address])
         assert address not in large_mapped(owner.pid, address, LENGTH)
         owner.order("write", address, [3, 400], 1)

@@ -38,10 +38,11 @@ def test_ledger_writes_and_stays_intact() -> None:
         assert report.writes == report.versions == sum(ledger.writes())
         assert 0 < report.zeros < report.checked
         assert ledger.digest() == ledger.digest(threads=3)
-    longest, histogram = ledger.stalls(reset=True)
-    assert longest > 0
-    assert sum(histogram) >= 10000
-    assert ledger.stalls() == (0, [0] * len(histogram))
+    stalls = ledger.stalls(reset=True)
+    assert stalls.longest > 0
+    assert sum(stalls.histogram) >= 10000
+    again = ledger.stalls()
+    assert (again.longest, again.histogram) == (0, [0] * len(stalls.histogram))
 
 
 def test_options_are_stored_in_memory() -> None:

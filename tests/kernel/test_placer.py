@@ -13,7 +13,18 @@ from contextlib import contextmanager
 
 import pytest
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, BlockReceiver, BlockSender, Mapping, PageSet, Placer, Space
+from pageferry._engine import (
+    LARGE_PAGE,
+    SMALL_PAGE,
+    BlockReceiver,
+    BlockSender,
+    MappedSegment,
+    Mapping,
+    PageSet,
+    Placer,
+    Space,
+    TargetRegion,
+)
 from tests.kernel.backing import KINDS, backing
 from tests.kernel.target import Target
 
@@ -36,10 +47,10 @@ class Move:
             memory[page * SMALL_PAGE] = page % 3 if zeros else 1 + page % 3
         memory.release()
         large = self.source.large_units()
-        segments = [(Space(target.pid), self.address, length, 0, 0)]
-        self.placer = Placer([(self.copy, page_size, large)], segments, True, workers)
+        segments = [MappedSegment(Space(target.pid), self.address, length)]
+        self.placer = Placer([TargetRegion(self.copy, page_size, large)], segments, workers=workers)
         ends = socket.socketpair()
-        self.sender = BlockSender([ends[0].fileno()], "none")
+        self.sender = BlockSender([ends[0].fileno()])
         self.receiver = BlockReceiver([ends[1].fileno()], self.placer)
         for end in ends:
             end.close()
@@ -78,15 +89,21 @@ def test_no_fault_is_left_after_population(kind: str, workers: int) -> None:
     with moving(kind, workers=workers) as move:
         move.send([(0, PAGES)])
         assert move.placer.missing == 0
-        move.placer.finish(True)
+        move.placer.finish(populate_rest=True)
         assert move.faults(write=False) == 0
         assert move.faults() == 0
-        large, small, failed, seconds = move.placer.populated
-        assert failed == 0
-        assert seconds > 0
+        populated = move.placer.populated
+        assert populated.failed == 0
+        assert populated.seconds > 0
         expected = {"small": (0, PAGES), "large": (LENGTH // LARGE_PAGE, 0), "hugetlb": (0, LENGTH // LARGE_PAGE)}
         if kind != "large" or workers:
-            assert (large, small) == expected[kind]
+            assert (populated.large, populated.small) == expected[kind]
+
+
+def counts(placer: Placer) -> tuple[int, int, int]:
+    """Return the numbers of huge pages, base pages and failures of `Placer.populated`."""
+    populated = placer.populated
+    return populated.large, populated.small, populated.failed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +111,7 @@ def test_zeros_with_memory_are_populated(kind: str) -> None:
     """Zeros in huge pages have memory. Zeros in base pages are holes at the destination and cost one fault each."""
     with moving(kind, zeros=True) as move:
         move.send([(0, PAGES)])
-        move.placer.finish(True)
+        move.placer.finish(populate_rest=True)
         assert move.faults() == (PAGES // 3 if kind == "small" else 0)
 
 
@@ -102,7 +119,7 @@ def test_without_population_every_page_is_a_fault() -> None:
     """Control: the faults that the other tests expect to be absent occur without population."""
     with moving("small", workers=0) as move:
         move.send([(0, PAGES)])
-        move.placer.finish(False)
+        move.placer.finish(populate_rest=False)
         assert move.faults() > PAGES // 32
 
 
@@ -112,17 +129,17 @@ def test_unit_with_a_missing_slot_is_not_mapped(kind: str) -> None:
         move.send([(0, SLOTS - 1), (SLOTS, PAGES)])
         assert move.placer.missing == 1
         move.placer.populate(0, list(range(6)))
-        move.placer.finish(True)
+        move.placer.finish(populate_rest=True)
         # The first unit is not mapped at all; one fault may map several base pages.
         assert move.faults(SLOTS, write=False) > 0
-        assert move.placer.populated[0] == (5 if kind == "large" else 0)
+        assert move.placer.populated.large == (5 if kind == "large" else 0)
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_pages_received_after_population_are_visible(kind: str) -> None:
     with moving(kind) as move:
         move.send([(0, PAGES)])
-        move.placer.finish(True)
+        move.placer.finish(populate_rest=True)
         memory = memoryview(move.source).cast("B")
         for byte in (200, 0, 201):
             for page in range(0, PAGES, 5):
@@ -141,18 +158,18 @@ def test_rounds_overwrite_while_workers_populate() -> None:
                 memory[page * SMALL_PAGE + 1] = number
             move.send([(0, move.pages)])
         memory.release()
-        move.placer.finish(True)
+        move.placer.finish(populate_rest=True)
         assert bytes(memoryview(move.copy)) == bytes(memoryview(move.source))
         assert move.copy.large_units() == [True] * 32
         assert move.faults() == 0
-        assert move.placer.populated[:3] == (32, 0, 0)
+        assert counts(move.placer) == (32, 0, 0)
 
 
 def test_modified_units_are_populated_on_demand() -> None:
     with moving("large", workers=0) as move:
         move.send([(0, PAGES)])
         move.placer.populate(0, [0, 2])
-        assert move.placer.populated[:3] == (2, 0, 0)
+        assert counts(move.placer) == (2, 0, 0)
         assert move.faults(SLOTS) == 0
         assert move.faults() == 4, "expected one fault per remaining huge page"
 
@@ -161,7 +178,7 @@ def test_holes_are_not_populated() -> None:
     with backing("small", LENGTH, 2) as (source, copy), Target(copy) as target:
         move = Move(source, copy, target, 2)
         move.send([(0, SLOTS), (4 * SLOTS, PAGES)])
-        move.placer.finish(True)
+        move.placer.finish(populate_rest=True)
         assert move.copy.data_ranges() == [(0, LARGE_PAGE), (4 * LARGE_PAGE, LENGTH)]
 
 
@@ -170,15 +187,15 @@ def test_partly_mapped_region_is_populated_where_mapped() -> None:
     with backing("large", LENGTH, 2) as (source, copy), Target(copy) as target:
         move = Move(source, copy, target, 0)
         length = LENGTH - LARGE_PAGE // 2
-        segments = [(Space(target.pid), move.address, length, 0, 0)]
-        placer = Placer([(move.copy, SMALL_PAGE, move.source.large_units())], segments, True, 1)
-        move.placer.finish(False)
+        segments = [MappedSegment(Space(target.pid), move.address, length)]
+        placer = Placer([TargetRegion(move.copy, SMALL_PAGE, move.source.large_units())], segments, workers=1)
+        move.placer.finish(populate_rest=False)
         ends = socket.socketpair()
         move.sender = BlockSender([ends[0].fileno()])
         move.receiver = BlockReceiver([ends[1].fileno()], placer)
         move.send([(0, PAGES)])
-        placer.finish(True)
-        assert placer.populated[:3] == (5, SLOTS // 2, 1)
+        placer.finish(populate_rest=True)
+        assert counts(placer) == (5, SLOTS // 2, 1)
         assert move.faults(PAGES - SLOTS // 2) == 0
         for end in ends:
             end.close()
@@ -187,9 +204,9 @@ def test_partly_mapped_region_is_populated_where_mapped() -> None:
 def test_unknown_regions_and_units_are_refused() -> None:
     with backing("small", LENGTH) as (fd,):
         mapping = Mapping(fd, LENGTH)
-        placer = Placer([(mapping, SMALL_PAGE, [])], [])
+        placer = Placer([TargetRegion(mapping, SMALL_PAGE)], [])
         for region, unit in [(0, 6), (1, 0), (0, 1 << 60)]:
             with pytest.raises(ValueError, match="region"):
                 placer.populate(region, [unit])
         with pytest.raises(OSError, match="segment of region 1: only 1 regions given"):
-            Placer([(mapping, SMALL_PAGE, [])], [(Space(), mapping.address, LENGTH, 1, 0)])
+            Placer([TargetRegion(mapping, SMALL_PAGE)], [MappedSegment(Space(), mapping.address, LENGTH, 1)])

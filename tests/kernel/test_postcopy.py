@@ -19,12 +19,14 @@ import pytest
 from pageferry._engine import (
     LARGE_PAGE,
     SMALL_PAGE,
+    MappedSegment,
     Mapping,
     Pager,
     PageServer,
     PageSet,
     PeerSource,
     Space,
+    TargetRegion,
 )
 from tests.kernel.backing import KINDS, backing
 from tests.kernel.programs import DEADLINE, wait_until
@@ -79,9 +81,9 @@ class Scene:
         for page in pages:
             bits[page // 8] |= 1 << page % 8
         os.pwrite(self.flags, bits, 0)
-        self.userfault, number = Space(self.target.pid).missing_faults(discards=True)
-        assert number is not None
-        self.number = number
+        made = Space(self.target.pid).missing_faults(discards=True)
+        assert made.number is not None
+        self.userfault, self.number = made.descriptor, made.number
 
     @property
     def page_size(self) -> int:
@@ -91,8 +93,8 @@ class Scene:
         space = Space(self.target.pid)
         return Pager(
             source,
-            [(self.ours, self.page_size, self.source.large_units())],
-            [(space, self.address, LENGTH, 0, 0)],
+            [TargetRegion(self.ours, self.page_size, self.source.large_units())],
+            [MappedSegment(space, self.address, LENGTH)],
             {self.target.pid: self.userfault if userfault is None else userfault},
             self.flags,
             begin="taken-over" if taken_over else "kept",
@@ -100,7 +102,7 @@ class Scene:
 
     def server(self, descriptors: list[int], missing: PageSet | None = None, codec: str = "lz4") -> PageServer:
         return PageServer(
-            [self.source], [self.missing if missing is None else missing], descriptors[0], descriptors[1:], codec
+            [self.source], [self.missing if missing is None else missing], descriptors[0], descriptors[1:], codec=codec
         )
 
     def expected(self, pages: list[int]) -> list[int]:
@@ -164,7 +166,7 @@ def test_process_reads_pages_of_its_peer(kind: str) -> None:
         if kind == "large":
             assert Space(made.target.pid).large_mapped(made.address, LENGTH) == [(made.address, made.address + LENGTH)]
         # A page that an access waited for may be received twice: pushed, and as the reply to a request.
-        assert len(made.missing) <= source.progress[2] <= len(made.missing) + server.requests
+        assert len(made.missing) <= source.progress.data <= len(made.missing) + server.requests
 
 
 @pytest.mark.parametrize("kind", ["small", "hugetlb"])
@@ -251,7 +253,7 @@ def test_invalid_arguments_are_refused() -> None:
             Pager(None, [], [], {}, made.flags)  # type: ignore[arg-type]
         source = PeerSource(ours[0], ours[1:])
         with pytest.raises(ValueError, match="without a deferred bitmap"):
-            Pager(source, [(made.ours, SMALL_PAGE, [])], [], {}, made.flags)
+            Pager(source, [TargetRegion(made.ours, SMALL_PAGE)], [], {}, made.flags)
         pager = made.pager(source)
         with pytest.raises(ValueError, match="connection is in use by another pager"):
             pager.reconnect(source)

@@ -75,7 +75,7 @@ def test_pages_without_stored_bytes_are_not_read(tmp_path: Path) -> None:
     made = Maker(512, classes=[DATA] + [PATTERN, ZERO] * 255 + [PATTERN])
     arena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     assert (words(arena)[1:] == made.contents[1:]).all()
-    assert arena.pager.counters[4] == 0
+    assert arena.pager.counters.bytes_read == 0
 
 
 def test_working_set_is_recorded_and_prefetched_first(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import pageferry
-from pageferry._engine import PageSet, Space, Trace
+from pageferry._engine import MappedSegment, PageSet, Space, Trace
 from pageferry.checkpoints.restore_arena import RestoredArena
 from pageferry.cli.main import main
 from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
@@ -279,7 +279,7 @@ class Traced:
         self.words = words_of(self.arena)
         userfaults = self.arena.pager.hold()
         assert userfaults is not None
-        segment = (Space(), self.arena.address, self.arena.length, 0, 0)
+        segment = MappedSegment(Space(), self.arena.address, self.arena.length)
         self.trace = Trace([segment], userfaults=userfaults)
 
     def written(self) -> set[int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, SharingScan, Space, free_zeros
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Advice, ClassCounts, Mapping, SharingScan, Space, free_zeros
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
 from pageferry.host.smaps import total
 from pageferry.sharing import api, ksm
@@ -63,6 +63,10 @@ def numbers_at_random(seed: int, pages: int) -> list[int]:
     return [number(page) for page in range(pages)]
 
 
+def by_class(counts: ClassCounts) -> dict[str, int]:
+    return {name: getattr(counts, name) for name in CLASSES}
+
+
 def scanned(pieces: list[Any], most: int = 1 << 20) -> SharingScan:
     scan = SharingScan(pieces, most)
     while scan.step(3 << 20, 2):
@@ -88,13 +92,13 @@ def test_scan_of_files_matches_plain_python(kind: str) -> None:
         assert [os.fstat(fd).st_blocks for fd in files] == blocks
     workloads[2] = workloads[2][SLOTS : 2 * SLOTS] + workloads[2][3 * SLOTS :]
     expected, freed = worth(workloads)
-    assert [dict(zip(CLASSES, found, strict=True)) for found in scan.totals] == [expected, freed]
+    assert [by_class(scan.totals.pages), by_class(scan.totals.freed)] == [expected, freed]
     units = scan.units()
     assert len(units) == 10
-    assert [sum(counts[number] for *_, counts in units) for number in range(4)] == list(expected.values())
-    assert all(large == (kind != "small") for _, _, _, large, *_ in units)
+    assert {name: sum(by_class(unit.counts)[name] for unit in units) for name in CLASSES} == expected
+    assert all(unit.large == (kind != "small") for unit in units)
     flat = [one for numbers in workloads for one in numbers]
-    assert [counts[0] for *_, counts in units] == [flat[at : at + SLOTS].count(0) for at in range(0, len(flat), SLOTS)]
+    assert [unit.counts.zero for unit in units] == [flat[at : at + SLOTS].count(0) for at in range(0, len(flat), SLOTS)]
 
 
 def test_holes_among_small_pages_stay_holes() -> None:
@@ -105,7 +109,7 @@ def test_holes_among_small_pages_stay_holes() -> None:
                 memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(unique(1))
         scan = scanned([(0, mapping, 0, 2 * LARGE_PAGE)])
         assert os.fstat(fd).st_blocks * 512 == 4 * SMALL_PAGE
-    assert [(present, counts) for *_, present, _, _, counts in scan.units()] == [(3, [0, 0, 3, 0]), (1, [0, 0, 1, 0])]
+    assert [(unit.present, unit.counts.inside) for unit in scan.units()] == [(3, 3), (1, 1)]
 
 
 @pytest.mark.usefixtures("root")
@@ -116,12 +120,12 @@ def test_swapped_pages_of_files_stay_in_swap() -> None:
             for page in range(SLOTS):
                 memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(unique(1))
         space = Space()
-        space.advise(mapping.address, LARGE_PAGE, 21)  # MADV_PAGEOUT
+        space.madvise(mapping.address, LARGE_PAGE, Advice.PAGEOUT)
         before = total(os.getpid(), "Swap")
         assert before >= LARGE_PAGE // 2
         scan = scanned([(0, mapping, 0, LARGE_PAGE)])
-        ((*_, present, _, _, _),) = scan.units()
-        assert present <= SLOTS - before // SMALL_PAGE
+        (unit,) = scan.units()
+        assert unit.present <= SLOTS - before // SMALL_PAGE
         assert total(os.getpid(), "Swap") == before
 
 
@@ -132,8 +136,8 @@ def test_scan_of_private_memory_matches_plain_python() -> None:
         target.order("fill", numbers)
         scan = scanned([(0, Space(target.pid), target.address, 4 * LARGE_PAGE)])
         expected, freed = worth([numbers])
-        assert [dict(zip(CLASSES, found, strict=True)) for found in scan.totals] == [expected, freed]
-        assert [(position, large) for _, position, _, large, *_ in scan.units()] == [
+        assert [by_class(scan.totals.pages), by_class(scan.totals.freed)] == [expected, freed]
+        assert [(unit.position, unit.large) for unit in scan.units()] == [
             (target.address + number * LARGE_PAGE, True) for number in range(4)
         ]
         target.kill()
@@ -150,7 +154,7 @@ def test_scan_with_little_memory_samples_contents() -> None:
                 memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(one)
         scan = scanned([(0, mapping, 0, 8 * LARGE_PAGE)], most=len(numbers) // 3)
     assert scan.scale == 4
-    freed = scan.totals[1][CLASSES.index("inside")]
+    freed = scan.totals.freed.inside
     assert 0.7 < freed / worth([numbers])[1]["inside"] < 1.3
     assert freed % (3 * 4) == 0, "sampling must keep all copies of a page or none"
 
@@ -164,7 +168,7 @@ def test_curve_gives_pages_freed_by_the_first_units() -> None:
                 memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(one)
         scan = scanned([(0, mapping, 0, 6 * LARGE_PAGE)])
         order = [4, 1, 5, 0, 3, 2]
-        curve, zeros = scan.curve(order, 1 << 31), scan.curve(order, 256, True)
+        curve, zeros = scan.curve(order, 1 << 31), scan.curve(order, 256, possible=True)
         with pytest.raises(OSError, match="no such unit"):
             scan.curve([6])
     taken: list[int] = []
@@ -183,16 +187,17 @@ def test_zeros_become_holes_and_other_pages_stay() -> None:
         for page, one in enumerate(numbers):
             memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] = content(one)
         ranges = [(0, LARGE_PAGE), (2 * LARGE_PAGE, LARGE_PAGE)]
-        done, freed = free_zeros(mapping, ranges, 10.0)
+        freed = free_zeros(mapping, ranges, 10.0)
         zeros = [one == 0 and page // SLOTS != 1 for page, one in enumerate(numbers)]
-        assert (done, freed) == (2, sum(zeros))
+        assert (freed.ranges, freed.pages) == (2, sum(zeros))
         assert os.fstat(fd).st_blocks * 512 == (len(numbers) - sum(zeros)) * SMALL_PAGE
         assert mapping.large_units() == [False, True, False]
-        assert free_zeros(mapping, ranges, 10.0) == (2, 0)
+        again = free_zeros(mapping, ranges, 10.0)
+        assert (again.ranges, again.pages) == (2, 0)
         for page, one in enumerate(numbers):
             assert memory[page * SMALL_PAGE : (page + 1) * SMALL_PAGE] == content(one)
         memory.release()
-        assert free_zeros(mapping, ranges, 0.0)[0] == 1
+        assert free_zeros(mapping, ranges, 0.0).ranges == 1
         with pytest.raises(OSError, match="beyond"):
             free_zeros(mapping, [(2 * LARGE_PAGE, 2 * LARGE_PAGE)], 1.0)
 
@@ -312,7 +317,7 @@ def test_ksm_in_use_by_others_is_refused() -> None:
             assert run.read_text() == "1\n"
         finally:
             run.write_text("0")
-        Space(other.pid).call(28, other.address, LARGE_PAGE, 12)  # madvise(MADV_MERGEABLE)
+        Space(other.pid).madvise(other.address, LARGE_PAGE, Advice.MERGEABLE)
         with pytest.raises(UnsupportedError, match=rf"have mergeable memory: .*{other.pid} \(python"):
             ksm.check_unused({target.pid} | (set(ksm._users()) - {other.pid}))
 

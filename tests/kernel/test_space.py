@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Mapping, Space, Trace
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, MappedSegment, Mapping, Space, Trace
 from tests.kernel.backing import backing
 from tests.kernel.target import Target
 
-_GETPID, _CLOSE = 39, 3
 SLOTS = LARGE_PAGE // SMALL_PAGE
 
 
 def test_system_call_is_made_in_the_process() -> None:
     with Target() as target:
-        assert Space(target.pid).call(_GETPID) == target.pid
+        assert Space(target.pid).getppid() == os.getpid()
         with pytest.raises(OSError, match="injected system call failed") as failed:
-            Space(target.pid).call(_CLOSE, 9999)
+            Space(target.pid).close_fd(9999)
         assert failed.value.errno == errno.EBADF
 
 
@@ -31,7 +30,7 @@ def test_process_with_several_threads_keeps_running() -> None:
     code = "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(0.3,)).start()\n"
     with subprocess.Popen(["python3", "-c", code]) as process:
         for _ in range(50):
-            assert Space(process.pid).call(_GETPID) == process.pid
+            assert Space(process.pid).getppid() == os.getpid()
         assert process.wait(20) == 0
 
 
@@ -42,7 +41,7 @@ def test_calls_work_after_execve() -> None:
         try:
             for _ in range(100):
                 try:
-                    assert Space(process.pid).call(_GETPID) == process.pid
+                    assert Space(process.pid).getppid() == os.getpid()
                 except OSError as error:
                     assert "keeps executing new programs" in str(error)  # noqa: PT017 (both ends are right)
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -59,7 +58,7 @@ def test_concurrent_adoptions_of_one_process_succeed_or_are_refused() -> None:
     def adopt(pid: int) -> None:
         for _ in range(30):
             try:
-                assert Space(pid).call(_GETPID) == pid
+                assert Space(pid).getppid() == os.getpid()
             except PermissionError as error:
                 refused.append(error)
 
@@ -69,7 +68,7 @@ def test_concurrent_adoptions_of_one_process_succeed_or_are_refused() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert Space(target.pid).call(_GETPID) == target.pid
+        assert Space(target.pid).getppid() == os.getpid()
     assert all("traced" in str(error) for error in refused)
 
 
@@ -79,7 +78,7 @@ def test_exited_process_is_an_error() -> None:
     with target:
         target.kill()
     with pytest.raises(ProcessLookupError):
-        space.call(_GETPID)
+        space.getppid()
     with pytest.raises(ProcessLookupError):
         Space(target.pid)
 
@@ -89,7 +88,7 @@ def test_no_descriptor_is_left_behind() -> None:
         address = target.order("map", fd, LARGE_PAGE)
         before = sorted(os.listdir(f"/proc/{target.pid}/fd"))
         for _ in range(20):
-            Trace([(Space(target.pid), address, LARGE_PAGE, 0, 0)]).remove()
+            Trace([MappedSegment(Space(target.pid), address, LARGE_PAGE)]).remove()
         assert sorted(os.listdir(f"/proc/{target.pid}/fd")) == before
 
 
@@ -115,7 +114,7 @@ def test_large_mappings_are_made_from_outside(kind: str) -> None:
 def test_uncollapsible_memory_is_an_error() -> None:
     with backing("small", 2 * LARGE_PAGE) as (fd,):
         mapping = Mapping(fd, 2 * LARGE_PAGE)
-        trace = Trace([(Space(), mapping.address, LARGE_PAGE, 0, 0)])
+        trace = Trace([MappedSegment(Space(), mapping.address, LARGE_PAGE)])
         with pytest.raises(OSError, match="Invalid argument") as refused:
             Space().collapse(mapping.address, LARGE_PAGE)
         assert refused.value.errno == errno.EINVAL

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from pageferry._engine import Space, Trace
+from pageferry._engine import MappedSegment, Space, Trace
 from tests.kernel.assembled import BOARD, MAP_BOARD, running
-
-GETPID = 39
 
 COUNT_32 = f"""
 .globl _start
@@ -164,9 +163,9 @@ def test_32_bit_process_is_refused_and_unchanged(source: str, tmp_path: Path) ->
         before = sorted(tmp_path.iterdir())
         for _ in range(3):
             with pytest.raises(PermissionError, match="runs 32-bit code"):
-                Space(program.pid).call(GETPID)
+                Space(program.pid).getppid()
             with pytest.raises(PermissionError, match="runs 32-bit code"):
-                Trace([(Space(program.pid), BOARD, 4096, 0, 0)])
+                Trace([MappedSegment(Space(program.pid), BOARD, 4096)])
         assert program.passes(0, program[0] + 2)
         assert program[1] == 0
         assert sorted(tmp_path.iterdir()) == before
@@ -177,7 +176,7 @@ def test_64_bit_process_in_32_bit_code_is_refused_and_unchanged(tmp_path: Path) 
         if not program.passes(0, 2):
             pytest.skip("this kernel has no 32-bit code segment")
         with pytest.raises(PermissionError, match="runs 32-bit code"):
-            Space(program.pid).call(GETPID)
+            Space(program.pid).getppid()
         assert program.passes(0, program[0] + 2)
 
 
@@ -186,7 +185,7 @@ def test_64_bit_process_partly_in_32_bit_code_is_called_in_64_bit_code(tmp_path:
         if not program.passes(0, 2):
             pytest.skip("this kernel has no 32-bit code segment")
         for _ in range(30):
-            assert Space(program.pid).call(GETPID) == program.pid
+            assert Space(program.pid).getppid() == os.getpid()
         assert program.passes(0, program[0] + 2)
 
 
@@ -195,7 +194,7 @@ def test_32_bit_call_of_64_bit_code_is_restarted(tmp_path: Path) -> None:
         if not program.passes(0, 2) or program[1]:
             pytest.skip("this kernel does not support 32-bit system calls")
         for _ in range(100):
-            assert Space(program.pid).call(GETPID) == program.pid
+            assert Space(program.pid).getppid() == os.getpid()
         assert program.passes(0, program[0] + 2)
         assert program[1] == 0
 
@@ -209,7 +208,7 @@ def test_interrupted_restartable_sequence_never_commits(tmp_path: Path) -> None:
         for _ in range(50):
             time.sleep(0.002)  # lets the section that was released last end
             interrupted = program[0]  # stays in this section until it is aborted
-            assert Space(program.pid).call(GETPID) == program.pid
+            assert Space(program.pid).getppid() == os.getpid()
             committed += not program.passes(0, interrupted, 0.2)
             program[1] = 1
             assert program.passes(2, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, Mapping, PageSet, Space, Trace
+from pageferry._engine import LARGE_PAGE, SMALL_PAGE, Ledger, MappedSegment, Mapping, PageSet, Space, Trace
 from tests.kernel.backing import KINDS, backing
 from tests.kernel.programs import wait_until
 from tests.kernel.target import Target
@@ -60,7 +60,7 @@ def faults() -> int:
 
 def own(mapping: Mapping, release_after: int = 0) -> Trace:
     large = mapping.large_units() if release_after and grain(mapping.fileno()) == 1 else []
-    return Trace([(Space(), mapping.address, mapping.length, 0, 0)], release_after, [large])
+    return Trace([MappedSegment(Space(), mapping.address, mapping.length)], release_after, [large])
 
 
 def collect(trace: Trace, pages: int = PAGES) -> set[int]:
@@ -126,7 +126,7 @@ def test_reads_are_not_reported(fd: int) -> None:
 def test_writes_of_another_process_are_reported(fd: int) -> None:
     with Target(fd) as target:
         address = target.order("map", fd, LENGTH)
-        trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
+        trace = Trace([MappedSegment(Space(target.pid), address, LENGTH)])
         written = {random.Random(3).randrange(PAGES) for _ in range(200)}
         target.order("write", address, sorted(written), 9)
         assert collect(trace) == coarse(written, grain(fd))
@@ -137,7 +137,7 @@ def test_writes_of_another_process_are_reported(fd: int) -> None:
 def test_writes_of_two_processes_to_shared_memory_are_reported(small: int) -> None:
     with Target(small) as one, Target(small) as other:
         spaces = [(Space(target.pid), target.order("map", small, LENGTH)) for target in (one, other)]
-        trace = Trace([(space, address, LENGTH, 0, 0) for space, address in spaces])
+        trace = Trace([MappedSegment(space, address, LENGTH) for space, address in spaces])
         one.order("write", spaces[0][1], [1, 2, 900], 1)
         other.order("write", spaces[1][1], [2, 3], 2)
         assert collect(trace) == {1, 2, 3, 900}
@@ -148,7 +148,7 @@ def test_writes_of_two_processes_to_shared_memory_are_reported(small: int) -> No
 def test_segments_report_pages_relative_to_the_region(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     address, half = mapping.address, LENGTH // 2
-    segments = [(Space(), address, half, 1, 0), (Space(), address + half, half, 0, 100)]
+    segments = [MappedSegment(Space(), address, half, 1), MappedSegment(Space(), address + half, half, 0, 100)]
     trace = Trace(segments)
     write(mapping, {4, PAGES // 2 + 4})
     first, second = PageSet(PAGES), PageSet(PAGES)
@@ -160,7 +160,7 @@ def test_segments_report_pages_relative_to_the_region(small: int) -> None:
 def test_page_unmapped_after_a_write_is_reported(kind: str) -> None:
     with backing(kind, LENGTH) as (fd,), Target(fd) as target:
         address = target.order("map", fd, LENGTH)
-        trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
+        trace = Trace([MappedSegment(Space(target.pid), address, LENGTH)])
         target.order("write", address, list(range(SLOTS)), 9)
         target.order("discard", address, LARGE_PAGE)
         assert collect(trace) == set(range(SLOTS))
@@ -196,7 +196,7 @@ def test_no_write_is_lost_while_collecting(kind: str, release_after: int) -> Non
         ledger.start()
         trace = own(mapping, release_after)
         copy, memory = bytearray(length), memoryview(mapping).cast("B")
-        dirty = PageSet(length // SMALL_PAGE, True)
+        dirty = PageSet.full(length // SMALL_PAGE)
         for number in range(40):
             if number == 39:
                 ledger.pause()
@@ -273,7 +273,7 @@ def test_traced_process_survives_killed_tracer(small: int) -> None:
             tracer.kill()
         wait_until(lambda: "uw" not in flags(target.pid, address), "the end of the trace")
         target.order("write", address, [1, 2, 3], 2)
-        trace = Trace([(Space(target.pid), address, LENGTH, 0, 0)])
+        trace = Trace([MappedSegment(Space(target.pid), address, LENGTH)])
         target.order("write", address, [2], 3)
         assert collect(trace) == {2}
 
@@ -303,7 +303,7 @@ def test_exited_process_is_an_error_and_keeps_other_pages(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     with Target(small) as target:
         address = target.order("map", small, LENGTH)
-        segments = [(Space(), mapping.address, LENGTH, 0, 0), (Space(target.pid), address, LENGTH, 0, 0)]
+        segments = [MappedSegment(Space(), mapping.address, LENGTH), MappedSegment(Space(target.pid), address, LENGTH)]
         trace = Trace(segments)
         write(mapping, {6})
         target.order("write", address, [7], 1)
@@ -318,7 +318,9 @@ def test_exited_process_is_an_error_and_keeps_other_pages(small: int) -> None:
 def test_collect_into_too_few_sets_is_refused(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     half = LENGTH // 2
-    trace = Trace([(Space(), mapping.address, half, 0, 0), (Space(), mapping.address + half, half, 1, 0)])
+    trace = Trace(
+        [MappedSegment(Space(), mapping.address, half), MappedSegment(Space(), mapping.address + half, half, 1)]
+    )
     write(mapping, {5})
     with pytest.raises(OSError, match="cannot collect region 1"):
         trace.collect([PageSet(PAGES)])

@@ -16,7 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pageferry._engine import LARGE_PAGE, SMALL_PAGE, BlockReceiver, BlockSender, Mapping, PageSet, Placer, large_tmpfs
+from pageferry._engine import (
+    LARGE_PAGE,
+    SMALL_PAGE,
+    BlockReceiver,
+    BlockSender,
+    Mapping,
+    PageSet,
+    Placer,
+    TargetRegion,
+    large_tmpfs,
+)
 
 PAGES = 700
 _PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -79,8 +89,8 @@ def test_destination_matches_source_after_each_barrier(
 ) -> None:
     source, copy = memory(), memory()
     with connected(streams) as (ours, theirs):
-        sender = BlockSender(numbers(ours), codec, page_block=16384, storage_block=65536)
-        receiver = BlockReceiver(numbers(theirs), Placer([(copy, SMALL_PAGE, [])], []))
+        sender = BlockSender(numbers(ours), codec=codec, page_block=16384, storage_block=65536)
+        receiver = BlockReceiver(numbers(theirs), Placer([TargetRegion(copy, SMALL_PAGE)], []))
         for number, changes in enumerate([[], *rounds]):
             written = set()
             for page, byte in changes:
@@ -92,7 +102,7 @@ def test_destination_matches_source_after_each_barrier(
                 else:
                     fill(source, page, byte)
                     written.add(page)
-            pages = page_set(written) if number else PageSet(PAGES, True)
+            pages = page_set(written) if number else PageSet.full(PAGES)
             sending = threading.Thread(target=sender.send, args=([source], [pages], number))
             sending.start()
             receiver.receive(number)
@@ -107,23 +117,25 @@ def test_bandwidth_limit_and_codec_are_optional() -> None:
     view = memoryview(source)
     view[:] = random.Random(1).randbytes(PAGES * SMALL_PAGE // 2) + bytes(PAGES * SMALL_PAGE // 2)
     with connected(2) as (ours, theirs):
-        sender = BlockSender(numbers(ours), "zstd", 4096, 8192, bandwidth=2 << 20, adaptive=True)
-        receiver = BlockReceiver(numbers(theirs), Placer([(copy, SMALL_PAGE, [])], []))
+        sender = BlockSender(
+            numbers(ours), codec="zstd", page_block=4096, storage_block=8192, bandwidth=2 << 20, adaptive=True
+        )
+        receiver = BlockReceiver(numbers(theirs), Placer([TargetRegion(copy, SMALL_PAGE)], []))
         begin = time.monotonic()
-        sending = threading.Thread(target=sender.send, args=([source], [PageSet(PAGES, True)], 0))
+        sending = threading.Thread(target=sender.send, args=([source], [PageSet.full(PAGES)], 0))
         sending.start()
         receiver.receive(0)
         sending.join()
         # The last block of each stream may be early; 20 ms of delay may be caught up.
-        assert time.monotonic() - begin >= (sender.progress[0] - 3 * 8192) / (2 << 20) - 0.02
+        assert time.monotonic() - begin >= (sender.progress.bytes - 3 * 8192) / (2 << 20) - 0.02
         assert contents(copy) == contents(source)
-        assert sender.uncompressed <= sender.progress[1]
+        assert sender.uncompressed <= sender.progress.blocks
     with connected(1) as (ours, _):
-        assert BlockSender(numbers(ours), "lz4").uncompressed == 0
+        assert BlockSender(numbers(ours), codec="lz4").uncompressed == 0
 
 
 def receiver_of(end: socket.socket, timeout: float = 20.0) -> BlockReceiver:
-    return BlockReceiver([end.fileno()], Placer([(memory(), SMALL_PAGE, [])], []), timeout)
+    return BlockReceiver([end.fileno()], Placer([TargetRegion(memory(), SMALL_PAGE, [])], []), timeout)
 
 
 def test_closed_peer_is_an_error() -> None:
@@ -165,8 +177,8 @@ def test_sockets_with_a_timeout_work() -> None:
         ours.settimeout(5)
         theirs.settimeout(5)
         sender = BlockSender([ours.fileno()])
-        receiver = BlockReceiver([theirs.fileno()], Placer([(copy, SMALL_PAGE, [])], []))
-        threading.Timer(0.3, sender.send, args=([source], [PageSet(PAGES, True)], 0)).start()
+        receiver = BlockReceiver([theirs.fileno()], Placer([TargetRegion(copy, SMALL_PAGE)], []))
+        threading.Timer(0.3, sender.send, args=([source], [PageSet.full(PAGES)], 0)).start()
         receiver.receive(0)
     assert contents(copy) == contents(source)
 
@@ -184,12 +196,12 @@ def test_full_destination_is_an_error(codec: str, root: None) -> None:
     for page in range(pages):
         fill(source, page, 1 + page % 9)
     with connected(1) as ((ours,), (theirs,)):
-        sender = BlockSender([ours.fileno()], codec)
-        receiver = BlockReceiver([theirs.fileno()], Placer([(copy, SMALL_PAGE, [True, True])], []))
+        sender = BlockSender([ours.fileno()], codec=codec)
+        receiver = BlockReceiver([theirs.fileno()], Placer([TargetRegion(copy, SMALL_PAGE, [True, True])], []))
 
         def send() -> None:
             with contextlib.suppress(ConnectionResetError, InterruptedError):
-                sender.send([source], [PageSet(pages, True)], 0)
+                sender.send([source], [PageSet.full(pages)], 0)
 
         sending = threading.Thread(target=send)
         sending.start()
@@ -204,7 +216,7 @@ def test_invalid_arguments_are_refused() -> None:
     with connected(1) as ((ours,), (theirs,)):
         fd = ours.fileno()
         with pytest.raises(ValueError, match="invalid codec"):
-            BlockSender([fd], "brotli")
+            BlockSender([fd], codec="brotli")
         for page_block in (0, 5000, 2 << 20):
             with pytest.raises(ValueError, match="page block"):
                 BlockSender([fd], page_block=page_block)

@@ -5,6 +5,13 @@ use pyo3::types::PyBytes;
 use crate::errors;
 use crate::space::Space;
 
+/// Huge page that stays split.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct SplitPage {
+    address: u64,
+    reason: String,
+}
+
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Sampler {
     inner: activity::Sampler,
@@ -23,6 +30,7 @@ impl Sampler {
         py.detach(|| self.inner.hold(&pages)).map_err(errors::kernel)
     }
 
+    #[pyo3(signature = (pages, *, marked))]
     fn split(&self, py: Python<'_>, pages: Vec<u64>, marked: bool) -> PyResult<()> {
         py.detach(|| self.inner.split(&pages, marked)).map_err(errors::kernel)
     }
@@ -37,8 +45,8 @@ impl Sampler {
         Ok(found.iter().map(|words| PyBytes::new(py, &bytes(words))).collect())
     }
 
-    fn restore(&self, py: Python<'_>) -> Vec<(u64, String)> {
+    fn restore(&self, py: Python<'_>) -> Vec<SplitPage> {
         let small = py.detach(|| self.inner.restore());
-        small.into_iter().map(|(address, error)| (address, error.to_string())).collect()
+        small.into_iter().map(|(address, error)| SplitPage { address, reason: error.to_string() }).collect()
     }
 }

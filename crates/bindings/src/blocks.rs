@@ -5,6 +5,9 @@ use pageferry_engine::block::{Codec, MAX_RAW, MAX_UNIT};
 use pageferry_engine::image::Sizes;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::options::Keywords;
 
 pub fn codec(name: &str) -> PyResult<Codec> {
     Codec::named(name)
@@ -24,4 +27,18 @@ pub fn sizes(page_block: usize, storage_block: usize) -> PyResult<Sizes> {
         )));
     }
     Ok(Sizes { page_block, storage_block })
+}
+
+/// Takes the keyword arguments of a new image.
+pub fn image_format(keywords: &Keywords<'_>) -> PyResult<(Codec, Sizes)> {
+    let codec = codec(&keywords.take("codec", "lz4".to_owned())?)?;
+    let sizes = sizes(keywords.take("page_block", 65_536)?, keywords.take("storage_block", 1_048_576)?)?;
+    Ok((codec, sizes))
+}
+
+/// Takes the keyword arguments of a new image, and rejects others.
+pub fn only_image_format(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<(Codec, Sizes)> {
+    let keywords = Keywords::new(py, given)?;
+    let format = image_format(&keywords)?;
+    keywords.finish().map(|()| format)
 }

@@ -7,7 +7,7 @@ use pageferry_engine::mapping::duplicate;
 use parking_lot::Mutex;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyDict};
 
 use crate::{blocks, errors};
 
@@ -19,12 +19,44 @@ pub fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-/// Page map entry: class, whether it is in the parent, signature, storage block and slot.
-pub type Entry = (u8, bool, u64, u32, u16);
 /// Stored pages, in the order of storage blocks.
 type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
-/// Page (or None) and message of each finding.
-type Findings = Vec<(Option<usize>, String)>;
+/// Damage found by a verification.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct Finding {
+    page: Option<usize>,
+    message: String,
+}
+
+impl From<image::Finding> for Finding {
+    fn from(finding: image::Finding) -> Self {
+        Self { page: finding.page, message: finding.message }
+    }
+}
+
+/// Complete image file.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct WrittenImage {
+    digest: u64,
+    length: u64,
+}
+
+impl From<image::Finished> for WrittenImage {
+    fn from(finished: image::Finished) -> Self {
+        Self { digest: finished.digest, length: finished.len }
+    }
+}
+
+/// Numbers of pages by class.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct PageCounts {
+    absent: usize,
+    zero: usize,
+    pattern: usize,
+    same_as: usize,
+    data: usize,
+    in_parent: usize,
+}
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Image {
@@ -93,33 +125,31 @@ impl Image {
         Ok(contents.map(|contents| PyBytes::new(py, &contents)))
     }
 
-    fn entries(&self, first: usize, count: usize) -> PyResult<Vec<Entry>> {
-        let end = first.saturating_add(count);
-        let part = self.inner.page_map().get(first..end);
-        let part = part.ok_or_else(|| PyValueError::new_err(self.no_such_pages(first, end)))?;
-        let plain = |entry: &image::PageEntry| {
-            (entry.class, entry.in_parent(), entry.signature.get(), entry.block.get(), entry.slot.get())
-        };
-        Ok(part.iter().map(plain).collect())
+    fn classes<'py>(&self, py: Python<'py>, first: usize, count: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let classes: Vec<u8> = self.entries(first, count)?.iter().map(|entry| entry.class).collect();
+        Ok(PyBytes::new(py, &classes))
     }
 
-    /// Counts pages by class (absent, zero, pattern, same-as, data), and those in the parent.
-    fn count(&self, py: Python<'_>, first: usize, count: usize) -> PyResult<[usize; 6]> {
-        let end = first.saturating_add(count);
-        let part = self.inner.page_map().get(first..end);
-        let part = part.ok_or_else(|| PyValueError::new_err(self.no_such_pages(first, end)))?;
-        Ok(py.detach(|| {
+    fn count(&self, py: Python<'_>, first: usize, count: usize) -> PyResult<PageCounts> {
+        let entries = self.entries(first, count)?;
+        let [absent, zero, pattern, same_as, data, in_parent] = py.detach(|| {
             let mut counts = [0; 6];
-            for entry in part {
+            for entry in entries {
                 let place = if entry.in_parent() { 5 } else { usize::from(entry.class).min(4) };
                 counts[place] += 1;
             }
             counts
-        }))
+        });
+        Ok(PageCounts { absent, zero, pattern, same_as, data, in_parent })
     }
 }
 
 impl Image {
+    fn entries(&self, first: usize, count: usize) -> PyResult<&[image::PageEntry]> {
+        let end = first.saturating_add(count);
+        self.inner.page_map().get(first..end).ok_or_else(|| PyValueError::new_err(self.no_such_pages(first, end)))
+    }
+
     fn no_such_pages(&self, first: usize, end: usize) -> String {
         format!("invalid pages {first} to {end}: the image has {}", self.pages())
     }
@@ -173,23 +203,23 @@ impl ImageChain {
         py.detach(|| self.stored_pages().len())
     }
 
-    fn verify(&self, py: Python<'_>, first: usize, count: usize, limit: usize) -> Findings {
+    fn verify(&self, py: Python<'_>, first: usize, count: usize, limit: usize) -> Vec<Finding> {
         let findings = py.detach(|| {
             let stored = self.stored_pages();
             let part = &stored[first.min(stored.len())..first.saturating_add(count).min(stored.len())];
             image::verify(&self.inner, part, limit)
         });
-        findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
+        findings.into_iter().map(Finding::from).collect()
     }
 
-    fn verify_unused(&self, py: Python<'_>) -> Findings {
+    fn verify_unused(&self, py: Python<'_>) -> Vec<Finding> {
         let findings = py.detach(|| image::verify_unused(self.inner.nearest(), &self.stored_pages()));
-        findings.into_iter().map(|finding| (finding.page, finding.message)).collect()
+        findings.into_iter().map(Finding::from).collect()
     }
 
     /// Writes the whole chain as one image. `sections` are pairs of kind and contents.
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    #[pyo3(signature = (fd, id, regions, sections, codec = "lz4", page_block = 65536, storage_block = 1048576))]
+    #[expect(clippy::too_many_arguments, reason = "five arguments in Python, besides the interpreter token")]
+    #[pyo3(signature = (fd, id, regions, sections, **format))]
     fn flatten(
         &self,
         py: Python<'_>,
@@ -197,11 +227,9 @@ impl ImageChain {
         id: [u8; 16],
         regions: Vec<usize>,
         sections: Vec<(u32, Vec<u8>)>,
-        codec: &str,
-        page_block: usize,
-        storage_block: usize,
-    ) -> PyResult<(u64, u64)> {
-        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
+        format: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<WrittenImage> {
+        let (codec, sizes) = blocks::only_image_format(py, format)?;
         if regions.iter().sum::<usize>() != self.inner.nearest().page_map().len() {
             return Err(PyValueError::new_err("cannot flatten: the regions do not match the page map"));
         }
@@ -212,8 +240,7 @@ impl ImageChain {
             for (kind, contents) in &sections {
                 writer.section(*kind, contents)?;
             }
-            let finished = writer.finish(regions.len(), &map)?;
-            Ok((finished.digest, finished.len))
+            Ok(writer.finish(regions.len(), &map)?.into())
         });
         written.map_err(image_error)
     }

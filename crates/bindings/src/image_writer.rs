@@ -2,13 +2,17 @@ use parking_lot::Mutex;
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class};
-use pageferry_engine::image::{self, FLAG_IN_PARENT, PageEntry};
+use pageferry_engine::image::{self, FLAG_IN_PARENT, PageEntry, Sizes};
 use pageferry_engine::mapping::duplicate;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
-use crate::image::Entry;
+use crate::image::WrittenImage;
 use crate::{blocks, errors};
+
+/// Page map entry: class, whether it is in the parent, signature, storage block and slot.
+type Entry = (u8, bool, u64, u32, u16);
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ImageWriter {
@@ -28,9 +32,10 @@ impl ImageWriter {
 #[pymethods]
 impl ImageWriter {
     #[new]
-    #[pyo3(signature = (fd, id, codec = "lz4", page_block = 65536, storage_block = 1048576))]
-    fn new(fd: i32, id: [u8; 16], codec: &str, page_block: usize, storage_block: usize) -> PyResult<Self> {
-        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
+    #[pyo3(signature = (fd, id, **format))]
+    fn new(py: Python<'_>, fd: i32, id: [u8; 16], format: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let (codec, sizes) = blocks::only_image_format(py, format)?;
+        let Sizes { page_block, storage_block } = sizes;
         let file = duplicate(fd).map_err(errors::kernel)?;
         let writer = image::ImageWriter::new(file, id, sizes).map_err(errors::kernel)?;
         let inner = Mutex::new(Some((writer, Builder::new(codec, page_block, storage_block))));
@@ -61,8 +66,7 @@ impl ImageWriter {
         self.with(|writer, _| writer.section(kind, contents))
     }
 
-    /// Writes the page map and the index. Returns digest and length.
-    fn finish(&self, py: Python<'_>, regions: usize, entries: Vec<Entry>) -> PyResult<(u64, u64)> {
+    fn finish(&self, py: Python<'_>, regions: usize, entries: Vec<Entry>) -> PyResult<WrittenImage> {
         let class = |number: u8| {
             Class::numbered(number)
                 .ok_or_else(|| PyValueError::new_err(format!("invalid page class {number}: expected 0 to 4")))
@@ -75,7 +79,6 @@ impl ImageWriter {
         let map = entries.into_iter().map(entry).collect::<PyResult<Vec<_>>>()?;
         let taken = self.inner.lock().take();
         let (writer, _) = taken.ok_or_else(|| PyValueError::new_err("the image is already finished"))?;
-        let finished = py.detach(|| writer.finish(regions, &map)).map_err(errors::kernel)?;
-        Ok((finished.digest, finished.len))
+        py.detach(|| writer.finish(regions, &map)).map(Into::into).map_err(errors::kernel)
     }
 }

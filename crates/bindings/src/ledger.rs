@@ -3,13 +3,14 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use pageferry_engine::ledger::{self, LedgerError, Options};
+use pageferry_ledger::{self as ledger, LedgerError, Options};
 use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::errors;
 use crate::mapping::Mapping;
+use crate::options::Keywords;
 
 /// Interval at which a long call checks for signals.
 const SLICE: Duration = Duration::from_millis(50);
@@ -52,6 +53,22 @@ fn interruptible<T: Send>(
             }
         })
     })
+}
+
+/// Takes the keyword arguments of a new ledger.
+fn options(keywords: &Keywords<'_>) -> PyResult<Options> {
+    let options = Options {
+        threads: keywords.take("threads", 1)?,
+        seed: keywords.take("seed", 1)?,
+        rate: keywords.take("rate", None)?,
+        working_set: keywords.take("working_set", 1.0)?,
+        scatter: keywords.take("scatter", false)?,
+        skew: keywords.take("skew", 1.0)?,
+        zero_fraction: keywords.take("zero_fraction", 0.0)?,
+        fill: keywords.take("fill", 1.0)?,
+        compressible: keywords.take("compressible", 0.0)?,
+    };
+    keywords.finish().map(|()| options)
 }
 
 fn default_threads(threads: usize) -> usize {
@@ -97,6 +114,21 @@ impl From<ledger::Report> for LedgerReport {
     }
 }
 
+/// Durations of operations, in nanoseconds.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct Stalls {
+    longest: u64,
+    histogram: Vec<u64>,
+}
+
+#[pymethods]
+impl Stalls {
+    #[new]
+    fn new(longest: u64, histogram: Vec<u64>) -> Self {
+        Self { longest, histogram }
+    }
+}
+
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Ledger {
     inner: ledger::Ledger,
@@ -112,24 +144,14 @@ impl Drop for Ledger {
 #[pymethods]
 impl Ledger {
     #[staticmethod]
-    #[pyo3(signature = (mapping, *, threads = 1, seed = 1, rate = None, working_set = 1.0, scatter = false, skew = 1.0,
-                        zero_fraction = 0.0, fill = 1.0, compressible = 0.0, large_fraction = None))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    #[pyo3(signature = (mapping, *, large_fraction = None, **options))]
     fn create(
         py: Python<'_>,
         mapping: &Bound<'_, Mapping>,
-        threads: usize,
-        seed: u64,
-        rate: Option<u64>,
-        working_set: f64,
-        scatter: bool,
-        skew: f64,
-        zero_fraction: f64,
-        fill: f64,
-        compressible: f64,
         large_fraction: Option<f64>,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
-        let options = Options { threads, seed, rate, working_set, scatter, skew, zero_fraction, fill, compressible };
+        let options = self::options(&Keywords::new(py, options)?)?;
         let mapping = mapping.get().inner.clone();
         let work = |cancel: &AtomicBool| ledger::Ledger::create(mapping, &options, large_fraction, cancel);
         Ok(Self { inner: interruptible(py, work)? })
@@ -232,9 +254,9 @@ impl Ledger {
     }
 
     #[pyo3(signature = (*, reset = false))]
-    fn stalls(&self, reset: bool) -> (u64, Vec<u64>) {
+    fn stalls(&self, reset: bool) -> Stalls {
         let stalls = self.inner.stalls(reset);
-        (stalls.longest, stalls.histogram.to_vec())
+        Stalls { longest: stalls.longest, histogram: stalls.histogram.to_vec() }
     }
 
     fn page_offset(&self, number: usize) -> PyResult<usize> {

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod activity;
 mod blocks;
 mod errors;
+mod file_systems;
 mod image;
 mod image_writer;
 mod ledger;
@@ -16,6 +17,7 @@ mod pager;
 mod pages;
 mod peer;
 mod placer;
+mod probing;
 mod saver;
 mod sharing;
 mod space;
@@ -24,36 +26,48 @@ mod trace;
 mod wire;
 
 #[pymodule(gil_used = false)]
-fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add("SMALL_PAGE", pageferry_engine::SMALL_PAGE)?;
-    module.add("LARGE_PAGE", pageferry_engine::LARGE_PAGE)?;
-    module.add_class::<mapping::Mapping>()?;
-    module.add_class::<image::Image>()?;
-    module.add_class::<image::ImageChain>()?;
-    module.add_class::<image_writer::ImageWriter>()?;
-    module.add_class::<page_store::PageStore>()?;
-    module.add_class::<pager::Pager>()?;
-    module.add_class::<pages::PageSet>()?;
-    module.add_class::<peer::PageServer>()?;
-    module.add_class::<peer::PeerSource>()?;
-    module.add_class::<space::Space>()?;
-    module.add_class::<trace::Trace>()?;
-    module.add_class::<activity::Sampler>()?;
-    module.add_class::<placer::Placer>()?;
-    module.add_class::<saver::ProcessRange>()?;
-    module.add_class::<saver::Saver>()?;
-    module.add_class::<tls::TlsIdentity>()?;
-    module.add_class::<tls::TlsSession>()?;
-    module.add_class::<wire::BlockSender>()?;
-    module.add_class::<wire::BlockReceiver>()?;
-    module.add_class::<sharing::PagerFlags>()?;
-    module.add_class::<sharing::SharingScan>()?;
-    module.add_class::<ledger::Ledger>()?;
-    module.add_class::<ledger::LedgerReport>()?;
-    module.add_function(wrap_pyfunction!(mapping::end_on_truncation, module)?)?;
-    module.add_function(wrap_pyfunction!(mapping::large_tmpfs, module)?)?;
-    module.add_function(wrap_pyfunction!(mappers::own_mappings, module)?)?;
-    module.add_function(wrap_pyfunction!(mappers::scan_mappers, module)?)?;
-    module.add_function(wrap_pyfunction!(sharing::free_zeros, module)?)?;
-    Ok(())
+mod _engine {
+    #[pymodule_export]
+    use crate::activity::{Sampler, SplitPage};
+    #[pymodule_export]
+    use crate::file_systems::{file_system_type, hugetlbfs, large_tmpfs};
+    #[pymodule_export]
+    use crate::image::{Finding, Image, ImageChain, PageCounts, WrittenImage};
+    #[pymodule_export]
+    use crate::image_writer::ImageWriter;
+    #[pymodule_export]
+    use crate::ledger::{Ledger, LedgerReport, Stalls};
+    #[pymodule_export]
+    use crate::mappers::{FileMapping, Mappers, own_mappings, scan_mappers};
+    #[pymodule_export]
+    use crate::mapping::{Mapping, end_on_truncation};
+    #[pymodule_export]
+    use crate::page_store::PageStore;
+    #[pymodule_export]
+    use crate::pager::{Failure, Pager, PagerCounters};
+    #[pymodule_export]
+    use crate::pages::PageSet;
+    #[pymodule_export]
+    use crate::peer::{PageServer, PeerSource};
+    #[pymodule_export]
+    use crate::placer::{Placer, Populated, TargetRegion};
+    #[pymodule_export]
+    use crate::probing::{kernel_reads, kernel_writes, read_memory, unshare_network, userfaultfd, write_memory};
+    #[pymodule_export]
+    use crate::saver::{ProcessRange, SaveCounters, SaveFinished, Saver};
+    #[pymodule_export]
+    use crate::sharing::{ClassCounts, FreedZeros, PagerFlags, ScannedUnit, SharingScan, SharingTotals, free_zeros};
+    #[pymodule_export]
+    use crate::space::{Advice, KeptUserfault, MappedSegment, Space};
+    #[pymodule_export]
+    use crate::tls::{TlsIdentity, TlsSession};
+    #[pymodule_export]
+    use crate::trace::Trace;
+    #[pymodule_export]
+    use crate::wire::{BlockReceiver, BlockSender, SendProgress};
+
+    #[pymodule_export]
+    const LARGE_PAGE: usize = pageferry_engine::LARGE_PAGE;
+    #[pymodule_export]
+    const SMALL_PAGE: usize = pageferry_engine::SMALL_PAGE;
 }

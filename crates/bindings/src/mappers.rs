@@ -3,18 +3,39 @@ use pyo3::prelude::*;
 
 use crate::errors;
 
-/// Index of the file, process ID, address, length, offset in the file, writable.
-type MappingTuple = (usize, i32, u64, u64, u64, bool);
-/// Mappings, writers, processes that may not be inspected, and number of processes inspected.
-type FoundTuple = (Vec<MappingTuple>, Vec<(usize, i32, i32)>, Vec<i32>, usize);
+/// Shared mapping of one of the files.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+#[derive(Clone)]
+pub struct FileMapping {
+    file: usize,
+    pid: i32,
+    address: u64,
+    length: u64,
+    offset: u64,
+    writable: bool,
+}
+
+/// Processes that have files in use.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct Mappers {
+    mappings: Vec<FileMapping>,
+    writers: Vec<i32>,
+    unreadable: Vec<i32>,
+}
 
 #[pyfunction]
-pub fn scan_mappers(py: Python<'_>, files: Vec<(u64, u64, u64)>) -> PyResult<FoundTuple> {
+pub fn scan_mappers(py: Python<'_>, files: Vec<(u64, u64, u64)>) -> PyResult<Mappers> {
     let files: Vec<_> =
         files.into_iter().map(|(device, inode, mapped_device)| FileId { device, inode, mapped_device }).collect();
     let found = py.detach(|| mappers::scan(&files)).map_err(errors::kernel)?;
-    let mappings = found.mappings.iter().map(|m| (m.file, m.pid, m.address, m.length, m.offset, m.writable)).collect();
-    Ok((mappings, found.writers, found.unreadable, found.read))
+    let mapping = |&mappers::FileMapping { file, pid, address, length, offset, writable }: &mappers::FileMapping| {
+        FileMapping { file, pid, address, length, offset, writable }
+    };
+    Ok(Mappers {
+        mappings: found.mappings.iter().map(mapping).collect(),
+        writers: found.writers.iter().map(|&(_, pid, _)| pid).collect(),
+        unreadable: found.unreadable,
+    })
 }
 
 #[pyfunction]

@@ -1,5 +1,5 @@
 use std::ffi::c_int;
-use std::os::fd::{AsFd, IntoRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use pageferry_engine::mapping;
@@ -79,9 +79,4 @@ impl Mapping {
 #[pyfunction]
 pub fn end_on_truncation(code: i32) -> PyResult<()> {
     pageferry_engine::truncated::end_with(code).map_err(errors::kernel)
-}
-
-#[pyfunction]
-pub fn large_tmpfs(size: u64) -> PyResult<i32> {
-    Ok(mapping::large_tmpfs(size).map_err(errors::kernel)?.into_raw_fd())
 }

@@ -4,8 +4,9 @@ use pageferry_engine::image;
 use pageferry_engine::mapping::duplicate;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
-use crate::image::{ImageChain, image_error};
+use crate::image::{ImageChain, WrittenImage, image_error};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::{blocks, errors};
@@ -28,16 +29,15 @@ fn finished() -> PyErr {
 #[pymethods]
 impl PageStore {
     #[new]
-    #[pyo3(signature = (fd, id, regions, codec = "lz4", page_block = 65536, storage_block = 1048576))]
+    #[pyo3(signature = (fd, id, regions, **format))]
     fn new(
+        py: Python<'_>,
         fd: i32,
         id: [u8; 16],
         regions: Vec<usize>,
-        codec: &str,
-        page_block: usize,
-        storage_block: usize,
+        format: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
-        let (codec, sizes) = (blocks::codec(codec)?, blocks::sizes(page_block, storage_block)?);
+        let (codec, sizes) = blocks::only_image_format(py, format)?;
         let file = duplicate(fd).map_err(errors::kernel)?;
         let inner = image::PageAppender::new(file, id, codec, sizes, &regions).map_err(errors::kernel)?;
         Ok(Self { inner: Mutex::new(Some(inner)) })
@@ -61,10 +61,9 @@ impl PageStore {
         py: Python<'_>,
         sections: Vec<(u32, Vec<u8>)>,
         parent: Option<PyRef<'_, ImageChain>>,
-    ) -> PyResult<(u64, u64)> {
+    ) -> PyResult<WrittenImage> {
         let parent = parent.map(|chain| chain.inner.clone());
         let store = self.lock().take().ok_or_else(finished)?;
-        let finished = py.detach(|| store.finish(parent.as_ref(), &sections)).map_err(image_error)?;
-        Ok((finished.digest, finished.len))
+        py.detach(|| store.finish(parent.as_ref(), &sections)).map(Into::into).map_err(image_error)
     }
 }

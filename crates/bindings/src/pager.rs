@@ -15,8 +15,8 @@ use crate::image::{ImageChain, image_error};
 use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::peer::PeerSource;
-use crate::placer::{TargetTuple, targets};
-use crate::space::{self, SegmentTuple, segments};
+use crate::placer::{TargetRegion, targets};
+use crate::space::{self, MappedSegment, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
     match error {
@@ -41,8 +41,26 @@ pub fn open_flags(fd: i32, pages: usize) -> io::Result<Flags> {
     Flags::open(duplicate(fd)?.as_fd(), pages)
 }
 
-/// Region, page, whether a thread waits for it, message.
-type Failure = (usize, usize, bool, String);
+/// Page that could not be loaded.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct Failure {
+    region: usize,
+    page: usize,
+    accessed: bool,
+    message: String,
+}
+
+/// Counters of a pager; times in seconds.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct PagerCounters {
+    faults: u64,
+    missed: u64,
+    loaded: u64,
+    prefetched: u64,
+    bytes_read: u64,
+    service: f64,
+    longest: f64,
+}
 
 /// Origin of contents.
 #[derive(FromPyObject)]
@@ -107,8 +125,8 @@ impl Pager {
     fn new(
         py: Python<'_>,
         source: ContentOrigin<'_>,
-        targets: Vec<TargetTuple<'_>>,
-        segments: Vec<SegmentTuple<'_>>,
+        targets: Vec<PyRef<'_, TargetRegion>>,
+        segments: Vec<PyRef<'_, MappedSegment>>,
         userfaults: HashMap<i32, i32>,
         flags: i32,
         options: Option<&Bound<'_, PyDict>>,
@@ -116,13 +134,13 @@ impl Pager {
         let options = PagerOptions::take(&Keywords::new(py, options)?)?;
         let known = space::userfaults(userfaults)?;
         let mut watched = Vec::new();
-        for segment in self::segments(segments) {
+        for segment in self::segments(&segments) {
             let pid = segment.space.pid();
             let uffd =
                 known.get(&pid).ok_or_else(|| PyKeyError::new_err(format!("no userfaultfd of process {pid}")))?;
             watched.push((segment, uffd.clone()));
         }
-        let targets = self::targets(targets);
+        let targets = self::targets(&targets);
         let pages = targets.iter().map(|target| target.mapping.pages()).sum();
         let flags = open_flags(flags, pages).map_err(errors::argument)?;
         let from = match source {
@@ -182,21 +200,20 @@ impl Pager {
         self.inner.is_finished()
     }
 
-    /// Faults, missed, loaded, prefetched, bytes read, seconds of service, seconds of the longest service.
     #[getter]
-    fn counters(&self) -> (u64, u64, u64, u64, u64, f64, f64) {
+    fn counters(&self) -> PagerCounters {
         let counters = self.inner.counters();
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let seconds = |counter| Duration::from_nanos(load(counter)).as_secs_f64();
-        (
-            load(&counters.faults),
-            load(&counters.missed),
-            load(&counters.loaded),
-            load(&counters.prefetched),
-            self.inner.bytes_read(),
-            seconds(&counters.service),
-            seconds(&counters.longest),
-        )
+        PagerCounters {
+            faults: load(&counters.faults),
+            missed: load(&counters.missed),
+            loaded: load(&counters.loaded),
+            prefetched: load(&counters.prefetched),
+            bytes_read: self.inner.bytes_read(),
+            service: seconds(&counters.service),
+            longest: seconds(&counters.longest),
+        }
     }
 
     #[getter]
@@ -211,7 +228,7 @@ impl Pager {
 
     #[getter]
     fn failures(&self) -> Vec<Failure> {
-        let plain = |failure: pager::Failure| (failure.region, failure.page, failure.accessed, failure.message);
+        let plain = |pager::Failure { region, page, accessed, message }| Failure { region, page, accessed, message };
         self.inner.failures().into_iter().map(plain).collect()
     }
 

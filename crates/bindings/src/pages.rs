@@ -22,9 +22,13 @@ impl PageSet {
 #[pymethods]
 impl PageSet {
     #[new]
-    #[pyo3(signature = (pages, full = false))]
-    fn new(pages: usize, full: bool) -> Self {
-        Self { inner: if full { pages::PageSet::full(pages) } else { pages::PageSet::new(pages) } }
+    fn new(pages: usize) -> Self {
+        Self { inner: pages::PageSet::new(pages) }
+    }
+
+    #[staticmethod]
+    fn full(pages: usize) -> Self {
+        Self { inner: pages::PageSet::full(pages) }
     }
 
     #[getter]

@@ -2,14 +2,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pageferry_engine::SMALL_PAGE;
+use pageferry_engine::image::Sizes;
 use pageferry_engine::pages::PageSet as Pages;
 use pageferry_engine::wire;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
+use crate::errors;
 use crate::mapping::Mapping;
+use crate::options::Keywords;
 use crate::pages::PageSet;
-use crate::wire::{Counters, Stream, counters, endpoint, endpoints, timeout};
-use crate::{blocks, errors};
+use crate::wire::{SendProgress, Stream, endpoint, endpoints, sending, timeout};
 
 /// Sizes of page and storage blocks. They are small, because a block delays the reply to a fault behind it.
 const PAGE_BLOCK: usize = 16 * SMALL_PAGE;
@@ -23,26 +26,20 @@ pub struct PageServer {
 #[pymethods]
 impl PageServer {
     #[new]
-    #[pyo3(signature = (regions, missing, urgent, streams, codec = "none", timeout = 30.0, bandwidth = 0,
-                        adaptive = false))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    #[pyo3(signature = (regions, missing, urgent, streams, **options))]
     fn new(
         py: Python<'_>,
         regions: Vec<PyRef<'_, Mapping>>,
         missing: Vec<PyRef<'_, PageSet>>,
         urgent: Stream<'_>,
         streams: Vec<Stream<'_>>,
-        codec: &str,
-        timeout: f64,
-        bandwidth: u64,
-        adaptive: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
+        let sizes = Sizes { page_block: PAGE_BLOCK, storage_block: STORAGE_BLOCK };
+        let (format, timeout) = sending(&Keywords::new(py, options)?, sizes)?;
         let regions = regions.iter().map(|mapping| mapping.inner.clone()).collect();
         let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
-        let codec = blocks::codec(codec)?;
-        let format = wire::Format { codec, adaptive, bandwidth, page_block: PAGE_BLOCK, storage_block: STORAGE_BLOCK };
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
-        let timeout = self::timeout(timeout)?;
         let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, timeout));
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }
@@ -60,8 +57,8 @@ impl PageServer {
     }
 
     #[getter]
-    fn progress(&self) -> Counters {
-        counters(self.inner.progress())
+    fn progress(&self) -> SendProgress {
+        self.inner.progress().into()
     }
 
     #[getter]
@@ -116,7 +113,7 @@ impl PeerSource {
     }
 
     #[getter]
-    fn progress(&self) -> Counters {
-        counters(self.inner.progress())
+    fn progress(&self) -> SendProgress {
+        self.inner.progress().into()
     }
 }

@@ -6,17 +6,43 @@ use pyo3::prelude::*;
 
 use crate::errors;
 use crate::mapping::Mapping;
-use crate::space::{SegmentTuple, segments};
+use crate::space::{MappedSegment, segments};
 
-/// Region at the destination: mapping, page size, and which units are huge at the source.
-pub type TargetTuple<'py> = (PyRef<'py, Mapping>, usize, Vec<bool>);
+/// Region whose contents are placed or loaded.
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct TargetRegion {
+    #[pyo3(get)]
+    mapping: Py<Mapping>,
+    #[pyo3(get)]
+    page_size: usize,
+    large: Vec<bool>,
+}
 
-pub fn targets(tuples: Vec<TargetTuple<'_>>) -> Vec<placer::Target> {
-    let target = |(mapping, page_size, large): TargetTuple<'_>| {
-        let mapping = mapping.inner.clone();
-        placer::Target { mapping, page_size, large }
+#[pymethods]
+impl TargetRegion {
+    #[new]
+    #[pyo3(signature = (mapping, page_size, large = Vec::new()))]
+    fn new(mapping: Py<Mapping>, page_size: usize, large: Vec<bool>) -> Self {
+        Self { mapping, page_size, large }
+    }
+}
+
+pub fn targets(given: &[PyRef<'_, TargetRegion>]) -> Vec<placer::Target> {
+    let plain = |target: &PyRef<'_, TargetRegion>| placer::Target {
+        mapping: target.mapping.get().inner.clone(),
+        page_size: target.page_size,
+        large: target.large.clone(),
     };
-    tuples.into_iter().map(target).collect()
+    given.iter().map(plain).collect()
+}
+
+/// Counters of populated pages.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct Populated {
+    large: u64,
+    small: u64,
+    failed: u64,
+    seconds: f64,
 }
 
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -27,14 +53,14 @@ pub struct Placer {
 #[pymethods]
 impl Placer {
     #[new]
-    #[pyo3(signature = (targets, segments, keep_large = true, workers = 0))]
+    #[pyo3(signature = (targets, segments, *, keep_large = true, workers = 0))]
     fn new(
-        targets: Vec<TargetTuple<'_>>,
-        segments: Vec<SegmentTuple<'_>>,
+        targets: Vec<PyRef<'_, TargetRegion>>,
+        segments: Vec<PyRef<'_, MappedSegment>>,
         keep_large: bool,
         workers: usize,
     ) -> PyResult<Self> {
-        let (targets, segments) = (self::targets(targets), self::segments(segments));
+        let (targets, segments) = (self::targets(&targets), self::segments(&segments));
         let inner = placer::Placer::new(targets, segments, keep_large, workers).map_err(errors::kernel)?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -50,11 +76,16 @@ impl Placer {
     }
 
     #[getter]
-    fn populated(&self) -> (u64, u64, u64, f64) {
+    fn populated(&self) -> Populated {
         let populated = self.inner.populated();
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let seconds = std::time::Duration::from_nanos(load(&populated.nanoseconds)).as_secs_f64();
-        (load(&populated.large), load(&populated.small), load(&populated.failed), seconds)
+        Populated {
+            large: load(&populated.large),
+            small: load(&populated.small),
+            failed: load(&populated.failed),
+            seconds,
+        }
     }
 
     fn populate(&self, py: Python<'_>, region: usize, units: Vec<usize>) -> PyResult<()> {
@@ -65,7 +96,8 @@ impl Placer {
         py.detach(|| units.iter().for_each(|&unit| self.inner.allocate_ahead(region, unit)));
     }
 
-    fn finish(&self, py: Python<'_>, rest: bool) -> PyResult<()> {
-        py.detach(|| self.inner.finish(rest)).map_err(errors::adopt)
+    #[pyo3(signature = (*, populate_rest))]
+    fn finish(&self, py: Python<'_>, populate_rest: bool) -> PyResult<()> {
+        py.detach(|| self.inner.finish(populate_rest)).map_err(errors::adopt)
     }
 }

@@ -17,7 +17,7 @@ use pyo3::types::PyDict;
 use crate::image::ImageChain;
 use crate::mapping::Mapping;
 use crate::options::Keywords;
-use crate::space::{SegmentTuple, Space, segments, userfaults};
+use crate::space::{MappedSegment, Space, segments, userfaults};
 use crate::{blocks, errors};
 
 fn raised(error: SaveError) -> PyErr {
@@ -86,10 +86,7 @@ struct SaverOptions<'py> {
 
 impl<'py> SaverOptions<'py> {
     fn take(keywords: &Keywords<'py>) -> PyResult<Self> {
-        let codec = keywords.take("codec", "lz4".to_owned())?;
-        let (page_block, storage_block) =
-            (keywords.take("page_block", 65_536)?, keywords.take("storage_block", 1_048_576)?);
-        let Sizes { page_block, storage_block } = blocks::sizes(page_block, storage_block)?;
+        let (codec, Sizes { page_block, storage_block }) = blocks::image_format(keywords)?;
         let trap_block: usize = keywords.take("trap_block", 65_536)?;
         if !trap_block.is_power_of_two() || !(SMALL_PAGE..=LARGE_PAGE).contains(&trap_block) {
             return Err(PyValueError::new_err(format!(
@@ -97,7 +94,7 @@ impl<'py> SaverOptions<'py> {
             )));
         }
         let engine = Options {
-            codec: blocks::codec(&codec)?,
+            codec,
             page_block,
             storage_block,
             trap_block,
@@ -131,6 +128,37 @@ pub struct Saver {
     handle: Handle,
 }
 
+/// Written image, and what it took.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct SaveFinished {
+    digest: u64,
+    length: u64,
+    writes: u64,
+    blocks: usize,
+}
+
+/// Counters of a checkpoint; times in nanoseconds.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct SaveCounters {
+    traps: u64,
+    early_traps: u64,
+    swept: u64,
+    staging_waits: u64,
+    longest_trap: u64,
+    trap_time: u64,
+    pages: u64,
+    absent: u64,
+    zero: u64,
+    pattern: u64,
+    same_as: u64,
+    data: u64,
+    in_parent: u64,
+    stored: u64,
+    blocks: u64,
+    writes: u64,
+    written: u64,
+}
+
 impl Saver {
     fn with<T>(&self, work: impl FnOnce(&mut saver::Saver) -> T) -> T {
         work(&mut self.inner.lock())
@@ -144,7 +172,7 @@ impl Saver {
     fn new(
         py: Python<'_>,
         regions: Vec<(Contents<'_>, usize)>,
-        segments: Vec<SegmentTuple<'_>>,
+        segments: Vec<PyRef<'_, MappedSegment>>,
         fd: i32,
         id: [u8; 16],
         options: Option<&Bound<'_, PyDict>>,
@@ -158,7 +186,7 @@ impl Saver {
         if parent.as_ref().is_some_and(|parent| parent.nearest().page_map().len() != pages) {
             return Err(PyValueError::new_err("invalid parent: it has another number of pages"));
         }
-        let segments = self::segments(segments);
+        let segments = self::segments(&segments);
         let image = NewImage { file: duplicate(fd).map_err(errors::kernel)?, id, parent };
         let inner = py.detach(|| saver::Saver::arm(regions, segments, image, traces, &options)).map_err(raised)?;
         Ok(Self { handle: inner.handle(), inner: Mutex::new(inner) })
@@ -220,39 +248,40 @@ impl Saver {
         py.detach(|| self.handle.cancel());
     }
 
-    fn finish(&self, py: Python<'_>, sections: Vec<(u32, Vec<u8>)>) -> PyResult<(u64, u64, u64, usize)> {
+    fn finish(&self, py: Python<'_>, sections: Vec<(u32, Vec<u8>)>) -> PyResult<SaveFinished> {
         let finished = py.detach(|| self.with(|saver| saver.finish(&sections))).map_err(raised)?;
-        Ok((finished.digest, finished.len, finished.writes, finished.blocks))
+        Ok(SaveFinished {
+            digest: finished.digest,
+            length: finished.len,
+            writes: finished.writes,
+            blocks: finished.blocks,
+        })
     }
 
     #[getter]
-    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+    fn counters(&self) -> SaveCounters {
         let stats = self.handle.stats();
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let [absent, zero, pattern, same_as, data] = &stats.classes;
-        let named = [
-            ("traps", &stats.traps),
-            ("early_traps", &stats.early_traps),
-            ("swept", &stats.swept),
-            ("staging_waits", &stats.staging_waits),
-            ("longest_trap", &stats.longest_trap),
-            ("trap_time", &stats.trap_time),
-            ("pages", &stats.pages),
-            ("absent", absent),
-            ("zero", zero),
-            ("pattern", pattern),
-            ("same_as", same_as),
-            ("data", data),
-            ("in_parent", &stats.in_parent),
-            ("stored", &stats.stored),
-            ("blocks", &stats.blocks),
-            ("writes", &stats.writes),
-            ("written", &stats.written),
-        ];
-        let dict = PyDict::new(py);
-        for (name, counter) in named {
-            dict.set_item(name, counter.load(Ordering::Relaxed))?;
+        SaveCounters {
+            traps: load(&stats.traps),
+            early_traps: load(&stats.early_traps),
+            swept: load(&stats.swept),
+            staging_waits: load(&stats.staging_waits),
+            longest_trap: load(&stats.longest_trap),
+            trap_time: load(&stats.trap_time),
+            pages: load(&stats.pages),
+            absent: load(absent),
+            zero: load(zero),
+            pattern: load(pattern),
+            same_as: load(same_as),
+            data: load(data),
+            in_parent: load(&stats.in_parent),
+            stored: load(&stats.stored),
+            blocks: load(&stats.blocks),
+            writes: load(&stats.writes),
+            written: load(&stats.written),
         }
-        Ok(dict)
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

@@ -16,11 +16,51 @@ use crate::space::Space;
 
 /// Piece: number of the workload, mapping or address space, position, length.
 type PieceTuple<'py> = (u32, Bound<'py, PyAny>, u64, u64);
-/// Unit: piece, position, length, large, present, deferred, shared already, and pages by class (zero, pattern, inside,
-/// across).
-type UnitTuple = (u32, u64, usize, bool, u32, u32, u32, [u32; sharing::Class::COUNT]);
 /// Deferred contents of a piece: bitmap, first page of the region, large units.
 type DeferredTuple<'py> = (PyRef<'py, PagerFlags>, usize, Vec<bool>);
+
+/// Numbers of duplicate pages by class.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+#[derive(Clone)]
+pub struct ClassCounts {
+    zero: u64,
+    pattern: u64,
+    inside: u64,
+    across: u64,
+}
+
+impl<T: Into<u64>> From<[T; sharing::Class::COUNT]> for ClassCounts {
+    fn from([zero, pattern, inside, across]: [T; sharing::Class::COUNT]) -> Self {
+        Self { zero: zero.into(), pattern: pattern.into(), inside: inside.into(), across: across.into() }
+    }
+}
+
+/// Scanned 2 MiB unit.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct ScannedUnit {
+    piece: u32,
+    position: u64,
+    length: usize,
+    large: bool,
+    present: u32,
+    deferred: u32,
+    shared: u32,
+    counts: ClassCounts,
+}
+
+/// Duplicate pages of all units, and those that sharing would free.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct SharingTotals {
+    pages: ClassCounts,
+    freed: ClassCounts,
+}
+
+/// Result of `free_zeros`.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct FreedZeros {
+    ranges: usize,
+    pages: usize,
+}
 
 /// Deferred bitmap of a pager (S8), to scan memory that it fills.
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -111,21 +151,27 @@ impl SharingScan {
         py.detach(|| self.inner.finish());
     }
 
-    fn units(&self) -> Vec<UnitTuple> {
-        let tuple = |unit: &sharing::Unit| {
-            let length = unit.span.pages * pageferry_engine::SMALL_PAGE;
-            (unit.piece, unit.span.start, length, unit.large, unit.present, unit.deferred, unit.shared, unit.counts)
+    fn units(&self) -> Vec<ScannedUnit> {
+        let named = |unit: &sharing::Unit| ScannedUnit {
+            piece: unit.piece,
+            position: unit.span.start,
+            length: unit.span.pages * pageferry_engine::SMALL_PAGE,
+            large: unit.large,
+            present: unit.present,
+            deferred: unit.deferred,
+            shared: unit.shared,
+            counts: unit.counts.into(),
         };
-        self.inner.units().iter().map(tuple).collect()
+        self.inner.units().iter().map(named).collect()
     }
 
     #[getter]
-    fn totals(&self) -> ([u64; sharing::Class::COUNT], [u64; sharing::Class::COUNT]) {
+    fn totals(&self) -> SharingTotals {
         let totals = self.inner.totals();
-        (totals.pages, totals.freed)
+        SharingTotals { pages: totals.pages.into(), freed: totals.freed.into() }
     }
 
-    #[pyo3(signature = (order, pages_per_copy = 256, possible = false))]
+    #[pyo3(signature = (order, pages_per_copy = 256, *, possible = false))]
     fn curve(&self, py: Python<'_>, order: Vec<u32>, pages_per_copy: u32, possible: bool) -> PyResult<Vec<u64>> {
         py.detach(|| self.inner.curve(&order, pages_per_copy, possible)).map_err(errors::kernel)
     }
@@ -139,7 +185,7 @@ pub fn free_zeros(
     ranges: Vec<(usize, usize)>,
     seconds: f64,
     waiting: Option<(PyRef<'_, PagerFlags>, usize)>,
-) -> PyResult<(usize, usize)> {
+) -> PyResult<FreedZeros> {
     let mapping = mapping.get().inner.clone();
     let waiting = waiting.map(|(of, base)| of.within(base, mapping.pages()).map(|flags| (flags, base))).transpose()?;
     let budget = Duration::try_from_secs_f64(seconds.clamp(0.0, 3600.0)).unwrap_or_default();
@@ -147,5 +193,6 @@ pub fn free_zeros(
         let waiting = waiting.as_ref().map(|(flags, base)| (flags.as_ref(), *base));
         sharing::holes::free_zeros(&mapping, &ranges, budget, waiting)
     })
+    .map(|(ranges, pages)| FreedZeros { ranges, pages })
     .map_err(errors::kernel)
 }

@@ -5,12 +5,54 @@ use std::sync::Arc;
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pager::{FEATURES, TRACE_FEATURES};
 use pageferry_engine::segment::Segment;
-use pageferry_engine::space::{self, Faults};
+use pageferry_engine::space::{self, AdoptError, Faults};
 use pageferry_engine::trace::{self, Userfaults};
 use pageferry_engine::uapi::{FEATURE_EVENT_REMOVE, Userfault};
 use pyo3::prelude::*;
 
 use crate::errors;
+
+/// Advice of madvise(2).
+#[pyclass(eq, hash, frozen, from_py_object, rename_all = "SCREAMING_SNAKE_CASE", module = "pageferry._engine")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Advice {
+    Cold,
+    Collapse,
+    Dofork,
+    Dontfork,
+    Hugepage,
+    Mergeable,
+    Nohugepage,
+    Pageout,
+    PopulateRead,
+    PopulateWrite,
+    Unmergeable,
+}
+
+impl From<Advice> for space::Advice {
+    fn from(advice: Advice) -> Self {
+        match advice {
+            Advice::Cold => Self::Cold,
+            Advice::Collapse => Self::Collapse,
+            Advice::Dofork => Self::Dofork,
+            Advice::Dontfork => Self::Dontfork,
+            Advice::Hugepage => Self::Hugepage,
+            Advice::Mergeable => Self::Mergeable,
+            Advice::Nohugepage => Self::Nohugepage,
+            Advice::Pageout => Self::Pageout,
+            Advice::PopulateRead => Self::PopulateRead,
+            Advice::PopulateWrite => Self::PopulateWrite,
+            Advice::Unmergeable => Self::Unmergeable,
+        }
+    }
+}
+
+/// Userfaultfd of which the process keeps a copy.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct KeptUserfault {
+    descriptor: i32,
+    number: Option<i32>,
+}
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Space {
@@ -32,25 +74,14 @@ impl Space {
         self.inner.pid()
     }
 
-    #[pyo3(signature = (number, *arguments))]
-    fn call(&self, py: Python<'_>, number: i64, arguments: Vec<u64>) -> PyResult<u64> {
-        let mut six = [0; 6];
-        six.iter_mut().zip(&arguments).for_each(|(to, from)| *to = *from);
-        py.detach(|| self.inner.call(number, six)).map_err(errors::adopt)
-    }
-
-    #[pyo3(signature = (discards = false))]
-    fn missing_faults(&self, py: Python<'_>, discards: bool) -> PyResult<(i32, Option<u64>)> {
+    #[pyo3(signature = (*, discards = false))]
+    fn missing_faults(&self, py: Python<'_>, discards: bool) -> PyResult<KeptUserfault> {
         let features = FEATURES | if discards { FEATURE_EVENT_REMOVE } else { 0 };
-        let (uffd, remote) =
-            py.detach(|| self.inner.kept_userfault(features, TRACE_FEATURES, Faults::All)).map_err(errors::adopt)?;
-        Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
+        self.kept_userfault(py, features, TRACE_FEATURES, Faults::All)
     }
 
-    fn write_traces(&self, py: Python<'_>) -> PyResult<(i32, Option<u64>)> {
-        let (uffd, remote) =
-            py.detach(|| self.inner.kept_userfault(trace::FEATURES, 0, Faults::Resolved)).map_err(errors::adopt)?;
-        Ok((OwnedFd::from(uffd).into_raw_fd(), remote))
+    fn write_traces(&self, py: Python<'_>) -> PyResult<KeptUserfault> {
+        self.kept_userfault(py, trace::FEATURES, 0, Faults::Resolved)
     }
 
     fn descriptor(&self, number: i32) -> PyResult<i32> {
@@ -61,8 +92,36 @@ impl Space {
         py.detach(|| self.inner.collapse(address, length)).map_err(errors::kernel)
     }
 
-    fn advise(&self, py: Python<'_>, address: u64, length: u64, advice: i32) -> PyResult<()> {
-        py.detach(|| self.inner.advise(address, length, advice)).map_err(errors::kernel)
+    fn madvise(&self, py: Python<'_>, address: u64, length: u64, advice: Advice) -> PyResult<()> {
+        self.made(py, |space| space.madvise(address, length, advice.into()))
+    }
+
+    fn make_read_only(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
+        self.made(py, |space| space.make_read_only(address, length))
+    }
+
+    fn mmap(&self, py: Python<'_>, length: u64) -> PyResult<u64> {
+        self.made(py, |space| space.mmap(length))
+    }
+
+    fn munmap(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
+        self.made(py, |space| space.munmap(address, length))
+    }
+
+    fn ioctl(&self, py: Python<'_>, descriptor: i32, request: u64, argument: u64) -> PyResult<u64> {
+        self.made(py, |space| space.ioctl(descriptor, request, argument))
+    }
+
+    fn close_fd(&self, py: Python<'_>, number: i32) -> PyResult<()> {
+        self.made(py, |space| space.close_fd(number))
+    }
+
+    fn getppid(&self, py: Python<'_>) -> PyResult<u64> {
+        self.made(py, space::Space::getppid)
+    }
+
+    fn present(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<Vec<(u64, u64)>> {
+        py.detach(|| self.inner.present(address, length)).map_err(errors::kernel)
     }
 
     fn large_mapped(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<Vec<(u64, u64)>> {
@@ -70,15 +129,50 @@ impl Space {
     }
 }
 
-/// Segment: address space, address, length, region, first page.
-pub type SegmentTuple<'py> = (PyRef<'py, Space>, u64, u64, usize, usize);
+impl Space {
+    fn made<T: Send>(
+        &self,
+        py: Python<'_>,
+        call: impl FnOnce(&space::Space) -> Result<T, AdoptError> + Send,
+    ) -> PyResult<T> {
+        py.detach(|| call(&self.inner)).map_err(errors::adopt)
+    }
 
-pub fn segments(tuples: Vec<SegmentTuple<'_>>) -> Vec<Segment> {
-    let segment = |(space, address, len, region, first_page): SegmentTuple<'_>| {
-        let space = space.inner.clone();
-        Segment { space, address, len, region, first_page }
+    fn kept_userfault(&self, py: Python<'_>, features: u64, wanted: u64, faults: Faults) -> PyResult<KeptUserfault> {
+        let (uffd, remote) = self.made(py, |space| space.kept_userfault(features, wanted, faults))?;
+        let number = remote.map(i32::try_from).transpose()?;
+        Ok(KeptUserfault { descriptor: OwnedFd::from(uffd).into_raw_fd(), number })
+    }
+}
+
+/// Part of a region that a process maps.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct MappedSegment {
+    space: Py<Space>,
+    address: u64,
+    length: u64,
+    region: usize,
+    first_page: usize,
+}
+
+#[pymethods]
+impl MappedSegment {
+    #[new]
+    #[pyo3(signature = (space, address, length, region = 0, first_page = 0))]
+    fn new(space: Py<Space>, address: u64, length: u64, region: usize, first_page: usize) -> Self {
+        Self { space, address, length, region, first_page }
+    }
+}
+
+pub fn segments(given: &[PyRef<'_, MappedSegment>]) -> Vec<Segment> {
+    let plain = |segment: &PyRef<'_, MappedSegment>| Segment {
+        space: segment.space.get().inner.clone(),
+        address: segment.address,
+        len: segment.length,
+        region: segment.region,
+        first_page: segment.first_page,
     };
-    tuples.into_iter().map(segment).collect()
+    given.iter().map(plain).collect()
 }
 
 /// Duplicates userfaultfds, given by process ID.

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::errors;
 use crate::pages::PageSet;
-use crate::space::{self, SegmentTuple, segments};
+use crate::space::{self, MappedSegment, segments};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Trace {
@@ -42,12 +42,12 @@ impl Trace {
     #[pyo3(signature = (segments, release_after = 0, large = None, userfaults = None))]
     fn new(
         py: Python<'_>,
-        segments: Vec<SegmentTuple<'_>>,
+        segments: Vec<PyRef<'_, MappedSegment>>,
         release_after: usize,
         large: Option<Vec<Vec<bool>>>,
         userfaults: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
-        let plain = self::segments(segments);
+        let plain = self::segments(&segments);
         if let Some(found) = userfaults {
             let known = space::userfaults(found)?;
             let inner = py.detach(|| trace::Trace::install_on(plain, &known)).map_err(errors::kernel)?;

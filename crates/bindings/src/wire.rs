@@ -1,13 +1,16 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use pageferry_engine::image::Sizes;
 use pageferry_engine::mapping::duplicate;
 use pageferry_engine::pages::PageSet as Pages;
 use pageferry_engine::wire;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::mapping::Mapping;
+use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::placer::Placer;
 use crate::tls::TlsSession;
@@ -37,13 +40,59 @@ pub fn endpoints(streams: Vec<Stream<'_>>) -> PyResult<Vec<wire::Endpoint>> {
     streams.into_iter().map(endpoint).collect()
 }
 
-/// Bytes, blocks, data pages, zero pages and absent pages.
-pub type Counters = (u64, u64, u64, u64, u64);
+/// Takes the remaining keyword arguments of a sender of pages: format and timeout.
+pub fn sending(keywords: &Keywords<'_>, sizes: Sizes) -> PyResult<(wire::Format, Duration)> {
+    let Sizes { page_block, storage_block } = sizes;
+    let format = wire::Format {
+        codec: blocks::codec(&keywords.take("codec", "none".to_owned())?)?,
+        adaptive: keywords.take("adaptive", false)?,
+        bandwidth: keywords.take("bandwidth", 0)?,
+        page_block,
+        storage_block,
+    };
+    let timeout = timeout(keywords.take("timeout", 30.0)?)?;
+    keywords.finish().map(|()| (format, timeout))
+}
 
-pub fn counters(progress: &wire::Progress) -> Counters {
-    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    let (bytes, blocks) = (load(&progress.bytes), load(&progress.blocks));
-    (bytes, blocks, load(&progress.data), load(&progress.zero), load(&progress.absent))
+/// Counters of sent or received pages.
+#[pyclass(eq, hash, frozen, get_all, module = "pageferry._engine")]
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
+pub struct SendProgress {
+    bytes: u64,
+    blocks: u64,
+    data: u64,
+    zero: u64,
+    absent: u64,
+}
+
+impl From<&wire::Progress> for SendProgress {
+    fn from(progress: &wire::Progress) -> Self {
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        Self {
+            bytes: load(&progress.bytes),
+            blocks: load(&progress.blocks),
+            data: load(&progress.data),
+            zero: load(&progress.zero),
+            absent: load(&progress.absent),
+        }
+    }
+}
+
+#[pymethods]
+impl SendProgress {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    #[getter]
+    fn pages(&self) -> u64 {
+        self.data + self.zero + self.absent
+    }
+
+    fn __repr__(&self) -> String {
+        format!("{self:?}")
+    }
 }
 
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -54,25 +103,17 @@ pub struct BlockSender {
 #[pymethods]
 impl BlockSender {
     #[new]
-    #[pyo3(signature = (sockets, codec = "none", page_block = 65536, storage_block = 524_288, timeout = 30.0,
-                        bandwidth = 0, adaptive = false))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
-    fn new(
-        sockets: Vec<Stream<'_>>,
-        codec: &str,
-        page_block: usize,
-        storage_block: usize,
-        timeout: f64,
-        bandwidth: u64,
-        adaptive: bool,
-    ) -> PyResult<Self> {
-        blocks::sizes(page_block, storage_block)?;
-        let format = wire::Format { codec: blocks::codec(codec)?, adaptive, bandwidth, page_block, storage_block };
-        let inner = wire::BlockSender::new(endpoints(sockets)?, format, self::timeout(timeout)?);
+    #[pyo3(signature = (sockets, **options))]
+    fn new(py: Python<'_>, sockets: Vec<Stream<'_>>, options: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let keywords = Keywords::new(py, options)?;
+        let (page_block, storage_block) =
+            (keywords.take("page_block", 65_536)?, keywords.take("storage_block", 524_288)?);
+        let (format, timeout) = sending(&keywords, blocks::sizes(page_block, storage_block)?)?;
+        let inner = wire::BlockSender::new(endpoints(sockets)?, format, timeout);
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
-    #[pyo3(signature = (regions, pages, round, barrier = true))]
+    #[pyo3(signature = (regions, pages, round, *, barrier = true))]
     fn send(
         &self,
         py: Python<'_>,
@@ -93,8 +134,8 @@ impl BlockSender {
     }
 
     #[getter]
-    fn progress(&self) -> Counters {
-        counters(self.inner.progress())
+    fn progress(&self) -> SendProgress {
+        self.inner.progress().into()
     }
 
     #[getter]
@@ -127,8 +168,8 @@ impl BlockReceiver {
     }
 
     #[getter]
-    fn progress(&self) -> Counters {
-        counters(self.inner.progress())
+    fn progress(&self) -> SendProgress {
+        self.inner.progress().into()
     }
 
     fn cancel(&self) {

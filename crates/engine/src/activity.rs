@@ -102,7 +102,7 @@ impl Sampler {
     /// The error of process_madvise(2), other than EINVAL and ENOMEM.
     pub fn cool(&self, pages: &[u64]) -> io::Result<()> {
         for &address in pages {
-            match self.space.advise(address, LARGE_PAGE as u64, libc::MADV_COLD) {
+            match self.space.cool(address, LARGE_PAGE as u64) {
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOMEM)) => {}
                 other => other?,
             }

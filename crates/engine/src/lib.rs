@@ -4,12 +4,14 @@
 //!
 //! * [`uapi`]: kernel interfaces that the `libc` crate lacks.
 //! * [`faults`]: events of a userfaultfd, and their resolution.
+//! * [`file_systems`]: types of file systems, and detached mounts for memory files.
 //! * [`mapping`]: shared mappings of the files that back a workload's memory.
 //! * [`space`]: address spaces of other processes: adoption, and system calls in them.
 //! * [`segment`]: mappings of a workload's memory in these address spaces.
 //! * [`pages`]: sets of base pages.
 //! * [`trace`]: write traces (S2).
 //! * `hole_notifications`: memory discarded during an operation.
+//! * [`probing`]: accesses and calls of feature probes.
 //! * [`truncated`]: memory files truncated during an operation.
 //! * [`activity`]: accessed base pages of huge pages (S3).
 //! * [`block`]: storage blocks, the unit in which pages are sent and stored.
@@ -19,20 +21,20 @@
 //! * [`saver`]: lazy checkpoints (S4).
 //! * [`pager`]: loading of pages on demand, from images or a peer (S8, S10).
 //! * [`sharing`]: duplicate pages (S9).
-//! * [`ledger`]: the built-in workload, which detects lost, stale and torn writes.
 
 pub mod activity;
 pub mod block;
 pub mod closed;
 pub mod faults;
+pub mod file_systems;
 mod hole_notifications;
 pub mod image;
-pub mod ledger;
 pub mod mappers;
 pub mod mapping;
 pub mod pager;
 pub mod pages;
 pub mod placer;
+pub mod probing;
 pub mod saver;
 pub mod segment;
 pub mod sharing;

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::uapi::{self, PageRegion, PmScanArg, Userfault, check, owned};
+use crate::file_systems;
+use crate::uapi::{self, PageRegion, PmScanArg, Userfault, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 /// Shared writable mapping of `[offset, offset + len)` of a file, aligned to 2 MiB in our address space.
@@ -329,10 +330,7 @@ pub fn prefer_large<T>(memory: &[T]) {
 
 /// Returns the page size of the hugetlbfs that holds a file, or `None` for other file systems.
 fn hugetlb_page(file: BorrowedFd<'_>) -> io::Result<Option<usize>> {
-    // SAFETY: all fields of statfs are integers, for which zero is valid.
-    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `found` is a statfs that is valid for writing.
-    check(unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut found) })?;
+    let found = file_systems::status(file)?;
     if found.f_type != libc::HUGETLBFS_MAGIC {
         return Ok(None);
     }
@@ -412,38 +410,6 @@ pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: im
         at = argument.walk_end;
     }
     Ok(())
-}
-
-/// Creates a detached tmpfs mount with `huge=always`, and returns a directory for `O_TMPFILE` files.
-///
-/// The mount exists as long as a descriptor of it or of its files is open.
-///
-/// # Errors
-/// EPERM without CAP_SYS_ADMIN; otherwise the error of fsopen(2), fsconfig(2) or fsmount(2).
-pub fn large_tmpfs(size: u64) -> io::Result<OwnedFd> {
-    const FSCONFIG_SET_STRING: libc::c_uint = 1;
-    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
-    const FSOPEN_CLOEXEC: libc::c_uint = 1;
-    let size = format!("{size}\0");
-    let options: [(&[u8], &[u8]); 3] = [(b"huge\0", b"always\0"), (b"size\0", size.as_bytes()), (b"mode\0", b"0700\0")];
-    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
-    let context = unsafe { owned(libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC)) }?;
-    for (key, value) in options {
-        // SAFETY: both strings are NUL-terminated and live through the call.
-        let result = unsafe {
-            libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)
-        };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    let null = std::ptr::null::<u8>();
-    // SAFETY: the create command takes neither key nor value.
-    if unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, null, null, 0) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: fsmount takes no pointers; the returned descriptor is new and has no other owner.
-    unsafe { owned(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSOPEN_CLOEXEC, 0)) }
 }
 
 /// Duplicates a descriptor.

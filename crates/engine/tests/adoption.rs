@@ -172,8 +172,8 @@ fn computation_continues_unchanged() {
 fn injected_calls_return_their_results() {
     let child = Child::new(compute);
     let space = child.space();
-    assert_eq!(space.call(libc::SYS_getpid, [0; 6]).expect("a call"), u64::try_from(child.pid).unwrap());
-    let failed = space.call(libc::SYS_close, [9999, 0, 0, 0, 0, 0]);
+    assert_eq!(space.getppid().expect("a call"), u64::from(std::process::id()));
+    let failed = space.close_fd(9999);
     assert!(matches!(&failed, Err(AdoptError::Call(error)) if error.raw_os_error() == Some(libc::EBADF)), "{failed:?}");
     child.check();
 }

@@ -164,11 +164,9 @@ class Attempt(ABC):
         )
 
     def _report_progress(self) -> None:
-        count, total = self._saver.stats, self.preparation.present // SMALL_PAGE
+        count, total = self._saver.counters, self.preparation.present // SMALL_PAGE
         self.request.listener(
-            events.SavingEvent(
-                done=min(count["pages"], total), total=total, traps=count["traps"], stored=count["stored"]
-            )
+            events.SavingEvent(done=min(count.pages, total), total=total, traps=count.traps, stored=count.stored)
         )
 
 

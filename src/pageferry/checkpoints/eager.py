@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pageferry._engine import Pager
+from pageferry._engine import Pager, TargetRegion
 from pageferry.checkpoints.events import EagerEvent, ProgressEvent
 from pageferry.events import Listener
 from pageferry.images.image import ImageFile
-from pageferry.images.targets import PagerTarget
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import eager
 
 
-def load(image: ImageFile, targets: Sequence[PagerTarget], reason: str, listener: Listener) -> Pager:
+def load(image: ImageFile, targets: Sequence[TargetRegion], reason: str, listener: Listener) -> Pager:
     """Load all contents of an image into files that no workload runs on yet; return the pager, which has finished.
 
     `reason`: why contents are not loaded on demand. Raises ImageError for a page that cannot be read.

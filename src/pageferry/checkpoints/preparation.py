@@ -117,7 +117,7 @@ class Preparation:
         """Leave the trace for a child of the image, or remove it unless it covers all memory."""
         if self._tracking is not None:
             tracking, self._tracking = self._tracking, None
-            image = (self.request.id.hex(), f"{self.statistics.digest:016x}") if covers_memory else None
+            image = (self.request.id.hex(), f"{self.statistics.image.digest:016x}") if covers_memory else None
             self.statistics.tracked = await self.engine(lambda: tracking.finish(image))
 
     async def close(self) -> None:

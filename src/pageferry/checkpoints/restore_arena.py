@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import threading
 import weakref
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pageferry import values
-from pageferry._engine import Mapping, Pager, Space
+from pageferry._engine import Advice, MappedSegment, Mapping, Pager, Space, TargetRegion
 from pageferry.checkpoints.eager import load
 from pageferry.checkpoints.restore_options import ArenaOptions
 from pageferry.errors import UsageError
@@ -71,7 +70,7 @@ class RestoredArena(Arena):
         except CannotHandleFaults as refused:
             self.pager = _loaded(image, self, str(refused), listener)
         if not self.pager.finished:
-            _inherit(self, _MADV_DONTFORK)
+            Space().madvise(self.address, self.length, Advice.DONTFORK)
             _restoring.add(self)
         # The end of an arena's first use is not reported, so the working set is recorded when the arena or the program
         # ends.
@@ -175,11 +174,11 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
 
 def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], options: ArenaOptions) -> Pager:
     mapping = Mapping(arena.descriptor, arena.length)
-    target = (mapping, SMALL_PAGE, targets.large_units(image)[0])
+    target = TargetRegion(mapping, SMALL_PAGE, targets.large_units(image)[0])
     space = Space()
     userfaults, _ = page_faults.userfaults({os.getpid(): space})
     try:
-        segment = (space, arena.address, arena.length, 0, 0)
+        segment = MappedSegment(space, arena.address, arena.length)
         return Pager(
             image.chain,
             [target],
@@ -204,7 +203,7 @@ def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Liste
         reason,
     )
     mapping = Mapping(arena.descriptor, arena.length)
-    return load(image, [(mapping, SMALL_PAGE, targets.large_units(image)[0])], reason, listener)
+    return load(image, [TargetRegion(mapping, SMALL_PAGE, targets.large_units(image)[0])], reason, listener)
 
 
 def _answer(pager: Pager, answers: PagerServer) -> None:
@@ -212,14 +211,6 @@ def _answer(pager: Pager, answers: PagerServer) -> None:
     while not answers.closed.is_set() and not pager.wait(1.0, len(pager.failures)):
         pass
     answers.close()
-
-
-_MADV_DONTFORK, _MADV_DOFORK = 10, 11
-_libc = ctypes.CDLL(None)
-
-
-def _inherit(arena: Arena, advice: int) -> None:
-    _libc.madvise(ctypes.c_void_p(arena.address), ctypes.c_size_t(arena.length), advice)
 
 
 _restoring: weakref.WeakSet[RestoredArena] = weakref.WeakSet()
@@ -232,7 +223,7 @@ def _before_fork() -> None:
     """
     for arena in list(_restoring):
         load_pages(arena.pager, 0, arena.length // SMALL_PAGE, str(arena.image.path))
-        _inherit(arena, _MADV_DOFORK)
+        Space().madvise(arena.address, arena.length, Advice.DOFORK)
         _restoring.discard(arena)
 
 

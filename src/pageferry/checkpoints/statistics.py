@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pageferry._engine import Saver
+from pageferry._engine import SaveCounters, SaveFinished, Saver
 from pageferry.checkpoints import events
 from pageferry.checkpoints.dirty_tracking import Means
 from pageferry.checkpoints.options import Mode
@@ -64,17 +64,12 @@ class Statistics:
         self.tracked = False
         """Whether a write trace was left."""
         self.drains: Drains | None = None
-        self.counters: dict[str, int] = {}
-        """Counters of the saver (see `Saver.stats`)."""
+        self._counters: SaveCounters | None = None
+        self._finished: SaveFinished | None = None
         self.rounds = 0
         """Number of rounds before the snapshot point."""
         self.arm_seconds = 0.0
         """Time to protect all memory and to save in rounds."""
-        self.digest = 0
-        self.length = 0
-        """Length of the image, bytes."""
-        self.writes = 0
-        self.blocks = 0
 
     def enter(self, phase: Phase) -> None:
         """End the current phase and begin this one. Raises RuntimeError if it may not follow the current phase."""
@@ -101,22 +96,29 @@ class Statistics:
         """Duration of the pause, milliseconds; complete when the phase after it has begun."""
         return sum(self._milliseconds(phase) for phase in _DOWNTIME[self.mode])
 
-    def saved(self, saver: Saver, rounds: Rounds, finished: tuple[int, int, int, int]) -> None:
+    @property
+    def image(self) -> SaveFinished:
+        """The image that has been written."""
+        assert self._finished is not None
+        return self._finished
+
+    def saved(self, saver: Saver, rounds: Rounds, finished: SaveFinished) -> None:
         """Record the results of a saver: its counters, its rounds, and what `Saver.finish` returned."""
-        self.counters = saver.stats
+        self._counters = saver.counters
         self.rounds = rounds.count
         self.arm_seconds = saver.arm_seconds + rounds.seconds
-        self.digest, self.length, self.writes, self.blocks = finished
+        self._finished = finished
 
     def result(self, request: Request) -> events.CheckpointResult:
         """Return the result of the checkpoint."""
-        count = self.counters
+        count, image = self._counters, self.image
+        assert count is not None
         return events.CheckpointResult(
             status="completed",
             workload=request.workload.name,
             image=str(request.path),
             id=request.id.hex(),
-            digest=f"{self.digest:016x}",
+            digest=f"{image.digest:016x}",
             parent=str(request.parent.path) if request.parent is not None else None,
             mode=self.mode,
             paused=self.paused,
@@ -125,7 +127,7 @@ class Statistics:
             drains=self.drains.count if self.drains is not None else 0,
             drain_time=round(self.drains.seconds * 1e3, 3) if self.drains is not None else 0.0,
             tracked=self.tracked,
-            written=count["written"],
+            written=count.written,
             rounds=self.rounds,
             codec=request.options.codec,
             total_time=self._times.milliseconds("total"),
@@ -134,14 +136,14 @@ class Statistics:
             downtime=round(self.downtime, 3),
             downtime_parts=self._downtime_parts(),
             memory=self.memory,
-            pages=events.PageCount(**{name: count[name] for name in events.PageCount.__struct_fields__}),
-            bytes_written=self.length,
-            writes=self.writes,
-            mean_write=self.length // max(self.writes, 1),
-            blocks=self.blocks,
-            traps=count["traps"],
+            pages=events.PageCount(**{name: getattr(count, name) for name in events.PageCount.__struct_fields__}),
+            bytes_written=image.length,
+            writes=image.writes,
+            mean_write=image.length // max(image.writes, 1),
+            blocks=image.blocks,
+            traps=count.traps,
             trap_details=_trap_count(count),
-            compression=round(count["data"] * SMALL_PAGE / count["stored"], 3) if count["stored"] else 1.0,
+            compression=round(count.data * SMALL_PAGE / count.stored, 3) if count.stored else 1.0,
         )
 
     def _downtime_parts(self) -> events.Downtime:
@@ -158,10 +160,10 @@ class Statistics:
         return round(self._times.phases.get(phase.value, 0.0) * 1e3, 3)
 
 
-def _trap_count(count: dict[str, int]) -> events.TrapCount:
+def _trap_count(count: SaveCounters) -> events.TrapCount:
     return events.TrapCount(
-        before=count["early_traps"],
-        longest_us=count["longest_trap"] / 1e3,
-        mean_us=count["trap_time"] / 1e3 / max(count["traps"], 1),
-        staging_waits=count["staging_waits"],
+        before=count.early_traps,
+        longest_us=count.longest_trap / 1e3,
+        mean_us=count.trap_time / 1e3 / max(count.traps, 1),
+        staging_waits=count.staging_waits,
     )

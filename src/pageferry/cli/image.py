@@ -16,7 +16,14 @@ from pageferry.memory.regions import SMALL_PAGE
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.qemu.device_state import SavedState
 
-CLASSES = ("absent", "zero", "pattern", "same-as", "data", "parent")
+CLASSES = {
+    "absent": "absent",
+    "zero": "zero",
+    "pattern": "pattern",
+    "same-as": "same_as",
+    "data": "data",
+    "parent": "in_parent",
+}
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -33,7 +40,8 @@ def _info(args: argparse.Namespace) -> tuple[Event, int]:
     regions, first = [], 0
     for region in about.regions:
         pages = region.length // SMALL_PAGE
-        counts = dict(zip(CLASSES, image.count(first, pages), strict=True))
+        counted = image.count(first, pages)
+        counts = {name: getattr(counted, field) for name, field in CLASSES.items()}
         regions.append(RegionSummary(region.name, region.length, counts))
         first += pages
     summary = ImageSummary(

@@ -41,8 +41,8 @@ class Child:
                 self._ledger.start(paused=True)
                 return Answer(tids=self._ledger.tids)
             case "stalls":
-                longest, histogram = self._ledger.stalls(reset=order.reset)
-                return Answer(longest_stall=longest, stalls=histogram)
+                stalls = self._ledger.stalls(reset=order.reset)
+                return Answer(longest_stall=stalls.longest, stalls=stalls.histogram)
             case "pause":
                 self._ledger.pause()
             case "resume":

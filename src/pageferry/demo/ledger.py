@@ -8,7 +8,8 @@ from typing import Any, Self
 import msgspec
 
 from pageferry import _engine
-from pageferry.demo.shares import ChildShare, LocalShare, Share, Stalls
+from pageferry._engine import Stalls
+from pageferry.demo.shares import ChildShare, LocalShare, Share
 from pageferry.errors import UsageError, WorkloadDied, WorkloadError
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.lifecycle import LocalWorkload
@@ -128,10 +129,10 @@ class LedgerWorkload(LocalWorkload):
         return self._view().verify()
 
     def stalls(self, *, reset: bool = False) -> Stalls:
-        """Return the durations of writes, in all processes: (longest, ns; number that took 2**n up to 2**(n+1) ns)."""
+        """Return the durations of writes, in all processes."""
         every = [share.stalls(reset) for share in self._shares]
-        histograms = zip(*(histogram for _, histogram in every), strict=True)
-        return max(longest for longest, _ in every), [sum(bucket) for bucket in histograms]
+        histograms = zip(*(stalls.histogram for stalls in every), strict=True)
+        return Stalls(max(stalls.longest for stalls in every), [sum(bucket) for bucket in histograms])
 
     def writes(self) -> int:
         """Return the number of pages written so far by all processes, on all hosts of the ledger, filling included."""
@@ -208,12 +209,12 @@ class LedgerWorkload(LocalWorkload):
         return _engine.Mapping(self.arena.descriptor, self.arena.length)
 
     def _report(self) -> dict[str, Any]:
-        longest, histogram = self.stalls(reset=True)
+        stalls = self.stalls(reset=True)
         ledger = self._local.ledger
         return {
             "pages": ledger.pages,
             "filled": ledger.filled,
             "writes": self.writes(),
-            "longest-stall-ns": longest,
-            "stalls": histogram,
+            "longest-stall-ns": stalls.longest,
+            "stalls": stalls.histogram,
         }

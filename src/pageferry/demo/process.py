@@ -56,7 +56,7 @@ def run(setup: Setup) -> int:
     )
     _say({"type": "ready", "name": setup.name, "pid": workload.regions[0].segments[0].pid})
     reason = _first(ends)
-    longest, _ = workload.stalls()
+    longest = workload.stalls().longest
     workload.stop()
     report = workload.verify()
     found = {key: getattr(report, key) for key in FOUND}

@@ -9,6 +9,7 @@ import subprocess
 from typing import Protocol
 
 from pageferry import _engine
+from pageferry._engine import Stalls
 from pageferry.demo.orders import MAX_PACKET, Answer, Order, decode_answer, encode
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
@@ -16,7 +17,6 @@ from pageferry.host.python import start_python
 TIMEOUT = 60.0
 """Seconds within which a child must reply."""
 
-Stalls = tuple[int, list[int]]
 """Longest duration, ns, and the number of operations that took 2**n up to 2**(n+1) ns, by n."""
 
 
@@ -146,7 +146,7 @@ class ChildShare:
     def stalls(self, reset: bool) -> Stalls:
         """See `Share`."""
         answer = self._do(Order("stalls", reset=reset))
-        return answer.longest_stall, answer.stalls
+        return Stalls(answer.longest_stall, answer.stalls)
 
     def _do(self, order: Order) -> Answer:
         self._send(order)

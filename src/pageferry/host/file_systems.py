@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
+from pageferry import _engine
 
 TMPFS, HUGETLBFS = 0x01021994, 0x958458F6
 """Magic numbers of include/uapi/linux/magic.h; a memfd is on one of these two file systems."""
@@ -21,16 +20,10 @@ _NAMES = {
     0x6969: "nfs",
 }
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def file_system(descriptor: int) -> int:
     """Return the magic number of the file system of an open file; O_PATH suffices. Raises OSError."""
-    status = (ctypes.c_long * 64)()
-    if _libc.fstatfs(descriptor, status):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int(status[0])
+    return _engine.file_system_type(descriptor)
 
 
 def in_memory(descriptor: int) -> bool:

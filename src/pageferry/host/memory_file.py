@@ -9,28 +9,18 @@ Kernel: `huge=always` of tmpfs(5) allocates huge pages regardless of `shmem_enab
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pageferry import _engine
 from pageferry._engine import LARGE_PAGE
 from pageferry.errors import UnsupportedError
 
 _FALLBACK = Path("/dev/shm")
 _HUGE_PAGE_COUNTS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-
-# System call numbers of all architectures except Alpha (include/uapi/asm-generic/unistd.h), and flags of
-# include/uapi/linux/mount.h.
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
-_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
-_SET_STRING, _CREATE = 1, 6
-_NOSUID, _NODEV, _NOEXEC = 2, 4, 8
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +48,8 @@ def create_ram_file(size: int, *, hugetlb: bool = False) -> RamFile:
 
 
 def _tmpfs_file(size: int) -> RamFile:
-    whole = -(-size // LARGE_PAGE) * LARGE_PAGE
     try:
-        descriptor = _file_on_own("tmpfs", {"huge": "always", "size": str(whole)}, size)
+        descriptor = _file_on_own(_engine.large_tmpfs, size)
     except OSError as refused:
         return _fallback_file(size, refused)
     warning = None
@@ -97,7 +86,7 @@ def _hugetlb_file(size: int) -> RamFile:
             f"{needed - available} to /proc/sys/vm/nr_hugepages"
         )
     try:
-        return RamFile(_file_on_own("hugetlbfs", {"pagesize": "2M"}, size), None)
+        return RamFile(_file_on_own(_engine.hugetlbfs, size), None)
     except OSError as refused:
         raise UnsupportedError(f"cannot mount hugetlbfs: {refused.strerror}; run as root") from refused
 
@@ -114,20 +103,13 @@ def _huge_pages_available() -> int:
     return count("free_hugepages") - count("resv_hugepages") + max(surplus, 0)
 
 
-def _file_on_own(kind: str, options: Mapping[str, str], size: int) -> int:
+def _file_on_own(mount: Callable[[int], int], size: int) -> int:
     """Create an unnamed file on a new detached file system. Raises OSError if this process may not mount one."""
-    context = _call(_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+    folder = mount(-(-size // LARGE_PAGE) * LARGE_PAGE)
     try:
-        for name, value in options.items():
-            _call(_FSCONFIG, context, _SET_STRING, name.encode(), value.encode(), 0)
-        _call(_FSCONFIG, context, _CREATE, None, None, 0)
-        mount = _call(_FSMOUNT, context, _FSMOUNT_CLOEXEC, _NOSUID | _NODEV | _NOEXEC)
+        return _nameless(".", folder, size)
     finally:
-        os.close(context)
-    try:
-        return _nameless(".", mount, size)
-    finally:
-        os.close(mount)
+        os.close(folder)
 
 
 def _nameless(folder: Path | str, below: int | None, size: int) -> int:
@@ -138,11 +120,3 @@ def _nameless(folder: Path | str, below: int | None, size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _call(number: int, *arguments: int | bytes | None) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return result

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from pageferry._engine import Image, ImageChain
+from pageferry._engine import Finding, Image, ImageChain
 from pageferry.errors import ImageError
 from pageferry.host import files
 from pageferry.host.fault_points import fault_point
@@ -138,10 +138,10 @@ class ImageFile:
             chain = ImageChain([other.image for other in self.links[number:]])
             for start in range(0, chain.stored, SLICE):
                 progress(start, chain.stored)
-                found += [_finding(link, *wrong) for wrong in chain.verify(start, SLICE, MAX_FINDINGS)]
+                found += [_finding(link, wrong) for wrong in chain.verify(start, SLICE, MAX_FINDINGS)]
                 if len(found) >= MAX_FINDINGS:
                     return found
-            found += [_finding(link, *wrong) for wrong in chain.verify_unused()]
+            found += [_finding(link, wrong) for wrong in chain.verify_unused()]
             found += _damaged_sections(link)
         return found
 
@@ -170,7 +170,7 @@ class ImageFile:
             _checked(
                 self.path,
                 lambda: self.chain.flatten(
-                    descriptor, secrets.token_bytes(16), regions, sections, codec or self.metadata.codec
+                    descriptor, secrets.token_bytes(16), regions, sections, codec=codec or self.metadata.codec
                 ),
             )
 
@@ -255,9 +255,9 @@ def _checked(path: Path, call: Callable[[], T]) -> T:
         raise ImageError(f"{path}: {error.strerror or error}") from error
 
 
-def _finding(link: Link, page: int | None, message: str) -> str:
-    where = "" if page is None else f"page {page}: "
-    return f"{link.path}: {where}{message}"
+def _finding(link: Link, finding: Finding) -> str:
+    where = "" if finding.page is None else f"page {finding.page}: "
+    return f"{link.path}: {where}{finding.message}"
 
 
 def _damaged_sections(link: Link) -> list[str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pageferry._engine import Mapping
+from pageferry._engine import Mapping, TargetRegion
 from pageferry.errors import ImageError, RestoreError
 from pageferry.images import metadata
 from pageferry.images.image import ImageFile
 from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import LARGE_PAGE, Region
 
-PagerTarget = tuple[Mapping, int, Sequence[bool]]
 """(our mapping of a region's file, page size of the file, whether each 2 MiB unit is to be huge)"""
 
 
@@ -42,11 +41,11 @@ def compare(image: ImageFile, regions: Sequence[Region]) -> None:
         )
 
 
-def targets(image: ImageFile, regions: Sequence[Region]) -> list[PagerTarget]:
+def targets(image: ImageFile, regions: Sequence[Region]) -> list[TargetRegion]:
     """Return the targets of all regions. Raises RestoreError if the regions differ from those that were saved."""
     compare(image, regions)
     return [
-        (Mapping(region.fd, region.length, region.file_offset), region.page_size, units)
+        TargetRegion(Mapping(region.fd, region.length, region.file_offset), region.page_size, units)
         for region, units in zip(regions, large_units(image), strict=True)
     ]
 

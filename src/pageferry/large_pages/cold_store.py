@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pageferry._engine import Trace
+from pageferry._engine import MappedSegment, Trace
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError
 from pageferry.host import proc, processes
 from pageferry.host.blocking import in_thread
@@ -98,7 +98,10 @@ def _trace(target: Target, workload: Migratable, chosen: Plan) -> Trace:
     mapped = segments(workload, chosen.units)
     spaces = {segment.pid: target.space(segment.pid) for _, segment in mapped}
     return Trace(
-        [(spaces[one.pid], one.address, one.length, unit[0], one.offset // SMALL_PAGE) for unit, one in mapped]
+        [
+            MappedSegment(spaces[one.pid], one.address, one.length, unit[0], one.offset // SMALL_PAGE)
+            for unit, one in mapped
+        ]
     )
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pageferry._engine import Sampler
+from pageferry._engine import Sampler, SplitPage
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.smaps import referenced
@@ -73,7 +73,7 @@ class Tracker:
         """CPU time used in this thread, seconds."""
         self.restored = 0
         """Number of huge mappings that were split and are restored."""
-        self.small: list[tuple[int, str]] = []
+        self.small: list[SplitPage] = []
         """Addresses of those that could not be restored, with the reason."""
         self._samplers: dict[int, Sampler] = {}
         self._split: set[tuple[int, int]] = set()
@@ -161,7 +161,7 @@ class Tracker:
                 addresses = [address for address in addresses if address not in gone]
                 if split:
                     self._split.update((pid, address) for address in addresses)
-                    sampler.split(addresses, True)
+                    sampler.split(addresses, marked=True)
                 else:
                     sampler.cool(addresses)
             except OSError as error:
@@ -174,7 +174,7 @@ class Tracker:
         for pid, addresses in _by_process(pages).items():
             try:
                 self._split.update((pid, address) for address in addresses)
-                self._samplers[pid].split(addresses, False)
+                self._samplers[pid].split(addresses, marked=False)
                 self._samplers[pid].cool(addresses)
             except OSError as error:
                 raise self._explained(error, pid) from error

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pageferry._engine import PageSet, PageStore, Trace
+from pageferry._engine import Advice, PageSet, PageStore, Trace
 from pageferry.errors import CheckpointError, RestoreError, UsageError, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.fault_points import fault_point
@@ -38,9 +38,6 @@ COPIED_AT_A_TIME = 32
 """Huge pages copied per engine call, between which a cancellation takes effect."""
 MAX_IMAGES = 64
 """Maximum number of images in the chain of a store."""
-
-_SYS_MADVISE = 28
-_MADV_DONTFORK = 10
 
 
 @dataclass(slots=True)
@@ -120,7 +117,7 @@ class Move:
             ) from error
         image = ImageFile(path)
         self.done.path, self.done.length = str(image.path), image.image.length
-        self.done.equal = image.image.count(0, image.pages)[3]
+        self.done.equal = image.image.count(0, image.pages).same_as
         return image
 
     def _directory(self, parent: ImageFile | None, place: Path | None) -> Path:
@@ -142,7 +139,8 @@ class Move:
 
     async def _copy(self, file: int, parent: ImageFile | None, codec: metadata.Codec) -> None:
         mappings, units = self.memory.mappings, self.plan.units
-        store = PageStore(file, secrets.token_bytes(16), [len(one) // SMALL_PAGE for one in mappings], codec)
+        lengths = [len(one) // SMALL_PAGE for one in mappings]
+        store = PageStore(file, secrets.token_bytes(16), lengths, codec=codec)
         for first in range(0, len(units), COPIED_AT_A_TIME):
             for number, pages in self.plan.pages(units[first : first + COPIED_AT_A_TIME]).items():
                 copied = await in_thread(store.add, number, mappings[number], pages)
@@ -240,7 +238,7 @@ class Move:
         for region, parts in zip(self.workload.regions, work.cold, strict=True):
             for segment in region.segments:
                 for part in segment.within(parts):
-                    self.target.space(part.pid).call(_SYS_MADVISE, part.address, part.length, _MADV_DONTFORK)
+                    self.target.space(part.pid).madvise(part.address, part.length, Advice.DONTFORK)
 
     def _work(self, image: ImageFile) -> Deferred:
         """Return the record for a pager that takes over."""

@@ -15,10 +15,9 @@ page of which more than `max_ptes_swap` (64 by default) base pages are in swap.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from pathlib import Path
 
+from pageferry._engine import Advice, Mapping, Space
 from pageferry.errors import UnsupportedError
 from pageferry.host import proc
 from pageferry.host.proc import meminfo
@@ -26,8 +25,6 @@ from pageferry.host.smaps import total
 from pageferry.large_pages.sampler import Activity, cold_runs
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.target import Target
-
-_MADV_COLD, _MADV_PAGEOUT, _MADV_POPULATE_READ = 20, 21, 22
 
 
 def check_swap() -> None:
@@ -57,11 +54,11 @@ def _reclaim(target: Target, activity: Activity) -> bool:
     area, address = activity.page.area, activity.page.address
     space = target.space(area.pid)
     try:
-        space.advise(address, SMALL_PAGE, _MADV_COLD)
+        space.madvise(address, SMALL_PAGE, Advice.COLD)
         if any(start <= address < end for start, end in space.large_mapped(address, LARGE_PAGE)):
             return False
         if area.kind == "anon":
-            space.advise(address, LARGE_PAGE, _MADV_PAGEOUT)
+            space.madvise(address, LARGE_PAGE, Advice.PAGEOUT)
         else:
             _page_out_shared(target, activity)
     except OSError:  # unmapped, locked or freed since it was sampled
@@ -76,8 +73,8 @@ def _page_out_shared(target: Target, activity: Activity) -> None:
     assert activity.touched is not None
     region = target.regions[area.region]
     offset = region.file_offset + area.offset + activity.page.address - area.address
-    with contextlib.closing(mmap.mmap(region.fd, LARGE_PAGE, offset=offset)) as memory:
-        for first, last in cold_runs(activity.touched):
-            start, length = first * SMALL_PAGE, (last - first) * SMALL_PAGE
-            memory.madvise(_MADV_POPULATE_READ, start, length)
-            memory.madvise(_MADV_PAGEOUT, start, length)
+    memory, own = Mapping(region.fd, LARGE_PAGE, offset), Space()
+    for first, last in cold_runs(activity.touched):
+        address, length = memory.address + first * SMALL_PAGE, (last - first) * SMALL_PAGE
+        own.madvise(address, length, Advice.POPULATE_READ)
+        own.madvise(address, length, Advice.PAGEOUT)

@@ -100,8 +100,8 @@ def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
         own |= {segment.pid for segment in region.segments}
         mapped = next((line.device for line in proc.file_mappings(pid) if line.address <= address < line.end), None)
         ids.append((status.st_dev, status.st_ino, status.st_dev if mapped is None else mapped))
-    mappings, _, _, _ = _engine.scan_mappers(ids)
-    strangers = {pid for _, pid, _, _, _, writable in mappings if writable} - own - {os.getpid()}
+    mappings = _engine.scan_mappers(ids).mappings
+    strangers = {mapping.pid for mapping in mappings if mapping.writable} - own - {os.getpid()}
     strangers = {pid for pid in strangers if not _is_pageferry(pid)}
     if strangers:
         raise WorkloadError(
@@ -120,15 +120,19 @@ def threads(pid: int) -> list[int]:
 
 def _scan(file: int, length: int, sharing: Sharing) -> Found:
     status = os.fstat(file)
-    mappings, writers, unreadable, _ = _engine.scan_mappers([(status.st_dev, status.st_ino, status.st_dev)])
-    known = {pid for _, pid, *_ in mappings} | {os.getpid(), *sharing.observers}
+    scanned = _engine.scan_mappers([(status.st_dev, status.st_ino, status.st_dev)])
+    mappings = scanned.mappings
+    known = {one.pid for one in mappings} | {os.getpid(), *sharing.observers}
     segments = [
-        Segment(pid, address, min(size, length - offset), offset)
-        for _, pid, address, size, offset, writable in mappings
-        if writable and offset < length and pid not in sharing.observers and not _is_ours(pid, address)
+        Segment(one.pid, one.address, min(one.length, length - one.offset), one.offset)
+        for one in mappings
+        if one.writable
+        and one.offset < length
+        and one.pid not in sharing.observers
+        and not _is_ours(one.pid, one.address)
     ]
-    holders = sorted({pid for _, pid, _ in writers} - known)
-    return Found(tuple(segments), tuple(holders), tuple(unreadable))
+    holders = sorted(set(scanned.writers) - known)
+    return Found(tuple(segments), tuple(holders), tuple(scanned.unreadable))
 
 
 def _is_ours(pid: int, address: int) -> bool:

@@ -4,22 +4,13 @@ it."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from pageferry._engine import Mapping, PageSet, ProcessRange, Space
+from pageferry._engine import MappedSegment, Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region
-
-_SYS_MPROTECT = 10
-_libc = ctypes.CDLL(None, use_errno=True)
-
-EngineSegment = tuple[Space, int, int, int, int]
-"""`memory.regions.Segment` for the engine: (address space, address, length, region number, first page in the
-region)."""
 
 
 class Extent(Protocol):
@@ -59,7 +50,7 @@ class Readable:
         zeros."""
 
     @property
-    def segments(self) -> list[EngineSegment]:
+    def segments(self) -> list[MappedSegment]:
         """Mappings whose writes can be traced; none of a process that is saved while it is stopped."""
         return []
 
@@ -108,7 +99,7 @@ class Memory(Readable):
         self.check_files()
 
     @property
-    def segments(self) -> list[EngineSegment]:
+    def segments(self) -> list[MappedSegment]:
         """Mappings of the regions in the workload's processes."""
         return self._segments
 
@@ -136,13 +127,14 @@ class Memory(Readable):
 
     def page_sets(self, *, full: bool = False) -> list[PageSet]:
         """Return one page set per region, empty or full."""
-        return [PageSet(region.length // SMALL_PAGE, full) for region in self.regions]
+        made = PageSet.full if full else PageSet
+        return [made(region.length // SMALL_PAGE) for region in self.regions]
 
     def data_of(self, pages: list[PageSet]) -> list[PageSet]:
         """Return the given pages that are present; all others are holes, which read as zeros."""
         found = []
         for mapping, wanted in zip(self.mappings, pages, strict=True):
-            holes = PageSet(wanted.pages, True)
+            holes = PageSet.full(wanted.pages)
             for start, end in mapping.data_ranges():
                 holes.remove(start // SMALL_PAGE, -(-end // SMALL_PAGE))
             data = wanted.copy()
@@ -158,12 +150,12 @@ class Memory(Readable):
 
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
         """Restore the PMD mappings of huge pages that write traces have split. Failures leave PTE mappings."""
-        for space, address, length, region, first_page in self.segments:
-            for start, end in _runs(units[region]):
-                begin = max(start * LARGE_PAGE - first_page * SMALL_PAGE, 0)
-                stop = min(end * LARGE_PAGE - first_page * SMALL_PAGE, length)
-                if begin < stop and self.regions[region].page_size == SMALL_PAGE:
-                    _collapse(space, address + begin, stop - begin)
+        for one in self.segments:
+            for start, end in _runs(units[one.region]):
+                begin = max(start * LARGE_PAGE - one.first_page * SMALL_PAGE, 0)
+                stop = min(end * LARGE_PAGE - one.first_page * SMALL_PAGE, one.length)
+                if begin < stop and self.regions[one.region].page_size == SMALL_PAGE:
+                    _collapse(one.space, one.address + begin, stop - begin)
 
 
 def _collapse(space: Space, address: int, length: int) -> None:
@@ -172,26 +164,11 @@ def _collapse(space: Space, address: int, length: int) -> None:
         space.collapse(address, length)
 
 
-def close_to_writes(space: Space, address: int, length: int) -> None:
-    """Make a mapping read-only. Raises OSError if the process has exited or does not map it."""
-    if space.pid != os.getpid():
-        space.call(_SYS_MPROTECT, address, length, mmap.PROT_READ)
-    elif _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.PROT_READ):
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-
-
-def segments_of(regions: Sequence[Region]) -> list[EngineSegment]:
+def segments_of(regions: Sequence[Region]) -> list[MappedSegment]:
     """Return the segments of the regions. Raises ProcessLookupError, OSError."""
     spaces = {pid: Space(pid) for pid in {segment.pid for region in regions for segment in region.segments}}
     return [
-        (
-            spaces[segment.pid],
-            segment.address,
-            segment.length,
-            number,
-            segment.offset // SMALL_PAGE,
-        )
+        MappedSegment(spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
         for number, region in enumerate(regions)
         for segment in region.segments
     ]

@@ -49,7 +49,7 @@ class Loading:
         for region, units in hot.items():
             await off_loop(lambda region=region, units=units: placer.populate(region, units))  # type: ignore[misc]
         try:
-            await off_loop(lambda: placer.finish(mode == "all"))
+            await off_loop(lambda: placer.finish(populate_rest=mode == "all"))
         except PageferryError as error:
             log.warning("page-table entries are created on first access: %s", error)
         if mode != "none":

@@ -63,7 +63,7 @@ class PageService:
             missing,
             urgent,
             streams,
-            sending.codec,
+            codec=sending.codec,
             timeout=timeout,
             bandwidth=sending.bandwidth,
             adaptive=sending.adaptive,
@@ -72,7 +72,7 @@ class PageService:
     @property
     def counters(self) -> Counters:
         """Counters of the pages sent so far."""
-        return Counters(*self._server.progress)
+        return Counters.of(self._server.progress)
 
     @property
     def requests(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pageferry._engine import BlockReceiver, Placer
+from pageferry._engine import BlockReceiver, Placer, TargetRegion
 from pageferry.errors import ProtocolError
 from pageferry.memory.regions import LARGE_PAGE
 from pageferry.memory.view import Memory
@@ -36,12 +36,12 @@ class Placement:
             await channel.during(preallocate.compact(memory.regions, large))
         placer = Placer(
             [
-                (mapping, region.page_size, units)
+                TargetRegion(mapping, region.page_size, units)
                 for mapping, region, units in zip(memory.mappings, memory.regions, large, strict=True)
             ],
             memory.segments,
-            hello.keep_large,
-            POPULATE_WORKERS if hello.populate == "all" else 0,
+            keep_large=hello.keep_large,
+            workers=POPULATE_WORKERS if hello.populate == "all" else 0,
         )
         if hello.keep_large and hello.mode == "postcopy":
             await channel.during(preallocate.allocate(placer, large))
@@ -49,8 +49,8 @@ class Placement:
 
     def populated(self) -> messages.Populated:
         """Return the number of page-table entries populated so far."""
-        large, small, failed, seconds = self.placer.populated
-        return messages.Populated(large=large, small=small, failed=failed, seconds=seconds)
+        done = self.placer.populated
+        return messages.Populated(large=done.large, small=done.small, failed=done.failed, seconds=done.seconds)
 
     def close(self) -> None:
         """Drop everything of the engine now: an exception may keep this object for long."""

@@ -19,7 +19,7 @@ from logging import getLogger
 
 import msgspec
 
-from pageferry._engine import Mapping, Pager, PageSet, PeerSource, Space
+from pageferry._engine import MappedSegment, Mapping, Pager, PageSet, PeerSource, Space, TargetRegion
 from pageferry.errors import PageferryError, UsageError, WorkloadDied
 from pageferry.host import proc
 from pageferry.host.blocking import in_thread
@@ -27,7 +27,7 @@ from pageferry.host.cgroups import join_groups_of
 from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE, Region
-from pageferry.memory.view import EngineSegment, segments_of
+from pageferry.memory.view import segments_of
 from pageferry.migration import events
 from pageferry.migration.engine_call import off_loop
 from pageferry.migration.incoming import ReceivingHost
@@ -46,7 +46,6 @@ POLL_INTERVAL = 0.05
 """Interval of checks of the link and the workload, seconds."""
 EVENT_INTERVAL = 0.5
 """Interval of events, seconds."""
-_SYS_CLOSE = 3
 
 
 class PostcopyMemory:
@@ -63,8 +62,8 @@ class PostcopyMemory:
         self.record = record
         self.regions = tuple(regions)
         self.mappings = [Mapping(region.fd, region.length, region.file_offset) for region in self.regions]
-        self.segments: list[EngineSegment] = segments_of(self.regions)
-        self.spaces: dict[int, Space] = {space.pid: space for space, *_ in self.segments}
+        self.segments: list[MappedSegment] = segments_of(self.regions)
+        self.spaces: dict[int, Space] = {one.space.pid: one.space for one in self.segments}
         self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         self.folder = host.folder()
         self.host = host
@@ -130,9 +129,9 @@ class PostcopyMemory:
         urgent, *streams = [connection.handle for connection in late]
         return PeerSource(urgent, streams, timeout=self.host.timeout)
 
-    def _targets(self) -> list[tuple[Mapping, int, list[bool]]]:
+    def _targets(self) -> list[TargetRegion]:
         return [
-            (mapping, region.page_size, messages.unpack_units(packed, len(packed) * 8))
+            TargetRegion(mapping, region.page_size, messages.unpack_units(packed, len(packed) * 8))
             for mapping, region, packed in zip(self.mappings, self.regions, self.record.large, strict=True)
         ]
 
@@ -244,9 +243,13 @@ class PostcopyMemory:
         seconds = time.monotonic() - self._begun
         self.host.verdicts.arrive(self.record.migration)
         fault_point("destination.arrival-noted")
-        faults, _, _, _, _, service, longest = self._pager.counters
+        counters = self._pager.counters
         self._arrived = messages.Arrived(
-            requests=faults, service=service, longest=longest, waits=self._pager.histogram, seconds=seconds
+            requests=counters.faults,
+            service=counters.service,
+            longest=counters.longest,
+            waits=self._pager.histogram,
+            seconds=seconds,
         )
         await in_thread(self._release)
         # The workload may have been migrated further, and its name be in use by another one.
@@ -262,7 +265,7 @@ class PostcopyMemory:
     def _release(self) -> None:
         for pid, number in self.record.userfaults.items():
             with contextlib.suppress(OSError):
-                self.spaces[pid].call(_SYS_CLOSE, number)
+                self.spaces[pid].close_fd(number)
 
     def arrived(self) -> messages.Arrived:
         """Return the message that reports completion to the source, after `wait_complete`."""
@@ -275,7 +278,7 @@ class PostcopyMemory:
             events.PostcopyEvent(
                 status=status,
                 remaining=self._pager.pending * SMALL_PAGE,
-                postcopy_requests=self._pager.counters[1],
+                postcopy_requests=self._pager.counters.missed,
                 mbps=0.0,
             )
         )

@@ -130,7 +130,7 @@ class Rounds:
 
     @property
     def _progress(self) -> Counters:
-        return Counters(*self._session.link.sender.progress)
+        return Counters.of(self._session.link.sender.progress)
 
     def _chunks(self, pages: list[PageSet]) -> Iterator[list[PageSet]]:
         memory = self._session.memory

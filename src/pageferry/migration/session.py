@@ -61,7 +61,7 @@ async def open_link(options: Options, channel: Channel, address: Address, token:
     try:
         sender = BlockSender(
             [stream.handle for stream in streams],
-            options.codec,
+            codec=options.codec,
             timeout=options.timeout,
             bandwidth=options.bandwidth,
             adaptive=options.adaptive,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pageferry.errors import MigrationError, PageferryError
 from pageferry.host.fault_points import fault_point
-from pageferry.memory.view import Memory, close_to_writes
+from pageferry.memory.view import Memory
 from pageferry.migration import events
 from pageferry.migration.commit import Commit, reason_of
 from pageferry.migration.engine_call import off_loop, to_the_end, within_grace
@@ -286,9 +286,7 @@ def hello_of(job: Job, memory: Memory) -> messages.Hello:
 
 def close_mappings(memory: Memory) -> None:
     """Make an arena read-only in the other processes that map it: their writes would be lost."""
-    owner, start, *_ = memory.segments[0]
-    for space, address, length, *_ in memory.segments:
-        if (space.pid, address) == (owner.pid, start):
-            continue  # its own program closes this one
+    # The first segment is that of the arena's own program, which closes it.
+    for segment in memory.segments[1:]:
         with contextlib.suppress(OSError):  # the process has exited, or no longer maps it
-            close_to_writes(space, address, length)
+            segment.space.make_read_only(segment.address, segment.length)

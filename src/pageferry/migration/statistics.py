@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pageferry._engine import SendProgress
 from pageferry.events import Latency
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE
@@ -16,7 +17,7 @@ from pageferry.workloads.direct_io import Drains
 
 
 class Counters(NamedTuple):
-    """Counters of page streams, as the engine returns them in `progress`."""
+    """Counters of page streams, of which sums and differences are taken."""
 
     sent: int = 0
     """Bytes on the wire."""
@@ -38,6 +39,11 @@ class Counters(NamedTuple):
     def covered(self) -> int:
         """Bytes of memory covered, without holes, which take no time."""
         return (self.data + self.zero) * SMALL_PAGE
+
+    @classmethod
+    def of(cls, progress: SendProgress) -> Counters:
+        """Return the counters of a sender."""
+        return cls(progress.bytes, progress.blocks, progress.data, progress.zero, progress.absent)
 
     def since(self, before: Counters) -> Counters:
         """Return the difference to an earlier reading."""

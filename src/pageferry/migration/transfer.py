@@ -103,7 +103,7 @@ class Transfer:
     async def _start_postcopy(self, late: Sequence[PageStream]) -> None:
         """Start the pager (post-copy): from here on, accesses to missing pages wait until these are received."""
         placement, memory = self.placement, self.placement.memory
-        await off_loop(lambda: placement.placer.finish(False))
+        await off_loop(lambda: placement.placer.finish(populate_rest=False))
         preallocate.check_space(memory.regions, self.missing.sets)
         record = PostcopyRecord(
             migration=self._incoming.hello.migration,

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from pageferry._engine import Pager
+from pageferry._engine import Pager, TargetRegion
 from pageferry.errors import ImageError
 from pageferry.images.image import ImageFile
-from pageferry.images.targets import PagerTarget
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import records
 
@@ -23,7 +22,7 @@ Report = Callable[[int, int, int], None]
 """Called with the deferred memory in bytes, the number of pages loaded, and the number of bytes read."""
 
 
-def load(image: ImageFile, targets: Sequence[PagerTarget], report: Report) -> Pager:
+def load(image: ImageFile, targets: Sequence[TargetRegion], report: Report) -> Pager:
     """Load all contents of an image into files that no workload runs on yet; return the pager, which has finished.
 
     Raises ImageError for a page that cannot be read.
@@ -37,9 +36,11 @@ def load(image: ImageFile, targets: Sequence[PagerTarget], report: Report) -> Pa
         finished = False
         while not finished:
             finished = pager.wait(_POLL)
-            for _, page, _, message in pager.failures:
-                raise ImageError(f"cannot read page {page} (byte {page * SMALL_PAGE}) of {image.path}: {message}")
-            report(pager.pending * SMALL_PAGE, pager.counters[3], pager.counters[4])
+            for failure in pager.failures:
+                where = f"page {failure.page} (byte {failure.page * SMALL_PAGE})"
+                raise ImageError(f"cannot read {where} of {image.path}: {failure.message}")
+            counters = pager.counters
+            report(pager.pending * SMALL_PAGE, counters.prefetched, counters.bytes_read)
         return pager
     finally:
         pager.stop()

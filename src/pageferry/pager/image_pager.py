@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from pageferry._engine import Pager
+from pageferry._engine import Advice, MappedSegment, Pager
 from pageferry.errors import ImageError
 from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
@@ -30,8 +30,6 @@ from pageferry.pager.service import PagerService
 
 log = logging.getLogger("pageferry.pager")
 
-_SYS_MADVISE = 28
-_MADV_DOFORK = 11
 _POLL = 0.05
 """Interval at which to check that the workload lives, seconds."""
 _SELDOM = 0.5
@@ -82,7 +80,7 @@ class ImagePager:
     def _pager(self, ours: dict[int, int], flags: int, begin: Literal["empty", "kept", "taken-over"]) -> Pager:
         spaces = self.service.spaces
         segments = [
-            (spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
+            MappedSegment(spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
             for number, segment in self._watched()
         ]
         return Pager(
@@ -135,7 +133,7 @@ class ImagePager:
             failures = self.service.pager.failures
             if len(failures) > known:
                 known = len(failures)
-                self._complain(server.describe(failures[known - 1]), accessed=failures[known - 1][2])
+                self._complain(server.describe(failures[known - 1]), accessed=failures[known - 1].accessed)
         self._finish()
 
     def close(self) -> None:
@@ -190,7 +188,7 @@ class ImagePager:
                         space.collapse(address, LARGE_PAGE)
                 if self.work.qmp_socket is None:
                     with contextlib.suppress(OSError):
-                        space.call(_SYS_MADVISE, segment.address, segment.length, _MADV_DOFORK)
+                        space.madvise(segment.address, segment.length, Advice.DOFORK)
 
     def _remove_store(self) -> None:
         """Remove the images that reclaim has created, after their pages are reloaded or their workload has exited.

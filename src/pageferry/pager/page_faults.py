@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from pageferry._engine import Space
 from pageferry.errors import UnsupportedError
 
-_SYS_CLOSE = 3
-
 
 class CannotHandleFaults(UnsupportedError):
     """Page faults of a process cannot be handled, for lack of permissions or of kernel support."""
@@ -30,9 +28,10 @@ def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, i
     kept: dict[int, int] = {}
     try:
         for pid, space in spaces.items():
-            ours[pid], number = space.missing_faults(discards=True)
-            if number is not None:
-                kept[pid] = number
+            made = space.missing_faults(discards=True)
+            ours[pid] = made.descriptor
+            if made.number is not None:
+                kept[pid] = made.number
     except ProcessLookupError:
         close(spaces, ours, kept)
         raise
@@ -67,7 +66,7 @@ def close(spaces: Mapping[int, Space], ours: Mapping[int, int], kept: Mapping[in
         os.close(descriptor)
     for pid, number in kept.items():
         with contextlib.suppress(OSError):
-            spaces[pid].call(_SYS_CLOSE, number)
+            spaces[pid].close_fd(number)
 
 
 def _cannot(pid: int, refused: OSError) -> CannotHandleFaults:

@@ -145,7 +145,8 @@ class Session:
             orders.send(self._connection, progress)
 
         pager = load(self._opened, targets.targets(self._opened, regions), report)
-        return orders.Loading(deferred=0, prefetched=pager.counters[3], bytes_read=pager.counters[4], finished=True)
+        counters = pager.counters
+        return orders.Loading(deferred=0, prefetched=counters.prefetched, bytes_read=counters.bytes_read, finished=True)
 
 
 def _log_to(folder: Folder) -> None:

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry._engine import Pager
+from pageferry._engine import Failure, Pager
 from pageferry.host import files
 from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager.protocol import MAX_TOUCHED, HoldGiven, PagerRequest, PagerStatus
-
-Failure = tuple[int, int, bool, str]
-"""Element of `Pager.failures`."""
 
 
 class _Hold:
@@ -96,24 +93,23 @@ class PagerServer:
     def status(self, error: str | None = None, touched: Sequence[int] = ()) -> PagerStatus:
         """Return the status of the pager."""
         pager = self.pager
-        faults, missed, loaded, prefetched, bytes_read, service, longest = pager.counters
-        failures = pager.failures
+        counters, failures = pager.counters, pager.failures
         return PagerStatus(
             image=self.origin,
             pager=os.getpid(),
             identity=self.identity,
             deferred=pager.pending * SMALL_PAGE,
             finished=pager.finished,
-            faults=faults,
-            missed=missed,
-            loaded=loaded,
-            prefetched=prefetched,
-            bytes_read=bytes_read,
-            service=service,
-            longest=longest,
+            faults=counters.faults,
+            missed=counters.missed,
+            loaded=counters.loaded,
+            prefetched=counters.prefetched,
+            bytes_read=counters.bytes_read,
+            service=counters.service,
+            longest=counters.longest,
             histogram=pager.histogram,
             failures=[self.describe(failure) for failure in failures],
-            accessed=sum(accessed for _, _, accessed, _ in failures),
+            accessed=sum(failure.accessed for failure in failures),
             touched=list(touched),
             flags=self.flags,
             paused=self.paused,
@@ -122,9 +118,9 @@ class PagerServer:
 
     def describe(self, failure: Failure) -> str:
         """Describe a page that cannot be read."""
-        region, page, _, message = failure
-        name = self.regions[region][0]
-        return f"page {page} of {name} (at byte {page * SMALL_PAGE}) cannot be read from {self.origin}: {message}"
+        page, name = failure.page, self.regions[failure.region][0]
+        where = f"page {page} of {name} (at byte {page * SMALL_PAGE})"
+        return f"{where} cannot be read from {self.origin}: {failure.message}"
 
     def _accept(self) -> None:
         while True:

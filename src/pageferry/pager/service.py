@@ -19,8 +19,6 @@ from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.pager import page_faults, records
 from pageferry.pager.server import PagerServer
 
-_SYS_CLOSE = 3
-
 MakePager = Callable[[dict[int, int], int], Pager]
 """Creates a pager from our descriptors of the userfaultfds, by process ID, and the descriptor of the deferred
 bitmap."""
@@ -127,7 +125,7 @@ class PagerService:
         """Close the userfaultfds in the processes of the workload."""
         for pid, number in self.userfaults.items():
             with contextlib.suppress(OSError):
-                self.spaces[pid].call(_SYS_CLOSE, number)
+                self.spaces[pid].close_fd(number)
 
     def close(self) -> None:
         """Stop the pager. Missing pages stay missing, for another pager. May be called twice."""

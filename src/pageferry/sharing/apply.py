@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pageferry._engine import SharingScan, free_zeros
+from pageferry._engine import Advice, SharingScan, free_zeros
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.events import Listener
 from pageferry.host.blocking import in_thread
@@ -86,7 +86,7 @@ async def _merge(findings: Findings, units: Sequence[Unit], applied: Applied, li
         for (workload, pid), found in wanted.items():
             for one in ranges.affordable(pid, ranges.joined(found)):
                 marked.append((findings.targets[workload], one))
-                await in_thread(ranges.advise, *marked[-1], ranges.NOHUGEPAGE, ranges.MERGEABLE)
+                await in_thread(ranges.advise, *marked[-1], Advice.NOHUGEPAGE, Advice.MERGEABLE)
         merging = [one for _, one in marked]
         listener(ApplyEvent("merging", f"{len(merging)} ranges, {sum(one.length for one in merging) >> 20} MiB"))
         before = ranges.pss(merging)
@@ -109,7 +109,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         if area.kind == "shared" and area.region == place.region:
             shown = [_within(area, unit) for unit in units]
             for one in ranges.affordable(area.pid, ranges.joined(one for one in shown if one.length > 0)):
-                await in_thread(ranges.advise, target, one, ranges.NOHUGEPAGE)
+                await in_thread(ranges.advise, target, one, Advice.NOHUGEPAGE)
     left = [(unit.start, unit.length) for unit in units]
     waiting = None
     if place.deferred is not None:  # a cold store
@@ -124,7 +124,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
             await workload.pause()
             # Not in a thread: no other task may resume the workload in between.
             left = _unpinned(workload, place, left)
-            done, _ = free_zeros(mapping, left, PAUSE, waiting)
+            done = free_zeros(mapping, left, PAUSE, waiting).ranges
         finally:
             await workload.resume()
         applied.longest_pause = max(applied.longest_pause, time.monotonic() - begin)
@@ -150,6 +150,6 @@ def _within(area: Area, unit: Unit) -> Range:
 def _count_broken(findings: Findings) -> int:
     """Return how many units that were huge before the scan no longer are."""
     now = SharingScan([place.engine_piece() for place in findings.places], 1 << 20)
-    large = {(piece, start) for piece, start, _, is_large, *_ in now.units() if is_large}
+    large = {(unit.piece, unit.position) for unit in now.units() if unit.large}
     numbers = {id(place): number for number, place in enumerate(findings.places)}
     return sum(unit.large and (numbers[id(unit.place)], unit.start) not in large for unit in findings.units)

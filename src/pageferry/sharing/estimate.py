@@ -17,7 +17,7 @@ def freed_by(findings: Findings, units: Sequence[Unit], *, possible: bool = True
     """Return the bytes freed by sharing in the first 1, 2, 3... of the units: all contents, or those possible here."""
     order = [unit.number for unit in units]
     pages_per_copy = ksm.pages_per_copy() if possible else _UNLIMITED
-    return [pages * SMALL_PAGE for pages in findings.engine.curve(order, pages_per_copy, possible)]
+    return [pages * SMALL_PAGE for pages in findings.engine.curve(order, pages_per_copy, possible=possible)]
 
 
 _UNLIMITED = (1 << 32) - 1

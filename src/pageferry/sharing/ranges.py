@@ -6,13 +6,11 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pageferry._engine import Advice
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.smaps import smaps, spare_mappings
 from pageferry.memory.regions import LARGE_PAGE
 from pageferry.workloads.target import Target
-
-MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE = 12, 13, 14, 15
-_MADVISE = 28  # x86-64, the only architecture on which calls in other processes are supported
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -41,14 +39,14 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
     return found
 
 
-def advise(target: Target, one: Range, *advices: int) -> None:
+def advise(target: Target, one: Range, *advices: Advice) -> None:
     """Apply each advice in turn to a range, inside its process.
 
     Raises WorkloadDied, UnsupportedError if no call can be executed in the process, WorkloadError if the call failed.
     """
     try:
         for advice in advices:
-            target.space(one.pid).call(_MADVISE, one.address, one.length, advice)
+            target.space(one.pid).madvise(one.address, one.length, advice)
     except ProcessLookupError as gone:
         raise WorkloadDied(f"{target.name}: process {one.pid} has exited") from gone
     except PermissionError as refused:
@@ -64,7 +62,7 @@ def take_back(target: Target, one: Range) -> None:
     One 2 MiB unit at a time: the process itself executes the calls, and is interrupted meanwhile.
     """
     for start in range(one.address, one.end, LARGE_PAGE):
-        advise(target, Range(one.pid, start, min(LARGE_PAGE, one.end - start)), UNMERGEABLE, HUGEPAGE)
+        advise(target, Range(one.pid, start, min(LARGE_PAGE, one.end - start)), Advice.UNMERGEABLE, Advice.HUGEPAGE)
 
 
 def affordable(pid: int, ranges: Sequence[Range]) -> Sequence[Range]:
@@ -104,7 +102,7 @@ def undo(target: Target) -> int:
             if {"um", "ui"} & set(smap.flags):
                 continue  # registered with a userfaultfd: a huge page with missing pages must not be mapped
             if file:
-                advise(target, at, HUGEPAGE)
+                advise(target, at, Advice.HUGEPAGE)
             else:
                 take_back(target, at)
             _enlarge(target, at)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pageferry._engine import Mapping, PagerFlags, SharingScan, Space
+from pageferry._engine import ClassCounts, Mapping, PagerFlags, SharingScan, Space
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
@@ -154,13 +154,12 @@ async def look(targets: Sequence[Target], options: Options, listener: Callable[[
         raise UnsupportedError(f"cannot scan memory: permission denied ({refused}); run as root") from refused
     except OSError as error:
         raise WorkloadError(f"cannot scan memory: {error}") from error
-    pages, freed = (dict(zip(CLASSES, numbers, strict=True)) for numbers in scan.totals)
     return Findings(
         targets=targets,
         places=places,
         units=list(_units(scan, places)),
-        pages=pages,
-        freed=freed,
+        pages=_by_class(scan.totals.pages),
+        freed=_by_class(scan.totals.freed),
         scale=scan.scale,
         every=options.every,
         scanned=scanned,
@@ -209,5 +208,23 @@ def _places(targets: Sequence[Target]) -> Iterator[Place]:
 
 
 def _units(scan: SharingScan, places: Sequence[Place]) -> Iterator[Unit]:
-    for number, (piece, start, length, large, *pages, counts) in enumerate(scan.units()):
-        yield Unit(number, places[piece], start, length, large and length == LARGE_PAGE, *pages, *counts)
+    for number, one in enumerate(scan.units()):
+        counts = one.counts
+        yield Unit(
+            number,
+            places[one.piece],
+            one.position,
+            one.length,
+            one.large and one.length == LARGE_PAGE,
+            one.present,
+            one.deferred,
+            one.shared,
+            counts.zero,
+            counts.pattern,
+            counts.inside,
+            counts.across,
+        )
+
+
+def _by_class(counts: ClassCounts) -> dict[ClassName, int]:
+    return {name: getattr(counts, name) for name in CLASSES}

@@ -101,7 +101,7 @@ def registered_buffers(regions: Sequence[Region]) -> list[PageSet]:
     Such pages are pinned until the buffer is unregistered, and no trace records writes through the pins. Raises
     WorkloadError if the list of buffers of a process stays locked, PermissionError.
     """
-    found = [PageSet(region.length // SMALL_PAGE, False) for region in regions]
+    found = [PageSet(region.length // SMALL_PAGE) for region in regions]
     pids = {segment.pid for region in regions for segment in region.segments}
     buffers = {pid: list(_buffers(pid)) for pid in pids}
     for region, pages in zip(regions, found, strict=True):

@@ -17,17 +17,16 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pageferry._engine import Space
+from pageferry._engine import MappedSegment, Space
 from pageferry.errors import PageferryError
 from pageferry.host import files, proc
 from pageferry.host.registry import Folder
-from pageferry.memory.view import EngineSegment, Memory
+from pageferry.memory.view import Memory
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.protocols import Migratable
 
 RECORD = "trace.json"
 _FORKS = "forks"
-_SYS_CLOSE = 3
 
 
 class Unusable(Exception):
@@ -67,7 +66,7 @@ class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
     """Id and digest of the image since which writes are recorded; None while a checkpoint is running."""
 
 
-def begin(workload: Migratable, segments: Sequence[EngineSegment]) -> dict[int, int]:
+def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, int]:
     """Create userfaultfds for the processes of `segments`. Return descriptors of this process by pid, which the caller
     closes.
 
@@ -79,11 +78,13 @@ def begin(workload: Migratable, segments: Sequence[EngineSegment]) -> dict[int, 
     kept: dict[int, Descriptor] = {}
     forks = _forks(workload)
     try:
-        for space, *_ in segments:
+        for space in (segment.space for segment in segments):
             if space.pid not in ours:
-                ours[space.pid], number = space.write_traces()
+                made = space.write_traces()
+                ours[space.pid] = made.descriptor
                 # This process, too, keeps a descriptor open.
-                kept[space.pid] = _describe(space.pid, os.dup(ours[space.pid]) if number is None else number)
+                number = os.dup(made.descriptor) if made.number is None else made.number
+                kept[space.pid] = _describe(space.pid, number)
     except BaseException:
         for descriptor in ours.values():
             os.close(descriptor)
@@ -93,7 +94,7 @@ def begin(workload: Migratable, segments: Sequence[EngineSegment]) -> dict[int, 
     return ours
 
 
-def take_up(workload: Migratable, segments: Sequence[EngineSegment], image: tuple[str, str]) -> dict[int, int]:
+def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[str, str]) -> dict[int, int]:
     """Return the userfaultfds of the trace that records the writes since `image` (id, digest), as `begin` does.
 
     From now on the record is not valid for any image, until `leave`. Raises Unusable, with the reason.
@@ -127,7 +128,7 @@ def take_up(workload: Migratable, segments: Sequence[EngineSegment], image: tupl
     return ours
 
 
-def leave(workload: Migratable, segments: Sequence[EngineSegment], image: tuple[str, str]) -> bool:
+def leave(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[str, str]) -> bool:
     """Keep the trace, to record the writes since `image`. If the trace is incomplete, remove it and return False."""
     record = _load(workload)
     # A process that mapped the memory after `begin` has written without being traced.
@@ -180,11 +181,12 @@ def _close(descriptors: dict[int, Descriptor]) -> None:
             os.close(descriptor.number)
         else:
             with contextlib.suppress(OSError):  # the process has just exited, and its descriptors are closed
-                Space(pid).call(_SYS_CLOSE, descriptor.number)
+                Space(pid).close_fd(descriptor.number)
 
 
-def _places(segments: Sequence[EngineSegment]) -> list[Place]:
-    return sorted((Place(space.pid, *rest) for space, *rest in segments), key=lambda place: (place.pid, place.address))
+def _places(segments: Sequence[MappedSegment]) -> list[Place]:
+    places = [Place(one.space.pid, one.address, one.length, one.region, one.first_page) for one in segments]
+    return sorted(places, key=lambda place: (place.pid, place.address))
 
 
 # -- storage of the records

@@ -7,9 +7,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use crate::mapping::scan;
 use crate::uapi::{self, Userfault, check, owned};
 
+mod calls;
 mod inject;
 mod rseq;
 
+pub use calls::Advice;
 pub use inject::AdoptError;
 
 /// Faults that a userfaultfd must handle.
@@ -167,17 +169,6 @@ impl Space {
         }
     }
 
-    /// Makes the process execute a system call, given by its number and up to six arguments.
-    ///
-    /// # Errors
-    /// [`AdoptError::Call`] with the errno of the call; other errors if it could not be executed.
-    pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
-        inject::on_stopped(self.pid, |stopped| {
-            self.check_alive()?;
-            stopped.call(number, arguments)
-        })
-    }
-
     /// Rejects a process that has reused the ID of an exited one. A process that we have stopped keeps its ID.
     fn check_alive(&self) -> Result<(), AdoptError> {
         let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -193,73 +184,24 @@ impl Space {
         }
     }
 
-    /// Backs `[address, address + len)` by huge pages (MADV_COLLAPSE). Existing huge pages are only mapped as such;
-    /// base pages are copied. Does not stop the process.
-    ///
-    /// # Errors
-    /// The error of process_madvise(2).
-    pub fn collapse(&self, address: u64, len: u64) -> io::Result<()> {
-        self.advise(address, len, libc::MADV_COLLAPSE)
-    }
-
-    /// Advises the kernel about a range of the process: MADV_COLD, PAGEOUT, WILLNEED or COLLAPSE.
-    ///
-    /// # Errors
-    /// EINVAL for any other advice; otherwise the error of process_madvise(2).
-    pub fn advise(&self, address: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
-        // Kernels reject other advice for another process, but some accept it for our own.
-        if !matches!(advice, libc::MADV_COLD | libc::MADV_PAGEOUT | libc::MADV_WILLNEED | libc::MADV_COLLAPSE) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
-        let range = libc::iovec {
-            iov_base: address as *mut libc::c_void,
-            iov_len: usize::try_from(len).map_err(io::Error::other)?,
-        };
-        let flags: libc::c_uint = 0;
-        // SAFETY: the kernel interprets the address in the other address space; this advice does not change contents.
-        let result = unsafe {
-            libc::syscall(libc::SYS_process_madvise, self.pidfd.as_raw_fd(), &raw const range, 1usize, advice, flags)
-        };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-
-    /// Unmaps a range of shared memory from the page tables of this process. The contents are not affected.
-    ///
-    /// # Errors
-    /// As for [`Space::call`].
-    pub fn unmap_pages(&self, address: u64, len: u64) -> Result<(), AdoptError> {
-        if !self.is_own() {
-            let advice = libc::MADV_DONTNEED_LOCKED.unsigned_abs();
-            return self.call(libc::SYS_madvise, [address, len, u64::from(advice), 0, 0, 0]).map(drop);
-        }
-        let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: the caller passes shared memory, whose contents do not change.
-        check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_DONTNEED_LOCKED) })?;
-        Ok(())
-    }
-
-    /// Maps the pages of a range of shared memory in the process, as if it had read them (MADV_POPULATE_READ).
-    ///
-    /// # Errors
-    /// As for [`Space::call`].
-    pub fn populate_read(&self, address: u64, len: u64) -> Result<(), AdoptError> {
-        if !self.is_own() {
-            let advice = u64::from(libc::MADV_POPULATE_READ.unsigned_abs());
-            return self.call(libc::SYS_madvise, [address, len, advice, 0, 0, 0]).map(drop);
-        }
-        let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: maps pages without changing them.
-        check(unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_POPULATE_READ) })?;
-        Ok(())
-    }
-
     /// Returns the parts of a range that are mapped as huge pages, as (start, end).
     ///
     /// # Errors
     /// The error of PAGEMAP_SCAN.
     pub fn large_mapped(&self, address: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
+        self.pages_in(address, len, uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT)
+    }
+
+    /// Returns the parts of a range whose pages are mapped, as (start, end).
+    ///
+    /// # Errors
+    /// The error of PAGEMAP_SCAN.
+    pub fn present(&self, address: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
+        self.pages_in(address, len, uapi::PAGE_IS_PRESENT)
+    }
+
+    fn pages_in(&self, address: u64, len: u64, categories: u64) -> io::Result<Vec<(u64, u64)>> {
         let mut runs = Vec::new();
-        let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
         scan(&self.pagemap, address, address + len, 0, categories, |start, end| runs.push((start, end)))?;
         Ok(runs)
     }

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry_engine::block::Codec;
-use pageferry_engine::mapping::{self, Mapping};
+use pageferry_engine::file_systems;
+use pageferry_engine::mapping::Mapping;
 use pageferry_engine::placer::{Placer, Target};
 use pageferry_engine::wire::{BlockReceiver, BlockSender, Format};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
@@ -41,7 +42,7 @@ pub fn small_file(pages: usize) -> Arc<Mapping> {
 
 /// Creates a file on a detached tmpfs with huge=always. Returns `None` without permission to mount.
 pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
-    let directory = match mapping::large_tmpfs(room) {
+    let directory = match file_systems::large_tmpfs(room) {
         Ok(directory) => directory,
         Err(error) => {
             eprintln!("skipped: no tmpfs of our own ({error})");

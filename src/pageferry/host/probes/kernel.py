@@ -1,29 +1,27 @@
-"""Kernel calls that only probes make: userfaultfd, PAGEMAP_SCAN and madvise on memory of this process.
+"""Kernel calls of probes: userfaultfd, PAGEMAP_SCAN and madvise on memory of this process.
 
-The engine contains the calls that workloads need, and probes use the engine for them. Structures and numbers are those
-of linux/userfaultfd.h and linux/fs.h.
+The engine makes all calls except the ioctls of userfaultfd that only probes need. Their structures and numbers are
+those of linux/userfaultfd.h.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import fcntl
-import mmap
 import os
 import select
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pageferry import _engine
+from pageferry._engine import Advice
 from pageferry.host.probes.child import Unavailable
 
 SMALL_PAGE = _engine.SMALL_PAGE
 LARGE_PAGE = _engine.LARGE_PAGE
-
-MADV_HUGEPAGE, MADV_MERGEABLE, MADV_COLD, MADV_POPULATE_READ, MADV_POPULATE_WRITE = 14, 12, 20, 22, 23
 
 FEATURES = (
     *("wp", "fork", "remap", "remove", "missing-hugetlbfs", "missing-shmem", "unmap", "sigbus", "thread-id"),
@@ -40,10 +38,6 @@ MISSING, WP, MINOR = 1, 2, 4
 FAULT_WP, FAULT_MINOR = 2, 4
 """Flags of a fault."""
 
-PAGE_IS_PRESENT, PAGE_IS_HUGE = 1 << 3, 1 << 6
-
-_SYS_USERFAULTFD = 323
-_USER_MODE_ONLY = 1
 _USERFAULTFD_IOC_NEW = 0xAA00
 _EVENT_PAGEFAULT = 0x12
 _FAULT_TIMEOUT_MS = 3000
@@ -56,95 +50,62 @@ _UFFDIO_MOVE = 0xC028AA05
 _UFFDIO_WRITEPROTECT = 0xC018AA06
 _UFFDIO_CONTINUE = 0xC020AA07
 _UFFDIO_POISON = 0xC020AA08
-_PAGEMAP_SCAN = 0xC0606610
-
-# Calls through `libc` release the GIL: a thread that waits for a fault must not block the thread that resolves it.
-libc = ctypes.CDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
-for _function in (libc.read, libc.write):
-    _function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
-    _function.restype = ctypes.c_ssize_t
-libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 T = TypeVar("T")
 
 
-def checked(result: int, step: str) -> int:
-    """Return the result of a libc call. Raises OSError for -1, with the failed step as its file name."""
-    if result == -1:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), step)
-    return result
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Set the file name of an OSError that is raised meanwhile to the name of the failed step."""
+    try:
+        yield
+    except OSError as refused:
+        if refused.errno is None:
+            raise
+        raise OSError(refused.errno, os.strerror(refused.errno), name) from None
 
 
-def system_call(step: str, number: int, *arguments: int) -> int:
-    """Make a system call and return its result. Raises OSError with the failed step as its file name."""
-    return checked(libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(argument) for argument in arguments)), step)
-
-
-def ioctl(descriptor: int, step: str, request: int, layout: str, *fields: int) -> tuple[int, ...]:
+def ioctl(descriptor: int, name: str, request: int, layout: str, *fields: int) -> tuple[int, ...]:
     """Make an ioctl with a structure of these fields. Return the fields as modified by the kernel.
 
     Raises OSError with the failed step as its file name.
     """
     argument = bytearray(struct.pack(layout, *fields))
-    try:
+    with step(name):
         fcntl.ioctl(descriptor, request, argument, True)
-    except OSError as refused:
-        raise OSError(refused.errno, refused.strerror, step) from None
     return struct.unpack(layout, argument)
 
 
-def read_memory(address: int, length: int) -> bytes:
-    """Return the bytes at an address of this process. May wait until another thread resolves a fault."""
-    buffer = ctypes.create_string_buffer(length)
-    libc.memcpy(buffer, address, length)
-    return buffer.raw
+def madvise(address: int, length: int, advice: Advice) -> None:
+    """Advise the kernel about memory of this process. Raises OSError with the advice as its file name."""
+    with step(f"MADV_{str(advice).rpartition('.')[2]}"):
+        _engine.Space().madvise(address, length, advice)
 
 
-def write_memory(address: int, content: bytes) -> None:
-    """Write bytes to an address of this process. May wait like `read_memory`."""
-    libc.memcpy(address, content, len(content))
+def present(address: int, length: int) -> list[tuple[int, int]]:
+    """Return the parts of a range whose pages are mapped (PAGEMAP_SCAN), as (start, end)."""
+    with step("PAGEMAP_SCAN"):
+        return _engine.Space().present(address, length)
 
 
-def madvise(address: int, length: int, advice: int, step: str) -> None:
-    """Call madvise(2). Raises OSError with the failed step as its file name."""
-    checked(libc.madvise(address, length, advice), step)
-
-
-def large_pages_mapped(address: int, pid: int | str = "self") -> bool:
-    """Return whether a 2 MiB unit of a process is mapped as one page (PAGEMAP_SCAN)."""
-    return scan(address, address + LARGE_PAGE, PAGE_IS_PRESENT | PAGE_IS_HUGE, pid) == [(address, address + LARGE_PAGE)]
-
-
-def scan(start: int, end: int, categories: int, pid: int | str = "self") -> list[tuple[int, int]]:
-    """Return the ranges of a process whose pages are in all the categories, as (start, end)."""
-    found = (ctypes.c_uint64 * (3 * 512))()
-    size = 12 * 8
-    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        argument = bytearray(
-            struct.pack("=12Q", size, 0, start, end, 0, ctypes.addressof(found), 512, 0, 0, categories, 0, categories)
-        )
-        try:
-            count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument, True)
-        except OSError as refused:
-            raise OSError(refused.errno, refused.strerror, "PAGEMAP_SCAN") from None
-    return [(found[3 * index], found[3 * index + 1]) for index in range(count)]
+def large_pages_mapped(address: int, pid: int | None = None) -> bool:
+    """Return whether a 2 MiB unit of a process, by default this one, is mapped as one page (PAGEMAP_SCAN)."""
+    with step("PAGEMAP_SCAN"):
+        return _engine.Space(pid).large_mapped(address, LARGE_PAGE) == [(address, address + LARGE_PAGE)]
 
 
 class Anonymous:
     """Private memory of this process, aligned to 2 MiB. It is never unmapped."""
 
     def __init__(self, length: int) -> None:
-        self._map = mmap.mmap(-1, length + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._first = ctypes.c_char.from_buffer(self._map)
-        self.address = -(-ctypes.addressof(self._first) // LARGE_PAGE) * LARGE_PAGE
+        first = _engine.Space().mmap(length + LARGE_PAGE)
+        self.address = -(-first // LARGE_PAGE) * LARGE_PAGE
         self.length = length
 
 
-def shared_memory(length: int = LARGE_PAGE) -> _engine.Mapping:
-    """Return a mapping of a new memfd."""
-    file = os.memfd_create("pageferry-check", os.MFD_CLOEXEC)
+def shared_memory(length: int = LARGE_PAGE, flags: int = 0) -> _engine.Mapping:
+    """Return a mapping of a new memfd, created with these flags (`os.MFD_...`)."""
+    file = os.memfd_create("pageferry-check", os.MFD_CLOEXEC | flags)
     try:
         os.ftruncate(file, length)
         return _engine.Mapping(file, length)
@@ -188,14 +149,14 @@ class Userfault:
         _, self.offered, _ = ioctl(self.fd, "UFFDIO_API", _UFFDIO_API, "=3Q", 0xAA, wanted, 0)
 
     def _open(self) -> int:
-        flags = os.O_CLOEXEC | os.O_NONBLOCK
-        if self.user_mode_only:
-            return system_call("userfaultfd", _SYS_USERFAULTFD, flags | _USER_MODE_ONLY)
         try:
-            return system_call("userfaultfd", _SYS_USERFAULTFD, flags)
+            with step("userfaultfd"):
+                return _engine.userfaultfd(user_mode_only=self.user_mode_only)
         except OSError as refused:
+            if self.user_mode_only:
+                raise
             try:
-                file = _userfaultfd_of_device(flags)
+                file = _userfaultfd_of_device(os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError:
                 raise refused from None
             self.by_device = True
@@ -215,9 +176,9 @@ class Userfault:
 
     def copy(self, address: int, content: bytes) -> None:
         """Install contents in missing pages (UFFDIO_COPY)."""
-        source = ctypes.create_string_buffer(content, len(content))
-        arguments = (address, ctypes.addressof(source), len(content), 0, 0)
-        ioctl(self.fd, "UFFDIO_COPY", _UFFDIO_COPY, "=4Qq", *arguments)
+        source = shared_memory()
+        memoryview(source)[: len(content)] = content
+        ioctl(self.fd, "UFFDIO_COPY", _UFFDIO_COPY, "=4Qq", address, source.address, len(content), 0, 0)
 
     def move(self, address: int, source: int, length: int) -> None:
         """Move pages of this process to missing pages (UFFDIO_MOVE)."""
@@ -248,27 +209,6 @@ class Userfault:
         future = pool.submit(access)
         server(self.wait())
         return future.result(_FAULT_TIMEOUT_MS / 1000)
-
-
-def kernel_reads(address: int) -> None:
-    """Make the kernel read a byte at an address. Raises OSError EFAULT if it cannot."""
-    reading, writing = os.pipe()
-    try:
-        checked(libc.write(writing, address, 1), "write")
-    finally:
-        os.close(reading)
-        os.close(writing)
-
-
-def kernel_writes(address: int, content: bytes) -> int:
-    """Make the kernel write up to a page of bytes to an address. Return the number written. Raises OSError EFAULT."""
-    reading, writing = os.pipe()
-    try:
-        os.write(writing, content)
-        return checked(libc.read(reading, address, len(content)), "read")
-    finally:
-        os.close(reading)
-        os.close(writing)
 
 
 def expect(condition: bool, otherwise: str) -> None:

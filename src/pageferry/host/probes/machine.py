@@ -8,6 +8,8 @@ import os
 import signal
 from pathlib import Path
 
+from pageferry import _engine
+from pageferry._engine import Advice
 from pageferry.errors import WorkloadError
 from pageferry.host.cpu_quota import CpuQuota, mounts
 from pageferry.host.probes import kernel
@@ -21,13 +23,11 @@ KVM = "/dev/kvm"
 _KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_CHECK_EXTENSION = 0xAE00, 0xAE01, 0xAE03
 _KVM_API_VERSION = 12
 _KVM_CAP_PRE_FAULT_MEMORY = 236
-_CLONE_NEWNET = 0x40000000
-_SYS_UNSHARE = 272
 
 
 def _ksm() -> str:
     memory = Anonymous(LARGE_PAGE)
-    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_MERGEABLE, "MADV_MERGEABLE")
+    kernel.madvise(memory.address, LARGE_PAGE, Advice.MERGEABLE)
     state = {"0": "stopped", "1": "running", "2": "stopped, unmerging"}.get(_ksm_value("run"), "in an unknown state")
     sharing = int(_ksm_value("pages_sharing"))
     found = f"{state}, {f'in use by others: {sharing} pages shared' if sharing else 'in use by nobody'}"
@@ -91,7 +91,8 @@ def _cpu_quota() -> str:
 
 def _network_namespaces() -> str:
     before = os.stat("/proc/self/ns/net").st_ino
-    kernel.system_call("unshare", _SYS_UNSHARE, _CLONE_NEWNET)
+    with kernel.step("unshare"):
+        _engine.unshare_network()
     kernel.expect(os.stat("/proc/self/ns/net").st_ino != before, "the namespace is the one from before")
     return "a network namespace was made"
 

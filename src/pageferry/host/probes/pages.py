@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import re
 from pathlib import Path
 
 from pageferry import _engine
+from pageferry._engine import Advice
 from pageferry.host.probes import kernel
 from pageferry.host.probes.child import Unavailable
 from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous, expect, shared_memory
@@ -17,7 +17,6 @@ from pageferry.host.probes.probe import AS_ROOT, Probe, newer_kernel, unknown_to
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
-_MAP_HUGETLB_2M = 0x40000 | 21 << 26
 _COMPACT = "make room for a large page: free memory, and write 1 to /proc/sys/vm/compact_memory as root"
 _THP = newer_kernel("6.1", "CONFIG_TRANSPARENT_HUGEPAGE")
 
@@ -39,8 +38,8 @@ def _pagemap_scan() -> str:
     memory = Anonymous(LARGE_PAGE)
     page = [memory.address + number * SMALL_PAGE for number in range(17)]
     for touched in (3, 4, 11):
-        kernel.write_memory(page[touched], b"t")
-    found = kernel.scan(page[0], page[16], kernel.PAGE_IS_PRESENT)
+        _engine.write_memory(page[touched], b"t")
+    found = kernel.present(page[0], page[16] - page[0])
     expect(
         found == [(page[3], page[5]), (page[11], page[12])],
         f"of {page[0]:#x}, pages 3, 4 and 11 were touched; the scan saw {[(hex(a), hex(b)) for a, b in found]}",
@@ -50,21 +49,19 @@ def _pagemap_scan() -> str:
 
 def _populate() -> str:
     memory, unfilled = shared_memory(), shared_memory()
-    spans = [(memory, kernel.MADV_POPULATE_WRITE, "WRITE"), (unfilled, kernel.MADV_POPULATE_READ, "READ")]
-    for mapping, advice, word in spans:
-        start, end = mapping.address, mapping.address + 16 * SMALL_PAGE
-        kernel.madvise(start, end - start, advice, f"MADV_POPULATE_{word}")
-        present = kernel.scan(start, end, kernel.PAGE_IS_PRESENT)
-        expect(present == [(start, end)], f"MADV_POPULATE_{word} left pages unmapped")
+    for mapping, advice in ((memory, Advice.POPULATE_WRITE), (unfilled, Advice.POPULATE_READ)):
+        start, length = mapping.address, 16 * SMALL_PAGE
+        kernel.madvise(start, length, advice)
+        expect(kernel.present(start, length) == [(start, start + length)], f"{advice} left pages unmapped")
     return "pages mapped ahead of their first access"
 
 
 def _collapse() -> str:
     memory = shared_memory()
-    kernel.write_memory(memory.address, b"kept")
+    _engine.write_memory(memory.address, b"kept")
     _engine.Space().collapse(memory.address, LARGE_PAGE)
     expect(memory.large_units() == [True], "the call succeeded, and left small pages")
-    expect(kernel.read_memory(memory.address, 4) == b"kept", "content was lost")
+    expect(_engine.read_memory(memory.address, 4) == b"kept", "content was lost")
     return "small pages of a memfd became a large page"
 
 
@@ -73,7 +70,7 @@ def _large_tmpfs() -> str:
     file = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
     os.ftruncate(file, LARGE_PAGE)
     memory = _engine.Mapping(file, LARGE_PAGE)
-    kernel.write_memory(memory.address, b"first")
+    _engine.write_memory(memory.address, b"first")
     if memory.large_units() != [True]:
         if mode("shmem_enabled") == "deny":
             raise Unavailable(
@@ -88,8 +85,8 @@ def _anonymous_large_page() -> Anonymous:
     if found == "never":
         raise Unavailable(f"{THP}/enabled is set to never", remedy=f"write madvise to {THP}/enabled, as root")
     memory = Anonymous(LARGE_PAGE)
-    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
-    kernel.write_memory(memory.address, b"first")
+    kernel.madvise(memory.address, LARGE_PAGE, Advice.HUGEPAGE)
+    _engine.write_memory(memory.address, b"first")
     if not kernel.large_pages_mapped(memory.address):
         raise Unavailable(f"set to {found}, and the first touch gave a small page", remedy=_COMPACT)
     return memory
@@ -103,8 +100,8 @@ def _thp() -> str:
 def _shmem_thp() -> str:
     found = mode("shmem_enabled")
     memory = shared_memory()
-    kernel.madvise(memory.address, LARGE_PAGE, kernel.MADV_HUGEPAGE, "MADV_HUGEPAGE")
-    kernel.write_memory(memory.address, b"first")
+    kernel.madvise(memory.address, LARGE_PAGE, Advice.HUGEPAGE)
+    _engine.write_memory(memory.address, b"first")
     if memory.large_units() != [True]:
         raise Unavailable(
             f"shared memory: {found}, the first touch gave a small page",
@@ -115,9 +112,9 @@ def _shmem_thp() -> str:
 
 def _break_large_page() -> str:
     memory = _anonymous_large_page()
-    kernel.madvise(memory.address, SMALL_PAGE, kernel.MADV_COLD, "MADV_COLD")
+    kernel.madvise(memory.address, SMALL_PAGE, Advice.COLD)
     expect(not kernel.large_pages_mapped(memory.address), "the page stayed large")
-    expect(kernel.read_memory(memory.address, 5) == b"first", "content was lost")
+    expect(_engine.read_memory(memory.address, 5) == b"first", "content was lost")
     return "a large page broken up by MADV_COLD on a part of it"
 
 
@@ -125,13 +122,12 @@ def _hugetlb() -> str:
     pool = {name: int((HUGETLB / f"{name}_hugepages").read_text()) for name in ("nr", "free", "resv", "nr_overcommit")}
     found = f"{pool['free']} of {pool['nr']} pages of 2 MiB free, {pool['nr_overcommit']} more on demand"
     try:
-        memory = mmap.mmap(-1, LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB_2M)
+        memory = shared_memory(flags=os.MFD_HUGETLB | os.MFD_HUGE_2MB)
     except OSError as refused:
         if refused.errno != errno.ENOMEM:
             raise
         raise Unavailable(found, error=errno.ENOMEM) from None
-    memory.madvise(kernel.MADV_POPULATE_WRITE)
-    memory.close()
+    kernel.madvise(memory.address, LARGE_PAGE, Advice.POPULATE_WRITE)
     return found
 
 

@@ -20,7 +20,6 @@ from pageferry.host.probes.probe import AS_ROOT, Probe, newer_kernel
 
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
-_SYS_GETPPID, _SYS_PIDFD_OPEN, _SYS_PIDFD_GETFD = 110, 434, 438
 _TIMEOUT = 4.0
 
 
@@ -70,15 +69,17 @@ def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
 
 
 def _ptrace(neighbour: Neighbour) -> str:
-    said = _engine.Space(neighbour.pid).call(_SYS_GETPPID)
+    said = _engine.Space(neighbour.pid).getppid()
     expect(said == neighbour.parent, f"getppid() made in another process said {said} instead of {neighbour.parent}")
     neighbour.write_to(1)
     return "a system call made in another process"
 
 
 def _pidfd_getfd(neighbour: Neighbour) -> str:
-    pidfd = kernel.system_call("pidfd_open", _SYS_PIDFD_OPEN, neighbour.pid, 0)
-    taken = kernel.system_call("pidfd_getfd", _SYS_PIDFD_GETFD, pidfd, neighbour.memory.fileno(), 0)
+    with kernel.step("pidfd_open"):
+        space = _engine.Space(neighbour.pid)
+    with kernel.step("pidfd_getfd"):
+        taken = space.descriptor(neighbour.memory.fileno())
     same = os.path.samestat(os.fstat(taken), os.fstat(neighbour.memory.fileno()))
     expect(same, "the descriptor taken is another file")
     return "a descriptor taken from another process"
@@ -87,7 +88,7 @@ def _pidfd_getfd(neighbour: Neighbour) -> str:
 def _adopt(neighbour: Neighbour) -> str:
     """Trace another process with the engine: create a userfaultfd in it, copy the descriptor, and read the trace."""
     space = _engine.Space(neighbour.pid)
-    trace = _engine.Trace([(space, neighbour.memory.address, LARGE_PAGE, 0, 0)])
+    trace = _engine.Trace([_engine.MappedSegment(space, neighbour.memory.address, LARGE_PAGE)])
     before, after = _engine.PageSet(LARGE_PAGE // SMALL_PAGE), _engine.PageSet(LARGE_PAGE // SMALL_PAGE)
     trace.collect([before])
     neighbour.write_to(7)

@@ -38,21 +38,21 @@ def _kernel_faults() -> str:
     uffd = Userfault(user_mode_only=False)
     uffd.register(memory.address, SMALL_PAGE, kernel.MISSING)
     uffd.serve(
-        lambda: kernel.kernel_writes(memory.address, b"read(2)"),
+        lambda: _engine.kernel_writes(memory.address, b"read(2)"),
         lambda fault: uffd.copy(memory.address, _PATTERN),
     )
-    expect(kernel.read_memory(memory.address, 8) == b"read(2)" + _PATTERN[7:8], "a system call's write went astray")
+    expect(_engine.read_memory(memory.address, 8) == b"read(2)" + _PATTERN[7:8], "a system call's write went astray")
     return f"a system call waited for its page{_by(uffd)}"
 
 
 def _write_async(address: int) -> str:
     """Trace eight pages with the engine, write to two of them, and check that the trace reports exactly these."""
     Userfault()  # a kernel without userfaultfd fails here, with a remedy other than permissions
-    trace = _engine.Trace([(_engine.Space(), address, 8 * SMALL_PAGE, 0, 0)])
+    trace = _engine.Trace([_engine.MappedSegment(_engine.Space(), address, 8 * SMALL_PAGE)])
     before, after = _engine.PageSet(8), _engine.PageSet(8)
     trace.collect([before])
     for page in (2, 5):
-        kernel.write_memory(address + page * SMALL_PAGE, b"w")
+        _engine.write_memory(address + page * SMALL_PAGE, b"w")
     trace.collect([after])
     trace.remove()
     expect(
@@ -69,24 +69,24 @@ def _write_async_shmem() -> str:
 
 def _write_async_anon() -> str:
     memory = Anonymous(LARGE_PAGE)
-    kernel.write_memory(memory.address, _PATTERN * 8)
+    _engine.write_memory(memory.address, _PATTERN * 8)
     return _write_async(memory.address)
 
 
 def _write_sync() -> str:
     memory = shared_memory()
-    kernel.write_memory(memory.address, _PATTERN)
+    _engine.write_memory(memory.address, _PATTERN)
     uffd = Userfault("wp", "wp-hugetlbfs-shmem")
     uffd.register(memory.address, SMALL_PAGE, kernel.WP)
     uffd.write_protect(memory.address, SMALL_PAGE, True)
 
     def release(fault: Fault) -> None:
         expect(bool(fault.flags & kernel.FAULT_WP), "the write was trapped as something else")
-        expect(kernel.read_memory(memory.address, SMALL_PAGE) == _PATTERN, "the write came before its trap")
+        expect(_engine.read_memory(memory.address, SMALL_PAGE) == _PATTERN, "the write came before its trap")
         uffd.write_protect(memory.address, SMALL_PAGE, False)
 
-    uffd.serve(lambda: kernel.write_memory(memory.address, b"new"), release)
-    expect(kernel.read_memory(memory.address, 3) == b"new", "the write was lost")
+    uffd.serve(lambda: _engine.write_memory(memory.address, b"new"), release)
+    expect(_engine.read_memory(memory.address, 3) == b"new", "the write was lost")
     return "a writer waited until its page was released"
 
 
@@ -95,7 +95,7 @@ def _missing_shmem() -> str:
     uffd = Userfault("missing-shmem")
     uffd.register(memory.address, SMALL_PAGE, kernel.MISSING)
     seen = uffd.serve(
-        lambda: kernel.read_memory(memory.address, SMALL_PAGE), lambda fault: uffd.copy(memory.address, _PATTERN)
+        lambda: _engine.read_memory(memory.address, SMALL_PAGE), lambda fault: uffd.copy(memory.address, _PATTERN)
     )
     expect(seen == _PATTERN, "a reader saw something else than what was installed")
     return "a reader waited for its page"
@@ -111,19 +111,19 @@ def _minor_shmem() -> str:
         expect(bool(fault.flags & kernel.FAULT_MINOR), "the access was trapped as something else")
         uffd.map_existing(memory.address, SMALL_PAGE)
 
-    seen = uffd.serve(lambda: kernel.read_memory(memory.address, SMALL_PAGE), map_it)
+    seen = uffd.serve(lambda: _engine.read_memory(memory.address, SMALL_PAGE), map_it)
     expect(seen == _PATTERN, "a reader saw something else than the page that is there")
     return "a reader waited for its page to be mapped"
 
 
 def _move() -> str:
     source, target = Anonymous(LARGE_PAGE), Anonymous(LARGE_PAGE)
-    kernel.write_memory(source.address, _PATTERN)
+    _engine.write_memory(source.address, _PATTERN)
     uffd = Userfault("move")
     uffd.register(target.address, SMALL_PAGE, kernel.MISSING)
     uffd.move(target.address, source.address, SMALL_PAGE)
-    expect(kernel.read_memory(target.address, SMALL_PAGE) == _PATTERN, "the page that was moved did not arrive")
-    expect(not any(kernel.read_memory(source.address, SMALL_PAGE)), "the page that was moved is still where it was")
+    expect(_engine.read_memory(target.address, SMALL_PAGE) == _PATTERN, "the page that was moved did not arrive")
+    expect(not any(_engine.read_memory(source.address, SMALL_PAGE)), "the page that was moved is still where it was")
     return "a page moved without a copy"
 
 
@@ -135,9 +135,9 @@ def _poison() -> str:
     # Without a registration only the poison can make an access fail; an access by the kernel fails with EFAULT, not
     # SIGBUS.
     uffd.unregister(memory.address, 2 * SMALL_PAGE)
-    kernel.kernel_reads(memory.address + SMALL_PAGE)
+    _engine.kernel_reads(memory.address + SMALL_PAGE)
     with contextlib.suppress(OSError):
-        kernel.kernel_reads(memory.address)
+        _engine.kernel_reads(memory.address)
         raise Unavailable("a poisoned page could be read")
     return "access to a poisoned page fails"
 

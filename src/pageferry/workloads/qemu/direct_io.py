@@ -9,7 +9,6 @@ error names it, and the guest keeps running.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import stat
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
+from pageferry.host.file_systems import file_system
 from pageferry.workloads.direct_io import DRAIN_TIMEOUT
 
 _SETTLE = 0.02
@@ -53,8 +53,6 @@ _IO_CALLS = frozenset({"0", "1", "17", "18", "19", "20", "295", "296", "327", "3
 """read, write, pread, pwrite, readv, writev, preadv, pwritev, preadv2, pwritev2, fsync, fdatasync, ioctl (x86-64)."""
 
 _SWITCHES = (b"voluntary_ctxt_switches:", b"nonvoluntary_ctxt_switches:")
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def direct_files(pid: int, name: str) -> dict[int, str]:
@@ -138,7 +136,7 @@ def _reads_directly(pid: int, number: int, path: str) -> bool:
     flags = _flags(pid, number)
     if flags & os.O_ACCMODE == os.O_WRONLY:
         return False
-    return bool(flags & os.O_DIRECT) or _file_system(f"/proc/{pid}/fd/{number}") not in _PAGE_CACHE
+    return bool(flags & os.O_DIRECT) or _file_system_of(f"/proc/{pid}/fd/{number}") not in _PAGE_CACHE
 
 
 def _flags(pid: int, number: int) -> int:
@@ -146,12 +144,16 @@ def _flags(pid: int, number: int) -> int:
     return next(int(line.split()[1], 8) for line in text.split(b"\n") if line.startswith(b"flags:"))
 
 
-def _file_system(path: str) -> int | None:
+def _file_system_of(path: str) -> int | None:
     """Return the f_type of statfs(2); None if it cannot be read."""
-    buffer = ctypes.create_string_buffer(256)
-    if _libc.statfs(os.fsencode(path), buffer):
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
         return None
-    return int.from_bytes(buffer.raw[:4], "little")
+    try:
+        return file_system(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _requests(pid: int, files: dict[int, str]) -> set[tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 The first access of the guest to a page causes a fault, even if QEMU has mapped the page, because KVM must map it from
 guest-physical to host memory. KVM_PRE_FAULT_MEMORY maps pages in advance (since Linux 6.11;
 Documentation/virt/kvm/api.rst 4.143). It is an ioctl of a vCPU, and works only in the process that created the virtual
-machine. So it is called in that process, like all injected system calls (`Space.call`), on QEMU's own descriptors and
+machine. So it is called in that process, like all injected system calls (`Space.ioctl`), on QEMU's own descriptors and
 while the vCPUs are stopped. The monitor reports the position of RAM in guest-physical memory (`info mtree -f`); QMP has
 no command for it.
 """
@@ -29,9 +29,7 @@ from pageferry.memory.regions import Region
 _PIECE = 64 << 20
 """Bytes per call, during which a thread of QEMU is stopped."""
 
-# From x86-64 (arch/x86/entry/syscalls/syscall_64.tbl) and include/uapi/linux/kvm.h.
-_MMAP, _MUNMAP, _IOCTL = 9, 11, 16
-_READ_WRITE, _PRIVATE_ANONYMOUS, _NO_FILE = 3, 0x22, (1 << 64) - 1
+# From include/uapi/linux/kvm.h.
 _CHECK_EXTENSION = 0xAE03
 _CAP_PRE_FAULT_MEMORY = 236
 _RANGE = struct.Struct("=QQQ40x")
@@ -105,7 +103,7 @@ class VirtualMachine:
     @property
     def can_prefault(self) -> bool:
         """Whether the kernel supports KVM_PRE_FAULT_MEMORY for this virtual machine."""
-        return Space(self.pid).call(_IOCTL, self.machine, _CHECK_EXTENSION, _CAP_PRE_FAULT_MEMORY) > 0
+        return Space(self.pid).ioctl(self.machine, _CHECK_EXTENSION, _CAP_PRE_FAULT_MEMORY) > 0
 
     def prefault(self, ranges: Iterable[Range]) -> int:
         """Map ranges of guest-physical memory, while the vCPUs are stopped. Return the bytes mapped.
@@ -113,19 +111,19 @@ class VirtualMachine:
         Pages that are not in memory yet are allocated or loaded. Raises OSError with the kernel's reason.
         """
         space = Space(self.pid)
-        scratch = space.call(_MMAP, 0, SMALL_PAGE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_FILE, 0)
+        scratch = space.mmap(SMALL_PAGE)
         try:
             with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
                 return sum(self._prefault(space, memory.fileno(), scratch, piece) for piece in _pieces(ranges))
         finally:
-            space.call(_MUNMAP, scratch, SMALL_PAGE)
+            space.munmap(scratch, SMALL_PAGE)
 
     def _prefault(self, space: Space, memory: int, scratch: int, piece: Range) -> int:
         start, end = piece
         os.pwrite(memory, _RANGE.pack(start, end - start, 0), scratch)
         while _RANGE.unpack(os.pread(memory, _RANGE.size, scratch))[1]:
             try:
-                space.call(_IOCTL, self.vcpu, _PRE_FAULT_MEMORY, scratch)
+                space.ioctl(self.vcpu, _PRE_FAULT_MEMORY, scratch)
             except OSError as error:
                 if error.errno not in _AGAIN:
                     raise

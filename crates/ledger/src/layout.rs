@@ -11,8 +11,8 @@ use zerocopy::IntoBytes;
 use super::LedgerError;
 use super::options::{Options, part};
 use super::page::{WORDS, Words, mix};
-use crate::mapping::Mapping;
-use crate::{LARGE_PAGE, SMALL_PAGE};
+use pageferry_engine::mapping::Mapping;
+use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
 const VERSION: u64 = 2;
@@ -144,7 +144,7 @@ impl Layout {
                 // SAFETY: the range lies within our mapping; the advice does not change contents.
                 let result =
                     unsafe { libc::madvise(self.mapping.base().add(start).cast(), length, libc::MADV_NOHUGEPAGE) };
-                crate::uapi::check(result)?;
+                pageferry_engine::uapi::check(result)?;
             }
         }
         Ok(())

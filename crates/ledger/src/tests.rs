@@ -10,8 +10,8 @@ use super::layout::{Layout, load, store};
 use super::page::{Entry, WORDS, compose};
 use super::writer::{Writer, choose};
 use super::{Ledger, LedgerError, Options, Report, State};
-use crate::mapping::Mapping;
-use crate::{LARGE_PAGE, SMALL_PAGE};
+use pageferry_engine::mapping::Mapping;
+use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
 const MIB: usize = 1 << 20;
 

@@ -51,6 +51,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use pageferry_engine::mapping::Mapping;
 use parking_lot::Mutex;
 
 pub use options::Options;
@@ -58,7 +59,6 @@ pub use stalls::Stalls;
 pub use verify::Report;
 pub use workers::State;
 
-use crate::mapping::Mapping;
 use layout::Layout;
 use stalls::Stopwatch;
 use workers::Workers;

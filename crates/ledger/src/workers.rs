@@ -13,7 +13,7 @@ use super::LedgerError;
 use super::layout::Layout;
 use super::stalls::Stopwatch;
 use super::writer::Writer;
-use crate::SMALL_PAGE;
+use pageferry_engine::SMALL_PAGE;
 
 /// State of a ledger's threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 use super::options::part;
 
 /// Number of 64-bit words of a page.
-pub(super) const WORDS: usize = crate::SMALL_PAGE / 8;
+pub(super) const WORDS: usize = pageferry_engine::SMALL_PAGE / 8;
 /// Contents of a page.
 pub(super) type Words = [u64; WORDS];
 

@@ -1,0 +1,97 @@
+//! Memory accesses and calls that only feature probes make.
+//!
+//! None of them needs the GIL: a thread that waits for a fault must not block the thread that resolves it.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use crate::uapi::{UFFD_FLAGS, UFFD_USER_MODE_ONLY, check, owned};
+
+/// Creates a userfaultfd by the system call, without features and without the fallbacks of
+/// [`Userfault::own`](crate::uapi::Userfault::own).
+///
+/// # Errors
+/// The error of userfaultfd(2).
+pub fn userfaultfd(user_mode_only: bool) -> io::Result<OwnedFd> {
+    let flags = if user_mode_only { UFFD_FLAGS | UFFD_USER_MODE_ONLY } else { UFFD_FLAGS };
+    // SAFETY: userfaultfd takes no pointers; the descriptor it returns is new and has no other owner.
+    unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags)) }
+}
+
+/// Copies memory of this process. May wait until another thread resolves a fault.
+///
+/// # Safety
+/// `[address, address + len)` must be mapped.
+pub unsafe fn read_memory(address: u64, len: usize) -> Vec<u8> {
+    let mut contents = vec![0; len];
+    // SAFETY: the caller guarantees that the range is mapped; `contents` has `len` bytes.
+    unsafe { std::ptr::copy_nonoverlapping(address as *const u8, contents.as_mut_ptr(), len) };
+    contents
+}
+
+/// Writes to memory of this process. May wait like [`read_memory`].
+///
+/// # Safety
+/// The range must be mapped writable, and no Rust reference to it may exist.
+pub unsafe fn write_memory(address: u64, contents: &[u8]) {
+    // SAFETY: the caller guarantees that the range is mapped writable.
+    unsafe { std::ptr::copy_nonoverlapping(contents.as_ptr(), address as *mut u8, contents.len()) };
+}
+
+/// Makes the kernel read a byte at an address.
+///
+/// # Errors
+/// EFAULT if it cannot.
+pub fn kernel_reads(address: u64) -> io::Result<()> {
+    let (_reading, writing) = pipe()?;
+    // SAFETY: the kernel checks the address.
+    let written = unsafe { libc::write(writing.as_raw_fd(), address as *const libc::c_void, 1) };
+    if written < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes the kernel write up to a page of bytes to an address. Returns the number of bytes written.
+///
+/// # Errors
+/// EFAULT if it cannot.
+///
+/// # Safety
+/// If the range is mapped, no Rust reference to it may exist.
+pub unsafe fn kernel_writes(address: u64, contents: &[u8]) -> io::Result<usize> {
+    let (reading, mut writing) = pipe()?;
+    writing.write_all(contents)?;
+    // SAFETY: the kernel checks the address; the caller guarantees that the range may be overwritten.
+    let read = unsafe { libc::read(reading.as_raw_fd(), address as *mut libc::c_void, contents.len()) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+/// Moves this process to a new network namespace.
+///
+/// # Errors
+/// The error of unshare(2).
+pub fn unshare_network() -> io::Result<()> {
+    // SAFETY: takes no pointers, and affects no memory.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).map(drop)
+}
+
+/// Returns the ends of a pipe, for reading and writing.
+fn pipe() -> io::Result<(File, File)> {
+    let (reading, writing) = io::pipe()?;
+    Ok((File::from(OwnedFd::from(reading)), File::from(OwnedFd::from(writing))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_accesses_report_bad_addresses() {
+        let mut memory = [0_u8; 4];
+        let address = memory.as_mut_ptr() as u64;
+        // SAFETY: the array is not accessed meanwhile.
+        assert_eq!(unsafe { kernel_writes(address, b"abc") }.expect("a write"), 3);
+        assert_eq!(&memory, b"abc\0");
+        kernel_reads(address).expect("a read");
+        assert_eq!(kernel_reads(0).map_err(|error| error.raw_os_error()), Err(Some(libc::EFAULT)));
+    }
+}
