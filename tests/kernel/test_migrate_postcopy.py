@@ -129,7 +129,7 @@ def test_receiver_waits_for_the_source_after_a_lost_link() -> None:
         assert moving.status("here") is Status.COMMITTED
         there_now = listed("there")
         assert there_now["deferred"] > 0
-        assert "link" in there_now["waiting"]
+        assert "link" in there_now["stall-reason"]
         with moving.migrating("here", address) as again:
             assert again.wait() == 10
         with moving.migrating("here", "--recover") as recovery:

@@ -30,12 +30,12 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield traveller
 
 
-def waiting(name: str) -> str | None:
+def stall_reason(name: str) -> str | None:
     """The stall reason that `pageferry list` prints for a workload."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     found = next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
-    return str(found["waiting"]) if found["waiting"] is not None else None
+    return str(found["stall-reason"]) if found["stall-reason"] is not None else None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_guest_waits_for_a_lost_link_and_continues_after_recovery(guest: Travell
     guest.runs()
     with guest.receiver() as there:
         lost(guest, there)
-        wait_until(lambda: "link" in (waiting(guest.next_name) or ""), "the stall reason")
+        wait_until(lambda: "link" in (stall_reason(guest.next_name) or ""), "the stall reason")
         recovers(guest)
         assert there.wait() == 0
 
@@ -93,7 +93,7 @@ def test_second_receiver_continues_for_a_killed_one(guest: Traveller) -> None:
         moving.until(there, "received")
         there.process.send_signal(signal.SIGKILL)
         assert there.wait() == -signal.SIGKILL
-    assert "--resume" in str(waiting(guest.next_name))
+    assert "--resume" in str(stall_reason(guest.next_name))
     with moving.migrating(guest.name, "--recover") as recovery:
         assert recovery.wait() == 26  # no receiver listens
     resuming = ("-m", "pageferry", "receive", guest.next_name, "--resume", "--output", "json", "--listen", address)

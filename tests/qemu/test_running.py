@@ -45,7 +45,7 @@ def test_run_list_and_stop(parts: GuestParts, registry: Registry) -> None:
         "resident": 0,
         "deferred": 0,
         "reason": None,
-        "waiting": None,
+        "stall-reason": None,
     }
     assert 0 < workload["resident"] <= 64 << 20
 

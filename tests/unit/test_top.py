@@ -20,7 +20,7 @@ from pageferry.host.registry import ArenaEntry, Registry
 from pageferry.migration import events as migration
 from pageferry.report.progress import INTERVAL, Progress
 from pageferry.report.top import TopView
-from pageferry.workloads.overview import overview
+from pageferry.workloads.inventory import overview
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from pageferry import report
-from pageferry.cli.list import describe
 from pageferry.report.reporter import open_reporter
+from pageferry.workloads.inventory import describe
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 

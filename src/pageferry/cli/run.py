@@ -7,9 +7,9 @@ from logging import getLogger
 
 from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
-from pageferry.cli.list import describe
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.report.reporter import open_reporter
+from pageferry.workloads.inventory import describe
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)

@@ -9,7 +9,7 @@ from pageferry import report
 from pageferry.host.blocking import in_thread
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.events import Overview
-from pageferry.workloads.overview import overview
+from pageferry.workloads.inventory import overview
 
 
 async def run(args: argparse.Namespace) -> int:

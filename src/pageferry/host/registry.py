@@ -75,6 +75,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
     version: int = VERSION
 
     @property
+    def kind(self) -> str:
+        """Return the kind of the workload, `qemu` or `arena`; `claim` before there is one."""
+        return str(self.__struct_config__.tag)
+
+    @property
     def alive(self) -> bool:
         """Return whether the process is known to run."""
         return self.liveness() is True

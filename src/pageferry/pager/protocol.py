@@ -79,6 +79,6 @@ class PagerStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Why the request failed."""
 
     @property
-    def waiting(self) -> str | None:
+    def stall_reason(self) -> str | None:
         """Why pages are not loaded, in one line: a lost link, or a page that cannot be read. None if they are."""
         return self.paused or next(iter(self.failures), None)

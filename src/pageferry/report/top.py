@@ -66,8 +66,8 @@ def _table(now: Overview) -> RenderableType:
             rate(one.dirty_rate) if one.dirty_rate is not None else "-",
             _jobs(one.jobs, now.time),
         )
-        if one.waiting is not None:
-            table.add_row("", "", "", "", "", "", "", Text(one.waiting, style="bold red"))
+        if one.stall_reason is not None:
+            table.add_row("", "", "", "", "", "", "", Text(one.stall_reason, style="bold red"))
     return table
 
 
@@ -100,4 +100,4 @@ def _words(one: WorkloadMemory) -> str:
     words += [
         f"{job.verb}: {job.phase}" + (f" {job.fraction:.0%}" if job.fraction is not None else "") for job in one.jobs
     ]
-    return ", ".join([*words, *([one.waiting] if one.waiting else [])])
+    return ", ".join([*words, *([one.stall_reason] if one.stall_reason else [])])

@@ -25,7 +25,7 @@ class WorkloadsView(PlainView):
             assert isinstance(one, WorkloadInfo)
             sizes = (_size(one.memory), _size(one.resident), size(one.deferred) if one.deferred else "-")
             table.add_row(one.name, one.kind, str(one.pid), one.status, *sizes)
-            for note in (one.reason, one.waiting):
+            for note in (one.reason, one.stall_reason):
                 if note is not None:
                     table.add_row("", "", "", Text(note, style="bold red"))
         return table

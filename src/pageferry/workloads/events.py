@@ -22,13 +22,13 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     """
     reason: str | None = None
     """Reason why it is paused, unless its user has paused it."""
-    memory: int | None
+    memory: int | None = None
     """Size of the memory, bytes; None if it is busy or unknown."""
-    resident: int | None
+    resident: int | None = None
     """Allocated bytes of the memory, mapped or not; None if it is busy or unknown."""
     deferred: int = 0
     """Deferred bytes, to be loaded from an image or fetched from another host."""
-    waiting: str | None = None
+    stall_reason: str | None = None
     """Reason why deferred bytes are not loaded: no pager, no connection, or unreadable pages."""
 
 
@@ -62,7 +62,7 @@ class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Part of `memory` that is backed by huge pages, bytes; None if the process cannot be inspected."""
     deferred: int
     """Contents not loaded yet, from an image or another host, bytes."""
-    waiting: str | None
+    stall_reason: str | None
     """Reason why deferred contents cannot be loaded; None if they can."""
     dirty_rate: int | None
     """Memory modified per second, bytes, as measured by a running migration in its last round; None without one."""

@@ -7,16 +7,19 @@ from pageferry.host.registry import ArenaEntry, QemuEntry, Registry
 from pageferry.workloads.protocols import Migratable
 
 
-async def open_workload(name: str) -> Migratable:
-    """Open the workload of that name on this host, for an operation by this process.
+async def open_workload(name: str, *, registry: Registry | None = None, timeout: float | None = None) -> Migratable:
+    """Open the workload of that name on this host, for an operation by this process. `timeout`: seconds to wait for
+    the monitor of a guest, if not those of `QemuWorkload.attach`.
 
     Raises NoSuchWorkload, WorkloadDied, WorkloadError if the workload does not reply.
     """
-    match Registry().lookup(name):
+    registry = registry or Registry()
+    match registry.lookup(name):
         case QemuEntry():
+            from pageferry.host.qmp import TIMEOUT
             from pageferry.workloads.qemu.guest import QemuWorkload
 
-            return await QemuWorkload.attach(name)
+            return await QemuWorkload.attach(name, registry=registry, timeout=timeout or TIMEOUT)
         case ArenaEntry(control_socket=path):
             from pageferry.workloads.arena.control_socket.client import RemoteArena
 
