@@ -29,13 +29,11 @@ KERNEL_FILES = {
     "host/cgroups.py",
     "host/compaction.py",
     "host/cpu_quota.py",
-    "host/cpu_quota_guardian.py",
     "host/proc.py",
     "host/processes.py",
     "host/memory_file.py",
     "host/smaps.py",
     "sharing/ksm.py",
-    "sharing/ksm_guardian.py",
     "large_pages/swap.py",
     "workloads/direct_io.py",
     "memory/mappers.py",
@@ -57,7 +55,7 @@ OTHERS = {
     "workloads/arena/arena.py": "an unnamed file",
     "pager/client.py": "files in the private folder of a workload",
     "pager/records.py": "files in the private folder of a workload",
-    "workloads/qemu/guardian.py": "a record, without the package",
+    "host/guardian_process.py": "a record, without the package",
     "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",
 }
 

@@ -48,7 +48,7 @@ CHILDREN = {
         share = ChildShare(mapping)
         share.stop()
     """,
-    "pageferry.sharing.ksm_guardian": """
+    "pageferry.host.guardian_process": """
         from pathlib import Path
         from pageferry.sharing import ksm
         ksm.FOLDER = Path(os.environ["SWITCHES"])
@@ -57,44 +57,6 @@ CHILDREN = {
         with ksm._running():
             assert (ksm.FOLDER / "run").read_text() == "1"
         assert (ksm.FOLDER / "run").read_text() == "0"
-    """,
-    "pageferry.host.cpu_quota_guardian": """
-        from pageferry.host.cpu_quota import CpuQuota
-        from pageferry.errors import WorkloadError
-        import subprocess
-        sleeper = subprocess.Popen(["sleep", "60"])
-        hostile()
-        try:
-            CpuQuota([sleeper.pid]).close()
-        except WorkloadError as error:
-            print(error)
-        finally:
-            sleeper.kill()
-            sleeper.wait()
-    """,
-    "pageferry.workloads.qemu.guardian": """
-        from pageferry.workloads.qemu.cleanup_plan import CleanupPlan, _guardians
-        hostile()
-        will = CleanupPlan("/no/socket")
-        will.write([])
-        will.close()
-        assert _guardians[-1].wait(30) == 0
-    """,
-    "pageferry.workloads.process_guardian": """
-        from pageferry.workloads.process import ProcessWorkload
-        import asyncio, subprocess
-        sleeper = subprocess.Popen(["sleep", "60"])
-        workload = ProcessWorkload(sleeper.pid, "stack")
-        hostile()
-        async def pause():
-            await workload.pause()
-            await workload.resume()
-        try:
-            asyncio.run(pause())
-        finally:
-            workload.close()
-            sleeper.kill()
-            sleeper.wait()
     """,
     "pageferry.demo.process": """
         import asyncio

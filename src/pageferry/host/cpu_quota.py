@@ -2,17 +2,15 @@
 
 If the cpu controller belongs to cgroup v1, the processes are moved to a child of their group. In cgroup v2, a group
 with processes cannot have children with controllers, so the group of the processes is limited itself, provided that it
-contains no other processes. A guardian process (`cpu_quota_guardian`) restores the groups, also if this process is
+contains no other processes. A guardian process (`guardian`) restores the groups, also if this process is
 killed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from pageferry.errors import WorkloadError
 from pageferry.host import proc
-from pageferry.host.python import start_python
+from pageferry.host.guardian import Action, EmptyGroup, Guardian, WriteFile
 
 PERIOD = 100_000
 """Period of a limit, microseconds; the default of the kernel."""
@@ -71,25 +69,19 @@ class CpuQuota:
         version, group = _group_of(pids)
         if version == 1:
             self._limited = group / f"pageferry-{os.getpid()}-{secrets.token_hex(4)}"
-            undo = {"group": str(self._limited), "parent": str(group)}
+            undo: Action = EmptyGroup(str(self._limited), str(group))
             self._file = self._limited / "cpu.cfs_quota_us"
+            self._none = "-1"
         else:
             _alone(group, pids)
             self._file = group / "cpu.max"
-            undo = {"file": str(self._file), "text": _read(self._file)}
+            self._none = _read(self._file)
+            undo = WriteFile(str(self._file), self._none)
         self.where = f"cgroup v{version}, {group}"
         """Version and name of the group of the processes, human-readable."""
-        self._none = "-1" if version == 1 else undo["text"]
         self._version = version
-        self._guardian = start_python(
-            "pageferry.host.cpu_quota_guardian",
-            json.dumps(undo),
-            script=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guardian = Guardian(f"the CPU limit of {group}")
+        self._guardian.plan([undo])
         try:
             if version == 1:
                 self._move(pids)
@@ -112,12 +104,10 @@ class CpuQuota:
 
     def close(self) -> None:
         """Restore the groups: end the guardian, which undoes the changes."""
-        assert self._guardian.stdin is not None
         with suppress(OSError):  # the group has been removed, because its processes have exited
             self.lift()
-        self._guardian.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._guardian.wait(TIMEOUT)
+        with suppress(TimeoutError):
+            self._guardian.finish(TIMEOUT)
 
     def _move(self, pids: Sequence[int]) -> None:
         self._limited.mkdir()

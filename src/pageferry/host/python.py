@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from pageferry.host import run_module
 from pageferry.host.processes import Outliving
@@ -21,15 +22,21 @@ _DEPENDENCIES = ("msgspec", "qemu.qmp", "rich", "rich_argparse", "shtab", "prome
 """Packages whose directories are passed to a child if this process has imported them."""
 
 
+class Streams(TypedDict, total=False):
+    """Arguments of `subprocess.Popen` for the streams and descriptors of a child."""
+
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+    pass_fds: Sequence[int]
+    start_new_session: bool
+
+
 def start_python(
     module: str,
     *arguments: str,
     script: bool = False,
-    stdin: int | None = None,
-    stdout: int | None = None,
-    stderr: int | None = None,
-    pass_fds: Sequence[int] = (),
-    start_new_session: bool = False,
+    **streams: Unpack[Streams],
 ) -> Outliving[bytes]:
     """Start a module of pageferry as a child process that imports nothing from the current directory.
 
@@ -38,13 +45,9 @@ def start_python(
     """
     return Outliving(
         [sys.executable, *_words(module, script), *arguments],
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        pass_fds=pass_fds,
-        start_new_session=start_new_session,
         cwd="/",
         env=_environment(),
+        **streams,
     )
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import subprocess
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
-from pageferry.host.python import start_python
+from pageferry.host.guardian import Guardian, WriteFile
 
 FOLDER = Path("/sys/kernel/mm/ksm")
 SWITCHES = {
@@ -108,26 +106,16 @@ def _running() -> Iterator[None]:
     before = {name: _read(name).strip("[]") for name in SWITCHES if (FOLDER / name).exists()}
     if "advisor_mode" in before:
         before["advisor_mode"] = _chosen(_read("advisor_mode"))
-    guard = start_python(
-        "pageferry.sharing.ksm_guardian",
-        str(FOLDER),
-        json.dumps(before),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert guard.stdin is not None
-    assert guard.stdout is not None
+    guardian = Guardian("the settings of KSM")
     try:
-        if guard.stdout.readline() != b"ready\n":
+        if not guardian.confirm():
             raise WorkloadError("cannot use KSM: the guardian process of its settings did not start")
+        guardian.plan([WriteFile(str(FOLDER / name), value) for name, value in undo_order(before)])
         for name in before:
             (FOLDER / name).write_text(SWITCHES[name])
         yield
     finally:
-        guard.stdin.close()  # the guardian restores them now, as it would if this process exited
-        guard.stdout.close()
-        if guard.wait():
+        if not guardian.finish():  # the guardian restores them now, as it would if this process exited
             raise WorkloadError(f"cannot restore the settings of KSM: {FOLDER} should read {before}")
 
 

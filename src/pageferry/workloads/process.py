@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pageferry._engine import ProcessRange, Space
 from pageferry.errors import UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc
-from pageferry.host.python import start_python
+from pageferry.host.guardian import Guardian, SendSignal
 from pageferry.memory.regions import SMALL_PAGE, Identity
 from pageferry.memory.view import Readable
 from pageferry.workloads.protocols import Faults
@@ -65,7 +63,7 @@ class ProcessWorkload:
         self._command = proc.command(pid)
         self.regions = tuple(_chosen(pid, ranges))
         self._pidfd = os.pidfd_open(pid)
-        self._guardian: subprocess.Popen[bytes] | None = None
+        self._guardian: Guardian | None = None
         self._was_stopped = False
 
     @classmethod
@@ -104,7 +102,8 @@ class ProcessWorkload:
     async def prepare_pause(self) -> None:
         """Start the guardian."""
         if self._guardian is None:
-            self._guardian = self._start_guardian()
+            self._guardian = Guardian(self.name, [self._pidfd])
+            self._guardian.plan([SendSignal(self._pidfd, signal.SIGCONT)])
 
     async def pause(self) -> None:
         """Send SIGSTOP, and wait until all threads have stopped. Raises WorkloadError if a thread does not stop."""
@@ -141,25 +140,11 @@ class ProcessWorkload:
     def close(self) -> None:
         """Close all descriptors. A process that was stopped by this object continues."""
         if self._guardian is not None:
-            assert self._guardian.stdin is not None
-            self._guardian.stdin.close()
-            self._guardian.wait()
+            self._guardian.finish()
             self._guardian = None
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
-
-    def _start_guardian(self) -> subprocess.Popen[bytes]:
-        return start_python(
-            "pageferry.workloads.process_guardian",
-            str(self._pidfd),
-            script=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[self._pidfd],
-            start_new_session=True,
-        )
 
     def _signal(self, number: signal.Signals) -> None:
         try:
@@ -175,11 +160,8 @@ class ProcessWorkload:
         """End the guardian, which is no longer needed."""
         guardian, self._guardian = self._guardian, None
         if guardian is not None:
-            assert guardian.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                guardian.stdin.write(b"done\n")
-                guardian.stdin.close()
-            guardian.wait()
+            guardian.plan([])
+            guardian.finish()
 
 
 def _stopped(pid: int) -> bool:

@@ -2,7 +2,7 @@
 
 The monitor is kept open from `hold` on until the guest is resumed or released, so that no other client delays the
 switch-over. Otherwise each `session` opens a monitor connection. While the monitor is kept open, the guardian
-(`guardian`) has a plan for the guest, which it carries out if this process exits.
+(`host.guardian`) has a plan for the guest, which it executes if this process exits.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 
 from pageferry.errors import WorkloadError
+from pageferry.host.guardian import Action, Decide, Guardian, MonitorCommands
 from pageferry.host.qmp import Command, Monitor
 from pageferry.workloads.protocols import OwnershipRecord
 from pageferry.workloads.qemu import device_state, disks
-from pageferry.workloads.qemu.cleanup_plan import CleanupPlan
 
 QUIT: Command = {"execute": "quit"}
 _CONT: Command = {"execute": "cont"}
@@ -45,13 +46,14 @@ class QemuControl:
         self.disks_released = False
         """Whether the disks of a guest that stays paused must be locked again at the end (`cont` does so otherwise)."""
         self.given_up = False
-        """Whether QEMU has not replied to a command, and this process no longer waits for it. The guardian then carries
-        out the cleanup plan.
+        """Whether QEMU has not replied to a command, and this process no longer waits for it.
+
+        The guardian then executes the cleanup plan.
         """
         self._name = name
         self._qmp_socket = qmp_socket
         self._held: Monitor | None = None
-        self._will: CleanupPlan | None = None
+        self._guardian: Guardian | None = None
         self._undo: list[Command] | None = None
         """Commands that restore QEMU's migration settings; None while the settings are unchanged."""
         self._settling: asyncio.Task[None] | None = None
@@ -62,14 +64,14 @@ class QemuControl:
         return self._undo or []
 
     def give_up(self) -> None:
-        """Stop waiting for QEMU. The guardian carries out the cleanup plan as soon as QEMU replies."""
+        """Stop waiting for QEMU. The guardian executes the cleanup plan as soon as QEMU replies."""
         self.given_up = True
         self.abandon()
 
     @property
     def guardian(self) -> int | None:
         """Process id of the guardian, which acts if this process exits; None while none is needed."""
-        return self._will.guardian if self._will is not None else None
+        return self._guardian.pid if self._guardian is not None else None
 
     @property
     def prepared(self) -> bool:
@@ -110,38 +112,40 @@ class QemuControl:
             self._undo = settings.undo
             # Write the plan first: if this process is killed between two commands, the guardian restores all settings.
             if self._undo and self._held is monitor:
-                self.bequeath(self._undo)
+                self.plan(self._undo)
             for command in settings.apply:
                 await monitor.run(command)
 
     # -- cleanup plan
-    # ------------------------------------------------------------------------------------------------------
 
-    def have_will(self) -> None:
+    def start_guardian(self) -> None:
         """Start a guardian with an empty cleanup plan, unless one is running."""
-        if self._will is None:
-            self._will = CleanupPlan(self._qmp_socket)
+        if self._guardian is None:
+            self._guardian = Guardian(f"the guest {self._name}, {os.path.abspath(self._qmp_socket)}")
 
-    def bequeath(self, commands: Sequence[Command]) -> None:
+    def plan(self, commands: Sequence[Command]) -> None:
         """Replace the cleanup plan by these commands, if there is a guardian."""
-        if self._will is not None:
-            self._will.write(commands)
+        if self._guardian is not None:
+            self._guardian.plan(self._actions(commands))
 
-    def bequeath_as_before(self, first: Sequence[Command] = ()) -> None:
+    def plan_to_restore(self, first: Sequence[Command] = ()) -> None:
         """Replace the cleanup plan by `first` and the commands that restore the guest as it was before the pause."""
-        self.bequeath([*first, *self._as_before()])
+        self.plan([*first, *self._as_before()])
 
-    def bequeath_to_owner(self, record: OwnershipRecord) -> None:
+    def plan_by_owner(self, record: OwnershipRecord) -> None:
         """Plan according to `record`: restore the guest if the file assigns it to this host, and otherwise end it."""
-        if self._will is not None:
-            self._will.write(self._as_before(), record=record, otherwise=[QUIT])
+        if self._guardian is not None:
+            restore, end = self._actions(self._as_before()), self._actions([QUIT])
+            self._guardian.plan([Decide(str(record.path), record.contents, restore, end)])
+
+    def _actions(self, commands: Sequence[Command]) -> list[Action]:
+        return [MonitorCommands(os.path.abspath(self._qmp_socket), commands)] if commands else []
 
     def _as_before(self) -> list[Command]:
         locked = [disks.LOCK] if self.disks_released else []
         return [*(locked if self.stays_paused else [_CONT]), *(self._undo or [])]
 
     # -- changes that another process undoes
-    # ------------------------------------------------------------------------------
 
     @property
     def changes(self) -> Changes:
@@ -154,12 +158,11 @@ class QemuControl:
         self._undo = changes.undo
 
     # -- release
-    # -----------------------------------------------------------------------------------------------------------
 
     def settle(self, monitor: Monitor) -> None:
         """Restore the settings of a resumed guest and release the monitor, in a background task."""
         self.stays_paused = self.disks_released = False
-        self.bequeath(self._undo or [])
+        self.plan(self._undo or [])
         self._settling = asyncio.create_task(self._settle(monitor))
 
     async def _settle(self, monitor: Monitor) -> None:
@@ -167,14 +170,14 @@ class QemuControl:
             for command in self._undo or []:
                 await monitor.run(command)
             self._undo = None
-            self.bequeath([])
+            self.plan([])
         except WorkloadError as failed:  # the guardian tries again
             log.debug("%s: %s", self._name, failed)
         finally:
             if self._held is monitor:
                 self._held = None
                 monitor.abandon()
-            self._close_will()
+            self._close_guardian()
 
     async def settled(self) -> None:
         """Wait until the settings of a resumed guest are restored."""
@@ -183,20 +186,20 @@ class QemuControl:
             await settling
 
     async def let_go(self) -> None:
-        """Close the monitor, and the connection to the guardian, which then carries out the cleanup plan."""
+        """Close the monitor, and the connection to the guardian, which then executes the cleanup plan."""
         if self._held is not None:
             monitor, self._held = self._held, None
             await monitor.close()
-        self._close_will()
+        self._close_guardian()
 
     def abandon(self) -> None:
         """Do as `let_go`, without sending anything to the monitor."""
         if self._held is not None:
             self._held.abandon()
             self._held = None
-        self._close_will()
+        self._close_guardian()
 
-    def _close_will(self) -> None:
-        if self._will is not None:
-            self._will.close()
-            self._will = None
+    def _close_guardian(self) -> None:
+        if self._guardian is not None:
+            self._guardian.close()
+            self._guardian = None

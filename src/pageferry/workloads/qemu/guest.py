@@ -211,7 +211,7 @@ class QemuWorkload:
 
     @property
     def guardian(self) -> int | None:
-        """Process id of the guardian, which acts if this process exits (see `guardian`); None while none is needed."""
+        """Process id of the guardian, which acts if this process exits; None while none is needed."""
         return self._control.guardian
 
     @property
@@ -273,10 +273,10 @@ class QemuWorkload:
         if time.monotonic() - self._prepared > _RECENT:
             await self._prepare_pause()
         monitor, machine = await self._control.hold(), self._seen.machine
-        self._control.bequeath_as_before()
+        self._control.plan_to_restore()
         ran = await self._bounded(self._seen.stop(monitor), PAUSE_TIMEOUT)
         self._control.stays_paused = not ran
-        self._control.bequeath_as_before()
+        self._control.plan_to_restore()
         self._seen.check_not_ended(ran)
         if self._seen.machine != machine:
             await unsupported.refuse_running(monitor)
@@ -314,14 +314,14 @@ class QemuWorkload:
         monitor = await self._control.hold()
         if record is None:
             await self._seen.check_unchanged(monitor)
-            self._control.bequeath([])
+            self._control.plan([])
             if self._control.stays_paused:
                 # The destination opens the disks before this QEMU exits. For a running guest, `save_state` has released
                 # them.
                 self._control.disks_released = True
                 await qemu_disks.release(await self._control.hold())
             return
-        self._control.bequeath_to_owner(record)
+        self._control.plan_by_owner(record)
         # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
 
@@ -339,7 +339,7 @@ class QemuWorkload:
             raise WorkloadDied(
                 f"{self.name} (process {self.pid}) ended before it ran{self._last_words()}", never_ran=True
             )
-        self._control.bequeath_as_before()
+        self._control.plan_to_restore()
         if not self._control.stays_paused:
             await self._continue(monitor)
         elif self._control.disks_released:
@@ -369,7 +369,7 @@ class QemuWorkload:
             except msgspec.ValidationError as wrong:
                 raise WorkloadError(f"cannot undo the changes of {self.name}: invalid record ({wrong})") from wrong
         await self._control.hold()
-        self._control.have_will()
+        self._control.start_guardian()
         await self.resume()
         await self._control.settled()
 
@@ -433,7 +433,7 @@ class QemuWorkload:
     async def quit(self, answer: float = _ANSWER_TIMEOUT) -> bool:
         """Let QEMU exit (QMP `quit`). Return False if it does not reply within `answer` seconds, or exit within 10 s
         after."""
-        self._control.bequeath([])
+        self._control.plan([])
         try:
             async with asyncio.timeout(answer), self._control.session() as monitor:
                 await monitor.run(QUIT)
@@ -517,7 +517,7 @@ class QemuWorkload:
 
     async def _prepare_pause(self) -> None:
         monitor = await self._control.hold()
-        self._control.have_will()
+        self._control.start_guardian()
         known = self._control.prepared
         # Devices may have been added since the last check.
         status, _ = await asyncio.gather(self._control.note_status(monitor), unsupported.refuse_running(monitor))
@@ -530,8 +530,8 @@ class QemuWorkload:
     async def _stop_briefly(self, monitor: Monitor) -> float:
         """Stop the guest and, unless another client had paused it, continue it. Return the duration of the pause in
         seconds."""
-        self._control.have_will()
-        self._control.bequeath([{"execute": "cont"}, *self._control.undo])
+        self._control.start_guardian()
+        self._control.plan([{"execute": "cont"}, *self._control.undo])
         started, ran = time.perf_counter(), True
         try:
             with monitor.events("STOP") as stopped:
@@ -541,7 +541,7 @@ class QemuWorkload:
             if not self._control.given_up:
                 if ran:
                     await self._continue(monitor)
-                self._control.bequeath(self._control.undo)
+                self._control.plan(self._control.undo)
         return time.perf_counter() - started
 
     async def _bounded(self, stopping: Coroutine[Any, Any, T], timeout: float) -> T:
@@ -592,9 +592,9 @@ class QemuWorkload:
 
     async def _save_snapshot(self, monitor: Monitor) -> bytes:
         snapshot = qemu_snapshot.Snapshot()
-        self._control.bequeath_as_before(first=snapshot.removal)
+        self._control.plan_to_restore(first=snapshot.removal)
         stream = await snapshot.save(monitor)
-        self._control.bequeath_as_before()
+        self._control.plan_to_restore()
         return stream
 
     async def _lock_disks(self, monitor: Monitor) -> None:
@@ -612,8 +612,8 @@ class QemuWorkload:
 
     async def _await_state(self, at_once: bool) -> None:
         """Prepare for `load_state`. Until then the guest has no state, and ends with this process."""
-        self._control.have_will()
-        self._control.bequeath([QUIT])
+        self._control.start_guardian()
+        self._control.plan([QUIT])
         async with self._control.session(keep=at_once) as monitor:
             await self._control.prepare_state(monitor, incoming=True)
 

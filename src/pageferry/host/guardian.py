@@ -1,0 +1,123 @@
+"""Guardians: small processes that undo temporary changes if this process exits before it has done so.
+
+A command that has stopped a guest, set a limit or changed a setting of the kernel can be killed at any time. It
+therefore first starts a guardian and gives it a plan, which `guardian_process` executes at the end of its standard
+input: when this process closes the guardian, and also when this process exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pageferry.host import processes
+from pageferry.host.python import start_python
+
+log = logging.getLogger(__name__)
+
+_running: list[processes.Outliving[bytes]] = []
+"""Guardians that may still be running; they are waited for when the next one is started."""
+
+
+class WriteFile(msgspec.Struct, frozen=True, tag_field="do", tag="write"):
+    """Write a text to an existing file."""
+
+    file: str
+    text: str
+
+
+class EmptyGroup(msgspec.Struct, frozen=True, tag_field="do", tag="empty-group"):
+    """Move all processes of a control group (v1) to its parent, and remove the group."""
+
+    group: str
+    parent: str
+
+
+class SendSignal(msgspec.Struct, frozen=True, tag_field="do", tag="signal"):
+    """Send a signal to a process."""
+
+    pidfd: int
+    """Descriptor that the guardian has inherited (`descriptors`)."""
+    number: int
+
+
+class MonitorCommands(msgspec.Struct, frozen=True, tag_field="do", tag="qmp"):
+    """Execute QMP commands, after cancelling a running migration. QEMU may refuse a command; the others follow."""
+
+    socket: str
+    commands: Sequence[dict[str, Any]]
+
+
+class Decide(msgspec.Struct, frozen=True, tag_field="do", tag="decide"):
+    """Execute `then` if the file has these contents, and otherwise `otherwise`."""
+
+    file: str
+    contents: str
+    then: Sequence[Action]
+    otherwise: Sequence[Action]
+
+
+Action = WriteFile | EmptyGroup | SendSignal | MonitorCommands | Decide
+
+
+class Guardian:
+    """Running guardian, with an empty plan at first."""
+
+    def __init__(self, purpose: str, descriptors: Sequence[int] = ()) -> None:
+        """Start the process. `purpose`: text for messages and for its command line. Raises OSError."""
+        _running[:] = [process for process in _running if process.poll() is None]
+        self._purpose = purpose
+        self._process = start_python(
+            "pageferry.host.guardian_process",
+            purpose,
+            script=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+        _running.append(self._process)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the guardian."""
+        return self._process.pid
+
+    def confirm(self) -> bool:
+        """Wait until the guardian runs. Return False if it has not started."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline() == b"ready\n"
+
+    def plan(self, actions: Sequence[Action]) -> None:
+        """Replace the plan. The new plan is in effect from now on, even if this process exits at once."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(actions) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            log.warning("the guardian of %s has exited: nothing is undone if pageferry is killed now", self._purpose)
+
+    def close(self) -> None:
+        """Let the guardian execute the plan and exit, without waiting for it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def finish(self, timeout: float | None = None) -> bool:
+        """Let the guardian execute the plan, and wait for its exit. Return whether all actions succeeded.
+
+        Raises TimeoutError after `timeout` seconds.
+        """
+        self.close()
+        try:
+            return self._process.wait(timeout) == 0
+        except subprocess.TimeoutExpired as expired:
+            raise TimeoutError(f"the guardian of {self._purpose} has not finished within {timeout:g} s") from expired

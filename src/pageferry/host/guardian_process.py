@@ -1,0 +1,158 @@
+"""Guardian process: executes a plan when the process that started it exits. `python guardian_process.py PURPOSE`.
+
+A script in a separate session that uses only the standard library, so that it starts within milliseconds. It writes a
+line when it is ready, then reads plans from its standard input, one JSON list of actions per line; each replaces the
+plan before. At the end of the input, when its parent has closed it or has exited, the guardian executes the last plan.
+`host.guardian` defines the actions. The exit code is 0 if all actions succeeded. PURPOSE is only shown by ps(1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import IO, Any
+
+TIMEOUT = 86400.0
+"""Seconds to retry: QEMU does not reply while it waits for a disk, or while another client uses the monitor."""
+ATTEMPTS = 200
+"""Attempts to empty a control group, one each 10 ms."""
+
+_MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling"})
+
+Action = dict[str, Any]
+
+
+def main() -> int:
+    """Wait for the end of the parent, then execute its plan."""
+    # Signals of a terminal or service manager to its process group must not end this process.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # the parent has exited
+        os.write(1, b"ready\n")
+    plan: list[Action] = []
+    for line in sys.stdin:
+        if line.endswith("\n"):  # else the parent exited while writing: the previous plan holds
+            plan = json.loads(line)
+    return 0 if _execute(plan) else 1
+
+
+def _execute(plan: list[Action]) -> bool:
+    """Execute all actions, also after one that fails. Return whether all succeeded."""
+    succeeded = True
+    for action in plan:
+        try:
+            _ACTIONS[action["do"]](action)
+        except OSError:
+            succeeded = False
+    return succeeded
+
+
+def _write_file(action: Action) -> None:
+    _write(action["file"], action["text"])
+
+
+def _empty_group(action: Action) -> None:
+    """Move the processes of a control group (v1) to its parent, and remove it."""
+    group = action["group"]
+    with contextlib.suppress(FileNotFoundError):  # never created, or already removed
+        _write(os.path.join(group, "cpu.cfs_quota_us"), "-1")
+        for _ in range(ATTEMPTS):  # a process may fork during the move, or be exiting
+            with open(os.path.join(group, "cgroup.procs"), encoding="ascii") as file:
+                pids = file.read().split()
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    _write(os.path.join(action["parent"], "cgroup.procs"), pid)
+            with contextlib.suppress(OSError):
+                os.rmdir(group)
+                return
+            time.sleep(0.01)
+
+
+def _send_signal(action: Action) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(action["pidfd"], action["number"])
+
+
+def _decide_by_file(action: Action) -> None:
+    """Execute one of two plans. Only the parent, which has exited, could have written the file."""
+    try:
+        with open(action["file"], encoding="utf-8") as file:
+            holds = file.read() == action["contents"]
+    except OSError:
+        holds = False
+    _execute(action["then"] if holds else action["otherwise"])
+
+
+def _run_monitor_commands(action: Action) -> None:
+    """Execute QMP commands, as soon as QEMU replies."""
+    commands, deadline = action["commands"], time.monotonic() + TIMEOUT
+    while commands and time.monotonic() < deadline:
+        try:
+            _converse(action["socket"], commands, deadline)
+        except (ConnectionRefusedError, FileNotFoundError):  # QEMU has exited
+            return
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(max(deadline - time.monotonic(), 0.1))
+        connection.connect(path)
+        with connection.makefile("rw") as monitor:
+            _reply(monitor)  # the greeting
+            _command(monitor, {"execute": "qmp_capabilities"})
+            # The parent may have exited while it was saving the device state.
+            while _command(monitor, {"execute": "query-migrate"}).get("status") in _MIGRATING:
+                _command(monitor, {"execute": "migrate_cancel"})
+                time.sleep(0.01)
+            for command in commands:
+                _command(monitor, command)
+
+
+def _command(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a command; an empty one if QEMU refuses the command: the guardian cannot report errors."""
+    monitor.write(json.dumps(command) + "\n")
+    monitor.flush()
+    reply = _reply(monitor)
+    while "event" in reply:
+        reply = _reply(monitor)
+    returned = reply.get("return")
+    return returned if isinstance(returned, dict) else {}
+
+
+def _reply(monitor: IO[str]) -> dict[str, Any]:
+    line = monitor.readline()
+    if not line:
+        raise ConnectionResetError("QEMU closed the monitor")
+    reply: dict[str, Any] = json.loads(line)
+    return reply
+
+
+def _write(path: str, text: str) -> None:
+    """Write a text with one write(2), as files of control groups require."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+_ACTIONS = {
+    "write": _write_file,
+    "empty-group": _empty_group,
+    "signal": _send_signal,
+    "decide": _decide_by_file,
+    "qmp": _run_monitor_commands,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
