@@ -99,6 +99,11 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
     return QemuProcess(popen, command[0], log)
 
 
+def quoted(log: Path) -> str:
+    """Return the last lines of a log, to be appended to a message; an empty string if there is none."""
+    return f"; QEMU says:\n{said}" if (said := log_tail(log)) else ""
+
+
 def log_tail(log: Path) -> str:
     """Return the last lines of a log; an empty string if there is none."""
     try:

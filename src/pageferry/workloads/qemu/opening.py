@@ -1,0 +1,169 @@
+"""QEMU guests that are started, found again, or adopted: from a command line or a monitor to a registered guest."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
+from pageferry.host import memory_file, qmp_peer
+from pageferry.host.blocking import in_thread
+from pageferry.host.qmp import Monitor
+from pageferry.host.registry import Folder, QemuEntry, Registry, identify
+from pageferry.memory.regions import Region
+from pageferry.workloads.qemu import command_line, process, ram, run_state, unsupported
+from pageferry.workloads.qemu.machine import Machine
+from pageferry.workloads.qemu.process import QemuProcess
+
+LOG = "log"
+"""Output of a detached QEMU, in the folder of the workload."""
+
+_NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """Options of `QemuWorkload.start`."""
+
+    incoming: bool = False
+    """Whether the guest waits, paused, for `load_state`."""
+    at_once: bool = False
+    """Whether `load_state` follows soon, so that the monitor is kept open."""
+    detach: bool = True
+    """Whether QEMU runs in a separate session, with its output in the log of the workload; otherwise it runs on the
+    terminal of this process."""
+    hugetlb: bool = False
+    """Whether the memory is on hugetlbfs."""
+
+
+class StartArguments(TypedDict, total=False):
+    """Keyword arguments for the fields of `StartOptions`."""
+
+    incoming: bool
+    at_once: bool
+    detach: bool
+    hugetlb: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Guest whose process, machine and memory are known."""
+
+    folder: Folder
+    entry: QemuEntry
+    machine: Machine
+    regions: tuple[Region, ...]
+    ran: bool
+    """Whether the guest ran when it was opened."""
+    child: QemuProcess | None = None
+    """Process of QEMU if this process has started it."""
+
+
+@contextlib.contextmanager
+def released_on_error(folder: Folder) -> Iterator[None]:
+    """Release the name if the guest cannot be started or adopted."""
+    try:
+        yield
+    except BaseException:
+        folder.release()
+        raise
+
+
+def parse(name: str, arguments: Sequence[str], options: StartOptions) -> command_line.CommandLine:
+    """Parse the command line of QEMU, and log warnings. Raises UsageError, UnsupportedError."""
+    command = command_line.parse(arguments)
+    for warning in command.warnings:
+        log.warning("%s", warning)
+    if options.at_once and command.preallocates:
+        log.warning("%s: the memory of a restored guest is not preallocated; QEMU starts later: %s", name, _NO_PREALLOC)
+    return command
+
+
+def launch(folder: Folder, command: command_line.CommandLine, options: StartOptions) -> tuple[QemuProcess, str]:
+    """Start QEMU with a memory file, and register it at once, so that it is not lost if this process is killed.
+
+    Return the process and the path of its monitor. Raises UsageError, WorkloadError.
+    """
+    qmp_socket = folder.socket_path("qmp.sock")
+    if options.hugetlb and not command.needs_ram_file:
+        raise UsageError(
+            "`hugetlb` applies to memory that pageferry adds, and the command line has a memory backend; remove one "
+            "of them"
+        )
+    file = None
+    try:
+        if command.needs_ram_file:
+            file = memory_file.create_ram_file(command.ram_size, hugetlb=options.hugetlb)
+            if file.warning:
+                log.warning("%s", file.warning)
+        path = file.inherited_path if file is not None else None
+        words = command.managed(ram_path=path, qmp_socket=qmp_socket, incoming=options.incoming)
+        descriptors = [file.fd] if file is not None else []
+        child = process.launch(words, descriptors, folder.path / LOG if options.detach else None)
+    finally:
+        if file is not None:
+            os.close(file.fd)
+    with contextlib.suppress(WorkloadDied):  # the caller, which waits for the monitor, reports why it has exited
+        folder.publish(_entry(child.pid, qmp_socket, adopted=False))
+    return child, qmp_socket
+
+
+async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Opened:
+    """Check the QEMU behind a monitor, and register it. Raises UnsupportedError, WorkloadError."""
+    opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
+    async with await opening as monitor:
+        machine, pid = await _ask_machine(monitor)
+        await unsupported.refuse_running(monitor)
+        ran = await run_state.runs(monitor)
+        regions = await _regions_of(monitor, pid)
+    for region in regions:
+        if ram.misaligned(region):
+            log.warning("%s: huge pages are disabled; start QEMU with align=2M for this memory", region.name)
+    entry = _entry(pid, qmp_socket, adopted=child is None)
+    folder.publish(entry)
+    return Opened(folder, entry, machine, regions, ran, child)
+
+
+async def find(name: str, registry: Registry, timeout: float) -> Opened:
+    """Open the registered guest of that name. Raises NoSuchWorkload, WorkloadError, WorkloadDied."""
+    folder = registry.folder(name)
+    entry = registry.lookup(name)
+    if not isinstance(entry, QemuEntry):
+        raise NoSuchWorkload(f"{name} is not a QEMU guest, or is still being started; see `pageferry list`")
+    async with await Monitor.open(entry.qmp_socket, timeout=timeout) as monitor:
+        machine, pid = await _ask_machine(monitor)
+        if pid != entry.pid:
+            raise WorkloadError(
+                f"cannot attach to {name}: {entry.qmp_socket} is served by process {pid}, and the guest is "
+                f"process {entry.pid}; end the process that has taken the socket"
+            )
+        ran = await run_state.runs(monitor)
+        regions = await _regions_of(monitor, entry.pid)
+    return Opened(folder, entry, machine, regions, ran)
+
+
+def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
+    return QemuEntry(**identify(pid), qmp_socket=qmp_socket, adopted=adopted)
+
+
+async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
+    """Return the machine behind a monitor, and the process id of its QEMU."""
+    threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
+    pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
+    return await Machine.ask(monitor), pid
+
+
+async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:
+    try:
+        return await ram.open_regions(monitor, pid)
+    except PermissionError as denied:
+        raise WorkloadError(
+            f"cannot open the memory of process {pid}: {denied.strerror}; run pageferry as the user of that QEMU, "
+            "or as root"
+        ) from denied
