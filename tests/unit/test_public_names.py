@@ -41,7 +41,7 @@ def test_other_names_are_refused(part: ModuleType) -> None:
         (pageferry.recover, migration.RecoverOptions),
         (pageferry.receive, receiving.ReceiveOptions),
         (pageferry.checkpoint, checkpoints.Options),
-        (pageferry.restore, restore_options.ArenaOptions),
+        (pageferry.restore, restore_options.RestoredArenaOptions),
     ],
 )
 def test_docstrings_name_all_options(function: object, options: Any) -> None:

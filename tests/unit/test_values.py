@@ -15,6 +15,7 @@ import pytest
 import pageferry
 from pageferry import large_pages, sharing
 from pageferry.checkpoints.options import Options as CheckpointOptions
+from pageferry.checkpoints.restore_options import RestoredArenaOptions
 from pageferry.cli.main import main
 from pageferry.cli.options import given
 from pageferry.cli.parser import parse
@@ -26,6 +27,7 @@ from pageferry.docstrings import field_docstrings
 from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
 from pageferry.migration.options import Options as MigrationOptions
 from pageferry.options import options_of
+from pageferry.workloads.arena.options import ArenaOptions
 
 WRONG: list[Any] = [
     object(),
@@ -59,14 +61,16 @@ def _fields(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
+    "arena": ArenaOptions,
+    "restored arena": RestoredArenaOptions,
     "migration": MigrationOptions,
     "checkpoint": CheckpointOptions,
     "large_pages": large_pages.Options,
     "sharing": sharing.Options,
 }
 PATHS = ("tls", "store", "tls_hostname")
-FLAGS = ("auto_converge", "adaptive", "insecure", "track")
+FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch")
 
 
 def _name(wrong: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pageferry import values
 from pageferry._engine import Advice, MappedSegment, Mapping, Pager, Space, TargetRegion
 from pageferry.checkpoints.eager import load
-from pageferry.checkpoints.restore_options import ArenaOptions
+from pageferry.checkpoints.restore_options import RestoredArenaOptions
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread, interruptible
@@ -43,12 +43,12 @@ class RestoredArena(Arena):
     """Descriptor of the deferred bitmap, for other processes that read it."""
 
     @classmethod
-    def from_image(cls, image: ImageFile, options: ArenaOptions, listener: Listener = ignore) -> Self:
+    def from_image(cls, image: ImageFile, options: RestoredArenaOptions, listener: Listener = ignore) -> Self:
         """See `restore`."""
         size = _size(image)
         file, large_pages_by = memory_file(size)
         try:
-            self = cls.from_file(file, size, private=True, **options.arena())
+            self = cls.from_file(file, size, private=True, **options.arguments())
             self.large_pages_by = large_pages_by
             self._load_from(image, options, listener)
         finally:
@@ -59,7 +59,7 @@ class RestoredArena(Arena):
         self.lifecycle.resume(self)
         return self
 
-    def _load_from(self, image: ImageFile, options: ArenaOptions, listener: Listener) -> None:
+    def _load_from(self, image: ImageFile, options: RestoredArenaOptions, listener: Listener) -> None:
         """Start the pager, or load everything if page faults of this process cannot be handled."""
         self.image = image
         working_set = WorkingSet(image)
@@ -138,7 +138,7 @@ def restore(path: str | Path, name: str | None = None, *, listener: Listener = i
 
     Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
     """
-    chosen = values.options(ArenaOptions, options | {"name": name})
+    chosen = values.options(RestoredArenaOptions, options | {"name": name})
     source = values.path("path", path)
     return RestoredArena.from_image(interruptible(lambda: ImageFile(source)), chosen, listener)
 
@@ -172,7 +172,7 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
         working_set.learn(pager.touched, prefetch)
 
 
-def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], options: ArenaOptions) -> Pager:
+def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], options: RestoredArenaOptions) -> Pager:
     mapping = Mapping(arena.descriptor, arena.length)
     target = TargetRegion(mapping, SMALL_PAGE, targets.large_units(image)[0])
     space = Space()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
-from typing import Any
 
+from pageferry import values
 from pageferry.options import check
-from pageferry.workloads.arena.arena import State
-from pageferry.workloads.arena.arguments import check_arena
-from pageferry.workloads.callbacks import Callback, Plain
+from pageferry.workloads.arena.options import ArenaOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,26 +27,15 @@ class GuestOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArenaOptions:
-    """Options of the restore of an arena; those of `Arena` have the same meaning. Raises UsageError."""
+class RestoredArenaOptions(ArenaOptions):
+    """Options of the restore of an arena. Raises UsageError."""
 
-    name: str | None = None
     eager: bool = False
     """Load in the background at full speed, without yielding to accesses."""
     prefetch: bool = True
     """Load pages in the background; otherwise only accessed pages are loaded."""
-    state: State | None = None
-    on_pause: Callback | None = None
-    on_resume: Plain | None = None
-    on_moved: Plain | None = None
-    direct_io: bool = True
-    loop: asyncio.AbstractEventLoop | None = None
 
     def __post_init__(self) -> None:
-        flags = {"eager": self.eager, "prefetch": self.prefetch}
-        check_arena(self.name, self.state, self.on_pause, self.on_resume, self.on_moved, **flags)
-
-    def arena(self) -> dict[str, Any]:
-        """Return the arguments of `Arena`, without the name."""
-        names = ("state", "on_pause", "on_resume", "on_moved", "direct_io", "loop")
-        return {name: getattr(self, name) for name in names}
+        ArenaOptions.__post_init__(self)
+        values.flag("eager", self.eager)
+        values.flag("prefetch", self.prefetch)

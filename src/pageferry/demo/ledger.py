@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import msgspec
 
@@ -29,6 +29,14 @@ class LedgerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zero_fraction: float = 0.0
     fill: float = 1.0
     compressible: float = 0.0
+
+
+class LedgerArguments(TypedDict, total=False):
+    """Keyword arguments of `LedgerWorkload` for a ledger that is created."""
+
+    processes: int
+    exact: bool
+    on_moved: Callable[[], object] | None
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,17 +101,16 @@ class LedgerWorkload(LocalWorkload):
         options: LedgerOptions | None = None,
         *,
         name: str | None = None,
-        processes: int = 1,
-        exact: bool = False,
         large_pages: bool = True,
         large_fraction: float | None = None,
-        on_moved: Callable[[], object] | None = None,
+        **workload: Unpack[LedgerArguments],
     ) -> Self:
         """Create an arena of `size` bytes, fill a ledger in it and start its threads; with a name, register it.
 
         `large_fraction`: part of the 2 MiB units that may be huge pages; the others keep base pages. None: all units
-        may be huge pages. Raises UsageError for options out of range, fewer threads than processes, or a size that is
-        too small.
+        may be huge pages. `workload`: arguments of the constructor.
+
+        Raises UsageError for options out of range, fewer threads than processes, or a size that is too small.
         """
         options = options or LedgerOptions()
         arena = Arena(size, large_pages=large_pages)
@@ -112,17 +119,17 @@ class LedgerWorkload(LocalWorkload):
         except ValueError as wrong:
             raise UsageError(str(wrong)) from wrong
         del ledger
-        workload = cls(arena, processes=processes, exact=exact, on_moved=on_moved)
+        started = cls(arena, **workload)
         try:
-            workload._start(options)
-            workload._resume()
+            started._start(options)
+            started._resume()
             if name is not None:
                 arena.register(name)
-                workload.name = name
+                started.name = name
         except BaseException:
-            workload.stop()
+            started.stop()
             raise
-        return workload
+        return started
 
     def verify(self) -> _engine.LedgerReport:
         """Verify every page of the paused or stopped workload. Raises WorkloadError if there is no ledger."""

@@ -22,17 +22,17 @@ from pageferry.migration.transport import messages
 from pageferry.migration.transport.addresses import resolve
 from pageferry.migration.transport.connection import Reception
 from pageferry.migration.transport.tls import Trust
-from pageferry.workloads.arena.arena import Arena, State
-from pageferry.workloads.arena.arguments import check_arena
+from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.arena.limits import MAX_ARENA
-from pageferry.workloads.callbacks import Callback, Plain, check_listener
+from pageferry.workloads.arena.options import ArenaOptions
+from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.protocols import Migratable
 
 _reports: set[asyncio.Task[None]] = set()
 """Reports being sent. The event loop keeps only weak references to its tasks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ReceptionOptions:
     """Options of a listener for sources. Raises UsageError."""
 
@@ -64,24 +64,17 @@ class ReceptionOptions:
         return Reception(target, self.timeout, trust)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiveOptions(ReceptionOptions):
+@dataclass(frozen=True, kw_only=True)
+class ReceiveOptions(ArenaOptions, ReceptionOptions):
     """Options of `receive`; those of `Arena` have the same meaning. Raises UsageError."""
 
-    name: str | None = None
-    state: State | None = None
-    on_pause: Callback | None = None
-    on_resume: Plain | None = None
-    on_moved: Plain | None = None
-    direct_io: bool = True
-    loop: asyncio.AbstractEventLoop | None = None
     max_size: int | None = None
     """Maximum size of the arena, bytes; None for the available memory."""
     listening: Callable[[str], object] | None = None
     """Called with the address once sources can connect."""
 
     def __post_init__(self) -> None:
-        check_arena(self.name, self.state, self.on_pause, self.on_resume, self.on_moved)
+        ArenaOptions.__post_init__(self)
         most = values.optional(values.size, "max_size", self.max_size, 1, MAX_ARENA)
         object.__setattr__(self, "max_size", most)
         values.optional(values.function, "listening", self.listening)
@@ -91,9 +84,7 @@ class ReceiveOptions(ReceptionOptions):
 
     def arena(self, fresh: Arena) -> Arena:
         """Return an arena with these options, over the memory of another one."""
-        names = ("name", "state", "on_pause", "on_resume", "on_moved", "direct_io", "loop")
-        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return Arena.from_file(fresh.descriptor, fresh.length, private=True, **arguments)
+        return Arena.from_file(fresh.descriptor, fresh.length, self.name, private=True, **self.arguments())
 
 
 async def receive_async(address: str, **options: Any) -> Arena:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
 import os
 import weakref
-from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Self, Unpack
 
 from pageferry import _engine, values
 from pageferry.errors import RestoreError, UsageError, WorkloadError
@@ -18,27 +16,13 @@ from pageferry.host import registry
 from pageferry.host.blocking import program_loop
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.pager import client, records
-from pageferry.workloads import callbacks
-from pageferry.workloads.arena.arguments import arena_size, check_arena
 from pageferry.workloads.arena.control import ArenaControl
 from pageferry.workloads.arena.limits import MAX_ARENA
 from pageferry.workloads.arena.name import NamedArena, bring_back
-from pageferry.workloads.callbacks import Callback, Plain
+from pageferry.workloads.arena.options import ArenaArguments, ArenaOptions, arena_size
 from pageferry.workloads.deferred_access import load_all
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
 
-
-class Stateful(Protocol):
-    """Object whose state is migrated together with an arena."""
-
-    def save_state(self) -> bytes | Awaitable[bytes]:
-        """Return the state. Called at the source, while the arena is paused."""
-
-    def load_state(self, state: bytes, /) -> object:
-        """Load the state. Called at the destination when all memory is present, before the resume callback."""
-
-
-State = Stateful | tuple[Callable[[], bytes | Awaitable[bytes]], Callable[[bytes], object]]
 LargePagesBy = Literal["tmpfs", "collapse", "none", "file"]
 
 
@@ -108,14 +92,10 @@ class Arena(_engine.Mapping):
         name: str | None = None,
         *,
         large_pages: bool = True,
-        state: State | None = None,
-        on_pause: Callback | None = None,
-        on_resume: Plain | None = None,
-        on_moved: Plain | None = None,
-        direct_io: bool = True,
-        loop: asyncio.AbstractEventLoop | None = None,
+        **options: Unpack[ArenaArguments],
     ) -> Self:
-        check_arena(name, state, on_pause, on_resume, on_moved, large_pages=large_pages)
+        chosen = _options(name, options)
+        values.flag("large_pages", large_pages)
         size = _rounded(arena_size(size))
         file, large_pages_by = memory_file(size, large_pages)
         try:
@@ -123,8 +103,7 @@ class Arena(_engine.Mapping):
         finally:
             os.close(file)
         self.large_pages_by = large_pages_by
-        self._begin(name, state, on_pause, on_resume, on_moved, loop, received=False)
-        self.control.does_direct_io = direct_io
+        self._begin(chosen, received=False)
         return self
 
     @classmethod
@@ -134,22 +113,19 @@ class Arena(_engine.Mapping):
         size: int,
         name: str | None = None,
         *,
-        state: State | None = None,
-        on_pause: Callback | None = None,
-        on_resume: Plain | None = None,
-        on_moved: Plain | None = None,
-        direct_io: bool = True,
-        loop: asyncio.AbstractEventLoop | None = None,
         paused: bool = True,
         private: bool = False,
+        **options: Unpack[ArenaArguments],
     ) -> Self:
         """Create an arena over the first `size` bytes of an existing file: one that is, or will be, received.
 
         `file` is a descriptor of a shared memory file (`memory_file` makes one), open for reading and writing; it is
         duplicated. A `paused` arena waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
-        `private`: no other process uses the file; otherwise the memory counts as handed out (see `fileno`).
+        `private`: no other process uses the file; otherwise the memory counts as handed out (see `fileno`). `options`
+        are those of `Arena`.
         """
-        check_arena(name, state, on_pause, on_resume, on_moved, paused=paused)
+        chosen = _options(name, options)
+        values.flag("paused", paused)
         values.count("file", file, 0, (1 << 31) - 1)
         values.count("size", size, 1, MAX_ARENA)
         if size % SMALL_PAGE or size > os.fstat(file).st_size:
@@ -160,30 +136,14 @@ class Arena(_engine.Mapping):
         self = super().__new__(cls, file, size)
         self.large_pages_by = "file"
         self._handed_out = not private
-        self._begin(name, state, on_pause, on_resume, on_moved, loop, received=paused)
-        self.control.does_direct_io = direct_io
+        self._begin(chosen, received=paused)
         return self
 
-    def _begin(
-        self,
-        name: str | None,
-        state: State | None,
-        on_pause: Callback | None,
-        on_resume: Plain | None,
-        on_moved: Plain | None,
-        loop: asyncio.AbstractEventLoop | None,
-        *,
-        received: bool,
-    ) -> None:
-        self.control = ArenaControl(self, on_pause, on_resume, on_moved, not received, loop or program_loop())
-        if state is not None:
-            save, load = state if isinstance(state, tuple) else (state.save_state, state.load_state)
-            for callback in (save, load):
-                callbacks.check("a callback of state", callback)
-            self.control.save, self.control.load = save, load
+    def _begin(self, options: ArenaOptions, *, received: bool) -> None:
+        self.control = ArenaControl(self, options, has_run=not received, loop=options.loop or program_loop())
         self.lifecycle = Lifecycle(self.control, received)
-        if name is not None:
-            self.register(name)
+        if options.name is not None:
+            self.register(options.name)
 
     @property
     def name(self) -> str | None:
@@ -332,6 +292,12 @@ class Arena(_engine.Mapping):
     def _folder(self) -> registry.Folder | None:
         """Folder of the registered name; None without a name."""
         return None if self._named is None else self._named.folder
+
+
+def _options(name: str | None, given: ArenaArguments) -> ArenaOptions:
+    """Check the options of an arena. Raises UsageError, WrongType."""
+    arguments: dict[str, Any] = {"name": name, **given}
+    return values.options(ArenaOptions, arguments)
 
 
 def _rounded(size: int) -> int:

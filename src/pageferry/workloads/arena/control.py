@@ -16,6 +16,7 @@ from pageferry.memory import mappers
 from pageferry.memory.mappers import threads
 from pageferry.memory.regions import SMALL_PAGE, Identity, Region, Segment
 from pageferry.workloads import callbacks
+from pageferry.workloads.arena.options import ArenaOptions
 from pageferry.workloads.callbacks import Callback, Callbacks, Plain
 from pageferry.workloads.protocols import Faults
 
@@ -61,27 +62,27 @@ class ArenaControl:
     def __init__(
         self,
         arena: ArenaMemory,
-        on_pause: Callback | None,
-        on_resume: Plain | None,
-        on_moved: Plain | None,
+        options: ArenaOptions,
+        *,
         has_run: bool,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        for name, callback in (("on_pause", on_pause), ("on_resume", on_resume), ("on_moved", on_moved)):
-            if callback is not None:
+        for name in ("on_pause", "on_resume", "on_moved"):
+            if (callback := getattr(options, name)) is not None:
                 callbacks.check(name, callback, gate=name == "on_pause")
         self.name = "arena"
         self.details: dict[str, str | int | bool] = {}
-        self.on_pause = on_pause
-        self.on_resume = on_resume
-        self.on_moved = on_moved
+        self.on_pause: Callback | None = options.on_pause
+        self.on_resume: Plain | None = options.on_resume
+        self.on_moved: Plain | None = options.on_moved
         self.on_abandoned: Plain | None = None
         """Callback that replaces `on_moved` for a received arena that has never run in this program."""
         self.has_run = has_run
-        self.does_direct_io = True
+        self.does_direct_io = options.direct_io
         """Whether the program may have the kernel or a device write to the arena through pinned pages (O_DIRECT)."""
-        self.save: Callable[[], object] = self._received_state
-        self.load: Callable[[bytes], object] = self._keep_state
+        state = options.state_callbacks or (self._received_state, self._keep_state)
+        self.save: Callable[[], object] = state[0]
+        self.load: Callable[[bytes], object] = state[1]
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
         self.moved: Callable[[], object] = lambda: None
