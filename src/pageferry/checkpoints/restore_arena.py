@@ -16,6 +16,7 @@ from pageferry.checkpoints.eager import load
 from pageferry.checkpoints.restore_options import RestoredArenaOptions
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
+from pageferry.host import forks
 from pageferry.host.blocking import in_thread, interruptible
 from pageferry.images import targets
 from pageferry.images.image import ImageFile
@@ -71,7 +72,7 @@ class RestoredArena(Arena):
             self.pager = _loaded(image, self, str(refused), listener)
         if not self.pager.finished:
             Space().madvise(self.address, self.length, Advice.DONTFORK)
-            _restoring.add(self)
+            forks.before_fork(self, RestoredArena._before_fork)
         # The end of an arena's first use is not reported, so the working set is recorded when the arena or the program
         # ends.
         weakref.finalize(self, _learn, working_set, self.pager, options.prefetch, os.getpid())
@@ -120,6 +121,12 @@ class RestoredArena(Arena):
         Raises ImageError if a page cannot be read or is damaged.
         """
         interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
+
+    def _before_fork(self) -> None:
+        """Load all contents, since a child has no pager. A child that only executes a program does not map them."""
+        load_pages(self.pager, 0, self.length // SMALL_PAGE, str(self.image.path))
+        Space().madvise(self.address, self.length, Advice.DOFORK)
+        forks.forget(self)
 
 
 def restore(path: str | Path, name: str | None = None, *, listener: Listener = ignore, **options: Any) -> RestoredArena:
@@ -211,20 +218,3 @@ def _answer(pager: Pager, answers: PagerServer) -> None:
     while not answers.closed.is_set() and not pager.wait(1.0, len(pager.failures)):
         pass
     answers.close()
-
-
-_restoring: weakref.WeakSet[RestoredArena] = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    """Load all contents before a fork, since a child has no pager.
-
-    Not called if the child only executes a program; the arena is then not mapped in it.
-    """
-    for arena in list(_restoring):
-        load_pages(arena.pager, 0, arena.length // SMALL_PAGE, str(arena.image.path))
-        Space().madvise(arena.address, arena.length, Advice.DOFORK)
-        _restoring.discard(arena)
-
-
-os.register_at_fork(before=_before_fork)

@@ -19,7 +19,7 @@ import msgspec
 
 from pageferry._engine import MappedSegment, Space
 from pageferry.errors import PageferryError
-from pageferry.host import files, proc
+from pageferry.host import files, forks, proc
 from pageferry.host.registry import Folder
 from pageferry.memory.view import Memory
 from pageferry.workloads.folders import folder_of
@@ -76,7 +76,7 @@ def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, 
     _tidy()
     ours: dict[int, int] = {}
     kept: dict[int, Descriptor] = {}
-    forks = _forks(workload)
+    known = _forks(workload)
     try:
         for space in (segment.space for segment in segments):
             if space.pid not in ours:
@@ -90,7 +90,7 @@ def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, 
             os.close(descriptor)
         _close(kept)
         raise
-    _store(workload, LeftTrace(descriptors=kept, places=_places(segments), forks=forks))
+    _store(workload, LeftTrace(descriptors=kept, places=_places(segments), forks=known))
     return ours
 
 
@@ -150,9 +150,12 @@ def forget(workload: Migratable) -> None:
             memory.restore_large_mappings(memory.large_units())
 
 
-def note_forks(folder: Folder) -> None:
-    """Record all further forks of this program in `folder`."""
-    _noted.add(folder)
+def record_fork(folder: Folder) -> None:
+    """Record a fork of the program in the folder of its arena."""
+    with contextlib.suppress(OSError):
+        descriptor = files.open_private(folder.path / _FORKS, os.O_WRONLY | os.O_APPEND)
+        os.write(descriptor, b".")
+        os.close(descriptor)
 
 
 def _describe(pid: int, number: int) -> Descriptor:
@@ -193,8 +196,6 @@ def _places(segments: Sequence[MappedSegment]) -> list[Place]:
 
 _own: dict[tuple[int, int], LeftTrace] = {}
 """Records of arenas without a name, by device and inode of their memory file."""
-_noted: set[Folder] = set()
-_own_forks = 0
 
 
 def _tidy() -> None:
@@ -233,20 +234,7 @@ def _remove(workload: Migratable) -> None:
 def _forks(workload: Migratable) -> int:
     folder = folder_of(workload)
     if folder is None:
-        return _own_forks
+        return forks.count()
     with contextlib.suppress(FileNotFoundError):
         return (folder.path / _FORKS).stat().st_size
     return 0
-
-
-def _before_fork() -> None:
-    global _own_forks
-    _own_forks += 1
-    for folder in _noted:
-        with contextlib.suppress(OSError):
-            descriptor = files.open_private(folder.path / _FORKS, os.O_WRONLY | os.O_APPEND)
-            os.write(descriptor, b".")
-            os.close(descriptor)
-
-
-os.register_at_fork(before=_before_fork)

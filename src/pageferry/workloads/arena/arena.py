@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import weakref
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
@@ -18,7 +17,7 @@ from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.pager import client, records
 from pageferry.workloads.arena.control import ArenaControl
 from pageferry.workloads.arena.limits import MAX_ARENA
-from pageferry.workloads.arena.name import NamedArena, bring_back
+from pageferry.workloads.arena.name import NamedArena, load_stored
 from pageferry.workloads.arena.options import ArenaArguments, ArenaOptions, arena_size
 from pageferry.workloads.deferred_access import load_all
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
@@ -186,7 +185,7 @@ class Arena(_engine.Mapping):
             # Set the mark first: a store that is being filled checks it before each page that leaves memory.
             if self._folder is not None:
                 records.mark_handed_out(self._folder)
-                bring_back(self._folder)
+                load_stored(self._folder)
             if self.pager is not None:
                 load_all(self.pager, self.length)
             self._handed_out = True
@@ -223,7 +222,6 @@ class Arena(_engine.Mapping):
         if self.control.has_loop:
             self.check_lock()
         self._named = NamedArena(self, name)
-        _all_named.add(self)
         self.control.name = name
         self.control.moved = self._named.release
 
@@ -259,7 +257,7 @@ class Arena(_engine.Mapping):
         """
         self.check_here()
         if self._folder is not None:
-            bring_back(self._folder)
+            load_stored(self._folder)
         space = _engine.Space()
         for start, end in self.data_ranges():
             for unit in range(-(-start // LARGE_PAGE), end // LARGE_PAGE):
@@ -351,16 +349,3 @@ def _tmpfs_file(size: int) -> int:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
     finally:
         os.close(folder)
-
-
-_all_named: weakref.WeakSet[Arena] = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    """Load contents that are in a store before fork(2): the child has no pager (or does not map the memory)."""
-    for arena in list(_all_named):
-        if arena._named is not None:
-            arena._named.bring_back()
-
-
-os.register_at_fork(before=_before_fork)

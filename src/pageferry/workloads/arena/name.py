@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pageferry.errors import ImageError, RestoreError
-from pageferry.host import registry
+from pageferry.host import forks, registry
 from pageferry.host.blocking import interruptible
 from pageferry.pager import client, records
 from pageferry.workloads.arena.control_socket.server import ControlServer, Owned
-from pageferry.workloads.persistent_trace import note_forks
+from pageferry.workloads.persistent_trace import record_fork
 
 
 class Nameable(Owned, Protocol):
@@ -53,20 +53,22 @@ class NamedArena:
             raise
         self.folder: registry.Folder | None = folder
         """Folder of the name; None after the name has been released."""
-        note_forks(folder)
+        forks.before_fork(self, NamedArena._before_fork)
         atexit.register(self.close)
 
-    def bring_back(self) -> None:
-        """Load contents that are in a store. A forked child does nothing. Raises RestoreError, ImageError."""
-        if self.folder is not None and os.getpid() == self._owner:
-            bring_back(self.folder)
+    def _before_fork(self) -> None:
+        """Load contents that are in a store, since a child has no pager. Raises RestoreError, ImageError."""
+        if self.folder is not None:
+            record_fork(self.folder)
+            if os.getpid() == self._owner:
+                load_stored(self.folder)
 
     def release(self) -> None:
         """Release the name: accept no further clients, and remove the folder, except in a forked child."""
         folder, self.folder = self.folder, None
         if folder is None or os.getpid() != self._owner:
             return
-        bring_back(folder)
+        load_stored(folder)
         atexit.unregister(self.close)
         self._server.stop_listening()
         while self.closers:
@@ -96,7 +98,7 @@ class NamedArena:
                 self.close()
 
 
-def bring_back(folder: registry.Folder) -> None:
+def load_stored(folder: registry.Folder) -> None:
     """Load all contents that other processes have sent to the store in the folder, whose pager needs the folder.
 
     Raises RestoreError when the pager has exited, ImageError when the store cannot be read.

@@ -1,0 +1,52 @@
+"""Actions of this program before fork(2), and the number of its forks.
+
+A child has neither our pager threads nor our traces: contents must be loaded, and traces given up, before it exists.
+Processes that only execute another program (subprocess, posix_spawn) are not forks in this sense: nothing is called.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_actions: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
+_count = 0
+
+
+def before_fork(owner: T, action: Callable[[T], object]) -> None:
+    """Call `action(owner)` before every fork while `owner` exists, until `forget`. One action per owner.
+
+    `action` must not refer to the owner, which would keep it alive.
+    """
+    _actions[owner] = action
+
+
+def forget(owner: object) -> None:
+    """Call no action for this owner any longer."""
+    _actions.pop(owner, None)
+
+
+def count() -> int:
+    """Return the number of forks of this program so far."""
+    return _count
+
+
+def _before_fork() -> None:
+    """Run all actions, also after one that fails. Python prints the error; the program forks in any case."""
+    global _count
+    _count += 1
+    failures: list[Exception] = []
+    for owner, action in list(_actions.items()):
+        try:
+            action(owner)
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise ExceptionGroup("cannot prepare a fork", failures)
+
+
+os.register_at_fork(before=_before_fork)
