@@ -17,6 +17,7 @@ from pageferry.errors import WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.images import metadata
+from pageferry.memory.bitmaps import pack_units
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import registered_buffers
@@ -114,7 +115,7 @@ class Attempt(ABC):
         sections = [
             (metadata.METADATA, metadata.encode(self._metadata())),
             (metadata.STATE, state),
-            (metadata.LARGE_UNITS, b"".join(map(_bits, preparation.large))),
+            (metadata.LARGE_UNITS, b"".join(map(pack_units, preparation.large))),
         ]
         finished = await preparation.engine(lambda: self._saver.finish(sections))
         self.statistics.saved(self._saver, self.rounds, finished)
@@ -267,9 +268,3 @@ def _loader(hold: AcquiredPager) -> Callable[[int, int, int], None]:
         fault_point("checkpoint.part-brought")
 
     return load
-
-
-def _bits(units: list[bool]) -> bytes:
-    """Pack one bit per unit, least significant bit of the first byte first."""
-    number = sum(1 << position for position, unit in enumerate(units) if unit)
-    return number.to_bytes(-(-len(units) // 8), "little")

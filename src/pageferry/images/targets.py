@@ -10,6 +10,7 @@ from pageferry.errors import ImageError, RestoreError
 from pageferry.images import metadata
 from pageferry.images.image import ImageFile
 from pageferry.images.metadata import ImageIdentity
+from pageferry.memory.bitmaps import unpack_units
 from pageferry.memory.regions import LARGE_PAGE, Region
 
 """(our mapping of a region's file, page size of the file, whether each 2 MiB unit is to be huge)"""
@@ -22,11 +23,12 @@ def large_units(image: ImageFile) -> list[list[bool]]:
     at = 0
     for region in image.metadata.regions:
         count = -(-region.length // LARGE_PAGE)
-        part = b"" if packed is None else packed[at : at + -(-count // 8)]
-        if packed is not None and len(part) * 8 < count:
-            raise ImageError(f"{image.path} is damaged: its bitmap of huge pages is too short")
+        part = bytes(-(-count // 8)) if packed is None else packed[at : at + -(-count // 8)]
         at += len(part)
-        result.append([bool(part) and bool(part[unit // 8] >> unit % 8 & 1) for unit in range(count)])
+        try:
+            result.append(unpack_units(part, count))
+        except ValueError as wrong:
+            raise ImageError(f"{image.path} is damaged: its bitmap of huge pages is too short") from wrong
     return result
 
 

@@ -18,6 +18,7 @@ from pageferry._engine import Sampler, SplitPage
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.host.smaps import referenced
+from pageferry.memory import bitmaps
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.workloads.target import Area, Target
 
@@ -54,14 +55,7 @@ class Activity:
 
 def cold_runs(touched: int) -> list[tuple[int, int]]:
     """Return the runs of base pages of a huge page that were not accessed, as (first, last + 1)."""
-    cold = [slot for slot in range(SLOTS) if not touched >> slot & 1]
-    runs: list[tuple[int, int]] = []
-    for slot in cold:
-        if runs and runs[-1][1] == slot:
-            runs[-1] = (runs[-1][0], slot + 1)
-        else:
-            runs.append((slot, slot + 1))
-    return runs
+    return bitmaps.runs(not touched >> slot & 1 for slot in range(SLOTS))
 
 
 class Tracker:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from pageferry._engine import MappedSegment, Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.memory import bitmaps
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region
 
 
@@ -151,7 +152,7 @@ class Memory(Readable):
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
         """Restore the PMD mappings of huge pages that write traces have split. Failures leave PTE mappings."""
         for one in self.segments:
-            for start, end in _runs(units[one.region]):
+            for start, end in bitmaps.runs(units[one.region]):
                 begin = max(start * LARGE_PAGE - one.first_page * SMALL_PAGE, 0)
                 stop = min(end * LARGE_PAGE - one.first_page * SMALL_PAGE, one.length)
                 if begin < stop and self.regions[one.region].page_size == SMALL_PAGE:
@@ -179,13 +180,3 @@ def _data_units(mapping: Mapping) -> list[bool]:
     for start, end in mapping.data_ranges():
         units[start // LARGE_PAGE : -(-end // LARGE_PAGE)] = [True] * (-(-end // LARGE_PAGE) - start // LARGE_PAGE)
     return units
-
-
-def _runs(units: list[bool]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for number, unit in enumerate(units):
-        if unit and runs and runs[-1][1] == number:
-            runs[-1] = (runs[-1][0], number + 1)
-        elif unit:
-            runs.append((number, number + 1))
-    return runs

@@ -51,6 +51,8 @@ import msgspec
 from msgspec import Meta
 
 from pageferry.errors import ProtocolError
+from pageferry.memory.bitmaps import pack_units as pack_units
+from pageferry.memory.bitmaps import unpack_units as unpack_units
 
 VERSION = 2
 """Protocol version. A peer of another version is rejected with an error that names both versions."""
@@ -371,18 +373,3 @@ def check_version(version: int) -> None:
             f"unsupported protocol version {version} of the peer: expected {VERSION}; use the same release of "
             "pageferry on both hosts"
         )
-
-
-def pack_units(units: list[bool]) -> bytes:
-    """Pack a bitmap as in `LargePages`."""
-    packed = bytearray((len(units) + 7) // 8)
-    for number, unit in enumerate(units):
-        packed[number // 8] |= unit << (number % 8)
-    return bytes(packed)
-
-
-def unpack_units(packed: bytes, count: int) -> list[bool]:
-    """Return `count` bits of a bitmap made by `pack_units`. Raises ValueError if it has another length."""
-    if len(packed) != (count + 7) // 8:
-        raise ValueError(f"{len(packed)} bytes for {count} units")
-    return [bool(packed[number // 8] >> (number % 8) & 1) for number in range(count)]
