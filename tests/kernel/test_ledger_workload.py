@@ -85,7 +85,7 @@ def test_ledger_in_this_process_is_a_workload() -> None:
 def test_invalid_setups_are_refused() -> None:
     with pytest.raises(UsageError, match="working_set"):
         LedgerWorkload.create(8 * MIB, LedgerOptions(working_set=-1))
-    with pytest.raises(UsageError, match="2 threads cannot be shared out to 3"):
+    with pytest.raises(UsageError, match="cannot divide 2 threads among 3"):
         LedgerWorkload.create(8 * MIB, LedgerOptions(threads=2), processes=3)
     with Program("-m", "pageferry.demo.process", '{"name": "x", "size": 4096, "extra": 1}') as program:
         assert program.wait() == UsageError.exit_code

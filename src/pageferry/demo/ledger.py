@@ -71,7 +71,7 @@ class LedgerWorkload(LocalWorkload):
         late: bool = False,
     ) -> None:
         if processes < 1:
-            raise UsageError(f"a ledger in {processes} processes")
+            raise UsageError(f"invalid number of processes {processes}: expected at least 1")
         self.arena = arena
         self._exact = exact
         self._late = late
@@ -155,7 +155,9 @@ class LedgerWorkload(LocalWorkload):
     def _start(self, options: LedgerOptions) -> None:
         count = len(self._shares)
         if options.threads < count:
-            raise UsageError(f"{options.threads} threads cannot be shared out to {count} processes")
+            raise UsageError(
+                f"cannot divide {options.threads} threads among {count} processes; use at least one thread per process"
+            )
         for number, share in enumerate(self._shares):
             first, end = (options.threads * edge // count for edge in (number, number + 1))
             share.attach(first, end - first)
@@ -188,15 +190,15 @@ class LedgerWorkload(LocalWorkload):
         try:
             state = msgspec.json.decode(data, type=LedgerState)
         except msgspec.MsgspecError as wrong:
-            raise WorkloadError(f"the state that came is not a ledger's: {wrong}") from wrong
+            raise WorkloadError(f"the received state is not a ledger's: {wrong}") from wrong
         ledger = self._view()
         same = ledger.writes() == state.writes and ledger.fingerprint() == state.fingerprint
         if not same or not ledger.table_agrees():
             raise WorkloadError(
-                f"memory is not of the instant of the pause: {ledger.writes()} writes, {state.writes} sent"
+                f"the memory differs from that of the pause: {ledger.writes()} writes, expected {state.writes}"
             )
         if state.digest is not None and ledger.digest() != state.digest:
-            raise WorkloadError("pages differ from those of the instant of the pause")
+            raise WorkloadError("pages differ from those of the pause")
         self._exact = state.digest is not None  # also in the next migration
         self._start(state.options)
 

@@ -22,7 +22,7 @@ from pageferry.host.guardian import Action, EmptyGroup, Guardian, WriteFile
 
 PERIOD = 100_000
 """Period of a limit, microseconds; the default of the kernel."""
-LEAST = 1000
+MIN_QUOTA = 1000
 """Minimum of a limit that the kernel accepts, microseconds per period."""
 TIMEOUT = 10.0
 """Seconds to wait for the guardian to exit."""
@@ -92,7 +92,7 @@ class CpuQuota:
 
     def limit(self, cpus: float) -> None:
         """Limit the processes together to `cpus` CPUs. Raises WorkloadError if the kernel refuses the limit."""
-        quota = max(int(cpus * PERIOD), LEAST)
+        quota = max(int(cpus * PERIOD), MIN_QUOTA)
         try:
             _write(self._file, str(quota) if self._version == 1 else f"{quota} {PERIOD}")
         except OSError as error:

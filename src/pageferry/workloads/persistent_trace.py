@@ -124,7 +124,7 @@ def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tupl
     except OSError as gone:
         for number in ours.values():
             os.close(number)
-        raise Unusable("its userfaultfd cannot be had") from gone
+        raise Unusable("its userfaultfd cannot be opened") from gone
     return ours
 
 

@@ -30,11 +30,11 @@ def _ksm() -> str:
     kernel.madvise(memory.address, LARGE_PAGE, Advice.MERGEABLE)
     state = {"0": "stopped", "1": "running", "2": "stopped, unmerging"}.get(_ksm_value("run"), "in an unknown state")
     sharing = int(_ksm_value("pages_sharing"))
-    found = f"{state}, {f'in use by others: {sharing} pages shared' if sharing else 'in use by nobody'}"
+    found = f"{state}, {f'in use, {sharing} pages shared' if sharing else 'not in use'}"
     if state != "stopped":
-        raise Unavailable(found, remedy=f"write 0 to {KSM / 'run'} if nobody needs it any more; only for S9")
+        raise Unavailable(found, remedy=f"write 0 to {KSM / 'run'} if no process needs it; only for S9")
     if not os.access(KSM / "run", os.W_OK):
-        raise Unavailable(found, remedy=f"{AS_ROOT}, which may start it; only for S9")
+        raise Unavailable(found, remedy=f"{AS_ROOT}; only for S9")
     return found
 
 
@@ -46,13 +46,13 @@ def _virtual_machine() -> int:
     device = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
     version = fcntl.ioctl(device, _KVM_GET_API_VERSION, 0)
     if version != _KVM_API_VERSION:
-        raise Unavailable(f"KVM speaks version {version} of its interface, not {_KVM_API_VERSION}")
+        raise Unavailable(f"unsupported KVM API version {version}: expected {_KVM_API_VERSION}")
     return fcntl.ioctl(device, _KVM_CREATE_VM, 0)
 
 
 def _kvm() -> str:
     _virtual_machine()
-    return "a virtual machine was made; whether a guest boots on it is another matter"
+    return "created a virtual machine; booting a guest was not tested"
 
 
 def _kvm_pre_fault() -> str:
@@ -86,15 +86,15 @@ def _cpu_quota() -> str:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    return f"a process was limited to half a CPU ({quota.where})"
+    return f"limited a process to half a CPU ({quota.where})"
 
 
 def _network_namespaces() -> str:
     before = os.stat("/proc/self/ns/net").st_ino
     with kernel.step("unshare"):
         _engine.unshare_network()
-    kernel.expect(os.stat("/proc/self/ns/net").st_ino != before, "the namespace is the one from before")
-    return "a network namespace was made"
+    kernel.expect(os.stat("/proc/self/ns/net").st_ino != before, "the namespace is unchanged")
+    return "created a network namespace"
 
 
 _KVM_REMEDY = {
@@ -121,7 +121,7 @@ PROBES = (
     Probe(
         "cpu-quota",
         _cpu_quota,
-        f"{AS_ROOT}; where there is only cgroup v2, start workloads in a group of their own (systemd-run --scope -p "
+        f"{AS_ROOT}; with cgroup v2 only, start workloads in a separate group (systemd-run --scope -p "
         "CPUWeight=100 pageferry run ...); only for --auto-converge",
     ),
     Probe(

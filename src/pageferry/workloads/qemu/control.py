@@ -185,15 +185,8 @@ class QemuControl:
             settling, self._settling = self._settling, None
             await settling
 
-    async def let_go(self) -> None:
-        """Close the monitor, and the connection to the guardian, which then executes the cleanup plan."""
-        if self._held is not None:
-            monitor, self._held = self._held, None
-            await monitor.close()
-        self._close_guardian()
-
     def abandon(self) -> None:
-        """Do as `let_go`, without sending anything to the monitor."""
+        """Close the monitor without sending anything, and the guardian, which then executes the cleanup plan."""
         if self._held is not None:
             self._held.abandon()
             self._held = None

@@ -68,7 +68,7 @@ class Description(Message):
     direct_io: bool = True
     """Whether direct I/O into the memory is possible, and Pause waits for it."""
     handed_out: bool = True
-    """See `Workload.handed_out`."""
+    """See `Migratable.handed_out`."""
 
 
 class CheckMappers(Message):

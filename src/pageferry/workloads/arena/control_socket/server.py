@@ -22,7 +22,7 @@ from pageferry.workloads.lifecycle import Lifecycle
 THREAD_NAME = "pageferry-control"
 """Name of every thread of a server. Such threads belong to pageferry, not to the workload."""
 
-MOST_CLIENTS = 16
+MAX_CLIENTS = 16
 
 
 class Owned(Protocol):
@@ -47,7 +47,7 @@ class ControlServer:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             files.bind_private(self._listener, path)
-            self._listener.listen(MOST_CLIENTS)
+            self._listener.listen(MAX_CLIENTS)
         except BaseException:
             self._listener.close()
             raise
@@ -83,7 +83,7 @@ class ControlServer:
 
     def _add(self, client: socket.socket) -> bool:
         with self._lock:
-            if len(self._clients) >= MOST_CLIENTS:
+            if len(self._clients) >= MAX_CLIENTS:
                 return False
             self._clients.add(client)
             return True
@@ -177,8 +177,8 @@ class _Session:
     def _describe(self, version: int) -> wire.Description:
         if version != wire.VERSION:
             raise PageferryError(
-                f"the program speaks version {wire.VERSION} of the control protocol, not {version}: "
-                f"use the pageferry that it was started with"
+                f"unsupported version {version} of the control protocol: the program supports {wire.VERSION}; use the "
+                "pageferry that it was started with"
             )
         workload = self._lifecycle.workload
         self._regions = workload.regions
