@@ -1,6 +1,6 @@
 """A controller to be killed by a test: pauses a guest, optionally saves or commits it, and waits.
 
-`python controller.py NAME pause|save|commit` prints the pid and start time of the guest's guardian.
+`python controller.py NAME pause|switch|save|commit` prints the pid and start time of the guest's guardian.
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ from pageferry.host import proc
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 
+async def _ignore(piece: bytes) -> None:
+    pass
+
+
 async def main(name: str, what: str) -> None:
     workload = await QemuWorkload.attach(name)
-    await workload.pause()
-    if what != "pause":
+    if what == "pause":
+        await workload.pause()
+    else:
+        await workload.pause_to_save(_ignore)
+    if what in ("save", "commit"):
         await workload.save_state()
     if what == "commit":
         await workload.commit()

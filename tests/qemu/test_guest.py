@@ -132,6 +132,77 @@ def test_guest_keeps_running_after_a_failed_save(guest: Guest, monkeypatch: pyte
     asyncio.run(scenario())
 
 
+def test_beginning_of_the_state_is_saved_while_the_guest_runs(guest: Guest) -> None:
+    pieces: list[bytes] = []
+
+    async def sink(piece: bytes) -> None:
+        pieces.append(piece)
+
+    async def scenario() -> None:
+        before = await settings(guest)
+        await guest.workload.pause_to_save(sink)
+        assert await guest.workload.run_state() == "finish-migrate"
+        early = b"".join(pieces)
+        state = await guest.workload.save_state()
+        assert b"".join(pieces) == early
+        assert state.startswith(early)
+        assert 100_000 < len(early) < len(state)
+        await guest.workload.resume()
+        assert await settings(guest) == before
+        await guest.serial.ticks(2)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fails", ["sink", "pre-switchover", "too long"])
+def test_guest_keeps_running_after_a_failed_pause_to_save(
+    guest: Guest, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sink fails while the guest runs; the caller fails in the pause; QEMU writes more than it should."""
+
+    async def sink(piece: bytes) -> None:
+        if fails == "sink" and len(piece) > 1000:
+            raise WorkloadError("the sink failed")
+
+    async def scenario() -> None:
+        before = await settings(guest)
+        with monkeypatch.context() as patch:
+            if fails == "too long":
+                patch.setattr(device_state, "MAX_STATE", 1000)
+            if fails == "pre-switchover":
+                await guest.workload.pause_to_save(sink)
+                assert not await guest.workload.running()
+            else:
+                with pytest.raises(
+                    WorkloadError, match="the sink failed" if fails == "sink" else "guest memory is in it"
+                ):
+                    await guest.workload.pause_to_save(sink)
+        await guest.workload.resume()
+        assert await guest.workload.running()
+        assert await settings(guest) == before
+        await guest.serial.ticks(2)
+
+    asyncio.run(scenario())
+
+
+def test_pause_to_save_of_a_paused_guest_saves_nothing_ahead(guest: Guest) -> None:
+    async def sink(piece: bytes) -> None:
+        pytest.fail(f"{len(piece)} bytes of a guest that its user has paused")
+
+    async def scenario() -> None:
+        async with await Monitor.open(guest.qmp_socket) as monitor:
+            await monitor.execute("stop")
+        await guest.workload.pause_to_save(sink)
+        assert not device_state.SavedState.decode(await guest.workload.save_state()).was_running
+        await guest.workload.resume()
+        assert await guest.workload.run_state() == "paused"
+        async with await Monitor.open(guest.qmp_socket) as monitor:
+            await monitor.execute("cont")
+        await guest.serial.ticks(1)
+
+    asyncio.run(scenario())
+
+
 def test_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
     async def scenario() -> None:
         async with await Monitor.open(guest.qmp_socket) as monitor:
@@ -147,7 +218,9 @@ def test_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("controller_does", "runs_on"), [("pause", True), ("save", True), ("commit", False)])
+@pytest.mark.parametrize(
+    ("controller_does", "runs_on"), [("pause", True), ("switch", True), ("save", True), ("commit", False)]
+)
 def test_guest_resumes_after_the_death_of_its_controller_unless_committed(
     guest: Guest, controller_does: str, runs_on: bool
 ) -> None:

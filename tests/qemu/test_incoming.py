@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -45,6 +46,40 @@ def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Re
         with pytest.raises((WorkloadError, WorkloadDied)):
             await short.load_state(cut.encode())
         await short.discard()
+
+    asyncio.run(scenario())
+
+
+def test_beginning_of_a_state_is_loaded_ahead(parts: GuestParts, registry: Registry) -> None:
+    """Pieces may be cut anywhere. The header is checked before QEMU gets the stream."""
+
+    async def scenario() -> None:
+        pieces: list[bytes] = []
+
+        async def sink(piece: bytes) -> None:
+            pieces.append(piece)
+
+        source = await QemuWorkload.start("source", parts.bare("-m", "64M", "-vga", "std"))
+        await source.pause_to_save(sink)
+        state = await source.save_state()
+        memory = os.pread(source.regions[0].fd, 64 << 20, 0)
+        await source.resume()
+        await source.discard()
+        early = b"".join(pieces)
+
+        other = await QemuWorkload.start("other", parts.bare("-m", "64M", "-machine", "q35"), incoming=True)
+        with pytest.raises(WorkloadError, match="cannot load the state of a pc"):
+            await other.load_ahead(early)
+        await other.discard()
+
+        target = await QemuWorkload.start("target", parts.bare("-m", "64M", "-vga", "std"), incoming=True)
+        for piece in (early[:3], early[3:50], early[50:1000], early[1000:]):
+            await target.load_ahead(piece)
+        os.pwrite(target.regions[0].fd, memory, 0)
+        await target.load_state(state)
+        await target.resume()
+        assert await target.running()
+        await target.discard()
 
     asyncio.run(scenario())
 

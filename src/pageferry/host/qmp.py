@@ -135,9 +135,9 @@ class Monitor:
         return command in self._commands
 
     @contextlib.contextmanager
-    def events(self, name: str) -> Iterator[EventListener]:
-        """Listen to one type of event during the block; read the events with `next_event`."""
-        with self._client.listener(name) as listener:
+    def events(self, *names: str) -> Iterator[EventListener]:
+        """Listen to these types of events during the block; read the events with `next_event`."""
+        with self._client.listener(names) as listener:
             yield listener
 
     def listen(self, *names: str) -> EventListener:

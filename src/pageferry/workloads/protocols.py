@@ -7,7 +7,7 @@ workload are coroutines: they send requests to another process, or run callbacks
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -187,3 +187,18 @@ class Migratable(Saveable, Protocol):
 
     async def discard(self) -> None:
         """End a workload that runs at the destination, or was received and never ran. Remove its files and records."""
+
+
+StateSink = Callable[[bytes], Awaitable[None]]
+"""Receives the beginning of a state, in pieces and in order."""
+
+
+@runtime_checkable
+class StateAhead(Protocol):
+    """Workload that saves and loads the beginning of its state while it runs, and so shortens the pause."""
+
+    async def pause_to_save(self, sink: StateSink) -> None:
+        """Pause as `pause` does. `sink` receives the beginning of what `save_state` will return."""
+
+    async def load_ahead(self, piece: bytes) -> None:
+        """Load a piece given to the sink, before the memory is complete. `load_state` gets the whole state later."""

@@ -2,8 +2,12 @@
 
 With the capability `x-ignore-shared` QEMU omits memory in shared files from its migration stream. The remaining stream
 (CPUs, devices, ROMs, video memory: about 1 MiB) is sent through one end of a socket pair that is passed to QEMU
-(`getfd`), so that no failure leaves a file behind. Tested with QEMU 7.2 and 10.0; newer versions ignore only files with
-a path, which pageferry's memory file has.
+(`getfd`), so that no failure leaves a file behind. Tested with QEMU 7.2, 10.0 and 11.1; newer versions ignore only
+files with a path, which pageferry's memory file has.
+
+The migration starts while the guest runs (`Saving`). QEMU sends ROMs and video memory, stops the vCPUs, and waits, in
+the state `pre-switchover`, until pageferry lets it write the devices (`migrate-continue`). This is the order of QEMU's
+own migration, and keeps its set-up and two thirds of the stream out of the pause.
 
 QEMU's migration has two side effects: it releases the disks of the guest, and it sets the run state to `postmigrate`,
 which only `cont` can change. For a guest that runs next, these effects do no harm. The state of a guest that stays
@@ -15,17 +19,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine
-from typing import Any, NamedTuple, Self, TypeVar
+from collections.abc import AsyncIterator
+from typing import NamedTuple, Self, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
 
 from pageferry.errors import UnsupportedError, WorkloadError
 from pageferry.host.qmp import Command, Monitor
+from pageferry.workloads.protocols import StateSink
 
+VERSION = 2
+"""Version of saved states."""
 MAX_STATE = 512 << 20
 """Maximum size of a stream, bytes. A larger stream contains guest memory."""
+
+_LENGTH = 4
+"""Size of the length field of a header, bytes."""
+_MAX_HEADER = 64 << 10
+"""Maximum size of a header, bytes."""
 
 _DESCRIPTOR = "pageferry-state"
 _CHUNK = 1 << 20
@@ -33,6 +45,7 @@ _UNLIMITED = 1 << 40
 """Bandwidth limit, bytes per second: in effect none, because the stream is received by a process of the same host."""
 
 _NEEDED = ("x-ignore-shared", "events")
+_TO_SAVE = "pause-before-switchover"
 _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
 """Capabilities that determine the contents of a migration, not its method: they keep the values set by the user."""
 
@@ -45,36 +58,77 @@ capability, QEMU before 10.0 holds the locks of shared disks before the source h
 continue.
 """
 
-T = TypeVar("T")
 
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """First part of a saved state, before QEMU's migration stream: its length (32 bits, big endian) and MessagePack."""
 
-class SavedState(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of `QemuWorkload.save_state` and argument of `load_state`, as MessagePack."""
-
-    version: int = 1
+    version: int = VERSION
     machine: str
     """Machine type with its version, such as `pc-i440fx-7.2`; source and destination must have the same."""
     was_running: bool
     """Whether the guest ran before it was paused. A guest that its user had paused stays paused at the destination."""
+
+    def encode(self) -> bytes:
+        """Return the header with its length."""
+        data = msgspec.msgpack.encode(self)
+        return len(data).to_bytes(_LENGTH, "big") + data
+
+    @classmethod
+    def decode(cls, state: bytes) -> tuple[Header | None, int]:
+        """Return the header at the beginning of a state, None if it is incomplete, and its length with the length
+        field, bytes. Raises WorkloadError if it is invalid.
+        """
+        length = _LENGTH + int.from_bytes(state[:_LENGTH], "big")
+        if length > _MAX_HEADER:
+            raise WorkloadError("cannot read the device state: its header is too long; it was not saved by pageferry")
+        if len(state) < max(length, _LENGTH + 1):
+            return None, length
+        return _decode(state[_LENGTH:length], Header), length
+
+
+class SavedState(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of `QemuWorkload.save_state` and argument of `load_state`: a header, then QEMU's migration stream.
+
+    Version 1, in images of older releases, is a single MessagePack map with these fields.
+    """
+
+    version: int = VERSION
+    machine: str
+    was_running: bool
     stream: bytes
-    """QEMU's migration stream."""
 
     def encode(self) -> bytes:
         """Return the state as bytes."""
-        return msgspec.msgpack.encode(self)
+        return Header(machine=self.machine, was_running=self.was_running).encode() + self.stream
 
     @classmethod
     def decode(cls, data: bytes) -> SavedState:
         """Decode a state. Raises WorkloadError if `data` is not a saved state of a supported version."""
-        try:
-            state = msgspec.msgpack.decode(data, type=cls)
-        except msgspec.MsgspecError as wrong:
-            raise WorkloadError(f"cannot read the device state: {wrong}; it was not saved by pageferry") from wrong
-        if state.version != 1:
-            raise WorkloadError(
-                f"unsupported version {state.version} of the device state: expected 1; use a newer pageferry"
-            )
-        return state
+        if data[:1] != b"\0":
+            return _decode(data, SavedState)
+        header, length = Header.decode(data)
+        if header is None:
+            raise WorkloadError("cannot read the device state: it ends in its header; copy or save it again")
+        return cls(machine=header.machine, was_running=header.was_running, stream=data[length:])
+
+
+Versioned = TypeVar("Versioned", Header, SavedState)
+
+
+def _decode(data: bytes, kind: type[Versioned]) -> Versioned:
+    try:
+        found = msgspec.msgpack.decode(data, type=kind)
+    except msgspec.MsgspecError as wrong:
+        raise WorkloadError(f"cannot read the device state: {wrong}; it was not saved by pageferry") from wrong
+    if found.version != (VERSION if kind is Header else 1):
+        raise WorkloadError(
+            f"unsupported version {found.version} of the device state: expected {VERSION}; use a newer pageferry"
+        )
+    return found
+
+
+async def _ignore(piece: bytes) -> None:
+    """Ignore a piece: `finish` returns it, too."""
 
 
 class Settings(NamedTuple):
@@ -91,11 +145,12 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
     """
     reported = await monitor.execute("query-migrate-capabilities")
     before = {item["capability"]: item["state"] for item in reported}
-    if missing := [name for name in _NEEDED if name not in before]:
+    required = [*_NEEDED] if incoming else [*_NEEDED, _TO_SAVE]
+    if missing := [name for name in required if name not in before]:
         raise UnsupportedError(
             f"unsupported QEMU: it lacks the migration capability {', '.join(missing)}; use a newer one"
         )
-    needed = {*_NEEDED, _LATE_ACTIVATION} if incoming else {*_NEEDED}
+    needed = {*required, _LATE_ACTIVATION} if incoming else {*required}
     wanted = {name: name in needed or (state and name in _KEPT) for name, state in before.items()}
     changed = {name: state for name, state in wanted.items() if before[name] != state}
     settings = Settings([], [])
@@ -109,31 +164,93 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
     return settings
 
 
-async def save(monitor: Monitor) -> bytes:
-    """Return the migration stream of a paused guest, to which the settings of `plan` were applied. `cont` resumes the
-    guest, also after a failure.
+class Saving:
+    """Migration of the device state of a running guest. Made by `begin`; then `stopped` and `finish`, or `cancel`."""
 
-    Raises WorkloadError with QEMU's message if the state cannot be saved, WorkloadDied.
-    """
-    with await _channel(monitor) as ours:
+    def __init__(self, monitor: Monitor, held: contextlib.ExitStack) -> None:
+        self._monitor = monitor
+        self._held = held
+        self._progress = held.enter_context(monitor.events("MIGRATION"))
+        self._stop = held.enter_context(monitor.events("STOP"))
+        self._end = held.enter_context(monitor.events("SHUTDOWN", "GUEST_PANICKED"))
+        self._stream = bytearray()
+        self._ahead = True
+        """Whether QEMU has not begun to write devices."""
+        self._reading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def begin(cls, monitor: Monitor, sink: StateSink = _ignore) -> Self:
+        """Start the migration of a guest to which the settings of `plan` were applied. QEMU stops the vCPUs soon.
+
+        `sink` receives pieces of the stream that may be loaded before memory is complete. Raises WorkloadError with
+        QEMU's message, WorkloadDied.
+        """
+        with contextlib.ExitStack() as held:
+            saving = cls(monitor, held)
+            ours = held.enter_context(await _channel(monitor))
+            saving._reading = asyncio.ensure_future(saving._receive(ours, sink))
+            held.callback(saving._reading.cancel)
+            await monitor.execute("migrate", uri=f"fd:{_DESCRIPTOR}")
+            saving._held = held.pop_all()
+        return saving
+
+    async def stopped(self) -> bool:
+        """Wait until QEMU has stopped the vCPUs. Return whether they ran until then.
+
+        Raises WorkloadError if the state cannot be saved, WorkloadDied.
+        """
+        await self._reach("pre-switchover")
+        self._ahead = False
+        return self._end.empty() and not self._stop.empty()
+
+    async def finish(self) -> bytes:
+        """Let QEMU write the devices. Return the whole stream. Raises as `stopped`."""
+        await self._monitor.execute("migrate-continue", state="pre-switchover")
+        await self._reach("completed")
+        await self._reading
+        self._held.close()
+        return bytes(self._stream)
+
+    async def cancel(self) -> None:
+        """End the migration, if it has not ended. QEMU then resumes the vCPUs unless it has written all devices."""
+        self.close()
+        await _cancel(self._monitor)
+
+    def close(self) -> None:
+        """Close the connection to QEMU."""
+        self._held.close()
+
+    async def _receive(self, ours: socket.socket, sink: StateSink) -> None:
+        async for piece in _pieces(ours):
+            self._stream += piece
+            if self._ahead:
+                await sink(piece)
+
+    async def _reach(self, status: str) -> None:
+        """Wait for a state of the migration. A failure of `sink` or of the connection ends the wait."""
+        reaching = asyncio.ensure_future(_reach(self._monitor, self._progress, status))
         try:
-            return await _run(monitor, "migrate", _receive(ours))
-        except BaseException:
-            ours.close()
-            await asyncio.shield(_cancel(monitor))
-            raise
+            await asyncio.wait((reaching, self._reading), return_when=asyncio.FIRST_COMPLETED)
+            if not reaching.done():
+                self._reading.result()
+            await reaching
+        finally:
+            reaching.cancel()
 
 
 class Loading:
     """QEMU that waits for a device state on a connection of this process. Made by `begin`; `finish` or `close` it."""
 
-    def __init__(
-        self, monitor: Monitor, ours: socket.socket, events: EventListener, held: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, monitor: Monitor, ours: socket.socket, held: contextlib.ExitStack) -> None:
         self._monitor = monitor
         self._ours = ours
-        self._events = events
         self._held = held
+        self._progress = held.enter_context(monitor.events("MIGRATION"))
+        self._pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        self._sending = asyncio.ensure_future(self._send())
+        held.callback(self._sending.cancel)
+        self.fed = 0
+        """Bytes of the stream given to `feed`."""
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> Self:
@@ -142,21 +259,40 @@ class Loading:
         """
         with contextlib.ExitStack() as held:
             ours = held.enter_context(await _channel(monitor))
-            events = held.enter_context(monitor.events("MIGRATION"))
+            loading = cls(monitor, ours, held)
             await monitor.execute("migrate-incoming", uri=f"fd:{_DESCRIPTOR}")
-            return cls(monitor, ours, events, held.pop_all())
+            loading._held = held.pop_all()
+        return loading
+
+    def feed(self, piece: bytes) -> None:
+        """Let QEMU load the next piece of a stream, one that `Saving` has given to its `sink`."""
+        self.fed += len(piece)
+        self._pieces.put_nowait(piece)
 
     async def finish(self, stream: bytes) -> None:
-        """Load a migration stream. The guest stays paused.
+        """Load the rest of a migration stream. The guest stays paused. `stream`: all of it, from its beginning.
 
         Raises WorkloadError with QEMU's message, or WorkloadDied: some QEMU versions exit if they cannot load a stream.
         """
         with self._held:
-            await _until_ended(self._monitor, self._events, asyncio.ensure_future(_send(self._ours, stream)))
+            if rest := stream[self.fed :]:
+                self.feed(rest)
+            self._pieces.put_nowait(b"")
+            # A failed transfer fails QEMU's migration, too.
+            await _reach(self._monitor, self._progress, "completed")
+            await self._sending
 
     def close(self) -> None:
         """Close the connection."""
         self._held.close()
+
+    async def _send(self) -> None:
+        loop = asyncio.get_running_loop()
+        # QEMU closes the connection at the first invalid byte, and reports the reason in its event.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while piece := await self._pieces.get():
+                await loop.sock_sendall(self._ours, piece)
+        self._ours.close()
 
 
 async def _channel(monitor: Monitor) -> socket.socket:
@@ -172,59 +308,30 @@ async def _channel(monitor: Monitor) -> socket.socket:
     return ours
 
 
-async def _run(monitor: Monitor, command: str, transfer: Coroutine[Any, Any, T]) -> T:
-    """Start a migration over the descriptor, and run `transfer` concurrently until both have ended."""
-    moving = asyncio.ensure_future(transfer)
-    try:
-        with monitor.events("MIGRATION") as events:
-            await monitor.execute(command, uri=f"fd:{_DESCRIPTOR}")
-            return await _until_ended(monitor, events, moving)
-    finally:
-        moving.cancel()
+async def _reach(monitor: Monitor, events: EventListener, status: str) -> None:
+    """Wait until QEMU's migration is in this state. Raises WorkloadError if it ends in another one."""
+    while (now := (await monitor.next_event(events)).get("status")) != status:
+        if now in _ENDED:
+            said = (await monitor.execute("query-migrate")).get("error-desc", f"its migration is {now}")
+            raise WorkloadError(f"QEMU could not transfer the device state: {said}")
 
 
-async def _until_ended(monitor: Monitor, events: EventListener, moving: asyncio.Future[T]) -> T:
-    """Return the result of a transfer, once QEMU's migration has ended too."""
-    ended = asyncio.ensure_future(_end(monitor, events))
-    try:
-        # The first error ends both: after a failed transfer QEMU would wait forever, and vice versa.
-        result, _ = await asyncio.gather(moving, ended)
-    finally:
-        moving.cancel()
-        ended.cancel()
-    return result
-
-
-async def _end(monitor: Monitor, events: EventListener) -> None:
-    while (status := (await monitor.next_event(events)).get("status")) not in _ENDED:
-        pass
-    if status != "completed":
-        said = (await monitor.execute("query-migrate")).get("error-desc", f"its migration is {status}")
-        raise WorkloadError(f"QEMU could not transfer the device state: {said}")
-
-
-async def _receive(source: socket.socket) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = bytearray()
+async def _pieces(source: socket.socket) -> AsyncIterator[bytes]:
+    """Read a stream until QEMU closes it. Raises WorkloadError if the stream is too long."""
+    loop, length = asyncio.get_running_loop(), 0
     while True:
         try:
-            chunk = await loop.sock_recv(source, _CHUNK)
+            piece = await loop.sock_recv(source, _CHUNK)
         except ConnectionResetError:
-            chunk = b""
-        if not chunk:  # QEMU's event reports whether this is the end or a failure
-            return bytes(data)
-        data += chunk
-        if len(data) > MAX_STATE:
+            piece = b""
+        if not piece:  # QEMU's event reports whether this is the end or a failure
+            return
+        length += len(piece)
+        if length > MAX_STATE:
             raise WorkloadError(
                 f"the device state is larger than {MAX_STATE >> 20} MiB: guest memory is in it, not in a shared file"
             )
-
-
-async def _send(target: socket.socket, stream: bytes) -> None:
-    # QEMU closes the connection at the first invalid byte, and reports the reason in its event.
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        await asyncio.get_running_loop().sock_sendall(target, stream)
-    target.close()
+        yield piece
 
 
 async def _cancel(monitor: Monitor) -> None:

@@ -26,7 +26,7 @@ from pageferry.host.registry import Registry
 from pageferry.memory import mappers
 from pageferry.memory.regions import Identity, Region
 from pageferry.memory.view import Memory
-from pageferry.workloads.protocols import Condition, Faults, Migratable, OwnershipRecord
+from pageferry.workloads.protocols import Condition, Faults, Migratable, OwnershipRecord, StateSink
 from pageferry.workloads.qemu import direct_io, disks, kvm_prefault, opening, process, run_state
 from pageferry.workloads.qemu.control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
@@ -202,6 +202,14 @@ class QemuWorkload:
         """
         await self._vcpus.pause()
 
+    async def pause_to_save(self, sink: StateSink) -> None:
+        """Pause as `pause` does, by QEMU's own migration of the device state, which `save_state` completes.
+
+        `sink` receives the beginning of what `save_state` will return, from before the vCPUs stop. A guest that is
+        already paused is saved by `save_state` alone. Raises as `pause`.
+        """
+        await self._vcpus.pause(functools.partial(self._state.stop_to_save, sink))
+
     async def does_direct_io(self) -> bool:
         """Return whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError,
         WorkloadDied."""
@@ -243,6 +251,7 @@ class QemuWorkload:
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
         received `cont`.
         """
+        await self._state.cancel_save()
         await self._vcpus.resume()
 
     @property
@@ -285,6 +294,13 @@ class QemuWorkload:
         Raises UnsupportedError if QEMU cannot load its state alone, WorkloadError.
         """
         await self._state.prepare_load()
+
+    async def load_ahead(self, piece: bytes) -> None:
+        """Load a piece of a state that `pause_to_save` has given to its sink, before memory is complete.
+
+        `load_state` loads the rest. Raises WorkloadError if the state is of another machine, WorkloadDied.
+        """
+        await self._state.load_ahead(piece)
 
     async def load_state(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`. The guest stays paused, and ends with this process

@@ -7,6 +7,7 @@ since the last check. Only the event STOP, which QEMU sends before its reply, sh
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from qemu.qmp import EventListener
 
@@ -38,6 +39,10 @@ def reason(state: str) -> str | None:
     return None if state in _RUNS_OR_WAITS | _PAUSED_BY_USER else f"QEMU state {state}"
 
 
+Stop = Callable[[Monitor], Awaitable[bool]]
+"""Stops the vCPUs of a guest, and returns whether it ran until then."""
+
+
 class LastSeen:
     """Last known state of one guest."""
 
@@ -51,14 +56,12 @@ class LastSeen:
         self._interference: EventListener | None = None
         """Events of other clients that resume or reset the guest after `stop`."""
 
-    async def stop(self, monitor: Monitor) -> bool:
+    async def stop(self, monitor: Monitor, stop: Stop) -> bool:
         """Stop the vCPUs, and read run state and machine. Return whether the guest ran until then.
 
         Raises WorkloadError if the guest cannot be stopped, WorkloadDied.
         """
-        with monitor.events("STOP") as stopped:
-            await monitor.execute("stop")
-            ran = not stopped.empty()
+        ran = await stop(monitor)
         self._interference = monitor.listen("RESUME", "RESET")
         await self._look(monitor)
         if self.status in ("running", "suspended"):
@@ -110,6 +113,13 @@ class LastSeen:
 
     async def _look(self, monitor: Monitor) -> None:
         self.status, self.machine = await asyncio.gather(_status(monitor), self.machine.again(monitor))
+
+
+async def stop(monitor: Monitor) -> bool:
+    """Stop the vCPUs (QMP `stop`). Return whether the guest ran until then."""
+    with monitor.events("STOP") as stopped:
+        await monitor.execute("stop")
+        return not stopped.empty()
 
 
 async def runs(monitor: Monitor) -> bool:

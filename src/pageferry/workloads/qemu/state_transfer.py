@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.qmp import Monitor
-from pageferry.workloads.qemu import device_state
+from pageferry.workloads.protocols import StateSink
+from pageferry.workloads.qemu import device_state, run_state
 from pageferry.workloads.qemu.control import QUIT, QemuControl
 from pageferry.workloads.qemu.run_state import LastSeen
 from pageferry.workloads.qemu.snapshot import Snapshot
@@ -22,6 +24,24 @@ class StateTransfer:
         self._last_words = last_words
         self._loading: device_state.Loading | None = None
         """Listener for the device state, until `load`."""
+        self._beginning: bytearray | None = bytearray()
+        """Beginning of the state to load, until its header is complete."""
+        self._saving: device_state.Saving | None = None
+        """QEMU's migration of the device state, from `stop_to_save` to the end of `save`."""
+        self._sent_ahead = False
+        """Whether a sink has received the beginning of the state."""
+
+    async def stop_to_save(self, sink: StateSink, monitor: Monitor) -> bool:
+        """Stop the vCPUs by QEMU's migration of the device state. Return whether they ran until then.
+
+        `sink` receives the beginning of what `save` will return, except for a guest that is already paused.
+        """
+        if not await run_state.runs(monitor):
+            return await run_state.stop(monitor)
+        self._sent_ahead = True
+        await sink(device_state.Header(machine=self._seen.machine.type, was_running=True).encode())
+        self._saving = await device_state.Saving.begin(monitor, sink)
+        return await self._saving.stopped()
 
     async def save(self) -> bytes:
         """Return the device state of the paused guest, saved by QEMU's own migration or by a snapshot without memory.
@@ -29,11 +49,23 @@ class StateTransfer:
         Raises WorkloadError with QEMU's message. The guest can be resumed in either case.
         """
         was_running = not self._control.stays_paused
+        if self._sent_ahead and not was_running:
+            raise WorkloadError(
+                f"cannot save {self.name}: another client paused it, or it shut down, as it was about to be paused; "
+                "it stays paused: retry"
+            )
         async with self._control.session() as monitor:
             await self._control.prepare_state(monitor)
-            stream = await (device_state.save(monitor) if was_running else self._save_snapshot(monitor))
+            stream = await (self._save_stream(monitor) if was_running else self._save_snapshot(monitor))
             await self._seen.saved(monitor)
         return device_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
+
+    async def cancel_save(self) -> None:
+        """End QEMU's migration, unless it has ended."""
+        self._sent_ahead = False
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            await saving.cancel()
 
     async def prepare_load(self) -> None:
         """Let a guest started with `incoming` listen for its state, which saves about 5 ms in `load`.
@@ -45,6 +77,21 @@ class StateTransfer:
             await self._control.prepare_state(monitor, incoming=True)
             self._loading = await device_state.Loading.begin(monitor)
 
+    async def load_ahead(self, piece: bytes) -> None:
+        """Load a piece of a state that a sink has received, before memory is complete. Raises WorkloadError if the
+        state is of another machine, WorkloadDied.
+        """
+        if self._beginning is not None:
+            self._beginning += piece
+            header, length = device_state.Header.decode(bytes(self._beginning))
+            if header is None:
+                return
+            self._check_machine(header.machine)
+            piece, self._beginning = bytes(self._beginning[length:]), None
+        await self.prepare_load()
+        if piece and self._loading is not None:
+            self._loading.feed(piece)
+
     async def load(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`. The guest stays paused, and ends with this process
         until `commit`.
@@ -53,11 +100,7 @@ class StateTransfer:
         with it; WorkloadDied.
         """
         saved = device_state.SavedState.decode(state)
-        if saved.machine != self._seen.machine.type:
-            raise WorkloadError(
-                f"cannot load the state of a {saved.machine} machine: {self.name} is a {self._seen.machine.type}; "
-                f"start it with -machine {saved.machine}, and with the same devices"
-            )
+        self._check_machine(saved.machine)
         try:
             await self.prepare_load()
             assert self._loading is not None
@@ -76,10 +119,33 @@ class StateTransfer:
             await self._control.prepare_state(monitor, incoming=True)
 
     def close(self) -> None:
-        """Stop listening for the device state."""
+        """Close the connections to QEMU. Its migration of the device state fails, and QEMU resumes the vCPUs."""
+        if self._saving is not None:
+            self._saving.close()
+            self._saving = None
         if self._loading is not None:
             self._loading.close()
             self._loading = None
+
+    async def _save_stream(self, monitor: Monitor) -> bytes:
+        try:
+            if self._saving is None:
+                self._saving = await device_state.Saving.begin(monitor)
+                await self._saving.stopped()
+            stream = await self._saving.finish()
+        except BaseException:
+            await asyncio.shield(self.cancel_save())
+            raise
+        self._saving, self._sent_ahead = None, False
+        return stream
+
+    def _check_machine(self, machine: str) -> None:
+        """Raise WorkloadError if a state is of another machine."""
+        if machine != self._seen.machine.type:
+            raise WorkloadError(
+                f"cannot load the state of a {machine} machine: {self.name} is a {self._seen.machine.type}; "
+                f"start it with -machine {machine}, and with the same devices"
+            )
 
     async def _save_snapshot(self, monitor: Monitor) -> bytes:
         snapshot = Snapshot()

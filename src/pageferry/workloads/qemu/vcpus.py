@@ -51,8 +51,8 @@ class Vcpus:
         await self._control.prepare_state(monitor)
         self._prepared = time.monotonic()
 
-    async def pause(self) -> None:
-        """Stop the vCPUs (QMP `stop`), and determine the run state and the machine.
+    async def pause(self, stop: run_state.Stop = run_state.stop) -> None:
+        """Stop the vCPUs, and determine the run state and the machine. `stop`: how; default is QMP `stop`.
 
         A guest that is already paused, also one that another client has paused since, stays paused in `resume`. Until
         `commit`, a guardian resumes the guest if this process exits.
@@ -63,7 +63,7 @@ class Vcpus:
             await self.prepare()
         monitor, machine = await self._control.hold(), self._seen.machine
         self._control.plan_to_restore()
-        ran = await self._bounded(self._seen.stop(monitor), PAUSE_TIMEOUT)
+        ran = await self._bounded(self._seen.stop(monitor, stop), PAUSE_TIMEOUT)
         self._control.stays_paused = not ran
         self._control.plan_to_restore()
         self._seen.check_not_ended(ran)
