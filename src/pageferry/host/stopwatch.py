@@ -19,17 +19,19 @@ class Stopwatch:
         """Seconds of consecutive phases, by name; together they are the total."""
         self._phase = phase
 
-    def start(self, name: str) -> None:
-        """Start a span."""
-        self._running[name] = time.perf_counter()
+    def start(self, name: str, at: float | None = None) -> None:
+        """Start a span, now or at an earlier time of `time.perf_counter`."""
+        self._running[name] = time.perf_counter() if at is None else at
 
     def stop(self, name: str) -> None:
         """End a span."""
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - self._running.pop(name)
 
-    def phase(self, name: str) -> None:
-        """End the current phase and start this one at the same time, so that phases add up."""
-        now = time.perf_counter()
+    def phase(self, name: str, at: float | None = None) -> None:
+        """End the current phase and start this one at the same time, so that phases add up: now or, with `at`, at an
+        earlier time of `time.perf_counter`, but not before the current phase.
+        """
+        now = time.perf_counter() if at is None else max(at, self._since)
         if self._phase is not None:
             self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now

@@ -7,6 +7,7 @@ workload are coroutines: they send requests to another process, or run callbacks
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,8 +198,26 @@ StateSink = Callable[[bytes], Awaitable[None]]
 class StateAhead(Protocol):
     """Workload that saves and loads the beginning of its state while it runs, and so shortens the pause."""
 
-    async def pause_to_save(self, sink: StateSink) -> None:
-        """Pause as `pause` does. `sink` receives the beginning of what `save_state` will return."""
+    async def pause_to_save(self, sink: StateSink) -> float:
+        """Pause as `pause` does. `sink` receives the beginning of what `save_state` will return. Return when the
+        workload stopped, on the clock of `time.perf_counter`.
+        """
 
     async def load_ahead(self, piece: bytes) -> None:
         """Load a piece given to the sink, before the memory is complete. `load_state` gets the whole state later."""
+
+
+async def _ignore(piece: bytes) -> None:
+    """Ignore the piece: `save_state` returns it, too."""
+
+
+async def pause_to_save(workload: Saveable, sink: StateSink = _ignore) -> float:
+    """Pause a workload whose state is saved next. `sink` receives the beginning of the state, if that is saved ahead.
+
+    Return when the workload stopped, on the clock of `time.perf_counter`.
+    """
+    if isinstance(workload, StateAhead):
+        return await workload.pause_to_save(sink)
+    started = time.perf_counter()
+    await workload.pause()
+    return started

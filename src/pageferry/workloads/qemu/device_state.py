@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
@@ -194,14 +195,19 @@ class Saving:
             saving._held = held.pop_all()
         return saving
 
-    async def stopped(self) -> bool:
-        """Wait until QEMU has stopped the vCPUs. Return whether they ran until then.
+    async def stopped(self) -> float | None:
+        """Wait until QEMU has stopped the vCPUs. Return when, on the clock of `time.perf_counter`; None if they did not
+        run until then.
 
         Raises WorkloadError if the state cannot be saved, WorkloadDied.
         """
         await self._reach("pre-switchover")
         self._ahead = False
-        return self._end.empty() and not self._stop.empty()
+        if self._stop.empty() or not self._end.empty():
+            return None
+        stamp: Any = (await self._stop.get())["timestamp"]
+        age: float = time.time() - stamp["seconds"] - stamp["microseconds"] / 1e6
+        return time.perf_counter() - age
 
     async def finish(self) -> bytes:
         """Let QEMU write the devices. Return the whole stream. Raises as `stopped`."""

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self, Unpack
@@ -202,13 +203,15 @@ class QemuWorkload:
         """
         await self._vcpus.pause()
 
-    async def pause_to_save(self, sink: StateSink) -> None:
+    async def pause_to_save(self, sink: StateSink) -> float:
         """Pause as `pause` does, by QEMU's own migration of the device state, which `save_state` completes.
 
         `sink` receives the beginning of what `save_state` will return, from before the vCPUs stop. A guest that is
-        already paused is saved by `save_state` alone. Raises as `pause`.
+        already paused is saved by `save_state` alone. Return when QEMU stopped the vCPUs. Raises as `pause`.
         """
+        started = time.perf_counter()
         await self._vcpus.pause(functools.partial(self._state.stop_to_save, sink))
+        return max(started, self._state.stopped_at)
 
     async def does_direct_io(self) -> bool:
         """Return whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError,

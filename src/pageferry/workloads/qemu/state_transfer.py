@@ -28,6 +28,8 @@ class StateTransfer:
         """Beginning of the state to load, until its header is complete."""
         self._saving: device_state.Saving | None = None
         """QEMU's migration of the device state, from `stop_to_save` to the end of `save`."""
+        self.stopped_at = 0.0
+        """Time at which QEMU stopped the vCPUs for the last migration, on the clock of `time.perf_counter`."""
         self._sent_ahead = False
         """Whether a sink has received the beginning of the state."""
 
@@ -41,7 +43,9 @@ class StateTransfer:
         self._sent_ahead = True
         await sink(device_state.Header(machine=self._seen.machine.type, was_running=True).encode())
         self._saving = await device_state.Saving.begin(monitor, sink)
-        return await self._saving.stopped()
+        stopped_at = await self._saving.stopped()
+        self.stopped_at = stopped_at or 0.0
+        return stopped_at is not None
 
     async def save(self) -> bytes:
         """Return the device state of the paused guest, saved by QEMU's own migration or by a snapshot without memory.
