@@ -290,7 +290,7 @@ def test_source_that_sends_only_alive_ends_the_migration(there: Program, address
     welcome = peer.hears()
     assert isinstance(welcome, messages.Welcome)
     open_stream(peer, welcome)
-    peer.say(*[large_pages(), messages.State(data=b"state")][:begins])
+    peer.say(*[large_pages(), messages.State(data=b"state", ahead=False)][:begins])
     with pytest.raises(EOFError):
         lives(peer)
     assert there.wait() == 23

@@ -35,7 +35,7 @@ EXAMPLES: dict[type[Message], Message] = {
     messages.RoundDone: messages.RoundDone(number=1),
     messages.Hot: messages.Hot(region=0, units=b""),
     messages.Missing: messages.Missing(region=0, data=b"", last=True),
-    messages.State: messages.State(data=b"state"),
+    messages.State: messages.State(data=b"state", ahead=False),
     messages.StateEnd: messages.StateEnd(length=5, digest=bytes(32)),
     messages.Ready: messages.Ready(load=0.0, populate=0.0, populated=NOTHING),
     messages.Commit: messages.Commit(),

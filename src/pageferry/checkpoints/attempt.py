@@ -21,7 +21,7 @@ from pageferry.memory.bitmaps import pack_units
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import Migratable, pause_to_save
 
 PROGRESS_INTERVAL = 0.2
 """Interval of progress events, seconds."""
@@ -136,9 +136,9 @@ class Attempt(ABC):
 
     async def _pause(self) -> bytes:
         """Pause the workload, and return its state."""
-        self.statistics.enter(Phase.STOP)
         self._paused = True
-        await self.request.workload.pause()
+        stopped = await pause_to_save(self.request.workload)
+        self.statistics.enter(Phase.STOP, at=stopped)
         # Before memory is protected: saving the state may itself write to memory (devices flush their queues).
         self.statistics.enter(Phase.STATE)
         state = await self.request.workload.save_state()

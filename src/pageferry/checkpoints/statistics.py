@@ -71,15 +71,18 @@ class Statistics:
         self.arm_seconds = 0.0
         """Time to protect all memory and to save in rounds."""
 
-    def enter(self, phase: Phase) -> None:
-        """End the current phase and begin this one. Raises RuntimeError if it may not follow the current phase."""
+    def enter(self, phase: Phase, at: float | None = None) -> None:
+        """End the current phase and begin this one, now or at an earlier time of `time.perf_counter`.
+
+        Raises RuntimeError if it may not follow the current phase.
+        """
         if phase not in self._following():
             raise RuntimeError(f"checkpoint phase {phase} cannot follow phase {self.phase}")
         self.phase = phase
         if phase is Phase.PUBLISHED:
             self._times.stop_all()
         else:
-            self._times.phase(phase.value)
+            self._times.phase(phase.value, at)
 
     def _following(self) -> set[Phase]:
         attempt = _ATTEMPT[self.mode]

@@ -19,6 +19,7 @@ from pageferry.migration.session import Session
 from pageferry.migration.transport import messages
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.direct_io import registered_buffers
+from pageferry.workloads.protocols import pause_to_save
 
 
 class SwitchOver(ABC):
@@ -32,6 +33,8 @@ class SwitchOver(ABC):
         self._rest = rest.pages
         self.sent: list[Round] = []
         """Rounds of the switch-over. They are reported after it, so that no listener prolongs the pause."""
+        self._state_sent = 0
+        """Bytes of the device state that have been sent."""
 
     async def run(self) -> messages.Ready:
         """Switch over. On return the workload is paused, and the destination is ready to run it."""
@@ -43,7 +46,7 @@ class SwitchOver(ABC):
         await self._pause()
         state = await self._finish_memory()
         session.memory.check_files()
-        await self._send_state(state[messages.EARLY_STATE :])
+        await self._send_state(state[self._state_sent :])
         digest = blake2b(state, digest_size=32).digest()
         await session.channel.send(messages.StateEnd(length=len(state), digest=digest))
         fault_point("source.state-sent")
@@ -83,12 +86,15 @@ class SwitchOver(ABC):
             self._session.deferred = None
 
     async def _pause(self) -> None:
-        """Pause the workload: the downtime begins."""
+        """Pause the workload. The downtime begins when it stops, which may be after the first part of its device state
+        was sent.
+        """
         session, times = self._session, self._session.statistics.times
-        times.start("downtime")
-        times.phase("stop")
-        with times.measure("stop"):
-            await session.job.workload.pause()
+        stopped = await pause_to_save(session.job.workload, self._send_ahead)
+        times.start("downtime", at=stopped)
+        times.start("stop", at=stopped)
+        times.phase("stop", at=stopped)
+        times.stop("stop")
         times.phase("last-pages")
         session.drains.due = False  # pausing has completed all I/O
         fault_point("source.paused")
@@ -131,18 +137,24 @@ class SwitchOver(ABC):
         if self.sent:
             self.sent[-1].remaining = count(pages)
 
+    async def _send_ahead(self, piece: bytes) -> None:
+        """Send a piece of the device state that the destination loads at once. The workload may still run."""
+        await self._send_state(piece, ahead=True)
+
     async def _save_state(self) -> bytes:
-        """Save the device state, and send its first `EARLY_STATE` bytes. Return the whole state.
+        """Save the device state, and send it up to `EARLY_STATE` bytes. Return the whole state.
 
         The destination queues these bytes until it has received the last pages.
         """
         state = await self._session.job.workload.save_state()
-        await self._send_state(state[: messages.EARLY_STATE])
+        await self._send_state(state[self._state_sent : messages.EARLY_STATE])
         return state
 
-    async def _send_state(self, part: bytes) -> None:
+    async def _send_state(self, part: bytes, *, ahead: bool = False) -> None:
         for start in range(0, len(part), messages.STATE_CHUNK):
-            await self._session.channel.send(messages.State(data=part[start : start + messages.STATE_CHUNK]))
+            chunk = part[start : start + messages.STATE_CHUNK]
+            await self._session.channel.send(messages.State(data=chunk, ahead=ahead))
+            self._state_sent += len(chunk)
 
 
 class PrecopySwitchOver(SwitchOver):

@@ -19,6 +19,7 @@ from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import PageStream
 from pageferry.pager import records
 from pageferry.pager.records import PostcopyRecord
+from pageferry.workloads.protocols import StateAhead
 
 
 class DeviceState:
@@ -27,11 +28,15 @@ class DeviceState:
     def __init__(self) -> None:
         self._data = bytearray()
         self._digest = blake2b(digest_size=32)
+        self._only_ahead = True
 
     def add(self, message: messages.State) -> None:
-        """Add the next chunk. Raises ProtocolError if the state becomes too long."""
+        """Add the next chunk. Raises ProtocolError if the state becomes too long, or the chunk may not follow."""
         if len(self._data) + len(message.data) > messages.MAX_STATE:
             raise ProtocolError(f"more than {messages.MAX_STATE} bytes of state")
+        if message.ahead and not self._only_ahead:
+            raise ProtocolError("the peer sent a part of the state too late to load it ahead of the memory")
+        self._only_ahead = message.ahead
         self._data += message.data
         self._digest.update(message.data)
 
@@ -84,6 +89,16 @@ class Transfer:
                 self.missing.add(message)
             case messages.State():
                 self._state.add(message)
+                if message.ahead:
+                    await self._load_ahead(message.data)
+
+    async def _load_ahead(self, piece: bytes) -> None:
+        """Load a piece of the state, while the workload runs at the source."""
+        workload = self._incoming.workload
+        if not isinstance(workload, StateAhead):
+            raise ProtocolError(f"state ahead of the memory, which a workload of kind {workload.identity.kind} lacks")
+        await self.prepared()
+        await self._incoming.channel.during(workload.load_ahead(piece))
 
     async def _receive_round(self, message: messages.Round) -> None:
         fault_point("destination.in-round")

@@ -13,7 +13,7 @@ message under `type`. Further connections to the same address carry storage bloc
       │ ◀──────────────────────────── RoundDone ─ │
       │    ...more rounds; the last ones after the workload has been paused...
       │ ── Hot, one per region ─────────────────▶ │  units modified during the migration (S1)
-      │ ── State..., StateEnd ──────────────────▶ │  device state; State may be sent during the last round
+      │ ── State..., StateEnd ──────────────────▶ │  device state; State may be sent before the last rounds
       │ ◀────────────────────────────── Ready ─── │  everything is received, loaded and populated
       │ ── Commit ──────────────────────────────▶ │  ← from here on, the destination owns the workload
       │ ◀────────────────────────────── Running ─ │
@@ -54,7 +54,7 @@ from pageferry.errors import ProtocolError
 from pageferry.memory.bitmaps import pack_units as pack_units
 from pageferry.memory.bitmaps import unpack_units as unpack_units
 
-VERSION = 2
+VERSION = 3
 """Protocol version. A peer of another version is rejected with an error that names both versions."""
 
 MAX_MESSAGE = 4 << 20
@@ -66,7 +66,8 @@ MAX_STATE = 512 << 20
 STATE_CHUNK = 1 << 20
 """Bytes of device state per State message."""
 EARLY_STATE = 8 << 20
-"""Bytes of device state sent before the last round has ended. The peer queues only a few messages until then."""
+"""Bytes of device state sent before the last round has ended, without the chunks that are loaded ahead. The peer queues
+only a few messages until then."""
 MISSING_CHUNK = 1 << 20
 """Bytes of a packed page set per message."""
 TOKEN_BYTES = 16
@@ -189,6 +190,9 @@ class State(Message, frozen=True):
     """Chunk of the device state. Sent by the source, in order; StateEnd follows the last one."""
 
     data: Annotated[bytes, Meta(min_length=1, max_length=STATE_CHUNK)]
+    ahead: bool
+    """Whether this chunk may be loaded at once: QEMU sent it while the guest ran, and loading it reads no guest memory.
+    Such chunks precede all others."""
 
 
 class StateEnd(Message, frozen=True):
