@@ -3,7 +3,8 @@
 A boot under TCG takes some 5 s of a core, a start from a state 0.3 s. The state is saved and loaded by QEMU itself
 (`-incoming`), and memory is copied from file to file, huge page by huge page, without `pageferry checkpoint` and
 `pageferry restore`: the guest has no pager, no userfaultfd registration and no missing page, and the same memory is
-allocated as after a boot. A guest whose boot, command line or QEMU process is the subject of a test is booted.
+allocated as after a boot. QEMU's page tables hold only the pages that were accessed since the start. A guest whose
+boot, command line or QEMU process is the subject of a test is booted.
 """
 
 from __future__ import annotations
