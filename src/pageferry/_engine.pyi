@@ -1106,9 +1106,6 @@ def kernel_writes(address: int, contents: bytes) -> int:
     Raises OSError EFAULT.
     """
 
-def unshare_network() -> None:
-    """Move this process to a new network namespace, for probes. Raises OSError."""
-
 @final
 class LedgerReport:
     """Result of `Ledger.verify`. Values are numbers of body pages unless stated otherwise."""

@@ -52,7 +52,7 @@ mod _engine {
     #[pymodule_export]
     use crate::placer::{Placer, Populated, TargetRegion};
     #[pymodule_export]
-    use crate::probing::{kernel_reads, kernel_writes, read_memory, unshare_network, userfaultfd, write_memory};
+    use crate::probing::{kernel_reads, kernel_writes, read_memory, userfaultfd, write_memory};
     #[pymodule_export]
     use crate::saver::{ProcessRange, SaveCounters, SaveFinished, Saver};
     #[pymodule_export]

@@ -35,8 +35,3 @@ pub fn kernel_writes(py: Python<'_>, address: u64, contents: &[u8]) -> PyResult<
     // SAFETY: as for `write_memory`.
     py.detach(|| unsafe { probing::kernel_writes(address, contents) }).map_err(errors::kernel)
 }
-
-#[pyfunction]
-pub fn unshare_network() -> PyResult<()> {
-    probing::unshare_network().map_err(errors::kernel)
-}

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use crate::uapi::{UFFD_FLAGS, UFFD_USER_MODE_ONLY, check, owned};
+use crate::uapi::{UFFD_FLAGS, UFFD_USER_MODE_ONLY, owned};
 
 /// Creates a userfaultfd by the system call, without features and without the fallbacks of
 /// [`Userfault::own`](crate::uapi::Userfault::own).
@@ -63,15 +63,6 @@ pub unsafe fn kernel_writes(address: u64, contents: &[u8]) -> io::Result<usize> 
     // SAFETY: the kernel checks the address; the caller guarantees that the range may be overwritten.
     let read = unsafe { libc::read(reading.as_raw_fd(), address as *mut libc::c_void, contents.len()) };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
-}
-
-/// Moves this process to a new network namespace.
-///
-/// # Errors
-/// The error of unshare(2).
-pub fn unshare_network() -> io::Result<()> {
-    // SAFETY: takes no pointers, and affects no memory.
-    check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).map(drop)
 }
 
 /// Returns the ends of a pipe, for reading and writing.

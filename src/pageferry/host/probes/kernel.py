@@ -46,7 +46,6 @@ _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_UNREGISTER = 0x8010AA01
 _UFFDIO_COPY = 0xC028AA03
-_UFFDIO_MOVE = 0xC028AA05
 _UFFDIO_WRITEPROTECT = 0xC018AA06
 _UFFDIO_CONTINUE = 0xC020AA07
 _UFFDIO_POISON = 0xC020AA08
@@ -179,10 +178,6 @@ class Userfault:
         source = shared_memory()
         memoryview(source)[: len(content)] = content
         ioctl(self.fd, "UFFDIO_COPY", _UFFDIO_COPY, "=4Qq", address, source.address, len(content), 0, 0)
-
-    def move(self, address: int, source: int, length: int) -> None:
-        """Move pages of this process to missing pages (UFFDIO_MOVE)."""
-        ioctl(self.fd, "UFFDIO_MOVE", _UFFDIO_MOVE, "=4Qq", address, source, length, 0, 0)
 
     def map_existing(self, address: int, length: int) -> None:
         """Map pages that exist in the page cache (UFFDIO_CONTINUE)."""

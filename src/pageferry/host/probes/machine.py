@@ -8,10 +8,9 @@ import os
 import signal
 from pathlib import Path
 
-from pageferry import _engine
 from pageferry._engine import Advice
 from pageferry.errors import WorkloadError
-from pageferry.host.cpu_quota import CpuQuota, mounts
+from pageferry.host.cpu_quota import CpuQuota
 from pageferry.host.probes import kernel
 from pageferry.host.probes.child import Unavailable
 from pageferry.host.probes.kernel import LARGE_PAGE, Anonymous
@@ -61,16 +60,6 @@ def _kvm_pre_fault() -> str:
     return "offered by KVM"
 
 
-def _cgroup_v2() -> str:
-    root = next((mount.point for mount in mounts() if mount.version == 2), None)
-    if root is None:
-        raise Unavailable("no cgroup2 file system is mounted")
-    controllers = (root / "cgroup.controllers").read_text().split()
-    if "memory" not in controllers:
-        raise Unavailable(f"mounted at {root} without the memory controller")
-    return f"mounted at {root}: {', '.join(controllers)}"
-
-
 def _cpu_quota() -> str:
     child = os.fork()
     if child == 0:
@@ -87,14 +76,6 @@ def _cpu_quota() -> str:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     return f"limited a process to half a CPU ({quota.where})"
-
-
-def _network_namespaces() -> str:
-    before = os.stat("/proc/self/ns/net").st_ino
-    with kernel.step("unshare"):
-        _engine.unshare_network()
-    kernel.expect(os.stat("/proc/self/ns/net").st_ino != before, "the namespace is unchanged")
-    return "created a network namespace"
 
 
 _KVM_REMEDY = {
@@ -114,20 +95,9 @@ PROBES = (
         _KVM_REMEDY,
     ),
     Probe(
-        "cgroup-v2",
-        _cgroup_v2,
-        "boot with systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all (CONFIG_MEMCG); only for measuring (S3, S9)",
-    ),
-    Probe(
         "cpu-quota",
         _cpu_quota,
         f"{AS_ROOT}; with cgroup v2 only, start workloads in a separate group (systemd-run --scope -p "
         "CPUWeight=100 pageferry run ...); only for --auto-converge",
-    ),
-    Probe(
-        "network-namespaces",
-        _network_namespaces,
-        newer_kernel("2.6.29", "CONFIG_NET_NS"),
-        {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN); only for tests"},
     ),
 )

@@ -92,24 +92,6 @@ def _anonymous_large_page() -> Anonymous:
     return memory
 
 
-def _thp() -> str:
-    _anonymous_large_page()
-    return f"private memory: {mode('enabled')}"
-
-
-def _shmem_thp() -> str:
-    found = mode("shmem_enabled")
-    memory = shared_memory()
-    kernel.madvise(memory.address, LARGE_PAGE, Advice.HUGEPAGE)
-    _engine.write_memory(memory.address, b"first")
-    if memory.large_units() != [True]:
-        raise Unavailable(
-            f"shared memory: {found}, the first touch gave a small page",
-            remedy=f"write advise to {THP}/shmem_enabled, as root; not needed where large-tmpfs or madv-collapse works",
-        )
-    return f"shared memory: {found}"
-
-
 def _break_large_page() -> str:
     memory = _anonymous_large_page()
     kernel.madvise(memory.address, SMALL_PAGE, Advice.COLD)
@@ -150,8 +132,6 @@ PROBES = (
         _THP,
         {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN); without it arenas are collapsed, and guests want --hugetlb"},
     ),
-    Probe("thp", _thp, _THP),
-    Probe("shmem-thp", _shmem_thp, _THP),
     Probe("break-large-page", _break_large_page, newer_kernel("5.4", "CONFIG_TRANSPARENT_HUGEPAGE")),
     Probe(
         "hugetlb",

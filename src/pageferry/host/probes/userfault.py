@@ -67,12 +67,6 @@ def _write_async_shmem() -> str:
     return _write_async(memory.address)
 
 
-def _write_async_anon() -> str:
-    memory = Anonymous(LARGE_PAGE)
-    _engine.write_memory(memory.address, _PATTERN * 8)
-    return _write_async(memory.address)
-
-
 def _write_sync() -> str:
     memory = shared_memory()
     _engine.write_memory(memory.address, _PATTERN)
@@ -116,17 +110,6 @@ def _minor_shmem() -> str:
     return "a reader waited for its page to be mapped"
 
 
-def _move() -> str:
-    source, target = Anonymous(LARGE_PAGE), Anonymous(LARGE_PAGE)
-    _engine.write_memory(source.address, _PATTERN)
-    uffd = Userfault("move")
-    uffd.register(target.address, SMALL_PAGE, kernel.MISSING)
-    uffd.move(target.address, source.address, SMALL_PAGE)
-    expect(_engine.read_memory(target.address, SMALL_PAGE) == _PATTERN, "the page that was moved did not arrive")
-    expect(not any(_engine.read_memory(source.address, SMALL_PAGE)), "the page that was moved is still where it was")
-    return "a page moved without a copy"
-
-
 def _poison() -> str:
     memory = Anonymous(LARGE_PAGE)
     uffd = Userfault("poison")
@@ -151,10 +134,8 @@ PROBES = (
     _probe("userfaultfd", _userfaultfd, "5.11"),
     _probe("userfaultfd-kernel-faults", _kernel_faults, "4.3"),
     _probe("uffd-wp-async-shmem", _write_async_shmem, "6.7"),
-    _probe("uffd-wp-async-anon", _write_async_anon, "6.7"),
     _probe("uffd-wp-sync", _write_sync, "5.19"),
     _probe("uffd-missing-shmem", _missing_shmem, "4.11"),
     _probe("uffd-minor-shmem", _minor_shmem, "5.14"),
-    _probe("uffd-move", _move, "6.8"),
     _probe("uffd-poison", _poison, "6.6"),
 )
