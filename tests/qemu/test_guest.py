@@ -185,6 +185,27 @@ def test_guest_keeps_running_after_a_failed_pause_to_save(
     asyncio.run(scenario())
 
 
+def test_guest_keeps_running_after_a_pause_to_save_that_is_cancelled_at_any_time(guest: Guest) -> None:
+    """QEMU 7.2 waits forever if its migration is cancelled just before `pre-switchover`."""
+
+    async def sink(piece: bytes) -> None:
+        pass
+
+    async def scenario() -> None:
+        before = await settings(guest)
+        for milliseconds in range(24):
+            pausing = asyncio.create_task(guest.workload.pause_to_save(sink))
+            await asyncio.sleep(milliseconds / 1000)
+            pausing.cancel()
+            await asyncio.gather(pausing, return_exceptions=True)
+            await guest.workload.resume()
+            assert await guest.workload.running()
+        assert await settings(guest) == before
+        await guest.serial.ticks(2)
+
+    asyncio.run(scenario())
+
+
 def test_pause_to_save_of_a_paused_guest_saves_nothing_ahead(guest: Guest) -> None:
     async def sink(piece: bytes) -> None:
         pytest.fail(f"{len(piece)} bytes of a guest that its user has paused")

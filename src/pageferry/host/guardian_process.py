@@ -110,8 +110,10 @@ def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> Non
             _reply(monitor)  # the greeting
             _command(monitor, {"execute": "qmp_capabilities"})
             # The parent may have exited while it was saving the device state.
-            while _command(monitor, {"execute": "query-migrate"}).get("status") in _MIGRATING:
-                _command(monitor, {"execute": "migrate_cancel"})
+            while (status := _command(monitor, {"execute": "query-migrate"}).get("status")) in _MIGRATING:
+                # Not in the states before: QEMU 7.2 waits forever if it is cancelled just before `pre-switchover`.
+                if status == "pre-switchover":
+                    _command(monitor, {"execute": "migrate_cancel"})
                 time.sleep(0.01)
             for command in commands:
                 _command(monitor, command)

@@ -86,6 +86,10 @@ class Monitor:
             raise WorkloadError(
                 f"cannot open a QMP session on {path}: {wrong}; use a socket created with QEMU's -qmp option"
             ) from wrong
+        except BaseException:  # cancelled: QEMU would serve no other client
+            client.abandon()
+            connection.close()
+            raise
         client.expect_abandonment()
         return cls(client, path, peer)
 

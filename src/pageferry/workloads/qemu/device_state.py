@@ -50,8 +50,9 @@ _TO_SAVE = "pause-before-switchover"
 _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
 """Capabilities that determine the contents of a migration, not its method: they keep the values set by the user."""
 
+_WAITING = "pre-switchover"
 _ENDED = frozenset({"completed", "failed", "cancelled"})
-_CANCEL_TIMEOUT = 5.0
+_CANCEL_TIMEOUT = 10.0
 
 _LATE_ACTIVATION = "late-block-activate"
 """Capability of an incoming QEMU: the disks are opened and locked by `cont`, not at the end of the stream. Without this
@@ -201,7 +202,7 @@ class Saving:
 
         Raises WorkloadError if the state cannot be saved, WorkloadDied.
         """
-        await self._reach("pre-switchover")
+        await self._reach(_WAITING)
         self._ahead = False
         if self._stop.empty() or not self._end.empty():
             return None
@@ -211,7 +212,7 @@ class Saving:
 
     async def finish(self) -> bytes:
         """Let QEMU write the devices. Return the whole stream. Raises as `stopped`."""
-        await self._monitor.execute("migrate-continue", state="pre-switchover")
+        await self._monitor.execute("migrate-continue", state=_WAITING)
         await self._reach("completed")
         await self._reading
         self._held.close()
@@ -341,13 +342,18 @@ async def _pieces(source: socket.socket) -> AsyncIterator[bytes]:
 
 
 async def _cancel(monitor: Monitor) -> None:
-    """Wait until QEMU has ended an outgoing migration that failed in this process."""
+    """Wait until QEMU has ended an outgoing migration whose connection is closed.
+
+    The migration fails at its next write, or waits in `pre-switchover` and is cancelled there. It is not cancelled
+    before: QEMU 7.2 waits forever if it is cancelled just before it enters that state.
+    """
     with contextlib.suppress(WorkloadError, TimeoutError):
-        await monitor.execute("migrate_cancel")
         async with asyncio.timeout(_CANCEL_TIMEOUT):
             # The listener is closed, so that the end can only be found by polling.
-            while (await monitor.execute("query-migrate")).get("status", "none") not in _ENDED | {"none"}:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            while (status := (await monitor.execute("query-migrate")).get("status", "none")) not in _ENDED | {"none"}:
+                if status == _WAITING:
+                    await monitor.execute("migrate_cancel")
+                await asyncio.sleep(0.005)
 
 
 def _set_capabilities(states: dict[str, bool]) -> Command:
