@@ -1,4 +1,4 @@
-"""A controlling process that stops midway, to be killed. Arguments: a control socket, and the calls to make."""
+"""Client of an arena that makes calls, prints `done` and waits to be killed: `arena_client SOCKET CALL...`."""
 
 from __future__ import annotations
 

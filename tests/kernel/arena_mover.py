@@ -1,8 +1,8 @@
-"""Programs that use `pageferry.migrate` and `pageferry.receive` from Python; controlled through standard input.
+"""Programs that use `pageferry.migrate` and `pageferry.receive` from Python, with commands on standard input.
 
-`source SIZE WORDS...`: writing (a thread writes continuously), sparse (three pages are touched), memfd (no huge pages),
-collapsed (into huge pages), stateful (state callbacks), named (registered as `mover`).
-`destination WORDS...`: stateful; small (accepts at most 16 MiB).
+`source SIZE WORDS...`, with the words `writing` (a thread writes continuously), `sparse` (three pages are written),
+`memfd` (no huge pages), `collapsed` (memory is collapsed into huge pages), `stateful` (state callbacks), `named`
+(registered as `mover`). `destination WORDS...`, with the words `stateful` and `small` (accepts at most 16 MiB).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def say(what: object) -> None:
 
 
 class Program:
-    """Callbacks, which report each call, and a state; common to source and destination."""
+    """Callbacks that record each call, and a state; common to source and destination."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -118,7 +118,7 @@ class Source(Program):
         say(self.had(self.arena))
 
     async def migrate_briefly(self, address: str) -> None:
-        """Cancel the migration when a line is read, as a program with a timeout would."""
+        """Start a migration and cancel it after the next line of input, as a program with a timeout would."""
         try:
             async with asyncio.timeout(None) as limit:
                 telling = asyncio.create_task(self.give_up(limit))

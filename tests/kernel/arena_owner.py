@@ -1,6 +1,7 @@
-"""A program with a named arena: a thread increments a counter in it; callbacks report each call on standard output.
+"""Program with a named arena: a thread increments a counter in it; callbacks report each call on standard output.
 
-Argument: the name. On standard input, `read` prints the counter, `fork` starts a child that maps the arena too.
+Argument: the name. Commands on standard input: `read` prints the counter, `fork` starts a child that maps the arena too
+and prints its pid, `fail` makes the pause callback raise an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def idle() -> None:
 
 
 class Counter:
-    """Increments the first word of the arena until paused."""
+    """Arena whose first word is incremented by a thread, except while the arena is paused."""
 
     def __init__(self, name: str) -> None:
         self.may_run = threading.Event()

@@ -1,4 +1,4 @@
-"""Programs in assembly, 32-bit or 64-bit, without a C library; they run until killed."""
+"""Programs in 32-bit or 64-bit assembly, without a C library, that run until they are killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAP_BOARD = f"""
 
 
 class Program:
-    """A program under test, and the counters that it shares with the test."""
+    """Program under test, and the counters that it shares with the test."""
 
     def __init__(self, process: subprocess.Popen[bytes], board: mmap.mmap) -> None:
         self.process, self.pid = process, process.pid
@@ -45,7 +45,7 @@ class Program:
         self._words[word] = value
 
     def passes(self, word: int, value: int, seconds: float = DEADLINE) -> bool:
-        """Return whether a counter exceeds `value` before the deadline."""
+        """Wait until a counter exceeds `value`. Return False if the program exits first, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while self[word] <= value:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -56,7 +56,10 @@ class Program:
 
 @contextmanager
 def running(source: str, folder: Path, bits: int = 64) -> Iterator[Program]:
-    """Assemble and start a program. Skip the test without an assembler, or if the kernel cannot run such a program."""
+    """Assemble and start a program, and kill it at the end.
+
+    Skip the test if there is no assembler or linker, or if the kernel cannot run the program.
+    """
     if shutil.which("as") is None or shutil.which("ld") is None:
         pytest.skip("no assembler and linker (binutils)")
     path = folder / f"program{bits}"

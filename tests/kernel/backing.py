@@ -1,4 +1,4 @@
-"""Files that back memory: with base pages, huge pages, or hugetlbfs."""
+"""Files that back memory: with base pages, with huge pages of tmpfs, or with pages of hugetlbfs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("small", "large", "hugetlb")
 
 @contextmanager
 def backing(kind: str, length: int, files: int = 1) -> Iterator[list[int]]:
-    """Yield descriptors of new files of `length` bytes. Skip the test if the kind is unavailable."""
+    """Yield descriptors of `files` new files of `length` bytes each. Skip the test if the kind is unavailable."""
     opened = []
     with _pool(files * length // LARGE_PAGE if kind == "hugetlb" else 0):
         try:
@@ -51,7 +51,7 @@ def _on_tmpfs(length: int) -> int:
 
 @contextmanager
 def _pool(pages: int) -> Iterator[None]:
-    """Reserve additional hugetlb pages, and restore the size of the pool afterwards."""
+    """Reserve `pages` additional hugetlb pages, and restore the pool size afterwards. Skip the test on failure."""
     if not pages:
         yield
         return

@@ -1,7 +1,7 @@
-"""Programs whose arena is saved or moved while tasks or threads write to it; counts torn images.
+"""Program whose arena is saved or migrated while tasks or threads write to it, and that counts torn images.
 
-Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. Each unit of work adds 1 to both ends of the
-arena. The last line on standard output is `torn N of M`.
+Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. Each unit of work adds 1 to the first and to
+the last word of the arena. An image is torn if the two words differ. The last line of output is `torn N of M`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def work(words: np.ndarray[Any, Any]) -> None:
 
 
 class Program:
-    """An arena and the callbacks that stop its writers."""
+    """Arena, its writers, and the callbacks that stop the writers."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -101,7 +101,7 @@ class Program:
             else:
                 with self.lock:
                     self.work()
-            # A loop that never waits keeps the GIL, which a checkpoint needs about a thousand times.
+            # A loop that never waits would keep the GIL, which a checkpoint needs about a thousand times.
             await asyncio.sleep(0 if piece % BURST else 0.001)
 
     def thread(self) -> None:

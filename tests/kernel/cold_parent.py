@@ -1,4 +1,8 @@
-"""An arena that another process evicts to a cold store; the program then touches parts of it, or forks."""
+"""Program with an arena that another process evicts to a cold store.
+
+Commands on standard input: `touch` reads one byte of each 2 MiB; `look` checks the contents of the arena and exits; any
+other command checks the contents in a forked child and in the program, and exits.
+"""
 
 import json
 import os

@@ -1,10 +1,13 @@
-"""A program with an arena into which a thread reads from a disk by direct I/O, which bypasses page tables.
+"""Program with an arena into which a thread reads from a disk by direct I/O, which bypasses page tables.
 
-`source NAME DISK MEANS [base-pages]`: on `read` it reads 64 KiB at offset 1 MiB of the disk, by MEANS: `thread`
-(O_DIRECT), `ring` (io_uring), `fixed` (io_uring, into a registered buffer). `on_pause` waits until no read is in
-flight. On `look` it prints `fresh` if the buffer has the contents of the disk, otherwise `stale`; on `clear` it fills
-the buffer with zeros. With `base-pages` the arena has no huge pages, of which no pinned page can be punched out.
-`destination`: receives an arena and checks the buffer; `late-destination`: also in post-copy, when all is loaded.
+`source NAME DISK MEANS [base-pages]`: MEANS is `thread` (O_DIRECT), `ring` (io_uring) or `fixed` (io_uring, into a
+registered buffer). With `base-pages` the arena has no huge pages: a pinned page cannot be punched out of a huge page.
+`on_pause` waits until no read is in flight. Commands on standard input: `read` reads 64 KiB at offset 1 MiB of the disk
+into the buffer; `look` prints `fresh` if the buffer has the contents of the disk, otherwise `stale`; `clear` fills the
+buffer with zeros.
+
+`destination`: receives an arena, and prints `fresh` or `stale`. `late-destination`: also accepts a post-copy migration,
+and waits until all pages are present.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from tests.uring import Ring
 
 SIZE = 8 << 20
 AT, LENGTH = 1 << 20, 64 << 10
-"""Offset and length of the buffer in the arena."""
+"""Offset and length of the buffer in the arena, bytes."""
 
 
 def say(line: str) -> None:
@@ -102,7 +105,7 @@ async def destination() -> None:
 
 
 async def late_destination() -> None:
-    """Receive an arena whose pages may be deferred, which `pageferry.receive` refuses."""
+    """Receive an arena, also by post-copy, which `pageferry.receive` refuses."""
     arenas: list[Arena] = []
 
     async def prepare(hello: messages.Hello) -> Migratable:

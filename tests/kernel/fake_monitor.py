@@ -1,9 +1,13 @@
-"""A QMP server that is not a QEMU: reports the threads and the memory given in its options.
+"""QMP server that pretends to be QEMU: it reports the threads and the memory given in its options.
 
-Usage: fake_monitor.py SOCKET OPTIONS, where OPTIONS is JSON: `uid` to listen as; `threads` to report (default: its
-own); `mem_path` and `size` of the only memory backend; `map`, the access (`r`, `rw`) of its mapping of that file;
-`server` (`self`; `child`: started after listen(2), and the listener stays; `orphan`: the listener exits); `replies` by
-command, in place of the default replies.
+Usage: `fake_monitor.py SOCKET OPTIONS`, where OPTIONS is a JSON object:
+- `uid`: user of the server
+- `threads`: vCPU threads to report (default: the main thread of the server)
+- `mem_path`, `size`: path and bytes of the only memory backend
+- `map`: access (`r`, `rw`) of the server's mapping of the memory backend (default: no mapping)
+- `server`: process that serves: `self`, `child` (forked after listen(2); its parent waits for it) or `orphan` (forked
+  after listen(2); its parent exits)
+- `replies`: replies by command, instead of the default replies
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 
 
 def answer(options: dict[str, Any], command: str, arguments: dict[str, Any]) -> Any:
-    """Return the reply of a QEMU."""
+    """Return the reply to a command: the one in `replies`, otherwise one like QEMU's."""
     if command in options.get("replies", {}):
         return options["replies"][command]
     match command:
@@ -44,7 +48,7 @@ def answer(options: dict[str, Any], command: str, arguments: dict[str, Any]) -> 
 
 
 def serve(connection: socket.socket, options: dict[str, Any]) -> None:
-    """Serve one client."""
+    """Serve one client until it closes the connection."""
     with connection, connection.makefile("rwb", buffering=0) as stream:
         version = {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""}
         stream.write(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\r\n")
@@ -62,7 +66,7 @@ def serve(connection: socket.socket, options: dict[str, Any]) -> None:
 
 
 def main(path: str, options: dict[str, Any]) -> None:
-    """Serve until killed. Print the pid of the serving process."""
+    """Print the pid of the serving process, and serve until killed."""
     uid = options.get("uid", os.getuid())
     os.setgid(uid)
     os.setuid(uid)

@@ -20,7 +20,7 @@ ABSENT, ZERO, PATTERN, SAME_AS, DATA = range(5)
 
 @dataclass
 class Maker:
-    """Writes an arena image of `pages` pages; `contents` is the expected result of a restore."""
+    """Writer of an arena image of `pages` pages. A restore must produce the memory in `contents`."""
 
     pages: int
     seed: int = 1
@@ -47,7 +47,7 @@ class Maker:
                 self.contents[page, 64:] = page  # compressible
 
     def build_on(self, parent: Maker, path: Path, share: float = 0.5) -> None:
-        """Take some of the pages from a parent image."""
+        """Inherit a fraction `share` of the pages from the image at `path`, which `parent` has written."""
         self.parent = path
         for page in np.random.default_rng(self.seed).choice(self.pages, int(self.pages * share), replace=False):
             self.inherited[page] = True
@@ -55,7 +55,10 @@ class Maker:
             self.classes[page] = parent.classes[page]
 
     def write(self, path: Path, large: bool = False) -> Path:
-        """Write the image, with pages in random order."""
+        """Write the image, with its data pages in random order, and return its path.
+
+        `large`: record every unit as a huge page.
+        """
         order = np.random.default_rng(self.seed).permutation(self.pages).tolist()
         data = [page for page in order if self.classes[page] == DATA and not self.inherited[page]]
         entries = [(kind, inherited, 0, 0, 0) for kind, inherited in zip(self.classes, self.inherited, strict=True)]

@@ -21,7 +21,7 @@ def large_mapped(pid: int, address: int, length: int) -> set[int]:
 
 
 def frames(pid: int, address: int, pages: int) -> list[int]:
-    """Return page frame numbers (0: not mapped). Requires root."""
+    """Return the page frame numbers of `pages` pages of a process (0: not present). Requires root."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
         pagemap.seek(address // 4096 * 8)
         words = pagemap.read(pages * 8)
@@ -30,14 +30,14 @@ def frames(pid: int, address: int, pages: int) -> list[int]:
 
 
 def only(pid: int, address: int) -> Target:
-    """Yield a process as a target, restricted to the mapping at that address."""
+    """Return a process as a target, restricted to the mapping at `address`."""
     target = process_target(pid)
     target.areas = tuple(area for area in target.areas if area.address <= address < area.end)
     return target
 
 
 async def while_doing(access: Callable[[], object], work: Awaitable[T]) -> T:
-    """Run `work`, and call `access` at least once during each of its pauses."""
+    """Await `work` and return its result. Call `access` repeatedly whenever `work` waits."""
 
     async def repeat() -> None:
         while True:

@@ -1,4 +1,4 @@
-"""A process whose pages have known contents, and the expected results of sharing them.
+"""Process whose pages have known contents, and the expected results of sharing them.
 
 The contents of a page are given by a number: 0 for zeros, negative for a repeated word, positive for random bytes with
 that seed. `Lookalike` starts a process with private memory on huge pages; `python -m tests.kernel.lookalike PAGES` is
@@ -25,19 +25,19 @@ SLOTS = LARGE_PAGE // SMALL_PAGE
 
 
 def content(number: int) -> bytes:
-    """Return the contents of the page with that number."""
+    """Return the 4 KiB of contents that a number gives."""
     if number <= 0:
         return (-number).to_bytes(8, "little") * (SMALL_PAGE // 8)
     return random.Random(number).randbytes(SMALL_PAGE)
 
 
 def unique(number: int) -> int:
-    """Return contents that no other page has."""
+    """Return the number of contents that no other page has."""
     return 1_000_000 + number
 
 
 def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the number of pages by class, and the number that sharing would free.
+    """Return the number of pages by class, and the number of pages that sharing would free, also by class.
 
     `workloads`: page numbers by workload.
     """
@@ -64,7 +64,7 @@ def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str,
 
 
 class Lookalike(Program):
-    """The process, with `pages` pages of private memory at `address`."""
+    """Process with `pages` pages of private memory at `address`."""
 
     def __init__(self, pages: int) -> None:
         super().__init__("-m", "tests.kernel.lookalike", str(pages))
@@ -75,7 +75,7 @@ class Lookalike(Program):
         return self.process.pid
 
     def order(self, name: str, *arguments: Any) -> Any:
-        """Execute an order in the process, and return its result."""
+        """Execute a command in the process, and return its result."""
         self.say(json.dumps([name, *arguments]))
         return self.json()
 
@@ -94,7 +94,7 @@ class _Memory:
         self.writes = 0
 
     def fill(self, numbers: list[int]) -> None:
-        """Fill all pages with their contents."""
+        """Fill each page with the contents that its number gives."""
         self.numbers = numbers
         for page, number in enumerate(numbers):
             self._put(page, number)
@@ -104,7 +104,7 @@ class _Memory:
         return [page for page, number in enumerate(self.numbers) if self._at(page) != content(number)]
 
     def hammer(self, numbers: list[int], seed: int) -> None:
-        """Start a thread that writes these contents to random pages until `rest`."""
+        """Start a thread that writes these contents to random pages until `rest` is called."""
         choice = random.Random(seed)
 
         def work() -> None:
@@ -135,7 +135,7 @@ class _Memory:
 
 
 def main() -> None:
-    """Execute the orders read from standard input."""
+    """Execute the commands read from standard input."""
     memory = _Memory(int(sys.argv[1]))
     orders: dict[str, Callable[..., Any]] = {
         name: getattr(memory, name) for name in ("fill", "check", "hammer", "rest")

@@ -1,8 +1,9 @@
-"""A process that shares the memory of an arena: `mapper.py SOURCE HOW`.
+"""Process that shares the memory of an arena: `mapper.py SOURCE HOW`.
 
-SOURCE: the number of an inherited descriptor, a path to open, or `socket:PATH`, where a descriptor is received. HOW:
-`write` maps it and writes the number of each round to the first word of every page, in order; `read` maps it read-only;
-`hold` only keeps the descriptor. Prints its pid when ready.
+SOURCE: the number of an inherited descriptor, a path to open, or `socket:PATH`, a socket on which to receive a
+descriptor. HOW: `write` maps the memory and writes the number of each round to the first word of every page, in order;
+`read` maps the first page read-only, and closes the descriptor; `hold` only keeps the descriptor. Prints the pid when
+ready.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ledgers that move between processes, and the commands that move them; every wait has a deadline."""
+"""Ledgers that are migrated between processes, and the commands that migrate them; every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Host on which programs run: this one by default; others see `tests.network.hosts`."""
+    """Host on which programs run. The default is this host; `tests.network.hosts` provides others."""
 
     within: tuple[str, ...] = ()
     """Command prefix that runs another command on the host."""
@@ -33,7 +33,7 @@ class Host:
 
     @property
     def registry(self) -> Registry:
-        """The registry of workloads on the host."""
+        """Registry of the workloads on the host."""
         return Registry(self.run_directory)
 
     @property
@@ -47,7 +47,7 @@ class Host:
         return ("--listen", f"{self.address or '127.0.0.1'}:0", *self.link)
 
     def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
-        """Start `python ARGUMENTS` on the host."""
+        """Start `python ARGUMENTS` on the host, with the fault point `fault` (`POINT=ACTION`) if given."""
         return Program(*arguments, within=self.within, env=environment(fault, self), **options)
 
 
@@ -55,14 +55,14 @@ HERE = Host()
 
 
 def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
-    """Return the environment of a process with a fault point: `POINT=ACTION`."""
+    """Return the environment of a process on a host, with the fault point `fault` (`POINT=ACTION`) if given."""
     directory = {"PAGEFERRY_RUN_DIR": str(host.run_directory)} if host.run_directory is not None else {}
     return {**os.environ, **directory, **({"PAGEFERRY_FAULT": fault} if fault else {})}
 
 
 @contextmanager
 def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
-    """Run a ledger in a separate process."""
+    """Run a ledger in a separate process, and yield the process once the ledger is registered."""
     setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}} | setup
     with host.program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"
@@ -88,12 +88,12 @@ def migrating(name: str, *options: str, host: Host = HERE, **streams: Any) -> Pr
 
 
 def until(program: Program, kind: str) -> dict[str, Any]:
-    """Return the next line of that type."""
+    """Skip lines up to the next line of type `kind`, and return this line."""
     return all_until(program, kind)[-1]
 
 
 def all_until(program: Program, kind: str) -> list[dict[str, Any]]:
-    """Return all lines up to the next one of that type."""
+    """Return all lines up to and including the next line of type `kind`."""
     said: list[dict[str, Any]] = [program.json()]
     while said[-1]["type"] != kind:
         said.append(program.json())
@@ -101,7 +101,7 @@ def all_until(program: Program, kind: str) -> list[dict[str, Any]]:
 
 
 def stopped(program: Program) -> None:
-    """Wait until a process has stopped itself at its fault point."""
+    """Wait until a process has been stopped at its fault point."""
     wait_until(lambda: state(program.process.pid) == "T", "the stop")
 
 
@@ -145,25 +145,25 @@ def writes(name: str, host: Host = HERE) -> int:
 
 
 def runs(name: str, host: Host = HERE) -> None:
-    """Wait until the ledger writes."""
+    """Wait for a write of the ledger."""
     before = writes(name, host)
     wait_until(lambda: writes(name, host) > before, f"a write of {name}")
 
 
 def stands_still(name: str, host: Host = HERE) -> bool:
-    """Return whether the ledger does not write during 30 samples."""
+    """Return whether 30 samples of the number of writes are the same."""
     before = writes(name, host)
     return all(writes(name, host) == before for _ in range(30))
 
 
 def traces(pid: int) -> int:
-    """Return the number of mappings registered with a userfaultfd (`uw`, `um`, `ui` in smaps)."""
+    """Return the number of mappings of a process that are registered with a userfaultfd (`uw`, `um`, `ui` in smaps)."""
     flags = [line.split()[1:] for line in Path(f"/proc/{pid}/smaps").read_text().splitlines() if "VmFlags" in line]
     return sum(bool({"uw", "um", "ui"} & set(found)) for found in flags)
 
 
 def descriptors(pid: int) -> list[str]:
-    """Return the targets of the open descriptors, without the numbers of sockets and pipes."""
+    """Return the targets of a process's open descriptors, sorted, without the numbers of sockets and pipes."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed since the listing
@@ -172,7 +172,7 @@ def descriptors(pid: int) -> list[str]:
 
 
 def runs_on(program: Program, before: list[str], name: str = "here") -> None:
-    """Check that a ledger runs, without traces and with the same descriptors as `before` (see `descriptors`)."""
+    """Wait until a ledger runs without traces and with the descriptors `before` (see `descriptors`)."""
     runs(name)
     assert status(name) is Status.RUNNING
     wait_until(lambda: traces(program.process.pid) == 0, "the end of the traces")
@@ -186,7 +186,10 @@ def is_intact(there: Program) -> None:
 
 
 def ends_intact(program: Program, reason: str = "stopped") -> dict[str, Any]:
-    """Stop the process of a ledger, and check that no write was lost."""
+    """Wait until the process of a ledger exits; check that no write was lost, and return its report.
+
+    If `reason` is `stopped`, send SIGTERM first.
+    """
     if reason == "stopped":
         program.process.terminate()
     end: dict[str, Any] = program.json()

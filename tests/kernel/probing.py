@@ -1,6 +1,6 @@
 """Processes that probe features: as an ordinary user, with denied system calls, or with misbehaving probes.
 
-python -m tests.kernel.probing features [USER]      check_features() as this or another user, with its rights, as JSON
+python -m tests.kernel.probing features [USER]      check_features() and the privileges of this or another user, as JSON
 python -m tests.kernel.probing denied CALL=ERRNO,... ARGUMENTS...     pageferry ARGUMENTS without those system calls
 python -m tests.kernel.probing misbehaving          probes that hang, crash, fail or return invalid results
 """
@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Seen(msgspec.Struct):
-    """Features that a process found, and its privileges."""
+    """Features that a process has found, and the privileges of the process."""
 
     features: dict[str, Feature]
     capabilities: int
@@ -43,7 +43,7 @@ def features(user: int | None) -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        # A process that changed its user is not dumpable, so its user may not trace it; undo that.
+        # After a change of its user a process is not dumpable, and that user may not trace it: make it dumpable again.
         _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     status = Path("/proc/self/status").read_text().splitlines()
     seen = Seen(
@@ -56,7 +56,7 @@ def features(user: int | None) -> None:
 
 
 def deny(calls: dict[int, int]) -> None:
-    """Make system calls fail with an errno, by a seccomp filter, as on a kernel without them."""
+    """Make system calls (errno by number) fail by a seccomp filter, as on a kernel without these calls."""
     program = [struct.pack("=HBBI", 0x20, 0, 0, 0)]  # load the system call number
     for number, error in calls.items():
         program.append(struct.pack("=HBBI", 0x15, 0, 1, number))  # skip the next instruction unless equal
@@ -69,7 +69,7 @@ def deny(calls: dict[int, int]) -> None:
 
 
 def hide_device() -> None:
-    """Give this process a /dev with the same character devices except userfaultfd."""
+    """Mount a private /dev with the same character devices except userfaultfd. Requires root."""
     devices = {path: path.stat() for path in Path("/dev").iterdir() if path.is_char_device()}
     _check(_libc.unshare(_CLONE_NEWNS))
     _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))

@@ -17,9 +17,9 @@ DEADLINE = 30.0
 
 
 class Program:
-    """`python ARGUMENTS`, whose standard output is read line by line. Killed at the end of the `with` block.
+    """Process of `python ARGUMENTS` whose output is read line by line; killed at the end of the `with` block.
 
-    `within`: a command prefix that executes another command elsewhere, in the same process.
+    `within`: prefix of the command, which executes the rest of the command elsewhere, in the same process.
     """
 
     def __init__(self, *arguments: str, within: Sequence[str] = (), **options: Any) -> None:
@@ -28,7 +28,7 @@ class Program:
         self._rest = b""
 
     def line(self) -> str:
-        """Return the next line. Raises AssertionError on a timeout, or if the program ends."""
+        """Return the next line of output. Raises AssertionError on a timeout, or if the program ends."""
         assert self.process.stdout is not None
         end = time.monotonic() + DEADLINE
         while b"\n" not in self._rest:
@@ -41,11 +41,11 @@ class Program:
         return line.decode()
 
     def json(self) -> Any:
-        """Return the next line, decoded from JSON."""
+        """Return the next line of output, decoded from JSON. Raises the same errors as `line`."""
         return json.loads(self.line())
 
     def say(self, line: str) -> None:
-        """Send a line."""
+        """Write a line to standard input of the program."""
         assert self.process.stdin is not None
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
@@ -56,7 +56,7 @@ class Program:
         self.process.wait(DEADLINE)
 
     def wait(self) -> int:
-        """Wait for the exit, and return the exit code."""
+        """Wait for the exit, and return the exit code. Raises TimeoutExpired after `DEADLINE`."""
         return self.process.wait(DEADLINE)
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class Program:
 
 
 def wait_until(condition: Any, what: str, deadline: float = DEADLINE) -> None:
-    """Wait until a condition that another process or thread causes is true."""
+    """Poll until `condition` returns true. Raises AssertionError after `deadline` seconds."""
     end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, f"timed out waiting for {what}"

@@ -1,8 +1,9 @@
-"""A program that removes parts of its arena and maps it again: `removing_owner NAME PAGES [IMAGE]`.
+"""Program that removes parts of its arena, or maps the arena again: `removing_owner NAME PAGES [IMAGE]`.
 
-Each page holds its number plus one, 512 times. Standard input has orders `CALL FIRST COUNT`, several separated by `;`.
-The reply lists the pages with other contents afterwards, as [page, word]. Calls: `unmap` (MADV_DONTNEED), `remove`
-(MADV_REMOVE), `punch` (through the descriptor), `look` (none), `again` (none; reads another mapping).
+Each page contains its number plus one, 512 times. IMAGE: image from which the arena is restored on demand. A line of
+standard input has commands `CALL FIRST COUNT`, separated by `;`. Calls: `unmap` (MADV_DONTNEED), `remove`
+(MADV_REMOVE), `punch` (fallocate of the descriptor), `look` (no change), `again` (no change; the reply refers to a new
+mapping). The reply to a line lists the pages with other contents, as [page, first word].
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 
 def other(memory: object, pages: int) -> list[list[int]]:
-    """Return the pages whose contents differ from those written initially."""
+    """Return the pages whose contents differ from those written initially, as [page, first word]."""
     words = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
     wrong = np.flatnonzero((words != np.arange(1, pages + 1, dtype=np.uint64)[:, None]).any(axis=1))
     return [[int(page), int(words[page, 0])] for page in wrong]
@@ -38,7 +39,7 @@ def _denied(size: int) -> int:
 
 
 def main() -> None:
-    """Execute the orders read from standard input."""
+    """Execute the commands read from standard input."""
     name, pages = sys.argv[1], int(sys.argv[2])
     if os.environ.get("MEMORY") == "memfd":
         arenas._tmpfs_file = _denied

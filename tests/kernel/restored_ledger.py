@@ -1,7 +1,7 @@
-"""A ledger restored from an image, which loads memory on demand only: `restored_ledger IMAGE NAME`.
+"""Program with a ledger restored from an image on demand, without prefetch: `restored_ledger IMAGE NAME`.
 
-It prints `ready`. On standard input, `load` loads all memory and is acknowledged. After SIGTERM, or after it has moved
-away, the last line reports the result.
+Prints `ready`. The command `load` on standard input loads all memory, then prints the deferred bytes. The last line,
+after SIGTERM or after a migration of the ledger, reports the result.
 """
 
 from __future__ import annotations

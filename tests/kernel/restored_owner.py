@@ -1,6 +1,7 @@
-"""A program with an arena restored from an image on demand, without prefetch: `restored_owner IMAGE NAME`.
+"""Program with an arena restored from an image on demand, without prefetch: `restored_owner IMAGE NAME`.
 
-Standard input has orders: `touch PAGE`, `load` (load all memory), `check` (print a hash of all memory).
+Commands on standard input: `touch PAGE` (read the first byte of a page), `load` (load all memory), `check` (print a
+hash of all memory).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pageferry
 
 
 def main() -> None:
-    """Execute the orders read from standard input."""
+    """Print the deferred bytes, and execute the commands read from standard input."""
     arena = pageferry.restore(sys.argv[1], name=sys.argv[2], prefetch=False, on_pause=lambda: None)
     memory = memoryview(arena)
     os.write(1, json.dumps(arena.deferred).encode() + b"\n")

@@ -1,4 +1,7 @@
-"""A program that restores an arena and passes untouched pages to a system call: `restoring_user IMAGE`."""
+"""Program that restores an arena and passes its untouched pages to write(2): `restoring_user IMAGE FILE [listen]`.
+
+`listen`: with prefetch, and record the events. FILE: file to which the memory is written.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pageferry
 
 
 def main() -> None:
-    """Print the deferred bytes, the events, and a hash of the memory as read by a system call."""
+    """Print the deferred bytes, a hash of the memory as read by write(2), and the types of the events."""
     logging.basicConfig(level=logging.WARNING)
     events: list[object] = []
     if "listen" in sys.argv:

@@ -1,4 +1,4 @@
-"""A program that saves an arena while it runs, reports the error, then saves it paused: `saving_user FOLDER`."""
+"""Program that saves an arena in mode `lazy`, which may fail, then in mode `stop`: `saving_user FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pageferry.errors import PageferryError
 
 
 def main() -> None:
-    """Print the error of the first checkpoint, and the status of the second."""
+    """Print the error of the first checkpoint, if any, and the status of the second."""
     folder = Path(sys.argv[1])
     arena = pageferry.Arena(4 << 20)
     memoryview(arena)[:5] = b"ferry"

@@ -1,4 +1,4 @@
-"""Swap space in compressed memory, for the duration of a test."""
+"""Swap space in compressed memory (zram), for the duration of a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def swap_space(length: int) -> Iterator[None]:
-    """Use a zram device of `size` bytes as swap. Skip the test if that is impossible."""
+    """Use a zram device of `length` bytes as swap. Skip the test if the host has no zram, or no device node for it."""
     control = Path("/sys/class/zram-control")
     if not control.exists():
         pytest.skip("no zram")

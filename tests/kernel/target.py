@@ -1,6 +1,6 @@
-"""A process whose memory is traced, placed and populated from outside; it executes orders page by page.
+"""Process whose memory is traced, placed and populated by other processes; its commands access single pages.
 
-`Target` starts it and sends orders; `python -m tests.kernel.target` is the process.
+`Target` starts the process and sends commands; `python -m tests.kernel.target` is the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.kernel.programs import Program
 
 
 class Target(Program):
-    """The process, which inherits some of our descriptors under the same numbers."""
+    """Process that inherits the given descriptors under the same numbers."""
 
     def __init__(self, *descriptors: int) -> None:
         super().__init__("-m", "tests.kernel.target", pass_fds=descriptors)
@@ -31,7 +31,7 @@ class Target(Program):
         return self.process.pid
 
     def order(self, name: str, *arguments: Any) -> Any:
-        """Execute an order in the process, and return its result."""
+        """Execute a command in the process, and return its result."""
         self.say(json.dumps([name, *arguments]))
         return self.json()
 
@@ -73,7 +73,7 @@ def _read(address: int, _: int, size: int) -> bytes:
 
 
 def _trace(pid: int, address: int, length: int) -> None:
-    """Trace another process."""
+    """Install a write trace on memory of another process."""
     _traces.append(Trace([MappedSegment(Space(pid), address, length)]))
 
 
@@ -95,17 +95,17 @@ def _read_pages(address: int, pages: list[int]) -> None:
 
 
 def _peek(address: int, pages: list[int]) -> list[int]:
-    """Return the byte of each page that `write` writes."""
+    """Return, for each page, the byte that the command `write` sets."""
     return [_read(address + page * SMALL_PAGE + 7, 0, 1)[0] for page in pages]
 
 
 def _sum(address: int, length: int) -> int:
-    """Return the sum of all bytes, which changes if any is lost."""
+    """Return the sum of all bytes, which changes if one byte changes."""
     return sum(ctypes.string_at(address, length))
 
 
 def _split(pid: int, pages: list[int], shared: bool) -> None:
-    """Split the PMD mappings of another process, and keep them split."""
+    """Split the PMD mappings of huge pages of another process, and keep them split until this process exits."""
     sampler = Sampler(Space(pid))
     sampler.hold(pages)
     sampler.split(pages, marked=shared)
@@ -113,7 +113,7 @@ def _split(pid: int, pages: list[int], shared: bool) -> None:
 
 
 def _call(name: str, address: int, length: int) -> None:
-    """Call munmap or mlock."""
+    """Call munmap(2) or mlock(2), as given by `name`."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(length)):
         raise OSError(ctypes.get_errno(), name)
@@ -142,7 +142,7 @@ _ORDERS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Execute the orders read from standard input."""
+    """Execute the commands read from standard input."""
     os.write(1, b"ready\n")
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -1,4 +1,4 @@
-"""Accounting: phases sum up to the total, and rounds of a migration to the transferred bytes."""
+"""Accounting: the phases add up to the total time, and the rounds of a migration to the transferred bytes."""
 
 from __future__ import annotations
 

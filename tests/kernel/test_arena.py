@@ -1,4 +1,4 @@
-"""Arenas in one process: buffers over a shared file, with huge pages if available."""
+"""Arenas in one process: buffers backed by a shared file, with huge pages if available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def nothing() -> None:
-    """Do nothing, as a callback."""
+    """Do nothing; used as a callback."""
 
 
 def test_arena_is_a_writable_buffer() -> None:

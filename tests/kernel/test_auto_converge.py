@@ -1,4 +1,4 @@
-"""Throttling of workloads that dirty memory faster than the link (--auto-converge), and its removal afterwards."""
+"""Throttling of workloads that dirty memory faster than the link (`--auto-converge`), and removal of the CPU limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.kernel.programs import Program, wait_until
 pytestmark = pytest.mark.usefixtures("root", "quotas")
 
 WILD: dict[str, Any] = {"size": 32 * MIB, "options": {"threads": 2}}
-"""A ledger that writes to all of its memory at full speed."""
+"""Setup of a ledger that writes to all of its memory at full speed."""
 SLOW = ("--bandwidth", "100M", "--max-downtime", "50")
 AUTO = ("--auto-converge", *SLOW)
 
@@ -43,7 +43,7 @@ def spinner() -> Program:
 
 
 def groups(pid: int) -> list[str]:
-    """Return the control groups of a process that limit CPU time; others may change independently of the test."""
+    """Return the control groups of a process that can limit CPU time; the other groups may change during the test."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     return [line for line in lines if {"cpu", ""} & set(line.split(":")[1].split(","))]
 
@@ -84,7 +84,7 @@ def test_throttled_precopy_converges() -> None:
 
 @pytest.mark.parametrize("fault", ["source.throttled=kill", "source.paused=kill", ""])
 def test_limit_is_removed_after_failed_migration(fault: str) -> None:
-    """The agent is killed, or gives up; only the guardian can remove the limit."""
+    """The source is killed (only the guardian can remove the limit), or the migration fails after three rounds."""
     with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
         pid, before = here.process.pid, groups(here.process.pid)
         options = AUTO if fault else (*AUTO, "--max-rounds", "3")
@@ -112,7 +112,7 @@ def test_quota_limits_cpu_time_until_closed() -> None:
         quota.limit(0.1)
         used = sum(map(proc.cpu_seconds, pids))
         subprocess.run([sys.executable, "-c", "import time; time.sleep(2)"], check=True, timeout=60)
-        # 0.2 s, and the remainder of the period before the limit.
+        # 0.2 s (10 % of 2 s), and the remainder of the period in which the limit was set.
         assert sum(map(proc.cpu_seconds, pids)) - used < 0.6
         quota.close()
         assert list(map(groups, pids)) == before

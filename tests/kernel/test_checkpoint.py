@@ -1,4 +1,4 @@
-"""Checkpoints of arenas: the image holds the memory of the snapshot point, at any write rate (S4)."""
+"""Checkpoints of arenas: the image contains the memory at the snapshot point, at any write rate (S4)."""
 
 from __future__ import annotations
 
@@ -350,7 +350,7 @@ def test_lazy_checkpoint_is_refused_to_user_without_kernel_faults(root: None) ->
         pytest.skip("every user may create a userfaultfd on this host")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        # Import the dependencies before the user changes to one that may not read this checkout.
+        # The program imports its dependencies before it changes to a user that may not read this checkout.
         environment = os.environ | {"PAGEFERRY_RUN_DIR": f"{folder}/run"}
         done = subprocess.run([sys.executable, "-c", USER, folder], capture_output=True, timeout=60, env=environment)
         assert done.returncode == 0, done.stderr

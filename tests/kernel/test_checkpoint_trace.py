@@ -1,4 +1,4 @@
-"""Incremental checkpoints by the trace since the parent: same contents as by comparison with the parent (S4, S2)."""
+"""Incremental checkpoints by the write trace since the parent: same image as by comparison with the parent (S4, S2)."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def test_large_mappings_are_restored_with_removal_of_the_trace(tmp_path: Path, e
 
 @pytest.mark.parametrize("seed", range(4))
 def test_traced_and_compared_images_are_identical(tmp_path: Path, seed: int) -> None:
-    """Save one image by the trace and one by comparison at the same snapshot point: pages have the same contents and
-    class.
-    """
+    """An image by the trace and an image by comparison, of the same memory, have the same contents and classes."""
     chance = random.Random(seed)
     arena, words = filled(large_pages=seed % 2 == 1)
     save(arena, tmp_path / "0", track=True)
@@ -133,7 +131,7 @@ def test_only_written_pages_are_stored(tmp_path: Path) -> None:
 
 
 def test_discarded_pages_are_found(tmp_path: Path) -> None:
-    """Pages become a hole, a hole that is read again (which traces do not report), or one that is written again."""
+    """Discarded pages stay holes, are read (which a trace does not report), or are written again."""
     arena, words = filled()
     words[40] = 9  # a pattern
     save(arena, tmp_path / "0", track=True)
@@ -224,7 +222,7 @@ def test_trace_is_not_used_after_fork(tmp_path: Path) -> None:
 
 
 def test_trace_is_not_used_after_memory_was_mapped_again(tmp_path: Path) -> None:
-    """The new mapping is the same except for the missing trace: same address, same part of the same file."""
+    """The new mapping has the same address and the same part of the same file, but no trace."""
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     _map_anew(arena, 100, 8)
@@ -249,7 +247,7 @@ def _map_anew(arena: Arena, page: int, pages: int) -> None:
 
 
 def test_image_of_heavy_writer_is_consistent_with_or_without_rounds(tmp_path: Path) -> None:
-    """With `at_instant=0` timing decides on the number of rounds; the image is consistent regardless."""
+    """With `at_instant=0`, the number of rounds depends on timing; the image is consistent for any number."""
     with ledger(8 * MIB, LedgerOptions(threads=3)) as workload:
         save(workload, tmp_path / "0", track=True)
         for number in range(1, 6):
@@ -259,7 +257,7 @@ def test_image_of_heavy_writer_is_consistent_with_or_without_rounds(tmp_path: Pa
 
 
 def test_pages_beyond_the_pause_budget_are_saved_in_rounds(tmp_path: Path) -> None:
-    """More pages were written than may be copied in the pause: most are saved before it."""
+    """More pages were written than may be copied in the pause: most are saved before the pause."""
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[:3000] += 1
@@ -290,7 +288,7 @@ def test_traces_are_closed_with_their_arenas(tmp_path: Path) -> None:
         counts.append(descriptors())
         del arena
         gc.collect()
-    assert counts[1] == counts[2]  # the first may release descriptors of earlier tests
+    assert counts[1] == counts[2]  # the first pass may close descriptors of earlier tests
 
 
 def test_cancelled_checkpoint_leaves_no_trace(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cold store (S3): evicted pages leave memory and are reloaded on demand or all together; no write is lost."""
+"""The cold store (S3): evicted pages are freed, and reloaded on demand or all at once; no write is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pageferry(*arguments: str, fault: str | None = None) -> subprocess.Completed
 
 
 def reclaim(*options: str) -> dict[str, Any]:
-    """Evict cold pages to a store; return the result."""
+    """Evict cold pages of the workload `cold` to a store; return the result."""
     done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, *options)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -90,7 +90,7 @@ def kill_pager() -> None:
 
 @contextmanager
 def ledger(**setup: Any) -> Iterator[Program]:
-    """Run a ledger on huge pages, and check at the end that it is intact."""
+    """Run a ledger on huge pages as the workload `cold`, and check at the end that it is intact."""
     setup = {"name": "cold", "size": SIZE, "exact": True, "options": OPTIONS} | setup
     with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()
@@ -234,7 +234,7 @@ def test_pager_does_not_remove_a_copy_of_the_store(tmp_path: Path) -> None:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """Yield a memory control group."""
+    """Yield the directory of a new memory control group. Skip the test if none can be created."""
     for mount in mounts():
         if mount.version == 2 or "memory" in mount.controllers:
             made = mount.point / f"pageferry-test-{os.getpid()}"
@@ -251,7 +251,7 @@ def group() -> Iterator[Path]:
 
 
 def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
-    """This includes a pager that takes over from another group: reloaded pages are charged to the workload."""
+    """A pager that takes over joins the group as well, so that reloaded pages are charged to the workload."""
 
     def members() -> list[int]:
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
@@ -273,12 +273,12 @@ def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
 
 @pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handed-over"])
 def test_reclaim_killed_at_fault_point_loses_no_write(point: str) -> None:
-    """The pager continues without the command."""
+    """A pager that was started before the fault point continues without the command."""
     with ledger():
         done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, fault=f"reclaim.{point}=kill")
         assert done.returncode == -9
         if record() is not None:
-            # Exit code 2: the pager has already reloaded everything.
+            # Exit code 2: the pager has already reloaded all pages.
             wait_until(lambda: pageferry("large-pages", "cold", "--undo").returncode in (0, 2), "the end of the store")
         reclaim()  # evicts the units that are still huge pages
         orphans = set(Registry().folder("cold").path.glob("*.img"))
@@ -362,7 +362,7 @@ def test_sharing_skips_pages_in_the_cold_store() -> None:
         assert after is not None
         assert found.deferred == 0
         assert any("cold store" in note for note in found.not_shareable)
-        # The ledger's own accesses may have reloaded pages; the counters are not read at one point in time.
+        # Accesses of the ledger may have reloaded pages, and the counters are not read at a single point in time.
         assert after.loaded - before.loaded <= 16 * (after.missed - before.missed + 8)
         for _ in range(3):
             sharing.share(["cold"], threshold=1)
@@ -384,9 +384,7 @@ for line in sys.stdin:
 
 
 def test_duplicate_cold_pages_are_stored_once() -> None:
-    """For 8,192 pages with 50 different contents the store holds 50 pages; each is reloaded correctly into separate
-    memory.
-    """
+    """The store contains 50 pages for 8,192 pages with 50 different contents. All are reloaded with their contents."""
     with Program("-c", TWINS) as program:
         assert program.line() == "ready"
         program.say("hash")

@@ -1,4 +1,4 @@
-"""Arenas into which the kernel reads through pinned pages (direct I/O): no read is lost, at any time."""
+"""Arenas into which the kernel reads through pinned pages (direct I/O): no read is lost, whenever it starts or ends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEANS = ["thread", "ring", "fixed"]
 
 @contextmanager
 def reading(tmp_path: Path, means: str, *pages: str) -> Iterator[tuple[Program, SlowDisk]]:
-    """Yield a program with the arena `here`."""
+    """Yield a program with the arena `here`, and the slow disk from which it reads."""
     with (
         slow_disk(tmp_path / "mounted") as disk,
         Program("-m", READER, "source", "here", str(disk.path), means, *pages) as program,
@@ -86,11 +86,11 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(tmp_path: Path, me
         with migration:
             moving.until(migration, "setup")
             moving.stopped(migration)
-            begin(program, disk)  # marked by the first collection, sent in round 2
+            begin(program, disk)  # its pages are marked by the first collection, and sent in round 2
             migration.process.send_signal(signal.SIGCONT)
             moving.until(migration, "round")
             time.sleep(0.5)
-            with suppress(UsageError):  # only a migration that does not wait for the read has left its rounds by now
+            with suppress(UsageError):  # raised if the migration has left its rounds without waiting for the read
                 switchover_request.request(Registry().folder("here"))
             disk.answer()
             result = moving.until(migration, "migration")
@@ -122,7 +122,7 @@ def test_program_declared_without_direct_io_is_paused_once(tmp_path: Path) -> No
 
 
 def saved(path: Path, after: Callable[[], None] | None = None, **options: Any) -> CheckpointResult:
-    """Return a checkpoint of the arena by this process; `after` is called half a second later."""
+    """Save the arena from this process, and return the result. Call `after` half a second after the start."""
 
     async def save() -> CheckpointResult:
         arena = await open_workload("here")
@@ -167,7 +167,7 @@ def test_first_traced_checkpoint_during_a_read_is_consistent(tmp_path: Path) -> 
 
 
 def test_pinned_memory_is_saved_during_the_pause(tmp_path: Path) -> None:
-    """An incremental checkpoint: the trace since the parent does not report reads into the registered buffer."""
+    """The checkpoint is incremental. The trace since the parent does not report reads into the registered buffer."""
     with reading(tmp_path, "fixed") as (program, disk):
         saved(tmp_path / "0", track=True)
         begin(program, disk)
@@ -181,14 +181,14 @@ def test_pinned_memory_is_saved_during_the_pause(tmp_path: Path) -> None:
 @pytest.mark.parametrize("means", MEANS)
 def test_read_into_memory_during_reclaim_is_not_lost(tmp_path: Path, means: str) -> None:
     with reading(tmp_path, means) as (program, disk):
-        if means != "fixed":  # in flight since before the first pause
+        if means != "fixed":  # the read is in flight before the first pause
             begin(program, disk)
         options = ("--sample", "100%", "--rounds", "1", "--budget", "0", "--window", "50ms")
         timer = threading.Timer(0.5, disk.answer)
         timer.start()
         command("large-pages", "here", "--reclaim", "store", *options)
         timer.join()
-        if means == "fixed":  # pinned permanently: a read that starts later
+        if means == "fixed":  # the buffer is pinned permanently: the read starts after the reclaim
             begin(program, disk)
             disk.answer()
         assert program.line().startswith("read ")

@@ -1,4 +1,4 @@
-"""A run directory that fills up during a migration: decisions after Commit are still recorded."""
+"""Run directory that fills up during a migration: decisions after Commit are still recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIGRATION = "0" * 32
 
 @pytest.fixture
 def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
-    """Yield decisions on a small file system, which `fill` exhausts."""
+    """Yield the decisions on a small file system, and its mount point. Skip the test if it cannot be mounted."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=40,mode=700", "tmpfs", tmp_path], capture_output=True
     )
@@ -31,7 +31,7 @@ def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
 
 
 def fill(folder: Path) -> None:
-    """Use all bytes, then all inodes."""
+    """Use all bytes, then all inodes, of a file system."""
     with contextlib.suppress(OSError), open(folder / "bytes", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))

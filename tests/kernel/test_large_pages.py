@@ -37,8 +37,8 @@ LENGTH = UNITS * LARGE_PAGE
 PATTERNS: dict[int, set[int]] = {
     0: set(range(SLOTS)),  # dense
     1: set(range(0, SLOTS, 8)),  # sparse
-    2: {77},  # one page, not that of the mark
-    3: {0, 511},  # the first, which has the mark, and the last
+    2: {77},  # one page, without the mark
+    3: {0, 511},  # the first page, which has the mark, and the last
     4: set(),  # cold
     5: set(range(100, 300)),
 }
@@ -46,14 +46,14 @@ PATTERNS: dict[int, set[int]] = {
 
 @dataclasses.dataclass
 class Memory:
-    """Memory of another process, all of it on huge pages."""
+    """Memory of another process, entirely on huge pages."""
 
     owner: Target
     address: int
     kind: str
 
     def access(self) -> None:
-        """Access the base pages in PATTERNS: read and write them alternately."""
+        """Access the base pages in PATTERNS: read every other page, and write to the others."""
         pages = [unit * SLOTS + slot for unit, slots in PATTERNS.items() for slot in slots]
         self.owner.order("read", self.address, pages[::2])
         self.owner.order("write", self.address, pages[1::2], 1)
@@ -122,12 +122,12 @@ def test_reclaim_knows_shareable_pages(memory: Memory) -> None:
 
     found = asyncio.run(look())
     counts = {found.get((memory.owner.pid, memory.address + unit * LARGE_PAGE)) for unit in range(UNITS)}
-    # All pages have the same contents, not zeros: private memory can be shared, files only if zero.
+    # All pages have the same contents, not zeros. Pages of private memory can be shared; pages of files only if zero.
     assert counts == ({SLOTS} if memory.kind == "anon" else {0})
 
 
 def test_sampling_keeps_shared_frames(root: None) -> None:
-    """For shared memory: the same frames are mapped before, during and after."""
+    """In shared memory, the same frames are mapped before, during and after the sampling."""
     with backing("large", LENGTH) as (fd,), Target(fd) as owner:
         address = owner.order("map", fd, LENGTH)
         owner.order("write", address, list(range(LENGTH // SMALL_PAGE)), 1)
@@ -245,7 +245,7 @@ def test_cancelled_window_restores_mappings(memory: Memory) -> None:
 
 
 def test_sampled_process_survives_killed_sampler(memory: Memory) -> None:
-    """The protections disappear with the sampler. The memory is intact, mapped by PTEs, and can be sampled again."""
+    """The write protection ends with the sampler. The memory is intact and mapped by PTEs, and can be collapsed."""
     shared = memory.kind == "shared"
     content = memory.owner.order("sum", memory.address, LENGTH)
     pages = [memory.address, memory.address + 2 * LARGE_PAGE]
@@ -374,7 +374,7 @@ def test_reclaim_to_swap_needs_swap() -> None:
 
 
 def test_cold_pages_are_swapped_out_and_in(memory: Memory, swap: None) -> None:
-    """Only huge pages below the threshold are split; others stay whole, and no contents change."""
+    """Only huge pages below the threshold are split; the others stay huge pages, and no contents change."""
     content = memory.owner.order("sum", memory.address, LENGTH)
     for slot in (0, 100, 511):
         memory.owner.order("write", memory.address, [unit * SLOTS + slot for unit in range(UNITS)], 1)

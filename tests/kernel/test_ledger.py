@@ -1,4 +1,4 @@
-"""The ledger through its Python binding: threads that write, and detection of damage."""
+"""Python binding of the ledger: threads that write, and detection of damage."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_large_fraction_limits_large_pages(fraction: float | None, large: int) -
     arena = Arena(32 * MIB)
     ledger = _engine.Ledger.create(arena, large_fraction=fraction)
     assert ledger.verify().intact
-    # A second mapping, because units of the arena's own mapping that must stay base pages are not mapped by PMDs.
+    # A second mapping shows all huge pages: the mapping of the arena does not map by PMDs what must stay base pages.
     assert sum(_engine.Mapping(arena.fileno(), arena.length).large_units()) == large
 
 

@@ -1,4 +1,4 @@
-"""Processes that share the memory of an arena in any way: traced, or refused by name."""
+"""Processes that share the memory of an arena: each is traced, or the operation fails and names the process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 class Writers:
-    """Other processes that write to an arena; stopped by SIGSTOP while it is paused."""
+    """Other processes that write to an arena; they are stopped by SIGSTOP while the arena is paused."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
@@ -53,7 +53,7 @@ class Writers:
             os.kill(pid, signal.SIGCONT)
 
     def run(self, command: str, *descriptors: int) -> int:
-        """Run a command in a separate shell, which exits at once if the command runs in the background."""
+        """Run a command in a shell, and return the pid that it prints. A background command outlives the shell."""
         shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True, pass_fds=descriptors)
         self.files.append(shell)
         assert shell.stdout is not None
@@ -121,7 +121,7 @@ def received(writers: Writers) -> None:
 
 
 def opened(writers: Writers) -> None:
-    """Open /proc/PID/fd/N without the program's knowledge."""
+    """Start a writer that opens the memory through /proc/PID/fd/N, without the program's knowledge."""
     number = next(name for name in os.listdir("/proc/self/fd") if _is_memory(writers.arena, name))
     writers.run(f"{PROGRAM} /proc/{os.getpid()}/fd/{number} write &")
 
@@ -143,7 +143,7 @@ def _is_memory(arena: Arena, name: str) -> bool:
 
 
 def is_one_snapshot(image: Path) -> bool:
-    """Return whether every page is of one round, or of the previous round from some page onwards."""
+    """Return whether all pages are of one round, or from some page onwards of the previous round."""
     rounds = memoryview(pageferry.restore(image)).cast("Q")[:: mapper.PAGE_WORDS].tolist()
     return rounds == sorted(rounds, reverse=True) and rounds[0] - rounds[-1] <= 1
 
@@ -209,7 +209,7 @@ def test_read_only_mapping_is_not_refused(writers: Writers, tmp_path: Path) -> N
 
 
 def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> None:
-    """Before the pause: the arena keeps running."""
+    """The migration fails before the pause, so that the arena keeps running."""
     listening = "listening=lambda address: print(address, flush=True)"
     script = f"import pageferry; pageferry.receive('127.0.0.1:0', {listening})"
     with Program("-c", script) as receiver:
@@ -256,7 +256,7 @@ def test_user_who_cannot_scan_processes_is_refused_after_descriptor_was_handed_o
 
 
 def test_trace_is_not_used_after_descriptor_was_handed_out(tmp_path: Path) -> None:
-    """A process may have mapped the memory, written to it and exited in between."""
+    """A process may have mapped the memory, written to it and exited between the checkpoints."""
     arena = Arena(MIB)
     memoryview(arena)[:5] = b"ferry"
     pageferry.checkpoint(arena, tmp_path / "0", track=True)

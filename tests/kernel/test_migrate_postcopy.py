@@ -1,4 +1,4 @@
-"""Post-copy and hybrid migration of a ledger, which runs at the destination before its pages are present."""
+"""Post-copy and hybrid migration of a ledger, which runs at the destination before all of its pages are present."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def listed(name: str) -> dict[str, Any]:
 
 
 def deferred(name: str) -> int:
-    """Return the number of deferred bytes."""
+    """Return the number of deferred bytes of a workload, as reported by `pageferry list`."""
     return int(listed(name)["deferred"])
 
 
 def moves(*options: str, setup: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Move a ledger, and check it at the destination; return the result of `migrate`."""
+    """Migrate a ledger, and check that no write was lost. Return the result of `pageferry migrate`."""
     with moving.ledger("here", **(setup or {})) as here, moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), *options) as migration:
             result = moving.until(migration, "migration")
@@ -66,7 +66,7 @@ def test_postcopy_sends_no_page_before_the_switch_over(options: str) -> None:
     assert (result["mode"], result["status"], result["dirty-sync-count"]) == ("postcopy", "completed", 0)
     late = result["postcopy"]
     assert 0 < late["pages"] <= result["memory"] // 4096
-    # Each page is sent once, or also on request while it is in transit.
+    # Each page is sent once, and a second time if it is requested while it is in transit.
     assert late["pages"] <= result["normal"] + result["duplicate"] <= late["pages"] + result["postcopy-requests"] * 16
     assert 0 < result["postcopy-requests"] <= late["pages"]
     assert 0 < late["time"] < result["total-time"]
@@ -75,7 +75,7 @@ def test_postcopy_sends_no_page_before_the_switch_over(options: str) -> None:
 
 
 def test_hybrid_completes_although_workload_writes_faster_than_the_link() -> None:
-    """The remaining pages never fit the downtime: they follow after the switch-over, and few are sent twice."""
+    """The remaining pages never fit the downtime. They are sent after the switch-over, and few pages are sent twice."""
     result = moves("--mode", "hybrid", "--max-downtime", "0", setup=BUSY)
     assert result["mode"] == "hybrid"
     assert result["dirty-sync-count"] >= 2
@@ -142,7 +142,10 @@ def test_receiver_waits_for_the_source_after_a_lost_link() -> None:
 
 @contextmanager
 def arriving() -> Iterator[tuple[Program, Program, Program]]:
-    """Yield a ledger, its receiver, in which it already runs, and the migration, which takes some more seconds."""
+    """Yield the source of a ledger, its receiver, and the post-copy migration between them.
+
+    The ledger already runs in the receiver. The migration takes some more seconds.
+    """
     slowly = ("--mode", "postcopy", "--bandwidth", "12M")
     with (
         moving.ledger("here", size=64 * MIB) as here,
@@ -154,7 +157,7 @@ def arriving() -> Iterator[tuple[Program, Program, Program]]:
 
 
 def test_workload_can_be_peeked_and_saved_during_postcopy(tmp_path: Path) -> None:
-    """`peek` needs only the pages it reads; a checkpoint waits for all of them."""
+    """`peek` waits only for the pages that it reads, a checkpoint for all pages."""
     with arriving() as (here, there, migration):
         peek = [sys.executable, "-m", "pageferry", "peek", "there", "0", "4096", "--output", "json"]
         seen = json.loads(subprocess.run(peek, check=True, timeout=DEADLINE, capture_output=True).stdout)

@@ -1,4 +1,4 @@
-"""Arenas that have moved refuse writes; failed operations release all resources, even while their error is kept."""
+"""Arenas that have moved refuse writes. Failed operations release all resources, even while their error is kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @contextmanager
 def receiver(point: str = "") -> Iterator[str]:
-    """Yield the address of a process that receives an arena, and is killed at a fault point."""
+    """Yield the address of a process that receives an arena. It kills itself in the callback `point` (load, resume)."""
     with Program("-c", RECEIVER, point) as program:
         yield program.line()
         if point:
@@ -120,7 +120,7 @@ def test_every_use_of_a_moved_arena_is_refused(tmp_path: Path) -> None:
 
 
 def kept(arena: Arena) -> tuple[int, int, int]:
-    """Return the numbers of mappings of the arena, of mappings with a trace, and of descriptors of this process."""
+    """Return the numbers of mappings of the arena, of traced mappings, and of open descriptors, of this process."""
     status = os.fstat(arena.fileno())
     mapped = [(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())]
     return mapped.count((status.st_dev, status.st_ino)), moving.traces(os.getpid()), len(os.listdir("/proc/self/fd"))
@@ -188,5 +188,5 @@ def test_failed_receiver_keeps_no_connection_while_its_error_is_kept() -> None:
 
     errors: list[object] = []
     asyncio.run(main())
-    gc.collect()  # an arena refers to itself
-    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the arena, to which frames of its callback refer
+    gc.collect()  # frees the arena, which is part of a reference cycle
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the arena that was received: frames of its callback use it

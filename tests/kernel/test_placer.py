@@ -1,4 +1,4 @@
-"""Population (S1, S5): complete units are mapped before the workload runs, incomplete ones never.
+"""Population (S1, S5): complete units are mapped before the workload runs, incomplete units never.
 
 `Target.order("touch", ...)` counts the page faults of the process that maps the memory.
 """
@@ -34,7 +34,7 @@ PAGES = LENGTH // SMALL_PAGE
 
 
 class Move:
-    """Source and destination of one region, and the process that maps the destination."""
+    """Source and destination of one region, and a process that maps the memory of the destination."""
 
     def __init__(
         self, source: int, copy: int, target: Target, workers: int, length: int = LENGTH, zeros: bool = False
@@ -61,7 +61,7 @@ class Move:
         return self.source.length // SMALL_PAGE
 
     def send(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Send these pages in one round."""
+        """Send ranges of pages in one round, and wait until they are received."""
         pages = PageSet(self.pages)
         for start, end in ranges:
             pages.insert(start, end)
@@ -108,7 +108,7 @@ def counts(placer: Placer) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_with_memory_are_populated(kind: str) -> None:
-    """Zeros in huge pages have memory. Zeros in base pages are holes at the destination and cost one fault each."""
+    """Zeros in huge pages are allocated. Zeros in base pages are holes at the destination, and cause a fault each."""
     with moving(kind, zeros=True) as move:
         move.send([(0, PAGES)])
         move.placer.finish(populate_rest=True)
@@ -116,7 +116,7 @@ def test_zeros_with_memory_are_populated(kind: str) -> None:
 
 
 def test_without_population_every_page_is_a_fault() -> None:
-    """Control: the faults that the other tests expect to be absent occur without population."""
+    """Control experiment: without population, the faults occur whose absence the other tests check."""
     with moving("small", workers=0) as move:
         move.send([(0, PAGES)])
         move.placer.finish(populate_rest=False)
@@ -130,7 +130,7 @@ def test_unit_with_a_missing_slot_is_not_mapped(kind: str) -> None:
         assert move.placer.missing == 1
         move.placer.populate(0, list(range(6)))
         move.placer.finish(populate_rest=True)
-        # The first unit is not mapped at all; one fault may map several base pages.
+        # No page of the first unit is mapped. The number of faults is open: one fault may map several base pages.
         assert move.faults(SLOTS, write=False) > 0
         assert move.placer.populated.large == (5 if kind == "large" else 0)
 
@@ -183,7 +183,7 @@ def test_holes_are_not_populated() -> None:
 
 
 def test_partly_mapped_region_is_populated_where_mapped() -> None:
-    """In a segment that ends within a unit, whole units are populated as huge pages, the remainder as base pages."""
+    """In a segment that ends within a unit, whole units are populated as huge pages, the rest as base pages."""
     with backing("large", LENGTH, 2) as (source, copy), Target(copy) as target:
         move = Move(source, copy, target, 0)
         length = LENGTH - LARGE_PAGE // 2

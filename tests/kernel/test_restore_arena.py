@@ -1,4 +1,4 @@
-"""Restore of arenas from images: correct for any order and origin of accesses and any layout of the image (S10, S8)."""
+"""Restore of arenas from images, for accesses in any order and from any process, and any image layout (S10, S8)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def words(arena: pageferry.Arena) -> Any:
 
 
 def in_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script that could hang or crash in a separate process."""
+    """Restore an arena in a separate process, and run a script there, which may hang or crash."""
     setup = "import sys\nimport numpy as np\nimport pageferry\narena = pageferry.restore(sys.argv[1], prefetch=False)\n"
     setup += "words = np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)\n"
     command = [sys.executable, "-c", setup + code, *map(str, arguments)]
@@ -138,7 +138,7 @@ def test_writes_are_kept_while_pages_are_loaded(tmp_path: Path) -> None:
 
 
 def test_concurrent_writes_to_the_same_pages_are_kept(tmp_path: Path) -> None:
-    """Each thread writes its own word of every page, in its own order, and no write is lost."""
+    """Each thread writes to a different word of every page, in a different order, and no write is lost."""
     made = Maker(2048, classes=[DATA] * 2048)
     arena = pageferry.restore(made.write(tmp_path / "image"))
     view, expected = words(arena), made.contents.copy()
@@ -197,13 +197,13 @@ def test_forked_child_reads_all_pages(tmp_path: Path) -> None:
 
 
 def _smaps(address: int, field: str) -> int:
-    """Return a field of the mapping at an address, in KiB."""
+    """Return a field of the smaps entry at an address, KiB."""
     entry = Path("/proc/self/smaps").read_text().split(f"\n{address:x}-")[1]
     return int(entry.split(f"\n{field}:")[1].split()[0])
 
 
 def damage(path: Path, pattern: bytes) -> None:
-    """Flip a bit in the stored bytes of a page."""
+    """Flip the first bit of `pattern`, the stored bytes of a page, in an image."""
     contents = bytearray(path.read_bytes())
     contents[contents.index(pattern)] ^= 1
     path.write_bytes(contents)

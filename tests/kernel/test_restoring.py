@@ -1,4 +1,4 @@
-"""Migrations and checkpoints during a lazy restore: they do not wait for its end, and lose no contents."""
+"""Migrations and checkpoints during a lazy restore: they start before all pages are loaded, and lose no contents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return images of running ledgers."""
+    """Return images of running ledgers, by name: `calm` and `heavy`, with a low and a high write rate."""
     folder = tmp_path_factory.mktemp("images")
     made = {}
     for name, options in {"calm": CALM, "heavy": HEAVY}.items():
@@ -56,7 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def restored(image: Path, name: str = "coming") -> Iterator[Program]:
-    """Run a restored ledger whose memory is loaded on demand only."""
+    """Run a ledger restored on demand, without prefetch."""
     with Program(str(HERE / "restored_ledger.py"), str(image), name, env=moving.environment(None)) as program:
         said = program.json()
         assert (said["type"], said["deferred"] > 64 * MIB) == ("ready", True)
@@ -75,12 +75,12 @@ def saving(path: Path, name: str = "coming", fault: str | None = None) -> Progra
 
 
 def resumed(program: Program) -> None:
-    """Continue a process that has stopped itself."""
+    """Continue a process that was stopped at a fault point."""
     os.kill(program.process.pid, signal.SIGCONT)
 
 
 def ends(here: Program, reason: str = "stopped") -> None:
-    """Stop a ledger, and check that no write was lost."""
+    """Wait until a ledger ends, and check that no write was lost. If `reason` is `stopped`, send SIGTERM first."""
     if reason == "stopped":
         here.process.terminate()
     end = moving.until(here, "ledger")
@@ -98,7 +98,7 @@ def comes_to_an_end(here: Program) -> None:
 
 
 def arrives(there: Program) -> None:
-    """Check that the ledger runs at the destination and has lost no write."""
+    """Wait until the ledger is received; stop the receiver, and check that no write was lost."""
     assert there.json()["type"] == "received"
     there.process.terminate()
     end = moving.until(there, "ledger")
@@ -110,7 +110,7 @@ def test_pages_are_sent_while_others_are_deferred(images: dict[str, Path]) -> No
         address = moving.address_of(there)
         with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
             moving.stopped(migration)
-            # One chunk has been sent, and the next one is being loaded.
+            # One chunk has been sent, and the next chunk is being loaded.
             assert status().deferred > 32 * MIB
             resumed(migration)
             result = moving.until(migration, "migration")
@@ -124,7 +124,7 @@ def test_pages_are_sent_while_others_are_deferred(images: dict[str, Path]) -> No
 
 
 def test_hybrid_migration_during_restore_switches_over_on_request(images: dict[str, Path]) -> None:
-    """Pages that were not sent yet are loaded before the pause, and sent after it."""
+    """Pages that have not been sent are loaded before the pause, and sent after the pause."""
     with restored(images["calm"]) as here, moving.receiver("there") as there:
         chosen = ("--mode", "hybrid", "--bandwidth", "64M")
         address = moving.address_of(there)
@@ -148,8 +148,7 @@ def test_killed_migration_leaves_restore_intact(images: dict[str, Path], point: 
         ):
             assert migration.wait() == -signal.SIGKILL
         moving.runs("coming")
-        # The userfaultfd was released: the next migration can acquire it, and continues from the current state of the
-        # restore.
+        # The userfaultfd was released: the next migration can acquire it, while pages are still deferred.
         with moving.receiver("again") as again:
             with moving.migrating("coming", moving.address_of(again)) as migration:
                 moving.until(migration, "migration")
@@ -186,7 +185,7 @@ def test_checkpoint_starts_while_pages_are_deferred(images: dict[str, Path], tmp
             resumed(saver)
             result = moving.until(saver, "checkpoint")
             assert saver.wait() == 0
-        # Saved in rounds while the workload ran, by traces that cause no traps.
+        # The pages were saved in rounds while the workload ran, with traces that cause no traps.
         assert result["rounds"] >= 1
         assert result["traps"] == 0
         assert result["tracking-note"] == "its memory was still coming"
@@ -213,7 +212,7 @@ def test_killed_checkpoint_leaves_restore_intact(images: dict[str, Path], tmp_pa
 
 
 def test_heavy_writer_is_saved_during_restore(images: dict[str, Path], tmp_path: Path) -> None:
-    """The write rate is too high for rounds: all pages are loaded first, then saved as usual."""
+    """The write rate is too high for rounds: all pages are loaded first, then saved as without deferred pages."""
     with restored(images["heavy"]) as here:
         for number in range(3):
             with saving(tmp_path / f"{number}") as saver:
@@ -261,10 +260,10 @@ def test_unreadable_page_fails_only_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="checksum"):
         save(arena, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    # Pages in other blocks can be read; pages in that block stay deferred.
+    # Pages in other storage blocks can be read. Pages in the damaged block stay deferred.
     assert (words_of(arena)[0] == made.contents[0]).all()
     assert arena.deferred > 0
-    assert arena.pager.hold() is not None  # it was released
+    assert arena.pager.hold() is not None  # the checkpoint has released the userfaultfd
     arena.pager.release()
 
 
@@ -272,7 +271,7 @@ def test_unreadable_page_fails_only_the_checkpoint(tmp_path: Path) -> None:
 
 
 class Traced:
-    """An arena restored on demand only, under a trace."""
+    """Arena restored on demand, without prefetch, and a trace on the userfaultfd of its pager."""
 
     def __init__(self, path: Path) -> None:
         self.arena = pageferry.restore(path, prefetch=False)
@@ -295,7 +294,7 @@ def test_trace_reports_writes_and_not_loaded_pages(tmp_path: Path) -> None:
     assert (traced.words[100:200] == made.contents[100:200]).all()
     traced.arena.ensure(1000 * PAGE, 500 * PAGE)
     assert traced.written() == set()
-    traced.words[[150, 1200, 3000], 5] = 1  # loaded; loaded but not mapped; deferred
+    traced.words[[150, 1200, 3000], 5] = 1  # a loaded page, a loaded page that is not mapped, and a deferred page
     assert traced.written() == {150, 1200, 3000}
     assert traced.written() == set()
     traced.words[4050, 0] = 1  # absent from the image
@@ -309,7 +308,7 @@ def test_trace_reports_writes_and_not_loaded_pages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_trace_misses_no_write_while_pages_are_loaded(tmp_path: Path, seed: int) -> None:
-    """Threads read and write at random pages while other pages are loaded and the trace is collected."""
+    """Threads access random pages while other pages are loaded and the trace is collected."""
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     traced = Traced(made.write(tmp_path / "image"))
     copy, over = made.contents.copy(), threading.Event()
@@ -359,7 +358,7 @@ def test_userfaultfd_is_borrowed_by_one_operation_at_a_time(tmp_path: Path) -> N
     with pytest.raises(WorkloadError, match="another migration or checkpoint is using it"):
         asyncio.run(deferred_access.acquire_uffd(workload))
     arena.ensure(0, arena.length)
-    assert not arena.pager.wait(0.1)  # it cannot finish while its userfaultfd is borrowed
+    assert not arena.pager.wait(0.1)  # the pager cannot finish while its userfaultfd is acquired
     hold.release()
     hold.release()
     assert arena.pager.wait(10.0)
@@ -367,7 +366,7 @@ def test_userfaultfd_is_borrowed_by_one_operation_at_a_time(tmp_path: Path) -> N
 
 
 def test_child_forked_during_checkpoint_reads_all_pages(tmp_path: Path) -> None:
-    """A fork needs all pages, but not the end of the checkpoint."""
+    """A fork waits for all pages to be loaded, but not for the end of the checkpoint."""
     made = Maker(1024)
     arena: RestoredArena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     hold = asyncio.run(deferred_access.acquire_uffd(arena.workload()))

@@ -1,4 +1,4 @@
-"""Page sharing on the real kernel: results against plain Python, freed memory against the estimate, no lost writes."""
+"""Page sharing on the real kernel: results are those of plain Python, and freed memory matches the estimate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEDGER = {"threads": 2, "rate": 100 << 20, "zero_fraction": 0.5}
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """Check that KSM has its earlier settings after each test."""
+    """Check after each test that the settings of KSM are those of before the test."""
     names = [name for name in ksm.SWITCHES if (ksm.FOLDER / name).exists()]
     before = {name: (ksm.FOLDER / name).read_text() for name in names}
     yield
@@ -45,7 +45,7 @@ def switches() -> Iterator[None]:
 
 @pytest.fixture
 def ksm_usable(root: None) -> None:
-    """Skip tests that share private memory if KSM cannot be used."""
+    """Skip the test if KSM, which shares private memory, cannot be used."""
     try:
         ksm.check_unused(set(), merge_with_others=True)
     except UnsupportedError as reason:
@@ -53,7 +53,7 @@ def ksm_usable(root: None) -> None:
 
 
 def numbers_at_random(seed: int, pages: int) -> list[int]:
-    """Return random page numbers: zeros, patterns, frequent contents and unique ones."""
+    """Return random numbers of page contents (see `lookalike`): zeros, patterns, frequent and unique contents."""
     choice = random.Random(seed)
 
     def number(page: int) -> int:
@@ -77,7 +77,7 @@ def scanned(pieces: list[Any], most: int = 1 << 20) -> SharingScan:
 
 @pytest.mark.parametrize("kind", ["small", "large", "hugetlb"])
 def test_scan_of_files_matches_plain_python(kind: str) -> None:
-    """Three workloads; in the last one every other unit of 2 MiB is a hole, and remains one."""
+    """In the last of three workloads, every other unit of 2 MiB is a hole, and stays a hole."""
     pages = 4 * SLOTS
     workloads = [numbers_at_random(seed, pages) for seed in (1, 2, 3)]
     with backing(kind, 4 * LARGE_PAGE, 3) as files:
@@ -203,7 +203,7 @@ def test_zeros_become_holes_and_other_pages_stay() -> None:
 
 
 def rich_and_poor(units: int) -> list[int]:
-    """Return page numbers: every other huge page has 400 shareable pages, the others have one."""
+    """Return numbers of page contents: odd huge pages have 400 shareable pages, even huge pages have one."""
     rich = [1 + page % 100 for page in range(300)] + [0] * 100
     poor = [1]
     blocks = [rich if unit % 2 else poor for unit in range(units)]
@@ -220,7 +220,7 @@ def share(*names: str, **options: Any) -> SharingResult:
 
 @pytest.mark.usefixtures("ksm_usable")
 def test_only_chosen_large_pages_are_split() -> None:
-    """Freed memory matches the estimate; huge pages are not rebuilt; undo restores them; no page changes."""
+    """Freed memory matches the estimate. Split huge pages stay split until `undo` restores them. No page changes."""
     units = 16
     with Lookalike(units * SLOTS) as target:
         target.order("fill", rich_and_poor(units))
@@ -281,7 +281,7 @@ def test_no_write_is_lost_while_private_memory_is_shared() -> None:
 @pytest.mark.usefixtures("ksm_usable")
 @pytest.mark.parametrize("moment", [0.0, 0.05, 0.2])
 def test_killed_sharer_leaves_memory_and_ksm_intact(moment: float) -> None:
-    """The fixture `switches` waits until KSM has its earlier settings."""
+    """The fixture `switches` waits until the settings of KSM are restored."""
     with Lookalike(8 * SLOTS) as target:
         target.order("fill", rich_and_poor(8))
         target.order("hammer", list(range(-3, 30)), 2)
@@ -354,7 +354,7 @@ def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
         result = api.share(["twins"], threshold=50)
         assert result.freed
         assert result.pauses
-        # The ledger keeps running and fills holes again, so at most the zeros present at the start are freed.
+        # The ledger keeps running and fills holes again: hardly more is freed than the zeros found by the scan.
         assert 0 < result.freed < 1.5 * result.classes["zero"].reclaimable
         api.undo(["twins"])
 
@@ -363,13 +363,13 @@ def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.05])
 def test_killed_sharer_leaves_arena_running(moment: float) -> None:
     wait_until(lambda: killed_at_work(moment), "pages to share")
-    api.share(["twins"], threshold=50)  # it replies, and can be paused
+    api.share(["twins"], threshold=50)  # the arena replies, and can be paused
 
 
 def killed_at_work(moment: float) -> bool:
-    """Start a sharer, and kill it while it shares.
+    """Start `pageferry sharing --apply`, and kill it while it shares pages.
 
-    Return False if it found nothing to do: the ledger makes zeros in time.
+    Return False if the command has found no pages to share; the ledger produces zero pages over time.
     """
     words = ["sharing", "twins", "--apply", "--threshold", "1", "--break-hot", "--output", "json"]
     with Program("-m", "pageferry", *words) as sharer:

@@ -1,4 +1,4 @@
-"""Page sharing during a lazy restore (S8, S9): deferred pages count by their signatures, and none is loaded."""
+"""Page sharing during a lazy restore (S8, S9): deferred pages are counted by their signatures, without loading them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def order(program: Program, words: str) -> object:
 
 
 def state() -> tuple[bytes, int, int]:
-    """Return the deferred bitmap, pages loaded and bytes read, which change when a page is loaded."""
+    """Return the deferred bitmap, the pages loaded and the bytes read; all change when a page is loaded."""
     folder = Folder(Registry(), NAME)
     found = client.deferred_bits(folder)
     status = client.status(folder)
@@ -55,7 +55,10 @@ def find() -> SharingResult:
 
 
 def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
-    """Save an image of an arena whose pages have these contents (see `lookalike`); None: never touched."""
+    """Save an image of an arena, and return its path.
+
+    `numbers`: contents of the pages (see `lookalike`); None for pages that are never accessed.
+    """
     arena = pageferry.Arena(len(numbers) * SMALL_PAGE, large_pages=large)
     memory = memoryview(arena)
     for page, number in enumerate(numbers):
@@ -66,7 +69,7 @@ def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
 
 
 def various(units: int, seed: int = 1) -> list[int | None]:
-    """Return page numbers of all kinds; the last unit of 2 MiB and half of the one before are untouched."""
+    """Return numbers of page contents of all kinds. The last 3 MiB are never accessed."""
     choice = random.Random(seed)
     numbers: list[int | None] = [
         choice.choice((0, -choice.randrange(1, 5), choice.randrange(1, 200), unique(page)))
@@ -77,7 +80,7 @@ def various(units: int, seed: int = 1) -> list[int | None]:
 
 
 def digest(image: Path) -> str:
-    """Return a digest of all contents."""
+    """Return the SHA-256 digest of the memory in an image."""
     opened = ImageFile(image)
     return hashlib.sha256(opened.read(0, opened.pages)).hexdigest()
 
@@ -99,7 +102,7 @@ def test_deferred_pages_are_counted_without_loading(tmp_path: Path, touched: tup
         assert (found.classes, found.reclaimable, found.curve) == (then.classes, then.reclaimable, then.curve)
         assert found.large_pages == then.large_pages == 5
         assert found.memory + found.deferred == then.memory
-        # Untouched pages of the fifth huge page are in memory as zeros.
+        # Pages of the fifth huge page that were never accessed are zeros in memory.
         expected, freed = worth([[number or 0 for number in numbers[: 5 * SLOTS]]])
         assert {name: one.pages for name, one in found.classes.items()} == expected
         assert {name: one.reclaimable // SMALL_PAGE for name, one in found.classes.items()} == freed
@@ -133,7 +136,7 @@ def test_deferred_and_present_duplicates_are_matched(tmp_path: Path) -> None:
 
 
 def test_deferred_pages_of_an_image_chain_are_counted(tmp_path: Path) -> None:
-    """For pages stored in the parent, the child has the signature."""
+    """The child image has the signatures of the pages that are stored in the parent image."""
     numbers = various(4)
     arena = pageferry.Arena(len(numbers) * SMALL_PAGE)
     memory = memoryview(arena)

@@ -1,4 +1,4 @@
-"""Other processes' address spaces: injected system calls, huge mappings made from outside, and refusals."""
+"""Address spaces of other processes: injected system calls, and memory that is collapsed from another process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_process_with_several_threads_keeps_running() -> None:
 
 
 def test_calls_work_after_execve() -> None:
-    """The address of injected calls changes with each execve(2): it is found again, and no process is left stopped."""
+    """The address at which calls are injected changes with each execve(2). It is found again, and the process runs."""
     script = 'exec /bin/sh -c "$0" "$0"'
     with subprocess.Popen(["/bin/sh", "-c", script, script]) as process:
         try:
@@ -52,7 +52,7 @@ def test_calls_work_after_execve() -> None:
 
 
 def test_concurrent_adoptions_of_one_process_succeed_or_are_refused() -> None:
-    """Only one process can trace it: the others get an error, and the target survives."""
+    """Only one thread at a time can trace the process. The others get an error, and the process survives."""
     refused: list[PermissionError] = []
 
     def adopt(pid: int) -> None:
@@ -94,7 +94,7 @@ def test_no_descriptor_is_left_behind() -> None:
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_large_mappings_are_made_from_outside(kind: str) -> None:
-    """A memfd is collapsed into huge pages, where shared memory has none by default."""
+    """A memfd, which has no huge pages by default, is collapsed into huge pages."""
     with backing(kind, 2 * LARGE_PAGE) as (fd,), Target(fd) as target:
         mapping = Mapping(fd, 2 * LARGE_PAGE)
         content = random.Random(4).randbytes(2 * LARGE_PAGE)

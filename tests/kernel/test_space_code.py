@@ -1,4 +1,4 @@
-"""Injected system calls are made only in the right code mode, and no guarantee of the kernel is broken."""
+"""Injection of system calls only into 64-bit code, without breaking a guarantee of the kernel to the process."""
 
 from __future__ import annotations
 
@@ -206,8 +206,8 @@ def test_interrupted_restartable_sequence_never_commits(tmp_path: Path) -> None:
             pytest.skip(f"this kernel has no restartable sequences (errno {program[5]})")
         committed = 0
         for _ in range(50):
-            time.sleep(0.002)  # lets the section that was released last end
-            interrupted = program[0]  # stays in this section until it is aborted
+            time.sleep(0.002)  # time for the end of the section that was released last
+            interrupted = program[0]  # the program stays in this section until the section is aborted
             assert Space(program.pid).getppid() == os.getpid()
             committed += not program.passes(0, interrupted, 0.2)
             program[1] = 1

@@ -1,4 +1,4 @@
-"""Write traces (S2): every write is reported; fine traces report only written pages, coarse ones whole units."""
+"""Write traces (S2): every write is reported. Fine traces report only written pages, coarse traces whole units."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def large() -> Iterator[int]:
 
 
 def mapped_large(mapping: Mapping) -> int:
-    """Return the number of bytes of our mapping that are mapped by PMDs (huge pages)."""
+    """Return the number of bytes of a mapping in this process that are mapped by PMDs (huge pages)."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     total, within = 0, False
     for line in lines:
@@ -79,7 +79,7 @@ def write(mapping: Mapping, pages: set[int], byte: int = 1) -> None:
 
 
 def grain(fd: int) -> int:
-    """Return the base pages per page of the file, the minimum granularity of a trace."""
+    """Return the number of base pages per page of a file, which is the minimum granularity of a trace."""
     return os.fstatvfs(fd).f_bsize // SMALL_PAGE
 
 
@@ -172,7 +172,7 @@ def test_written_and_discarded_page_is_reported(small: int) -> None:
     write(mapping, {10, 11, 800})
     punch(small, 11, 1)
     assert collect(trace) == {10, 11, 800}
-    # A discard is not a write: the sender detects such pages by comparison with the pages it sent.
+    # A discard is not a write. The sender detects discarded pages by comparison with the pages that it has sent.
     punch(small, 10, 1)
     assert collect(trace) <= {10}
     write(mapping, {10})
@@ -188,7 +188,7 @@ def punch(fd: int, page: int, pages: int) -> None:
 @pytest.mark.parametrize("kind", ["small", "large"])
 @pytest.mark.parametrize("release_after", [0, 1, 256])
 def test_no_write_is_lost_while_collecting(kind: str, release_after: int) -> None:
-    """Threads write continuously; a copy made only of collected pages ends up identical."""
+    """Threads write continuously. A copy made only of collected pages is identical to the memory at the end."""
     length = 16 * LARGE_PAGE
     with backing(kind, length) as (fd,):
         mapping = Mapping(fd, length)
@@ -279,7 +279,7 @@ def test_traced_process_survives_killed_tracer(small: int) -> None:
 
 
 def flags(pid: int, address: int) -> list[str]:
-    """Return the VmFlags of the mapping at that address; `uw` means registered for write protection."""
+    """Return the VmFlags of the mapping at an address; `uw` means registered for write protection."""
     mappings = Path(f"/proc/{pid}/smaps").read_text().split(f"\n{address:x}-", 1)[1]
     return next(line for line in mappings.splitlines() if line.startswith("VmFlags:")).split()[1:]
 
@@ -299,7 +299,7 @@ def test_second_trace_is_refused(small: int) -> None:
 
 
 def test_exited_process_is_an_error_and_keeps_other_pages(small: int) -> None:
-    """Written pages found in other processes before are kept, because each is reported once."""
+    """Pages that were already collected from other processes are kept, because each write is reported only once."""
     mapping = Mapping(small, LENGTH)
     with Target(small) as target:
         address = target.order("map", small, LENGTH)

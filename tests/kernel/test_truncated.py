@@ -1,4 +1,4 @@
-"""Truncation of the file of a workload's memory: operations fail with a named error, and publish nothing."""
+"""Truncation of the file that backs a workload: operations fail with a named error, and publish no image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ MIGRATE = ["start", "source.set-up", "source.paused"]
 
 
 def truncated_at(point: str, *arguments: str) -> tuple[int, str]:
-    """Run a command, and truncate the memory before it starts or while it is stopped at a fault point."""
+    """Run a command, and truncate the memory before the command starts or while it is stopped at a fault point.
+
+    Return the exit code, and the text on standard error.
+    """
     fault = None if point == "start" else f"{point}=stop"
     with Program("-c", OWNER, env=environment(None)) as owner:
         assert owner.line() == "ready"

@@ -1,4 +1,4 @@
-"""Root, an ordinary user and a container user: each uses what its privileges allow; the rest is reported."""
+"""Root, an ordinary user and a container user: each can do what its privileges allow; the rest is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ LAZY = {"root": True, "user": False, "sandbox": False}
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Yield a folder that every user may write to; those of pytest belong to root."""
+    """Yield a folder to which every user may write; the folders of pytest belong to root.
+
+    Skip the test if every user may create a userfaultfd.
+    """
     if not SWITCH.exists() or SWITCH.read_text().strip() != "0":
         pytest.skip("every user may create a userfaultfd on this host")
     with tempfile.TemporaryDirectory() as made:
@@ -36,7 +39,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def device() -> Iterator[None]:
-    """Open /dev/userfaultfd to every user, as a udev rule would."""
+    """Make /dev/userfaultfd accessible to every user during a test, as a udev rule would."""
     if not DEVICE.exists():
         pytest.skip(f"no {DEVICE}")
     before = DEVICE.stat().st_mode
@@ -48,7 +51,7 @@ def device() -> Iterator[None]:
 
 
 def checked(kind: str, folder: Path) -> dict[str, Any]:
-    """Return the report of `pageferry check`: status of systems, and remedies of features."""
+    """Return the report of `pageferry check` for a kind of user."""
     done = users.run(kind, folder, "-m", "pageferry", "check", "--output", "json")
     assert done.returncode in (0, 3), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Page streams through their Python binding: over TCP, with the exceptions that the stub names."""
+"""Python binding of page streams: transfers over TCP, with the exceptions that the stub documents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 def memory(pages: int = PAGES) -> Mapping:
     made = os.memfd_create("test", os.MFD_CLOEXEC)
-    fd = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)  # inotify does not report writes through `made`
+    fd = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)  # inotify does not report discards by `made`
     try:
         os.ftruncate(fd, pages * SMALL_PAGE)
         return Mapping(fd, pages * SMALL_PAGE)
@@ -47,7 +47,7 @@ def memory(pages: int = PAGES) -> Mapping:
 
 @contextlib.contextmanager
 def connected(streams: int) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
-    """Yield both ends of TCP connections over loopback."""
+    """Yield both ends of `streams` TCP connections over loopback."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams)]
@@ -94,7 +94,7 @@ def test_destination_matches_source_after_each_barrier(
         for number, changes in enumerate([[], *rounds]):
             written = set()
             for page, byte in changes:
-                if isinstance(byte, str):  # which inotify does not report
+                if isinstance(byte, str):  # a discard, which a trace does not report
                     assert _libc.fallocate(source.fileno(), _PUNCH, page * SMALL_PAGE, SMALL_PAGE) == 0
                     if byte != "freed":
                         assert ctypes.string_at(source.address + page * SMALL_PAGE, 1) == b"\0"
@@ -126,7 +126,7 @@ def test_bandwidth_limit_and_codec_are_optional() -> None:
         sending.start()
         receiver.receive(0)
         sending.join()
-        # The last block of each stream may be early; 20 ms of delay may be caught up.
+        # The last block of each stream may be sent early, and the limit may make up for 20 ms of delay.
         assert time.monotonic() - begin >= (sender.progress.bytes - 3 * 8192) / (2 << 20) - 0.02
         assert contents(copy) == contents(source)
         assert sender.uncompressed <= sender.progress.blocks
@@ -170,7 +170,7 @@ def test_receive_can_be_cancelled_by_another_thread() -> None:
 
 
 def test_sockets_with_a_timeout_work() -> None:
-    """Python makes such sockets non-blocking."""
+    """Python makes sockets with a timeout non-blocking."""
     source, copy = memory(), memory()
     fill(source, 3, 7)
     with connected(1) as ((ours,), (theirs,)):
@@ -185,7 +185,7 @@ def test_sockets_with_a_timeout_work() -> None:
 
 @pytest.mark.parametrize("codec", ["none", "lz4"])
 def test_full_destination_is_an_error(codec: str, root: None) -> None:
-    """The error reports the cause; there is no signal, and no corrupted page."""
+    """The error reports the cause. The process receives no signal, and no page is corrupted."""
     directory = large_tmpfs(LARGE_PAGE)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
     os.close(directory)
